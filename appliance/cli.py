@@ -1,0 +1,221 @@
+"""The command ``appliance``: analyze, demo, serve and the technician's tools. Errors are caught once, in ``main``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from appliance import __version__, reasons
+from appliance.errors import ApplianceError
+from appliance.process import limit_memory, start_logging
+from appliance.settings import Settings
+
+if TYPE_CHECKING:
+    from appliance.analyze import Analysed
+    from appliance.reasons import Language
+
+EXIT_OK: Final = 0
+EXIT_ERROR: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_FAILED: Final = 3
+_VIEWS: Final = {"frontal": "", "PA": "PA", "AP": "AP", "lateral": "LL"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code (0 done, 1 error, 2 usage, 3 some scan failed)."""
+    arguments = _parser().parse_args(argv)
+    start_logging(logging.getLevelName(os.environ.get("APPLIANCE_LOG_LEVEL", "INFO").upper()))
+    command: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return command(arguments)
+    except ApplianceError as error:
+        language = _language()
+        print(f"error: {reasons.text(error.code, language)}" + (f" ({error.detail})" if error.detail else ""), file=sys.stderr)
+        print(f"hint: {reasons.hint(error.code, language) if language == 'zh' else error.hint}", file=sys.stderr)
+        return EXIT_USAGE if error.code in ("settings.invalid", "box.busy") else EXIT_ERROR
+    except BrokenPipeError:
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        return 130
+
+
+def _language() -> Language:
+    return "zh" if os.environ.get("LC_ALL", os.environ.get("LANG", "")).startswith("zh") else "en"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="appliance", description="Edge inference box: scans in, localised findings out, offline.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str, *, data_dir: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        if data_dir:
+            sub.add_argument("--data-dir", type=Path, required=True, help="the box's data directory")
+        sub.set_defaults(run=run)
+        return sub
+
+    analyze = command("analyze", _analyze, "Read files, folders or ZIP archives without a server.", data_dir=False)
+    analyze.add_argument("paths", nargs="+", type=Path, metavar="PATH")
+    analyze.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
+    analyze.add_argument("--data-dir", type=Path, help="keep everything in this data directory (default: a temporary one)")
+    analyze.add_argument("--view", choices=_VIEWS, default="frontal", help="view of PNG and JPEG pictures (default: frontal)")
+    command("serve", _serve, "Run the box: worker, DICOM receiver and web page under one supervisor.")
+    worker = command("worker", _worker, "Run the worker alone.")
+    worker.add_argument("--until-idle", action="store_true", help="stop when nothing is left to do")
+    command("receive", _receive, "Run the DICOM receiver alone.")
+    models = command("models", _models, "List the models of this box, or put one to work.")
+    models.add_argument("action", choices=("list", "activate"))
+    models.add_argument("bundle", nargs="?", help="bundle directory, or 'reference' for the embedded one (with activate)")
+    user = command("user", _user, "Make an account, or give an existing one a new one-time password.")
+    user.add_argument("username")
+    user.add_argument("--role", choices=("clinician", "technician", "administrator", "auditor"), default="clinician")
+    audit = command("audit", _audit, "Check the audit's hash chain, or print it.")
+    audit.add_argument("action", choices=("verify", "show"))
+    command("settings", _settings, "Print every setting with its value and meaning.")
+    demo = command("demo", _demo, "Lay a demo box, start it and read sample scans.")
+    demo.add_argument("--samples", type=Path, required=True, help="folder of sample scans")
+    demo.add_argument("--data", type=Path, help="a folder of your own, read first")
+    demo.add_argument("--once", action="store_true", help="exit after the first finding")
+    demo.add_argument("--lan", action="store_true", help="serve the local network over TLS with a self-signed certificate")
+    demo.add_argument("--new-password", action="store_true", help="give the demo account a new one-time password")
+    return parser
+
+
+def _analyze(arguments: argparse.Namespace) -> int:
+    missing = [str(path) for path in arguments.paths if not path.exists()]
+    if missing:
+        print(f"error: no such file or folder: {', '.join(missing)}\nhint: check the path; nothing was analysed", file=sys.stderr)
+        return EXIT_USAGE
+    logging.getLogger().setLevel(logging.ERROR)  # refusals are in the result; the log would say them twice
+    with tempfile.TemporaryDirectory(prefix="appliance-") as temporary:
+        results = _analyse_in(arguments, arguments.data_dir or Path(temporary))
+    if arguments.json:
+        print(json.dumps([item.to_json() for item in results], ensure_ascii=False, indent=1))
+    else:
+        print_table(results, _language())
+    return EXIT_FAILED if any(item.status == "failed" for item in results) else EXIT_OK
+
+
+def _analyse_in(arguments: argparse.Namespace, data_dir: Path) -> list[Analysed]:
+    from appliance.analyze import analyse
+    from appliance.ingest import PictureForm
+    from appliance.store import Store
+
+    data_dir.mkdir(parents=True, exist_ok=True)
+    settings = Settings.load(data_dir)
+    limit_memory(settings.process_memory_max_bytes)
+    store = Store(settings)
+    try:
+        return analyse(store, arguments.paths, PictureForm(view=_VIEWS[arguments.view]), lambda line: print(line, file=sys.stderr))
+    finally:
+        store.close()
+
+
+def print_table(results: list[Analysed], language: Language) -> None:
+    """One block per file: its status, every score against its threshold, the reason and the remarks."""
+    zh = language == "zh"
+    words = {
+        "analysed": ("已分析", "analysed"), "out_of_scope": ("不在适用范围", "out of scope"),
+        "quality_rejected": ("质量不合格", "quality rejected"),
+        "rejected": ("已拒绝", "rejected"), "failed": ("失败", "FAILED"),
+    }  # fmt: skip
+    for item in results:
+        print(f"{item.outcome.name}: {words[item.status][0 if zh else 1]}")
+        for finding in item.view.findings if item.view else ():
+            above = ("高于阈值" if zh else "above threshold") if finding.positive else ("低于阈值" if zh else "below threshold")
+            print(f"  {finding.title_zh if zh else finding.title_en}: {finding.score:.3f} ({above} {finding.threshold:.3f})"
+                  f"  {finding.model} {finding.model_version} {finding.precision} {finding.runtime}")  # fmt: skip
+        for note in (*((item.reason,) if item.reason else ()), *item.notes):
+            print(f"  {reasons.text(note.code, language)}" + (f" ({note.detail})" if note.detail else ""))
+    print("不得单独作为诊断依据" if zh else "Not for sole diagnosis.  不得单独作为诊断依据")
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from appliance.supervisor import serve
+
+    serve(Settings.load(arguments.data_dir))
+    return EXIT_OK
+
+
+def _worker(arguments: argparse.Namespace) -> int:
+    from appliance.worker import run
+
+    settings = Settings.load(arguments.data_dir)
+    limit_memory(settings.process_memory_max_bytes)
+    run(settings, until_idle=arguments.until_idle)
+    return EXIT_OK
+
+
+def _receive(arguments: argparse.Namespace) -> int:
+    from appliance.dicom_scp import run
+
+    run(Settings.load(arguments.data_dir))
+    return EXIT_OK
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    from appliance.models import activate, reference_bundle
+    from appliance.store import Store
+
+    store = Store(Settings.load(arguments.data_dir))
+    if arguments.action == "activate":
+        if not arguments.bundle:
+            print(
+                "error: activate needs a bundle directory\nhint: `appliance models activate reference` takes the embedded one",
+                file=sys.stderr,
+            )
+            return EXIT_USAGE
+        directory = reference_bundle() if arguments.bundle == "reference" else Path(arguments.bundle)
+        digest = activate(store, directory, "cli")
+        print(f"active: {store.model(digest)['name']} {store.model(digest)['version']} ({digest[:12]})")
+        return EXIT_OK
+    for row in store.models():
+        print(
+            f"{row['state']:9} {row['name']} {row['version']} {row['digest'][:12]}"
+            f" {row['precision']} {row['runtime']} {row['activated_at']}"
+        )
+    return EXIT_OK
+
+
+def _user(arguments: argparse.Namespace) -> int:
+    from appliance.accounts import Accounts
+    from appliance.store import Store
+
+    password = Accounts(Store(Settings.load(arguments.data_dir))).add(arguments.username, arguments.role, "cli")
+    print(f"one-time password of {arguments.username}: {password}")
+    return EXIT_OK
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from appliance.store import Store
+
+    store = Store(Settings.load(arguments.data_dir))
+    if arguments.action == "show":
+        for row in store.database.query("SELECT entry FROM audit ORDER BY seq"):
+            print(row["entry"])
+    else:
+        print(f"audit chain whole: {store.database.verify_audit()} entries")
+    return EXIT_OK
+
+
+def _settings(arguments: argparse.Namespace) -> int:
+    settings = Settings.load(arguments.data_dir)
+    for name, field in Settings.model_fields.items():
+        print(f"# {field.description}\n{name} = {json.dumps(getattr(settings, name), default=str)}")
+    return EXIT_OK
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from appliance.demo import run
+
+    return run(
+        arguments.data_dir, arguments.samples, arguments.data, once=arguments.once, lan=arguments.lan, new_password=arguments.new_password
+    )

@@ -1,0 +1,133 @@
+"""Scans on disk: one AES-256-GCM file each, on the platter before anybody is told so.
+
+A file is written under ``incoming/``, fsynced, renamed to its place under ``content/`` and the directory fsynced; a crash
+leaves either nothing or a whole file. The name is the digest of the scan, so a repeated write is the same file.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from appliance.database import store_error
+from appliance.errors import StoreError
+
+_MAGIC: Final = b"CEA1"
+_NONCE_BYTES: Final = 12
+_TAG_BYTES: Final = 16
+_CHUNK_BYTES: Final = 1 << 20
+
+
+class ContentFiles:
+    """The encrypted files below one data directory.
+
+    Args:
+        data_dir: the box's data directory; ``keys``, ``incoming`` and ``content`` are made in it.
+    """
+
+    def __init__(self, data_dir: Path) -> None:
+        self._incoming = data_dir / "incoming"
+        self._content = data_dir / "content"
+        try:
+            for directory in (self._incoming, self._content, *(self._content / f"{i:02x}" for i in range(256))):
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._key = _load_key(data_dir / "keys")
+        except OSError as error:
+            raise store_error(error) from error
+
+    def write(self, name: str, data: bytes) -> None:
+        """Make ``data`` durable under ``name`` (64 hex digits).
+
+        Raises:
+            StoreError: nothing was kept; code ``ingest.disk_full`` when the disk is full.
+        """
+        temporary = self._incoming / f"{name}.{secrets.token_hex(4)}.part"
+        target = self._path(name)
+        try:
+            with open(temporary, "xb") as file:
+                file.writelines(self._sealed(name, data))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+            fsync_directory(target.parent)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise store_error(error) from error
+
+    def read(self, name: str) -> bytes:
+        """The bytes as they came.
+
+        Raises:
+            StoreError: ``store.missing``, or ``store.tampered`` when the file was changed on disk.
+        """
+        try:
+            blob = self._path(name).read_bytes()
+        except OSError as error:
+            raise StoreError("store.missing", str(error)) from error
+        body = memoryview(blob)
+        nonce, tag = bytes(body[4 : 4 + _NONCE_BYTES]), bytes(body[-_TAG_BYTES:])
+        try:
+            decryptor = Cipher(algorithms.AES(self._key), modes.GCM(nonce, tag)).decryptor()
+            decryptor.authenticate_additional_data(name.encode())
+            plain = decryptor.update(body[4 + _NONCE_BYTES : -_TAG_BYTES])
+            decryptor.finalize()
+        except (InvalidTag, ValueError) as error:
+            raise StoreError("store.tampered", f"content {name[:12]}") from error
+        return plain
+
+    def sweep(self) -> int:
+        """Remove what a crash left half-written under ``incoming/``; it was never acknowledged. Returns how many."""
+        parts = list(self._incoming.glob("*.part"))
+        for part in parts:
+            part.unlink(missing_ok=True)
+        return len(parts)
+
+    def _path(self, name: str) -> Path:
+        return self._content / name[:2] / name
+
+    def _sealed(self, name: str, data: bytes) -> Iterator[bytes]:
+        """Header, ciphertext and tag in chunks, so that a large scan is not held twice."""
+        nonce = secrets.token_bytes(_NONCE_BYTES)
+        encryptor = Cipher(algorithms.AES(self._key), modes.GCM(nonce)).encryptor()
+        encryptor.authenticate_additional_data(name.encode())
+        yield _MAGIC + nonce
+        view = memoryview(data)
+        for start in range(0, len(view), _CHUNK_BYTES):
+            yield encryptor.update(view[start : start + _CHUNK_BYTES])
+        yield encryptor.finalize()
+        yield encryptor.tag
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make a rename in this directory survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _load_key(directory: Path) -> bytes:
+    """The box's content key, made on first use; readable by its owner only."""
+    directory.mkdir(mode=0o700, exist_ok=True)
+    path = directory / "content.key"
+    if not path.exists():
+        fresh = directory / f"content.key.{secrets.token_hex(4)}"
+        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(32))
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(fresh, path)  # fails when another process was first: its key is the box's key then
+        except FileExistsError:
+            pass
+        finally:
+            fresh.unlink()
+        fsync_directory(directory)
+    return path.read_bytes()

@@ -1,0 +1,225 @@
+"""Clinical types and states of the box: frozen dataclasses, DICOM keywords in snake_case.
+
+Pure data: nothing here reads a file, a clock or a database.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from datetime import date, datetime, timezone
+from enum import Enum
+from typing import Any, Literal
+
+Status = Literal["analysed", "out_of_scope", "quality_rejected", "rejected", "failed"]
+Point = tuple[float, float]
+
+
+class ScanState(str, Enum):
+    """What a person is told about an image; distinct in word and icon (requirement R37)."""
+
+    WAITING = "waiting"
+    QUEUED = "queued"
+    RUNNING = "running"
+    AI_READY = "ai_ready"
+    REVIEWING = "reviewing"
+    SIGNED = "signed"
+    OVERRIDDEN = "overridden"
+    QUALITY_REJECTED = "quality_rejected"
+    OUT_OF_SCOPE = "out_of_scope"
+    NOT_ANALYSED = "not_analysed"
+    FAILED = "failed"
+
+
+PENDING_STATES = (ScanState.WAITING, ScanState.QUEUED, ScanState.RUNNING)
+
+# Of several images in one study the state that needs a person most is the one shown.
+STATE_URGENCY = (
+    ScanState.FAILED,
+    ScanState.NOT_ANALYSED,
+    ScanState.RUNNING,
+    ScanState.QUEUED,
+    ScanState.WAITING,
+    ScanState.QUALITY_REJECTED,
+    ScanState.AI_READY,
+    ScanState.REVIEWING,
+    ScanState.OVERRIDDEN,
+    ScanState.SIGNED,
+    ScanState.OUT_OF_SCOPE,
+)
+
+
+class JobState(str, Enum):
+    """The life of a job; FAILED is the poison state that the queue never picks up again by itself."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+
+
+class JobKind(str, Enum):
+    """INFER runs one model on one image; CHECK only proves that the pixels of an image no model reads can be decoded."""
+
+    INFER = "infer"
+    CHECK = "check"
+
+
+@dataclass(frozen=True)
+class Note:
+    """A coded remark that goes with a result (assumption, caution, refusal); ``detail`` holds no patient data."""
+
+    code: str
+    detail: str = ""
+
+    def to_json(self) -> dict[str, str]:
+        """The note as stored and as shown in the JSON of ``appliance analyze``."""
+        return {"code": self.code, "detail": self.detail}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Who brought a scan: the way it came, the account or AE title, and the file's name as the person knows it."""
+
+    kind: Literal["upload", "dimse", "cli"]
+    actor: str
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Patient:
+    """The patient module as received, decoded to Unicode; every field may be empty."""
+
+    patient_id: str = ""
+    patient_name: str = ""
+    patient_birth_date: str = ""
+    patient_sex: str = ""
+
+    @property
+    def key(self) -> str:
+        """What tells two patients apart under one Study Instance UID: the ID, else the name."""
+        return self.patient_id or f"name:{self.patient_name}"
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One image as the door read it: everything the store indexes and the scope rule asks for."""
+
+    study_instance_uid: str
+    series_instance_uid: str
+    sop_instance_uid: str
+    sop_class_uid: str
+    transfer_syntax_uid: str
+    patient: Patient
+    modality: str = ""
+    body_part_examined: str = ""
+    view_position: str = ""
+    patient_age_years: float | None = None
+    study_date: str = ""
+    study_time: str = ""
+    accession_number: str = ""
+    study_description: str = ""
+    series_description: str = ""
+    rows: int = 0
+    columns: int = 0
+    number_of_frames: int = 1
+    notes: tuple[Note, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The store's answer to a scan that is durable now."""
+
+    instance_id: int
+    series_id: int
+    study_id: int
+    outcome: Literal["stored", "duplicate", "conflict"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one model says about one label of one image (requirement R38)."""
+
+    label: str
+    code: str
+    title_zh: str
+    title_en: str
+    score: float
+    threshold: float
+    positive: bool
+    sensitivity: tuple[float, float, float]
+    specificity: tuple[float, float, float]
+    measured_on: str
+    model: str
+    model_version: str
+    model_digest: str
+    precision: str
+    runtime: str
+    peak: Point | None = None
+    outline: tuple[tuple[Point, ...], ...] = ()
+    heatmap_png: bytes = field(default=b"", repr=False)
+    id: int = 0
+    job_id: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The finding as ``appliance analyze --json`` prints it (the heat map stays in the store)."""
+        names = ("label", "code", "score", "threshold", "positive", "model", "model_version", "model_digest", "precision", "runtime")
+        return {name: getattr(self, name) for name in names} | {
+            "sensitivity": list(self.sensitivity),
+            "specificity": list(self.specificity),
+            "peak": list(self.peak) if self.peak else None,
+            "outline": [[list(point) for point in polygon] for polygon in self.outline],
+        }
+
+
+@dataclass(frozen=True)
+class Job:
+    """A claimed job: what the worker needs to do it, under a lease."""
+
+    id: int
+    kind: JobKind
+    instance_id: int
+    model_digest: str
+    attempts: int
+    lease_owner: str
+    notes: tuple[Note, ...]
+    scope_code: str = ""
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """How a job ended: the state the image gets, why, what was found, what ran and how long each part took (ms)."""
+
+    state: ScanState
+    reason: Note | None = None
+    findings: tuple[Finding, ...] = ()
+    notes: tuple[Note, ...] = ()
+    timing_ms: dict[str, float] = field(default_factory=dict)
+    runtime: dict[str, Any] = field(default_factory=dict)
+
+
+def utc_now() -> str:
+    """The moment as ISO 8601 in UTC with its zone, to the millisecond."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+_AGE_UNIT_YEARS = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0}
+
+
+def age_years(patient_age: str, birth_date: str, study_date: str) -> float | None:
+    """Age in years from Patient's Age (VR AS, PS3.5 6.2: ``nnnD|W|M|Y``), else from the two dates; None when unknown."""
+    match = re.fullmatch(r"(\d{1,3})([DWMY])", patient_age.strip().upper())
+    if match:
+        return int(match[1]) * _AGE_UNIT_YEARS[match[2]]
+    born, taken = _date(birth_date), _date(study_date)
+    if born is None or taken is None or taken < born:
+        return None
+    return (taken - born).days / 365.25
+
+
+def _date(value: str) -> date | None:
+    """A DICOM DA value as a date, or None when it is empty or no date."""
+    try:
+        return datetime.strptime(value.strip(), "%Y%m%d").date()
+    except ValueError:
+        return None

@@ -1,0 +1,290 @@
+"""The only door for scans, whatever brought them: parse, check caps, validate UIDs, make durable, or refuse with a reason.
+
+``accept`` takes DICOM (PS3.10 files), ``accept_picture`` a PNG or JPEG that becomes a Secondary Capture. Either returns only
+when the scan is durable, or raises with a coded reason; a refusal is recorded so that nobody wonders where a file went.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import struct
+import time
+import zlib
+from dataclasses import dataclass
+from io import BytesIO
+from typing import TYPE_CHECKING, Final
+
+import pydicom
+from pydicom import config as pydicom_config
+from pydicom.dataelem import RawDataElement
+from pydicom.errors import InvalidDicomError
+from pydicom.filereader import read_partial
+from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+from appliance.domain import Note, Patient, Scan, Source, Stored, age_years
+from appliance.errors import ApplianceError, IngestError, StoreError
+from appliance.pixels import PixelCaps, check_structure
+from appliance.store import Store
+
+if TYPE_CHECKING:
+    from pydicom.dataset import Dataset, FileDataset
+
+logger = logging.getLogger(__name__)
+
+# Real files break the value rules of PS3.5 all the time; what matters here is checked below, by name.
+pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE
+
+MAX_ELEMENTS: Final = 50_000
+_PREAMBLE_BYTES: Final = 132
+_UID: Final = re.compile(r"[0-9]+(\.[0-9]+)*")
+_LATERAL: Final = re.compile(r"\bLAT(ERAL)?\b|侧位|側位", re.IGNORECASE)
+_PIXEL_TAGS: Final = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10", b"\xe0\x7f\x08\x00", b"\xe0\x7f\x09\x00")
+# What pydicom is known to raise on hostile bytes; a MemoryError comes from the process's memory cap.
+PARSE_ERRORS: Final = (
+    InvalidDicomError, EOFError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError,
+    OverflowError, RecursionError, AssertionError, MemoryError, struct.error, zlib.error,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A scan that is durable: where it stands in the store, and what the door read from it."""
+
+    stored: Stored
+    scan: Scan
+
+
+@dataclass(frozen=True)
+class PictureForm:
+    """What a person says about a PNG or JPEG.
+
+    ``patient_age`` is a DICOM age (``034Y``) or empty; ``view`` is PA, AP, LL, RL or empty (frontal is assumed and stated).
+    """
+
+    patient_id: str = ""
+    patient_name: str = ""
+    patient_sex: str = ""
+    patient_age: str = ""
+    view: str = ""
+    photographed: bool = False
+
+
+class Ingest:
+    """The door of one box."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._caps = PixelCaps()
+
+    def accept(self, data: bytes, source: Source, started: float | None = None) -> Accepted:
+        """Take one DICOM file.
+
+        Args:
+            data: the whole file (PS3.10: preamble, file meta group, data set).
+            source: who brought it.
+            started: ``time.perf_counter()`` at its last byte; now, when absent.
+
+        Raises:
+            IngestError: refused with a coded reason; nothing was kept but the record of the refusal.
+            StoreError: the store failed; nothing was acknowledged.
+        """
+        return self._take(data, source, started, ())
+
+    def accept_picture(self, data: bytes, form: PictureForm, source: Source) -> Accepted:
+        """Take a PNG or JPEG as a Secondary Capture (PS3.3 A.8); the same picture and form give the same UIDs.
+
+        Raises:
+            IngestError: ``ingest.unsupported_image`` and the reasons of ``accept``.
+        """
+        from appliance.picture import secondary_capture  # heavy, and most boxes never see a picture
+
+        started = time.perf_counter()
+        try:
+            if len(data) > self._store.settings.max_upload_bytes:
+                raise IngestError("ingest.too_large", f"{len(data) >> 20} MiB")
+            encoded = secondary_capture(data, form)
+        except ApplianceError as error:
+            self._refuse(source, len(data), error)
+            raise
+        return self._take(encoded, source, started, (Note("caution.view_from_form", form.view),) if form.view else ())
+
+    def _take(self, data: bytes, source: Source, started: float | None, notes: tuple[Note, ...]) -> Accepted:
+        started = time.perf_counter() if started is None else started
+        try:
+            dataset = self._parse(data)
+            scan = self._describe(dataset, notes)
+            check_structure(dataset, self._caps)
+            digest = content_digest(data, scan.transfer_syntax_uid)
+            del dataset
+            return Accepted(self._store.add_instance(scan, digest, data, source, started), scan)
+        except ApplianceError as error:
+            self._refuse(source, len(data), error)
+            raise
+
+    def _refuse(self, source: Source, size: int, error: ApplianceError) -> None:
+        logger.warning("scan refused", extra={"code": error.code})
+        try:
+            self._store.add_rejection(source, size, error.code, error.detail)
+        except StoreError:  # the disk that refused the scan may refuse its record too; the sender still gets the reason
+            logger.exception("refusal not recorded", extra={"code": error.code})
+
+    def _parse(self, data: bytes) -> FileDataset:
+        """Read the whole file, bounded in size and number of elements."""
+        if not data:
+            raise IngestError("ingest.empty")
+        if len(data) > self._store.settings.max_upload_bytes:
+            raise IngestError("ingest.too_large", f"{len(data) >> 20} MiB")
+        if data[128:132] != b"DICM":
+            raise IngestError("ingest.truncated" if len(data) < _PREAMBLE_BYTES and not data.strip(b"\0") else "ingest.not_dicom")
+        try:
+            self._check_deflated(data)
+            dataset = read_partial(BytesIO(data), stop_when=_element_counter())
+        except IngestError:
+            raise
+        except PARSE_ERRORS as error:
+            raise IngestError("ingest.unreadable", f"{type(error).__name__}") from error
+        _check_complete(dataset, data)
+        return dataset
+
+    def _check_deflated(self, data: bytes) -> None:
+        """A deflated data set must not unpack to more than a scan may have."""
+        if DeflatedExplicitVRLittleEndian.encode() not in data[:2048]:
+            return
+        unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+        unpacked = unpacker.decompress(data[meta_end(data) :], self._store.settings.max_upload_bytes)
+        if unpacker.unconsumed_tail:
+            raise IngestError("ingest.too_large", "deflated")
+        if not unpacker.eof or not unpacked:
+            raise IngestError("ingest.truncated", "deflated")
+
+    def _describe(self, dataset: FileDataset, notes: tuple[Note, ...]) -> Scan:
+        try:
+            return describe(dataset, notes)
+        except IngestError:
+            raise
+        except PARSE_ERRORS as error:
+            raise IngestError("ingest.unreadable", f"{type(error).__name__}") from error
+
+
+def _element_counter() -> object:
+    """A ``stop_when`` that refuses files made of countless elements (each costs far more memory than its bytes)."""
+    count = 0
+
+    def stop_when(_tag: object, _vr: object, _length: object) -> bool:
+        nonlocal count
+        count += 1
+        if count > MAX_ELEMENTS:
+            raise IngestError("ingest.unreadable", "too many elements")
+        return False
+
+    return stop_when
+
+
+def _check_complete(dataset: FileDataset, data: bytes) -> None:
+    """Pydicom reads a cut file without a word: find elements that say they are longer than the file."""
+    if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+        cut = "Rows" in dataset and any(tag in data for tag in _PIXEL_TAGS)
+        raise IngestError("ingest.truncated" if cut else "ingest.no_pixel_data")
+    if dataset.file_meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+        return
+    for element in dataset._dict.values():
+        if isinstance(element, RawDataElement) and element.length != 0xFFFFFFFF and element.value_tell + element.length > len(data):
+            raise IngestError("ingest.truncated", f"element {element.tag}")
+
+
+def meta_end(data: bytes) -> int:
+    """Where the data set begins: the end of group 0002, which is always Explicit VR Little Endian (PS3.10 7.1)."""
+    position = _PREAMBLE_BYTES
+    while data[position : position + 2] == b"\x02\x00":
+        if data[position + 4 : position + 6] in (b"OB", b"OW", b"UN", b"SQ", b"UT", b"UC", b"UR", b"OF", b"OD", b"OL"):
+            position += 12 + int.from_bytes(data[position + 8 : position + 12], "little")
+        else:
+            position += 8 + int.from_bytes(data[position + 6 : position + 8], "little")
+    return position
+
+
+def content_digest(data: bytes, transfer_syntax_uid: str) -> str:
+    """SHA-256 of transfer syntax and data set: the same image is the same, whoever wrote the file meta group around it."""
+    digest = hashlib.sha256(transfer_syntax_uid.encode() + b"\0")
+    digest.update(memoryview(data)[meta_end(data) :])
+    return digest.hexdigest()
+
+
+def describe(dataset: FileDataset, notes: tuple[Note, ...] = ()) -> Scan:
+    """What the store indexes and the scope rule asks for; raises IngestError for UIDs that are missing or hostile."""
+    meta = dataset.file_meta
+    if not meta.get("TransferSyntaxUID"):
+        raise IngestError("ingest.unreadable", "no Transfer Syntax UID")
+    transfer_syntax = _uid("TransferSyntaxUID", meta.TransferSyntaxUID)
+    frames = _text(dataset, "NumberOfFrames") or "1"
+    if not re.fullmatch(r"[+]?\d{1,9}", frames):
+        raise IngestError("ingest.pixel_attributes", "NumberOfFrames is no integer")
+    return Scan(
+        study_instance_uid=_uid("StudyInstanceUID", dataset.get("StudyInstanceUID")),
+        series_instance_uid=_uid("SeriesInstanceUID", dataset.get("SeriesInstanceUID")),
+        sop_instance_uid=_uid("SOPInstanceUID", dataset.get("SOPInstanceUID") or meta.get("MediaStorageSOPInstanceUID")),
+        sop_class_uid=_uid("SOPClassUID", dataset.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID")),
+        transfer_syntax_uid=transfer_syntax,
+        patient=Patient(*(_text(dataset, name) for name in ("PatientID", "PatientName", "PatientBirthDate", "PatientSex"))),
+        modality=_text(dataset, "Modality").upper(),
+        body_part_examined=_body_part(dataset),
+        view_position=_view(dataset),
+        patient_age_years=age_years(*(_text(dataset, name) for name in ("PatientAge", "PatientBirthDate", "StudyDate"))),
+        study_date=_text(dataset, "StudyDate"),
+        study_time=_text(dataset, "StudyTime"),
+        accession_number=_text(dataset, "AccessionNumber"),
+        study_description=_text(dataset, "StudyDescription"),
+        series_description=_text(dataset, "SeriesDescription"),
+        rows=int(dataset.get("Rows") or 0),
+        columns=int(dataset.get("Columns") or 0),
+        number_of_frames=int(frames),
+        notes=(*notes, *_photograph(dataset)),
+    )
+
+
+def _uid(keyword: str, value: object) -> str:
+    """A UID as PS3.5 9.1 allows it: digits and dots, at most 64 characters."""
+    text = str(value or "").strip("\0 ")
+    if not text:
+        raise IngestError("ingest.missing_uid", keyword)
+    if len(text) > 64 or not _UID.fullmatch(text):
+        raise IngestError("ingest.invalid_uid", keyword)
+    return text
+
+
+def _text(dataset: Dataset, keyword: str) -> str:
+    """A text value as one line of Unicode without control characters; empty when absent."""
+    value = dataset.get(keyword)
+    values = [str(item) for item in value] if isinstance(value, (list, pydicom.multival.MultiValue)) else [str(value)]
+    text = "" if value is None else " ".join(values)
+    return "".join(char for char in text if char.isprintable()).strip()[:256]
+
+
+def _body_part(dataset: Dataset) -> str:
+    """Body Part Examined, else the meaning of the Anatomic Region Sequence, in capitals."""
+    part = _text(dataset, "BodyPartExamined").upper()
+    regions = dataset.get("AnatomicRegionSequence") or []
+    return part or (_text(regions[0], "CodeMeaning").upper() if regions else "")
+
+
+def _view(dataset: Dataset) -> str:
+    """View Position; else View Code Sequence, Patient Orientation (a row that runs A-P is lateral), or a telling description."""
+    view = _text(dataset, "ViewPosition").upper()
+    if view:
+        return view
+    codes = dataset.get("ViewCodeSequence") or []
+    meaning = _text(codes[0], "CodeMeaning").lower().replace("-", "") if codes else ""
+    for word, position in (("lateral", "LL"), ("posteroanterior", "PA"), ("anteroposterior", "AP")):
+        if word in meaning:
+            return position
+    orientation = _text(dataset, "PatientOrientation").upper()
+    described = " ".join(_text(dataset, name) for name in ("SeriesDescription", "ProtocolName", "AcquisitionDeviceProcessingDescription"))
+    return "LL" if orientation[:1] in ("A", "P") or _LATERAL.search(described) else ""
+
+
+def _photograph(dataset: Dataset) -> tuple[Note, ...]:
+    """Digitised film, scans and video captures (Conversion Type, PS3.3 C.8.6.1) are less exact than the original."""
+    kind = _text(dataset, "ConversionType").upper()
+    return (Note("caution.photograph", kind),) if kind in ("DF", "SI", "SD", "DV", "WSD") else ()

@@ -1,0 +1,288 @@
+"""The queue: which model reads which image, who does it under a lease, and what a finished job leaves behind.
+
+One job per (image, model), so that a repeat can add nothing; a lease that runs out gives the job back; after
+``job_max_attempts`` it is poisoned and shown as failed, and never blocks the ones behind it.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterable
+from dataclasses import fields
+
+from appliance import database as db
+from appliance.database import Database
+from appliance.domain import Finding, Job, JobKind, JobResult, JobState, Note, Patient, Scan, ScanState, utc_now
+from appliance.scope import applies
+from appliance.settings import Settings
+from model_sync.bundle import Manifest
+
+# Of several jobs on one image, the outcome that needs a person most is the image's state.
+_WORST_FIRST = (ScanState.FAILED, ScanState.NOT_ANALYSED, ScanState.QUALITY_REJECTED, ScanState.AI_READY, ScanState.OUT_OF_SCOPE)
+
+
+class JobQueue:
+    """Planning, leasing and ending of jobs over one database; :class:`appliance.store.Store` is the whole."""
+
+    settings: Settings
+    database: Database
+    _manifests: dict[str, Manifest]
+
+    # -- planning ----------------------------------------------------------------------------------------------------
+
+    def close_series(self, series_ids: Iterable[int]) -> int:
+        """The sender says these series are complete: plan their jobs. Returns the number of jobs queued.
+
+        Every active model whose manifest applies gets a job per image; an image no model applies to gets a check of its
+        pixels, after which it is OUT_OF_SCOPE with the reason. Safe to repeat.
+        """
+        planned = 0
+        with self.database.transaction() as tx:
+            manifests = self._active_manifests(tx)
+            for series_id in series_ids:
+                tx.execute("UPDATE series SET open = 0 WHERE id = ?", (series_id,))
+                for row in tx.execute(
+                    "SELECT * FROM instances WHERE series_id = ? AND state = ?", (series_id, ScanState.WAITING.value)
+                ).fetchall():
+                    planned += self._plan(tx, row, manifests)
+        return planned
+
+    def close_idle_series(self) -> int:
+        """Plan every open series that has been silent for ``series_idle_s``. Returns the number of jobs queued."""
+        limit = time.time() - self.settings.series_idle_s
+        rows = self.database.query(
+            "SELECT id FROM series WHERE open = 1 AND (last_received_at < ? OR last_received_at > ?)", limit, time.time() + 1
+        )
+        return self.close_series([row["id"] for row in rows]) if rows else 0
+
+    def _plan(self, tx: sqlite3.Connection, row: sqlite3.Row, manifests: dict[str, Manifest]) -> int:
+        scan = _scan_of(row)
+        verdicts = {digest: applies(manifest.applies_to, scan) for digest, manifest in manifests.items()}
+        fitting = {digest: verdict.notes for digest, verdict in verdicts.items() if verdict.refusal is None}
+        for digest, notes in fitting.items():
+            self._add_job(tx, JobKind.INFER, row["id"], digest, notes, "")
+        if not fitting:
+            refusal = next((verdict.refusal for verdict in verdicts.values() if verdict.refusal), Note("scope.no_model"))
+            self._add_job(tx, JobKind.CHECK, row["id"], "", (refusal,), refusal.code)
+        self._set_state(tx, row["id"], ScanState.QUEUED, None)
+        return max(1, len(fitting))
+
+    @staticmethod
+    def _add_job(tx: sqlite3.Connection, kind: JobKind, instance_id: int, digest: str, notes: tuple[Note, ...], scope_code: str) -> None:
+        tx.execute(
+            "INSERT INTO jobs (kind, instance_id, model_digest, state, scope_code, created_at, notes) VALUES (?,?,?,?,?,?,?)"
+            " ON CONFLICT (instance_id, kind, model_digest) DO NOTHING",
+            (kind.value, instance_id, digest, JobState.QUEUED.value, scope_code, utc_now(), notes_json(notes)),
+        )
+
+    # -- jobs --------------------------------------------------------------------------------------------------------
+
+    def claim_job(self, owner: str, lease_s: float) -> Job | None:
+        """Take the next job under a lease: urgent first, then oldest. Expired leases go back to the queue before.
+
+        Returns None when the queue is empty.
+        """
+        now = time.time()
+        if self.database.one("SELECT 1 FROM jobs WHERE state = 'queued' OR (state = 'running' AND lease_until < ?) LIMIT 1", now) is None:
+            return None
+        with self.database.transaction() as tx:
+            self._release(tx, tx.execute("SELECT * FROM jobs WHERE state = 'running' AND lease_until < ?", (now,)).fetchall(), now)
+            row = tx.execute("SELECT * FROM jobs WHERE state = 'queued' ORDER BY priority DESC, id LIMIT 1").fetchone()
+            if row is None:
+                return None
+            tx.execute(
+                "UPDATE jobs SET state = 'running', attempts = attempts + 1, lease_owner = ?, lease_until = ?, claimed_at = ? WHERE id = ?",
+                (owner, now + lease_s, now, row["id"]),
+            )
+            self._set_state(tx, row["instance_id"], ScanState.RUNNING, None)
+        return Job(
+            row["id"],
+            JobKind(row["kind"]),
+            row["instance_id"],
+            row["model_digest"],
+            row["attempts"] + 1,
+            owner,
+            _notes(row["notes"]),
+            row["scope_code"],
+        )
+
+    def recover_jobs(self) -> int:
+        """Give back every running job, whatever its lease: for the one worker that holds the worker lock, at its start."""
+        rows = self.database.query("SELECT * FROM jobs WHERE state = 'running'")
+        if rows:
+            with self.database.transaction() as tx:
+                self._release(tx, tx.execute("SELECT * FROM jobs WHERE state = 'running'").fetchall(), time.time())
+        return len(rows)
+
+    def _release(self, tx: sqlite3.Connection, rows: list[sqlite3.Row], now: float) -> None:
+        """Put abandoned jobs back, or poison those whose attempts are used up."""
+        for row in rows:
+            late = now - row["claimed_at"] >= self.settings.job_deadline_s
+            self._retry_or_poison(tx, row, Note("job.deadline" if late else "job.crashed"))
+
+    def _retry_or_poison(self, tx: sqlite3.Connection, row: sqlite3.Row, reason: Note) -> None:
+        poisoned = row["attempts"] >= self.settings.job_max_attempts
+        state = JobState.FAILED if poisoned else JobState.QUEUED
+        tx.execute(
+            "UPDATE jobs SET state = ?, lease_owner = '', lease_until = 0, reason = ?, outcome = ?, finished_at = ? WHERE id = ?",
+            (
+                state.value,
+                json.dumps(reason.to_json()),
+                ScanState.FAILED.value if poisoned else None,
+                utc_now() if poisoned else None,
+                row["id"],
+            ),
+        )
+        Database.audit(
+            tx,
+            db.APPLICATION_ACTIVITY,
+            "worker",
+            "E",
+            f"job:{row['id']}",
+            8 if poisoned else 4,
+            reason=reason.code,
+            attempts=row["attempts"],
+        )
+        self._settle(tx, row["instance_id"])
+
+    def fail_job(self, job: Job, reason: Note) -> None:
+        """An attempt failed: back to the queue, or poisoned after ``job_max_attempts``. A lost lease changes nothing."""
+        with self.database.transaction() as tx:
+            row = self._leased(tx, job)
+            if row is not None:
+                self._retry_or_poison(tx, row, reason)
+
+    def finish_job(self, job: Job, result: JobResult) -> bool:
+        """Commit a job's outcome, its findings and the image's state at once.
+
+        Returns False, keeping nothing, when the lease was lost meanwhile: another attempt owns the job then.
+        """
+        with self.database.transaction() as tx:
+            if self._leased(tx, job) is None:
+                return False
+            tx.execute(
+                "UPDATE jobs SET state = ?, outcome = ?, reason = ?, notes = ?, timing_ms = ?, runtime = ?, finished_at = ?,"
+                " lease_owner = '', lease_until = 0 WHERE id = ?",
+                (
+                    JobState.DONE.value,
+                    result.state.value,
+                    json.dumps(result.reason.to_json()) if result.reason else None,
+                    notes_json((*job.notes, *result.notes)),
+                    json.dumps(result.timing_ms),
+                    json.dumps(result.runtime),
+                    utc_now(),
+                    job.id,
+                ),
+            )
+            for finding in result.findings:
+                self._insert_finding(tx, job, finding)
+            Database.audit(
+                tx, db.APPLICATION_ACTIVITY, "worker", "E", f"job:{job.id}", outcome_state=result.state.value, model=job.model_digest[:12]
+            )
+            self._settle(tx, job.instance_id)
+        return True
+
+    def record_store_time(self, job: Job, timing_ms: dict[str, float]) -> None:
+        """Write the times again once the commit that ended the job has been measured too."""
+        with self.database.transaction() as tx:
+            tx.execute("UPDATE jobs SET timing_ms = ? WHERE id = ?", (json.dumps(timing_ms), job.id))
+
+    def retry(self, instance_id: int, actor: str) -> bool:
+        """A person asks for another try of an image's failed jobs. Returns whether there was one."""
+        with self.database.transaction() as tx:
+            changed = tx.execute(
+                "UPDATE jobs SET state = 'queued', attempts = 0, outcome = NULL, finished_at = NULL"
+                " WHERE instance_id = ? AND state = 'failed'",
+                (instance_id,),
+            ).rowcount
+            if changed:
+                Database.audit(tx, db.APPLICATION_ACTIVITY, actor, "E", f"instance:{instance_id}", retried=changed)
+                self._settle(tx, instance_id)
+        return changed > 0
+
+    def pending_jobs(self) -> int:
+        """How many images still wait for their result."""
+        row = self.database.one(
+            "SELECT (SELECT count(*) FROM jobs WHERE state IN ('queued', 'running'))"
+            " + (SELECT count(*) FROM instances WHERE state = 'waiting') AS n"
+        )
+        return int(row["n"]) if row else 0
+
+    @staticmethod
+    def _leased(tx: sqlite3.Connection, job: Job) -> sqlite3.Row | None:
+        row: sqlite3.Row | None = tx.execute(
+            "SELECT * FROM jobs WHERE id = ? AND state = 'running' AND lease_owner = ? AND attempts = ?",
+            (job.id, job.lease_owner, job.attempts),
+        ).fetchone()
+        return row
+
+    @staticmethod
+    def _insert_finding(tx: sqlite3.Connection, job: Job, finding: Finding) -> None:
+        values = {item.name: getattr(finding, item.name) for item in fields(finding) if item.name not in ("id", "job_id")}
+        for name in ("sensitivity", "specificity", "outline"):
+            values[name] = json.dumps(values[name])
+        values["peak"] = json.dumps(finding.peak) if finding.peak else None
+        values["positive"] = int(finding.positive)
+        Database.insert(tx, "findings", job_id=job.id, instance_id=job.instance_id, **values)
+
+    def _settle(self, tx: sqlite3.Connection, instance_id: int) -> None:
+        """Derive an image's state from its jobs: what still runs, then what failed, then what was found."""
+        jobs = tx.execute("SELECT state, outcome, reason FROM jobs WHERE instance_id = ?", (instance_id,)).fetchall()
+        states = [JobState(job["state"]) for job in jobs]
+        if JobState.RUNNING in states:
+            self._set_state(tx, instance_id, ScanState.RUNNING, None)
+        elif JobState.QUEUED in states:
+            self._set_state(tx, instance_id, ScanState.QUEUED, None)
+        else:
+            worst = min(jobs, key=lambda job: _WORST_FIRST.index(ScanState(job["outcome"])))
+            self._set_state(tx, instance_id, ScanState(worst["outcome"]), worst["reason"])
+
+    def _set_state(self, tx: sqlite3.Connection, instance_id: int, state: ScanState, reason: str | None) -> None:
+        tx.execute("UPDATE instances SET state = ?, reason = ? WHERE id = ?", (state.value, reason, instance_id))
+        tx.execute(
+            "UPDATE studies SET revision = ?"
+            " WHERE id = (SELECT s.study_id FROM series s JOIN instances i ON i.series_id = s.id WHERE i.id = ?)",
+            (next_revision(tx), instance_id),
+        )
+
+    def _active_manifests(self, tx: sqlite3.Connection) -> dict[str, Manifest]:
+        rows = tx.execute("SELECT digest, manifest FROM models WHERE state = 'active' ORDER BY name").fetchall()
+        for row in rows:
+            if row["digest"] not in self._manifests:
+                self._manifests[row["digest"]] = Manifest.model_validate_json(row["manifest"])
+        return {row["digest"]: self._manifests[row["digest"]] for row in rows}
+
+
+def notes_json(notes: Iterable[Note]) -> str:
+    """Notes as stored: a JSON list, each once."""
+    return json.dumps([note.to_json() for note in dict.fromkeys(notes)], ensure_ascii=False)
+
+
+def _notes(text: str) -> tuple[Note, ...]:
+    return tuple(Note(item["code"], item["detail"]) for item in json.loads(text))
+
+
+def _scan_of(row: sqlite3.Row) -> Scan:
+    """What the scope rule needs of a stored image."""
+    return Scan(
+        study_instance_uid="",
+        series_instance_uid="",
+        sop_instance_uid=row["sop_instance_uid"],
+        sop_class_uid=row["sop_class_uid"],
+        transfer_syntax_uid=row["transfer_syntax_uid"],
+        patient=Patient(),
+        modality=row["modality"],
+        body_part_examined=row["body_part_examined"],
+        view_position=row["view_position"],
+        patient_age_years=row["patient_age_years"],
+        number_of_frames=row["number_of_frames"],
+        notes=_notes(row["notes"]),
+    )
+
+
+def next_revision(tx: sqlite3.Connection) -> int:
+    """The number of a change that people can see."""
+    row = tx.execute("UPDATE meta SET value = CAST(value AS INTEGER) + 1 WHERE key = 'revision' RETURNING value").fetchone()
+    return int(row["value"])

@@ -1,0 +1,81 @@
+"""What every process of the box does to itself: log as JSON, hold a lock, keep under its memory cap, die with its parent."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import IO, Final
+
+from appliance.domain import utc_now
+from appliance.errors import ApplianceError
+
+_PR_SET_PDEATHSIG: Final = 1
+_FIELDS: Final = ("job", "code", "process", "exit_code", "state", "seconds", "peer", "port", "count", "status")
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line; only fields on the allow-list, so that no patient data slips into a log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record with its message, allowed extras, and the place (never the values) of an exception."""
+        entry: dict[str, object] = {"at": utc_now(), "level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        entry |= {name: value for name in _FIELDS if (value := getattr(record, name, None)) is not None}
+        if record.exc_info and record.exc_info[0] is not None:
+            entry["exception"] = record.exc_info[0].__name__
+            frame = record.exc_info[2]
+            while frame and frame.tb_next:
+                frame = frame.tb_next
+            if frame:
+                entry["where"] = f"{Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}"
+        return json.dumps(entry, ensure_ascii=False)
+
+
+def start_logging(level: int = logging.INFO) -> None:
+    """Send the box's log to standard error as JSON lines."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    for chatty in ("pynetdicom", "pydicom", "highdicom", "PIL"):  # their messages quote values of the data set
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)
+
+
+def limit_memory(limit_bytes: int) -> None:
+    """Cap this process's private memory (RLIMIT_DATA): a hostile file gets a MemoryError, not the machine."""
+    resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
+
+
+def die_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the parent dies, so that a killed supervisor leaves no orphans on the ports."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class Lock:
+    """An exclusive lock on one role of a data directory; the kernel drops it when the process dies, however it dies.
+
+    Raises:
+        ApplianceError: ``box.busy`` when another process holds it.
+    """
+
+    def __init__(self, data_dir: Path, role: str) -> None:
+        path = data_dir / "run" / f"{role}.lock"
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._file: IO[str] = open(path, "a")  # noqa: SIM115 - held open for as long as the lock is held
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise ApplianceError("box.busy", f"{role}, {data_dir}") from error
+        self._file.truncate(0)
+        self._file.write(str(os.getpid()))
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let go of the lock."""
+        self._file.close()

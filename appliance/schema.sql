@@ -1,0 +1,131 @@
+-- The box's database. Numbered migrations, append only: a block is never edited once it has shipped.
+-- Each block runs in one transaction; PRAGMA user_version records the last one applied.
+
+-- migration 1: first light
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+INSERT INTO meta VALUES ('revision', '0');
+
+CREATE TABLE studies (
+  id INTEGER PRIMARY KEY,
+  study_instance_uid TEXT NOT NULL,
+  patient_key TEXT NOT NULL,          -- two patients under one UID stay two studies
+  patient_id TEXT NOT NULL, patient_name TEXT NOT NULL, patient_birth_date TEXT NOT NULL, patient_sex TEXT NOT NULL,
+  patient_age_years REAL,
+  study_date TEXT NOT NULL, study_time TEXT NOT NULL, accession_number TEXT NOT NULL, study_description TEXT NOT NULL,
+  received_at TEXT NOT NULL,
+  patient_mismatch INTEGER NOT NULL DEFAULT 0,
+  revision INTEGER NOT NULL,          -- rises with every change a person can see
+  UNIQUE (study_instance_uid, patient_key)
+) STRICT;
+CREATE INDEX studies_by_revision ON studies (revision);
+
+CREATE TABLE series (
+  id INTEGER PRIMARY KEY,
+  study_id INTEGER NOT NULL REFERENCES studies (id),
+  series_instance_uid TEXT NOT NULL,
+  modality TEXT NOT NULL, series_description TEXT NOT NULL,
+  last_received_at REAL NOT NULL,     -- seconds since the epoch, for the idle rule
+  open INTEGER NOT NULL DEFAULT 1,
+  UNIQUE (study_id, series_instance_uid)
+) STRICT;
+CREATE INDEX series_open ON series (last_received_at) WHERE open = 1;
+
+CREATE TABLE instances (
+  id INTEGER PRIMARY KEY,
+  series_id INTEGER NOT NULL REFERENCES series (id),
+  sop_instance_uid TEXT NOT NULL, sop_class_uid TEXT NOT NULL, transfer_syntax_uid TEXT NOT NULL,
+  content_sha256 TEXT NOT NULL,       -- of transfer syntax and data set, without the file meta group
+  bytes INTEGER NOT NULL,
+  modality TEXT NOT NULL, body_part_examined TEXT NOT NULL, view_position TEXT NOT NULL,
+  image_rows INTEGER NOT NULL, image_columns INTEGER NOT NULL, number_of_frames INTEGER NOT NULL,
+  patient_age_years REAL,
+  source_kind TEXT NOT NULL, source_actor TEXT NOT NULL,
+  received_at TEXT NOT NULL,
+  conflict INTEGER NOT NULL DEFAULT 0,
+  state TEXT NOT NULL,
+  reason TEXT,                        -- JSON note
+  notes TEXT NOT NULL,                -- JSON notes made at the door
+  ingest_ms REAL NOT NULL,
+  UNIQUE (sop_instance_uid, content_sha256)
+) STRICT;
+CREATE INDEX instances_by_series ON instances (series_id);
+CREATE INDEX instances_by_state ON instances (state);
+
+CREATE TABLE models (
+  digest TEXT PRIMARY KEY,
+  name TEXT NOT NULL, version TEXT NOT NULL,
+  directory TEXT NOT NULL,            -- relative to the data directory
+  manifest TEXT NOT NULL,
+  precision TEXT NOT NULL, runtime TEXT NOT NULL,
+  state TEXT NOT NULL CHECK (state IN ('active', 'previous', 'retired')),
+  self_test TEXT NOT NULL,            -- JSON: what was measured before it was trusted
+  activated_at TEXT NOT NULL
+) STRICT;
+CREATE UNIQUE INDEX one_active_model_per_name ON models (name) WHERE state = 'active';
+
+CREATE TABLE jobs (
+  id INTEGER PRIMARY KEY,
+  kind TEXT NOT NULL,
+  instance_id INTEGER NOT NULL REFERENCES instances (id),
+  model_digest TEXT NOT NULL,         -- '' for a check
+  priority INTEGER NOT NULL DEFAULT 0,
+  state TEXT NOT NULL,
+  scope_code TEXT NOT NULL DEFAULT '',-- why a check is only a check
+  attempts INTEGER NOT NULL DEFAULT 0,
+  lease_owner TEXT NOT NULL DEFAULT '',
+  lease_until REAL NOT NULL DEFAULT 0,
+  claimed_at REAL NOT NULL DEFAULT 0,
+  created_at TEXT NOT NULL, finished_at TEXT,
+  outcome TEXT,                       -- the scan state this job ended in
+  reason TEXT, notes TEXT NOT NULL, timing_ms TEXT, runtime TEXT,
+  UNIQUE (instance_id, kind, model_digest)
+) STRICT;
+CREATE INDEX jobs_queue ON jobs (priority DESC, id) WHERE state = 'queued';
+CREATE INDEX jobs_running ON jobs (lease_until) WHERE state = 'running';
+
+CREATE TABLE findings (
+  id INTEGER PRIMARY KEY,
+  job_id INTEGER NOT NULL REFERENCES jobs (id),
+  instance_id INTEGER NOT NULL REFERENCES instances (id),
+  label TEXT NOT NULL, code TEXT NOT NULL, title_zh TEXT NOT NULL, title_en TEXT NOT NULL,
+  score REAL NOT NULL, threshold REAL NOT NULL, positive INTEGER NOT NULL,
+  sensitivity TEXT NOT NULL, specificity TEXT NOT NULL, measured_on TEXT NOT NULL,
+  model TEXT NOT NULL, model_version TEXT NOT NULL, model_digest TEXT NOT NULL,
+  precision TEXT NOT NULL, runtime TEXT NOT NULL,
+  peak TEXT, outline TEXT NOT NULL, heatmap_png BLOB NOT NULL,
+  UNIQUE (job_id, label)
+) STRICT;
+CREATE INDEX findings_by_instance ON findings (instance_id);
+
+CREATE TABLE rejections (
+  id INTEGER PRIMARY KEY,
+  at TEXT NOT NULL,
+  source_kind TEXT NOT NULL, source_actor TEXT NOT NULL, name TEXT NOT NULL,
+  bytes INTEGER NOT NULL, code TEXT NOT NULL, detail TEXT NOT NULL
+) STRICT;
+
+CREATE TABLE users (
+  id INTEGER PRIMARY KEY,
+  username TEXT NOT NULL UNIQUE COLLATE NOCASE,
+  password_hash TEXT NOT NULL,
+  role TEXT NOT NULL,
+  must_change INTEGER NOT NULL,
+  failures INTEGER NOT NULL DEFAULT 0,
+  locked_until REAL NOT NULL DEFAULT 0,
+  created_at TEXT NOT NULL
+) STRICT;
+
+CREATE TABLE sessions (
+  token_sha256 TEXT PRIMARY KEY,
+  user_id INTEGER NOT NULL REFERENCES users (id),
+  created_at REAL NOT NULL,
+  seen_at REAL NOT NULL
+) STRICT;
+
+CREATE TABLE audit (
+  seq INTEGER PRIMARY KEY,
+  entry TEXT NOT NULL,                -- canonical JSON
+  digest TEXT NOT NULL                -- SHA-256 of the digest before it and this entry
+) STRICT;
+CREATE TRIGGER audit_no_update BEFORE UPDATE ON audit BEGIN SELECT RAISE (ABORT, 'the audit is append-only'); END;
+CREATE TRIGGER audit_no_delete BEFORE DELETE ON audit BEGIN SELECT RAISE (ABORT, 'the audit is append-only'); END;

@@ -1,0 +1,215 @@
+"""The one place where scans, jobs, findings and models live: durable before acknowledged, and nothing lost or doubled.
+
+Every change and its audit entry share one transaction. The same image twice is one image; the same SOP Instance UID with
+other content is kept beside the first and flagged. One job per (image, model): a repeat can add nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+import time
+from dataclasses import asdict
+from typing import Any, Final
+
+from appliance import database as db
+from appliance.content import ContentFiles
+from appliance.database import Database, store_error
+from appliance.domain import Note, Scan, ScanState, Source, Stored, utc_now
+from appliance.errors import StoreError
+from appliance.jobs import JobQueue, next_revision, notes_json
+from appliance.settings import Settings
+from model_sync.bundle import Manifest
+
+DATABASE_NAME: Final = "box.sqlite3"
+
+
+class Store(JobQueue):
+    """The durable state of one box.
+
+    Args:
+        settings: where the data directory is, and its limits.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        try:
+            settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise store_error(error) from error
+        self.content = ContentFiles(settings.data_dir)
+        self.database = Database(settings.data_dir / DATABASE_NAME)
+        self._manifests: dict[str, Manifest] = {}
+
+    def close(self) -> None:
+        """Close this thread's database connection."""
+        self.database.close()
+
+    # -- scans -------------------------------------------------------------------------------------------------------
+
+    def check_space(self, incoming_bytes: int) -> None:
+        """Refuse before anything is written when the disk would fall below the reserve; nothing is ever deleted for room."""
+        free = shutil.disk_usage(self.settings.data_dir).free
+        if free - incoming_bytes < self.settings.disk_reserve_bytes:
+            raise StoreError("ingest.disk_full", f"{free >> 20} MiB free")
+
+    def add_instance(self, scan: Scan, content_sha256: str, data: bytes, source: Source, started: float) -> Stored:
+        """Make one scan durable: encrypted file, fsync, rename, fsync; then row and audit entry in one transaction.
+
+        Args:
+            scan: what the door read from it.
+            content_sha256: digest of transfer syntax and data set (64 hex digits).
+            data: the DICOM file, byte for byte.
+            source: who brought it.
+            started: ``time.perf_counter()`` when its last byte arrived, for the ingest time.
+
+        Raises:
+            StoreError: nothing was kept and nothing may be acknowledged.
+        """
+        known = self.database.one(
+            "SELECT id FROM instances WHERE sop_instance_uid = ? AND content_sha256 = ?", scan.sop_instance_uid, content_sha256
+        )
+        if known is None:
+            self.check_space(len(data))
+            self.content.write(content_sha256, data)
+        with self.database.transaction() as tx:
+            row = tx.execute(
+                "SELECT id FROM instances WHERE sop_instance_uid = ? AND content_sha256 = ?", (scan.sop_instance_uid, content_sha256)
+            ).fetchone()
+            if row:
+                return self._stored(tx, row["id"], "duplicate")
+            conflict = tx.execute("SELECT 1 FROM instances WHERE sop_instance_uid = ?", (scan.sop_instance_uid,)).fetchone() is not None
+            series_id = self._series(tx, scan)
+            instance_id = self._insert_instance(tx, scan, series_id, content_sha256, len(data), source, conflict, started)
+            Database.audit(
+                tx,
+                db.DATA_IMPORT,
+                source.actor,
+                "C",
+                f"instance:{instance_id}",
+                4 if conflict else 0,
+                source=source.kind,
+                bytes=len(data),
+                conflict=conflict,
+            )
+            return self._stored(tx, instance_id, "conflict" if conflict else "stored")
+
+    def _stored(self, tx: sqlite3.Connection, instance_id: int, outcome: Any) -> Stored:
+        row = tx.execute(
+            "SELECT i.id, i.series_id, s.study_id FROM instances i JOIN series s ON s.id = i.series_id WHERE i.id = ?", (instance_id,)
+        ).fetchone()
+        return Stored(row["id"], row["series_id"], row["study_id"], outcome)
+
+    def _series(self, tx: sqlite3.Connection, scan: Scan) -> int:
+        """The row of the scan's series, its study made first where needed; reopened for planning."""
+        study_id = self._study(tx, scan)
+        tx.execute(
+            "INSERT INTO series (study_id, series_instance_uid, modality, series_description, last_received_at) VALUES (?, ?, ?, ?, ?)"
+            " ON CONFLICT (study_id, series_instance_uid) DO UPDATE SET last_received_at = excluded.last_received_at, open = 1",
+            (study_id, scan.series_instance_uid, scan.modality, scan.series_description, time.time()),
+        )
+        row = tx.execute(
+            "SELECT id FROM series WHERE study_id = ? AND series_instance_uid = ?", (study_id, scan.series_instance_uid)
+        ).fetchone()
+        return int(row["id"])
+
+    def _study(self, tx: sqlite3.Connection, scan: Scan) -> int:
+        patient, revision = scan.patient, next_revision(tx)
+        Database.insert(
+            tx, "studies", "ON CONFLICT (study_instance_uid, patient_key) DO UPDATE SET revision = excluded.revision",
+            study_instance_uid=scan.study_instance_uid, patient_key=patient.key, **asdict(patient),
+            patient_age_years=scan.patient_age_years, study_date=scan.study_date, study_time=scan.study_time, accession_number=scan.accession_number,
+            study_description=scan.study_description, received_at=utc_now(), revision=revision,
+        )  # fmt: skip
+        tx.execute(
+            "UPDATE studies SET patient_mismatch = 1"
+            " WHERE study_instance_uid = ?1 AND (SELECT count(*) FROM studies WHERE study_instance_uid = ?1) > 1",
+            (scan.study_instance_uid,),
+        )
+        row = tx.execute(
+            "SELECT id FROM studies WHERE study_instance_uid = ? AND patient_key = ?", (scan.study_instance_uid, patient.key)
+        ).fetchone()
+        return int(row["id"])
+
+    def _insert_instance(
+        self, tx: sqlite3.Connection, scan: Scan, series_id: int, sha256: str, size: int, source: Source, conflict: bool, started: float
+    ) -> int:
+        state = ScanState.NOT_ANALYSED if conflict else ScanState.WAITING
+        reason = json.dumps(Note("ingest.conflict").to_json()) if conflict else None
+        return Database.insert(
+            tx, "instances", series_id=series_id, sop_instance_uid=scan.sop_instance_uid, sop_class_uid=scan.sop_class_uid,
+            transfer_syntax_uid=scan.transfer_syntax_uid, content_sha256=sha256, bytes=size, modality=scan.modality,
+            body_part_examined=scan.body_part_examined, view_position=scan.view_position, image_rows=scan.rows, image_columns=scan.columns,
+            number_of_frames=scan.number_of_frames, patient_age_years=scan.patient_age_years, source_kind=source.kind,
+            source_actor=source.actor, received_at=utc_now(), conflict=int(conflict), state=state.value, reason=reason,
+            notes=notes_json(scan.notes), ingest_ms=(time.perf_counter() - started) * 1000,
+        )  # fmt: skip
+
+    def add_rejection(self, source: Source, size: int, code: str, detail: str) -> None:
+        """Record that a file was refused, so that nobody wonders where it went; its content is not kept."""
+        with self.database.transaction() as tx:
+            cursor = tx.execute(
+                "INSERT INTO rejections (at, source_kind, source_actor, name, bytes, code, detail) VALUES (?,?,?,?,?,?,?)",
+                (utc_now(), source.kind, source.actor, source.name, size, code, detail[:500]),
+            )
+            Database.audit(tx, db.DATA_IMPORT, source.actor, "C", f"rejection:{cursor.lastrowid}", 4, source=source.kind, code=code)
+
+    def read_instance(self, instance_id: int) -> bytes:
+        """The DICOM file of one image, byte for byte as it came; raises StoreError."""
+        row = self.database.one("SELECT content_sha256 FROM instances WHERE id = ?", instance_id)
+        if row is None:
+            raise StoreError("store.missing", f"instance {instance_id}")
+        return self.content.read(row["content_sha256"])
+
+    # -- models ------------------------------------------------------------------------------------------------------
+
+    def models(self) -> list[sqlite3.Row]:
+        """Every model this box knows, newest activation first."""
+        return self.database.query("SELECT * FROM models ORDER BY activated_at DESC")
+
+    def model(self, digest: str) -> sqlite3.Row:
+        """One model's row; raises StoreError ``model.unknown``."""
+        row = self.database.one("SELECT * FROM models WHERE digest = ?", digest)
+        if row is None:
+            raise StoreError("model.unknown", digest[:12])
+        return row
+
+    def switch_model(self, values: dict[str, str], actor: str) -> None:
+        """Put a proven model to work: pointer, the one before it, and audit in one transaction.
+
+        Args:
+            values: the columns of ``models`` except ``state`` and ``activated_at``.
+            actor: who asked for it.
+        """
+        with self.database.transaction() as tx:
+            tx.execute(
+                "UPDATE models SET state = 'retired' WHERE name = ? AND state = 'previous' AND digest != ?",
+                (values["name"], values["digest"]),
+            )
+            tx.execute(
+                "UPDATE models SET state = 'previous' WHERE name = ? AND state = 'active' AND digest != ?",
+                (values["name"], values["digest"]),
+            )
+            Database.insert(
+                tx, "models",
+                "ON CONFLICT (digest) DO UPDATE SET state = 'active', self_test = excluded.self_test,"
+                " activated_at = excluded.activated_at, precision = excluded.precision, runtime = excluded.runtime",
+                **values, state="active", activated_at=utc_now(),
+            )  # fmt: skip
+            Database.audit(
+                tx,
+                db.SECURITY_ALERT,
+                actor,
+                "U",
+                f"model:{values['digest'][:12]}",
+                type="110131",
+                type_meaning="Software Configuration",
+                name=values["name"],
+                version=values["version"],
+            )
+
+    def record(self, event: tuple[str, str], actor: str, action: str, obj: str, outcome: int = 0, **detail: Any) -> None:
+        """Append an audit entry that goes with no other change (a look at a study, a failed self-test)."""
+        with self.database.transaction() as tx:
+            Database.audit(tx, event, actor, action, obj, outcome, **detail)

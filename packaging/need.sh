@@ -1,0 +1,35 @@
+#!/bin/sh
+# Make sure that the system has what pip cannot bring: by apt when root, otherwise say in one line what to install.
+#   need.sh venv PYTHON    Python >= 3.10 with venv
+#   need.sh test           Chromium, Chinese fonts and dcmtk for the tests
+set -eu
+
+install() { # install WHY PACKAGE...
+    why=$1; shift
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "Installing $* ($why) ..."
+        apt-get update -q >/dev/null
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "$@" >/dev/null
+    else
+        echo "Please install ($why): sudo apt-get install $*" >&2
+        exit 1
+    fi
+}
+
+case $1 in
+venv)
+    python=$2
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed; try: make PYTHON=python3.11" >&2; exit 1; }
+    "$python" -c 'import ensurepip, venv' 2>/dev/null || install "Python's venv" python3-venv
+    ;;
+test)
+    missing=
+    command -v chromium >/dev/null || command -v chromium-browser >/dev/null || missing="$missing chromium"
+    command -v storescu >/dev/null || missing="$missing dcmtk"
+    fc-list 2>/dev/null | grep -qi 'noto.*cjk' || missing="$missing fonts-noto-cjk fontconfig"
+    # shellcheck disable=SC2086 # a list of words is meant
+    [ -z "$missing" ] || install "for the tests" $missing
+    ;;
+*)
+    echo "usage: need.sh venv PYTHON | test" >&2; exit 2 ;;
+esac

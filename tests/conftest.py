@@ -1,0 +1,53 @@
+"""What several rooms' tests need: real scans where they stand beside the clone, a fresh box, the built viewer, Chromium."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from appliance.settings import Settings
+from appliance.store import Store
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The real scans and models that stand beside the project's own clone; no user's clone has them."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("needs the real scans of ../shared, which this clone does not have beside it")
+    return SHARED
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Settings of a fresh box in a folder of its own, on ports the kernel chooses."""
+    return Settings.parse({"data_dir": tmp_path / "box", "web_port": 0, "dicom_port": 0, "disk_reserve_bytes": 0})
+
+
+@pytest.fixture
+def store(settings: Settings) -> Iterator[Store]:
+    """A fresh store."""
+    fresh = Store(settings)
+    yield fresh
+    fresh.close()
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The path of Debian's Chromium (`make setup-test` installs it)."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    assert path, "Chromium is missing: run `make setup-test`"
+    return path
+
+
+@pytest.fixture(scope="session")
+def built_viewer() -> Path:
+    """The viewer as make built it."""
+    directory = ROOT / "webui" / "static" / "viewer"
+    assert (directory / "viewer.js").is_file(), "the viewer is not built: run `make viewer`"
+    return directory
