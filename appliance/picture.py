@@ -62,9 +62,11 @@ def _describe(image: Any, form: PictureForm, conversion: Any) -> None:
         if form.view in ("LL", "RL"):
             image.PatientOrientation = ["A", "F"]
     # A clock in the object would make the same picture another content tomorrow.
-    for name in ("InstanceCreationDate", "InstanceCreationTime", "ContentDate", "ContentTime", "SeriesDate", "SeriesTime"):
+    for name in ("InstanceCreationDate", "InstanceCreationTime", "ContentDate", "ContentTime", "SeriesDate", "SeriesTime", "DateOfSecondaryCapture", "TimeOfSecondaryCapture"):
         if name in image:
             del image[name]
+    for equipment in image.get("ContributingEquipmentSequence", []):
+        del equipment.ContributionDateTime
 
 
 def _grey(data: bytes) -> NDArray[np.uint8] | NDArray[np.uint16]:

@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import IO, Final
 
@@ -42,6 +43,8 @@ def start_logging(level: int = logging.INFO) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    for chatty in ("pydicom", "highdicom", "PIL"):
+        warnings.filterwarnings("ignore", module=chatty)
     for chatty in ("pynetdicom", "pydicom", "highdicom", "PIL"):  # their messages quote values of the data set
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
 

@@ -150,6 +150,7 @@ try:
         add(store, number)
 except StoreError as error:
     print(error.code)
+ballast.close()
 (box / "ballast").unlink()
 stored = [row["sop_instance_uid"] for row in store.database.query("SELECT sop_instance_uid FROM instances ORDER BY id")]
 print(stored == [f"1.{n}" for n in range(1, number)], store.read_instance(1) == b"DICM" * 100)

@@ -1,0 +1,60 @@
+"""What can go wrong between the model library and a box, split by what the box has to do about it.
+
+::
+
+    ModelSyncError
+    ├── LibraryUnreachable   keep the model and try again later
+    ├── TrustError           keep the model and raise the alarm
+    ├── BundleError          the files of one model version are not what they say they are
+    └── PublishError         the central team's publication was refused
+"""
+
+from __future__ import annotations
+
+
+class ModelSyncError(Exception):
+    """Base of every error of this package.
+
+    Attributes:
+        message: What happened, in one sentence.
+        hint: What the person who reads it should do now.
+    """
+
+    def __init__(self, message: str, *, hint: str) -> None:
+        """Keep the message and the hint apart, so that each edge can lay them out its own way."""
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        """Return the message followed by the hint, the way a command line shows it."""
+        return f"{self.message}\nhint: {self.hint}"
+
+
+class LibraryUnreachable(ModelSyncError):  # noqa: N818  (the name is fixed by the design: it is a state of the line)
+    """The library did not answer, or not with what was asked for: nothing is wrong with the model in use."""
+
+
+class TrustError(ModelSyncError):
+    """Metadata or a file failed its signature, expiry, version or digest check: somebody has to look."""
+
+
+class BundleError(ModelSyncError):
+    """A bundle directory is incomplete, altered, or its manifest is not valid.
+
+    Attributes:
+        code: A stable key such as ``bundle.digest_mismatch``; texts for people are looked up by it.
+    """
+
+    def __init__(self, code: str, message: str, hint: str) -> None:
+        """Keep the coded reason beside the sentence."""
+        super().__init__(message, hint=hint)
+        self.code = code
+
+    def __str__(self) -> str:
+        """Return code, message and hint."""
+        return f"[{self.code}] {super().__str__()}"
+
+
+class PublishError(ModelSyncError):
+    """A publication was refused before anything was signed."""

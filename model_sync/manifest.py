@@ -1,0 +1,360 @@
+"""The schema of ``manifest.json``: what a model is for, how it is fed, and from which score on it calls a finding.
+
+It is read strictly: an unknown field, a duplicate key, a number where a text belongs or a cross-reference that leads
+nowhere is an error, because a box must never guess what a model is for (R28) or where it cuts (R29).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from itertools import pairwise
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field, StringConstraints, ValidationError, model_validator
+from typing_extensions import Self
+
+from model_sync.errors import BundleError
+from model_sync.input_spec import InputSpec, NonEmpty, Positive, Strict
+
+MANIFEST_NAME = "manifest.json"
+REQUIRED_DOCUMENTS = ("MODEL_CARD.md", "gate.json")
+
+Precision: TypeAlias = Literal["fp32", "fp16", "int8", "mixed"]
+# Each segment starts with a letter or a digit: that alone rules out "..", hidden files and absolute paths.
+_SEGMENT = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+RelativePath: TypeAlias = Annotated[str, StringConstraints(pattern=rf"^{_SEGMENT}(/{_SEGMENT})*$", max_length=200)]
+Sha256: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+SemVer: TypeAlias = Annotated[
+    str, StringConstraints(pattern=r"^(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?$")
+]
+Identifier: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+Uid: TypeAlias = Annotated[str, StringConstraints(pattern=r"^(0|[1-9]\d*)(\.(0|[1-9]\d*))+$", max_length=64)]
+CodeString: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[A-Z0-9_ ]{1,16}$")]
+Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]
+Count: TypeAlias = Annotated[int, Field(ge=0)]
+Missing: TypeAlias = Literal["assume", "out_of_scope"]
+Outside: TypeAlias = Literal["caution", "out_of_scope"]
+
+
+class Text(Strict):
+    """A text for people, in both languages of the product."""
+
+    zh: NonEmpty
+    en: NonEmpty
+
+
+class Code(Strict):
+    """A coded concept: SNOMED CT (scheme SCT) or RadLex, as it goes into the structured report."""
+
+    scheme: Literal["SCT", "RADLEX"]
+    value: NonEmpty
+    meaning: NonEmpty
+
+
+class Label(Strict):
+    """One thing the model looks for."""
+
+    name: Identifier
+    title: Text
+    code: Code
+
+
+class AgeRange(Strict):
+    """Ages in years that the training data supports, and what to do with the others."""
+
+    min_years: Annotated[float, Field(ge=0)]
+    max_years: Annotated[float, Field(gt=0, le=150)]
+    outside: Outside
+    absent: Outside
+    note: Text
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_years >= self.max_years:
+            raise ValueError("min_years must be below max_years")
+        return self
+
+
+class AppliesTo(Strict):
+    """Which images the model may read, in the terms of the DICOM header, and what to assume when a tag is absent."""
+
+    modality: Annotated[list[CodeString], Field(min_length=1)]
+    sop_class_uid: Annotated[list[Uid], Field(min_length=1)]
+    body_part: Annotated[list[CodeString], Field(min_length=1)]
+    view_position: list[CodeString]
+    when_body_part_absent: Missing
+    assumed_body_part: str
+    when_view_absent: Missing
+    assumed_view: str
+    age: AgeRange
+
+    @model_validator(mode="after")
+    def _assumptions_are_in_scope(self) -> Self:
+        if self.when_body_part_absent == "assume" and self.assumed_body_part not in self.body_part:
+            raise ValueError("assumed_body_part must be one of body_part")
+        if self.when_view_absent == "assume" and self.assumed_view not in self.view_position:
+            raise ValueError("assumed_view must be one of view_position")
+        return self
+
+
+class OutputSpec(Strict):
+    """One output tensor; a text in ``shape`` is a dimension that varies."""
+
+    name: NonEmpty
+    kind: Literal["probability", "cam"]
+    shape: Annotated[list[Positive | NonEmpty], Field(min_length=1)]
+
+
+class Explain(Strict):
+    """The output that carries the class activation map."""
+
+    output: NonEmpty
+    kind: Literal["cam"]
+
+
+class Interval(Strict):
+    """A measured fraction with its 95 % confidence interval (Wilson)."""
+
+    value: Fraction
+    low: Fraction
+    high: Fraction
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.low <= self.value <= self.high:
+            raise ValueError("an interval needs low <= value <= high")
+        return self
+
+
+class SourceMeasure(Strict):
+    """The operating point as measured within one source of pictures; None where a class is missing there."""
+
+    source: NonEmpty
+    n_positive: Count
+    n_negative: Count
+    sensitivity: Interval | None
+    specificity: Interval | None
+    auc: Fraction | None
+
+
+class OperatingPoint(Strict):
+    """The score from which on a label is called positive. It belongs to this version alone (R29)."""
+
+    label: Identifier
+    threshold: Annotated[float, Field(gt=0, lt=1)]
+    sensitivity: Interval
+    specificity: Interval
+    measured_on: NonEmpty
+    per_source: list[SourceMeasure]
+
+
+class Variant(Strict):
+    """The weights in one precision; ``gate`` names the record that shows it agrees with the float model."""
+
+    precision: Precision
+    file: RelativePath
+    sha256: Sha256
+    recipe: NonEmpty
+    gate: RelativePath | None
+
+
+class Golden(Strict):
+    """A picture with a known answer. ``tolerance`` is the largest allowed deviation of a probability per precision."""
+
+    input: RelativePath
+    sha256: Sha256
+    expected: dict[str, Fraction]
+    tolerance: dict[Precision, Annotated[float, Field(gt=0, le=1)]]
+
+
+class ScoreHistogram(Strict):
+    """How the scores of a label were distributed when the model was made: what drift is measured against (R31)."""
+
+    label: Identifier
+    edges: Annotated[list[float], Field(min_length=2)]
+    counts: Annotated[list[Count], Field(min_length=1)]
+    measured_on: NonEmpty
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(self.edges) != len(self.counts) + 1 or not sum(self.counts):
+            raise ValueError("a histogram needs one more edge than counts, and at least one count")
+        if any(low >= high for low, high in pairwise(self.edges)):
+            raise ValueError("the edges of a histogram must rise")
+        return self
+
+
+class TrainingSource(Strict):
+    """Where some of the training pictures come from, and under which licence."""
+
+    name: NonEmpty
+    n_images: Count
+    licence: NonEmpty
+
+
+class TrainingData(Strict):
+    """What the model learned from."""
+
+    description: Text
+    n_images: Count
+    sources: list[TrainingSource]
+
+
+class Registration(Strict):
+    """The product's registration as a medical device; None where there is none."""
+
+    number: str | None
+    device_class: str | None
+    pccp_id: str | None
+
+
+class Document(Strict):
+    """Any other file of the bundle: model card, gate record, engine."""
+
+    file: RelativePath
+    sha256: Sha256
+
+
+class Manifest(Strict):
+    """``manifest.json``, schema 1."""
+
+    schema_: Literal[1] = Field(alias="schema")
+    name: Identifier
+    version: SemVer
+    task: Literal["classification", "detection", "segmentation", "measurement"]
+    title: Text
+    labels: Annotated[list[Label], Field(min_length=1)]
+    applies_to: AppliesTo
+    intended_use: Text
+    registration: Registration
+    change_kind: Literal["algorithm", "data"]
+    input: InputSpec
+    outputs: Annotated[list[OutputSpec], Field(min_length=1)]
+    explain: Explain | None
+    operating_points: list[OperatingPoint]
+    variants: Annotated[list[Variant], Field(min_length=1)]
+    golden: Annotated[list[Golden], Field(min_length=1)]
+    reference_scores: list[ScoreHistogram]
+    training_data: TrainingData
+    licence: NonEmpty
+    min_appliance_version: SemVer
+    documents: list[Document]
+
+    @classmethod
+    def parse(cls, raw: bytes) -> Manifest:
+        """Read the bytes of a ``manifest.json``.
+
+        Raises:
+            BundleError: ``bundle.manifest_invalid``, naming each field that is wrong.
+        """
+        try:
+            manifest = cls.model_validate_json(raw, strict=True)
+            json.loads(raw, object_pairs_hook=_refuse_duplicate_keys)
+        except ValidationError as error:
+            wrong = [f"{_where(e['loc'])}: {e['msg']}" for e in error.errors(include_url=False)]
+            raise invalid_manifest("; ".join(wrong[:10])) from error
+        except ValueError as error:
+            raise invalid_manifest(str(error)) from error
+        return manifest
+
+    def to_json(self) -> bytes:
+        """Return the canonical bytes of the manifest: stable order, UTF-8, two spaces."""
+        return (self.model_dump_json(by_alias=True, indent=2) + "\n").encode()
+
+    def label(self, name: str) -> Label:
+        """Return the label called ``name``.
+
+        Raises:
+            KeyError: The model has no such label.
+        """
+        return {label.name: label for label in self.labels}[name]
+
+    def operating_point(self, label: str) -> OperatingPoint:
+        """Return the operating point of ``label``.
+
+        Raises:
+            KeyError: The model has no such label.
+        """
+        return {point.label: point for point in self.operating_points}[label]
+
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of every file that the manifest lists, by relative path."""
+        return {
+            **{v.file: v.sha256 for v in self.variants},
+            **{g.input: g.sha256 for g in self.golden},
+            **{d.file: d.sha256 for d in self.documents},
+        }
+
+    def runs_on(self, appliance_version: str) -> bool:
+        """Say whether a box with ``appliance_version`` is new enough for this bundle."""
+        return _core(appliance_version) >= _core(self.min_appliance_version)
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Self:
+        labels = [label.name for label in self.labels]
+        _unique("labels", labels)
+        _unique("outputs", [output.name for output in self.outputs])
+        for field in ("operating_points", "reference_scores"):
+            named = [entry.label for entry in getattr(self, field)]
+            _unique(field, named)
+            # A score without its operating point must not exist (R29); the other tasks have no score to cut.
+            if self.task in ("classification", "detection") and set(named) != set(labels):
+                raise ValueError(f"{field} must name every label exactly once")
+        cams = {output.name for output in self.outputs if output.kind == "cam"}
+        if self.explain is not None and self.explain.output not in cams:
+            raise ValueError("explain.output must name an output of kind cam")
+        return self
+
+    @model_validator(mode="after")
+    def _files_agree(self) -> Self:
+        precisions = [variant.precision for variant in self.variants]
+        _unique("variants", precisions)
+        documents = [document.file for document in self.documents]
+        files = [v.file for v in self.variants] + [g.input for g in self.golden] + documents
+        _unique("files", [file.lower() for file in files])
+        if MANIFEST_NAME in (file.lower() for file in files):
+            raise ValueError("the manifest cannot list itself")
+        if missing := [name for name in REQUIRED_DOCUMENTS if name not in documents]:
+            raise ValueError(f"documents must list {', '.join(missing)}")
+        for variant in self.variants:
+            if variant.gate is not None and variant.gate not in documents:
+                raise ValueError(f"the gate record {variant.gate} is not among the documents")
+        for golden in self.golden:
+            if set(golden.tolerance) != set(precisions):
+                raise ValueError(f"{golden.input}: one tolerance per variant is needed")
+            if self.task == "classification" and set(golden.expected) != {label.name for label in self.labels}:
+                raise ValueError(f"{golden.input}: one expected probability per label is needed")
+        return self
+
+
+def invalid_manifest(what: str) -> BundleError:
+    """Return the error that says what is wrong with a manifest."""
+    return BundleError(
+        "bundle.manifest_invalid",
+        f"{MANIFEST_NAME} is not valid: {what}",
+        "compare it with schema 1; a bundle made for a newer appliance needs the appliance updated first",
+    )
+
+
+def _where(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location) or "manifest"
+
+
+def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> None:
+    # Two readers that take a different one of two equal keys would see two different models.
+    _unique("keys", [key for key, _ in pairs])
+
+
+def _unique(what: str, names: list[Any]) -> None:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{what} must not repeat: {', '.join(map(str, twice))}")
+
+
+def _core(version: str) -> tuple[int, ...]:
+    """Return major, minor and patch; a development or build suffix does not count."""
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
+    if match is None:
+        raise ValueError(f"not a version: {version!r}")
+    return tuple(int(part or 0) for part in match.groups())
