@@ -62,7 +62,7 @@ class Receiver:
         self._ae.maximum_pdu_size = 0
         self._ae.add_supported_context(Verification)
         for context in AllStoragePresentationContexts:
-            self._ae.add_supported_context(context.abstract_syntax, TRANSFER_SYNTAXES)
+            self._ae.add_supported_context(str(context.abstract_syntax), TRANSFER_SYNTAXES)
 
     def start(self) -> int:
         """Listen in the background; returns the port (the chosen one when the setting is 0)."""
@@ -70,8 +70,9 @@ class Receiver:
             (evt.EVT_C_STORE, self._on_store), (evt.EVT_C_ECHO, lambda _event: SUCCESS), (evt.EVT_RELEASED, self._on_end),
             (evt.EVT_ABORTED, self._on_end), (evt.EVT_CONN_CLOSE, self._on_end),
         ]  # fmt: skip
-        self._server = self._ae.start_server((self._settings.dicom_host, self._settings.dicom_port), block=False, evt_handlers=handlers)
-        return int(self._server.server_address[1])
+        server = self._ae.start_server((self._settings.dicom_host, self._settings.dicom_port), block=False, evt_handlers=handlers)
+        assert server is not None  # it is None only when start_server blocks
+        return int(server.server_address[1])
 
     def stop(self) -> None:
         """Stop listening; associations in progress are aborted and their senders send again."""

@@ -239,11 +239,11 @@ def _voi(frame: NDArray[Any], header: GreyHeader, default: VoiDefault, bits_stor
     if bits_stored <= 8 and frame.dtype.kind == "u" and not rescaled:
         top = float((1 << bits_stored) - 1)
         return Window(top / 2, top, "LINEAR_EXACT").apply, f"{bits_stored} bits as they are"
-    low, high = _extent(frame, header, default)
+    low, high = display_extent(frame, header, default)
     return Window((low + high) / 2, max(high - low, 1e-12), "LINEAR_EXACT").apply, f"{default} {low:g} to {high:g}"
 
 
-def _extent(frame: NDArray[Any], header: GreyHeader, default: VoiDefault) -> tuple[float, float]:
+def display_extent(frame: NDArray[Any], header: GreyHeader, default: VoiDefault) -> tuple[float, float]:
     """The range of modality values to show where the header says nothing, padding left out; 0 to 0 when there is no other value."""
     values = frame
     if default == "percentile":
@@ -277,15 +277,6 @@ def _mapped(frame: NDArray[Any], function: Callable[[Values], NDArray[np.uint8]]
         else:
             np.take(table, rows, out=result[start : start + _ROWS], mode="clip")
     return result
-
-
-def display_colour(frame: NDArray[Any], bits_stored: int) -> NDArray[np.uint8]:
-    """An RGB frame [rows, columns, 3] as grey: luminance by ITU-R BT.601, as the photometric YBR types define it."""
-    from PIL import Image
-
-    if frame.dtype != np.uint8:
-        frame = np.clip(frame, 0, None) >> max(bits_stored - 8, 0)
-    return np.asarray(Image.fromarray(frame.astype(np.uint8, copy=False)).convert("L"))
 
 
 def pixel_spacing(ds: Dataset, frame: int = 0) -> tuple[float, float] | None:

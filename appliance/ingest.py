@@ -29,7 +29,10 @@ from appliance.pixels import PixelCaps, check_structure
 from appliance.store import Store
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pydicom.dataset import Dataset, FileDataset
+    from pydicom.tag import BaseTag
 
 logger = logging.getLogger(__name__)
 
@@ -168,11 +171,11 @@ class Ingest:
             raise IngestError("ingest.unreadable", f"{type(error).__name__}") from error
 
 
-def _element_counter() -> object:
+def _element_counter() -> Callable[[BaseTag, str | None, int], bool]:
     """A ``stop_when`` that refuses files made of countless elements (each costs far more memory than its bytes)."""
     count = 0
 
-    def stop_when(_tag: object, _vr: object, _length: object) -> bool:
+    def stop_when(_tag: BaseTag, _vr: str | None, _length: int) -> bool:
         nonlocal count
         count += 1
         if count > MAX_ELEMENTS:

@@ -18,12 +18,12 @@ import numpy as np
 from appliance import __version__
 from appliance.content import fsync_directory
 from appliance.database import SECURITY_ALERT
-from appliance.errors import ActivationError, ApplianceError
+from appliance.errors import ActivationError, ApplianceError, InferenceError
 from appliance.postprocess import classify
 from appliance.preprocess import from_display
 from appliance.runtime import Runtime, open_runtime
 from appliance.store import Store
-from model_sync.bundle import GoldenCase, ModelBundle
+from model_sync.bundle import GoldenCase, ModelBundle, Variant
 from model_sync.errors import BundleError
 
 REFERENCE_BUNDLE: Final = "cxr-pneumonia"
@@ -31,7 +31,7 @@ REFERENCE_BUNDLE: Final = "cxr-pneumonia"
 
 def reference_bundle() -> Path:
     """The reference bundle that ships inside the package."""
-    return Path(str(resources.files("appliance").joinpath("bundles", REFERENCE_BUNDLE)))
+    return Path(str(resources.files("appliance") / "bundles" / REFERENCE_BUNDLE))
 
 
 def activate(store: Store, directory: Path, actor: str, precision: str | None = None) -> str:
@@ -63,7 +63,7 @@ def activate(store: Store, directory: Path, actor: str, precision: str | None = 
     manifest = own.manifest
     values = {
         "digest": own.digest, "name": manifest.name, "version": manifest.version, "directory": f"models/{own.digest}",
-        "manifest": own.path("manifest.json").read_text("utf-8"),
+        "manifest": own.manifest.to_json().decode(),
         "precision": report["precision"], "runtime": report["runtime"], "self_test": json.dumps(report),
     }  # fmt: skip
     store.switch_model(values, actor)
@@ -88,7 +88,15 @@ def self_test(bundle: ModelBundle, precision: str | None, threads: int) -> dict[
     Raises:
         ActivationError: ``model.self_test``, with the case and the difference.
     """
-    variant = bundle.variant(precision)
+    try:
+        return _measure(bundle, bundle.variant(precision), threads)
+    except InferenceError as error:
+        raise ActivationError("model.self_test", error.detail) from error
+    except BundleError as error:
+        raise ActivationError("model.invalid", str(error), hint=error.hint) from error
+
+
+def _measure(bundle: ModelBundle, variant: Variant, threads: int) -> dict[str, Any]:
     runtime = open_runtime(bundle.path(variant.file), bundle.manifest.input, variant.precision, threads or None)
     try:
         differences: dict[str, float] = {}
@@ -117,7 +125,7 @@ def _difference(runtime: Runtime, bundle: ModelBundle, case: GoldenCase) -> floa
     outputs = runtime.infer({manifest.input.name: prepared.tensor})
     scored = {label.label: label.score for label in classify(outputs, manifest, prepared.geometry)}
     worst = max(abs(scored[label] - expected) for label, expected in case.expected.items())
-    if manifest.explain is not None:
+    if manifest.explain is not None and case.cam is not None:
         cam = outputs[manifest.explain.output]
         span = float(np.ptp(case.cam)) or 1.0
         worst = max(worst, float(np.max(np.abs(cam - case.cam))) / span)

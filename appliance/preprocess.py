@@ -16,9 +16,10 @@ import numpy as np
 from PIL import Image
 
 from appliance.domain import Note
-from appliance.errors import InferenceError, PixelError
-from appliance.greyscale import display_colour, display_grey, grey_header, pixel_aspect
+from appliance.errors import InferenceError
+from appliance.greyscale import display_grey, grey_header, pixel_aspect
 from appliance.pixels import decode_frame
+from appliance.viewing import eight_bits, palette_rgb
 from model_sync.bundle import Letterbox, ModalityLut, Monochrome2, Normalise, Resize, Scale, ToUint8, Voi
 
 if TYPE_CHECKING:
@@ -123,10 +124,10 @@ def display_picture(ds: Dataset, values: NDArray[Any], input_spec: InputSpec, fr
     """
     voi_step = _display_steps(input_spec)
     if str(ds.get("PhotometricInterpretation")).strip() == "PALETTE COLOR":
-        values = _palette_rgb(ds, values)
-        return display_colour(values, 8 * values.dtype.itemsize), ("palette to grey",)
+        values = palette_rgb(ds, values)
+        return _luminance(eight_bits(values, 8 * values.dtype.itemsize)), ("palette to grey",)
     if values.ndim == 3:
-        return display_colour(values, int(ds.get("BitsStored") or 8)), ("colour to grey",)
+        return _luminance(eight_bits(values, int(ds.get("BitsStored") or 8))), ("colour to grey",)
     header = grey_header(ds, frame)
     display, voi = display_grey(values, header, voi_step.default, int(ds.get("BitsStored") or 32))
     return display, (f"rescale {header.slope:g} {header.intercept:g}", voi, *(("inverted",) if header.inverse else ()))
@@ -140,15 +141,9 @@ def _display_steps(spec: InputSpec) -> Voi:
     raise InferenceError("job.error", "the model's pipeline must begin with modality_lut, voi, monochrome2 and to_uint8")
 
 
-def _palette_rgb(ds: Dataset, values: NDArray[Any]) -> NDArray[Any]:
-    from pydicom.pixels.processing import apply_color_lut
-
-    from appliance.structure import VALUE_ERRORS
-
-    try:
-        return apply_color_lut(values, ds)
-    except VALUE_ERRORS as error:
-        raise PixelError("ingest.pixel_attributes", "palette unreadable") from error
+def _luminance(colour: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """RGB as grey by ITU-R BT.601, on which the YBR photometric interpretations are built too."""
+    return np.asarray(Image.fromarray(colour).convert("L"))
 
 
 def _prepare(display: NDArray[np.uint8], spec: InputSpec, aspect: float, shown: tuple[str, ...]) -> Prepared:
@@ -204,7 +199,8 @@ def _normalised(picture: NDArray[Any], step: Scale | Normalise) -> NDArray[np.fl
     """Grey values as floats; ``normalise`` makes one plane per channel of them."""
     values: NDArray[np.float32] = picture.astype(np.float32)
     if isinstance(step, Scale):
-        return values / np.float32(step.divide_by)
+        scaled: NDArray[np.float32] = values / np.float32(step.divide_by)
+        return scaled
     mean, std = (np.asarray(numbers, np.float32)[:, None, None] for numbers in (step.mean, step.std))
     result: NDArray[np.float32] = (values - mean) / std
     return result

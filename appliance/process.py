@@ -18,7 +18,7 @@ from appliance.domain import utc_now
 from appliance.errors import ApplianceError
 
 _PR_SET_PDEATHSIG: Final = 1
-_FIELDS: Final = ("job", "code", "process", "exit_code", "state", "seconds", "peer", "port", "count", "status")
+_FIELDS: Final = ("job", "code", "role", "exit_code", "state", "seconds", "peer", "port", "count", "status")
 
 
 class JsonFormatter(logging.Formatter):

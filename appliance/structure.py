@@ -49,11 +49,11 @@ _HEADER_BYTES: Final = 64 * 1024
 class PixelCaps:
     """The most that one image may ask of the box.
 
-    The largest real frames are those of stitched spines and of mammography, some 60 MB; a JPEG 2000 frame of
-    ``max_frame_bytes`` takes OpenJPEG 1.0 GB, which leaves the worker below its 1.5 GB.
+    The largest real frames are those of stitched spines and of mammography, some 60 MB. Frames of ``max_frame_bytes`` were
+    decoded and prepared for a model in a process of their own, which then took at most 1.1 GB (RGB in JPEG 2000, or YBR).
     """
 
-    max_frame_bytes: int = 128 * 1024 * 1024
+    max_frame_bytes: int = 96 * 1024 * 1024
     max_frames: int = 10_000
     max_dimension: int = 30_000
 

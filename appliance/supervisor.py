@@ -76,7 +76,7 @@ class Supervisor:
         now = time.monotonic()
         for child in self.children:
             if child.process is not None and (code := child.process.poll()) is not None:
-                logger.error("process fell", extra={"process": child.name, "exit_code": code})
+                logger.error("process fell", extra={"role": child.name, "exit_code": code})
                 steady = now - child.started_at > _STEADY_S
                 child.backoff_s = _FIRST_BACKOFF_S if steady else min(child.backoff_s * 2, _LONGEST_BACKOFF_S)
                 child.next_start_at, child.process = now + child.backoff_s, None

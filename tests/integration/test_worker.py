@@ -108,7 +108,7 @@ def test_a_scan_that_hangs_the_worker_is_stopped_and_poisoned_and_the_next_is_re
 
 def test_too_little_memory_fails_the_job_not_the_box(settings: Settings) -> None:
     settings, store = box(settings, process_memory_max_bytes=2**28)
-    big = take(store, scan_bytes(Rows=9000, Columns=9000, PixelData=os.urandom(1 << 20) * 155, BitsStored=16, HighBit=15))
+    big = take(store, scan_bytes(Rows=7000, Columns=7000, PixelData=os.urandom(98_000) * 1000, BitsStored=16, HighBit=15))
     small = take(store, chest(seed=1))
     for _ in range(4):
         work(settings)

@@ -222,7 +222,7 @@ def test_job_from_claim_to_finding(store: Store) -> None:
     store.record_store_time(job, {"infer": 1.0, "store": 2.0})
     view = worklist.study(stored.study_id)
     assert view.row.state is ScanState.AI_READY
-    assert view.row.positive == (("肺炎", "Pneumonia"),)
+    assert view.row.positive == (("肺炎", "Pneumonia", 0.9),)
     finding = view.instances[0].findings[0]
     assert replace(finding, id=0, job_id=0, heatmap_png=b"png") == FINDING
     assert worklist.heatmap(finding.id) == b"png"
