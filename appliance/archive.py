@@ -20,7 +20,7 @@ from appliance.settings import Settings
 
 _ZIP_MAGIC: Final = (b"PK\x03\x04", b"PK\x05\x06")
 _PICTURE_MAGIC: Final = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
-_IGNORED_NAMES: Final = {"dicomdir", "thumbs.db", "desktop.ini", ".ds_store", "autorun.inf", "lockfile", "version"}
+_IGNORED_NAMES: Final = {"dicomdir", "thumbs.db", "desktop.ini", "autorun.inf", "lockfile", "version"}
 _IGNORED_SUFFIXES: Final = {".txt", ".pdf", ".xml", ".json", ".csv", ".html", ".htm", ".exe", ".dll", ".ini", ".inf", ".md", ".log", ".ico"}
 _ENCRYPTED_FLAG: Final = 0x1
 _UTF8_FLAG: Final = 0x800
@@ -79,7 +79,7 @@ def accept_file(
 
 def _accept_bytes(ingest: Ingest, data: bytes, name: str, source: Source, form: PictureForm | None) -> Outcome:
     inner = PurePosixPath(name.replace("\\", "/"))
-    if inner.name.lower() in _IGNORED_NAMES or (inner.suffix.lower() in _IGNORED_SUFFIXES and data[128:132] != b"DICM"):
+    if inner.name.startswith(".") or inner.name.lower() in _IGNORED_NAMES or (inner.suffix.lower() in _IGNORED_SUFFIXES and data[128:132] != b"DICM"):
         return Outcome(name, None, "ingest.skipped")
     named = Source(source.kind, source.actor, name)
     try:

@@ -1,14 +1,15 @@
 """Scans on disk: one AES-256-GCM file each, on the platter before anybody is told so.
 
 A file is written under ``incoming/``, fsynced, renamed to its place under ``content/`` and the directory fsynced; a crash
-leaves either nothing or a whole file. The name is the digest of the scan, so a repeated write is the same file.
+leaves either nothing or a whole file. Its name is the scan's digest, so that a repeated write is the same file; the name is also
+the last thing encrypted, so that no two files can be exchanged.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +22,7 @@ from appliance.errors import StoreError
 _MAGIC: Final = b"CEA1"
 _NONCE_BYTES: Final = 12
 _TAG_BYTES: Final = 16
+_NAME_BYTES: Final = 32
 _CHUNK_BYTES: Final = 1 << 20
 
 
@@ -41,44 +43,56 @@ class ContentFiles:
         except OSError as error:
             raise store_error(error) from error
 
-    def write(self, name: str, data: bytes) -> None:
-        """Make ``data`` durable under ``name`` (64 hex digits).
+    def write(self, data: bytes, digest: Callable[[], str]) -> str:
+        """Make ``data`` durable and return its name.
+
+        Args:
+            data: what to keep.
+            digest: gives the name, 64 hex digits; asked only when the data is written, so that hashing may go on meanwhile.
 
         Raises:
             StoreError: nothing was kept; code ``ingest.disk_full`` when the disk is full.
         """
-        temporary = self._incoming / f"{name}.{secrets.token_hex(4)}.part"
-        target = self._path(name)
+        temporary = self._incoming / f"{secrets.token_hex(8)}.part"
         try:
             with open(temporary, "xb") as file:
-                file.writelines(self._sealed(name, data))
+                nonce = secrets.token_bytes(_NONCE_BYTES)
+                encryptor = Cipher(algorithms.AES(self._key), modes.GCM(nonce)).encryptor()
+                file.write(_MAGIC + nonce)
+                view = memoryview(data)
+                for start in range(0, len(view), _CHUNK_BYTES):  # in chunks, so that a large scan is not held twice
+                    file.write(encryptor.update(view[start : start + _CHUNK_BYTES]))
+                name = digest()
+                file.write(encryptor.update(bytes.fromhex(name)) + encryptor.finalize() + encryptor.tag)
                 file.flush()
                 os.fsync(file.fileno())
+            target = self._path(name)
             os.replace(temporary, target)
             fsync_directory(target.parent)
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise store_error(error) from error
+        return name
 
     def read(self, name: str) -> bytes:
         """The bytes as they came.
 
         Raises:
-            StoreError: ``store.missing``, or ``store.tampered`` when the file was changed on disk.
+            StoreError: ``store.missing``, or ``store.tampered`` when the file was changed on disk or is another scan's.
         """
         try:
-            blob = self._path(name).read_bytes()
+            blob = memoryview(self._path(name).read_bytes())
         except OSError as error:
             raise StoreError("store.missing", str(error)) from error
-        body = memoryview(blob)
-        nonce, tag = bytes(body[4 : 4 + _NONCE_BYTES]), bytes(body[-_TAG_BYTES:])
+        nonce, body, tag = blob[4 : 4 + _NONCE_BYTES], blob[4 + _NONCE_BYTES : -_TAG_BYTES], blob[-_TAG_BYTES:]
         try:
-            decryptor = Cipher(algorithms.AES(self._key), modes.GCM(nonce, tag)).decryptor()
-            decryptor.authenticate_additional_data(name.encode())
-            plain = decryptor.update(body[4 + _NONCE_BYTES : -_TAG_BYTES])
-            decryptor.finalize()
+            decryptor = Cipher(algorithms.AES(self._key), modes.GCM(bytes(nonce), bytes(tag))).decryptor()
+            plain = decryptor.update(body[:-_NAME_BYTES])
+            sealed_name = decryptor.update(body[-_NAME_BYTES:]) + decryptor.finalize()
         except (InvalidTag, ValueError) as error:
             raise StoreError("store.tampered", f"content {name[:12]}") from error
+        if sealed_name.hex() != name:
+            raise StoreError("store.tampered", f"content {name[:12]}")
         return plain
 
     def sweep(self) -> int:
@@ -90,18 +104,6 @@ class ContentFiles:
 
     def _path(self, name: str) -> Path:
         return self._content / name[:2] / name
-
-    def _sealed(self, name: str, data: bytes) -> Iterator[bytes]:
-        """Header, ciphertext and tag in chunks, so that a large scan is not held twice."""
-        nonce = secrets.token_bytes(_NONCE_BYTES)
-        encryptor = Cipher(algorithms.AES(self._key), modes.GCM(nonce)).encryptor()
-        encryptor.authenticate_additional_data(name.encode())
-        yield _MAGIC + nonce
-        view = memoryview(data)
-        for start in range(0, len(view), _CHUNK_BYTES):
-            yield encryptor.update(view[start : start + _CHUNK_BYTES])
-        yield encryptor.finalize()
-        yield encryptor.tag
 
 
 def fsync_directory(directory: Path) -> None:

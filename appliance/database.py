@@ -110,14 +110,20 @@ class Database:
         return rows[0] if rows else None
 
     @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """One durable write: BEGIN IMMEDIATE, COMMIT with fsync, ROLLBACK on any error.
+    def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """One write: BEGIN IMMEDIATE, COMMIT with fsync, ROLLBACK on any error.
+
+        Args:
+            durable: False for what a power cut may forget (never for what somebody was told): it survives the death of the process,
+                and the next durable commit makes it durable too.
 
         Raises:
             StoreError: nothing of the transaction was kept.
         """
         connection = self.connection()
         try:
+            if not durable:
+                connection.execute("PRAGMA synchronous = NORMAL")
             connection.execute("BEGIN IMMEDIATE")
             yield connection
             connection.execute("COMMIT")
@@ -127,6 +133,9 @@ class Database:
         except BaseException:
             self._rollback(connection)
             raise
+        finally:
+            if not durable:
+                connection.execute("PRAGMA synchronous = FULL")
 
     @staticmethod
     def insert(tx: sqlite3.Connection, table: str, on_conflict: str = "", **values: Any) -> int:

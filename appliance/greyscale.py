@@ -219,7 +219,7 @@ def display_grey(frame: NDArray[Any], header: GreyHeader, default: VoiDefault, b
         unit = voi(header.modality(stored))
         if header.inverse:
             unit = 1.0 - unit
-        hidden = ~np.isfinite(unit)
+        hidden = ~np.isfinite(stored)
         if header.padding is not None:
             hidden |= (stored >= header.padding[0]) & (stored <= header.padding[1])
         return np.where(hidden, 0.0, np.rint(255.0 * unit)).astype(np.uint8)

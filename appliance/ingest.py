@@ -12,6 +12,7 @@ import re
 import struct
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Final
@@ -80,6 +81,7 @@ class Ingest:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._caps = PixelCaps()
+        self._hashing = ThreadPoolExecutor(2, thread_name_prefix="hash")
 
     def accept(self, data: bytes, source: Source, started: float | None = None) -> Accepted:
         """Take one DICOM file.
@@ -119,9 +121,10 @@ class Ingest:
             dataset = self._parse(data)
             scan = self._describe(dataset, notes)
             check_structure(dataset, self._caps)
-            digest = content_digest(data, scan.transfer_syntax_uid)
             del dataset
-            return Accepted(self._store.add_instance(scan, digest, data, source, started), scan)
+            # Hashing leaves the interpreter free: it goes on beside the writing.
+            digest = self._hashing.submit(content_digest, data, scan.transfer_syntax_uid)
+            return Accepted(self._store.add_instance(scan, digest.result, data, source, started), scan)
         except ApplianceError as error:
             self._refuse(source, len(data), error)
             raise

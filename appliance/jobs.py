@@ -87,7 +87,7 @@ class JobQueue:
         now = time.time()
         if self.database.one("SELECT 1 FROM jobs WHERE state = 'queued' OR (state = 'running' AND lease_until < ?) LIMIT 1", now) is None:
             return None
-        with self.database.transaction() as tx:
+        with self.database.transaction(durable=False) as tx:  # a claim that a power cut forgets is a job still queued
             self._release(tx, tx.execute("SELECT * FROM jobs WHERE state = 'running' AND lease_until < ?", (now,)).fetchall(), now)
             row = tx.execute("SELECT * FROM jobs WHERE state = 'queued' ORDER BY priority DESC, id LIMIT 1").fetchone()
             if row is None:
@@ -186,7 +186,7 @@ class JobQueue:
 
     def record_store_time(self, job: Job, timing_ms: dict[str, float]) -> None:
         """Write the times again once the commit that ended the job has been measured too."""
-        with self.database.transaction() as tx:
+        with self.database.transaction(durable=False) as tx:
             tx.execute("UPDATE jobs SET timing_ms = ? WHERE id = ?", (json.dumps(timing_ms), job.id))
 
     def retry(self, instance_id: int, actor: str) -> bool:

@@ -61,10 +61,7 @@ def decode_frame(ds: Dataset, index: int = 0) -> Frame:
     """
     if not 0 <= index < frame_count(ds):
         raise IndexError(f"frame {index} of {frame_count(ds)}")
-    for number, frame in enumerate(iter_frames(ds, only=index)):
-        assert number == 0
-        return frame
-    raise PixelError("pixel.corrupt", f"frame {index} is missing")
+    return next(iter_frames(ds, only=index))
 
 
 def iter_frames(ds: Dataset, *, only: int | None = None) -> Iterator[Frame]:
@@ -94,8 +91,6 @@ def _layout(ds: Dataset) -> tuple[Layout, UID]:
         raise PixelError("ingest.no_pixel_data")
     try:
         return read_layout(ds, keyword, PixelCaps()), transfer_syntax(ds)
-    except PixelError:
-        raise
     except IngestError as error:
         raise PixelError(error.code, error.detail) from error
 

@@ -135,24 +135,35 @@ def _evidence(cam: Map) -> Map:
 
 
 def _enlarged(evidence: Map, geometry: Geometry, box: Box, side: int) -> Map:
-    """The map on the image's extent: [h, w] with the longer one ``side``.
+    """The map on the image's extent: [h, w] with the longer one ``side``, interpolated linearly between the cells' nodes.
 
-    Bilinear, because it has its maximum where the cells have theirs; bicubic overshoots between two lesser cells. Pillow puts
-    a value in the middle of its cell.
+    Linear, because that has its maximum where the cells have theirs; cubic interpolation overshoots between two lesser cells.
     """
     longest = max(geometry.columns, geometry.rows)
     width, height = (max(1, round(side * length / longest)) for length in (geometry.columns, geometry.rows))
-    box = (max(box[0], 0.0), max(box[1], 0.0), box[2], box[3])
-    enlarged = np.asarray(Image.fromarray(evidence).resize((width, height), Image.Resampling.BILINEAR, box=box), np.float32)
-    return np.asarray(np.clip(enlarged, 0.0, 1.0))
+    across = _weights(width, box[0], box[2], evidence.shape[1])
+    down = _weights(height, box[1], box[3], evidence.shape[0])
+    return np.asarray(down @ evidence @ across.T, np.float32)
+
+
+def _nodes(start: float, end: float, cells: int) -> NDArray[np.float64]:
+    """Where the values of a row of cells belong: their middle, or the image's edge where that lies in the padding."""
+    return np.clip(np.arange(cells) + 0.5, start, end)
+
+
+def _weights(pixels: int, start: float, end: float, cells: int) -> NDArray[np.float64]:
+    """What each cell contributes to each pixel: [pixels, cells]."""
+    at = start + (np.arange(pixels) + 0.5) * (end - start) / pixels
+    nodes = _nodes(start, end, cells)
+    return np.stack([np.interp(at, nodes, own) for own in np.eye(cells)], axis=1)
 
 
 def _peak(cam: Map, geometry: Geometry, box: Box) -> Point:
-    """The centre of the strongest cell in image pixels, on the image's edge where it lies in the padding."""
+    """The node of the strongest cell in image pixels."""
     row, column = np.unravel_index(int(np.argmax(cam)), cam.shape)
-    x = (float(column) + 0.5 - box[0]) / (box[2] - box[0]) * geometry.columns
-    y = (float(row) + 0.5 - box[1]) / (box[3] - box[1]) * geometry.rows
-    return min(max(x, 0.0), float(geometry.columns)), min(max(y, 0.0), float(geometry.rows))
+    x = (_nodes(box[0], box[2], cam.shape[1])[column] - box[0]) / (box[2] - box[0]) * geometry.columns
+    y = (_nodes(box[1], box[3], cam.shape[0])[row] - box[1]) / (box[3] - box[1]) * geometry.rows
+    return float(x), float(y)
 
 
 def _outline(shown: Map, geometry: Geometry) -> tuple[tuple[Point, ...], ...]:

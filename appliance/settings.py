@@ -62,7 +62,7 @@ class Settings(BaseModel):
         """
         values: dict[str, Any] = {}
         if path.is_dir():
-            values["data_dir"] = path
+            values["data_dir"] = path.resolve()
             path = path / FILE_NAME
         elif not path.is_file():
             raise ApplianceError("settings.invalid", f"no such file: {path}")

@@ -10,6 +10,7 @@ import json
 import shutil
 import sqlite3
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -54,12 +55,12 @@ class Store(JobQueue):
         if free - incoming_bytes < self.settings.disk_reserve_bytes:
             raise StoreError("ingest.disk_full", f"{free >> 20} MiB free")
 
-    def add_instance(self, scan: Scan, content_sha256: str, data: bytes, source: Source, started: float) -> Stored:
+    def add_instance(self, scan: Scan, digest: Callable[[], str], data: bytes, source: Source, started: float) -> Stored:
         """Make one scan durable: encrypted file, fsync, rename, fsync; then row and audit entry in one transaction.
 
         Args:
             scan: what the door read from it.
-            content_sha256: digest of transfer syntax and data set (64 hex digits).
+            digest: gives the digest of transfer syntax and data set (64 hex digits), which may still be on its way.
             data: the DICOM file, byte for byte.
             source: who brought it.
             started: ``time.perf_counter()`` when its last byte arrived, for the ingest time.
@@ -67,20 +68,17 @@ class Store(JobQueue):
         Raises:
             StoreError: nothing was kept and nothing may be acknowledged.
         """
-        known = self.database.one(
-            "SELECT id FROM instances WHERE sop_instance_uid = ? AND content_sha256 = ?", scan.sop_instance_uid, content_sha256
-        )
-        if known is None:
-            self.check_space(len(data))
-            self.content.write(content_sha256, data)
+        namesake = self.database.one("SELECT 1 FROM instances WHERE sop_instance_uid = ?", scan.sop_instance_uid) is not None
+        if namesake and (known := self._find(self.database.connection(), scan, digest())):
+            return known
+        self.check_space(len(data))
+        content_sha256 = self.content.write(data, digest)
         with self.database.transaction() as tx:
-            row = tx.execute(
-                "SELECT id FROM instances WHERE sop_instance_uid = ? AND content_sha256 = ?", (scan.sop_instance_uid, content_sha256)
-            ).fetchone()
-            if row:
-                return self._stored(tx, row["id"], "duplicate")
+            if known := self._find(tx, scan, content_sha256):  # the same scan came by another way meanwhile
+                return known
             conflict = tx.execute("SELECT 1 FROM instances WHERE sop_instance_uid = ?", (scan.sop_instance_uid,)).fetchone() is not None
-            series_id = self._series(tx, scan)
+            study_id = self._study(tx, scan)
+            series_id = self._series(tx, scan, study_id)
             instance_id = self._insert_instance(tx, scan, series_id, content_sha256, len(data), source, conflict, started)
             Database.audit(
                 tx,
@@ -93,17 +91,21 @@ class Store(JobQueue):
                 bytes=len(data),
                 conflict=conflict,
             )
-            return self._stored(tx, instance_id, "conflict" if conflict else "stored")
+            return Stored(instance_id, series_id, study_id, "conflict" if conflict else "stored")
 
-    def _stored(self, tx: sqlite3.Connection, instance_id: int, outcome: Any) -> Stored:
+    @staticmethod
+    def _find(tx: sqlite3.Connection, scan: Scan, content_sha256: str) -> Stored | None:
+        """The same scan, when it is here already."""
         row = tx.execute(
-            "SELECT i.id, i.series_id, s.study_id FROM instances i JOIN series s ON s.id = i.series_id WHERE i.id = ?", (instance_id,)
+            "SELECT i.id, i.series_id, s.study_id FROM instances i JOIN series s ON s.id = i.series_id"
+            " WHERE i.sop_instance_uid = ? AND i.content_sha256 = ?",
+            (scan.sop_instance_uid, content_sha256),
         ).fetchone()
-        return Stored(row["id"], row["series_id"], row["study_id"], outcome)
+        return Stored(row["id"], row["series_id"], row["study_id"], "duplicate") if row else None
 
-    def _series(self, tx: sqlite3.Connection, scan: Scan) -> int:
-        """The row of the scan's series, its study made first where needed; reopened for planning."""
-        study_id = self._study(tx, scan)
+    @staticmethod
+    def _series(tx: sqlite3.Connection, scan: Scan, study_id: int) -> int:
+        """The row of the scan's series; reopened for planning."""
         tx.execute(
             "INSERT INTO series (study_id, series_instance_uid, modality, series_description, last_received_at) VALUES (?, ?, ?, ?, ?)"
             " ON CONFLICT (study_id, series_instance_uid) DO UPDATE SET last_received_at = excluded.last_received_at, open = 1",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from pydicom.encaps import parse_basic_offsets, parse_fragments
+from pydicom.errors import BytesLengthException
 from pydicom.uid import (
     UID,
     DeflatedExplicitVRLittleEndian,
@@ -33,6 +34,7 @@ PIXEL_KEYWORDS: Final = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 # What reading a damaged value of a data element raises in pydicom.
 VALUE_ERRORS: Final = (
     ValueError, TypeError, AttributeError, LookupError, NotImplementedError, OverflowError, EOFError, struct.error,
+    BytesLengthException,
 )  # fmt: skip
 
 _PHOTOMETRIC: Final = {

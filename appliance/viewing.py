@@ -71,8 +71,13 @@ def display_frame(ds: Dataset, index: int = 0) -> DisplayFrame:
         pixels = pixels.astype(np.float32)
     return DisplayFrame(
         pixels, "MONOCHROME1" if header.inverse else "MONOCHROME2", slope, intercept, windows,
-        int(ds.get("BitsStored") or 32), pixels.dtype.kind != "u", spacing, float(np.nanmin(pixels)), float(np.nanmax(pixels)),
+        int(ds.get("BitsStored") or 32), pixels.dtype.kind != "u", spacing, *_extremes(pixels),
     )  # fmt: skip
+
+
+def _extremes(pixels: NDArray[Any]) -> tuple[float, float]:
+    finite = pixels[np.isfinite(pixels)] if pixels.dtype.kind == "f" else pixels
+    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
 
 
 def _default_window(pixels: NDArray[Any], header: GreyHeader, bits_stored: int) -> Window:

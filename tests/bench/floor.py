@@ -34,7 +34,7 @@ class Floor:
     def run(self, data: bytes) -> float:
         """One scan; returns its score."""
         self._number += 1
-        path = self._directory / f"{self._number % 16}.dcm"
+        path = self._directory / f"{self._number}.dcm"  # a new file each time, as every scan is
         with open(path, "wb") as file:
             file.write(data)
             file.flush()

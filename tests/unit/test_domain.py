@@ -83,6 +83,12 @@ def test_settings_relative_paths_belong_to_the_file(tmp_path: Path) -> None:
     assert settings.tls_certificate == tmp_path / "keys" / "web.crt"
 
 
+def test_a_relative_data_directory_is_where_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("box").mkdir()
+    assert Settings.load(Path("box")).data_dir == tmp_path / "box"
+
+
 def test_every_setting_says_what_it_is_for() -> None:
     assert all(field.description for field in Settings.model_fields.values())
 

@@ -36,7 +36,7 @@ FINDING = Finding(
 def add(store: Store, number: int = 1, **changes: Any) -> Any:
     """Store image ``number`` of one series."""
     image = scan(sop_instance_uid=f"1.{number}", study_instance_uid="1.9", series_instance_uid="1.8", **changes)
-    return store.add_instance(image, f"{number:064x}", b"DICM" * 100, SOURCE, time.perf_counter())
+    return store.add_instance(image, lambda: f"{number:064x}", b"DICM" * 100, SOURCE, time.perf_counter())
 
 
 def put_model(store: Store, digest: str = "d" * 64) -> None:
@@ -69,7 +69,7 @@ def test_the_same_scan_again_is_one_scan(store: Store) -> None:
 def test_same_uid_other_content_is_kept_beside_and_flagged(store: Store) -> None:
     first = add(store)
     image = scan(sop_instance_uid="1.1", study_instance_uid="1.9", series_instance_uid="1.8")
-    other = store.add_instance(image, "f" * 64, b"other", SOURCE, time.perf_counter())
+    other = store.add_instance(image, lambda: "f" * 64, b"other", SOURCE, time.perf_counter())
     assert other.outcome == "conflict"
     assert store.read_instance(first.instance_id) == b"DICM" * 100
     assert store.read_instance(other.instance_id) == b"other"
@@ -88,7 +88,7 @@ def test_two_patients_under_one_study_uid_stay_apart(store: Store) -> None:
 
 def test_no_plain_name_or_pixel_in_a_content_file(store: Store, settings: Settings) -> None:
     image = scan(sop_instance_uid="1.1")
-    store.add_instance(image, "a" * 64, b"CANARY-NAME" * 50, SOURCE, time.perf_counter())
+    store.add_instance(image, lambda: "a" * 64, b"CANARY-NAME" * 50, SOURCE, time.perf_counter())
     files = [path for path in (settings.data_dir / "content").rglob("*") if path.is_file()]
     assert len(files) == 1
     assert b"CANARY" not in files[0].read_bytes()
@@ -282,7 +282,7 @@ def test_recovery_tells_a_deadline_from_a_crash(settings: Settings) -> None:
 def test_search_and_pages(store: Store) -> None:
     for number in range(5):
         image = scan(sop_instance_uid=f"1.{number}", study_instance_uid=f"2.{number}", patient=Patient(f"ID_{number}", f"张^{number}"))
-        store.add_instance(image, f"{number:064x}", b"x", SOURCE, time.perf_counter())
+        store.add_instance(image, lambda: f"{number:064x}", b"x", SOURCE, time.perf_counter())
     worklist = Worklist(store)
     assert [row.id for row in worklist.page(limit=2)] == [5, 4]
     assert [row.id for row in worklist.page(before=4, limit=2)] == [3, 2]
