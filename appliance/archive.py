@@ -79,7 +79,8 @@ def accept_file(
 
 def _accept_bytes(ingest: Ingest, data: bytes, name: str, source: Source, form: PictureForm | None) -> Outcome:
     inner = PurePosixPath(name.replace("\\", "/"))
-    if inner.name.startswith(".") or inner.name.lower() in _IGNORED_NAMES or (inner.suffix.lower() in _IGNORED_SUFFIXES and data[128:132] != b"DICM"):
+    foreign = inner.suffix.lower() in _IGNORED_SUFFIXES and data[128:132] != b"DICM"
+    if inner.name.startswith(".") or inner.name.lower() in _IGNORED_NAMES or foreign:
         return Outcome(name, None, "ingest.skipped")
     named = Source(source.kind, source.actor, name)
     try:

@@ -1,19 +1,21 @@
 """Which decoder reads which compressed pixels: imagecodecs as a plugin of pydicom, and what stands in where it is absent.
 
-Measured in milliseconds per frame of 2048 x 2048 pixels of a real chest X-ray (12 bits in 16) on one core of an AMD EPYC,
-pydicom 3.0.2; "check" is what ``codestream.check_frame`` adds:
+Measured in milliseconds per frame of 2048 x 2048 pixels of a real chest X-ray (12 bits in 16, or the upper 8), the best of 12
+through pydicom 3.0.2 on two busy cores of an AMD EPYC; "check" is what ``codestream.check_frame`` adds:
 
 | syntax | used | check | others |
 |---|---|---|---|
-| RLE | imagecodecs 5.6 | 0 | pylibjpeg-rle 7, pydicom 79 |
-| JPEG 8 bit | imagecodecs 5.6 | 5.5 | Pillow 6.2 |
-| JPEG 12 bit | imagecodecs 27 | 18 | none |
-| JPEG lossless | imagecodecs (libjpeg-turbo) 29 | 28 | imagecodecs (lj92) 42, GDCM 61 |
-| JPEG-LS | imagecodecs (CharLS) 75 | 0 | pyjpegls 78 |
-| JPEG 2000 | imagecodecs (OpenJPEG), 2 threads 197 | 0 | 1 thread 371, pylibjpeg-openjpeg 376 |
-| HTJ2K | imagecodecs (OpenJPEG) 45 | 0 | imagecodecs (OpenJPH) 21, pylibjpeg-openjpeg 48 |
+| RLE | imagecodecs 11 | 0 | pylibjpeg-rle 14, pydicom 88 |
+| JPEG 8 bit | imagecodecs 6.0 | 7 | Pillow 6.5, GDCM 23 |
+| JPEG 12 bit | imagecodecs 29 | 21 | none |
+| JPEG lossless | imagecodecs (libjpeg-turbo) 31 | 32 | GDCM 94 |
+| JPEG-LS | imagecodecs (CharLS) 78 | 0 | pyjpegls 81, GDCM 123 |
+| JPEG 2000 | imagecodecs (OpenJPEG, 2 threads) 203 to 334 | 0 | GDCM 274, Pillow 381, pylibjpeg-openjpeg 378 |
+| HTJ2K | imagecodecs (OpenJPEG, 2 threads) 33 to 50 | 0 | pylibjpeg-openjpeg 49 |
 
-OpenJPH is not used although it is twice as fast: it returned a picture for 22 of 30 frames cut short, OpenJPEG for none.
+With the second core free GDCM is nowhere the fastest, and pydicom imports it wherever it is installed (18 MB in every process):
+better without it.
+OpenJPH (imagecodecs, 21 ms) is not used for HTJ2K: it returned a picture for 22 of 30 frames cut short, OpenJPEG for none.
 pylibjpeg-libjpeg is not used because it is GPL-3.0 and this project is Apache-2.0. DCT decoders may differ by one grey level
 (ITU-T T.83, PS3.5 8.2.1); libjpeg-turbo's and pylibjpeg-libjpeg's do.
 

@@ -61,8 +61,9 @@ def _describe(image: Any, form: PictureForm, conversion: Any) -> None:
         image.ViewPosition = form.view
         if form.view in ("LL", "RL"):
             image.PatientOrientation = ["A", "F"]
+    clocks = ("InstanceCreationDate", "InstanceCreationTime", "ContentDate", "ContentTime", "SeriesDate", "SeriesTime")
     # A clock in the object would make the same picture another content tomorrow.
-    for name in ("InstanceCreationDate", "InstanceCreationTime", "ContentDate", "ContentTime", "SeriesDate", "SeriesTime", "DateOfSecondaryCapture", "TimeOfSecondaryCapture"):
+    for name in (*clocks, "DateOfSecondaryCapture", "TimeOfSecondaryCapture"):
         if name in image:
             del image[name]
     for equipment in image.get("ContributingEquipmentSequence", []):

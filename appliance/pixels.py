@@ -75,7 +75,7 @@ def iter_frames(ds: Dataset, *, only: int | None = None) -> Iterator[Frame]:
         PixelError: as ``decode_frame``, or when frames are missing.
     """
     layout, syntax = _layout(ds)
-    frames = _native_frames(ds, syntax, only) if syntax in NATIVE else _compressed_frames(ds, syntax, layout, only)
+    frames = _native_frames(ds, syntax, layout, only) if syntax in NATIVE else _compressed_frames(ds, syntax, layout, only)
     count = 0
     for frame in frames:
         yield frame
@@ -95,10 +95,20 @@ def _layout(ds: Dataset) -> tuple[Layout, UID]:
         raise PixelError(error.code, error.detail) from error
 
 
-def _native_frames(ds: Dataset, syntax: UID, only: int | None) -> Iterator[Frame]:
+def _native_frames(ds: Dataset, syntax: UID, layout: Layout, only: int | None) -> Iterator[Frame]:
     decoder = get_decoder(syntax)
-    for index in range(frame_count(ds)) if only is None else (only,):
-        yield _guarded(_decode, decoder, ds, index=index, allow_excess_frames=False)
+    for index in range(layout.frames) if only is None else (only,):
+        frame = _guarded(_view, decoder, ds, layout, index)
+        yield _guarded(_decode, decoder, ds, index=index, allow_excess_frames=False) if frame is None else frame
+
+
+def _view(decoder: Decoder, ds: Dataset, layout: Layout, index: int) -> Frame | None:
+    """Grey pixels as they lie in the file, without a copy; None where bits above Bits Stored hold something else (overlays)."""
+    if layout.samples != 1 or layout.bits_allocated < 8 or layout.keyword != "PixelData":
+        return None
+    frame = _decode(decoder, ds, index=index, allow_excess_frames=False, view_only=True, correct_unused_bits=False)
+    low, high = (0, (1 << ds.BitsStored) - 1) if frame.dtype.kind == "u" else (-(1 << ds.BitsStored - 1), (1 << ds.BitsStored - 1) - 1)
+    return frame if low <= frame.min() and frame.max() <= high else None
 
 
 def _compressed_frames(ds: Dataset, syntax: UID, layout: Layout, only: int | None) -> Iterator[Frame]:
@@ -116,8 +126,6 @@ def _compressed_frames(ds: Dataset, syntax: UID, layout: Layout, only: int | Non
             check_frame(syntax, coded, layout.frame_shape)
             item = encapsulate([coded], has_bot=False)
             yield _guarded(_decode, decoder, item, index=0, decoding_plugin=plugin, **options)
-        if index == only:
-            return
 
 
 def _extended_offsets(ds: Dataset) -> tuple[bytes, bytes] | None:

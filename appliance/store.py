@@ -121,8 +121,8 @@ class Store(JobQueue):
         Database.insert(
             tx, "studies", "ON CONFLICT (study_instance_uid, patient_key) DO UPDATE SET revision = excluded.revision",
             study_instance_uid=scan.study_instance_uid, patient_key=patient.key, **asdict(patient),
-            patient_age_years=scan.patient_age_years, study_date=scan.study_date, study_time=scan.study_time, accession_number=scan.accession_number,
-            study_description=scan.study_description, received_at=utc_now(), revision=revision,
+            patient_age_years=scan.patient_age_years, study_date=scan.study_date, study_time=scan.study_time,
+            accession_number=scan.accession_number, study_description=scan.study_description, received_at=utc_now(), revision=revision,
         )  # fmt: skip
         tx.execute(
             "UPDATE studies SET patient_mismatch = 1"

@@ -34,7 +34,7 @@ PIXEL_KEYWORDS: Final = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 # What reading a damaged value of a data element raises in pydicom.
 VALUE_ERRORS: Final = (
     ValueError, TypeError, AttributeError, LookupError, NotImplementedError, OverflowError, EOFError, struct.error,
-    BytesLengthException,
+    OSError, BytesLengthException,
 )  # fmt: skip
 
 _PHOTOMETRIC: Final = {

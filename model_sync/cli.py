@@ -29,7 +29,8 @@ def main(argv: list[str] | None = None, prog: str = "model-sync") -> int:
     manifest = bundle.manifest
     print(f"{manifest.name} {manifest.version} ({bundle.digest[:12]}): whole")
     for point in manifest.operating_points:
-        print(f"  {point.label}: threshold {point.threshold:.4f}, sensitivity {point.sensitivity.value:.3f}, specificity {point.specificity.value:.3f}")
+        print(f"  {point.label}: threshold {point.threshold:.4f},", end=" ")
+        print(f"sensitivity {point.sensitivity.value:.3f}, specificity {point.specificity.value:.3f}")
     print(f"  variants: {', '.join(variant.precision for variant in manifest.variants)}; golden cases: {len(manifest.golden)}")
     return 0
 

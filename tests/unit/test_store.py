@@ -282,7 +282,7 @@ def test_recovery_tells_a_deadline_from_a_crash(settings: Settings) -> None:
 def test_search_and_pages(store: Store) -> None:
     for number in range(5):
         image = scan(sop_instance_uid=f"1.{number}", study_instance_uid=f"2.{number}", patient=Patient(f"ID_{number}", f"张^{number}"))
-        store.add_instance(image, lambda: f"{number:064x}", b"x", SOURCE, time.perf_counter())
+        store.add_instance(image, f"{number:064x}".__str__, b"x", SOURCE, time.perf_counter())
     worklist = Worklist(store)
     assert [row.id for row in worklist.page(limit=2)] == [5, 4]
     assert [row.id for row in worklist.page(before=4, limit=2)] == [3, 2]

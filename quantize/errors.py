@@ -1,0 +1,22 @@
+"""What can go wrong when a bundle is made."""
+
+from __future__ import annotations
+
+
+class QuantizeError(Exception):
+    """A bundle cannot be made from what was given.
+
+    Attributes:
+        message: What happened, in one sentence.
+        hint: What the person who reads it should do now.
+    """
+
+    def __init__(self, message: str, *, hint: str) -> None:
+        """Keep the message and the hint apart, so that each edge can lay them out its own way."""
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        """Return the message followed by the hint, the way a command line shows it."""
+        return f"{self.message}\nhint: {self.hint}"

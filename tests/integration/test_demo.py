@@ -1,0 +1,186 @@
+"""``make demo`` below make: a whole box from an empty folder, its log without patients, TLS on the network, a clean end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from appliance.process import JsonFormatter
+from appliance.settings import Settings
+from appliance.store import Store
+from quantize.reference.phantom import write_samples
+from tests.integration.test_receiver import send, wait_for
+from tests.scans import dataset, scan_bytes
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's sample scans."""
+    directory = tmp_path_factory.mktemp("samples")
+    write_samples(directory)
+    return directory
+
+
+def command(box: Path, samples: Path, *more: str) -> list[str]:
+    """The command that make runs."""
+    return [sys.executable, "-m", "appliance", "demo", "--data-dir", str(box), "--samples", str(samples), *more]
+
+
+def test_once_finds_something_and_a_second_start_keeps_it(tmp_path: Path, samples: Path) -> None:
+    first = subprocess.run(command(tmp_path / "box", samples, "--once"), capture_output=True, text=True, timeout=120, check=False)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "above threshold" in first.stdout
+    assert re.search(r"Page +http://127\.0\.0\.1:\d+/", first.stdout)
+    password = re.search(r"Login +demo / (\S+) +\(one-time password\)", first.stdout)
+    assert password
+    assert re.search(r"AE title CLINICBOX, 127\.0\.0\.1 port \d+", first.stdout)
+    second = subprocess.run(command(tmp_path / "box", samples, "--once"), capture_output=True, text=True, timeout=120, check=False)
+    assert second.returncode == 0
+    assert password[1] not in second.stdout
+
+
+def test_own_scans_come_first(tmp_path: Path, samples: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "mine.dcm").write_bytes(scan_bytes(Modality="CT"))
+    done = subprocess.run(
+        command(tmp_path / "box", samples, "--once", "--data", str(own)), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0
+    assert done.stdout.index("mine.dcm: out of scope") < done.stdout.index("01-normal.dcm")
+
+
+@pytest.fixture
+def running(tmp_path: Path, samples: Path) -> Iterator[tuple[subprocess.Popen[str], list[str], Path]]:
+    """A demo box on the network, up and through its samples; its process, what it printed, its data directory."""
+    box = tmp_path / "box"
+    process = subprocess.Popen(command(box, samples, "--lan"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines: list[str] = []
+    assert process.stdout
+    reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()))
+    reader.start()
+    try:
+        wait_for(lambda: any("Ctrl-C" in line for line in lines) or process.poll() is not None, 90)
+        yield process, lines, box
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        reader.join()
+        process.stdout.close()
+
+
+def test_r14_on_the_network_only_tls_and_ctrl_c_stops_everything(running: tuple[subprocess.Popen[str], list[str], Path]) -> None:
+    process, lines, box = running
+    page = re.search(r"Page +https://([^:]+):(\d+)/", "".join(lines))
+    assert page, "".join(lines)
+    port = int(page[2])
+    answer = requests.get(f"https://localhost:{port}/login", verify=str(box / "keys" / "web.crt"), timeout=20)
+    assert answer.status_code == 200
+    assert "secure" in answer.headers.get("Set-Cookie", "secure").lower()
+    with pytest.raises(requests.RequestException):
+        requests.get(f"http://localhost:{port}/login", timeout=5)
+    assert (box / "keys" / "web.pem").stat().st_mode & 0o077 == 0
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    wait_for(lambda: _closed(port))
+    assert "Traceback" not in "".join(lines)
+    assert "Traceback" not in (box / "box.log").read_text()
+
+
+def _closed(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_r18_no_patient_data_in_the_log(running: tuple[subprocess.Popen[str], list[str], Path]) -> None:
+    _, lines, box = running
+    port = int((box / "run" / "dicom.port").read_text())
+    canary = {"PatientName": "CANARY^NAME", "PatientID": "CANARY-ID", "AccessionNumber": "CANARY-ACC", "PatientBirthDate": "19330303"}
+    good, broken = dataset(**canary, SOPInstanceUID="1.2.3.777.1"), dataset(**canary, PixelData=None, StudyDescription="CANARY DESC")
+    odd = dataset(**canary, Rows=60000, Columns=60000, PixelData=b"\0\0")
+    assert send(port, good, broken, odd)[0] == 0
+    store = Store(Settings.load(box))
+    wait_for(lambda: store.pending_jobs() == 0, 30)
+    store.close()
+    log = (box / "box.log").read_text()
+    assert "refused" in log
+    for canary_text in ("CANARY", "19330303", "1.2.3.777", good.StudyInstanceUID, good.SeriesInstanceUID, "演示", "DEMO-00"):
+        assert canary_text not in log
+    assert "CANARY" not in "".join(lines)
+
+
+def test_the_log_drops_what_an_exception_says() -> None:
+    try:
+        raise ValueError("CANARY^NAME")
+    except ValueError:
+        record = logging.LogRecord("x", logging.ERROR, __file__, 1, "job failed", None, sys.exc_info())
+    record.job, record.patient = 7, "CANARY"
+    line = JsonFormatter().format(record)
+    assert "CANARY" not in line
+    assert json.loads(line) | {"at": ""} == {
+        "at": "", "level": "ERROR", "logger": "x", "message": "job failed", "job": 7, "exception": "ValueError",
+        "where": json.loads(line)["where"],
+    }  # fmt: skip
+
+
+def test_a_taken_port_is_no_obstacle(tmp_path: Path, samples: Path) -> None:
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind(("127.0.0.1", 8080))
+            taken.listen()
+        except OSError as somebody_has_it_already:
+            assert somebody_has_it_already.errno
+        done = subprocess.run(command(tmp_path / "box", samples, "--once"), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0
+    assert "127.0.0.1:8080" not in done.stdout
+
+
+def scripts(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """One of the console scripts, by the function its entry point names."""
+    module, function, *rest = arguments
+    code = f"import sys; from {module} import {function}; sys.exit({function}({rest!r}))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+@pytest.mark.parametrize(("module", "function"), [("model_sync.cli", "main"), ("model_sync.cli", "library_main")])
+def test_a_bundle_can_be_verified_by_hand(module: str, function: str, tmp_path: Path) -> None:
+    good = scripts(module, function, "verify", "appliance/bundles/cxr-pneumonia")
+    assert good.returncode == 0
+    assert "whole" in good.stdout
+    bad = scripts(module, function, "verify", str(tmp_path))
+    assert bad.returncode == 1
+    assert "hint:" in bad.stderr
+    assert scripts(module, function, "nonsense").returncode == 2
+
+
+def test_quantize_draws_phantoms(tmp_path: Path) -> None:
+    done = scripts("quantize.cli", "main", "draw-phantoms", str(tmp_path))
+    assert done.returncode == 0
+    assert len(list(tmp_path.iterdir())) == 5
+    assert scripts("quantize.cli", "main", "build-reference").returncode == 2
+
+
+def test_readme_names_every_command_that_exists() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    for target in re.findall(r"`make ([a-z-]+)", readme):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for name in re.findall(r"appliance ([a-z]+) ", readme):
+        assert subprocess.run([sys.executable, "-m", "appliance", name, "--help"], capture_output=True, check=False).returncode == 0, name
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
