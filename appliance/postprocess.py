@@ -32,8 +32,8 @@ HEATMAP_SIDE: Final = 256
 OUTLINE_FRACTION: Final = 0.5
 # Finer outlines would only be longer: a cell of the map spans 9 of these steps or more.
 _OUTLINE_SIDE: Final = 64
-# The map of a negative finding is shown fainter the lower the score, but never so faint that its maximum is lost.
-_FAINTEST: Final = 0.1
+# The map of a negative finding is fainter, so that it never looks like a mark; 128 levels still show where its maximum is.
+_NEGATIVE_STRENGTH: Final = 0.5
 _ROUNDING: Final = 1e-9
 
 
@@ -47,7 +47,8 @@ class Localisation:
     Attributes:
         peak: the centre of the map's strongest cell, moved to the image's edge where the cell reaches into the padding.
         outline: closed polygons around what is above ``OUTLINE_FRACTION`` of the map's maximum; empty for a negative finding.
-        heatmap_png: 8-bit grey PNG, longest side ``HEATMAP_SIDE``, of exactly the image's extent; 0 is nothing.
+        heatmap_png: 8-bit grey PNG, longest side ``HEATMAP_SIDE``, of exactly the image's extent; 0 is nothing, the
+            maximum is 255 for a positive finding and 128 for a negative one.
     """
 
     peak: Point
@@ -105,7 +106,7 @@ def localise(cam: Map, geometry: Geometry, score: float, threshold: float) -> Lo
     part, box = _on_image(cam, geometry)
     positive = score >= threshold
     evidence = _evidence(part)
-    strength = 1.0 if positive else max(_FAINTEST, score / threshold)
+    strength = 1.0 if positive else _NEGATIVE_STRENGTH
     outline = _outline(_enlarged(evidence, geometry, box, _OUTLINE_SIDE), geometry) if positive and part.max() > 0 else ()
     return Localisation(_peak(part, geometry, box), outline, _png(_enlarged(evidence, geometry, box, HEATMAP_SIDE) * strength))
 

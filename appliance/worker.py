@@ -25,7 +25,7 @@ from appliance.ingest import PARSE_ERRORS
 from appliance.pixels import decode_frame, iter_frames
 from appliance.postprocess import ScoredLabel, classify
 from appliance.preprocess import quality, to_tensor
-from appliance.process import Lock
+from appliance.process import Lock, give_back_memory
 from appliance.runtime import Runtime, open_runtime
 from appliance.settings import Settings
 from appliance.signal import Bell
@@ -91,8 +91,9 @@ class Worker:
         active = {row["digest"] for row in self._store.models() if row["state"] == "active"}
         for digest in set(self._loaded) - active:
             self._loaded.pop(digest).runtime.close()
-        for digest in active:
+        for digest in active - set(self._loaded):
             self._model(digest)
+            give_back_memory()
 
     def run_once(self) -> bool:
         """Do one job. Returns False when there was none."""

@@ -12,4 +12,4 @@ fi
 cd "$2"
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-{ npm ci --no-audit --no-fund --loglevel=error && npm run build; } >"$log" 2>&1 || { cat "$log" >&2; exit 1; }
+{ npm ci --ignore-scripts --no-audit --no-fund --loglevel=error && npm run build; } >"$log" 2>&1 || { cat "$log" >&2; exit 1; }

@@ -1,0 +1,144 @@
+/**
+ * What lies over the picture: heat map, outlines of the findings, measured lengths.
+ *
+ * Everything is drawn in CSS pixels of the stage, at places that the renderer itself reports for image points
+ * (`project`), after each frame it has drawn. So the marks cannot drift from the picture, whichever renderer drew it.
+ */
+import { html, svg } from "./dom";
+import type { FindingConfig, Point, Polygon } from "./types";
+import type { Size } from "./view";
+
+export interface HeatLayer {
+  finding: FindingConfig;
+  /** The heat map in colours; covers exactly the extent of the image. */
+  canvas: HTMLCanvasElement;
+}
+
+export interface LengthMark {
+  from: Point;
+  to: Point;
+  text: string;
+  /** Still being drawn. */
+  open: boolean;
+}
+
+export interface Marks {
+  outlines: readonly FindingConfig[];
+  heat: readonly HeatLayer[];
+  /** 0 to 1. */
+  opacity: number;
+  lengths: readonly LengthMark[];
+  crosshair: boolean;
+}
+
+export class Overlay {
+  /** Carries the heat map alone, so that a test can read it. */
+  readonly heatCanvas = html("canvas", { class: "vw-heat", "aria-hidden": "true" });
+  private readonly marks = svg("svg", { class: "vw-marks", "aria-hidden": "true", focusable: "false" });
+
+  constructor(parent: HTMLElement) {
+    parent.append(this.heatCanvas, this.marks);
+  }
+
+  /** Draws everything anew; `corner` is the bottom right corner of the image in image coordinates. */
+  draw(stage: Size, corner: Point, project: (point: Point) => Point, marks: Marks): void {
+    this.drawHeat(stage, project([0, 0]), project(corner), marks);
+    const nodes: SVGElement[] = [];
+    for (const finding of marks.outlines) {
+      nodes.push(...outlineNodes(finding, project));
+    }
+    for (const { finding } of marks.heat) {
+      if (finding.peak) {
+        nodes.push(...peakNodes(project(finding.peak)));
+      }
+    }
+    for (const length of marks.lengths) {
+      nodes.push(...lengthNodes(length, project, stage));
+    }
+    if (marks.crosshair) {
+      nodes.push(...crosshairNodes([stage.width / 2, stage.height / 2]));
+    }
+    this.marks.replaceChildren(...nodes);
+  }
+
+  clear(): void {
+    this.heatCanvas.getContext("2d")?.clearRect(0, 0, this.heatCanvas.width, this.heatCanvas.height);
+    this.marks.replaceChildren();
+  }
+
+  private drawHeat(stage: Size, topLeft: Point, bottomRight: Point, { heat, opacity }: Marks): void {
+    const ratio = window.devicePixelRatio || 1;
+    const width = Math.round(stage.width * ratio);
+    const height = Math.round(stage.height * ratio);
+    if (this.heatCanvas.width !== width || this.heatCanvas.height !== height) {
+      this.heatCanvas.width = width;
+      this.heatCanvas.height = height;
+    }
+    const context = this.heatCanvas.getContext("2d");
+    if (!context) {
+      return;
+    }
+    context.setTransform(ratio, 0, 0, ratio, 0, 0);
+    context.clearRect(0, 0, stage.width, stage.height);
+    context.globalAlpha = opacity;
+    context.imageSmoothingQuality = "high";
+    for (const { canvas } of heat) {
+      context.drawImage(
+        canvas,
+        topLeft[0],
+        topLeft[1],
+        bottomRight[0] - topLeft[0],
+        bottomRight[1] - topLeft[1],
+      );
+    }
+  }
+}
+
+function pathData(polygon: Polygon, project: (point: Point) => Point): string {
+  const points = polygon.map((point) => project(point).map((value) => value.toFixed(1)).join(" "));
+  return `M${points.join("L")}Z`;
+}
+
+/** A dark line below a bright one: visible over black lung and white bone alike. */
+function haloed(d: string, className: string): SVGElement[] {
+  return [svg("path", { class: "vw-halo", d }), svg("path", { class: className, d })];
+}
+
+function label(text: string, [x, y]: Point, className = "vw-label", anchor = "middle"): SVGElement {
+  return svg("text", { class: className, x: x.toFixed(1), y: y.toFixed(1), "text-anchor": anchor }, text);
+}
+
+function outlineNodes(finding: FindingConfig, project: (point: Point) => Point): SVGElement[] {
+  const className = finding.positive ? "vw-outline" : "vw-outline vw-below";
+  const nodes = finding.outline.flatMap((polygon) => haloed(pathData(polygon, project), className));
+  // One label per finding, above its highest point: several polygons are one finding, not several.
+  const top = finding.outline.flat().reduce<Point | null>((best, p) => (best && best[1] <= p[1] ? best : p), null);
+  if (top) {
+    const [x, y] = project(top);
+    nodes.push(label(`${finding.label} ${finding.score.toFixed(2)}`, [x, Math.max(14, y - 8)]));
+  }
+  return nodes;
+}
+
+function peakNodes([x, y]: Point): SVGElement[] {
+  return haloed(`M${x - 9} ${y}h6M${x + 3} ${y}h6M${x} ${y - 9}v6M${x} ${y + 3}v6`, "vw-peak");
+}
+
+function crosshairNodes([x, y]: Point): SVGElement[] {
+  return haloed(`M${x - 14} ${y}h28M${x} ${y - 14}v28`, "vw-length");
+}
+
+function lengthNodes(length: LengthMark, project: (point: Point) => Point, stage: Size): SVGElement[] {
+  const [x1, y1] = project(length.from);
+  const [x2, y2] = project(length.to);
+  const distance = Math.hypot(x2 - x1, y2 - y1) || 1;
+  // Short bars across both ends show exactly where the line stops.
+  const [bx, by] = [((y2 - y1) / distance) * 6, (-(x2 - x1) / distance) * 6];
+  const d =
+    `M${x1} ${y1}L${x2} ${y2}` +
+    `M${x1 - bx} ${y1 - by}L${x1 + bx} ${y1 + by}M${x2 - bx} ${y2 - by}L${x2 + bx} ${y2 + by}`;
+  const nodes = haloed(d, length.open ? "vw-length vw-open" : "vw-length");
+  const [lx, anchor] = x2 > stage.width - 120 ? [x2 - 10, "end"] : [x2 + 10, "start"];
+  nodes.push(label(length.text, [lx, y2 - 6], "vw-label vw-length-label", anchor));
+  return nodes;
+}

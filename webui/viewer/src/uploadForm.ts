@@ -1,0 +1,102 @@
+/** The patient form for pictures: they do not say whose they are, so a person must, before anything is sent. */
+import { html, setText } from "./dom";
+import type { Named } from "./uploadFiles";
+import { filled, type Texts } from "./uploadRow";
+
+const THUMBNAILS = 24;
+
+export class PictureForm {
+  private pictures: Named[] = [];
+  private readonly thumbs: HTMLElement;
+  private readonly error: HTMLElement;
+
+  constructor(
+    private readonly form: HTMLFormElement,
+    private readonly texts: Texts,
+    filledIn: (pictures: Named[], form: string) => void,
+  ) {
+    this.thumbs = form.querySelector("#thumbs") as HTMLElement;
+    this.error = form.querySelector("#form-error") as HTMLElement;
+    form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      const values = this.values();
+      if (this.valid(values)) {
+        const pictures = this.pictures;
+        this.clear();
+        filledIn(pictures, JSON.stringify(values));
+      }
+    });
+    form.querySelector("#drop-pictures")?.addEventListener("click", () => this.clear());
+  }
+
+  /** Asks about these pictures too. */
+  add(pictures: readonly Named[]): void {
+    if (pictures.length > 0) {
+      this.pictures.push(...pictures);
+      this.draw();
+      this.form.hidden = false;
+      this.form.scrollIntoView({ block: "nearest" });
+      this.form.querySelector<HTMLInputElement>("#patient_name")?.focus();
+    }
+  }
+
+  private clear(): void {
+    this.pictures = [];
+    this.draw();
+    this.form.reset();
+    this.form.hidden = true;
+  }
+
+  private values(): Record<string, string> {
+    const values: Record<string, string> = {};
+    for (const [name, value] of new FormData(this.form)) {
+      values[name] = String(value).trim();
+    }
+    return values;
+  }
+
+  /** The rules of the box (webui/uploads.py), told before anything is sent. */
+  private valid(values: Record<string, string>): boolean {
+    const nameless = !values["patient_name"] && !values["patient_id"];
+    const named = (name: string): boolean => !nameless && !/[\\=]/.test(values[name] ?? "");
+    const checks: [string, boolean][] = [
+      ["#patient_name", named("patient_name")],
+      ["#patient_id", named("patient_id")],
+      ["#age", /^\d{0,3}$/.test(values["age"] ?? "") && !(values["age_unit"] === "years" && Number(values["age"]) > 130)],
+      ["#view-field", Boolean(values["view"])],
+    ];
+    let first: HTMLElement | null = null;
+    for (const [selector, fits] of checks) {
+      const field = this.form.querySelector<HTMLElement>(selector);
+      field?.classList.toggle("is-wrong", !fits);
+      field?.setAttribute("aria-invalid", String(!fits));
+      if (!fits) {
+        first ??= field?.querySelector("input") ?? field;
+      }
+    }
+    this.error.hidden = first === null;
+    first?.focus();
+    return first === null;
+  }
+
+  private draw(): void {
+    this.thumbs.querySelectorAll("img").forEach((image) => URL.revokeObjectURL(image.src));
+    this.thumbs.replaceChildren(...this.pictures.slice(0, THUMBNAILS).map((picture) => this.thumb(picture)));
+    const more = this.pictures.length - THUMBNAILS;
+    if (more > 0) {
+      this.thumbs.append(html("li", {}, html("span", {}, `+ ${filled(this.texts["pictures"], { n: more })}`)));
+    }
+  }
+
+  private thumb(picture: Named): HTMLLIElement {
+    const image = html("img", { alt: "", src: URL.createObjectURL(picture.file) });
+    const remove = html("button", { type: "button", "aria-label": `${this.texts["remove"]}: ${picture.name}` });
+    setText(remove, this.texts["remove"] ?? "");
+    remove.addEventListener("click", () => {
+      this.pictures = this.pictures.filter((item) => item !== picture);
+      this.draw();
+      this.form.hidden = this.pictures.length === 0;
+    });
+    return html("li", {}, image, html("span", {}, html("bdi", {}, picture.name)), remove);
+  }
+}
