@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 import pydicom
 from pydicom import config as pydicom_config
 from pydicom.dataelem import RawDataElement
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.filereader import read_partial
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
@@ -47,7 +47,7 @@ _LATERAL: Final = re.compile(r"\bLAT(ERAL)?\b|侧位|側位", re.IGNORECASE)
 _PIXEL_TAGS: Final = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10", b"\xe0\x7f\x08\x00", b"\xe0\x7f\x09\x00")
 # What pydicom is known to raise on hostile bytes; a MemoryError comes from the process's memory cap.
 PARSE_ERRORS: Final = (
-    InvalidDicomError, EOFError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError,
+    InvalidDicomError, BytesLengthException, EOFError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError,
     OverflowError, RecursionError, AssertionError, MemoryError, struct.error, zlib.error,
 )  # fmt: skip
 

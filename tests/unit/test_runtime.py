@@ -1,0 +1,172 @@
+"""The ONNX Runtime adapter: what it runs is what it says, and nothing wrong passes for a result."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from appliance.errors import InferenceError
+from appliance.runtime import Runtime, open_runtime
+from model_sync.bundle import InputSpec
+
+PIPELINE = [
+    {"step": "modality_lut"},
+    {"step": "voi", "default": "minmax"},
+    {"step": "monochrome2"},
+    {"step": "to_uint8"},
+    {"step": "resize", "height": 8, "width": 8, "filter": "area"},
+]
+
+
+def make_spec(side: int = 8, name: str = "image") -> InputSpec:
+    size = {"height": side, "width": side}
+    pipeline = [*PIPELINE[:4], PIPELINE[4] | size]
+    return InputSpec.model_validate({"name": name, "layout": "NCHW", "dtype": "float32", "channels": 1, "pipeline": pipeline} | size)
+
+
+def save(path: Path, nodes: list[Any], outputs: list[Any], shape: tuple[Any, ...] = ("n", 1, 8, 8), constants: Any = ()) -> Path:
+    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("image", TensorProto.FLOAT, shape)], outputs, list(constants))
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """probability = sigmoid(mean(image)), cam = image."""
+    nodes = [
+        helper.make_node("ReduceMean", ["image"], ["mean"], axes=[2, 3], keepdims=0),
+        helper.make_node("Sigmoid", ["mean"], ["probability"]),
+        helper.make_node("Identity", ["image"], ["cam"]),
+    ]
+    outputs = [
+        helper.make_tensor_value_info("probability", TensorProto.FLOAT, ("n", 1)),
+        helper.make_tensor_value_info("cam", TensorProto.FLOAT, ("n", 1, 8, 8)),
+    ]
+    return save(tmp_path / "model.onnx", nodes, outputs)
+
+
+def test_runs_and_describes_itself(model: Path) -> None:
+    runtime: Runtime = open_runtime(model, make_spec(), "fp32", 1)
+    image = np.full((1, 1, 8, 8), 2.0, np.float32)
+    outputs = runtime.infer({"image": image})
+    assert outputs["probability"] == pytest.approx(1 / (1 + np.exp(-2)))
+    assert np.array_equal(outputs["cam"], image)
+    assert runtime.describe() == {
+        "runtime": "onnxruntime", "version": runtime.version, "provider": "CPUExecutionProvider", "precision": "fp32", "threads": 1,
+    }  # fmt: skip
+    assert (runtime.name, runtime.precision, runtime.provider) == ("onnxruntime", "fp32", "CPUExecutionProvider")
+    runtime.close()
+    with pytest.raises(InferenceError):
+        runtime.infer({"image": image})
+
+
+def test_threads_default_to_the_cores_of_the_process(model: Path) -> None:
+    assert open_runtime(model, make_spec(), "fp32").describe()["threads"] >= 1
+
+
+def test_provider_that_is_not_there_is_an_error_and_no_fallback(model: Path) -> None:
+    with pytest.raises(InferenceError, match="CUDAExecutionProvider"):
+        open_runtime(model, make_spec(), "fp32", provider="CUDAExecutionProvider")
+
+
+def test_session_on_another_provider_is_an_error(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime itself falls back with no more than a log line."""
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["XyzExecutionProvider", "CPUExecutionProvider"])
+    real = onnxruntime.InferenceSession
+
+    def fallen_back(path: str, options: Any, providers: list[str]) -> Any:
+        assert providers == ["XyzExecutionProvider"]
+        return real(path, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fallen_back)
+    with pytest.raises(InferenceError, match="runs on CPUExecutionProvider"):
+        open_runtime(model, make_spec(), "fp32", provider="XyzExecutionProvider")
+
+
+@pytest.mark.parametrize("spec", [make_spec(16), make_spec(name="picture")])
+def test_model_that_takes_another_input_is_refused(model: Path, spec: InputSpec) -> None:
+    with pytest.raises(InferenceError, match="the manifest says"):
+        open_runtime(model, spec, "fp32")
+
+
+def test_inputs_that_are_not_the_models_are_refused(model: Path) -> None:
+    runtime = open_runtime(model, make_spec(), "fp32")
+    good = np.zeros((1, 1, 8, 8), np.float32)
+    for inputs in ({}, {"other": good}, {"image": good, "more": good}, {"image": good.astype(np.float64)}, {"image": good[:, :, :4]}):
+        with pytest.raises(InferenceError):
+            runtime.infer(inputs)
+
+
+def test_file_that_is_no_model(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"no model")
+    with pytest.raises(InferenceError) as caught:
+        open_runtime(path, make_spec(), "fp32")
+    assert caught.value.code == "job.error"
+    with pytest.raises(InferenceError):
+        open_runtime(tmp_path / "absent.onnx", make_spec(), "fp32")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_output_that_is_no_number_is_an_error(tmp_path: Path, value: float) -> None:
+    """An image of ones divides by zero; the warm-up image of zeros does not."""
+    one = numpy_helper.from_array(np.array(1, np.float32), "one")
+    top = numpy_helper.from_array(np.array(0 if np.isnan(value) else 1, np.float32), "top")
+    nodes = [
+        helper.make_node("ReduceMean", ["image"], ["mean"], axes=[2, 3], keepdims=0),
+        helper.make_node("Sub", ["mean", "one"], ["rest"]),
+        helper.make_node("Div", ["top", "rest"], ["probability"]),
+    ]
+    outputs = [helper.make_tensor_value_info("probability", TensorProto.FLOAT, ("n", 1))]
+    runtime = open_runtime(save(tmp_path / "m.onnx", nodes, outputs, constants=[one, top]), make_spec(), "fp32")
+    with pytest.raises(InferenceError, match="no numbers"):
+        runtime.infer({"image": np.ones((1, 1, 8, 8), np.float32)})
+
+
+def test_output_of_another_batch_is_an_error(tmp_path: Path) -> None:
+    shape = numpy_helper.from_array(np.array([8, 8], np.int64), "shape")
+    nodes = [helper.make_node("Reshape", ["image", "shape"], ["probability"])]
+    outputs = [helper.make_tensor_value_info("probability", TensorProto.FLOAT, (8, 8))]
+    with pytest.raises(InferenceError, match="has the shape"):
+        open_runtime(save(tmp_path / "m.onnx", nodes, outputs, (1, 1, 8, 8), [shape]), make_spec(), "fp32")
+
+
+def test_failure_inside_the_runtime_is_an_inference_error(tmp_path: Path) -> None:
+    """A reshape that fits the warm-up's batch of one only."""
+    shape = numpy_helper.from_array(np.array([1, 64], np.int64), "shape")
+    nodes = [helper.make_node("Reshape", ["image", "shape"], ["probability"])]
+    outputs = [helper.make_tensor_value_info("probability", TensorProto.FLOAT, ("n", 64))]
+    runtime = open_runtime(save(tmp_path / "m.onnx", nodes, outputs, constants=[shape]), make_spec(), "fp32")
+    with pytest.raises(InferenceError, match="ONNX Runtime"):
+        runtime.infer({"image": np.zeros((2, 1, 8, 8), np.float32)})
+
+
+def test_reference_model_gives_a_probability_and_its_map(shared: Path) -> None:
+    runtime = open_runtime(shared / "models" / "cxr_pneumonia" / "cxr_pneumonia_fp32.onnx", make_spec(224), "fp32", 1)
+    image = np.random.default_rng(0).random((1, 1, 224, 224), np.float32)
+    outputs = runtime.infer({"image": image})
+    assert outputs["probability"].shape == (1, 1)
+    assert outputs["cam"].shape == (1, 1, 7, 7)
+    assert np.array_equal(outputs["cam"], runtime.infer({"image": image})["cam"])
+
+
+def test_int8_model_of_another_toolchain_runs(shared: Path) -> None:
+    path = shared / "models" / "cxr_semobilenetv2_covid_int8_qdq.onnx"
+    name = onnx.load(path).graph.input[0].name
+    runtime = open_runtime(path, make_spec(224, name), "int8")
+    outputs = runtime.infer({name: np.zeros((1, 1, 224, 224), np.float32)})
+    assert next(iter(outputs.values())).shape == (1, 3)
+
+
+def test_port_is_importable_without_any_runtime() -> None:
+    check = "import sys, appliance.runtime; print('onnxruntime' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout.strip() == "False"
