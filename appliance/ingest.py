@@ -11,6 +11,7 @@ import logging
 import re
 import struct
 import time
+import uuid
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -47,8 +48,8 @@ _LATERAL: Final = re.compile(r"\bLAT(ERAL)?\b|侧位|側位", re.IGNORECASE)
 _PIXEL_TAGS: Final = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10", b"\xe0\x7f\x08\x00", b"\xe0\x7f\x09\x00")
 # What pydicom is known to raise on hostile bytes; a MemoryError comes from the process's memory cap.
 PARSE_ERRORS: Final = (
-    InvalidDicomError, BytesLengthException, EOFError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError,
-    OverflowError, RecursionError, AssertionError, MemoryError, struct.error, zlib.error,
+    InvalidDicomError, BytesLengthException, EOFError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError,
+    NotImplementedError, OverflowError, RecursionError, AssertionError, MemoryError, struct.error, zlib.error,
 )  # fmt: skip
 
 
@@ -219,7 +220,14 @@ def content_digest(data: bytes, transfer_syntax_uid: str) -> str:
 
 
 def describe(dataset: FileDataset, notes: tuple[Note, ...] = ()) -> Scan:
-    """What the store indexes and the scope rule asks for; raises IngestError for UIDs that are missing or hostile."""
+    """What the store indexes and the scope rule asks for.
+
+    An image without Study or Series Instance UID gets ones that derive from its own (2.25 + UUID, PS3.5 B.2), and a note that says
+    so: it must not be lost, nor fall into another's study.
+
+    Raises:
+        IngestError: no SOP Instance UID, a hostile UID, or no Transfer Syntax UID.
+    """
     meta = dataset.file_meta
     if not meta.get("TransferSyntaxUID"):
         raise IngestError("ingest.unreadable", "no Transfer Syntax UID")
@@ -227,10 +235,16 @@ def describe(dataset: FileDataset, notes: tuple[Note, ...] = ()) -> Scan:
     frames = _text(dataset, "NumberOfFrames") or "1"
     if not re.fullmatch(r"[+]?\d{1,9}", frames):
         raise IngestError("ingest.pixel_attributes", "NumberOfFrames is no integer")
+    instance = _uid("SOPInstanceUID", dataset.get("SOPInstanceUID") or meta.get("MediaStorageSOPInstanceUID"))
+    missing = [name for name in ("StudyInstanceUID", "SeriesInstanceUID") if not dataset.get(name)]
+    study, series = (
+        f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, f'{name} {instance}').int}" if name in missing else _uid(name, dataset.get(name))
+        for name in ("StudyInstanceUID", "SeriesInstanceUID")
+    )
     return Scan(
-        study_instance_uid=_uid("StudyInstanceUID", dataset.get("StudyInstanceUID")),
-        series_instance_uid=_uid("SeriesInstanceUID", dataset.get("SeriesInstanceUID")),
-        sop_instance_uid=_uid("SOPInstanceUID", dataset.get("SOPInstanceUID") or meta.get("MediaStorageSOPInstanceUID")),
+        study_instance_uid=study,
+        series_instance_uid=series,
+        sop_instance_uid=instance,
         sop_class_uid=_uid("SOPClassUID", dataset.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID")),
         transfer_syntax_uid=transfer_syntax,
         patient=Patient(*(_text(dataset, name) for name in ("PatientID", "PatientName", "PatientBirthDate", "PatientSex"))),
@@ -246,7 +260,7 @@ def describe(dataset: FileDataset, notes: tuple[Note, ...] = ()) -> Scan:
         rows=int(dataset.get("Rows") or 0),
         columns=int(dataset.get("Columns") or 0),
         number_of_frames=int(frames),
-        notes=(*notes, *_photograph(dataset)),
+        notes=(*notes, *_photograph(dataset), *(Note("caution.missing_uid", name) for name in missing)),
     )
 
 

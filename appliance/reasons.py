@@ -246,6 +246,12 @@ REASONS: Final[dict[str, Reason]] = {
         "Use the original DICOM image where there is one.",
     ),
     "caution.view_from_form": Reason("体位由上传者填写", "The view was stated by the person who uploaded it", "请核对。", "Check it."),
+    "caution.missing_uid": Reason(
+        "影像缺少检查或序列 UID，已单独成一次检查",
+        "The image lacks its study or series UID; it stands as a study of its own",
+        "请核对患者和检查。",
+        "Check patient and study.",
+    ),
     "caution.patient_mismatch": Reason(
         "同一检查号下出现不同的患者信息，已分开保存",
         "The same study UID came with other patient data; kept apart",

@@ -62,8 +62,6 @@ BAD = {
     "only zeros, cut in the preamble": (lambda: b"\0" * 100, "ingest.truncated"),
     "no pixel data": (lambda: scan_bytes(PixelData=None), "ingest.no_pixel_data"),
     "missing SOP Instance UID": (lambda: encode_without_uid("SOPInstanceUID"), "ingest.missing_uid"),
-    "missing Study Instance UID": (lambda: scan_bytes(StudyInstanceUID=None), "ingest.missing_uid"),
-    "missing Series Instance UID": (lambda: scan_bytes(SeriesInstanceUID=None), "ingest.missing_uid"),
     "UID with path characters": (lambda: scan_bytes(StudyInstanceUID="../../etc/passwd"), "ingest.invalid_uid"),
     "UID of 65 characters": (lambda: scan_bytes(SeriesInstanceUID="1." + "2" * 63), "ingest.invalid_uid"),
     "UID with letters": (lambda: scan_bytes(SOPInstanceUID="1.2.abc"), "ingest.invalid_uid"),
@@ -118,6 +116,15 @@ def test_bad_input_is_refused_with_its_reason(door: Ingest, store: Store, name: 
     row = Worklist(store).rejections()[0]
     assert (row["code"], row["bytes"], row["name"]) == (code, len(data), "a.dcm")
     assert Worklist(store).count() == 0
+
+
+@pytest.mark.parametrize("name", ["StudyInstanceUID", "SeriesInstanceUID"])
+def test_a_scan_without_study_or_series_uid_stands_alone_and_says_so(door: Ingest, name: str) -> None:
+    data = scan_bytes(**{name: None})
+    first, again, other = door.accept(data, SOURCE), door.accept(data, SOURCE), door.accept(scan_bytes(**{name: None}), SOURCE)
+    assert [note.code for note in first.scan.notes] == ["caution.missing_uid"]
+    assert again.stored.outcome == "duplicate"
+    assert first.stored.series_id != other.stored.series_id
 
 
 def test_too_large(settings: Settings) -> None:
