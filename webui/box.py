@@ -1,0 +1,66 @@
+"""What every page of one web process shares: the store and its reading side, accounts, uploads, the live feed."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from flask import current_app
+
+from appliance.accounts import Accounts
+from appliance.settings import Settings
+from appliance.store import Store
+from appliance.worklist import Worklist
+from webui.finalise import Finaliser
+from webui.parts import Parts
+
+if TYPE_CHECKING:
+    from webui.events import Feed
+    from webui.images import ImageCache
+
+_MAX_REMEMBERED_LOOKS: Final = 10_000
+
+
+@dataclass
+class Box:
+    """The shared parts, made once by ``create_app``."""
+
+    settings: Settings
+    store: Store
+    worklist: Worklist
+    accounts: Accounts
+    parts: Parts
+    finaliser: Finaliser
+    feed: Feed
+    images: ImageCache
+    looked_at: LookedAt = field(default_factory=lambda: LookedAt())
+
+    def stop(self) -> None:
+        """End what runs beside the requests; whatever is unfinished stands on the disk and goes on at the next start."""
+        self.feed.stop()
+        self.finaliser.stop()
+
+
+class LookedAt:
+    """Which session has opened which study, so that one look is one audit entry and not one per picture it loads."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, int], None] = {}
+        self._lock = threading.Lock()
+
+    def first(self, session: str, study_id: int) -> bool:
+        """Whether this is the session's first look at the study; remembers it. Forgotten ones are only recorded once more."""
+        key = (session, study_id)
+        with self._lock:
+            known = key in self._seen
+            self._seen[key] = None
+            if len(self._seen) > _MAX_REMEMBERED_LOOKS:
+                del self._seen[next(iter(self._seen))]
+        return not known
+
+
+def the_box() -> Box:
+    """The box of the application that serves this request."""
+    box: Box = current_app.extensions["box"]
+    return box

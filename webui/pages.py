@@ -1,0 +1,130 @@
+"""The pages a person reads: worklist, study, refused files, status of the box."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from typing import Any, Final
+
+from flask import Blueprint, abort, flash, jsonify, redirect, render_template, request, url_for
+from flask.typing import ResponseReturnValue
+from flask_babel import gettext
+from flask_login import current_user
+
+from appliance import __version__
+from appliance.database import INSTANCES_ACCESSED
+from appliance.domain import PENDING_STATES
+from appliance.signal import wake
+from appliance.worklist import PAGE_SIZE, InstanceView, StudyView
+from webui.box import Box, the_box
+from webui.texts import language
+
+blueprint: Final = Blueprint("pages", __name__)
+_MAX_SEARCH_CHARS: Final = 100
+_REJECTIONS: Final = 200
+
+
+@blueprint.route("/", methods=["GET", "POST"])
+def worklist() -> ResponseReturnValue:
+    """The worklist. A search comes by POST: a patient's name belongs into no address, history or log."""
+    box = the_box()
+    search = request.form.get("q", "").strip()[:_MAX_SEARCH_CHARS]
+    before = (request.form if request.method == "POST" else request.args).get("before", type=int)
+    revision = box.worklist.revision()  # before the rows: a change in between comes again as an event, and is never missed
+    rows = box.worklist.page(before=before, search=search, limit=PAGE_SIZE + 1)
+    more, rows = len(rows) > PAGE_SIZE, rows[:PAGE_SIZE]
+    template = "worklist_rows.html" if request.headers.get("X-Fragment") else "worklist.html"
+    total = box.worklist.count()
+    return render_template(template, rows=rows, more=more, search=search, before=before, revision=revision, total=total)
+
+
+@blueprint.get("/studies/<int:study_id>")
+def study(study_id: int) -> ResponseReturnValue:
+    """One study: image, findings and what they rest on. Opening it is an audit entry (PS3.15 A.5.3.7)."""
+    box = the_box()
+    revision = box.worklist.revision()
+    view = box.worklist.study(study_id)
+    fragment = bool(request.headers.get("X-Fragment"))
+    if not fragment:
+        record_look(box, study_id, opened=True)
+    pending = view.row.state in PENDING_STATES or any(item.state in PENDING_STATES for item in view.instances)
+    values = {"study": view, "revision": revision, "pending": pending, "models": _models(box), "viewer": _viewer(view)}
+    return render_template("study_report.html" if fragment else "study.html", **values)
+
+
+def record_look(box: Box, study_id: int, *, opened: bool = False) -> None:
+    """Write to the audit that this person looks at this study; pictures loaded by an open page add nothing."""
+    first = box.looked_at.first(current_user.token, study_id)
+    if opened or first:
+        box.store.record(INSTANCES_ACCESSED, current_user.account.username, "R", f"study:{study_id}")
+
+
+@blueprint.post("/studies/<int:study_id>/retry/<int:instance_id>")
+def retry(study_id: int, instance_id: int) -> ResponseReturnValue:
+    """Another try for an image whose analysis failed."""
+    box = the_box()
+    if box.worklist.study_of(instance_id) != study_id:
+        abort(404)
+    if box.store.retry(instance_id, current_user.account.username):
+        wake(box.settings)
+        flash(gettext("The image is in the queue again."))
+    return redirect(url_for("pages.study", study_id=study_id))
+
+
+@blueprint.get("/rejected")
+def rejected() -> ResponseReturnValue:
+    """Every file that was refused lately, with its reason: nobody wonders where a scan went."""
+    return render_template("rejected.html", rejections=the_box().worklist.rejections(_REJECTIONS))
+
+
+@blueprint.get("/health")
+def health() -> ResponseReturnValue:
+    """The state of the box for the technician; no patient data."""
+    box = the_box()
+    disk = shutil.disk_usage(box.settings.data_dir)
+    models = [dict(row) | {"manifest": json.loads(row["manifest"])} for row in box.store.models()]
+    values: dict[str, Any] = {
+        "version": __version__, "python": platform.python_version(), "disk": disk, "models": models,
+        "active": [model for model in models if model["state"] == "active"], "queue": box.worklist.queue_length(),
+        "studies": box.worklist.count(), "audit": box.worklist.audit_entries(), "settings": box.settings,
+        "disk_low": disk.free < 2 * box.settings.disk_reserve_bytes,
+    }  # fmt: skip
+    return render_template("health.html", **values)
+
+
+@blueprint.get("/healthz")
+def healthz() -> ResponseReturnValue:
+    """Whether the page is alive and its database answers; for the supervisor, without a login."""
+    the_box().worklist.revision()
+    return jsonify(status="ok")
+
+
+def _models(box: Box) -> dict[str, dict[str, Any]]:
+    """Each model's title, intended use and age note by its digest, from the manifest it was activated with."""
+    return {row["digest"]: json.loads(row["manifest"]) for row in box.store.models()}
+
+
+def _viewer(view: StudyView) -> dict[str, Any]:
+    """What the image viewer is told (``data-config``; its words are its own): the addresses of pixels and heat maps."""
+    images = [_image(item, place, len(view.instances)) for place, item in enumerate(view.instances, 1)]
+    return {"lang": language(), "text": {}, "images": images}
+
+
+def _image(item: InstanceView, place: int, images: int) -> dict[str, Any]:
+    heading = " ".join(part for part in (item.modality, item.body_part_examined, item.view_position) if part)
+    frame = url_for("api.frame", instance_id=item.id, number=0)
+    return {
+        "id": item.id,
+        "title": f"{place}/{images} {heading}".strip() if images > 1 else heading,
+        "meta_url": url_for("api.pixels", instance_id=item.id),
+        "frame_url": frame.removesuffix("0") + "{frame}",
+        "findings": [
+            {
+                "id": finding.id, "label": finding.title_zh if language() == "zh" else finding.title_en, "score": finding.score,
+                "threshold": finding.threshold, "positive": finding.positive, "outline": finding.outline, "peak": finding.peak,
+                "heatmap_url": url_for("api.heatmap", finding_id=finding.id),
+            }
+            for finding in item.findings
+        ],
+    }  # fmt: skip

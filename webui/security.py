@@ -1,0 +1,152 @@
+"""What guards every request: who may ask (deny by default), under which host name, how much, and which headers go back."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import secrets
+import socket
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote, urlsplit
+
+from flask import Flask, Response, abort, g, redirect, request, url_for
+from flask.typing import ResponseReturnValue
+from flask_login import current_user
+from flask_wtf.csrf import CSRFProtect
+
+from appliance.content import fsync_directory
+from appliance.settings import Settings
+from webui import problems
+from webui.box import the_box
+
+# Never 'unsafe-eval' and no inline script or style; 'wasm-unsafe-eval' is for the viewer's own modules.
+CONTENT_SECURITY_POLICY: Final = "; ".join(
+    (
+        "default-src 'self'", "script-src 'self' 'wasm-unsafe-eval'", "style-src 'self'", "img-src 'self' blob: data:",
+        "worker-src 'self' blob:", "connect-src 'self'", "object-src 'none'", "base-uri 'none'", "frame-ancestors 'none'",
+        "form-action 'self'",
+    )
+)  # fmt: skip
+
+# Asked for by people who have not logged in; everything else needs a session.
+OPEN_ENDPOINTS: Final = frozenset({"static", "auth.login", "auth.language", "pages.healthz"})
+# What an account with a one-time password may do: make it its own, or leave.
+_BEFORE_PASSWORD_CHANGE: Final = OPEN_ENDPOINTS | {"auth.password", "auth.logout"}
+# What shows no patient data; a technician or auditor sees nothing else (R6).
+WITHOUT_PATIENTS: Final = _BEFORE_PASSWORD_CHANGE | {"pages.health"}
+PATIENT_ROLES: Final = frozenset({"clinician", "administrator"})
+
+_FORM_BYTES: Final = 64 << 10
+_BATCH_BYTES: Final = 1 << 20
+TUS_CHUNK_BYTES: Final = 64 << 20
+
+csrf: Final = CSRFProtect()
+
+
+def init_app(app: Flask, settings: Settings) -> None:
+    """Put the guard before every request and the headers behind it."""
+    app.config.update(
+        SECRET_KEY=_secret_key(settings.data_dir / "keys"),
+        SESSION_COOKIE_NAME="clinicbox",
+        SESSION_COOKIE_HTTPONLY=True,
+        SESSION_COOKIE_SAMESITE="Strict",
+        SESSION_COOKIE_SECURE=settings.tls_certificate is not None,
+        WTF_CSRF_TIME_LIMIT=None,  # as long as the session: an upload page stays open for hours
+        WTF_CSRF_SSL_STRICT=False,  # pages send no Referer at all
+        MAX_CONTENT_LENGTH=_FORM_BYTES,
+    )
+    app.before_request(_guard)
+    csrf.init_app(app)
+    app.after_request(_headers)
+
+
+def safe_next(target: str | None) -> str:
+    """Where to go after a login: a path of this box, never another site; the worklist when in doubt."""
+    home = url_for("pages.worklist")
+    if not target or not target.startswith("/") or target.startswith("//") or "\\" in target or not target.isprintable():
+        return home
+    parts = urlsplit(target)
+    return target if not parts.scheme and not parts.netloc else home
+
+
+def _guard() -> ResponseReturnValue | None:
+    """Deny by default: host name, size, session, own password, role, in this order."""
+    if not _host_allowed(request.host, the_box().settings):
+        abort(400)
+    g.background = request.headers.get("X-Background") == "1" or request.endpoint == "events.stream"
+    request.max_content_length = _largest_body()
+    endpoint = request.endpoint or ""
+    if endpoint in OPEN_ENDPOINTS:
+        return None
+    if not current_user.is_authenticated:
+        return _ask_to_log_in()
+    if current_user.account.must_change and endpoint not in _BEFORE_PASSWORD_CHANGE:
+        return problems.password_change_required() if problems.wants_json() else redirect(url_for("auth.password"))
+    if current_user.account.role not in PATIENT_ROLES and endpoint and endpoint not in WITHOUT_PATIENTS:
+        if endpoint == "pages.worklist" and request.method == "GET":
+            return redirect(url_for("pages.health"))
+        abort(403)
+    return None
+
+
+def _ask_to_log_in() -> ResponseReturnValue:
+    if problems.wants_json() or request.headers.get("X-Background") or request.method not in ("GET", "HEAD"):
+        abort(401)
+    wanted = request.path if request.endpoint else ""
+    return redirect(url_for("auth.login") + (f"?next={quote(wanted)}" if wanted not in ("", "/") else ""))
+
+
+def _largest_body() -> int:
+    """No body is read beyond what its address has a use for."""
+    settings = the_box().settings
+    if request.endpoint == "uploads.multipart":
+        return settings.max_archive_bytes if getattr(current_user, "is_authenticated", False) else 0
+    if request.endpoint == "uploads.close":
+        return _BATCH_BYTES
+    return TUS_CHUNK_BYTES if (request.endpoint or "").startswith("tus.") else _FORM_BYTES
+
+
+def _host_allowed(host: str, settings: Settings) -> bool:
+    """Names of this box only: a stranger's name that resolves to this address (DNS rebinding) is refused."""
+    name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        own = socket.gethostname().lower()
+        return name in {"localhost", own, own.partition(".")[0], f"{own.partition('.')[0]}.local", settings.web_host.lower()}
+    return True
+
+
+def _headers(response: Response) -> Response:
+    response.headers.setdefault("Content-Security-Policy", CONTENT_SECURITY_POLICY)
+    response.headers.setdefault("X-Content-Type-Options", "nosniff")
+    response.headers.setdefault("Referrer-Policy", "no-referrer")
+    response.headers.setdefault("X-Frame-Options", "DENY")
+    response.headers.setdefault("Cross-Origin-Opener-Policy", "same-origin")
+    response.headers.setdefault("Cross-Origin-Resource-Policy", "same-origin")
+    response.headers.setdefault("Permissions-Policy", "camera=(), microphone=(), geolocation=()")
+    if request.endpoint != "static":
+        # A clinic's PC has many users: nothing of a patient may stay in its cache.
+        response.headers["Cache-Control"] = "no-store"
+    return response
+
+
+def _secret_key(directory: Path) -> bytes:
+    """The key that signs cookies; made on first use, kept over restarts, readable by the box alone."""
+    path = directory / "web.key"
+    if not path.exists():
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fresh = directory / f"web.key.{secrets.token_hex(4)}"
+        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(32))
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(fresh, path)  # fails when another process was first: its key is the one then
+        except FileExistsError:
+            pass
+        finally:
+            fresh.unlink()
+        fsync_directory(directory)
+    return path.read_bytes()
