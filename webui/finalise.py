@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -27,10 +28,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Two at a time: parsing one overlaps with the other's fsync, and at most two scans are in memory.
+# Two at a time: parsing one overlaps with the other's fsync, and at most two scans are in memory, of which one may be large.
 _AT_ONCE: Final = 2
+_LARGE_BYTES: Final = 64 << 20
 # A file that takes the process down each time must not do so for ever; a few unlucky power cuts must not condemn a good one.
 _MAX_TRIES: Final = 10
+
+
+class _StoppedError(Exception):
+    """The process is to stop; the upload waits, complete."""
 
 
 class Finaliser:
@@ -41,6 +47,8 @@ class Finaliser:
         self._settings: Settings = store.settings
         self._parts = parts
         self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="finalise")
+        self._doors = threading.BoundedSemaphore(_AT_ONCE)
+        self._large_door = threading.Lock()
         self._changed = threading.Condition()
         self._running: dict[str, int] = {}
         self._stopped = False
@@ -84,12 +92,20 @@ class Finaliser:
         from appliance.ingest import PictureForm
 
         outcomes = []
-        for outcome in accept_file(self.ingest, self._settings, path, name, source, PictureForm(**form) if form else None):
-            outcomes.append(to_json(outcome))
-            with self._changed:
-                if upload_id in self._running:
-                    self._running[upload_id] = len(outcomes)
+        large = self._large_door if path.stat().st_size > _LARGE_BYTES else nullcontext()
+        with large, self._doors:
+            for outcome in accept_file(self.ingest, self._settings, path, name, source, PictureForm(**form) if form else None):
+                outcomes.append(to_json(outcome))
+                self._went_through(upload_id, len(outcomes))
         return outcomes
+
+    def _went_through(self, upload_id: str, files: int) -> None:
+        """Count a file of an upload; a process that is to stop leaves the rest of a long archive to the next one."""
+        with self._changed:
+            if upload_id in self._running:
+                self._running[upload_id] = files
+                if self._stopped:
+                    raise _StoppedError
 
     def close_series(self, outcomes: Iterable[dict[str, Any]]) -> None:
         """The sender's explicit end: what these outcomes stored is complete and can be read; tells the worker."""
@@ -99,7 +115,7 @@ class Finaliser:
             wake(self._settings)
 
     def stop(self) -> None:
-        """Finish what is at the door this moment and begin nothing new."""
+        """Let the files at the door this moment through and begin nothing new."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -110,6 +126,8 @@ class Finaliser:
             with self._parts.exclusive(upload, wait=True):
                 if self._parts.outcome(upload) is None:
                     self._parts.finish(upload, self._outcome(upload))
+        except _StoppedError:
+            logger.info("upload left to the next start")
         except StoreError:  # called off while it waited for its turn
             logger.info("upload called off")
         except OSError:  # the disk is full even for the outcome: the upload waits, complete, for the next start
@@ -126,6 +144,8 @@ class Finaliser:
             return [refusal(upload.name, "ingest.unreadable")]
         try:
             return self.accept(self._parts.path(upload), upload.name, source, upload.form, upload.id)
+        except _StoppedError:
+            raise
         except Exception:  # top of a worker loop: the person gets a definite answer, the log the place
             logger.exception("the door failed")
             return [refusal(upload.name, "ingest.unreadable")]

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+from dataclasses import dataclass
 from typing import Any, Final
 
-from flask import Blueprint, abort, flash, jsonify, redirect, render_template, request, url_for
+from flask import Blueprint, flash, jsonify, redirect, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 from flask_babel import gettext
 from flask_login import current_user
 
 from appliance import __version__
 from appliance.database import INSTANCES_ACCESSED
-from appliance.domain import PENDING_STATES
+from appliance.domain import PENDING_STATES, ScanState
 from appliance.signal import wake
 from appliance.worklist import PAGE_SIZE, InstanceView, StudyView
 from webui.box import Box, the_box
@@ -49,8 +50,48 @@ def study(study_id: int) -> ResponseReturnValue:
     if not fragment:
         record_look(box, study_id, opened=True)
     pending = view.row.state in PENDING_STATES or any(item.state in PENDING_STATES for item in view.instances)
-    values = {"study": view, "revision": revision, "pending": pending, "models": _models(box), "viewer": _viewer(view)}
+    values = {
+        "study": view,
+        "parts": parts_of(view),
+        "revision": revision,
+        "pending": pending,
+        "models": _models(box),
+        "viewer": _viewer(view),
+    }
     return render_template("study_report.html" if fragment else "study.html", **values)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the report says at one place: an image with findings, or all images that have none for the same reason."""
+
+    images: tuple[InstanceView, ...]
+    numbers: str
+
+    @property
+    def first(self) -> InstanceView:
+        """The image that stands for the others."""
+        return self.images[0]
+
+
+def parts_of(view: StudyView) -> list[Part]:
+    """The report in as few places as say everything: a series of 160 slices that no model reads is told once."""
+    groups: dict[object, list[tuple[int, InstanceView]]] = {}
+    for number, item in enumerate(view.instances, start=1):
+        key = item.id if item.findings else (item.state, item.reason)
+        groups.setdefault(key, []).append((number, item))
+    return [Part(tuple(item for _, item in group), _ranges([number for number, _ in group])) for group in groups.values()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Numbers as people write them: ``1–3, 7``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
 
 
 def record_look(box: Box, study_id: int, *, opened: bool = False) -> None:
@@ -60,13 +101,12 @@ def record_look(box: Box, study_id: int, *, opened: bool = False) -> None:
         box.store.record(INSTANCES_ACCESSED, current_user.account.username, "R", f"study:{study_id}")
 
 
-@blueprint.post("/studies/<int:study_id>/retry/<int:instance_id>")
-def retry(study_id: int, instance_id: int) -> ResponseReturnValue:
-    """Another try for an image whose analysis failed."""
+@blueprint.post("/studies/<int:study_id>/retry")
+def retry(study_id: int) -> ResponseReturnValue:
+    """Another try for the images of a study whose analysis failed."""
     box = the_box()
-    if box.worklist.study_of(instance_id) != study_id:
-        abort(404)
-    if box.store.retry(instance_id, current_user.account.username):
+    failed = [item.id for item in box.worklist.study(study_id).instances if item.state == ScanState.FAILED]
+    if any([box.store.retry(instance_id, current_user.account.username) for instance_id in failed]):
         wake(box.settings)
         flash(gettext("The image is in the queue again."))
     return redirect(url_for("pages.study", study_id=study_id))

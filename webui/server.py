@@ -11,7 +11,9 @@ import ipaddress
 import json
 import logging
 import os
+import socket
 import ssl
+import struct
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -32,6 +34,7 @@ EXIT_USAGE: Final = 2
 ADDRESS_FILE: Final = "web.json"
 # The longest a sender or reader may hold a thread without a byte moving.
 _SILENCE_S: Final = 60.0
+_BEGUN_S: Final = 20
 _STOP_S: Final = 10
 _KEEP_ALIVE_S: Final = 75
 _CONNECTIONS: Final = 200
@@ -166,6 +169,9 @@ def _announce(settings: Settings) -> Callable[[Any], None]:
     def when_ready(arbiter: Any) -> None:
         scheme = "https" if settings.tls_certificate else "http"
         port = arbiter.LISTENERS[0].sock.getsockname()[1]
+        for listener in arbiter.LISTENERS:
+            # Inherited by every connection: who begins a request and falls silent must not hold a thread for ever.
+            listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _BEGUN_S, 0))
         url = f"{scheme}://{_bracketed(settings.web_host)}:{port}/"
         path = _run_directory(settings) / ADDRESS_FILE
         fresh = path.with_suffix(".new")
