@@ -5,6 +5,7 @@ The worker is a child process, as on the box: a scan that crashes or hangs it co
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -16,12 +17,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from appliance import reasons
-from appliance.archive import Outcome, accept_file, files_below
+from appliance.archive import Outcome, accept_below
 from appliance.domain import Note, Source, Status
 from appliance.errors import ApplianceError
 from appliance.ingest import Ingest, PictureForm
 from appliance.models import activate, reference_bundle
-from appliance.process import Lock
+from appliance.process import Lock, die_with_parent
 from appliance.signal import wake
 from appliance.store import Store
 from appliance.worklist import InstanceView, Worklist
@@ -29,6 +30,8 @@ from appliance.worklist import InstanceView, Worklist
 logger = logging.getLogger(__name__)
 
 _POLL_S: Final = 0.1
+_BUSY: Final = 2  # the exit code of a worker that finds another at work
+_IDLE_STARTS: Final = 3
 _TIMINGS: Final = ("ingest", "decode", "preprocess", "infer", "postprocess", "store", "total")
 
 
@@ -57,7 +60,8 @@ class Analysed:
     def reason(self) -> Note | None:
         """Why there is no result, when there is none."""
         if self.view is not None:
-            return self.view.reason
+            unread = Note("job.crashed") if self.view.status == "failed" else None
+            return self.view.reason or unread
         return Note(self.outcome.code, self.outcome.detail)
 
     def to_json(self) -> dict[str, Any]:
@@ -77,7 +81,9 @@ class Analysed:
         }
 
 
-def analyse(store: Store, paths: Iterable[Path], form: PictureForm, progress: Callable[[str], None]) -> list[Analysed]:
+def analyse(
+    store: Store, paths: Iterable[Path], form: PictureForm, progress: Callable[[str], None], given: Path | None = None
+) -> list[Analysed]:
     """Take every file below ``paths`` in, have it read, and return one entry per file in the order given.
 
     Args:
@@ -85,18 +91,19 @@ def analyse(store: Store, paths: Iterable[Path], form: PictureForm, progress: Ca
         paths: files, folders, ZIP archives.
         form: what holds for PNG and JPEG.
         progress: told a line now and then.
+        given: the settings file or data directory as it was given, for the worker; the data directory when None.
     """
     if not any(row["state"] == "active" for row in store.models()):
         activate(store, reference_bundle(), "cli")
     ingest = Ingest(store)
     outcomes: list[Outcome] = []
-    for path in (file for given in paths for file in files_below(given)):
-        outcomes.extend(accept_file(ingest, store.settings, path, str(path), Source("cli", "cli"), form))
+    for outcome in (item for path in paths for item in accept_below(ingest, store.settings, path, Source("cli", "cli"), form)):
+        outcomes.append(outcome)
         if len(outcomes) % 50 == 0:
             progress(f"{len(outcomes)} files taken in")
     accepted = [outcome.accepted for outcome in outcomes if outcome.accepted]
     store.close_series(sorted({item.stored.series_id for item in accepted}))
-    _work(store, progress)
+    _work(store, [item.stored.instance_id for item in accepted], progress, given or store.settings.data_dir)
     worklist = Worklist(store)
     return [
         Analysed(outcome, worklist.instance(outcome.accepted.stored.instance_id), outcome.accepted.scan.study_instance_uid)
@@ -106,34 +113,68 @@ def analyse(store: Store, paths: Iterable[Path], form: PictureForm, progress: Ca
     ]
 
 
-def _work(store: Store, progress: Callable[[str], None]) -> None:
-    """Have every job done: by the box's own worker where one runs, else by a child that is started again when it falls."""
-    told = store.pending_jobs()
-    while pending := store.pending_jobs():
-        if pending <= told - 25:
-            told = pending
-            progress(f"{pending} to go")
+def _work(store: Store, instance_ids: list[int], progress: Callable[[str], None], given: Path) -> None:
+    """Have these images read: by the box's own worker where one runs, else by a child that is started again when it falls.
+
+    A child that falls costs the scan it read an attempt, which is progress of a kind: that scan ends as failed. One that falls
+    without even that (a damaged model) will do so for ever, and is given up.
+    """
+    reading, idle_starts = Reading(store, instance_ids, progress), 0
+    while reading.left():
         try:
             Lock(store.settings.data_dir, "worker").release()
         except ApplianceError:  # a box serves this directory: its worker does the work
             wake(store.settings)
             time.sleep(_POLL_S)
             continue
-        _run_worker(store, progress, pending)
+        before = reading.mark()
+        code = _run_worker(reading, given)
+        if code != _BUSY:  # a box's worker was quicker to the lock
+            idle_starts = 0 if reading.mark() != before else idle_starts + 1
+        if idle_starts >= _IDLE_STARTS:
+            progress(f"error: the worker stops at once (exit code {code}); {reading.left()} scans were taken in but not read")
+            return
 
 
-def _run_worker(store: Store, progress: Callable[[str], None], pending: int) -> None:
-    command = [sys.executable, "-m", "appliance", "worker", "--until-idle", "--data-dir", str(store.settings.data_dir)]
-    environment = os.environ | {"APPLIANCE_LOG_LEVEL": "WARNING"}
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment) as worker:
+class Reading:
+    """How far the reading of some images has come; tells a line for every 25."""
+
+    def __init__(self, store: Store, instance_ids: list[int], progress: Callable[[str], None]) -> None:
+        self._database = store.database
+        self._ids = json.dumps(instance_ids)
+        self._progress = progress
+        self._told = len(instance_ids)
+
+    def left(self) -> int:
+        """How many of the images still wait for their result; whatever else the box has to do does not count."""
+        left = self.mark()[0]
+        if left <= self._told - 25:
+            self._told = left
+            self._progress(f"{left} to go")
+        return left
+
+    def mark(self) -> tuple[int, int]:
+        """Images left and attempts made for them: what changes whenever the worker does anything for them."""
+        row = self._database.one(
+            "SELECT count(DISTINCT i.id) AS pending, coalesce(sum(j.attempts), 0) AS attempts"
+            " FROM instances i LEFT JOIN jobs j ON j.instance_id = i.id"
+            " WHERE i.state IN ('waiting', 'queued', 'running') AND i.id IN (SELECT value FROM json_each(?))",
+            self._ids,
+        )
+        return (int(row["pending"]), int(row["attempts"])) if row else (0, 0)
+
+
+def _run_worker(reading: Reading, given: Path) -> int:
+    """One life of a worker; returns its exit code."""
+    command = [sys.executable, "-m", "appliance", "worker", "--until-idle", "--data-dir", str(given)]
+    environment = os.environ | {"APPLIANCE_LOG_LEVEL": "WARNING", "ORT_DISABLE_TELEMETRY": "1"}
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, preexec_fn=die_with_parent) as worker:
         while worker.poll() is None:
             time.sleep(_POLL_S)
-            left = store.pending_jobs()
-            if left <= pending - 25:
-                pending = left
-                progress(f"{left} to go")
+            reading.left()
     if worker.returncode:
         logger.error("worker fell", extra={"exit_code": worker.returncode})
+    return worker.returncode
 
 
 def _reason_json(note: Note) -> dict[str, str]:

@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -25,13 +26,15 @@ EXIT_OK: Final = 0
 EXIT_ERROR: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_FAILED: Final = 3
+EXIT_NOTHING: Final = 4
 _VIEWS: Final = {"frontal": "", "PA": "PA", "AP": "AP", "lateral": "LL"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 done, 1 error, 2 usage, 3 some scan failed)."""
+    """Run one command; returns the exit code (0 done, 1 error, 2 usage, 3 some scan failed, 4 no scan analysed)."""
     arguments = _parser().parse_args(argv)
-    start_logging(logging.getLevelName(os.environ.get("APPLIANCE_LOG_LEVEL", "INFO").upper()))
+    start_logging(os.environ.get("APPLIANCE_LOG_LEVEL", "INFO"))
+    os.umask(0o077)  # what the box writes holds patients' data: for the account it runs under, nobody else
     command: Callable[[argparse.Namespace], int] = arguments.run
     try:
         return command(arguments)
@@ -42,8 +45,20 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_USAGE if error.code in ("settings.invalid", "box.busy") else EXIT_ERROR
     except BrokenPipeError:
         return EXIT_ERROR
+    except OSError as error:
+        return _say_os_error(error)
     except KeyboardInterrupt:
         return 130
+
+
+def _say_os_error(error: OSError) -> int:
+    """A path that cannot be used: which, why, and what to do."""
+    zh = _language() == "zh"
+    what = f"{error.strerror or type(error).__name__}" + (f": {error.filename}" if error.filename else "")
+    print(f"{'错误' if zh else 'error'}: {what}", file=sys.stderr)
+    hint = "请检查路径、权限和磁盘空间。" if zh else "Check the path, its permissions and the space on the disk."
+    print(f"hint: {hint}", file=sys.stderr)
+    return EXIT_USAGE
 
 
 def _language() -> Language:
@@ -67,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
     analyze.add_argument("--data-dir", type=Path, help="keep everything in this data directory (default: a temporary one)")
     analyze.add_argument("--view", choices=_VIEWS, default="frontal", help="view of PNG and JPEG pictures (default: frontal)")
+    analyze.add_argument("--require-analysed", action="store_true", help="exit with 4 when no scan at all was analysed")
     command("serve", _serve, "Run the box: worker, DICOM receiver and web page under one supervisor.")
     worker = command("worker", _worker, "Run the worker alone.")
     worker.add_argument("--until-idle", action="store_true", help="stop when nothing is left to do")
@@ -95,12 +111,15 @@ def _analyze(arguments: argparse.Namespace) -> int:
         print(f"error: no such file or folder: {', '.join(missing)}\nhint: check the path; nothing was analysed", file=sys.stderr)
         return EXIT_USAGE
     logging.getLogger().setLevel(logging.ERROR)  # refusals are in the result; the log would say them twice
-    with tempfile.TemporaryDirectory(prefix="appliance-") as temporary:
-        results = _analyse_in(arguments, arguments.data_dir or Path(temporary))
+    kept = arguments.data_dir
+    with nullcontext(kept) if kept else tempfile.TemporaryDirectory(prefix="appliance-") as data_dir:
+        results = _analyse_in(arguments, Path(data_dir))
     if arguments.json:
         print(json.dumps([item.to_json() for item in results], ensure_ascii=False, indent=1))
     else:
         print_table(results, _language())
+    if arguments.require_analysed and not any(item.status == "analysed" for item in results):
+        return EXIT_NOTHING
     return EXIT_FAILED if any(item.status == "failed" for item in results) else EXIT_OK
 
 
@@ -109,12 +128,14 @@ def _analyse_in(arguments: argparse.Namespace, data_dir: Path) -> list[Analysed]
     from appliance.ingest import PictureForm
     from appliance.store import Store
 
-    data_dir.mkdir(parents=True, exist_ok=True)
+    if not data_dir.is_file():  # a settings file names its data directory itself
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     settings = Settings.load(data_dir)
     limit_memory(settings.process_memory_max_bytes)
     store = Store(settings)
     try:
-        return analyse(store, arguments.paths, PictureForm(view=_VIEWS[arguments.view]), lambda line: print(line, file=sys.stderr))
+        form = PictureForm(view=_VIEWS[arguments.view])
+        return analyse(store, arguments.paths, form, lambda line: print(line, file=sys.stderr), data_dir)
     finally:
         store.close()
 
@@ -141,7 +162,7 @@ def print_table(results: list[Analysed], language: Language) -> None:
 def _serve(arguments: argparse.Namespace) -> int:
     from appliance.supervisor import serve
 
-    serve(Settings.load(arguments.data_dir))
+    serve(arguments.data_dir)
     return EXIT_OK
 
 

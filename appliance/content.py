@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +26,7 @@ _NONCE_BYTES: Final = 12
 _TAG_BYTES: Final = 16
 _NAME_BYTES: Final = 32
 _CHUNK_BYTES: Final = 1 << 20
+_ABANDONED_S: Final = 3600.0
 
 
 class ContentFiles:
@@ -37,9 +40,12 @@ class ContentFiles:
         self._incoming = data_dir / "incoming"
         self._content = data_dir / "content"
         try:
-            for directory in (self._incoming, self._content, *(self._content / f"{i:02x}" for i in range(256))):
-                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._key = _load_key(data_dir / "keys")
+            if not (self._content / "ff").is_dir():
+                for directory in (self._incoming, self._content, *(self._content / f"{i:02x}" for i in range(256))):
+                    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                fsync_directory(self._content)
+                fsync_directory(data_dir)
+            self._key = load_key(data_dir / "keys", "content.key")
         except OSError as error:
             raise store_error(error) from error
 
@@ -67,12 +73,25 @@ class ContentFiles:
                 file.flush()
                 os.fsync(file.fileno())
             target = self._path(name)
-            os.replace(temporary, target)
-            fsync_directory(target.parent)
+            if self.holds(name):  # the same scan came by another way: what was acknowledged is never replaced
+                temporary.unlink()
+            else:
+                os.replace(temporary, target)
+                fsync_directory(target.parent)
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise store_error(error) from error
         return name
+
+    def holds(self, name: str) -> bool:
+        """Whether the file of that name is there and whole."""
+        if not self._path(name).exists():
+            return False
+        try:
+            self.read(name)
+        except StoreError:
+            return False
+        return True
 
     def read(self, name: str) -> bytes:
         """The bytes as they came.
@@ -96,11 +115,17 @@ class ContentFiles:
         return plain
 
     def sweep(self) -> int:
-        """Remove what a crash left half-written under ``incoming/``; it was never acknowledged. Returns how many."""
-        parts = list(self._incoming.glob("*.part"))
-        for part in parts:
-            part.unlink(missing_ok=True)
-        return len(parts)
+        """Remove what a crash left half-written under ``incoming/``; it was never acknowledged. Returns how many.
+
+        Only what is an hour old: younger ones may be growing in another process at this moment.
+        """
+        swept = 0
+        for part in self._incoming.glob("*.part"):
+            with suppress(FileNotFoundError):
+                if time.time() - part.stat().st_mtime > _ABANDONED_S:
+                    part.unlink()
+                    swept += 1
+        return swept
 
     def _path(self, name: str) -> Path:
         return self._content / name[:2] / name
@@ -115,12 +140,12 @@ def fsync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _load_key(directory: Path) -> bytes:
-    """The box's content key, made on first use; readable by its owner only."""
+def load_key(directory: Path, name: str) -> bytes:
+    """One of the box's 256-bit keys, made on first use; readable by its owner only."""
     directory.mkdir(mode=0o700, exist_ok=True)
-    path = directory / "content.key"
+    path = directory / name
     if not path.exists():
-        fresh = directory / f"content.key.{secrets.token_hex(4)}"
+        fresh = directory / f"{name}.{secrets.token_hex(4)}"
         with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(secrets.token_bytes(32))
             file.flush()

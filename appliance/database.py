@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import hmac
 import json
 import sqlite3
 import threading
@@ -65,13 +66,15 @@ class Database:
 
     Args:
         path: the database file; created, with its schema, when absent.
+        audit_key: seals the audit's last entry, so that cutting off its end is found too.
 
     Raises:
         StoreError: the file is no database, or a newer appliance wrote it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, audit_key: bytes) -> None:
         self.path = path
+        self._audit_key = audit_key
         self._local = threading.local()
         try:
             self._migrate()
@@ -87,6 +90,7 @@ class Database:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
+            connection.create_function("audit_seal", 1, self._seal, deterministic=True)
             self._local.connection = connection
         return connection
 
@@ -201,7 +205,13 @@ class Database:
             ensure_ascii=False,
             sort_keys=True,
         )
-        connection.execute("INSERT INTO audit VALUES (?, ?, ?)", (seq, entry, chain(previous, entry)))
+        digest = chain(previous, entry)
+        connection.execute("INSERT INTO audit VALUES (?, ?, ?)", (seq, entry, digest))
+        connection.execute("INSERT OR REPLACE INTO meta VALUES ('audit_head', audit_seal(?))", (f"{seq} {digest}",))
+
+    def _seal(self, head: str) -> str:
+        """The head with a MAC that only the holder of the key can make."""
+        return f"{head} {hmac.new(self._audit_key, head.encode(), 'sha256').hexdigest()}"
 
     def verify_audit(self) -> int:
         """Walk the whole chain; returns the number of entries.
@@ -214,6 +224,9 @@ class Database:
             if row["seq"] != expected or row["digest"] != chain(previous, row["entry"]):
                 raise StoreError("audit.broken", f"entry {expected}")
             previous, expected = row["digest"], expected + 1
+        head = self.one("SELECT value FROM meta WHERE key = 'audit_head'")
+        if (head["value"] if head else None) != (self._seal(f"{expected - 1} {previous}") if expected > 1 else None):
+            raise StoreError("audit.broken", f"the end after entry {expected - 1}")
         return expected - 1
 
 

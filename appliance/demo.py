@@ -17,12 +17,15 @@ from typing import Final
 from appliance.accounts import Accounts
 from appliance.errors import ApplianceError
 from appliance.models import activate, reference_bundle
+from appliance.process import Lock, die_with_parent
 from appliance.settings import FILE_NAME, Settings
 from appliance.store import Store
 from appliance.supervisor import Supervisor, web_address
 
 USERNAME: Final = "demo"
 _READY_S: Final = 60.0
+_TICK_S: Final = 0.1
+_NOTHING: Final = 4  # the exit code of `analyze --require-analysed` when no scan was analysed
 _WEB_PORT: Final = 8080
 _DICOM_PORT: Final = 11112
 
@@ -39,16 +42,19 @@ def run(data_dir: Path, samples: Path, own: Path | None, *, once: bool, lan: boo
         new_password: give the account a new one-time password.
     """
     stop = _asked_to_stop()
-    data_dir.mkdir(parents=True, exist_ok=True)
+    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = _lock(data_dir.resolve())  # before the settings of a box that runs could be overwritten
     settings = _configure(data_dir.resolve(), lan=lan)
     log = settings.data_dir / "box.log"
-    supervisor = Supervisor(settings, log)
+    supervisor = Supervisor(settings, log, lock=lock)
+    code = 0
     try:
         password = _prepare(settings, new_password=new_password)
         supervisor.start()
         _wait_until_ready(supervisor, settings, stop)
-        _say_where(settings, password, log)
-        code = _read_scans(settings, [path for path in (own, samples) if path], stop)
+        if not stop():
+            _say_where(settings, password, log)
+            code = _read_scans(supervisor, settings, [path for path in (own, samples) if path], stop)
         if not once and not stop():
             print("The box is running. Press Ctrl-C to stop it.", flush=True)
             supervisor.run(stop)
@@ -63,6 +69,16 @@ def _asked_to_stop() -> Callable[[], bool]:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: asked.append(True))
     return lambda: bool(asked)
+
+
+def _lock(data_dir: Path) -> Lock:
+    """The supervisor's lock; raises ApplianceError ``box.busy`` with the address of the box that holds it."""
+    try:
+        return Lock(data_dir, "supervisor")
+    except ApplianceError as error:
+        address = web_address(Settings.load(data_dir))
+        where = f", at {address['scheme']}://127.0.0.1:{address['port']}/" if address else ""
+        raise ApplianceError(error.code, f"the box is already running{where}") from error
 
 
 def _configure(data_dir: Path, *, lan: bool) -> Settings:
@@ -129,16 +145,37 @@ def _say_where(settings: Settings, password: str, log: Path) -> None:
     print(f"  Log       {log}\n", flush=True)
 
 
-def _read_scans(settings: Settings, folders: list[Path], stop: Callable[[], bool]) -> int:
-    """Have the running box read folders of scans, as ``appliance analyze`` does; prints what was found."""
-    code = 0
+def _read_scans(supervisor: Supervisor, settings: Settings, folders: list[Path], stop: Callable[[], bool]) -> int:
+    """Have the running box read folders of scans, as ``appliance analyze`` does; prints what was found.
+
+    Returns:
+        0; the exit code of ``analyze`` when something failed or nothing at all was analysed; 0 when asked to stop.
+    """
+    codes = []
     for folder in folders:
-        if stop():
-            break
-        command = [sys.executable, "-m", "appliance", "analyze", str(folder), "--data-dir", str(settings.data_dir)]
         print(f"Reading the scans in {folder}:", flush=True)
-        code = max(code, subprocess.run(command, check=False, env=os.environ | {"PYTHONUNBUFFERED": "1"}).returncode)
-    return code
+        codes.append(_read_folder(supervisor, settings, folder, stop))
+        if stop():
+            return 0
+    if all(code == _NOTHING for code in codes):
+        print("Nothing was found: no scan in these folders could be analysed.", flush=True)
+        return _NOTHING
+    return max(code for code in codes if code != _NOTHING)
+
+
+def _read_folder(supervisor: Supervisor, settings: Settings, folder: Path, stop: Callable[[], bool]) -> int:
+    """One folder, with an eye on the box meanwhile; returns the exit code of ``analyze``."""
+    command = [sys.executable, "-m", "appliance", "analyze", str(folder), "--require-analysed", "--data-dir", str(settings.data_dir)]
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_parent, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+    ) as reader:  # own session: Ctrl-C reaches this process alone, which ends the reading in order
+        while reader.poll() is None:
+            if stop():
+                reader.terminate()
+                break
+            supervisor.tick()
+            time.sleep(_TICK_S)
+    return reader.returncode
 
 
 def _lan_address() -> str:

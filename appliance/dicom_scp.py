@@ -32,6 +32,7 @@ NOT_STORED: Final = 0xC001
 STATUS: Final = {
     "ingest.disk_full": OUT_OF_RESOURCES,
     "ingest.too_large": OUT_OF_RESOURCES,
+    "ingest.memory": OUT_OF_RESOURCES,
     "store.failed": OUT_OF_RESOURCES,
 }
 

@@ -97,8 +97,9 @@ class Patient:
 
     @property
     def key(self) -> str:
-        """What tells two patients apart under one Study Instance UID: the ID, else the name."""
-        return self.patient_id or f"name:{self.patient_name}"
+        """What tells two patients apart under one Study Instance UID: ID, name (however it is punctuated) and birth date."""
+        name = "".join(char for char in self.patient_name.casefold() if char.isalnum())
+        return f"{self.patient_id}|{name}|{self.patient_birth_date}"
 
 
 @dataclass(frozen=True)

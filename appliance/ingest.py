@@ -42,14 +42,20 @@ logger = logging.getLogger(__name__)
 pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE
 
 MAX_ELEMENTS: Final = 50_000
+MAX_ITEMS: Final = 200_000
+MAX_TEXT_BYTES: Final = 65_536
+_ITEM_TAGS: Final = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")
+_LONG_VRS: Final = (b"OB", b"OW", b"UN", b"SQ", b"UT", b"UC", b"UR", b"OF", b"OD", b"OL", b"OV", b"SV", b"UV")
 _PREAMBLE_BYTES: Final = 132
 _UID: Final = re.compile(r"[0-9]+(\.[0-9]+)*")
-_LATERAL: Final = re.compile(r"\bLAT(ERAL)?\b|侧位|側位", re.IGNORECASE)
+_LATERAL: Final = re.compile(
+    r"(?<![A-Za-z])(?:[LR][-_ ]?)?LAT(?:ERAL)?(?![A-Za-z])|(?<![A-Za-z])(?:LL|RL|seitl)(?![A-Za-z])|侧位|側位", re.IGNORECASE
+)
 _PIXEL_TAGS: Final = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10", b"\xe0\x7f\x08\x00", b"\xe0\x7f\x09\x00")
-# What pydicom is known to raise on hostile bytes; a MemoryError comes from the process's memory cap.
+# What pydicom is known to raise on hostile bytes.
 PARSE_ERRORS: Final = (
     InvalidDicomError, BytesLengthException, EOFError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError,
-    NotImplementedError, OverflowError, RecursionError, AssertionError, MemoryError, struct.error, zlib.error,
+    NotImplementedError, OverflowError, RecursionError, AssertionError, struct.error, zlib.error,
 )  # fmt: skip
 
 
@@ -112,7 +118,7 @@ class Ingest:
                 raise IngestError("ingest.too_large", f"{len(data) >> 20} MiB")
             encoded = secondary_capture(data, form)
         except ApplianceError as error:
-            self._refuse(source, len(data), error)
+            self.record_refusal(source, len(data), error.code, error.detail)
             raise
         return self._take(encoded, source, started, (Note("caution.view_from_form", form.view),) if form.view else ())
 
@@ -121,21 +127,35 @@ class Ingest:
         try:
             dataset = self._parse(data)
             scan = self._describe(dataset, notes)
-            check_structure(dataset, self._caps)
+            self._check(dataset)
             del dataset
             # Hashing leaves the interpreter free: it goes on beside the writing.
-            digest = self._hashing.submit(content_digest, data, scan.transfer_syntax_uid)
+            digest = self._hashing.submit(content_digest, data, scan)
             return Accepted(self._store.add_instance(scan, digest.result, data, source, started), scan)
+        except MemoryError as error:  # the process's memory cap: no fault of the scan's, which may be sent again later
+            busy = StoreError("ingest.memory")
+            self.record_refusal(source, len(data), busy.code, "")
+            raise busy from error
         except ApplianceError as error:
-            self._refuse(source, len(data), error)
+            self.record_refusal(source, len(data), error.code, error.detail)
             raise
 
-    def _refuse(self, source: Source, size: int, error: ApplianceError) -> None:
-        logger.warning("scan refused", extra={"code": error.code})
+    def _check(self, dataset: FileDataset) -> None:
+        """Hold the pixels against the header; a value that cannot even be read makes the file unreadable."""
         try:
-            self._store.add_rejection(source, size, error.code, error.detail)
+            check_structure(dataset, self._caps)
+        except ApplianceError:
+            raise
+        except PARSE_ERRORS as error:
+            raise IngestError("ingest.unreadable", type(error).__name__) from error
+
+    def record_refusal(self, source: Source, size: int, code: str, detail: str) -> None:
+        """Record that something was refused, here or by whoever unpacked it; never fails."""
+        logger.warning("scan refused", extra={"code": code})
+        try:
+            self._store.add_rejection(source, size, code, detail)
         except StoreError:  # the disk that refused the scan may refuse its record too; the sender still gets the reason
-            logger.exception("refusal not recorded", extra={"code": error.code})
+            logger.exception("refusal not recorded", extra={"code": code})
 
     def _parse(self, data: bytes) -> FileDataset:
         """Read the whole file, bounded in size and number of elements."""
@@ -145,8 +165,11 @@ class Ingest:
             raise IngestError("ingest.too_large", f"{len(data) >> 20} MiB")
         if data[128:132] != b"DICM":
             raise IngestError("ingest.truncated" if len(data) < _PREAMBLE_BYTES and not data.strip(b"\0") else "ingest.not_dicom")
+        if sum(data.count(tag) for tag in _ITEM_TAGS) > MAX_ITEMS:
+            raise IngestError("ingest.unreadable", "too many sequence items")
+        end = meta_end(data)
         try:
-            self._check_deflated(data)
+            self._check_deflated(data, end)
             dataset = read_partial(BytesIO(data), stop_when=_element_counter())
         except IngestError:
             raise
@@ -155,15 +178,18 @@ class Ingest:
         _check_complete(dataset, data)
         return dataset
 
-    def _check_deflated(self, data: bytes) -> None:
-        """A deflated data set must not unpack to more than a scan may have."""
-        if DeflatedExplicitVRLittleEndian.encode() not in data[:2048]:
+    def _check_deflated(self, data: bytes, end: int) -> None:
+        """A deflated data set must not unpack to more than a scan may have (wherever the file says that it is deflated)."""
+        if DeflatedExplicitVRLittleEndian.encode() not in data:
             return
         unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
-        unpacked = unpacker.decompress(data[meta_end(data) :], self._store.settings.max_upload_bytes)
+        try:
+            unpacker.decompress(data[end:], self._store.settings.max_upload_bytes)
+        except zlib.error:  # not deflated after all, or damaged: the parser says which
+            return
         if unpacker.unconsumed_tail:
             raise IngestError("ingest.too_large", "deflated")
-        if not unpacker.eof or not unpacked:
+        if not unpacker.eof:
             raise IngestError("ingest.truncated", "deflated")
 
     def _describe(self, dataset: FileDataset, notes: tuple[Note, ...]) -> Scan:
@@ -202,19 +228,32 @@ def _check_complete(dataset: FileDataset, data: bytes) -> None:
 
 
 def meta_end(data: bytes) -> int:
-    """Where the data set begins: the end of group 0002, which is always Explicit VR Little Endian (PS3.10 7.1)."""
+    """Where the data set begins: the end of group 0002, which is always Explicit VR Little Endian (PS3.10 7.1).
+
+    A group in another encoding counts as part of the data set. What comes after decides whether two images are the same one, so
+    nothing of the data set may hide in the group.
+
+    Raises:
+        IngestError: an element of the group has no length of its own, or reaches beyond the file.
+    """
     position = _PREAMBLE_BYTES
     while data[position : position + 2] == b"\x02\x00":
-        if data[position + 4 : position + 6] in (b"OB", b"OW", b"UN", b"SQ", b"UT", b"UC", b"UR", b"OF", b"OD", b"OL"):
-            position += 12 + int.from_bytes(data[position + 8 : position + 12], "little")
+        representation = data[position + 4 : position + 6]
+        if not (representation.isalpha() and representation.isupper()):
+            return _PREAMBLE_BYTES
+        if representation in _LONG_VRS:
+            length, header = int.from_bytes(data[position + 8 : position + 12], "little"), 12
         else:
-            position += 8 + int.from_bytes(data[position + 6 : position + 8], "little")
+            length, header = int.from_bytes(data[position + 6 : position + 8], "little"), 8
+        position += header + length
+        if length == 0xFFFFFFFF or position >= len(data):
+            raise IngestError("ingest.truncated" if length != 0xFFFFFFFF else "ingest.unreadable", "file meta group")
     return position
 
 
-def content_digest(data: bytes, transfer_syntax_uid: str) -> str:
-    """SHA-256 of transfer syntax and data set: the same image is the same, whoever wrote the file meta group around it."""
-    digest = hashlib.sha256(transfer_syntax_uid.encode() + b"\0")
+def content_digest(data: bytes, scan: Scan) -> str:
+    """SHA-256 of transfer syntax, SOP Instance UID and data set: the same image is the same, whoever wrote the meta group around it."""
+    digest = hashlib.sha256(f"{scan.transfer_syntax_uid}\0{scan.sop_instance_uid}\0".encode())
     digest.update(memoryview(data)[meta_end(data) :])
     return digest.hexdigest()
 
@@ -275,11 +314,21 @@ def _uid(keyword: str, value: object) -> str:
 
 
 def _text(dataset: Dataset, keyword: str) -> str:
-    """A text value as one line of Unicode without control characters; empty when absent."""
+    """A text value as one line of Unicode without control characters; empty when absent.
+
+    Raises:
+        IngestError: the value is absurdly long (splitting it would take minutes).
+    """
+    if keyword not in dataset:
+        return ""
+    raw = dataset.get_item(keyword)
+    if isinstance(raw, RawDataElement) and raw.value is not None and len(raw.value) > MAX_TEXT_BYTES:
+        raise IngestError("ingest.unreadable", f"{keyword} too long")
     value = dataset.get(keyword)
     values = [str(item) for item in value] if isinstance(value, (list, pydicom.multival.MultiValue)) else [str(value)]
     text = "" if value is None else " ".join(values)
-    return "".join(char for char in text if char.isprintable()).strip()[:256]
+    # The ideographic space stands in Chinese names, and Python does not call it printable.
+    return "".join(char for char in text if char.isprintable() or char == "\u3000").strip()[:256]
 
 
 def _body_part(dataset: Dataset) -> str:
@@ -300,7 +349,8 @@ def _view(dataset: Dataset) -> str:
         if word in meaning:
             return position
     orientation = _text(dataset, "PatientOrientation").upper()
-    described = " ".join(_text(dataset, name) for name in ("SeriesDescription", "ProtocolName", "AcquisitionDeviceProcessingDescription"))
+    names = ("SeriesDescription", "ProtocolName", "AcquisitionDeviceProcessingDescription", "StudyDescription")
+    described = " ".join(_text(dataset, name) for name in names)
     return "LL" if orientation[:1] in ("A", "P") or _LATERAL.search(described) else ""
 
 

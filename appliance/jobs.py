@@ -57,6 +57,16 @@ class JobQueue:
         )
         return self.close_series([row["id"] for row in rows]) if rows else 0
 
+    @staticmethod
+    def _replan_unread(tx: sqlite3.Connection) -> None:
+        """A model came: what was not analysed for want of any goes back to planning (the idle rule picks it up)."""
+        rows = tx.execute("SELECT id, instance_id FROM jobs WHERE scope_code = 'scope.no_model' AND state = 'done'").fetchall()
+        for row in rows:
+            tx.execute("DELETE FROM jobs WHERE id = ?", (row["id"],))
+            tx.execute("UPDATE instances SET state = ?, reason = NULL WHERE id = ?", (ScanState.WAITING.value, row["instance_id"]))
+            tx.execute("UPDATE series SET open = 1 WHERE id = (SELECT series_id FROM instances WHERE id = ?)", (row["instance_id"],))
+            touch_study(tx, row["instance_id"])
+
     def _plan(self, tx: sqlite3.Connection, row: sqlite3.Row, manifests: dict[str, Manifest]) -> int:
         scan = _scan_of(row)
         verdicts = {digest: applies(manifest.applies_to, scan) for digest, manifest in manifests.items()}
@@ -85,7 +95,12 @@ class JobQueue:
         Returns None when the queue is empty.
         """
         now = time.time()
-        if self.database.one("SELECT 1 FROM jobs WHERE state = 'queued' OR (state = 'running' AND lease_until < ?) LIMIT 1", now) is None:
+        waiting = self.database.one(
+            "SELECT EXISTS (SELECT 1 FROM jobs WHERE state = 'queued')"
+            " OR EXISTS (SELECT 1 FROM jobs WHERE state = 'running' AND lease_until < ?) AS n",
+            now,
+        )
+        if waiting is None or not waiting["n"]:
             return None
         with self.database.transaction(durable=False) as tx:  # a claim that a power cut forgets is a job still queued
             self._release(tx, tx.execute("SELECT * FROM jobs WHERE state = 'running' AND lease_until < ?", (now,)).fetchall(), now)
@@ -205,7 +220,7 @@ class JobQueue:
     def pending_jobs(self) -> int:
         """How many images still wait for their result."""
         row = self.database.one(
-            "SELECT (SELECT count(*) FROM jobs WHERE state IN ('queued', 'running'))"
+            "SELECT (SELECT count(*) FROM jobs WHERE state = 'queued') + (SELECT count(*) FROM jobs WHERE state = 'running')"
             " + (SELECT count(*) FROM instances WHERE state = 'waiting') AS n"
         )
         return int(row["n"]) if row else 0
@@ -241,11 +256,7 @@ class JobQueue:
 
     def _set_state(self, tx: sqlite3.Connection, instance_id: int, state: ScanState, reason: str | None) -> None:
         tx.execute("UPDATE instances SET state = ?, reason = ? WHERE id = ?", (state.value, reason, instance_id))
-        tx.execute(
-            "UPDATE studies SET revision = ?"
-            " WHERE id = (SELECT s.study_id FROM series s JOIN instances i ON i.series_id = s.id WHERE i.id = ?)",
-            (next_revision(tx), instance_id),
-        )
+        touch_study(tx, instance_id)
 
     def _active_manifests(self, tx: sqlite3.Connection) -> dict[str, Manifest]:
         rows = tx.execute("SELECT digest, manifest FROM models WHERE state = 'active' ORDER BY name").fetchall()
@@ -286,3 +297,12 @@ def next_revision(tx: sqlite3.Connection) -> int:
     """The number of a change that people can see."""
     row = tx.execute("UPDATE meta SET value = CAST(value AS INTEGER) + 1 WHERE key = 'revision' RETURNING value").fetchone()
     return int(row["value"])
+
+
+def touch_study(tx: sqlite3.Connection, instance_id: int) -> None:
+    """Give an image's study a new revision: something that people can see has changed."""
+    tx.execute(
+        "UPDATE studies SET revision = ?"
+        " WHERE id = (SELECT s.study_id FROM series s JOIN instances i ON i.series_id = s.id WHERE i.id = ?)",
+        (next_revision(tx), instance_id),
+    )

@@ -44,7 +44,8 @@ def activate(store: Store, directory: Path, actor: str, precision: str | None = 
         precision: variant to run; the first of the manifest when None.
 
     Returns:
-        The model's digest. A model that is active already is verified and left as it is.
+        The model's digest. A model that is active already is verified and left as it is; when the box's copy of it is damaged,
+        that copy is moved aside and the bundle installed again.
 
     Raises:
         ActivationError: the bundle is invalid, too new for this appliance, or fails its self-test; the model before it stays.
@@ -52,8 +53,7 @@ def activate(store: Store, directory: Path, actor: str, precision: str | None = 
     try:
         bundle = _load(directory)
         current = store.database.one("SELECT digest FROM models WHERE state = 'active' AND name = ?", bundle.manifest.name)
-        if current is not None and current["digest"] == bundle.digest and precision is None:
-            installed(store, bundle.digest)
+        if current is not None and current["digest"] == bundle.digest and precision is None and _is_whole(store, bundle.digest):
             return bundle.digest
         own = _install(store, bundle)
         report = self_test(own, precision, store.settings.worker_threads)
@@ -142,9 +142,29 @@ def _load(directory: Path) -> ModelBundle:
     return bundle
 
 
+def _is_whole(store: Store, digest: str) -> bool:
+    """Whether the box's own copy of a model is there and what it should be."""
+    try:
+        return _load(store.settings.data_dir / "models" / digest).digest == digest
+    except ActivationError:
+        return False
+
+
+def _set_aside(target: Path) -> None:
+    """Keep a damaged copy beside, for whoever asks what happened to the disk, and make room for a whole one."""
+    number = 1 + sum(1 for _ in target.parent.glob(f"{target.name}.damaged-*"))
+    try:
+        os.rename(target, target.with_name(f"{target.name}.damaged-{number}"))
+        fsync_directory(target.parent)
+    except OSError as error:
+        raise ActivationError("store.failed", str(error)) from error
+
+
 def _install(store: Store, bundle: ModelBundle) -> ModelBundle:
     """Copy a bundle under its digest: written beside, fsynced, renamed; then read back from the disk."""
     target = store.settings.data_dir / "models" / bundle.digest
+    if os.path.lexists(target) and not _is_whole(store, bundle.digest):
+        _set_aside(target)
     if not target.is_dir():
         staging = target.with_suffix(f".{os.getpid()}.part")
         try:

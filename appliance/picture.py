@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from appliance.ingest import PictureForm
 
 MAX_PIXELS: Final = 100_000_000
+MAX_SIDE: Final = 0xFFFF  # Rows and Columns are unsigned shorts
 _FORMATS: Final = ("PNG", "JPEG")
 _SEXES: Final = ("M", "F", "O")
 
@@ -76,7 +77,7 @@ def _grey(data: bytes) -> NDArray[np.uint8] | NDArray[np.uint16]:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = Image.open(BytesIO(data), formats=_FORMATS)
-            if picture.width * picture.height > MAX_PIXELS:
+            if picture.width * picture.height > MAX_PIXELS or max(picture.size) > MAX_SIDE:
                 raise IngestError("ingest.absurd_dimensions", f"{picture.width}x{picture.height}")
             upright = ImageOps.exif_transpose(picture)
             if upright.mode.startswith("I"):

@@ -38,11 +38,19 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, ensure_ascii=False)
 
 
-def start_logging(level: int = logging.INFO) -> None:
-    """Send the box's log to standard error as JSON lines."""
+def start_logging(level: int | str = logging.INFO) -> None:
+    """Send the box's log to standard error as JSON lines.
+
+    Args:
+        level: a level or its name; with a name that logging does not know it is INFO, and that is said.
+    """
+    number = logging.getLevelName(level.upper()) if isinstance(level, str) else level
+    if not isinstance(number, int):
+        print(f"note: {level} is no log level (APPLIANCE_LOG_LEVEL: DEBUG, INFO, WARNING, ERROR); taking INFO", file=sys.stderr)
+        number = logging.INFO
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.basicConfig(level=number, handlers=[handler], force=True)
     for chatty in ("pydicom", "highdicom", "PIL"):
         warnings.filterwarnings("ignore", module=chatty)
     for chatty in ("pynetdicom", "pydicom", "highdicom", "PIL"):  # their messages quote values of the data set

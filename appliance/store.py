@@ -6,7 +6,6 @@ other content is kept beside the first and flagged. One job per (image, model): 
 
 from __future__ import annotations
 
-import json
 import shutil
 import sqlite3
 import time
@@ -15,11 +14,11 @@ from dataclasses import asdict
 from typing import Any, Final
 
 from appliance import database as db
-from appliance.content import ContentFiles
+from appliance.content import ContentFiles, load_key
 from appliance.database import Database, store_error
-from appliance.domain import Note, Scan, ScanState, Source, Stored, utc_now
+from appliance.domain import Scan, ScanState, Source, Stored, utc_now
 from appliance.errors import StoreError
-from appliance.jobs import JobQueue, next_revision, notes_json
+from appliance.jobs import JobQueue, next_revision, notes_json, touch_study
 from appliance.settings import Settings
 from model_sync.bundle import Manifest
 
@@ -40,7 +39,7 @@ class Store(JobQueue):
         except OSError as error:
             raise store_error(error) from error
         self.content = ContentFiles(settings.data_dir)
-        self.database = Database(settings.data_dir / DATABASE_NAME)
+        self.database = Database(settings.data_dir / DATABASE_NAME, load_key(settings.data_dir / "keys", "audit.key"))
         self._manifests: dict[str, Manifest] = {}
 
     def close(self) -> None:
@@ -69,14 +68,14 @@ class Store(JobQueue):
             StoreError: nothing was kept and nothing may be acknowledged.
         """
         namesake = self.database.one("SELECT 1 FROM instances WHERE sop_instance_uid = ?", scan.sop_instance_uid) is not None
-        if namesake and (known := self._find(self.database.connection(), scan, digest())):
+        if namesake and (known := self._find(self.database.connection(), scan, digest())) and self.content.holds(digest()):
             return known
         self.check_space(len(data))
         content_sha256 = self.content.write(data, digest)
         with self.database.transaction() as tx:
             if known := self._find(tx, scan, content_sha256):  # the same scan came by another way meanwhile
                 return known
-            conflict = tx.execute("SELECT 1 FROM instances WHERE sop_instance_uid = ?", (scan.sop_instance_uid,)).fetchone() is not None
+            conflict = self._flag_namesakes(tx, scan.sop_instance_uid)
             study_id = self._study(tx, scan)
             series_id = self._series(tx, scan, study_id)
             instance_id = self._insert_instance(tx, scan, series_id, content_sha256, len(data), source, conflict, started)
@@ -125,9 +124,9 @@ class Store(JobQueue):
             accession_number=scan.accession_number, study_description=scan.study_description, received_at=utc_now(), revision=revision,
         )  # fmt: skip
         tx.execute(
-            "UPDATE studies SET patient_mismatch = 1"
+            "UPDATE studies SET patient_mismatch = 1, revision = ?2"
             " WHERE study_instance_uid = ?1 AND (SELECT count(*) FROM studies WHERE study_instance_uid = ?1) > 1",
-            (scan.study_instance_uid,),
+            (scan.study_instance_uid, revision),
         )
         row = tx.execute(
             "SELECT id FROM studies WHERE study_instance_uid = ? AND patient_key = ?", (scan.study_instance_uid, patient.key)
@@ -137,16 +136,23 @@ class Store(JobQueue):
     def _insert_instance(
         self, tx: sqlite3.Connection, scan: Scan, series_id: int, sha256: str, size: int, source: Source, conflict: bool, started: float
     ) -> int:
-        state = ScanState.NOT_ANALYSED if conflict else ScanState.WAITING
-        reason = json.dumps(Note("ingest.conflict").to_json()) if conflict else None
         return Database.insert(
             tx, "instances", series_id=series_id, sop_instance_uid=scan.sop_instance_uid, sop_class_uid=scan.sop_class_uid,
             transfer_syntax_uid=scan.transfer_syntax_uid, content_sha256=sha256, bytes=size, modality=scan.modality,
             body_part_examined=scan.body_part_examined, view_position=scan.view_position, image_rows=scan.rows, image_columns=scan.columns,
             number_of_frames=scan.number_of_frames, patient_age_years=scan.patient_age_years, source_kind=source.kind,
-            source_actor=source.actor, received_at=utc_now(), conflict=int(conflict), state=state.value, reason=reason,
+            source_actor=source.actor, received_at=utc_now(), conflict=int(conflict), state=ScanState.WAITING.value, reason=None,
             notes=notes_json(scan.notes), ingest_ms=(time.perf_counter() - started) * 1000,
         )  # fmt: skip
+
+    @staticmethod
+    def _flag_namesakes(tx: sqlite3.Connection, sop_instance_uid: str) -> bool:
+        """Flag every other image of that UID, of whichever patient, and show the change; returns whether there is one."""
+        rows = tx.execute("SELECT id FROM instances WHERE sop_instance_uid = ?", (sop_instance_uid,)).fetchall()
+        for row in rows:
+            tx.execute("UPDATE instances SET conflict = 1 WHERE id = ?", (row["id"],))
+            touch_study(tx, row["id"])
+        return bool(rows)
 
     def add_rejection(self, source: Source, size: int, code: str, detail: str) -> None:
         """Record that a file was refused, so that nobody wonders where it went; its content is not kept."""
@@ -199,6 +205,7 @@ class Store(JobQueue):
                 " activated_at = excluded.activated_at, precision = excluded.precision, runtime = excluded.runtime",
                 **values, state="active", activated_at=utc_now(),
             )  # fmt: skip
+            self._replan_unread(tx)
             Database.audit(
                 tx,
                 db.SECURITY_ALERT,

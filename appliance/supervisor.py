@@ -31,7 +31,13 @@ _STEADY_S: Final = 30.0
 _STOP_S: Final = 15.0
 _TICK_S: Final = 0.1
 # A small box: two malloc arenas a process instead of eight a core, freed memory given back, no BLAS threads, which nothing needs.
-_SMALL: Final = {"MALLOC_ARENA_MAX": "2", "MALLOC_TRIM_THRESHOLD_": "131072", "OPENBLAS_NUM_THREADS": "1"}
+# And no telemetry: the box speaks to nobody unasked.
+_SMALL: Final = {
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+    "OPENBLAS_NUM_THREADS": "1",
+    "ORT_DISABLE_TELEMETRY": "1",
+}
 
 
 @dataclass
@@ -51,15 +57,20 @@ class Supervisor:
     """Runs the box.
 
     Args:
-        settings: the box's settings; children read the same file from the data directory.
+        settings: the box's settings.
         log: where the children's standard error goes; the supervisor's own when None.
+        given: the settings file or data directory as it was given, which the children load; the data directory when None.
+        lock: the supervisor's lock where the caller holds it already; taken when None.
+
+    Raises:
+        ApplianceError: ``box.busy`` when the box runs already.
     """
 
-    def __init__(self, settings: Settings, log: Path | None = None) -> None:
+    def __init__(self, settings: Settings, log: Path | None = None, *, given: Path | None = None, lock: Lock | None = None) -> None:
         self._settings = settings
         self._log = log
-        self._lock = Lock(settings.data_dir, "supervisor")
-        data = ["--data-dir", str(settings.data_dir)]
+        self._lock = lock or Lock(settings.data_dir, "supervisor")
+        data = ["--data-dir", str(given or settings.data_dir)]
         box = [sys.executable, "-m", "appliance"]
         self.children = [
             Child("worker", [*box, "worker", *data]),
@@ -146,12 +157,12 @@ def web_address(settings: Settings) -> dict[str, Any] | None:
         return None
 
 
-def serve(settings: Settings) -> None:
-    """The supervisor's life: until SIGTERM or Ctrl-C."""
+def serve(given: Path) -> None:
+    """The supervisor's life, on a data directory or a settings file: until SIGTERM or Ctrl-C."""
     asked: list[bool] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: asked.append(True))
-    supervisor = Supervisor(settings)
+    supervisor = Supervisor(Settings.load(given), given=given)
     supervisor.start()
     try:
         supervisor.run(lambda: bool(asked))

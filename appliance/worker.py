@@ -40,6 +40,10 @@ logger = logging.getLogger(__name__)
 
 _IDLE_S: Final = 0.5
 _LEASE_MARGIN_S: Final = 30.0
+_CHECK_SHARE: Final = 0.3
+_PLAN_EVERY_S: Final = 1.0
+# No radiograph is five times as long as wide; letterboxing one that claims so would cost gigabytes.
+_MAX_ASPECT: Final = 5.0
 
 
 class Timer:
@@ -84,15 +88,22 @@ class Worker:
         self._store = store
         self._owner = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._loaded: dict[str, Loaded] = {}
+        self._broken: dict[str, str] = {}
         self._arm = on_deadline or (lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds))
 
     def prepare(self) -> None:
         """Load and warm up every active model, and drop those that no longer are."""
-        active = {row["digest"] for row in self._store.models() if row["state"] == "active"}
-        for digest in set(self._loaded) - active:
+        active = {row["digest"]: row["activated_at"] for row in self._store.models() if row["state"] == "active"}
+        for digest in set(self._loaded) - set(active):
             self._loaded.pop(digest).runtime.close()
-        for digest in active - set(self._loaded):
-            self._model(digest)
+        for digest in set(active) - set(self._loaded):
+            if self._broken.get(digest) == active[digest]:
+                continue
+            try:
+                self._model(digest)
+            except ApplianceError as error:  # its jobs fail with this reason; the other models go on
+                logger.error("model not ready", extra={"code": error.code})
+                self._broken[digest] = active[digest]
             give_back_memory()
 
     def run_once(self) -> bool:
@@ -106,8 +117,10 @@ class Worker:
             self._do(job)
         except MemoryError:
             self._store.fail_job(job, Note("job.memory"))
-        except StoreError:
-            raise  # the disk failed: the lease gives the job back when it works again
+        except StoreError as error:
+            if error.code not in ("store.missing", "store.tampered"):
+                raise  # the disk failed: the lease gives the job back when it works again
+            self._store.finish_job(job, JobResult(ScanState.NOT_ANALYSED, Note(error.code, error.detail)))
         except ApplianceError as error:
             logger.warning("job failed", extra={"job": job.id, "code": error.code})
             self._store.fail_job(job, Note(error.code, error.detail))
@@ -141,8 +154,10 @@ class Worker:
         try:
             dataset = self._dataset(job, timer)
             with timer.part("decode"):
+                limit = time.perf_counter() + self._store.settings.job_deadline_s * _CHECK_SHARE
                 for _frame in iter_frames(dataset):
-                    pass
+                    if time.perf_counter() > limit:  # a long film: so much of it is whole, and no model waits for the rest
+                        break
         except PixelError as error:
             return JobResult(ScanState.NOT_ANALYSED, Note(error.code, error.detail), timing_ms=timer.ms)
         return JobResult(state, reason, timing_ms=timer.ms)
@@ -154,6 +169,10 @@ class Worker:
             dataset = self._dataset(job, timer)
             with timer.part("decode"):
                 frame = decode_frame(dataset, 0)
+            if max(frame.shape[:2]) > _MAX_ASPECT * min(frame.shape[:2]):
+                return JobResult(
+                    ScanState.QUALITY_REJECTED, Note("quality.shape", f"{frame.shape[1]} x {frame.shape[0]}"), timing_ms=timer.ms
+                )
             with timer.part("preprocess"):
                 prepared = to_tensor(dataset, spec, pixels=frame)
                 verdict = quality(prepared.display)
@@ -210,7 +229,11 @@ def run(settings: Settings, *, until_idle: bool = False) -> None:
         store.recover_jobs()
         worker.prepare()
         logger.info("worker ready")
+        planned = 0.0
         while not stop():
+            if time.monotonic() - planned > _PLAN_EVERY_S:  # under load too: a silent series must not wait for an empty queue
+                store.close_idle_series()
+                planned = time.monotonic()
             if worker.run_once():
                 continue
             if store.close_idle_series() or (until_idle and _close_all(store)):

@@ -244,7 +244,7 @@ class Worklist:
             conflict=bool(row["conflict"]),
             state=ScanState(row["state"]),
             reason=_note(row["reason"]),
-            notes=_notes(row["notes"]),
+            notes=(*_notes(row["notes"]), *((Note("ingest.conflict"),) if row["conflict"] else ())),
             ingest_ms=row["ingest_ms"],
             jobs=tuple(_job_view(job) for job in jobs),
             findings=tuple(_finding(item) for item in findings),

@@ -43,8 +43,15 @@ class Person:
 
 
 def load_person(token: str) -> Person | None:
-    """The person a session cookie stands for, unless the session ended."""
+    """The person a session cookie stands for, unless the session ended.
+
+    Asked again after the database failed, it says nobody: the page that tells of the failure must come through.
+    """
+    if g.get("asking", False):
+        return None
+    g.asking = True
     account = the_box().accounts.resume(token, touch=not g.get("background", False))
+    g.asking = False
     return Person(account, token) if account else None
 
 

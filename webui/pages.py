@@ -106,7 +106,8 @@ def retry(study_id: int) -> ResponseReturnValue:
     """Another try for the images of a study whose analysis failed."""
     box = the_box()
     failed = [item.id for item in box.worklist.study(study_id).instances if item.state == ScanState.FAILED]
-    if any([box.store.retry(instance_id, current_user.account.username) for instance_id in failed]):
+    retried = [instance_id for instance_id in failed if box.store.retry(instance_id, current_user.account.username)]
+    if retried:
         wake(box.settings)
         flash(gettext("The image is in the queue again."))
     return redirect(url_for("pages.study", study_id=study_id))
@@ -147,16 +148,14 @@ def _models(box: Box) -> dict[str, dict[str, Any]]:
 
 def _viewer(view: StudyView) -> dict[str, Any]:
     """What the image viewer is told (``data-config``; its words are its own): the addresses of pixels and heat maps."""
-    images = [_image(item, place, len(view.instances)) for place, item in enumerate(view.instances, 1)]
-    return {"lang": language(), "text": {}, "images": images}
+    return {"lang": language(), "text": {}, "images": [_image(item) for item in view.instances]}
 
 
-def _image(item: InstanceView, place: int, images: int) -> dict[str, Any]:
-    heading = " ".join(part for part in (item.modality, item.body_part_examined, item.view_position) if part)
+def _image(item: InstanceView) -> dict[str, Any]:
     frame = url_for("api.frame", instance_id=item.id, number=0)
     return {
         "id": item.id,
-        "title": f"{place}/{images} {heading}".strip() if images > 1 else heading,
+        "title": " ".join(part for part in (item.modality, item.body_part_examined, item.view_position) if part),
         "meta_url": url_for("api.pixels", instance_id=item.id),
         "frame_url": frame.removesuffix("0") + "{frame}",
         "findings": [

@@ -85,8 +85,7 @@ def problem(status: int, code: str, title: str, hint: str) -> Response:
 def _answer(status: int, code: str, title: str, hint: str) -> Response:
     if wants_json():
         return problem(status, code, title, hint)
-    # Where the database fails nobody can be told who is logged in: such a page asks for nothing.
-    page = render_template("error.html", status=status, title=title, hint=hint, bare=status >= 500)
+    page = render_template("error.html", status=status, title=title, hint=hint)
     return Response(page, status, content_type="text/html; charset=utf-8")
 
 

@@ -7,6 +7,7 @@ it did not get is an error, never a silent fallback.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from model_sync.bundle import InputSpec
 
 __all__ = ["Runtime", "open_runtime"]
+
+# ONNX Runtime reports home unless it is told not to before it is imported. Nothing ever leaves this box.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 CPU = "CPUExecutionProvider"
 

@@ -251,7 +251,7 @@ def test_several_images_each_have_their_part(box: Box) -> None:
     assert "Image 1 CR CHEST PA" in page
     assert "Image 2 CR CHEST LL" in page
     assert "This view is outside the model's scope (for example lateral) (LL)" in page
-    assert "1/2 CR CHEST PA" in text
+    assert text.count("CR CHEST LL") >= 2
 
 
 def test_a_long_series_is_told_in_one_place(box: Box) -> None:

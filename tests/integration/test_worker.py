@@ -223,3 +223,47 @@ def _free(settings: Settings, role: str) -> bool:
     except ApplianceError:
         return False
     return True
+
+
+def test_a_damaged_model_fails_its_jobs_with_the_reason_and_does_not_stop_the_worker(settings: Settings) -> None:
+    settings, store = box(settings)
+    number = take(store, chest(seed=1))
+    weights = next((settings.data_dir / "models").glob("*/*.onnx"))
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert work(settings) == 0
+    view = Worklist(store).instance(number)
+    assert (view.state, view.reason.code if view.reason else "") == (ScanState.FAILED, "model.invalid")
+    weights.write_bytes(whole)
+    assert store.retry(number, "demo")
+    assert work(settings) == 0
+    assert Worklist(store).instance(number).state is ScanState.AI_READY
+
+
+def test_a_scan_lost_from_the_disk_is_said_to_be_lost(settings: Settings) -> None:
+    settings, store = box(settings)
+    number = take(store, chest(seed=1))
+    for path in (settings.data_dir / "content").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    assert work(settings) == 0
+    view = Worklist(store).instance(number)
+    assert (view.state, view.reason.code if view.reason else "") == (ScanState.NOT_ANALYSED, "store.missing")
+
+
+def test_a_picture_no_film_could_have_the_shape_of_is_refused_before_it_costs_memory(settings: Settings) -> None:
+    settings, store = box(settings)
+    number = take(store, scan_bytes(Rows=20000, Columns=70, PixelData=os.urandom(2800) * 1000))
+    assert work(settings) == 0
+    view = Worklist(store).instance(number)
+    assert (view.state, view.reason.code if view.reason else "") == (ScanState.QUALITY_REJECTED, "quality.shape")
+
+
+def test_r40_nothing_reports_home(settings: Settings, tmp_path: Path) -> None:
+    """ONNX Runtime keeps its telemetry's device id in the home directory as soon as it may report: it must not."""
+    settings, store = box(settings)
+    take(store, chest(seed=1))
+    command = [sys.executable, "-m", "appliance", "worker", "--until-idle", "--data-dir", str(settings.data_dir)]
+    subprocess.run(command, check=True, env=os.environ | {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "cache")})
+    assert not list(tmp_path.glob("home/**/*onnxruntime*"))
+    assert not list(tmp_path.glob("cache/**/*onnxruntime*"))

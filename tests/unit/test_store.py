@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -74,7 +75,9 @@ def test_same_uid_other_content_is_kept_beside_and_flagged(store: Store) -> None
     assert store.read_instance(first.instance_id) == b"DICM" * 100
     assert store.read_instance(other.instance_id) == b"other"
     view = Worklist(store).instance(other.instance_id)
-    assert (view.state, view.reason, view.status) == (ScanState.NOT_ANALYSED, Note("ingest.conflict"), "rejected")
+    assert view.state is ScanState.WAITING
+    for number in (first.instance_id, other.instance_id):
+        assert Note("ingest.conflict") in Worklist(store).instance(number).notes
 
 
 def test_two_patients_under_one_study_uid_stay_apart(store: Store) -> None:
@@ -307,16 +310,72 @@ def test_r10_audit_chain_finds_any_edit_or_deletion(store: Store) -> None:
         tx.execute("UPDATE audit SET entry = '{}' WHERE seq = 2")
     with pytest.raises(StoreError, match="append-only"), store.database.transaction() as tx:
         tx.execute("DELETE FROM audit WHERE seq = 5")
-    for damage in ("UPDATE audit SET entry = replace(entry, 'x:2', 'x:9')", "DELETE FROM audit WHERE seq = 3"):
-        with sqlite3.connect(store.database.path) as raw:  # somebody with the file and without our rules
-            raw.execute("DROP TRIGGER IF EXISTS audit_no_update")
-            raw.execute("DROP TRIGGER IF EXISTS audit_no_delete")
-            raw.execute("SAVEPOINT before")
-            raw.execute(damage)
-            raw.commit()
-        raw.close()
-        with pytest.raises(StoreError, match=r"audit\.broken"):
-            store.database.verify_audit()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE audit SET entry = replace(entry, 'x:2', 'x:9')",
+        "DELETE FROM audit WHERE seq = 3",
+        "DELETE FROM audit WHERE seq > 3",
+        "DELETE FROM audit",
+        "DELETE FROM meta WHERE key = 'audit_head'",
+    ],
+)
+def test_r10_somebody_with_the_file_and_without_our_rules_is_found_out(store: Store, damage: str) -> None:
+    for number in range(5):
+        store.record(APPLICATION_ACTIVITY, "t", "E", f"x:{number}")
+    with sqlite3.connect(store.database.path) as raw:
+        raw.execute("DROP TRIGGER audit_no_update")
+        raw.execute("DROP TRIGGER audit_no_delete")
+        raw.execute(damage)
+    raw.close()
+    with pytest.raises(StoreError, match=r"audit\.broken"):
+        store.database.verify_audit()
+
+
+def test_two_senders_of_one_scan_never_replace_what_was_acknowledged(store: Store, settings: Settings) -> None:
+    first = store.content.write(b"one", lambda: "a" * 64)
+    again = store.content.write(b"one", lambda: "a" * 64)
+    assert first == again
+    assert store.content.read(first) == b"one"
+    (settings.data_dir / "content" / "aa" / ("a" * 64)).write_bytes(b"damaged")
+    store.content.write(b"one", lambda: "a" * 64)
+    assert store.content.read(first) == b"one"
+
+
+def test_a_lost_file_comes_back_when_the_scan_is_sent_again(store: Store, settings: Settings) -> None:
+    stored = add(store)
+    (settings.data_dir / "content" / "00" / f"{1:064x}").unlink()
+    assert add(store).outcome == "duplicate"
+    assert store.read_instance(stored.instance_id) == b"DICM" * 100
+
+
+def test_sweeping_leaves_what_another_process_is_writing(store: Store, settings: Settings) -> None:
+    young, old = (settings.data_dir / "incoming" / name for name in ("young.part", "old.part"))
+    for path in (young, old):
+        path.write_bytes(b"x")
+    os.utime(old, (1, 1))
+    assert store.content.sweep() == 1
+    assert young.exists()
+
+
+def test_a_model_that_comes_later_reads_what_waited_for_one(store: Store) -> None:
+    stored = add(store)
+    store.close_series([stored.series_id])
+    store.finish_job(claimed(store), JobResult(ScanState.NOT_ANALYSED, Note("scope.no_model")))
+    put_model(store)
+    assert Worklist(store).instance(stored.instance_id).state is ScanState.WAITING
+    store.close_series([stored.series_id])
+    assert claimed(store).model_digest == "d" * 64
+
+
+@pytest.mark.parametrize("other", [Patient("0", "李^四", "19700101"), Patient("0", "张^三", "19800101")])
+def test_one_id_for_everybody_does_not_mix_patients(store: Store, other: Patient) -> None:
+    one = add(store, 1, patient=Patient("0", "张^三", "19700101"))
+    same = add(store, 2, patient=Patient("0", "张三", "19700101"))
+    two = add(store, 3, patient=other)
+    assert one.study_id == same.study_id != two.study_id
 
 
 def test_change_and_audit_entry_share_one_transaction(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,14 +396,14 @@ def test_a_newer_database_is_refused(settings: Settings, tmp_path: Path) -> None
         raw.execute("PRAGMA user_version = 999")
     raw.close()
     with pytest.raises(StoreError, match="newer"):
-        Database(path)
+        Database(path, b"key")
 
 
 def test_no_database_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "junk.sqlite3"
     path.write_bytes(b"junk" * 1000)
     with pytest.raises(StoreError, match=r"store\.failed"):
-        Database(path)
+        Database(path, b"key")
 
 
 def test_migrations_are_numbered_in_order() -> None:

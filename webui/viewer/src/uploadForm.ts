@@ -26,6 +26,7 @@ export class PictureForm {
         filledIn(pictures, JSON.stringify(values));
       }
     });
+    form.addEventListener("input", () => this.error.hidden || this.valid(this.values(), false));
     form.querySelector("#drop-pictures")?.addEventListener("click", () => this.clear());
   }
 
@@ -56,7 +57,7 @@ export class PictureForm {
   }
 
   /** The rules of the box (webui/uploads.py), told before anything is sent. */
-  private valid(values: Record<string, string>): boolean {
+  private valid(values: Record<string, string>, moveFocus = true): boolean {
     const nameless = !values["patient_name"] && !values["patient_id"];
     const named = (name: string): boolean => !nameless && !/[\\=]/.test(values[name] ?? "");
     const checks: [string, boolean][] = [
@@ -75,7 +76,9 @@ export class PictureForm {
       }
     }
     this.error.hidden = first === null;
-    first?.focus();
+    if (moveFocus) {
+      first?.focus();
+    }
     return first === null;
   }
 

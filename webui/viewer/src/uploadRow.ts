@@ -62,7 +62,7 @@ export class Row {
       (taken ? folded : list).append(this.outcome(outcome));
     }
     if (folded !== list) {
-      const count = `${this.texts["stored"]}: ${folded.childElementCount}`;
+      const count = `${this.texts["stored"]} (${folded.childElementCount})`;
       list.append(html("li", {}, html("details", {}, html("summary", {}, count), folded)));
     }
     this.needsAPerson = outcomes.some((outcome) => outcome.result === "refused" || outcome.result === "conflict");
