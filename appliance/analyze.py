@@ -30,7 +30,6 @@ from appliance.worklist import InstanceView, Worklist
 logger = logging.getLogger(__name__)
 
 _POLL_S: Final = 0.1
-_BUSY: Final = 2  # the exit code of a worker that finds another at work
 _IDLE_STARTS: Final = 3
 _TIMINGS: Final = ("ingest", "decode", "preprocess", "infer", "postprocess", "store", "total")
 
@@ -48,7 +47,7 @@ class Analysed:
         """One of the five words; a file the door refused is ``rejected``."""
         if self.view is not None:
             return self.view.status
-        return "failed" if self.outcome.code in ("store.failed", "ingest.disk_full") else "rejected"
+        return "failed" if self.outcome.code in ("store.failed", "ingest.disk_full", "ingest.memory") else "rejected"
 
     @property
     def notes(self) -> tuple[Note, ...]:
@@ -129,8 +128,7 @@ def _work(store: Store, instance_ids: list[int], progress: Callable[[str], None]
             continue
         before = reading.mark()
         code = _run_worker(reading, given)
-        if code != _BUSY:  # a box's worker was quicker to the lock
-            idle_starts = 0 if reading.mark() != before else idle_starts + 1
+        idle_starts = 0 if reading.mark() != before else idle_starts + 1
         if idle_starts >= _IDLE_STARTS:
             progress(f"error: the worker stops at once (exit code {code}); {reading.left()} scans were taken in but not read")
             return

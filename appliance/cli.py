@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from appliance import __version__, reasons
 from appliance.errors import ApplianceError
-from appliance.process import limit_memory, start_logging
+from appliance.process import limit_memory, make_data_dir, start_logging
 from appliance.settings import Settings
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 1 error, 2 usage, 3 some scan failed, 4 no scan analysed)."""
     arguments = _parser().parse_args(argv)
     start_logging(os.environ.get("APPLIANCE_LOG_LEVEL", "INFO"))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows a question mark in its place
+        sys.stdout.reconfigure(errors="replace")
     os.umask(0o077)  # what the box writes holds patients' data: for the account it runs under, nobody else
     command: Callable[[argparse.Namespace], int] = arguments.run
     try:
@@ -129,7 +132,7 @@ def _analyse_in(arguments: argparse.Namespace, data_dir: Path) -> list[Analysed]
     from appliance.store import Store
 
     if not data_dir.is_file():  # a settings file names its data directory itself
-        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_data_dir(data_dir)
     settings = Settings.load(data_dir)
     limit_memory(settings.process_memory_max_bytes)
     store = Store(settings)

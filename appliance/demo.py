@@ -17,7 +17,7 @@ from typing import Final
 from appliance.accounts import Accounts
 from appliance.errors import ApplianceError
 from appliance.models import activate, reference_bundle
-from appliance.process import Lock, die_with_parent
+from appliance.process import Lock, die_with_parent, make_data_dir
 from appliance.settings import FILE_NAME, Settings
 from appliance.store import Store
 from appliance.supervisor import Supervisor, web_address
@@ -42,7 +42,7 @@ def run(data_dir: Path, samples: Path, own: Path | None, *, once: bool, lan: boo
         new_password: give the account a new one-time password.
     """
     stop = _asked_to_stop()
-    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_data_dir(data_dir)
     lock = _lock(data_dir.resolve())  # before the settings of a box that runs could be overwritten
     settings = _configure(data_dir.resolve(), lan=lan)
     log = settings.data_dir / "box.log"

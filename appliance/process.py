@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import json
 import logging
@@ -55,6 +56,13 @@ def start_logging(level: int | str = logging.INFO) -> None:
         warnings.filterwarnings("ignore", module=chatty)
     for chatty in ("pynetdicom", "pydicom", "highdicom", "PIL"):  # their messages quote values of the data set
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
+
+
+def make_data_dir(path: Path) -> None:
+    """Make a data directory, for its own account alone; raises OSError when that cannot be, or nothing can be written there."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def limit_memory(limit_bytes: int) -> None:

@@ -133,18 +133,25 @@ def measure(directory: Path, encode: Callable[[int, pydicom.Dataset], bytes], si
     for number in range(scans):
         floor.run(names[number % len(names)])
     floor_s = time.perf_counter() - started
+    door_s = 0.0
     for number in range(scans):
-        accepted = ingest.accept(encode(1000 + number, template), source)
+        data = encode(1000 + number, template)  # making the scan is no part of reading it, here or in the floor's loop
+        started = time.perf_counter()
+        accepted = ingest.accept(data, source)
         store.close_series([accepted.stored.series_id])
+        door_s += time.perf_counter() - started
     started = time.perf_counter()
     _run_until_idle(settings)
-    ours_s = time.perf_counter() - started - _startup_s(settings)
+    drain_s = time.perf_counter() - started - _startup_s(settings)
+    # The floor's loop writes and reads each scan, so ours is all of it too: the door and the worker, one after the other.
+    ours_s = door_s + drain_s
     store.close()
     floor.close()
     one = statistics.median(floor_ms[2:]), statistics.median(ours_ms[2:])
     return {
         "floor_ms": one[0], "ours_ms": one[1], "ours_over_floor": one[1] / one[0], "floor_scans_per_s": scans / floor_s,
-        "ours_scans_per_s": scans / ours_s, "throughput_ratio": floor_s / ours_s, "scan_mib": len(names[0]) / 2**20,
+        "ours_scans_per_s": scans / ours_s, "throughput_ratio": floor_s / ours_s, "drain_scans_per_s": scans / drain_s,
+        "scan_mib": len(names[0]) / 2**20,
     }  # fmt: skip
 
 
@@ -204,9 +211,10 @@ def print_table(results: dict[str, Any]) -> None:
         ("floor, one scan", "floor_ms", "{:.0f} ms", ""),
         ("ours, last byte received to finding stored", "ours_ms", "{:.0f} ms", ""),
         ("**ours / floor, one scan**", "ours_over_floor", "**{:.2f}**", "≤ 1.5"),
-        ("floor, queue", "floor_scans_per_s", "{:.1f} scans/s", ""),
-        ("ours, queue", "ours_scans_per_s", "{:.1f} scans/s", ""),
-        ("**ours / floor, throughput of a queue**", "throughput_ratio", "**{:.2f}**", "≥ 0.8"),
+        ("floor, many scans", "floor_scans_per_s", "{:.1f} scans/s", ""),
+        ("ours, many scans: door, then worker", "ours_scans_per_s", "{:.1f} scans/s", ""),
+        ("ours, worker alone on a queue that stands", "drain_scans_per_s", "{:.1f} scans/s", ""),
+        ("**ours / floor, throughput of many scans, door and worker**", "throughput_ratio", "**{:.2f}**", "≥ 0.8"),
     )
     for title, key, pattern, target in rows:
         print(f"| {title} | {pattern.format(plain[key])} | {pattern.format(packed[key])} | {target} |")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -14,7 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from appliance import analyze as module
+from appliance import process
+from appliance.domain import Source
+from appliance.ingest import Ingest
 from appliance.models import reference_bundle
+from appliance.store import Store
 from quantize.reference.phantom import write_samples
 from tests.scans import scan_bytes
 
@@ -151,6 +158,87 @@ def test_people_read_a_table(samples: Path) -> None:
     assert done.returncode == 0
     assert "threshold" in done.stdout
     assert "不得单独作为诊断依据" in done.stdout
+
+
+def test_names_in_gbk_are_read_and_shown(samples: Path, tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path)
+    with open(folder + b"/\xd5\xc5.dcm", "wb") as file:
+        file.write((samples / "01-normal.dcm").read_bytes())
+    code, results = analyze(tmp_path)
+    assert (code, results[0]["status"], Path(results[0]["path"]).name) == (0, "analysed", "张.dcm")
+
+
+def test_a_damaged_model_is_a_failure_not_a_wait_for_ever(samples: Path, tmp_path: Path) -> None:
+    box = tmp_path / "box"
+    assert analyze("--data-dir", box, samples / "01-normal.dcm")[0] == 0
+    weights = next((box / "models").rglob("*.onnx"))
+    weights.write_bytes(b"junk")
+    done = subprocess.run(
+        [sys.executable, "-m", "appliance", "analyze", "--json", "--data-dir", str(box), str(samples / "02-opacity.dcm")],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    (result,) = json.loads(done.stdout)
+    assert (done.returncode, result["status"]) == (3, "failed")
+    assert result["reason"]["code"]
+    assert "Traceback" not in done.stderr
+
+
+def test_only_its_own_images_are_waited_for(store: Store, samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = Ingest(store).accept(scan_bytes(), Source("cli", "test")).stored
+    other = Ingest(store).accept(scan_bytes(), Source("dicom", "OTHER")).stored
+    store.database.connection().execute("UPDATE instances SET state = 'ai_ready' WHERE id = ?", (mine.instance_id,))
+    monkeypatch.setattr(module.subprocess, "Popen", None)  # whoever starts a worker for the other's sake fails
+    module._work(store, [mine.instance_id], print, store.settings.data_dir)
+    assert module.Reading(store, [mine.instance_id], print).left() == 0
+    assert module.Reading(store, [mine.instance_id, other.instance_id], print).left() == 1
+
+
+def test_a_worker_that_falls_without_doing_anything_is_given_up(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = Ingest(store).accept(scan_bytes(), Source("cli", "test")).stored
+    lives: list[int] = []
+
+    def fall(*_: object) -> int:
+        lives.append(1)
+        return 1
+
+    monkeypatch.setattr(module, "_run_worker", fall)
+    said: list[str] = []
+    module._work(store, [stored.instance_id], said.append, store.settings.data_dir)
+    assert len(lives) == 3
+    assert "1 scans were taken in but not read" in said[-1]
+
+
+def test_a_data_directory_that_cannot_be_is_said(samples: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("words")
+    for where in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nowhere")):
+        for more in (["analyze", samples], ["demo", "--once", "--samples", samples]):
+            done = run(*more, "--data-dir", where)
+            assert (done.returncode, "hint:" in done.stderr, "Traceback" in done.stderr) == (2, True, False), done.stderr
+
+
+def test_a_data_directory_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process.os, "access", lambda *_: False)  # the tests may run as root, who may write anywhere
+    with pytest.raises(PermissionError, match=re.escape(str(tmp_path))):
+        process.make_data_dir(tmp_path)
+
+
+def test_a_data_directory_is_for_its_account_alone(samples: Path, tmp_path: Path) -> None:
+    run("analyze", samples / "01-normal.dcm", "--data-dir", tmp_path / "box")
+    assert [path for path in (tmp_path / "box", *(tmp_path / "box").iterdir()) if path.stat().st_mode & 0o077] == []
+
+
+def test_an_unknown_log_level_is_said(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "appliance", "settings", "--data-dir", str(tmp_path)],
+        capture_output=True, text=True, check=False, env=os.environ | {"APPLIANCE_LOG_LEVEL": "foo"},
+    )  # fmt: skip
+    assert (done.returncode, "foo" in done.stderr, "INFO" in done.stderr) == (0, True, True)
+
+
+def test_nothing_analysed_can_be_a_failure(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("x")
+    assert run("analyze", tmp_path).returncode == 0
+    assert run("analyze", "--require-analysed", tmp_path).returncode == 4
 
 
 def test_200_files_at_once(tmp_path: Path) -> None:

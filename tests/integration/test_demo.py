@@ -11,20 +11,25 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 import requests
 
+from appliance import demo
 from appliance.process import JsonFormatter
 from appliance.settings import Settings
 from appliance.store import Store
+from appliance.supervisor import Supervisor
 from quantize.reference.phantom import write_samples
 from tests.integration.test_receiver import send, wait_for
 from tests.scans import dataset, scan_bytes
 
 ROOT = Path(__file__).parents[2]
+_POPEN = subprocess.Popen
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +89,22 @@ def running(tmp_path: Path, samples: Path) -> Iterator[tuple[subprocess.Popen[st
         process.stdout.close()
 
 
-def test_r14_on_the_network_only_tls_and_ctrl_c_stops_everything(running: tuple[subprocess.Popen[str], list[str], Path]) -> None:
+def test_r14_on_the_network_only_tls_and_ctrl_c_stops_everything(
+    running: tuple[subprocess.Popen[str], list[str], Path], tmp_path: Path
+) -> None:
     process, lines, box = running
     page = re.search(r"Page +https://([^:]+):(\d+)/", "".join(lines))
     assert page, "".join(lines)
     port = int(page[2])
     answer = requests.get(f"https://localhost:{port}/login", verify=str(box / "keys" / "web.crt"), timeout=20)
     assert answer.status_code == 200
-    assert "secure" in answer.headers.get("Set-Cookie", "secure").lower()
+    session = next(cookie for cookie in answer.cookies if cookie.name == "clinicbox")  # holds the form's token before a login
+    assert session.secure
+    assert session.has_nonstandard_attr("HttpOnly")
+    assert [path.name for path in (box / "box.log", *box.glob("box.sqlite3*"), box) if path.stat().st_mode & 0o077] == []
+    again = subprocess.run(command(box, tmp_path), capture_output=True, text=True, timeout=60, check=False)
+    assert (again.returncode, "already running" in again.stderr, f":{port}/" in again.stderr) == (2, True, True), again.stderr
+    assert f"web_port = {port}" in (box / "box.toml").read_text()
     with pytest.raises(requests.RequestException):
         requests.get(f"http://localhost:{port}/login", timeout=5)
     assert (box / "keys" / "web.pem").stat().st_mode & 0o077 == 0
@@ -136,6 +149,60 @@ def test_the_log_drops_what_an_exception_says() -> None:
         "at": "", "level": "ERROR", "logger": "x", "message": "job failed", "job": 7, "exception": "ValueError",
         "where": json.loads(line)["where"],
     }  # fmt: skip
+
+
+def test_once_without_anything_to_find_says_so(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = subprocess.run(command(tmp_path / "box", tmp_path / "empty", "--once"), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 4, done.stderr
+    assert "Nothing was found" in done.stdout
+
+
+class Watched:
+    """A supervisor that only counts how often it looked."""
+
+    ticks = 0
+
+    def tick(self) -> None:
+        self.ticks += 1
+
+
+def test_reading_is_supervised_and_ends_when_asked(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo.sys, "executable", "/bin/sh")
+    monkeypatch.setattr(demo.subprocess, "Popen", lambda _, **more: _POPEN(["/bin/sh", "-c", "sleep 60"], **more))
+    watched = Watched()
+    started = time.monotonic()
+    code = demo._read_scans(cast(Supervisor, watched), settings, [tmp_path, tmp_path], lambda: watched.ticks >= 3)
+    assert (code, watched.ticks) == (0, 3)
+    assert time.monotonic() - started < 10
+
+
+def test_ctrl_c_during_the_reading_ends_cleanly(tmp_path: Path, samples: Path) -> None:
+    pipe = tmp_path / "in"
+    pipe.mkdir()
+    for number in range(400):
+        (pipe / f"{number}.dcm").write_bytes(scan_bytes())
+    process = subprocess.Popen(
+        command(tmp_path / "box", samples, "--data", str(pipe)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("Reading"):
+            break
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it, to the whole group
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "has stopped" in out
+    assert "Traceback" not in errors
+
+
+def test_children_get_the_settings_file_that_was_given(tmp_path: Path) -> None:
+    file = tmp_path / "clinic.toml"
+    file.write_text('data_dir = "box"\nae_title = "OTHER"\n')
+    supervisor = Supervisor(Settings.load(file), given=file)
+    assert all(child.command[-2:] == ["--data-dir", str(file)] for child in supervisor.children)
+    supervisor.stop()
 
 
 def test_a_taken_port_is_no_obstacle(tmp_path: Path, samples: Path) -> None:

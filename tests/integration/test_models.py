@@ -131,5 +131,15 @@ def test_an_installed_copy_that_changed_on_disk_is_not_run(store: Store) -> None
     flip(store.settings.data_dir / "models" / digest)
     with pytest.raises(ActivationError, match=r"model\.invalid"):
         installed(store, digest)
-    with pytest.raises(ActivationError):
-        activate(store, reference_bundle(), "test")
+
+
+@pytest.mark.parametrize("damage", [flip, lambda directory: (directory / "manifest.json").unlink(), shutil.rmtree])
+def test_a_damaged_copy_is_repaired_by_activation(store: Store, damage: Callable[[Path], None]) -> None:
+    digest = activate(store, reference_bundle(), "test")
+    for number in (1, 2):
+        damage(store.settings.data_dir / "models" / digest)
+        assert activate(store, reference_bundle(), "test") == digest
+        assert installed(store, digest).digest == digest
+        kept = len(list((store.settings.data_dir / "models").glob(f"{digest}.damaged-*")))
+        assert kept == (0 if damage is shutil.rmtree else number)
+    assert states(store) == [(store.model(digest)["version"], "active")]
