@@ -52,8 +52,10 @@ class Analysed:
     @property
     def notes(self) -> tuple[Note, ...]:
         """Assumptions and cautions that go with the result."""
-        jobs = self.view.jobs if self.view else ()
-        return tuple(dict.fromkeys(note for job in jobs if job.model_digest for note in job.notes))
+        if self.view is None:
+            return ()
+        read = (note for job in self.view.jobs if job.model_digest for note in job.notes)
+        return tuple(dict.fromkeys((*self.view.notes, *read)))
 
     @property
     def reason(self) -> Note | None:

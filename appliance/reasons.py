@@ -72,7 +72,12 @@ REASONS: Final[dict[str, Reason]] = {
     "ingest.invalid_uid": Reason(
         "UID 含非法字符或过长", "A UID has forbidden characters or is too long", _SENDER_KEEPS_ZH, _SENDER_KEEPS_EN
     ),
-    "ingest.conflict": Reason("另有一份影像的 SOP Instance UID 相同而内容不同；两份均已保存", "Another image with the same SOP Instance UID but other content is stored too; both are kept", "请核对两份影像属于哪位患者，并通知技术人员。", "Check which patient each image belongs to and tell the technician."),
+    "ingest.conflict": Reason(
+        "另有一份影像的 SOP Instance UID 相同而内容不同；两份均已保存",
+        "Another image with the same SOP Instance UID but other content is stored too; both are kept",
+        "请核对两份影像属于哪位患者，并通知技术人员。",
+        "Check which patient each image belongs to and tell the technician.",
+    ),
     "ingest.archive_unsafe": Reason(
         "压缩包内含不安全的路径，该条目已跳过",
         "The archive holds an unsafe path; the entry was skipped",
@@ -96,7 +101,12 @@ REASONS: Final[dict[str, Reason]] = {
         "请通知技术人员清理或扩充磁盘，然后重新发送。",
         "Ask the technician to free disk space, then send again.",
     ),
-    "ingest.memory": Reason("内存暂时不足，未接收", "Not enough memory just now; the file was not taken", "请稍后重新发送；若再次失败请通知技术人员。", "Send it again later; if it fails again call the technician."),
+    "ingest.memory": Reason(
+        "内存暂时不足，未接收",
+        "Not enough memory just now; the file was not taken",
+        "请稍后重新发送；若再次失败请通知技术人员。",
+        "Send it again later; if it fails again call the technician.",
+    ),
     "ingest.unsupported_image": Reason(
         "图片无法读取，或格式不受支持",
         "The picture cannot be read or is of an unsupported kind",

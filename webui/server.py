@@ -152,6 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m webui", description="Serve the pages of the box.")
     parser.add_argument("--data-dir", type=Path, required=True, help="the box's data directory")
     arguments = parser.parse_args(argv)
+    os.umask(0o077)  # what people upload is for this account's eyes only
     start_logging(logging.getLevelName(os.environ.get("APPLIANCE_LOG_LEVEL", "INFO").upper()))
     try:
         settings = Settings.load(arguments.data_dir)

@@ -32,6 +32,7 @@ from tests.bench.floor import Floor
 from tests.bench.page import measure_page
 
 ROOT = Path(__file__).resolve().parents[2]
+_POLL_S = 0.002
 
 
 def main() -> int:
@@ -53,7 +54,7 @@ def main() -> int:
         shutil.rmtree(scratch)
     (ROOT / "var").mkdir(exist_ok=True)
     (ROOT / "var" / "bench.json").write_text(json.dumps(results, indent=1))
-    print_table(results)
+    print_table(results, arguments.scans)
     return 0
 
 
@@ -124,34 +125,34 @@ def measure(directory: Path, encode: Callable[[int, pydicom.Dataset], bytes], si
         store.close_series([accepted.stored.series_id])
         _wake(settings)
         while store.pending_jobs():
-            time.sleep(0.0005)
+            time.sleep(_POLL_S)
         ours_ms.append((time.perf_counter() - started) * 1000)
     worker.terminate()
     worker.wait()
-    names = [encode(number, template) for number in range(singles + 2, singles + 2 + min(scans, 8))]
+    many = [encode(1000 + number, template) for number in range(scans)]
     started = time.perf_counter()
-    for number in range(scans):
-        floor.run(names[number % len(names)])
+    for data in many:
+        floor.run(data)
     floor_s = time.perf_counter() - started
-    door_s = 0.0
-    for number in range(scans):
-        data = encode(1000 + number, template)  # making the scan is no part of reading it, here or in the floor's loop
-        started = time.perf_counter()
+    worker = _worker(settings)
+    started = time.perf_counter()
+    for data in many:  # as on the box: the door takes in while the worker reads
         accepted = ingest.accept(data, source)
         store.close_series([accepted.stored.series_id])
-        door_s += time.perf_counter() - started
-    started = time.perf_counter()
-    _run_until_idle(settings)
-    drain_s = time.perf_counter() - started - _startup_s(settings)
-    # The floor's loop writes and reads each scan, so ours is all of it too: the door and the worker, one after the other.
-    ours_s = door_s + drain_s
+        _wake(settings)
+    door_s = time.perf_counter() - started
+    while store.pending_jobs():
+        time.sleep(_POLL_S)
+    ours_s = time.perf_counter() - started
+    worker.terminate()
+    worker.wait()
     store.close()
     floor.close()
     one = statistics.median(floor_ms[2:]), statistics.median(ours_ms[2:])
     return {
         "floor_ms": one[0], "ours_ms": one[1], "ours_over_floor": one[1] / one[0], "floor_scans_per_s": scans / floor_s,
-        "ours_scans_per_s": scans / ours_s, "throughput_ratio": floor_s / ours_s, "drain_scans_per_s": scans / drain_s,
-        "scan_mib": len(names[0]) / 2**20,
+        "ours_scans_per_s": scans / ours_s, "throughput_ratio": floor_s / ours_s, "door_scans_per_s": scans / door_s,
+        "scan_mib": len(many[0]) / 2**20,
     }  # fmt: skip
 
 
@@ -182,27 +183,13 @@ def _worker(settings: Settings) -> subprocess.Popen[str]:
     return worker
 
 
-def _run_until_idle(settings: Settings) -> None:
-    subprocess.run(_command(settings, "--until-idle"), check=True, stderr=subprocess.DEVNULL)
-
-
-def _startup_s(settings: Settings) -> float:
-    """How long a worker takes that finds nothing to do: start, verify, load, warm up; the median of three."""
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        _run_until_idle(settings)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
-
-
 def _wake(settings: Settings) -> None:
     from appliance.signal import wake
 
     wake(settings)
 
 
-def print_table(results: dict[str, Any]) -> None:
+def print_table(results: dict[str, Any], scans: int) -> None:
     """The results as a Markdown table, ready for the README."""
     print(f"\nMachine: {results['machine']}\n")
     print("| 2048 x 2048, 16 bit | uncompressed | JPEG-LS | target |\n|---|---|---|---|")
@@ -211,10 +198,10 @@ def print_table(results: dict[str, Any]) -> None:
         ("floor, one scan", "floor_ms", "{:.0f} ms", ""),
         ("ours, last byte received to finding stored", "ours_ms", "{:.0f} ms", ""),
         ("**ours / floor, one scan**", "ours_over_floor", "**{:.2f}**", "≤ 1.5"),
-        ("floor, many scans", "floor_scans_per_s", "{:.1f} scans/s", ""),
-        ("ours, many scans: door, then worker", "ours_scans_per_s", "{:.1f} scans/s", ""),
-        ("ours, worker alone on a queue that stands", "drain_scans_per_s", "{:.1f} scans/s", ""),
-        ("**ours / floor, throughput of many scans, door and worker**", "throughput_ratio", "**{:.2f}**", "≥ 0.8"),
+        (f"floor, {scans} scans", "floor_scans_per_s", "{:.1f} scans/s", ""),
+        (f"ours, {scans} scans through the door", "door_scans_per_s", "{:.1f} scans/s", ""),
+        (f"ours, {scans} scans to the last finding", "ours_scans_per_s", "{:.1f} scans/s", ""),
+        ("**ours / floor, throughput**", "throughput_ratio", "**{:.2f}**", "≥ 0.8"),
     )
     for title, key, pattern, target in rows:
         print(f"| {title} | {pattern.format(plain[key])} | {pattern.format(packed[key])} | {target} |")
