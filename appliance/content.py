@@ -142,7 +142,7 @@ def fsync_directory(directory: Path) -> None:
 
 def load_key(directory: Path, name: str) -> bytes:
     """One of the box's 256-bit keys, made on first use; readable by its owner only."""
-    directory.mkdir(mode=0o700, exist_ok=True)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = directory / name
     if not path.exists():
         fresh = directory / f"{name}.{secrets.token_hex(4)}"

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-import os
-import secrets
 import socket
-from pathlib import Path
 from typing import Final
 from urllib.parse import quote, urlsplit
 
@@ -15,7 +12,7 @@ from flask.typing import ResponseReturnValue
 from flask_login import current_user
 from flask_wtf.csrf import CSRFProtect
 
-from appliance.content import fsync_directory
+from appliance.content import load_key
 from appliance.settings import Settings
 from webui import problems
 from webui.box import the_box
@@ -47,7 +44,7 @@ csrf: Final = CSRFProtect()
 def init_app(app: Flask, settings: Settings) -> None:
     """Put the guard before every request and the headers behind it."""
     app.config.update(
-        SECRET_KEY=_secret_key(settings.data_dir / "keys"),
+        SECRET_KEY=load_key(settings.data_dir / "keys", "web.key"),
         SESSION_COOKIE_NAME="clinicbox",
         SESSION_COOKIE_HTTPONLY=True,
         SESSION_COOKIE_SAMESITE="Strict",
@@ -130,23 +127,3 @@ def _headers(response: Response) -> Response:
         # A clinic's PC has many users: nothing of a patient may stay in its cache.
         response.headers["Cache-Control"] = "no-store"
     return response
-
-
-def _secret_key(directory: Path) -> bytes:
-    """The key that signs cookies; made on first use, kept over restarts, readable by the box alone."""
-    path = directory / "web.key"
-    if not path.exists():
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fresh = directory / f"web.key.{secrets.token_hex(4)}"
-        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(32))
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(fresh, path)  # fails when another process was first: its key is the one then
-        except FileExistsError:
-            pass
-        finally:
-            fresh.unlink()
-        fsync_directory(directory)
-    return path.read_bytes()
