@@ -41,11 +41,11 @@ STATE_URGENCY = (
     ScanState.QUEUED,
     ScanState.WAITING,
     ScanState.QUALITY_REJECTED,
+    ScanState.OUT_OF_SCOPE,  # before what was read: one image without a result, and the study must not look negative
     ScanState.AI_READY,
     ScanState.REVIEWING,
     ScanState.OVERRIDDEN,
     ScanState.SIGNED,
-    ScanState.OUT_OF_SCOPE,
 )
 
 

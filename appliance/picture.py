@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 import uuid
 import warnings
 from io import BytesIO
@@ -22,6 +23,11 @@ MAX_PIXELS: Final = 100_000_000
 MAX_SIDE: Final = 0xFFFF  # Rows and Columns are unsigned shorts
 _FORMATS: Final = ("PNG", "JPEG")
 _SEXES: Final = ("M", "F", "O")
+# What Pillow is known to raise on damaged pictures and damaged EXIF.
+_PICTURE_ERRORS: Final = (
+    UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, OverflowError, MemoryError,
+    struct.error,
+)  # fmt: skip
 
 
 def secondary_capture(data: bytes, form: PictureForm) -> bytes:
@@ -75,6 +81,7 @@ def _grey(data: bytes) -> NDArray[np.uint8] | NDArray[np.uint16]:
     """Rows x columns of grey values; 16-bit PNGs keep their depth."""
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on damaged EXIF
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = Image.open(BytesIO(data), formats=_FORMATS)
             if picture.width * picture.height > MAX_PIXELS or max(picture.size) > MAX_SIDE:
@@ -85,7 +92,7 @@ def _grey(data: bytes) -> NDArray[np.uint8] | NDArray[np.uint16]:
             return np.asarray(_flatten(upright))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise IngestError("ingest.absurd_dimensions", type(error).__name__) from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, MemoryError) as error:
+    except _PICTURE_ERRORS as error:
         raise IngestError("ingest.unsupported_image", type(error).__name__) from error
 
 

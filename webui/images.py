@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from dataclasses import replace
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final
 
@@ -62,6 +63,8 @@ class ImageCache:
 
         register_decoders()
         frame = display_frame(self._dataset(instance_id), number)
+        if frame.pixels.base is not None:  # a view would keep the whole film in memory for one frame of it
+            frame = replace(frame, pixels=frame.pixels.copy())
         _keep(self._frames, (instance_id, number), frame, lambda item: int(item.pixels.nbytes), _KEPT_PIXEL_BYTES)
         return frame
 

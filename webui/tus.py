@@ -119,7 +119,8 @@ def outcome(upload_id: str) -> ResponseReturnValue:
     if not box.parts.complete(upload):
         abort(409)
     box.finaliser.submit(upload)
-    wait_s = min(request.args.get("wait", 0.0, float), _LONGEST_WAIT_S)
+    asked_s = request.args.get("wait", 0.0, float)
+    wait_s = asked_s if 0 <= asked_s <= _LONGEST_WAIT_S else _LONGEST_WAIT_S  # NaN is not within either
     outcomes = box.finaliser.wait(upload, wait_s)
     if outcomes is None:
         return jsonify(done=False, files=box.finaliser.progress(upload)), 202

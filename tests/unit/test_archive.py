@@ -178,3 +178,22 @@ def test_a_picture_too_long_for_dicom(door: Ingest, settings: Settings, folder: 
     Image.new("L", (70_000, 3)).save(buffer, "PNG")
     (folder / "a.png").write_bytes(buffer.getvalue())
     assert below(door, settings, folder) == {"a.png": "ingest.absurd_dimensions"}
+
+
+def test_a_picture_with_damaged_exif_costs_only_itself(door: Ingest, settings: Settings, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.new("L", (60, 80), 90).save(buffer, "JPEG", exif=exif)
+    whole = buffer.getvalue()
+    at = whole.index(b"Exif\0\0")
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("1.dcm", scan_bytes())
+        for cut in range(6, 30):  # the offset, the count, the tag, the type, the value: each damaged in turn
+            archive.writestr(f"{cut}.jpg", whole[: at + cut] + b"\xff\xff" + whole[at + cut + 2 :])
+        archive.writestr("2.dcm", scan_bytes())
+    got = [outcome.code for outcome in accept_file(door, settings, path, "a.zip", SOURCE)]
+    assert len(got) == 26
+    assert (got[0], got[-1]) == ("", "")
+    assert set(got[1:-1]) <= {"", "ingest.unsupported_image"}
