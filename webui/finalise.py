@@ -132,6 +132,7 @@ class Finaliser:
             logger.info("upload called off")
         except OSError:  # the disk is full even for the outcome: the upload waits, complete, for the next start
             logger.exception("outcome not recorded")
+            self._parts.forgive(upload)
         finally:
             with self._changed:
                 self._running.pop(upload.id, None)

@@ -224,6 +224,10 @@ class Parts:
             file.write(b".")
             return file.tell()
 
+    def forgive(self, upload: Upload) -> None:
+        """Forget the tries: what failed was the disk, which says nothing against the upload."""
+        (self.directory / f"{upload.id}.tries").unlink(missing_ok=True)
+
     # -- files -------------------------------------------------------------------------------------------------------
 
     @contextmanager

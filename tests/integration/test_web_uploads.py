@@ -428,3 +428,18 @@ def test_200_files_at_once(tmp_path: Path) -> None:
 
 def test_metadata_helper_speaks_tus() -> None:
     assert metadata(filename="胸.dcm") == "filename " + base64.b64encode("胸.dcm".encode()).decode()
+
+
+def test_a_full_disk_asked_for_the_outcome_again_and_again_does_not_condemn_the_upload(
+    box: Box, person: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = scan_bytes()
+    path = begin(person, "a.dcm", len(data)).headers["Location"]
+    monkeypatch.setattr(Parts, "_write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    send(person, path, data)
+    for _ in range(finalise._MAX_TRIES + 3):
+        assert person.get(f"{path}/outcome?wait=2").status_code == 202
+    monkeypatch.undo()
+    answer = person.get(f"{path}/outcome?wait=10")
+    assert answer.status_code == 200
+    assert answer.json()["outcomes"][0]["result"] in ("stored", "duplicate")
