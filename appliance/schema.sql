@@ -129,3 +129,28 @@ CREATE TABLE audit (
 ) STRICT;
 CREATE TRIGGER audit_no_update BEFORE UPDATE ON audit BEGIN SELECT RAISE (ABORT, 'the audit is append-only'); END;
 CREATE TRIGGER audit_no_delete BEFORE DELETE ON audit BEGIN SELECT RAISE (ABORT, 'the audit is append-only'); END;
+
+-- migration 2: the signed life of a model
+CREATE TABLE activations (            -- the journal of every model that was ever to read patients, and the history shown to people
+  id INTEGER PRIMARY KEY,
+  name TEXT NOT NULL, version TEXT NOT NULL, digest TEXT NOT NULL,
+  device TEXT NOT NULL,               -- digest of processor, runtime and appliance version: a failure belongs to one of them
+  source TEXT NOT NULL CHECK (source IN ('library', 'usb', 'hand', 'embedded')),
+  state TEXT NOT NULL CHECK (state IN ('staged', 'building', 'self-test', 'trial', 'good', 'failed', 'rolled-back', 'withdrawn')),
+  attempts INTEGER NOT NULL DEFAULT 0,-- how often this state was begun: a crash or reboot loop ends
+  progress REAL NOT NULL DEFAULT 0,   -- 0 to 1 within the state
+  reason TEXT,                        -- JSON note: why it failed, was rolled back or withdrawn
+  self_test TEXT,                     -- JSON: what was measured on this box
+  trial TEXT,                         -- JSON: cases, failures, latency and drift so far
+  actor TEXT NOT NULL,
+  started_at TEXT NOT NULL, updated_at TEXT NOT NULL, ended_at TEXT
+) STRICT;
+CREATE INDEX activations_by_digest ON activations (digest, device);
+CREATE UNIQUE INDEX one_open_activation_per_name ON activations (name) WHERE state IN ('staged', 'building', 'self-test', 'trial');
+
+CREATE TABLE model_lines (            -- what the signed index of a line forbids; it only ever gets stricter
+  name TEXT PRIMARY KEY,
+  minimum_version TEXT NOT NULL,
+  withdrawn TEXT NOT NULL DEFAULT '{}',-- JSON: version -> reason
+  updated_at TEXT NOT NULL
+) STRICT;

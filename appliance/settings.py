@@ -19,6 +19,7 @@ else:
     import tomli as tomllib
 
 FILE_NAME = "box.toml"
+_PATHS = ("data_dir", "tls_certificate", "tls_key", "exchange_dir", "library_root")
 
 
 class Settings(BaseModel):
@@ -46,6 +47,9 @@ class Settings(BaseModel):
     job_max_attempts: int = Field(3, ge=1, description="Attempts before a job is poisoned and shown as failed.")
     process_memory_max_bytes: int = Field(1400 * 2**20, ge=2**28, description="Memory cap of each process of the box.")
     worker_threads: int = Field(0, ge=0, description="Threads for inference; 0 takes the number of cores.")
+    exchange_dir: Path | None = Field(None, description="Directory shared with the sync agent: bundles in, status out.")
+    library_root: Path | None = Field(None, description="The library's first root.json; with it only signed models are put to work.")
+    activation_deadline_s: float = Field(1800.0, gt=0, description="Longest a new model may take to build and prove itself.")
     session_idle_s: float = Field(30 * 60.0, gt=0, description="Silence after which a person is logged out.")
     session_absolute_s: float = Field(12 * 3600.0, gt=0, description="Longest a login lasts.")
 
@@ -82,5 +86,5 @@ class Settings(BaseModel):
             what = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
             raise ApplianceError("settings.invalid", what) from error
         root = (base or Path.cwd()).resolve()
-        paths = {name: root / value for name in ("data_dir", "tls_certificate", "tls_key") if (value := getattr(settings, name))}
+        paths = {name: root / value for name in _PATHS if (value := getattr(settings, name))}
         return settings.model_copy(update=paths)

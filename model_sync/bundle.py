@@ -53,6 +53,7 @@ from model_sync.manifest import (
     TrainingData,
     TrainingSource,
     Variant,
+    Watch,
     invalid_manifest,
 )
 
@@ -94,6 +95,7 @@ __all__ = [
     "TrainingSource",
     "Variant",
     "Voi",
+    "Watch",
     "sha256_of",
 ]
 

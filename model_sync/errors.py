@@ -6,7 +6,8 @@
     ├── LibraryUnreachable   keep the model and try again later
     ├── TrustError           keep the model and raise the alarm
     ├── BundleError          the files of one model version are not what they say they are
-    └── PublishError         the central team's publication was refused
+    ├── PublishError         the central team's publication was refused
+    └── SettingsError        a setting or an argument is wrong; nothing was tried
 """
 
 from __future__ import annotations
@@ -32,11 +33,30 @@ class ModelSyncError(Exception):
 
 
 class LibraryUnreachable(ModelSyncError):  # noqa: N818  (the name is fixed by the design: it is a state of the line)
-    """The library did not answer, or not with what was asked for: nothing is wrong with the model in use."""
+    """The library did not answer, or not with what was asked for: nothing is wrong with the model in use.
+
+    Attributes:
+        code: A stable key such as ``sync.unreachable``, ``sync.window``, ``sync.budget``, ``sync.disk_full``.
+    """
+
+    def __init__(self, message: str, *, hint: str, code: str = "sync.unreachable") -> None:
+        """Keep the coded reason beside the sentence."""
+        super().__init__(message, hint=hint)
+        self.code = code
 
 
 class TrustError(ModelSyncError):
-    """Metadata or a file failed its signature, expiry, version or digest check: somebody has to look."""
+    """Metadata or a file failed its signature, expiry, version or digest check: somebody has to look.
+
+    Attributes:
+        code: A stable key such as ``trust.signature``, ``trust.expired``, ``trust.rollback``, ``trust.digest``,
+            ``trust.revoked``, ``trust.document``.
+    """
+
+    def __init__(self, message: str, *, hint: str, code: str = "trust.signature") -> None:
+        """Keep the coded reason beside the sentence."""
+        super().__init__(message, hint=hint)
+        self.code = code
 
 
 class BundleError(ModelSyncError):
@@ -58,3 +78,7 @@ class BundleError(ModelSyncError):
 
 class PublishError(ModelSyncError):
     """A publication was refused before anything was signed."""
+
+
+class SettingsError(ModelSyncError):
+    """A setting, a path or an argument is wrong; nothing was tried."""

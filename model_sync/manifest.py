@@ -210,6 +210,26 @@ class Registration(Strict):
     pccp_id: str | None
 
 
+class Watch(Strict):
+    """How long a new version is on trial on a box, and what ends the trial with the version before it (R31).
+
+    Attributes:
+        trial_cases: images read after which the trial is passed.
+        trial_hours: hours after which it is passed, provided at least one image was read.
+        max_failure_fraction: largest share of failed readings; judged from the third failure on.
+        max_latency_ratio: largest median inference time, as a multiple of the self-test's.
+        max_score_drift: largest population stability index between the scores on this box and ``reference_scores``; judged from
+            50 images on, less what chance alone gives. A clinic's share of ill patients differs from any test set's, so the
+            default lets that pass and catches scores that have lost their shape; None judges no drift.
+    """
+
+    trial_cases: Annotated[int, Field(ge=1)] = 200
+    trial_hours: Annotated[float, Field(gt=0)] = 72.0
+    max_failure_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    max_latency_ratio: Annotated[float, Field(gt=1)] = 5.0
+    max_score_drift: Annotated[float, Field(gt=0)] | None = 3.0
+
+
 class Document(Strict):
     """Any other file of the bundle: model card, gate record, engine."""
 
@@ -241,6 +261,7 @@ class Manifest(Strict):
     licence: NonEmpty
     min_appliance_version: SemVer
     documents: list[Document]
+    watch: Watch = Watch()
 
     @classmethod
     def parse(cls, raw: bytes) -> Manifest:
@@ -261,7 +282,7 @@ class Manifest(Strict):
 
     def to_json(self) -> bytes:
         """Return the canonical bytes of the manifest: stable order, UTF-8, two spaces."""
-        return (self.model_dump_json(by_alias=True, indent=2) + "\n").encode()
+        return (self.model_dump_json(by_alias=True, exclude_unset=True, indent=2) + "\n").encode()
 
     def label(self, name: str) -> Label:
         """Return the label called ``name``.

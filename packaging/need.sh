@@ -1,7 +1,7 @@
 #!/bin/sh
 # Make sure that the system has what pip cannot bring: by apt when root, otherwise say in one line what to install.
 #   need.sh venv PYTHON    Python >= 3.10 with venv
-#   need.sh test           Chromium, Chinese fonts and dcmtk for the tests
+#   need.sh test           what the tests talk to: Chromium, Chinese fonts, dcmtk, nginx, PostgreSQL, SoftHSM, FAT tools
 set -eu
 
 install() { # install WHY PACKAGE...
@@ -27,6 +27,12 @@ test)
     command -v chromium >/dev/null || command -v chromium-browser >/dev/null || missing="$missing chromium"
     command -v storescu >/dev/null || missing="$missing dcmtk"
     fc-list 2>/dev/null | grep -qi 'noto.*cjk' || missing="$missing fonts-noto-cjk fontconfig"
+    command -v softhsm2-util >/dev/null || missing="$missing softhsm2"
+    command -v nginx >/dev/null || [ -x /usr/sbin/nginx ] || missing="$missing nginx-light"
+    command -v mkfs.vfat >/dev/null || [ -x /usr/sbin/mkfs.vfat ] || missing="$missing dosfstools"
+    command -v mcopy >/dev/null || missing="$missing mtools"
+    command -v faketime >/dev/null || missing="$missing faketime"
+    ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$missing postgresql"
     # shellcheck disable=SC2086 # a list of words is meant
     [ -z "$missing" ] || install "for the tests" $missing
     ;;
