@@ -1,0 +1,325 @@
+"""How a box becomes one of the fleet: a token that works once, a request for a certificate, a short-lived certificate.
+
+The device authority is the centre's own and vouches for boxes only. A box makes its key itself and keeps it; the certificate says
+which box it is, nothing more, whatever the request asked for. X.509 is ``cryptography``'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, EllipticCurvePublicKey, generate_private_key
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from securesystemslib.signer import SSlibKey
+from sqlalchemy import Connection, RowMapping, select, update
+
+from model_sync.device import create_private, issued_by
+from model_sync.errors import ModelSyncError, SettingsError
+from model_sync.fleet import Fleet
+from model_sync.fleet_tables import actions, boxes, certificates, tokens
+
+CERTIFICATE: Final = "device-ca.pem"
+KEY: Final = "device-ca.key"
+MAX_CSR_BYTES: Final = 8 << 10
+MIN_PASSPHRASE: Final = 12
+_AUTHORITY_YEARS: Final = 20
+# A box's clock may be behind; a certificate must not look as if it were from tomorrow.
+_BACKDATED: Final = timedelta(hours=1)
+
+DeviceKey: TypeAlias = EllipticCurvePublicKey | Ed25519PublicKey
+
+
+class EnrolmentError(ModelSyncError):
+    """A box was not let in.
+
+    Attributes:
+        code: ``enrolment.token``, ``enrolment.csr``, ``enrolment.denied``, ``enrolment.certificate`` (none, or not ours),
+            ``enrolment.expired``, ``enrolment.too_early``.
+    """
+
+    def __init__(self, code: str, message: str, *, hint: str) -> None:
+        """Keep the coded reason beside the sentence."""
+        super().__init__(message, hint=hint)
+        self.code = code
+
+
+class DeviceAuthority:
+    """The authority that signs boxes' certificates."""
+
+    def __init__(self, certificate: x509.Certificate, key: EllipticCurvePrivateKey) -> None:
+        """Hold a certificate and its private key; use ``create`` or ``load``."""
+        self.certificate = certificate
+        self._key = key
+
+    @property
+    def pem(self) -> str:
+        """The authority's certificate."""
+        return self.certificate.public_bytes(Encoding.PEM).decode()
+
+    @classmethod
+    def create(cls, directory: Path, passphrase: str, name: str = "device authority") -> DeviceAuthority:
+        """Make a new authority: ``device-ca.pem`` and, encrypted and for this account only, ``device-ca.key``.
+
+        Raises:
+            SettingsError: there is one already, or the passphrase is too short; nothing is overwritten.
+        """
+        if len(passphrase) < MIN_PASSPHRASE:
+            raise SettingsError(f"a passphrase needs at least {MIN_PASSPHRASE} characters", hint="take six words drawn by dice")
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        key = generate_private_key(SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        now = datetime.now(timezone.utc)
+        certificate = (
+            _builder(subject, subject, key.public_key(), now, now + timedelta(days=365 * _AUTHORITY_YEARS))
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(_usage(signs_certificates=True), critical=True)
+            .sign(key, SHA256())
+        )
+        secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(passphrase.encode()))
+        create_private(directory / KEY, secret)
+        (directory / CERTIFICATE).write_bytes(certificate.public_bytes(Encoding.PEM))
+        return cls(certificate, key)
+
+    @classmethod
+    def load(cls, directory: Path, passphrase: str) -> DeviceAuthority:
+        """Open an authority; raises SettingsError when it is not there, does not open, or its parts do not belong together."""
+        try:
+            certificate = x509.load_pem_x509_certificate((directory / CERTIFICATE).read_bytes())
+            key = load_pem_private_key((directory / KEY).read_bytes(), passphrase.encode())
+        except OSError as error:
+            hint = "`model-library device-ca DIR` makes one"
+            raise SettingsError(f"{error.filename}: {error.strerror}", hint=hint) from error
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+            hint = "give the passphrase that it was made with"
+            raise SettingsError(f"the device authority in {directory} does not open", hint=hint) from error
+        if not isinstance(key, EllipticCurvePrivateKey) or certificate.public_key() != key.public_key():
+            hint = f"put {KEY} and {CERTIFICATE} of one authority there"
+            raise SettingsError(f"the key in {directory} is not the certificate's", hint=hint)
+        return cls(certificate, key)
+
+    def issue(self, key: DeviceKey, box_id: str, now: datetime, days: float) -> x509.Certificate:
+        """Return a client certificate for a box."""
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, box_id)])
+        return (
+            _builder(subject, self.certificate.subject, key, now - _BACKDATED, now + timedelta(days=days))
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_usage(signs_certificates=False), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+            .sign(self._key, SHA256())
+        )
+
+    def issued(self, certificate: x509.Certificate) -> bool:
+        """Say whether a certificate is signed by this authority; not whether it is still valid."""
+        return issued_by(certificate, self.certificate)
+
+
+@dataclass(frozen=True)
+class Box:
+    """The box behind a request: its name, ring and the key of the certificate that it proved to hold."""
+
+    box_id: str
+    ring: str
+    key: SSlibKey
+
+
+class Enrolment:
+    """Who may enter, and with which certificate."""
+
+    def __init__(self, fleet: Fleet, authority: DeviceAuthority, *, certificate_days: float = 30.0) -> None:
+        """Issue certificates of ``certificate_days``."""
+        self._fleet = fleet
+        self.authority = authority
+        self._days = certificate_days
+
+    def enrol(self, token: str, csr_pem: str) -> tuple[str, str]:
+        """Trade a token and a request for a certificate: its PEM and the box's name.
+
+        A token is used by one device: the first to show it. That device gets the same certificate again when the answer was lost
+        on its way; nobody else gets anything. Certificates that the box's name had before are revoked: a token replaces the box.
+
+        Raises:
+            EnrolmentError: ``enrolment.csr``, ``enrolment.token`` (unknown, used or expired: one answer), ``enrolment.denied``.
+        """
+        key = check_request(csr_pem)
+        mine, wanted, now = _digest(token.encode()), _fingerprint(key), self._fleet.now()
+        taken = tokens.c.sha256 == mine, tokens.c.used_at.is_(None), tokens.c.expires_at > now
+        with self._fleet.writing() as tx:
+            # One statement decides between two that race with one token.
+            won = tx.execute(update(tokens).where(*taken).values(used_at=now, key_sha256=wanted)).rowcount
+            token_row = tx.execute(select(tokens).where(tokens.c.sha256 == mine)).mappings().one_or_none()
+            if token_row is None or (not won and (token_row["key_sha256"] != wanted or token_row["expires_at"] <= now)):
+                hint = "ask the central team for a new token: each works once, and only for a while"
+                raise EnrolmentError("enrolment.token", "the token is unknown, used or expired", hint=hint)
+            box_id = token_row["box_id"]
+            if not won:
+                query = select(certificates.c.pem).where(certificates.c.serial == token_row["serial"], certificates.c.revoked_at.is_(None))
+                if (pem := tx.execute(query).scalar_one_or_none()) is None:
+                    raise _denied()
+                return str(pem), box_id
+            return self._admit(tx, token_row, key, now), box_id
+
+    def renew(self, der: bytes, csr_pem: str) -> tuple[str, str]:
+        """Trade a valid certificate, from half of its life on, for a new one: its PEM and the box's name.
+
+        The old one stays valid until its end: the answer may be lost on its way.
+
+        Raises:
+            EnrolmentError: as ``identify``, ``enrolment.csr`` or ``enrolment.too_early``.
+        """
+        box = self.identify(der)
+        current = x509.load_der_x509_certificate(der)
+        now = self._fleet.now()
+        half = current.not_valid_before_utc + (current.not_valid_after_utc - current.not_valid_before_utc) / 2
+        if now < half.timestamp():
+            hint = f"renew from {half:%Y-%m-%d} on; the certificate in use stays valid"
+            raise EnrolmentError("enrolment.too_early", "the certificate is too young to be renewed", hint=hint)
+        key = check_request(csr_pem)
+        with self._fleet.writing() as tx:
+            return self._issue(tx, box.box_id, key, now)[0], box.box_id
+
+    def identify(self, der: bytes | None) -> Box:
+        """Return the box behind a client certificate, which TLS has shown the caller to hold the key of.
+
+        The time is judged here and not by TLS, so that a box is told that its certificate expired; so is the deny-list, which
+        takes effect with the next request.
+
+        Raises:
+            EnrolmentError: ``enrolment.certificate``, ``enrolment.expired``, ``enrolment.denied``.
+        """
+        hint = "enrol the box with a token"
+        if der is None:
+            raise EnrolmentError("enrolment.certificate", "no device certificate was shown", hint=hint)
+        try:
+            certificate = x509.load_der_x509_certificate(der)
+            key = certificate.public_key()
+        except (ValueError, UnsupportedAlgorithm) as error:
+            raise EnrolmentError("enrolment.certificate", "the device certificate is none", hint=hint) from error
+        if not self.authority.issued(certificate) or not isinstance(key, (EllipticCurvePublicKey, Ed25519PublicKey)):
+            raise EnrolmentError("enrolment.certificate", "the certificate is not of this fleet", hint=hint)
+        now = self._fleet.now()
+        if now >= certificate.not_valid_after_utc.timestamp():
+            hint = "ask the central team for a new token and enrol the box again"
+            raise EnrolmentError("enrolment.expired", f"the certificate expired on {certificate.not_valid_after_utc:%Y-%m-%d}", hint=hint)
+        if now < certificate.not_valid_before_utc.timestamp():
+            raise EnrolmentError("enrolment.certificate", "the certificate is not valid yet", hint="check the server's clock")
+        row = self._row(certificate)
+        if row is None or row["revoked_at"] is not None or row["denied_at"] is not None:
+            raise _denied()
+        return Box(row["box_id"], row["ring"], SSlibKey.from_crypto(key))
+
+    def _row(self, certificate: x509.Certificate) -> RowMapping | None:
+        serial = f"{certificate.serial_number:x}"
+        query = (
+            select(boxes.c.box_id, boxes.c.ring, boxes.c.denied_at, certificates.c.revoked_at)
+            .join(certificates, certificates.c.box_id == boxes.c.box_id)
+            .where(certificates.c.serial == serial)
+        )
+        with self._fleet.reading() as tx:
+            return tx.execute(query).mappings().one_or_none()
+
+    def _admit(self, tx: Connection, token: RowMapping, key: DeviceKey, now: int) -> str:
+        box_id, ring = token["box_id"], token["ring"]
+        new = self._fleet.insert(boxes).values(box_id=box_id, ring=ring, enrolled_at=now)
+        tx.execute(new.on_conflict_do_update(index_elements=["box_id"], set_={"ring": ring, "enrolled_at": now}))
+        if tx.execute(select(boxes.c.denied_at).where(boxes.c.box_id == box_id)).scalar_one() is not None:
+            raise _denied()  # the transaction ends here: the token is not spent
+        live = certificates.c.box_id == box_id, certificates.c.revoked_at.is_(None)
+        tx.execute(update(certificates).where(*live).values(revoked_at=now))
+        pem, serial = self._issue(tx, box_id, key, now)
+        tx.execute(update(tokens).where(tokens.c.sha256 == token["sha256"]).values(serial=serial))
+        tx.execute(actions.insert().values(at=now, actor=box_id, action="enrolled", ring=ring, subject=box_id))
+        return pem
+
+    def _issue(self, tx: Connection, box_id: str, key: DeviceKey, now: int) -> tuple[str, str]:
+        certificate = self.authority.issue(key, box_id, datetime.fromtimestamp(now, timezone.utc), self._days)
+        pem, serial = certificate.public_bytes(Encoding.PEM).decode(), f"{certificate.serial_number:x}"
+        ends = int(certificate.not_valid_after_utc.timestamp())
+        tx.execute(certificates.insert().values(serial=serial, box_id=box_id, not_after=ends, pem=pem))
+        return pem, serial
+
+
+def new_token(fleet: Fleet, box_id: str, ring: str, *, hours: float = 72.0, actor: str = "command line") -> str:
+    """Make a token for one box; only its hash is kept, so it can be shown this once.
+
+    Raises:
+        SettingsError: the box is denied.
+    """
+    token, now = secrets.token_urlsafe(32), fleet.now()
+    with fleet.writing() as tx:
+        if tx.execute(select(boxes.c.denied_at).where(boxes.c.box_id == box_id)).scalar_one_or_none() is not None:
+            raise SettingsError(f"{box_id} is denied", hint=f"`model-library allow {box_id}` first, if it is the centre's again")
+        row = {"sha256": _digest(token.encode()), "box_id": box_id, "ring": ring, "created_at": now, "expires_at": now + int(hours * 3600)}
+        tx.execute(tokens.insert().values(**row))
+        tx.execute(actions.insert().values(at=now, actor=actor, action="token", ring=ring, subject=box_id))
+    return token
+
+
+def check_request(csr_pem: str) -> DeviceKey:
+    """Return the key of a request whose signature proves that the asker holds it; nothing else of a request is ever used.
+
+    Raises:
+        EnrolmentError: ``enrolment.csr``.
+    """
+    hint = "make the request with `model-sync enrol`"
+    try:
+        if len(csr_pem) > MAX_CSR_BYTES:
+            raise ValueError("too long")
+        csr = x509.load_pem_x509_csr(csr_pem.encode("ascii"))
+        key, genuine = csr.public_key(), csr.is_signature_valid
+    except (ValueError, UnsupportedAlgorithm, InvalidSignature) as error:
+        raise EnrolmentError("enrolment.csr", "the certificate request cannot be read", hint=hint) from error
+    if not genuine:
+        raise EnrolmentError("enrolment.csr", "the certificate request is not signed by its own key", hint=hint)
+    if isinstance(key, Ed25519PublicKey) or (isinstance(key, EllipticCurvePublicKey) and isinstance(key.curve, SECP256R1)):
+        return key
+    raise EnrolmentError("enrolment.csr", "the key must be P-256 or Ed25519", hint=hint)
+
+
+def _builder(subject: x509.Name, issuer: x509.Name, key: DeviceKey, not_before: datetime, not_after: datetime) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(not_before)
+        .not_valid_after(not_after)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
+
+
+def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates, key_cert_sign=signs_certificates, crl_sign=signs_certificates,
+        content_commitment=False, key_encipherment=False, data_encipherment=False, key_agreement=False,
+        encipher_only=False, decipher_only=False,
+    )  # fmt: skip
+
+
+def _denied() -> EnrolmentError:
+    return EnrolmentError("enrolment.denied", "this box is not let in", hint="ask the central team: the box or its certificate is denied")
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _fingerprint(key: DeviceKey) -> str:
+    return _digest(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo))

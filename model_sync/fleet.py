@@ -1,0 +1,248 @@
+"""What the centre knows of its boxes: who may report, what each said last, and how its activations went.
+
+SQLAlchemy Core over SQLite (WAL, the default) or PostgreSQL. Moments are whole seconds since the epoch by this server's clock:
+a box's clock may stand anywhere, so what it says about a time is moved by how far its clock is off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timezone
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import Connection, RowMapping, Table, case, delete, func, select, text, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+from model_sync.errors import ModelSyncError, SettingsError
+from model_sync.fleet_tables import SCHEMA, actions, activations, box_models, boxes, certificates, events, meta, metadata, open_engine
+from model_sync.report import ActivationReport, StatusReport, canonical
+
+# States of a model that reads patients, and of an activation that went wrong.
+RUNNING: Final = ("active", "trial", "good")
+FAILED: Final = ("failed", "rolled-back")
+EVENTS_PER_BOX: Final = 60
+_LOCK_KEY: Final = 7_032_316  # any number that is ours on a shared PostgreSQL
+
+
+class SequenceError(ModelSyncError):
+    """A report came with a number that is not above the last one; ``expected`` is the lowest that would be taken."""
+
+    def __init__(self, expected: int) -> None:
+        """Name the number."""
+        super().__init__(f"the report's sequence must be {expected} or more", hint="send the newest state under that number")
+        self.expected = expected
+
+
+class RateError(ModelSyncError):
+    """A box reports too often; ``retry_after_s`` says when it may again."""
+
+    def __init__(self, retry_after_s: int) -> None:
+        """Name the wait."""
+        super().__init__("the box reports too often", hint=f"wait {retry_after_s} seconds")
+        self.retry_after_s = retry_after_s
+
+
+class Tally(NamedTuple):
+    """How a version did on the boxes of a ring: how many finished or began it, run it, and failed it."""
+
+    tried: int
+    running: int
+    failed: int
+
+
+class Fleet:
+    """The fleet's database; its methods are transactions of their own."""
+
+    def __init__(self, url: str, *, clock: Callable[[], float] = time.time) -> None:
+        """Open a database and lay its tables where there are none.
+
+        Args:
+            url: SQLAlchemy's, such as ``sqlite:////var/lib/fleet.db`` or ``postgresql+psycopg://user@host/fleet``.
+            clock: seconds since the epoch.
+
+        Raises:
+            SettingsError: the address is wrong, the server does not answer, or the tables are of another version.
+        """
+        self._clock = clock
+        try:
+            self.engine = open_engine(url)
+            self._writes = self.engine.execution_options(fleet_writes=True)
+            self._lay_tables()
+        except (ArgumentError, NoSuchModuleError, SQLAlchemyError, ImportError) as error:
+            hint = "check --db: sqlite:////path/fleet.db or postgresql+psycopg://user@host/database"
+            raise SettingsError(f"the fleet database cannot be opened ({type(error).__name__})", hint=hint) from error
+
+    def now(self) -> int:
+        """Return this server's time in seconds since the epoch."""
+        return int(self._clock())
+
+    def close(self) -> None:
+        """Close every connection."""
+        self.engine.dispose()
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """Open a transaction that only reads."""
+        with self.engine.connect() as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """Open a transaction that writes: all of it, or nothing."""
+        with self._writes.connect() as connection, connection.begin():
+            yield connection
+
+    def insert(self, table: Table) -> Any:
+        """Return an INSERT that knows ON CONFLICT, in the dialect of this database."""
+        return postgresql.insert(table) if self.engine.dialect.name == "postgresql" else sqlite.insert(table)
+
+    def secret(self) -> str:
+        """Return the key that signs the pages' cookies; made once, the same for every process."""
+        with self.writing() as tx:
+            tx.execute(self.insert(meta).values(key="secret", value=secrets.token_hex(32)).on_conflict_do_nothing())
+            return str(tx.execute(select(meta.c.value).where(meta.c.key == "secret")).scalar_one())
+
+    def record(self, actor: str, action: str, *, ring: str = "", line: str = "", subject: str = "", figures: str = "") -> None:
+        """Write down what somebody did."""
+        row = {"at": self.now(), "actor": actor, "action": action, "ring": ring, "line": line, "subject": subject, "figures": figures}
+        with self.writing() as tx:
+            tx.execute(actions.insert().values(**row))
+
+    def deny(self, box_id: str, actor: str) -> None:
+        """Shut a box out at once: reports, renewals and enrolments; raises SettingsError when there is no such box."""
+        self._set_denied(box_id, self.now(), actor, "deny")
+
+    def allow(self, box_id: str, actor: str) -> None:
+        """Let a denied box in again; raises SettingsError when there is no such box."""
+        self._set_denied(box_id, None, actor, "allow")
+
+    def deny_serial(self, serial: str, actor: str) -> None:
+        """Revoke one certificate at once, by its serial in hexadecimal; raises SettingsError when none has it."""
+        wanted = serial.lower().replace(":", "").lstrip("0")
+        with self.writing() as tx:
+            done = tx.execute(update(certificates).where(certificates.c.serial == wanted).values(revoked_at=self.now()))
+            if not done.rowcount:
+                raise SettingsError(f"no certificate has the serial {wanted}", hint="take it from the box's page")
+            tx.execute(actions.insert().values(at=self.now(), actor=actor, action="deny", subject=wanted))
+
+    def take(self, report: StatusReport, *, per_hour: int) -> bool:
+        """Keep a verified report as the box's newest. Returns False when this very report was taken before.
+
+        Raises:
+            SequenceError: its number is not above the last one and it is another report.
+            RateError: the box sent more than ``per_hour`` reports within an hour.
+        """
+        digest = hashlib.sha256(canonical(report.to_dict())).hexdigest()
+        with self.writing() as tx:
+            box = tx.execute(select(boxes).where(boxes.c.box_id == report.box_id).with_for_update()).mappings().one()
+            if report.sequence == box["sequence"] and digest == box["report_sha256"]:
+                return False
+            if report.sequence <= box["sequence"]:
+                raise SequenceError(box["sequence"] + 1)
+            self._keep(tx, box, report, digest, _window(box, self.now(), per_hour))
+        return True
+
+    def tally(self, ring: str, line: str, version: str) -> Tally:
+        """Count how a version did on the boxes that the centre put into a ring and that follow it."""
+        here = activations.c
+        query = (
+            select(
+                func.count(),
+                func.sum(case((here.state.in_(RUNNING), 1), else_=0)),
+                func.sum(case((here.state.in_(FAILED), 1), else_=0)),
+            )
+            .join(boxes, boxes.c.box_id == here.box_id)
+            .where(
+                here.line == line,
+                here.version == version,
+                here.state.in_((*RUNNING, *FAILED)),
+                boxes.c.ring == ring,
+                boxes.c.reported_ring == ring,
+            )
+        )
+        with self.reading() as tx:
+            tried, running, failed = tx.execute(query).one()
+        return Tally(int(tried), int(running or 0), int(failed or 0))
+
+    def _keep(self, tx: Connection, box: RowMapping, report: StatusReport, digest: str, window: Mapping[str, int]) -> None:
+        now = self.now()
+        off = now - int(report.at.timestamp())  # how far this box's clock is behind
+        values: dict[str, Any] = {
+            "reported_ring": report.ring, "last_seen": now, "sequence": report.sequence, "report_sha256": digest,
+            "report": canonical(report.to_dict()).decode(), "sync_state": report.sync.state, "sync_code": report.sync.code,
+            "sync_since": min(now, int(report.sync.since.timestamp()) + off) if report.sync.since else None, **window,
+        }  # fmt: skip
+        if report.box is not None:
+            said = sorted(report.box.activations, key=lambda item: item.at)
+            values |= {"appliance_version": report.box.appliance_version} | _trouble(said)
+            self._keep_models(tx, report)
+            for item in said:
+                self._keep_activation(tx, report.box_id, item, min(now, int(item.at.timestamp()) + off))
+            _trim(tx, report.box_id)
+        tx.execute(update(boxes).where(boxes.c.box_id == box["box_id"]).values(**values))
+
+    def _keep_models(self, tx: Connection, report: StatusReport) -> None:
+        tx.execute(delete(box_models).where(box_models.c.box_id == report.box_id))
+        rows = [
+            item.model_dump() | {"box_id": report.box_id, "position": position, "running": int(item.state in RUNNING)}
+            for position, item in enumerate(report.box.models if report.box else [])
+        ]
+        if rows:
+            tx.execute(box_models.insert(), rows)
+
+    def _keep_activation(self, tx: Connection, box_id: str, item: ActivationReport, at: int) -> None:
+        said_at = int(item.at.replace(tzinfo=timezone.utc).timestamp())
+        row = {"box_id": box_id, "line": item.line, "version": item.version, "state": item.state, "code": item.code or "", "at": at}
+        new = self.insert(events).values(**row, digest=item.digest, said_at=said_at).on_conflict_do_nothing()
+        if not tx.execute(new).rowcount:
+            return
+        since, ended = (at if item.state in RUNNING else None), (at if item.state in (*FAILED, "withdrawn") else None)
+        fresh = self.insert(activations).values(**row, running_since=since, ended_at=ended)
+        latest = {name: fresh.excluded[name] for name in ("state", "code", "at", "ended_at")}
+        latest["running_since"] = func.coalesce(activations.c.running_since, fresh.excluded.running_since)
+        keys = ["box_id", "line", "version"]
+        tx.execute(fresh.on_conflict_do_update(index_elements=keys, set_=latest))
+
+    def _set_denied(self, box_id: str, at: int | None, actor: str, action: str) -> None:
+        with self.writing() as tx:
+            if not tx.execute(update(boxes).where(boxes.c.box_id == box_id).values(denied_at=at)).rowcount:
+                raise SettingsError(f"no box is called {box_id}", hint="the fleet page lists the boxes")
+            tx.execute(actions.insert().values(at=self.now(), actor=actor, action=action, subject=box_id))
+
+    def _lay_tables(self) -> None:
+        with self.writing() as tx:
+            if self.engine.dialect.name == "postgresql":
+                tx.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
+            metadata.create_all(tx)
+            tx.execute(self.insert(meta).values(key="schema", value=str(SCHEMA)).on_conflict_do_nothing())
+            found = tx.execute(select(meta.c.value).where(meta.c.key == "schema")).scalar_one()
+        if found != str(SCHEMA):
+            raise SettingsError(f"the fleet database has tables of version {found}, this is {SCHEMA}", hint="use the matching release")
+
+
+def _window(box: RowMapping, now: int, per_hour: int) -> dict[str, int]:
+    """Count this report into the box's hour."""
+    if now - box["window_start"] >= 3600 or now < box["window_start"]:
+        return {"window_start": now, "window_count": 1}
+    if box["window_count"] >= per_hour:
+        raise RateError(3600 - (now - box["window_start"]))
+    return {"window_start": box["window_start"], "window_count": box["window_count"] + 1}
+
+
+def _trouble(said: list[ActivationReport]) -> dict[str, str]:
+    """Say what ails a box: a line whose newest activation failed."""
+    newest = {item.line: item for item in said}
+    bad = next((item for item in reversed(list(newest.values())) if item.state in FAILED), None)
+    if bad is None:
+        return {"trouble": "", "trouble_line": "", "trouble_version": ""}
+    return {"trouble": bad.code or "unlisted", "trouble_line": bad.line, "trouble_version": bad.version}
+
+
+def _trim(tx: Connection, box_id: str) -> None:
+    oldest = select(events.c.id).where(events.c.box_id == box_id).order_by(events.c.id.desc()).offset(EVENTS_PER_BOX).limit(1)
+    tx.execute(delete(events).where(events.c.box_id == box_id, events.c.id <= oldest.scalar_subquery()))

@@ -1,0 +1,172 @@
+"""The fleet's tables, and the way to them: SQLite in WAL mode or PostgreSQL, by SQLAlchemy Core.
+
+Moments are whole seconds since the epoch by this server's clock, unless a column says that the box said it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    Engine,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    create_engine,
+    event,
+)
+from sqlalchemy.exc import ArgumentError
+
+SCHEMA: Final = 1
+_BUSY_S: Final = 20
+
+metadata: Final = MetaData()
+meta: Final = Table("meta", metadata, Column("key", String(40), primary_key=True), Column("value", Text, nullable=False))
+tokens: Final = Table(
+    "tokens", metadata,
+    Column("sha256", String(64), primary_key=True),
+    Column("box_id", String(64), nullable=False),
+    Column("ring", String(64), nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger, nullable=False),
+    Column("used_at", BigInteger),
+    Column("key_sha256", String(64)),  # of the device that used it: that one may ask again when the answer was lost
+    Column("serial", String(40)),
+)  # fmt: skip
+boxes: Final = Table(
+    "boxes", metadata,
+    Column("box_id", String(64), primary_key=True),
+    Column("ring", String(64), nullable=False),
+    Column("reported_ring", String(64), nullable=False, server_default=""),  # the one that its settings name
+    Column("enrolled_at", BigInteger, nullable=False),
+    Column("denied_at", BigInteger),
+    Column("last_seen", BigInteger),
+    Column("sequence", BigInteger, nullable=False, server_default="0"),
+    Column("report_sha256", String(64), nullable=False, server_default=""),
+    Column("report", Text),
+    Column("sync_state", String(16), nullable=False, server_default="unknown"),
+    Column("sync_code", String(64), nullable=False, server_default=""),
+    Column("sync_since", BigInteger),
+    Column("appliance_version", String(40), nullable=False, server_default=""),
+    Column("trouble", String(64), nullable=False, server_default=""),  # coded reason of the newest activation, when that failed
+    Column("trouble_line", String(64), nullable=False, server_default=""),
+    Column("trouble_version", String(64), nullable=False, server_default=""),
+    Column("window_start", BigInteger, nullable=False, server_default="0"),
+    Column("window_count", Integer, nullable=False, server_default="0"),
+    Index("boxes_by_ring", "ring", "box_id"),
+    Index("boxes_by_last_seen", "last_seen"),
+    Index("boxes_by_sync_state", "sync_state", "box_id"),
+    Index("boxes_by_trouble", "trouble", "box_id"),
+)  # fmt: skip
+certificates: Final = Table(
+    "certificates", metadata,
+    Column("serial", String(40), primary_key=True),
+    Column("box_id", ForeignKey("boxes.box_id"), nullable=False, index=True),
+    Column("not_after", BigInteger, nullable=False),
+    Column("revoked_at", BigInteger),
+    Column("pem", Text, nullable=False),
+)  # fmt: skip
+box_models: Final = Table(
+    "box_models", metadata,
+    Column("box_id", ForeignKey("boxes.box_id"), primary_key=True),
+    Column("position", Integer, primary_key=True),
+    Column("line", String(64), nullable=False),
+    Column("version", String(64), nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("precision", String(16), nullable=False),
+    Column("runtime", String(80), nullable=False),
+    Column("running", Integer, nullable=False),
+    Index("models_by_version", "running", "line", "version", "box_id"),
+)  # fmt: skip
+activations: Final = Table(  # one row per box and version: what a rollout is judged by
+    "activations", metadata,
+    Column("box_id", ForeignKey("boxes.box_id"), primary_key=True),
+    Column("line", String(64), primary_key=True),
+    Column("version", String(64), primary_key=True),
+    Column("state", String(16), nullable=False),
+    Column("code", String(64), nullable=False),
+    Column("at", BigInteger, nullable=False),
+    Column("running_since", BigInteger),
+    Column("ended_at", BigInteger),
+    Index("activations_by_version", "line", "version", "state", "box_id"),
+)  # fmt: skip
+events: Final = Table(  # what people read about one box: bounded history
+    "events", metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("box_id", ForeignKey("boxes.box_id"), nullable=False),
+    Column("line", String(64), nullable=False),
+    Column("version", String(64), nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("code", String(64), nullable=False),
+    Column("said_at", BigInteger, nullable=False),  # by the box's clock: tells the same event from a new one
+    Column("at", BigInteger, nullable=False),
+    UniqueConstraint("box_id", "digest", "state", "said_at"),
+    Index("events_by_box", "box_id", "id"),
+)  # fmt: skip
+operators: Final = Table(
+    "operators", metadata,
+    Column("name", String(64), primary_key=True),
+    Column("password_hash", Text, nullable=False),
+    Column("failures", Integer, nullable=False, server_default="0"),
+    Column("locked_until", BigInteger, nullable=False, server_default="0"),
+)  # fmt: skip
+sessions: Final = Table(
+    "sessions", metadata,
+    Column("token_sha256", String(64), primary_key=True),
+    Column("operator", ForeignKey("operators.name"), nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("seen_at", BigInteger, nullable=False),
+)  # fmt: skip
+actions: Final = Table(  # what people, and the failure budget, did; never deleted
+    "actions", metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("at", BigInteger, nullable=False),
+    Column("actor", String(64), nullable=False),
+    Column("action", String(32), nullable=False),
+    Column("ring", String(64), nullable=False, server_default=""),
+    Column("line", String(64), nullable=False, server_default=""),
+    Column("subject", String(64), nullable=False, server_default=""),  # a version or a box
+    Column("figures", String(64), nullable=False, server_default=""),
+)  # fmt: skip
+
+
+def sqlite_url(library: Path) -> str:
+    """Return the address of the database that stands in a library's directory."""
+    return f"sqlite:///{(library / 'fleet.db').resolve()}"
+
+
+def open_engine(url: str) -> Engine:
+    """Return an engine; a transaction of one with the option ``fleet_writes`` takes SQLite's write lock when it begins.
+
+    Raises:
+        ArgumentError: the address is none, or of another database.
+    """
+    engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+    if engine.dialect.name not in ("sqlite", "postgresql"):
+        raise ArgumentError("neither SQLite nor PostgreSQL")
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, _record: object) -> None:
+    connection.isolation_level = None  # transactions are begun by us, not by the first statement that writes
+    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", f"busy_timeout = {_BUSY_S * 1000}"):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    writes = connection.get_execution_options().get("fleet_writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
