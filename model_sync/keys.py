@@ -1,0 +1,194 @@
+"""Keys of the library: encrypted PKCS#8 files and PKCS#11 tokens, both as python-tuf signers.
+
+``CryptoSigner``'s own loader cannot open an encrypted file: ``cryptography`` reads it and hands the key over. A token is spoken to
+by securesystemslib's ``HSMSigner``; its module is named by the environment variable ``PYKCS11LIB``.
+
+``KEY.pem`` is secret; ``KEY.pem.pub.json`` beside it is the public part, ``{"name", "keyid", "key"}``, which the ceremony collects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from securesystemslib.exceptions import UnsupportedLibraryError
+from securesystemslib.formats import encode_canonical
+from securesystemslib.signer import CryptoSigner, HSMSigner, Key, Signer, SSlibKey
+
+from model_sync.errors import SettingsError
+
+MIN_PASSPHRASE = 12
+_HSM_SCHEME = "hsm:"
+Passphrase = Callable[[str], str]
+
+
+class Holder(NamedTuple):
+    """A public key and the name that people know its holder by."""
+
+    name: str
+    key: Key
+
+
+def generate(path: Path, passphrase: str, name: str | None = None) -> Key:
+    """Make an Ed25519 key: ``path`` (encrypted PKCS#8, mode 0600) and ``<path>.pub.json``; nothing is overwritten.
+
+    Raises:
+        SettingsError: a file is there already, the passphrase is too short, or the directory cannot be written.
+    """
+    if len(passphrase) < MIN_PASSPHRASE:
+        raise SettingsError(
+            f"a passphrase needs at least {MIN_PASSPHRASE} characters", hint="take six words drawn by dice; nothing was written"
+        )
+    signer = CryptoSigner.generate_ed25519()
+    # CryptoSigner keeps its private key to itself, and gives it out only unencrypted: it goes from memory to memory.
+    private = load_pem_private_key(signer.private_bytes, None)
+    pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(passphrase.encode()))
+    for file in (path, public_path(path)):
+        if os.path.lexists(file):
+            raise SettingsError(f"{file} exists already", hint="a key is never overwritten: choose another name")
+    _create(path, pem, 0o600)
+    write_public(public_path(path), signer.public_key, name or path.stem)
+    return signer.public_key
+
+
+def public_path(path: Path) -> Path:
+    """Return where the public part of a key file lies."""
+    return path.with_name(path.name + ".pub.json")
+
+
+def write_public(path: Path, key: Key, name: str) -> None:
+    """Write a public key for the ceremony; raises SettingsError when the file exists or cannot be written."""
+    document = {"name": name, "keyid": key.keyid, "key": key.to_dict()}
+    _create(path, (json.dumps(document, indent=2, sort_keys=True) + "\n").encode(), 0o644)
+
+
+def load_holder(path: Path) -> Holder:
+    """Read ``KEY.pem.pub.json`` (or ``KEY.pem``, whose public part lies beside it).
+
+    Raises:
+        SettingsError: the file is missing, or holds no public key.
+    """
+    file = path if path.name.endswith(".pub.json") else public_path(path)
+    try:
+        document = json.loads(file.read_text("utf-8"))
+        key = Key.from_dict(str(document["keyid"]), dict(document["key"]))
+        name = str(document["name"])
+    except OSError as error:
+        raise SettingsError(
+            f"{file}: {error.strerror}", hint="`model-library key new` writes it beside the private key; collect it from its holder"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise SettingsError(f"{file} is no public key", hint="give the .pub.json file that `model-library key new` wrote") from error
+    if isinstance(key, SSlibKey) and key.keyid != _own_keyid(key):
+        raise SettingsError(f"{file}: the key id does not belong to the key", hint="fetch the file again from its holder")
+    return Holder(name, key)
+
+
+def load_public(path: Path) -> Key:
+    """Return the public key of ``load_holder``."""
+    return load_holder(path).key
+
+
+def load_signer(where: Path | str, passphrase: Passphrase, public_key: Key | None = None) -> Signer:
+    """Open a signer.
+
+    Args:
+        where: a PEM file, or a PKCS#11 URI ``hsm:<id>?label=<token>``.
+        passphrase: asked once, with what it is for: the file's passphrase or the token's PIN.
+        public_key: what the key must be; for a token it is read from there when None.
+
+    Raises:
+        SettingsError: no such file or token, a wrong passphrase, an unencrypted file, or another key than ``public_key``.
+    """
+    if str(where).startswith(_HSM_SCHEME):
+        return _load_token(str(where), passphrase, public_key)
+    path = Path(where)
+    signer = CryptoSigner(_load_private(path, passphrase))
+    if public_key is not None and signer.public_key.keyid != public_key.keyid:
+        raise SettingsError(
+            f"{path} is another key: {signer.public_key.keyid[:8]}, not {public_key.keyid[:8]}",
+            hint="take the key file whose .pub.json was given to the library",
+        )
+    return signer
+
+
+def _load_private(path: Path, passphrase: Passphrase) -> Any:
+    try:
+        pem = path.read_bytes()
+    except OSError as error:
+        raise SettingsError(f"{path}: {error.strerror}", hint="give the private key's .pem file, or hsm:<id>?label=<token>") from error
+    if b"ENCRYPTED PRIVATE KEY" not in pem:
+        raise SettingsError(
+            f"{path} is not an encrypted PKCS#8 key",
+            hint=f"an unprotected key is not used: `openssl pkcs8 -topk8 -scrypt -in {path.name} -out NEW.pem` encrypts it",
+        )
+    secret = passphrase(f"passphrase of {path.name}").encode()
+    try:
+        key: PrivateKeyTypes = load_pem_private_key(pem, secret)
+    except (ValueError, TypeError) as error:
+        raise SettingsError(f"{path} does not open: wrong passphrase, or the file is damaged", hint="type it again") from error
+    except UnsupportedAlgorithm as error:
+        raise SettingsError(f"{path}: {error}", hint="make a key with `model-library key new`") from error
+    return key
+
+
+def _load_token(uri: str, passphrase: Passphrase, public_key: Key | None) -> Signer:
+    body, _, query = uri.removeprefix(_HSM_SCHEME).partition("?")
+    label = query.removeprefix("label=") if query.startswith("label=") else None
+    if not (body == "" or body.isdigit()) or (query and not label):
+        raise SettingsError(f"{uri!r} names no token key", hint="write hsm:<id>?label=<token>, for example hsm:2?label=library")
+    pin: list[str] = []
+
+    def ask(_secret: str) -> str:
+        # HSMSigner asks for every signature; people are asked once.
+        if not pin:
+            pin.append(passphrase(f"PIN of the token {label or ''}".strip()))
+        return pin[0]
+
+    try:
+        found, key = HSMSigner.import_(int(body) if body else None, label, ask)
+        signer = HSMSigner.from_priv_key_uri(found, public_key or key, ask)
+    except UnsupportedLibraryError as error:
+        raise SettingsError(str(error), hint="pip install 'clinic-edge-appliance[library]' brings python-pkcs11") from error
+    except (ValueError, AssertionError, RuntimeError) as error:
+        raise token_error(uri, error) from error
+    if public_key is not None and key.keyid != public_key.keyid:
+        raise SettingsError(f"{uri} holds another key: {key.keyid[:8]}, not {public_key.keyid[:8]}", hint="insert the right token")
+    return signer
+
+
+def token_error(uri: str, error: BaseException) -> SettingsError:
+    """Return what to tell a person about a token that does not work."""
+    hint = "is the token inserted? PYKCS11LIB names its PKCS#11 module; `pkcs11-tool -L` lists tokens"
+    return SettingsError(f"{uri}: {error or type(error).__name__}", hint=hint)
+
+
+def _own_keyid(key: SSlibKey) -> str:
+    """Return the id that securesystemslib gives a key: one key under two ids would count twice towards a threshold."""
+    values = {"keytype": key.keytype, "scheme": key.scheme, "keyval": key.keyval}
+    return hashlib.sha256(str(encode_canonical(values)).encode()).hexdigest()
+
+
+def _create(path: Path, data: bytes, mode: int) -> None:
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    except FileExistsError as error:
+        raise SettingsError(f"{path} exists already", hint="a key is never overwritten: choose another name") from error
+    except OSError as error:
+        raise SettingsError(f"{path}: {error.strerror}", hint="choose a directory that exists and that you may write") from error
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())

@@ -1,0 +1,219 @@
+"""The files of a library on disk: where each lies, how it is written so that a power cut leaves it old or new, and the lock.
+
+::
+
+    LIB/library.json        how long each role's metadata lives, and who holds which key
+    LIB/public/             what is served: metadata/ and targets/
+    LIB/staged/<role>.json  metadata that waits for signatures; LIB/staged/targets/: the files it names, not yet public
+    LIB/online/             the encrypted keys of snapshot and timestamp
+    LIB/scratch/            half-written files; emptied at the next start
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+from tuf.api.metadata import Metadata, TargetFile
+from tuf.api.serialization import DeserializationError
+
+from model_sync.errors import PublishError, SettingsError
+from model_sync.input_spec import Strict
+
+CONFIG_NAME = "library.json"
+_CHUNK_BYTES = 1 << 20
+_LOCK_POLL_S = 0.05
+Days = Annotated[float, Field(gt=0, le=3650)]
+
+
+class Expiry(Strict):
+    """How many days each role's metadata is valid from its signing on."""
+
+    root: Days = 365.0
+    targets: Days = 180.0
+    lines: Days = 180.0
+    rollout: Days = 30.0
+    snapshot: Days = 14.0
+    timestamp: Days = 7.0
+
+    def days(self, role: str) -> float:
+        """Return the days of ``role``; every model line has those of ``lines``."""
+        return float(getattr(self, role)) if role in Expiry.model_fields else self.lines
+
+
+class LibraryConfig(Strict):
+    """``library.json``: settings that are not secret and that no box sees."""
+
+    schema_: Annotated[Literal[1], Field(alias="schema")] = 1
+    expiry_days: Expiry = Expiry()
+    holders: dict[str, str] = Field(default_factory=dict)
+
+    def name(self, keyid: str) -> str:
+        """Return the holder of a key, or the beginning of its id."""
+        return self.holders.get(keyid, keyid[:8])
+
+
+class LibraryFiles:
+    """Reads and writes below one library directory."""
+
+    def __init__(self, directory: Path, lock_timeout_s: float = 30.0) -> None:
+        self.directory = directory
+        self.public = directory / "public"
+        self.staged = directory / "staged"
+        self.online = directory / "online"
+        self.scratch = directory / "scratch"
+        self._lock_timeout_s = lock_timeout_s
+        self._depth = 0
+
+    def create(self) -> None:
+        """Make the empty directories; ``online`` is for its owner alone."""
+        try:
+            for path in (self.public / "metadata", self.public / "targets", self.staged / "targets", self.scratch):
+                path.mkdir(parents=True, exist_ok=True)
+            self.online.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(f"{self.directory}: {error.strerror}", hint="choose a directory that you may write") from error
+
+    def config(self) -> LibraryConfig:
+        """Read ``library.json``; raises SettingsError when this is no library or the file is not valid."""
+        path = self.directory / CONFIG_NAME
+        try:
+            return LibraryConfig.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise SettingsError(
+                f"{self.directory} is no library: {CONFIG_NAME}: {error.strerror}",
+                hint="point --library to one, or make one with `model-library init`",
+            ) from error
+        except ValidationError as error:
+            what = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False))
+            raise SettingsError(f"{path}: {what}", hint="mend the file; nothing was changed") from error
+
+    def write_config(self, config: LibraryConfig) -> None:
+        """Replace ``library.json``."""
+        document = json.dumps(config.model_dump(mode="json", by_alias=True), ensure_ascii=False, indent=2, sort_keys=True)
+        self.write(self.directory / CONFIG_NAME, (document + "\n").encode())
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the library's only lock; entering it again in the same object is free.
+
+        Raises:
+            PublishError: another command holds it for longer than the timeout.
+            SettingsError: this is no library.
+        """
+        if self._depth == 0:
+            self.config()
+            descriptor = self._acquire()
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                os.close(descriptor)
+
+    def _acquire(self) -> int:
+        descriptor = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        deadline = time.monotonic() + self._lock_timeout_s
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    os.close(descriptor)
+                    raise PublishError(
+                        "another model-library command is at work on this library", hint="wait until it has ended; nothing was changed"
+                    ) from error
+                time.sleep(_LOCK_POLL_S)
+                continue
+            shutil.rmtree(self.scratch, ignore_errors=True)  # left by a command that was killed
+            self.scratch.mkdir(exist_ok=True)
+            return descriptor
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Write a file durably: beside, fsync, rename, fsync of the directory."""
+        part = self.scratch / f"{os.getpid()}.part"
+        with part.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._place(part, path)
+
+    def copy(self, source: Path, path: Path, sha256: str) -> int:
+        """Copy a file durably in bounded memory and return its length; refuses when its bytes are not those of ``sha256``."""
+        part, digest = self.scratch / f"{os.getpid()}.part", hashlib.sha256()
+        with source.open("rb") as reader, part.open("wb") as writer:
+            while chunk := reader.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                writer.write(chunk)
+            writer.flush()
+            os.fsync(writer.fileno())
+            length = writer.tell()
+        if digest.hexdigest() != sha256:
+            raise PublishError(f"{source.name} changed while it was being published", hint="publish again when nobody writes to the bundle")
+        self._place(part, path)
+        return length
+
+    def move(self, source: Path, path: Path) -> None:
+        """Bring a finished file to another directory of the library."""
+        self._place(source, path)
+        fsync_directory(source.parent)
+
+    def _place(self, source: Path, path: Path) -> None:
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for parent in path.parents:
+                if parent == self.directory:
+                    break
+                fsync_directory(parent.parent)
+        source.replace(path)
+        fsync_directory(path.parent)
+
+    def metadata_path(self, role: str, version: int | None = None) -> Path:
+        """Return where a role's published metadata lies; timestamp has no version."""
+        return self.public / "metadata" / (f"{role}.json" if version is None else f"{version}.{role}.json")
+
+    def staged_path(self, role: str) -> Path:
+        """Return where metadata waits for signatures."""
+        return self.staged / f"{role}.json"
+
+    def find_target(self, target: TargetFile) -> Path | None:
+        """Return where the file of a target lies: public, or still staged; None when it is nowhere."""
+        (name,) = target.get_prefixed_paths()
+        candidates = (self.public / "targets" / name, self.staged / "targets" / name)
+        return next((path for path in candidates if path.is_file()), None)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_metadata(path: Path) -> Metadata:
+    """Read one metadata file.
+
+    Raises:
+        PublishError: it cannot be read, or is no TUF metadata.
+    """
+    try:
+        return Metadata.from_bytes(path.read_bytes())
+    except OSError as error:
+        raise PublishError(f"{path}: {error.strerror}", hint="check the path; nothing was changed") from error
+    except DeserializationError as error:
+        raise PublishError(f"{path} is no TUF metadata", hint="fetch the file again; nothing was changed") from error
+
+
+Clock = Callable[[], float]

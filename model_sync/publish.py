@@ -1,0 +1,316 @@
+"""What the library says about models: new versions, withdrawals, the oldest allowed version, and rollouts.
+
+Each function checks first and stages second: a refused publication leaves no trace. What is staged waits for the signatures of
+its role (``model_sync.repository``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import semver
+from pydantic import TypeAdapter, ValidationError
+from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, DelegatedRole, TargetFile
+
+from model_sync.bundle import MANIFEST_NAME, Manifest, ModelBundle
+from model_sync.documents import (
+    ROLLOUT_ROLE,
+    Delta,
+    FailureBudget,
+    LineIndex,
+    Release,
+    Rollout,
+    RolloutStep,
+    Withdrawal,
+    delta_custom,
+    delta_path,
+    file_path,
+    line_path,
+    line_patterns,
+    older,
+    rollout_path,
+)
+from model_sync.errors import BundleError, ModelSyncError, PublishError
+from model_sync.manifest import Identifier
+
+if TYPE_CHECKING:
+    from model_sync.repository import Library, State
+
+DELTA_BASES = 3
+_NOTHING = "; nothing was published"
+# Names that Windows refuses whatever follows the first dot: a USB stick is often filled or looked at there.
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
+Progress = Callable[[str, int, int], None]
+
+
+class Choice(NamedTuple):
+    """What a ring's boxes shall do with one line."""
+
+    version: str
+    percent: float
+    start: datetime
+    duration_h: float
+    failure_budget: FailureBudget
+    paused: bool
+
+
+def check_line_name(name: str) -> None:
+    """Refuse a line that would be taken for a role of TUF, or that is no name at all."""
+    try:
+        TypeAdapter(Identifier).validate_python(name)
+    except ValidationError as error:
+        raise PublishError(f"{name!r} cannot name a model line", hint="lower-case letters, digits, - and _, at most 64") from error
+    if name in TOP_LEVEL_ROLE_NAMES or name == ROLLOUT_ROLE:
+        raise PublishError(f"a model line cannot be called {name!r}: that is a role of the library", hint="choose another name")
+
+
+def publish(
+    library: Library,
+    directory: Path,
+    *,
+    deltas: bool = True,
+    minimum_version: str | None = None,
+    progress: Progress | None = None,
+) -> State:
+    """Stage a bundle as the newest version of its line: every file a target, a new index, and the deltas that are worth it.
+
+    Args:
+        library: where to.
+        directory: the bundle.
+        deltas: whether to look for smaller ways from the versions before.
+        minimum_version: raise the oldest version that boxes may run to this.
+        progress: called with what is done, how many steps are, and how many there are.
+
+    Raises:
+        BundleError: the bundle is not whole.
+        PublishError: it may not be published; nothing was staged.
+    """
+    bundle = _check_bundle(directory)
+    manifest, tell = bundle.manifest, progress or (lambda *_: None)
+    with library.files.locked():
+        index = library.index(manifest.name)
+        if (known := index.release(manifest.version)) is not None and known.digest == bundle.digest:
+            library.settle()  # it was killed after staging, or is run again: finish it
+            return library.state(manifest.name)
+        _check_version(index, manifest.version)
+        new_minimum = _minimum(index, minimum_version, manifest.version) if minimum_version is not None else index.minimum_version
+        targets = _stage_bundle(library, bundle, tell)
+        found = _deltas(library, index, bundle, tell) if deltas else []
+        release = Release(version=manifest.version, digest=bundle.digest, published_at=library.now())
+        index = index.model_copy(
+            update={
+                "versions": [*index.versions, release],
+                "deltas": [*index.deltas, *(delta for delta, _ in found)],
+                "minimum_version": new_minimum,
+            }
+        )
+        library.stage_files(manifest.name, {line_path(manifest.name): index.to_json()}, [*targets, *(target for _, target in found)])
+        library.settle()
+        return library.state(manifest.name)
+
+
+def _check_bundle(directory: Path) -> ModelBundle:
+    try:
+        bundle = ModelBundle.load(directory)
+    except BundleError as error:
+        raise PublishError(f"the bundle cannot be published: {error.message}{_NOTHING}", hint=error.hint) from error
+    manifest = bundle.manifest
+    if not manifest.operating_points:
+        raise PublishError(f"the bundle has no operating point{_NOTHING}", hint="a score without its threshold says nothing: measure it")
+    _check_gate(bundle)
+    names = [manifest.name, manifest.version, *manifest.digests(), MANIFEST_NAME]
+    for segment in (segment for name in names for segment in name.split("/")):
+        if segment.endswith(".") or segment.split(".")[0].lower() in _DEVICES:
+            raise PublishError(
+                f"{segment!r} is no name for a USB stick{_NOTHING}", hint="rename the file: it ends in a dot or names a device"
+            )
+    role = DelegatedRole("line", [], 1, True, line_patterns(manifest.name))
+    for file in manifest.digests():
+        if not role.is_delegated_path(file_path(manifest.name, manifest.version, file)):
+            raise PublishError(f"{file} lies too deep{_NOTHING}", hint="a bundle's files lie at most two folders deep")
+    return bundle
+
+
+def _check_gate(bundle: ModelBundle) -> None:
+    for variant in bundle.manifest.variants:
+        hint = "let the gate measure every variant against the float model, and ship only those that pass"
+        if variant.gate is None:
+            raise PublishError(f"the {variant.precision} variant has no gate report{_NOTHING}", hint=hint)
+        try:
+            report: Any = json.loads(bundle.path(variant.gate).read_bytes())
+            passed = report["variants"][variant.precision]["passed"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise PublishError(f"{variant.gate} is no gate report on the {variant.precision} variant{_NOTHING}", hint=hint) from error
+        if passed is not True:
+            raise PublishError(f"the {variant.precision} variant did not pass its gate{_NOTHING}", hint=hint)
+
+
+def _check_version(index: LineIndex, version: str) -> None:
+    _parse(version)
+    if index.release(version) is not None:
+        raise PublishError(
+            f"{index.line} {version} is published already with other content{_NOTHING}", hint="a version never changes: count it up"
+        )
+    newest = _newest(index)
+    if newest is not None and not older(newest, version):
+        raise PublishError(f"{index.line} {version} is not newer than {newest}{_NOTHING}", hint="count the version up")
+
+
+def _newest(index: LineIndex) -> str | None:
+    versions = sorted((release.version for release in index.versions), key=semver.Version.parse)
+    return versions[-1] if versions else None
+
+
+def _parse(version: str) -> None:
+    try:
+        semver.Version.parse(version)
+    except ValueError as error:
+        raise PublishError(f"{version!r} is no semantic version{_NOTHING}", hint="write it like 1.4.0 or 1.4.0-rc.1") from error
+
+
+def _minimum(index: LineIndex, wanted: str, newest: str | None) -> str:
+    _parse(wanted)
+    if older(wanted, index.minimum_version):
+        raise PublishError(
+            f"the minimum version of {index.line} is {index.minimum_version}: it can only rise{_NOTHING}",
+            hint="a lower minimum would let boxes go back to what was taken from them",
+        )
+    if newest is None or older(newest, wanted):
+        raise PublishError(
+            f"no version of {index.line} reaches {wanted}{_NOTHING}", hint=f"the newest is {newest}: publish a newer one first"
+        )
+    return wanted
+
+
+def _stage_bundle(library: Library, bundle: ModelBundle, tell: Progress) -> list[TargetFile]:
+    """Copy the bundle's files beside the library's other staged ones; what lies there already is not copied again."""
+    manifest = bundle.manifest
+    files = {**manifest.digests(), MANIFEST_NAME: bundle.digest}
+    targets = []
+    for number, (file, sha256) in enumerate(sorted(files.items())):
+        tell(f"copying {file}", number, len(files))
+        source = bundle.directory / file
+        path = file_path(manifest.name, manifest.version, file)
+        target = TargetFile(source.stat().st_size, {"sha256": sha256}, path)
+        (name,) = target.get_prefixed_paths()
+        if library.files.find_target(target) is None:
+            target.length = library.files.copy(source, library.files.staged / "targets" / name, sha256)
+        targets.append(target)
+    return targets
+
+
+def _deltas(library: Library, index: LineIndex, bundle: ModelBundle, tell: Progress) -> list[tuple[Delta, TargetFile]]:
+    """Make the deltas that are worth their place, from the last versions that boxes may still run."""
+    from model_sync import delta  # the encoder needs onnx, which nothing else here does
+
+    usable = [r.version for r in index.versions if index.refusal(r.version) is None]
+    bases = sorted(usable, key=semver.Version.parse)[-DELTA_BASES:]
+    pairs: dict[tuple[str, str], tuple[Path, Path]] = {}
+    for version in bases:
+        for variant, old, old_sha256 in _same_precision(library, index.line, version, bundle.manifest):
+            if old_sha256 != variant.sha256:
+                pairs[old_sha256, variant.sha256] = (old, bundle.path(variant.file))
+    found = []
+    for number, ((old_sha256, new_sha256), (old, new)) in enumerate(pairs.items()):
+        tell(f"delta for {new.name}", number, len(pairs))
+        encoded = delta.best(old, new)
+        if not delta.worth_publishing(len(encoded.data), new.stat().st_size):
+            continue
+        path = delta_path(index.line, old_sha256, new_sha256, encoded.codec)
+        entry = Delta(from_sha256=old_sha256, to_sha256=new_sha256, codec=encoded.codec, path=path, length=len(encoded.data))
+        sha256 = hashlib.sha256(encoded.data).hexdigest()
+        target = TargetFile(entry.length, {"sha256": sha256}, path, {"custom": delta_custom(entry)})
+        (name,) = target.get_prefixed_paths()
+        library.files.write(library.files.staged / "targets" / name, encoded.data)
+        found.append((entry, target))
+    return found
+
+
+def _same_precision(library: Library, line: str, version: str, manifest: Manifest) -> list[tuple[Any, Path, str]]:
+    role = library.targets(line)
+    before = Manifest.parse(library.read_target(role, file_path(line, version, MANIFEST_NAME)))
+    old = {variant.precision: variant for variant in before.variants}
+    result = []
+    for variant in manifest.variants:
+        if (base := old.get(variant.precision)) is not None:
+            where = library.files.find_target(role.targets[file_path(line, version, base.file)])
+            if where is not None:
+                result.append((variant, where, base.sha256))
+    return result
+
+
+def withdraw(library: Library, line: str, version: str, reason: str) -> State:
+    """Stage that ``version`` must not read another patient; ``reason`` is shown to clinicians.
+
+    Raises:
+        PublishError: no such version, withdrawn already, or no reason.
+    """
+    with library.files.locked():
+        index = library.index(line)
+        _known(index, version)
+        if not reason.strip():
+            raise PublishError("a withdrawal needs a reason", hint="say in one sentence what is wrong: clinicians read it")
+        if index.withdrawal(version) is not None:
+            raise PublishError(f"{line} {version} is withdrawn already", hint="nothing was changed")
+        entry = Withdrawal(version=version, reason=reason.strip(), at=library.now())
+        return _stage_index(library, index.model_copy(update={"withdrawn": [*index.withdrawn, entry]}))
+
+
+def set_minimum(library: Library, line: str, version: str) -> State:
+    """Stage a higher oldest version that boxes may run.
+
+    Raises:
+        PublishError: lower than the one before, or above every version.
+    """
+    with library.files.locked():
+        index = library.index(line)
+        return _stage_index(library, index.model_copy(update={"minimum_version": _minimum(index, version, _newest(index))}))
+
+
+def _stage_index(library: Library, index: LineIndex) -> State:
+    library.stage_files(index.line, {line_path(index.line): index.to_json()})
+    library.settle()
+    return library.state(index.line)
+
+
+def _known(index: LineIndex, version: str) -> None:
+    if index.release(version) is None:
+        known = ", ".join(release.version for release in index.versions) or "none"
+        raise PublishError(f"{index.line} has no version {version}", hint=f"published versions: {known}")
+
+
+def rollout(library: Library, ring: str, line: str, choice: Choice) -> State:
+    """Stage which version of a line a ring's boxes take.
+
+    Raises:
+        PublishError: the rollout role has no keys yet, or the version is not public, withdrawn or below the minimum, or a number
+            is out of its range.
+    """
+    with library.files.locked():
+        if ROLLOUT_ROLE not in library.role_names():
+            raise PublishError("the rollout role has no keys yet", hint="give it some with `model-library rollout-keys`")
+        index = library.public_index(line)
+        _known(index, choice.version)
+        refusal = index.refusal(choice.version)
+        if refusal is not None and not choice.paused:
+            why = {"withdrawn": "is withdrawn", "below_minimum": f"is older than the minimum {index.minimum_version}"}[refusal]
+            raise PublishError(f"{line} {choice.version} {why}", hint="choose a version that boxes may run; nothing was changed")
+        targets, path = library.targets(ROLLOUT_ROLE), rollout_path(ring)
+        try:
+            before = Rollout.parse(library.read_target(targets, path)).lines if path in targets.targets else {}
+            step = RolloutStep(**choice._asdict())
+            document = Rollout(ring=ring, issued_at=library.now(), lines={**before, line: step})
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False))
+            raise PublishError(f"this rollout cannot be: {wrong}", hint="percent is 0 to 100, times are in hours") from error
+        library.stage_files(ROLLOUT_ROLE, {path: document.to_json()})
+        library.settle()
+        return library.state(ROLLOUT_ROLE)
+
+
+__all__ = ["Choice", "ModelSyncError", "check_line_name", "publish", "rollout", "set_minimum", "withdraw"]
