@@ -1,0 +1,194 @@
+"""The directory that the agent shares with the box: trusted metadata, complete bundles, and what the box should run.
+
+Metadata and documents are only of use together, and a box may ask at any moment, also in the middle of a refresh that the
+line has cut. So each whole set is laid beside the last one, named after its content, and one link is turned::
+
+    exchange/trust -> .trust-<hash>/{metadata,documents}      exchange/metadata -> trust/metadata     exchange/documents -> ...
+    exchange/bundles/<digest>/                                exchange/directives.json                exchange/floor.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from model_sync import documents, durable
+from model_sync.bundle import MANIFEST_NAME
+from model_sync.errors import BundleError, TrustError
+from model_sync.floors import iso
+from model_sync.manifest import Manifest
+from model_sync.trust import CURRENT, Chain, read_document
+
+DIRECTIVES_FILE = "directives.json"
+REPORT_FILE = "box-report.json"
+BUNDLES = "bundles"
+KEPT_BUNDLES = 3
+_KEPT_SETS = 3
+_SET = ".trust-"
+
+Source: TypeAlias = Literal["library", "usb"]
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A complete bundle in the exchange directory."""
+
+    directory: Path
+    digest: str
+    manifest: Manifest
+
+
+class Exchange:
+    """Reads and writes the exchange directory; everything the box may read is complete the moment it gets its name."""
+
+    def __init__(self, directory: Path) -> None:
+        """Take the directory; nothing is created yet."""
+        self.directory = directory
+        self.bundles_dir = directory / BUNDLES
+
+    # -- metadata and documents ---------------------------------------------------------------------------------------
+
+    def publish(self, metadata: Path, copies: Path, chain: Chain) -> bool:
+        """Lay one whole, verified set of metadata and documents before the box; returns whether it is a new one.
+
+        Raises:
+            OSError: the set that the box has stays.
+        """
+        files = dict(_set_files(metadata, copies, chain))
+        digest = hashlib.sha256()
+        for name in sorted(files):
+            digest.update(name.encode() + b"\0" + hashlib.sha256(files[name]).digest())
+        name = f"{_SET}{digest.hexdigest()[:32]}"
+        link = self.directory / CURRENT
+        if link.is_symlink() and link.readlink() == Path(name):
+            return False
+        self._lay(name, files)
+        _turn(link, name)
+        for part in ("metadata", "documents"):
+            if not os.path.lexists(self.directory / part):
+                _turn(self.directory / part, f"{CURRENT}/{part}")
+        self._drop_old_sets(name)
+        return True
+
+    def _lay(self, name: str, files: Mapping[str, bytes]) -> None:
+        final, part = self.directory / name, self.directory / f"{name}.{os.getpid()}.part"
+        if final.is_dir():
+            os.utime(final)
+            return
+        for relative, data in {"metadata/": b"", "documents/": b""} | dict(files):
+            (part / relative).parent.mkdir(parents=True, exist_ok=True)
+            if not relative.endswith("/"):
+                (part / relative).write_bytes(data)
+        durable.sync_tree(part)
+        part.replace(final)
+        durable.sync_directory(self.directory)
+
+    def _drop_old_sets(self, current: str) -> None:
+        """A reader that has followed the link keeps its set for as long as two newer ones are not laid."""
+        sets = sorted((path for path in self.directory.glob(f"{_SET}*") if path.name != current), key=lambda path: -path.stat().st_mtime)
+        parts = [path for path in sets if path.suffix == ".part"]
+        for path in parts + [path for path in sets if path not in parts][_KEPT_SETS - 1 :]:
+            durable.remove_tree(path)
+
+    # -- what the box should run --------------------------------------------------------------------------------------
+
+    def directives(self) -> dict[str, dict[str, str]]:
+        """Return what each line should run, as it was last said."""
+        lines = durable.read_json(self.directory / DIRECTIVES_FILE).get("lines")
+        return lines if isinstance(lines, dict) else {}
+
+    def direct(self, wanted: Mapping[str, tuple[str, str, Source]], now: datetime) -> bool:
+        """Say what lines should run (version, digest, source); the others are left as they are. Returns whether it is new."""
+        before = durable.read_json(self.directory / DIRECTIVES_FILE)
+        lines = self.directives()
+        for line, (version, digest, source) in wanted.items():
+            known = lines.get(line, {})
+            if (known.get("version"), known.get("digest")) != (version, digest):
+                lines[line] = {"version": version, "digest": digest, "source": source}
+        if lines == before.get("lines"):
+            return False
+        serial = before.get("serial")
+        value = {"schema": 1, "serial": serial + 1 if isinstance(serial, int) else 1, "issued_at": iso(now), "lines": lines}
+        durable.write_json(self.directory / DIRECTIVES_FILE, value)
+        return True
+
+    def reported(self) -> list[dict[str, Any]] | None:
+        """Return the models that the box says it has; None when it has said nothing that can be read."""
+        models = durable.read_json(self.directory / REPORT_FILE).get("models")
+        if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
+            return None
+        return models
+
+    # -- bundles ------------------------------------------------------------------------------------------------------
+
+    def bundles(self) -> Iterator[Installed]:
+        """Yield the complete bundles; one whose manifest was damaged on the disk is passed over."""
+        if not self.bundles_dir.is_dir():
+            return
+        for directory in sorted(self.bundles_dir.iterdir()):
+            try:
+                raw = b"" if directory.name.startswith(".") else (directory / MANIFEST_NAME).read_bytes()
+                if hashlib.sha256(raw).hexdigest() == directory.name:
+                    yield Installed(directory, directory.name, Manifest.parse(raw))
+            except (OSError, BundleError):
+                continue
+
+    def installed_lines(self) -> set[str]:
+        """Return the lines that this box has anything of: a withdrawal must reach it although no rollout names the line."""
+        reported = {str(model.get("line")) for model in self.reported() or ()}
+        return set(self.directives()) | {bundle.manifest.name for bundle in self.bundles()} | reported
+
+    def drop_old_bundles(self) -> list[Installed]:
+        """Drop bundles that nothing names, beyond the newest three of each line; returns them.
+
+        A box that has not said which models it has keeps them all.
+        """
+        reported = self.reported()
+        if reported is None:
+            return []
+        named = {str(model.get("digest")) for model in reported} | {line.get("digest", "") for line in self.directives().values()}
+        dropped = []
+        by_line: dict[str, list[Installed]] = {}
+        for bundle in self.bundles():
+            by_line.setdefault(bundle.manifest.name, []).append(bundle)
+        for bundles in by_line.values():
+            newest_first = sorted(bundles, key=lambda bundle: bundle.directory.stat().st_mtime, reverse=True)
+            for bundle in newest_first[KEPT_BUNDLES:]:
+                if bundle.digest not in named:
+                    # Renamed first: a reader must never find half a bundle under a digest.
+                    gone = bundle.directory.with_name(f".{bundle.digest}.dropped")
+                    bundle.directory.replace(gone)
+                    durable.remove_tree(gone)
+                    dropped.append(bundle)
+        return dropped
+
+
+def _set_files(metadata: Path, copies: Path, chain: Chain) -> Iterator[tuple[str, bytes]]:
+    """Yield what one set holds: every root since the provisioned one, the verified roles, the verified documents."""
+    history = metadata / "root_history"
+    yield "metadata/root.json", (history / f"{chain.root.version}.root.json").read_bytes()
+    for file in history.glob("*.root.json"):
+        if file.name.split(".")[0].isdigit() and int(file.name.split(".")[0]) <= chain.root.version:
+            yield f"metadata/root_history/{file.name}", file.read_bytes()
+    for role in ("timestamp", "snapshot", "targets", *chain.roles):
+        yield f"metadata/{role}.json", (metadata / f"{role}.json").read_bytes()
+    rings = [(f"rollout/{file.name}", documents.ROLLOUT_ROLE) for file in (copies / "rollout").glob("*.json")]
+    for path, role in [*((documents.line_path(line), line) for line in chain.line_names()), *rings]:
+        try:
+            yield f"documents/{path}", read_document(chain, copies, path, role)
+        except TrustError:
+            continue  # `check` says by itself which line it knows nothing of, and why
+
+
+def _turn(link: Path, to: str) -> None:
+    """Point a link elsewhere in one step."""
+    fresh = link.with_name(f".{link.name}.{os.getpid()}.link")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(to)
+    fresh.replace(link)
+    durable.sync_directory(link.parent)

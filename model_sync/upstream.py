@@ -1,0 +1,216 @@
+"""One library as this box follows it: python-tuf's ``Updater``, a fresh one per target, and what it leaves open closed.
+
+The Updater judges expiry by the system clock, remembers versions only by the files it keeps, writes them without flushing,
+and accepts a role it has loaded before for any delegator. So after each operation the metadata directory is flushed, verified
+again as a chain from the provisioned root, and compared with the floors. Its errors, the line's and the disk's come out apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from datetime import datetime
+from pathlib import Path
+from typing import Protocol, cast
+
+from tuf.api import exceptions as tuf_errors
+from tuf.api.metadata import Root, TargetFile
+from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
+
+from model_sync import durable, trust
+from model_sync.errors import LibraryUnreachable, TrustError
+from model_sync.fetcher import LIBRARY_SCHEME
+from model_sync.floors import BUILT_AT, Clocks, Floors, utc_now
+
+_RETRY = "nothing is wrong with the model in use; the next look goes on where this one stopped"
+
+
+class Source(Protocol):
+    """What a fetcher adds to python-tuf's interface."""
+
+    received_bytes: int
+    last_server_date: datetime | None
+
+    def view(self, ttl_s: float = ...) -> AbstractContextManager[None]:
+        """Remember metadata answers while the context lasts."""
+
+
+class Upstream:
+    """Refreshes the trusted metadata of one library and downloads its targets.
+
+    Attributes:
+        chain: the metadata as it was last verified; None before the first success.
+    """
+
+    def __init__(
+        self,
+        metadata_dir: Path,
+        root: bytes,
+        fetcher: FetcherInterface,
+        floor_files: Sequence[Path],
+        *,
+        metadata_url: str = f"{LIBRARY_SCHEME}metadata/",
+        target_url: str = f"{LIBRARY_SCHEME}targets/",
+        now: Callable[[], datetime] = utc_now,
+        built_at: datetime = BUILT_AT,
+    ) -> None:
+        """Prepare; nothing is fetched. ``root`` is the provisioned root, ``built_at`` when the running program was built."""
+        self._metadata_dir = metadata_dir
+        self._root = root
+        self._fetcher = fetcher
+        self._floor_files = floor_files
+        self._urls = (metadata_url, target_url)
+        self._now = now
+        self._built_at = built_at
+        self._flushed: dict[Path, tuple[int, int, int]] = {}
+        self.chain: trust.Chain | None = None
+
+    def view(self) -> AbstractContextManager[None]:
+        """Within it a fresh Updater costs nothing on the wire: answers about metadata are remembered for a while."""
+        return cast("Source", self._fetcher).view()
+
+    def refresh(self) -> trust.Chain:
+        """Bring root, timestamp, snapshot and targets up to date.
+
+        Raises:
+            LibraryUnreachable: the line, the disk or the state directory failed.
+            TrustError: what came cannot be believed.
+        """
+        with self._guarded():
+            self._updater().refresh()
+        return self._accept()
+
+    def fetch(self, path: str, to: Path) -> TargetFile | None:
+        """Download one target to ``to``, verified and flushed; a file that is right already is not fetched again.
+
+        Returns None when the library has no such target. Wrong bytes are fetched once more: that heals noise on the line.
+
+        Raises:
+            LibraryUnreachable: the line, the disk or the state directory failed.
+            TrustError: what came cannot be believed; ``trust.digest`` when the bytes were wrong twice.
+        """
+        with self._guarded():
+            updater = self._updater()
+            target = updater.get_targetinfo(path)
+        chain = self._accept()
+        if target is None:
+            return None
+        role = chain.role_of(path)
+        if role is None or chain.target(path, role) != target:
+            raise TrustError(
+                f"{path} is not signed by the one role that may sign it",
+                hint="tell the central team: who may sign a line must be beyond doubt; the model in use stays",
+                code="trust.ambiguous",
+            )
+        chain.refuse_expired(self.clocks(), role)
+        with self._guarded():
+            if updater.find_cached_target(target, str(to)) is None:
+                self._download(updater, target, to)
+        return target
+
+    def clocks(self) -> Clocks:
+        """Return what is known about the time, by the metadata as it was last verified."""
+        floors, server = Floors.load(self._floor_files), cast("Source", self._fetcher).last_server_date
+        if self.chain is not None:
+            return self.chain.clocks(floors, self._now(), server, self._built_at)
+        return Clocks(self._now(), floors.time(self._newest_root(), self._built_at), server)
+
+    def _download(self, updater: Updater, target: TargetFile, to: Path) -> None:
+        part = to.with_name(f".{to.name}.part")
+        try:
+            try:
+                updater.download_target(target, str(part))
+            except tuf_errors.LengthOrHashMismatchError:
+                # The fetcher has thrown the part away: this is all of it anew.
+                updater.download_target(target, str(part))
+            durable.sync_file(part)
+            part.replace(to)
+        finally:
+            part.unlink(missing_ok=True)
+        durable.sync_directory(to.parent)
+
+    def _updater(self) -> Updater:
+        metadata_url, target_url = self._urls
+        self._metadata_dir.mkdir(parents=True, exist_ok=True)
+        return Updater(
+            str(self._metadata_dir),
+            metadata_url,
+            target_base_url=target_url,
+            fetcher=self._fetcher,
+            config=UpdaterConfig(app_user_agent="model-sync"),
+            bootstrap=self._root,
+        )
+
+    def _accept(self) -> trust.Chain:
+        """Verify what the Updater left, as a whole, against the floors and the effective time; then raise the floors."""
+        with self._guarded():
+            chain = trust.Chain.load(self._metadata_dir, self._root)
+            floors = Floors.load(self._floor_files)
+            chain.refuse_older(floors)
+            self.chain = chain
+            clocks = self.clocks()
+            chain.refuse_expired(clocks)
+            raised = floors.advanced(chain.root, chain.timestamp, chain.snapshot, clocks, chain.valid_until())
+            if raised is not floors:
+                raised.save(self._floor_files)
+        return chain
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Flush whatever the operation wrote, and say in our own errors what stopped it."""
+        try:
+            try:
+                yield
+            finally:
+                self._flush()
+        except LibraryUnreachable:
+            raise  # the fetcher's own errors are python-tuf's and ours at once
+        except tuf_errors.DownloadError as error:
+            raise LibraryUnreachable(f"the library cannot be reached: {error}", hint=_RETRY) from error
+        except tuf_errors.RepositoryError as error:
+            raise self._untrusted(error) from error
+        except OSError as error:
+            raise durable.disk_trouble(error) from error
+
+    def _flush(self) -> None:
+        """Flush the metadata files that changed since the last time, and the names of all."""
+        changed = False
+        for file in durable.files_below(self._metadata_dir):
+            status = file.stat()
+            if self._flushed.get(file) != (key := (status.st_ino, status.st_size, status.st_mtime_ns)):
+                durable.sync_file(file)
+                self._flushed[file] = key
+                changed = True
+        if changed:
+            durable.sync_directory(self._metadata_dir / "root_history")
+            durable.sync_directory(self._metadata_dir)
+
+    def _newest_root(self) -> Root:
+        return trust.newest_root(self._metadata_dir, self._root)
+
+    def _untrusted(self, error: tuf_errors.RepositoryError) -> TrustError:
+        """Return what python-tuf refused, in our words."""
+        what, stays = str(error), "the model in use stays"
+        if isinstance(error, tuf_errors.ExpiredMetadataError):
+            clocks = self.clocks()
+            return TrustError(f"the library's metadata has expired ({what}): {clocks.describe()}", hint=clocks.hint(), code="trust.expired")
+        if isinstance(error, tuf_errors.BadVersionNumberError):
+            return TrustError(
+                f"the library offers older metadata than this box has seen ({what})",
+                hint=f"an old copy: use the newest USB stick, or tell the central team that a server is behind; {stays}",
+                code="trust.rollback",
+            )
+        if isinstance(error, tuf_errors.LengthOrHashMismatchError):
+            return trust.altered(f"a file of the library ({what})")
+        if isinstance(error, tuf_errors.UnsignedMetadataError):
+            return TrustError(
+                f"metadata is not signed by those who may sign it ({what})",
+                hint=f"tell the central team: somebody may be forging models; {stays}",
+                code="trust.signature",
+            )
+        return TrustError(
+            f"the library's metadata cannot be used ({what})",
+            hint=f"tell the central team: the library is inconsistent or damaged; {stays}",
+            code="trust.metadata",
+        )
