@@ -11,66 +11,57 @@ Two codecs share one header (little-endian): magic ``CEAD``, version, codec, len
     stretches of bytes moved or stayed.
 ``tensor``
     A program of copies from the old file, literal bytes and differences: n elements of 1, 2, 4 or 8 bytes, each the old
-    element plus a wrapping difference, zigzag coded, one zstd stream per byte plane. Good when every weight moved a
-    little, which no general tool can see. The decoder knows nothing of ONNX: ``delta_onnx`` finds the tensors.
+    element plus a wrapping difference, zigzag coded, one zstd stream per byte plane, optionally grouped by some bits of
+    the old element. Good when every weight moved a little, which no general tool can see. The decoder knows nothing of
+    ONNX: the encoder finds the tensors.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import struct
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from model_sync.delta_format import (
+    BLOCK_BYTES,
+    CODEC_NUMBERS,
+    COPY,
+    DIFFERENCE,
+    FIRST_PLANE,
+    GROUPED,
+    HEADER,
+    LITERAL,
+    LITERALS,
+    MAGIC,
+    MAX_OPERATIONS,
+    MAX_PROGRAM_BYTES,
+    PIECE_BYTES,
+    PREFIX_BYTES,
+    PROGRAM,
+    SEGMENT,
+    SEGMENT_BYTES,
+    SEGMENT_WINDOW_LOG,
+    STREAM,
+    STREAM_COUNT,
+    VERSION,
+    WINDOW_LOG,
+    DeltaError,
+    Source,
+    Stream,
+    grouping,
+    read_varint,
+    source,
+    zstd,
+)
 from model_sync.documents import Codec
-from model_sync.errors import ModelSyncError
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
 
 __all__ = ["MAX_RATIO", "DeltaError", "Encoded", "apply", "best", "encode_with", "worth_publishing"]
 
 MAX_RATIO = 0.7
-MAGIC = b"CEAD"
-VERSION = 1
-HEADER = struct.Struct("<4sBBQQ32s32s")
-CODEC_NUMBERS: dict[Codec, int] = {"zstd-prefix": 1, "tensor": 2}
-
-# zstd-prefix: what one segment builds, the most it may look back on, and its entry: old offset, old length, frame length.
-SEGMENT_BYTES = 32 * 2**20
-PREFIX_BYTES = 48 * 2**20
-SEGMENT = struct.Struct("<QII")
-_SEGMENT_WINDOW_LOG = 25
-
-# tensor: the program and the byte streams it draws on; an entry of the table is stream number, length, packed length.
-STREAM = struct.Struct("<BQQ")
-PROGRAM, LITERALS, FIRST_PLANE = 0, 1, 2
-STREAM_COUNT = 17
-COPY, LITERAL, DIFFERENCE, ORDERED = 0x00, 0x01, 0x10, 0x20
-MAX_PROGRAM_BYTES = 2 * 2**20
-MAX_OPERATIONS = 2**16
-WINDOW_LOG = {PROGRAM: 21, LITERALS: 23} | dict.fromkeys(range(FIRST_PLANE, STREAM_COUNT), 21)
-
-_PIECE_BYTES = 2**20
-_INPUT_BYTES = 2**18
-_HINT = "nothing was changed; the full file is fetched instead"
-
 Write = Callable[[bytes], object]
-
-
-class DeltaError(ModelSyncError):
-    """A delta is damaged, made for another file, or does not build what was signed: the full file is fetched instead."""
-
-    def __init__(self, message: str, *, hint: str = _HINT) -> None:
-        """Take the sentence; what to do is always the same."""
-        super().__init__(message, hint=hint)
 
 
 @dataclass(frozen=True)
@@ -89,26 +80,32 @@ def worth_publishing(delta_length: int, plain_length: int) -> bool:
 def best(old: Path, new: Path) -> Encoded:
     """Return the smallest delta that makes ``new`` out of ``old``; both are read into memory (central side only).
 
-    Level 19 with a prefix takes about a second per megabyte.
+    Level 19 with a prefix takes about a second per megabyte, so it is tried in full only where a fast level says that it
+    could still win.
     """
-    return Encoded("zstd-prefix", encode_with("zstd-prefix", old.read_bytes(), new.read_bytes()))
+    from model_sync import delta_encoder  # with numpy: only where deltas are made
+
+    old_bytes, new_bytes = old.read_bytes(), new.read_bytes()
+    tensor = encode_with("tensor", old_bytes, new_bytes)
+    if len(delta_encoder.encode_prefix(old_bytes, new_bytes, level=3)) > 2 * len(tensor):
+        return Encoded("tensor", tensor)
+    prefix = encode_with("zstd-prefix", old_bytes, new_bytes)
+    return Encoded("tensor", tensor) if len(tensor) <= len(prefix) else Encoded("zstd-prefix", prefix)
 
 
 def encode_with(codec: Codec, old: bytes, new: bytes) -> bytes:
-    """Return the delta from ``old`` to ``new`` in one codec, whatever it costs; any two byte strings have one.
+    """Return the delta from ``old`` to ``new`` in one codec, however large it comes out; any two byte strings have one.
 
     Raises:
         DeltaError: the codec is unknown.
     """
-    if codec == "zstd-prefix":
-        return _encode_prefix(old, new, level=19)
-    raise DeltaError(f"there is no delta codec {codec!r}")
+    from model_sync import delta_encoder
 
-
-def header(codec: Codec, old: bytes, new: bytes) -> bytes:
-    """Return the header of a delta from ``old`` to ``new``."""
+    if codec not in CODEC_NUMBERS:
+        raise DeltaError(f"there is no delta codec {codec!r}")
     digests = hashlib.sha256(old).digest(), hashlib.sha256(new).digest()
-    return HEADER.pack(MAGIC, VERSION, CODEC_NUMBERS[codec], len(old), len(new), *digests)
+    header = HEADER.pack(MAGIC, VERSION, CODEC_NUMBERS[codec], len(old), len(new), *digests)
+    return header + (delta_encoder.encode_prefix(old, new) if codec == "zstd-prefix" else delta_encoder.encode_tensor(old, new))
 
 
 def apply(codec: str, old: Path, delta: Path, out: Path, *, to_sha256: str, to_length: int) -> None:
@@ -123,8 +120,8 @@ def apply(codec: str, old: Path, delta: Path, out: Path, *, to_sha256: str, to_l
         OSError: ``out`` cannot be written, such as on a full disk: that is not the delta's fault.
     """
     with ExitStack() as stack:
-        old_file = stack.enter_context(_source(old))
-        delta_file = stack.enter_context(_source(delta))
+        old_file = stack.enter_context(source(old))
+        delta_file = stack.enter_context(source(delta))
         if out.exists() and any(out.samefile(path) for path in (old, delta)):
             raise DeltaError(f"{out} is one of the files that it would be made of")
         decode = _checked_header(codec, old_file, delta_file, to_sha256, to_length)
@@ -137,61 +134,20 @@ def apply(codec: str, old: Path, delta: Path, out: Path, *, to_sha256: str, to_l
             raise
 
 
-class _Source:
-    """A file read at explicit places, every read exact: a file cut short is an error and never a crash, as a mapping's is."""
-
-    def __init__(self, name: str, file: BinaryIO) -> None:
-        self._name = name
-        self._file = file
-        self.length = os.fstat(file.fileno()).st_size
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Return exactly ``length`` bytes from ``offset``."""
-        if offset + length > self.length:
-            raise DeltaError(f"{self._name}: {length} bytes at {offset} lie beyond its end at {self.length}")
-        pieces = []
-        try:
-            while length and (piece := os.pread(self._file.fileno(), length, offset)):
-                pieces.append(piece)
-                offset += len(piece)
-                length -= len(piece)
-        except OSError as error:
-            raise DeltaError(f"{self._name}: {error.strerror}") from error
-        if length:
-            raise DeltaError(f"{self._name} became shorter while it was read")
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def pieces(self, offset: int, length: int) -> Iterator[bytes]:
-        """Yield ``length`` bytes from ``offset`` in pieces."""
-        for start in range(0, length, _PIECE_BYTES):
-            yield self.read(offset + start, min(_PIECE_BYTES, length - start))
+Decode = Callable[[Source, Source, int, Write], None]
 
 
-@contextmanager
-def _source(path: Path) -> Iterator[_Source]:
-    try:
-        file = path.open("rb", buffering=0)
-    except OSError as error:
-        raise DeltaError(f"{path}: {error.strerror}") from error
-    with file:
-        yield _Source(path.name, file)
-
-
-Decode = Callable[[_Source, _Source, int, Write], None]
-
-
-def _checked_header(codec: str, old: _Source, delta: _Source, to_sha256: str, to_length: int) -> Decode:
+def _checked_header(codec: str, old: Source, delta: Source, to_sha256: str, to_length: int) -> Decode:
     """Check every field of the header, the old file's digest last because it costs a read; return the codec's decoder."""
     if codec not in _DECODERS:
         raise DeltaError(f"there is no delta codec {codec!r}")
-    number, decode = _DECODERS[codec]
     magic, version, *rest = HEADER.unpack(delta.read(0, HEADER.size))
     if magic != MAGIC:
         raise DeltaError("the file is not a delta")
     if version != VERSION:
         raise DeltaError(f"a delta of version {version}; this version of the agent knows {VERSION}")
     actual_codec, from_length, actual_to_length, from_sha256, actual_to_sha256 = rest
-    if actual_codec != number:
+    if actual_codec != CODEC_NUMBERS.get(codec):
         raise DeltaError(f"the delta is not in the codec {codec}")
     if (actual_to_length, actual_to_sha256.hex()) != (to_length, to_sha256.lower()):
         raise DeltaError("the delta builds another file than the one asked for")
@@ -201,10 +157,10 @@ def _checked_header(codec: str, old: _Source, delta: _Source, to_sha256: str, to
             digest.update(piece)
     if from_length != old.length or digest.digest() != from_sha256:
         raise DeltaError("the delta was made for another file than the one on this box")
-    return decode
+    return _DECODERS[codec]
 
 
-def _build(decode: Decode, old: _Source, delta: _Source, target: BinaryIO, to_sha256: str, to_length: int) -> None:
+def _build(decode: Decode, old: Source, delta: Source, target: BinaryIO, to_sha256: str, to_length: int) -> None:
     digest = hashlib.sha256()
     written = 0
 
@@ -226,76 +182,7 @@ def _build(decode: Decode, old: _Source, delta: _Source, target: BinaryIO, to_sh
         raise DeltaError("the rebuilt file is not the one expected")
 
 
-class _Stream:
-    """One zstd frame inside the delta that unpacks to exactly ``length`` bytes, drawn piece by piece."""
-
-    def __init__(self, delta: _Source, offset: int, packed: int, length: int, window_log: int, prefix: bytes = b"") -> None:
-        if offset + packed > delta.length:
-            raise DeltaError("the delta ends before its declared end")
-        self._delta, self._offset, self._end, self._left = delta, offset, offset + packed, length
-        self._unpack = zstd.ZstdDecompressor(
-            zstd_dict=zstd.ZstdDict(prefix, is_raw=True).as_prefix if prefix else None,
-            options={zstd.DecompressionParameter.window_log_max: window_log},
-        )
-
-    def read(self, length: int) -> bytes:
-        """Return exactly ``length`` bytes, which must not be more than are left."""
-        if length > self._left:
-            raise DeltaError("the delta's program asks for more than its data holds")
-        self._left -= length
-        pieces = []
-        while length:
-            piece = self._more(length)
-            pieces.append(piece)
-            length -= len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def finish(self) -> None:
-        """Make sure that nothing is left over, neither declared bytes nor undeclared ones."""
-        if self._left:
-            raise DeltaError("the delta holds data that its program never uses")
-        while not self._unpack.eof:
-            if self._more(1):
-                raise DeltaError("the delta unpacks to more than it declares")
-        if self._unpack.unused_data or self._offset != self._end:
-            raise DeltaError("the delta has bytes after its end")
-
-    def _more(self, limit: int) -> bytes:
-        """Return at most ``limit`` bytes; may be empty although there is more to come."""
-        if self._unpack.eof:
-            raise DeltaError("the delta unpacks to less than it declares")
-        data = b""
-        if self._unpack.needs_input:
-            data = self._delta.read(self._offset, min(_INPUT_BYTES, self._end - self._offset))
-            self._offset += len(data)
-            if not data:
-                raise DeltaError("the delta ends in the middle of its data")
-        piece: bytes = self._unpack.decompress(data, max_length=limit)
-        return piece
-
-
-def _encode_prefix(old: bytes, new: bytes, *, level: int) -> bytes:
-    parts = [header("zstd-prefix", old, new)]
-    for start in range(0, len(new), SEGMENT_BYTES):
-        piece = new[start : start + SEGMENT_BYTES]
-        # The same place in the old file, with the slack on both sides; all of it where it fits.
-        begin = max(0, min(start - (PREFIX_BYTES - SEGMENT_BYTES) // 2, len(old) - PREFIX_BYTES))
-        prefix = old[begin : begin + PREFIX_BYTES]
-        packer = zstd.ZstdCompressor(
-            options={
-                zstd.CompressionParameter.compression_level: level,
-                zstd.CompressionParameter.window_log: _SEGMENT_WINDOW_LOG,
-                zstd.CompressionParameter.enable_long_distance_matching: 1,
-            },
-            zstd_dict=zstd.ZstdDict(prefix, is_raw=True).as_prefix if prefix else None,
-        )
-        packer.set_pledged_input_size(len(piece))
-        frame = packer.compress(piece, zstd.ZstdCompressor.FLUSH_FRAME)
-        parts += [SEGMENT.pack(begin, len(prefix), len(frame)), frame]
-    return b"".join(parts)
-
-
-def _decode_prefix(old: _Source, delta: _Source, to_length: int, write: Write) -> None:
+def _decode_prefix(old: Source, delta: Source, to_length: int, write: Write) -> None:
     place = HEADER.size
     for start in range(0, to_length, SEGMENT_BYTES):
         begin, length, packed = SEGMENT.unpack(delta.read(place, SEGMENT.size))
@@ -303,15 +190,105 @@ def _decode_prefix(old: _Source, delta: _Source, to_length: int, write: Write) -
         if length > PREFIX_BYTES:
             raise DeltaError(f"the delta looks back on {length} bytes, more than the {PREFIX_BYTES} allowed")
         segment = min(SEGMENT_BYTES, to_length - start)
-        stream = _Stream(delta, place, packed, segment, _SEGMENT_WINDOW_LOG, old.read(begin, length))
-        for done in range(0, segment, _PIECE_BYTES):
-            write(stream.read(min(_PIECE_BYTES, segment - done)))
+        stream = Stream(delta, place, packed, segment, SEGMENT_WINDOW_LOG, old.read(begin, length))
+        for done in range(0, segment, PIECE_BYTES):
+            write(stream.read(min(PIECE_BYTES, segment - done)))
         stream.finish()
         place += packed
     if place != delta.length:
         raise DeltaError("the delta has bytes after its end")
 
 
-_DECODERS: dict[str, tuple[int, Decode]] = {
-    "zstd-prefix": (CODEC_NUMBERS["zstd-prefix"], _decode_prefix),
-}
+def _decode_tensor(old: Source, delta: Source, to_length: int, write: Write) -> None:
+    streams = _open_streams(delta, to_length)
+    for kind, length, offset, shift in _operations(streams[PROGRAM].read_all()):
+        if kind == COPY:
+            for piece in old.pieces(offset, length):
+                write(piece)
+        elif kind == LITERAL:
+            for start in range(0, length, PIECE_BYTES):
+                write(_stream(streams, LITERALS).read(min(PIECE_BYTES, length - start)))
+        else:
+            width = 1 << (kind & 0x0F)
+            planes = [_stream(streams, FIRST_PLANE + width - 1 + place) for place in range(width)]
+            for start in range(0, length * width, BLOCK_BYTES):
+                block = min(BLOCK_BYTES, length * width - start)
+                write(_add(old.read(offset + start, block), [plane.read(block // width) for plane in planes], shift))
+    for stream in streams.values():
+        stream.finish()
+
+
+def _open_streams(delta: Source, to_length: int) -> dict[int, Stream]:
+    """Read the table of streams: in order, none longer than the file to build, and together all that the delta holds."""
+    (count,) = delta.read(HEADER.size, 1)
+    table = delta.read(HEADER.size + 1, count * STREAM.size)
+    place = HEADER.size + 1 + len(table)
+    streams: dict[int, Stream] = {}
+    for number, length, packed in STREAM.iter_unpack(table):
+        if number >= STREAM_COUNT or number <= max(streams, default=-1):
+            raise DeltaError("the delta's table of streams is out of order")
+        if length > (MAX_PROGRAM_BYTES if number == PROGRAM else to_length):
+            raise DeltaError(f"stream {number} of the delta is larger than the file to build")
+        streams[number] = Stream(delta, place, packed, length, WINDOW_LOG[number])
+        place += packed
+    if PROGRAM not in streams or place != delta.length:
+        raise DeltaError("the delta's streams are not all of it")
+    return streams
+
+
+def _stream(streams: dict[int, Stream], number: int) -> Stream:
+    if number not in streams:
+        raise DeltaError(f"the delta lacks stream {number} that its program asks for")
+    return streams[number]
+
+
+def _operations(program: bytes) -> Iterator[tuple[int, int, int, int | None]]:
+    """Yield kind, length (bytes, or elements of a difference), offset in the old file, and the shift that groups."""
+    at = offset = 0
+    for _ in range(MAX_OPERATIONS):
+        if at == len(program):
+            return
+        kind = program[at]
+        length, at = read_varint(program, at + 1)
+        width, shift = 1, None
+        if kind & 0xF0 in (DIFFERENCE, GROUPED) and kind & 0x0F <= 3:
+            width = 1 << (kind & 0x0F)
+            if kind & 0xF0 == GROUPED:
+                shift, at = read_varint(program, at)
+        elif kind not in (COPY, LITERAL):
+            raise DeltaError(f"the delta has an unknown instruction {kind:#x}")
+        if length == 0 or (shift or 0) >= 8 * width:
+            raise DeltaError("the delta has an instruction that makes no sense")
+        if kind == LITERAL:
+            yield kind, length, 0, None
+            continue
+        step, at = read_varint(program, at)
+        offset += step >> 1 ^ -(step & 1)  # counted from the end of the last range used
+        if offset < 0:
+            raise DeltaError("the delta looks before the start of the old file")
+        yield kind, length, offset, shift
+        offset += length * width
+    if at != len(program):
+        raise DeltaError(f"the delta has more than {MAX_OPERATIONS} instructions")
+
+
+def _add(old: bytes, planes: list[bytes], shift: int | None) -> bytes:
+    """Return the old elements plus the differences given as byte planes, grouped by the old elements where shift is given."""
+    import numpy as np  # the agent needs it for these deltas only
+
+    width = len(planes)
+    packed = np.empty((len(planes[0]), width), np.uint8)
+    for place, plane in enumerate(planes):
+        packed[:, place] = np.frombuffer(plane, np.uint8)
+    before = np.frombuffer(old, f"<u{width}")
+    difference = packed.view(before.dtype)[:, 0]
+    difference = (difference >> 1) ^ (~(difference & 1) + 1)
+    if shift is not None:
+        ungrouped = np.empty_like(difference)
+        ungrouped[grouping(before, shift)] = difference
+        difference = ungrouped
+    rebuilt: bytes = (before + difference).tobytes()
+    return rebuilt
+
+
+_DECODERS: dict[str, Decode] = {"zstd-prefix": _decode_prefix, "tensor": _decode_tensor}

@@ -1,0 +1,209 @@
+"""Finds the tensors of two ONNX files and pairs each with its other version, for the ``tensor`` codec's encoder.
+
+ONNX is read as the protobuf it is, because the offsets of the tensors' bytes are what counts and no library tells them.
+Nothing here has to be right about ONNX for a delta to be exact: a missed tensor or a wrong pair only makes it larger. Used
+where deltas are made, never on a box.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+MIN_TENSOR_BYTES = 64  # below, an instruction of its own costs more than it saves
+_MAX_DEPTH = 32  # graphs within nodes within graphs
+
+# onnx.proto: TensorProto.DataType -> bytes per element; shift that leaves the exponent (and the sign) of a float.
+_WIDTH = {1: 4, 4: 2, 5: 2, 6: 4, 7: 8, 10: 2, 11: 8, 12: 4, 13: 8, 14: 4, 15: 8, 16: 2}
+_EXPONENT_SHIFT = {1: 23, 10: 10, 11: 52, 14: 23, 15: 52, 16: 7}
+UNKNOWN = -1
+# Every way to look at bytes of which nothing is known: as integers, and as float16, bfloat16 or float32.
+_UNKNOWN = ((1, None), (2, None), (4, None), (2, 10), (2, 7), (4, 23))
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor and where its bytes lie in the file; ``dtype`` is ONNX's number, or ``UNKNOWN``."""
+
+    name: str
+    dtype: int
+    dims: tuple[int, ...]
+    offset: int
+    length: int
+
+    @property
+    def views(self) -> tuple[tuple[int, int | None], ...]:
+        """Ways to take its bytes as integers: the width of an element, and the shift that groups floats by exponent."""
+        if self.dtype == UNKNOWN:
+            return tuple(view for view in _UNKNOWN if self.length % view[0] == 0)
+        width = _WIDTH.get(self.dtype, 1)
+        if self.length % width:
+            return ((1, None),)
+        shift = _EXPONENT_SHIFT.get(self.dtype)
+        return ((width, None),) if shift is None else ((width, None), (width, shift))
+
+
+class _NotProtobufError(ValueError):
+    pass
+
+
+def tensors(data: bytes) -> list[Tensor]:
+    """Return the tensors of an ONNX model in the order of their bytes; none when ``data`` is something else."""
+    found: list[Tensor] = []
+    try:
+        for number, wire, start, end in _fields(data, 0, len(data)):
+            if (number, wire) == (7, 2):  # ModelProto.graph
+                _walk_graph(data, start, end, found, _MAX_DEPTH)
+            elif (number, wire) == (25, 2):  # ModelProto.functions
+                for inner, inner_wire, node, node_end in _fields(data, start, end):
+                    if (inner, inner_wire) == (7, 2):  # FunctionProto.node
+                        _walk_node(data, node, node_end, found, _MAX_DEPTH)
+    except _NotProtobufError:
+        return []
+    return sorted((tensor for tensor in found if tensor.length >= MIN_TENSOR_BYTES), key=lambda tensor: tensor.offset)
+
+
+def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= end:
+            break
+        value |= (data[at] & 0x7F) << shift
+        at += 1
+        if data[at - 1] < 0x80:
+            return value, at
+    raise _NotProtobufError
+
+
+def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield field number, wire type, and where the value starts and ends; a varint's value stands in for its start."""
+    while at < end:
+        tag, at = _varint(data, at, end)
+        number, wire = tag >> 3, tag & 7
+        if number == 0 or wire not in (0, 1, 2, 5):
+            raise _NotProtobufError
+        if wire == 0:
+            value, at = _varint(data, at, end)
+            yield number, wire, value, at
+            continue
+        length = {1: 8, 5: 4}.get(wire, 0)
+        if wire == 2:
+            length, at = _varint(data, at, end)
+        if at + length > end:
+            raise _NotProtobufError
+        yield number, wire, at, at + length
+        at += length
+
+
+def _walk_graph(data: bytes, start: int, end: int, found: list[Tensor], depth: int) -> None:
+    if not depth:
+        raise _NotProtobufError
+    for number, wire, inner, inner_end in _fields(data, start, end):
+        if (number, wire) == (1, 2):  # GraphProto.node
+            _walk_node(data, inner, inner_end, found, depth)
+        elif (number, wire) == (5, 2):  # GraphProto.initializer
+            found += _tensor(data, inner, inner_end)
+        elif (number, wire) == (15, 2):  # GraphProto.sparse_initializer
+            found += _sparse(data, inner, inner_end)
+
+
+def _walk_node(data: bytes, start: int, end: int, found: list[Tensor], depth: int) -> None:
+    outputs, attributes = [], []
+    for number, wire, inner, inner_end in _fields(data, start, end):
+        if (number, wire) == (2, 2):
+            outputs.append(data[inner:inner_end])
+        elif (number, wire) == (5, 2):
+            attributes.append((inner, inner_end))
+    name = outputs[0].decode("utf-8", "replace") if outputs else ""
+    for begin, attribute_end in attributes:
+        for number, wire, inner, inner_end in _fields(data, begin, attribute_end):
+            if wire == 2 and number in (5, 10):  # AttributeProto.t, .tensors
+                found += _tensor(data, inner, inner_end, name)
+            elif wire == 2 and number in (6, 11):  # AttributeProto.g, .graphs
+                _walk_graph(data, inner, inner_end, found, depth - 1)
+            elif (number, wire) == (22, 2):  # AttributeProto.sparse_tensor
+                found += _sparse(data, inner, inner_end)
+
+
+def _sparse(data: bytes, start: int, end: int) -> Iterator[Tensor]:
+    for number, wire, inner, inner_end in _fields(data, start, end):
+        if wire == 2 and number in (1, 2):  # SparseTensorProto.values, .indices
+            yield from _tensor(data, inner, inner_end)
+
+
+def _tensor(data: bytes, start: int, end: int, owner: str = "") -> Iterator[Tensor]:
+    """Yield the tensor when its elements lie in the file one after the other: raw_data, or packed floats."""
+    dims, dtype, name, payload = [], 0, owner, (0, 0)
+    for number, wire, inner, inner_end in _fields(data, start, end):
+        if number == 1 and wire == 0:
+            dims.append(inner)
+        elif number == 1 and wire == 2:
+            at = inner
+            while at < inner_end:
+                dim, at = _varint(data, at, inner_end)
+                dims.append(dim)
+        elif (number, wire) == (2, 0):
+            dtype = inner
+        elif (number, wire) == (8, 2):
+            name = data[inner:inner_end].decode("utf-8", "replace") or owner
+        elif wire == 2 and number in (4, 9, 10):  # float_data, raw_data, double_data
+            payload = (inner, inner_end)
+    yield Tensor(name, dtype, tuple(dims), payload[0], payload[1] - payload[0])
+
+
+class Pair(NamedTuple):
+    """A tensor of the new file and the one of the old file that it is written as a difference to."""
+
+    old: Tensor
+    new: Tensor
+
+
+def pairs(old: bytes, new: bytes, old_tensors: list[Tensor], new_tensors: list[Tensor]) -> list[Pair]:
+    """Pair each new tensor with an old one, the surest likeness first; what finds none is left out."""
+    pairing = _Pairing(old_tensors, new_tensors)
+    pairing.match(lambda tensor: (tensor.name, tensor.dtype, tensor.dims))
+    pairing.match(lambda tensor: (tensor.name, tensor.dtype, tensor.length))  # reshaped
+    contents = {_content(old, tensor): tensor for tensor in reversed(old_tensors)}
+    for tensor in pairing.left():  # renamed and unchanged; several may be copies of one
+        if (same := contents.get(_content(new, tensor))) is not None:
+            pairing.add(same, tensor)
+    pairing.match(lambda tensor: (tensor.dtype, tensor.dims))  # renamed and changed
+    pairing.match(lambda tensor: (tensor.name, tensor.dtype, tensor.dims[1:]))  # rows were added or removed
+    return pairing.done()
+
+
+class _Pairing:
+    def __init__(self, old: list[Tensor], new: list[Tensor]) -> None:
+        self._old, self._new = old, new
+        self._found: dict[int, Pair] = {}  # by the new tensor's offset
+        self._taken: set[int] = set()  # the old tensors' offsets
+
+    def left(self) -> list[Tensor]:
+        """Return the new tensors without a partner."""
+        return [tensor for tensor in self._new if tensor.offset not in self._found]
+
+    def add(self, old: Tensor, new: Tensor) -> None:
+        """Pair two."""
+        self._found[new.offset] = Pair(old, new)
+        self._taken.add(old.offset)
+
+    def match(self, key: Callable[[Tensor], Hashable]) -> None:
+        """Pair those still alone that have the same key, in the order of the files."""
+        waiting: defaultdict[Hashable, list[Tensor]] = defaultdict(list)
+        for tensor in reversed(self._old):
+            if tensor.offset not in self._taken:
+                waiting[key(tensor)].append(tensor)
+        for tensor in self.left():
+            if candidates := waiting[key(tensor)]:
+                self.add(candidates.pop(), tensor)
+
+    def done(self) -> list[Pair]:
+        """Return the pairs in the order of the new file."""
+        return [self._found[tensor.offset] for tensor in self._new if tensor.offset in self._found]
+
+
+def _content(data: bytes, tensor: Tensor) -> bytes:
+    return hashlib.sha256(data[tensor.offset : tensor.offset + tensor.length]).digest()
