@@ -15,6 +15,8 @@ from appliance.errors import StoreError
 from appliance.store import Store
 
 PAGE_SIZE: Final = 50
+# Notes on a job whose model version was taken back after it had read the image.
+RECALLED: Final = ("model.withdrawn", "activation.rolled_back")
 _MAX_CHANGES: Final = 200
 
 
@@ -23,7 +25,7 @@ class StudyRow:
     """One line of the worklist.
 
     ``position`` is the place in the queue (1 = next) of a queued study; ``positive`` holds title (zh, en) and highest score of
-    each label above its threshold.
+    each label above its threshold; ``recalled`` says that a model version that was taken back made a finding of it.
     """
 
     id: int
@@ -46,6 +48,7 @@ class StudyRow:
     positive: tuple[tuple[str, str, float], ...]
     patient_mismatch: bool
     conflict: bool
+    recalled: bool
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,11 @@ class InstanceView:
     ingest_ms: float
     jobs: tuple[JobView, ...]
     findings: tuple[Finding, ...]
+
+    def recall(self, finding: Finding) -> Note | None:
+        """Why the model version that made this finding was taken back; None while it stands."""
+        notes = (note for job in self.jobs if job.id == finding.job_id for note in job.notes)
+        return next((note for note in notes if note.code in RECALLED), None)
 
     @property
     def status(self) -> Status:
@@ -209,10 +217,22 @@ class Worklist:
             " GROUP BY s.study_id, f.label, f.title_zh, f.title_en ORDER BY score DESC",
             ids,
         )
+        recalled = self._db.query(
+            "SELECT DISTINCT s.study_id FROM series s JOIN instances i ON i.series_id = s.id JOIN jobs j ON j.instance_id = i.id"
+            " JOIN json_each(j.notes) n JOIN findings f ON f.job_id = j.id"
+            " WHERE s.study_id IN (SELECT value FROM json_each(?1)) AND json_extract(n.value, '$.code') IN (SELECT value FROM json_each(?2))",
+            ids,
+            json.dumps(RECALLED),
+        )
+        marked = {row["study_id"] for row in recalled}
         queue = self._queue_positions() if any(row["state"] == ScanState.QUEUED.value for row in instances) else {}
         return [
             _study_row(
-                row, [i for i in instances if i["study_id"] == row["id"]], [p for p in positive if p["study_id"] == row["id"]], queue
+                row,
+                [i for i in instances if i["study_id"] == row["id"]],
+                [p for p in positive if p["study_id"] == row["id"]],
+                queue,
+                row["id"] in marked,
             )
             for row in studies
         ]
@@ -262,7 +282,9 @@ def _notes(text: str) -> tuple[Note, ...]:
     return tuple(Note(**item) for item in json.loads(text))
 
 
-def _study_row(row: sqlite3.Row, instances: list[sqlite3.Row], positive: list[sqlite3.Row], queue: dict[int, int]) -> StudyRow:
+def _study_row(
+    row: sqlite3.Row, instances: list[sqlite3.Row], positive: list[sqlite3.Row], queue: dict[int, int], recalled: bool
+) -> StudyRow:
     worst = min(instances, key=lambda item: STATE_URGENCY.index(ScanState(item["state"])))
     places = [queue[item["id"]] for item in instances if item["id"] in queue]
     same = (
@@ -289,6 +311,7 @@ def _study_row(row: sqlite3.Row, instances: list[sqlite3.Row], positive: list[sq
         positive=tuple((item["title_zh"], item["title_en"], item["score"]) for item in positive),
         patient_mismatch=bool(row["patient_mismatch"]),
         conflict=any(item["conflict"] for item in instances),
+        recalled=recalled,
     )
 
 

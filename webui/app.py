@@ -12,7 +12,7 @@ from flask import Flask, url_for
 from appliance.accounts import Accounts
 from appliance.settings import Settings
 from appliance.store import Store
-from appliance.worklist import Worklist
+from appliance.worklist import RECALLED, Worklist
 from webui import api, auth, events, pages, problems, security, texts, tus, uploads
 from webui.box import Box
 from webui.finalise import Finaliser
@@ -50,7 +50,7 @@ def create_app(settings: Settings) -> Flask:
     uploads.init_app(app)
     for blueprint in (auth.blueprint, pages.blueprint, uploads.blueprint, tus.blueprint, events.blueprint, api.blueprint):
         app.register_blueprint(blueprint)
-    app.jinja_env.globals.update(asset=_asset_of(app), patient_roles=security.PATIENT_ROLES)
+    app.jinja_env.globals.update(asset=_asset_of(app), patient_roles=security.PATIENT_ROLES, recalled_codes=RECALLED)
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
     if pending := box.finaliser.recover():
         logger.info("uploads resumed", extra={"count": pending})

@@ -18,7 +18,9 @@ from appliance.database import INSTANCES_ACCESSED
 from appliance.domain import PENDING_STATES, ScanState
 from appliance.signal import wake
 from appliance.worklist import PAGE_SIZE, InstanceView, StudyView
+from webui import library, life
 from webui.box import Box, the_box
+from webui.security import MAX_ID
 from webui.texts import language
 
 blueprint: Final = Blueprint("pages", __name__)
@@ -31,7 +33,7 @@ def worklist() -> ResponseReturnValue:
     """The worklist. A search comes by POST: a patient's name belongs into no address, history or log."""
     box = the_box()
     search = request.form.get("q", "").strip()[:_MAX_SEARCH_CHARS]
-    before = (request.form if request.method == "POST" else request.args).get("before", type=int)
+    before = id_of((request.form if request.method == "POST" else request.args).get("before"))
     revision = box.worklist.revision()  # before the rows: a change in between comes again as an event, and is never missed
     rows = box.worklist.page(before=before, search=search, limit=PAGE_SIZE + 1)
     more, rows = len(rows) > PAGE_SIZE, rows[:PAGE_SIZE]
@@ -121,17 +123,26 @@ def rejected() -> ResponseReturnValue:
 
 @blueprint.get("/health")
 def health() -> ResponseReturnValue:
-    """The state of the box for the technician; no patient data."""
+    """The state of the box for the technician; no patient data. The part that moves is sent alone when a script asks."""
     box = the_box()
     disk = shutil.disk_usage(box.settings.data_dir)
-    models = [dict(row) | {"manifest": json.loads(row["manifest"])} for row in box.store.models()]
+    lines, before = life.lines(box.store), id_of(request.args.get("before"))
+    shown, older = life.history(box.store, before)
+    line = library.read(box.settings.exchange_dir)
     values: dict[str, Any] = {
-        "version": __version__, "python": platform.python_version(), "disk": disk, "models": models,
-        "active": [model for model in models if model["state"] == "active"], "queue": box.worklist.queue_length(),
-        "studies": box.worklist.count(), "audit": box.worklist.audit_entries(), "settings": box.settings,
-        "disk_low": disk.free < 2 * box.settings.disk_reserve_bytes,
+        "version": __version__, "python": platform.python_version(), "disk": disk, "lines": lines, "library": line,
+        "history": shown, "older": older, "before": before, "steps": life.STEPS, "queue": box.worklist.queue_length(),
+        "no_model": not any(item.current for item in lines), "studies": box.worklist.count(), "audit": box.worklist.audit_entries(),
+        "settings": box.settings, "disk_low": disk.free < 2 * box.settings.disk_reserve_bytes,
+        "busy": line.state == "downloading" or any(item.coming or item.trial for item in lines),
     }  # fmt: skip
-    return render_template("health.html", **values)
+    return render_template("health_fragment.html" if request.headers.get("X-Fragment") else "health.html", **values)
+
+
+def id_of(text: str | None) -> int | None:
+    """A row's id from an address or form; None when it is absent or no id."""
+    value = text or ""
+    return int(value) if value.isascii() and value.isdigit() and len(value) <= len(str(MAX_ID)) and int(value) <= MAX_ID else None
 
 
 @blueprint.get("/healthz")

@@ -37,6 +37,8 @@ PATIENT_ROLES: Final = frozenset({"clinician", "administrator"})
 _FORM_BYTES: Final = 64 << 10
 _BATCH_BYTES: Final = 1 << 20
 TUS_CHUNK_BYTES: Final = 64 << 20
+# The largest number of a row that SQLite can hold; an address with a larger one names nothing.
+MAX_ID: Final = 2**63 - 1
 
 csrf: Final = CSRFProtect()
 

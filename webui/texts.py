@@ -50,6 +50,82 @@ STATES: Final[dict[ScanState, StateWords]] = {
     ScanState.FAILED: StateWords(lazy_gettext("Analysis failed"), "failed", "bad"),
 }
 
+# The life of a model version, by the states of the journal (appliance/schema.sql).
+ACTIVATIONS: Final[dict[str, StateWords]] = {
+    "staged": StateWords(lazy_gettext("Arrived"), "download", "calm"),
+    "building": StateWords(lazy_gettext("Being built"), "build", "calm"),
+    "self-test": StateWords(lazy_gettext("Self-test"), "test", "calm"),
+    "trial": StateWords(lazy_gettext("On trial"), "running", "ready"),
+    "good": StateWords(lazy_gettext("Proven"), "check", "done"),
+    "failed": StateWords(lazy_gettext("Failed"), "failed", "bad"),
+    "rolled-back": StateWords(lazy_gettext("Rolled back"), "undo", "bad"),
+    "withdrawn": StateWords(lazy_gettext("Withdrawn"), "scope", "bad"),
+}
+
+SOURCES: Final = {
+    "library": lazy_gettext("from the library"),
+    "usb": lazy_gettext("from a USB stick"),
+    "hand": lazy_gettext("by hand"),
+    "embedded": lazy_gettext("came with the box"),
+}
+
+# The line to the model library (webui.library). Unreachable asks for patience, untrusted for a person: never the same look.
+LIBRARY: Final[dict[str, tuple[StateWords, Any]]] = {
+    "ok": (StateWords(lazy_gettext("Connected"), "check", "done"), lazy_gettext("The library answers and all signatures are in order.")),
+    "unreachable": (
+        StateWords(lazy_gettext("Not reachable"), "cloud_off", "quiet"),
+        lazy_gettext("The box keeps working with the model it has and tries again by itself. Nothing is wrong with the model."),
+    ),
+    "untrusted": (
+        StateWords(lazy_gettext("Alarm: not to be trusted"), "shield", "alarm"),
+        lazy_gettext("What came is not rightly signed. It was not used; the box keeps the model it has. Tell the central team at once."),
+    ),
+    "waiting": (
+        StateWords(lazy_gettext("Waiting for its hours"), "waiting", "calm"),
+        lazy_gettext("A new version is ready to be fetched; the box waits for the hours in which it may use the line."),
+    ),
+    "downloading": (
+        StateWords(lazy_gettext("Downloading"), "download", "calm"),
+        lazy_gettext("A new version is on its way. A broken line does no harm: the download goes on where it stopped."),
+    ),
+    "error": (
+        StateWords(lazy_gettext("The sync agent has a problem"), "failed", "warn"),
+        lazy_gettext("The box keeps working with the model it has. Call the technician."),
+    ),
+    "none": (
+        StateWords(lazy_gettext("No library is set up"), "info", "quiet"),
+        lazy_gettext("New models come by hand. Set exchange_dir to receive them from the central library."),
+    ),
+    "missing": (
+        StateWords(lazy_gettext("The sync agent has not reported yet"), "not_analysed", "warn"),
+        lazy_gettext("The box keeps working with the model it has. Check that the service model-sync runs."),
+    ),
+    "garbled": (
+        StateWords(lazy_gettext("The report of the sync agent cannot be read"), "not_analysed", "warn"),
+        lazy_gettext("The box keeps working with the model it has. Check that the service model-sync runs."),
+    ),
+}
+
+# The agent's codes in a few words; one that is not here is told in the agent's own (English) sentence.
+_SYNC_CODES: Final = {
+    "sync.unreachable": lazy_gettext("The library does not answer. Check the line and the cables."),
+    "sync.not_the_library": lazy_gettext("Something else than the library answers, such as a login page of the network. Check the line."),
+    "sync.tls": lazy_gettext("The library's certificate is not accepted. Check the clock of the box and the setting ca_certificate."),
+    "sync.slow": lazy_gettext("The line is too slow at the moment. What arrived is kept."),
+    "sync.refused": lazy_gettext("The library refuses this box. Ask the central team."),
+    "sync.range": lazy_gettext("The line or a proxy garbles downloads. What arrived whole is kept."),
+    "sync.window": lazy_gettext("Outside the hours in which the line may be used."),
+    "sync.budget": lazy_gettext("Today's allowance of data is used up."),
+    "sync.disk_full": lazy_gettext("The disk has too little room for a new model. Free some space."),
+    "trust.signature": lazy_gettext("A signature is wrong or missing."),
+    "trust.expired": lazy_gettext("The signatures have expired. Check the clock of the box; if it is right, ask the central team."),
+    "trust.rollback": lazy_gettext("The library offers something older than the box has seen already."),
+    "trust.digest": lazy_gettext("A file is not the one that was signed."),
+    "trust.revoked": lazy_gettext("A key or role was revoked."),
+    "trust.missing": lazy_gettext("A signed part is missing."),
+    "trust.root": lazy_gettext("The box's own starting point of trust (root.json) is damaged or missing."),
+}
+
 RESULTS: Final = {
     "stored": lazy_gettext("Stored"),
     "duplicate": lazy_gettext("Already on this box"),
@@ -67,10 +143,11 @@ def init_app(app: Flask) -> None:
     app.jinja_env.globals.update(
         _=gettext, ngettext=ngettext, states=STATES, results=RESULTS, reason_text=reason_text, reason_hint=reason_hint,
         note_detail=note_detail, language=language, html_lang=html_lang, local=local,
+        activations=ACTIVATIONS, sources=SOURCES, library_words=LIBRARY, sync_text=sync_text,
     )  # fmt: skip
     app.jinja_env.filters.update(
         moment=moment, study_date=study_date, score=score, percent=percent, size=size, person=person_name, sex=sex, age=age,
-        count=count, milliseconds=milliseconds,
+        count=count, milliseconds=milliseconds, ratio=ratio,
     )  # fmt: skip
 
 
@@ -102,6 +179,11 @@ def reason_text(code: str) -> str:
 def reason_hint(code: str) -> str:
     """What a person should do about a reason code."""
     return reasons.hint(code, language()) if code in reasons.REASONS else ""
+
+
+def sync_text(code: str) -> str:
+    """What a code of the sync agent says; empty for one that has no words here."""
+    return str(_SYNC_CODES.get(code, ""))
 
 
 _DETAILED: Final = ("scope.", "assume.", "quality.")
@@ -156,6 +238,11 @@ def score(value: float) -> str:
 def percent(value: float) -> str:
     """A fraction as per cent with one decimal."""
     return numbers.format_percent(value, "0.0%", locale=_locale())
+
+
+def ratio(value: float) -> str:
+    """A plain number with at most two decimals: how many times, how much drift."""
+    return numbers.format_decimal(value, "0.0#", locale=_locale())
 
 
 def count(value: int) -> str:

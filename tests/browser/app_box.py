@@ -7,12 +7,12 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, BrowserContext, Page
 
-from appliance.accounts import Accounts
+from appliance.accounts import Accounts, Role
 from appliance.models import activate, reference_bundle
 from appliance.settings import Settings
 from appliance.store import Store
 from appliance.supervisor import Supervisor, web_address
-from tests.web_box import PASSWORD, wait_for
+from tests.web_box import PASSWORD, Box, wait_for
 
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
@@ -52,17 +52,37 @@ class RunningBox:
 
     def password(self, username: str) -> str:
         """An account with a password of its own."""
-        one_time = self.accounts.add(username, "clinician", "test")
-        account = self.accounts.find(username)
-        assert account
-        self.accounts.change_password(account, one_time, PASSWORD)
-        return PASSWORD
+        return own_password(self.accounts, username)
+
+
+class Pages:
+    """The pages alone, without worker and receiver: what stands in the tables stays as the test wrote it."""
+
+    def __init__(self, box: Box) -> None:
+        self.box = box
+        self.settings = box.settings
+        self.store = box.store
+        self.accounts = box.accounts
+        self.url = box.base
+
+    def password(self, username: str) -> str:
+        """An account with a password of its own."""
+        return own_password(self.accounts, username)
+
+
+def own_password(accounts: Accounts, username: str, role: Role = "clinician") -> str:
+    """Give a fresh account a password that need not be changed."""
+    one_time = accounts.add(username, role, "test")
+    account = accounts.find(username)
+    assert account
+    accounts.change_password(account, one_time, PASSWORD)
+    return PASSWORD
 
 
 class Clinician:
     """Somebody at a PC, whose page reports every error and every request that leaves the box."""
 
-    def __init__(self, browser: Browser, app: RunningBox, *, width: int = 1280, height: int = 900, locale: str = "zh-CN") -> None:
+    def __init__(self, browser: Browser, app: RunningBox | Pages, *, width: int = 1280, height: int = 900, locale: str = "zh-CN") -> None:
         self.app = app
         self.context: BrowserContext = browser.new_context(
             viewport={"width": width, "height": height}, locale=locale, timezone_id="Asia/Shanghai"
