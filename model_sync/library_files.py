@@ -17,10 +17,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 from tuf.api.metadata import Metadata, TargetFile
@@ -188,9 +188,15 @@ class LibraryFiles:
 
     def find_target(self, target: TargetFile) -> Path | None:
         """Return where the file of a target lies: public, or still staged; None when it is nowhere."""
-        (name,) = target.get_prefixed_paths()
-        candidates = (self.public / "targets" / name, self.staged / "targets" / name)
-        return next((path for path in candidates if path.is_file()), None)
+        return next((path for path in (self.public_target(target), self.staged_target(target)) if path.is_file()), None)
+
+    def public_target(self, target: TargetFile) -> Path:
+        """Return where the file of a target is served: its name begins with its hash (consistent snapshots)."""
+        return self.public / "targets" / target.get_prefixed_paths()[0]
+
+    def staged_target(self, target: TargetFile) -> Path:
+        """Return where the file of a target waits until it is signed."""
+        return self.staged / "targets" / target.get_prefixed_paths()[0]
 
 
 def fsync_directory(path: Path) -> None:
@@ -202,7 +208,7 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_metadata(path: Path) -> Metadata:
+def read_metadata(path: Path) -> Metadata[Any]:
     """Read one metadata file.
 
     Raises:
@@ -214,6 +220,3 @@ def read_metadata(path: Path) -> Metadata:
         raise PublishError(f"{path}: {error.strerror}", hint="check the path; nothing was changed") from error
     except DeserializationError as error:
         raise PublishError(f"{path} is no TUF metadata", hint="fetch the file again; nothing was changed") from error
-
-
-Clock = Callable[[], float]

@@ -35,13 +35,15 @@ from model_sync.documents import (
     older,
     rollout_path,
 )
-from model_sync.errors import BundleError, ModelSyncError, PublishError
+from model_sync.errors import BundleError, PublishError
 from model_sync.manifest import Identifier
 
 if TYPE_CHECKING:
     from model_sync.repository import Library, State
 
 DELTA_BASES = 3
+# A file name has 255 characters at most, and a target's begins with its hash: 64 digits and a dot.
+_MAX_NAME = 190
 _NOTHING = "; nothing was published"
 # Names that Windows refuses whatever follows the first dot: a USB stick is often filled or looked at there.
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
@@ -197,9 +199,8 @@ def _stage_bundle(library: Library, bundle: ModelBundle, tell: Progress) -> list
         source = bundle.directory / file
         path = file_path(manifest.name, manifest.version, file)
         target = TargetFile(source.stat().st_size, {"sha256": sha256}, path)
-        (name,) = target.get_prefixed_paths()
         if library.files.find_target(target) is None:
-            target.length = library.files.copy(source, library.files.staged / "targets" / name, sha256)
+            target.length = library.files.copy(source, library.files.staged_target(target), sha256)
         targets.append(target)
     return targets
 
@@ -225,8 +226,7 @@ def _deltas(library: Library, index: LineIndex, bundle: ModelBundle, tell: Progr
         entry = Delta(from_sha256=old_sha256, to_sha256=new_sha256, codec=encoded.codec, path=path, length=len(encoded.data))
         sha256 = hashlib.sha256(encoded.data).hexdigest()
         target = TargetFile(entry.length, {"sha256": sha256}, path, {"custom": delta_custom(entry)})
-        (name,) = target.get_prefixed_paths()
-        library.files.write(library.files.staged / "targets" / name, encoded.data)
+        library.files.write(library.files.staged_target(target), encoded.data)
         found.append((entry, target))
     return found
 
@@ -311,6 +311,3 @@ def rollout(library: Library, ring: str, line: str, choice: Choice) -> State:
         library.stage_files(ROLLOUT_ROLE, {path: document.to_json()})
         library.settle()
         return library.state(ROLLOUT_ROLE)
-
-
-__all__ = ["Choice", "ModelSyncError", "check_line_name", "publish", "rollout", "set_minimum", "withdraw"]

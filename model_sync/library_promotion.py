@@ -1,0 +1,137 @@
+"""Promotion: what is signed enough and fits together becomes public, in an order that a kill cannot spoil.
+
+Target files first, then versioned metadata, then the timestamp, which is what makes boxes see the rest. A kill at any point leaves
+the last complete state in public; the next command finishes the work from what still waits under ``staged/``.
+"""
+
+from __future__ import annotations
+
+import shutil
+from datetime import timedelta
+
+from tuf.api.metadata import Root, Snapshot, Targets, Timestamp
+
+from model_sync.errors import PublishError
+from model_sync.library_roles import ONLINE, AnyMetadata, LibraryRoles, delegated, verifies
+
+
+class LibraryPromotion(LibraryRoles):
+    """Brings staged metadata to the public tree."""
+
+    def settle(self) -> list[str]:
+        """Promote everything that is complete and fits together; returns the roles that became public.
+
+        Raises:
+            PublishError: something is complete but the online keys are locked; all signatures are kept.
+        """
+        with self.files.locked():
+            self._drop_finished()
+            self._next = self._choose()
+            if not self._next:
+                return []
+            try:
+                fresh = [role for role, md in self._next.items() if self._is_new(role, md)]
+                self.do_snapshot()
+                self.do_timestamp()
+                self._commit(fresh)
+            finally:
+                self._next = {}
+            self._drop_finished()
+            return fresh
+
+    def refresh_timestamp(self) -> Timestamp:
+        """Sign a new timestamp, and a new snapshot when half of its life is over; for cron.
+
+        Raises:
+            PublishError: nothing is published yet, or the online keys are locked.
+        """
+        with self.files.locked():
+            self.settle()
+            snapshot = self.published(Snapshot.type)
+            if snapshot is None:
+                raise PublishError("nothing is published yet", hint="sign root and targets first: see `model-library status`")
+            self._next = self._choose()
+            try:
+                half = timedelta(days=self.files.config().expiry_days.snapshot / 2)
+                self.do_snapshot(force=snapshot.signed.expires - self.now() < half)
+                self.do_timestamp(force=True)
+                self._commit([])
+            finally:
+                self._next = {}
+            return self.timestamp()
+
+    def _choose(self) -> dict[str, AnyMetadata]:
+        """Return the newest root, targets and delegated roles that accept each other; empty before the first ones do.
+
+        A delegated role without any signed version holds its delegator back: a box would take the gap for an attack.
+        """
+        for root in self._candidates(Root.type):
+            for targets in self._candidates(Targets.type):
+                chosen = {Root.type: root, Targets.type: targets}
+                for role in delegated(targets.signed):
+                    fitting = (md for md in self._candidates(role) if verifies(targets.signed, role, md))
+                    if (md := next(fitting, None)) is not None:
+                        chosen[role] = md
+                if verifies(root.signed, Targets.type, targets) and chosen.keys() >= delegated(targets.signed).keys():
+                    return chosen
+        return {}
+
+    def _candidates(self, role: str) -> list[AnyMetadata]:
+        """Return the staged version, unless it expired while it waited, and the published one."""
+        staged, public = self.staged(role), self.published(role)
+        if staged is not None and staged.signed.is_expired(self.now()):
+            staged = None
+        if staged is not None and role == Root.type:
+            before = public.signed if public is not None else None
+            if not staged.signed.get_root_verification_result(before, staged.signed_bytes, staged.signatures):
+                staged = None
+        return [md for md in (staged, public) if md is not None]
+
+    def _is_new(self, role: str, md: AnyMetadata) -> bool:
+        public = self.published(role)
+        return public is None or bool(public.signed.version != md.signed.version)
+
+    def _commit(self, fresh: list[str]) -> None:
+        """Write the chosen state; ``fresh`` names its offline roles that are not public yet."""
+        for role in fresh:
+            if isinstance(self._next[role].signed, Targets):
+                self._publish_files(self._next[role].signed)
+        for role in [*(role for role in fresh if role != Root.type), *(role for role in ONLINE[:1] if role in self._next)]:
+            self.files.write(self.files.metadata_path(role, self._next[role].signed.version), self._next[role].to_bytes())
+        last = {Root.type: Root.type in fresh, Timestamp.type: Timestamp.type in self._next}
+        for role in [Timestamp.type, Root.type] if last[Root.type] and self._timestamp_first() else [Root.type, Timestamp.type]:
+            if last[role]:
+                version = self._next[role].signed.version if role == Root.type else None
+                self.files.write(self.files.metadata_path(role, version), self._next[role].to_bytes())
+
+    def _timestamp_first(self) -> bool:
+        """Say whether a new root has to wait for the new timestamp: a box that comes between the two must accept what it finds.
+
+        Usually the timestamp is last. When the new root no longer accepts what is public, the new state is signed with the old
+        keys too, where they are at hand: then it goes first. When they are lost, a box that comes between tries again later.
+        """
+        root, before = self._next[Root.type].signed, self.published(Root.type)
+        roles = (Timestamp.type, Snapshot.type, Targets.type)
+        public = {role: self.published(role) for role in roles}
+        if before is None or all(md is not None and verifies(root, role, md) for role, md in public.items()):
+            return False
+        return all((md := self._next.get(role) or public[role]) is not None and verifies(before.signed, role, md) for role in roles)
+
+    def _publish_files(self, targets: Targets) -> None:
+        for target in targets.targets.values():
+            where = self.files.find_target(target)
+            if where is None:
+                raise PublishError(
+                    f"{target.path} is signed but its file is missing; boxes see the state before", hint="publish the bundle again"
+                )
+            if where != self.files.public_target(target):
+                self.files.move(where, self.files.public_target(target))
+
+    def _drop_finished(self) -> None:
+        """Forget staged metadata that is public, and staged files when nothing waits any more."""
+        for role in self.staged_roles():
+            staged, public = self.staged(role), self.published(role)
+            if staged is not None and public is not None and public.signed.version >= staged.signed.version:
+                self.files.staged_path(role).unlink()
+        if not self.staged_roles():
+            shutil.rmtree(self.files.staged / "targets", ignore_errors=True)

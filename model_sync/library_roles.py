@@ -1,0 +1,308 @@
+"""The roles of a library: their staged and published metadata, their keys, and which signatures they have.
+
+The base of ``model_sync.repository.Library``: python-tuf's ``Repository`` on the files of one directory. Every signed document says
+its role in ``x-role``, so that a signature made for one line cannot be taken for another's; the timestamp says when it was signed
+in ``x-issued-at``, which a box without a working clock can hold on to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from securesystemslib.signer import Key, Signer
+from tuf.api.exceptions import UnsignedMetadataError
+from tuf.api.metadata import (
+    TOP_LEVEL_ROLE_NAMES,
+    DelegatedRole,
+    Metadata,
+    MetaFile,
+    Root,
+    Snapshot,
+    TargetFile,
+    Targets,
+    Timestamp,
+)
+from tuf.repository import Repository
+
+from model_sync.documents import ROLLOUT_ROLE, LineIndex, line_path
+from model_sync.errors import PublishError
+from model_sync.keys import Passphrase, load_holder, load_signer, public_path
+from model_sync.library_files import LibraryFiles, read_metadata
+
+ISSUED_AT = "x-issued-at"
+ROLE_FIELD = "x-role"
+ONLINE = (Snapshot.type, Timestamp.type)
+AnyMetadata: TypeAlias = "Metadata[Any]"
+Clock: TypeAlias = Callable[[], datetime]
+
+
+class State(NamedTuple):
+    """Where a role stands.
+
+    Attributes:
+        role: its name.
+        version: of its newest metadata, waiting or published.
+        signed: holders whose signature it has.
+        missing: holders who may still give one that is needed.
+        have: signatures there are; of a rotated root, by the stricter of the old and the new root.
+        need: signatures that are needed.
+        published: whether the newest version is what boxes see.
+    """
+
+    role: str
+    version: int
+    signed: list[str]
+    missing: list[str]
+    have: int
+    need: int
+    published: bool
+
+
+def utc_now() -> datetime:
+    """Return the time now, with zone."""
+    return datetime.now(timezone.utc)
+
+
+class OnlineKeys:
+    """The encrypted keys under ``online/``, opened only when one of them has something to sign."""
+
+    def __init__(self, directory: Path, passphrase: Passphrase | None) -> None:
+        self._passphrase = passphrase
+        self._secret: str | None = None
+        self._signers: dict[str, Signer] = {}
+        self.paths = {load_holder(path).key.keyid: path for path in sorted(directory.glob("*.pem")) if public_path(path).is_file()}
+
+    def signer(self, keyid: str) -> Signer | None:
+        """Return the signer of a key; None when the key is not here or the library is locked.
+
+        Raises:
+            SettingsError: the key does not open.
+        """
+        if keyid not in self.paths or self._passphrase is None:
+            return None
+        if keyid not in self._signers:
+            self._signers[keyid] = load_signer(self.paths[keyid], self._ask)
+        return self._signers[keyid]
+
+    def _ask(self, what: str) -> str:
+        # All online keys share one passphrase: people type it once.
+        if self._secret is None and self._passphrase is not None:
+            self._secret = self._passphrase(f"online keys ({what})")
+        return self._secret or ""
+
+
+class LibraryRoles(Repository):
+    """Reads and stages the metadata of one library.
+
+    Args:
+        directory: of the library.
+        signers: keys that are always at hand.
+        passphrase: opens the keys under ``online/``; None leaves them locked.
+        clock: returns the time now, with zone.
+        lock_timeout_s: how long a command waits for another one.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        signers: Iterable[Signer] = (),
+        *,
+        passphrase: Passphrase | None = None,
+        clock: Clock = utc_now,
+        lock_timeout_s: float = 30.0,
+    ) -> None:
+        self.files = LibraryFiles(directory, lock_timeout_s)
+        self.signers = {signer.public_key.keyid: signer for signer in signers}
+        self.online = OnlineKeys(self.files.online, passphrase)
+        self._clock = clock
+        self._next: dict[str, AnyMetadata] = {}
+
+    def now(self) -> datetime:
+        """Return the time now in whole seconds, UTC."""
+        return self._clock().replace(microsecond=0)
+
+    # --- what python-tuf's Repository asks for -----------------------------------------------------------------------
+
+    def open(self, role: str) -> AnyMetadata:
+        """Return the newest metadata of a role: being promoted, staged, published, or a first version."""
+        found = self._next.get(role) or self.staged(role) or self.published(role)
+        if found is not None:
+            return found
+        if role == Root.type:
+            fresh: Any = Root()
+        elif role == Snapshot.type:
+            fresh = Snapshot(meta={})
+        elif role == Timestamp.type:
+            fresh = Timestamp(snapshot_meta=self.snapshot_info)
+        else:
+            fresh = Targets()
+        fresh.unrecognized_fields[ROLE_FIELD] = role
+        return Metadata(fresh)
+
+    def close(self, role: str, md: AnyMetadata) -> None:
+        """Number and date a changed role, sign it with the keys at hand, and stage it (online roles: keep it to be promoted)."""
+        before = self.published(role)
+        md.signed.version = before.signed.version + 1 if before is not None else 1
+        md.signed.expires = self.now() + timedelta(days=self.files.config().expiry_days.days(role))
+        if role == Timestamp.type:
+            md.signed.unrecognized_fields[ISSUED_AT] = self.now().strftime("%Y-%m-%dT%H:%M:%SZ")
+        md.signatures.clear()
+        keyids = set(self.keys(role)) | set(md.signed.roles[role].keyids if role == Root.type else ())
+        for keyid in sorted(keyids):
+            if (signer := self.signers.get(keyid) or self.online.signer(keyid)) is not None:
+                md.sign(signer, append=True)
+        if role not in ONLINE:
+            self.files.write(self.files.staged_path(role), md.to_bytes())
+            return
+        if not verifies(self.open(Root.type).signed, role, md):
+            raise PublishError(
+                f"the key of {role} is locked or not here, so nothing new was published; all signatures are kept",
+                hint="run `model-library refresh-timestamp` where the online keys and their passphrase are",
+            )
+        self._next[role] = md
+
+    @property
+    def targets_infos(self) -> dict[str, MetaFile]:
+        """What the snapshot says of each targets role that is about to be public."""
+        return {f"{role}.json": _metafile(md) for role, md in self._next.items() if isinstance(md.signed, Targets)}
+
+    @property
+    def snapshot_info(self) -> MetaFile:
+        """What the timestamp says of the snapshot."""
+        return _metafile(self.open(Snapshot.type))
+
+    # --- metadata -----------------------------------------------------------------------------------------------------
+
+    def staged(self, role: str) -> AnyMetadata | None:
+        """Return the version that waits for signatures, or None."""
+        path = self.files.staged_path(role)
+        return read_metadata(path) if path.is_file() else None
+
+    def staged_roles(self) -> list[str]:
+        """Return the roles with a waiting version, in the order in which they are best signed."""
+        names = {path.name.removesuffix(".json") for path in self.files.staged.glob("*.json")}
+        return [role for role in (Root.type, Targets.type) if role in names] + sorted(names - {Root.type, Targets.type})
+
+    def published(self, role: str) -> AnyMetadata | None:
+        """Return what boxes see of a role, or None."""
+        if role == Root.type:
+            version = 0
+            while self.files.metadata_path(role, version + 1).is_file():
+                version += 1
+            return read_metadata(self.files.metadata_path(role, version)) if version else None
+        path = self.files.metadata_path(Timestamp.type)
+        if not path.is_file():
+            return None
+        timestamp = read_metadata(path)
+        if role == Timestamp.type:
+            return timestamp
+        snapshot = read_metadata(self.files.metadata_path(Snapshot.type, timestamp.signed.snapshot_meta.version))
+        if role == Snapshot.type:
+            return snapshot
+        info = snapshot.signed.meta.get(f"{role}.json")
+        return read_metadata(self.files.metadata_path(role, info.version)) if info is not None else None
+
+    def role_names(self) -> list[str]:
+        """Return every role, waiting ones included."""
+        return [Root.type, Targets.type, *delegated(self.targets()), *ONLINE]
+
+    def stage_files(self, role: str, files: dict[str, bytes], extra: Iterable[TargetFile] = ()) -> None:
+        """Stage a new version of a role with small files, and with targets whose files lie in the library already."""
+        with self.edit_targets(role) as targets:
+            for path, data in files.items():
+                target = TargetFile.from_data(path, data)
+                if self.files.find_target(target) is None:
+                    self.files.write(self.files.staged_target(target), data)
+                targets.targets[path] = target
+            for target in extra:
+                targets.targets[target.path] = target
+
+    def read_target(self, targets: Targets, path: str) -> bytes:
+        """Return the bytes of a small target file; raises PublishError when the library has lost it."""
+        target = targets.targets.get(path)
+        where = self.files.find_target(target) if target is not None else None
+        if where is None:
+            raise PublishError(f"the library has no {path}", hint="restore its directory from the backup, or add the line again")
+        return where.read_bytes()
+
+    # --- lines --------------------------------------------------------------------------------------------------------
+
+    def lines(self) -> list[str]:
+        """Return the names of the model lines, waiting ones included."""
+        return sorted(set(delegated(self.targets())) - {ROLLOUT_ROLE})
+
+    def index(self, line: str) -> LineIndex:
+        """Return the newest index of a line, waiting changes included.
+
+        Raises:
+            PublishError: there is no such line.
+        """
+        if line not in self.lines():
+            known = ", ".join(self.lines()) or "none"
+            raise PublishError(f"there is no model line {line!r}", hint=f"add it with `model-library add-line`; known lines: {known}")
+        return LineIndex.parse(self.read_target(self.targets(line), line_path(line)))
+
+    def public_index(self, line: str) -> LineIndex:
+        """Return the index of a line as boxes see it; raises PublishError while the line waits for its first signatures."""
+        self.index(line)
+        md = self.published(line)
+        if md is None:
+            raise PublishError(f"the line {line!r} is not public yet", hint="have its roles signed: see `model-library status`")
+        return LineIndex.parse(self.read_target(md.signed, line_path(line)))
+
+    # --- keys and signatures ------------------------------------------------------------------------------------------
+
+    def delegators(self, role: str) -> list[Root | Targets]:
+        """Return who says which keys a role has: the public delegator, and the one that will follow it."""
+        name = Root.type if role in TOP_LEVEL_ROLE_NAMES else Targets.type
+        found = [md.signed for md in (self.published(name), self._next.get(name) or self.staged(name)) if md is not None]
+        return [signed for signed in found if role in TOP_LEVEL_ROLE_NAMES or role in delegated(signed)]
+
+    def keys(self, role: str) -> dict[str, Key]:
+        """Return the keys that may sign a role now or after the waiting rotation."""
+        return {keyid: signed.get_key(keyid) for signed in self.delegators(role) for keyid in signed.get_delegated_role(role).keyids}
+
+    def state(self, role: str) -> State:
+        """Say who has signed a role's newest version and what is missing; raises PublishError for an unknown role."""
+        waiting = self.staged(role)
+        md = waiting or self.published(role)
+        if md is None or not (delegators := self.delegators(role)):
+            raise PublishError(f"there is no role {role!r}", hint="`model-library status` lists them")
+        # A root is judged by the root before it and by itself; every other role by the newest who delegates to it.
+        judges = delegators if role == Root.type else delegators[-1:]
+        results = [judge.get_verification_result(role, md.signed_bytes, md.signatures) for judge in judges]
+        strict = max(results, key=lambda result: result.missing)
+        signed = {keyid for result in results for keyid in result.signed}
+        missing = {keyid for result in results if result.missing for keyid in result.unsigned}
+        name = self.files.config().name
+        return State(
+            role=role,
+            version=md.signed.version,
+            signed=sorted(map(name, signed)),
+            missing=sorted(map(name, missing)),
+            have=len(strict.signed),
+            need=strict.threshold,
+            published=waiting is None,
+        )
+
+
+def delegated(signed: Any) -> dict[str, DelegatedRole]:
+    """Return the roles that a targets document delegates to."""
+    delegations = getattr(signed, "delegations", None)
+    return dict(delegations.roles or {}) if delegations is not None else {}
+
+
+def verifies(delegator: Root | Targets, role: str, md: AnyMetadata) -> bool:
+    """Say whether ``delegator`` accepts the signatures of a role's metadata."""
+    try:
+        delegator.verify_delegate(role, md.signed_bytes, md.signatures)
+    except UnsignedMetadataError:
+        return False
+    return True
+
+
+def _metafile(md: AnyMetadata) -> MetaFile:
+    return MetaFile.from_data(md.signed.version, md.to_bytes(), ["sha256"])

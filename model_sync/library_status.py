@@ -1,0 +1,121 @@
+"""What a library needs next: each role's version, expiry, signatures and keys, for people and for monitoring."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from model_sync.documents import ROLLOUT_ROLE, Rollout
+from model_sync.library_roles import ONLINE, delegated
+
+if TYPE_CHECKING:
+    from model_sync.repository import Library
+
+_DAY = timedelta(days=1)
+# A role is due when less than this share of its life is left: for a root of a year, five weeks to bring people together.
+_DUE_SHARE = 0.1
+
+
+def status(library: Library) -> dict[str, Any]:
+    """Return the library's state as plain values.
+
+    Returns:
+        ``roles``: by name, in the order of signing; ``lines`` and ``rings``: what boxes are told; ``warnings`` and ``next``: what
+        is wrong or soon will be, and what to do, in the order to do it; ``at``.
+    """
+    roles = {role: _role(library, role) for role in library.role_names() if library.staged(role) or library.published(role)}
+    lines = {line: _line(library, line) for line in library.lines() if library.staged(line) or library.published(line)}
+    rings = _rings(library)
+    return {
+        "at": library.now().isoformat(),
+        "roles": roles,
+        "lines": lines,
+        "rings": rings,
+        "warnings": [*_expiries(roles), *_choices(lines, rings), *_unused(library)],
+        "next": _next(roles),
+    }
+
+
+def _role(library: Library, role: str) -> dict[str, Any]:
+    state, staged, public = library.state(role), library.staged(role), library.published(role)
+    name = library.files.config().name
+    days = library.files.config().expiry_days.days(role)
+    expires = public.signed.expires if public is not None else None
+    left = (expires - library.now()) / _DAY if expires is not None else None
+    keyids = library.delegators(role)[-1].get_delegated_role(role).keyids
+    return {
+        "published": public.signed.version if public is not None else None,
+        "staged": staged.signed.version if staged is not None else None,
+        "expires": expires.isoformat() if expires is not None else None,
+        "days_left": round(left, 2) if left is not None else None,
+        "due": left is not None and left < days * (0.5 if role in ONLINE else _DUE_SHARE),
+        "have": state.have,
+        "need": state.need,
+        "signed": state.signed,
+        "missing": state.missing,
+        "keys": [{"name": name(keyid), "keyid": keyid} for keyid in keyids],
+        "waiting_expired": staged is not None and staged.signed.is_expired(library.now()),
+    }
+
+
+def _line(library: Library, line: str) -> dict[str, Any]:
+    index = library.index(line)
+    public = library.published(line)
+    known = {release.version for release in library.public_index(line).versions} if public is not None else set()
+    return {
+        "minimum_version": index.minimum_version,
+        "versions": [release.version for release in index.versions],
+        "waiting": [release.version for release in index.versions if release.version not in known],
+        "withdrawn": {item.version: item.reason for item in index.withdrawn},
+        "deltas": len(index.deltas),
+    }
+
+
+def _rings(library: Library) -> dict[str, Any]:
+    if ROLLOUT_ROLE not in delegated(library.targets()):
+        return {}
+    targets = library.targets(ROLLOUT_ROLE)
+    documents = [Rollout.parse(library.read_target(targets, path)) for path in sorted(targets.targets)]
+    return {document.ring: {line: step.model_dump(mode="json") for line, step in document.lines.items()} for document in documents}
+
+
+def _expiries(roles: dict[str, Any]) -> list[str]:
+    found = []
+    for role, entry in roles.items():
+        if entry["days_left"] is not None and entry["days_left"] <= 0:
+            found.append(f"{role} has EXPIRED: boxes keep their models and take nothing new")
+        elif entry["due"]:
+            found.append(f"{role} expires in {entry['days_left']:.1f} days")
+        if entry["waiting_expired"]:
+            found.append(f"the waiting {role} expired before it was signed: `model-library renew {role}`")
+    return found
+
+
+def _choices(lines: dict[str, Any], rings: dict[str, Any]) -> list[str]:
+    found = []
+    for ring, steps in rings.items():
+        for line, step in steps.items():
+            if step["version"] in lines.get(line, {}).get("withdrawn", {}):
+                found.append(f"ring {ring} still names {line} {step['version']}, which is withdrawn: no box takes it")
+    return found
+
+
+def _unused(library: Library) -> list[str]:
+    used = {keyid for role in library.role_names() for keyid in library.keys(role)}
+    return [f"{path} is the key of no role any more: destroy it" for keyid, path in library.online.paths.items() if keyid not in used]
+
+
+def _next(roles: dict[str, Any]) -> list[str]:
+    steps = []
+    for role, entry in roles.items():
+        if entry["staged"] is not None and entry["have"] < entry["need"]:
+            who = " or ".join(entry["missing"])
+            steps.append(f"{role} waits for {entry['need'] - entry['have']} more: `model-library sign {role} --key KEY.pem` ({who})")
+        elif entry["due"] and entry["staged"] is None and role not in ONLINE:
+            steps.append(f"`model-library renew {role}`, then have it signed")
+    complete = [role for role, entry in roles.items() if entry["staged"] is not None and entry["have"] >= entry["need"]]
+    if complete and not steps:
+        steps.append(f"{', '.join(complete)} is signed: `model-library refresh-timestamp` publishes it with the online keys")
+    if any(roles[role]["due"] for role in ONLINE if role in roles):
+        steps.append("`model-library refresh-timestamp`; let cron run it every day")
+    return steps
