@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -111,27 +110,25 @@ def encode_with(codec: Codec, old: bytes, new: bytes) -> bytes:
 def apply(codec: str, old: Path, delta: Path, out: Path, *, to_sha256: str, to_length: int) -> None:
     """Rebuild into ``out`` the file of ``to_length`` bytes whose SHA-256 is ``to_sha256``; memory stays bounded.
 
-    Files are read and written in pieces; ``out`` is not synced to disk, that is the caller's. When anything fails ``out``
-    is removed.
+    Files are read and written in pieces; ``out`` is not synced to disk, that is the caller's. A file that lies there is
+    replaced, and when anything fails there is none.
 
     Raises:
         DeltaError: the delta is damaged, of an unknown codec or version, made for another file than ``old``, does not
             build the expected file, or ``old`` or ``delta`` cannot be read.
         OSError: ``out`` cannot be written, such as on a full disk: that is not the delta's fault.
     """
-    with ExitStack() as stack:
-        old_file = stack.enter_context(source(old))
-        delta_file = stack.enter_context(source(delta))
-        if out.exists() and any(out.samefile(path) for path in (old, delta)):
-            raise DeltaError(f"{out} is one of the files that it would be made of")
-        decode = _checked_header(codec, old_file, delta_file, to_sha256, to_length)
-        out.unlink(missing_ok=True)  # never written through a link
-        try:
+    if out.exists() and any(path.exists() and out.samefile(path) for path in (old, delta)):
+        raise DeltaError(f"{out} is one of the files that it would be made of")
+    out.unlink(missing_ok=True)  # never written through a link
+    try:
+        with source(old) as old_file, source(delta) as delta_file:
+            decode = _checked_header(codec, old_file, delta_file, to_sha256, to_length)
             with out.open("xb") as target:
                 _build(decode, old_file, delta_file, target, to_sha256, to_length)
-        except BaseException:
-            out.unlink(missing_ok=True)
-            raise
+    except BaseException:
+        out.unlink(missing_ok=True)
+        raise
 
 
 Decode = Callable[[Source, Source, int, Write], None]
