@@ -113,6 +113,15 @@ class Fleet:
         with self.writing() as tx:
             tx.execute(actions.insert().values(**row))
 
+    def record_once(self, actor: str, action: str, *, ring: str, line: str, subject: str, figures: str) -> None:
+        """Write down what cannot be done about a version, unless that stands there already."""
+        here = actions.c
+        same = here.action == action, here.ring == ring, here.line == line, here.subject == subject
+        with self.writing() as tx:
+            if tx.execute(select(here.id).where(*same).limit(1)).one_or_none() is None:
+                row = {"actor": actor, "action": action, "ring": ring, "line": line, "subject": subject, "figures": figures}
+                tx.execute(actions.insert().values(at=self.now(), **row))
+
     def deny(self, box_id: str, actor: str) -> None:
         """Shut a box out at once: reports, renewals and enrolments; raises SettingsError when there is no such box."""
         self._set_denied(box_id, self.now(), actor, "deny")
@@ -120,6 +129,13 @@ class Fleet:
     def allow(self, box_id: str, actor: str) -> None:
         """Let a denied box in again; raises SettingsError when there is no such box."""
         self._set_denied(box_id, None, actor, "allow")
+
+    def move(self, box_id: str, ring: str, actor: str) -> None:
+        """Count a box to another ring; raises SettingsError when there is no such box."""
+        with self.writing() as tx:
+            if not tx.execute(update(boxes).where(boxes.c.box_id == box_id).values(ring=ring)).rowcount:
+                raise _no_box(box_id)
+            tx.execute(actions.insert().values(at=self.now(), actor=actor, action="move", ring=ring, subject=box_id))
 
     def deny_serial(self, serial: str, actor: str) -> None:
         """Revoke one certificate at once, by its serial in hexadecimal; raises SettingsError when none has it."""
@@ -211,7 +227,7 @@ class Fleet:
     def _set_denied(self, box_id: str, at: int | None, actor: str, action: str) -> None:
         with self.writing() as tx:
             if not tx.execute(update(boxes).where(boxes.c.box_id == box_id).values(denied_at=at)).rowcount:
-                raise SettingsError(f"no box is called {box_id}", hint="the fleet page lists the boxes")
+                raise _no_box(box_id)
             tx.execute(actions.insert().values(at=self.now(), actor=actor, action=action, subject=box_id))
 
     def _lay_tables(self) -> None:
@@ -223,6 +239,10 @@ class Fleet:
             found = tx.execute(select(meta.c.value).where(meta.c.key == "schema")).scalar_one()
         if found != str(SCHEMA):
             raise SettingsError(f"the fleet database has tables of version {found}, this is {SCHEMA}", hint="use the matching release")
+
+
+def _no_box(box_id: str) -> SettingsError:
+    return SettingsError(f"no box is called {box_id}", hint="the fleet page lists the boxes")
 
 
 def _window(box: RowMapping, now: int, per_hour: int) -> dict[str, int]:

@@ -1,0 +1,128 @@
+"""The people of the central team who may see the fleet and pause a rollout: argon2 hashes, lockout, sessions that end here.
+
+There is no default account: ``model-library operator add NAME`` makes one and prints its password once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+import threading
+from typing import Final
+
+from argon2 import PasswordHasher
+from argon2.exceptions import InvalidHashError, VerifyMismatchError
+from sqlalchemy import delete, select, update
+
+from model_sync.errors import SettingsError
+from model_sync.fleet import Fleet
+from model_sync.fleet_tables import actions, operators, sessions
+
+MAX_FAILURES: Final = 5
+LOCKOUT_S: Final = 15 * 60
+MAX_PASSWORD_CHARS: Final = 256
+_NAME: Final = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+# RFC 9106's second recommended option with OWASP's floor of memory: 19 MiB, two passes.
+_HASHER: Final = PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1)
+_NO_ONE: Final = _HASHER.hash(secrets.token_hex(16))
+# Each check takes a core for a moment and 19 MiB: a crowd at the door must not take the server down.
+_CHECKS: Final = threading.BoundedSemaphore(2)
+_CHECK_WAIT_S: Final = 5.0
+_TOUCH_S: Final = 30
+
+
+class Accounts:
+    """Operators and their sessions."""
+
+    def __init__(self, fleet: Fleet, *, idle_s: int = 30 * 60, absolute_s: int = 12 * 3600) -> None:
+        """End a session after ``idle_s`` without a request, and after ``absolute_s`` in any case."""
+        self._fleet = fleet
+        self._idle_s, self._absolute_s = idle_s, absolute_s
+
+    def add(self, name: str) -> str:
+        """Make an operator, or give one a new password, and end their sessions. Returns the password: 80 random bits.
+
+        Raises:
+            SettingsError: the name is none.
+        """
+        if not _NAME.match(name):
+            raise SettingsError(f"{name!r} is no name", hint="letters, digits, dot, dash and underscore; 64 at most")
+        password = "-".join(secrets.token_hex(2) for _ in range(5))
+        values = {"password_hash": _HASHER.hash(password), "failures": 0, "locked_until": 0}
+        with self._fleet.writing() as tx:
+            new = self._fleet.insert(operators).values(name=name, **values)
+            tx.execute(new.on_conflict_do_update(index_elements=["name"], set_=values))
+            tx.execute(delete(sessions).where(sessions.c.operator == name))
+            tx.execute(actions.insert().values(at=self._fleet.now(), actor="command line", action="operator", subject=name))
+        return password
+
+    def remove(self, name: str) -> None:
+        """Remove an operator; raises SettingsError when there is none of that name."""
+        with self._fleet.writing() as tx:
+            tx.execute(delete(sessions).where(sessions.c.operator == name))
+            if not tx.execute(delete(operators).where(operators.c.name == name)).rowcount:
+                raise SettingsError(f"no operator is called {name}", hint="letters' case counts")
+            tx.execute(actions.insert().values(at=self._fleet.now(), actor="command line", action="operator-removed", subject=name))
+
+    def login(self, name: str, password: str) -> str | None:
+        """Check a password; returns a session's token, or None.
+
+        An unknown name, a wrong password and a locked account take the same time and get the same answer.
+        """
+        with self._fleet.reading() as tx:
+            row = tx.execute(select(operators).where(operators.c.name == name)).mappings().one_or_none()
+        fits = _verify(row["password_hash"] if row else _NO_ONE, password[:MAX_PASSWORD_CHARS])
+        now = self._fleet.now()
+        if row is None or row["locked_until"] > now:
+            return None
+        if not fits:
+            self._failed(name, now)
+            return None
+        token = secrets.token_urlsafe(32)
+        with self._fleet.writing() as tx:
+            tx.execute(update(operators).where(operators.c.name == name).values(failures=0, locked_until=0))
+            tx.execute(delete(sessions).where(sessions.c.created_at < now - self._absolute_s))
+            tx.execute(sessions.insert().values(token_sha256=_digest(token), operator=name, created_at=now, seen_at=now))
+        return token
+
+    def resume(self, token: str) -> str | None:
+        """Return the operator that a session's token belongs to, or None when the session ended."""
+        now, digest = self._fleet.now(), _digest(token)
+        with self._fleet.reading() as tx:
+            row = tx.execute(select(sessions).where(sessions.c.token_sha256 == digest)).mappings().one_or_none()
+        if row is None or now - row["seen_at"] > self._idle_s or now - row["created_at"] > self._absolute_s:
+            return None
+        if now - row["seen_at"] > _TOUCH_S:
+            with self._fleet.writing() as tx:
+                tx.execute(update(sessions).where(sessions.c.token_sha256 == digest).values(seen_at=now))
+        return str(row["operator"])
+
+    def logout(self, token: str) -> None:
+        """End a session."""
+        with self._fleet.writing() as tx:
+            tx.execute(delete(sessions).where(sessions.c.token_sha256 == _digest(token)))
+
+    def _failed(self, name: str, now: int) -> None:
+        """Count a failure; the fifth locks the account."""
+        here = operators.c
+        with self._fleet.writing() as tx:
+            tx.execute(update(operators).where(here.name == name).values(failures=here.failures + 1))
+            full = here.name == name, here.failures >= MAX_FAILURES
+            if tx.execute(update(operators).where(*full).values(failures=0, locked_until=now + LOCKOUT_S)).rowcount:
+                tx.execute(actions.insert().values(at=now, actor="server", action="locked", subject=name))
+
+
+def _verify(password_hash: str, password: str) -> bool:
+    if not _CHECKS.acquire(timeout=_CHECK_WAIT_S):
+        return False
+    try:
+        return _HASHER.verify(password_hash, password)
+    except (VerifyMismatchError, InvalidHashError):
+        return False
+    finally:
+        _CHECKS.release()
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()

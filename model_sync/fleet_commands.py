@@ -1,0 +1,138 @@
+"""The central team's commands about the fleet: device authority, tokens, the deny-list, operators."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from model_sync.enrolment import DeviceAuthority, new_token
+from model_sync.errors import SettingsError
+from model_sync.fleet import Fleet
+from model_sync.fleet_accounts import Accounts
+from model_sync.fleet_tables import sqlite_url
+
+PASSPHRASE_VARIABLE: Final = "MODEL_LIBRARY_PASSPHRASE"
+_BOX: Final = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+_RING: Final = re.compile(r"^[a-z0-9][a-z0-9_-]{0,63}$")
+_ACTOR: Final = "command line"
+
+
+def passphrase(file: Path | None) -> str:
+    """Return the first line of a file, or the variable ``MODEL_LIBRARY_PASSPHRASE``.
+
+    Raises:
+        SettingsError: there is neither, or the file cannot be read.
+    """
+    if file is None:
+        if value := os.environ.get(PASSPHRASE_VARIABLE, ""):
+            return value
+        raise SettingsError("no passphrase was given", hint=f"give --passphrase-file FILE, or set {PASSPHRASE_VARIABLE}")
+    try:
+        return file.read_text("utf-8").splitlines()[0]
+    except (OSError, UnicodeDecodeError, IndexError) as error:
+        raise SettingsError(f"{file} holds no passphrase", hint="its first line is the passphrase") from error
+
+
+def add_commands(commands: Any) -> None:
+    """Add ``device-ca``, ``token``, ``deny``, ``allow``, ``move`` and ``operator``; each sets ``run`` to what does it."""
+    authority = _command(commands, "device-ca", "Make the authority that signs boxes' certificates.", _make_authority)
+    authority.add_argument("directory", type=Path, metavar="DIR", help="where; a directory of its own, kept secret")
+    authority.add_argument("--passphrase-file", type=Path, metavar="FILE", help=f"passphrase of its key (or {PASSPHRASE_VARIABLE})")
+    authority.add_argument("--name", default="device authority", help="name in the certificate")
+    token = _command(commands, "token", "Make a token with which one box enrols, once.", _make_token)
+    token.add_argument("new", choices=["new"], help="make a new one; it is shown once")
+    token.add_argument("box", metavar="BOX", help="the box's name")
+    token.add_argument("--ring", default="stable", help="its rollout ring (default stable)")
+    token.add_argument("--hours", type=float, default=72.0, help="how long it may be used (default 72)")
+    deny = _command(commands, "deny", "Shut a box out at once, or one certificate with --serial.", _deny)
+    deny.add_argument("box", nargs="?", metavar="BOX", help="the box's name")
+    deny.add_argument("--serial", help="one certificate, by its serial in hexadecimal")
+    _command(commands, "allow", "Let a denied box in again.", _allow).add_argument("box", metavar="BOX")
+    move = _command(commands, "move", "Count a box to another ring; its own settings decide what it follows.", _move)
+    move.add_argument("box", metavar="BOX", help="the box's name")
+    move.add_argument("--ring", required=True, help="the ring")
+    operator = _command(commands, "operator", "Make or remove a person who may see the fleet and pause a rollout.", _operator)
+    operator.add_argument("what", choices=["add", "remove"], help="add also gives a new password")
+    operator.add_argument("name", metavar="NAME", help="letters, digits, dot, dash, underscore")
+    for parser in (token, deny, commands.choices["allow"], move, operator):
+        parser.add_argument("--library", type=Path, default=Path(), metavar="LIB", help="the library's directory (default: here)")
+        parser.add_argument("--db", metavar="URL", help="fleet database (default: sqlite in LIB)")
+
+
+def _command(commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _make_authority(arguments: argparse.Namespace) -> int:
+    DeviceAuthority.create(arguments.directory, passphrase(arguments.passphrase_file), arguments.name)
+    print(f"{arguments.directory}: made; keep a copy of it and of the passphrase apart from each other")
+    return 0
+
+
+def _make_token(arguments: argparse.Namespace) -> int:
+    _match(_BOX, arguments.box, "box")
+    _match(_RING, arguments.ring, "ring")
+    with _fleet(arguments) as fleet:
+        token = new_token(fleet, arguments.box, arguments.ring, hours=arguments.hours, actor=_ACTOR)
+    print(token)
+    return 0
+
+
+def _deny(arguments: argparse.Namespace) -> int:
+    if (arguments.box is None) == (arguments.serial is None):
+        raise SettingsError("name a box, or a certificate with --serial", hint="one of the two")
+    with _fleet(arguments) as fleet:
+        if arguments.box is not None:
+            fleet.deny(arguments.box, _ACTOR)
+        else:
+            fleet.deny_serial(arguments.serial, _ACTOR)
+    print(f"{arguments.box or arguments.serial}: denied from now on")
+    return 0
+
+
+def _allow(arguments: argparse.Namespace) -> int:
+    with _fleet(arguments) as fleet:
+        fleet.allow(arguments.box, _ACTOR)
+    print(f"{arguments.box}: let in again")
+    return 0
+
+
+def _move(arguments: argparse.Namespace) -> int:
+    _match(_RING, arguments.ring, "ring")
+    with _fleet(arguments) as fleet:
+        fleet.move(arguments.box, arguments.ring, _ACTOR)
+    print(f"{arguments.box}: counted to ring {arguments.ring}; set `ring` in its sync.toml as well")
+    return 0
+
+
+def _operator(arguments: argparse.Namespace) -> int:
+    with _fleet(arguments) as fleet:
+        if arguments.what == "remove":
+            Accounts(fleet).remove(arguments.name)
+            print(f"{arguments.name}: removed")
+        else:
+            print(Accounts(fleet).add(arguments.name))
+    return 0
+
+
+@contextmanager
+def _fleet(arguments: argparse.Namespace) -> Iterator[Fleet]:
+    if arguments.db is None and not (arguments.library / "library.json").is_file():
+        raise SettingsError(f"{arguments.library.resolve()} is no library", hint="give --library LIB or --db URL")
+    fleet = Fleet(arguments.db or sqlite_url(arguments.library))
+    try:
+        yield fleet
+    finally:
+        fleet.close()
+
+
+def _match(pattern: re.Pattern[str], value: str, what: str) -> None:
+    if not pattern.match(value):
+        raise SettingsError(f"{value!r} is no name of a {what}", hint=f"it must fit {pattern.pattern}")

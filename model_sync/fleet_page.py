@@ -1,0 +1,244 @@
+"""The page that the central team watches: rollouts, versions, boxes, and the brake. Works without JavaScript."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import datetime, timezone
+from functools import wraps
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
+
+from flask import Blueprint, Response, abort, current_app, flash, g, redirect, render_template, request, session, url_for
+from flask.typing import ResponseReturnValue
+
+from model_sync import fleet_chart, fleet_views
+from model_sync.documents import RolloutStep, older
+from model_sync.errors import ModelSyncError
+from model_sync.fleet import RUNNING, Fleet
+from model_sync.fleet_accounts import Accounts
+from model_sync.fleet_rollouts import Published, Rollouts, spent
+from model_sync.fleet_texts import LANGUAGES, reason, text
+from model_sync.server_api import address
+
+blueprint: Final = Blueprint("page", __name__, template_folder="templates")
+_View = TypeVar("_View", bound=Callable[..., ResponseReturnValue])
+_FORM_BYTES: Final = 16 << 10
+_YEAR_S: Final = 365 * 24 * 3600
+_GIB: Final = 1 << 30
+
+
+def operator_only(view: _View) -> _View:
+    """Let only a logged-in operator in; everybody else is led to the login."""
+
+    @wraps(view)
+    def guarded(*args: Any, **values: Any) -> ResponseReturnValue:
+        g.operator = _accounts().resume(session.get("token", ""))
+        if g.operator is None:
+            session.pop("token", None)
+            return redirect(url_for("page.login"))
+        return view(*args, **values)
+
+    return cast(_View, guarded)
+
+
+@blueprint.before_request
+def _limit() -> None:
+    request.max_content_length = _FORM_BYTES
+
+
+@blueprint.route("/fleet/login", methods=["GET", "POST"])
+def login() -> ResponseReturnValue:
+    """Log in; the same words for an unknown name, a wrong password and a locked account."""
+    if request.method == "GET":
+        return render_template("login.html", failed=False, name="")
+    if not current_app.extensions["allowances"]["logins"].take(address()):
+        abort(429)
+    name = request.form.get("name", "").strip()[:64]
+    token = _accounts().login(name, request.form.get("password", ""))
+    if token is None:
+        return render_template("login.html", failed=True, name=name), 401
+    session.clear()  # nothing of what stood there before is kept
+    session["token"] = token
+    return redirect(url_for("page.fleet"))
+
+
+@blueprint.post("/fleet/logout")
+@operator_only
+def logout() -> ResponseReturnValue:
+    """End the session on the server."""
+    _accounts().logout(session.get("token", ""))
+    session.clear()
+    return redirect(url_for("page.login"))
+
+
+@blueprint.post("/fleet/language")
+def language() -> ResponseReturnValue:
+    """Switch the language; remembered in this browser."""
+    chosen = request.form.get("language", "")
+    if chosen not in LANGUAGES:
+        abort(400)
+    back = request.form.get("next", "")
+    safe = back if back.startswith("/fleet") and back.isprintable() and "\\" not in back else url_for("page.fleet")
+    response = redirect(safe)
+    secure = current_app.config["SESSION_COOKIE_SECURE"]
+    response.set_cookie("lang", chosen, max_age=_YEAR_S, httponly=True, samesite="Strict", secure=secure)
+    return response
+
+
+@blueprint.get("/fleet/style.css")
+def style() -> Response:
+    """The page's only asset."""
+    css = (Path(blueprint.root_path) / "templates" / "fleet.css").read_bytes()
+    response = Response(css, content_type="text/css; charset=utf-8")
+    response.headers["Cache-Control"] = "public, max-age=31536000, immutable"  # its address changes with it
+    return response
+
+
+@blueprint.get("/fleet")
+@operator_only
+def fleet() -> ResponseReturnValue:
+    """The whole fleet."""
+    store, broken, published = _fleet(), False, Published({}, {})
+    try:
+        published = _rollouts().published()
+    except ModelSyncError:
+        broken = True
+    filters = _filters()
+    number = request.args.get("page", "1")
+    rows = fleet_views.listing(store, filters, int(number) if number.isdecimal() and len(number) < 7 else 1)
+    return render_template(
+        "fleet.html",
+        counts=fleet_views.counts(store), states=fleet_views.STATES, rings=fleet_views.rings(store),
+        rollouts=[_card(store, ring, line, step) for ring, rollout in sorted(published.rollouts.items())
+                  for line, step in sorted(rollout.lines.items())],
+        broken=broken, versions=_versions(store, published), filters=filters, rows=rows,
+        actions=fleet_views.latest_actions(store), can_sign=_rollouts().can_sign,
+    )  # fmt: skip
+
+
+@blueprint.get("/fleet/box/<box_id>")
+@operator_only
+def box(box_id: str) -> ResponseReturnValue:
+    """One box with everything it said last."""
+    found = fleet_views.box(_fleet(), box_id) if len(box_id) <= 64 else None
+    if found is None:
+        abort(404)
+    report = json.loads(found["box"]["report"]) if found["box"]["report"] else None
+    return render_template("box.html", report=report, **found)
+
+
+@blueprint.post("/fleet/pause")
+@operator_only
+def pause() -> ResponseReturnValue:
+    """Sign a rollout anew: paused, or going on."""
+    ring, line, action = (request.form.get(name, "")[:64] for name in ("ring", "line", "action"))
+    if action not in ("pause", "resume"):
+        abort(400)
+    if action == "resume" and request.form.get("looked") != "yes":
+        flash(_t("done.look_first"), "bad")
+        return redirect(url_for("page.fleet"))
+    try:
+        changed = _rollouts().set_paused(ring, line, action == "pause", g.operator)
+    except ModelSyncError as error:
+        flash(_t("done.failed", why=f"{error.message}. {error.hint}"), "bad")
+    else:
+        flash(_t("done.same" if not changed else "done.paused" if action == "pause" else "done.resumed"), "done")
+    return redirect(url_for("page.fleet"))
+
+
+@blueprint.app_context_processor
+def _words() -> dict[str, Any]:
+    return {
+        "t": _t, "language": _language(), "operator": g.get("operator"), "ago": _ago, "when": _when, "now": _fleet().now(),
+        "zone": datetime.now().astimezone().strftime("UTC%z"), "why": lambda code: reason(code, _language()),
+        "running_states": RUNNING, "style_version": current_app.config["STYLE_VERSION"], "gib": lambda value: f"{value / _GIB:.1f} GiB",
+    }  # fmt: skip
+
+
+def _card(store: Fleet, ring: str, line: str, step: RolloutStep) -> dict[str, Any]:
+    """Return everything that the card of one rollout shows."""
+    now = store.now()
+    begin, end = fleet_chart.span(step, now)
+    progress = fleet_views.progress(store, ring, line, step.version, begin, end)
+    tally = store.tally(ring, line, step.version)
+    moment = datetime.fromtimestamp(now, timezone.utc)
+    past = [index for index, at in enumerate(progress.times) if at <= now]
+    running = progress.running[past[-1]] if past else 0
+    done = (moment - step.start).total_seconds() >= step.duration_h * 3600
+    state = "paused" if step.paused else "waiting" if moment < step.start else "complete" if done else "running"
+    return {
+        "ring": ring, "line": line, "step": step, "state": state, "tally": tally, "progress": progress, "running": running,
+        "share": _percent(running, progress.total), "planned": f"{fleet_chart.planned_share(step, moment):.0f}",
+        "limit": fleet_chart.pausing_failures(step, tally), "spent": spent(step, tally) and not step.paused,
+        "chart": fleet_chart.draw(step, progress, now), "starts": int(step.start.timestamp()), "begin": begin, "end": end,
+        "command": _rollouts().command(ring, line, not step.paused), "table": past[:: max(1, len(past) // 8)] if past else [],
+    }  # fmt: skip
+
+
+def _versions(store: Fleet, published: Published) -> list[dict[str, Any]]:
+    """Return the table of versions: per line and version, the boxes of each ring, and whether it may be run at all."""
+    table: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in fleet_views.versions(store):
+        index = published.lines.get(row["line"])
+        entry = table.setdefault(
+            (row["line"], row["version"]),
+            {"line": row["line"], "version": row["version"], "rings": {}, "total": 0, "mark": ""},
+        )
+        entry["rings"][row["ring"]] = row["boxes"]
+        entry["total"] += row["boxes"]
+        if index is not None and index.withdrawal(row["version"]) is not None:
+            entry["mark"] = "withdrawn"
+        elif index is not None and older(row["version"], index.minimum_version):
+            entry["mark"] = "old"
+    return list(table.values())
+
+
+def _filters() -> fleet_views.Filters:
+    values = {name: request.args.get(name, "")[:64] for name in ("ring", "state", "name")}
+    line, _, version = request.args.get("version", "")[:130].partition("@")
+    return fleet_views.Filters(line=line, version=version, **values)
+
+
+def _language() -> str:
+    chosen = request.cookies.get("lang", "")
+    return chosen if chosen in LANGUAGES else request.accept_languages.best_match(LANGUAGES, "zh")
+
+
+def _t(key: str, **values: object) -> str:
+    return text(key, _language(), **values)
+
+
+def _ago(moment: int | None) -> str:
+    if moment is None:
+        return _t("ago.never")
+    minutes = max(0, _fleet().now() - moment) // 60
+    if minutes < 1:
+        return _t("ago.now")
+    if minutes < 120:
+        return _t("ago.minutes", count=minutes)
+    return _t("ago.hours", count=minutes // 60) if minutes < 48 * 60 else _t("ago.days", count=minutes // 1440)
+
+
+def _when(moment: int | str | None, form: str = "%Y-%m-%d %H:%M") -> str:
+    """Return a moment in this server's time zone; the page says which."""
+    if moment is None:
+        return "–"
+    at = datetime.fromisoformat(moment.replace("Z", "+00:00")) if isinstance(moment, str) else datetime.fromtimestamp(moment, timezone.utc)
+    return at.astimezone().strftime(form)
+
+
+def _percent(count: int, total: int) -> str:
+    return f"{100 * count / total:.0f}" if total else "0"
+
+
+def _fleet() -> Fleet:
+    return cast(Fleet, current_app.extensions["fleet"])
+
+
+def _rollouts() -> Rollouts:
+    return cast(Rollouts, current_app.extensions["rollouts"])
+
+
+def _accounts() -> Accounts:
+    return cast(Accounts, current_app.extensions["accounts"])

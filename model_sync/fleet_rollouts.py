@@ -1,0 +1,143 @@
+"""The rollouts as boxes see them now, and their brake: a newly signed rollout that is paused.
+
+A pause is no flag in a database, which whoever holds the server could clear: it is signed by the rollout key, so that a box trusts
+it as it trusts the rollout. Without that key the server can only say which command to run.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from securesystemslib.signer import Signer
+from tuf.api.metadata import Targets
+
+from model_sync.documents import ROLLOUT_ROLE, LineIndex, Rollout, RolloutStep, line_path
+from model_sync.errors import ModelSyncError, PublishError
+from model_sync.fleet import Fleet, Tally
+from model_sync.repository import Library
+
+logger = logging.getLogger(__name__)
+SERVER = "failure budget"
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is signed and public: the rollout of each ring, the index of each line."""
+
+    rollouts: dict[str, Rollout]
+    lines: dict[str, LineIndex]
+
+    def step(self, ring: str, line: str) -> RolloutStep | None:
+        """Return what a ring does with a line, or None."""
+        rollout = self.rollouts.get(ring)
+        return rollout.lines.get(line) if rollout is not None else None
+
+
+class Rollouts:
+    """Reads the published rollouts of one library, and pauses them."""
+
+    def __init__(self, directory: Path, fleet: Fleet, signers: tuple[Signer, ...] = ()) -> None:
+        """Hold a library; ``signers`` are the rollout, snapshot and timestamp keys, or none at all."""
+        self._directory = directory
+        self._fleet = fleet
+        self._signers = signers
+        self._lock = threading.Lock()
+        self._seen: tuple[int, int] | None = None
+        self._published = Published({}, {})
+
+    @property
+    def can_sign(self) -> bool:
+        """Whether a pause can be signed here."""
+        return bool(self._signers)
+
+    def published(self) -> Published:
+        """Return what boxes see; read again only when the timestamp changed."""
+        try:
+            facts = (self._directory / "public" / "metadata" / "timestamp.json").stat()
+        except FileNotFoundError:
+            return Published({}, {})
+        seen = (facts.st_mtime_ns, facts.st_ino)
+        if seen != self._seen:
+            self._published = _read(Library(self._directory))
+            self._seen = seen
+        return self._published
+
+    def set_paused(self, ring: str, line: str, paused: bool, actor: str, figures: str = "") -> bool:
+        """Sign the rollout of a ring anew, with one line paused or going on. Returns False when it was so already.
+
+        Raises:
+            PublishError: no key here, no such rollout, or the library refused; boxes go on with what is public.
+        """
+        if not self.can_sign:
+            raise PublishError("this server holds no rollout key", hint=self.command(ring, line, paused))
+        with self._lock:
+            step = self.published().step(ring, line)
+            if step is None:
+                raise PublishError(f"ring {ring} has no rollout of {line}", hint="reload the page")
+            if step.paused == paused:
+                return False
+            library = Library(self._directory, self._signers)
+            state = library.rollout(ring, line, step.version, step.percent, step.start, step.duration_h, step.failure_budget, paused=paused)
+            if not state.published:
+                raise PublishError("the rollout waits for more signatures", hint="`model-library status` says whose")
+        action = "paused" if paused else "resumed"
+        self._fleet.record(actor, action, ring=ring, line=line, subject=step.version, figures=figures)
+        logger.warning("rollout %s: ring %s line %s version %s by %s", action, ring, line, step.version, actor)
+        return True
+
+    def check_budget(self, ring: str) -> None:
+        """Pause each line of a ring whose version cost more boxes than its budget; without a key, say so once.
+
+        It never raises: a report that was kept is answered as kept, whatever is wrong with the library.
+        """
+        try:
+            rollout = self.published().rollouts.get(ring)
+        except ModelSyncError as error:
+            logger.error("the library's rollouts cannot be read: %s", error.message)
+            return
+        for line, step in (rollout.lines if rollout is not None else {}).items():
+            tally = None if step.paused else self._fleet.tally(ring, line, step.version)
+            if tally is not None and spent(step, tally):
+                self._brake(ring, line, step.version, f"{tally.failed}/{tally.tried}")
+
+    def _brake(self, ring: str, line: str, version: str, figures: str) -> None:
+        try:
+            self.set_paused(ring, line, True, SERVER, figures)
+        except ModelSyncError as error:
+            logger.error("the failure budget of ring %s line %s is spent but nothing was paused: %s", ring, line, error.message)
+            self._fleet.record_once(SERVER, "budget-spent", ring=ring, line=line, subject=version, figures=figures)
+
+    def command(self, ring: str, line: str, paused: bool) -> str:
+        """Return the command that does what the button would do, for a machine that has the key."""
+        step = self.published().step(ring, line)
+        if step is None:
+            return ""
+        budget = step.failure_budget
+        return (
+            f"model-library rollout {self._directory} --ring {ring} --line {line} --version {step.version}"
+            f" --percent {step.percent:g} --start {step.start:%Y-%m-%dT%H:%M:%SZ} --duration-h {step.duration_h:g}"
+            f" --max-failures {budget.max_fraction:g} --min-failures {budget.min_boxes}{' --paused' if paused else ''}"
+        )
+
+
+def spent(step: RolloutStep, tally: Tally) -> bool:
+    """Say whether a version failed on more boxes than its rollout may cost."""
+    return tally.failed >= step.failure_budget.min_boxes and tally.failed > step.failure_budget.max_fraction * tally.tried
+
+
+def _read(library: Library) -> Published:
+    rollouts, lines = {}, {}
+    if (chosen := library.published(ROLLOUT_ROLE)) is not None:
+        for path in chosen.signed.targets:
+            rollout = Rollout.parse(library.read_target(chosen.signed, path))
+            rollouts[rollout.ring] = rollout
+    top = library.published(Targets.type)
+    delegations = top.signed.delegations if top is not None else None
+    for line in (delegations.roles or {}) if delegations is not None else ():
+        role = library.published(line) if line != ROLLOUT_ROLE else None
+        if role is not None and line_path(line) in role.signed.targets:
+            lines[line] = LineIndex.parse(library.read_target(role.signed, line_path(line)))
+    return Published(rollouts, lines)

@@ -1,0 +1,27 @@
+"""How often somebody may ask: a bucket that fills by the minute."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+
+class Allowance:
+    """How much each address may ask: a bucket of ``burst`` that fills by ``per_minute``; in memory, bounded."""
+
+    def __init__(self, per_minute: float, burst: int, *, clock: Callable[[], float] = time.monotonic, most: int = 50_000) -> None:
+        self._per_s, self._burst, self._clock, self._most = per_minute / 60, burst, clock, most
+        self._left: dict[str, tuple[float, float]] = {}
+        self._lock = threading.Lock()
+
+    def take(self, who: str) -> bool:
+        """Take one from the bucket of ``who``; False when it is empty."""
+        now = self._clock()
+        with self._lock:
+            left, at = self._left.pop(who, (float(self._burst), now))
+            left = min(self._burst, left + (now - at) * self._per_s)
+            self._left[who] = (left - 1 if left >= 1 else left, now)
+            while len(self._left) > self._most:
+                del self._left[next(iter(self._left))]
+        return left >= 1
