@@ -165,10 +165,15 @@ class Answer:
         return kind in ("text/html", "application/xhtml+xml")
 
     @property
-    def validator(self) -> str:
-        """The strong ETag or the Last-Modified; empty when there is neither (a weak ETag must not be used for If-Range)."""
+    def etag(self) -> str:
+        """The strong ETag; empty when there is none (a weak one must not be used for If-Range)."""
         etag = self.headers.get("ETag", "").strip()
-        return etag if re.fullmatch(r'"[\x21\x23-\x7e]*"', etag) else self.headers.get("Last-Modified", "").strip()
+        return etag if re.fullmatch(r'"[\x21\x23-\x7e]*"', etag) else ""
+
+    @property
+    def validator(self) -> str:
+        """What If-Range can be asked with: the strong ETag or the Last-Modified; empty when there is neither."""
+        return self.etag or self.headers.get("Last-Modified", "").strip()
 
     def content_length(self) -> int | None:
         """The length that the answer announces, or None; garbage counts as none, the bytes themselves are counted anyway."""
@@ -234,13 +239,13 @@ class _HeaderDeadline:
     """The headers of an answer must come within twice the silence allowed: a byte now and then does not keep the box waiting."""
 
     sock: socket.socket | None
+    timeout: float | None
 
     def getresponse(self) -> Any:
-        connection = self.sock
-        limit = connection.gettimeout() if connection is not None else None
-        if connection is None or limit is None:
+        connection, silence = self.sock, self.timeout
+        if connection is None or silence is None:
             return super().getresponse()  # type: ignore[misc]
-        timer = threading.Timer(2 * limit, _hang_up, (connection,))
+        timer = threading.Timer(2 * silence, _hang_up, (connection,))
         timer.daemon = True
         timer.start()
         try:

@@ -81,7 +81,7 @@ def _begin(answer: Answer, part: Part, headers: dict[str, str]) -> None:
     if answer.status == 206 and headers:
         start = part.size
         check_content_range(answer.headers, start, part.length)
-        if "If-Range" in headers and answer.validator not in ("", headers["If-Range"]):
+        if _of_another_file(answer, headers.get("If-Range", "")):
             raise RangeViolation(f"{answer.host} sent a piece of another {_name(part)} than the part is of", final=final)
     elif answer.status != 200:
         raise RangeViolation(f"{answer.host} answered {answer.status} for {_name(part)}, which was not asked for", final=final)
@@ -89,6 +89,12 @@ def _begin(answer: Answer, part: Part, headers: dict[str, str]) -> None:
     if announced is not None and announced != part.length - start:
         raise RangeViolation(f"{answer.host} announces {announced} bytes of {_name(part)} instead of {part.length - start}", final=final)
     part.begin(validator=answer.validator, host=answer.host, at=start)
+
+
+def _of_another_file(answer: Answer, validator: str) -> bool:
+    """Say whether a 206 answer carries another validator of the kind that was sent: the server ignored If-Range."""
+    given = answer.etag if validator.startswith('"') else answer.headers.get("Last-Modified", "").strip()
+    return validator != "" and given not in ("", validator)
 
 
 def check_content_range(headers: Mapping[str, str], start: int, length: int) -> None:
