@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from appliance import __version__, reasons
+from appliance import __version__, model_commands, reasons
 from appliance.errors import ApplianceError
 from appliance.process import limit_memory, make_data_dir, start_logging
 from appliance.settings import Settings
@@ -90,9 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     worker = command("worker", _worker, "Run the worker alone.")
     worker.add_argument("--until-idle", action="store_true", help="stop when nothing is left to do")
     command("receive", _receive, "Run the DICOM receiver alone.")
-    models = command("models", _models, "List the models of this box, or put one to work.")
-    models.add_argument("action", choices=("list", "activate"))
-    models.add_argument("bundle", nargs="?", help="bundle directory, or 'reference' for the embedded one (with activate)")
+    model_commands.add_arguments(command("models", _models, "List the models of this box, put one to work, go back, or see what happened."))
+    model_commands.add_prove_arguments(command("prove", model_commands.prove, "Prove a model to the box (started by the box itself)."))
     user = command("user", _user, "Make an account, or give an existing one a new one-time password.")
     user.add_argument("username")
     user.add_argument("--role", choices=("clinician", "technician", "administrator", "auditor"), default="clinician")
@@ -186,27 +185,7 @@ def _receive(arguments: argparse.Namespace) -> int:
 
 
 def _models(arguments: argparse.Namespace) -> int:
-    from appliance.models import activate, reference_bundle
-    from appliance.store import Store
-
-    store = Store(Settings.load(arguments.data_dir))
-    if arguments.action == "activate":
-        if not arguments.bundle:
-            print(
-                "error: activate needs a bundle directory\nhint: `appliance models activate reference` takes the embedded one",
-                file=sys.stderr,
-            )
-            return EXIT_USAGE
-        directory = reference_bundle() if arguments.bundle == "reference" else Path(arguments.bundle)
-        digest = activate(store, directory, "cli")
-        print(f"active: {store.model(digest)['name']} {store.model(digest)['version']} ({digest[:12]})")
-        return EXIT_OK
-    for row in store.models():
-        print(
-            f"{row['state']:9} {row['name']} {row['version']} {row['digest'][:12]}"
-            f" {row['precision']} {row['runtime']} {row['activated_at']}"
-        )
-    return EXIT_OK
+    return model_commands.run(arguments, _language())
 
 
 def _user(arguments: argparse.Namespace) -> int:

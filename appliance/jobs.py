@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import fields
 
 from appliance import database as db
@@ -76,8 +76,45 @@ class JobQueue:
         if not fitting:
             refusal = next((verdict.refusal for verdict in verdicts.values() if verdict.refusal), Note("scope.no_model"))
             self._add_job(tx, JobKind.CHECK, row["id"], "", (refusal,), refusal.code)
-        self._set_state(tx, row["id"], ScanState.QUEUED, None)
+        self._settle(tx, row["id"])
         return max(1, len(fitting))
+
+    def hand_over(self, tx: sqlite3.Connection, digest: str, successor: str | None, reason: Note) -> None:
+        """A model reads no more: what still waits for it, or failed under it, goes to its successor, or is not analysed and says why.
+
+        Args:
+            tx: the caller's transaction, in which the models at work have changed already.
+            digest: the model that reads no more.
+            successor: the model of its line that reads now, if there is one.
+            reason: why it reads no more; what is not analysed for it is planned again when a model comes.
+        """
+        manifest = self._active_manifests(tx).get(successor or "")
+        waiting = tx.execute("SELECT * FROM jobs WHERE model_digest = ? AND state IN ('queued', 'running', 'failed')", (digest,)).fetchall()
+        for job in waiting:
+            image = tx.execute("SELECT * FROM instances WHERE id = ?", (job["instance_id"],)).fetchone()
+            verdict = applies(manifest.applies_to, _scan_of(image)) if manifest else None
+            if successor is not None and verdict is not None and verdict.refusal is None:
+                tx.execute("DELETE FROM jobs WHERE id = ?", (job["id"],))
+                self._add_job(tx, JobKind.INFER, image["id"], successor, verdict.notes, "")
+            else:
+                tx.execute(
+                    "UPDATE jobs SET state = 'done', outcome = ?, reason = ?, scope_code = 'scope.no_model', finished_at = ?,"
+                    " lease_owner = '', lease_until = 0 WHERE id = ?",
+                    (ScanState.NOT_ANALYSED.value, json.dumps(reason.to_json(), ensure_ascii=False), utc_now(), job["id"]),
+                )
+            self._settle(tx, image["id"])
+
+    @staticmethod
+    def note_findings(tx: sqlite3.Connection, digest: str, note: Note, limit: int) -> int:
+        """Put a note on what a model found, at most ``limit`` jobs at a time; returns how many got it. Safe to repeat."""
+        jobs = tx.execute(
+            "SELECT id, instance_id, notes FROM jobs WHERE model_digest = ? AND outcome = ? AND notes NOT LIKE ? LIMIT ?",
+            (digest, ScanState.AI_READY.value, f'%"code": "{note.code}"%', limit),
+        ).fetchall()
+        for job in jobs:
+            tx.execute("UPDATE jobs SET notes = ? WHERE id = ?", (notes_json((*_notes(job["notes"]), note)), job["id"]))
+            touch_study(tx, job["instance_id"])
+        return len(jobs)
 
     @staticmethod
     def _add_job(tx: sqlite3.Connection, kind: JobKind, instance_id: int, digest: str, notes: tuple[Note, ...], scope_code: str) -> None:
@@ -89,10 +126,16 @@ class JobQueue:
 
     # -- jobs --------------------------------------------------------------------------------------------------------
 
-    def claim_job(self, owner: str, lease_s: float) -> Job | None:
+    def claim_job(self, owner: str, lease_s: float, held: Collection[str] = ()) -> Job | None:
         """Take the next job under a lease: urgent first, then oldest. Expired leases go back to the queue before.
 
-        Returns None when the queue is empty.
+        Args:
+            owner: who takes it.
+            lease_s: for how long.
+            held: digests of models that must not read now; their jobs wait.
+
+        Returns:
+            None when the queue is empty.
         """
         now = time.time()
         waiting = self.database.one(
@@ -104,7 +147,11 @@ class JobQueue:
             return None
         with self.database.transaction(durable=False) as tx:  # a claim that a power cut forgets is a job still queued
             self._release(tx, tx.execute("SELECT * FROM jobs WHERE state = 'running' AND lease_until < ?", (now,)).fetchall(), now)
-            row = tx.execute("SELECT * FROM jobs WHERE state = 'queued' ORDER BY priority DESC, id LIMIT 1").fetchone()
+            row = tx.execute(
+                "SELECT * FROM jobs WHERE state = 'queued' AND model_digest NOT IN (SELECT value FROM json_each(?))"
+                " ORDER BY priority DESC, id LIMIT 1",
+                (json.dumps(list(held)),),
+            ).fetchone()
             if row is None:
                 return None
             tx.execute(

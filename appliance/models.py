@@ -1,32 +1,47 @@
-"""Putting a model to work: verify, copy, prove on this box with its golden cases, switch in one transaction.
+"""The models of a box, by hand: put one to work, go back to the one before, and see what happened.
 
-Until the switch the model before it goes on reading; whatever fails before leaves it untouched.
+The way is the same as the library's: an entry in the journal, a proof in a process of its own, one transaction at the switch. Where
+a worker runs it does all that; where none does, this process takes the worker's lock and does it itself.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
+import hashlib
+import sqlite3
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
-
-from appliance import __version__
-from appliance.content import fsync_directory
+from appliance import copies
+from appliance.activation import Activator
 from appliance.database import SECURITY_ALERT
-from appliance.errors import ActivationError, ApplianceError, InferenceError
-from appliance.postprocess import classify
-from appliance.preprocess import from_display
-from appliance.runtime import Runtime, open_runtime
+from appliance.domain import Note
+from appliance.errors import ActivationError, ApplianceError
+from appliance.exchange import Check, Facts
+from appliance.follow import learn
+from appliance.journal import Journal, Wanted
+from appliance.ledger import LASTING, PROVING
+from appliance.process import Lock
+from appliance.signal import wake
 from appliance.store import Store
-from model_sync.bundle import GoldenCase, ModelBundle, Variant
-from model_sync.errors import BundleError
+from model_sync.bundle import MANIFEST_NAME, Manifest, ModelBundle
 
 REFERENCE_BUNDLE: Final = "cxr-pneumonia"
+_POLL_S: Final = 0.02
+_ASK_WORKER_S: Final = 0.1
+
+Told = Callable[[sqlite3.Row], None]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A model that is whole on the disk; enough to put it to work where no worker runs that could load it."""
+
+    manifest: Manifest
+    digest: str
 
 
 def reference_bundle() -> Path:
@@ -34,151 +49,169 @@ def reference_bundle() -> Path:
     return Path(str(resources.files("appliance") / "bundles" / REFERENCE_BUNDLE))
 
 
-def activate(store: Store, directory: Path, actor: str, precision: str | None = None) -> str:
+def installed(store: Store, digest: str) -> ModelBundle:
+    """The box's own copy of a model it knows, its digests checked; raises ActivationError or StoreError ``model.unknown``."""
+    store.model(digest)
+    return copies.own_copy(store.settings.data_dir, digest)
+
+
+def activate(
+    store: Store, directory: Path, actor: str, precision: str | None = None, *, again: bool = False, told: Told | None = None
+) -> str:
     """Make a bundle the active model of its name.
 
     Args:
         store: the box's store.
         directory: the bundle.
         actor: who asked for it, for the audit.
-        precision: variant to run; the first of the manifest when None.
+        precision: variant to run; the most exact when None.
+        again: try it though it failed on this device before.
+        told: called with the journal's entry as it goes on.
 
     Returns:
         The model's digest. A model that is active already is verified and left as it is; when the box's copy of it is damaged,
         that copy is moved aside and the bundle installed again.
 
     Raises:
-        ActivationError: the bundle is invalid, too new for this appliance, or fails its self-test; the model before it stays.
+        ActivationError: the bundle is invalid, too new for this appliance, forbidden or not known to the signed library, failed here
+            before, or fails its self-test; the model before it stays.
     """
+    journal = Journal(store)
     try:
-        bundle = _load(directory)
-        current = store.database.one("SELECT digest FROM models WHERE state = 'active' AND name = ?", bundle.manifest.name)
-        if current is not None and current["digest"] == bundle.digest and precision is None and _is_whole(store, bundle.digest):
+        bundle = copies.load(directory)
+        current = journal.active(bundle.manifest.name)
+        same = current is not None and current["digest"] == bundle.digest and precision in (None, current["precision"])
+        if same and copies.is_whole(store.settings.data_dir, bundle.digest):
             return bundle.digest
-        own = _install(store, bundle)
-        report = self_test(own, precision, store.settings.worker_threads)
+        wanted = _wanted(bundle, actor, precision)
+        _refuse_if_forbidden(store, journal, wanted, again=again or same)
     except ApplianceError as error:
         store.record(SECURITY_ALERT, actor, "U", "model", 8, type="110131", type_meaning="Software Configuration", code=error.code)
         raise
-    manifest = own.manifest
-    values = {
-        "digest": own.digest, "name": manifest.name, "version": manifest.version, "directory": f"models/{own.digest}",
-        "manifest": own.manifest.to_json().decode(),
-        "precision": report["precision"], "runtime": report["runtime"], "self_test": json.dumps(report),
-    }  # fmt: skip
-    store.switch_model(values, actor)
-    return own.digest
+    return drive(store, journal.enter(wanted), told)
 
 
-def installed(store: Store, digest: str) -> ModelBundle:
-    """The box's own copy of a model, its digests checked; raises ActivationError."""
-    row = store.model(digest)
-    bundle = _load(store.settings.data_dir / row["directory"])
-    if bundle.digest != digest:
-        raise ActivationError("model.invalid", "the copy on this box is another model")
-    return bundle
+def rollback(store: Store, name: str | None, actor: str, told: Told | None = None) -> str:
+    """Go back to the model before; returns its digest.
 
-
-def self_test(bundle: ModelBundle, precision: str | None, threads: int) -> dict[str, Any]:
-    """Run every golden case through the real way (resize, infer, classify) and hold it against its tolerance.
-
-    Returns:
-        precision, runtime, per case the largest difference of a probability, and the median latency in ms.
+    Args:
+        store: the box's store.
+        name: the line; may be left out where the box has one.
+        actor: who asked for it.
+        told: called with the journal's entry as it goes on.
 
     Raises:
-        ActivationError: ``model.self_test``, with the case and the difference.
+        ActivationError: ``model.no_previous``, or why the one before must not read again (``model.withdrawn``,
+            ``model.below_minimum``) or cannot (its copy is damaged, it fails its self-test); the model at work stays.
     """
-    try:
-        return _measure(bundle, bundle.variant(precision), threads)
-    except InferenceError as error:
-        raise ActivationError("model.self_test", error.detail) from error
-    except BundleError as error:
-        raise ActivationError("model.invalid", str(error), hint=error.hint) from error
+    journal = Journal(store)
+    current = _line(store, name)
+    successors = journal.successors(current["name"], current["digest"])
+    if not successors:
+        previous = store.database.one("SELECT * FROM models WHERE name = ? AND state = 'previous'", current["name"])
+        barred = journal.barred(previous["name"], previous["version"]) if previous else None
+        note = barred or Note("model.no_previous", current["name"])
+        store.record(SECURITY_ALERT, actor, "U", "model", 8, type="110131", type_meaning="Software Configuration", code=note.code)
+        raise ActivationError(note.code, note.detail)
+    to = successors[0]
+    origin = copies.place(store.settings.data_dir, to["digest"])
+    wanted = Wanted(to["name"], to["version"], to["digest"], "hand", origin, actor, to["precision"], "rollback")
+    return drive(store, journal.enter(wanted), told)
 
 
-def _measure(bundle: ModelBundle, variant: Variant, threads: int) -> dict[str, Any]:
-    runtime = open_runtime(bundle.path(variant.file), bundle.manifest.input, variant.precision, threads or None)
-    try:
-        differences: dict[str, float] = {}
-        latencies = []
-        for case in bundle.golden_cases():
-            started = time.perf_counter()
-            differences[case.name] = _difference(runtime, bundle, case)
-            latencies.append((time.perf_counter() - started) * 1000)
-            allowed = case.tolerance[variant.precision]
-            if not differences[case.name] <= allowed:  # also true for NaN
-                raise ActivationError("model.self_test", f"{case.name}: off by {differences[case.name]:.4g}, allowed {allowed:g}")
-        if not differences:
-            raise ActivationError("model.self_test", "the bundle has no golden case")
-        return {
-            "precision": variant.precision, "runtime": f"{runtime.name} {runtime.version}", "details": runtime.describe(),
-            "max_difference": differences, "median_ms": float(np.median(latencies)),
-        }  # fmt: skip
-    finally:
-        runtime.close()
+def find(store: Store, which: str) -> Path:
+    """The directory that a person means: ``reference``, a bundle's directory, or a digest (its beginning) or version on this box.
+
+    Raises:
+        ActivationError: ``model.unknown``: none, or more than one.
+    """
+    if which == "reference":
+        return reference_bundle()
+    if Path(which).is_dir():
+        return Path(which)
+    rows = [row for row in store.models() if row["version"] == which or (len(which) >= 4 and row["digest"].startswith(which))]
+    if len(rows) != 1:
+        raise ActivationError("model.unknown", f"{which}: {len(rows)} models of this box fit")
+    return copies.place(store.settings.data_dir, rows[0]["digest"])
 
 
-def _difference(runtime: Runtime, bundle: ModelBundle, case: GoldenCase) -> float:
-    """The largest difference of one case: of its probabilities, and of its activation map relative to the map's range."""
-    manifest = bundle.manifest
-    prepared = from_display(case.pixels, manifest.input)
-    outputs = runtime.infer({manifest.input.name: prepared.tensor})
-    scored = {label.label: label.score for label in classify(outputs, manifest, prepared.geometry)}
-    worst = max(abs(scored[label] - expected) for label, expected in case.expected.items())
-    if manifest.explain is not None and case.cam is not None:
-        cam = outputs[manifest.explain.output]
-        span = float(np.ptp(case.cam)) or 1.0
-        worst = max(worst, float(np.max(np.abs(cam - case.cam))) / span)
-    return worst
+def drive(store: Store, number: int, told: Told | None = None) -> str:
+    """See an activation through to the switch: by the box's worker where one runs, else here; returns the model's digest.
 
-
-def _load(directory: Path) -> ModelBundle:
-    try:
-        bundle = ModelBundle.load(directory)
-    except BundleError as error:
-        raise ActivationError("model.invalid", str(error), hint=error.hint) from error
-    if not bundle.manifest.runs_on(__version__):
-        raise ActivationError("model.too_new", f"needs {bundle.manifest.min_appliance_version}, this is {__version__}")
-    return bundle
-
-
-def _is_whole(store: Store, digest: str) -> bool:
-    """Whether the box's own copy of a model is there and what it should be."""
-    try:
-        return _load(store.settings.data_dir / "models" / digest).digest == digest
-    except ActivationError:
-        return False
-
-
-def _set_aside(target: Path) -> None:
-    """Keep a damaged copy beside, for whoever asks what happened to the disk, and make room for a whole one."""
-    number = 1 + sum(1 for _ in target.parent.glob(f"{target.name}.damaged-*"))
-    try:
-        os.rename(target, target.with_name(f"{target.name}.damaged-{number}"))
-        fsync_directory(target.parent)
-    except OSError as error:
-        raise ActivationError("store.failed", str(error)) from error
-
-
-def _install(store: Store, bundle: ModelBundle) -> ModelBundle:
-    """Copy a bundle under its digest: written beside, fsynced, renamed; then read back from the disk."""
-    target = store.settings.data_dir / "models" / bundle.digest
-    if os.path.lexists(target) and not _is_whole(store, bundle.digest):
-        _set_aside(target)
-    if not target.is_dir():
-        staging = target.with_suffix(f".{os.getpid()}.part")
+    Raises:
+        ActivationError: it failed, with the coded reason.
+    """
+    journal, say = Journal(store), told or (lambda _row: None)
+    while (row := journal.row(number))["state"] in PROVING:
+        say(row)
         try:
-            shutil.copytree(bundle.directory, staging)
-            for path in staging.rglob("*"):
-                if path.is_file():
-                    with open(path, "rb") as file:
-                        os.fsync(file.fileno())
-                else:
-                    fsync_directory(path)
-            fsync_directory(staging)
-            os.rename(staging, target)
-            fsync_directory(target.parent)
-        except OSError as error:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise ActivationError("store.failed", str(error)) from error
-    return _load(target)
+            lock = Lock(store.settings.data_dir, "worker")
+        except ApplianceError:  # a worker has it: it does the work, and if it dies, the next one or we
+            wake(store.settings)
+            time.sleep(_ASK_WORKER_S)
+            continue
+        try:
+            _drive_here(store, number, say)
+        finally:
+            lock.release()
+    say(row)
+    if row["state"] not in ("trial", "good"):
+        raise ActivationError(*journal.reason(row))
+    return str(row["digest"])
+
+
+def _drive_here(store: Store, number: int, say: Told) -> None:
+    data_dir = store.settings.data_dir
+
+    def whole(digest: str, _precision: str | None) -> Whole:
+        return Whole(copies.own_copy(data_dir, digest).manifest, digest)
+
+    activator = Activator(store, whole, follow=False)
+    try:
+        while (row := activator.journal.row(number))["state"] in PROVING:
+            say(row)
+            activator.tick()
+            time.sleep(_POLL_S)
+    finally:
+        activator.stop()
+
+
+def _wanted(bundle: ModelBundle, actor: str, precision: str | None) -> Wanted:
+    manifest = bundle.manifest
+    embedded = hashlib.sha256((reference_bundle() / MANIFEST_NAME).read_bytes()).hexdigest() == bundle.digest
+    return Wanted(manifest.name, manifest.version, bundle.digest, "embedded" if embedded else "hand", bundle.directory, actor, precision)
+
+
+def _refuse_if_forbidden(store: Store, journal: Journal, wanted: Wanted, *, again: bool) -> None:
+    """Before anything is begun: the library's word, and what this device went through with it before."""
+    facts = _facts(store) if wanted.source != "embedded" and store.settings.library_root is not None else None
+    if facts is not None:
+        learn(store, journal, facts)
+    note = journal.barred(wanted.name, wanted.version)
+    if note is None and facts is not None:
+        note = facts.refusal(wanted.name, wanted.version, wanted.digest)
+    if note is not None:
+        raise ActivationError(note.code, note.detail)
+    failed = journal.remembered(wanted.digest)
+    if failed is not None and failed.code in LASTING and not again:
+        raise ActivationError("activation.failed_before", failed.code)
+
+
+def _facts(store: Store) -> Facts:
+    """What the signed library says now, waited for: this is a person's command, not the worker."""
+    settings = store.settings
+    if settings.exchange_dir is None or settings.library_root is None:
+        return Facts(ok=False, code="model.not_signed", message="library_root is set but exchange_dir is not")
+    check = Check(settings.exchange_dir, settings.library_root)
+    while (facts := check.facts()) is None:
+        time.sleep(_POLL_S)
+    return facts
+
+
+def _line(store: Store, name: str | None) -> sqlite3.Row:
+    """The active model of the line that is meant."""
+    active = [row for row in store.models() if row["state"] == "active" and name in (None, row["name"])]
+    if len(active) != 1:
+        known = ", ".join(sorted(row["name"] for row in active)) or "none"
+        raise ActivationError("model.unknown", f"{name}: no model is active" if name else f"active: {known}; say which line")
+    return active[0]

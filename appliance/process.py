@@ -77,9 +77,9 @@ def give_back_memory() -> None:
         trim(0)
 
 
-def die_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the parent dies, so that a killed supervisor leaves no orphans on the ports."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def die_with_parent(signal_number: int = signal.SIGTERM) -> None:
+    """Ask the kernel for a signal when the parent dies, so that a killed supervisor leaves no orphans on the ports."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal_number)
 
 
 class Lock:

@@ -6,18 +6,13 @@ like "negative" and the same words stand on the page, in the JSON and, later, in
 
 from __future__ import annotations
 
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal
+
+from appliance.model_reasons import MODEL_REASONS, Reason
+
+__all__ = ["REASONS", "Language", "Reason", "hint", "text"]
 
 Language = Literal["zh", "en"]
-
-
-class Reason(NamedTuple):
-    """A coded reason: what happened, and the hint what to do, in both languages."""
-
-    zh: str
-    en: str
-    hint_zh: str
-    hint_en: str
 
 
 _SENDER_KEEPS_ZH = "文件未保存，请从原设备重新导出后再发送。"
@@ -176,27 +171,7 @@ REASONS: Final[dict[str, Reason]] = {
         "请停止使用该影像并通知技术人员。",
         "Do not use this image; call the technician.",
     ),
-    "model.invalid": Reason(
-        "模型包无效",
-        "The model bundle is invalid",
-        "继续使用原有模型。请从模型库重新获取。",
-        "The model before it stays in use. Fetch the bundle again from the library.",
-    ),
-    "model.self_test": Reason(
-        "模型自检未通过",
-        "The model failed its self-test",
-        "继续使用原有模型。请把自检结果报告给中心。",
-        "The model before it stays in use. Report the self-test to the central team.",
-    ),
-    "model.too_new": Reason(
-        "模型需要更新版本的设备软件", "The model needs a newer appliance version", "请先升级设备软件。", "Update the appliance first."
-    ),
-    "model.unknown": Reason(
-        "本机没有这个模型",
-        "There is no such model on this box",
-        "用 `appliance models list` 查看已有模型。",
-        "See `appliance models list` for the models present.",
-    ),
+    **MODEL_REASONS,
     "settings.invalid": Reason(
         "设置无效",
         "The settings are invalid",

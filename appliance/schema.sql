@@ -136,17 +136,23 @@ CREATE TABLE activations (            -- the journal of every model that was eve
   name TEXT NOT NULL, version TEXT NOT NULL, digest TEXT NOT NULL,
   device TEXT NOT NULL,               -- digest of processor, runtime and appliance version: a failure belongs to one of them
   source TEXT NOT NULL CHECK (source IN ('library', 'usb', 'hand', 'embedded')),
+  origin TEXT NOT NULL,               -- the directory its files are copied from
+  precision TEXT,                     -- the variant asked for by hand; NULL takes the most exact
+  purpose TEXT NOT NULL DEFAULT 'activate' CHECK (purpose IN ('activate', 'rollback')),
   state TEXT NOT NULL CHECK (state IN ('staged', 'building', 'self-test', 'trial', 'good', 'failed', 'rolled-back', 'withdrawn')),
-  attempts INTEGER NOT NULL DEFAULT 0,-- how often this state was begun: a crash or reboot loop ends
+  attempts INTEGER NOT NULL DEFAULT 0,-- how often the proof was begun; on trial, worker starts since the last case: a loop ends
   progress REAL NOT NULL DEFAULT 0,   -- 0 to 1 within the state
   reason TEXT,                        -- JSON note: why it failed, was rolled back or withdrawn
   self_test TEXT,                     -- JSON: what was measured on this box
   trial TEXT,                         -- JSON: cases, failures, latency and drift so far
+  marked INTEGER NOT NULL DEFAULT 1,  -- 0: findings of a version that was taken back still wait for their note
   actor TEXT NOT NULL,
   started_at TEXT NOT NULL, updated_at TEXT NOT NULL, ended_at TEXT
 ) STRICT;
 CREATE INDEX activations_by_digest ON activations (digest, device);
-CREATE UNIQUE INDEX one_open_activation_per_name ON activations (name) WHERE state IN ('staged', 'building', 'self-test', 'trial');
+CREATE UNIQUE INDEX one_coming_model_per_name ON activations (name) WHERE state IN ('staged', 'building', 'self-test');
+CREATE UNIQUE INDEX one_trial_per_name ON activations (name) WHERE state = 'trial';
+CREATE INDEX jobs_by_model ON jobs (model_digest, finished_at);
 
 CREATE TABLE model_lines (            -- what the signed index of a line forbids; it only ever gets stricter
   name TEXT PRIMARY KEY,

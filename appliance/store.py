@@ -184,39 +184,51 @@ class Store(JobQueue):
         return row
 
     def switch_model(self, values: dict[str, str], actor: str) -> None:
-        """Put a proven model to work: pointer, the one before it, and audit in one transaction.
+        """Make a model the active one of its name, without a word of how it was proven (:mod:`appliance.journal` is the way to work).
 
         Args:
             values: the columns of ``models`` except ``state`` and ``activated_at``.
             actor: who asked for it.
         """
         with self.database.transaction() as tx:
-            tx.execute(
-                "UPDATE models SET state = 'retired' WHERE name = ? AND state = 'previous' AND digest != ?",
-                (values["name"], values["digest"]),
-            )
-            tx.execute(
-                "UPDATE models SET state = 'previous' WHERE name = ? AND state = 'active' AND digest != ?",
-                (values["name"], values["digest"]),
-            )
-            Database.insert(
-                tx, "models",
-                "ON CONFLICT (digest) DO UPDATE SET state = 'active', self_test = excluded.self_test,"
-                " activated_at = excluded.activated_at, precision = excluded.precision, runtime = excluded.runtime",
-                **values, state="active", activated_at=utc_now(),
-            )  # fmt: skip
-            self._replan_unread(tx)
-            Database.audit(
-                tx,
-                db.SECURITY_ALERT,
-                actor,
-                "U",
-                f"model:{values['digest'][:12]}",
-                type="110131",
-                type_meaning="Software Configuration",
-                name=values["name"],
-                version=values["version"],
-            )
+            self.switch_within(tx, values, actor)
+
+    def switch_within(self, tx: sqlite3.Connection, values: dict[str, str], actor: str, *, keep_previous: bool = False) -> None:
+        """Pointer, the model before it, and audit, inside the caller's transaction.
+
+        Args:
+            tx: the open transaction.
+            values: the columns of ``models`` except ``state`` and ``activated_at``.
+            actor: who asked for it.
+            keep_previous: the model that is replaced must not be fallen back to: the one before it stays the previous one.
+        """
+        name, digest = values["name"], values["digest"]
+        if keep_previous:
+            tx.execute("UPDATE models SET state = 'retired' WHERE name = ? AND state = 'active' AND digest != ?", (name, digest))
+        elif tx.execute("SELECT 1 FROM models WHERE name = ? AND state = 'active' AND digest != ?", (name, digest)).fetchone():
+            tx.execute("UPDATE models SET state = 'retired' WHERE name = ? AND state = 'previous'", (name,))
+            tx.execute("UPDATE models SET state = 'previous' WHERE name = ? AND state = 'active'", (name,))
+        Database.insert(
+            tx, "models",
+            "ON CONFLICT (digest) DO UPDATE SET state = 'active', self_test = excluded.self_test,"
+            " activated_at = excluded.activated_at, precision = excluded.precision, runtime = excluded.runtime",
+            **values, state="active", activated_at=utc_now(),
+        )  # fmt: skip
+        self._replan_unread(tx)
+        self._audit_switch(tx, digest, name, values["version"], actor)
+
+    def resume_within(self, tx: sqlite3.Connection, digest: str) -> None:
+        """Put a model to work again that read patients before, inside the caller's transaction; no other of its name is active."""
+        row = tx.execute(
+            "UPDATE models SET state = 'active', activated_at = ? WHERE digest = ? RETURNING *", (utc_now(), digest)
+        ).fetchone()
+        self._replan_unread(tx)
+        self._audit_switch(tx, digest, row["name"], row["version"], "worker")
+
+    @staticmethod
+    def _audit_switch(tx: sqlite3.Connection, digest: str, name: str, version: str, actor: str) -> None:
+        software: dict[str, Any] = {"type": "110131", "type_meaning": "Software Configuration"}
+        Database.audit(tx, db.SECURITY_ALERT, actor, "U", f"model:{digest[:12]}", **software, name=name, version=version)
 
     def record(self, event: tuple[str, str], actor: str, action: str, obj: str, outcome: int = 0, **detail: Any) -> None:
         """Append an audit entry that goes with no other change (a look at a study, a failed self-test)."""

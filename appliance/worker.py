@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 import pydicom
 from pydicom.filebase import DicomBytesIO
 
-from appliance import models
+from appliance import copies
+from appliance.activation import Activator
 from appliance.domain import Finding, Job, JobKind, JobResult, Note, ScanState
 from appliance.errors import ApplianceError, PixelError, StoreError
 from appliance.ingest import PARSE_ERRORS
@@ -41,7 +42,9 @@ logger = logging.getLogger(__name__)
 _IDLE_S: Final = 0.5
 _LEASE_MARGIN_S: Final = 30.0
 _CHECK_SHARE: Final = 0.3
+_BUSY_IDLE_S: Final = 0.05
 _PLAN_EVERY_S: Final = 1.0
+_DROP_EVERY_S: Final = 1.0
 # No radiograph is five times as long as wide; letterboxing one that claims so would cost gigabytes.
 _MAX_ASPECT: Final = 5.0
 
@@ -63,16 +66,21 @@ class Timer:
 
 
 class Loaded:
-    """A model ready to read: verified on disk, session open, warmed up."""
+    """A model ready to read: verified on disk, session open, warmed up.
 
-    def __init__(self, store: Store, digest: str) -> None:
-        bundle: ModelBundle = models.installed(store, digest)
-        row = store.model(digest)
+    Args:
+        settings: where the box's own copies are, and how many threads an inference gets.
+        digest: which model.
+        precision: which variant; the most exact when None.
+    """
+
+    def __init__(self, settings: Settings, digest: str, precision: str | None) -> None:
+        bundle: ModelBundle = copies.own_copy(settings.data_dir, digest)
         self.manifest: Manifest = bundle.manifest
         self.digest = digest
-        variant = bundle.variant(row["precision"])
+        variant = bundle.variant(precision)
         self.runtime: Runtime = open_runtime(
-            bundle.path(variant.file), bundle.manifest.input, variant.precision, store.settings.worker_threads or None
+            bundle.path(variant.file), bundle.manifest.input, variant.precision, settings.worker_threads or None
         )
 
 
@@ -90,12 +98,13 @@ class Worker:
         self._loaded: dict[str, Loaded] = {}
         self._broken: dict[str, str] = {}
         self._arm = on_deadline or (lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds))
+        self._next_drop = 0.0
+        self.activator = Activator(store, self._load, self._take)
 
     def prepare(self) -> None:
-        """Load and warm up every active model, and drop those that no longer are."""
+        """Load and warm up every active model, and drop those that nobody needs any more."""
         active = {row["digest"]: row["activated_at"] for row in self._store.models() if row["state"] == "active"}
-        for digest in set(self._loaded) - set(active):
-            self._loaded.pop(digest).runtime.close()
+        self._drop(set(active))
         for digest in set(active) - set(self._loaded):
             if self._broken.get(digest) == active[digest]:
                 continue
@@ -106,10 +115,44 @@ class Worker:
                 self._broken[digest] = active[digest]
             give_back_memory()
 
+    def step(self) -> None:
+        """Between two jobs: go on with a new model, without waiting for anything. A disk that hangs under it ends the worker."""
+        self._arm(self._store.settings.job_deadline_s)
+        try:
+            self.activator.tick()
+            if time.monotonic() >= self._next_drop and len(self._loaded) > 1:
+                self._next_drop = time.monotonic() + _DROP_EVERY_S
+                self._drop({row["digest"] for row in self._store.models() if row["state"] == "active"})
+        finally:
+            self._arm(0)
+
+    def _drop(self, active: set[str]) -> None:
+        """Let go of models that read no more; one that was replaced stays for as long as a job names it."""
+        if not set(self._loaded) - active:
+            return
+        named = {row["model_digest"] for row in self._store.database.query("SELECT model_digest FROM jobs WHERE state = 'queued'")}
+        for digest in set(self._loaded) - active - named:
+            self._loaded.pop(digest).runtime.close()
+            give_back_memory()
+
+    def _load(self, digest: str, precision: str | None) -> Loaded:
+        """A model beside the one that reads, in a thread of the activator's."""
+        loaded = self._loaded.get(digest)
+        if loaded is not None and precision in (None, loaded.runtime.precision):
+            return loaded
+        return Loaded(self._store.settings, digest, precision)
+
+    def _take(self, loaded: Loaded) -> None:
+        """The model that was put to work in this moment."""
+        before = self._loaded.get(loaded.digest)
+        if before is not None and before is not loaded:
+            before.runtime.close()
+        self._loaded[loaded.digest] = loaded
+
     def run_once(self) -> bool:
         """Do one job. Returns False when there was none."""
         deadline_s = self._store.settings.job_deadline_s
-        job = self._store.claim_job(self._owner, deadline_s + _LEASE_MARGIN_S)
+        job = self._store.claim_job(self._owner, deadline_s + _LEASE_MARGIN_S, self.activator.held)
         if job is None:
             return False
         self._arm(deadline_s)
@@ -193,7 +236,7 @@ class Worker:
 
     def _model(self, digest: str) -> Loaded:
         if digest not in self._loaded:
-            self._loaded[digest] = Loaded(self._store, digest)
+            self._loaded[digest] = Loaded(self._store.settings, digest, self._store.model(digest)["precision"])
         return self._loaded[digest]
 
 
@@ -227,6 +270,7 @@ def run(settings: Settings, *, until_idle: bool = False) -> None:
     try:
         store.content.sweep()
         store.recover_jobs()
+        worker.activator.recover()
         worker.prepare()
         logger.info("worker ready")
         planned = 0.0
@@ -234,14 +278,16 @@ def run(settings: Settings, *, until_idle: bool = False) -> None:
             if time.monotonic() - planned > _PLAN_EVERY_S:  # under load too: a silent series must not wait for an empty queue
                 store.close_idle_series()
                 planned = time.monotonic()
+            worker.step()
             if worker.run_once():
                 continue
             if store.close_idle_series() or (until_idle and _close_all(store)):
                 continue
-            if until_idle:
+            if until_idle and not worker.activator.busy:
                 break
             worker.prepare()
-            bell.wait(_IDLE_S)
+            bell.wait(_BUSY_IDLE_S if worker.activator.busy else _IDLE_S)
+        worker.activator.stop()
     finally:
         store.close()
         bell.close()

@@ -1,0 +1,352 @@
+"""Putting a model to work, step by step, while the one before it goes on reading: the state machine that the worker steps.
+
+``tick()`` comes between two jobs and never waits: proof, check and loading go on in processes and a thread of their own, and each
+tick only looks how far they are. What counts is in the journal: whatever dies at whatever moment, the next start goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from appliance import watch
+from appliance.database import SECURITY_ALERT
+from appliance.domain import Note
+from appliance.errors import ActivationError, StoreError
+from appliance.exchange import Check, Exchange, Facts
+from appliance.follow import Follower, learn
+from appliance.journal import Journal
+from appliance.ledger import PROVING
+from appliance.loading import Load, Loading, Ready
+from appliance.proof import Proof
+from appliance.store import Store
+from model_sync.bundle import Manifest
+
+logger = logging.getLogger(__name__)
+
+_TICK_S: Final = 0.25
+_BUSY_TICK_S: Final = 0.02
+_JUDGE_EVERY_S: Final = 1.0
+_AFTER_ERROR_S: Final = 5.0
+_PROGRESS_STEP: Final = 0.02
+
+
+@dataclass
+class _Coming:
+    """The activation at hand, and what goes on for it now."""
+
+    number: int
+    proof: Proof | None = None
+    told: float = 0.0
+    loading: Loading | None = None
+    ready: Ready | None = None
+    check: Check | None = None
+    facts: Facts | None = None
+
+    def end(self) -> None:
+        """Stop what goes on for it."""
+        for child in (self.proof, self.check):
+            if child is not None:
+                child.end()
+
+
+@dataclass
+class _Takeover:
+    """A model that has to stop reading, and who is tried in its place; ``number`` is its trial, None when it is withdrawn."""
+
+    model: sqlite3.Row
+    note: Note
+    number: int | None
+    tried: set[str] = field(default_factory=set)
+    trying: str = ""
+    loading: Loading | None = None
+
+
+class Activator:
+    """The state machine over one store, for the one process that holds the worker's lock.
+
+    Args:
+        store: the box's store.
+        load: loads a model beside the one that reads; called in a thread.
+        take: given a loaded model in the moment it is put to work.
+        follow: whether the library is followed; by hand only what was asked for is done.
+        clock: seconds that only rise.
+
+    Attributes:
+        journal: the journal.
+        held: digests of models that must not read any more, until somebody took over from them.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        load: Load,
+        take: Callable[[Any], None] = lambda _ready: None,
+        *,
+        follow: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._load = load
+        self._take = take
+        self._clock = clock
+        self.journal = Journal(store)
+        exchange = Exchange(store, store.settings.exchange_dir) if store.settings.exchange_dir and follow else None
+        self._follower = Follower(store, self.journal, exchange, clock) if exchange else None
+        self._coming: _Coming | None = None
+        self._takeovers: dict[str, _Takeover] = {}
+        self._notes_left = True
+        self._recovered = False
+        self._next = self._next_judgement = 0.0
+        self.held: set[str] = set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do now, other than to watch."""
+        return bool(
+            self._coming or self._takeovers or self._notes_left or self.journal.coming() or (self._follower and self._follower.busy)
+        )
+
+    @property
+    def proof_pid(self) -> int | None:
+        """The process that proves a model now."""
+        return self._coming.proof.pid if self._coming and self._coming.proof else None
+
+    def recover(self) -> None:
+        """At a worker's start, before any model is loaded: a version the worker keeps dying of, or a withdrawn one, reads no more."""
+        for row in self.journal.watched():
+            self._count(row)
+        self._recovered = True
+        for row in self.journal.worker_began():
+            model = self._store.model(row["digest"])
+            note = Note("activation.reboot_loop", f"{row['attempts']} starts of the worker without a finished case")
+            self._takeovers[row["digest"]] = _Takeover(model, note, row["id"])
+        self._guard()
+        while self._takeovers:
+            self._take_over()
+            time.sleep(_BUSY_TICK_S)
+
+    def tick(self) -> None:
+        """Go on as far as nothing has to be waited for; a disk that fails now is tried again in some seconds."""
+        now = self._clock()
+        if now < self._next:
+            return
+        self._next = now + (_BUSY_TICK_S if self._coming or self._takeovers else _TICK_S)
+        try:
+            if self._follower is not None:
+                self._follower.step()
+            self._guard()
+            self._take_over()
+            self._step()
+            if now >= self._next_judgement:
+                self._next_judgement = now + _JUDGE_EVERY_S
+                self._judge()
+            if self._notes_left:
+                self._notes_left = self.journal.mark_findings()
+        except StoreError as error:
+            logger.error("the journal of models cannot be kept", extra={"code": error.code})
+            self._next = now + _AFTER_ERROR_S
+
+    def stop(self) -> None:
+        """The box is being stopped in order: end what goes on, to be begun again at the next start."""
+        begun = [self._coming.number] if self._coming is not None else []
+        if self._coming is not None:
+            self._coming.end()
+            self._coming = None
+        if self._follower is not None:
+            self._follower.stop()
+        try:
+            self.journal.pause(begun, trials=self._recovered)
+        except StoreError as error:
+            logger.error("the journal of models cannot be kept", extra={"code": error.code})
+
+    # -- what comes --------------------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        row = self.journal.coming()
+        if self._coming is not None and (row is None or row["id"] != self._coming.number):  # it gave way to another
+            self._coming.end()
+            self._coming = None
+        if row is None:
+            return
+        try:
+            if self._coming is None:
+                self._begin(row)
+            elif self._coming.proof is not None:
+                self._listen(row, self._coming, self._coming.proof)
+            elif self._coming.ready is None:
+                self._beside(row, self._coming)
+            elif self._coming.facts is None and self._needs_facts(row):
+                self._ask(row, self._coming)
+            else:
+                self._switch(row, self._coming.ready)
+        except ActivationError as error:
+            self._fail(row, Note(error.code, error.detail))
+
+    def _begin(self, row: sqlite3.Row) -> None:
+        if not self.journal.begin(row["id"]):
+            return
+        settings = self._store.settings
+        order = [
+            "appliance", "prove", "--data-dir", str(settings.data_dir), "--origin", row["origin"], "--digest", row["digest"],
+            "--threads", str(settings.worker_threads), "--memory-bytes", str(settings.process_memory_max_bytes),
+            "--parent", str(os.getpid()), "--keep", ",".join(self.journal.kept()),
+        ]  # fmt: skip
+        if row["precision"]:
+            order += ["--precision", row["precision"]]
+        try:
+            self._coming = _Coming(row["id"], Proof(order, settings.activation_deadline_s))
+        except OSError as error:  # no process to be had: an attempt like any other, begun again with the next tick
+            logger.error("the proof cannot be started", extra={"status": error.errno})
+
+    def _listen(self, row: sqlite3.Row, coming: _Coming, proof: Proof) -> None:
+        messages, ended = proof.messages()
+        for message in messages:
+            if "failed" in message:
+                failed = message["failed"]
+                raise ActivationError(failed["code"], failed["detail"])
+            if "result" in message:
+                self.journal.proved(row["id"], message["result"])
+                proof.end()
+                coming.proof = None
+                return
+            self._follow_progress(coming, message)
+        if ended:
+            logger.error("the proof died", extra={"exit_code": proof.exit_code, "state": row["state"]})
+            proof.end()
+            self._coming = None  # begun again by the next tick, or given up
+        elif proof.late():
+            raise ActivationError("activation.deadline", f"more than {self._store.settings.activation_deadline_s:.0f} s in {row['state']}")
+
+    def _follow_progress(self, coming: _Coming, message: dict[str, Any]) -> None:
+        now, state, progress = self.journal.row(coming.number), message["state"], float(message["progress"])
+        if state != now["state"] and PROVING.index(state) > PROVING.index(now["state"]):
+            self.journal.advance(coming.number, state)
+            coming.told = 0.0
+        elif state == now["state"] and progress >= coming.told + _PROGRESS_STEP:
+            self.journal.progress(coming.number, progress)
+            coming.told = progress
+
+    def _beside(self, row: sqlite3.Row, coming: _Coming) -> None:
+        """Load it in a thread, beside the one that reads."""
+        if coming.loading is None:
+            coming.loading = Loading(self._load, row["digest"], json.loads(row["self_test"])["precision"])
+        elif coming.loading.done():
+            coming.ready = coming.loading.take()
+
+    def _needs_facts(self, row: sqlite3.Row) -> bool:
+        """What came with the box, or read patients on it before, needs no library's word; what is forbidden stays so."""
+        return self._store.settings.library_root is not None and row["source"] != "embedded" and row["purpose"] == "activate"
+
+    def _ask(self, row: sqlite3.Row, coming: _Coming) -> None:
+        """The library's word once more, right before the switch: it may have changed, or expired, since the download."""
+        settings = self._store.settings
+        if settings.exchange_dir is None or settings.library_root is None:
+            raise ActivationError("model.not_signed", "no exchange_dir is set")
+        if coming.check is None:
+            try:
+                coming.check = Check(settings.exchange_dir, settings.library_root)
+            except OSError as error:
+                raise ActivationError("trust.unchecked", str(error)) from error
+        coming.facts = coming.check.facts()
+        if coming.facts is None:
+            return
+        if self._follower is not None:
+            self._follower.learned(coming.facts)
+        else:
+            learn(self._store, self.journal, coming.facts)
+        if note := coming.facts.refusal(row["name"], row["version"], row["digest"]):
+            raise ActivationError(note.code, note.detail)
+
+    def _switch(self, row: sqlite3.Row, ready: Ready) -> None:
+        self.journal.switch(row["id"], ready.manifest)
+        self._take(ready)
+        self._coming = None
+        logger.info("model put to work", extra={"state": self.journal.row(row["id"])["state"]})
+
+    def _fail(self, row: sqlite3.Row, note: Note) -> None:
+        logger.error("model not put to work", extra={"code": note.code, "state": row["state"]})
+        self.journal.fail(row["id"], note)
+        if self._coming is not None:
+            self._coming.end()
+            self._coming = None
+
+    # -- what is at work ---------------------------------------------------------------------------------------------
+
+    def _judge(self) -> None:
+        for row in self.journal.watched():
+            if row["digest"] in self._takeovers:
+                continue
+            manifest, seen, trial = self._count(row)
+            bad = watch.out_of_bounds(seen, manifest.watch, json.loads(row["self_test"])["median_ms"])
+            if bad is not None and row["state"] == "good":
+                self.journal.alarmed(row["id"], trial, bad)
+            elif bad is not None:
+                logger.error("model taken back", extra={"code": bad.code})
+                self._takeovers[row["digest"]] = _Takeover(self._store.model(row["digest"]), bad, row["id"])
+            elif watch.is_over(seen, manifest.watch, trial["since"]):
+                self.journal.passed(row["id"], trial)
+
+    def _count(self, row: sqlite3.Row) -> tuple[Manifest, watch.Statistics, dict[str, Any]]:
+        """What a watched model did so far; kept in the journal when it changed."""
+        manifest, known = Manifest.model_validate_json(row["manifest"]), json.loads(row["trial"])
+        seen = watch.measure(self._store.database, row["digest"], manifest, known["after_job"])
+        trial = known | seen.to_json()
+        if trial != known:
+            self.journal.observed(row["id"], trial, case_finished=seen.cases > known["cases"])
+        return manifest, seen, trial
+
+    def _guard(self) -> None:
+        """A version that its line withdrew reads no more from this moment on, though its successor is not loaded yet."""
+        for model, note in self.journal.withdrawn():
+            known = self._takeovers.get(model["digest"])
+            if model["state"] != "active":
+                self.journal.withdraw(model["digest"], note, None)
+                self._notes_left = True
+            elif known is None or known.number is not None:
+                self._takeovers[model["digest"]] = _Takeover(model, note, None)
+        self.held = {digest for digest, takeover in self._takeovers.items() if takeover.number is None}
+
+    def _take_over(self) -> None:
+        for digest, takeover in list(self._takeovers.items()):
+            successors = [row for row in self.journal.successors(takeover.model["name"], digest) if row["digest"] not in takeover.tried]
+            if not successors:
+                self._replace(digest, takeover, None)
+            elif takeover.loading is None:
+                takeover.trying = successors[0]["digest"]
+                takeover.loading = Loading(self._load, takeover.trying, successors[0]["precision"])
+            elif takeover.loading.done():
+                self._try(digest, takeover, takeover.loading, successors[0]["digest"])
+
+    def _try(self, digest: str, takeover: _Takeover, loading: Loading, successor: str) -> None:
+        takeover.loading = None
+        try:
+            ready = loading.take()
+        except ActivationError as error:
+            takeover.tried.add(takeover.trying)
+            self._store.record(SECURITY_ALERT, "worker", "E", f"model:{takeover.trying[:12]}", 8, code=error.code)
+            return
+        if ready.digest == successor:  # else another choice is right since the library spoke meanwhile
+            self._replace(digest, takeover, ready)
+
+    def _replace(self, digest: str, takeover: _Takeover, ready: Ready | None) -> None:
+        successor = ready.digest if ready is not None else None
+        try:
+            if takeover.number is None:
+                self.journal.withdraw(digest, takeover.note, successor)
+            else:
+                self.journal.roll_back(takeover.number, takeover.note, successor)
+        except ActivationError as error:  # it was taken back, or another took its place, in between
+            logger.warning("no takeover", extra={"code": error.code})
+        else:
+            self._notes_left = True
+            if ready is not None:
+                self._take(ready)
+        del self._takeovers[digest]
+        self.held.discard(digest)

@@ -1,0 +1,129 @@
+"""Following the library: what its agent wants is begun when the facts allow it, and said when they do not.
+
+Stepped by the worker; every file is small, and the verification runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Final
+
+from appliance.database import SECURITY_ALERT
+from appliance.domain import Note
+from appliance.exchange import Check, Directive, Exchange, Facts
+from appliance.journal import Journal, Wanted
+from appliance.store import Store
+
+logger = logging.getLogger(__name__)
+
+_LOOK_EVERY_S: Final = 1.0
+_WANT_EVERY_S: Final = 10.0
+_REPORT_EVERY_S: Final = 60.0
+
+
+def learn(store: Store, journal: Journal, facts: Facts) -> None:
+    """Take over what the signed indexes forbid, which holds for good; raise the alarm when the metadata is not to be trusted."""
+    for name, line in facts.lines.items():
+        journal.restrict(name, line.minimum_version, {version: item.reason for version, item in line.withdrawn.items()})
+    code = "" if facts.ok else facts.code
+    known = store.database.one("SELECT value FROM meta WHERE key = 'facts_code'")
+    if (known["value"] if known else "") == code:
+        return
+    with store.database.transaction() as tx:
+        tx.execute("INSERT OR REPLACE INTO meta VALUES ('facts_code', ?)", (code,))
+        store.database.audit(tx, SECURITY_ALERT, "worker", "E", "library", 8 if code else 0, code=code)
+
+
+class Follower:
+    """Follows one exchange directory.
+
+    Args:
+        store: the box's store.
+        journal: its journal of models.
+        exchange: the directory.
+        clock: seconds that only rise.
+    """
+
+    def __init__(self, store: Store, journal: Journal, exchange: Exchange, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store = store
+        self._journal = journal
+        self._exchange = exchange
+        self._clock = clock
+        self._root = store.settings.library_root
+        self._check: Check | None = None
+        self._facts: Facts | None = None
+        self._seen: object = None
+        self._status_seen: object = None
+        self._reported = (-1, 0.0)
+        self._next_look = self._next_want = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether something the agent wrote has not been answered yet."""
+        return self._check is not None or self._unanswered()
+
+    def step(self) -> None:
+        """Look once a second at what the agent wrote; begin what it wants; report."""
+        now = self._clock()
+        if self._check is not None and (facts := self._check.facts()) is not None:
+            self._check, self._facts, self._next_want = None, facts, now
+            learn(self._store, self._journal, facts)
+        if now >= self._next_look:
+            self._next_look = now + _LOOK_EVERY_S
+            if (mark := self._exchange.status_mark()) != self._status_seen:
+                self._exchange.note_status()
+                self._status_seen = mark
+            if self._check is None and self._unanswered():
+                self._begin_check()
+        if self._facts is not None and self._check is None and now >= self._next_want:
+            self._next_want = now + _WANT_EVERY_S
+            self._follow(self._facts)
+        if self._journal.changes != self._reported[0] or now >= self._reported[1]:
+            self._reported = (self._journal.changes, now + _REPORT_EVERY_S)
+            self._exchange.write_report()
+
+    def learned(self, facts: Facts) -> None:
+        """Somebody else had the facts checked."""
+        self._facts = facts
+        learn(self._store, self._journal, facts)
+
+    def stop(self) -> None:
+        """End a check that runs."""
+        if self._check is not None:
+            self._check.end()
+            self._check = None
+
+    def _unanswered(self) -> bool:
+        return self._root is not None and (self._exchange.directory / "metadata").is_dir() and self._exchange.mark() != self._seen
+
+    def _begin_check(self) -> None:
+        assert self._root is not None
+        self._seen = self._exchange.mark()  # before it starts: what changes meanwhile is checked again
+        try:
+            self._check = Check(self._exchange.directory, self._root)
+        except OSError as error:  # no process, no memory: asked again with the next look
+            logger.error("the check cannot be started", extra={"status": error.errno})
+            self._seen = None
+
+    def _follow(self, facts: Facts) -> None:
+        directives = self._exchange.directives()
+        for name, directive in sorted(directives.lines.items()) if directives else ():
+            self._consider(facts, name, directive)
+
+    def _consider(self, facts: Facts, name: str, directive: Directive) -> None:
+        active, coming = self._journal.active(name), self._journal.coming(name)
+        if directive.digest in (row["digest"] for row in (active, coming) if row is not None):
+            return
+        if self._journal.remembered(directive.digest) or self._journal.overruled(name, directive.digest):
+            return
+        origin = self._exchange.bundle(directive.digest)
+        wanted = Wanted(name, directive.version, directive.digest, directive.source, origin, "model-sync")
+        note = self._journal.barred(name, directive.version) or facts.refusal(name, directive.version, directive.digest)
+        if note is None and not origin.is_dir():
+            note = Note("model.absent", f"{name} {directive.version}")
+        if note is not None:
+            self._journal.refuse(wanted, note)
+        else:
+            self._journal.enter(wanted)

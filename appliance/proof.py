@@ -1,0 +1,111 @@
+"""The proof of a model as its parent sees it: a process started, listened to without ever waiting for it, and ended.
+
+Nothing runs between fork and exec (threads of the worker may hold any lock at that moment); the child sets its own limits.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Final
+
+logger = logging.getLogger(__name__)
+
+_CHUNK_BYTES: Final = 1 << 16
+_MAX_OUTPUT_BYTES: Final = 4 << 20
+_REAP_S: Final = 1.0
+
+
+class Child:
+    """A process of our own package whose standard output is read as it comes.
+
+    Args:
+        arguments: of ``python -m``.
+        deadline_s: how long it may run; see :meth:`late`.
+
+    Raises:
+        OSError: it could not be started.
+    """
+
+    def __init__(self, arguments: Sequence[str], deadline_s: float) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            start_new_session=True, env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1"},
+        )  # fmt: skip
+        assert self._process.stdout is not None
+        self._fd = self._process.stdout.fileno()
+        os.set_blocking(self._fd, False)
+        self._limit = time.monotonic() + deadline_s
+        self._said = 0
+        self.output = b""
+
+    @property
+    def pid(self) -> int:
+        """Its process number."""
+        return self._process.pid
+
+    def listen(self) -> bool:
+        """Take what it has said since, at most 64 KiB at a time; returns whether it has ended and said everything."""
+        ended = self._process.poll() is not None  # before the reading: what it said last is in the pipe then
+        try:
+            data = os.read(self._fd, _CHUNK_BYTES)
+        except BlockingIOError:
+            return ended
+        self._said += len(data)
+        self.output += data
+        if self._said > _MAX_OUTPUT_BYTES:  # nothing of ours says so much
+            self.end()
+            return True
+        return ended and not data
+
+    def late(self) -> bool:
+        """Whether its time is over."""
+        return time.monotonic() > self._limit
+
+    @property
+    def exit_code(self) -> int | None:
+        """Its exit code, negative the signal that ended it; None while it runs."""
+        return self._process.poll()
+
+    def end(self) -> None:
+        """Kill it and everything it started, and take back its number; what it was writing is swept later."""
+        if self._process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):  # stuck in the kernel, on a disk that hangs: it is reaped when it comes out
+                self._process.wait(_REAP_S)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+    def __del__(self) -> None:
+        """A child that nobody listens to any more does not go on."""
+        if self._process.poll() is None:
+            self.end()
+
+
+class Proof(Child):
+    """``appliance prove`` as a child; :meth:`messages` gives what it says."""
+
+    def messages(self) -> tuple[list[dict[str, Any]], bool]:
+        """What it has said since, and whether it has ended; a line that is none of its own ends it."""
+        ended = self.listen()
+        *lines, self.output = self.output.split(b"\n")
+        said: list[dict[str, Any]] = []
+        for line in lines:
+            try:
+                message = json.loads(line)
+            except ValueError:
+                message = None
+            if not isinstance(message, dict):
+                logger.error("the proof speaks nonsense", extra={"exit_code": self.exit_code})
+                self.end()
+                return said, True
+            said.append(message)
+        return said, ended
