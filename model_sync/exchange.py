@@ -3,8 +3,8 @@
 Metadata and documents are only of use together, and a box may ask at any moment, also in the middle of a refresh that the
 line has cut. So each whole set is laid beside the last one, named after its content, and one link is turned::
 
-    exchange/trust -> .trust-<hash>/{metadata,documents}      exchange/metadata -> trust/metadata     exchange/documents -> ...
-    exchange/bundles/<digest>/                                exchange/directives.json                exchange/floor.json
+    exchange/trust -> .trust-<hash>/         exchange/metadata -> .trust-<hash>/metadata     exchange/documents -> ...
+    exchange/bundles/<digest>/               exchange/directives.json                        exchange/floor.json
 """
 
 from __future__ import annotations
@@ -69,9 +69,8 @@ class Exchange:
             return False
         self._lay(name, files)
         _turn(link, name)
-        for part in ("metadata", "documents"):
-            if not os.path.lexists(self.directory / part):
-                _turn(self.directory / part, f"{CURRENT}/{part}")
+        for part in ("metadata", "documents"):  # for people, and for a box that watches these names
+            _turn(self.directory / part, f"{name}/{part}")
         self._drop_old_sets(name)
         return True
 
@@ -80,10 +79,11 @@ class Exchange:
         if final.is_dir():
             os.utime(final)
             return
-        for relative, data in {"metadata/": b"", "documents/": b""} | dict(files):
+        for relative in ("metadata", "documents"):
+            (part / relative).mkdir(parents=True, exist_ok=True)
+        for relative, data in files.items():
             (part / relative).parent.mkdir(parents=True, exist_ok=True)
-            if not relative.endswith("/"):
-                (part / relative).write_bytes(data)
+            (part / relative).write_bytes(data)
         durable.sync_tree(part)
         part.replace(final)
         durable.sync_directory(self.directory)

@@ -156,7 +156,7 @@ class Stager:
     def _manifest(self, chain: Chain, job: Job, part: Path) -> Manifest:
         line, version = job.line, job.release.version
         target = _target(chain, job, MANIFEST_NAME, job.release.digest)
-        self._upstream.fetch(target.path, part / MANIFEST_NAME)
+        self._upstream.fetch(target.path, part / MANIFEST_NAME, line)
         try:
             manifest = Manifest.parse((part / MANIFEST_NAME).read_bytes())
         except BundleError as error:
@@ -211,7 +211,7 @@ class Stager:
         path = part / piece.file
         if piece.delta is not None and piece.base is not None and self._by_delta(job, piece, piece.delta, piece.base, path):
             return
-        self._upstream.fetch(piece.target.path, path)
+        self._upstream.fetch(piece.target.path, path, job.line)
 
     def _by_delta(self, job: Job, piece: Piece, item: documents.Delta, base: Path, path: Path) -> bool:
         """Rebuild a file from an older one; False when that does not give what was signed."""
@@ -219,7 +219,7 @@ class Stager:
         built = path.with_name(f".{path.name}.built")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            if self._upstream.fetch(item.path, file) is None:
+            if self._upstream.fetch(item.path, file, job.line) is None:
                 raise delta.DeltaError(f"the library does not have {item.path}")
             delta.apply(item.codec, base, file, built, to_sha256=item.to_sha256, to_length=piece.target.length)
             durable.sync_file(built)

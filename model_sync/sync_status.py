@@ -21,7 +21,7 @@ HISTORY_FILE = "history.jsonl"
 MAX_HISTORY_BYTES = 256 * 1024
 _PROGRESS_EVERY_S = 1.0
 _WAITING = ("sync.window", "sync.budget", "sync.busy")
-_OWN_FAULT = ("sync.disk_full", "sync.state", "sync.settings")
+_OWN_FAULT = ("sync.disk_full", "sync.disk", "sync.state", "sync.settings")
 _log = logging.getLogger(__name__)
 
 State: TypeAlias = Literal["ok", "unreachable", "untrusted", "waiting", "downloading", "error"]

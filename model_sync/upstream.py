@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol, cast
+from typing import cast
 
 from tuf.api import exceptions as tuf_errors
 from tuf.api.metadata import Root, TargetFile
@@ -26,14 +26,9 @@ from model_sync.floors import BUILT_AT, Clocks, Floors, utc_now
 _RETRY = "nothing is wrong with the model in use; the next look goes on where this one stopped"
 
 
-class Source(Protocol):
-    """What a fetcher adds to python-tuf's interface."""
-
-    received_bytes: int
-    last_server_date: datetime | None
-
-    def view(self, ttl_s: float = ...) -> AbstractContextManager[None]:
-        """Remember metadata answers while the context lasts."""
+def received_bytes(fetcher: FetcherInterface) -> int:
+    """Return the bytes that came over the line so far; a stick has none to count."""
+    return int(getattr(fetcher, "received_bytes", 0))
 
 
 class Upstream:
@@ -68,7 +63,8 @@ class Upstream:
 
     def view(self) -> AbstractContextManager[None]:
         """Within it a fresh Updater costs nothing on the wire: answers about metadata are remembered for a while."""
-        return cast("Source", self._fetcher).view()
+        view = getattr(self._fetcher, "view", None)
+        return cast("AbstractContextManager[None]", view()) if view else contextlib.nullcontext()
 
     def refresh(self) -> trust.Chain:
         """Bring root, timestamp, snapshot and targets up to date.
@@ -81,10 +77,15 @@ class Upstream:
             self._updater().refresh()
         return self._accept()
 
-    def fetch(self, path: str, to: Path) -> TargetFile | None:
+    def fetch(self, path: str, to: Path, role: str | None = None) -> TargetFile | None:
         """Download one target to ``to``, verified and flushed; a file that is right already is not fetched again.
 
         Returns None when the library has no such target. Wrong bytes are fetched once more: that heals noise on the line.
+
+        Args:
+            path: the target.
+            to: the file.
+            role: the one role that may sign it, delegated to by the targets role alone; None accepts whom TUF's search finds.
 
         Raises:
             LibraryUnreachable: the line, the disk or the state directory failed.
@@ -94,16 +95,15 @@ class Upstream:
             updater = self._updater()
             target = updater.get_targetinfo(path)
         chain = self._accept()
-        if target is None:
-            return None
-        role = chain.role_of(path)
-        if role is None or chain.target(path, role) != target:
+        if role is not None and chain.target(path, role) != target:
             raise TrustError(
-                f"{path} is not signed by the one role that may sign it",
+                f"{path} is not signed by {role}, which alone may sign it",
                 hint="tell the central team: who may sign a line must be beyond doubt; the model in use stays",
                 code="trust.ambiguous",
             )
-        chain.refuse_expired(self.clocks(), role)
+        chain.refuse_expired(self.clocks(), *([role] if role else chain.delegated_names()))
+        if target is None:
+            return None
         with self._guarded():
             if updater.find_cached_target(target, str(to)) is None:
                 self._download(updater, target, to)
@@ -111,7 +111,7 @@ class Upstream:
 
     def clocks(self) -> Clocks:
         """Return what is known about the time, by the metadata as it was last verified."""
-        floors, server = Floors.load(self._floor_files), cast("Source", self._fetcher).last_server_date
+        floors, server = Floors.load(self._floor_files), getattr(self._fetcher, "last_server_date", None)
         if self.chain is not None:
             return self.chain.clocks(floors, self._now(), server, self._built_at)
         return Clocks(self._now(), floors.time(self._newest_root(), self._built_at), server)

@@ -1,0 +1,459 @@
+"""The pull: look at the library, decide, bring what is wanted, look again, and only then tell the box.
+
+Nothing here can make a box run what no line role has signed: the rollout chooses among signed versions, every byte is verified
+against the chain, the library is asked again after the last byte, and the box itself checks once more before it acts. Whatever
+stops a pull, the model in use stays, and what has come is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from model_sync import documents, durable, lock, trust, usb_import
+from model_sync.documents import LineIndex, Rollout
+from model_sync.errors import LibraryUnreachable, ModelSyncError, TrustError
+from model_sync.exchange import Exchange, Source
+from model_sync.floors import FLOOR_FILE, Clocks, Floors, iso, utc_now
+from model_sync.settings import SyncSettings
+from model_sync.staging import Job, Stager, still_signed
+from model_sync.sync_status import LineStatus, Progress, StatusFile, state_of
+from model_sync.trust import Chain
+from model_sync.upstream import Upstream, received_bytes
+
+if TYPE_CHECKING:
+    from tuf.ngclient import FetcherInterface
+
+_KEEP = "the model in use stays"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a pull did about one line.
+
+    Attributes:
+        decision: ``ready`` (the box has been told), ``paused``, ``not_chosen``, ``not_yet``, ``waiting``, ``refused``,
+            ``unreachable``, ``error`` or ``none`` (no rollout names the line).
+    """
+
+    decision: str
+    version: str = ""
+    digest: str = ""
+    at: datetime | None = None
+    problem: ModelSyncError | None = None
+
+    def status(self) -> LineStatus:
+        """Return what the status file says about the line."""
+        return LineStatus(self.version, self.digest, self.decision + (f" {iso(self.at)}" if self.at else ""))
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """The end of a pull that reached the library; ``problems`` are those of single lines, which stopped no other line.
+
+    Attributes:
+        changed: whether the box has been told something new.
+        received_bytes: bytes that came over the line.
+    """
+
+    lines: Mapping[str, Outcome]
+    changed: bool
+    received_bytes: int
+    code: str = "sync.ok"
+
+    @property
+    def problems(self) -> dict[str, ModelSyncError]:
+        """What went wrong, by line."""
+        return {name: line.problem for name, line in self.lines.items() if line.problem is not None}
+
+    @property
+    def worst(self) -> ModelSyncError | None:
+        """The problem that a person has to hear of first: distrust before anything else."""
+        order = ("untrusted", "error", "unreachable", "waiting")
+        return min(self.problems.values(), key=lambda error: order.index(state_of(error)), default=None)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What the library says at one moment: the rollout of this ring, the index of each line, and what cannot be believed."""
+
+    chain: Chain
+    rollout: Rollout | None
+    indexes: Mapping[str, LineIndex]
+    problems: Mapping[str, TrustError]
+
+
+@dataclass
+class _Pull:
+    """One pull's companions and findings."""
+
+    source: Source
+    fetcher: FetcherInterface
+    upstream: Upstream
+    stager: Stager
+    on_progress: Callable[[Progress], None] | None
+    received_before: int
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    @property
+    def received_bytes(self) -> int:
+        """Bytes that came over the line in this pull."""
+        return received_bytes(self.fetcher) - self.received_before
+
+
+class Client:
+    """Brings one box what its library says; one at a time per state directory.
+
+    Args:
+        settings: the agent's settings.
+        fetcher: how to reach the library; by default the URLs of the settings.
+        now: the wall clock.
+        local_now: the wall clock in local time, for the windows.
+        ticks: a monotonic clock, in seconds.
+    """
+
+    def __init__(
+        self,
+        settings: SyncSettings,
+        fetcher: FetcherInterface | None = None,
+        *,
+        now: Callable[[], datetime] = utc_now,
+        local_now: Callable[[], datetime] = datetime.now,
+        ticks: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Prepare; nothing is written or fetched."""
+        self._settings = settings
+        self._given = fetcher
+        self._now = now
+        self._local_now = local_now
+        self._ticks = ticks
+        self._exchange = Exchange(settings.exchange_dir)
+        self._metadata = settings.state_dir / "metadata"
+        self._copies = settings.state_dir / "documents"
+        self._floor_files = (settings.state_dir / FLOOR_FILE, settings.exchange_dir / FLOOR_FILE)
+        self._whole: set[str] = set()
+        self._in_bundle = False
+
+    # -- what people and the agent call -------------------------------------------------------------------------------
+
+    def pull(self, on_progress: Callable[[Progress], None] | None = None) -> Pulled:
+        """Look at the library and bring what this box should have.
+
+        Raises:
+            LibraryUnreachable: nothing is wrong with trust; the next pull goes on where this one stopped.
+            TrustError: the library as a whole cannot be believed.
+        """
+        return self._attempt("library", self._fetcher, on_progress)
+
+    def import_usb(self, directory: Path, on_progress: Callable[[Progress], None] | None = None) -> Pulled:
+        """Do the same from a USB stick, without any network.
+
+        A technician who stands there counts as chosen: percentage, start and window of the rollout are not asked. Its version,
+        its pause, the minimum and withdrawals hold as they do on the line.
+
+        Raises:
+            LibraryUnreachable: ``usb.incomplete``: files are missing on the stick; or the box's disk failed.
+            TrustError: the stick is older than the box, expired, of another library, or altered.
+        """
+        from model_sync.fetcher import DirectoryFetcher
+
+        tree = usb_import.tree(directory)
+        try:
+            return self._attempt("usb", lambda: DirectoryFetcher(tree), on_progress)
+        except ModelSyncError as error:
+            raise usb_import.about(error, tree, self._settings.root) from error
+
+    def status(self) -> dict[str, Any]:
+        """Return the content of sync-status.json, and the outcomes before it under ``history``."""
+        file = self._status_file()
+        return {**file.value, "history": file.history()}
+
+    def busy(self) -> str | None:
+        """Return the process id of the agent that is at work now, or None."""
+        return lock.holder(self._settings.state_dir)
+
+    # -- one attempt --------------------------------------------------------------------------------------------------
+
+    def _attempt(self, source: Source, make: Callable[[], FetcherInterface], on_progress: Callable[[Progress], None] | None) -> Pulled:
+        status = self._status_file()
+        with self._locked(status):
+            status.began()
+            pull: _Pull | None = None
+            try:
+                pull = self._begin(source, make, status, on_progress)
+                pulled = self._run(pull, status)
+            except (ModelSyncError, OSError) as error:
+                problem = durable.disk_trouble(error) if isinstance(error, OSError) else error
+                lines = {name: outcome.status() for name, outcome in pull.outcomes.items()} if pull else {}
+                status.ended(problem, lines, self._clocks(pull), pull.received_bytes if pull else 0)
+                raise problem from error
+            lines = {name: outcome.status() for name, outcome in pulled.lines.items()}
+            status.ended(pulled.worst, lines, self._clocks(pull), pulled.received_bytes, pulled.code)
+            return pulled
+
+    def _begin(
+        self,
+        source: Source,
+        make: Callable[[], FetcherInterface],
+        status: StatusFile,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> _Pull:
+        settings = self._settings
+        settings.exchange_dir.mkdir(parents=True, exist_ok=True)
+        self._sweep_metadata()
+        fetcher = make()
+        upstream = Upstream(self._metadata, trust.read_root(settings.root), fetcher, self._floor_files, now=self._now)
+        pull = _Pull(source, fetcher, upstream, cast("Stager", None), on_progress, received_bytes(fetcher))
+
+        def report(progress: Progress) -> None:
+            status.downloading(progress, pull.received_bytes)
+            if on_progress is not None:
+                on_progress(progress)
+
+        pull.stager = Stager(upstream, self._exchange, settings.state_dir / "deltas", settings.disk_reserve_bytes, report, status.note)
+        return pull
+
+    def _run(self, pull: _Pull, status: StatusFile) -> Pulled:
+        with pull.upstream.view():
+            look = self._look(pull)
+            jobs = self._decide(pull, look)
+            ready = self._stage(pull, look, jobs)
+        changed = False
+        if any(self._exchange.directives().get(line, {}).get("digest") != job.release.digest for line, job in ready.items()):
+            # From the library itself, and not from what was remembered: a role may have been revoked while the bundle came.
+            with pull.upstream.view():
+                again = self._look(pull)
+            ready = self._confirm(pull, again, ready)
+            changed = self._exchange.direct(
+                {line: (job.release.version, job.release.digest, pull.source) for line, job in ready.items()}, self._now()
+            )
+        pull.stager.sweep({job.release.digest for job in jobs.values()} - set(self._digests_here()))
+        for bundle in self._exchange.drop_old_bundles():
+            status.note(f"dropped {bundle.manifest.name} {bundle.manifest.version}: nothing names it, and three newer ones are here")
+        code = "sync.no_rollout" if look.rollout is None and not pull.outcomes else "sync.ok"
+        return Pulled(dict(sorted(pull.outcomes.items())), changed, pull.received_bytes, code)
+
+    def _look(self, pull: _Pull) -> _Look:
+        """Refresh, read the rollout and the index of every line that matters here, and lay the whole set before the box."""
+        chain = pull.upstream.refresh()
+        problems: dict[str, TrustError] = {}
+        rollout = self._rollout(pull, chain, problems)
+        wanted = set(self._settings.lines or (rollout.lines if rollout else ()))
+        known = set(chain.line_names())
+        indexes = {}
+        for line in sorted((wanted | self._exchange.installed_lines()) & known):
+            try:
+                if (index := self._index(pull, line)) is not None:
+                    indexes[line] = index
+            except TrustError as error:
+                problems[line] = error
+        for line in (wanted | set(self._exchange.directives())) - known:
+            problems[line] = TrustError(
+                f"the library does not know the line {line}, or has revoked it",
+                hint=f"ask the central team, and compare `lines` in sync.toml; {_KEEP}",
+                code="trust.revoked",
+            )
+        chain = pull.upstream.chain or chain
+        self._exchange.publish(self._metadata, self._copies, chain)
+        return _Look(chain, rollout, indexes, problems)
+
+    def _rollout(self, pull: _Pull, chain: Chain, problems: dict[str, TrustError]) -> Rollout | None:
+        """Return this ring's rollout; None when the library has none, or one that cannot be believed."""
+        path = documents.rollout_path(self._settings.ring)
+        if documents.ROLLOUT_ROLE not in chain.delegated_names():
+            return None
+        try:
+            raw = self._document(pull, path, documents.ROLLOUT_ROLE)
+            rollout = Rollout.parse(raw) if raw is not None else None
+            if rollout is not None and rollout.ring != self._settings.ring:
+                raise TrustError(
+                    f"{path} is signed for the ring {rollout.ring}", hint=f"tell the central team; {_KEEP}", code="trust.document"
+                )
+        except TrustError as error:
+            problems[documents.ROLLOUT_ROLE] = error
+            return None
+        return rollout
+
+    def _index(self, pull: _Pull, line: str) -> LineIndex | None:
+        path = documents.line_path(line)
+        try:
+            if self._document(pull, path, line) is None:
+                return None
+        except LibraryUnreachable:
+            # A stick need not carry every line; what is not on it stays as it is.
+            if pull.source == "usb" and line not in self._settings.lines:
+                return None
+            raise
+        return trust.read_index(cast("Chain", pull.upstream.chain), self._copies, line)
+
+    def _document(self, pull: _Pull, path: str, role: str) -> bytes | None:
+        (self._copies / path).parent.mkdir(parents=True, exist_ok=True)
+        if pull.upstream.fetch(path, self._copies / path, role) is None:
+            return None
+        return trust.read_document(cast("Chain", pull.upstream.chain), self._copies, path, role)
+
+    # -- decisions ----------------------------------------------------------------------------------------------------
+
+    def _decide(self, pull: _Pull, look: _Look) -> dict[str, Job]:
+        """Return what this box should have now; the outcomes say why the other lines have to wait."""
+        jobs: dict[str, Job] = {}
+        for line, problem in look.problems.items():
+            pull.outcomes[line] = Outcome("refused", problem=problem)
+        for line in sorted(set(look.indexes) | set(look.rollout.lines if look.rollout else ())):
+            if line in pull.outcomes:
+                continue
+            step = look.rollout.lines.get(line) if look.rollout and self._follows(line) else None
+            outcome = self._outcome(pull, look, line, step)
+            pull.outcomes[line] = outcome
+            if outcome.decision == "ready":
+                jobs[line] = _job(look.indexes[line], outcome.version)
+        return jobs
+
+    def _follows(self, line: str) -> bool:
+        return not self._settings.lines or line in self._settings.lines
+
+    def _outcome(self, pull: _Pull, look: _Look, line: str, step: documents.RolloutStep | None) -> Outcome:
+        if step is None:
+            return Outcome("none")
+        index = look.indexes.get(line)
+        release = index.release(step.version) if index else None
+        digest = release.digest if release else ""
+        if (refusal := _refusal(line, index, step.version)) is not None:
+            return Outcome("refused", step.version, digest, problem=refusal)
+        if pull.source == "usb":
+            return Outcome("paused" if step.paused else "ready", step.version, digest)
+        decision = documents.decide(step, line, self._settings.box_id, pull.upstream.clocks().effective)
+        return Outcome("ready" if decision.take else decision.code, step.version, digest, decision.at)
+
+    # -- bringing -----------------------------------------------------------------------------------------------------
+
+    def _stage(self, pull: _Pull, look: _Look, jobs: Mapping[str, Job]) -> dict[str, Job]:
+        """Bring what is not here yet. A line that cannot be reached stops the others as well, one that is refused does not."""
+        ready: dict[str, Job] = {}
+        stopped: LibraryUnreachable | None = None
+        for line, job in jobs.items():
+            if pull.stager.has(job.release.digest):
+                ready[line] = job
+                continue
+            try:
+                if stopped is not None:
+                    raise stopped
+                with self._bundle_rules(pull):
+                    pull.stager.stage(pull.upstream.chain or look.chain, job)
+                ready[line] = job
+            except TrustError as error:
+                pull.outcomes[line] = _instead(job, "refused", error)
+            except LibraryUnreachable as error:
+                stopped = error
+                pull.outcomes[line] = _instead(job, state_of(error), error)
+        return ready
+
+    @contextlib.contextmanager
+    def _bundle_rules(self, pull: _Pull) -> Iterator[None]:
+        """Within it the window holds; documents may come at any time."""
+        if pull.source == "usb":
+            yield
+            return
+        self._in_bundle = True
+        try:
+            self._require_window()
+            yield
+        finally:
+            self._in_bundle = False
+
+    def _require_window(self) -> None:
+        """Stop a bundle's download outside the window; the fetcher asks between two pieces of a file."""
+        if self._in_bundle and not self._settings.in_window(self._local_now()):
+            raise LibraryUnreachable(
+                f"bundles are fetched only at {', '.join(self._settings.windows)}; this one waits",
+                hint=f"it comes by itself in the next window, or widen `windows` in sync.toml; {_KEEP}",
+                code="sync.window",
+            )
+
+    def _confirm(self, pull: _Pull, again: _Look, ready: Mapping[str, Job]) -> dict[str, Job]:
+        """Keep what is still signed, still chosen and not withdrawn after the last byte has come."""
+        confirmed = {}
+        for line, job in ready.items():
+            try:
+                if line in again.problems:
+                    raise again.problems[line]
+                if (refusal := _refusal(line, again.indexes.get(line), job.release.version)) is not None:
+                    raise refusal
+                manifest = next(item.manifest for item in self._exchange.bundles() if item.digest == job.release.digest)
+                still_signed(again.chain, _job(again.indexes[line], job.release.version), manifest)
+            except TrustError as error:
+                pull.outcomes[line] = _instead(job, "refused", error)
+            else:
+                confirmed[line] = job
+        return confirmed
+
+    # -- odds and ends ------------------------------------------------------------------------------------------------
+
+    def _fetcher(self) -> FetcherInterface:
+        if self._given is not None:
+            return self._given
+        from model_sync.fetcher import Fetcher
+
+        return Fetcher(self._settings, self._settings.state_dir / "parts", may_continue=self._require_window)
+
+    def _status_file(self) -> StatusFile:
+        return StatusFile(self._settings.exchange_dir, self._settings.state_dir, self._settings.box_id, self._now, self._ticks)
+
+    def _clocks(self, pull: _Pull | None) -> Clocks:
+        if pull is not None:
+            with contextlib.suppress(TrustError):
+                return pull.upstream.clocks()
+        floors = Floors.load(self._floor_files)
+        return Clocks(self._now(), max(floors.system, floors.issued))
+
+    def _digests_here(self) -> Iterator[str]:
+        return (bundle.digest for bundle in self._exchange.bundles())
+
+    def _sweep_metadata(self) -> None:
+        """Remove what a killed process left half-written in the metadata directory."""
+        for left in self._metadata.glob("tmp*"):
+            left.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _locked(self, status: StatusFile) -> Iterator[None]:
+        """Hold the state directory; one that cannot be written is said where it can be read."""
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(lock.hold(self._settings.state_dir))
+            except LibraryUnreachable as error:
+                if error.code != "sync.busy":  # then the status is the other's to write
+                    status.ended(error, {}, self._clocks(None), 0)
+                raise
+            yield
+
+
+def _job(index: LineIndex, version: str) -> Job:
+    release = index.release(version)
+    assert release is not None, "the caller has asked for a refusal first"
+    return Job(index.line, release, tuple(index.deltas))
+
+
+def _instead(job: Job, decision: str, problem: ModelSyncError) -> Outcome:
+    return Outcome(decision, job.release.version, job.release.digest, problem=problem)
+
+
+def _refusal(line: str, index: LineIndex | None, version: str) -> TrustError | None:
+    """Say why a version that the rollout names must not come here."""
+    code = index.refusal(version) if index else "unknown"
+    if code is None:
+        return None
+    withdrawal = index.withdrawal(version) if index else None
+    why = {
+        "unknown": "the line's own role has not signed such a version",
+        "withdrawn": f"it is withdrawn: {withdrawal.reason if withdrawal else ''}",
+        "below_minimum": f"it is older than {index.minimum_version if index else ''}, the oldest that may run",
+    }[code]
+    return TrustError(
+        f"the rollout names {line} {version}, and {why}", hint=f"tell the central team: the rollout has to be signed anew; {_KEEP}",
+        code=f"trust.{code}",
+    )  # fmt: skip
