@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from secrets import SystemRandom
 
-from model_sync.download_errors import BudgetExhausted, TooSlow
+from model_sync.download_errors import BudgetExhausted, DiskFull, TooSlow
 
 MAX_CHUNK_BYTES = 64 * 1024
 # An attempt counts as progress when it brought this much: a server that gives one byte per connection does not.
@@ -104,9 +104,14 @@ class DayBudget:
 
         Raises:
             BudgetExhausted: none.
+            DiskFull: the count cannot be written down.
         """
         if self._limit is None:
             return None
+        with self._lock:
+            error = self._write() if self._received - self._written >= UNCOUNTED_BYTES else None
+        if error is not None:
+            raise DiskFull(f"{self._path}: {error.strerror}: the day's bytes cannot be counted, so no more are received") from error
         limit = self._limit if small else self._limit - self._limit // SMALL_SHARE
         left = limit - self.received_bytes
         if left <= 0:
@@ -147,9 +152,10 @@ class DayBudget:
         valid = isinstance(day, str) and isinstance(received, int) and received >= 0
         return (day, received) if valid else (self._today(), 0)
 
-    def _write(self) -> None:
+    def _write(self) -> OSError | None:
+        """Write the count down; a full disk must not break a transfer, the count goes on in memory."""
         if self._limit is None:
-            return
+            return None
         text = json.dumps({"schema": 1, "day": self._day, "received_bytes": self._received})
         fresh = self._path.with_suffix(".new")
         try:
@@ -157,11 +163,9 @@ class DayBudget:
             fresh.write_text(text + "\n", "utf-8")
             os.replace(fresh, self._path)
         except OSError as error:
-            raise BudgetExhausted(
-                f"{self._path}: {error.strerror}: the day's bytes cannot be counted, so none are received",
-                hint="free disk space, and let the agent's account write to its state directory",
-            ) from error
+            return error
         self._written = self._received
+        return None
 
 
 class SpeedGate:

@@ -110,17 +110,26 @@ HUGE_HEADERS = Reply(raw=b"HTTP/1.1 200 OK\r\n" + b"".join(b"X-%d: %s\r\n" % (n,
 
 
 class BadServer:
-    """The server; a context manager. ``files`` maps paths to bytes, ``directory`` serves a tree besides.
+    """The server; a context manager. ``files`` maps paths to bytes, ``directory`` serves a tree besides, and
+    ``send_buffer`` bounds what the kernel holds back of an answer, so that ``sent_bytes`` is what the client has taken.
 
     Attributes:
         url: Base URL, without a slash at the end.
         log: Every request so far, in order.
     """
 
-    def __init__(self, files: dict[str, bytes] | None = None, *, directory: Path | None = None, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        files: dict[str, bytes] | None = None,
+        *,
+        directory: Path | None = None,
+        tls: ssl.SSLContext | None = None,
+        send_buffer: int = 0,
+    ) -> None:
         self._files = dict(files or {})
         self._directory = directory
         self._tls = tls
+        self._send_buffer = send_buffer
         self._lock = threading.Lock()
         self._queues: dict[str, list[Script]] = {}
         self._always: dict[str, Script] = {}
@@ -152,6 +161,12 @@ class BadServer:
     def wire_bytes(self) -> int:
         """Bytes of all requests and answers so far, above TCP."""
         return sum(request.sent_bytes + request.received_bytes for request in list(self.log))
+
+    @property
+    def idle(self) -> bool:
+        """Whether no connection is open."""
+        with self._lock:
+            return not self._connections
 
     def put(self, path: str, data: bytes) -> None:
         """Serve other bytes under a path from now on, with another ETag."""
@@ -214,14 +229,21 @@ class BadServer:
             except OSError:
                 return
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._send_buffer:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._send_buffer)
             self._spawn(self._serve, connection)
 
     def _serve(self, connection: socket.socket) -> None:
+        raw = connection
         with self._lock:
             self._connections.add(connection)
         try:
             if self._tls is not None:
+                connection.settimeout(5)
                 connection = self._tls.wrap_socket(connection, server_side=True)
+                connection.settimeout(None)
+                with self._lock:
+                    self._connections.add(connection)
             with connection, connection.makefile("rb") as reader:
                 while not self._stopping.is_set() and self._answer(connection, reader):
                     pass
@@ -229,7 +251,7 @@ class BadServer:
             connection.close()  # the client went away: that is its right
         finally:
             with self._lock:
-                self._connections.discard(connection)
+                self._connections -= {raw, connection}
 
     def _answer(self, connection: socket.socket, reader) -> bool:  # type: ignore[no-untyped-def]
         """Answer one request; return whether the connection stays open."""
