@@ -16,7 +16,7 @@ from model_sync.fleet import Fleet
 from model_sync.fleet_accounts import Accounts
 from model_sync.fleet_tables import sqlite_url
 
-PASSPHRASE_VARIABLE: Final = "MODEL_LIBRARY_PASSPHRASE"
+PASSPHRASE_VARIABLE: Final = "MODEL_LIBRARY_PASSPHRASE"  # noqa: S105 - its name, not its value
 _BOX: Final = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 _RING: Final = re.compile(r"^[a-z0-9][a-z0-9_-]{0,63}$")
 _ACTOR: Final = "command line"

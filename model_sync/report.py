@@ -62,7 +62,8 @@ Code: TypeAlias = Annotated[str, BeforeValidator(_listed)]
 Instant: TypeAlias = Annotated[AwareDatetime, AfterValidator(_plausible), PlainSerializer(instant)]
 BoxId: TypeAlias = Annotated[str, Pattern(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 # A release of ours, not any text that semantic versioning lets pass.
-Release: TypeAlias = Annotated[str, Pattern(pattern=r"^\d{1,5}\.\d{1,5}\.\d{1,5}((a|b|rc|\.dev|-(alpha|beta|rc|dev|canary)\.?)\d{1,5})?$")]
+RELEASE: Final = r"^\d{1,5}\.\d{1,5}\.\d{1,5}((a|b|rc|\.dev|-(alpha|beta|rc|dev|canary)\.?)\d{1,5})?$"
+Release: TypeAlias = Annotated[str, Pattern(pattern=RELEASE)]
 RuntimeName: TypeAlias = Annotated[
     str,
     Pattern(

@@ -50,6 +50,8 @@ def _send(kind: str, name: str, cache: str) -> Response:
     addressed = _ADDRESSED.match(path.name)
     # Files are replaced by renaming: another content is another inode and time.
     response.set_etag(addressed[1] if addressed else f"{facts.st_ino:x}-{facts.st_mtime_ns:x}-{facts.st_size:x}")
+    response.headers.pop("Content-Disposition", None)
+    response.headers.pop("Last-Modified", None)  # the entity tag says more
     response.headers["Cache-Control"] = cache
     response.make_conditional(request.environ, accept_ranges=True, complete_length=facts.st_size)
     if response.status_code == HTTPStatus.NOT_MODIFIED:
