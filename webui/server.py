@@ -11,9 +11,7 @@ import ipaddress
 import json
 import logging
 import os
-import socket
 import ssl
-import struct
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -21,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from gunicorn.app.base import BaseApplication
-from gunicorn.workers.gthread import ThreadWorker
 
 from appliance.errors import ApplianceError
 from appliance.process import die_with_parent, start_logging
 from appliance.settings import Settings
+from webui import gate
 
 if TYPE_CHECKING:
     from webui.box import Box
@@ -33,18 +31,16 @@ if TYPE_CHECKING:
 EXIT_USAGE: Final = 2
 ADDRESS_FILE: Final = "web.json"
 # The longest a sender or reader may hold a thread without a byte moving.
-_SILENCE_S: Final = 60.0
-_BEGUN_S: Final = 20
+_SILENCE_S: Final = 30.0
 _STOP_S: Final = 10
 _KEEP_ALIVE_S: Final = 75
-_CONNECTIONS: Final = 200
 _THREAD_STACK_BYTES: Final = 1 << 20
 
 WsgiApp = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
 
-class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
-    """Gunicorn's threads, with the live streams told when the process is asked to stop."""
+class Worker(gate.Worker):
+    """The threads behind the gate, with the live streams told when the process is asked to stop."""
 
     def handle_exit(self, sig: int, frame: object) -> None:
         """SIGTERM: streams end now, requests under way are finished."""
@@ -54,7 +50,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         super().handle_exit(sig, frame)
 
 
-class Server(BaseApplication):  # type: ignore[misc]
+class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
     """Gunicorn, configured from the box's settings."""
 
     def __init__(self, settings: Settings) -> None:
@@ -70,7 +66,7 @@ class Server(BaseApplication):  # type: ignore[misc]
             "worker_class": "webui.server.Worker",
             "workers": 1,
             "threads": settings.web_threads,
-            "worker_connections": _CONNECTIONS,
+            "worker_connections": gate.CONNECTIONS,
             "keepalive": _KEEP_ALIVE_S,
             "graceful_timeout": _STOP_S,
             "worker_tmp_dir": _heartbeat_directory(settings),
@@ -170,9 +166,6 @@ def _announce(settings: Settings) -> Callable[[Any], None]:
     def when_ready(arbiter: Any) -> None:
         scheme = "https" if settings.tls_certificate else "http"
         port = arbiter.LISTENERS[0].sock.getsockname()[1]
-        for listener in arbiter.LISTENERS:
-            # Inherited by every connection: who begins a request and falls silent must not hold a thread for ever.
-            listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _BEGUN_S, 0))
         url = f"{scheme}://{_bracketed(settings.web_host)}:{port}/"
         path = _run_directory(settings) / ADDRESS_FILE
         fresh = path.with_suffix(".new")
