@@ -91,7 +91,7 @@ class LibraryFiles:
         except OSError as error:
             raise SettingsError(
                 f"{self.directory} is no library: {CONFIG_NAME}: {error.strerror}",
-                hint="point --library to one, or make one with `model-library init`",
+                hint="give the library's directory, or make one with `model-library init`",
             ) from error
         except ValidationError as error:
             what = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False))

@@ -87,7 +87,7 @@ def _expiries(roles: dict[str, Any]) -> list[str]:
         elif entry["due"]:
             found.append(f"{role} expires in {entry['days_left']:.1f} days")
         if entry["waiting_expired"]:
-            found.append(f"the waiting {role} expired before it was signed: `model-library renew {role}`")
+            found.append(f"the waiting {role} expired before it was signed: `model-library renew LIB {role}`")
     return found
 
 
@@ -110,12 +110,12 @@ def _next(roles: dict[str, Any]) -> list[str]:
     for role, entry in roles.items():
         if entry["staged"] is not None and entry["have"] < entry["need"]:
             who = " or ".join(entry["missing"])
-            steps.append(f"{role} waits for {entry['need'] - entry['have']} more: `model-library sign {role} --key KEY.pem` ({who})")
+            steps.append(f"{role} waits for {entry['need'] - entry['have']} more: `model-library sign LIB --key KEY.pem` ({who})")
         elif entry["due"] and entry["staged"] is None and role not in ONLINE:
-            steps.append(f"`model-library renew {role}`, then have it signed")
+            steps.append(f"`model-library renew LIB {role}`, then have it signed")
     complete = [role for role, entry in roles.items() if entry["staged"] is not None and entry["have"] >= entry["need"]]
     if complete and not steps:
-        steps.append(f"{', '.join(complete)} is signed: `model-library refresh-timestamp` publishes it with the online keys")
+        steps.append(f"{', '.join(complete)} is signed: `model-library refresh-timestamp LIB` publishes it with the online keys")
     if any(roles[role]["due"] for role in ONLINE if role in roles):
-        steps.append("`model-library refresh-timestamp`; let cron run it every day")
+        steps.append("`model-library refresh-timestamp LIB`; let cron run it every day")
     return steps

@@ -1,0 +1,366 @@
+"""What the commands of ``model-library`` do: ask for passphrases, show what is to be signed, and say what happened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+
+from securesystemslib.signer import Key, Signer
+from tuf.api.metadata import Root, TargetFile
+
+from model_sync import library_check, library_text, usb
+from model_sync import library_console as console
+from model_sync.bundle import MANIFEST_NAME, ModelBundle
+from model_sync.documents import FailureBudget
+from model_sync.errors import PublishError, SettingsError
+from model_sync.keys import Holder, generate, load_holder, load_signer, public_path, write_public
+from model_sync.library_files import CONFIG_NAME, Expiry, LibraryFiles, read_metadata
+from model_sync.library_roles import ONLINE, ROLE_FIELD, AnyMetadata
+from model_sync.repository import Library, State, sign_with
+
+# --- keys ---------------------------------------------------------------------------------------------------------------
+
+
+def key_new(arguments: Namespace) -> None:
+    """Make an encrypted key file."""
+    secret = console.new_secret(
+        arguments.passphrase_file or console.from_env(console.PASSPHRASE_ENV), f"new passphrase for {arguments.file.name}"
+    )
+    key = generate(arguments.file, secret, arguments.name)
+    print(f"{arguments.file}: keep it secret and keep it twice; its passphrase opens it")
+    print(f"{public_path(arguments.file)}: give this to the library (key id {key.keyid[:8]})")
+
+
+def key_token(arguments: Namespace) -> None:
+    """Write down the public part of a token's key."""
+    signer = load_signer(
+        arguments.uri, console.required(console.asker(arguments.passphrase_file, console.PASSPHRASE_ENV), console.PASSPHRASE_ENV)
+    )
+    write_public(arguments.file, signer.public_key, arguments.name)
+    print(f"{arguments.file}: give this to the library (key id {signer.public_key.keyid[:8]})")
+
+
+# --- the library --------------------------------------------------------------------------------------------------------
+
+
+def init(arguments: Namespace) -> None:
+    """Lay a library and its online keys."""
+    root = [load_holder(path) for path in arguments.key]
+    targets = [load_holder(path) for path in arguments.targets_key or arguments.key]
+    if (arguments.library / CONFIG_NAME).exists() and Library(arguments.library).published(Root.type) is not None:
+        raise PublishError(f"{arguments.library} is a library already; nothing was changed", hint="choose another directory")
+    expiry = _expiry(arguments.expiry)
+    files = LibraryFiles(arguments.library)
+    asker = console.asker(arguments.online_passphrase_file, console.ONLINE_ENV)
+    secret = console.new_secret(
+        arguments.online_passphrase_file or console.from_env(console.ONLINE_ENV), "new passphrase for the online keys"
+    )
+    files.create()
+    online = {role: _online_key(files.online / f"{role}.pem", secret) for role in ONLINE}
+    holders = {holder.key.keyid: holder.name for holder in (*root, *targets)}
+    Library.init(
+        arguments.library,
+        [holder.key for holder in root],
+        [holder.key for holder in targets],
+        snapshot_key=online["snapshot"],
+        timestamp_key=online["timestamp"],
+        threshold=arguments.threshold,
+        expiry=expiry,
+        holders={**holders, **{key.keyid: f"{role} (online)" for role, key in online.items()}},
+        passphrase=asker,
+    )
+    print(f"{arguments.library} is laid; root and targets wait for {arguments.threshold} signatures each")
+    print(f"next: `model-library sign {arguments.library} --key KEY.pem`, once for each holder")
+
+
+def _online_key(path: Path, secret: str) -> Key:
+    return load_holder(path).key if path.exists() else generate(path, secret, path.stem)
+
+
+def _expiry(items: list[str]) -> Expiry:
+    values = Expiry().model_dump()
+    for item in items:
+        role, _, days = item.partition("=")
+        if role not in values or not _is_number(days) or not 0 < float(days) <= 3650:
+            raise SettingsError(f"--expiry {item}: no role and days", hint=f"ROLE=DAYS up to 3650, with ROLE one of {', '.join(values)}")
+        values[role] = float(days)
+    return Expiry(**values)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def add_line(arguments: Namespace) -> None:
+    """Add a model line."""
+    library = _open(arguments)
+    holders = _remember(library, arguments.key)
+    _say(library, library.add_line(arguments.name, [holder.key for holder in holders], arguments.threshold))
+
+
+def rollout_keys(arguments: Namespace) -> None:
+    """Give the rollout role its keys."""
+    library = _open(arguments)
+    holders = _remember(library, arguments.key)
+    _say(library, library.set_rollout_keys([holder.key for holder in holders], arguments.threshold))
+
+
+def rotate_key(arguments: Namespace) -> None:
+    """Replace a key."""
+    if arguments.old is None and arguments.new is None and arguments.threshold is None:
+        raise SettingsError("nothing to rotate", hint="give --old, --new, or both")
+    library = _open(arguments)
+    new = _remember(library, [arguments.new])[0].key if arguments.new is not None else None
+    old = _keyid(library, arguments.role, arguments.old) if arguments.old is not None else None
+    library.rotate_key(arguments.role, old, new, threshold=arguments.threshold)
+    _say(library, library.state(arguments.role))
+
+
+def _remember(library: Library, paths: list[Path]) -> list[Holder]:
+    holders = [load_holder(path) for path in paths]
+    library.name_holders({holder.key.keyid: holder.name for holder in holders})
+    return holders
+
+
+def _keyid(library: Library, role: str, text: str) -> str:
+    name = library.files.config().name
+    found = [keyid for keyid in library.keys(role) if text == name(keyid) or (len(text) >= 8 and keyid.startswith(text))]
+    if len(found) != 1:
+        known = ", ".join(f"{name(keyid)} ({keyid[:8]})" for keyid in library.keys(role)) or "none"
+        raise SettingsError(f"{text!r} names {'no key' if not found else 'several keys'} of {role}", hint=f"its keys are {known}")
+    return found[0]
+
+
+# --- models -------------------------------------------------------------------------------------------------------------
+
+
+def publish(arguments: Namespace) -> None:
+    """Publish a bundle."""
+    library = _open(arguments)
+    state = library.publish(
+        arguments.bundle, deltas=not arguments.no_deltas, minimum_version=arguments.minimum_version, progress=console.Steps().tell
+    )
+    _say(library, state)
+
+
+def rollout(arguments: Namespace) -> None:
+    """Let a ring take a version."""
+    library = _open(arguments)
+    try:
+        budget = FailureBudget(max_fraction=arguments.max_failures, min_boxes=arguments.min_failures)
+    except ValueError as error:
+        raise SettingsError("--max-failures is 0 to 1, --min-failures at least 1", hint="nothing was changed") from error
+    state = library.rollout(
+        arguments.ring,
+        arguments.line,
+        arguments.version,
+        arguments.percent,
+        arguments.start,
+        arguments.duration_h,
+        budget,
+        arguments.paused,
+    )
+    _say(library, state)
+
+
+def withdraw(arguments: Namespace) -> None:
+    """Withdraw a version."""
+    library = _open(arguments)
+    _say(library, library.withdraw(arguments.line, arguments.version, arguments.reason))
+
+
+def minimum(arguments: Namespace) -> None:
+    """Raise the oldest allowed version."""
+    library = _open(arguments)
+    _say(library, library.set_minimum(arguments.line, arguments.version))
+
+
+# --- signatures ---------------------------------------------------------------------------------------------------------
+
+
+def sign(arguments: Namespace) -> None:
+    """Show and sign what waits: in the library, or a lone file on another machine."""
+    asker = console.required(console.asker(arguments.passphrase_file, console.PASSPHRASE_ENV), console.PASSPHRASE_ENV)
+    what, only = arguments.what, None
+    if what.is_file() and (what.parent.parent / CONFIG_NAME).is_file() and what.parent.name == "staged":
+        what, only = what.parent.parent, what.name.removesuffix(".json")
+    if not what.is_file() and not what.is_dir():
+        raise SettingsError(f"{what} is not there", hint="give the library's directory, or one file of its staged folder")
+    if what.is_dir():
+        arguments.library = what
+        library = _open(arguments)
+    signer = load_signer(arguments.key, asker, load_holder(arguments.public_key).key if arguments.public_key else None)
+    if what.is_dir():
+        _sign_waiting(library, signer, only, arguments.yes)
+    else:
+        _sign_file(what, signer, arguments.against, arguments.yes)
+
+
+def _sign_waiting(library: Library, signer: Signer, only: str | None, yes: bool) -> None:
+    keyid = signer.public_key.keyid
+    mine = [role for role in library.staged_roles() if keyid in library.keys(role) and only in (None, role)]
+    fresh = [role for role in mine if (md := library.staged(role)) is not None and keyid not in md.signatures]
+    if mine and not fresh:
+        raise PublishError(f"{', '.join(mine)} has this key's signature already", hint="`model-library status` says whose is missing")
+    if not fresh:
+        raise PublishError("nothing waits for a signature of this key", hint="`model-library status` says whose is missing")
+    read = _reader(library.files.staged / "targets", library.files.public / "targets")
+    for role in fresh:
+        md = library.staged(role)
+        if md is None:
+            continue  # published by the signature before, together with its delegator
+        print("\n".join(library_text.describe(role, md, library.published(role), library.files.config().name, read)))
+        console.confirm(f"sign {role} as {library.files.config().name(keyid)}?", yes)
+        _say(library, library.sign(role, signer))
+
+
+def _sign_file(file: Path, signer: Signer, against: Path | None, yes: bool) -> None:
+    md = read_metadata(file)
+    role = str(md.signed.unrecognized_fields.get(ROLE_FIELD, file.name.removesuffix(".json")))
+    folders = [file.parent / "targets", *([against / "targets"] if against is not None else [])]
+    print("\n".join(library_text.describe(role, md, _before(role, md, against), lambda keyid: keyid[:8], _reader(*folders))))
+    console.confirm(f"sign {role} with the key {signer.public_key.keyid[:8]}?", yes)
+    sign_with(md, signer)
+    part = file.with_name(f"{file.name}.part")
+    with part.open("wb") as stream:
+        stream.write(md.to_bytes())
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(file)
+    print(f"{file} is signed; bring it back: `model-library merge LIB {file.name}`")
+
+
+def _before(role: str, md: AnyMetadata, against: Path | None) -> AnyMetadata | None:
+    """Return the newest version in somebody's copy of the public folder that is older than what is to be signed."""
+    if against is None:
+        return None
+    paths = (against / "metadata" / f"{version}.{role}.json" for version in range(md.signed.version - 1, 0, -1))
+    return next((read_metadata(path) for path in paths if path.is_file()), None)
+
+
+def _reader(*folders: Path) -> Callable[[TargetFile], bytes | None]:
+    def read(target: TargetFile) -> bytes | None:
+        paths = [folder / target.get_prefixed_paths()[0] for folder in folders]
+        found = (path.read_bytes() for path in paths if path.is_file() and path.stat().st_size == target.length)
+        return next((raw for raw in found if hashlib.sha256(raw).hexdigest() == target.hashes["sha256"]), None)
+
+    return read
+
+
+def merge(arguments: Namespace) -> None:
+    """Take signatures from other machines."""
+    library = _open(arguments)
+    for file in arguments.file:
+        _say(library, library.merge(file))
+
+
+def renew(arguments: Namespace) -> None:
+    """Stage a role again."""
+    library = _open(arguments)
+    _say(library, library.renew(arguments.role))
+
+
+def discard(arguments: Namespace) -> None:
+    """Drop what waits."""
+    library = _open(arguments)
+    waiting = ", ".join(library.staged_roles()) or "nothing"
+    console.confirm(f"drop {waiting} with the signatures collected so far?", arguments.yes)
+    library.discard()
+    print(f"dropped: {waiting}")
+
+
+def refresh_timestamp(arguments: Namespace) -> None:
+    """Sign the timestamp anew."""
+    library = _open(arguments)
+    timestamp = library.refresh_timestamp()
+    print(f"timestamp version {timestamp.version} is public, valid until {timestamp.expires:%Y-%m-%d %H:%M} UTC")
+
+
+# --- checks -------------------------------------------------------------------------------------------------------------
+
+
+def status(arguments: Namespace) -> int:
+    """Show the state; 1 when something has expired."""
+    found = Library.open_library(arguments.library).status()
+    text = json.dumps(found, ensure_ascii=False, indent=2) if arguments.json else "\n".join(library_text.status_lines(found))
+    print(text.replace(" LIB", f" {arguments.library}") if not arguments.json else text)
+    return int(any(entry["days_left"] is not None and entry["days_left"] <= 0 for entry in found["roles"].values()))
+
+
+def verify(arguments: Namespace) -> int:
+    """Check a library or a bundle."""
+    directory = arguments.directory
+    if (directory / MANIFEST_NAME).is_file() or not ((directory / "public").is_dir() or (directory / "metadata").is_dir()):
+        return _verify_bundle(directory)
+    public = directory / "public" if (directory / "public").is_dir() else directory
+    steps = console.Steps()
+    found = library_check.verify(public, datetime.now(timezone.utc), lambda done, total: steps.tell("reading", done, total))
+    for text in found.notes:
+        print(f"note: {text}")
+    for text in found.problems:
+        print(f"problem: {text}", file=sys.stderr)
+    if not found.clean:
+        print(f"hint: {public} is not what was signed: restore it from its backup or from the master copy", file=sys.stderr)
+        return 1
+    until = f", valid until {found.valid_until:%Y-%m-%d %H:%M} UTC" if found.valid_until is not None else ""
+    print(f"{public}: whole; {found.targets} files, {found.bytes / 2**20:.1f} MiB, every signature and hash right{until}")
+    return 0
+
+
+def _verify_bundle(directory: Path) -> int:
+    bundle = ModelBundle.load(directory)
+    manifest = bundle.manifest
+    print(f"{manifest.name} {manifest.version} ({bundle.digest[:12]}): whole")
+    for point in manifest.operating_points:
+        print(f"  {point.label}: threshold {point.threshold:.4f},", end=" ")
+        print(f"sensitivity {point.sensitivity.value:.3f}, specificity {point.specificity.value:.3f}")
+    print(f"  variants: {', '.join(variant.precision for variant in manifest.variants)}; golden cases: {len(manifest.golden)}")
+    return 0
+
+
+def export_usb(arguments: Namespace) -> None:
+    """Write a stick."""
+    public = Library.open_library(arguments.library).files.public
+    steps = console.Steps()
+    done = usb.export(
+        public,
+        arguments.directory,
+        arguments.line,
+        arguments.version,
+        progress=lambda now, total: steps.tell("writing", now, total),
+    )
+    size = f"{done.bytes / 2**20:.1f} MiB"
+    print(f"{arguments.directory / usb.FOLDER}: {done.files} files written and read back, {size}; {done.removed} old ones removed")
+    for line, versions in done.versions.items():
+        print(f"  {line}: {', '.join(versions) or 'no version'}")
+    print(f"  boxes accept it until {done.valid_until:%Y-%m-%d %H:%M} UTC")
+
+
+def _open(arguments: Namespace) -> Library:
+    file = getattr(arguments, "online_passphrase_file", None)
+    return Library.open_library(arguments.library, console.asker(file, console.ONLINE_ENV))
+
+
+def _say(library: Library, state: State) -> None:
+    """Say where a role stands and what to do next."""
+    if state.published:
+        print(f"{state.role} version {state.version} is public ({', '.join(state.signed)})")
+    else:
+        print(
+            f"{state.role} version {state.version} waits: {state.have} of {state.need} signatures ({', '.join(state.signed) or 'none yet'})"
+        )
+    waiting = [role for role in library.staged_roles() if role != state.role]
+    if waiting:
+        print(f"waiting too: {', '.join(waiting)}")
+    if not state.published or waiting:
+        print(f"next: `model-library status {library.files.directory}` says whose signatures are missing")

@@ -1,0 +1,87 @@
+"""Talking to people at a terminal: passphrases, questions, progress; passphrases are never on the command line."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import sys
+from pathlib import Path
+
+from model_sync.errors import PublishError, SettingsError
+from model_sync.keys import Passphrase
+
+PASSPHRASE_ENV = "MODEL_LIBRARY_PASSPHRASE_FILE"  # noqa: S105  (the name of a variable that names a file)
+ONLINE_ENV = "MODEL_LIBRARY_ONLINE_PASSPHRASE_FILE"
+_YES = ("y", "yes")
+
+
+class Steps:
+    """Progress on stderr: one line that moves on a terminal, a few lines elsewhere."""
+
+    def __init__(self) -> None:
+        self._last: tuple[str, int] = ("", -1)
+
+    def tell(self, what: str, done: int, total: int) -> None:
+        """Say how far it is, when that changed enough."""
+        terminal = sys.stderr.isatty()
+        percent = 100 * done // total if total else 100
+        mark = (what, percent if terminal else percent // 25)
+        if mark != self._last:
+            self._last = mark
+            print(f"\r\033[K{what}: {percent} %" if terminal else f"{what}: {percent} %", end="" if terminal else "\n", file=sys.stderr)
+            if terminal and done >= total:
+                print(file=sys.stderr)
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Ask a question; raises PublishError on no, SettingsError when nobody is there."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise SettingsError("nobody is there to confirm", hint="run it on a terminal, or add --yes; nothing was signed")
+    if input(f"{question} [y/N] ").strip().lower() not in _YES:
+        raise PublishError("not confirmed; nothing was signed or dropped", hint="run it again when it is right")
+
+
+def from_env(variable: str) -> Path | None:
+    """Return the file that an environment variable names, or None."""
+    return Path(os.environ[variable]) if os.environ.get(variable) else None
+
+
+def asker(file: Path | None, variable: str) -> Passphrase | None:
+    """Return what gives a passphrase: a file, or a person at the terminal; None when there is neither."""
+    path = file or from_env(variable)
+    if path is not None:
+        return lambda _what: read_secret(path)
+    return (lambda what: getpass.getpass(f"{what}: ")) if sys.stdin.isatty() else None
+
+
+def required(asker: Passphrase | None, variable: str) -> Passphrase:
+    """Return ``asker``, or say how a passphrase can be given."""
+    if asker is None:
+        raise SettingsError("no passphrase: this is no terminal", hint=f"--passphrase-file FILE, or {variable}=FILE")
+    return asker
+
+
+def new_secret(file: Path | None, what: str) -> str:
+    """Return a new passphrase: from a file, or typed twice."""
+    if file is not None:
+        return read_secret(file)
+    if not sys.stdin.isatty():
+        raise SettingsError("no passphrase: this is no terminal", hint="give a file with it; see --help")
+    secret = getpass.getpass(f"{what}: ")
+    if getpass.getpass("once more: ") != secret:
+        raise SettingsError("the two passphrases differ", hint="try again; nothing was written")
+    return secret
+
+
+def read_secret(path: Path) -> str:
+    """Read a passphrase file, which not everybody may be able to read."""
+    try:
+        if path.stat().st_mode & 0o007:
+            raise SettingsError(f"{path} can be read by everybody on this machine", hint=f"chmod 600 {path}")
+        return path.read_text("utf-8").rstrip("\r\n")
+    except OSError as error:
+        raise SettingsError(f"{path}: {error.strerror}", hint="name the file that holds the passphrase") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path} is no text", hint="name the file that holds the passphrase") from error

@@ -1,0 +1,159 @@
+"""The library in words for people: its status as a table, and what exactly a signature would say yes to."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable
+from typing import Any
+
+from tuf.api.metadata import Root, TargetFile, Targets
+
+from model_sync.documents import LineIndex, Rollout
+from model_sync.library_roles import AnyMetadata, delegated
+
+Name = Callable[[str], str]
+Read = Callable[[TargetFile], "bytes | None"]
+_MAX_LISTED = 12
+
+
+def status_lines(status: dict[str, Any]) -> list[str]:
+    """Return the status as lines: roles, models, rings, warnings, and what to do next."""
+    rows = [("ROLE", "PUBLIC", "WAITING", "SIGNATURES", "EXPIRES", "KEYS")]
+    for role, entry in status["roles"].items():
+        waiting = "" if entry["staged"] is None else f"v{entry['staged']}"
+        keys = ", ".join(key["name"] for key in entry["keys"])
+        public = "-" if entry["published"] is None else f"v{entry['published']}"
+        rows.append((role, public, waiting, f"{entry['have']} of {entry['need']}", _days(entry), keys))
+    found = _table(rows)
+    if status["lines"]:
+        models = [("LINE", "VERSIONS", "OLDEST ALLOWED", "WITHDRAWN", "DELTAS")]
+        for line, entry in status["lines"].items():
+            versions = ", ".join(f"{v} (waiting)" if v in entry["waiting"] else v for v in entry["versions"]) or "-"
+            models.append((line, versions, entry["minimum_version"], ", ".join(entry["withdrawn"]) or "-", str(entry["deltas"])))
+        found += ["", *_table(models)]
+    if status["rings"]:
+        rings = [("RING", "LINE", "TAKES", "BOXES", "FROM", "OVER", "")]
+        for ring, steps in status["rings"].items():
+            for line, step in steps.items():
+                over = f"{step['duration_h']:g} h" if step["duration_h"] else "at once"
+                paused = "PAUSED" if step["paused"] else ""
+                rings.append((ring, line, step["version"], f"{step['percent']:g} %", step["start"][:16], over, paused))
+        found += ["", *_table(rings)]
+    found += ["", *(f"WARNING: {text}" for text in status["warnings"])] if status["warnings"] else []
+    return [*found, "", *(f"next: {text}" for text in status["next"] or ["nothing to do"])]
+
+
+def _days(entry: dict[str, Any]) -> str:
+    if entry["days_left"] is None:
+        return "-"
+    if entry["days_left"] <= 0:
+        return "EXPIRED"
+    return f"in {entry['days_left']:.1f} days{' (!)' if entry['due'] else ''}"
+
+
+def _table(rows: list[Any]) -> list[str]:
+    widths = [max(_width(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _width(text: str) -> int:
+    """Return the columns a text takes on a terminal: a Chinese name takes two for each character."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+
+def describe(role: str, new: AnyMetadata, old: AnyMetadata | None, name: Name, read: Read) -> list[str]:
+    """Say what a signature on ``new`` would approve.
+
+    Args:
+        role: the role that ``new`` says it is.
+        new: what is to be signed.
+        old: what it is compared with, the version that boxes see; None shows everything.
+        name: turns a key id into a holder.
+        read: returns the bytes of a small target whose hash was checked, or None when the file is not at hand.
+    """
+    signed = new.signed
+    before = old.signed if old is not None else None
+    first = f"{role} version {signed.version}"
+    first += f", after version {before.version}" if before is not None else ", compared with nothing: everything in it is shown"
+    found = [first, f"  valid until {signed.expires:%Y-%m-%d %H:%M} UTC"]
+    if isinstance(signed, Root):
+        for each in sorted(signed.roles):
+            found += _keys(each, signed.roles[each], before.roles[each] if before is not None else None, name)
+    if isinstance(signed, Targets):
+        was, now = delegated(before), delegated(signed)
+        for each in sorted(now):
+            found += _keys(each, now[each], was.get(each), name)
+            if each not in was or was[each].paths != now[each].paths:
+                found.append(f"  {'!' if each in was else '+'} {each} may sign: {', '.join(now[each].paths or [])}")
+        found += [f"  - role {each} is delegated no more" for each in sorted(was.keys() - now.keys())]
+        found += _documents(signed, before, read)
+        found += _targets(signed, before)
+    if len(found) == 2:
+        found.append("  nothing else changes: it is only valid for longer" if old is not None else "  it holds nothing yet")
+    return found
+
+
+def _documents(new: Targets, old: Targets | None, read: Read) -> list[str]:
+    """Say what changes in the indexes and rollouts, which are what boxes act on."""
+    found = []
+    for path, target in sorted(new.targets.items()):
+        before = old.targets.get(path) if old is not None else None
+        kind: Any = LineIndex if path.endswith("/line.json") else Rollout if path.startswith("rollout/") else None
+        if kind is None or (before is not None and before.hashes == target.hashes):
+            continue
+        raw, raw_before = read(target), read(before) if before is not None else None
+        if raw is None or (before is not None and raw_before is None):
+            found.append(f"  ? {path} is not at hand, so its changes cannot be shown: copy the whole staged folder, and give --against")
+            continue
+        parsed = kind.parse(raw)
+        parsed_before = kind.parse(raw_before) if raw_before is not None else None
+        found += (_index if kind is LineIndex else _rollout)(parsed, parsed_before)
+    return found
+
+
+def _index(new: LineIndex, old: LineIndex | None) -> list[str]:
+    have = {release.version: release.digest for release in old.versions} if old is not None else {}
+    gone = {item.version for item in old.withdrawn} if old is not None else set()
+    found = [f"  + version {r.version}: manifest sha256 {r.digest[:16]}" for r in new.versions if have.get(r.version) != r.digest]
+    found += [f"  - version {version} is gone" for version in have if new.release(version) is None]
+    found += [f"  ! WITHDRAWN {item.version}: {item.reason}" for item in new.withdrawn if item.version not in gone]
+    found += [f"  ! {version} is NO LONGER withdrawn" for version in sorted(gone - {item.version for item in new.withdrawn})]
+    if old is None or old.minimum_version != new.minimum_version:
+        found.append(f"  ! oldest version that boxes may run: {new.minimum_version}")
+    return found
+
+
+def _rollout(new: Rollout, old: Rollout | None) -> list[str]:
+    found = []
+    for line, step in sorted(new.lines.items()):
+        if old is None or old.lines.get(line) != step:
+            over = f"over {step.duration_h:g} h" if step.duration_h else "at once"
+            budget = f"stop at {step.failure_budget.max_fraction:.0%} failures from {step.failure_budget.min_boxes} boxes on"
+            what = f"{line} {step.version} to {step.percent:g} % of boxes from {step.start:%Y-%m-%d %H:%M} UTC {over}; {budget}"
+            found.append(f"  ! ring {new.ring}: {what}{'; PAUSED' if step.paused else ''}")
+    found += [f"  - ring {new.ring}: {line} is told nothing any more" for line in (old.lines.keys() - new.lines.keys() if old else ())]
+    return found
+
+
+def _keys(role: str, new: Any, old: Any | None, name: Name) -> list[str]:
+    have = set(old.keyids) if old is not None else set()
+    found = [f"  + key of {role}: {name(keyid)} ({keyid[:8]})" for keyid in new.keyids if keyid not in have]
+    found += [f"  - key of {role}: {name(keyid)} ({keyid[:8]})" for keyid in sorted(have - set(new.keyids))]
+    if old is None or old.threshold != new.threshold:
+        found.append(f"  {'+' if old is None else '!'} {role} needs {new.threshold} of {len(new.keyids)} signatures")
+    return found
+
+
+def _targets(new: Targets, old: Targets | None) -> list[str]:
+    have = old.targets if old is not None else {}
+    added = [target for path, target in new.targets.items() if path not in have]
+    changed = [target for path, target in new.targets.items() if path in have and have[path].hashes != target.hashes]
+    gone = sorted(have.keys() - new.targets.keys())
+    found = _listed("+", [f"{target.path}  {target.length:,} bytes  sha256 {target.hashes['sha256'][:12]}" for target in added])
+    found += _listed("!", [f"{target.path} is another file now: sha256 {target.hashes['sha256'][:12]}" for target in changed])
+    return found + _listed("-", [f"{path} is no target any more" for path in gone])
+
+
+def _listed(mark: str, lines: list[str]) -> list[str]:
+    shown = [f"  {mark} {line}" for line in sorted(lines)[:_MAX_LISTED]]
+    return shown + ([f"  {mark} ... and {len(lines) - _MAX_LISTED} more"] if len(lines) > _MAX_LISTED else [])
