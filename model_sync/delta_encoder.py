@@ -29,6 +29,7 @@ from model_sync.delta_format import (
     SEGMENT_WINDOW_LOG,
     STREAM,
     WINDOW_LOG,
+    as_prefix,
     grouping,
     zstd,
 )
@@ -55,7 +56,7 @@ def encode_prefix(old: bytes, new: bytes, level: int = _LEVEL) -> bytes:
             _Parameter.window_log: SEGMENT_WINDOW_LOG,
             _Parameter.enable_long_distance_matching: 1,
         }
-        packer = zstd.ZstdCompressor(options=options, zstd_dict=zstd.ZstdDict(prefix, is_raw=True).as_prefix if prefix else None)
+        packer = zstd.ZstdCompressor(options=options, zstd_dict=as_prefix(prefix))
         packer.set_pledged_input_size(len(piece))
         frame = packer.compress(piece, zstd.ZstdCompressor.FLUSH_FRAME)
         parts += [SEGMENT.pack(begin, len(prefix), len(frame)), frame]

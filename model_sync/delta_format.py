@@ -104,7 +104,7 @@ class Stream:
             raise DeltaError("the delta ends before its declared end")
         self._delta, self._offset, self._end, self._left = delta, offset, offset + packed, length
         self._unpack = zstd.ZstdDecompressor(
-            zstd_dict=zstd.ZstdDict(prefix, is_raw=True).as_prefix if prefix else None,
+            zstd_dict=as_prefix(prefix),
             options={zstd.DecompressionParameter.window_log_max: window_log},
         )
 
@@ -146,6 +146,11 @@ class Stream:
                 raise DeltaError("the delta ends in the middle of its data")
         piece: bytes = self._unpack.decompress(data, max_length=limit)
         return piece
+
+
+def as_prefix(content: bytes) -> Any:
+    """Return what zstd takes as ``zstd_dict`` to look back on ``content``; the module refuses fewer than eight bytes."""
+    return zstd.ZstdDict(content, is_raw=True).as_prefix if len(content) >= 8 else None
 
 
 def read_varint(data: bytes, at: int) -> tuple[int, int]:
