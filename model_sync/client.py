@@ -19,63 +19,16 @@ from model_sync import documents, durable, lock, trust, usb_import
 from model_sync.documents import LineIndex, Rollout
 from model_sync.errors import LibraryUnreachable, ModelSyncError, TrustError
 from model_sync.exchange import Exchange, Source
-from model_sync.floors import FLOOR_FILE, Clocks, Floors, iso, utc_now
+from model_sync.floors import FLOOR_FILE, Clocks, Floors, utc_now
+from model_sync.outcome import KEEP, Outcome, Pulled, instead, job_of, refusal_of
 from model_sync.settings import SyncSettings
 from model_sync.staging import Job, Stager, still_signed
-from model_sync.sync_status import LineStatus, Progress, StatusFile, state_of
+from model_sync.sync_status import Progress, StatusFile, state_of
 from model_sync.trust import Chain
 from model_sync.upstream import Upstream, received_bytes
 
 if TYPE_CHECKING:
     from tuf.ngclient import FetcherInterface
-
-_KEEP = "the model in use stays"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a pull did about one line.
-
-    Attributes:
-        decision: ``ready`` (the box has been told), ``paused``, ``not_chosen``, ``not_yet``, ``waiting``, ``refused``,
-            ``unreachable``, ``error`` or ``none`` (no rollout names the line).
-    """
-
-    decision: str
-    version: str = ""
-    digest: str = ""
-    at: datetime | None = None
-    problem: ModelSyncError | None = None
-
-    def status(self) -> LineStatus:
-        """Return what the status file says about the line."""
-        return LineStatus(self.version, self.digest, self.decision + (f" {iso(self.at)}" if self.at else ""))
-
-
-@dataclass(frozen=True)
-class Pulled:
-    """The end of a pull that reached the library; ``problems`` are those of single lines, which stopped no other line.
-
-    Attributes:
-        changed: whether the box has been told something new.
-        received_bytes: bytes that came over the line.
-    """
-
-    lines: Mapping[str, Outcome]
-    changed: bool
-    received_bytes: int
-    code: str = "sync.ok"
-
-    @property
-    def problems(self) -> dict[str, ModelSyncError]:
-        """What went wrong, by line."""
-        return {name: line.problem for name, line in self.lines.items() if line.problem is not None}
-
-    @property
-    def worst(self) -> ModelSyncError | None:
-        """The problem that a person has to hear of first: distrust before anything else."""
-        order = ("untrusted", "error", "unreachable", "waiting")
-        return min(self.problems.values(), key=lambda error: order.index(state_of(error)), default=None)
 
 
 @dataclass(frozen=True)
@@ -96,7 +49,6 @@ class _Pull:
     fetcher: FetcherInterface
     upstream: Upstream
     stager: Stager
-    on_progress: Callable[[Progress], None] | None
     received_before: int
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
@@ -115,6 +67,7 @@ class Client:
         now: the wall clock.
         local_now: the wall clock in local time, for the windows.
         ticks: a monotonic clock, in seconds.
+        may_continue: called between two pieces of a file; raises LibraryUnreachable to stop, and what has come is kept.
     """
 
     def __init__(
@@ -125,6 +78,7 @@ class Client:
         now: Callable[[], datetime] = utc_now,
         local_now: Callable[[], datetime] = datetime.now,
         ticks: Callable[[], float] = time.monotonic,
+        may_continue: Callable[[], None] | None = None,
     ) -> None:
         """Prepare; nothing is written or fetched."""
         self._settings = settings
@@ -132,10 +86,12 @@ class Client:
         self._now = now
         self._local_now = local_now
         self._ticks = ticks
+        self._asked = may_continue or (lambda: None)
         self._exchange = Exchange(settings.exchange_dir)
         self._metadata = settings.state_dir / "metadata"
         self._copies = settings.state_dir / "documents"
         self._floor_files = (settings.state_dir / FLOOR_FILE, settings.exchange_dir / FLOOR_FILE)
+        self._stager: Stager | None = None
         self._whole: set[str] = set()
         self._in_bundle = False
 
@@ -208,15 +164,16 @@ class Client:
         self._sweep_metadata()
         fetcher = make()
         upstream = Upstream(self._metadata, trust.read_root(settings.root), fetcher, self._floor_files, now=self._now)
-        pull = _Pull(source, fetcher, upstream, cast("Stager", None), on_progress, received_bytes(fetcher))
+        before = received_bytes(fetcher)
 
         def report(progress: Progress) -> None:
-            status.downloading(progress, pull.received_bytes)
+            status.downloading(progress, received_bytes(fetcher) - before)
             if on_progress is not None:
                 on_progress(progress)
 
-        pull.stager = Stager(upstream, self._exchange, settings.state_dir / "deltas", settings.disk_reserve_bytes, report, status.note)
-        return pull
+        deltas = settings.state_dir / "deltas"
+        self._stager = Stager(upstream, self._exchange, deltas, settings.disk_reserve_bytes, report, status.note, self._whole)
+        return _Pull(source, fetcher, upstream, self._stager, before)
 
     def _run(self, pull: _Pull, status: StatusFile) -> Pulled:
         with pull.upstream.view():
@@ -255,7 +212,7 @@ class Client:
         for line in (wanted | set(self._exchange.directives())) - known:
             problems[line] = TrustError(
                 f"the library does not know the line {line}, or has revoked it",
-                hint=f"ask the central team, and compare `lines` in sync.toml; {_KEEP}",
+                hint=f"ask the central team, and compare `lines` in sync.toml; {KEEP}",
                 code="trust.revoked",
             )
         chain = pull.upstream.chain or chain
@@ -272,7 +229,7 @@ class Client:
             rollout = Rollout.parse(raw) if raw is not None else None
             if rollout is not None and rollout.ring != self._settings.ring:
                 raise TrustError(
-                    f"{path} is signed for the ring {rollout.ring}", hint=f"tell the central team; {_KEEP}", code="trust.document"
+                    f"{path} is signed for the ring {rollout.ring}", hint=f"tell the central team; {KEEP}", code="trust.document"
                 )
         except TrustError as error:
             problems[documents.ROLLOUT_ROLE] = error
@@ -311,7 +268,7 @@ class Client:
             outcome = self._outcome(pull, look, line, step)
             pull.outcomes[line] = outcome
             if outcome.decision == "ready":
-                jobs[line] = _job(look.indexes[line], outcome.version)
+                jobs[line] = job_of(look.indexes[line], outcome.version)
         return jobs
 
     def _follows(self, line: str) -> bool:
@@ -323,7 +280,7 @@ class Client:
         index = look.indexes.get(line)
         release = index.release(step.version) if index else None
         digest = release.digest if release else ""
-        if (refusal := _refusal(line, index, step.version)) is not None:
+        if (refusal := refusal_of(line, index, step.version)) is not None:
             return Outcome("refused", step.version, digest, problem=refusal)
         if pull.source == "usb":
             return Outcome("paused" if step.paused else "ready", step.version, digest)
@@ -347,10 +304,10 @@ class Client:
                     pull.stager.stage(pull.upstream.chain or look.chain, job)
                 ready[line] = job
             except TrustError as error:
-                pull.outcomes[line] = _instead(job, "refused", error)
+                pull.outcomes[line] = instead(job, "refused", error)
             except LibraryUnreachable as error:
                 stopped = error
-                pull.outcomes[line] = _instead(job, state_of(error), error)
+                pull.outcomes[line] = instead(job, state_of(error), error)
         return ready
 
     @contextlib.contextmanager
@@ -367,11 +324,12 @@ class Client:
             self._in_bundle = False
 
     def _require_window(self) -> None:
-        """Stop a bundle's download outside the window; the fetcher asks between two pieces of a file."""
+        """Stop a bundle's download outside the window, or when asked to; the fetcher asks between two pieces of a file."""
+        self._asked()
         if self._in_bundle and not self._settings.in_window(self._local_now()):
             raise LibraryUnreachable(
                 f"bundles are fetched only at {', '.join(self._settings.windows)}; this one waits",
-                hint=f"it comes by itself in the next window, or widen `windows` in sync.toml; {_KEEP}",
+                hint=f"it comes by itself in the next window, or widen `windows` in sync.toml; {KEEP}",
                 code="sync.window",
             )
 
@@ -382,12 +340,12 @@ class Client:
             try:
                 if line in again.problems:
                     raise again.problems[line]
-                if (refusal := _refusal(line, again.indexes.get(line), job.release.version)) is not None:
+                if (refusal := refusal_of(line, again.indexes.get(line), job.release.version)) is not None:
                     raise refusal
                 manifest = next(item.manifest for item in self._exchange.bundles() if item.digest == job.release.digest)
-                still_signed(again.chain, _job(again.indexes[line], job.release.version), manifest)
+                still_signed(again.chain, job_of(again.indexes[line], job.release.version), manifest)
             except TrustError as error:
-                pull.outcomes[line] = _instead(job, "refused", error)
+                pull.outcomes[line] = instead(job, "refused", error)
             else:
                 confirmed[line] = job
         return confirmed
@@ -399,7 +357,13 @@ class Client:
             return self._given
         from model_sync.fetcher import Fetcher
 
-        return Fetcher(self._settings, self._settings.state_dir / "parts", may_continue=self._require_window)
+        # The method is looked up at each call: the agent's own client stops there as well.
+        return Fetcher(
+            self._settings,
+            self._settings.state_dir / "parts",
+            on_progress=lambda progress: self._stager.received(progress.done_bytes) if self._stager else None,
+            may_continue=lambda: self._require_window(),
+        )
 
     def _status_file(self) -> StatusFile:
         return StatusFile(self._settings.exchange_dir, self._settings.state_dir, self._settings.box_id, self._now, self._ticks)
@@ -430,30 +394,3 @@ class Client:
                     status.ended(error, {}, self._clocks(None), 0)
                 raise
             yield
-
-
-def _job(index: LineIndex, version: str) -> Job:
-    release = index.release(version)
-    assert release is not None, "the caller has asked for a refusal first"
-    return Job(index.line, release, tuple(index.deltas))
-
-
-def _instead(job: Job, decision: str, problem: ModelSyncError) -> Outcome:
-    return Outcome(decision, job.release.version, job.release.digest, problem=problem)
-
-
-def _refusal(line: str, index: LineIndex | None, version: str) -> TrustError | None:
-    """Say why a version that the rollout names must not come here."""
-    code = index.refusal(version) if index else "unknown"
-    if code is None:
-        return None
-    withdrawal = index.withdrawal(version) if index else None
-    why = {
-        "unknown": "the line's own role has not signed such a version",
-        "withdrawn": f"it is withdrawn: {withdrawal.reason if withdrawal else ''}",
-        "below_minimum": f"it is older than {index.minimum_version if index else ''}, the oldest that may run",
-    }[code]
-    return TrustError(
-        f"the rollout names {line} {version}, and {why}", hint=f"tell the central team: the rollout has to be signed anew; {_KEEP}",
-        code=f"trust.{code}",
-    )  # fmt: skip

@@ -61,6 +61,7 @@ class Stager:
         reserve_bytes: disk space that stays free.
         on_progress: told what is under way.
         note: told what a technician may want to know.
+        whole: digests of bundles that this process has found whole; kept by the caller from pull to pull.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Stager:
         reserve_bytes: int,
         on_progress: Callable[[Progress], None],
         note: Callable[[str], None],
+        whole: set[str],
     ) -> None:
         """Prepare; nothing is fetched."""
         self._upstream = upstream
@@ -79,7 +81,8 @@ class Stager:
         self._reserve = reserve_bytes
         self._on_progress = on_progress
         self._note = note
-        self._whole: set[str] = set()
+        self._whole = whole
+        self._under_way: Progress | None = None
 
     def has(self, digest: str) -> bool:
         """Say whether a complete bundle is here; it is hashed once per process, and a damaged one is put away."""
@@ -122,12 +125,20 @@ class Stager:
             done = 0
             total = sum(piece.cost for piece in pieces)
             for piece in pieces:
-                self._on_progress(Progress(piece.file, done, total))
+                self._under_way = Progress(piece.file, done, total)
+                self.received(0)
                 self._bring(job, piece, part)
                 done += piece.cost
             return self._finish(part, job, manifest)
         except OSError as error:
             raise durable.disk_trouble(error) from error
+        finally:
+            self._under_way = None
+
+    def received(self, file_bytes: int) -> None:
+        """Hear from the fetcher how far the file under way has come."""
+        if self._under_way is not None:
+            self._on_progress(self._under_way._replace(done_bytes=self._under_way.done_bytes + file_bytes))
 
     def sweep(self, wanted: set[str]) -> None:
         """Remove the remains of bundles that nobody wants any more."""

@@ -20,7 +20,7 @@ STATUS_FILE = "sync-status.json"
 HISTORY_FILE = "history.jsonl"
 MAX_HISTORY_BYTES = 256 * 1024
 _PROGRESS_EVERY_S = 1.0
-_WAITING = ("sync.window", "sync.budget", "sync.busy")
+_WAITING = ("sync.window", "sync.budget", "sync.busy", "sync.stopped")
 _OWN_FAULT = ("sync.disk_full", "sync.disk", "sync.state", "sync.settings")
 _log = logging.getLogger(__name__)
 

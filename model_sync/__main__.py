@@ -1,0 +1,8 @@
+"""``python -m model_sync``: the command ``model-sync``."""
+
+import sys
+
+from model_sync.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
