@@ -75,9 +75,11 @@ def process_bucket(rate: float | None, clock: Callable[[], float], sleep: Callab
 class DayBudget:
     """Bytes received per UTC day, kept in a file so that a restart does not begin anew.
 
+    The file is read again at each transfer: the agent and a `pull` by hand take turns, and each adds to what the other counted.
+
     Args:
         path: Where the count is kept.
-        limit: Bytes per day; None counts without refusing.
+        limit: Bytes per day; None neither counts nor refuses.
         now: The wall clock.
     """
 
@@ -86,15 +88,16 @@ class DayBudget:
         self._limit = limit
         self._now = now
         self._lock = threading.Lock()
-        self._day, self._received = self._read()
-        self._written = self._received
+        self._day = self._today()
+        self._written = self._read()
+        self._uncounted = 0
 
     @property
     def received_bytes(self) -> int:
         """Bytes received today."""
         with self._lock:
             self._turn()
-            return self._received
+            return self._written + self._uncounted
 
     def room(self, *, small: bool) -> int | None:
         """Return how many bytes may still be received today, or None when nobody counts.
@@ -109,7 +112,7 @@ class DayBudget:
         if self._limit is None:
             return None
         with self._lock:
-            error = self._write() if self._received - self._written >= UNCOUNTED_BYTES else None
+            error = self._write() if self._uncounted >= UNCOUNTED_BYTES else None
         if error is not None:
             raise DiskFull(f"{self._path}: {error.strerror}: the day's bytes cannot be counted, so no more are received") from error
         limit = self._limit if small else self._limit - self._limit // SMALL_SHARE
@@ -120,51 +123,56 @@ class DayBudget:
             )
         return left
 
+    def begin(self) -> None:
+        """A transfer begins: take in what another process has counted."""
+        if self._limit is not None:
+            with self._lock:
+                self._turn()
+                self._written = self._read()
+
     def add(self, amount: int) -> None:
         """Count received bytes."""
         with self._lock:
             self._turn()
-            self._received += amount
-            if self._received - self._written >= UNCOUNTED_BYTES:
+            self._uncounted += amount
+            if self._uncounted >= UNCOUNTED_BYTES:
                 self._write()
 
     def save(self) -> None:
         """Write the count down; called at the end of each transfer."""
         with self._lock:
-            if self._received != self._written:
+            if self._uncounted:
                 self._write()
 
     def _turn(self) -> None:
-        today = self._today()
-        if today != self._day:
-            self._day, self._received, self._written = today, 0, 0
+        if (today := self._today()) != self._day:
+            self._day, self._written, self._uncounted = today, 0, 0
 
     def _today(self) -> str:
         return self._now().astimezone(timezone.utc).date().isoformat()
 
-    def _read(self) -> tuple[str, int]:
+    def _read(self) -> int:
         """A missing or damaged count begins the day anew: a box must never stop updating because of this file."""
         try:
             kept = json.loads(self._path.read_bytes())
             day, received = kept["day"], kept["received_bytes"]
         except (OSError, ValueError, KeyError, TypeError):
-            return self._today(), 0
-        valid = isinstance(day, str) and isinstance(received, int) and received >= 0
-        return (day, received) if valid else (self._today(), 0)
+            return 0
+        return received if day == self._day and type(received) is int and received >= 0 else 0
 
     def _write(self) -> OSError | None:
         """Write the count down; a full disk must not break a transfer, the count goes on in memory."""
         if self._limit is None:
             return None
-        text = json.dumps({"schema": 1, "day": self._day, "received_bytes": self._received})
+        total = self._written + self._uncounted
         fresh = self._path.with_suffix(".new")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            fresh.write_text(text + "\n", "utf-8")
+            fresh.write_text(json.dumps({"schema": 1, "day": self._day, "received_bytes": total}) + "\n", "utf-8")
             os.replace(fresh, self._path)
         except OSError as error:
             return error
-        self._written = self._received
+        self._written, self._uncounted = total, 0
         return None
 
 

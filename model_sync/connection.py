@@ -78,6 +78,7 @@ class Connection:
             Unreachable, TooSlow, Refused, NotTheLibrary, BudgetExhausted: see there.
         """
         host = host_of(url)
+        self._budget.begin()
         self._budget.room(small=small)
         with _wrapped(host):
             response = self._session.get(

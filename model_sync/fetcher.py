@@ -35,7 +35,7 @@ from model_sync.download_errors import (
     TooSlow,
     Unreachable,
 )
-from model_sync.parts import Part, check_room, open_part
+from model_sync.parts import SYNC_BYTES, Part, check_room, open_part
 from model_sync.settings import SyncSettings
 from model_sync.stick import LIBRARY_SCHEME, DirectoryFetcher
 from model_sync.transfer import fetch_metadata, fetch_target
@@ -89,6 +89,7 @@ class Fetcher(FetcherInterface):
         sleep: Waits some seconds.
         client_certificate: Certificate and key, as PEM files, for libraries that ask for them.
         now: The wall clock, for the day's budget.
+        on_trouble: Told before each pause what went wrong and how many seconds the pause is, for a status that says so.
 
     Attributes:
         restarts: How often a download had to begin again from its first byte.
@@ -106,12 +107,14 @@ class Fetcher(FetcherInterface):
         sleep: Callable[[float], None] = time.sleep,
         client_certificate: tuple[Path, Path] | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
+        on_trouble: Callable[[Failure, float], None] | None = None,
     ) -> None:
         self.restarts = 0
         self._settings = settings
         self._parts_dir = parts_dir
         self._bases = [url if url.endswith("/") else f"{url}/" for url in (settings.urls if urls is None else urls)]
         self._on_progress = on_progress
+        self._on_trouble = on_trouble
         self._may_continue = may_continue or (lambda: None)
         self._clock = clock
         self._sleep = sleep
@@ -207,22 +210,28 @@ class Fetcher(FetcherInterface):
 
     def _complete(self, url: str, part: Part) -> None:
         """Receive what a part lacks, from whichever base URL has it."""
-        check_room(self._parts_dir, part.length - part.size, self._settings.disk_reserve_bytes)
-        file = part.note.path.rsplit("/", 1)[-1]
-        watch = _Watch(file, part, self._on_progress, self._clock)
+        self._check_room(part)
+        watch = _Watch(part, self._on_progress, self._clock)
         whole_only: set[str] = set()
         limit = self.received_bytes + MAX_COST * part.length + _SPARE_BYTES
-        reached = part.size
+        reached = checked = part.size
+
+        def arrived() -> None:
+            nonlocal checked
+            watch.tell()
+            if part.size - checked >= SYNC_BYTES:  # somebody else may fill the disk meanwhile
+                checked = part.size
+                self._check_room(part)
 
         def attempt(address: str, base: str) -> None:
             nonlocal reached
             if self.received_bytes > limit:
                 raise BudgetExhausted(
-                    f"{file} has cost more than {MAX_COST} times its length and is still not here",
+                    f"{part.name} has cost more than {MAX_COST} times its length and is still not here",
                     hint="the line is cut and the server gives no ranges: look at the web server; the next look tries again",
                 )
             try:
-                fetch_target(self._connection, address, part, whole=base in whole_only, on_chunk=watch.tell)
+                fetch_target(self._connection, address, part, whole=base in whole_only, on_chunk=arrived)
             except RangeViolation:
                 whole_only.add(base)
                 raise
@@ -236,6 +245,9 @@ class Fetcher(FetcherInterface):
             self.restarts += part.restarts
         part.sync()
         watch.tell(force=True)
+
+    def _check_room(self, part: Part) -> None:
+        check_room(self._parts_dir, part.length - part.size, self._settings.disk_reserve_bytes)
 
     def _repeat(self, url: str, tries: Tries, attempt: Callable[[str, str], _Result], reached: Callable[[], int]) -> _Result:
         """Try each base URL in turn, and all of them again after a pause.
@@ -264,14 +276,11 @@ class Fetcher(FetcherInterface):
             again = tries.failed(reached())
             if not failures or (answers and reached() <= before) or not again:
                 raise _telling(list(answers.values()) or failures)
-            self._pause(
-                pause_s(
-                    tries.row,
-                    self._settings.backoff_s,
-                    self._settings.max_backoff_s,
-                    max(error.retry_after_s for error in failures),
-                )
-            )
+            asked = max(error.retry_after_s for error in failures)
+            pause = pause_s(tries.row, self._settings.backoff_s, self._settings.max_backoff_s, asked)
+            if self._on_trouble is not None:
+                self._on_trouble(failures[-1], pause)
+            self._pause(pause)
 
     def _order(self, url: str) -> list[str]:
         """Return the base URLs for a URL; a plain one is its own (an empty base)."""
@@ -320,8 +329,7 @@ class _Memo:
 class _Watch:
     """Tells the caller how far a part has come, not more often than every ``PROGRESS_S`` seconds."""
 
-    def __init__(self, file: str, part: Part, on_progress: Callable[[Progress], None] | None, clock: Callable[[], float]) -> None:
-        self._file = file
+    def __init__(self, part: Part, on_progress: Callable[[Progress], None] | None, clock: Callable[[], float]) -> None:
         self._part = part
         self._on_progress = on_progress
         self._clock = clock
@@ -335,7 +343,7 @@ class _Watch:
             return
         self._told = now
         rate = max(0, self._part.size - self._size) / max(now - self._began, 1e-9)
-        self._on_progress(Progress(self._file, self._part.size, self._part.length, rate if now > self._began else 0.0))
+        self._on_progress(Progress(self._part.name, self._part.size, self._part.length, rate if now > self._began else 0.0))
 
 
 def _telling(failures: list[Failure]) -> Failure:

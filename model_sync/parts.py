@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO
 
+from model_sync import durable
 from model_sync.download_errors import DiskFull, Unreachable
 
 SYNC_BYTES = 1024 * 1024
@@ -28,6 +29,7 @@ SYNC_S = 2.0
 # A part that nobody went on with for so long is of a version that is no longer wanted.
 KEEP_S = 30 * 86400.0
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_DIGEST = re.compile(r"^[0-9a-f]{64,128}\.")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -81,9 +83,19 @@ class Part:
         return self._note
 
     @property
+    def name(self) -> str:
+        """The file's name for people, without the digest that consistent snapshots put before it."""
+        return _DIGEST.sub("", self._note.path.rsplit("/", 1)[-1])
+
+    @property
     def complete(self) -> bool:
         """Whether every byte is there."""
         return self.size == self.length
+
+    @property
+    def hashed(self) -> bool:
+        """Whether the file's name holds its digest: then a file of that name is that file, on every mirror."""
+        return self.name != self._note.path.rsplit("/", 1)[-1]
 
     def _usable(self, fresh: Note) -> Note:
         """Return the note on the disk when it speaks of the same file, otherwise drop the part and begin anew."""
@@ -119,6 +131,7 @@ class Part:
                 self._note, validator=validator, host=host, synced_bytes=min(at, self._note.synced_bytes), boot_id=self._boot_id
             )
             self._write_note()
+            durable.sync_directory(self._file.parent)
 
     def write(self, chunk: bytes) -> None:
         """Append bytes; now and then they are synced.

@@ -16,7 +16,6 @@ from model_sync.parts import Part
 # Documents up to this length may use the reserve of the day's budget, as metadata may.
 SMALL_TARGET_BYTES = 1024 * 1024
 _CONTENT_RANGE = re.compile(r"(?i:bytes) ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", re.ASCII)
-_HASHED_NAME = re.compile(r"[0-9a-f]{64,128}\.")
 
 
 def fetch_metadata(connection: Connection, url: str, max_length: int) -> bytes:
@@ -64,12 +63,12 @@ def fetch_target(connection: Connection, url: str, part: Part, *, whole: bool, o
                 wanted = part.length - part.size
                 chunk = answer.read(wanted)
                 if not chunk:
-                    raise Unreachable(f"{answer.host} ended {_name(part)} after {part.size} of {part.length} bytes")
+                    raise Unreachable(f"{answer.host} ended {part.name} after {part.size} of {part.length} bytes")
                 part.write(chunk[:wanted])
                 on_chunk()
     except Refused as error:
         if error.status_code == 416 and headers:
-            raise RangeViolation(f"{error.message} for {_name(part)}: it does not have the rest of the file", final=False) from error
+            raise RangeViolation(f"{error.message} for {part.name}: it does not have the rest of the file", final=False) from error
         raise
 
 
@@ -77,17 +76,17 @@ def _begin(answer: Answer, part: Part, headers: dict[str, str]) -> None:
     """Check that the answer is the piece that was asked for, or the whole file, and cut the part where it begins."""
     start, final = 0, not headers
     if answer.is_page and not part.note.path.endswith((".html", ".htm")):
-        raise NotTheLibrary(f"{answer.host} sent a web page instead of {_name(part)} (a login page?)")
+        raise NotTheLibrary(f"{answer.host} sent a web page instead of {part.name} (a login page?)")
     if answer.status == 206 and headers:
         start = part.size
         check_content_range(answer.headers, start, part.length)
         if _of_another_file(answer, headers.get("If-Range", "")):
-            raise RangeViolation(f"{answer.host} sent a piece of another {_name(part)} than the part is of", final=final)
+            raise RangeViolation(f"{answer.host} sent a piece of another {part.name} than the part is of", final=final)
     elif answer.status != 200:
-        raise RangeViolation(f"{answer.host} answered {answer.status} for {_name(part)}, which was not asked for", final=final)
+        raise RangeViolation(f"{answer.host} answered {answer.status} for {part.name}, which was not asked for", final=final)
     announced = answer.content_length()
     if announced is not None and announced != part.length - start:
-        raise RangeViolation(f"{answer.host} announces {announced} bytes of {_name(part)} instead of {part.length - start}", final=final)
+        raise RangeViolation(f"{answer.host} announces {announced} bytes of {part.name} instead of {part.length - start}", final=final)
     part.begin(validator=answer.validator, host=answer.host, at=start)
 
 
@@ -123,11 +122,7 @@ def _range_headers(part: Part, host: str) -> dict[str, str]:
         return {}
     if note.validator and note.host == host:
         return {"Range": f"bytes={part.size}-", "If-Range": note.validator}
-    return {"Range": f"bytes={part.size}-"} if _HASHED_NAME.match(_name(part)) else {}
-
-
-def _name(part: Part) -> str:
-    return part.note.path.rsplit("/", 1)[-1]
+    return {"Range": f"bytes={part.size}-"} if part.hashed else {}
 
 
 def is_metadata(body: bytes) -> bool:

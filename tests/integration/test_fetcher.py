@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tuf.api.exceptions import DownloadError, DownloadHTTPError, LengthOrHashMismatchError
 
-from model_sync.download_errors import NotTheLibrary, RangeViolation, Refused, TooLong, TooSlow, Unreachable
+from model_sync.download_errors import Failure, NotTheLibrary, RangeViolation, Refused, TooLong, TooSlow, Unreachable
 from model_sync.errors import LibraryUnreachable
 from model_sync.fetcher import Fetcher
 from model_sync.parts import part_name
@@ -414,6 +414,18 @@ def test_no_credentials_in_any_message(make: Make, server: BadServer) -> None:
         assert "agent" not in str(caught.value).replace("agent's", "")
 
 
+def test_trouble_is_told_before_each_pause(make: Make, server: BadServer) -> None:
+    told: list[tuple[str, float]] = []
+    server.script(f"/{NAME}", DOWN, Reply(hang_up=True))
+
+    def on_trouble(error: Failure, pause: float) -> None:
+        told.append((error.message, pause))
+
+    options = {"on_trouble": on_trouble, "sleep": lambda _seconds: None}
+    assert fetch(make(options=options, backoff_s=5.0, max_backoff_s=8.0)) == DATA
+    assert [("503" in message, 0 <= pause <= 8.0) for message, pause in told] == [(True, True), (False, True)]
+
+
 def test_a_url_that_is_none_is_not_tried_again(make: Make) -> None:
     pauses: list[float] = []
     for url in ("http://[broken", "ftp://127.0.0.1/", "nonsense"):
@@ -545,7 +557,7 @@ def test_progress_tells_file_bytes_and_rate(make: Make, server: BadServer) -> No
     assert fetch(make(options={"on_progress": told.append, "clock": clock}, min_speed_bytes_per_s=0.0)) == DATA
     assert (told[0].done_bytes, told[0].total_bytes) == (0, SIZE)
     assert told[-1].done_bytes == SIZE
-    assert told[-1].file == NAME.rsplit("/", 1)[-1]
+    assert told[-1].file == "model.onnx"  # without its digest
     assert told[-1].rate_bytes_per_s > 0
     assert [item.done_bytes for item in told] == sorted(item.done_bytes for item in told)
 

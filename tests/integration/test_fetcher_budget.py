@@ -209,6 +209,16 @@ def test_a_count_that_cannot_be_written_stops_the_download(tmp_path: Path) -> No
         budget.room(small=True)
 
 
+def test_two_processes_that_take_turns_add_to_one_count(tmp_path: Path) -> None:
+    """The agent that runs, and a pull by hand in between."""
+    agent, hand = (DayBudget(tmp_path / "budget.json", 1000, lambda: NOON) for _ in range(2))
+    for budget, total in ((agent, 100), (hand, 200), (agent, 300), (hand, 400)):
+        budget.begin()
+        budget.add(100)
+        budget.save()
+        assert budget.received_bytes == total
+
+
 def test_without_a_limit_nothing_is_written(make: Make, server: BadServer, tmp_path: Path) -> None:
     assert fetch(make()) == DATA
     assert not (tmp_path / "state").exists()

@@ -221,6 +221,27 @@ def test_no_room_is_said_before_anything_is_asked_for(make: Make, server: BadSer
     assert server.log == []
 
 
+def test_the_reserve_is_kept_while_others_fill_the_disk(make: Make, server: BadServer, tmp_path: Path) -> None:
+    """The room is looked at again with each megabyte; the reserve is made of what is free now."""
+    whole = bytes(4_000_000)
+    server.put("/targets/big", whole)
+    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
+    ballast = tmp_path / "ballast"
+
+    def fill(_progress: object) -> None:
+        if not ballast.exists():
+            with ballast.open("wb") as stream:
+                os.posix_fallocate(stream.fileno(), 0, 512 * 2**20)
+
+    fetcher = make(disk_reserve_bytes=free - 256 * 2**20, options={"on_progress": fill})
+    with pytest.raises(DiskFull) as caught:
+        fetch(fetcher, "targets/big", len(whole))
+    assert caught.value.missing_bytes > 0
+    assert whole.startswith(part_of(tmp_path, "targets/big").read_bytes())
+    ballast.unlink(missing_ok=True)
+    assert fetch(make(), "targets/big", len(whole)) == whole
+
+
 FILL = """
 import sys
 from pathlib import Path
