@@ -169,10 +169,13 @@ def _load_token(uri: str, passphrase: Passphrase, public_key: Key | None) -> Sig
     return signer
 
 
-def token_error(uri: str, error: BaseException) -> SettingsError:
-    """Return what to tell a person about a token that does not work."""
+def token_error(what: str, error: BaseException) -> SettingsError:
+    """Return what to tell a person about a key that does not sign."""
+    kind = type(error).__name__  # python-pkcs11's errors carry no text of their own
+    if kind.startswith("Pin"):
+        return SettingsError(f"{what}: the token refuses the PIN ({kind})", hint="take care: a token locks itself after a few wrong PINs")
     hint = "is the token inserted? PYKCS11LIB names its PKCS#11 module; `pkcs11-tool -L` lists tokens"
-    return SettingsError(f"{uri}: {error or type(error).__name__}", hint=hint)
+    return SettingsError(f"{what}: {str(error) or kind}", hint=hint)
 
 
 def _own_keyid(key: SSlibKey) -> str:

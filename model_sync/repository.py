@@ -322,7 +322,7 @@ def sign_with(md: AnyMetadata, signer: Signer) -> None:
     try:
         md.sign(signer, append=True)
     except UnsignedMetadataError as error:
-        raise token_error("the key", error) from error
+        raise token_error("the key does not sign", error.__cause__ or error) from error
 
 
 def _check_threshold(role: str, keys: list[Key], threshold: int) -> None:
