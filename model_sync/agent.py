@@ -39,6 +39,7 @@ SENT_FILE: Final = "report.json"
 Sent = Literal["sent", "not_enrolled", "no_server"]
 _LOOK_S: Final = 20.0  # how often the box's own report is looked at for news
 _STOP_S: Final = 0.7
+_DRAW: Final = random.SystemRandom().random
 
 
 def enrol(settings: SyncSettings, token: str) -> None:
@@ -144,7 +145,7 @@ class Agent:
         stop: threading.Event,
         *,
         pull: Callable[[], object] | None = None,
-        draw: Callable[[], float] = _draw,
+        draw: Callable[[], float] = _DRAW,
         ticks: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings, self._stop, self._draw, self._ticks = settings, stop, draw, ticks
@@ -318,13 +319,9 @@ def _key_name(identity: Identity) -> str:
     return f"{identity.certificate.serial_number:x}"
 
 
-def _draw() -> float:
-    return random.SystemRandom().random()
-
-
 def _version() -> str:
     try:
         found = version("clinic-edge-appliance")
     except PackageNotFoundError:
         return "0.0.0"
-    return found if re.match(RELEASE, found) else "0.0.0"
+    return found if re.fullmatch(RELEASE, found) else "0.0.0"

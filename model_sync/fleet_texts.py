@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Final
+
+from model_sync.report_reasons import REASONS, Words
 
 LANGUAGES: Final = ("zh", "en")
-
-
-class Words(NamedTuple):
-    """One text."""
-
-    zh: str
-    en: str
 
 
 TEXTS: Final[dict[str, Words]] = {
@@ -199,24 +194,6 @@ TEXTS: Final[dict[str, Words]] = {
     "model.rolled-back": Words("已回退", "rolled back"),
     "model.withdrawn": Words("已撤回", "withdrawn"),
 }
-
-# What a coded reason means, for those that a central team reads most; any other is shown as its code.
-REASONS: Final[dict[str, Words]] = {
-    "ok": Words("", ""),
-    "unlisted": Words("原因不在上报清单中：请到设备上查看", "the reason is not on the list of reports: look at the box itself"),
-    "box_report.invalid": Words("设备报告不合规，未发送", "the box's own report was refused and not sent"),
-    "box_report.unreadable": Words("设备报告无法读取", "the box's own report cannot be read"),
-    "sync.unreachable": Words("模型库没有应答", "the library does not answer"),
-    "sync.window": Words("等待下载时间段", "waits for its download window"),
-    "sync.budget": Words("当日流量已用完", "the day's data budget is used up"),
-    "sync.disk_full": Words("磁盘空间不足", "not enough disk space"),
-    "trust.signature": Words("签名不正确", "a signature is wrong"),
-    "trust.expired": Words("元数据已过期", "metadata expired"),
-    "trust.rollback": Words("元数据版本倒退", "metadata went back in version"),
-    "trust.digest": Words("文件与签名摘要不符", "a file is not the signed one"),
-    "trust.revoked": Words("角色已被吊销", "a role was revoked"),
-    "trust.document": Words("签名文件无法理解", "a signed document cannot be understood"),
-}  # fmt: skip
 
 
 def text(key: str, language: str, **values: object) -> str:

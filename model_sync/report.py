@@ -21,22 +21,16 @@ from securesystemslib.signer import CryptoSigner, Signature, SSlibKey
 
 from model_sync.errors import ModelSyncError
 from model_sync.manifest import Identifier, Precision, SemVer, Sha256
+from model_sync.report_reasons import REASONS
 
 MAX_REPORT_BYTES: Final = 64 << 10
 MAX_BOX_REPORT_BYTES: Final = 256 << 10
-UNLISTED: Final = "unlisted"
+UNLISTED: Final = "unlisted"  # also a key of REASONS
 EARLIEST: Final = datetime(2024, 1, 1, tzinfo=timezone.utc)
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _LATEST: Final = datetime(2200, 1, 1, tzinfo=timezone.utc)
 _DISK_STEP_BYTES: Final = 64 << 20
-# Every reason that may leave a box. What is missing here is reported as ``unlisted``; a test compares it with what is raised.
-CODES: Final = frozenset(
-    {
-        "", UNLISTED, "ok", "box_report.invalid", "box_report.unreadable",
-        "sync.unreachable", "sync.window", "sync.budget", "sync.disk_full", "sync.busy", "sync.error", "sync.stopped",
-        "trust.signature", "trust.expired", "trust.rollback", "trust.digest", "trust.revoked", "trust.document",
-    }
-)  # fmt: skip
+CODES: Final = frozenset(REASONS) | {""}
 
 ActivationState: TypeAlias = Literal["staged", "building", "self-test", "trial", "good", "failed", "rolled-back", "withdrawn"]
 ModelState: TypeAlias = Literal["active", "previous", "retired"] | ActivationState

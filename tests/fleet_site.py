@@ -248,7 +248,7 @@ class Box:
         return self.centre.post("/api/v1/renew", json={"csr_pem": csr or self.csr}, cert=str(self.file))
 
 
-def status_json(box_id: str, sequence: int, ring: str = "stable", **changes: Any) -> str:
+def status_json(box_id: str, sequence: int, ring: str = "stable", /, **changes: Any) -> str:
     """Return a valid status report as JSON; ``changes`` replace its top fields."""
     document: dict[str, Any] = {
         "schema": 1, "box_id": box_id, "sequence": sequence, "at": stamp(), "agent_version": "0.1.0", "ring": ring,
