@@ -216,10 +216,11 @@ def _accept_entries(
             yield _refusal(ingest, source, label, info.file_size, "ingest.archive_bomb", bomb)
             continue
         try:
-            data = _read_entry(archive, info, settings, settings.max_archive_bytes - unpacked)
+            data = _read_entry(archive, info, settings, max(0, settings.max_archive_bytes - unpacked))
         except IngestError as error:
             if error.code == "ingest.archive_bomb":
                 bomb = error.detail
+            unpacked += _spent(error.code, info, settings)
             yield _refusal(ingest, source, label, info.file_size, error.code, error.detail)
             continue
         unpacked += len(data)
@@ -227,6 +228,13 @@ def _accept_entries(
             yield Outcome(label, None, "ingest.skipped", "archive inside an archive")
         else:
             yield _accept_bytes(ingest, data, label, source, form)
+
+
+def _spent(code: str, info: zipfile.ZipInfo, settings: Settings) -> int:
+    """What a failed entry cost: as much as was unpacked of it, at most; one refused unopened cost nothing."""
+    if code == "ingest.too_large":
+        return settings.max_upload_bytes
+    return min(info.file_size, settings.max_upload_bytes) if code == "ingest.archive_corrupt" else 0
 
 
 def _check_directory(path: Path, settings: Settings) -> None:
