@@ -35,6 +35,13 @@ class Box:
     feed: Feed
     images: ImageCache
     looked_at: LookedAt = field(default_factory=lambda: LookedAt())
+    senders: threading.Semaphore = field(init=False)
+    waiters: threading.Semaphore = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Bound how many threads may hold still at once: for bodies on slow lines, and for outcomes that are being found out."""
+        self.senders = threading.BoundedSemaphore(max(1, self.settings.web_threads // 2))
+        self.waiters = threading.BoundedSemaphore(max(1, self.settings.web_threads // 4))
 
     def stop(self) -> None:
         """End what runs beside the requests; whatever is unfinished stands on the disk and goes on at the next start."""

@@ -71,6 +71,7 @@ class Parts:
         self.directory = settings.data_dir / "incoming" / "uploads"
         self._guard = threading.Lock()
         self._swept_at = 0.0
+        self._known: dict[str, Upload] = {}
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -124,38 +125,38 @@ class Parts:
         Raises:
             BusyError: another request writes to it.
             ValueError: ``offset`` is not where the upload stands.
-            StoreError: the disk failed or is full; the upload was removed to give its room back.
+            StoreError: the disk failed or is full; what is durable stays, and the upload goes on when there is room again.
         """
         with self.exclusive(upload):
             if self.offset(upload) != offset:
                 raise ValueError("offset")
             if offset == upload.length:  # complete, and perhaps gone through the door already
                 return offset
-            try:
-                return self._copy(upload, offset, read)
-            except StoreError:
-                self.remove(upload)
-                raise
+            return self._copy(upload, offset, read)
 
-    def _copy(self, upload: Upload, offset: int, read: Callable[[int], bytes]) -> int:
+    def _copy(self, upload: Upload, start: int, read: Callable[[int], bytes]) -> int:
+        offset, failure = start, None
         with _open_part(self.directory / f"{upload.id}.data") as descriptor:
-            while offset < upload.length:
+            while offset < upload.length and failure is None:
                 try:
                     chunk = read(min(_CHUNK_BYTES, upload.length - offset))
                 except OSError:  # the line broke (a timeout included): what came before is kept
                     break
                 if not chunk:
                     break
-                self._check_space(len(chunk))
                 try:
+                    self._check_space(len(chunk))
                     _write_all(descriptor, chunk)
+                except StoreError as error:
+                    failure = error
                 except OSError as error:
-                    raise store_error(error) from error
-                offset += len(chunk)
-            try:
-                os.fsync(descriptor)
-            except OSError as error:
-                raise store_error(error) from error
+                    failure = store_error(error)
+                    os.ftruncate(descriptor, offset)  # of a chunk that went in by half nobody knows how much
+                else:
+                    offset += len(chunk)
+            _make_durable(descriptor, start)
+        if failure is not None:
+            raise failure
         return offset
 
     def complete(self, upload: Upload) -> bool:
@@ -182,6 +183,7 @@ class Parts:
 
     def remove(self, upload: Upload) -> None:
         """Forget an upload that was called off."""
+        self._known.pop(upload.id, None)
         for suffix in _SUFFIXES:
             (self.directory / f"{upload.id}.{suffix}").unlink(missing_ok=True)
 
@@ -189,7 +191,9 @@ class Parts:
 
     def unfinished(self, owner: int | None = None) -> Iterator[Upload]:
         """Uploads without an outcome, of one person or of all, oldest first."""
-        waiting = [upload for path in self.directory.glob("*.data") if (upload := self._read(path.stem)) is not None]
+        with os.scandir(self.directory) as entries:
+            names = [entry.name.removesuffix(".data") for entry in entries if entry.name.endswith(".data")]
+        waiting = [upload for name in names if (upload := self._read(name)) is not None]
         for upload in sorted(waiting, key=lambda item: item.created_at):
             if owner is None or upload.owner == owner:
                 yield upload
@@ -253,12 +257,18 @@ class Parts:
             os.close(descriptor)
 
     def _read(self, upload_id: str) -> Upload | None:
+        """The upload of an id. What was read once is kept, since it never changes and a list of uploads asks for all of them."""
         if len(upload_id) != 2 * _ID_BYTES or not all(char in "0123456789abcdef" for char in upload_id):
             return None
+        path = self.directory / f"{upload_id}.json"
+        if upload_id in self._known and path.exists():
+            return self._known[upload_id]
         try:
-            return Upload(**json.loads((self.directory / f"{upload_id}.json").read_bytes()))
+            upload = Upload(**json.loads(path.read_bytes()))
         except (FileNotFoundError, ValueError, TypeError):
+            self._known.pop(upload_id, None)
             return None
+        return self._known.setdefault(upload_id, upload)
 
     def _write(self, name: str, value: object) -> None:
         """A small JSON file, whole or not at all."""
@@ -284,6 +294,15 @@ def _open_part(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _make_durable(descriptor: int, start: int) -> None:
+    """Put what was written on the disk, or take it back: after a failed fsync nobody knows what is there beyond ``start``."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        os.ftruncate(descriptor, start)
+        raise store_error(error) from error
 
 
 def _mtime(path: Path) -> float:

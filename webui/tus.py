@@ -18,12 +18,12 @@ from flask import Blueprint, Response, abort, jsonify, request, url_for
 from flask.typing import ResponseReturnValue
 from flask_babel import gettext
 from flask_login import current_user
-from werkzeug.exceptions import ClientDisconnected
+from werkzeug.exceptions import ClientDisconnected, ServiceUnavailable
 
 from webui.box import the_box
 from webui.parts import ABANDONED_AFTER_S, BusyError, Upload
 from webui.problems import problem
-from webui.uploads import described, form_of, name_of
+from webui.uploads import described, form_of, name_of, refusal_recorded
 
 blueprint: Final = Blueprint("tus", __name__, url_prefix="/api/v1/tus")
 
@@ -34,6 +34,7 @@ _LONGEST_WAIT_S: Final = 20.0
 _MAX_NAME_CHARS: Final = 400
 # A line silent for so long is broken; the browser, which notices later, finds the upload free to go on.
 _SILENCE_S: Final = 20.0
+_SENDERS_RETRY_S: Final = 3
 
 
 @blueprint.before_request
@@ -65,12 +66,13 @@ def options() -> ResponseReturnValue:
 def create() -> ResponseReturnValue:
     """Begin an upload, with its first bytes where they are sent along."""
     length, metadata = _number("Upload-Length"), _metadata()
-    form = form_of(json.loads(metadata["form"])) if metadata.get("form") else None
+    form = form_of(_json(metadata["form"])) if metadata.get("form") else None
     if isinstance(form, list):
         return _bad_form(form)
     box = the_box()
     name = name_of(metadata.get("filename", ""))[:_MAX_NAME_CHARS]
-    upload = box.parts.create(current_user.account.id, current_user.account.username, name, length, form)
+    with refusal_recorded(name, length):
+        upload = box.parts.create(current_user.account.id, current_user.account.username, name, length, form)
     offset = _append(upload, 0) if request.mimetype == _BODY_TYPE else 0
     if offset >= length:
         box.finaliser.submit(upload)
@@ -121,19 +123,30 @@ def outcome(upload_id: str) -> ResponseReturnValue:
     box.finaliser.submit(upload)
     asked_s = request.args.get("wait", 0.0, float)
     wait_s = asked_s if 0 <= asked_s <= _LONGEST_WAIT_S else _LONGEST_WAIT_S  # NaN is not within either
-    outcomes = box.finaliser.wait(upload, wait_s)
+    # Beyond the bound nobody waits here: they get the answer of this moment and ask again.
+    waits = wait_s > 0 and box.waiters.acquire(blocking=False)
+    try:
+        outcomes = box.finaliser.wait(upload, wait_s if waits else 0)
+    finally:
+        if waits:
+            box.waiters.release()
     if outcomes is None:
         return jsonify(done=False, files=box.finaliser.progress(upload)), 202
     return jsonify(done=True, outcomes=[described(item) for item in outcomes])
 
 
 def _append(upload: Upload, offset: int) -> int:
+    box = the_box()
+    if not box.senders.acquire(blocking=False):
+        raise ServiceUnavailable(retry_after=_SENDERS_RETRY_S)
     try:
-        return the_box().parts.append(upload, offset, _reader())
+        return box.parts.append(upload, offset, _reader())
     except BusyError:
         abort(423)
     except ValueError:
         abort(409)
+    finally:
+        box.senders.release()
 
 
 def _reader() -> Callable[[int], bytes]:
@@ -180,6 +193,13 @@ def _metadata() -> dict[str, str]:
         except (binascii.Error, UnicodeDecodeError):
             abort(400)
     return values
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        abort(400)
 
 
 def _bad_form(fields: list[str]) -> Response:

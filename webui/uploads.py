@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, Final
 
 from flask import Blueprint, Flask, Request, abort, jsonify, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 from flask_login import current_user
+from flask_wtf.csrf import validate_csrf
+from wtforms import ValidationError
 
 from appliance.domain import Source
+from appliance.errors import IngestError, StoreError
 from webui.box import the_box
 from webui.problems import problem
+from webui.security import csrf
 from webui.texts import RESULTS, reason_hint, reason_text
 
+logger = logging.getLogger(__name__)
 blueprint: Final = Blueprint("uploads", __name__)
 
 VIEWS: Final = ("PA", "AP", "LL")
 _AGE_UNITS: Final = {"years": "Y", "months": "M", "days": "D"}
 _NAME: Final = re.compile(r"[^\\=]{0,64}")  # a backslash parts values, an equals sign parts groups of a name (PS3.5 6.2)
 _MAX_BATCH: Final = 20_000
+_SHOWN_WAITING: Final = 50
 
 
 def init_app(app: Flask) -> None:
     """Have multipart bodies spooled inside the data directory: a scan never lies in the system's /tmp."""
     directory = app.extensions["box"].parts.directory
+
+    @app.before_request
+    def check() -> None:
+        if request.endpoint == "uploads.multipart":
+            check_before_spooling()
 
     class BoxRequest(Request):
         """A request whose uploaded files are written where the box keeps its scans."""
@@ -47,8 +59,40 @@ def init_app(app: Flask) -> None:
 def page() -> ResponseReturnValue:
     """Where a person drops scans."""
     box, owner = the_box(), current_user.account.id
-    waiting = [(upload, box.parts.offset(upload)) for upload in box.parts.unfinished(owner) if not box.parts.complete(upload)]
-    return render_template("upload.html", waiting=waiting, settings=box.settings)
+    stand = [(upload, box.parts.offset(upload)) for upload in box.parts.unfinished(owner)]
+    waiting = [(upload, offset) for upload, offset in reversed(stand) if offset < upload.length]
+    return render_template("upload.html", waiting=waiting[:_SHOWN_WAITING], more=len(waiting[_SHOWN_WAITING:]), settings=box.settings)
+
+
+def check_before_spooling() -> None:
+    """Refuse a multipart request by its head, before a byte of its body is written: no token, no length, too large, no room.
+
+    The CSRF token must stand in the header ``X-CSRFToken``, since a form's field is known only when the form is on the disk.
+    """
+    try:
+        validate_csrf(request.headers.get("X-CSRFToken"))
+    except ValidationError:
+        abort(400)
+    if request.content_length is None:
+        abort(411)
+    box, length = the_box(), request.content_length
+    with refusal_recorded("multipart", length):
+        if length > box.settings.max_archive_bytes:
+            raise IngestError("ingest.too_large", f"{length >> 20} MiB")
+        box.store.check_space(length)
+
+
+@contextmanager
+def refusal_recorded(name: str, size: int) -> Iterator[None]:
+    """Write a refusal before the door to the list of refused files, as the door writes its own, and let it go on."""
+    try:
+        yield
+    except (IngestError, StoreError) as refusal:
+        try:
+            the_box().store.add_rejection(Source("upload", current_user.account.username, name), size, refusal.code, refusal.detail)
+        except StoreError:  # the disk has no room for that either; the sender is told all the same
+            logger.exception("refusal not recorded")
+        raise
 
 
 @blueprint.post("/api/v1/uploads")
@@ -72,10 +116,14 @@ def multipart() -> ResponseReturnValue:
     return jsonify(outcomes=[described(item) for item in outcomes])
 
 
+csrf.exempt(multipart)  # checked before the body is spooled, see check_before_spooling
+
+
 @blueprint.post("/api/v1/uploads/close")
 def close() -> ResponseReturnValue:
     """The end of a batch: what these uploads brought is complete and can be read."""
-    ids = (request.get_json(silent=True) or {}).get("uploads")
+    told = request.get_json(silent=True)
+    ids = told.get("uploads") if isinstance(told, dict) else None
     if not isinstance(ids, list) or len(ids) > _MAX_BATCH:
         abort(400)
     box = the_box()

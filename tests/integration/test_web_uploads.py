@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import gc
 import os
 import re
+import resource
+import signal
 import socket
 import threading
 import time
@@ -24,6 +27,7 @@ from appliance.store import Store
 from tests.scans import scan_bytes
 from tests.web_box import TUS, Box, Person, begin, in_process, metadata, outcome, send, served, upload, wait_for
 from webui import finalise, parts
+from webui.box import Box as SharedBox
 from webui.parts import Parts
 from webui.uploads import form_of, name_of
 
@@ -267,6 +271,9 @@ def test_r20_caps_on_size_and_number(settings: Settings) -> None:
         path = "/api/v1/uploads"
         assert person.post(path, files={"file": ("a.dcm", b"x" * 6000)}).status_code == 413
         assert person.post("/", data={"q": "x" * 100_000}).status_code == 413
+        refused = person.get("/rejected").text
+        assert refused.count('data-code="ingest.too_large"') == 3
+        assert refused.count('data-code="ingest.too_many_files"') == 1
 
 
 def test_disk_full_is_said_and_leaves_nothing_half_written(box: Box, person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,12 +286,60 @@ def test_disk_full_is_said_and_leaves_nothing_half_written(box: Box, person: Per
     assert (answer.status_code, answer.json()["code"]) == (507, "ingest.disk_full")
     assert "nothing stored was deleted" in answer.json()["title"]
     monkeypatch.undo()
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert incoming(box) == [".data", ".json"]
+
+
+@pytest.mark.parametrize("where", ["reserve", "write", "fsync"])
+def test_a_disk_that_fills_up_midway_keeps_what_came_and_the_upload_goes_on_when_there_is_room(
+    box: Box, person: Person, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    data = scan_bytes()
+    path = begin(person, "a.dcm", len(data)).headers["Location"]
+    send(person, path, data[:100])
+
+    def full(*_: object) -> None:
+        if where == "reserve":
+            raise StoreError("ingest.disk_full")
+        raise OSError(28, "No space left on device")
+
+    own = box_parts(box)
+    if where == "reserve":
+        monkeypatch.setattr(own, "_check_space", full)
+    else:
+        monkeypatch.setattr(*((parts, "_write_all") if where == "write" else (os, "fsync")), full)
     answer = send(person, path, data[100:], offset=100)
+    assert (answer.status_code, answer.json()["code"]) == (507, "ingest.disk_full")
     monkeypatch.undo()
-    assert answer.status_code == 507
-    assert incoming(box) == []
-    assert person.head(path, headers=TUS).status_code == 404
+    assert person.head(path, headers=TUS).headers["Upload-Offset"] == "100"
+    assert send(person, path, data[100:], offset=100).status_code == 204
+    assert outcome(person, path)[0]["result"] == "stored"
+
+
+def box_parts(box: Box) -> Parts:
+    """The very object that serves this box's uploads."""
+    return next(item for item in gc.get_objects() if isinstance(item, Parts) and item.directory.is_relative_to(box.settings.data_dir))
+
+
+def test_a_full_disk_on_a_real_file_system_keeps_what_fits(box: Box, person: Person) -> None:
+    data = scan_bytes()
+    path = begin(person, "a.dcm", len(data)).headers["Location"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        own = Parts(box.settings, box.store.check_space)
+        found = own.find(path.rsplit("/", 1)[1], box.accounts.find("doctor").id)  # type: ignore[union-attr]
+        assert found
+        for _ in range(2):
+            with pytest.raises(StoreError, match=r"disk_full"):
+                own.append(found, own.offset(found), BytesIO(data[own.offset(found) :]).read)
+            assert own.offset(found) <= 4096
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    offset = int(person.head(path, headers=TUS).headers["Upload-Offset"])
+    assert send(person, path, data[offset:], offset=offset).status_code == 204
+    assert outcome(person, path)[0]["result"] == "stored"
 
 
 def test_the_reserve_of_the_disk_is_kept(settings: Settings) -> None:
@@ -293,6 +348,108 @@ def test_the_reserve_of_the_disk_is_kept(settings: Settings) -> None:
         answer = begin(person, "a.dcm", 10)
         assert (answer.status_code, answer.json()["code"]) == (507, "ingest.disk_full")
         assert "The disk is nearly full" in person.get("/health").text
+        single = person.post("/api/v1/uploads", files={"file": ("a.dcm", b"x" * 6000)})
+        assert (single.status_code, single.json()["code"]) == (507, "ingest.disk_full")
+        assert person.get("/rejected").text.count('data-code="ingest.disk_full"') == 2
+
+
+def test_a_single_request_is_refused_before_a_byte_of_it_is_written(settings: Settings, tmp_path: Path) -> None:
+    huge = 1 << 30
+    with served(tmp_path / "box", disk_reserve_bytes=2**60) as (_, box):
+        person = box.person()
+        stranger = Person(box.base)
+        stranger.open("/login")
+        without = Person(box.base)
+        without.cookies.update(person.cookies)
+        for sender, status in ((stranger, 401), (without, 400), (person, 507)):
+            assert _begin_multipart(box, sender, huge) == status
+        assert list((box.settings.data_dir / "incoming" / "uploads").iterdir()) == []
+        assert person.get("/rejected").text.count('data-code="ingest.disk_full"') == 1
+
+
+def _begin_multipart(box: Box, sender: Person, length: int) -> int:
+    """The status of an upload whose body is announced and begun, and never ends."""
+    cookie = "; ".join(f"{name}={value}" for name, value in sender.cookies.get_dict().items())
+    head = (
+        f"POST /api/v1/uploads HTTP/1.1\r\nHost: 127.0.0.1\r\nCookie: {cookie}\r\nX-CSRFToken: {sender.token}\r\n"
+        f"Content-Type: multipart/form-data; boundary=b\r\nContent-Length: {length}\r\n\r\n"
+        '--b\r\nContent-Disposition: form-data; name="file"; filename="a.dcm"\r\n\r\n'
+    )
+    with socket.create_connection(("127.0.0.1", int(box.base.rsplit(":", 1)[1])), timeout=30) as line:
+        line.sendall(head.encode() + b"x" * 100_000)
+        return int(line.recv(4000).split()[1])
+
+
+def test_waiters_for_outcomes_are_bounded_and_the_rest_answered_at_once(tmp_path: Path) -> None:
+    with served(tmp_path / "box", web_threads=8) as (server, box):
+        person = box.person()
+        own = Parts(server.settings, box.store.check_space)
+        waiting = own.create(box.accounts.find("doctor").id, "doctor", "w.dcm", 3, None)  # type: ignore[union-attr]
+        own.append(waiting, 0, BytesIO(b"abc").read)
+        with own.exclusive(waiting):  # nobody can bring it in as long as this test holds it
+            answers: list[int] = []
+
+            def ask() -> None:
+                asker = Person(box.base)
+                asker.cookies.update(person.cookies)
+                answers.append(asker.get(f"/api/v1/tus/{waiting.id}/outcome?wait=20").status_code)
+
+            threads = [threading.Thread(target=ask) for _ in range(12)]
+            for thread in threads:
+                thread.start()
+            wait_for(lambda: len(answers) >= 10)
+            assert answers == [202] * len(answers)
+            assert person.get("/").status_code == 200
+        for thread in threads:
+            thread.join()
+
+
+def test_senders_are_bounded_and_the_next_is_told_to_come_again(box: Box, person: Person) -> None:
+    data = scan_bytes()
+    path = begin(person, "a.dcm", len(data)).headers["Location"]
+    shared = next(item for item in gc.get_objects() if isinstance(item, SharedBox) and item.settings == box.settings)
+    taken = 0
+    while shared.senders.acquire(blocking=False):
+        taken += 1
+    assert taken == box.settings.web_threads // 2
+    refused = send(person, path, data)
+    assert (refused.status_code, refused.headers["Retry-After"]) == (503, "3")
+    for _ in range(taken):
+        shared.senders.release()
+    assert send(person, path, data).status_code == 204
+
+
+def test_a_list_of_many_abandoned_uploads_reads_each_once(settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Parts(settings, store.check_space)
+    begun = [own.create(1, "a", f"{number}.dcm", 3, None) for number in range(200)]
+    fresh, reads = Parts(settings, store.check_space), []
+    whole = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path) or whole(path))  # type: ignore[func-returns-value]
+    for _ in range(5):
+        assert [item.id for item in fresh.unfinished(1)] == [item.id for item in begun]
+    assert len(reads) == 200
+    own.remove(begun[0])
+    assert fresh.find(begun[0].id, 1) is None
+
+
+def test_the_upload_page_shows_the_newest_of_many_interrupted_uploads(box: Box, person: Person) -> None:
+    for number in range(60):
+        begin(person, f"film-{number}.dcm", 10)
+    page = person.open("/upload")
+    assert page.count("data-upload=") == 50
+    assert "film-59.dcm" in page
+    assert "and 10 more" in page
+
+
+@pytest.mark.parametrize("form", ["{", "[" * 100_000, "\x00", "7"])
+def test_odd_metadata_is_the_senders_fault(person: Person, form: str) -> None:
+    headers = {**TUS, "Upload-Length": "10", "Upload-Metadata": metadata(filename="a.png", form=form)}
+    assert person.post("/api/v1/tus", headers=headers).status_code in (400, 422, 431)
+
+
+def test_odd_ends_of_a_batch_are_the_senders_fault(person: Person) -> None:
+    for odd in ([1], "x", 7, None, {"uploads": {"a": 1}}, {"uploads": [[1]]}):
+        assert person.post("/api/v1/uploads/close", json=odd).status_code in (204, 400), odd
 
 
 def test_a_picture_is_stored_with_what_the_form_says(box: Box, person: Person) -> None:
