@@ -127,9 +127,9 @@ def _check_bundle(directory: Path) -> ModelBundle:
     _check_gate(bundle)
     names = [manifest.name, manifest.version, *manifest.digests(), MANIFEST_NAME]
     for segment in (segment for name in names for segment in name.split("/")):
-        if segment.endswith(".") or segment.split(".")[0].lower() in _DEVICES:
+        if segment.endswith(".") or segment.split(".")[0].lower() in _DEVICES or len(segment) > _MAX_NAME:
             raise PublishError(
-                f"{segment!r} is no name for a USB stick{_NOTHING}", hint="rename the file: it ends in a dot or names a device"
+                f"{segment!r} is no name for a USB stick{_NOTHING}", hint="rename it: too long, ends in a dot, or names a device of Windows"
             )
     role = DelegatedRole("line", [], 1, True, line_patterns(manifest.name))
     for file in manifest.digests():

@@ -88,7 +88,7 @@ class Site:
         self.library.signers.update({signer.public_key.keyid: signer for signer in self.holders[role]})
 
 
-def make_site(directory: Path, lines: Sequence[str] = ("cxr-pneumonia",), **options: Any) -> Site:
+def make_site(directory: Path, lines: Sequence[str] = ("cxr-pneumonia",), *, rollout: bool = True, **options: Any) -> Site:
     """Make a library in ``directory`` with root and targets 2-of-3, a rollout role, and lines without a version yet."""
     people = [CryptoSigner.generate_ed25519() for _ in range(3)]
     online = {role: CryptoSigner.generate_ed25519() for role in ("snapshot", "timestamp")}
@@ -105,8 +105,9 @@ def make_site(directory: Path, lines: Sequence[str] = ("cxr-pneumonia",), **opti
     public = library.files.public
     site = Site(library, public, public / "metadata" / "1.root.json", {"root": people, "targets": people})
     site.holders.update({role: [signer] for role, signer in online.items()})
-    site._keys("rollout", 1)
-    library.set_rollout_keys([site.holders["rollout"][0].public_key])
+    if rollout:
+        site._keys("rollout", 1)
+        library.set_rollout_keys([site.holders["rollout"][0].public_key])
     for line in lines:
         site.add_line(line)
     return site
