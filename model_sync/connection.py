@@ -134,7 +134,8 @@ class Connection:
         if status >= 400:
             # A broken error body changes nothing about the error.
             with contextlib.suppress(Unreachable, TooSlow, BudgetExhausted):
-                if 0 < (answer.content_length() or 0) <= _ERROR_BODY_BYTES:
+                length = answer.content_length()
+                if length is not None and length <= _ERROR_BODY_BYTES:
                     while answer.read(_ERROR_BODY_BYTES):
                         pass
             raise Refused(f"{answer.host} answered {status}", status, retry_after_s=_retry_after_s(answer, self.last_server_date))

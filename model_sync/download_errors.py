@@ -24,6 +24,9 @@ from tuf.api.exceptions import DownloadError, DownloadHTTPError, DownloadLengthM
 
 from model_sync.errors import LibraryUnreachable
 
+_SERVER = "the library's web server has to be looked at if this stays; the model in use stays"
+_STRANGER = "the server sends something that is not this library; check the URL"
+_LOGIN = "the network asks for a login, or the URL is wrong: open the library's address in a browser on this network"
 _AGAIN = "nothing is lost: what has arrived is kept, and the next look at the library goes on from there"
 
 
@@ -59,12 +62,10 @@ class TooSlow(SlowRetrievalError, Failure):
 class Refused(DownloadHTTPError, Failure):
     """The server answered with an HTTP error; ``status_code`` says which."""
 
-    def __init__(self, message: str, status_code: int, *, retry_after_s: float = 0.0) -> None:
+    def __init__(self, message: str, status_code: int, *, retry_after_s: float = 0.0, hint: str = _SERVER) -> None:
         """408, 429 and 5xx pass by themselves; any other status is the server's answer."""
         code = "sync.unreachable" if status_code in (403, 404) else "sync.refused"
-        Failure.__init__(
-            self, message, hint="the library's web server has to be looked at if this stays; the model in use stays", code=code
-        )
+        Failure.__init__(self, message, hint=hint, code=code)
         self.status_code = status_code
         self.retry_after_s = retry_after_s
         self.final = status_code not in (408, 429) and status_code < 500
@@ -75,9 +76,9 @@ class TooLong(DownloadLengthMismatchError, Failure):
 
     final = True
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *, hint: str = _STRANGER) -> None:
         """Say which file and how long it may be."""
-        Failure.__init__(self, message, hint="the server sends something that is not this library; check the URL", code="sync.too_long")
+        Failure.__init__(self, message, hint=hint, code="sync.too_long")
 
 
 class NotTheLibrary(DownloadError, Failure):
@@ -85,14 +86,9 @@ class NotTheLibrary(DownloadError, Failure):
 
     final = True
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *, hint: str = _LOGIN) -> None:
         """Say what answered."""
-        Failure.__init__(
-            self,
-            message,
-            hint="the network asks for a login, or the URL is wrong: open the library's address in a browser on this network",
-            code="sync.not_the_library",
-        )
+        Failure.__init__(self, message, hint=hint, code="sync.not_the_library")
 
 
 class RangeViolation(DownloadError, Failure):

@@ -168,8 +168,9 @@ class Part:
 
     def drop(self) -> None:
         """Forget the part: its bytes are the caller's now, or are wrong and must not be gone on with."""
-        for file in (self._file, self._note_file):
-            file.unlink(missing_ok=True)
+        with _disk_errors(self._file):
+            for file in (self._file, self._note_file):
+                file.unlink(missing_ok=True)
 
 
 @contextmanager

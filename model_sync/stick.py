@@ -18,6 +18,7 @@ from model_sync.transfer import is_metadata
 
 LIBRARY_SCHEME = "library:"
 _COPY_BYTES = 1024 * 1024
+_WRITE_ANEW = "write the stick anew with `model-library export-usb`; the model in use stays"
 
 
 class DirectoryFetcher(FetcherInterface):
@@ -42,7 +43,7 @@ class DirectoryFetcher(FetcherInterface):
         with self.download_file(url, max_length) as stream:
             body = stream.read(max_length + 1)
         if not is_metadata(body):
-            raise NotTheLibrary(f"{url.removeprefix(LIBRARY_SCHEME)} on the stick is no metadata: the file is damaged")
+            raise NotTheLibrary(f"{url.removeprefix(LIBRARY_SCHEME)} on the stick is no metadata: the file is damaged", hint=_WRITE_ANEW)
         return body
 
     @contextmanager
@@ -56,14 +57,14 @@ class DirectoryFetcher(FetcherInterface):
         """
         with self._open(url) as stream:
             if os.fstat(stream.fileno()).st_size > max_length:
-                raise TooLong(f"{url.removeprefix(LIBRARY_SCHEME)} has more than {max_length} bytes")
+                raise TooLong(f"{url.removeprefix(LIBRARY_SCHEME)} has more than {max_length} bytes", hint=_WRITE_ANEW)
             yield stream
 
     def _open(self, url: str) -> IO[bytes]:
         """Open a file segment by segment, following no link."""
         names = url.removeprefix(LIBRARY_SCHEME).split("/")
         if not url.startswith(LIBRARY_SCHEME) or any(name in ("", ".", "..") or "\0" in name for name in names):
-            raise Refused(f"{url!r} is no file of a library", 404)
+            raise Refused(f"{url!r} is no file of a library", 404, hint=_WRITE_ANEW)
         with _reading(str(self._directory), absent=False):
             folder = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         path = "/".join(names)
@@ -78,7 +79,7 @@ class DirectoryFetcher(FetcherInterface):
                 os.close(folder)
         if not stat.S_ISREG(os.fstat(file).st_mode):
             os.close(file)
-            raise Refused(f"{path} on the stick is no plain file", 404)
+            raise Refused(f"{path} on the stick is no plain file", 404, hint=_WRITE_ANEW)
         return io.BufferedReader(_StickFile(file, path))
 
 
@@ -105,7 +106,7 @@ def _reading(path: str, *, absent: bool = True) -> Iterator[None]:
         yield
     except OSError as error:
         if absent and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR):
-            raise Refused(f"{path} is not on the stick", 404) from error
+            raise Refused(f"{path} is not on the stick", 404, hint=_WRITE_ANEW) from error
         raise Unreachable(
             f"{path} cannot be read: {error.strerror or error}",
             hint="put the stick in again; if that does not help, write it anew at the library",

@@ -116,6 +116,7 @@ class BadServer:
     Attributes:
         url: Base URL, without a slash at the end.
         log: Every request so far, in order.
+        connections: How many connections there were so far.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class BadServer:
         self._threads: list[threading.Thread] = []
         self._listener: socket.socket | None = None
         self.log: list[Request] = []
+        self.connections = 0
         self.port = 0
 
     def __enter__(self) -> BadServer:
@@ -228,6 +230,7 @@ class BadServer:
                 connection, _ = listener.accept()
             except OSError:
                 return
+            self.connections += 1
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._send_buffer:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._send_buffer)

@@ -23,7 +23,8 @@ from cryptography.x509.oid import NameOID
 from tuf.api.exceptions import DownloadError, DownloadHTTPError
 
 from model_sync.download_errors import DiskFull, NotTheLibrary, Refused, TooLong, Unreachable
-from model_sync.fetcher import DirectoryFetcher, Fetcher
+from model_sync.fetcher import DirectoryFetcher
+from model_sync.parts import SYNC_S, open_part
 from tests.bad_server import CAPTIVE_FORBIDDEN, CAPTIVE_PORTAL, CAPTIVE_REDIRECT, GOOD, LOGIN_PAGE, BadServer, Reply
 from tests.integration.test_fetcher import (
     DATA,
@@ -177,7 +178,8 @@ def test_after_a_power_cut_only_synced_bytes_are_trusted(make: Make, server: Bad
     assert server.log[0].headers["range"] == "bytes=100000-"
 
 
-def test_bytes_are_synced_every_megabyte_or_two_seconds(make: Make, server: BadServer, tmp_path: Path) -> None:
+def test_bytes_are_synced_every_megabyte(make: Make, server: BadServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model_sync.fetcher.PROGRESS_S", 0.0)
     whole = random.Random(9).randbytes(4_000_000)
     server.put("/targets/big", whole)
     part = part_of(tmp_path, "targets/big")
@@ -189,14 +191,24 @@ def test_bytes_are_synced_every_megabyte_or_two_seconds(make: Make, server: BadS
             seen.append((part.stat().st_size, json.loads(note.read_bytes())["synced_bytes"]))
 
     fetcher = make(options={"on_progress": look})
-    fetcher_module = sys.modules[Fetcher.__module__]
-    before, fetcher_module.PROGRESS_S = fetcher_module.PROGRESS_S, 0.0  # type: ignore[attr-defined]
-    try:
-        assert fetch(fetcher, "targets/big", len(whole)) == whole
-    finally:
-        fetcher_module.PROGRESS_S = before  # type: ignore[attr-defined]
+    assert fetch(fetcher, "targets/big", len(whole)) == whole
     assert len(seen) > 10
     assert all(0 <= size - synced < 1024 * 1024 for size, synced in seen)
+
+
+def test_bytes_of_a_slow_line_are_synced_every_two_seconds(tmp_path: Path) -> None:
+    now = [0.0]
+    with open_part(tmp_path, "targets/slow", 1000, lambda: now[0]) as part:
+        part.begin(validator="", host="host", at=0)
+        part.write(b"x" * 10)
+        assert part.note.synced_bytes == 0
+        now[0] = SYNC_S
+        part.write(b"y" * 10)
+        assert part.note.synced_bytes == 20
+        part.write(b"z")
+        assert part.note.synced_bytes == 20
+    with open_part(tmp_path, "targets/slow", 1000, lambda: now[0]) as part:
+        assert (part.size, part.note.synced_bytes) == (21, 21)
 
 
 def test_parts_that_nobody_goes_on_with_are_removed_after_a_month(make: Make, server: BadServer, tmp_path: Path) -> None:
