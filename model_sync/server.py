@@ -43,7 +43,7 @@ from model_sync.library_files import LibraryFiles
 from model_sync.limits import Allowance
 
 DEFAULT_PORT: Final = 8443
-_BEGUN_S: Final = 20
+_BEGUN_S: Final = 10
 _SILENCE_S: Final = 60.0
 _KEEP_ALIVE_S: Final = 15
 _STOP_S: Final = 10
@@ -120,11 +120,12 @@ def create_app(config: ServerConfig, *, clock: Callable[[], float] = time.time) 
         WTF_CSRF_TIME_LIMIT=None,  # as long as the session
         WTF_CSRF_SSL_STRICT=False,  # pages send no Referer
         MAX_CONTENT_LENGTH=16 << 10,
-        PUBLIC=LibraryFiles(config.library).public,
+        PUBLIC=LibraryFiles(config.library).public.resolve(),
         BEHIND_PROXY=config.behind_proxy,
         REPORTS_PER_HOUR=config.reports_per_hour,
         STYLE_VERSION=hashlib.sha256(style.read_bytes()).hexdigest()[:12],
     )
+    app.url_map.merge_slashes = False  # an address that is not tidy leads nowhere
     app.json.sort_keys = False  # type: ignore[attr-defined]  # the default provider has it, the base class does not
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
     server_problems.init_app(app)
@@ -291,6 +292,8 @@ def _announce(arbiter: Any) -> None:
     for listener in arbiter.LISTENERS:
         # Inherited by every connection: who begins a request and falls silent must not hold a thread for ever.
         listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _BEGUN_S, 0))
+        # A connection that says nothing is the kernel's, until it does: it takes no thread.
+        listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, _BEGUN_S)
         print(f"Listening on {listener}", flush=True)
 
 

@@ -48,7 +48,7 @@ class RenewRequest(_Strict):
 @blueprint.before_request
 def _limit() -> Response | None:
     """Bound the body, the type and how often one address may ask, before anything is read."""
-    request.max_content_length = MAX_REPORT_BYTES if request.endpoint == "api.reports" else 2 * MAX_CSR_BYTES
+    request.max_content_length = _most_bytes() + 1  # a body without a length is cut there: one byte more tells it apart
     if request.method == "POST" and request.mimetype != "application/json":
         abort(415)
     allowance: Allowance = current_app.extensions["allowances"]["reports" if request.endpoint == "api.reports" else "enrolments"]
@@ -80,7 +80,7 @@ def renew() -> Response:
 def reports() -> Response:
     """Keep a box's newest report; then see whether a rollout has cost too many boxes."""
     box = _enrolment().identify(client_certificate())
-    report = verify(request.get_data(cache=False), box.key)
+    report = verify(_raw(), box.key)
     if report.box_id != box.box_id:
         raise ReportError("report.signature", "the report is of another box than its certificate", hint="enrol the box again")
     fleet: Fleet = current_app.extensions["fleet"]
@@ -113,8 +113,19 @@ def address() -> str:
     return request.remote_addr or ""
 
 
+def _most_bytes() -> int:
+    return MAX_REPORT_BYTES if request.endpoint == "api.reports" else 2 * MAX_CSR_BYTES
+
+
+def _raw() -> bytes:
+    raw = request.get_data(cache=False)
+    if len(raw) > _most_bytes():
+        abort(413)
+    return raw
+
+
 def _body(kind: type[_Body]) -> _Body:
-    raw: Any = load_json(request.get_data(cache=False), 2 * MAX_CSR_BYTES)
+    raw: Any = load_json(_raw(), _most_bytes())
     try:
         return kind.model_validate(raw)
     except ValidationError as error:

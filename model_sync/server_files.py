@@ -6,6 +6,7 @@ Names are matched, not cleaned: a segment starts with a letter or a digit, so th
 from __future__ import annotations
 
 import re
+import stat
 from http import HTTPStatus
 from pathlib import Path
 from typing import Final
@@ -39,12 +40,14 @@ def target(name: str) -> Response:
 
 
 def _send(kind: str, name: str, cache: str) -> Response:
-    path: Path = current_app.config["PUBLIC"] / kind / name
+    root: Path = current_app.config["PUBLIC"]
+    path = root / kind / name
     try:
         facts = path.stat()
+        inside = path.resolve().is_relative_to(root)  # a link that leads out is not served
     except (OSError, ValueError):
         abort(404)
-    if not path.is_file():
+    if not inside or not stat.S_ISREG(facts.st_mode):
         abort(404)
     response = send_file(path, _type_of(name), conditional=False, etag=False, max_age=None)
     addressed = _ADDRESSED.match(path.name)

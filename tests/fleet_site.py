@@ -104,9 +104,13 @@ class Postgres:
     def database(self) -> str:
         """Make an empty database and return its address."""
         self._count += 1
-        with psycopg.connect(f"host={self.directory} user=postgres dbname=postgres", autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE fleet{self._count}")  # type: ignore[arg-type]  # the number is ours
+        self.sql(f"CREATE DATABASE fleet{self._count}")
         return f"postgresql+psycopg://postgres@/fleet{self._count}?host={self.directory}"
+
+    def sql(self, statement: str) -> None:
+        """Run one statement as the cluster's administrator."""
+        with psycopg.connect(f"host={self.directory} user=postgres dbname=postgres", autocommit=True) as connection:
+            connection.execute(statement)  # type: ignore[arg-type]  # a statement of the test's own
 
     def stop(self) -> None:
         """Stop it and remove its files."""
