@@ -170,7 +170,7 @@ class Fetcher(FetcherInterface):
             return fetch_metadata(self._connection, address, max_length)
 
         try:
-            body = self._repeat(url, Tries(self._settings.attempts, max_length), attempt, lambda: 0)
+            body = self._repeat(url, Tries(self._settings.attempts, 0), attempt)
         except Refused as error:
             if self._memo is not None and error.status_code in (403, 404):
                 self._memo.put(url, error)
@@ -249,15 +249,14 @@ class Fetcher(FetcherInterface):
     def _check_room(self, part: Part) -> None:
         check_room(self._parts_dir, part.length - part.size, self._settings.disk_reserve_bytes)
 
-    def _repeat(self, url: str, tries: Tries, attempt: Callable[[str, str], _Result], reached: Callable[[], int]) -> _Result:
-        """Try each base URL in turn, and all of them again after a pause.
+    def _repeat(self, url: str, tries: Tries, attempt: Callable[[str, str], _Result], reached: Callable[[], int] | None = None) -> _Result:
+        """Try each base URL in turn, and all of them again after a pause; one that gave a final answer is not asked again.
 
-        A base URL that gave a final answer is not asked again. When one did and the others brought nothing, that answer stands:
-        "there is no newer root" must not wait for a mirror that is down.
+        For metadata (nothing is ``reached`` there) a final answer stands: "there is no newer root" must not wait for a mirror that
+        is down. A target is worth waiting for as long as any mirror may still have it.
         """
         answers: dict[str, Failure] = {}
         while True:
-            before = reached()
             failures: list[Failure] = []
             for base in [base for base in self._order(url) if base not in answers]:
                 self._may_continue()
@@ -273,9 +272,9 @@ class Fetcher(FetcherInterface):
                 else:
                     self._prefer(base)
                     return result
-            again = tries.failed(reached())
-            if not failures or (answers and reached() <= before) or not again:
-                raise _telling(list(answers.values()) or failures)
+            again = tries.failed(reached() if reached else 0)
+            if not failures or not again or (answers and reached is None):
+                raise _telling([*failures, *answers.values()])
             asked = max(error.retry_after_s for error in failures)
             pause = pause_s(tries.row, self._settings.backoff_s, self._settings.max_backoff_s, asked)
             if self._on_trouble is not None:
@@ -347,7 +346,7 @@ class _Watch:
 
 
 def _telling(failures: list[Failure]) -> Failure:
-    """Return the failure that says most: an HTTP answer before anything else, python-tuf needs its status."""
+    """Return the failure that says most: an HTTP answer before anything else, since python-tuf needs its status."""
     return next((error for error in failures if isinstance(error, Refused) and error.final), failures[-1])
 
 

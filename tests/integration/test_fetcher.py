@@ -393,6 +393,15 @@ def test_no_newer_root_does_not_wait_for_a_mirror_that_is_down(make: Make, serve
     assert pauses == []
 
 
+@pytest.mark.parametrize("trouble", [DOWN, Reply(hang_up=True), Reply(status=416)])
+def test_a_target_is_waited_for_although_another_mirror_lacks_it(make: Make, server: BadServer, trouble: Reply) -> None:
+    leave_part(make, server, 150_000)
+    server.script(f"/{NAME}", *[trouble] * (1 if trouble.status == 416 else 3))
+    with BadServer() as empty:
+        assert fetch(make([empty.url, server.url])) == DATA
+        assert len(empty.log) == 1
+
+
 @pytest.mark.parametrize("name", [NAME, PLAIN])
 def test_another_mirror_goes_on_with_a_part_when_the_name_holds_the_digest(make: Make, server: BadServer, name: str) -> None:
     """A validator speaks for its own server only; a plain name is asked for anew, a hashed one is the same everywhere."""
