@@ -191,6 +191,13 @@ class Worklist:
             raise StoreError("store.missing", f"instance {instance_id}")
         return int(row["study_id"])
 
+    def study_of_finding(self, finding_id: int) -> int:
+        """The study a finding belongs to; raises StoreError ``store.missing``."""
+        row = self._db.one("SELECT instance_id FROM findings WHERE id = ?", finding_id)
+        if row is None:
+            raise StoreError("store.missing", f"finding {finding_id}")
+        return self.study_of(row["instance_id"])
+
     def heatmap(self, finding_id: int) -> bytes:
         """A finding's heat map: 8-bit grey PNG over exactly the image's extent; raises StoreError ``store.missing``."""
         row = self._db.one("SELECT heatmap_png FROM findings WHERE id = ?", finding_id)
@@ -220,7 +227,8 @@ class Worklist:
         recalled = self._db.query(
             "SELECT DISTINCT s.study_id FROM series s JOIN instances i ON i.series_id = s.id JOIN jobs j ON j.instance_id = i.id"
             " JOIN json_each(j.notes) n JOIN findings f ON f.job_id = j.id"
-            " WHERE s.study_id IN (SELECT value FROM json_each(?1)) AND json_extract(n.value, '$.code') IN (SELECT value FROM json_each(?2))",
+            " WHERE s.study_id IN (SELECT value FROM json_each(?1))"
+            " AND json_extract(n.value, '$.code') IN (SELECT value FROM json_each(?2))",
             ids,
             json.dumps(RECALLED),
         )

@@ -43,7 +43,9 @@ def frame(instance_id: int, number: int) -> ResponseReturnValue:
 @blueprint.get("/findings/<int:finding_id>/heatmap.png")
 def heatmap(finding_id: int) -> ResponseReturnValue:
     """The class activation map of a finding: 8-bit grey PNG over exactly the image's extent."""
-    return Response(the_box().worklist.heatmap(finding_id), content_type="image/png")
+    box = the_box()
+    record_look(box, box.worklist.study_of_finding(finding_id))
+    return Response(box.worklist.heatmap(finding_id), content_type="image/png")
 
 
 def _looked(instance_id: int) -> Box:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from flask import Flask, url_for
+from werkzeug.routing import IntegerConverter, Map
 
-from appliance.accounts import Accounts
 from appliance.settings import Settings
 from appliance.store import Store
 from appliance.worklist import RECALLED, Worklist
 from webui import api, auth, events, pages, problems, security, texts, tus, uploads
 from webui.box import Box
+from webui.doorkeeper import Doorkeeper
 from webui.finalise import Finaliser
 from webui.images import ImageCache
 from webui.parts import Parts
@@ -37,10 +38,11 @@ def create_app(settings: Settings) -> Flask:
     worklist = Worklist(store)
     parts = Parts(settings, store.check_space)
     box = Box(
-        settings, store, worklist, Accounts(store), parts, Finaliser(store, parts),
+        settings, store, worklist, Doorkeeper(store), parts, Finaliser(store, parts),
         events.Feed(worklist, settings.web_threads), ImageCache(store),
     )  # fmt: skip
     app.extensions["box"] = box
+    app.url_map.converters["int"] = IdConverter
     app.json.ensure_ascii = False  # type: ignore[attr-defined]  # the default provider has it, the base class does not
     problems.init_app(app)
     auth.login_manager.session_protection = None  # sessions live and end on the server (appliance.accounts)
@@ -55,6 +57,13 @@ def create_app(settings: Settings) -> Flask:
     if pending := box.finaliser.recover():
         logger.info("uploads resumed", extra={"count": pending})
     return app
+
+
+class IdConverter(IntegerConverter):
+    """The number of a row in an address; one that no row can have is no address (404)."""
+
+    def __init__(self, url_map: Map) -> None:
+        super().__init__(url_map, max=security.MAX_ID)
 
 
 def _asset_of(app: Flask) -> Any:

@@ -124,13 +124,18 @@ def _change(account: Account, old: str, new: str, again: str) -> str:
         return str(gettext("The two new passwords differ. Type the same one twice."))
     if len(new) > _MAX_PASSWORD_CHARS:
         return str(gettext("The new password is too long."))
+    accounts, peer = the_box().accounts, request.remote_addr or ""
+    if accounts.blocked(account.username, peer):
+        return str(gettext("Too many wrong passwords. Wait 15 minutes, then try again."))
     if not _CHECKS_AT_ONCE.acquire(timeout=_WAIT_S):
         abort(429)
     try:
-        the_box().accounts.change_password(account, old[:_MAX_PASSWORD_CHARS], new)
+        accounts.change_password(account, old[:_MAX_PASSWORD_CHARS], new)
     except StoreError as refusal:
         if not refusal.code.startswith("account."):
             raise
+        if refusal.code == "account.wrong_password":
+            accounts.wrong_password(account, peer)
         return f"{reason_text(refusal.code)} {reason_hint(refusal.code)}"
     finally:
         _CHECKS_AT_ONCE.release()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from flask import current_app
 
-from appliance.accounts import Accounts
 from appliance.settings import Settings
 from appliance.store import Store
 from appliance.worklist import Worklist
+from webui.doorkeeper import Doorkeeper
 from webui.finalise import Finaliser
 from webui.parts import Parts
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from webui.images import ImageCache
 
 _MAX_REMEMBERED_LOOKS: Final = 10_000
+# A page that stays open and refreshes itself is another look after so long.
+LOOK_AGAIN_S: Final = 600.0
 
 
 @dataclass
@@ -29,7 +32,7 @@ class Box:
     settings: Settings
     store: Store
     worklist: Worklist
-    accounts: Accounts
+    accounts: Doorkeeper
     parts: Parts
     finaliser: Finaliser
     feed: Feed
@@ -50,20 +53,22 @@ class Box:
 
 
 class LookedAt:
-    """Which session has opened which study, so that one look is one audit entry and not one per picture it loads."""
+    """Who looked at which study lately, so that one look is one audit entry and not one per picture and refresh it loads."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[str, int], None] = {}
+        self._seen: dict[tuple[int, int], float] = {}
         self._lock = threading.Lock()
 
-    def first(self, session: str, study_id: int) -> bool:
-        """Whether this is the session's first look at the study; remembers it. Forgotten ones are only recorded once more."""
-        key = (session, study_id)
+    def first(self, person: int, study_id: int) -> bool:
+        """Whether this account has not looked at the study for ``LOOK_AGAIN_S``; remembers a look that is told so."""
+        key, now = (person, study_id), time.monotonic()
         with self._lock:
-            known = key in self._seen
-            self._seen[key] = None
-            if len(self._seen) > _MAX_REMEMBERED_LOOKS:
-                del self._seen[next(iter(self._seen))]
+            known = now - self._seen.get(key, -LOOK_AGAIN_S) < LOOK_AGAIN_S
+            if not known:
+                self._seen.pop(key, None)
+                self._seen[key] = now
+                if len(self._seen) > _MAX_REMEMBERED_LOOKS:
+                    del self._seen[next(iter(self._seen))]
         return not known
 
 

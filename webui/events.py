@@ -131,7 +131,7 @@ def _since(worklist: Worklist) -> int:
     value = request.headers.get("Last-Event-ID") or request.args.get("since") or ""
     if not value:
         return worklist.revision()
-    if not value.isdigit() or len(value) > 15:
+    if not value.isascii() or not value.isdigit() or len(value) > 15:
         abort(400)
     return int(value)
 

@@ -27,6 +27,8 @@ from gunicorn.http import get_parser
 from gunicorn.http.errors import ParseException
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
+from webui.peers import machine
+
 # From the first byte of silence to the last byte of head (and small body): whoever needs longer is no browser.
 HEAD_S: Final = 15.0
 PER_PEER: Final = 64
@@ -53,7 +55,7 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
     def __init__(self, worker: Worker, sock: socket.socket, client: Any, server: Any) -> None:
         super().__init__(worker.cfg, sock, client, server)
         self.worker = worker
-        self.peer = _peer(client)
+        self.peer = machine(str(client[0]) if isinstance(client, tuple) and client else "")
         self.shaken = not self.cfg.is_ssl
         self.arrived = bytearray()
         self.deadline = 0.0
@@ -350,9 +352,3 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def _is_silent(self, conn: Connection) -> bool:
         return not self.alive and conn in self._arriving and not conn.arrived
-
-
-def _peer(client: Any) -> str:
-    """The machine behind an address; of IPv6 the network, since a machine has as many addresses there as it likes."""
-    host = str(client[0]) if isinstance(client, tuple) and client else ""
-    return ":".join(host.split(":")[:4]) if ":" in host else host

@@ -49,8 +49,7 @@ def study(study_id: int) -> ResponseReturnValue:
     revision = box.worklist.revision()
     view = box.worklist.study(study_id)
     fragment = bool(request.headers.get("X-Fragment"))
-    if not fragment:
-        record_look(box, study_id, opened=True)
+    record_look(box, study_id, opened=not fragment)
     pending = view.row.state in PENDING_STATES or any(item.state in PENDING_STATES for item in view.instances)
     values = {
         "study": view,
@@ -97,8 +96,8 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def record_look(box: Box, study_id: int, *, opened: bool = False) -> None:
-    """Write to the audit that this person looks at this study; pictures loaded by an open page add nothing."""
-    first = box.looked_at.first(current_user.token, study_id)
+    """Write to the audit that this person looks at this study; what an open page loads adds an entry every ten minutes."""
+    first = box.looked_at.first(current_user.account.id, study_id)
     if opened or first:
         box.store.record(INSTANCES_ACCESSED, current_user.account.username, "R", f"study:{study_id}")
 

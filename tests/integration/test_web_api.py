@@ -10,7 +10,7 @@ from werkzeug.exceptions import ServiceUnavailable
 
 from appliance.settings import Settings
 from tests.scans import dataset, encode, scan_bytes
-from tests.web_box import Box, in_process, result
+from tests.web_box import PASSWORD, Box, Person, in_process, result
 from webui import images
 
 
@@ -129,3 +129,29 @@ def test_looking_is_written_to_the_audit_once(box: Box) -> None:
     assert looks() == 2
     box.person("other").get(f"/api/instances/{stored.instance_id}/pixels")
     assert looks() == 3
+
+
+def test_heat_maps_and_refreshes_are_looks_too_once_in_a_while(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    box.activate()
+    stored = box.take(scan_bytes())
+    box.work(result())
+    finding = box.store.database.query("SELECT id FROM findings")[0]["id"]
+
+    def looks() -> int:
+        return len(box.store.database.query("SELECT 1 FROM audit WHERE entry LIKE '%110103%'"))
+
+    box.person("first").get(f"/api/findings/{finding}/heatmap.png")
+    assert looks() == 1
+    second = box.person("second")
+    for _ in range(3):
+        second.get(f"/studies/{stored.study_id}", headers={"X-Fragment": "1"})
+        second.get(f"/api/findings/{finding}/heatmap.png")
+    assert looks() == 2
+    again = Person(box.base)
+    assert again.log_in("second", PASSWORD).status_code == 302
+    again.get(f"/api/findings/{finding}/heatmap.png")
+    assert looks() == 2  # the same person
+    monkeypatch.setattr("webui.box.LOOK_AGAIN_S", 0.0)
+    second.get(f"/studies/{stored.study_id}", headers={"X-Fragment": "1"})
+    assert looks() == 3
+    assert second.get("/api/findings/999/heatmap.png").status_code == 404

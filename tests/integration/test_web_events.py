@@ -102,6 +102,8 @@ def test_odd_places_to_go_on_from_are_refused(box: Box) -> None:
     person = box.person()
     for odd in ("x", "-1", "9" * 30):
         assert person.get("/api/v1/events", headers={"Last-Event-ID": odd}).status_code == 400
+    for odd in ("²", "٣", "1.5", "-1"):
+        assert person.get("/api/v1/events", params={"since": odd}).status_code == 400
 
 
 def test_a_long_stream_ends_and_a_quiet_one_says_that_it_lives(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import requests
+from requests.adapters import HTTPAdapter
 
-from appliance.accounts import MAX_FAILURES
+from appliance.accounts import LOCKOUT_S, MAX_FAILURES
 from appliance.settings import Settings
+from appliance.store import Store
 from tests.scans import scan_bytes
 from tests.web_box import PASSWORD, Box, Person, in_process
+from webui.doorkeeper import MAX_FAILURES_EVERYWHERE, Doorkeeper
+from webui.peers import machine
 from webui.security import CONTENT_SECURITY_POLICY, OPEN_ENDPOINTS, WITHOUT_PATIENTS
 
 
@@ -230,3 +235,93 @@ def test_the_signing_key_is_kept_and_private(box: Box) -> None:
         person.base = again.base
         assert person.get("/").status_code == 200
     assert key.read_bytes() == kept
+
+
+def from_address(box: Box, address: str) -> Person:
+    """Somebody at another machine."""
+
+    class Elsewhere(HTTPAdapter):
+        def init_poolmanager(self, *args: Any, **options: Any) -> None:
+            super().init_poolmanager(*args, source_address=(address, 0), **options)
+
+    person = Person(box.base).speak("en")
+    person.mount("http://", Elsewhere())
+    return person
+
+
+def audited(box: Box, *words: str) -> int:
+    return sum(all(word in row["entry"] for word in words) for row in box.store.database.query("SELECT entry FROM audit"))
+
+
+def test_r3_failures_lock_a_name_for_their_own_address_and_keep_nobody_else_out(box: Box) -> None:
+    owner = box.person()
+    attacker = from_address(box, "127.0.0.2")
+    for _ in range(MAX_FAILURES + 2):
+        assert attacker.log_in("Doctor", "wrong").status_code == 401
+    assert attacker.log_in("doctor", PASSWORD).status_code == 401
+    assert owner.get("/").status_code == 200
+    assert Person(box.base).log_in("doctor", PASSWORD).status_code == 302
+    assert attacker.log_in("doctor", PASSWORD).status_code == 401
+    assert audited(box, '"110114"', "127.0.0.2", '"locked": true') + audited(box, '"110114"', "127.0.0.2", '"locked":true') == 4
+
+
+def test_r3_failures_from_many_addresses_lock_the_name_everywhere(box: Box) -> None:
+    box.person()
+    for number in range(MAX_FAILURES_EVERYWHERE // (MAX_FAILURES - 1) + 1):
+        guesser = from_address(box, f"127.0.1.{number + 1}")
+        for _ in range(MAX_FAILURES - 1):
+            assert guesser.log_in("doctor", "wrong").status_code == 401
+    assert Person(box.base).log_in("doctor", PASSWORD).status_code == 401
+    one_time = box.accounts.add("doctor", "clinician", "technician")
+    assert Person(box.base).log_in("doctor", one_time).status_code == 302
+
+
+def test_r3_a_lock_ends_by_itself_and_with_a_new_password(settings: Settings) -> None:
+    store, now = Store(settings), [1e9]
+    keeper = Doorkeeper(store, clock=lambda: now[0])
+    one_time = keeper.add("doctor", "clinician", "test")
+    for _ in range(MAX_FAILURES):
+        assert keeper.login("doctor", "wrong", "10.0.0.1") is None
+    assert keeper.login("doctor", one_time, "10.0.0.1") is None
+    now[0] += LOCKOUT_S + 1
+    assert keeper.login("doctor", one_time, "10.0.0.1")
+    for _ in range(MAX_FAILURES):
+        assert keeper.login("doctor", "wrong", "2001:db8::1:2:3:4") is None
+    assert keeper.login("doctor", one_time, "2001:db8::9:9:9:9") is None  # the same network
+    fresh = keeper.add("doctor", "clinician", "test")
+    assert keeper.login("doctor", fresh, "2001:db8::1:2:3:4")
+    store.close()
+
+
+def test_r3_the_present_password_cannot_be_guessed_and_every_guess_is_audited(box: Box) -> None:
+    person = box.person()
+    before = audited(box, '"110114"', "doctor")
+    for _ in range(MAX_FAILURES):
+        answer = person.post("/password", data={"old": "wrong", "new": "Another-Pass-1", "again": "Another-Pass-1"})
+        assert "present password is wrong" in answer.text
+    assert audited(box, '"110114"', "doctor") == before + MAX_FAILURES
+    answer = person.post("/password", data={"old": PASSWORD, "new": "Another-Pass-1", "again": "Another-Pass-1"})
+    assert answer.status_code == 422
+    assert "Too many wrong passwords" in answer.text
+    assert Person(box.base).log_in("doctor", PASSWORD).status_code == 401
+
+
+@pytest.mark.parametrize("number", [2**63, 10**40, "٣" * 30])
+def test_numbers_that_no_row_can_have_are_no_address(box: Box, number: object) -> None:
+    person = box.person()
+    for path in ("/studies/{}", "/api/instances/{}/pixels", "/api/instances/1/frames/{}", "/api/findings/{}/heatmap.png"):
+        assert person.get(path.format(number)).status_code == 404, path
+    assert person.get(f"/?before={number}").status_code == 200
+    assert person.post(f"/studies/{number}/retry").status_code == 404
+    assert person.get(f"/studies/{2**63 - 1}").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("host", "counted"),
+    [
+        ("10.0.0.7", "10.0.0.7"), ("::ffff:10.0.0.7", "10.0.0.7"), ("2001:db8::1:2:3:4", "2001:db8::/64"), ("fe80::1%eth0", "fe80::1"),
+        ("::1", "::1"), ("", ""), ("unix", "unix"),
+    ],
+)  # fmt: skip
+def test_which_machine_an_address_stands_for(host: str, counted: str) -> None:
+    assert machine(host) == counted
