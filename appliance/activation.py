@@ -43,6 +43,7 @@ class _Coming:
 
     number: int
     proof: Proof | None = None
+    said: list[dict[str, Any]] = field(default_factory=list)
     told: float = 0.0
     loading: Loading | None = None
     ready: Ready | None = None
@@ -75,7 +76,7 @@ class Activator:
         store: the box's store.
         load: loads a model beside the one that reads; called in a thread.
         take: given a loaded model in the moment it is put to work.
-        follow: whether the library is followed; by hand only what was asked for is done.
+        follow: whether the library is followed; by hand only what was asked for is done, and a disk that fails ends it.
         clock: seconds that only rise.
 
     Attributes:
@@ -96,6 +97,7 @@ class Activator:
         self._load = load
         self._take = take
         self._clock = clock
+        self._patient = follow
         self.journal = Journal(store)
         exchange = Exchange(store, store.settings.exchange_dir) if store.settings.exchange_dir and follow else None
         self._follower = Follower(store, self.journal, exchange, clock) if exchange else None
@@ -133,7 +135,11 @@ class Activator:
             time.sleep(_BUSY_TICK_S)
 
     def tick(self) -> None:
-        """Go on as far as nothing has to be waited for; a disk that fails now is tried again in some seconds."""
+        """Go on as far as nothing has to be waited for; a disk that fails now is tried again in some seconds.
+
+        Raises:
+            StoreError: by hand, what could not be written; the activation is where it was.
+        """
         now = self._clock()
         if now < self._next:
             return
@@ -150,6 +156,8 @@ class Activator:
             if self._notes_left:
                 self._notes_left = self.journal.mark_findings()
         except StoreError as error:
+            if not self._patient:
+                raise
             logger.error("the journal of models cannot be kept", extra={"code": error.code})
             self._next = now + _AFTER_ERROR_S
 
@@ -207,7 +215,9 @@ class Activator:
 
     def _listen(self, row: sqlite3.Row, coming: _Coming, proof: Proof) -> None:
         messages, ended = proof.messages()
-        for message in messages:
+        coming.said += messages
+        while coming.said:  # forgotten only once it is in the journal
+            message = coming.said[0]
             if "failed" in message:
                 failed = message["failed"]
                 raise ActivationError(failed["code"], failed["detail"])
@@ -217,6 +227,7 @@ class Activator:
                 coming.proof = None
                 return
             self._follow_progress(coming, message)
+            coming.said.pop(0)
         if ended:
             logger.error("the proof died", extra={"exit_code": proof.exit_code, "state": row["state"]})
             proof.end()

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from appliance import __version__, reasons
 from appliance import database as db
@@ -33,6 +33,7 @@ CHECK_DEADLINE_S: Final = 60.0
 _MAX_BYTES: Final = 1 << 20
 _REPORTED_ACTIVATIONS: Final = 20
 _REPORTED_MODELS: Final = 64
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _MODEL_KEYS: Final = ("version", "digest", "state", "precision", "runtime")
 _TROUBLE: Final = {"untrusted": 8, "error": 4, "unreachable": 4}
 
@@ -76,32 +77,52 @@ class Withdrawn(BaseModel):
     reason: str
 
 
+class Trouble(BaseModel):
+    """Why metadata cannot be believed."""
+
+    code: str
+    message: str = ""
+
+    def note(self) -> Note:
+        """As a coded reason; one that this version does not know is said as not checked."""
+        return Note(self.code if self.code in reasons.REASONS else "trust.unchecked", self.message[:300])
+
+
 class LineFacts(BaseModel):
-    """What the signed index of one line says."""
+    """What the signed index of one line says, and until when that may put anything new to work."""
 
     minimum_version: _Version
     withdrawn: dict[_Version, Withdrawn] = {}
     versions: dict[_Version, _Digest]
+    valid_until: AwareDatetime | None = None
 
 
 class Facts(BaseModel):
-    """What ``model-sync check`` verified; without ``ok`` nothing of it holds but the code that says why."""
+    """What ``model-sync check`` verified; without ``ok`` nothing of it holds but the code that says why.
+
+    ``now`` is the time it judged by, which is never behind what the library has signed, whatever the box's clock says.
+    """
 
     ok: bool
+    now: AwareDatetime | None = None
     expired: bool = False
-    valid_until: datetime | None = None
+    valid_until: AwareDatetime | None = None
     code: str = ""
     message: str = ""
     lines: dict[_Line, LineFacts] = {}
+    troubles: dict[str, Trouble] = {}
 
     def refusal(self, name: str, version: str, digest: str) -> Note | None:
         """Why a model may not newly be put to work by what is signed; None when it may."""
         if not self.ok:
-            return Note(self.code if self.code in reasons.REASONS else "trust.unchecked", self.message[:300])
-        now = datetime.now(timezone.utc)
-        if self.expired or (self.valid_until is not None and self.valid_until <= now):
-            return Note("trust.expired", self.valid_until.isoformat() if self.valid_until else "")
+            return Trouble(code=self.code, message=self.message).note()
         line = self.lines.get(name)
+        if line is None and name in self.troubles:
+            return self.troubles[name].note()
+        until = (line.valid_until if line else None) or self.valid_until
+        now = max(self.now or _EPOCH, datetime.now(timezone.utc))
+        if until is None or until <= now:
+            return Note("trust.expired", until.isoformat() if until else "")
         signed = line.versions.get(version) if line else None
         if signed is None:
             return Note("model.not_signed", f"{name} {version}")
@@ -148,7 +169,7 @@ class Exchange:
 
     def mark(self) -> tuple[tuple[int, int, int], ...]:
         """What changes when the agent has written something that a check may answer differently."""
-        places = (self.directory / DIRECTIVES, self.directory / "metadata", self.directory / "documents", self.directory / "bundles")
+        places = (self.directory / name for name in (DIRECTIVES, "trust", "metadata", "documents", "bundles", "floor.json"))
         return tuple(_stamp(place) for place in (*places, *self._documents()))
 
     def status_mark(self) -> tuple[int, int, int]:

@@ -59,8 +59,8 @@ class JobQueue:
 
     @staticmethod
     def _replan_unread(tx: sqlite3.Connection) -> None:
-        """A model came: what was not analysed for want of any goes back to planning (the idle rule picks it up)."""
-        rows = tx.execute("SELECT id, instance_id FROM jobs WHERE scope_code = 'scope.no_model' AND state = 'done'").fetchall()
+        """A model came: what was not, or would not be, analysed for want of any goes back to planning (the idle rule picks it up)."""
+        rows = tx.execute("SELECT id, instance_id FROM jobs WHERE scope_code = 'scope.no_model' AND state IN ('done', 'queued')").fetchall()
         for row in rows:
             tx.execute("DELETE FROM jobs WHERE id = ?", (row["id"],))
             tx.execute("UPDATE instances SET state = ?, reason = NULL WHERE id = ?", (ScanState.WAITING.value, row["instance_id"]))

@@ -193,4 +193,46 @@ MODEL_REASONS: Final[dict[str, Reason]] = {
         "没有启用新模型，继续使用原有模型。将自动重试；若持续出现请通知技术人员。",
         "No new model was put to work; the one at work stays. It is tried again; if it lasts call the technician.",
     ),
+    "trust.missing": Reason(
+        "还没有模型库的签名元数据",
+        "There is no signed metadata of the library yet",
+        "请联网同步，或导入模型库的 U 盘。继续使用原有模型。",
+        "Let the box sync, or import the library's USB stick. The model at work stays.",
+    ),
+    "trust.root": Reason(
+        "缺少模型库的首个 root.json，无法核对签名",
+        "The library's first root.json is missing: no signature can be checked",
+        "请从中心的安装文件夹重新复制 root.json。继续使用原有模型。",
+        "Copy root.json from the central team's installation folder again. The model at work stays.",
+    ),
+    "trust.foreign_root": Reason(
+        "来自另一个模型库",
+        "This comes from another library",
+        "没有采用任何内容，继续使用原有模型。请使用本机所属模型库的 U 盘或地址。",
+        "Nothing of it was used; the model at work stays. Use the stick or the address of the library this box belongs to.",
+    ),
+    "trust.version": Reason(
+        "模型库的元数据版本不一致",
+        "The versions of the library's metadata do not fit together",
+        "没有采用任何内容，继续使用原有模型。请再次同步；若再次出现请通知中心。",
+        "Nothing of it was used; the model at work stays. Sync again; if it happens twice tell the central team.",
+    ),
+    "trust.metadata": Reason(
+        "模型库的元数据损坏或自相矛盾",
+        "The library's metadata is damaged or contradicts itself",
+        "没有采用任何内容，继续使用原有模型。请再次同步；若再次出现请通知中心。",
+        "Nothing of it was used; the model at work stays. Sync again; if it happens twice tell the central team.",
+    ),
+    "trust.ambiguous": Reason(
+        "同一模型有两个签名者，无法判断以谁为准",
+        "Two signers speak for one model; it cannot be told which counts",
+        "没有采用，继续使用原有模型。请通知中心。",
+        "It was not used; the model at work stays. Tell the central team.",
+    ),
+    "sync.state": Reason(
+        "模型库的元数据文件无法读取",
+        "The files of the library's metadata cannot be read",
+        "继续使用原有模型。请检查磁盘和交换目录的权限。",
+        "The model at work stays. Check the disk and the permissions of the exchange directory.",
+    ),
 }

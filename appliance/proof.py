@@ -53,6 +53,8 @@ class Child:
 
     def listen(self) -> bool:
         """Take what it has said since, at most 64 KiB at a time; returns whether it has ended and said everything."""
+        if self._process.stdout is None or self._process.stdout.closed:
+            return True
         ended = self._process.poll() is not None  # before the reading: what it said last is in the pipe then
         try:
             data = os.read(self._fd, _CHUNK_BYTES)

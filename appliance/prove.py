@@ -66,18 +66,27 @@ def run(order: Order) -> int:
         return 1
     os.nice(NICENESS)
     limit_memory(order.memory_bytes)
+    tell = _private_output()
     try:
-        _tell({"result": prove(order, _tell)})
+        tell({"result": prove(order, tell)})
     except ApplianceError as error:
-        _tell({"failed": {"code": error.code, "detail": error.detail[:500]}})
+        tell({"failed": {"code": error.code, "detail": error.detail[:500]}})
     except MemoryError:
-        _tell({"failed": {"code": "activation.memory", "detail": f"more than {order.memory_bytes >> 20} MiB"}})
+        tell({"failed": {"code": "activation.memory", "detail": f"more than {order.memory_bytes >> 20} MiB"}})
     return 0
 
 
-def _tell(message: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(message) + "\n")
-    sys.stdout.flush()
+def _private_output() -> Tell:
+    """Standard output for the messages alone: whatever a runtime prints there goes to standard error."""
+    channel = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def tell(message: dict[str, Any]) -> None:
+        line = memoryview((json.dumps(message) + "\n").encode())
+        while line:
+            line = line[os.write(channel, line) :]
+
+    return tell
 
 
 def prove(order: Order, tell: Tell) -> dict[str, Any]:
