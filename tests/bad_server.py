@@ -67,7 +67,7 @@ class Reply:
         ignore_if_range: Answer 206 although the validator is an old one.
         garble: Flip every bit of each body byte from this offset of the body on.
         cut_after: Close the connection after so many bytes of the body.
-        reset: Close by RST instead of FIN.
+        reset: Close by RST instead of FIN; what the kernel still held back never goes out, although it is counted as sent.
         stall_after: Say nothing more after so many bytes of the body, until the client goes away.
         drip: (bytes, seconds): send so many bytes, wait so long, and so on.
         drip_headers: Send the headers so too.
