@@ -17,6 +17,16 @@ from model_sync import library_console as console
 from model_sync.errors import ModelSyncError, SettingsError
 
 _Add = Callable[..., argparse.ArgumentParser]
+# Commands of the server and its fleet; their libraries are large, and installed only where it runs: no other command waits for them.
+_FLEET = {
+    "serve": "Serve the library, enrol boxes, and show the fleet.",
+    "device-ca": "Make the authority that signs boxes' certificates.",
+    "token": "Make a token with which one box enrols, once.",
+    "deny": "Shut a box out at once.",
+    "allow": "Let a denied box in again.",
+    "move": "Count a box to another ring.",
+    "operator": "Make or remove a person who may see the fleet and pause a rollout.",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 1 refused, 2 wrong use)."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    parsed = _parser(serving=arguments[:1] == ["serve"]).parse_args(arguments)
+    parsed = _parser(fleet=arguments[:1] in [[name] for name in _FLEET]).parse_args(arguments)
     try:
         return int(parsed.run(parsed) or 0)
     except SettingsError as error:
@@ -47,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser(serving: bool = False) -> argparse.ArgumentParser:
+def _parser(fleet: bool = False) -> argparse.ArgumentParser:
     parser = _Parser(prog="model-library", description="The central library: sign a model once, for every box.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
@@ -61,13 +71,16 @@ def _parser(serving: bool = False) -> argparse.ArgumentParser:
     _add_models(add)
     _add_signing(add)
     _add_checks(add)
-    serve = subparsers.add_parser("serve", help="Serve the library, enrol boxes, and show the fleet.")
-    if serving:
-        # The server's libraries are large, and installed only where it runs: no other command waits for them.
-        from model_sync import server
+    if fleet:
+        from model_sync import fleet_commands, server
 
+        serve = subparsers.add_parser("serve", help=_FLEET["serve"])
         server.add_arguments(serve)
         serve.set_defaults(run=server.run)
+        fleet_commands.add_commands(subparsers)
+    else:
+        for name, text in _FLEET.items():
+            subparsers.add_parser(name, help=text, add_help=False)
     return parser
 
 
