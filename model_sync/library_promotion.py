@@ -26,6 +26,8 @@ class LibraryPromotion(LibraryRoles):
         """
         with self.files.locked():
             self._drop_finished()
+            self._stage_rotated()
+            self._sign_at_hand()
             self._next = self._choose()
             if not self._next:
                 return []
@@ -59,6 +61,23 @@ class LibraryPromotion(LibraryRoles):
             finally:
                 self._next = {}
             return self.timestamp()
+
+    def _stage_rotated(self) -> None:
+        """Stage again, unchanged, each role whose public version the waiting delegator would no longer accept."""
+        for role in (Targets.type, *delegated(self.targets())):
+            public, delegators = self.published(role), self.delegators(role)
+            if public is not None and self.staged(role) is None and not verifies(delegators[-1], role, public):
+                with self.edit(role):
+                    pass
+
+    def _sign_at_hand(self) -> None:
+        """Add the signatures of keys that are at hand now and were not when a version was staged."""
+        for role in self.staged_roles():
+            md = self.staged(role)
+            if md is not None and (signers := self.signers_at_hand(set(self.keys(role)) - md.signatures.keys())):
+                for signer in signers:
+                    md.sign(signer, append=True)
+                self.files.write(self.files.staged_path(role), md.to_bytes())
 
     def _choose(self) -> dict[str, AnyMetadata]:
         """Return the newest root, targets and delegated roles that accept each other; empty before the first ones do.

@@ -151,9 +151,8 @@ class LibraryRoles(Repository):
             md.signed.unrecognized_fields[ISSUED_AT] = self.now().strftime("%Y-%m-%dT%H:%M:%SZ")
         md.signatures.clear()
         keyids = set(self.keys(role)) | set(md.signed.roles[role].keyids if role == Root.type else ())
-        for keyid in sorted(keyids):
-            if (signer := self.signers.get(keyid) or self.online.signer(keyid)) is not None:
-                md.sign(signer, append=True)
+        for signer in self.signers_at_hand(keyids):
+            md.sign(signer, append=True)
         if role not in ONLINE:
             self.files.write(self.files.staged_path(role), md.to_bytes())
             return
@@ -264,6 +263,11 @@ class LibraryRoles(Repository):
     def keys(self, role: str) -> dict[str, Key]:
         """Return the keys that may sign a role now or after the waiting rotation."""
         return {keyid: signed.get_key(keyid) for signed in self.delegators(role) for keyid in signed.get_delegated_role(role).keyids}
+
+    def signers_at_hand(self, keyids: Iterable[str]) -> list[Signer]:
+        """Return the signers that this process has of some keys."""
+        found = (self.signers.get(keyid) or self.online.signer(keyid) for keyid in sorted(keyids))
+        return [signer for signer in found if signer is not None]
 
     def state(self, role: str) -> State:
         """Say who has signed a role's newest version and what is missing; raises PublishError for an unknown role."""

@@ -23,7 +23,7 @@ from model_sync.errors import PublishError
 from model_sync.keys import Passphrase, token_error
 from model_sync.library_files import CONFIG_NAME, Expiry, LibraryConfig, read_metadata
 from model_sync.library_promotion import LibraryPromotion
-from model_sync.library_roles import ISSUED_AT, ONLINE, ROLE_FIELD, AnyMetadata, Clock, State, delegated, utc_now, verifies
+from model_sync.library_roles import ISSUED_AT, ONLINE, ROLE_FIELD, AnyMetadata, Clock, State, delegated, utc_now
 
 __all__ = ["ISSUED_AT", "ROLE_FIELD", "Library", "State"]
 _UNCHANGED = "; nothing was changed"
@@ -233,6 +233,9 @@ class Library(LibraryPromotion):
             if role not in self.role_names():
                 raise PublishError(f"there is no role {role!r}{_UNCHANGED}", hint="`model-library status` lists the roles")
             current = delegator.get_delegated_role(role)
+            if new_key is not None and new_key.keyid in current.keyids and old_keyid is not None and old_keyid not in current.keyids:
+                self.settle()  # it was killed after staging, or is run again: finish it
+                return self.staged_roles()
             if old_keyid is not None and old_keyid not in current.keyids:
                 raise PublishError(f"{old_keyid[:8]} is no key of {role}{_UNCHANGED}", hint="`model-library status` lists each role's keys")
             if new_key is not None and new_key.keyid in current.keyids:
@@ -253,10 +256,6 @@ class Library(LibraryPromotion):
             for key in keys:
                 delegator.add_key(key, role)
             current.threshold = threshold
-        newest = self.staged(role) or self.published(role)
-        if role not in (Root.type, *ONLINE) and newest is not None and not verifies(self.delegators(role)[-1], role, newest):
-            with self.edit(role):
-                pass
         self.settle()
         return self.state(role)
 

@@ -396,7 +396,7 @@ def test_what_cannot_be_rotated(site: Site) -> None:
     with refused("no role"):
         library.rotate_key("ct-lung", None, fresh)
     with refused("no key of root"):
-        library.rotate_key("root", fresh.keyid, alice)
+        library.rotate_key("root", fresh.keyid, CryptoSigner.generate_ed25519().public_key)
     with refused("already"):
         library.rotate_key("root", alice.keyid, bob)
     with refused("cannot give"):
