@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import unicodedata
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 from appliance.domain import STATE_URGENCY, Finding, Note, ScanState, Status
@@ -134,7 +136,8 @@ class Worklist:
 
         Args:
             before: only studies with a smaller id (the last id of the page before).
-            search: part of the patient's name or ID, or of the accession number.
+            search: parts of the patient's name, ID or the accession number, as they are shown or as they came: neither case nor
+                width nor blanks nor what DICOM puts between the parts of a name matter, and the parts may stand in any order.
             limit: most rows to return.
         """
         where: list[str] = ["1"]
@@ -143,11 +146,25 @@ class Worklist:
             where.append("id < ?")
             values.append(before)
         if search.strip():
-            pattern = "%" + search.strip().replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
-            where.append("(patient_name LIKE ? ESCAPE '\\' OR patient_id LIKE ? ESCAPE '\\' OR accession_number LIKE ? ESCAPE '\\')")
-            values += [pattern] * 3
+            condition, wanted = self._found(search)
+            where.append(condition)
+            values += wanted
         rows = self._db.query(f"SELECT * FROM studies WHERE {' AND '.join(where)} ORDER BY id DESC LIMIT ?", *values, limit)  # noqa: S608
         return self._rows(rows)
+
+    def _found(self, search: str) -> tuple[str, list[str]]:
+        """The condition of a search and its values."""
+        parts = [part for word in search.split() if (part := _folded(word)).strip(_SIGN)]
+        if not parts:  # nothing but signs: taken as they are
+            pattern = "%" + search.strip().replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
+            return "(patient_name LIKE ?1 ESCAPE '\\' OR patient_id LIKE ?1 ESCAPE '\\' OR accession_number LIKE ?1 ESCAPE '\\')", [pattern]
+
+        def fits(*columns: str) -> bool:
+            known = _SIGN.join(map(_folded, columns))
+            return all(part in known for part in parts)
+
+        self._db.connection().create_function("fits", 3, fits, deterministic=True)
+        return "fits(patient_name, patient_id, accession_number)", []
 
     def changes(self, since: int) -> list[StudyRow]:
         """Studies changed after revision ``since``, oldest change first (at most 200 at once), for the live list."""
@@ -277,6 +294,16 @@ class Worklist:
             jobs=tuple(_job_view(job) for job in jobs),
             findings=tuple(_finding(item) for item in findings),
         )
+
+
+# Stands between texts that are searched together; no folded text holds it.
+_SIGN: Final = "|"
+
+
+@lru_cache(maxsize=1 << 16)
+def _folded(text: str) -> str:
+    """A text as searches compare it: one width (NFKC), one case, letters and digits alone; the groups of a name stay apart."""
+    return _SIGN.join("".join(filter(str.isalnum, unicodedata.normalize("NFKC", group).casefold())) for group in text.split("="))
 
 
 _INSTANCES: Final = "SELECT i.*, s.series_instance_uid FROM instances i JOIN series s ON s.id = i.series_id"

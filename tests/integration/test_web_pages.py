@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import statistics
+import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
 
@@ -10,6 +12,8 @@ import pytest
 
 from appliance.domain import JobResult, Note, ScanState, Source
 from appliance.settings import Settings
+from appliance.worklist import Worklist
+from tests.bench.page import fill
 from tests.scans import scan_bytes
 from tests.web_box import Box, Person, in_process, result
 from webui import texts
@@ -188,6 +192,34 @@ def test_r18_a_search_goes_by_post_and_finds(box: Box) -> None:
     assert "Nothing found" in page
     assert person.get("/?q=nobody").text.count('class="row-link"') == 3
     assert 'value="nobody"' in page
+
+
+FOUND = {
+    "张三": 1, "张 三": 1, "张^三": 1, "zhang san": 1, "SAN Zhang": 1, "ＺＨＡＮＧ": 1, "zhangsan张": 0, "anna maria": 1, "Sepp  Anna": 1,
+    "sepp^anna": 1, "Ｐ－００７": 1, "p007": 1, "p 007": 1, "acc１２": 1, "张三 p-007": 1, "李四": 0, "山": 0, "straße": 1, "STRASSE": 1,
+    "=": 1, "---": 0,
+}  # fmt: skip
+
+
+def test_a_search_finds_a_name_as_it_is_shown(box: Box) -> None:
+    for name, number, accession in (("Zhang^San=张^三", "P-007", "ACC12"), ("Sepp^Anna Maria", "8", "9"), ("Straße^Hans", "x", "")):
+        box.take(scan_bytes(PatientName=name, PatientID=number, AccessionNumber=accession))
+    for search, found in FOUND.items():
+        assert len(Worklist(box.store).page(search=search)) == found, search
+
+
+def test_a_search_of_ten_thousand_names_shows_its_page_within_reason(box: Box) -> None:
+    fill(box.store, 10_000)
+    person = box.person()
+    page = person.post("/", data={"q": "测试 9999"}).text
+    assert page.count('class="row-link"') == 1
+    assert "测试 9999" in words(page)
+    times = []
+    for _ in range(9):
+        started = time.process_time()
+        Worklist(box.store).page(search="nobody at all")
+        times.append(time.process_time() - started)
+    print(f"search of 10,000 names without a hit: {statistics.median(times) * 1000:.0f} ms")
 
 
 def test_pages_of_the_list(box: Box) -> None:
