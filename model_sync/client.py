@@ -163,7 +163,9 @@ class Client:
         settings.exchange_dir.mkdir(parents=True, exist_ok=True)
         self._sweep_metadata()
         fetcher = make()
-        upstream = Upstream(self._metadata, trust.read_root(settings.root), fetcher, self._floor_files, now=self._now)
+        upstream = Upstream(
+            self._metadata, trust.read_root(settings.root), fetcher, self._floor_files[0], self._floor_files[1:], now=self._now
+        )
         before = received_bytes(fetcher)
 
         def report(progress: Progress) -> None:
@@ -216,7 +218,7 @@ class Client:
                 code="trust.revoked",
             )
         chain = pull.upstream.chain or chain
-        self._exchange.publish(self._metadata, self._copies, chain)
+        self._exchange.publish(self._metadata, self._copies, chain, Floors.load(self._floor_files))
         return _Look(chain, rollout, indexes, problems)
 
     def _rollout(self, pull: _Pull, chain: Chain, problems: dict[str, TrustError]) -> Rollout | None:

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 from model_sync import documents, durable
 from model_sync.bundle import MANIFEST_NAME
 from model_sync.errors import BundleError, TrustError
-from model_sync.floors import iso
+from model_sync.floors import FLOOR_FILE, Floors, iso
 from model_sync.manifest import Manifest
 from model_sync.trust import CURRENT, Chain, read_document
 
@@ -53,8 +53,10 @@ class Exchange:
 
     # -- metadata and documents ---------------------------------------------------------------------------------------
 
-    def publish(self, metadata: Path, copies: Path, chain: Chain) -> bool:
+    def publish(self, metadata: Path, copies: Path, chain: Chain, floors: Floors) -> bool:
         """Lay one whole, verified set of metadata and documents before the box; returns whether it is a new one.
+
+        The floors follow the set, never lead it: a box must not be told of versions that it has not been given.
 
         Raises:
             OSError: the set that the box has stays.
@@ -65,14 +67,16 @@ class Exchange:
             digest.update(name.encode() + b"\0" + hashlib.sha256(files[name]).digest())
         name = f"{_SET}{digest.hexdigest()[:32]}"
         link = self.directory / CURRENT
-        if link.is_symlink() and link.readlink() == Path(name):
-            return False
-        self._lay(name, files)
-        _turn(link, name)
-        for part in ("metadata", "documents"):  # for people, and for a box that watches these names
-            _turn(self.directory / part, f"{name}/{part}")
-        self._drop_old_sets(name)
-        return True
+        fresh = not (link.is_symlink() and link.readlink() == Path(name))
+        if fresh:
+            self._lay(name, files)
+            _turn(link, name)
+            for part in ("metadata", "documents"):  # for people, and for a box that watches these names
+                _turn(self.directory / part, f"{name}/{part}")
+            self._drop_old_sets(name)
+        if Floors.load([self.directory / FLOOR_FILE]).serial < floors.serial:
+            floors.save(self.directory / FLOOR_FILE)
+        return fresh
 
     def _lay(self, name: str, files: Mapping[str, bytes]) -> None:
         final, part = self.directory / name, self.directory / f"{name}.{os.getpid()}.part"

@@ -99,11 +99,10 @@ class Floors:
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             return cls()
 
-    def save(self, paths: Sequence[Path]) -> None:
-        """Write every copy, one after the other, so that a power cut leaves at least one whole."""
+    def save(self, path: Path) -> None:
+        """Write one copy; raises OSError."""
         value = asdict(self) | {"schema": 1, "system": self.system.isoformat(), "issued": self.issued.isoformat()}
-        for path in paths:
-            durable.write_json(path, value)
+        durable.write_json(path, value)
 
     def time(self, root: Root, built_at: datetime = BUILT_AT) -> datetime:
         """Return the earliest that it can be. Times that a replaced timestamp key vouched for no longer count."""

@@ -43,18 +43,32 @@ class Upstream:
         metadata_dir: Path,
         root: bytes,
         fetcher: FetcherInterface,
-        floor_files: Sequence[Path],
+        floors: Path,
+        other_floors: Sequence[Path] = (),
         *,
         metadata_url: str = f"{LIBRARY_SCHEME}metadata/",
         target_url: str = f"{LIBRARY_SCHEME}targets/",
         now: Callable[[], datetime] = utc_now,
         built_at: datetime = BUILT_AT,
     ) -> None:
-        """Prepare; nothing is fetched. ``root`` is the provisioned root, ``built_at`` when the running program was built."""
+        """Prepare; nothing is fetched.
+
+        Args:
+            metadata_dir: python-tuf's directory.
+            root: the bytes of the provisioned root.
+            fetcher: the line.
+            floors: the file of floors that is raised here.
+            other_floors: copies to fall back to when that one is lost.
+            metadata_url: where metadata is.
+            target_url: where targets are.
+            now: the wall clock.
+            built_at: when the running program was built.
+        """
         self._metadata_dir = metadata_dir
         self._root = root
         self._fetcher = fetcher
-        self._floor_files = floor_files
+        self._floor_file = floors
+        self._floor_files = (floors, *other_floors)
         self._urls = (metadata_url, target_url)
         self._now = now
         self._built_at = built_at
@@ -119,11 +133,12 @@ class Upstream:
     def _download(self, updater: Updater, target: TargetFile, to: Path) -> None:
         part = to.with_name(f".{to.name}.part")
         try:
-            try:
-                updater.download_target(target, str(part))
-            except tuf_errors.LengthOrHashMismatchError:
-                # The fetcher has thrown the part away: this is all of it anew.
-                updater.download_target(target, str(part))
+            if updater.find_cached_target(target, str(part)) is None:  # there when the process was killed before the rename
+                try:
+                    updater.download_target(target, str(part))
+                except tuf_errors.LengthOrHashMismatchError:
+                    # The fetcher has thrown the part away: this is all of it anew.
+                    updater.download_target(target, str(part))
             durable.sync_file(part)
             part.replace(to)
         finally:
@@ -153,7 +168,7 @@ class Upstream:
             chain.refuse_expired(clocks)
             raised = floors.advanced(chain.root, chain.timestamp, chain.snapshot, clocks, chain.valid_until())
             if raised is not floors:
-                raised.save(self._floor_files)
+                raised.save(self._floor_file)
         return chain
 
     @contextlib.contextmanager
