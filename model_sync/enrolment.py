@@ -31,7 +31,7 @@ from sqlalchemy import Connection, RowMapping, select, update
 
 from model_sync.device import create_private, issued_by
 from model_sync.errors import ModelSyncError, SettingsError
-from model_sync.fleet import Fleet
+from model_sync.fleet import Fleet, count_ring
 from model_sync.fleet_tables import actions, boxes, certificates, tokens
 
 CERTIFICATE: Final = "device-ca.pem"
@@ -240,6 +240,7 @@ class Enrolment:
         tx.execute(new.on_conflict_do_update(index_elements=["box_id"], set_={"ring": ring, "enrolled_at": now}))
         if tx.execute(select(boxes.c.denied_at).where(boxes.c.box_id == box_id)).scalar_one() is not None:
             raise _denied()  # the transaction ends here: the token is not spent
+        count_ring(tx, box_id)
         live = certificates.c.box_id == box_id, certificates.c.revoked_at.is_(None)
         tx.execute(update(certificates).where(*live).values(revoked_at=now))
         pem, serial = self._issue(tx, box_id, key, now)

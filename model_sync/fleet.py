@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from datetime import timezone
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, RowMapping, Table, case, delete, func, select, text, update
+from sqlalchemy import Connection, RowMapping, Table, delete, func, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
@@ -135,6 +135,7 @@ class Fleet:
         with self.writing() as tx:
             if not tx.execute(update(boxes).where(boxes.c.box_id == box_id).values(ring=ring)).rowcount:
                 raise _no_box(box_id)
+            count_ring(tx, box_id)
             tx.execute(actions.insert().values(at=self.now(), actor=actor, action="move", ring=ring, subject=box_id))
 
     def deny_serial(self, serial: str, actor: str) -> None:
@@ -163,27 +164,17 @@ class Fleet:
             self._keep(tx, box, report, digest, _window(box, self.now(), per_hour))
         return True
 
-    def tally(self, ring: str, line: str, version: str) -> Tally:
-        """Count how a version did on the boxes that the centre put into a ring and that follow it."""
+    def tally(self, ring: str, line: str, version: str, *, at_least: int = 0) -> Tally:
+        """Count how a version did on the boxes that the centre put into a ring and that follow it.
+
+        With fewer failures than ``at_least`` the rest is not counted: with each report somebody asks.
+        """
         here = activations.c
-        query = (
-            select(
-                func.count(),
-                func.sum(case((here.state.in_(RUNNING), 1), else_=0)),
-                func.sum(case((here.state.in_(FAILED), 1), else_=0)),
-            )
-            .join(boxes, boxes.c.box_id == here.box_id)
-            .where(
-                here.line == line,
-                here.version == version,
-                here.state.in_((*RUNNING, *FAILED)),
-                boxes.c.ring == ring,
-                boxes.c.reported_ring == ring,
-            )
-        )
+        query = select(func.count()).select_from(activations).where(here.ring == ring, here.line == line, here.version == version)
         with self.reading() as tx:
-            tried, running, failed = tx.execute(query).one()
-        return Tally(int(tried), int(running or 0), int(failed or 0))
+            failed = int(tx.execute(query.where(here.state.in_(FAILED))).scalar_one())
+            running = int(tx.execute(query.where(here.state.in_(RUNNING))).scalar_one()) if failed >= at_least else 0
+        return Tally(failed + running, running, failed)
 
     def _keep(self, tx: Connection, box: RowMapping, report: StatusReport, digest: str, window: Mapping[str, int]) -> None:
         now = self.now()
@@ -199,8 +190,10 @@ class Fleet:
             self._keep_models(tx, report)
             for item in said:
                 self._keep_activation(tx, report.box_id, item, min(now, int(item.at.timestamp()) + off))
+            self._settle(tx, report.box_id, {(item.line, item.version) for item in report.box.models if item.state in RUNNING}, now)
             _trim(tx, report.box_id)
         tx.execute(update(boxes).where(boxes.c.box_id == box["box_id"]).values(**values))
+        count_ring(tx, report.box_id)
 
     def _keep_models(self, tx: Connection, report: StatusReport) -> None:
         tx.execute(delete(box_models).where(box_models.c.box_id == report.box_id))
@@ -224,10 +217,26 @@ class Fleet:
         keys = ["box_id", "line", "version"]
         tx.execute(fresh.on_conflict_do_update(index_elements=keys, set_=latest))
 
+    def _settle(self, tx: Connection, box_id: str, running: set[tuple[str, str]], now: int) -> None:
+        """Let the activations say what the box really runs: a version may have been there before us, or been replaced since."""
+        here = activations.c
+        known = {(row["line"], row["version"]): row for row in tx.execute(select(activations).where(here.box_id == box_id)).mappings()}
+        for line, version in running - known.keys():
+            new = {"box_id": box_id, "line": line, "version": version, "state": "good", "code": "", "at": now, "running_since": now}
+            tx.execute(activations.insert().values(**new))
+        for (line, version), row in known.items():
+            this = here.box_id == box_id, here.line == line, here.version == version
+            if (line, version) not in running:
+                if row["running_since"] is not None and row["ended_at"] is None:
+                    tx.execute(update(activations).where(*this).values(ended_at=now))
+            elif row["running_since"] is None or row["ended_at"] is not None:
+                tx.execute(update(activations).where(*this).values(running_since=now, ended_at=None))
+
     def _set_denied(self, box_id: str, at: int | None, actor: str, action: str) -> None:
         with self.writing() as tx:
             if not tx.execute(update(boxes).where(boxes.c.box_id == box_id).values(denied_at=at)).rowcount:
                 raise _no_box(box_id)
+            count_ring(tx, box_id)
             tx.execute(actions.insert().values(at=self.now(), actor=actor, action=action, subject=box_id))
 
     def _lay_tables(self) -> None:
@@ -239,6 +248,14 @@ class Fleet:
             found = tx.execute(select(meta.c.value).where(meta.c.key == "schema")).scalar_one()
         if found != str(SCHEMA):
             raise SettingsError(f"the fleet database has tables of version {found}, this is {SCHEMA}", hint="use the matching release")
+
+
+def count_ring(tx: Connection, box_id: str) -> None:
+    """Count a box's activations to its ring: when it is let in, and follows the ring that the centre put it into."""
+    here = boxes.c
+    counts = here.denied_at.is_(None), here.reported_ring.in_(("", here.ring))
+    ring = select(here.ring).where(here.box_id == box_id, *counts).scalar_subquery()
+    tx.execute(update(activations).where(activations.c.box_id == box_id).values(ring=func.coalesce(ring, "")))
 
 
 def _no_box(box_id: str) -> SettingsError:

@@ -51,21 +51,20 @@ def draw(step: RolloutStep, progress: Progress, now: int) -> Chart:
     def x(moment: float) -> float:
         return round(LEFT + (RIGHT - LEFT) * (moment - begin) / (end - begin), 1)
 
-    past = [index for index, moment in enumerate(progress.times) if moment <= now] or [0]
-    places = [(x(progress.times[index]), index) for index in past if index < len(progress.times)]
-    actual = _steps([(at, _y(_share(progress.running[index], progress.total))) for at, index in places])
-    failed = _steps([(at, _y(_share(progress.failed[index], progress.total))) for at, index in places])
-    last = places[-1] if places else (float(LEFT), 0)
-    share = _share(progress.running[last[1]], progress.total) if places else 0.0
+    def steps(counts: list[int], last: int) -> str:
+        past = [(moment, count) for moment, count in zip(progress.times, counts, strict=True) if moment < now]
+        return _steps([(x(at), _y(_share(count, progress.total))) for at, count in [*past, (min(now, end), last)] if now >= begin])
+
+    actual, failed = steps(progress.running, progress.now), steps(progress.failed, progress.tally.failed)
     return Chart(
         plan=_plan(step, x, end),
         actual=actual,
         area=f"{actual} V{BOTTOM} H{LEFT} Z" if actual else "",
-        failed=failed if any(progress.failed) else "",
+        failed=failed if progress.tally.failed else "",
         now_x=x(now) if begin < now < end else None,
         x_ticks=[(x(moment), moment) for moment in (begin + (end - begin) * tick // _TICKS for tick in range(_TICKS + 1))],
         y_ticks=[(_y(percent), percent) for percent in (0, 25, 50, 75, 100)],
-        end=(last[0], _y(share)),
+        end=(x(min(max(now, begin), end)), _y(_share(progress.now, progress.total))),
     )
 
 

@@ -110,8 +110,7 @@ def fleet() -> ResponseReturnValue:
     return render_template(
         "fleet.html",
         counts=fleet_views.counts(store), states=fleet_views.STATES, rings=fleet_views.rings(store),
-        rollouts=[_card(store, ring, line, step) for ring, rollout in sorted(published.rollouts.items())
-                  for line, step in sorted(rollout.lines.items())],
+        rollouts=_cards(store, published),
         broken=broken, versions=_versions(store, published), filters=filters, rows=rows,
         actions=fleet_views.latest_actions(store), can_sign=_rollouts().can_sign,
     )  # fmt: skip
@@ -151,9 +150,17 @@ def pause() -> ResponseReturnValue:
 def _words() -> dict[str, Any]:
     return {
         "t": _t, "language": _language(), "operator": g.get("operator"), "ago": _ago, "when": _when, "now": _fleet().now(),
-        "zone": datetime.now().astimezone().strftime("UTC%z"), "why": lambda code: reason(code, _language()),
+        "zone": _zone(), "why": lambda code: reason(code, _language()),
         "running_states": RUNNING, "style_version": current_app.config["STYLE_VERSION"], "gib": lambda value: f"{value / _GIB:.1f} GiB",
+        "number": lambda value: f"{value:,}",
     }  # fmt: skip
+
+
+def _cards(store: Fleet, published: Published) -> list[dict[str, Any]]:
+    """Return the rollouts: those under way first, then the youngest."""
+    cards = [_card(store, ring, line, step) for ring, rollout in published.rollouts.items() for line, step in rollout.lines.items()]
+    order = ("running", "paused", "waiting", "complete")
+    return sorted(cards, key=lambda card: (not card["spent"], order.index(card["state"]), -card["starts"], card["ring"], card["line"]))
 
 
 def _card(store: Fleet, ring: str, line: str, step: RolloutStep) -> dict[str, Any]:
@@ -161,15 +168,14 @@ def _card(store: Fleet, ring: str, line: str, step: RolloutStep) -> dict[str, An
     now = store.now()
     begin, end = fleet_chart.span(step, now)
     progress = fleet_views.progress(store, ring, line, step.version, begin, end)
-    tally = store.tally(ring, line, step.version)
+    tally = progress.tally
     moment = datetime.fromtimestamp(now, timezone.utc)
     past = [index for index, at in enumerate(progress.times) if at <= now]
-    running = progress.running[past[-1]] if past else 0
     done = (moment - step.start).total_seconds() >= step.duration_h * 3600
     state = "paused" if step.paused else "waiting" if moment < step.start else "complete" if done else "running"
     return {
-        "ring": ring, "line": line, "step": step, "state": state, "tally": tally, "progress": progress, "running": running,
-        "share": _percent(running, progress.total), "planned": f"{fleet_chart.planned_share(step, moment):.0f}",
+        "ring": ring, "line": line, "step": step, "state": state, "tally": tally, "progress": progress, "running": progress.now,
+        "share": _percent(progress.now, progress.total), "planned": f"{fleet_chart.planned_share(step, moment):.0f}",
         "limit": fleet_chart.pausing_failures(step, tally), "spent": spent(step, tally) and not step.paused,
         "chart": fleet_chart.draw(step, progress, now), "starts": int(step.start.timestamp()), "begin": begin, "end": end,
         "command": _rollouts().command(ring, line, not step.paused), "table": past[:: max(1, len(past) // 8)] if past else [],
@@ -226,6 +232,11 @@ def _when(moment: int | str | None, form: str = "%Y-%m-%d %H:%M") -> str:
         return "–"
     at = datetime.fromisoformat(moment.replace("Z", "+00:00")) if isinstance(moment, str) else datetime.fromtimestamp(moment, timezone.utc)
     return at.astimezone().strftime(form)
+
+
+def _zone() -> str:
+    name = datetime.now().astimezone().strftime("%z")
+    return f"UTC{name[:3]}:{name[3:]}"
 
 
 def _percent(count: int, total: int) -> str:

@@ -99,8 +99,10 @@ class Rollouts:
             logger.error("the library's rollouts cannot be read: %s", error.message)
             return
         for line, step in (rollout.lines if rollout is not None else {}).items():
-            tally = None if step.paused else self._fleet.tally(ring, line, step.version)
-            if tally is not None and spent(step, tally):
+            if step.paused:
+                continue
+            tally = self._fleet.tally(ring, line, step.version, at_least=step.failure_budget.min_boxes)
+            if spent(step, tally):
                 self._brake(ring, line, step.version, f"{tally.failed}/{tally.tried}")
 
     def _brake(self, ring: str, line: str, version: str, figures: str) -> None:

@@ -96,9 +96,10 @@ activations: Final = Table(  # one row per box and version: what a rollout is ju
     Column("state", String(16), nullable=False),
     Column("code", String(64), nullable=False),
     Column("at", BigInteger, nullable=False),
+    Column("ring", String(64), nullable=False, server_default=""),  # the box's, when it is let in and follows it
     Column("running_since", BigInteger),
     Column("ended_at", BigInteger),
-    Index("activations_by_version", "line", "version", "state", "box_id"),
+    Index("activations_by_ring", "ring", "line", "version", "state"),
 )  # fmt: skip
 events: Final = Table(  # what people read about one box: bounded history
     "events", metadata,

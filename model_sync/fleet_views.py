@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Final
 
 from sqlalchemy import ColumnElement, RowMapping, and_, case, func, or_, select
 
-from model_sync.fleet import FAILED, Fleet
+from model_sync.fleet import FAILED, RUNNING, Fleet, Tally
 from model_sync.fleet_tables import actions, activations, box_models, boxes, certificates, events
 
 SILENT_S: Final = 24 * 3600
@@ -46,12 +47,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class Progress:
-    """A rollout over time: at ``times`` (seconds since the epoch), how many of ``total`` boxes ran the version or had failed it."""
+    """A rollout over time: at ``times`` (seconds since the epoch), how many of ``total`` boxes ran the version or had
+    failed it, and how many run it ``now``.
+    """
 
     total: int
     times: list[int] = field(default_factory=list)
     running: list[int] = field(default_factory=list)
     failed: list[int] = field(default_factory=list)
+    now: int = 0
+    tally: Tally = Tally(0, 0, 0)  # noqa: RUF009 - immutable
 
 
 def counts(fleet: Fleet) -> dict[str, int]:
@@ -68,7 +73,7 @@ def versions(fleet: Fleet) -> list[RowMapping]:
     """Return how many boxes of each ring run each version of each line."""
     columns = box_models.c.line, box_models.c.version, boxes.c.ring
     query = (
-        select(*columns, func.count(func.distinct(boxes.c.box_id)).label("boxes"))
+        select(*columns, func.count().label("boxes"))
         .join(boxes, boxes.c.box_id == box_models.c.box_id)
         .where(box_models.c.running == 1, boxes.c.denied_at.is_(None))
         .group_by(*columns)
@@ -108,21 +113,24 @@ def listing(fleet: Fleet, filters: Filters, page: int) -> Rows:
 def progress(fleet: Fleet, ring: str, line: str, version: str, begin: int, end: int) -> Progress:
     """Count, at evenly spaced moments from ``begin`` to ``end``, the ring's boxes that ran a version and those that failed it."""
     step = max(1, -(-(end - begin) // _POINTS))
-    here = activations.c
-    mine = here.line == line, here.version == version, boxes.c.ring == ring, boxes.c.denied_at.is_(None)
     times = [*range(begin, end, step), end]
+    here = activations.c
 
-    def by_time(moment: ColumnElement[Any], *more: ColumnElement[bool]) -> list[int]:
-        slot = case((moment <= begin, 0), else_=(moment - begin + step - 1) // step)  # rounded up: not before it happened
-        query = select(slot.label("slot"), func.count()).join(boxes, boxes.c.box_id == here.box_id)
-        return _running_sum(tx.execute(query.where(*mine, moment.is_not(None), *more).group_by("slot")).all(), len(times))
+    def slot(moment: ColumnElement[Any]) -> ColumnElement[Any]:
+        return case((moment.is_(None), None), (moment <= begin, 0), else_=(moment - begin + step - 1) // step)  # not before it happened
 
+    columns = here.state, slot(here.running_since).label("began"), slot(here.ended_at).label("ended")
+    query = select(*columns, func.count().label("count")).where(here.ring == ring, here.line == line, here.version == version)
+    size = select(func.count()).select_from(boxes).where(boxes.c.ring == ring, boxes.c.denied_at.is_(None))
     with fleet.reading() as tx:
-        total = tx.execute(select(func.count()).select_from(boxes).where(boxes.c.ring == ring, boxes.c.denied_at.is_(None))).scalar_one()
-        began = by_time(here.running_since)
-        ended = by_time(here.ended_at, here.running_since.is_not(None))
-        failed = by_time(here.ended_at, here.state.in_(FAILED))
-    return Progress(total, times, [on - off for on, off in zip(began, ended, strict=True)], failed)
+        total = tx.execute(size).scalar_one()
+        rows = tx.execute(query.group_by(here.state, "began", "ended")).mappings().all()
+    began = _running_sum(((row["began"], row["count"]) for row in rows), len(times))
+    ended = _running_sum(((row["ended"], row["count"]) for row in rows if row["began"] is not None), len(times))
+    failed = _running_sum(((row["ended"], row["count"]) for row in rows if row["state"] in FAILED), len(times))
+    tally = Tally(*(sum(row["count"] for row in rows if row["state"] in states) for states in ((*RUNNING, *FAILED), RUNNING, FAILED)))
+    now = sum(row["count"] for row in rows if row["began"] is not None and row["ended"] is None)
+    return Progress(total, times, [on - off for on, off in zip(began, ended, strict=True)], failed, now, tally)
 
 
 def box(fleet: Fleet, box_id: str) -> dict[str, Any] | None:
@@ -177,12 +185,9 @@ def _where(fleet: Fleet, filters: Filters) -> list[ColumnElement[bool]]:
     return found
 
 
-def _running_sum(slots: Sequence[Any], length: int) -> list[int]:
+def _running_sum(slots: Iterable[tuple[Any, int]], length: int) -> list[int]:
     by_slot = [0] * length
     for slot, count in slots:
-        by_slot[min(length - 1, int(slot))] += int(count)
-    sums, total = [], 0
-    for count in by_slot:
-        total += count
-        sums.append(total)
-    return sums
+        if slot is not None:
+            by_slot[min(length - 1, int(slot))] += count
+    return list(accumulate(by_slot))
