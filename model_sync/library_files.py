@@ -79,6 +79,8 @@ class LibraryFiles:
         try:
             for path in (self.public / "metadata", self.public / "targets", self.staged / "targets", self.scratch):
                 path.mkdir(parents=True, exist_ok=True)
+            for path in (self.public, self.public / "metadata", self.public / "targets"):
+                path.chmod(0o755)
             self.online.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise SettingsError(f"{self.directory}: {error.strerror}", hint="choose a directory that you may write") from error
@@ -169,12 +171,18 @@ class LibraryFiles:
         fsync_directory(source.parent)
 
     def _place(self, source: Path, path: Path) -> None:
+        """Bring a durable file to its place; below ``public`` a web server may read it, whatever the umask of the caller."""
+        public = path.is_relative_to(self.public)
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
             for parent in path.parents:
                 if parent == self.directory:
                     break
+                if public and parent != self.public:
+                    parent.chmod(0o755)
                 fsync_directory(parent.parent)
+        if public:
+            source.chmod(0o644)
         source.replace(path)
         fsync_directory(path.parent)
 

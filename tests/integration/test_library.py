@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -499,3 +500,16 @@ def test_half_written_files_of_a_killed_command_go(site: Site) -> None:
     (files.scratch / "1.part").write_bytes(b"half")
     with files.locked():
         assert not list(files.scratch.iterdir())
+
+
+def test_a_web_server_can_read_the_public_folder_whatever_the_umask(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path)
+    before = os.umask(0o077)
+    try:
+        site = make_site(tmp_path / "lib")
+        site.publish(bundle)
+    finally:
+        os.umask(before)
+    for path in (site.public, *site.public.rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
+    assert site.library.files.online.stat().st_mode & 0o777 == 0o700

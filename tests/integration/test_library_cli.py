@@ -1,0 +1,320 @@
+"""The command ``model-library`` as people run it: the ceremony from the first key to a withdrawal, and wrong use."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.library_site import make_site, tiny_bundle
+
+LINE = "cxr-pneumonia"
+SECRET, ONLINE = "six words drawn by dice", "another six words drawn by dice"
+
+
+class Shell:
+    """A folder in which commands are run, with the passphrases in files."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, text in (("people.txt", SECRET), ("online.txt", ONLINE)):
+            (directory / name).write_text(text + "\n")
+            (directory / name).chmod(0o600)
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("MODEL_LIBRARY")} | {
+            "MODEL_LIBRARY_PASSPHRASE_FILE": str(directory / "people.txt"),
+            "MODEL_LIBRARY_ONLINE_PASSPHRASE_FILE": str(directory / "online.txt"),
+        }
+
+    def run(self, *arguments: str | Path, expect: int = 0, **environment: str) -> str:
+        """Run one command; returns stdout and stderr together."""
+        done = subprocess.run(
+            [sys.executable, "-m", "model_sync.library_cli", *arguments],
+            cwd=self.directory, env=self.environment | environment | {"PYTHONPATH": str(Path(__file__).parents[2])},
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        text = done.stdout + done.stderr
+        assert done.returncode == expect, text
+        assert "Traceback" not in text
+        return text
+
+    def typed(self, *arguments: str, answers: list[str]) -> tuple[int, str]:
+        """Run one command on a terminal and type the answers as it asks."""
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.chdir(self.directory)
+            bare = {k: v for k, v in self.environment.items() if not k.startswith("MODEL_LIBRARY")}
+            bare["PYTHONPATH"] = str(Path(__file__).parents[2])
+            os.execve(sys.executable, [sys.executable, "-m", "model_sync.library_cli", *arguments], bare)  # noqa: S606
+        seen = b""
+        remaining = list(answers)
+        while True:
+            try:
+                chunk = os.read(terminal, 4096)
+            except OSError:
+                break  # the other end is closed
+            if not chunk:
+                break
+            seen += chunk
+            if remaining and seen.rstrip(b" ").endswith((b":", b"[y/N]")) and b"\n" not in chunk[-3:]:
+                time.sleep(0.05)  # getpass flushes what was typed before it asked
+                os.write(terminal, remaining.pop(0).encode() + b"\n")
+        _, status = os.waitpid(pid, 0)
+        os.close(terminal)
+        return os.waitstatus_to_exitcode(status), seen.decode()
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    return Shell(tmp_path / "centre")
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    """A library made by commands, with one line and one version; tests that change it take a copy."""
+    shell = Shell(tmp_path_factory.mktemp("ready"))
+    for name in ("alice", "bob", "carol", "dave"):
+        shell.run("key", "new", f"{name}.pem")
+    keys = [part for name in ("alice", "bob", "carol") for part in ("--key", f"{name}.pem.pub.json")]
+    shell.run("init", "LIB", *keys, "--expiry", "timestamp=3")
+    for name in ("alice", "bob"):
+        shell.run("sign", "LIB", "--key", f"{name}.pem", "--yes")
+    shell.run("rollout-keys", "LIB", "--key", "carol.pem.pub.json")
+    shell.run("add-line", "LIB", LINE, *keys)
+    for name in ("alice", "carol"):
+        shell.run("sign", "LIB", "--key", f"{name}.pem", "--yes")
+    shell.run("publish", "LIB", tiny_bundle(shell.directory, "0.1.0"))
+    for name in ("alice", "carol"):
+        shell.run("sign", "LIB", "--key", f"{name}.pem", "--yes")
+    yield shell
+
+
+@pytest.fixture
+def copy(ready: Shell, tmp_path: Path) -> Shell:
+    shutil.copytree(ready.directory, tmp_path / "copy")
+    return Shell(tmp_path / "copy")
+
+
+def test_the_ceremony_ends_in_a_whole_library(ready: Shell) -> None:
+    text = ready.run("status", "LIB")
+    assert "next: nothing to do" in text
+    assert "alice, bob, carol" in text
+    assert "in 3.0 days" in text
+    assert "whole; 7 files" in ready.run("verify", "LIB")
+    assert "whole; 7 files" in ready.run("verify", "LIB/public")
+    status = json.loads(ready.run("status", "LIB", "--json"))
+    assert status["lines"][LINE]["versions"] == ["0.1.0"]
+
+
+def test_a_bundle_is_verified_as_before(ready: Shell) -> None:
+    text = ready.run("verify", f"{LINE}-0.1.0")
+    assert f"{LINE} 0.1.0 (" in text
+    assert "pneumonia: threshold 0.3664, sensitivity 0.952, specificity 0.932" in text
+    assert "variants: fp32; golden cases: 2" in text
+
+
+def test_a_rollout_a_withdrawal_and_a_stick(copy: Shell) -> None:
+    rollout = ["rollout", "LIB", "--ring", "stable", "--line", LINE, "--version", "0.1.0", "--percent", "10", "--duration-h", "48"]
+    copy.run(*rollout, "--start", "2030-01-02T03:04Z", "--max-failures", "0.1", "--min-failures", "3")
+    text = copy.run("sign", "LIB", "--key", "carol.pem", "--yes")
+    assert f"ring stable: {LINE} 0.1.0 to 10 % of boxes from 2030-01-02 03:04 UTC over 48 h; stop at 10% failures from 3 boxes on" in text
+    (copy.directory / "stick").mkdir()
+    assert f"{LINE}: 0.1.0" in copy.run("export-usb", "LIB", "stick")
+    copy.run("withdraw", "LIB", LINE, "0.1.0", "--reason", "misses effusions")
+    copy.run("sign", "LIB", "--key", "alice.pem", "--yes")
+    assert "! WITHDRAWN 0.1.0: misses effusions" in copy.run("sign", "LIB", "--key", "bob.pem", "--yes")
+    assert "withdrawn: no box takes it" in copy.run("status", "LIB")
+    assert "is public" in copy.run("refresh-timestamp", "LIB")
+
+
+def test_a_signature_from_another_machine(copy: Shell) -> None:
+    copy.run("rotate-key", "LIB", "root", "--old", "bob", "--new", "dave.pem.pub.json")
+    away = Shell(copy.directory / "away")
+    shutil.copytree(copy.directory / "LIB" / "staged", away.directory / "staged")
+    shutil.copytree(copy.directory / "LIB" / "public", away.directory / "public")
+    for name in ("alice", "dave"):
+        text = away.run("sign", "staged/root.json", "--against", "public", "--key", str(copy.directory / f"{name}.pem"), "--yes")
+        assert "root version 2, after version 1" in text
+        assert text.count("key of root") == 2
+    assert "1 of 2 signatures" in copy.run("merge", "LIB", "away/staged/root.json")
+    assert "next: root waits for 1 more: `model-library sign LIB --key KEY.pem` (bob or carol)" in copy.run("status", "LIB")
+    assert "root version 2 is public" in copy.run("sign", "LIB/staged/root.json", "--key", "carol.pem", "--yes")
+    assert "stale" in copy.run("merge", "LIB", "away/staged/root.json", expect=1)
+    assert "dave" in copy.run("status", "LIB")
+
+
+def test_without_the_online_passphrase_signatures_are_kept(copy: Shell) -> None:
+    copy.run("renew", "LIB", LINE)
+    copy.run("sign", "LIB", "--key", "alice.pem", "--yes")
+    text = copy.run("sign", "LIB", "--key", "bob.pem", "--yes", expect=1, MODEL_LIBRARY_ONLINE_PASSPHRASE_FILE="")
+    assert "locked" in text
+    assert "all signatures are kept" in text
+    assert "refresh-timestamp" in text
+    copy.run("refresh-timestamp", "LIB")
+    assert "nothing to do" in copy.run("status", "LIB")
+
+
+def test_what_waits_is_discarded(copy: Shell) -> None:
+    copy.run("minimum", "LIB", LINE, "0.1.0")
+    assert "waits for 2 more" in copy.run("status", "LIB")
+    assert f"dropped: {LINE}" in copy.run("discard", "LIB", "--yes")
+    assert "nothing to do" in copy.run("status", "LIB")
+
+
+# --- at a terminal ------------------------------------------------------------------------------------------------------
+
+
+def test_passphrases_are_asked_for_and_signing_is_confirmed(shell: Shell) -> None:
+    assert shell.typed("key", "new", "alice.pem", answers=[SECRET, SECRET])[0] == 0
+    code, text = shell.typed("key", "new", "bob.pem", answers=[SECRET, "another passphrase"])
+    assert code == 2
+    assert "differ" in text
+    code, text = shell.typed("init", "LIB", "--key", "alice.pem.pub.json", "--threshold", "1", answers=[ONLINE, ONLINE])
+    assert code == 0, text
+    assert SECRET not in text
+    assert ONLINE not in text
+    code, text = shell.typed("sign", "LIB", "--key", "alice.pem", answers=[SECRET, "n"])
+    assert code == 1
+    assert "+ key of root: alice" in text
+    assert "nothing was signed" in text
+    code, text = shell.typed("sign", "LIB", "--key", "alice.pem", answers=[SECRET, "y", "y", ONLINE])
+    assert code == 0, text
+    assert "targets version 1 is public (alice)" in text
+    assert shell.run("verify", "LIB")
+
+
+def test_a_wrong_passphrase_at_the_terminal(shell: Shell) -> None:
+    shell.run("key", "new", "alice.pem")
+    shell.run("init", "LIB", "--key", "alice.pem.pub.json", "--threshold", "1")
+    code, text = shell.typed("sign", "LIB", "--key", "alice.pem", answers=["wrong"])
+    assert code == 2
+    assert "wrong passphrase" in text
+
+
+# --- wrong use ----------------------------------------------------------------------------------------------------------
+
+WRONG: dict[str, tuple[list[str], int, str]] = {
+    "no command": ([], 2, "required"),
+    "unknown command": (["shine"], 2, "invalid choice: 'shine'"),
+    "unknown option": (["status", "LIB", "--loud"], 2, "--loud"),
+    "no library": (["status", "."], 2, "is no library"),
+    "absent library": (["publish", "nowhere", "x"], 2, "is no library"),
+    "second init": (["init", "LIB", "--key", "alice.pem.pub.json"], 1, "is a library already"),
+    "init without keys": (["init", "NEW"], 2, "--key"),
+    "init with a private key's absent half": (["init", "NEW", "--key", "erin.pem.pub.json"], 2, "No such file"),
+    "init with too few keys": (["init", "NEW", "--key", "alice.pem.pub.json"], 1, "1 keys cannot give 2 signatures"),
+    "expiry of nobody": (["init", "NEW", "--key", "alice.pem.pub.json", "--expiry", "boss=3"], 2, "--expiry boss=3"),
+    "expiry that is no number": (["init", "NEW", "--key", "alice.pem.pub.json", "--expiry", "root=long"], 2, "--expiry root=long"),
+    "expiry in the past": (["init", "NEW", "--key", "alice.pem.pub.json", "--expiry", "root=-1"], 2, "--expiry root=-1"),
+    "key that exists": (["key", "new", "alice.pem"], 2, "exists already"),
+    "key in no directory": (["key", "new", "no/alice.pem"], 2, "No such file"),
+    "token that is none": (["key", "token", "hsm:2?label=absent", "x.pub.json", "--name", "x"], 2, "hsm:2?label=absent"),
+    "line with a role's name": (["add-line", "LIB", "root", "--key", "alice.pem.pub.json", "--threshold", "1"], 1, "role of the library"),
+    "line that is there": (["add-line", "LIB", LINE, "--key", "alice.pem.pub.json", "--threshold", "1"], 1, "one delegator"),
+    "line with too few keys": (["add-line", "LIB", "ct", "--key", "alice.pem.pub.json"], 1, "cannot give 2"),
+    "bundle that is none": (["publish", "LIB", "LIB"], 1, "manifest.json"),
+    "bundle that is absent": (["publish", "LIB", "absent"], 1, "cannot be read"),
+    "withdrawal without reason": (["withdraw", "LIB", LINE, "0.1.0"], 2, "--reason"),
+    "withdrawal of nothing": (["withdraw", "LIB", LINE, "9.9.9", "--reason", "x"], 1, "no version 9.9.9"),
+    "rollout of nothing": (["rollout", "LIB", "--ring", "r", "--line", LINE, "--version", "9.9.9"], 1, "no version 9.9.9"),
+    "rollout to too many": (["rollout", "LIB", "--ring", "r", "--line", LINE, "--version", "0.1.0", "--percent", "120"], 1, "percent"),
+    "rollout at no time": (
+        ["rollout", "LIB", "--ring", "r", "--line", LINE, "--version", "0.1.0", "--start", "soon"], 2, "'soon' is no time",
+    ),
+    "rollout with no budget": (
+        ["rollout", "LIB", "--ring", "r", "--line", LINE, "--version", "0.1.0", "--max-failures", "5"], 2, "--max-failures",
+    ),
+    "minimum above all": (["minimum", "LIB", LINE, "5.0.0"], 1, "no version of"),
+    "rotate nothing": (["rotate-key", "LIB", "root"], 2, "nothing to rotate"),
+    "rotate an unknown key": (["rotate-key", "LIB", "root", "--old", "zoe", "--new", "dave.pem.pub.json"], 2, "'zoe' names no key"),
+    "rotate an unknown role": (["rotate-key", "LIB", "cook", "--new", "dave.pem.pub.json"], 1, "no role 'cook'"),
+    "sign nothing": (["sign", "LIB", "--key", "alice.pem", "--yes"], 1, "nothing waits"),
+    "sign what is not there": (["sign", "absent.json", "--key", "alice.pem", "--yes"], 2, "is not there"),
+    "sign what is no metadata": (["sign", "people.txt", "--key", "alice.pem", "--yes"], 1, "no TUF metadata"),
+    "sign with an absent key": (["sign", "LIB", "--key", "zoe.pem", "--yes"], 2, "No such file"),
+    "sign with the public half": (["sign", "LIB", "--key", "alice.pem.pub.json", "--yes"], 2, "not an encrypted"),
+    "sign with the wrong passphrase": (["sign", "LIB", "--key", "alice.pem", "--passphrase-file", "online.txt"], 2, "wrong passphrase"),
+    "sign with another key than expected": (
+        ["sign", "LIB", "--key", "alice.pem", "--public-key", "bob.pem.pub.json", "--yes"], 2, "another key",
+    ),
+    "passphrase file that is absent": (["sign", "LIB", "--key", "alice.pem", "--passphrase-file", "absent"], 2, "No such file"),
+    "merge nothing": (["merge", "LIB", "absent.json"], 1, "No such file"),
+    "merge something else": (["merge", "LIB", "people.txt"], 1, "no TUF metadata"),
+    "renew what nobody signs": (["renew", "LIB", "timestamp"], 1, "no role that people sign"),
+    "discard without asking": (["discard", "LIB"], 2, "nobody is there to confirm"),
+    "verify nothing": (["verify", "absent"], 1, "cannot be read"),
+    "export to nowhere": (["export-usb", "LIB", "absent"], 2, "is no folder"),
+    "export an unknown line": (["export-usb", "LIB", ".", "--line", "ct"], 2, "no line ct"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_use_gets_one_clear_error_with_a_hint(ready: Shell, name: str) -> None:
+    arguments, code, says = WRONG[name]
+    text = ready.run(*arguments, expect=code)
+    assert says in text
+    assert text.count("error: ") == 1
+    assert text.count("hint: ") == 1
+    assert not (ready.directory / "NEW" / "library.json").exists()
+    assert "nothing to do" in ready.run("status", "LIB")
+
+
+def test_a_passphrase_file_that_everybody_can_read(copy: Shell) -> None:
+    (copy.directory / "people.txt").chmod(0o644)
+    assert "read by everybody" in copy.run("sign", "LIB", "--key", "alice.pem", "--yes", expect=2)
+
+
+def test_no_passphrase_and_no_terminal(copy: Shell) -> None:
+    for command in (["sign", "LIB", "--key", "alice.pem", "--yes"], ["key", "new", "erin.pem"]):
+        assert "no passphrase" in copy.run(*command, expect=2, MODEL_LIBRARY_PASSPHRASE_FILE="")
+
+
+def test_a_damaged_library_is_said_so(copy: Shell) -> None:
+    next((copy.directory / "LIB" / "public" / "targets").rglob("*.onnx")).unlink()
+    text = copy.run("verify", "LIB", expect=1)
+    assert "problem: " in text
+    assert "hint: " in text
+
+
+def test_an_expired_library_is_said_so_and_healed(copy: Shell) -> None:
+    faketime = shutil.which("faketime")
+    assert faketime, "faketime is missing: run `make setup-test`"
+    command = [faketime, "+4 days", sys.executable, "-m", "model_sync.library_cli"]
+    environment = copy.environment | {"PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def later(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *arguments], cwd=copy.directory, env=environment, capture_output=True, text=True, check=False)
+
+    assert later("status", "LIB").returncode == 1
+    assert "timestamp has EXPIRED" in later("status", "LIB").stdout
+    assert "timestamp expired" in later("verify", "LIB").stderr
+    assert later("refresh-timestamp", "LIB").returncode == 0
+    assert later("verify", "LIB").returncode == 0
+
+
+def test_a_library_that_may_not_be_written(tmp_path: Path) -> None:
+    shell = Shell(tmp_path / "centre")
+    make_site(shell.directory / "LIB")
+    shutil.rmtree(shell.directory / "LIB" / "scratch")
+    (shell.directory / "LIB" / "scratch").write_text("in the way")
+    text = shell.run("renew", "LIB", LINE, expect=1)
+    assert "boxes still see the last complete state" in text
+
+
+def test_every_command_has_help_that_the_guide_names(ready: Shell) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "model-library.md").read_text("utf-8")
+    text = ready.run("--help")
+    commands = [line.split()[0] for line in text.splitlines() if line.startswith("    ") and not line.startswith("     ")]
+    assert len(commands) == 18
+    for command in commands:
+        assert f"model-library {command}" in guide, command
+        if command != "serve":
+            assert "usage: model-library" in ready.run(command, "--help")
