@@ -11,8 +11,9 @@ Two codecs share one header (little-endian): magic ``CEAD``, version, codec, len
     stretches of bytes moved or stayed.
 ``tensor``
     A program of copies from the old file, literal bytes and differences: n elements of 1, 2, 4 or 8 bytes, each the old
-    element plus a wrapping difference, zigzag coded, one zstd stream per byte plane, optionally grouped by some bits of
-    the old element. Good when every weight moved a little, which no general tool can see. The decoder knows nothing of
+    element plus a wrapping difference, zigzag coded, one zstd stream per byte plane. Differences of floats may be grouped
+    by the old element's exponent; those of bytes may be packed into 2 or 4 bits, where the code of all ones goes on in a
+    stream of escapes. Good when every weight moved a little, which no general tool can see. The decoder knows nothing of
     ONNX: the encoder finds the tensors.
 """
 
@@ -27,8 +28,10 @@ from typing import BinaryIO
 from model_sync.delta_format import (
     BLOCK_BYTES,
     CODEC_NUMBERS,
+    CODES,
     COPY,
     DIFFERENCE,
+    ESCAPES,
     FIRST_PLANE,
     GROUPED,
     HEADER,
@@ -37,6 +40,7 @@ from model_sync.delta_format import (
     MAGIC,
     MAX_OPERATIONS,
     MAX_PROGRAM_BYTES,
+    NARROW,
     PIECE_BYTES,
     PREFIX_BYTES,
     PROGRAM,
@@ -205,6 +209,10 @@ def _decode_tensor(old: Source, delta: Source, to_length: int, write: Write) -> 
         elif kind == LITERAL:
             for start in range(0, length, PIECE_BYTES):
                 write(_stream(streams, LITERALS).read(min(PIECE_BYTES, length - start)))
+        elif kind & 0xF0 == NARROW:
+            for start in range(0, length, BLOCK_BYTES):
+                block = min(BLOCK_BYTES, length - start)
+                write(_add(old.read(offset + start, block), [_narrow(streams, kind & 0x0F, block)], None))
         else:
             width = 1 << (kind & 0x0F)
             planes = [_stream(streams, FIRST_PLANE + width - 1 + place) for place in range(width)]
@@ -252,7 +260,7 @@ def _operations(program: bytes) -> Iterator[tuple[int, int, int, int | None]]:
             width = 1 << (kind & 0x0F)
             if kind & 0xF0 == GROUPED:
                 shift, at = read_varint(program, at)
-        elif kind not in (COPY, LITERAL):
+        elif kind not in (COPY, LITERAL, *(NARROW + bits for bits in CODES)):
             raise DeltaError(f"the delta has an unknown instruction {kind:#x}")
         if length == 0 or (shift or 0) >= 8 * width:
             raise DeltaError("the delta has an instruction that makes no sense")
@@ -267,6 +275,22 @@ def _operations(program: bytes) -> Iterator[tuple[int, int, int, int | None]]:
         offset += length * width
     if at != len(program):
         raise DeltaError(f"the delta has more than {MAX_OPERATIONS} instructions")
+
+
+def _narrow(streams: dict[int, Stream], bits: int, count: int) -> bytes:
+    """Return ``count`` zigzag differences that were packed into ``bits`` bits, the first in the lowest."""
+    import numpy as np
+
+    codes_in_byte, most = 8 // bits, (1 << bits) - 1
+    packed = np.frombuffer(_stream(streams, CODES[bits]).read(-(-count // codes_in_byte)), np.uint8)
+    spread = np.empty((len(packed), codes_in_byte), np.uint8)
+    for place in range(codes_in_byte):
+        spread[:, place] = packed >> bits * place & most
+    codes = spread.ravel()[:count]
+    large = np.flatnonzero(codes == most)
+    if len(large):
+        codes[large] += np.frombuffer(_stream(streams, ESCAPES).read(len(large)), np.uint8)
+    return codes.tobytes()
 
 
 def _add(old: bytes, planes: list[bytes], shift: int | None) -> bytes:

@@ -1,27 +1,30 @@
 """Makes deltas (``model_sync.delta`` has the format): where the central team publishes, never on a box.
 
-Two things were measured and left out: a monotone mapping of floats to integers, so that -0 and +0 are neighbours (0.04 % of
-a delta), and packing small differences into bits (a tenth where hardly a weight changed, nothing elsewhere).
+Measured and left out: a monotone mapping of floats to integers, so that -0 and +0 are neighbours (0.04 % of a delta).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from model_sync.delta_format import (
     BLOCK_BYTES,
+    CODES,
     COPY,
     DIFFERENCE,
+    ESCAPES,
     FIRST_PLANE,
     GROUPED,
     LITERAL,
     LITERALS,
     MAX_OPERATIONS,
     MAX_PROGRAM_BYTES,
+    NARROW,
     PREFIX_BYTES,
     PROGRAM,
     SEGMENT,
@@ -33,7 +36,7 @@ from model_sync.delta_format import (
     grouping,
     zstd,
 )
-from model_sync.delta_onnx import MIN_TENSOR_BYTES, UNKNOWN, Pair, Tensor, pairs, tensors
+from model_sync.delta_onnx import MIN_TENSOR_BYTES, UNKNOWN, Pair, Tensor, View, pairs, tensors
 
 _LEVEL = 19
 _WINDOW_BYTES = 32  # the shortest run of bytes that is looked for elsewhere in the old file
@@ -76,13 +79,12 @@ def encode_tensor(old: bytes, new: bytes) -> bytes:
 
 
 class _Plan(NamedTuple):
-    """A range of the new file made from one of the old file: a copy when ``width`` is 0, otherwise a difference."""
+    """A range of the new file made from one of the old file: a copy when there is no view, otherwise a difference."""
 
     start: int
     length: int
     offset: int
-    width: int
-    shift: int | None
+    view: View | None = None
 
 
 def _plan(old: bytes, new: bytes, pair: Pair) -> _Plan | None:
@@ -91,26 +93,38 @@ def _plan(old: bytes, new: bytes, pair: Pair) -> _Plan | None:
     before = old[pair.old.offset : pair.old.offset + length]
     after = new[pair.new.offset : pair.new.offset + length]
     if before == after:
-        return _Plan(pair.new.offset, length, pair.old.offset, 0, None)
+        return _Plan(pair.new.offset, length, pair.old.offset)
     cheapest, chosen = _entropy(after), None
-    for width, shift in pair.new.views:
-        if length % width == 0 and (cost := sum(map(_entropy, _planes(before, after, width, shift)))) < cheapest:
-            cheapest, chosen = cost, _Plan(pair.new.offset, length, pair.old.offset, width, shift)
+    for view in pair.new.views:
+        if length % view.width == 0 and (cost := sum(map(_entropy, _coded(before, after, view).values()))) < cheapest:
+            cheapest, chosen = cost, _Plan(pair.new.offset, length, pair.old.offset, view)
     return chosen
 
 
-def _planes(before: bytes, after: bytes, width: int, shift: int | None) -> list[bytes]:
-    """Return the byte planes of the differences, in the order in which the decoder wants them."""
-    dtype, signed = np.dtype(f"<u{width}"), np.dtype(f"<i{width}")
+def _coded(before: bytes, after: bytes, view: View) -> dict[int, bytes]:
+    """Return the differences as the decoder wants them: what each stream gets."""
+    dtype, signed = np.dtype(f"<u{view.width}"), np.dtype(f"<i{view.width}")
     olds = np.frombuffer(before, dtype)
     differences = (np.frombuffer(after, dtype) - olds).view(signed)
-    coded = ((differences << 1) ^ (differences >> (8 * width - 1))).view(dtype)
-    if shift is not None:
-        block = BLOCK_BYTES // width
+    zigzag = ((differences << 1) ^ (differences >> (8 * view.width - 1))).view(dtype)
+    if view.bits < 8:
+        return _narrow(zigzag, view.bits)
+    if view.shift is not None:
+        block = BLOCK_BYTES // view.width
         starts = range(0, len(olds), block)
-        coded = np.concatenate([coded[at : at + block][grouping(olds[at : at + block], shift)] for at in starts])
-    columns = coded.view(np.uint8).reshape(-1, width)
-    return [columns[:, place].tobytes() for place in range(width)]
+        zigzag = np.concatenate([zigzag[at : at + block][grouping(olds[at : at + block], view.shift)] for at in starts])
+    columns = zigzag.view(np.uint8).reshape(-1, view.width)
+    return {FIRST_PLANE + view.width - 1 + place: columns[:, place].tobytes() for place in range(view.width)}
+
+
+def _narrow(zigzag: NDArray[Any], bits: int) -> dict[int, bytes]:
+    """Pack bytes into codes of ``bits`` bits: zstd's Huffman codes spend a whole bit on what is nearly always the same."""
+    codes_in_byte, most = 8 // bits, (1 << bits) - 1
+    codes = np.zeros(-(-len(zigzag) // codes_in_byte) * codes_in_byte, np.uint8)
+    codes[: len(zigzag)] = np.minimum(zigzag, most)
+    packed = np.bitwise_or.reduce(codes.reshape(-1, codes_in_byte) << np.arange(0, 8, bits, dtype=np.uint8), axis=1)
+    escapes = zigzag[zigzag >= most] - most
+    return {CODES[bits]: packed.astype(np.uint8).tobytes(), ESCAPES: escapes.astype(np.uint8).tobytes()}
 
 
 def _encode(old: bytes, new: bytes, old_tensors: list[Tensor], plans: list[_Plan]) -> bytes:
@@ -120,7 +134,7 @@ def _encode(old: bytes, new: bytes, old_tensors: list[Tensor], plans: list[_Plan
     while True:
         writer = _Writer(old, new)
         done = 0
-        for plan in [*plans, _Plan(len(new), 0, 0, 0, None)]:
+        for plan in [*plans, _Plan(len(new), 0, 0)]:
             for start, length, offset in index.matches(new, done, plan.start, shortest):
                 writer.literal(done, start)
                 writer.copy(offset, length)
@@ -212,13 +226,14 @@ class _Writer:
 
     def plan(self, plan: _Plan) -> None:
         """Write a planned range; an empty one is nothing."""
-        if plan.width:
-            kind = (DIFFERENCE if plan.shift is None else GROUPED) + plan.width.bit_length() - 1
-            self.operations.append((kind, plan.length // plan.width, plan.offset, plan.shift))
+        if plan.view:
+            width, shift, bits = plan.view
+            kind = NARROW + bits if bits < 8 else (DIFFERENCE if shift is None else GROUPED) + width.bit_length() - 1
+            self.operations.append((kind, plan.length // width, plan.offset, shift))
             before = self._old[plan.offset : plan.offset + plan.length]
             after = self._new[plan.start : plan.start + plan.length]
-            for place, plane in enumerate(_planes(before, after, plan.width, plan.shift)):
-                self._streams[FIRST_PLANE + plan.width - 1 + place] += plane
+            for number, data in _coded(before, after, plan.view).items():
+                self._streams[number] += data
         elif plan.length:
             self.copy(plan.offset, plan.length)
 
@@ -233,12 +248,12 @@ class _Writer:
             if kind != LITERAL:
                 step = offset - last
                 program += _varint(step << 1 if step >= 0 else (-step << 1) - 1)
-                last = offset + length * (1 if kind == COPY else 1 << (kind & 0x0F))
+                last = offset + length * (1 << (kind & 0x0F) if kind & 0xF0 in (DIFFERENCE, GROUPED) else 1)
         return bytes(program)
 
     def body(self, program: bytes) -> bytes:
         """Return the table of the streams, and the streams."""
-        raw = {PROGRAM: program} | {number: bytes(self._streams[number]) for number in sorted(self._streams)}
+        raw = {PROGRAM: program} | {number: bytes(self._streams[number]) for number in sorted(self._streams) if self._streams[number]}
         packed = {number: _pack(data, WINDOW_LOG[number]) for number, data in raw.items()}
         table = [STREAM.pack(number, len(data), len(packed[number])) for number, data in raw.items()]
         return b"".join([bytes([len(table)]), *table, *packed.values()])
@@ -258,13 +273,13 @@ def _entropy(data: bytes) -> int:
 
 
 def _pack(data: bytes, window_log: int) -> bytes:
-    """Compress a stream as one frame; the slow level is left out where a sample says that it finds nothing."""
-    fast: bytes = zstd.compress(data, options=_ENTROPY_ONLY)
-    best: dict[int, int] = {_Parameter.compression_level: _LEVEL, _Parameter.window_log: window_log}
+    """Compress a stream as one frame, a long one at the level that a sample says is best: the slowest is not always."""
+    ways: list[dict[int, int]] = [_ENTROPY_ONLY]
+    ways += [{_Parameter.compression_level: level, _Parameter.window_log: window_log} for level in (_LEVEL - 3, _LEVEL)]
     if len(data) > 8 * _SAMPLE_BYTES:
-        sample = b"".join(data[at : at + _SAMPLE_BYTES] for at in range(0, len(data), len(data) // 4))
-        if len(zstd.compress(sample, options=best)) > 0.995 * _entropy(sample):
-            return fast
-        best[_Parameter.nb_workers] = 2
-    slow: bytes = zstd.compress(data, options=best)
-    return min(fast, slow, key=len)
+        quarters = [len(data) * part // 4 for part in range(4)]
+        sample = b"".join(data[at : at + _SAMPLE_BYTES] for at in quarters)
+        ways = [min(ways, key=lambda way: len(zstd.compress(sample, options=way)))]
+        if ways[0] is not _ENTROPY_ONLY:
+            ways[0][_Parameter.nb_workers] = 2
+    return min((zstd.compress(data, options=way) for way in ways), key=len)

@@ -35,8 +35,11 @@ SEGMENT_WINDOW_LOG = 25
 # tensor: the program and the byte streams it draws on; an entry of the table is stream number, length, packed length.
 STREAM = struct.Struct("<BQQ")
 PROGRAM, LITERALS, FIRST_PLANE = 0, 1, 2
-STREAM_COUNT = 17
-COPY, LITERAL, DIFFERENCE, GROUPED = 0x00, 0x01, 0x10, 0x20  # the last two plus the binary logarithm of the width
+CODES = {4: 17, 2: 18}  # narrow differences of that many bits
+ESCAPES = 19  # what is left of those that were too large
+STREAM_COUNT = 20
+COPY, LITERAL = 0x00, 0x01
+DIFFERENCE, GROUPED, NARROW = 0x10, 0x20, 0x30  # the first two plus the binary logarithm of the width, the last plus the bits
 BLOCK_BYTES = 2**20  # differences are grouped, and rebuilt, in blocks of this many bytes
 MAX_PROGRAM_BYTES = 2 * 2**20
 MAX_OPERATIONS = 2**16

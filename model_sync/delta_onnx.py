@@ -20,8 +20,19 @@ _MAX_DEPTH = 32  # graphs within nodes within graphs
 _WIDTH = {1: 4, 4: 2, 5: 2, 6: 4, 7: 8, 10: 2, 11: 8, 12: 4, 13: 8, 14: 4, 15: 8, 16: 2}
 _EXPONENT_SHIFT = {1: 23, 10: 10, 11: 52, 14: 23, 15: 52, 16: 7}
 UNKNOWN = -1
+
+
+class View(NamedTuple):
+    """A way to take bytes as integers: bytes per element, the shift that groups floats by exponent, bits per difference."""
+
+    width: int
+    shift: int | None = None
+    bits: int = 8
+
+
+_BYTES = (View(1), View(1, bits=4), View(1, bits=2))
 # Every way to look at bytes of which nothing is known: as integers, and as float16, bfloat16 or float32.
-_UNKNOWN = ((1, None), (2, None), (4, None), (2, 10), (2, 7), (4, 23))
+_UNKNOWN = (*_BYTES, View(2), View(4), View(2, 10), View(2, 7), View(4, 23))
 
 
 @dataclass(frozen=True)
@@ -35,15 +46,15 @@ class Tensor:
     length: int
 
     @property
-    def views(self) -> tuple[tuple[int, int | None], ...]:
-        """Ways to take its bytes as integers: the width of an element, and the shift that groups floats by exponent."""
+    def views(self) -> tuple[View, ...]:
+        """The ways to look at its elements that are worth trying."""
         if self.dtype == UNKNOWN:
-            return tuple(view for view in _UNKNOWN if self.length % view[0] == 0)
+            return tuple(view for view in _UNKNOWN if self.length % view.width == 0)
         width = _WIDTH.get(self.dtype, 1)
-        if self.length % width:
-            return ((1, None),)
+        if width == 1 or self.length % width:
+            return _BYTES
         shift = _EXPONENT_SHIFT.get(self.dtype)
-        return ((width, None),) if shift is None else ((width, None), (width, shift))
+        return (View(width),) if shift is None else (View(width), View(width, shift))
 
 
 class _NotProtobufError(ValueError):

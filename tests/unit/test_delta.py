@@ -16,14 +16,17 @@ from hypothesis import strategies as st
 from model_sync import delta as delta_module
 from model_sync.delta import DeltaError, Encoded, apply, best, encode_with, worth_publishing
 from model_sync.delta_format import (
+    CODES,
     COPY,
     DIFFERENCE,
+    ESCAPES,
     FIRST_PLANE,
     GROUPED,
     LITERAL,
     LITERALS,
     MAX_OPERATIONS,
     MAX_PROGRAM_BYTES,
+    NARROW,
     PREFIX_BYTES,
     PROGRAM,
     SEGMENT_BYTES,
@@ -178,6 +181,12 @@ def test_the_parts_made_by_hand_make_a_good_delta(tmp_path: Path) -> None:
     streams |= {LITERALS: b"abc", FIRST_PLANE: bytes([2, 0]), FIRST_PLANE + 1: bytes([2, 254]), FIRST_PLANE + 2: bytes([6, 1])}
     new = new[:-4] + bytes([9, 12, 9, 12])
     assert rebuilt(tmp_path, "tensor", old, header("tensor", old, new) + body(streams), new) == new
+    narrow = bytes([NARROW + 2]) + varint(5) + step(0)  # -1, 0, 1, and 3 + 4 = -4, 3 + 0 = -2, from the lowest bits up
+    streams = program(narrow) | {CODES[2]: bytes([0b11_10_00_01, 0b11]), ESCAPES: bytes([4, 0])}
+    shifted = bytes([255, 1, 3, 255, 2])
+    assert rebuilt(tmp_path, "tensor", old, header("tensor", old, shifted) + body(streams), shifted) == shifted
+    lacking = header("tensor", old, shifted) + body({number: data for number, data in streams.items() if number != ESCAPES})
+    _refused(tmp_path, "tensor", lacking, "lacks stream 19", old=old, new=shifted)
     frame = zstd.compress(NEW)
     assert rebuilt(tmp_path, "zstd-prefix", OLD, header("zstd-prefix", OLD, NEW) + segment(0, 0, frame), NEW) == NEW
 
@@ -263,12 +272,16 @@ def _tensor(streams: dict[int, bytes], *, new: bytes = NEW, **lies: dict[int, in
         (bytes([GROUPED + 1]) + varint(2) + varint(16) + step(0), "makes no sense"),
         (bytes([DIFFERENCE + 4]) + varint(2) + step(0), "unknown instruction 0x14"),
         (bytes([0x02]) + varint(2) + step(0), "unknown instruction 0x2"),
+        (bytes([NARROW + 3]) + varint(2) + step(0), "unknown instruction 0x33"),
+        (bytes([NARROW + 8]) + varint(2) + step(0), "unknown instruction 0x38"),
+        (bytes([NARROW + 4]) + varint(3 * len(NEW)) + step(0), "beyond its end"),
+        (bytes([NARROW + 2]) + varint(2**62) + step(1), "beyond its end"),
         (bytes([0xFF]), "unknown instruction|does not end"),
     ],
 )
 def test_instructions_that_lie(tmp_path: Path, instruction: bytes, says: str) -> None:
     """Offsets beyond and before the old file, negative and huge numbers, empty and unknown instructions."""
-    streams = program(instruction) | {LITERALS: NEW} | {FIRST_PLANE + place: NEW for place in range(15)}
+    streams = program(instruction) | {LITERALS: NEW} | {FIRST_PLANE + place: NEW for place in range(18)}
     _refused(tmp_path, "tensor", _tensor(streams), says)
 
 
@@ -305,7 +318,7 @@ def test_tables_that_lie(tmp_path: Path) -> None:
     _refused(tmp_path, "tensor", _tensor({LITERALS: NEW}), "not all of it")
     _refused(tmp_path, "tensor", _tensor({}), "not all of it")
     _refused(tmp_path, "tensor", _tensor(dict(reversed(streams.items()))), "out of order")
-    _refused(tmp_path, "tensor", _tensor(streams | {17: b"x"}), "out of order")
+    _refused(tmp_path, "tensor", _tensor(streams | {20: b"x"}), "out of order")
     _refused(tmp_path, "tensor", _tensor(program(streams[PROGRAM])), "lacks stream 1")
     _refused(tmp_path, "tensor", header("tensor", OLD, NEW) + b"\xff" + bytes(100), "lie beyond its end")
     twice = body(streams)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from model_sync.delta import encode_with
+from model_sync.delta_format import CODES, ESCAPES, FIRST_PLANE, HEADER, STREAM
 from model_sync.delta_onnx import MIN_TENSOR_BYTES, tensors
 from tests.unit.delta_parts import rebuilt
 
@@ -284,6 +285,26 @@ def test_floats_are_grouped_by_exponent_where_that_is_smaller(monkeypatch: pytes
     grouped = _size(old, new)
     monkeypatch.setattr("model_sync.delta_onnx._EXPONENT_SHIFT", {})
     assert grouped < 0.97 * _size(old, new)
+
+
+@pytest.mark.parametrize(("spread", "bits"), [(0.3, 2), (1.5, 4), (30.0, 8)])
+def test_small_differences_are_packed_and_large_ones_among_them_survive(spread: float, bits: int) -> None:
+    """An odd number of elements, so that the last byte of codes is not full."""
+    rng = np.random.default_rng(6)
+    before = rng.integers(-128, 128, 40_001).astype(np.int8)
+    steps = np.rint(rng.normal(0, spread, before.size)).astype(np.int8)
+    steps[[0, 77, 40_000]] = (127, -128, 100)
+    old, new = (_model([numpy_helper.from_array(values, "w")]).SerializeToString() for values in (before, before + steps))
+    _size(old, new)
+    with_codes = _streams(encode_with("tensor", old, new))
+    assert {CODES[4]: 4, CODES[2]: 2, FIRST_PLANE: 8}[next(number for number in with_codes if number > 1)] == bits
+    assert (ESCAPES in with_codes) == (bits < 8)
+
+
+def _streams(delta: bytes) -> list[int]:
+    """The numbers of a tensor delta's streams."""
+    table = delta[HEADER.size + 1 :][: delta[HEADER.size] * STREAM.size]
+    return [number for number, _, _ in STREAM.iter_unpack(table)]
 
 
 def test_offsets_agree_with_onnx_itself() -> None:
