@@ -236,6 +236,8 @@ class _Outbox:
         self._write(self._kept | {"body": None})
 
     def _keep(self, report: StatusReport, identity: Identity) -> bytes:
+        if report.box_code:
+            logger.warning("the box's own report is not sent: %s", report.box_code)
         body = sign(report, CryptoSigner(identity.key))
         kept = {"sequence": report.sequence, "content": _content(report), "key": _key_name(identity), "body": body.decode()}
         self._write(kept)
@@ -284,7 +286,7 @@ def _box_report(settings: SyncSettings) -> tuple[BoxReport | None, str]:
     try:
         return BoxReport.parse(raw).known_to(_signed_versions(settings)), ""
     except ReportError as error:
-        logger.warning("the box's report was not sent: %s", error.message)
+        logger.debug("the box's report: %s", error.message)
         return None, "box_report.invalid"
 
 

@@ -46,11 +46,11 @@ TEXTS: Final[dict[str, Words]] = {
     "rollout.waiting": Words("尚未开始", "Not begun"),
     "rollout.complete": Words("计划已走完", "Plan completed"),
     "rollout.figures": Words(
-        "该环 {total} 台设备中，{running} 台（{share} %）已运行此版本；按计划此时应为 {planned} %。",
-        "{running} of the ring's {total} boxes ({share} %) run this version; by plan it would be {planned} % now.",
+        "该环 {total} 台设备中，{running} 台（{share}\u00a0%）已运行此版本；按计划此时应为 {planned}\u00a0%。",
+        "{running} of the ring's {total} boxes ({share}\u00a0%) run this version; by plan it would be {planned}\u00a0% now.",
     ),
     "rollout.plan": Words(
-        "计划：自 {start} 起 {hours} 小时内推送到 {percent} % 的设备。", "Plan: {percent} % of the boxes within {hours} hours from {start}."
+        "计划：自 {start} 起 {hours} 小时内推送到 {percent}\u00a0% 的设备。", "Plan: {percent}\u00a0% of the boxes within {hours} hours from {start}."
     ),
     "rollout.failures": Words(
         "失败 {failed} 台（已尝试 {tried} 台）；达到 {limit} 台时自动暂停。",

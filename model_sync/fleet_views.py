@@ -47,9 +47,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Progress:
-    """A rollout over time: at ``times`` (seconds since the epoch), how many of ``total`` boxes ran the version or had
-    failed it, and how many run it ``now``.
-    """
+    """A rollout over time: at ``times``, in seconds since the epoch, how many of ``total`` boxes ran the version or had failed it."""
 
     total: int
     times: list[int] = field(default_factory=list)

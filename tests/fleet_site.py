@@ -158,7 +158,7 @@ class Centre:
             command += ["--rollout-key", str(self.rollout_key)]
         if later:
             command = ["faketime", "-m", "-f", later, *command]
-        environment = os.environ | {"FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME_DONT_RESET": "1"}
+        environment = os.environ | {"FAKETIME_DONT_RESET": "1", "NO_FAKE_STAT": "1"}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 command + list(options), cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, start_new_session=True
