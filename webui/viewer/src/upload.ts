@@ -24,13 +24,19 @@ class UploadPage {
   private readonly items: Item[] = [];
   private readonly counts = { stored: 0, refused: 0, skipped: 0 };
   private readonly toClose: string[] = [];
+  private readonly form: PictureForm;
   private running = 0;
 
   constructor(private readonly root: HTMLElement) {
     const csrf = document.querySelector<HTMLMetaElement>("meta[name=csrf-token]")?.content ?? "";
     this.texts = JSON.parse(root.dataset["texts"] ?? "{}") as Texts;
     this.box = { endpoint: root.dataset["endpoint"] ?? "", csrf };
-    const form = new PictureForm(this.find<HTMLFormElement>("#picture-form"), this.texts, (pictures, values) => this.enqueue(pictures, values));
+    const form = (this.form = new PictureForm(
+      this.find<HTMLFormElement>("#picture-form"),
+      this.texts,
+      (pictures, values) => this.enqueue(pictures, values),
+      () => this.summary(),
+    ));
     for (const input of root.querySelectorAll<HTMLInputElement>("#files, #folder")) {
       input.addEventListener("change", () => {
         const files = chosenFiles(input.files ?? new DataTransfer().files);
@@ -41,7 +47,7 @@ class UploadPage {
     this.listenForDrops(form);
     this.find("#resume").addEventListener("click", () => this.goOn());
     window.addEventListener("beforeunload", (event) => {
-      if (this.items.some((item) => item.state !== "done")) {
+      if (this.form.waiting > 0 || this.items.some((item) => item.state !== "done")) {
         event.preventDefault();
       }
     });
@@ -175,7 +181,8 @@ class UploadPage {
     }
     item.state = "stopped";
     item.row.say("stopped");
-    this.trouble((error.loggedOut ? this.texts["logged_out"] : this.texts["lost"]) ?? "");
+    const told = error.loggedOut ? this.texts["logged_out"] : error.noRoom ? this.texts["no_room"] : this.texts["lost"];
+    this.trouble(told ?? "");
     this.find("#resume").hidden = error.loggedOut;
   }
 
@@ -223,9 +230,10 @@ class UploadPage {
 
   private summary(): void {
     const done = this.items.filter((item) => item.state === "done").length;
-    const all = done === this.items.length && done > 0;
-    const key = all ? "all_done" : "summary";
-    setText(this.find("#summary"), filled(this.texts[key], { done, total: this.items.length, ...this.counts }));
+    const { waiting } = this.form;
+    const all = done === this.items.length && done > 0 && waiting === 0;
+    const told = filled(this.texts[all ? "all_done" : "summary"], { done, total: this.items.length, ...this.counts });
+    setText(this.find("#summary"), waiting > 0 ? `${told} ${filled(this.texts["pictures_wait"], { n: waiting })}` : told);
     this.find("#to-list").hidden = !all;
     if (all) {
       const first = this.items.filter((item) => item.row.needsAPerson).map((item) => item.row.node);

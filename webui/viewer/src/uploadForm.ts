@@ -4,9 +4,12 @@ import type { Named } from "./uploadFiles";
 import { filled, type Texts } from "./uploadRow";
 
 const THUMBNAILS = 24;
+const VIEWS = ["PA", "AP", "LL"] as const;
 
 export class PictureForm {
   private pictures: Named[] = [];
+  /** The view chosen for a single picture; the others take the one of the form. */
+  private readonly views = new Map<Named, string>();
   private readonly thumbs: HTMLElement;
   private readonly error: HTMLElement;
 
@@ -14,6 +17,7 @@ export class PictureForm {
     private readonly form: HTMLFormElement,
     private readonly texts: Texts,
     filledIn: (pictures: Named[], form: string) => void,
+    private readonly changed: () => void,
   ) {
     this.thumbs = form.querySelector("#thumbs") as HTMLElement;
     this.error = form.querySelector("#form-error") as HTMLElement;
@@ -21,9 +25,14 @@ export class PictureForm {
       event.preventDefault();
       const values = this.values();
       if (this.valid(values)) {
-        const pictures = this.pictures;
+        const pictures = this.pictures.map((picture) => [picture, this.viewOf(picture, values)] as const);
         this.clear();
-        filledIn(pictures, JSON.stringify(values));
+        for (const view of VIEWS) {
+          const same = pictures.filter(([, own]) => own === view).map(([picture]) => picture);
+          if (same.length > 0) {
+            filledIn(same, JSON.stringify({ ...values, view }));
+          }
+        }
       }
     });
     form.addEventListener("input", () => this.error.hidden || this.valid(this.values(), false));
@@ -41,8 +50,18 @@ export class PictureForm {
     }
   }
 
+  /** How many pictures wait for the form. */
+  get waiting(): number {
+    return this.pictures.length;
+  }
+
+  private viewOf(picture: Named, values: Record<string, string>): string {
+    return this.views.get(picture) || values["view"] || "";
+  }
+
   private clear(): void {
     this.pictures = [];
+    this.views.clear();
     this.draw();
     this.form.reset();
     this.form.hidden = true;
@@ -64,7 +83,7 @@ export class PictureForm {
       ["#patient_name", named("patient_name")],
       ["#patient_id", named("patient_id")],
       ["#age", /^\d{0,3}$/.test(values["age"] ?? "") && !(values["age_unit"] === "years" && Number(values["age"]) > 130)],
-      ["#view-field", Boolean(values["view"])],
+      ["#view-field", this.pictures.every((picture) => this.viewOf(picture, values))],
     ];
     let first: HTMLElement | null = null;
     for (const [selector, fits] of checks) {
@@ -89,6 +108,7 @@ export class PictureForm {
     if (more > 0) {
       this.thumbs.append(html("li", {}, html("span", {}, `+ ${filled(this.texts["pictures"], { n: more })}`)));
     }
+    this.changed();
   }
 
   private thumb(picture: Named): HTMLLIElement {
@@ -97,9 +117,26 @@ export class PictureForm {
     setText(remove, this.texts["remove"] ?? "");
     remove.addEventListener("click", () => {
       this.pictures = this.pictures.filter((item) => item !== picture);
+      this.views.delete(picture);
       this.draw();
       this.form.hidden = this.pictures.length === 0;
     });
-    return html("li", {}, image, html("span", {}, html("bdi", {}, picture.name)), remove);
+    const line = html("li", {}, image, html("span", {}, html("bdi", {}, picture.name)));
+    if (this.pictures.length > 1) {
+      line.append(this.viewChoice(picture));
+    }
+    line.append(remove);
+    return line;
+  }
+
+  /** The view of this one picture: a frontal and a lateral film of one patient come together. */
+  private viewChoice(picture: Named): HTMLSelectElement {
+    const choice = html("select", { class: "view-choice", "aria-label": `${this.texts["view"]}: ${picture.name}` });
+    for (const view of ["", ...VIEWS]) {
+      choice.append(html("option", { value: view }, this.texts[view ? `view_${view}` : "view_as_below"] ?? view));
+    }
+    choice.value = this.views.get(picture) ?? "";
+    choice.addEventListener("change", () => this.views.set(picture, choice.value));
+    return choice;
   }
 }

@@ -10,6 +10,8 @@ const RETRY_MS = [0, 500, 1000, 3000, 5000, 10000, 15000];
 const OUTCOME_WAIT_S = 20;
 const ASK_AGAIN_MS = 250;
 const KEPT_MS = 24 * 3600 * 1000;
+/** Insufficient Storage: what arrived is kept, and somebody has to make room before it goes on. */
+const NO_ROOM = 507;
 const STORED_AS = "clinic-upload-";
 
 export interface Outcome {
@@ -21,13 +23,14 @@ export interface Outcome {
   url: string;
 }
 
-/** Why a file did not arrive: `final` when trying again is of no use, `loggedOut` when a login is. */
+/** Why a file did not arrive: `final` when trying again is of no use, `loggedOut` when a login is, `noRoom` when the disk is full. */
 export class TransferError extends Error {
   constructor(
     readonly reason: string,
     readonly hint: string,
     readonly final: boolean,
     readonly loggedOut: boolean,
+    readonly noRoom = false,
   ) {
     super(reason);
     this.name = "TransferError";
@@ -121,7 +124,8 @@ function explained(error: Error | DetailedError): TransferError {
   const response = error instanceof DetailedError ? error.originalResponse : null;
   const status = response?.getStatus() ?? 0;
   const { title, detail } = problem(response?.getBody() ?? "");
-  return new TransferError(title, detail, status >= 400 && status !== 401 && ![408, 409, 423, 429, 500, 502, 503, 504].includes(status), status === 401);
+  const passing = [401, 408, 409, 423, 429, 500, 502, 503, 504, NO_ROOM].includes(status);
+  return new TransferError(title, detail, status >= 400 && !passing, status === 401, status === NO_ROOM);
 }
 
 function problem(body: string): { title: string; detail: string } {
