@@ -21,7 +21,7 @@ from appliance.worklist import PAGE_SIZE, InstanceView, StudyView
 from webui import library, life
 from webui.box import Box, the_box
 from webui.security import MAX_ID
-from webui.texts import language
+from webui.texts import STATES, language
 
 blueprint: Final = Blueprint("pages", __name__)
 _MAX_SEARCH_CHARS: Final = 100
@@ -57,6 +57,7 @@ def study(study_id: int) -> ResponseReturnValue:
         "revision": revision,
         "pending": pending,
         "models": _models(box),
+        "unread": {str(item.id): unread_word(item) for item in view.instances if not item.findings},
         "viewer": _viewer(view),
     }
     return render_template("study_report.html" if fragment else "study.html", **values)
@@ -73,6 +74,11 @@ class Part:
     def first(self) -> InstanceView:
         """The image that stands for the others."""
         return self.images[0]
+
+
+def unread_word(item: InstanceView) -> str:
+    """Why there is no result on this image, as it stands over the picture; empty when there is one."""
+    return "" if item.findings else str(STATES[item.state].word)
 
 
 def parts_of(view: StudyView) -> list[Part]:
@@ -166,6 +172,7 @@ def _image(item: InstanceView) -> dict[str, Any]:
     return {
         "id": item.id,
         "title": " ".join(part for part in (item.modality, item.body_part_examined, item.view_position) if part),
+        "unread": unread_word(item),
         "meta_url": url_for("api.pixels", instance_id=item.id),
         "frame_url": frame.removesuffix("0") + "{frame}",
         "findings": [

@@ -316,7 +316,7 @@ def test_the_status_of_the_box(box: Box) -> None:
     for part in (
         "Chest X-ray pneumonia",
         "cxr-pneumonia",
-        "active",
+        "Reads patients now",
         "onnxruntime 1.0",
         "FP32",
         "abababababab",

@@ -8,12 +8,18 @@ import { Viewer } from "./viewer";
 export interface ViewerElement extends HTMLElement {
   /** Grey values that were drawn within the image. */
   viewerProbe?: () => Probe;
+  /** Tells which images no model has read, and why, by their ids. */
+  viewerUnread?: (why: Readonly<Record<string, string>>) => void;
+  /** Shows the image of that id. */
+  viewerChoose?: (id: number) => void;
 }
 
 function start(root: ViewerElement): void {
   try {
     const viewer = new Viewer(root, parseConfig(root.dataset["config"] ?? ""));
     root.viewerProbe = () => viewer.probe();
+    root.viewerUnread = (why) => viewer.setUnread(why);
+    root.viewerChoose = (id) => viewer.choose(id);
     void viewer.start();
   } catch (error) {
     // Without a configuration there is no language either: the page's own decides.

@@ -25,6 +25,26 @@ export class Corners {
   }
 }
 
+/** Stands over a picture that no model has read: without marks it would look like one without findings. */
+export class Unread {
+  private readonly box = html("p", { class: "vw-unread", role: "status" });
+  private readonly words = html("span", {});
+
+  constructor(parent: HTMLElement) {
+    this.box.append(
+      svg("svg", { class: "vw-icon", viewBox: "0 0 24 24", "aria-hidden": "true" }, svg("path", { d: "M12 3a9 9 0 1 0 0 18 9 9 0 0 0 0-18zM5.6 5.6l12.8 12.8" })),
+      this.words,
+    );
+    parent.append(this.box);
+    this.update("");
+  }
+
+  update(why: string): void {
+    this.box.hidden = !why;
+    setText(this.words, why);
+  }
+}
+
 /** Covers the stage while there is no picture: how far the loading is, or why there is none. */
 export class Message {
   private readonly box = html("div", { class: "vw-message" });
@@ -94,8 +114,21 @@ export class ImageList {
       if (positive) {
         button.append(html("span", { class: "vw-verdict", role: "img", "aria-label": t("image_positive") }, "▲"));
       }
+      const mark = html("span", { class: "vw-no-verdict", role: "img", "aria-label": t("image_unread") }, "⊘");
+      mark.hidden = !image.unread;
+      button.append(mark);
       button.addEventListener("click", () => choose(index));
       this.root.append(button);
+    });
+  }
+
+  /** Shows which images no model has read. */
+  mark(images: readonly ImageConfig[]): void {
+    images.forEach(({ unread }, index) => {
+      const mark = this.root.children[index]?.querySelector<HTMLElement>(".vw-no-verdict");
+      if (mark) {
+        mark.hidden = !unread;
+      }
     });
   }
 

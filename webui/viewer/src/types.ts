@@ -31,6 +31,8 @@ export interface ImageConfig {
   frame_url: string;
   title: string;
   findings: readonly FindingConfig[];
+  /** Why no model has read this image, in a few words; empty when there is a result. */
+  unread?: string;
 }
 
 export interface ViewerConfig {

@@ -13,7 +13,7 @@ import { HeatMaps } from "./heatmaps";
 import { helpDialog } from "./help";
 import { PointerInput } from "./input";
 import { Overlay } from "./overlay";
-import { Corners, FrameBar, ImageList, Legend, Message } from "./panels";
+import { Corners, FrameBar, ImageList, Legend, Message, Unread } from "./panels";
 import { drawnRange, type DrawnRange } from "./pixels";
 import { expectedContrast, measure, type Probe } from "./probe";
 import { Source } from "./source";
@@ -36,6 +36,7 @@ export class Viewer implements Host {
   private readonly picture = html("div", { class: "vw-picture" });
   private readonly overlay: Overlay;
   private readonly corners: Corners;
+  private readonly unread: Unread;
   private readonly legend: Legend;
   private readonly message: Message;
   private readonly toolbar: Toolbar;
@@ -69,6 +70,7 @@ export class Viewer implements Host {
     this.stageBox.append(this.picture);
     this.overlay = new Overlay(this.stageBox);
     this.corners = new Corners(this.stageBox);
+    this.unread = new Unread(this.stageBox);
     this.legend = new Legend(this.stageBox, this.t, (percent) => this.commands.setOpacity(percent));
     this.message = new Message(this.stageBox, this.t);
     this.toolbar = new Toolbar(this.t, {
@@ -111,6 +113,25 @@ export class Viewer implements Host {
     }
     const { columns, rows } = state.extent;
     return measure(stage.canvas, stage.size, stage.imageToStage([0, 0]), stage.imageToStage([columns, rows]));
+  }
+
+  /** Takes over which images no model has read, and why, by their ids; one that is not named has a result. */
+  setUnread(why: Readonly<Record<string, string>>): void {
+    for (const { config } of this.images) {
+      config.unread = why[String(config.id)] ?? "";
+    }
+    this.list.mark(this.images.map(({ config }) => config));
+    if (this.images.length > 0) {
+      this.unread.update(this.state.config.unread ?? "");
+    }
+  }
+
+  /** Shows the image of that id, if the study has it and it is not the one shown. */
+  choose(id: number): void {
+    const index = this.images.findIndex(({ config }) => config.id === id);
+    if (index >= 0 && index !== this.current) {
+      void this.open(index);
+    }
   }
 
   get state(): ImageState {
@@ -159,6 +180,7 @@ export class Viewer implements Host {
     this.toolbar.setFindings(state.config.findings);
     this.root.dataset["imageId"] = String(state.config.id);
     this.overlay.clear();
+    this.unread.update(state.config.unread ?? "");
     this.note = "";
     this.commands.forgetHover();
     state.frame = null;
