@@ -17,6 +17,7 @@ import pytest
 from tests.library_site import make_site, tiny_bundle
 
 LINE = "cxr-pneumonia"
+FLEET = {"serve", "device-ca", "token", "deny", "allow", "move", "operator"}  # tested with the server
 SECRET, ONLINE = "six words drawn by dice", "another six words drawn by dice"
 
 
@@ -149,6 +150,21 @@ def test_a_signature_from_another_machine(copy: Shell) -> None:
     assert "root version 2 is public" in copy.run("sign", "LIB/staged/root.json", "--key", "carol.pem", "--yes")
     assert "stale" in copy.run("merge", "LIB", "away/staged/root.json", expect=1)
     assert "dave" in copy.run("status", "LIB")
+
+
+@pytest.mark.parametrize("role", ["snapshot", "timestamp"])
+def test_an_online_key_is_replaced_as_the_guide_says(copy: Shell, role: str) -> None:
+    name = f"{role} 2 (online)"
+    copy.run("key", "new", f"LIB/online/{role}-2.pem", "--name", name, "--passphrase-file", "online.txt")
+    copy.run("rotate-key", "LIB", role, "--old", f"{role} (online)", "--new", f"LIB/online/{role}-2.pem.pub.json")
+    for person in ("alice", "bob"):
+        copy.run("sign", "LIB", "--key", f"{person}.pem", "--yes")
+    text = copy.run("status", "LIB")
+    assert name in text
+    assert f"{role}.pem is the key of no role any more: destroy it" in text
+    (copy.directory / "LIB" / "online" / f"{role}.pem").unlink()
+    copy.run("refresh-timestamp", "LIB")
+    assert "whole" in copy.run("verify", "LIB")
 
 
 def test_without_the_online_passphrase_signatures_are_kept(copy: Shell) -> None:
@@ -313,8 +329,8 @@ def test_every_command_has_help_that_the_guide_names(ready: Shell) -> None:
     guide = (Path(__file__).parents[2] / "docs" / "model-library.md").read_text("utf-8")
     text = ready.run("--help")
     commands = [line.split()[0] for line in text.splitlines() if line.startswith("    ") and not line.startswith("     ")]
-    assert len(commands) == 18
+    assert len(commands) == 17 + len(FLEET)
     for command in commands:
         assert f"model-library {command}" in guide, command
-        if command != "serve":
+        if command not in FLEET:
             assert "usage: model-library" in ready.run(command, "--help")
