@@ -41,6 +41,15 @@ class _Look:
     problems: Mapping[str, TrustError]
 
 
+@dataclass(frozen=True)
+class _Way:
+    """How the library is reached, and how its errors are put into words for those who stand there."""
+
+    source: Source
+    make: Callable[[], FetcherInterface]
+    words: Callable[[ModelSyncError], ModelSyncError] = lambda error: error
+
+
 @dataclass
 class _Pull:
     """One pull's companions and findings."""
@@ -104,7 +113,7 @@ class Client:
             LibraryUnreachable: nothing is wrong with trust; the next pull goes on where this one stopped.
             TrustError: the library as a whole cannot be believed.
         """
-        return self._attempt("library", self._fetcher, on_progress)
+        return self._attempt(_Way("library", self._fetcher), on_progress)
 
     def import_usb(self, directory: Path, on_progress: Callable[[Progress], None] | None = None) -> Pulled:
         """Do the same from a USB stick, without any network.
@@ -118,11 +127,8 @@ class Client:
         """
         from model_sync.fetcher import DirectoryFetcher
 
-        tree = usb_import.tree(directory)
-        try:
-            return self._attempt("usb", lambda: DirectoryFetcher(tree), on_progress)
-        except ModelSyncError as error:
-            raise usb_import.about(error, tree, self._settings.root) from error
+        tree, root = usb_import.tree(directory), self._settings.root
+        return self._attempt(_Way("usb", lambda: DirectoryFetcher(tree), lambda error: usb_import.about(error, tree, root)), on_progress)
 
     def status(self) -> dict[str, Any]:
         """Return the content of sync-status.json, and the outcomes before it under ``history``."""
@@ -135,16 +141,16 @@ class Client:
 
     # -- one attempt --------------------------------------------------------------------------------------------------
 
-    def _attempt(self, source: Source, make: Callable[[], FetcherInterface], on_progress: Callable[[Progress], None] | None) -> Pulled:
+    def _attempt(self, way: _Way, on_progress: Callable[[Progress], None] | None) -> Pulled:
         status = self._status_file()
         with self._locked(status):
             status.began()
             pull: _Pull | None = None
             try:
-                pull = self._begin(source, make, status, on_progress)
-                pulled = self._run(pull, status)
+                pull = self._begin(way, status, on_progress)
+                pulled = self._run(pull, status).told(way.words)
             except (ModelSyncError, OSError) as error:
-                problem = durable.disk_trouble(error) if isinstance(error, OSError) else error
+                problem = way.words(durable.disk_trouble(error) if isinstance(error, OSError) else error)
                 lines = {name: outcome.status() for name, outcome in pull.outcomes.items()} if pull else {}
                 status.ended(problem, lines, self._clocks(pull), pull.received_bytes if pull else 0)
                 raise problem from error
@@ -152,17 +158,11 @@ class Client:
             status.ended(pulled.worst, lines, self._clocks(pull), pulled.received_bytes, pulled.code)
             return pulled
 
-    def _begin(
-        self,
-        source: Source,
-        make: Callable[[], FetcherInterface],
-        status: StatusFile,
-        on_progress: Callable[[Progress], None] | None,
-    ) -> _Pull:
+    def _begin(self, way: _Way, status: StatusFile, on_progress: Callable[[Progress], None] | None) -> _Pull:
         settings = self._settings
         settings.exchange_dir.mkdir(parents=True, exist_ok=True)
         self._sweep_metadata()
-        fetcher = make()
+        fetcher = way.make()
         upstream = Upstream(
             self._metadata, trust.read_root(settings.root), fetcher, self._floor_files[0], self._floor_files[1:], now=self._now
         )
@@ -175,7 +175,7 @@ class Client:
 
         deltas = settings.state_dir / "deltas"
         self._stager = Stager(upstream, self._exchange, deltas, settings.disk_reserve_bytes, report, status.note, self._whole)
-        return _Pull(source, fetcher, upstream, self._stager, before)
+        return _Pull(way.source, fetcher, upstream, self._stager, before)
 
     def _run(self, pull: _Pull, status: StatusFile) -> Pulled:
         with pull.upstream.view():
@@ -359,9 +359,10 @@ class Client:
             return self._given
         from model_sync.fetcher import Fetcher
 
-        # The method is looked up at each call: the agent's own client stops there as well.
+        # The stager keeps the reserve, for bundles; a withdrawal of a few bytes must arrive on a disk that is nearly full as well.
+        # The method is looked up at each call: the agent's own client stops there too.
         return Fetcher(
-            self._settings,
+            self._settings.model_copy(update={"disk_reserve_bytes": 0}),
             self._settings.state_dir / "parts",
             on_progress=lambda progress: self._stager.received(progress.done_bytes) if self._stager else None,
             may_continue=lambda: self._require_window(),

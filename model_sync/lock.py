@@ -36,8 +36,9 @@ def hold(state_dir: Path) -> Iterator[None]:
                 hint="wait until it is done; `model-sync status` shows what it does",
                 code="sync.busy",
             )
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # on a full disk the holder has no number; the lock holds all the same
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
         os.close(descriptor)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from model_sync.documents import LineIndex
@@ -48,6 +48,11 @@ class Pulled:
     changed: bool
     received_bytes: int
     code: str = "sync.ok"
+
+    def told(self, words: Callable[[ModelSyncError], ModelSyncError]) -> Pulled:
+        """Return the same with its problems in other words."""
+        lines = {name: replace(line, problem=words(line.problem)) if line.problem else line for name, line in self.lines.items()}
+        return replace(self, lines=lines)
 
     @property
     def problems(self) -> dict[str, ModelSyncError]:

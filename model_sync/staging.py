@@ -121,10 +121,10 @@ class Stager:
             part = self._adopt(digest)
             manifest = self._manifest(chain, job, part)
             pieces = self._pieces(chain, job, manifest, part)
-            self._require_room(pieces)
             done = 0
             total = sum(piece.cost for piece in pieces)
-            for piece in pieces:
+            for number, piece in enumerate(pieces):
+                self._require_room(pieces[number:])
                 self._under_way = Progress(piece.file, done, total)
                 self.received(0)
                 self._bring(job, piece, part)
@@ -206,17 +206,21 @@ class Stager:
         }
 
     def _require_room(self, pieces: list[Piece]) -> None:
-        """Refuse before the first byte when the disk cannot take the whole bundle."""
-        # The largest piece is there twice for a moment, as the part that was received and as the file of the bundle.
-        need = sum(piece.target.length for piece in pieces) + max((piece.target.length for piece in pieces), default=0)
-        free = shutil.disk_usage(self._exchange.directory).free - self._reserve
-        if pieces and need > free:
-            raise LibraryUnreachable(
-                f"the update needs {need} bytes of disk space and {max(0, free)} are free above the reserve of {self._reserve}; "
-                "nothing was downloaded",
-                hint=f"free {need - free} bytes on the disk of {self._exchange.directory}; the update then comes by itself; {_KEEP}",
-                code="sync.disk_full",
-            )
+        """Refuse before the first byte, and before each file, when the disk cannot take what is still to come."""
+        largest = max(piece.target.length for piece in pieces)
+        needs = {self._exchange.directory: sum(piece.target.length for piece in pieces), self._deltas_dir.parent: largest}
+        if os.stat(self._exchange.directory).st_dev == os.stat(self._deltas_dir.parent).st_dev:
+            # The largest piece is there twice for a moment: as the part that was received and as the file of the bundle.
+            needs = {self._exchange.directory: sum(needs.values())}
+        for directory, need in needs.items():
+            free = shutil.disk_usage(directory).free - self._reserve
+            if need > free:
+                raise LibraryUnreachable(
+                    f"the rest of the update needs {need} bytes of disk space, and {max(0, free)} are free on the disk of {directory} "
+                    f"above the reserve of {self._reserve}",
+                    hint=f"free {need - free} bytes there; the update then comes by itself, what has come is kept; {_KEEP}",
+                    code="sync.disk_full",
+                )
 
     def _bring(self, job: Job, piece: Piece, part: Path) -> None:
         path = part / piece.file

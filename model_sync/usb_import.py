@@ -16,6 +16,8 @@ _ABOUT = {
     "trust.rollback": "the stick is older than this box",
     "trust.expired": "the stick has expired",
     "trust.digest": "a file on the stick was altered or damaged",
+    "trust.signature": "the stick cannot be believed",
+    "trust.metadata": "the stick cannot be believed",
 }
 
 
@@ -30,7 +32,7 @@ def tree(directory: Path) -> Path:
             return place
     raise LibraryUnreachable(
         f"{directory} holds no folder {FOLDER}/metadata",
-        hint="point to the stick itself; it is made with `model-library export-usb`",
+        hint="point to the stick itself, which is made with `model-library export-usb`; the model in use stays",
         code="usb.incomplete",
     )
 
@@ -38,15 +40,15 @@ def tree(directory: Path) -> Path:
 def about(error: ModelSyncError, stick: Path, root: Path) -> ModelSyncError:
     """Return an error of an import as the technician has to hear it; one of the box's own disk stays as it is."""
     code = code_of(error)
-    if isinstance(error, TrustError):
-        if code in ("trust.signature", "trust.metadata") and _foreign(stick, root):
-            return TrustError(
-                "the stick is of another library: its root.json is not the one this box was installed with",
-                hint="use a stick of your own central team; the model in use stays",
-                code="trust.foreign_root",
-            )
+    if isinstance(error, TrustError) and code in ("trust.signature", "trust.metadata") and _foreign(stick, root):
+        return TrustError(
+            "the stick is of another library: its root.json is not the one this box was installed with",
+            hint="use a stick of your own central team; the model in use stays",
+            code="trust.foreign_root",
+        )
+    if isinstance(error, TrustError) and code in _ABOUT:
         hint = error.hint if "clock of this box is wrong" in error.hint else _AGAIN
-        return TrustError(f"{_ABOUT.get(code, 'the stick cannot be believed')}: {error.message}", hint=hint, code=code)
+        return TrustError(f"{_ABOUT[code]}: {error.message}", hint=hint, code=code)
     if state_of(error) == "unreachable":
         return LibraryUnreachable(f"the stick is incomplete: {error.message}", hint=_AGAIN, code="usb.incomplete")
     return error
