@@ -141,6 +141,17 @@ def test_best_takes_the_smaller(tmp_path: Path) -> None:
         assert rebuilt(tmp_path, encoded.codec, old, encoded.data, new) == new
 
 
+def test_best_does_not_try_the_slow_codec_where_it_cannot_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = random.Random(6).randbytes(2**20 + 1)
+    (tmp_path / "a").write_bytes(old)
+    (tmp_path / "b").write_bytes(bytes((byte + 1) % 256 for byte in old))
+    tried = []
+    encode = delta_module.encode_with
+    monkeypatch.setattr(delta_module, "encode_with", lambda codec, *files: tried.append(codec) or encode(codec, *files))
+    assert best(tmp_path / "a", tmp_path / "b").codec == "tensor"
+    assert tried == ["tensor"]
+
+
 def test_the_same_two_files_give_the_same_delta() -> None:
     assert all(encode_with(codec, OLD, NEW) == encode_with(codec, OLD, NEW) for codec in CODECS)  # type: ignore[arg-type]
 
