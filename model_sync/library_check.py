@@ -17,7 +17,7 @@ from tuf.api.exceptions import LengthOrHashMismatchError
 from tuf.api.metadata import MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
 
 from model_sync.documents import ROLLOUT_PATTERN, ROLLOUT_ROLE, LineIndex, Rollout, file_path, line_path, line_patterns
-from model_sync.errors import ModelSyncError, TrustError
+from model_sync.errors import BundleError, ModelSyncError, TrustError
 from model_sync.library_files import read_metadata
 from model_sync.library_roles import ROLE_FIELD, AnyMetadata, delegated, verifies
 from model_sync.manifest import MANIFEST_NAME, Manifest
@@ -108,7 +108,8 @@ class _Walk:
             before, version = md.signed, version + 1
         if before is None:
             self._stop("there is no 1.root.json")
-        later = [path.name for path in self._metadata.glob("*.root.json") if int(path.name.split(".")[0]) > version]
+        numbers = {path.name: path.name.split(".")[0] for path in self._metadata.glob("*.root.json")}
+        later = [name for name, number in numbers.items() if number.isdigit() and int(number) > version]
         if later:
             self._problem(f"a root version is missing before {', '.join(sorted(later))}: no box gets past it")
         assert before is not None
@@ -243,7 +244,11 @@ class _Walk:
             self._agrees(targets, path, release.digest)
             if (target := targets.targets.get(path)) is None or not self._where(target).is_file():
                 continue
-            manifest = Manifest.parse(self._where(target).read_bytes())
+            try:
+                manifest = Manifest.parse(self._where(target).read_bytes())
+            except BundleError as error:
+                self._problem(f"{path}: {error.message}")
+                continue
             if (manifest.name, manifest.version) != (index.line, release.version):
                 self._problem(f"{path} is the manifest of {manifest.name} {manifest.version}")
             for file, sha256 in manifest.digests().items():

@@ -80,7 +80,9 @@ def init(arguments: Namespace) -> None:
 
 
 def _online_key(path: Path, secret: str) -> Key:
-    return load_holder(path).key if path.exists() else generate(path, secret, path.stem)
+    if path.exists():  # an init that was killed is run again: the passphrase has to be the same
+        return load_signer(path, lambda _what: secret, load_holder(path).key).public_key
+    return generate(path, secret, path.stem)
 
 
 def _expiry(items: list[str]) -> Expiry:
@@ -221,7 +223,7 @@ def _sign_waiting(library: Library, signer: Signer, only: str | None, yes: bool)
             continue  # published by the signature before, together with its delegator
         print("\n".join(library_text.describe(role, md, library.published(role), library.files.config().name, read)))
         console.confirm(f"sign {role} as {library.files.config().name(keyid)}?", yes)
-        _say(library, library.sign(role, signer))
+        _say(library, library.sign(role, signer, shown=md))
 
 
 def _sign_file(file: Path, signer: Signer, against: Path | None, yes: bool) -> None:
@@ -330,15 +332,16 @@ def _verify_bundle(directory: Path) -> int:
 
 def export_usb(arguments: Namespace) -> None:
     """Write a stick."""
-    public = Library.open_library(arguments.library).files.public
+    library = Library.open_library(arguments.library)
     steps = console.Steps()
-    done = usb.export(
-        public,
-        arguments.directory,
-        arguments.line,
-        arguments.version,
-        progress=lambda now, total: steps.tell("writing", now, total),
-    )
+    with library.files.locked():  # a publication in between would leave the stick with metadata of two states
+        done = usb.export(
+            library.files.public,
+            arguments.directory,
+            arguments.line,
+            arguments.version,
+            progress=lambda now, total: steps.tell("writing", now, total),
+        )
     size = f"{done.bytes / 2**20:.1f} MiB"
     print(f"{arguments.directory / usb.FOLDER}: {done.files} files written and read back, {size}; {done.removed} old ones removed")
     for line, versions in done.versions.items():

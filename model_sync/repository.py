@@ -93,15 +93,23 @@ class Library(LibraryPromotion):
 
     # --- signatures ---------------------------------------------------------------------------------------------------
 
-    def sign(self, role: str, signer: Signer) -> State:
+    def sign(self, role: str, signer: Signer, *, shown: AnyMetadata | None = None) -> State:
         """Add one signature to a waiting version and promote what is complete then.
 
+        Args:
+            role: whose waiting version.
+            signer: one of its keys.
+            shown: what its holder has read and agreed to; nothing else is signed.
+
         Raises:
-            PublishError: nothing waits, the key is none of the role's, or the online keys are locked (the signature is kept).
+            PublishError: nothing waits, it is not what was shown, the key is none of the role's, or the online keys are locked
+                (the signature is kept).
             SettingsError: the token does not sign.
         """
         with self.files.locked():
             md = self._waiting(role)
+            if shown is not None and shown.signed_bytes != md.signed_bytes:
+                raise PublishError(f"{role} was changed while you read it; nothing was signed", hint="run it again and read it again")
             self._known_key(role, signer.public_key.keyid)
             sign_with(md, signer)
             self._check_signature(role, md, signer.public_key.keyid)

@@ -103,6 +103,17 @@ def test_a_stranger_cannot_sign(tmp_path: Path) -> None:
     assert library.state("root").have == 0
 
 
+def test_only_what_was_shown_is_signed(site: Site, tmp_path: Path) -> None:
+    library, signer = site.by_hand(), site.holders[LINE][0]
+    library.publish(tiny_bundle(tmp_path, "0.1.0"), deltas=False)
+    shown = library.staged(LINE)
+    library.withdraw(LINE, "0.1.0", "changed behind the holder's back")
+    with refused("changed while you read it"):
+        library.sign(LINE, signer, shown=shown)
+    assert library.state(LINE).have == 0
+    assert library.sign(LINE, signer, shown=library.staged(LINE)).have == 1
+
+
 def test_what_does_not_wait_cannot_be_signed(site: Site) -> None:
     for role in ("root", "snapshot", "nonsense", "../targets"):
         with refused("nothing of"):

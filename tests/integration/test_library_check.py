@@ -84,6 +84,12 @@ def junk_index(site: Site) -> None:
     rewrite(site, LINE, lambda md: md.signed.targets.update({target.path: target}))
 
 
+def junk_manifest(site: Site) -> None:
+    target = TargetFile.from_data(f"models/{LINE}/0.1.0/manifest.json", b"{}")
+    site.library.files.public_target(target).write_bytes(b"{}")
+    rewrite(site, LINE, lambda md: md.signed.targets.update({target.path: target}))
+
+
 def drop_target(name: str) -> Callable[[Site], None]:
     return lambda site: rewrite(site, LINE, lambda md: md.signed.targets.pop(next(p for p in md.signed.targets if p.endswith(name))))
 
@@ -133,6 +139,7 @@ DAMAGE: dict[str, tuple[Callable[[Site], object], str]] = {
     ),
     "rollout of an unsigned version": (point_at_nothing, "no line role has signed"),
     "index that is none": (junk_index, "not valid"),
+    "manifest that is none": (junk_manifest, "manifest.json is not valid"),
     "index not signed": (drop_target("line.json"), "is not signed"),
     "manifest not signed": (drop_target("0.1.0/manifest.json"), "not the file that the version names"),
     "weights not signed": (drop_target("0.1.0/model_fp32.onnx"), "not the file that the version names"),

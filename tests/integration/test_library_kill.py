@@ -13,6 +13,7 @@ import pytest
 from securesystemslib.signer import CryptoSigner
 
 from model_sync.library_files import LibraryFiles
+from model_sync.repository import Library
 from tests.integration.test_library import Follower
 from tests.library_site import Site, make_site, tiny_bundle
 
@@ -123,6 +124,24 @@ def test_killed_at_every_write_the_tree_stays_whole_and_a_second_run_finishes(tm
     assert site.library.staged_roles() == []
     assert site.library.verify().problems == []
     box.look()
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the rename", "after the rename"])
+def test_a_killed_init_is_finished_by_a_second_run(tmp_path: Path, after: bool) -> None:
+    people = [CryptoSigner.generate_ed25519() for _ in range(3)]
+    keys = [signer.public_key for signer in people]
+
+    def init(_site: Site) -> Library:
+        return Library.init(tmp_path / "lib", keys, keys, snapshot_key=keys[0], timestamp_key=keys[1])
+
+    site = Site(Library(tmp_path / "lib"), tmp_path, tmp_path)
+    write = 0
+    while killed_at(site, init, write := write + 1, after) and not (tmp_path / "lib" / "staged" / "targets.json").exists():
+        assert write < 20
+    assert write >= 3
+    library = Library(tmp_path / "lib", people)
+    library.settle()
+    assert library.verify().problems == []
 
 
 def test_killed_at_random_moments_of_a_publication(tmp_path: Path) -> None:
