@@ -24,7 +24,7 @@ from appliance.exchange import Check, Facts
 from appliance.follow import learn
 from appliance.journal import Journal, Wanted
 from appliance.ledger import LASTING, PROVING
-from appliance.process import Lock
+from appliance.process import Lock, held_by_another
 from appliance.signal import wake
 from appliance.store import Store
 from model_sync.bundle import MANIFEST_NAME, Manifest, ModelBundle
@@ -145,8 +145,10 @@ def drive(store: Store, number: int, told: Told | None = None) -> str:
     while (row := journal.row(number))["state"] in PROVING:
         say(row)
         try:
-            lock = Lock(store.settings.data_dir, "worker")
-        except ApplianceError:  # a worker has it: it does the work, and if it dies, the next one or we
+            lock = None if _box_runs(store) else Lock(store.settings.data_dir, "worker")
+        except ApplianceError:  # a worker without a supervisor: it does the work, and if it dies, the next one or we
+            lock = None
+        if lock is None:
             wake(store.settings)
             time.sleep(_ASK_WORKER_S)
             continue
@@ -172,8 +174,15 @@ def _drive_here(store: Store, number: int, say: Told) -> None:
             say(row)
             activator.tick()
             time.sleep(_POLL_S)
+            if _box_runs(store):  # it was started meanwhile: its worker needs the lock more, scans may wait
+                return
     finally:
         activator.stop()
+
+
+def _box_runs(store: Store) -> bool:
+    """Whether a supervisor looks after this data directory: its worker does the work, now or as soon as it has been started again."""
+    return held_by_another(store.settings.data_dir, "supervisor")
 
 
 def _wanted(bundle: ModelBundle, actor: str, precision: str | None) -> Wanted:

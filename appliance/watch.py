@@ -22,6 +22,8 @@ from model_sync.bundle import Manifest, ScoreHistogram, Watch
 FAILURES_FROM: Final = 3
 LATENCY_FROM: Final = 5
 DRIFT_FROM: Final = 50
+# A model that is done sooner than this is judged as if it took so long: a busy box makes tenths of a millisecond into several.
+LATENCY_FLOOR_MS: Final = 20.0
 # Jeffreys' prior: an empty bin is rare, not impossible.
 _PRIOR: Final = 0.5
 
@@ -95,7 +97,8 @@ def out_of_bounds(seen: Statistics, watch: Watch, self_test_ms: float) -> Note |
     done = seen.cases + seen.failures
     if seen.failures >= FAILURES_FROM and seen.failures / done > watch.max_failure_fraction:
         return Note("activation.failures", f"{seen.failures} of {done}")
-    if seen.cases >= LATENCY_FROM and seen.latency_ms is not None and seen.latency_ms > watch.max_latency_ratio * self_test_ms:
+    allowed_ms = watch.max_latency_ratio * max(self_test_ms, LATENCY_FLOOR_MS)
+    if seen.cases >= LATENCY_FROM and seen.latency_ms is not None and seen.latency_ms > allowed_ms:
         return Note("activation.latency", f"{seen.latency_ms:.1f} ms, self-test {self_test_ms:.1f} ms")
     if seen.drift is not None and watch.max_score_drift is not None and seen.drift > watch.max_score_drift:
         return Note("activation.drift", f"{seen.drift:.2f}, allowed {watch.max_score_drift:g}")

@@ -84,12 +84,12 @@ def nan_on_pictures(bundle: Path) -> Path:
     return rewire(bundle, lambda _graph: [helper.make_node("Neg", ["mean"], ["minus"]), helper.make_node("Sqrt", ["minus"], ["extra"])])
 
 
-def looping(bundle: Path, *, empty: int = 0, picture: int = 0) -> Path:
-    """A model that goes round and round, so often for an empty picture (as at the building) and so often for any other."""
+def looping(bundle: Path, *, empty: int = 0, picture: int = 0, dark: int = 0, dark_below: float = 0.0) -> Path:
+    """A model that goes round and round, so often for an empty picture (as at the building), for a dark one and for any other."""
     from onnx import TensorProto, helper
 
     def nodes(graph: Any) -> list[Any]:
-        counts = [_constant(graph, "times_empty", np.int64(empty)), _constant(graph, "times_picture", np.int64(picture))]
+        times = {name: _constant(graph, f"times_{name}", np.int64(n)) for name, n in (("empty", empty), ("dark", dark), ("other", picture))}
         body = helper.make_graph(
             [helper.make_node("Identity", ["go"], ["go_on"]), helper.make_node("Sin", ["value"], ["value_next"])],
             "round",
@@ -106,7 +106,9 @@ def looping(bundle: Path, *, empty: int = 0, picture: int = 0) -> Path:
         zero = _constant(graph, "zero_f", np.float32(0))
         return [
             helper.make_node("Equal", ["mean", zero], ["is_empty"]),
-            helper.make_node("Where", ["is_empty", *counts], ["times"]),
+            helper.make_node("Less", ["mean", _constant(graph, "dark_below", np.float32(dark_below))], ["is_dark"]),
+            helper.make_node("Where", ["is_dark", times["dark"], times["other"]], ["times_picture"]),
+            helper.make_node("Where", ["is_empty", times["empty"], "times_picture"], ["times"]),
             helper.make_node("Loop", ["times", _constant(graph, "yes", np.bool_(True)), zero], ["extra"], body=body),
         ]
 
@@ -249,10 +251,22 @@ def write_settings(settings: Settings, **changes: Any) -> Settings:
     return Settings.load(settings.data_dir)
 
 
+_workers: list[subprocess.Popen[bytes]] = []
+
+
 def worker(settings: Settings, *arguments: str) -> subprocess.Popen[bytes]:
-    """A worker of the box, in a process of its own."""
+    """A worker of the box, in a process of its own; see :func:`end_workers`."""
     command = [sys.executable, "-m", "appliance", "worker", *arguments, "--data-dir", str(settings.data_dir)]
-    return subprocess.Popen(command, env=os.environ | {"APPLIANCE_LOG_LEVEL": "ERROR"})
+    _workers.append(subprocess.Popen(command, env=os.environ | {"APPLIANCE_LOG_LEVEL": "ERROR"}))
+    return _workers[-1]
+
+
+def end_workers() -> None:
+    """End what a test that failed left running."""
+    while _workers:
+        process = _workers.pop()
+        process.kill()
+        process.wait()
 
 
 def provers(process: subprocess.Popen[bytes] | None = None) -> list[psutil.Process]:
