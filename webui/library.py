@@ -10,7 +10,7 @@ import json
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, Final
@@ -35,6 +35,15 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Offer:
+    """What the library has for a line, what the agent decided about it (a code of the agent's), and when its turn comes if it told."""
+
+    version: str
+    decision: str
+    at: str
+
+
+@dataclass(frozen=True)
 class Library:
     """The state of the line; moments are ISO 8601 in UTC, empty when unknown.
 
@@ -52,6 +61,7 @@ class Library:
     last_attempt_at: str = ""
     received_bytes: int = 0
     progress: Progress | None = None
+    offers: Mapping[str, Offer] = field(default_factory=dict)
     stale: bool = False
     clock: str = ""
     clock_minutes: int = 0
@@ -102,6 +112,7 @@ def _library(told: Mapping[str, Any], now: datetime) -> Library:
         last_attempt_at=_iso(told.get("last_attempt_at")),
         received_bytes=_size(told.get("received_bytes")),
         progress=_progress(told.get("progress")),
+        offers=_offers(told.get("lines")),
         stale=abs(now - at) > STALE_AFTER,
         clock=clock,
         clock_minutes=minutes,
@@ -113,6 +124,15 @@ def _progress(value: object) -> Progress | None:
         return None
     total = _size(value.get("total_bytes"))
     return Progress(_text(value.get("file")), min(_size(value.get("done_bytes")), total), total) if total else None
+
+
+def _offers(value: object) -> dict[str, Offer]:
+    offers = {}
+    for name, about in value.items() if isinstance(value, dict) else ():
+        if isinstance(about, dict):
+            decision, _, at = _text(about.get("decision")).partition(" ")
+            offers[str(name)] = Offer(_text(about.get("version")), decision, _iso(at))
+    return offers
 
 
 def _clock(value: object) -> tuple[str, int]:

@@ -16,13 +16,15 @@ from pydantic import ValidationError
 
 from appliance.domain import Note
 from appliance.store import Store
-from model_sync.manifest import Watch
+from model_sync.bundle import Watch
 
 # The way of every version; each may end in one of TROUBLE instead.
 STEPS: Final = ("staged", "building", "self-test", "trial", "good")
 COMING: Final = STEPS[:3]
 OPEN: Final = STEPS[:4]
 TROUBLE: Final = ("failed", "rolled-back", "withdrawn")
+# A trial that a still newer version cut short: nothing was wrong with it.
+_NO_TROUBLE: Final = "activation.superseded"
 HISTORY_PAGE: Final = 10
 
 
@@ -79,6 +81,7 @@ class Activation:
     progress: float
     reason: Note | None
     trial: Trial | None
+    watching: bool
     started_at: str
     updated_at: str
     ended_at: str | None
@@ -94,7 +97,8 @@ class Line:
     """One model line: its versions, the rules of its signed index, and the last thing that went wrong.
 
     ``coming`` does not read patients yet, ``trial`` does already; there may be both. ``trouble`` is the last failed, rolled-back
-    or withdrawn activation; ``mended`` says that a later version came out good (going back to an older one mends nothing).
+    or withdrawn activation, or the one at work when it is out of its bounds and there is none to go back to; ``mended`` says that
+    a later version came out good (going back to an older one mends nothing).
     """
 
     name: str
@@ -146,22 +150,28 @@ def history(store: Store, before: int | None) -> tuple[list[Activation], bool]:
 
 def _line(name: str, models: list[sqlite3.Row], journal: list[Activation], known: Mapping[str, Model], rules: sqlite3.Row | None) -> Line:
     by_state = {state: known[row["digest"]] for state in ("previous", "active") for row in models if row["state"] == state}
-    trouble = next((item for item in journal if item.state in TROUBLE), None)
+    current = by_state.get("active")
+    at_work = next((item for item in journal if current and item.state == "good" and item.digest == current.digest), None)
+    trouble = at_work if at_work and at_work.reason else next((item for item in journal if _is_trouble(item)), None)
     good = next((item for item in journal if item.state == "good" and item.purpose == "activate"), None)
     title = next((known[row["digest"]].title for row in models if known[row["digest"]].title), None)
     withdrawn = _object(rules["withdrawn"]) if rules else {}
     return Line(
         name=name,
         title=title,
-        current=by_state.get("active"),
+        current=current,
         previous=by_state.get("previous"),
         coming=next((item for item in journal if item.state in COMING), None),
-        trial=next((item for item in journal if item.state == "trial"), None),
+        trial=next((item for item in journal if item.state == "trial"), at_work if at_work and at_work.watching else None),
         trouble=trouble,
         mended=bool(trouble and good and good.id > trouble.id),
         minimum_version=str(rules["minimum_version"]) if rules else "",
         withdrawn=tuple((str(version), _why(reason)) for version, reason in withdrawn.items()),
     )
+
+
+def _is_trouble(item: Activation) -> bool:
+    return item.state in TROUBLE and not (item.reason and item.reason.code == _NO_TROUBLE)
 
 
 def _model(row: sqlite3.Row) -> Model:
@@ -183,7 +193,7 @@ def _model(row: sqlite3.Row) -> Model:
 
 
 def _activation(row: sqlite3.Row, known: Mapping[str, Model]) -> Activation:
-    reason = _object(row["reason"])
+    reason, trial = _object(row["reason"]), _object(row["trial"])
     model = known.get(row["digest"])
     return Activation(
         id=row["id"],
@@ -196,7 +206,8 @@ def _activation(row: sqlite3.Row, known: Mapping[str, Model]) -> Activation:
         attempts=row["attempts"],
         progress=min(1.0, max(0.0, row["progress"])),
         reason=Note(str(reason["code"]), str(reason.get("detail", ""))) if "code" in reason else None,
-        trial=_trial(_object(row["trial"]), _object(row["self_test"]), model.watch if model else None) if row["trial"] else None,
+        trial=_trial(trial, _object(row["self_test"]), model.watch if model else None) if row["trial"] else None,
+        watching=trial.get("watching") is True,
         started_at=row["started_at"],
         updated_at=row["updated_at"],
         ended_at=row["ended_at"],
@@ -209,7 +220,7 @@ def _trial(trial: Mapping[str, Any], self_test: Mapping[str, Any], watch: Watch 
         wanted=watch.trial_cases if watch else None,
         failures=int(_number(trial, "failures") or 0),
         max_failure_fraction=watch.max_failure_fraction if watch else None,
-        latency_ms=_number(trial, "median_ms", "latency_ms"),
+        latency_ms=_number(trial, "latency_ms"),
         self_test_ms=_number(self_test, "median_ms"),
         max_latency_ratio=watch.max_latency_ratio if watch else None,
         drift=_number(trial, "drift"),

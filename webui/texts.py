@@ -81,8 +81,8 @@ LIBRARY: Final[dict[str, tuple[StateWords, Any]]] = {
         lazy_gettext("What came is not rightly signed. It was not used; the box keeps the model it has. Tell the central team at once."),
     ),
     "waiting": (
-        StateWords(lazy_gettext("Waiting for its hours"), "waiting", "calm"),
-        lazy_gettext("A new version is ready to be fetched; the box waits for the hours in which it may use the line."),
+        StateWords(lazy_gettext("Waiting"), "waiting", "calm"),
+        lazy_gettext("Nothing is fetched at the moment; the box goes on by itself."),
     ),
     "downloading": (
         StateWords(lazy_gettext("Downloading"), "download", "calm"),
@@ -123,7 +123,37 @@ _SYNC_CODES: Final = {
     "trust.digest": lazy_gettext("A file is not the one that was signed."),
     "trust.revoked": lazy_gettext("A key or role was revoked."),
     "trust.missing": lazy_gettext("A signed part is missing."),
+    "sync.too_long": lazy_gettext("The library sends more than it may. Ask the central team."),
+    "sync.no_rollout": lazy_gettext("The library has no rollout for the ring of this box. Check the setting ring."),
+    "sync.busy": lazy_gettext("Another run of the sync agent is at work."),
+    "sync.stopped": lazy_gettext("The sync agent was stopped. Start the service model-sync."),
+    "sync.disk": lazy_gettext("The directory for downloads cannot be used. Check the disk and who owns it."),
+    "sync.state": lazy_gettext("The sync agent's own directory cannot be used. Check the disk and who owns it."),
+    "sync.no_url": lazy_gettext("No address of the library is set. Set urls, or import from a USB stick."),
+    "sync.usb": lazy_gettext("The USB stick cannot be read. Try again with a new one."),
+    "usb.incomplete": lazy_gettext("The USB stick is incomplete. Try again with a new one."),
+    "sync.settings": lazy_gettext("A setting of the sync agent is wrong. Mend sync.toml."),
+    "trust.document": lazy_gettext("A signed document is not valid."),
+    "trust.version": lazy_gettext("The signed parts do not fit together."),
+    "trust.metadata": lazy_gettext("The signed metadata is damaged."),
+    "trust.ambiguous": lazy_gettext("Who may sign is not beyond doubt."),
+    "trust.foreign_root": lazy_gettext("The USB stick is of another library."),
+    "trust.unknown": lazy_gettext("The rollout names a version that was never signed."),
+    "trust.withdrawn": lazy_gettext("The rollout names a withdrawn version."),
+    "trust.below_minimum": lazy_gettext("The rollout names a version older than the oldest allowed."),
     "trust.root": lazy_gettext("The box's own starting point of trust (root.json) is damaged or missing."),
+}
+
+# What the agent decided about the version that the library has for a line.
+DECISIONS: Final = {
+    "ready": lazy_gettext("here, will be put to the test"),
+    "paused": lazy_gettext("the rollout is paused"),
+    "not_chosen": lazy_gettext("this box is not part of the rollout"),
+    "not_yet": lazy_gettext("the turn of this box has not come yet"),
+    "waiting": lazy_gettext("waits for its hours or its allowance of data"),
+    "refused": lazy_gettext("refused"),
+    "unreachable": lazy_gettext("not complete yet, goes on by itself"),
+    "error": lazy_gettext("stopped by a fault of this box"),
 }
 
 RESULTS: Final = {
@@ -143,7 +173,7 @@ def init_app(app: Flask) -> None:
     app.jinja_env.globals.update(
         _=gettext, ngettext=ngettext, states=STATES, results=RESULTS, reason_text=reason_text, reason_hint=reason_hint,
         note_detail=note_detail, language=language, html_lang=html_lang, local=local,
-        activations=ACTIVATIONS, sources=SOURCES, library_words=LIBRARY, sync_text=sync_text,
+        activations=ACTIVATIONS, sources=SOURCES, library_words=LIBRARY, sync_text=sync_text, decisions=DECISIONS,
     )  # fmt: skip
     app.jinja_env.filters.update(
         moment=moment, study_date=study_date, score=score, percent=percent, size=size, person=person_name, sex=sex, age=age,

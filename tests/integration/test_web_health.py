@@ -15,10 +15,13 @@ import pytest
 from appliance.database import Database
 from appliance.domain import Note, utc_now
 from appliance.settings import Settings
+from model_sync.cli_texts import CODES
+from model_sync.cli_texts import DECISIONS as AGENT_DECISIONS
+from model_sync.cli_texts import STATES as AGENT_STATES
 from tests.integration.test_web_pages import row, words
 from tests.scans import scan_bytes
 from tests.web_box import Box, in_process, result
-from webui import library, life
+from webui import library, life, texts
 from webui.texts import ACTIVATIONS, LIBRARY
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=timezone.utc)
@@ -88,7 +91,7 @@ def test_every_state_of_a_version_has_its_word_and_place(box: Box) -> None:
 
 def test_a_trial_is_told_against_its_bounds(box: Box) -> None:
     box.activate()
-    trial = {"cases": 50, "failures": 2, "median_ms": 82.0, "drift": 0.456}
+    trial = {"cases": 50, "failures": 2, "latency_ms": 82.0, "drift": 0.456}
     journal(box, "0.1.0", "trial", "ab" * 32, trial=json.dumps(trial), self_test=json.dumps({"median_ms": 41.0}))
     page = words(box.person("tech", "technician").open("/health"))
     for part in ("On trial", "50 of 200", "2 at most 10.0%", "82 ms self-test 41 ms, 2.0 times, at most 5.0", "0.46 at most 3.0", "25.0%"):
@@ -99,7 +102,7 @@ def test_a_trial_is_told_against_its_bounds(box: Box) -> None:
 def test_a_trial_of_another_version_of_this_software_is_shown_as_far_as_it_goes(box: Box) -> None:
     box.activate()
     person = box.person()
-    for trial in ("[]", "{", '{"cases": "many", "drift": {"a": 0.1, "b": 0.9}}', '{"cases": 1e400, "failures": null, "median_ms": true}'):
+    for trial in ("[]", "{", '{"cases": "many", "drift": {"a": 0.1, "b": 0.9}}', '{"cases": 1e400, "failures": null, "latency_ms": true}'):
         with box.store.database.transaction() as tx:
             tx.execute("DELETE FROM activations")
         journal(box, "0.1.0", "trial", "ab" * 32, trial=trial, self_test="nonsense", reason="[1]")
@@ -136,6 +139,51 @@ def test_going_back_to_an_older_version_mends_nothing(box: Box) -> None:
     page = box.person().open("/health")
     assert 'data-trouble="rolled-back"' in page
     assert "gone back to" in words(page)
+
+
+def test_a_version_cut_short_by_a_newer_one_is_no_trouble_and_one_out_of_its_bounds_is(box: Box) -> None:
+    box.activate()
+    journal(box, "0.0.9", "rolled-back", reason=json.dumps(Note("activation.superseded").to_json()))
+    person = box.person()
+    assert "data-trouble" not in person.open("/health")
+    entry = journal(box, "0.1.0", "good", "ab" * 32, trial='{"cases": 7, "watching": true}')
+    page = words(person.open("/health"))
+    assert "Version 0.1.0 is new and being watched" in page
+    assert "Cases read 7 of 200" in page
+    with box.store.database.transaction() as tx:
+        alarm = json.dumps(Note("activation.drift", "4.20, allowed 3").to_json())
+        tx.execute("UPDATE activations SET trial = '{\"watching\": false}', reason = ? WHERE id = ?", (alarm, entry))
+    page = words(person.open("/health"))
+    assert "Version 0.1.0: Out of its bounds" in page
+    assert "4.20, allowed 3" in page
+
+
+def test_why_this_box_does_not_get_what_the_library_has(box: Box) -> None:
+    box.activate()
+    person = box.person()
+    person.cookies.set("tz", "Asia/Shanghai")
+    for decision, said in (
+        ("not_yet 2026-03-01T20:05:00Z", "the turn of this box has not come yet (2 Mar 2026, 04:05)"),
+        ("paused", "the rollout is paused"),
+        ("novel", ""),
+    ):
+        tell(box, lines={"cxr-pneumonia": {"version": "0.3.0", "digest": "e" * 64, "decision": decision}, "x": 7})
+        page = words(person.open("/health"))
+        assert ("Library: version 0.3.0" in page) == bool(said)
+        assert said in page
+
+
+def test_what_the_box_runs_already_is_no_offer(box: Box) -> None:
+    box.activate()
+    tell(box, lines={"cxr-pneumonia": {"version": "0.1.0", "digest": "e" * 64, "decision": "ready"}})
+    assert "Library: version" not in words(box.person().open("/health"))
+
+
+def test_every_code_of_the_agent_has_words_in_both_languages() -> None:
+    silent = {"sync.ok", "sync.downloading"}  # the state says it all
+    assert set(CODES) - silent <= set(texts._SYNC_CODES)
+    assert set(AGENT_STATES) == set(library.STATES)
+    assert set(AGENT_DECISIONS) - {"none"} <= set(texts.DECISIONS)
 
 
 def test_one_version_on_trial_and_the_next_one_coming(box: Box) -> None:
