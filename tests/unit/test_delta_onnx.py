@@ -307,6 +307,16 @@ def _streams(delta: bytes) -> list[int]:
     return [number for number, _, _ in STREAM.iter_unpack(table)]
 
 
+def test_a_tensor_of_many_blocks() -> None:
+    """More than the decoder holds at once, and more than the encoder tries every level on."""
+    rng = np.random.default_rng(8)
+    before = rng.integers(-100, 100, 2**23 + 2**22 + 3).astype(np.int8)
+    old, new = (
+        _model([numpy_helper.from_array(values, "w")]) for values in (before, before + (rng.random(before.size) < 0.01).astype(np.int8))
+    )
+    assert _size(old, new) < 0.02 * before.size
+
+
 def test_offsets_agree_with_onnx_itself() -> None:
     data = REFERENCE.read_bytes()
     model = onnx.load_from_string(data)
