@@ -110,6 +110,14 @@ CODES = {
         Said("未设置模型库地址", "no library address is set"),
         Said("请在 sync.toml 设置 urls，或从 U 盘导入。", "Set `urls` in sync.toml, or import from a stick."),
     ),
+    "sync.url": Advice(
+        Said("模型库地址有误", "the library's address is wrong"), Said("请修改 sync.toml 中的 urls。", "Mend `urls` in sync.toml.")
+    ),
+    "sync.tls": Advice(
+        Said("服务器证书无法验证", "the server's certificate cannot be verified"),
+        Said("先核对本机时钟，再核对 ca_certificate。", "Check this box's clock, then `ca_certificate` in sync.toml."),
+    ),
+    "sync.report": Advice(Said("中心的上报序号与本机不同", "the centre counts this box's reports otherwise"), _WAIT),
     "sync.usb": Advice(Said("U 盘读取失败", "the stick cannot be read"), _STICK),
     "sync.settings": Advice(
         Said("设置有误", "a setting is wrong"),
