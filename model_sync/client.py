@@ -154,6 +154,9 @@ class Client:
                 lines = {name: outcome.status() for name, outcome in pull.outcomes.items()} if pull else {}
                 status.ended(problem, lines, self._clocks(pull), pull.received_bytes if pull else 0)
                 raise problem from error
+            finally:
+                if pull is not None and pull.fetcher is not self._given:
+                    getattr(pull.fetcher, "close", lambda: None)()
             lines = {name: outcome.status() for name, outcome in pulled.lines.items()}
             status.ended(pulled.worst, lines, self._clocks(pull), pulled.received_bytes, pulled.code)
             return pulled
@@ -191,7 +194,7 @@ class Client:
             changed = self._exchange.direct(
                 {line: (job.release.version, job.release.digest, pull.source) for line, job in ready.items()}, self._now()
             )
-        pull.stager.sweep({job.release.digest for job in jobs.values()} - set(self._digests_here()))
+        pull.stager.sweep({outcome.digest for outcome in pull.outcomes.values()} - {bundle.digest for bundle in self._exchange.bundles()})
         for bundle in self._exchange.drop_old_bundles():
             status.note(f"dropped {bundle.manifest.name} {bundle.manifest.version}: nothing names it, and three newer ones are here")
         code = "sync.no_rollout" if look.rollout is None and not pull.outcomes else "sync.ok"
@@ -243,9 +246,9 @@ class Client:
         try:
             if self._document(pull, path, line) is None:
                 return None
-        except LibraryUnreachable:
+        except LibraryUnreachable as error:
             # A stick need not carry every line; what is not on it stays as it is.
-            if pull.source == "usb" and line not in self._settings.lines:
+            if pull.source == "usb" and line not in self._settings.lines and state_of(error) == "unreachable":
                 return None
             raise
         return trust.read_index(cast("Chain", pull.upstream.chain), self._copies, line)
@@ -266,15 +269,13 @@ class Client:
         for line in sorted(set(look.indexes) | set(look.rollout.lines if look.rollout else ())):
             if line in pull.outcomes:
                 continue
-            step = look.rollout.lines.get(line) if look.rollout and self._follows(line) else None
+            followed = look.rollout is not None and line in (self._settings.lines or look.rollout.lines)
+            step = look.rollout.lines.get(line) if look.rollout and followed else None
             outcome = self._outcome(pull, look, line, step)
             pull.outcomes[line] = outcome
             if outcome.decision == "ready":
                 jobs[line] = job_of(look.indexes[line], outcome.version)
         return jobs
-
-    def _follows(self, line: str) -> bool:
-        return not self._settings.lines or line in self._settings.lines
 
     def _outcome(self, pull: _Pull, look: _Look, line: str, step: documents.RolloutStep | None) -> Outcome:
         if step is None:
@@ -336,16 +337,21 @@ class Client:
             )
 
     def _confirm(self, pull: _Pull, again: _Look, ready: Mapping[str, Job]) -> dict[str, Job]:
-        """Keep what is still signed, still chosen and not withdrawn after the last byte has come."""
+        """Keep what is still signed, still wanted and not withdrawn after the last byte has come."""
         confirmed = {}
+        pull.outcomes.update({name: Outcome("refused", problem=problem) for name, problem in again.problems.items()})
         for line, job in ready.items():
+            if line in again.problems:
+                continue
+            step = again.rollout.lines.get(line) if again.rollout else None
+            outcome = pull.outcomes[line] = self._outcome(pull, again, line, step)
+            if outcome.decision != "ready":
+                continue
+            if outcome.digest != job.release.digest:
+                pull.outcomes[line] = Outcome("not_yet", outcome.version, outcome.digest)  # the next pull brings it
+                continue
             try:
-                if line in again.problems:
-                    raise again.problems[line]
-                if (refusal := refusal_of(line, again.indexes.get(line), job.release.version)) is not None:
-                    raise refusal
-                manifest = next(item.manifest for item in self._exchange.bundles() if item.digest == job.release.digest)
-                still_signed(again.chain, job_of(again.indexes[line], job.release.version), manifest)
+                still_signed(again.chain, job, pull.stager.manifest(job.release.digest))
             except TrustError as error:
                 pull.outcomes[line] = instead(job, "refused", error)
             else:
@@ -377,9 +383,6 @@ class Client:
                 return pull.upstream.clocks()
         floors = Floors.load(self._floor_files)
         return Clocks(self._now(), max(floors.system, floors.issued))
-
-    def _digests_here(self) -> Iterator[str]:
-        return (bundle.digest for bundle in self._exchange.bundles())
 
     def _sweep_metadata(self) -> None:
         """Remove what a killed process left half-written in the metadata directory."""

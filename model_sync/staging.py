@@ -102,6 +102,10 @@ class Stager:
         self._whole.add(digest)
         return True
 
+    def manifest(self, digest: str) -> Manifest:
+        """Return the manifest of a complete bundle; raises OSError or BundleError."""
+        return Manifest.parse((self._exchange.bundles_dir / digest / MANIFEST_NAME).read_bytes())
+
     def _put_away(self, directory: Path) -> None:
         """Take a damaged bundle's name from it; its files that are still right are used again."""
         self._whole.discard(directory.name)

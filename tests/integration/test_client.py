@@ -393,6 +393,50 @@ def test_the_library_must_be_there_when_the_last_byte_has_come(box: Box, server:
     assert not any(request.path.startswith("/targets/models") for request in server.log)
 
 
+def strike_once(blow: Any) -> Any:
+    struck: list[Any] = []
+    return lambda _progress: struck or struck.append(blow())
+
+
+def test_a_rollout_that_is_paused_while_the_bundle_comes_is_obeyed(box: Box, site: Site) -> None:
+    pulled = box.pull(strike_once(lambda: site.rollout("stable", LINE, "0.1.0", paused=True)))
+    assert pulled.lines[LINE].decision == "paused"
+    assert box.wants() is None
+    assert box.bundles() == {"0.1.0"}
+
+
+def test_a_rollout_that_moves_on_while_the_bundle_comes_is_followed_by_the_next_pull(box: Box, site: Site) -> None:
+    pulled = box.pull(strike_once(lambda: release(site, "0.2.0", seed=1)))
+    assert pulled.lines[LINE].decision == "not_yet"
+    assert box.wants() is None
+    box.pull()
+    assert box.wants() == "0.2.0"
+
+
+def test_a_rollout_that_is_broken_while_the_bundle_comes_tells_the_box_nothing(box: Box, site: Site) -> None:
+    pulled = box.pull(strike_once(lambda: rollout_of(site, lambda _raw: b"{}")))
+    assert code(pulled.problems["rollout"]) == "trust.document"
+    assert box.wants() is None
+
+
+def test_a_file_that_is_signed_anew_while_the_bundle_comes_is_another_bundle(box: Box, site: Site) -> None:
+    pulled = box.pull(strike_once(lambda: resign(site, "0.1.0", "gate.json", b"{}")))
+    assert code(pulled.problems[LINE]) == "trust.document"
+    assert box.wants() is None
+
+
+def test_a_pause_keeps_what_has_come(box: Box, site: Site, server: BadServer) -> None:
+    server.always(model_url(site), DOWN)
+    box.pull()
+    site.rollout("stable", LINE, "0.1.0", paused=True)
+    box.pull()
+    site.rollout("stable", LINE, "0.1.0")
+    server.always(model_url(site), Reply())
+    server.log.clear()
+    box.pull()
+    assert [request.path for request in server.log if request.path.startswith("/targets/models")] == [model_url(site)]
+
+
 # -- windows, budgets, disks --------------------------------------------------------------------------------------------------
 
 
