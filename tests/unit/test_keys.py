@@ -217,6 +217,17 @@ def test_a_library_is_signed_by_a_token(token: str, tmp_path: Path) -> None:
     assert done.stdout == "True []\n", done.stderr
 
 
+def test_the_public_part_of_a_token_is_written_for_the_ceremony(token: str, tmp_path: Path) -> None:
+    (tmp_path / "pin").write_text(PIN)
+    (tmp_path / "pin").chmod(0o600)
+    command = ["key", "token", token, tmp_path / "alice.pub.json", "--name", "alice", "--passphrase-file", tmp_path / "pin"]
+    done = subprocess.run([sys.executable, "-m", "model_sync.library_cli", *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    holder = load_holder(tmp_path / "alice.pub.json")
+    assert holder.name == "alice"
+    assert f"key id {holder.key.keyid[:8]}" in done.stdout
+
+
 BAD_TOKENS = {
     "wrong pin": ("hsm:2?label=library", "refuses the PIN", "9999"),
     "no such token": ("hsm:2?label=other", "No PKCS#11 token found", PIN),
