@@ -3,46 +3,41 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from model_sync import library_console as console
 from model_sync.enrolment import DeviceAuthority, new_token
 from model_sync.errors import SettingsError
 from model_sync.fleet import Fleet
 from model_sync.fleet_accounts import Accounts
 from model_sync.fleet_tables import sqlite_url
 
-PASSPHRASE_VARIABLE: Final = "MODEL_LIBRARY_PASSPHRASE"  # noqa: S105 - its name, not its value
 _BOX: Final = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 _RING: Final = re.compile(r"^[a-z0-9][a-z0-9_-]{0,63}$")
 _ACTOR: Final = "command line"
 
 
-def passphrase(file: Path | None) -> str:
-    """Return the first line of a file, or the variable ``MODEL_LIBRARY_PASSPHRASE``.
+def passphrase(*files: Path | None, variable: str = console.PASSPHRASE_ENV) -> str:
+    """Return what the first file that is named holds, the environment variable's file last.
 
     Raises:
-        SettingsError: there is neither, or the file cannot be read.
+        SettingsError: none is named, or it cannot be read, or everybody can read it.
     """
-    if file is None:
-        if value := os.environ.get(PASSPHRASE_VARIABLE, ""):
-            return value
-        raise SettingsError("no passphrase was given", hint=f"give --passphrase-file FILE, or set {PASSPHRASE_VARIABLE}")
-    try:
-        return file.read_text("utf-8").splitlines()[0]
-    except (OSError, UnicodeDecodeError, IndexError) as error:
-        raise SettingsError(f"{file} holds no passphrase", hint="its first line is the passphrase") from error
+    for file in (*files, console.from_env(variable)):
+        if file is not None:
+            return console.read_secret(file)
+    raise SettingsError("no passphrase was given", hint=f"give --passphrase-file FILE, or {variable}=FILE")
 
 
 def add_commands(commands: Any) -> None:
     """Add ``device-ca``, ``token``, ``deny``, ``allow``, ``move`` and ``operator``; each sets ``run`` to what does it."""
     authority = _command(commands, "device-ca", "Make the authority that signs boxes' certificates.", _make_authority)
     authority.add_argument("directory", type=Path, metavar="DIR", help="where; a directory of its own, kept secret")
-    authority.add_argument("--passphrase-file", type=Path, metavar="FILE", help=f"passphrase of its key (or {PASSPHRASE_VARIABLE})")
+    authority.add_argument("--passphrase-file", type=Path, metavar="FILE", help="passphrase of its key; else it is asked for")
     authority.add_argument("--name", default="device authority", help="name in the certificate")
     token = _command(commands, "token", "Make a token with which one box enrols, once.", _make_token)
     token.add_argument("new", choices=["new"], help="make a new one; it is shown once")
@@ -71,7 +66,8 @@ def _command(commands: Any, name: str, text: str, run: Callable[[argparse.Namesp
 
 
 def _make_authority(arguments: argparse.Namespace) -> int:
-    DeviceAuthority.create(arguments.directory, passphrase(arguments.passphrase_file), arguments.name)
+    secret = console.new_secret(arguments.passphrase_file, "passphrase of the device authority")
+    DeviceAuthority.create(arguments.directory, secret, arguments.name)
     print(f"{arguments.directory}: made; keep a copy of it and of the passphrase apart from each other")
     return 0
 

@@ -55,7 +55,7 @@ def login() -> ResponseReturnValue:
     if not current_app.extensions["allowances"]["logins"].take(address()):
         abort(429)
     name = request.form.get("name", "").strip()[:64]
-    token = _accounts().login(name, request.form.get("password", ""))
+    token = _accounts().login(name if name.isprintable() else "", request.form.get("password", ""))
     if token is None:
         return render_template("login.html", failed=True, name=name), 401
     session.clear()  # nothing of what stood there before is kept
@@ -120,7 +120,7 @@ def fleet() -> ResponseReturnValue:
 @operator_only
 def box(box_id: str) -> ResponseReturnValue:
     """One box with everything it said last."""
-    found = fleet_views.box(_fleet(), box_id) if len(box_id) <= 64 else None
+    found = fleet_views.box(_fleet(), box_id) if len(box_id) <= 64 and box_id.isprintable() else None
     if found is None:
         abort(404)
     report = json.loads(found["box"]["report"]) if found["box"]["report"] else None
@@ -201,9 +201,14 @@ def _versions(store: Fleet, published: Published) -> list[dict[str, Any]]:
 
 
 def _filters() -> fleet_views.Filters:
-    values = {name: request.args.get(name, "")[:64] for name in ("ring", "state", "name")}
-    line, _, version = request.args.get("version", "")[:130].partition("@")
+    values = {name: _asked(name) for name in ("ring", "state", "name")}
+    line, _, version = _asked("version", 130).partition("@")
     return fleet_views.Filters(line=line, version=version, **values)
+
+
+def _asked(name: str, most: int = 64) -> str:
+    value = request.args.get(name, "")[:most]
+    return value if value.isprintable() else ""
 
 
 def _language() -> str:

@@ -17,6 +17,7 @@ from tuf.api.metadata import Targets
 from model_sync.documents import ROLLOUT_ROLE, LineIndex, Rollout, RolloutStep, line_path
 from model_sync.errors import ModelSyncError, PublishError
 from model_sync.fleet import Fleet, Tally
+from model_sync.keys import Passphrase
 from model_sync.repository import Library
 
 logger = logging.getLogger(__name__)
@@ -39,11 +40,12 @@ class Published:
 class Rollouts:
     """Reads the published rollouts of one library, and pauses them."""
 
-    def __init__(self, directory: Path, fleet: Fleet, signers: tuple[Signer, ...] = ()) -> None:
-        """Hold a library; ``signers`` are the rollout, snapshot and timestamp keys, or none at all."""
+    def __init__(self, directory: Path, fleet: Fleet, signer: Signer | None = None, passphrase: Passphrase | None = None) -> None:
+        """Hold a library; ``signer`` is the rollout key, or None, and ``passphrase`` opens the online keys that publish."""
         self._directory = directory
         self._fleet = fleet
-        self._signers = signers
+        self._signer = signer
+        self._passphrase = passphrase
         self._lock = threading.Lock()
         self._seen: tuple[int, int] | None = None
         self._published = Published({}, {})
@@ -51,7 +53,11 @@ class Rollouts:
     @property
     def can_sign(self) -> bool:
         """Whether a pause can be signed here."""
-        return bool(self._signers)
+        return self._signer is not None
+
+    def library(self) -> Library:
+        """Return the library with the keys that are here."""
+        return Library(self._directory, [self._signer] if self._signer is not None else [], passphrase=self._passphrase)
 
     def published(self) -> Published:
         """Return what boxes see; read again only when the timestamp changed."""
@@ -79,8 +85,9 @@ class Rollouts:
                 raise PublishError(f"ring {ring} has no rollout of {line}", hint="reload the page")
             if step.paused == paused:
                 return False
-            library = Library(self._directory, self._signers)
-            state = library.rollout(ring, line, step.version, step.percent, step.start, step.duration_h, step.failure_budget, paused=paused)
+            state = self.library().rollout(
+                ring, line, step.version, step.percent, step.start, step.duration_h, step.failure_budget, paused=paused
+            )
             if not state.published:
                 raise PublishError("the rollout waits for more signatures", hint="`model-library status` says whose")
         action = "paused" if paused else "resumed"
@@ -113,7 +120,7 @@ class Rollouts:
             self._fleet.record_once(SERVER, "budget-spent", ring=ring, line=line, subject=version, figures=figures)
 
     def command(self, ring: str, line: str, paused: bool) -> str:
-        """Return the command that does what the button would do, for a machine that has the key."""
+        """Return the commands that do what the button would do, for a machine that has the key."""
         step = self.published().step(ring, line)
         if step is None:
             return ""
@@ -122,6 +129,7 @@ class Rollouts:
             f"model-library rollout {self._directory} --ring {ring} --line {line} --version {step.version}"
             f" --percent {step.percent:g} --start {step.start:%Y-%m-%dT%H:%M:%SZ} --duration-h {step.duration_h:g}"
             f" --max-failures {budget.max_fraction:g} --min-failures {budget.min_boxes}{' --paused' if paused else ''}"
+            f"\nmodel-library sign {self._directory} --key ROLLOUT.pem"
         )
 
 

@@ -50,7 +50,8 @@ TEXTS: Final[dict[str, Words]] = {
         "{running} of the ring's {total} boxes ({share}\u00a0%) run this version; by plan it would be {planned}\u00a0% now.",
     ),
     "rollout.plan": Words(
-        "计划：自 {start} 起 {hours} 小时内推送到 {percent}\u00a0% 的设备。", "Plan: {percent}\u00a0% of the boxes within {hours} hours from {start}."
+        "计划：自 {start} 起 {hours} 小时内推送到 {percent}\u00a0% 的设备。",
+        "Plan: {percent}\u00a0% of the boxes within {hours} hours from {start}.",
     ),
     "rollout.failures": Words(
         "失败 {failed} 台（已尝试 {tried} 台）；达到 {limit} 台时自动暂停。",

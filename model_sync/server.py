@@ -25,7 +25,6 @@ from typing import Any, Final
 from flask import Flask, Response, redirect, url_for
 from flask_wtf.csrf import CSRFProtect
 from gunicorn.app.base import BaseApplication
-from securesystemslib.signer import Signer
 from sqlalchemy import text
 from werkzeug.wrappers import Response as BaseResponse
 
@@ -39,6 +38,7 @@ from model_sync.fleet_commands import passphrase
 from model_sync.fleet_rollouts import Rollouts
 from model_sync.fleet_tables import sqlite_url
 from model_sync.keys import load_signer
+from model_sync.library_console import ONLINE_ENV
 from model_sync.library_files import LibraryFiles
 from model_sync.limits import Allowance
 
@@ -50,7 +50,6 @@ _STOP_S: Final = 10
 _CONNECTIONS: Final = 2000
 # OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which Python does not name: see Enrolment.identify.
 _NO_CHECK_TIME: Final = 0x200000
-_NO_KEY: Final = "the rollout key signs a pause, and the library's online keys publish it"
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def create_app(config: ServerConfig, *, clock: Callable[[], float] = time.time) 
     app.extensions.update(
         fleet=fleet,
         enrolment=Enrolment(fleet, authority, certificate_days=config.certificate_days),
-        rollouts=Rollouts(config.library, fleet, _signers(config)),
+        rollouts=_brake(config, fleet),
         accounts=Accounts(fleet, idle_s=config.session_idle_s),
         allowances={
             "enrolments": Allowance(per_minute, per_minute),
@@ -148,11 +147,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--behind-proxy", action="store_true", help="a proxy on this machine ends TLS (see docs/fleet.md)")
     parser.add_argument("--device-ca", type=Path, metavar="DIR", required=True, help="made by `model-library device-ca`")
     parser.add_argument("--rollout-key", metavar="FILE", help="key that signs a pause; without it the page shows the command")
-    for name, what in (
-        ("", "all keys that have none of their own here"),
-        ("device-ca-", "the device authority"),
-        ("rollout-", "--rollout-key"),
-    ):
+    kinds = {"": "the keys that have none of their own here", "device-ca-": "the device authority", "rollout-": "--rollout-key"}
+    for name, what in (kinds | {"online-": "the keys in LIB/online"}).items():
         parser.add_argument(f"--{name}passphrase-file", type=Path, metavar="FILE", help=f"passphrase of {what}")
     parser.add_argument("--certificate-days", type=float, default=30.0, help="life of a box's certificate (default 30)")
     parser.add_argument("--reports-per-hour", type=int, default=60, help="most reports of one box (default 60)")
@@ -170,9 +166,9 @@ def run(arguments: argparse.Namespace) -> int:
     _start_logging()
     shared = arguments.passphrase_file
     secrets = (
-        passphrase(arguments.device_ca_passphrase_file or shared),
-        passphrase(arguments.rollout_passphrase_file or shared) if arguments.rollout_key else "",
-        passphrase(shared) if arguments.rollout_key else "",
+        passphrase(arguments.device_ca_passphrase_file, shared),
+        passphrase(arguments.rollout_passphrase_file, shared) if arguments.rollout_key else "",
+        passphrase(arguments.online_passphrase_file, shared, variable=ONLINE_ENV) if arguments.rollout_key else "",
     )
     names = (
         "library", "device_ca", "rollout_key", "host", "port", "tls_certificate", "tls_key", "behind_proxy", "certificate_days",
@@ -312,19 +308,20 @@ def _tls_of() -> Callable[[Any, Callable[[], ssl.SSLContext]], ssl.SSLContext]:
     return context
 
 
-def _signers(config: ServerConfig) -> tuple[Signer, ...]:
-    """Open the rollout key and the online keys that publish what it signs; none when there is no rollout key."""
+def _brake(config: ServerConfig, fleet: Fleet) -> Rollouts:
+    """Return the rollouts; with a rollout key, also what signs and publishes a pause, tried out before anything is served."""
     if config.rollout_key is None:
-        return ()
-    online = LibraryFiles(config.library).online
-    files = [path for name in ("snapshot", "timestamp") if (path := online / f"{name}.pem").is_file()]
-    if len(files) < 2:
-        raise SettingsError(f"{online} lacks snapshot.pem or timestamp.pem", hint=_NO_KEY)
+        return Rollouts(config.library, fleet)
     try:
-        rollout = load_signer(config.rollout_key, lambda _what: config.passphrases[1])
-        return (rollout, *(load_signer(path, lambda _what: config.passphrases[2]) for path in files))
+        signer = load_signer(config.rollout_key, lambda _what: config.passphrases[1])
+        rollouts = Rollouts(config.library, fleet, signer, lambda _what: config.passphrases[2])
+        library = rollouts.library()
+        if missing := [role for role in ("snapshot", "timestamp") if not library.signers_at_hand(library.keys(role))]:
+            raise SettingsError(f"the library's online key of {' and '.join(missing)} is not here", hint="it lies in LIB/online")
     except ModelSyncError as error:
-        raise SettingsError(error.message, hint=f"{error.hint}; {_NO_KEY}") from error
+        hint = f"{error.hint}; the rollout key signs a pause, and the online keys publish it"
+        raise SettingsError(error.message, hint=hint) from error
+    return rollouts
 
 
 def _healthz(fleet: Fleet) -> Response:

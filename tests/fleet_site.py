@@ -42,6 +42,7 @@ from model_sync.device import make_request
 from model_sync.enrolment import DeviceAuthority, new_token
 from model_sync.fleet import Fleet
 from model_sync.fleet_accounts import Accounts
+from model_sync.keys import public_path, write_public
 from model_sync.report import StatusReport, sign
 from tests.library_site import Site, make_site
 
@@ -128,6 +129,7 @@ class Centre:
         self.site: Site = make_site(directory / "library")
         self.authority = DeviceAuthority.create(directory / "device-ca", PASSPHRASE)
         (directory / "passphrase").write_text(PASSPHRASE + "\n")
+        (directory / "passphrase").chmod(0o600)
         self.db = db or f"sqlite:///{directory}/fleet.db"
         self.fleet = Fleet(self.db)
         self.ca = directory / "tls-ca.pem"
@@ -145,6 +147,7 @@ class Centre:
             ("rollout", self.directory / "r.pem"),
         ):
             key = load_pem_private_key(self.site.holders[role][0].private_bytes, None)
+            write_public(public_path(path), self.site.holders[role][0].public_key, role)
             path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(PASSPHRASE.encode())))
         return self.directory / "r.pem"
 
@@ -171,14 +174,11 @@ class Centre:
         return self
 
     def stop(self, how: int = signal.SIGTERM) -> None:
-        """Stop the server; SIGKILL takes its worker with it."""
+        """Stop the server."""
         if self.process is None:
             return
         with contextlib.suppress(ProcessLookupError):
-            if how == signal.SIGKILL:
-                os.killpg(self.process.pid, how)
-            else:
-                self.process.send_signal(how)
+            os.killpg(self.process.pid, how)  # the worker too, and what faketime started
         self.process.wait(30)
         assert self.process.stdout
         self.process.stdout.close()
