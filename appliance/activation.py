@@ -146,15 +146,19 @@ class Activator:
         self._next = now + (_BUSY_TICK_S if self._coming or self._takeovers else _TICK_S)
         try:
             if self._follower is not None:
-                self._follower.step()
+                self._follower.look()
             self._guard()
             self._take_over()
+            if self._follower is not None and not self._takeovers:  # who takes over may be just whom the library wants
+                self._follower.begin()
             self._step()
             if now >= self._next_judgement:
                 self._next_judgement = now + _JUDGE_EVERY_S
                 self._judge()
             if self._notes_left:
                 self._notes_left = self.journal.mark_findings()
+            if self._follower is not None:
+                self._follower.report()
         except StoreError as error:
             if not self._patient:
                 raise
@@ -167,10 +171,10 @@ class Activator:
         if self._coming is not None:
             self._coming.end()
             self._coming = None
-        if self._follower is not None:
-            self._follower.stop()
         try:
             self.journal.pause(begun, trials=self._recovered)
+            if self._follower is not None:
+                self._follower.stop()
         except StoreError as error:
             logger.error("the journal of models cannot be kept", extra={"code": error.code})
 

@@ -54,6 +54,7 @@ class Follower:
         self._root = store.settings.library_root
         self._check: Check | None = None
         self._facts: Facts | None = None
+        self._new_facts = False
         self._seen: object = None
         self._status_seen: object = None
         self._reported = (-1, 0.0)
@@ -62,38 +63,51 @@ class Follower:
     @property
     def busy(self) -> bool:
         """Whether something the agent wrote has not been answered yet."""
-        return self._check is not None or self._unanswered()
+        return self._check is not None or self._new_facts or self._unanswered()
 
-    def step(self) -> None:
-        """Look once a second at what the agent wrote; begin what it wants; report."""
+    def look(self) -> None:
+        """Once a second: what did the agent write? Has a check something to say?"""
         now = self._clock()
         if self._check is not None and (facts := self._check.facts()) is not None:
-            self._check, self._facts, self._next_want = None, facts, now
-            learn(self._store, self._journal, facts)
-        if now >= self._next_look:
-            self._next_look = now + _LOOK_EVERY_S
-            if (mark := self._exchange.status_mark()) != self._status_seen:
-                self._exchange.note_status()
-                self._status_seen = mark
-            if self._check is None and self._unanswered():
-                self._begin_check()
-        if self._facts is not None and self._check is None and now >= self._next_want:
-            self._next_want = now + _WANT_EVERY_S
-            self._follow(self._facts)
+            self._check = None
+            self.learned(facts)
+        if now < self._next_look:
+            return
+        self._next_look = now + _LOOK_EVERY_S
+        if (mark := self._exchange.status_mark()) != self._status_seen:
+            self._exchange.note_status()
+            self._status_seen = mark
+        if self._check is None and self._unanswered():
+            self._begin_check()
+
+    def begin(self) -> None:
+        """Begin what the agent wants and the facts allow; say what they do not."""
+        now = self._clock()
+        if self._facts is None or self._check is not None or (now < self._next_want and not self._new_facts):
+            return
+        self._new_facts, self._next_want = False, now + _WANT_EVERY_S
+        directives = self._exchange.directives()
+        for name, directive in sorted(directives.lines.items()) if directives else ():
+            self._consider(self._facts, name, directive)
+
+    def report(self) -> None:
+        """Tell the agent how the box is, at every change and once a minute."""
+        now = self._clock()
         if self._journal.changes != self._reported[0] or now >= self._reported[1]:
             self._reported = (self._journal.changes, now + _REPORT_EVERY_S)
             self._exchange.write_report()
 
     def learned(self, facts: Facts) -> None:
-        """Somebody else had the facts checked."""
-        self._facts = facts
+        """Take over what a check said: what is forbidden at once, what may begin with the next :meth:`begin`."""
+        self._facts, self._new_facts = facts, True
         learn(self._store, self._journal, facts)
 
     def stop(self) -> None:
-        """End a check that runs."""
+        """End a check that runs, and tell the agent how the box is left."""
         if self._check is not None:
             self._check.end()
             self._check = None
+        self._exchange.write_report()
 
     def _unanswered(self) -> bool:
         return self._root is not None and (self._exchange.directory / "metadata").is_dir() and self._exchange.mark() != self._seen
@@ -106,11 +120,6 @@ class Follower:
         except OSError as error:  # no process, no memory: asked again with the next look
             logger.error("the check cannot be started", extra={"status": error.errno})
             self._seen = None
-
-    def _follow(self, facts: Facts) -> None:
-        directives = self._exchange.directives()
-        for name, directive in sorted(directives.lines.items()) if directives else ():
-            self._consider(facts, name, directive)
 
     def _consider(self, facts: Facts, name: str, directive: Directive) -> None:
         active, coming = self._journal.active(name), self._journal.coming(name)

@@ -78,7 +78,7 @@ class Journal(Ledger):
     def refuse(self, wanted: Wanted, note: Note) -> None:
         """Write down that a model is wanted and why it was not begun; once, however often it is wanted for the same reason."""
         last = self._db.one("SELECT * FROM activations WHERE digest = ? AND device = ? ORDER BY id DESC", wanted.digest, self.device)
-        if last is not None and last["state"] == "failed" and code_of(last) == note.code:
+        if last is not None and last["state"] in ("failed", "withdrawn") and code_of(last) == note.code:
             return
         with self._db.transaction() as tx:
             number = self._insert(tx, wanted, "failed", reason=json.dumps(note.to_json(), ensure_ascii=False), ended_at=utc_now())

@@ -261,6 +261,11 @@ def worker(settings: Settings, *arguments: str) -> subprocess.Popen[bytes]:
     return _workers[-1]
 
 
+def finish_with(settings: Settings) -> int:
+    """A worker that does everything there is to do; its exit code."""
+    return worker(settings, "--until-idle").wait(120)
+
+
 def end_workers() -> None:
     """End what a test that failed left running."""
     while _workers:
