@@ -130,6 +130,8 @@ _SYNC_CODES: Final = {
     "sync.disk": lazy_gettext("The directory for downloads cannot be used. Check the disk and who owns it."),
     "sync.state": lazy_gettext("The sync agent's own directory cannot be used. Check the disk and who owns it."),
     "sync.no_url": lazy_gettext("No address of the library is set. Set urls, or import from a USB stick."),
+    "sync.url": lazy_gettext("The address of the library is wrong. Check urls in sync.toml."),
+    "sync.report": lazy_gettext("The report to the central server failed. Models are fetched all the same."),
     "sync.usb": lazy_gettext("The USB stick cannot be read. Try again with a new one."),
     "usb.incomplete": lazy_gettext("The USB stick is incomplete. Try again with a new one."),
     "sync.settings": lazy_gettext("A setting of the sync agent is wrong. Mend sync.toml."),
