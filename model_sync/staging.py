@@ -21,7 +21,7 @@ from model_sync.errors import BundleError, LibraryUnreachable, TrustError
 from model_sync.exchange import Exchange
 from model_sync.manifest import Manifest
 from model_sync.sync_status import Progress
-from model_sync.trust import Chain, altered
+from model_sync.trust import Chain
 from model_sync.upstream import Upstream
 
 _KEEP = "the model in use stays"
@@ -264,17 +264,24 @@ class Stager:
         try:
             bundle = ModelBundle.load(part)
         except BundleError as error:
-            if error.code == "bundle.unreadable":
-                raise LibraryUnreachable(error.message, hint=error.hint, code="sync.state") from error
-            raise _wrong(job, error.message) from error
+            raise self._changed_on_disk(part, job, error.message) from error
         if bundle.digest != job.release.digest:
-            raise altered(f"the bundle {job.line} {job.release.version}")
+            raise self._changed_on_disk(part, job, f"{MANIFEST_NAME} is another one")
         durable.sync_tree(part)
         final = self._exchange.bundles_dir / bundle.digest
         part.replace(final)
         durable.sync_directory(final.parent)
         self._whole.add(bundle.digest)
         return ModelBundle(final, bundle.manifest, bundle.digest)
+
+    def _changed_on_disk(self, part: Path, job: Job, what: str) -> LibraryUnreachable:
+        """Every file was right when it came: what is wrong now is the disk, so the next pull begins anew."""
+        durable.remove_tree(part)
+        return LibraryUnreachable(
+            f"{job.line} {job.release.version} changed on the disk while it was put together: {what}",
+            hint=f"the next pull fetches it again; if it happens twice, have the disk checked; {_KEEP}",
+            code="sync.state",
+        )
 
 
 def still_signed(chain: Chain, job: Job, manifest: Manifest) -> None:

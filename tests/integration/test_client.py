@@ -19,6 +19,7 @@ from tuf.api.metadata import TargetFile
 from model_sync import lock, sync_status
 from model_sync.errors import LibraryUnreachable, ModelSyncError, TrustError
 from model_sync.exchange import Exchange
+from model_sync.fetcher import Fetcher
 from model_sync.floors import Clocks
 from model_sync.sync_status import StatusFile
 from tests.bad_server import CAPTIVE_PORTAL, DOWN, BadServer, Reply
@@ -702,6 +703,87 @@ def test_what_is_no_bundle_among_the_bundles_is_passed_over(box: Box) -> None:
     (bundles / ("f" * 64)).mkdir()
     (bundles / "note.txt").write_text("x")
     assert len(list(Exchange(box.settings.exchange_dir).bundles())) == 1
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "MODEL_CARD.md"])
+def test_a_file_that_changes_on_the_disk_while_the_rest_comes_is_the_disks_fault(file: str, box: Box) -> None:
+    def rot(_progress: Any) -> None:
+        for path in box.settings.exchange_dir.glob(f"bundles/.*.part/{file}"):
+            path.write_bytes(path.read_bytes() + b" ")
+
+    pulled = box.pull(rot)
+    assert code(pulled.problems[LINE]) == "sync.state"
+    assert box.bundles() == set()
+    box.pull()
+    assert box.wants() == "0.1.0"
+
+
+def test_where_the_disk_knows_no_hard_links_files_are_copied(box: Box, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    box.pull()
+    release(site, "0.2.0", seed=1)
+
+    def none(*_: Any) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", none)
+    box.pull()
+    assert box.bundles() == {"0.1.0", "0.2.0"}
+
+
+def test_one_client_may_pull_again_and_again(box: Box, site: Site) -> None:
+    client = box.client()
+    assert [client.pull().changed for _ in range(3)] == [True, False, False]
+    shutil.rmtree(box.settings.exchange_dir / "bundles")
+    client.pull()
+    assert box.bundles() == {"0.1.0"}
+
+
+def test_a_set_that_was_laid_before_a_kill_is_used(box: Box) -> None:
+    box.pull()
+    (box.settings.exchange_dir / "trust").unlink()
+    box.pull()
+    assert box.facts().lines
+    assert len(list(box.settings.exchange_dir.glob(".trust-*"))) == 1
+
+
+def test_a_fetcher_of_the_callers_is_his_to_close(box: Box) -> None:
+    fetcher = Fetcher(box.settings, box.settings.state_dir / "parts")
+    box.pull(fetcher=fetcher)
+    assert box.wants() == "0.1.0"
+    assert box.pull(fetcher=fetcher).received_bytes < fetcher.received_bytes
+    fetcher.close()
+
+
+def test_a_line_whose_role_has_signed_no_index_yet_has_no_facts(box: Box, site: Site) -> None:
+    def edit(targets: Any) -> None:
+        targets.targets.clear()
+
+    forge(site, {LINE: edit})
+    pulled = box.pull()
+    assert code(pulled.problems[LINE]) == "trust.unknown"
+    assert box.facts().troubles[LINE].code == "trust.missing"
+
+
+TWO_DISKS_SCENARIO = """
+import shutil, subprocess, sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from model_sync.client import Client
+from model_sync.settings import SyncSettings
+disk = Path(sys.argv[1])
+exchange = Path(sys.argv[4])
+settings = SyncSettings.parse(dict(state_dir=disk / "state", exchange_dir=exchange, root=sys.argv[2], box_id="b", urls=[sys.argv[3]],
+                                   attempts=1, disk_reserve_bytes=0))
+print(Client(settings).pull().problems["cxr-pneumonia"])
+"""
+
+
+def test_the_disk_of_the_parts_is_asked_too_when_it_is_another_one(box: Box, site: Site, server: BadServer, tmp_path: Path) -> None:
+    release(site, "0.2.0", seed=1, hidden=700)
+    said = in_a_small_disk(tmp_path, TWO_DISKS_SCENARIO.format(root=str(ROOT)), str(site.root), server.url, str(tmp_path / "exchange"))
+    assert str(tmp_path / "disk") in said
+    assert "bytes of disk space" in said
+    assert not any(request.path.endswith(".onnx") for request in server.log)
 
 
 # -- one at a time, status and history ----------------------------------------------------------------------------------------
