@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import random
 import re
 import signal
@@ -275,9 +276,10 @@ def _box_report(settings: SyncSettings) -> tuple[BoxReport | None, str]:
     """Return the box's own report, or why there is none; an invalid one is not sent at all."""
     path = settings.exchange_dir / REPORT_FILE
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            return None, "box_report.unreadable"
-        with path.open("rb") as stream:
+        # Another account's file: no link is followed and no pipe waited for.
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                return None, "box_report.unreadable"
             raw = stream.read(MAX_BOX_REPORT_BYTES + 1)
     except FileNotFoundError:
         return None, ""

@@ -11,7 +11,6 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timezone
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, RowMapping, Table, delete, func, select, text, update
@@ -25,6 +24,7 @@ from model_sync.report import ActivationReport, StatusReport, canonical
 # States of a model that reads patients, and of an activation that went wrong.
 RUNNING: Final = ("active", "trial", "good")
 FAILED: Final = ("failed", "rolled-back")
+UNDER_WAY: Final = ("staged", "building", "self-test", "trial")
 EVENTS_PER_BOX: Final = 60
 _LOCK_KEY: Final = 7_032_316  # any number that is ours on a shared PostgreSQL
 
@@ -188,8 +188,7 @@ class Fleet:
             said = sorted(report.box.activations, key=lambda item: item.at)
             values |= {"appliance_version": report.box.appliance_version} | _trouble(said)
             self._keep_models(tx, report)
-            for item in said:
-                self._keep_activation(tx, report.box_id, item, min(now, int(item.at.timestamp()) + off))
+            self._keep_activations(tx, report.box_id, said, off)
             self._settle(tx, report.box_id, {(item.line, item.version) for item in report.box.models if item.state in RUNNING}, now)
             _trim(tx, report.box_id)
         tx.execute(update(boxes).where(boxes.c.box_id == box["box_id"]).values(**values))
@@ -204,12 +203,26 @@ class Fleet:
         if rows:
             tx.execute(box_models.insert(), rows)
 
-    def _keep_activation(self, tx: Connection, box_id: str, item: ActivationReport, at: int) -> None:
-        said_at = int(item.at.replace(tzinfo=timezone.utc).timestamp())
+    def _keep_activations(self, tx: Connection, box_id: str, said: list[ActivationReport], off: int) -> None:
+        """Keep what is new: a report repeats the last activations, and one on trial is touched with every case."""
+        seen = {
+            tuple(row) for row in tx.execute(select(events.c.digest, events.c.state, events.c.said_at).where(events.c.box_id == box_id))
+        }
+        here = activations.c
+        query = select(here.line, here.version, here.state, here.code).where(here.box_id == box_id)
+        latest = {(row.line, row.version): (row.state, row.code) for row in tx.execute(query)}
+        for item in said:
+            said_at, state = int(item.at.timestamp()), (item.state, item.code or "")
+            same = item.state in UNDER_WAY and latest.get((item.line, item.version)) == state
+            if same or (item.digest, item.state, said_at) in seen:
+                continue
+            seen.add((item.digest, item.state, said_at))
+            latest[item.line, item.version] = state
+            self._keep_activation(tx, box_id, item, said_at, min(self.now(), said_at + off))
+
+    def _keep_activation(self, tx: Connection, box_id: str, item: ActivationReport, said_at: int, at: int) -> None:
         row = {"box_id": box_id, "line": item.line, "version": item.version, "state": item.state, "code": item.code or "", "at": at}
-        new = self.insert(events).values(**row, digest=item.digest, said_at=said_at).on_conflict_do_nothing()
-        if not tx.execute(new).rowcount:
-            return
+        tx.execute(events.insert().values(**row, digest=item.digest, said_at=said_at))
         since, ended = (at if item.state in RUNNING else None), (at if item.state in (*FAILED, "withdrawn") else None)
         fresh = self.insert(activations).values(**row, running_since=since, ended_at=ended)
         latest = {name: fresh.excluded[name] for name in ("state", "code", "at", "ended_at")}

@@ -374,7 +374,7 @@ def test_a_box_report_that_is_no_file_or_too_large_is_not_read(settings: SyncSet
     assert agent.status_of(settings, 1).box_code == "box_report.invalid"
     path.unlink()
     path.symlink_to(settings.state_dir / "device.pem")  # a box account that would like to see the agent's key on the wire
-    assert agent.status_of(settings, 1).box is None
+    assert agent.status_of(settings, 1).box_code == "box_report.unreadable"
 
 
 # -- the loop

@@ -317,6 +317,15 @@ def test_the_history_of_a_box_is_bounded_and_each_event_stands_once(centre: Cent
     assert count == 60
 
 
+def test_a_trial_that_goes_on_is_one_event(centre: Centre, box: Box) -> None:
+    for sequence in range(1, 5):
+        told = box_report("0.1.0", "trial" if sequence < 4 else "good", at=stamp(-100 + sequence))
+        assert box.send(box.report(sequence, box=told)).status_code == 204
+    with centre.fleet.reading() as tx:
+        states = tx.execute(select(events.c.state).where(events.c.box_id == box.box_id).order_by(events.c.id)).scalars().all()
+    assert states == ["trial", "good"]
+
+
 def test_what_a_box_with_a_wrong_clock_says_is_moved_to_this_servers_time(centre: Centre, box: Box) -> None:
     year = 366 * 86400
     report = box_report("0.1.0", "good", at=stamp(year - 3600)) | {"at": stamp(year)}
