@@ -27,7 +27,7 @@ def learn(store: Store, journal: Journal, facts: Facts) -> None:
     """Take over what the signed indexes forbid, which holds for good; raise the alarm when the metadata is not to be trusted."""
     for name, line in facts.lines.items():
         journal.restrict(name, line.minimum_version, {version: item.reason for version, item in line.withdrawn.items()})
-    code = "" if facts.ok else facts.code
+    code = next((trouble.code for trouble in facts.troubles.values()), "") if facts.ok else facts.code
     known = store.database.one("SELECT value FROM meta WHERE key = 'facts_code'")
     if (known["value"] if known else "") == code:
         return

@@ -227,6 +227,6 @@ class Life(RuleBasedStateMachine):
 
 
 Life.TestCase.settings = hypothesis_settings(
-    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=25, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestLife = Life.TestCase
