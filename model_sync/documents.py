@@ -13,13 +13,22 @@ from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import semver
-from pydantic import AwareDatetime, Field, ValidationError, model_validator
+from pydantic import AfterValidator, AwareDatetime, Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from model_sync.errors import TrustError
 from model_sync.input_spec import NonEmpty, Strict
 from model_sync.manifest import Identifier, RelativePath, SemVer, Sha256
 
+
+def _in_our_time(moment: datetime) -> datetime:
+    # A signer's slip such as the year 9999 must not break the arithmetic of every box.
+    if not 2000 <= moment.year < 2200:
+        raise ValueError("a time between 2000 and 2200 is needed")
+    return moment
+
+
+Moment: TypeAlias = Annotated[AwareDatetime, AfterValidator(_in_our_time)]
 Codec: TypeAlias = Literal["zstd-prefix", "tensor"]
 _Document = TypeVar("_Document", bound="SignedDocument")
 # TUF's path patterns match segment by segment: a bundle's files lie at most three folders deep.
@@ -61,7 +70,7 @@ class Release(Strict):
 
     version: SemVer
     digest: Sha256
-    published_at: AwareDatetime
+    published_at: Moment
 
 
 class Withdrawal(Strict):
@@ -69,7 +78,7 @@ class Withdrawal(Strict):
 
     version: SemVer
     reason: NonEmpty
-    at: AwareDatetime
+    at: Moment
 
 
 class Delta(Strict):
@@ -130,7 +139,7 @@ class RolloutStep(Strict):
 
     version: SemVer
     percent: Annotated[float, Field(ge=0, le=100)]
-    start: AwareDatetime
+    start: Moment
     duration_h: Annotated[float, Field(ge=0, le=24 * 90)] = 0.0
     failure_budget: FailureBudget = FailureBudget()
     paused: bool = False
@@ -141,7 +150,7 @@ class Rollout(SignedDocument):
 
     schema_: Annotated[Literal[1], Field(alias="schema")] = 1
     ring: Identifier
-    issued_at: AwareDatetime
+    issued_at: Moment
     lines: dict[Identifier, RolloutStep]
 
 

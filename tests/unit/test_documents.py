@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime, timedelta, timezone
 
 import pytest
@@ -39,6 +40,38 @@ def test_documents_round_trip_and_their_bytes_are_canonical() -> None:
 def test_a_signed_document_that_is_not_understood_is_a_trust_error(raw: bytes) -> None:
     with pytest.raises(TrustError):
         LineIndex.parse(raw)
+
+
+def parsed(**changes: object) -> LineIndex:
+    return LineIndex.parse(json.dumps(json.loads(index().to_json()) | changes).encode())
+
+
+@pytest.mark.parametrize(
+    "version", ["1.0.0-01", "1.0.0-a..b", "1.0.0-", "1.0", "01.0.0", "1.0.0+", "1.0.0+a" + "b" * 60, "1.0.0\n", "\u0661.0.0"]
+)
+def test_a_version_that_cannot_be_compared_is_no_version(version: str) -> None:
+    with pytest.raises(TrustError):
+        parsed(minimum_version=version)
+
+
+@given(st.from_regex(r"[0-9]{1,2}\.[0-9]{1,2}\.[0-9]{1,2}(-[0-9A-Za-z.-]{1,12})?(\+[0-9A-Za-z.-]{1,12})?", fullmatch=True))
+def test_whatever_passes_for_a_version_can_be_compared(version: str) -> None:
+    try:
+        minimum = parsed(minimum_version=version).minimum_version
+    except TrustError:
+        return
+    assert older(minimum, "1.0.0") in (True, False)
+
+
+@pytest.mark.parametrize(
+    "moment", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-10:00", "1970-01-01T00:00:00Z", "2026-01-01T00:00:00"]
+)
+def test_a_time_out_of_the_world_is_refused(moment: str) -> None:
+    with pytest.raises(TrustError):
+        parsed(withdrawn=[{"version": "0.1.0", "reason": "x", "at": moment}])
+    step = {"version": "0.2.0", "percent": 10, "start": moment, "duration_h": 10}
+    with pytest.raises(TrustError):
+        Rollout.parse(json.dumps({"schema": 1, "ring": "a", "issued_at": NOW.isoformat(), "lines": {"cxr": step}}).encode())
 
 
 def test_an_index_says_what_a_box_must_not_run() -> None:
