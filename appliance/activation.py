@@ -29,6 +29,9 @@ from appliance.store import Store
 from model_sync.bundle import Manifest
 
 logger = logging.getLogger(__name__)
+# By hand the person is told by the command itself.
+_quiet = logging.getLogger(f"{__name__}.by_hand")
+_quiet.setLevel(logging.CRITICAL)
 
 _TICK_S: Final = 0.25
 _BUSY_TICK_S: Final = 0.02
@@ -98,6 +101,7 @@ class Activator:
         self._take = take
         self._clock = clock
         self._patient = follow
+        self._log = logger if follow else _quiet
         self.journal = Journal(store)
         exchange = Exchange(store, store.settings.exchange_dir) if store.settings.exchange_dir and follow else None
         self._follower = Follower(store, self.journal, exchange, clock) if exchange else None
@@ -162,7 +166,7 @@ class Activator:
         except StoreError as error:
             if not self._patient:
                 raise
-            logger.error("the journal of models cannot be kept", extra={"code": error.code})
+            self._log.error("the journal of models cannot be kept", extra={"code": error.code})
             self._next = now + _AFTER_ERROR_S
 
     def stop(self) -> None:
@@ -176,7 +180,7 @@ class Activator:
             if self._follower is not None:
                 self._follower.stop()
         except StoreError as error:
-            logger.error("the journal of models cannot be kept", extra={"code": error.code})
+            self._log.error("the journal of models cannot be kept", extra={"code": error.code})
 
     # -- what comes --------------------------------------------------------------------------------------------------
 
@@ -215,7 +219,7 @@ class Activator:
         try:
             self._coming = _Coming(row["id"], Proof(order, settings.activation_deadline_s))
         except OSError as error:  # no process to be had: an attempt like any other, begun again with the next tick
-            logger.error("the proof cannot be started", extra={"status": error.errno})
+            self._log.error("the proof cannot be started", extra={"status": error.errno})
 
     def _listen(self, row: sqlite3.Row, coming: _Coming, proof: Proof) -> None:
         messages, ended = proof.messages()
@@ -233,7 +237,7 @@ class Activator:
             self._follow_progress(coming, message)
             coming.said.pop(0)
         if ended:
-            logger.error("the proof died", extra={"exit_code": proof.exit_code, "state": row["state"]})
+            self._log.error("the proof died", extra={"exit_code": proof.exit_code, "state": row["state"]})
             proof.end()
             self._coming = None  # begun again by the next tick, or given up
         elif proof.late():
@@ -283,10 +287,10 @@ class Activator:
         self.journal.switch(row["id"], ready.manifest)
         self._take(ready)
         self._coming = None
-        logger.info("model put to work", extra={"state": self.journal.row(row["id"])["state"]})
+        self._log.info("model put to work", extra={"state": self.journal.row(row["id"])["state"]})
 
     def _fail(self, row: sqlite3.Row, note: Note) -> None:
-        logger.error("model not put to work", extra={"code": note.code, "state": row["state"]})
+        self._log.error("model not put to work", extra={"code": note.code, "state": row["state"]})
         self.journal.fail(row["id"], note)
         if self._coming is not None:
             self._coming.end()
@@ -303,7 +307,7 @@ class Activator:
             if bad is not None and row["state"] == "good":
                 self.journal.alarmed(row["id"], trial, bad)
             elif bad is not None:
-                logger.error("model taken back", extra={"code": bad.code})
+                self._log.error("model taken back", extra={"code": bad.code})
                 self._takeovers[row["digest"]] = _Takeover(self._store.model(row["digest"]), bad, row["id"])
             elif watch.is_over(seen, manifest.watch, trial["since"]):
                 self.journal.passed(row["id"], trial)
@@ -358,7 +362,7 @@ class Activator:
             else:
                 self.journal.roll_back(takeover.number, takeover.note, successor)
         except ActivationError as error:  # it was taken back, or another took its place, in between
-            logger.warning("no takeover", extra={"code": error.code})
+            self._log.warning("no takeover", extra={"code": error.code})
         else:
             self._notes_left = True
             if ready is not None:
