@@ -28,6 +28,7 @@ from appliance.models import activate, reference_bundle
 from appliance.settings import Settings
 from appliance.store import Store
 from quantize.reference.phantom import Phantom, dataset
+from tests.bench import delta, fleet, models
 from tests.bench.floor import Floor
 from tests.bench.page import measure_page
 
@@ -41,21 +42,35 @@ def main() -> int:
     parser.add_argument("--scans", type=int, default=200, help="scans queued for the throughput (default 200)")
     parser.add_argument("--singles", type=int, default=15, help="single scans timed, each way (default 15)")
     parser.add_argument("--studies", type=int, default=10_000, help="studies stored for the worklist page (default 10000)")
+    parser.add_argument("--only", choices=("scans", "models"), help="measure the reading of scans, or the life of models")
     arguments = parser.parse_args()
     results: dict[str, Any] = {"machine": machine(), "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     scratch = Path(tempfile.mkdtemp(prefix="bench-", dir=_scratch()))
     try:
-        for name, encode in (("uncompressed", _plain), ("JPEG-LS", _jpeg_ls)):
-            print(f"measuring {name} ...", file=sys.stderr)
-            results[name] = measure(scratch / name, encode, arguments.singles, arguments.scans)
-        print("measuring the idle box and the worklist page ...", file=sys.stderr)
-        results["box"] = measure_page(scratch / "page", arguments.studies)
+        if arguments.only != "models":
+            measure_scans(results, scratch, arguments)
+        if arguments.only != "scans":
+            print("measuring what a new model costs the line, the boxes and the library (minutes) ...", file=sys.stderr)
+            results["models"] = [*models.run(scratch / "models"), *delta.run(), *fleet.run()]
     finally:
         shutil.rmtree(scratch)
     (ROOT / "var").mkdir(exist_ok=True)
     (ROOT / "var" / "bench.json").write_text(json.dumps(results, indent=1))
-    print_table(results, arguments.scans)
+    print(f"\nMachine: {results['machine']}\n")
+    if "box" in results:
+        print_table(results, arguments.scans)
+    if "models" in results:
+        print_rows(results["models"])
     return 0
+
+
+def measure_scans(results: dict[str, Any], scratch: Path, arguments: argparse.Namespace) -> None:
+    """Scans in two transfer syntaxes, then the idle box and its worklist page."""
+    for name, encode in (("uncompressed", _plain), ("JPEG-LS", _jpeg_ls)):
+        print(f"measuring {name} ...", file=sys.stderr)
+        results[name] = measure(scratch / name, encode, arguments.singles, arguments.scans)
+    print("measuring the idle box and the worklist page ...", file=sys.stderr)
+    results["box"] = measure_page(scratch / "page", arguments.studies)
 
 
 def _scratch() -> Path:
@@ -191,7 +206,6 @@ def _wake(settings: Settings) -> None:
 
 def print_table(results: dict[str, Any], scans: int) -> None:
     """The results as a Markdown table, ready for the README."""
-    print(f"\nMachine: {results['machine']}\n")
     print("| 2048 x 2048, 16 bit | uncompressed | JPEG-LS | target |\n|---|---|---|---|")
     plain, packed, box = results["uncompressed"], results["JPEG-LS"], results["box"]
     rows = (
@@ -208,6 +222,14 @@ def print_table(results: dict[str, Any], scans: int) -> None:
     print("\n| box | measured | target |\n|---|---|---|")
     print(f"| idle, all processes, resident | {box['idle_rss_mib']:.0f} MiB | ≤ 400 MB |")
     print(f"| worklist page with {box['studies']:,} studies stored, median | {box['page_ms']:.0f} ms | ≤ 50 ms |")
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """What new models cost, as a Markdown table; a row without a target is there to compare with."""
+    print("\n| models | measured | target |\n|---|---|---|")
+    for row in rows:
+        target = "" if row["target"] is None else f"≤ {row['target']:g} {row['unit']}".rstrip()
+        print(f"| {row['name']} | {row['measured']:.3g} {row['unit']} | {target} |")
 
 
 if __name__ == "__main__":
