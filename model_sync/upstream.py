@@ -8,6 +8,7 @@ again as a chain from the provisioned root, and compared with the floors. Its er
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
@@ -72,7 +73,7 @@ class Upstream:
         self._urls = (metadata_url, target_url)
         self._now = now
         self._built_at = built_at
-        self._flushed: dict[Path, tuple[int, int, int]] = {}
+        self._flushed: dict[Path, bytes] = {}
         self.chain: trust.Chain | None = None
 
     def view(self) -> AbstractContextManager[None]:
@@ -189,13 +190,16 @@ class Upstream:
             raise durable.disk_trouble(error) from error
 
     def _flush(self) -> None:
-        """Flush the metadata files that changed since the last time, and the names of all."""
+        """Flush the metadata files whose content this process has not flushed yet, and their names.
+
+        By content, because python-tuf lays the provisioned root anew each time; that one is never read from there.
+        """
         changed = False
         for file in durable.files_below(self._metadata_dir):
-            status = file.stat()
-            if self._flushed.get(file) != (key := (status.st_ino, status.st_size, status.st_mtime_ns)):
+            content = hashlib.sha256(file.read_bytes()).digest()
+            if not file.is_symlink() and self._flushed.get(file) != content:
                 durable.sync_file(file)
-                self._flushed[file] = key
+                self._flushed[file] = content
                 changed = True
         if changed:
             durable.sync_directory(self._metadata_dir / "root_history")
