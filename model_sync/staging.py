@@ -22,7 +22,7 @@ from model_sync.exchange import Exchange
 from model_sync.manifest import Manifest
 from model_sync.sync_status import Progress
 from model_sync.trust import Chain
-from model_sync.upstream import Upstream
+from model_sync.upstream import Upstream, of_one_file
 
 _KEEP = "the model in use stays"
 
@@ -233,7 +233,7 @@ class Stager:
         self._upstream.fetch(piece.target.path, path, job.line)
 
     def _by_delta(self, job: Job, piece: Piece, item: documents.Delta, base: Path, path: Path) -> bool:
-        """Rebuild a file from an older one; False when that does not give what was signed."""
+        """Rebuild a file from an older one; False when that does not give what was signed, or when the delta is not to be had."""
         file = self._failed(item).with_suffix("")
         built = path.with_name(f".{path.name}.built")
         try:
@@ -246,6 +246,12 @@ class Stager:
         except (delta.DeltaError, TrustError) as error:
             self._note(f"{job.line} {job.release.version}: no use of the delta for {piece.file} ({error.message}); the whole is fetched")
             durable.write(self._failed(item), b"")
+            return False
+        except LibraryUnreachable as error:
+            # A stick need not carry deltas, and a server may have lost one: only a whole file that is missing stops a bundle.
+            if not (of_one_file(error) or error.code == "sync.usb"):
+                raise
+            self._note(f"{job.line} {job.release.version}: there is no delta for {piece.file} here ({error.message}); the whole is fetched")
             return False
         finally:
             built.unlink(missing_ok=True)

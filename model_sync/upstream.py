@@ -20,6 +20,7 @@ from tuf.api.metadata import Root, TargetFile
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
 from model_sync import durable, trust
+from model_sync.download_errors import RangeViolation, Refused, TooLong
 from model_sync.errors import LibraryUnreachable, TrustError
 from model_sync.fetcher import LIBRARY_SCHEME
 from model_sync.floors import BUILT_AT, Clocks, Floors, utc_now
@@ -30,6 +31,11 @@ _RETRY = "nothing is wrong with the model in use; the next look goes on where th
 def received_bytes(fetcher: FetcherInterface) -> int:
     """Return the bytes that came over the line so far; a stick has none to count."""
     return int(getattr(fetcher, "received_bytes", 0))
+
+
+def of_one_file(error: LibraryUnreachable) -> bool:
+    """Say whether an error is about one file alone, such as a 404: the line and the other files may be as good as ever."""
+    return isinstance(error, (Refused, TooLong, RangeViolation))
 
 
 class Upstream:

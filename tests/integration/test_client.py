@@ -149,6 +149,40 @@ def test_a_delta_that_fails_costs_one_try_and_the_whole_file_comes(what: str, bo
     assert not any(request.path.startswith("/targets/deltas/") for request in server.log), "it is not tried again"
 
 
+@pytest.mark.parametrize(
+    "answer", [Reply(status=404), Reply(status=403), Reply(status=500), Reply(headers={"Content-Length": "7"}, body=b"garbage")]
+)
+def test_a_delta_that_the_server_lost_costs_a_question_and_the_whole_file_comes(
+    answer: Reply, box: Box, site: Site, server: BadServer
+) -> None:
+    release(site, "0.2.0", seed=2, hidden=300)
+    box.pull()
+    release(site, "0.3.0", seed=2, hidden=300, drift=1e-3)
+    path = next(path for path in newest(site, LINE).signed.targets if path.startswith("deltas/"))
+    folder, _, name = path.rpartition("/")
+    server.always(f"/targets/{folder}/{newest(site, LINE).signed.targets[path].hashes['sha256']}.{name}", answer)
+    assert box.pull().problems == {}
+    assert box.wants() == "0.3.0"
+    assert box.status()["state"] == "ok"
+    assert any("no delta" in note for note in box.status()["notes"]), "it is said"
+
+
+def test_a_delta_that_a_broken_line_interrupts_goes_on_later(box: Box, site: Site, server: BadServer) -> None:
+    release(site, "0.2.0", seed=2, hidden=300)
+    box.pull()
+    release(site, "0.3.0", seed=2, hidden=300, drift=1e-3)
+    path = next(path for path in newest(site, LINE).signed.targets if path.startswith("deltas/"))
+    folder, _, name = path.rpartition("/")
+    url = f"/targets/{folder}/{newest(site, LINE).signed.targets[path].hashes['sha256']}.{name}"
+    server.script(url, Reply(cut_after=1000))
+    assert code(box.pull().problems[LINE]) == "sync.unreachable"
+    server.log.clear()
+    box.pull()
+    assert box.wants() == "0.3.0"
+    assert url in [request.path for request in server.log]
+    assert not any(request.path.endswith(".onnx") for request in server.log)
+
+
 def test_a_delta_from_a_damaged_file_is_no_use_and_no_harm(box: Box, site: Site) -> None:
     release(site, "0.2.0", seed=2, hidden=300)
     box.pull()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from model_sync.errors import LibraryUnreachable, ModelSyncError, TrustError
+from model_sync.usb import export
 from tests.bad_server import BadServer
 from tests.library_site import Site, make_site, tiny_bundle
 from tests.sync_box import LINE, Box, days, expires, forge, make_box, newest
@@ -144,6 +145,26 @@ def test_a_stick_that_lacks_a_file_of_the_bundle_says_which(box: Box, site: Site
     assert "model_fp32.onnx" in problem.message
     assert box.wants() is None
     assert box.bundles() == set()
+
+
+@pytest.mark.parametrize("how", ["only the new version", "the old one was withdrawn"])
+def test_a_stick_without_the_delta_brings_the_whole_file(how: str, box: Box, site: Site, tmp_path: Path) -> None:
+    site.publish(tiny_bundle(tmp_path / "made", "1.0.0", seed=2, hidden=300))
+    site.rollout("stable", LINE, "1.0.0")
+    box.client().import_usb(stick(site, tmp_path / "first"))
+    site.publish(tiny_bundle(tmp_path / "made", "2.0.0", seed=2, hidden=300, drift=1e-3))
+    site.rollout("stable", LINE, "2.0.0")
+    assert site.library.index(LINE).deltas, "the index offers one"
+    (usb := tmp_path / "usb").mkdir()
+    if how == "only the new version":
+        export(site.public, usb, versions=["2.0.0"])
+    else:
+        site.withdraw(LINE, "1.0.0")
+        export(site.public, usb)
+    assert not (usb / MARK / "targets" / "deltas").exists()
+    assert box.client().import_usb(usb).problems == {}
+    assert box.wants() == "2.0.0"
+    assert any("no delta" in note for note in box.status()["notes"])
 
 
 def test_an_altered_file_on_a_stick_is_refused(box: Box, site: Site, tmp_path: Path) -> None:
