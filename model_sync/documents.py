@@ -77,7 +77,7 @@ class Withdrawal(Strict):
     """A version that must not read another patient, and why; the reason is shown to clinicians."""
 
     version: SemVer
-    reason: NonEmpty
+    reason: Annotated[NonEmpty, Field(max_length=300)]
     at: Moment
 
 
@@ -97,9 +97,9 @@ class LineIndex(SignedDocument):
     schema_: Annotated[Literal[1], Field(alias="schema")] = 1
     line: Identifier
     minimum_version: SemVer
-    versions: list[Release]
-    withdrawn: list[Withdrawal] = Field(default_factory=list)
-    deltas: list[Delta] = Field(default_factory=list)
+    versions: Annotated[list[Release], Field(max_length=500)]
+    withdrawn: Annotated[list[Withdrawal], Field(max_length=500)] = Field(default_factory=list)
+    deltas: Annotated[list[Delta], Field(max_length=2000)] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -151,7 +151,7 @@ class Rollout(SignedDocument):
     schema_: Annotated[Literal[1], Field(alias="schema")] = 1
     ring: Identifier
     issued_at: Moment
-    lines: dict[Identifier, RolloutStep]
+    lines: Annotated[dict[Identifier, RolloutStep], Field(max_length=200)]
 
 
 class Decision(NamedTuple):

@@ -74,6 +74,14 @@ def test_a_time_out_of_the_world_is_refused(moment: str) -> None:
         Rollout.parse(json.dumps({"schema": 1, "ring": "a", "issued_at": NOW.isoformat(), "lines": {"cxr": step}}).encode())
 
 
+def test_a_bulky_index_is_refused_before_it_can_starve_other_lines() -> None:
+    with pytest.raises(TrustError):
+        parsed(withdrawn=[{"version": "0.1.0", "reason": "x" * 301, "at": NOW.isoformat()}])
+    release = {"digest": DIGEST, "published_at": NOW.isoformat()}
+    with pytest.raises(TrustError):
+        parsed(versions=[release | {"version": f"1.0.{number}"} for number in range(501)], withdrawn=[])
+
+
 def test_an_index_says_what_a_box_must_not_run() -> None:
     assert index().refusal("0.2.0") is None
     assert index().refusal("0.1.0") == "below_minimum"
