@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ from model_sync.errors import LibraryUnreachable
 
 _SHARED_FILE, _SHARED_DIRECTORY = 0o644, 0o755
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_FILE = (errno.ELOOP, errno.ENXIO)  # a link, a socket
+MAX_JSON_BYTES = 4 << 20
+
+
+class NotPlain(OSError):  # noqa: N818  (a state of the disk, as other OSErrors are)
+    """What lies there is not the small plain file that belongs there: a link, a pipe, a device, a directory, or too large."""
 
 
 def write(path: Path, data: bytes) -> None:
@@ -42,11 +49,43 @@ def write_json(path: Path, value: Any) -> None:
     write(path, (json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n").encode())
 
 
+def read(path: Path, limit: int, *, follow: bool = False) -> bytes:
+    """Return a small plain file that another account may have laid: nothing is waited for, nothing large is read.
+
+    Args:
+        path: the file.
+        limit: how many bytes it may have.
+        follow: whether it may be a link; never the case in a directory that another account writes.
+
+    Raises:
+        NotPlain: it is a link, a pipe, a device or a directory (``EINVAL``), or larger (``EFBIG``).
+        OSError: it is not there, or cannot be read.
+    """
+    # Without O_NONBLOCK opening a pipe waits for whoever writes to it.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
+        raise NotPlain(errno.EINVAL, "it is no plain file", str(path)) from error
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise NotPlain(errno.EINVAL, "it is no plain file", str(path))
+        with open(descriptor, "rb", closefd=False) as stream:
+            data = stream.read(limit + 1)
+    finally:
+        os.close(descriptor)
+    if len(data) > limit:
+        raise NotPlain(errno.EFBIG, f"it is larger than {limit} bytes", str(path))
+    return data
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object; an absent, unreadable or damaged file reads as an empty one."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        value = json.loads(read(path, MAX_JSON_BYTES))
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

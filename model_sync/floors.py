@@ -6,12 +6,16 @@ copies of a small file hold the floors, apart from the metadata:
 
 - *time*: the highest issue time that the timestamp role signed, and the system clock, the latter only as far as metadata
   that was just verified is valid: a clock that runs ahead for a week cannot make the good metadata of the day after look old.
+- *anchor*: all of it counts for the provisioned root that it was learnt under, and for no other. A library whose root keys are
+  lost or stolen is replaced by a new one, which counts from 1; its first root comes by hand, and with it a new beginning.
 - *versions*: per role, bound to the keys of the roles that vouch for it, as in clause 5.3.11 of the TUF specification: when a
   trusted root replaces the key of timestamp or snapshot, a central team that recovers from a stolen key may count anew.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -28,12 +32,26 @@ ISSUED_AT = "x-issued-at"  # signed with the timestamp metadata
 # No package with this line was built earlier: the time is never before it, whatever the clock says.
 BUILT_AT = datetime(2026, 1, 1, tzinfo=timezone.utc)
 _START = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_YEARS = range(2000, 2200)  # what is outside is no time that can be reckoned with
 _CLOCKS_AGREE = timedelta(hours=12)
 
 
 def utc_now() -> datetime:
     """Return the system clock, to the second."""
     return datetime.now(timezone.utc).replace(microsecond=0)
+
+
+class AnchoredRoot(Root):
+    """A root that knows where its trust began: ``anchor`` is the SHA-256 of the provisioned root."""
+
+    anchor: str = ""
+
+    @classmethod
+    def of(cls, root: Root, provisioned: bytes) -> AnchoredRoot:
+        """Return ``root``, reached from the bytes of the provisioned one."""
+        anchored = cls.__new__(cls)
+        anchored.__dict__.update(root.__dict__, anchor=hashlib.sha256(provisioned).hexdigest())
+        return anchored
 
 
 @dataclass(frozen=True)
@@ -76,7 +94,11 @@ class RoleFloor:
 
 @dataclass(frozen=True)
 class Floors:
-    """The content of ``floor.json``; of several copies the one with the highest ``serial`` holds."""
+    """The content of ``floor.json``; of several copies the one with the highest ``serial`` holds.
+
+    ``anchor`` is the SHA-256 of the provisioned root that they were learnt under; one of before anchors were kept binds itself to
+    the next root that it meets.
+    """
 
     serial: int = 0
     root: int = 0
@@ -84,6 +106,7 @@ class Floors:
     issued: datetime = _START
     clock_keys: Sequence[str] = ()
     roles: Mapping[str, RoleFloor] = field(default_factory=dict)
+    anchor: str = ""
 
     @classmethod
     def load(cls, paths: Sequence[Path]) -> Floors:
@@ -95,7 +118,10 @@ class Floors:
         try:
             roles = {name: RoleFloor(int(role["version"]), tuple(role["keys"])) for name, role in value["roles"].items()}
             system, issued = (datetime.fromisoformat(value[name]).astimezone(timezone.utc) for name in ("system", "issued"))
-            return cls(int(value["serial"]), int(value["root"]), system, issued, tuple(value["clock_keys"]), roles)
+            if not all(moment == _START or moment.year in _YEARS for moment in (system, issued)):
+                return cls()
+            keys, anchor = tuple(value["clock_keys"]), str(value.get("anchor", ""))
+            return cls(int(value["serial"]), int(value["root"]), system, issued, keys, roles, anchor)
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             return cls()
 
@@ -104,9 +130,14 @@ class Floors:
         value = asdict(self) | {"schema": 1, "system": self.system.isoformat(), "issued": self.issued.isoformat()}
         durable.write_json(path, value)
 
+    def under(self, root: Root) -> Floors:
+        """Return what counts under ``root``: nothing, when this was learnt under another provisioned root."""
+        anchor = _anchor(root)
+        return Floors(self.serial) if self.anchor and anchor and self.anchor != anchor else self
+
     def time(self, root: Root, built_at: datetime = BUILT_AT) -> datetime:
         """Return the earliest that it can be. Times that a replaced timestamp key vouched for no longer count."""
-        if self.clock_keys and tuple(self.clock_keys) != _keys(root, Timestamp.type):
+        if self.under(root) is not self or (self.clock_keys and tuple(self.clock_keys) != _keys(root, Timestamp.type)):
             return built_at
         return max(built_at, self.system, self.issued)
 
@@ -116,13 +147,14 @@ class Floors:
         Raises:
             TrustError: ``trust.rollback``: a role is older than this box has seen it, or is gone from the snapshot.
         """
-        if root.version < self.root:
-            raise _rollback(Root.type, root.version, self.root)
+        counting = self.under(root)
+        if root.version < counting.root:
+            raise _rollback(Root.type, root.version, counting.root)
         for name, version in _versions(timestamp, snapshot).items():
-            known = self.roles.get(name)
+            known = counting.roles.get(name)
             if known and tuple(known.keys) == _bound(root, name) and version < known.version:
                 raise _rollback(name, version, known.version)
-        for name, known in self.roles.items():
+        for name, known in counting.roles.items():
             if name not in _versions(timestamp, snapshot) and tuple(known.keys) == _bound(root, name):
                 raise TrustError(
                     f"the library's snapshot no longer names the role {name}, which this box knows in version {known.version}",
@@ -133,12 +165,13 @@ class Floors:
     def advanced(self, root: Root, timestamp: Timestamp, snapshot: Snapshot, clocks: Clocks, valid_until: datetime) -> Floors:
         """Return the floors after metadata that was just verified; the same object when nothing rose."""
         keys = _keys(root, Timestamp.type)
-        before = self if tuple(self.clock_keys) == keys else replace(self, system=_START, issued=_START)
-        last_valid = valid_until - timedelta(seconds=1)
+        same = self.under(root) is self and tuple(self.clock_keys) == keys
+        before = self if same else replace(self, system=_START, issued=_START)
+        last_valid = max(valid_until, BUILT_AT) - timedelta(seconds=1)
         system = max(before.system, min(clocks.system, last_valid)) if clocks.plausible else before.system
         issued = max(before.issued, min(issued_at(timestamp) or _START, last_valid))
         roles = {name: RoleFloor(version, _bound(root, name)) for name, version in _versions(timestamp, snapshot).items()}
-        after = Floors(self.serial, root.version, system, issued, keys, roles)
+        after = Floors(self.serial, root.version, system, issued, keys, roles, _anchor(root))
         # The system clock alone is worth a write once an hour, not at every look.
         if system - self.system < timedelta(hours=1) and replace(after, system=self.system) == self:
             return self
@@ -146,17 +179,24 @@ class Floors:
 
 
 def issued_at(timestamp: Timestamp) -> datetime | None:
-    """Return when the timestamp metadata says it was signed, or None; a signed text that is no time counts as none."""
+    """Return when the timestamp metadata says it was signed, or None; a signed text that is no time of ours counts as none."""
     try:
         moment = datetime.fromisoformat(str(timestamp.unrecognized_fields[ISSUED_AT]).replace("Z", "+00:00"))
-    except (KeyError, ValueError):
+        moment = moment.astimezone(timezone.utc) if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+    except (KeyError, ValueError, OverflowError):
         return None
-    return moment.astimezone(timezone.utc) if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+    return moment if moment.year in _YEARS else None
 
 
 def iso(moment: datetime) -> str:
-    """Return a time as ``2026-01-31T12:00:00Z``."""
-    return moment.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    """Return a time as ``2026-01-31T12:00:00Z``, whatever its year; a year always has four digits."""
+    with contextlib.suppress(OverflowError):  # the first or the last hours there are, in another zone
+        moment = moment.astimezone(timezone.utc)
+    return moment.replace(tzinfo=None).isoformat(timespec="seconds") + "Z"
+
+
+def _anchor(root: Root) -> str:
+    return root.anchor if isinstance(root, AnchoredRoot) else ""
 
 
 def _versions(timestamp: Timestamp, snapshot: Snapshot) -> dict[str, int]:

@@ -8,26 +8,43 @@ again, with the time and the versions that the floor knows. The refresh (``model
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
-from typing import Any, TypeVar, cast
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from tuf.api.exceptions import LengthOrHashMismatchError, RepositoryError
-from tuf.api.metadata import Metadata, Root, Signed, Snapshot, TargetFile, Targets, Timestamp
-from tuf.api.serialization import DeserializationError
+from tuf.api.exceptions import LengthOrHashMismatchError
+from tuf.api.metadata import Signed, Snapshot, TargetFile, Targets, Timestamp
 
 from model_sync import documents, durable
 from model_sync.errors import LibraryUnreachable, TrustError
-from model_sync.floors import BUILT_AT, FLOOR_FILE, Clocks, Floors, iso, issued_at, utc_now
+from model_sync.floors import BUILT_AT, FLOOR_FILE, AnchoredRoot, Clocks, Floors, iso, issued_at, utc_now
+from model_sync.trust_files import (
+    HISTORY,
+    KEEP,
+    MAX_METADATA_BYTES,
+    altered,
+    ambiguous,
+    expired,
+    foreign,
+    listed,
+    missing,
+    newest_root,
+    read,
+    read_root,
+    set_aside,
+    verified,
+)
 
+__all__ = [
+    "CURRENT", "MAX_METADATA_BYTES", "Chain", "Facts", "LineFacts", "altered", "check", "expired", "facts_of", "missing",
+    "newest_root", "print_check", "read_document", "read_index", "read_root", "set_aside",
+]  # fmt: skip
 CURRENT = "trust"  # a link to the newest whole set of metadata and documents
-MAX_METADATA_BYTES = 5_000_000
-MAX_ROOTS = 1024
-_Role = TypeVar("_Role", bound=Signed)
-_KEEP = "the model in use stays"
 
 
 @dataclass(frozen=True)
@@ -39,7 +56,7 @@ class Chain:
         troubles: why a delegated role that is here cannot be believed; the others are not touched by it.
     """
 
-    root: Root
+    root: AnchoredRoot
     timestamp: Timestamp
     snapshot: Snapshot
     targets: Targets
@@ -55,9 +72,9 @@ class Chain:
             OSError: a file is there and cannot be read.
         """
         newest = newest_root(metadata, root)
-        timestamp = _verified(Timestamp, _read(metadata, Timestamp.type), newest, Timestamp.type)
-        snapshot = _listed(Snapshot, metadata, newest, Snapshot.type, timestamp.snapshot_meta)
-        targets = _listed(Targets, metadata, newest, Targets.type, snapshot.meta.get("targets.json"))
+        timestamp = verified(Timestamp, read(metadata, Timestamp.type), newest, Timestamp.type)
+        snapshot = listed(Snapshot, metadata, newest, Snapshot.type, timestamp.snapshot_meta)
+        targets = listed(Targets, metadata, newest, Targets.type, snapshot.meta.get("targets.json"))
         chain = cls(newest, timestamp, snapshot, targets)
         roles, troubles = chain._delegated(metadata)
         return cls(newest, timestamp, snapshot, targets, roles, troubles)
@@ -67,10 +84,12 @@ class Chain:
         troubles: dict[str, TrustError] = {}
         for name in self.delegated_names():
             try:
-                role = _listed(Targets, metadata, self.targets, name, self.snapshot.meta.get(f"{name}.json"))
+                role = listed(Targets, metadata, self.targets, name, self.snapshot.meta.get(f"{name}.json"))
                 if role.delegations is not None:
-                    raise _ambiguous(f"the role {name} delegates further", "a role has one delegator, which is the targets role")
+                    raise ambiguous(f"the role {name} delegates further", "a role has one delegator, which is the targets role")
                 roles[name] = role
+            except durable.NotPlain:
+                troubles[name] = altered(f"the {name} metadata")
             except TrustError as error:
                 troubles[name] = error
         return roles, troubles
@@ -98,11 +117,11 @@ class Chain:
         if role not in self.delegated_names():
             raise TrustError(
                 f"the library no longer delegates to {role}: whatever its keys sign counts for nothing",
-                hint=f"ask the central team whether the line was ended; {_KEEP}",
+                hint=f"ask the central team whether the line was ended; {KEEP}",
                 code="trust.revoked",
             )
         if (first := self.role_of(path)) != role or path in self.targets.targets:
-            raise _ambiguous(f"{path} is not {role}'s alone to sign", f"{first or 'targets'} comes first")
+            raise ambiguous(f"{path} is not {role}'s alone to sign", f"{first or 'targets'} comes first")
         if role in self.troubles:
             raise self.troubles[role]
         return self.roles[role].targets.get(path)
@@ -140,13 +159,14 @@ class LineFacts:
     index: documents.LineIndex
     valid_until: datetime
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
+    def to_dict(self, now: datetime) -> dict[str, Any]:
+        """Return the JSON form; ``expired`` says it of this line alone, whatever has become of the others."""
         return {
             "minimum_version": self.index.minimum_version,
             "withdrawn": {item.version: {"reason": item.reason, "at": iso(item.at)} for item in self.index.withdrawn},
             "versions": {item.version: item.digest for item in self.index.versions},
             "valid_until": iso(self.valid_until),
+            "expired": now >= self.valid_until,
         }
 
 
@@ -161,7 +181,7 @@ class Facts:
 
     @property
     def expired(self) -> bool:
-        """Say whether anything has expired: withdrawals and minimum still hold, nothing new may be put to work."""
+        """Say whether anything has expired: its withdrawals and minimum still hold, nothing new of it may be put to work."""
         return self.now >= self.valid_until
 
     def to_dict(self) -> dict[str, Any]:
@@ -171,7 +191,7 @@ class Facts:
             "now": iso(self.now),
             "valid_until": iso(self.valid_until),
             "expired": self.expired,
-            "lines": {name: line.to_dict() for name, line in self.lines.items()},
+            "lines": {name: line.to_dict(self.now) for name, line in self.lines.items()},
             "troubles": {name: {"code": error.code, "message": error.message} for name, error in self.troubles.items()},
         }
 
@@ -197,11 +217,29 @@ def check(exchange_dir: Path, root: Path, now: datetime | None = None) -> Facts:
 
 
 def _facts(exchange_dir: Path, root: bytes, floors: Floors, system: datetime) -> Facts:
-    # The link is followed once: a pull that ends meanwhile cannot mix two sets.
-    base = (exchange_dir / CURRENT).resolve() if (exchange_dir / CURRENT).is_symlink() else exchange_dir
+    base = _current(exchange_dir)
+    if foreign(base / "metadata", root):
+        raise missing("what lies here is of the library that this box followed before; nothing of its new one has been received")
     chain = Chain.load(base / "metadata", root)
     chain.refuse_older(floors)
     return facts_of(chain, base / "documents", chain.clocks(floors, system).effective)
+
+
+def _current(exchange_dir: Path) -> Path:
+    """Return the newest set. Its link is followed once, so that a pull that ends meanwhile cannot mix two; no other is followed.
+
+    Raises:
+        OSError: a link leads out of the exchange directory, or stands where none belongs.
+    """
+    link = exchange_dir / CURRENT
+    name = os.readlink(link) if link.is_symlink() else CURRENT  # without a link no pull has ended yet
+    if "/" in name or name in ("", ".", ".."):
+        raise OSError(errno.ELOOP, "its link leads out of the exchange directory", str(link))
+    base = exchange_dir / name
+    for directory in (base, base / "metadata", base / "metadata" / HISTORY, base / "documents"):
+        if directory.is_symlink():
+            raise OSError(errno.ELOOP, "a link stands where a directory belongs", str(directory))
+    return base
 
 
 def facts_of(chain: Chain, directory: Path, now: datetime) -> Facts:
@@ -227,7 +265,7 @@ def read_index(chain: Chain, directory: Path, line: str) -> documents.LineIndex:
     if index.line != line:
         raise TrustError(
             f"the index that {line} signs speaks of {index.line}",
-            hint=f"tell the central team: it was signed by mistake or in bad faith; {_KEEP}",
+            hint=f"tell the central team: it was signed by mistake or in bad faith; {KEEP}",
             code="trust.document",
         )
     return index
@@ -238,138 +276,30 @@ def read_document(chain: Chain, directory: Path, path: str, role: str) -> bytes:
     target = chain.target(path, role)
     if target is None:
         raise missing(f"{role} signs no {path}")
+    if any((directory / folder).is_symlink() for folder in PurePosixPath(path).parents):
+        raise altered(path)
     try:
-        with (directory / path).open("rb") as stream:
-            raw = stream.read(min(target.length, MAX_METADATA_BYTES) + 1)
+        raw = durable.read(directory / path, MAX_METADATA_BYTES)
         target.verify_length_and_hashes(raw)
     except FileNotFoundError as error:
         raise missing(f"{path} has not been received") from error
-    except LengthOrHashMismatchError as error:
+    except (LengthOrHashMismatchError, durable.NotPlain) as error:
         raise altered(path) from error
     return raw
 
 
-def newest_root(metadata: Path, root: bytes) -> Root:
-    """Go from the provisioned root to the newest one on disk, each signed by the one before it and by itself.
-
-    Raises:
-        TrustError: the provisioned root is none.
-    """
-    trusted = _verified(Root, root, None, Root.type)
-    for _ in range(MAX_ROOTS):
-        try:
-            raw = (metadata / "root_history" / f"{trusted.version + 1}.root.json").read_bytes()
-            following = _verified(Root, raw, trusted, Root.type)
-        except (OSError, TrustError):
-            # A half-written file counts as absent, as in python-tuf: the floor knows whether a newer root was seen.
-            return trusted
-        if following.version != trusted.version + 1:
-            return trusted
-        trusted = following
-    return trusted
-
-
-def read_root(path: Path) -> bytes:
-    """Return the bytes of the provisioned root.
-
-    Raises:
-        TrustError: ``trust.root``: there is none, so nothing can be trusted.
-    """
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise TrustError(
-            f"{path} is missing: without the library's first root.json no signature can be checked",
-            hint="copy root.json from the central team's installation folder again",
-            code="trust.root",
-        ) from error
-
-
-def _read(metadata: Path, role: str) -> bytes:
-    try:
-        with (metadata / f"{role}.json").open("rb") as stream:
-            return stream.read(MAX_METADATA_BYTES)
-    except FileNotFoundError as error:
-        raise missing(f"no {role} metadata is here") from error
-
-
-def _listed(kind: type[_Role], metadata: Path, delegator: Root | Targets, role: str, meta: Any) -> _Role:
-    """Read a role that the metadata before it names with its version, and with hashes if it likes."""
-    if meta is None:
-        raise TrustError(
-            f"{role} is delegated to, but the snapshot does not name it",
-            hint=f"tell the central team: the library is inconsistent; {_KEEP}",
-            code="trust.metadata",
-        )
-    raw = _read(metadata, role)
-    try:
-        meta.verify_length_and_hashes(raw)
-    except LengthOrHashMismatchError as error:
-        raise altered(f"the {role} metadata") from error
-    signed = _verified(kind, raw, delegator, role)
-    if signed.version != meta.version:
-        raise TrustError(
-            f"the {role} metadata is version {signed.version}, and {meta.version} was announced",
-            hint=f"run `model-sync pull`; {_KEEP}",
-            code="trust.version",
-        )
-    return signed
-
-
-def _verified(kind: type[_Role], raw: bytes, delegator: Root | Targets | None, role: str) -> _Role:
-    try:
-        metadata = Metadata.from_bytes(raw)
-        if not isinstance(metadata.signed, kind):
-            raise RepositoryError(f"a {metadata.signed.type} where {kind.__name__} is due")
-        if delegator is not None:
-            delegator.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
-        if isinstance(metadata.signed, Root):
-            metadata.signed.verify_delegate(Root.type, metadata.signed_bytes, metadata.signatures)
-    except DeserializationError as error:
-        raise TrustError(
-            f"the {role} metadata is damaged: it cannot be read",
-            hint=f"run `model-sync pull`, which fetches it again; {_KEEP}",
-            code="trust.metadata",
-        ) from error
-    except (RepositoryError, ValueError) as error:
-        raise TrustError(
-            f"the {role} metadata is not signed by those who may sign it ({error})",
-            hint=f"tell the central team: somebody may be forging models; {_KEEP}",
-            code="trust.signature",
-        ) from error
-    return cast("_Role", metadata.signed)
-
-
-def expired(role: str, at: datetime, clocks: Clocks) -> TrustError:
-    """Return the error for metadata that is no longer valid; the clocks say whether it or the box is wrong."""
-    return TrustError(f"the {role} metadata expired on {iso(at)}: {clocks.describe()}", hint=clocks.hint(), code="trust.expired")
-
-
-def missing(what: str) -> TrustError:
-    """Return the error for something that was never received, or was lost."""
-    return TrustError(f"{what}", hint=f"run `model-sync pull`; {_KEEP}", code="trust.missing")
-
-
-def altered(what: str) -> TrustError:
-    """Return the error for bytes that are not those which were signed."""
-    return TrustError(
-        f"{what} is not what was signed: its length or its hash differs",
-        hint=f"run `model-sync pull` again; if it stays, have the disk and the line checked; {_KEEP}",
-        code="trust.digest",
-    )
-
-
-def _ambiguous(what: str, why: str) -> TrustError:
-    return TrustError(
-        f"{what}: {why}", hint=f"tell the central team: who may sign a line must be beyond doubt; {_KEEP}", code="trust.ambiguous"
-    )
-
-
 def print_check(exchange_dir: Path, root: Path) -> int:
-    """Print the facts as one JSON object; returns 0 when they are verified, 1 when not."""
+    """Print the facts as one JSON object, whatever it meets; returns 0 when they are verified, 1 when not."""
     try:
         facts = check(exchange_dir, root).to_dict()
     except (TrustError, LibraryUnreachable) as error:
         facts = {"ok": False, "code": error.code, "message": error.message, "hint": error.hint}
+    except Exception as error:  # noqa: BLE001  (whoever asks reads one JSON object: no answer would stop every line, with no reason)
+        facts = {
+            "ok": False,
+            "code": "trust.unchecked",
+            "message": f"the check met what it cannot reckon with ({type(error).__name__}): nothing is verified",
+            "hint": f"run `model-sync pull`; if it stays, send this line to the central team; {KEEP}",
+        }
     print(json.dumps(facts, ensure_ascii=False, sort_keys=True))
     return 0 if facts["ok"] else 1
