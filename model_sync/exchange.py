@@ -9,11 +9,13 @@ line has cut. So each whole set is laid beside the last one, named after its con
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -23,6 +25,7 @@ from model_sync.errors import BundleError, TrustError
 from model_sync.floors import FLOOR_FILE, Floors, iso
 from model_sync.manifest import Manifest
 from model_sync.trust import CURRENT, Chain, read_document
+from model_sync.trust_files import HISTORY, MAX_METADATA_BYTES, MAX_ROOT_BYTES
 
 DIRECTIVES_FILE = "directives.json"
 REPORT_FILE = "box-report.json"
@@ -65,24 +68,24 @@ class Exchange:
         digest = hashlib.sha256()
         for name in sorted(files):
             digest.update(name.encode() + b"\0" + hashlib.sha256(files[name]).digest())
-        name = f"{_SET}{digest.hexdigest()[:32]}"
-        link = self.directory / CURRENT
-        fresh = not (link.is_symlink() and link.readlink() == Path(name))
+        name = self._lay(f"{_SET}{digest.hexdigest()[:32]}", files)
+        fresh = _turn(self.directory / CURRENT, name)
+        for part in ("metadata", "documents"):  # for people, and for a box that watches these names
+            _turn(self.directory / part, f"{name}/{part}")
         if fresh:
-            self._lay(name, files)
-            _turn(link, name)
-            for part in ("metadata", "documents"):  # for people, and for a box that watches these names
-                _turn(self.directory / part, f"{name}/{part}")
+            os.utime(self.directory / name)
             self._drop_old_sets(name)
         if Floors.load([self.directory / FLOOR_FILE]).serial < floors.serial:
             floors.save(self.directory / FLOOR_FILE)
         return fresh
 
-    def _lay(self, name: str, files: Mapping[str, bytes]) -> None:
-        final, part = self.directory / name, self.directory / f"{name}.{os.getpid()}.part"
+    def _lay(self, name: str, files: Mapping[str, bytes]) -> str:
+        """Lay a set and return its name. One that is there is read again: damaged, it is laid beside, so that no reader finds a gap."""
+        final = next(path for path in self._names(name) if not os.path.lexists(path) or _holds(path, files))
         if final.is_dir():
-            os.utime(final)
-            return
+            return final.name
+        part = self.directory / f"{name}.{os.getpid()}.part"
+        durable.remove_tree(part)
         for relative in ("metadata", "documents"):
             (part / relative).mkdir(parents=True, exist_ok=True)
         for relative, data in files.items():
@@ -91,6 +94,12 @@ class Exchange:
         durable.sync_tree(part)
         part.replace(final)
         durable.sync_directory(self.directory)
+        return final.name
+
+    def _names(self, name: str) -> Iterator[Path]:
+        yield self.directory / name
+        for number in count(1):
+            yield self.directory / f"{name}-{number}"
 
     def _drop_old_sets(self, current: str) -> None:
         """A reader that has followed the link keeps its set for as long as two newer ones are not laid."""
@@ -174,13 +183,13 @@ class Exchange:
 
 def _set_files(metadata: Path, copies: Path, chain: Chain) -> Iterator[tuple[str, bytes]]:
     """Yield what one set holds: every root since the provisioned one, the verified roles, the verified documents."""
-    history = metadata / "root_history"
-    yield "metadata/root.json", (history / f"{chain.root.version}.root.json").read_bytes()
-    for file in history.glob("*.root.json"):
-        if file.name.split(".")[0].isdigit() and int(file.name.split(".")[0]) <= chain.root.version:
-            yield f"metadata/root_history/{file.name}", file.read_bytes()
+    history = metadata / HISTORY
+    yield "metadata/root.json", durable.read(history / f"{chain.root.version}.root.json", MAX_ROOT_BYTES)
+    for version in range(1, chain.root.version + 1):
+        with contextlib.suppress(FileNotFoundError):  # of before the provisioned one
+            yield f"metadata/{HISTORY}/{version}.root.json", durable.read(history / f"{version}.root.json", MAX_ROOT_BYTES)
     for role in ("timestamp", "snapshot", "targets", *chain.roles):
-        yield f"metadata/{role}.json", (metadata / f"{role}.json").read_bytes()
+        yield f"metadata/{role}.json", durable.read(metadata / f"{role}.json", MAX_METADATA_BYTES)
     rings = [(f"rollout/{file.name}", documents.ROLLOUT_ROLE) for file in (copies / "rollout").glob("*.json")]
     for path, role in [*((documents.line_path(line), line) for line in chain.line_names()), *rings]:
         try:
@@ -189,10 +198,24 @@ def _set_files(metadata: Path, copies: Path, chain: Chain) -> Iterator[tuple[str
             continue  # `check` says by itself which line it knows nothing of, and why
 
 
-def _turn(link: Path, to: str) -> None:
-    """Point a link elsewhere in one step."""
+def _holds(directory: Path, files: Mapping[str, bytes]) -> bool:
+    """Say whether every file of a set lies there as it was laid."""
+    try:
+        return not directory.is_symlink() and all(durable.read(directory / name, len(data)) == data for name, data in files.items())
+    except OSError:
+        return False
+
+
+def _turn(link: Path, to: str) -> bool:
+    """Point a link elsewhere in one step; returns whether it pointed elsewhere, or was none."""
+    if link.is_symlink():
+        if os.readlink(link) == to:
+            return False
+    elif link.is_dir():
+        durable.remove_tree(link)  # whatever it was, it was not laid here, and a link cannot take its name
     fresh = link.with_name(f".{link.name}.{os.getpid()}.link")
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(to)
     fresh.replace(link)
     durable.sync_directory(link.parent)
+    return True
