@@ -12,16 +12,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from securesystemslib.signer import Key, Signer
-from tuf.api.metadata import Root, TargetFile
+from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, Root, TargetFile
 
 from model_sync import library_check, library_text, usb
 from model_sync import library_console as console
 from model_sync.bundle import MANIFEST_NAME, ModelBundle
-from model_sync.documents import FailureBudget
+from model_sync.documents import ROLLOUT_ROLE, FailureBudget
 from model_sync.errors import PublishError, SettingsError
 from model_sync.keys import Holder, generate, load_holder, load_signer, public_path, write_public
 from model_sync.library_files import CONFIG_NAME, Expiry, LibraryFiles, read_metadata
-from model_sync.library_roles import ONLINE, ROLE_FIELD, AnyMetadata
+from model_sync.library_roles import ONLINE, ROLE_FIELD, AnyMetadata, delegated
 from model_sync.repository import Library, State, sign_with
 
 # --- keys ---------------------------------------------------------------------------------------------------------------
@@ -110,6 +110,17 @@ def add_line(arguments: Namespace) -> None:
     _say(library, library.add_line(arguments.name, [holder.key for holder in holders], arguments.threshold))
 
 
+def end_line(arguments: Namespace) -> None:
+    """End a model line."""
+    library = _open(arguments)
+    state = library.end_line(arguments.name)
+    _say(library, state)
+    again = state.role == ROLLOUT_ROLE
+    print("\n".join(library_text.ENDED).replace("LINE", arguments.name))
+    if again:
+        print(f"next: when rollout is public without it, run `model-library end-line {arguments.library} {arguments.name}` again")
+
+
 def rollout_keys(arguments: Namespace) -> None:
     """Give the rollout role its keys."""
     library = _open(arguments)
@@ -179,12 +190,20 @@ def withdraw(arguments: Namespace) -> None:
     """Withdraw a version."""
     library = _open(arguments)
     _say(library, library.withdraw(arguments.line, arguments.version, arguments.reason))
+    _say_rings(library, arguments.line)
 
 
 def minimum(arguments: Namespace) -> None:
     """Raise the oldest allowed version."""
     library = _open(arguments)
     _say(library, library.set_minimum(arguments.line, arguments.version))
+    _say_rings(library, arguments.line)
+
+
+def _say_rings(library: Library, line: str) -> None:
+    """Say which rollouts name what boxes may no longer run, and how each is signed to another version."""
+    found = library_text.dead_ends(library.status()["rings"], library.index(line))
+    print("\n".join(found).replace(" LIB", f" {library.files.directory}"), end="\n" if found else "")
 
 
 # --- signatures ---------------------------------------------------------------------------------------------------------
@@ -246,7 +265,11 @@ def _before(role: str, md: AnyMetadata, against: Path | None) -> AnyMetadata | N
     """Return the newest version in somebody's copy of the public folder that is older than what is to be signed."""
     if against is None:
         return None
-    paths = (against / "metadata" / f"{version}.{role}.json" for version in range(md.signed.version - 1, 0, -1))
+    folder = against / "metadata"
+    tops = sorted(folder.glob("*.targets.json"), key=lambda path: int(path.name.split(".")[0]))
+    if role not in TOP_LEVEL_ROLE_NAMES and tops and role not in delegated(read_metadata(tops[-1]).signed):
+        return None  # a line that is added again: its new holders have to see all of it
+    paths = (folder / f"{version}.{role}.json" for version in range(md.signed.version - 1, 0, -1))
     return next((read_metadata(path) for path in paths if path.is_file()), None)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from datetime import timedelta
 
-from tuf.api.metadata import Root, Snapshot, Targets, Timestamp
+from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, Root, Snapshot, Targets, Timestamp
 
 from model_sync.errors import PublishError
 from model_sync.library_roles import ONLINE, AnyMetadata, LibraryRoles, delegated, verifies
@@ -147,10 +147,11 @@ class LibraryPromotion(LibraryRoles):
                 self.files.move(where, self.files.public_target(target))
 
     def _drop_finished(self) -> None:
-        """Forget staged metadata that is public, and staged files when nothing waits any more."""
+        """Forget staged metadata that is public or of nobody, and staged files when nothing waits any more."""
         for role in self.staged_roles():
             staged, public = self.staged(role), self.published(role)
-            if staged is not None and public is not None and public.signed.version >= staged.signed.version:
+            done = staged is not None and public is not None and public.signed.version >= staged.signed.version
+            if done or (role not in TOP_LEVEL_ROLE_NAMES and not self.delegators(role)):  # of a line that was ended
                 self.files.staged_path(role).unlink()
         if not self.staged_roles():
             shutil.rmtree(self.files.staged / "targets", ignore_errors=True)

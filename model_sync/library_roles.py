@@ -31,9 +31,11 @@ from model_sync.documents import ROLLOUT_ROLE, LineIndex, line_path
 from model_sync.errors import PublishError
 from model_sync.keys import Passphrase, load_holder, load_signer, public_path
 from model_sync.library_files import LibraryFiles, read_metadata
+from model_sync.trust_files import MAX_METADATA_BYTES
 
 ISSUED_AT = "x-issued-at"
 ROLE_FIELD = "x-role"
+_ROOM_FOR_SIGNATURES = 100_000
 ONLINE = (Snapshot.type, Timestamp.type)
 AnyMetadata: TypeAlias = "Metadata[Any]"
 Clock: TypeAlias = Callable[[], datetime]
@@ -128,7 +130,7 @@ class LibraryRoles(Repository):
 
     def open(self, role: str) -> AnyMetadata:
         """Return the newest metadata of a role: being promoted, staged, published, or a first version."""
-        found = self._next.get(role) or self.staged(role) or self.published(role)
+        found = self._next.get(role) or self.staged(role) or self.last(role)
         if found is not None:
             return found
         if role == Root.type:
@@ -144,12 +146,17 @@ class LibraryRoles(Repository):
 
     def close(self, role: str, md: AnyMetadata) -> None:
         """Number and date a changed role, sign it with the keys at hand, and stage it (online roles: keep it to be promoted)."""
-        before = self.published(role)
+        before = self.last(role)
         md.signed.version = before.signed.version + 1 if before is not None else 1
         md.signed.expires = self.now() + timedelta(days=self.files.config().expiry_days.days(role))
         if role == Timestamp.type:
             md.signed.unrecognized_fields[ISSUED_AT] = self.now().strftime("%Y-%m-%dT%H:%M:%SZ")
         md.signatures.clear()
+        if len(md.to_bytes()) > MAX_METADATA_BYTES - _ROOM_FOR_SIGNATURES:
+            raise PublishError(
+                f"the metadata of {role} would be larger than {MAX_METADATA_BYTES} bytes, which is the most that a box reads",
+                hint="nothing was published: go on with a new line (`model-library add-line`)",
+            )
         keyids = set(self.keys(role)) | set(md.signed.roles[role].keyids if role == Root.type else ())
         for signer in self.signers_at_hand(keyids):
             md.sign(signer, append=True)
@@ -186,7 +193,13 @@ class LibraryRoles(Repository):
         return [role for role in (Root.type, Targets.type) if role in names] + sorted(names - {Root.type, Targets.type})
 
     def published(self, role: str) -> AnyMetadata | None:
-        """Return what boxes see of a role, or None."""
+        """Return what boxes see of a role, or None; nothing of a line that was ended."""
+        if role not in TOP_LEVEL_ROLE_NAMES and ((top := self.last(Targets.type)) is None or role not in delegated(top.signed)):
+            return None
+        return self.last(role)
+
+    def last(self, role: str) -> AnyMetadata | None:
+        """Return the newest public metadata of a role, that of an ended line included: the versions of its name go on from there."""
         if role == Root.type:
             version = 0
             while self.files.metadata_path(role, version + 1).is_file():

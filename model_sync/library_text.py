@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Callable
 from typing import Any
 
+import semver
 from tuf.api.metadata import Root, TargetFile, Targets
 
 from model_sync.documents import LineIndex, Rollout
@@ -14,6 +15,10 @@ from model_sync.library_roles import AnyMetadata, delegated
 Name = Callable[[str], str]
 Read = Callable[[TargetFile], "bytes | None"]
 _MAX_LISTED = 12
+ENDED = (
+    "boxes keep the model of LINE that they have, and take nothing new of it; nobody can withdraw it there any more",
+    "if it must stop reading, add the line again (`model-library add-line`) and withdraw its versions first",
+)
 
 
 def status_lines(status: dict[str, Any]) -> list[str]:
@@ -41,6 +46,24 @@ def status_lines(status: dict[str, Any]) -> list[str]:
         found += ["", *_table(rings)]
     found += ["", *(f"WARNING: {text}" for text in status["warnings"])] if status["warnings"] else []
     return [*found, "", *(f"next: {text}" for text in status["next"] or ["nothing to do"])]
+
+
+def dead_ends(rings: dict[str, Any], index: LineIndex) -> list[str]:
+    """Say which rings are sent to a version of a line that boxes must not run, and the command that sends each elsewhere."""
+    usable = [release.version for release in index.versions if index.refusal(release.version) is None]
+    newest = max(usable, key=semver.Version.parse, default=None)
+    found = []
+    for ring, steps in rings.items():
+        step = steps.get(index.line)
+        if step is None or index.refusal(step["version"]) is None:
+            continue
+        found.append(f"ring {ring} still names {index.line} {step['version']}; its boxes fall back by themselves meanwhile")
+        if newest is None:
+            found.append(f"next: no version of {index.line} is left to boxes: publish a new one, then sign a rollout to it")
+        else:
+            options = f"--ring {ring} --line {index.line} --version {newest} --percent {step['percent']:g}"
+            found.append(f"next: `model-library rollout LIB {options}`, then have it signed")
+    return found
 
 
 def _days(entry: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import semver
 from pydantic import TypeAdapter, ValidationError
-from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, DelegatedRole, TargetFile
+from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, DelegatedRole, TargetFile, Targets
 
 from model_sync.bundle import MANIFEST_NAME, Manifest, ModelBundle
 from model_sync.documents import (
@@ -36,7 +36,8 @@ from model_sync.documents import (
     rollout_path,
 )
 from model_sync.errors import BundleError, PublishError
-from model_sync.manifest import Identifier
+from model_sync.library_roles import delegated
+from model_sync.manifest import Identifier, SemVer
 
 if TYPE_CHECKING:
     from model_sync.repository import Library, State
@@ -47,6 +48,8 @@ _MAX_NAME = 190
 _NOTHING = "; nothing was published"
 # Names that Windows refuses whatever follows the first dot: a USB stick is often filled or looked at there.
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
+_TEMPORARY = "tmp"
+_VERSION_HINT = "write it like 1.4.0 or 1.4.0-rc.1, by semver.org, with at most 64 characters"
 Progress = Callable[[str, int, int], None]
 
 
@@ -62,13 +65,17 @@ class Choice(NamedTuple):
 
 
 def check_line_name(name: str) -> None:
-    """Refuse a line that would be taken for a role of TUF, or that is no name at all."""
+    """Refuse a line that would be taken for a role of TUF or for a half-written file, or that no USB stick can hold."""
     try:
         TypeAdapter(Identifier).validate_python(name)
     except ValidationError as error:
         raise PublishError(f"{name!r} cannot name a model line", hint="lower-case letters, digits, - and _, at most 64") from error
     if name in TOP_LEVEL_ROLE_NAMES or name == ROLLOUT_ROLE:
         raise PublishError(f"a model line cannot be called {name!r}: that is a role of the library", hint="choose another name")
+    if name in _DEVICES:
+        raise PublishError(f"a model line cannot be called {name!r}: that is a device of Windows", hint="no USB stick could hold it")
+    if name.startswith(_TEMPORARY):
+        raise PublishError(f"a model line cannot be called {name!r}", hint=f"{_TEMPORARY}... is what boxes call their half-written files")
 
 
 def publish(
@@ -101,22 +108,18 @@ def publish(
             return library.state(manifest.name)
         _check_version(index, manifest.version)
         new_minimum = _minimum(index, minimum_version, manifest.version) if minimum_version is not None else index.minimum_version
+        release = Release(version=manifest.version, digest=bundle.digest, published_at=library.now())
+        grown = _checked(index.model_copy(update={"versions": [*index.versions, release], "minimum_version": new_minimum}))
         targets = _stage_bundle(library, bundle, tell)
         found = _deltas(library, index, bundle, tell) if deltas else []
-        release = Release(version=manifest.version, digest=bundle.digest, published_at=library.now())
-        index = index.model_copy(
-            update={
-                "versions": [*index.versions, release],
-                "deltas": [*index.deltas, *(delta for delta, _ in found)],
-                "minimum_version": new_minimum,
-            }
-        )
+        index = _checked(grown.model_copy(update={"deltas": [*index.deltas, *(delta for delta, _ in found)]}))
         library.stage_files(manifest.name, {line_path(manifest.name): index.to_json()}, [*targets, *(target for _, target in found)])
         library.settle()
         return library.state(manifest.name)
 
 
 def _check_bundle(directory: Path) -> ModelBundle:
+    _check_version_text(directory)
     try:
         bundle = ModelBundle.load(directory)
     except BundleError as error:
@@ -138,6 +141,15 @@ def _check_bundle(directory: Path) -> ModelBundle:
     return bundle
 
 
+def _check_version_text(directory: Path) -> None:
+    """Say by itself what is wrong with a version: the pattern that a manifest is held against tells people nothing."""
+    try:
+        version = json.loads((directory / MANIFEST_NAME).read_bytes())["version"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return  # whatever is wrong there is said when the bundle is read as a whole
+    _parse(str(version))
+
+
 def _check_gate(bundle: ModelBundle) -> None:
     for variant in bundle.manifest.variants:
         hint = "let the gate measure every variant against the float model, and ship only those that pass"
@@ -153,7 +165,6 @@ def _check_gate(bundle: ModelBundle) -> None:
 
 
 def _check_version(index: LineIndex, version: str) -> None:
-    _parse(version)
     if index.release(version) is not None:
         raise PublishError(
             f"{index.line} {version} is published already with other content{_NOTHING}", hint="a version never changes: count it up"
@@ -170,9 +181,9 @@ def _newest(index: LineIndex) -> str | None:
 
 def _parse(version: str) -> None:
     try:
-        semver.Version.parse(version)
-    except ValueError as error:
-        raise PublishError(f"{version!r} is no semantic version{_NOTHING}", hint="write it like 1.4.0 or 1.4.0-rc.1") from error
+        TypeAdapter(SemVer).validate_python(version)
+    except ValidationError as error:
+        raise PublishError(f"{version!r} is no semantic version{_NOTHING}", hint=_VERSION_HINT) from error
 
 
 def _minimum(index: LineIndex, wanted: str, newest: str | None) -> str:
@@ -257,7 +268,10 @@ def withdraw(library: Library, line: str, version: str, reason: str) -> State:
             raise PublishError("a withdrawal needs a reason", hint="say in one sentence what is wrong: clinicians read it")
         if index.withdrawal(version) is not None:
             raise PublishError(f"{line} {version} is withdrawn already", hint="nothing was changed")
-        entry = Withdrawal(version=version, reason=reason.strip(), at=library.now())
+        try:
+            entry = Withdrawal(version=version, reason=reason.strip(), at=library.now())
+        except ValidationError as error:
+            raise _cannot_be("withdrawal", error, "say in one sentence what is wrong: clinicians read it") from error
         return _stage_index(library, index.model_copy(update={"withdrawn": [*index.withdrawn, entry]}))
 
 
@@ -273,9 +287,22 @@ def set_minimum(library: Library, line: str, version: str) -> State:
 
 
 def _stage_index(library: Library, index: LineIndex) -> State:
-    library.stage_files(index.line, {line_path(index.line): index.to_json()})
+    library.stage_files(index.line, {line_path(index.line): _checked(index).to_json()})
     library.settle()
     return library.state(index.line)
+
+
+def _checked(index: LineIndex) -> LineIndex:
+    """Return an index as boxes will read it: a copy with changes is checked by nobody else before it is signed."""
+    try:
+        return LineIndex.model_validate(index.model_dump(by_alias=True))
+    except ValidationError as error:
+        raise _cannot_be("index", error, "boxes would not read it: go on with a new line (`model-library add-line`)") from error
+
+
+def _cannot_be(what: str, error: ValidationError, hint: str) -> PublishError:
+    wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False)[:5])
+    return PublishError(f"this {what} cannot be: {wrong}{_NOTHING}", hint=hint)
 
 
 def _known(index: LineIndex, version: str) -> None:
@@ -306,8 +333,53 @@ def rollout(library: Library, ring: str, line: str, choice: Choice) -> State:
             step = RolloutStep(**choice._asdict())
             document = Rollout(ring=ring, issued_at=library.now(), lines={**before, line: step})
         except ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False))
-            raise PublishError(f"this rollout cannot be: {wrong}", hint="percent is 0 to 100, times are in hours") from error
+            raise _cannot_be("rollout", error, "percent is 0 to 100, times are in hours") from error
         library.stage_files(ROLLOUT_ROLE, {path: document.to_json()})
         library.settle()
         return library.state(ROLLOUT_ROLE)
+
+
+def end_line(library: Library, line: str) -> State:
+    """Stage that nobody signs for a line any more: first, where rollouts name it, that they name it no more; then targets.
+
+    The role of which a version waits is returned: while it is ``rollout``, the same has to be asked again when that is public.
+
+    Raises:
+        PublishError: there is no such line.
+    """
+    with library.files.locked():
+        public = library.published(Targets.type)
+        if line not in library.lines() and public is not None and line in delegated(public.signed):
+            library.settle()  # it was killed after staging, or is run again: finish it
+            return library.state(Targets.type)
+        library.index(line)
+        _leave_rollouts(library, line)
+        rollouts = library.published(ROLLOUT_ROLE)
+        if rollouts is not None and any(line in document.lines for document in _rollouts(library, rollouts.signed).values()):
+            return library.state(ROLLOUT_ROLE)
+        with library.edit_targets() as targets:
+            for keyid in list(targets.get_delegated_role(line).keyids):
+                targets.revoke_key(keyid, line)
+            assert targets.delegations is not None
+            assert targets.delegations.roles is not None
+            del targets.delegations.roles[line]
+        library.files.staged_path(line).unlink(missing_ok=True)
+        library.settle()
+        return library.state(Targets.type)
+
+
+def _leave_rollouts(library: Library, line: str) -> None:
+    if ROLLOUT_ROLE not in library.role_names():
+        return
+    changed = {}
+    for path, document in _rollouts(library, library.targets(ROLLOUT_ROLE)).items():
+        if line in document.lines:
+            lines = {name: step for name, step in document.lines.items() if name != line}
+            changed[path] = Rollout(ring=document.ring, issued_at=library.now(), lines=lines).to_json()
+    if changed:
+        library.stage_files(ROLLOUT_ROLE, changed)
+        library.settle()
+
+
+def _rollouts(library: Library, targets: Targets) -> dict[str, Rollout]:
+    return {path: Rollout.parse(library.read_target(targets, path)) for path in targets.targets}

@@ -189,12 +189,19 @@ class Library(LibraryPromotion):
     def add_line(self, name: str, keys: list[Key], threshold: int = 2) -> State:
         """Delegate a new model line to ``keys``; its role and ``targets`` wait for their signatures.
 
+        A line that was ended goes on where it stopped: a version never changes its content, and what was withdrawn stays so.
+
         Raises:
             PublishError: the name is taken or not allowed, or the threshold cannot be met.
         """
         publish.check_line_name(name)
         index = LineIndex(line=name, minimum_version="0.0.0", versions=[])
-        return self._delegate(name, keys, threshold, line_patterns(name), {line_path(name): index.to_json()})
+        files = {line_path(name): index.to_json()} if self.last(name) is None else {}
+        return self._delegate(name, keys, threshold, line_patterns(name), files)
+
+    def end_line(self, name: str) -> State:
+        """Stage that a line is delegated no more; see ``publish.end_line``."""
+        return publish.end_line(self, name)
 
     def set_rollout_keys(self, keys: list[Key], threshold: int = 1) -> State:
         """Delegate ``rollout/*.json``; given again, the keys replace the old ones."""

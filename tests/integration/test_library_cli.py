@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import pty
@@ -11,9 +13,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from model_sync import library_cli
 from tests.library_site import make_site, tiny_bundle
 
 LINE = "cxr-pneumonia"
@@ -36,16 +40,21 @@ class Shell:
         }
 
     def run(self, *arguments: str | Path, expect: int = 0, **environment: str) -> str:
-        """Run one command; returns stdout and stderr together."""
-        done = subprocess.run(
-            [sys.executable, "-m", "model_sync.library_cli", *arguments],
-            cwd=self.directory, env=self.environment | environment | {"PYTHONPATH": str(Path(__file__).parents[2])},
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        text = done.stdout + done.stderr
-        assert done.returncode == expect, text
-        assert "Traceback" not in text
-        return text
+        """Run one command in this process; returns stdout and stderr together."""
+        out = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            patch.chdir(self.directory)
+            for name in [name for name in os.environ if name.startswith("MODEL_LIBRARY")]:
+                patch.delenv(name)
+            for name in ("MODEL_LIBRARY_PASSPHRASE_FILE", "MODEL_LIBRARY_ONLINE_PASSPHRASE_FILE"):
+                patch.setenv(name, environment.get(name, self.environment[name]))
+            patch.setattr(sys, "stdin", io.StringIO())
+            try:
+                code: Any = library_cli.main([str(argument) for argument in arguments])
+            except SystemExit as leaving:
+                code = leaving.code
+        assert (code or 0) == expect, out.getvalue()
+        return out.getvalue()
 
     def typed(self, *arguments: str, answers: list[str]) -> tuple[int, str]:
         """Run one command on a terminal and type the answers as it asks."""
@@ -111,6 +120,11 @@ def test_the_ceremony_ends_in_a_whole_library(ready: Shell) -> None:
     assert "in 3.0 days" in text
     assert "whole; 7 files" in ready.run("verify", "LIB")
     assert "whole; 7 files" in ready.run("verify", "LIB/public")
+    command = [sys.executable, "-m", "model_sync.library_cli", "verify", "LIB"]
+    environment = ready.environment | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, cwd=ready.directory, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "whole; 7 files" in done.stdout
     status = json.loads(ready.run("status", "LIB", "--json"))
     assert status["lines"][LINE]["versions"] == ["0.1.0"]
 
@@ -129,11 +143,53 @@ def test_a_rollout_a_withdrawal_and_a_stick(copy: Shell) -> None:
     assert f"ring stable: {LINE} 0.1.0 to 10 % of boxes from 2030-01-02 03:04 UTC over 48 h; stop at 10% failures from 3 boxes on" in text
     (copy.directory / "stick").mkdir()
     assert f"{LINE}: 0.1.0" in copy.run("export-usb", "LIB", "stick")
-    copy.run("withdraw", "LIB", LINE, "0.1.0", "--reason", "misses effusions")
+    text = copy.run("withdraw", "LIB", LINE, "0.1.0", "--reason", "misses effusions")
+    assert f"ring stable still names {LINE} 0.1.0; its boxes fall back by themselves meanwhile" in text
+    assert f"next: no version of {LINE} is left to boxes: publish a new one" in text
     copy.run("sign", "LIB", "--key", "alice.pem", "--yes")
     assert "! WITHDRAWN 0.1.0: misses effusions" in copy.run("sign", "LIB", "--key", "bob.pem", "--yes")
     assert "withdrawn: no box takes it" in copy.run("status", "LIB")
     assert "is public" in copy.run("refresh-timestamp", "LIB")
+
+
+def test_a_withdrawal_says_how_the_rollout_is_signed_to_another_version(copy: Shell) -> None:
+    copy.run("publish", "LIB", tiny_bundle(copy.directory, "0.2.0", seed=1))
+    copy.run("rollout", "LIB", "--ring", "stable", "--line", LINE, "--version", "0.1.0", "--percent", "40")
+    for name in ("alice", "bob", "carol"):
+        copy.run("sign", "LIB", "--key", f"{name}.pem", "--yes")
+    text = copy.run("withdraw", "LIB", LINE, "0.1.0", "--reason", "misses effusions")
+    command = f"model-library rollout LIB --ring stable --line {LINE} --version 0.2.0 --percent 40"
+    assert f"next: `{command}`, then have it signed" in text
+    copy.run(*command.split()[1:])
+    assert "still names" not in copy.run("minimum", "LIB", LINE, "0.2.0")
+
+
+def test_a_line_is_ended_by_running_the_same_command_twice(copy: Shell) -> None:
+    copy.run("rollout", "LIB", "--ring", "stable", "--line", LINE, "--version", "0.1.0")
+    copy.run("sign", "LIB", "--key", "carol.pem", "--yes")
+    text = copy.run("end-line", "LIB", LINE)
+    assert "rollout version 3 waits" in text
+    assert f"boxes keep the model of {LINE} that they have, and take nothing new of it" in text
+    assert f"run `model-library end-line LIB {LINE}` again" in text
+    assert f"ring stable: {LINE} is told nothing any more" in copy.run("sign", "LIB", "--key", "carol.pem", "--yes")
+    assert "again" not in copy.run("end-line", "LIB", LINE).replace("add the line again", "")
+    for name in ("alice", "bob"):
+        assert f"- role {LINE} is delegated no more" in copy.run("sign", "LIB", "--key", f"{name}.pem", "--yes")
+    text = copy.run("status", "LIB")
+    assert LINE not in text
+    assert "nothing to do" in text
+    text = copy.run("verify", "LIB")
+    assert f"note: the snapshot names {LINE}.json, to which nobody delegates any more: a line that was ended" in text
+    assert f"there is no model line '{LINE}'" in copy.run("end-line", "LIB", LINE, expect=1)
+    copy.run("add-line", "LIB", LINE, "--key", "dave.pem.pub.json", "--threshold", "1")
+    text = copy.run("sign", "LIB", "--key", "dave.pem", "--yes")
+    assert "compared with nothing: everything in it is shown" in text
+    assert "+ version 0.1.0" in text
+    away = Shell(copy.directory / "away")
+    for part in ("staged", "public"):
+        shutil.copytree(copy.directory / "LIB" / part, away.directory / part)
+    text = away.run("sign", f"staged/{LINE}.json", "--against", "public", "--key", str(copy.directory / "dave.pem"), "--yes")
+    assert "compared with nothing: everything in it is shown" in text
 
 
 def test_a_signature_from_another_machine(copy: Shell) -> None:
@@ -236,6 +292,14 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "line with a role's name": (["add-line", "LIB", "root", "--key", "alice.pem.pub.json", "--threshold", "1"], 1, "role of the library"),
     "line that is there": (["add-line", "LIB", LINE, "--key", "alice.pem.pub.json", "--threshold", "1"], 1, "one delegator"),
     "line with too few keys": (["add-line", "LIB", "ct", "--key", "alice.pem.pub.json"], 1, "cannot give 2"),
+    "line with a device's name": (["add-line", "LIB", "nul", "--key", "alice.pem.pub.json", "--threshold", "1"], 1, "device of Windows"),
+    "line that looks half-written": (
+        ["add-line", "LIB", "tmp-line", "--key", "alice.pem.pub.json", "--threshold", "1"], 1, "cannot be called 'tmp-line'",
+    ),
+    "end of no line": (["end-line", "LIB", "ct"], 1, "no model line 'ct'"),
+    "reason too long": (["withdraw", "LIB", LINE, "0.1.0", "--reason", "x" * 301], 1, "at most 300 characters"),
+    "minimum that is no version": (["minimum", "LIB", LINE, "0.1.0-01"], 1, "no semantic version"),
+    "minimum too long for boxes": (["minimum", "LIB", LINE, "0.1.0+" + "a" * 70], 1, "no semantic version"),
     "bundle that is none": (["publish", "LIB", "LIB"], 1, "manifest.json"),
     "bundle that is absent": (["publish", "LIB", "absent"], 1, "cannot be read"),
     "withdrawal without reason": (["withdraw", "LIB", LINE, "0.1.0"], 2, "--reason"),
@@ -329,7 +393,7 @@ def test_every_command_has_help_that_the_guide_names(ready: Shell) -> None:
     guide = (Path(__file__).parents[2] / "docs" / "model-library.md").read_text("utf-8")
     text = ready.run("--help")
     commands = [line.split()[0] for line in text.splitlines() if line.startswith("    ") and not line.startswith("     ")]
-    assert len(commands) == 17 + len(FLEET)
+    assert len(commands) == 18 + len(FLEET)
     for command in commands:
         assert f"model-library {command}" in guide, command
         if command not in FLEET:
