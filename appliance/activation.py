@@ -37,6 +37,7 @@ _TICK_S: Final = 0.25
 _BUSY_TICK_S: Final = 0.02
 _JUDGE_EVERY_S: Final = 1.0
 _AFTER_ERROR_S: Final = 5.0
+_AFTER_FAULT_S: Final = 60.0
 _PROGRESS_STEP: Final = 0.02
 
 
@@ -109,7 +110,7 @@ class Activator:
         self._takeovers: dict[str, _Takeover] = {}
         self._notes_left = True
         self._recovered = False
-        self._next = self._next_judgement = 0.0
+        self._next = self._next_judgement = self._follow_from = 0.0
         self.held: set[str] = set()
 
     @property
@@ -149,20 +150,18 @@ class Activator:
             return
         self._next = now + (_BUSY_TICK_S if self._coming or self._takeovers else _TICK_S)
         try:
-            if self._follower is not None:
-                self._follower.look()
+            self._follow(lambda follower: follower.look())
             self._guard()
             self._take_over()
-            if self._follower is not None and not self._takeovers:  # who takes over may be just whom the library wants
-                self._follower.begin()
+            if not self._takeovers:  # who takes over may be just whom the library wants
+                self._follow(lambda follower: follower.begin())
             self._step()
             if now >= self._next_judgement:
                 self._next_judgement = now + _JUDGE_EVERY_S
                 self._judge()
             if self._notes_left:
                 self._notes_left = self.journal.mark_findings()
-            if self._follower is not None:
-                self._follower.report()
+            self._follow(lambda follower: follower.report())
         except StoreError as error:
             if not self._patient:
                 raise
@@ -181,6 +180,18 @@ class Activator:
                 self._follower.stop()
         except StoreError as error:
             self._log.error("the journal of models cannot be kept", extra={"code": error.code})
+
+    def _follow(self, step: Callable[[Follower], None]) -> None:
+        """Following the library goes on beside the reading: whatever is wrong there, and foreseen by nobody, must not stop it."""
+        if self._follower is None or self._clock() < self._follow_from:
+            return
+        try:
+            step(self._follower)
+        except StoreError:
+            raise
+        except Exception:  # another account's files are behind it
+            logger.exception("the library cannot be followed", extra={"code": "exchange.invalid"})
+            self._follow_from = self._clock() + _AFTER_FAULT_S
 
     # -- what comes --------------------------------------------------------------------------------------------------
 

@@ -37,7 +37,10 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _MODEL_KEYS: Final = ("version", "digest", "state", "precision", "runtime")
 _TROUBLE: Final = {"untrusted": 8, "error": 4, "unreachable": 4}
 
-_Version = Annotated[str, StringConstraints(pattern=r"^(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)([-+][0-9A-Za-z.+-]+)?$", max_length=64)]
+# Semantic versioning 2.0, clauses 2, 9 and 10, as strict as the library that compares them.
+_NUMBER, _PRE, _BUILD = "(0|[1-9][0-9]*)", "(0|[1-9][0-9]*|[0-9]*[A-Za-z-][0-9A-Za-z-]*)", "[0-9A-Za-z-]+"
+_SEMVER: Final = rf"^{_NUMBER}\.{_NUMBER}\.{_NUMBER}(-{_PRE}(\.{_PRE})*)?(\+{_BUILD}(\.{_BUILD})*)?$"
+_Version = Annotated[str, StringConstraints(pattern=_SEMVER, max_length=64)]
 _Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 _Line = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 _Read = TypeVar("_Read", bound=BaseModel)
@@ -166,6 +169,10 @@ class Exchange:
     def __init__(self, store: Store, directory: Path) -> None:
         self._store = store
         self.directory = directory
+
+    def has_metadata(self) -> bool:
+        """Whether the agent has laid anything that can be checked; a directory that cannot be read has nothing."""
+        return os.path.isdir(self.directory / "metadata")
 
     def mark(self) -> tuple[tuple[int, int, int], ...]:
         """What changes when the agent has written something that a check may answer differently."""

@@ -6,6 +6,7 @@ Stepped by the worker; every file is small, and the verification runs in a proce
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from typing import Final
@@ -110,7 +111,7 @@ class Follower:
         self._exchange.write_report()
 
     def _unanswered(self) -> bool:
-        return self._root is not None and (self._exchange.directory / "metadata").is_dir() and self._exchange.mark() != self._seen
+        return self._root is not None and self._exchange.has_metadata() and self._exchange.mark() != self._seen
 
     def _begin_check(self) -> None:
         assert self._root is not None
@@ -130,7 +131,7 @@ class Follower:
         origin = self._exchange.bundle(directive.digest)
         wanted = Wanted(name, directive.version, directive.digest, directive.source, origin, "model-sync")
         note = self._journal.barred(name, directive.version) or facts.refusal(name, directive.version, directive.digest)
-        if note is None and not origin.is_dir():
+        if note is None and not os.path.isdir(origin):
             note = Note("model.absent", f"{name} {directive.version}")
         if note is not None:
             self._journal.refuse(wanted, note)

@@ -149,8 +149,13 @@ class Ledger:
 
 
 def older(version: str, than: str) -> bool:
-    """Whether a version comes before another by the precedence of semantic versioning 2.0 (clause 11)."""
-    return semver.Version.parse(version).compare(than) < 0
+    """Whether a version comes before another by the precedence of semantic versioning 2.0 (clause 11).
+
+    One that is no semantic version comes before all others: it is never newer than what it is held against.
+    """
+    if not semver.Version.is_valid(than):
+        return False
+    return not semver.Version.is_valid(version) or semver.Version.parse(version).compare(than) < 0
 
 
 def code_of(row: sqlite3.Row) -> str:

@@ -7,91 +7,28 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from appliance import exchange
-from appliance.activation import Activator
 from appliance.errors import ActivationError
 from appliance.exchange import Exchange
 from appliance.models import activate, reference_bundle
 from appliance.settings import Settings
 from appliance.store import Store
-from model_sync.report import BoxReport
 from model_sync.usb import export
-from tests.activation_box import LINE, Box, digest_of, finish_with, looping, write_settings
-from tests.library_site import Site, make_site, serve, tiny_bundle
+from tests.activation_box import LINE, Box, Clinic, finish_with, looping, open_clinic
+from tests.library_site import make_site, tiny_bundle
 from tests.scans import scan_bytes
-from tests.sync_box import Box as Agent
-from tests.sync_box import make_box
 
 FAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
-
-
-class Clinic:
-    """A library, the agent of one box, and the box."""
-
-    def __init__(self, directory: Path, settings: Settings, url: str, site: Site) -> None:
-        self.site = site
-        self.agent: Agent = make_box(directory / "agent", site, url)
-        self.exchange = self.agent.settings.exchange_dir
-        self.exchange.mkdir(parents=True, exist_ok=True)
-        given = {"exchange_dir": self.exchange, "library_root": self.agent.settings.root}
-        self.box = Box(directory, Store(write_settings(settings, **given)))
-        self.activator: Activator = self.box.activator()
-
-    def release(self, version: str, bundle: Path | None = None, **options: Any) -> str:
-        """Publish a version and let this box's ring have it; its digest."""
-        made = bundle or self.box.bundle(version)
-        self.site.publish(made, **options)
-        self.site.rollout("stable", LINE, version)
-        return digest_of(made)
-
-    def follow(self) -> None:
-        """The agent pulls, the box follows until it has nothing more to do."""
-        self.agent.pull()
-        self.settle()
-
-    def settle(self) -> None:
-        """The box does what there is to do."""
-        self.activator = self.box.activator()  # as after a restart: nothing is known but what is on the disk
-        self.box.settle(self.activator)
-
-    def direct(self, **changes: str) -> None:
-        """What an agent that was broken into might want."""
-        path = self.exchange / "directives.json"
-        directives = json.loads(path.read_text())
-        directives["lines"][LINE] |= changes
-        path.unlink()
-        path.write_text(json.dumps(directives))
-
-    def report(self) -> dict[str, Any]:
-        """What the box tells, held against the centre's schema."""
-        raw = (self.exchange / "box-report.json").read_bytes()
-        BoxReport.parse(raw)
-        report: dict[str, Any] = json.loads(raw)
-        return report
-
-    def audited(self, actor: str | None = None) -> list[dict[str, Any]]:
-        """Audit entries about the library."""
-        rows = self.box.store.database.query("SELECT entry FROM audit ORDER BY seq")
-        entries = [json.loads(row["entry"]) for row in rows]
-        return [entry for entry in entries if entry["object"] == "library" and actor in (None, entry["actor"])]
 
 
 @pytest.fixture
 def clinic(tmp_path: Path, settings: Settings) -> Iterator[Clinic]:
     """A box that runs version 1.0.0 of the library's line."""
-    site = make_site(tmp_path / "library")
-    with serve(site.public) as url:
-        made = Clinic(tmp_path, settings, url, site)
-        made.release("1.0.0")
-        made.follow()
-        assert made.box.last() == ("good", "")
+    with open_clinic(tmp_path, settings) as made:
         yield made
-        made.box.store.database.verify_audit()
-        made.box.store.close()
 
 
 def test_a_signed_version_comes_is_proven_and_reported(clinic: Clinic) -> None:

@@ -1,0 +1,83 @@
+"""An agent that was broken into, and signed documents that are odd: the box goes on reading, and learns what can be learnt."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from appliance.exchange import Directives, Exchange
+from appliance.ledger import older
+from appliance.settings import Settings
+from tests.activation_box import LINE, Clinic, finish_with, open_clinic, wanted
+
+OTHER = "bone-age"
+
+
+@pytest.fixture
+def clinic(tmp_path: Path, settings: Settings) -> Iterator[Clinic]:
+    """A box that runs version 1.0.0 of one line; the library has another line as well."""
+    with open_clinic(tmp_path, settings, (LINE, OTHER)) as made:
+        yield made
+
+
+def test_a_directive_whose_version_is_none_does_not_end_the_worker(clinic: Clinic) -> None:
+    kept = clinic.box.active()
+    for version in ("1.0.0-01", "1.0.0-a..b", "1.0.0+", "1.0.0-+", "1.٣.0", "1.0.0-" + "a" * 64):
+        clinic.direct(version=version, digest="ab" * 32)
+        clinic.settle()
+    assert (clinic.box.active(), clinic.box.last()) == (kept, ("good", ""))
+    assert finish_with(clinic.box.store.settings) == 0
+
+
+def test_a_version_that_is_none_comes_before_all_others() -> None:
+    assert older("1.0.0-01", "1.0.0-1")
+    assert not older("1.0.0", "1.0.0-01")
+    assert not older("x", "y")
+
+
+def test_links_that_cannot_be_followed_do_not_end_the_worker(clinic: Clinic) -> None:
+    kept = clinic.box.active()
+    for name in ("bundles", "trust", "metadata"):
+        (clinic.exchange / name).rename(clinic.exchange / f"aside-{name}")
+        (clinic.exchange / name).symlink_to("x" * 300)  # ENAMETOOLONG, which pathlib does not take for absence
+        clinic.direct(digest="ab" * 32)
+        clinic.settle()
+    assert clinic.box.active() == kept
+    assert finish_with(clinic.box.store.settings) == 0
+
+
+def test_what_nobody_foresaw_about_the_library_does_not_stop_the_reading(
+    clinic: Clinic, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fault(_exchange: Exchange) -> Directives:
+        raise ZeroDivisionError("a fault of ours")
+
+    kept = clinic.box.active()
+    monkeypatch.setattr(Exchange, "directives", fault)
+    activator = clinic.box.activator()
+    clinic.box.step_until(activator, lambda: "the library cannot be followed" in caplog.text)
+    number = clinic.box.journal.enter(wanted(clinic.box.bundle("1.1.0"), source="embedded"))
+    clinic.box.step_until(activator, lambda: clinic.box.state(number) == "trial")
+    activator.stop()
+    assert clinic.box.active() != kept
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another account")
+def test_an_exchange_directory_that_the_box_may_not_read_does_not_end_the_worker(clinic: Clinic) -> None:
+    settings = clinic.box.store.settings
+    clinic.exchange.chmod(0o700)
+    for path in (settings.data_dir, *settings.data_dir.rglob("*")):
+        os.chown(path, 65534, 65534)
+    for parent in settings.data_dir.parents[:-2]:  # down to what everybody may enter
+        parent.chmod(0o755)
+    account = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    line = [*account, sys.executable, "-m", "appliance", "worker", "--until-idle", "--data-dir", str(settings.data_dir)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    for path in (settings.data_dir, *settings.data_dir.rglob("*")):
+        os.chown(path, 0, 0)
