@@ -121,8 +121,14 @@ _SYNC_CODES: Final = {
     "trust.expired": lazy_gettext("The signatures have expired. Check the clock of the box; if it is right, ask the central team."),
     "trust.rollback": lazy_gettext("The library offers something older than the box has seen already."),
     "trust.digest": lazy_gettext("A file is not the one that was signed."),
-    "trust.revoked": lazy_gettext("A key or role was revoked."),
+    "trust.revoked": lazy_gettext("The library has ended this model line."),
     "trust.missing": lazy_gettext("A signed part is missing."),
+    "trust.part_expired": lazy_gettext(
+        "The signatures of one model line have expired. Check the clock of the box; if it is right, ask the central team."
+    ),
+    "trust.too_large": lazy_gettext("A signed part is larger than it may be."),
+    "sync.incomplete": lazy_gettext("The library's server lacks a file. Tell the central team."),
+    "sync.error": lazy_gettext("The sync agent itself failed. Send its log to the central team."),
     "sync.too_long": lazy_gettext("The library sends more than it may. Ask the central team."),
     "sync.no_rollout": lazy_gettext("The library has no rollout for the ring of this box. Check the setting ring."),
     "sync.busy": lazy_gettext("Another run of the sync agent is at work."),
@@ -154,6 +160,12 @@ DECISIONS: Final = {
     "not_yet": lazy_gettext("the turn of this box has not come yet"),
     "waiting": lazy_gettext("waits for its hours or its allowance of data"),
     "refused": lazy_gettext("refused"),
+    "withdrawn": lazy_gettext("withdrawn by the central team, which will name another version"),
+    "below_minimum": lazy_gettext("older than the oldest version that may run; another will be named"),
+    "expired": lazy_gettext("its signatures have expired; the central team has to sign anew"),
+    "ended": lazy_gettext("ended by the library; the model in use works on"),
+    "unknown": lazy_gettext("not in the library"),
+    "absent": lazy_gettext("not on the USB stick"),
     "unreachable": lazy_gettext("not complete yet, goes on by itself"),
     "error": lazy_gettext("stopped by a fault of this box"),
 }
