@@ -150,7 +150,7 @@ class Agent:
         ticks: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings, self._stop, self._draw, self._ticks = settings, stop, draw, ticks
-        self._pull = pull or _StoppableClient(settings, stop).pull
+        self._pull = pull or Client(settings, may_continue=self._require_running).pull
         self._told = ""
         self._report_at = self._retry_at = float("-inf")
 
@@ -168,6 +168,11 @@ class Agent:
     def pause_s(self) -> float:
         """Return the time to the next look: the interval, moved at random by up to its jitter either way."""
         return self._settings.poll_interval_s * (1 + self._settings.poll_jitter * (2 * self._draw() - 1))
+
+    def _require_running(self) -> None:
+        """Stop a look between two pieces of a file, and in a pause before another attempt, when the agent is asked to stop."""
+        if self._stop.is_set():
+            raise LibraryUnreachable("the agent was stopped", hint="it goes on when it is started again", code="sync.stopped")
 
     def _report_if_due(self) -> None:
         if self._settings.report_url is None or self._ticks() < self._retry_at:
@@ -195,19 +200,6 @@ class Agent:
             logger.warning("%s: %s", what, error.message)
         except Exception:  # the top of the loop: an agent that ended would be a box that nobody updates
             logger.exception("%s failed", what)
-
-
-class _StoppableClient(Client):
-    """A client that stops between two pieces of a file when the agent is asked to stop."""
-
-    def __init__(self, settings: SyncSettings, stop: threading.Event) -> None:
-        super().__init__(settings)
-        self._stop_asked = stop
-
-    def _require_window(self) -> None:
-        if self._stop_asked.is_set():
-            raise LibraryUnreachable("the agent was stopped", hint="it goes on when it is started again", code="sync.stopped")
-        super()._require_window()
 
 
 class _Outbox:

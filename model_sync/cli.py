@@ -154,13 +154,17 @@ def _import_usb(arguments: argparse.Namespace) -> int:
 
 def _report_pull(pulled: Pulled) -> int:
     from model_sync.cli_texts import DECISIONS, language, say
+    from model_sync.sync_status import state_of
 
     for name, line in pulled.lines.items():
         at = f" ({line.at:%Y-%m-%d %H:%M} UTC)" if line.at else ""
         print(f"{name} {line.version}: {say(DECISIONS, line.decision, language())}{at}")
     print(f"{pulled.received_bytes} bytes received")
     for name, problem in pulled.problems.items():
-        print(f"error: {name}: {problem}", file=sys.stderr)
+        if state_of(problem) == "ok":
+            print(f"{name}: {problem.message}")
+        else:
+            print(f"error: {name}: {problem}", file=sys.stderr)
     return exit_code(pulled.worst)
 
 

@@ -56,7 +56,12 @@ def _page(
         yield row("wrong", f"{getattr(advice.what, lang) if advice else code} [{code}]")
         yield row("detail", str(status.get("message")))
         yield row("do", getattr(advice.do, lang) if advice else str(status.get("hint")))
-    elif problem := _dict(status.get("last_problem")):
+    for name, about in sorted(_dict(status.get("lines")).items()):
+        if _dict(about).get("message") and about["message"] != status.get("message"):
+            yield row("detail", f"{name}: {about['message']} [{about.get('code')}]")
+    if retry := _dict(status.get("retry")):
+        yield row("retry", f"{retry.get('at')} [{retry.get('code')}] {retry.get('message')}")
+    if state in ("ok", "downloading") and (problem := _dict(status.get("last_problem"))):
         yield row("last_problem", f"{problem.get('at')} [{problem.get('code')}]")
     if clock := _dict(status.get("clock")):
         server = f", {say(LABELS, 'clock_server', lang)} {clock.get('server')}" if clock.get("server") else ""

@@ -13,32 +13,22 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from model_sync import documents, durable, lock, trust, usb_import
-from model_sync.documents import LineIndex, Rollout
+from model_sync import durable, lock, trust, usb_import
 from model_sync.errors import LibraryUnreachable, ModelSyncError, TrustError
-from model_sync.exchange import Exchange, Source
-from model_sync.floors import FLOOR_FILE, Clocks, Floors, utc_now
-from model_sync.outcome import KEEP, Outcome, Pulled, instead, job_of, refusal_of
+from model_sync.exchange import DIRECTIVES_FILE, Exchange, Source
+from model_sync.floors import BUILT_AT, FLOOR_FILE, Clocks, Floors, iso, utc_now
+from model_sync.look import Look, Looker, is_missing, lacking
+from model_sync.outcome import KEEP, Outcome, Pulled, decide, decision_for, instead, job_of
 from model_sync.settings import SyncSettings
 from model_sync.staging import Job, Stager, still_signed
-from model_sync.sync_status import Progress, StatusFile, state_of
-from model_sync.trust import Chain
+from model_sync.sync_status import Progress, StatusFile
 from model_sync.upstream import Upstream, received_bytes
+from model_sync.whole import WholeBundles
 
 if TYPE_CHECKING:
     from tuf.ngclient import FetcherInterface
-
-
-@dataclass(frozen=True)
-class _Look:
-    """What the library says at one moment: the rollout of this ring, the index of each line, and what cannot be believed."""
-
-    chain: Chain
-    rollout: Rollout | None
-    indexes: Mapping[str, LineIndex]
-    problems: Mapping[str, TrustError]
 
 
 @dataclass(frozen=True)
@@ -57,6 +47,7 @@ class _Pull:
     source: Source
     fetcher: FetcherInterface
     upstream: Upstream
+    looker: Looker
     stager: Stager
     received_before: int
     outcomes: dict[str, Outcome] = field(default_factory=dict)
@@ -100,8 +91,10 @@ class Client:
         self._metadata = settings.state_dir / "metadata"
         self._copies = settings.state_dir / "documents"
         self._floor_files = (settings.state_dir / FLOOR_FILE, settings.exchange_dir / FLOOR_FILE)
+        self._own: FetcherInterface | None = None
         self._stager: Stager | None = None
-        self._whole: set[str] = set()
+        self._status: StatusFile | None = None
+        self._whole = WholeBundles(ticks)
         self._in_bundle = False
 
     # -- what people and the agent call -------------------------------------------------------------------------------
@@ -154,6 +147,10 @@ class Client:
                 lines = {name: outcome.status() for name, outcome in pull.outcomes.items()} if pull else {}
                 status.ended(problem, lines, self._clocks(pull), pull.received_bytes if pull else 0)
                 raise problem from error
+            except (Exception, KeyboardInterrupt) as error:
+                # A fault of this program: whoever reads the status must not be told that all is well.
+                status.ended(_fault(error), {}, Clocks(self._now(), BUILT_AT), pull.received_bytes if pull else 0)
+                raise
             finally:
                 if pull is not None and pull.fetcher is not self._given:
                     getattr(pull.fetcher, "close", lambda: None)()
@@ -169,6 +166,7 @@ class Client:
         upstream = Upstream(
             self._metadata, trust.read_root(settings.root), fetcher, self._floor_files[0], self._floor_files[1:], now=self._now
         )
+        looker = Looker(settings, self._exchange, upstream, way.source, self._metadata, self._copies, self._floor_files)
         before = received_bytes(fetcher)
 
         def report(progress: Progress) -> None:
@@ -178,121 +176,63 @@ class Client:
 
         deltas = settings.state_dir / "deltas"
         self._stager = Stager(upstream, self._exchange, deltas, settings.disk_reserve_bytes, report, status.note, self._whole)
-        return _Pull(way.source, fetcher, upstream, self._stager, before)
+        self._status = status
+        return _Pull(way.source, fetcher, upstream, looker, self._stager, before)
 
     def _run(self, pull: _Pull, status: StatusFile) -> Pulled:
         with pull.upstream.view():
-            look = self._look(pull)
+            look = pull.looker.look()
             jobs = self._decide(pull, look)
             ready = self._stage(pull, look, jobs)
         changed = False
         if any(self._exchange.directives().get(line, {}).get("digest") != job.release.digest for line, job in ready.items()):
             # From the library itself, and not from what was remembered: a role may have been revoked while the bundle came.
             with pull.upstream.view():
-                again = self._look(pull)
+                again = pull.looker.look()
             ready = self._confirm(pull, again, ready)
             changed = self._exchange.direct(
                 {line: (job.release.version, job.release.digest, pull.source) for line, job in ready.items()}, self._now()
             )
+        changed |= self._end({line for line, outcome in pull.outcomes.items() if outcome.decision == "ended"})
         pull.stager.sweep({outcome.digest for outcome in pull.outcomes.values()} - {bundle.digest for bundle in self._exchange.bundles()})
         for bundle in self._exchange.drop_old_bundles():
             status.note(f"dropped {bundle.manifest.name} {bundle.manifest.version}: nothing names it, and three newer ones are here")
         code = "sync.no_rollout" if look.rollout is None and not pull.outcomes else "sync.ok"
         return Pulled(dict(sorted(pull.outcomes.items())), changed, pull.received_bytes, code)
 
-    def _look(self, pull: _Pull) -> _Look:
-        """Refresh, read the rollout and the index of every line that matters here, and lay the whole set before the box."""
-        chain = pull.upstream.refresh()
-        problems: dict[str, TrustError] = {}
-        rollout = self._rollout(pull, chain, problems)
-        wanted = set(self._settings.lines or (rollout.lines if rollout else ()))
-        known = set(chain.line_names())
-        indexes = {}
-        for line in sorted((wanted | self._exchange.installed_lines()) & known):
-            try:
-                if (index := self._index(pull, line)) is not None:
-                    indexes[line] = index
-            except TrustError as error:
-                problems[line] = error
-        for line in (wanted | set(self._exchange.directives())) - known:
-            problems[line] = TrustError(
-                f"the library does not know the line {line}, or has revoked it",
-                hint=f"ask the central team, and compare `lines` in sync.toml; {KEEP}",
-                code="trust.revoked",
-            )
-        chain = pull.upstream.chain or chain
-        self._exchange.publish(self._metadata, self._copies, chain, Floors.load(self._floor_files))
-        return _Look(chain, rollout, indexes, problems)
-
-    def _rollout(self, pull: _Pull, chain: Chain, problems: dict[str, TrustError]) -> Rollout | None:
-        """Return this ring's rollout; None when the library has none, or one that cannot be believed."""
-        path = documents.rollout_path(self._settings.ring)
-        if documents.ROLLOUT_ROLE not in chain.delegated_names():
-            return None
-        try:
-            raw = self._document(pull, path, documents.ROLLOUT_ROLE)
-            rollout = Rollout.parse(raw) if raw is not None else None
-            if rollout is not None and rollout.ring != self._settings.ring:
-                raise TrustError(
-                    f"{path} is signed for the ring {rollout.ring}", hint=f"tell the central team; {KEEP}", code="trust.document"
-                )
-        except TrustError as error:
-            problems[documents.ROLLOUT_ROLE] = error
-            return None
-        return rollout
-
-    def _index(self, pull: _Pull, line: str) -> LineIndex | None:
-        path = documents.line_path(line)
-        try:
-            if self._document(pull, path, line) is None:
-                return None
-        except LibraryUnreachable as error:
-            # A stick need not carry every line; what is not on it stays as it is.
-            if pull.source == "usb" and line not in self._settings.lines and state_of(error) == "unreachable":
-                return None
-            raise
-        return trust.read_index(cast("Chain", pull.upstream.chain), self._copies, line)
-
-    def _document(self, pull: _Pull, path: str, role: str) -> bytes | None:
-        (self._copies / path).parent.mkdir(parents=True, exist_ok=True)
-        if pull.upstream.fetch(path, self._copies / path, role) is None:
-            return None
-        return trust.read_document(cast("Chain", pull.upstream.chain), self._copies, path, role)
-
     # -- decisions ----------------------------------------------------------------------------------------------------
 
-    def _decide(self, pull: _Pull, look: _Look) -> dict[str, Job]:
+    def _decide(self, pull: _Pull, look: Look) -> dict[str, Job]:
         """Return what this box should have now; the outcomes say why the other lines have to wait."""
         jobs: dict[str, Job] = {}
         for line, problem in look.problems.items():
-            pull.outcomes[line] = Outcome("refused", problem=problem)
+            pull.outcomes[line] = Outcome(decision_for(problem), problem=problem)
         for line in sorted(set(look.indexes) | set(look.rollout.lines if look.rollout else ())):
             if line in pull.outcomes:
                 continue
-            followed = look.rollout is not None and line in (self._settings.lines or look.rollout.lines)
-            step = look.rollout.lines.get(line) if look.rollout and followed else None
-            outcome = self._outcome(pull, look, line, step)
-            pull.outcomes[line] = outcome
+            outcome = pull.outcomes[line] = self._outcome(pull, look, line)
             if outcome.decision == "ready":
                 jobs[line] = job_of(look.indexes[line], outcome.version)
         return jobs
 
-    def _outcome(self, pull: _Pull, look: _Look, line: str, step: documents.RolloutStep | None) -> Outcome:
-        if step is None:
-            return Outcome("none")
-        index = look.indexes.get(line)
-        release = index.release(step.version) if index else None
-        digest = release.digest if release else ""
-        if (refusal := refusal_of(line, index, step.version)) is not None:
-            return Outcome("refused", step.version, digest, problem=refusal)
-        if pull.source == "usb":
-            return Outcome("paused" if step.paused else "ready", step.version, digest)
-        decision = documents.decide(step, line, self._settings.box_id, pull.upstream.clocks().effective)
-        return Outcome("ready" if decision.take else decision.code, step.version, digest, decision.at)
+    def _outcome(self, pull: _Pull, look: Look, line: str) -> Outcome:
+        return decide(look, self._settings, pull.source, line, pull.upstream.clocks().effective)
+
+    def _end(self, lines: set[str]) -> bool:
+        """Take back what the box was told about lines that the library has ended; returns whether there was anything."""
+        file = self._exchange.directory / DIRECTIVES_FILE
+        before, directives = durable.read_json(file), self._exchange.directives()
+        if not lines & set(directives):
+            return False
+        serial = before.get("serial")
+        left = {line: told for line, told in directives.items() if line not in lines}
+        fresh = {"schema": 1, "serial": serial + 1 if isinstance(serial, int) else 1, "issued_at": iso(self._now()), "lines": left}
+        durable.write_json(file, fresh)
+        return True
 
     # -- bringing -----------------------------------------------------------------------------------------------------
 
-    def _stage(self, pull: _Pull, look: _Look, jobs: Mapping[str, Job]) -> dict[str, Job]:
+    def _stage(self, pull: _Pull, look: Look, jobs: Mapping[str, Job]) -> dict[str, Job]:
         """Bring what is not here yet. A line that cannot be reached stops the others as well, one that is refused does not."""
         ready: dict[str, Job] = {}
         stopped: LibraryUnreachable | None = None
@@ -307,10 +247,13 @@ class Client:
                     pull.stager.stage(pull.upstream.chain or look.chain, job)
                 ready[line] = job
             except TrustError as error:
-                pull.outcomes[line] = instead(job, "refused", error)
+                pull.outcomes[line] = instead(job, error)
             except LibraryUnreachable as error:
-                stopped = error
-                pull.outcomes[line] = instead(job, state_of(error), error)
+                if is_missing(error):  # that is no matter of the way to the library
+                    pull.outcomes[line] = instead(job, lacking(line, error))
+                else:
+                    stopped = error
+                    pull.outcomes[line] = instead(job, error)
         return ready
 
     @contextlib.contextmanager
@@ -336,15 +279,14 @@ class Client:
                 code="sync.window",
             )
 
-    def _confirm(self, pull: _Pull, again: _Look, ready: Mapping[str, Job]) -> dict[str, Job]:
+    def _confirm(self, pull: _Pull, again: Look, ready: Mapping[str, Job]) -> dict[str, Job]:
         """Keep what is still signed, still wanted and not withdrawn after the last byte has come."""
         confirmed = {}
-        pull.outcomes.update({name: Outcome("refused", problem=problem) for name, problem in again.problems.items()})
+        pull.outcomes.update({name: Outcome(decision_for(problem), problem=problem) for name, problem in again.problems.items()})
         for line, job in ready.items():
             if line in again.problems:
                 continue
-            step = again.rollout.lines.get(line) if again.rollout else None
-            outcome = pull.outcomes[line] = self._outcome(pull, again, line, step)
+            outcome = pull.outcomes[line] = self._outcome(pull, again, line)
             if outcome.decision != "ready":
                 continue
             if outcome.digest != job.release.digest:
@@ -353,7 +295,7 @@ class Client:
             try:
                 still_signed(again.chain, job, pull.stager.manifest(job.release.digest))
             except TrustError as error:
-                pull.outcomes[line] = instead(job, "refused", error)
+                pull.outcomes[line] = instead(job, error)
             else:
                 confirmed[line] = job
         return confirmed
@@ -363,16 +305,18 @@ class Client:
     def _fetcher(self) -> FetcherInterface:
         if self._given is not None:
             return self._given
-        from model_sync.fetcher import Fetcher
+        if self._own is None:
+            from model_sync.fetcher import Fetcher
 
-        # The stager keeps the reserve, for bundles; a withdrawal of a few bytes must arrive on a disk that is nearly full as well.
-        # The method is looked up at each call: the agent's own client stops there too.
-        return Fetcher(
-            self._settings.model_copy(update={"disk_reserve_bytes": 0}),
-            self._settings.state_dir / "parts",
-            on_progress=lambda progress: self._stager.received(progress.done_bytes) if self._stager else None,
-            may_continue=lambda: self._require_window(),
-        )
+            # The stager keeps the reserve, for bundles; a withdrawal of a few bytes must arrive on a nearly full disk as well.
+            self._own = Fetcher(
+                self._settings.model_copy(update={"disk_reserve_bytes": 0}),
+                self._settings.state_dir / "parts",
+                on_progress=lambda progress: self._stager.received(progress.done_bytes) if self._stager else None,
+                may_continue=self._require_window,
+                on_trouble=lambda failure, pause_s: self._status.trying_again(failure, pause_s) if self._status else None,
+            )
+        return self._own
 
     def _status_file(self) -> StatusFile:
         return StatusFile(self._settings.exchange_dir, self._settings.state_dir, self._settings.box_id, self._now, self._ticks)
@@ -387,7 +331,8 @@ class Client:
     def _sweep_metadata(self) -> None:
         """Remove what a killed process left half-written in the metadata directory."""
         for left in self._metadata.glob("tmp*"):
-            left.unlink(missing_ok=True)
+            if left.suffix != ".json":  # a role may be called so
+                left.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _locked(self, status: StatusFile) -> Iterator[None]:
@@ -400,3 +345,14 @@ class Client:
                     status.ended(error, {}, self._clocks(None), 0)
                 raise
             yield
+
+
+def _fault(error: BaseException) -> LibraryUnreachable:
+    """Return the error for what nobody foresaw; it is in nobody's hands but those who make this program."""
+    if isinstance(error, KeyboardInterrupt):
+        return LibraryUnreachable("it was stopped by hand", hint=f"run it again: it goes on where it stopped; {KEEP}", code="sync.stopped")
+    return LibraryUnreachable(
+        f"the sync agent failed with {type(error).__name__}; this is a fault of the program",
+        hint=f"send its log (`journalctl -u model-sync`) to the central team; it tries again at its next look; {KEEP}",
+        code="sync.error",
+    )

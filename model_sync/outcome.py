@@ -6,13 +6,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 
+from model_sync import documents
 from model_sync.documents import LineIndex
-from model_sync.errors import ModelSyncError, TrustError
+from model_sync.errors import ModelSyncError, SettingsError, TrustError
+from model_sync.exchange import Source
 from model_sync.floors import iso
+from model_sync.look import Look
+from model_sync.settings import SyncSettings
 from model_sync.staging import Job
-from model_sync.sync_status import LineStatus, state_of
+from model_sync.sync_status import LineStatus, code_of, state_of
 
 KEEP = "the model in use stays"
+_DECISIONS = {
+    "trust.withdrawn": "withdrawn", "trust.below_minimum": "below_minimum", "trust.part_expired": "expired", "trust.revoked": "ended",
+    "trust.document": "refused",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -21,7 +29,9 @@ class Outcome:
 
     Attributes:
         decision: ``ready`` (the box has been told), ``paused``, ``not_chosen``, ``not_yet``, ``waiting``, ``refused``,
-            ``unreachable``, ``error`` or ``none`` (no rollout names the line).
+            ``withdrawn``, ``below_minimum``, ``expired``, ``ended``, ``unreachable``, ``error``, ``absent`` (a stick does not carry
+            the line), ``unknown`` (the settings name a line that the library does not have) or ``none`` (no rollout names it).
+        problem: why, when that is more than the decision says; not each is a trouble (see ``Pulled.worst``).
     """
 
     decision: str
@@ -32,7 +42,10 @@ class Outcome:
 
     def status(self) -> LineStatus:
         """Return what the status file says about the line."""
-        return LineStatus(self.version, self.digest, self.decision + (f" {iso(self.at)}" if self.at else ""))
+        decision = self.decision + (f" {iso(self.at)}" if self.at else "")
+        if self.problem is None:
+            return LineStatus(self.version, self.digest, decision)
+        return LineStatus(self.version, self.digest, decision, code_of(self.problem), self.problem.message, self.problem.hint)
 
 
 @dataclass(frozen=True)
@@ -56,14 +69,15 @@ class Pulled:
 
     @property
     def problems(self) -> dict[str, ModelSyncError]:
-        """What went wrong, by line."""
+        """What there is to say, by line, from a withdrawal to a forgery."""
         return {name: line.problem for name, line in self.lines.items() if line.problem is not None}
 
     @property
     def worst(self) -> ModelSyncError | None:
-        """The problem that a person has to hear of first: distrust before anything else."""
+        """The problem that a person has to hear of first, distrust before anything else; None when all is as the library wants it."""
         order = ("untrusted", "error", "unreachable", "waiting")
-        return min(self.problems.values(), key=lambda error: order.index(state_of(error)), default=None)
+        troubles = [problem for problem in self.problems.values() if state_of(problem) != "ok"]
+        return min(troubles, key=lambda error: order.index(state_of(error)), default=None)
 
 
 def job_of(index: LineIndex, version: str) -> Job:
@@ -73,9 +87,35 @@ def job_of(index: LineIndex, version: str) -> Job:
     return Job(index.line, release, tuple(index.deltas))
 
 
-def instead(job: Job, decision: str, problem: ModelSyncError) -> Outcome:
+def instead(job: Job, problem: ModelSyncError) -> Outcome:
     """Return the outcome of a line whose version was wanted and is not to be had."""
-    return Outcome(decision, job.release.version, job.release.digest, problem=problem)
+    return Outcome(decision_for(problem), job.release.version, job.release.digest, problem=problem)
+
+
+def decision_for(problem: ModelSyncError) -> str:
+    """Return what a problem means for its line."""
+    if isinstance(problem, SettingsError):
+        return "unknown"
+    return _DECISIONS.get(code_of(problem)) or {"untrusted": "refused"}.get(state := state_of(problem), state)
+
+
+def decide(look: Look, settings: SyncSettings, source: Source, line: str, now: datetime) -> Outcome:
+    """Decide about a line that nothing is wrong with; ``now`` is the effective time."""
+    followed = look.rollout is not None and line in (settings.lines or look.rollout.lines)
+    step = look.rollout.lines.get(line) if look.rollout and followed else None
+    if step is None:
+        return Outcome("none")
+    if line in look.absent:
+        return Outcome("absent", step.version)
+    index = look.indexes.get(line)
+    release = index.release(step.version) if index else None
+    digest = release.digest if release else ""
+    if (refusal := refusal_of(line, index, step.version)) is not None:
+        return Outcome(decision_for(refusal), step.version, digest, problem=refusal)
+    if source == "usb":
+        return Outcome("paused" if step.paused else "ready", step.version, digest)
+    decision = documents.decide(step, line, settings.box_id, now)
+    return Outcome("ready" if decision.take else decision.code, step.version, digest, decision.at)
 
 
 def refusal_of(line: str, index: LineIndex | None, version: str) -> TrustError | None:
@@ -89,7 +129,6 @@ def refusal_of(line: str, index: LineIndex | None, version: str) -> TrustError |
         "withdrawn": f"it is withdrawn: {withdrawal.reason if withdrawal else ''}",
         "below_minimum": f"it is older than {index.minimum_version if index else ''}, the oldest that may run",
     }[code]
-    return TrustError(
-        f"the rollout names {line} {version}, and {why}", hint=f"tell the central team: the rollout has to be signed anew; {KEEP}",
-        code=f"trust.{code}",
-    )  # fmt: skip
+    forged = code == "unknown"
+    hint = "tell the central team: the rollout has to be signed anew" if forged else "nothing here: the central team will name another"
+    return TrustError(f"the rollout names {line} {version}, and {why}", hint=f"{hint}; {KEEP}", code=f"trust.{code}")

@@ -63,6 +63,7 @@ REASONS: Final[dict[str, Words]] = {
     "sync.disk": Words("设备磁盘出错", "the box's disk failed"),
     "sync.disk_full": Words("磁盘空间不足", "not enough disk space"),
     "sync.error": Words("同步代理出错", "the agent failed"),
+    "sync.incomplete": Words("模型库服务器缺少已签名的文件", "the library's server lacks a file that was signed"),
     "sync.no_rollout": Words("该环没有推送", "the library has no rollout for its ring"),
     "sync.no_url": Words("没有设置模型库地址", "no address of the library is set"),
     "sync.not_the_library": Words(
@@ -90,12 +91,14 @@ REASONS: Final[dict[str, Words]] = {
     "trust.foreign_root": Words("来自另一个模型库", "this comes from another library"),
     "trust.metadata": Words("模型库的元数据损坏或自相矛盾", "the library's metadata is damaged or contradicts itself"),
     "trust.missing": Words("还没有模型库的签名元数据", "there is no signed metadata of the library yet"),
+    "trust.part_expired": Words("某个模型或推送的签名已过期", "what one line, or the rollout, has signed has expired"),
     "trust.revoked": Words("签名者的权限已被撤销", "whoever signed it may no longer sign"),
     "trust.rollback": Words("模型库的元数据比本机已知的旧", "the library's metadata is older than what this box knows"),
     "trust.root": Words(
         "缺少模型库的首个 root.json，无法核对签名", "the library's first root.json is missing: no signature can be checked"
     ),
     "trust.signature": Words("模型库的签名无效", "the library's signatures are not valid"),
+    "trust.too_large": Words("签名的内容超过允许的大小", "signed metadata or a document is larger than it may be"),
     "trust.unchecked": Words("模型库的签名未能核对", "the library's signatures could not be checked"),
     "trust.unknown": Words("推送的版本未被签名", "the rollout names a version that is not signed"),
     "trust.version": Words("模型库的元数据版本不一致", "the versions of the library's metadata do not fit together"),

@@ -23,6 +23,7 @@ from model_sync.manifest import Manifest
 from model_sync.sync_status import Progress
 from model_sync.trust import Chain
 from model_sync.upstream import Upstream, of_one_file
+from model_sync.whole import WholeBundles, refusals
 
 _KEEP = "the model in use stays"
 
@@ -61,7 +62,7 @@ class Stager:
         reserve_bytes: disk space that stays free.
         on_progress: told what is under way.
         note: told what a technician may want to know.
-        whole: digests of bundles that this process has found whole; kept by the caller from pull to pull.
+        whole: what this process has found whole; kept by the caller from pull to pull.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Stager:
         reserve_bytes: int,
         on_progress: Callable[[Progress], None],
         note: Callable[[str], None],
-        whole: set[str],
+        whole: WholeBundles,
     ) -> None:
         """Prepare; nothing is fetched."""
         self._upstream = upstream
@@ -85,12 +86,13 @@ class Stager:
         self._under_way: Progress | None = None
 
     def has(self, digest: str) -> bool:
-        """Say whether a complete bundle is here; it is hashed once per process, and a damaged one is put away."""
+        """Say whether a complete bundle is here; it is hashed when there is reason to, and a damaged one is put away."""
         directory = self._exchange.bundles_dir / digest
-        if digest in self._whole and directory.is_dir():
-            return True
+        refused = refusals(self._exchange, digest)
         if not directory.is_dir():
             return False
+        if self._whole.knows(directory, refused):
+            return True
         try:
             whole = ModelBundle.load(directory).digest == digest
         except BundleError as error:
@@ -99,7 +101,7 @@ class Stager:
         if not whole:
             self._put_away(directory)
             return False
-        self._whole.add(digest)
+        self._whole.add(directory, refused)
         return True
 
     def manifest(self, digest: str) -> Manifest:
@@ -108,7 +110,7 @@ class Stager:
 
     def _put_away(self, directory: Path) -> None:
         """Take a damaged bundle's name from it; its files that are still right are used again."""
-        self._whole.discard(directory.name)
+        self._whole.forget(directory)
         part = self._part(directory.name)
         durable.remove_tree(part)
         directory.replace(part)
@@ -249,7 +251,7 @@ class Stager:
             return False
         except LibraryUnreachable as error:
             # A stick need not carry deltas, and a server may have lost one: only a whole file that is missing stops a bundle.
-            if not (of_one_file(error) or error.code == "sync.usb"):
+            if not (of_one_file(error) or error.code in ("sync.refused", "sync.usb")):
                 raise
             self._note(f"{job.line} {job.release.version}: there is no delta for {piece.file} here ({error.message}); the whole is fetched")
             return False
@@ -277,7 +279,7 @@ class Stager:
         final = self._exchange.bundles_dir / bundle.digest
         part.replace(final)
         durable.sync_directory(final.parent)
-        self._whole.add(bundle.digest)
+        self._whole.add(final, refusals(self._exchange, bundle.digest))
         return ModelBundle(final, bundle.manifest, bundle.digest)
 
     def _changed_on_disk(self, part: Path, job: Job, what: str) -> LibraryUnreachable:

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -20,8 +20,14 @@ STATUS_FILE = "sync-status.json"
 HISTORY_FILE = "history.jsonl"
 MAX_HISTORY_BYTES = 256 * 1024
 _PROGRESS_EVERY_S = 1.0
-_WAITING = ("sync.window", "sync.budget", "sync.busy", "sync.stopped")
-_OWN_FAULT = ("sync.disk_full", "sync.disk", "sync.state", "sync.settings")
+_WAITING = ("sync.window", "sync.budget", "sync.busy", "sync.stopped", "trust.part_expired")
+_OWN_FAULT = ("sync.disk_full", "sync.disk", "sync.state", "sync.settings", "sync.error")
+# The library's own, rightly signed word about one line: told, and no alarm.
+_ORDINARY = ("trust.withdrawn", "trust.below_minimum", "trust.revoked")
+# Rightly signed, and of no use: the signers slipped, or this box is too old. Nobody forged anything.
+_UNUSABLE = ("trust.document",)
+# How long a download may be in trouble, its pauses included, before the status says so as a state of its own.
+_TROUBLE_S = 60.0
 _log = logging.getLogger(__name__)
 
 State: TypeAlias = Literal["ok", "unreachable", "untrusted", "waiting", "downloading", "error"]
@@ -37,11 +43,14 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class LineStatus:
-    """What was decided about one line, and which version it is about."""
+    """What was decided about one line, which version it is about, and what is the matter with it, if anything is."""
 
     version: str
     digest: str
     decision: str
+    code: str = ""
+    message: str = ""
+    hint: str = ""
 
 
 def code_of(error: ModelSyncError) -> str:
@@ -50,14 +59,18 @@ def code_of(error: ModelSyncError) -> str:
 
 
 def state_of(error: ModelSyncError | None) -> State:
-    """Return the state that an error puts the agent in; a line that fails is never called untrusted."""
-    if error is None:
+    """Return the state that an error puts the agent in; a line that fails is never called untrusted.
+
+    ``untrusted`` is an alarm, for signatures, rollbacks and digests: somebody may be at work who should not. What the central team
+    did on purpose, such as a withdrawal, is no trouble at all; what it let expire for one line waits for its signature.
+    """
+    if error is None or code_of(error) in _ORDINARY:
         return "ok"
-    if isinstance(error, TrustError):
-        return "untrusted"
     code = code_of(error)
     if code in _WAITING:
         return "waiting"
+    if isinstance(error, TrustError):
+        return "error" if code in _UNUSABLE else "untrusted"
     return "unreachable" if isinstance(error, LibraryUnreachable) and code not in _OWN_FAULT else "error"
 
 
@@ -81,10 +94,11 @@ class StatusFile:
         self._now = now
         self._ticks = ticks
         self._progress_at = float("-inf")
+        self._trouble_at: float | None = None
         kept = durable.read_json(self._path)
         self._value: dict[str, Any] = {
             "since": None, "last_success_at": None, "last_attempt_at": None, "received_bytes": 0, "lines": {}, "clock": None,
-            "notes": [], "last_problem": None,
+            "notes": [], "last_problem": None, "retry": None,
         } | kept | {"schema": 1, "box_id": box_id}  # fmt: skip
 
     @property
@@ -94,7 +108,8 @@ class StatusFile:
 
     def began(self) -> None:
         """An attempt begins."""
-        self._value |= {"last_attempt_at": iso(self._now()), "notes": [], "progress": None}
+        self._trouble_at = None
+        self._value |= {"last_attempt_at": iso(self._now()), "notes": [], "progress": None, "retry": None}
         self._write()
 
     def note(self, text: str) -> None:
@@ -105,10 +120,27 @@ class StatusFile:
     def downloading(self, progress: Progress, received_bytes: int) -> None:
         """Bytes have come; written at most once a second."""
         entered = self._enter("downloading", "sync.downloading")
-        self._value |= {"progress": progress._asdict(), "received_bytes": received_bytes, "message": progress.file, "hint": ""}
+        self._trouble_at = None
+        self._value |= {
+            "progress": progress._asdict(), "received_bytes": received_bytes, "message": progress.file, "hint": "", "retry": None,
+        }  # fmt: skip
         if entered or self._ticks() - self._progress_at >= _PROGRESS_EVERY_S:
             self._progress_at = self._ticks()
             self._write()
+
+    def trying_again(self, error: ModelSyncError, pause_s: float) -> None:
+        """An attempt failed, and another follows after a pause: twenty of them may take half an hour, which is not spent in silence.
+
+        A short trouble leaves the state as it is, so that a bad line does not make it flicker.
+        """
+        now = self._ticks()
+        self._trouble_at = now if self._trouble_at is None else self._trouble_at
+        again = self._now() + timedelta(seconds=pause_s)
+        self._value["retry"] = {"code": code_of(error), "message": error.message, "pause_s": round(pause_s, 1), "at": iso(again)}
+        if now + pause_s - self._trouble_at >= _TROUBLE_S:
+            self._enter(state_of(error), code_of(error))
+            self._value |= {"message": f"{error.message}; trying again in {pause_s:.0f} s", "hint": error.hint, "progress": None}
+        self._write()
 
     def ended(
         self, error: ModelSyncError | None, lines: Mapping[str, LineStatus], clocks: Clocks, received_bytes: int, code: str = "sync.ok"
@@ -120,7 +152,7 @@ class StatusFile:
         self._enter(state, problem["code"] if problem else code)
         self._value |= {
             "message": problem["message"] if problem else "", "hint": problem["hint"] if problem else "",
-            "received_bytes": received_bytes, "progress": None,
+            "received_bytes": received_bytes, "progress": None, "retry": None,
             "clock": {"system": iso(clocks.system), "floor": iso(clocks.floor), "server": iso(clocks.server) if clocks.server else None},
         }  # fmt: skip
         if lines:

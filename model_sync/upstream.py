@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
-from typing import cast
+from typing import IO, cast
 
 from tuf.api import exceptions as tuf_errors
 from tuf.api.metadata import Root, TargetFile
@@ -34,8 +34,34 @@ def received_bytes(fetcher: FetcherInterface) -> int:
 
 
 def of_one_file(error: LibraryUnreachable) -> bool:
-    """Say whether an error is about one file alone, such as a 404: the line and the other files may be as good as ever."""
-    return isinstance(error, (Refused, TooLong, RangeViolation))
+    """Say whether an error is an answer about one file alone, such as a 404: the line and the other files are as good as ever."""
+    return isinstance(error, (Refused, TooLong, RangeViolation)) and error.final
+
+
+class _Capped(FetcherInterface):
+    """A fetcher that refuses metadata which is announced with more than can be read again: signed or not, it is held in memory."""
+
+    def __init__(self, fetcher: FetcherInterface) -> None:
+        self._fetcher = fetcher
+
+    def download_bytes(self, url: str, max_length: int) -> bytes:
+        """Return one metadata file; python-tuf asks with the length that the role before it has signed."""
+        if max_length > trust.MAX_METADATA_BYTES:
+            raise TrustError(
+                f"{url.rpartition('/')[2]} is announced with {max_length} bytes; no metadata has more than {trust.MAX_METADATA_BYTES}",
+                hint="tell the central team: it was signed by mistake or in bad faith; the model in use stays",
+                code="trust.too_large",
+            )
+        return self._fetcher.download_bytes(url, max_length)
+
+    @contextlib.contextmanager
+    def download_file(self, url: str, max_length: int) -> Iterator[IO[bytes]]:
+        """Pass on a target."""
+        with self._fetcher.download_file(url, max_length) as stream:
+            yield stream
+
+    def _fetch(self, url: str) -> Iterator[bytes]:
+        return self._fetcher.fetch(url)
 
 
 class Upstream:
@@ -98,7 +124,9 @@ class Upstream:
             self._updater().refresh()
         return self._accept()
 
-    def fetch(self, path: str, to: Path, role: str | None = None) -> TargetFile | None:
+    def fetch(
+        self, path: str, to: Path, role: str | None = None, *, before: Callable[[str, int], None] = lambda _path, _length: None
+    ) -> TargetFile | None:
         """Download one target to ``to``, verified and flushed; a file that is right already is not fetched again.
 
         Returns None when the library has no such target. Wrong bytes are fetched once more: that heals noise on the line.
@@ -107,6 +135,7 @@ class Upstream:
             path: the target.
             to: the file.
             role: the one role that may sign it, delegated to by the targets role alone; None accepts whom TUF's search finds.
+            before: told the path and the signed length before a download begins; raises to refuse it.
 
         Raises:
             LibraryUnreachable: the line, the disk or the state directory failed.
@@ -127,6 +156,7 @@ class Upstream:
             return None
         with self._guarded():
             if updater.find_cached_target(target, str(to)) is None:
+                before(path, target.length)
                 self._download(updater, target, to)
         return target
 
@@ -159,8 +189,10 @@ class Upstream:
             str(self._metadata_dir),
             metadata_url,
             target_base_url=target_url,
-            fetcher=self._fetcher,
-            config=UpdaterConfig(app_user_agent="model-sync"),
+            fetcher=_Capped(self._fetcher),
+            config=UpdaterConfig(
+                app_user_agent="model-sync", snapshot_max_length=trust.MAX_METADATA_BYTES, targets_max_length=trust.MAX_METADATA_BYTES
+            ),
             bootstrap=self._root,
         )
 

@@ -15,6 +15,7 @@ _AGAIN = "make the stick anew with `model-library export-usb`; the model in use 
 _ABOUT = {
     "trust.rollback": "the stick is older than this box",
     "trust.expired": "the stick has expired",
+    "trust.part_expired": "a part of the stick has expired",
     "trust.digest": "a file on the stick was altered or damaged",
     "trust.signature": "the stick cannot be believed",
     "trust.metadata": "the stick cannot be believed",
@@ -58,4 +59,7 @@ def _foreign(stick: Path, root: Path) -> bool:
     """Say whether the stick's root of the provisioned version is another one."""
     raw = trust.read_root(root)
     file = stick / "metadata" / f"{Metadata[Root].from_bytes(raw).signed.version}.root.json"
-    return file.is_file() and file.read_bytes() != raw
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:  # a stranger's file: no more of it than the comparison takes
+        return stream.read(len(raw) + 1) != raw

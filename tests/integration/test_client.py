@@ -235,7 +235,8 @@ def test_only_the_lines_of_the_settings_are_followed(tmp_path: Path) -> None:
         assert (box.wants("other"), box.wants(LINE)) == ("0.1.0", None)
         unknown = make_box(tmp_path / "box2", site, server.url, lines=["absent", "other"])
         pulled = unknown.pull()
-    assert code(pulled.problems["absent"]) == "trust.revoked"
+    assert pulled.lines["absent"].decision == "unknown"
+    assert (unknown.status()["state"], unknown.status()["code"]) == ("error", "sync.settings")
     assert unknown.wants("other") == "0.1.0"
 
 

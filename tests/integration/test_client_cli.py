@@ -109,6 +109,12 @@ def test_the_exit_code_tells_untrusted_unreachable_and_waiting_apart(box: Box, s
     forge(site, {"targets": revoke("rollout")})
     assert run(box, "pull") == 0
     write_config(Box(box.settings.model_copy(update={"lines": ["absent"]})))
+    assert run(box, "pull") == 2
+    assert run(box, "status") == 3
+    server.always("/metadata/timestamp.json", Reply(garble=0))
+    write_config(box)
+    forge(site, {}, signers={"timestamp": site.holders["snapshot"]})
+    server.always("/metadata/timestamp.json", Reply())
     assert run(box, "pull") == 1
     assert run(box, "status") == 1
 

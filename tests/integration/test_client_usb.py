@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,17 @@ def test_a_stick_of_another_library_is_refused(box: Box, tmp_path: Path) -> None
     assert code(error) == "trust.foreign_root"
 
 
+def test_a_strangers_root_of_any_length_is_not_read_into_memory(box: Box, site: Site, tmp_path: Path) -> None:
+    usb = stick(make_site(tmp_path / "other"), tmp_path / "usb")
+    os.truncate(usb / MARK / "metadata" / "1.root.json", 2**30)
+    tracemalloc.start()
+    try:
+        assert code(refused(box, usb)) == "trust.foreign_root"
+        assert tracemalloc.get_traced_memory()[1] < 2**27
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_stick_with_a_forged_signature_is_not_called_foreign(box: Box, site: Site, tmp_path: Path) -> None:
     usb = stick(site, tmp_path / "usb")
     file = usb / MARK / "metadata" / "timestamp.json"
@@ -122,17 +135,30 @@ def test_a_stick_with_a_forged_signature_is_not_called_foreign(box: Box, site: S
     assert code(refused(box, usb)) == "trust.signature"
 
 
-@pytest.mark.parametrize("missing", ["metadata/timestamp.json", "snapshot", LINE, "targets/models", "metadata"])
+@pytest.mark.parametrize("missing", ["metadata/timestamp.json", "snapshot", "targets", "metadata"])
 def test_an_incomplete_stick_is_refused(missing: str, box: Box, site: Site, tmp_path: Path) -> None:
+    usb = stick(site, tmp_path / "usb")
+    path = usb / MARK / missing
+    if not path.exists() or missing == "targets":
+        path = usb / MARK / "metadata" / f"{newest(site, missing).signed.version}.{missing}.json"
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    error = refused(box, usb)
+    assert isinstance(error, LibraryUnreachable)
+    assert error.code == "usb.incomplete"
+    assert box.wants() is None
+
+
+@pytest.mark.parametrize("missing", [LINE, "targets/models", "targets/rollout"])
+def test_a_stick_that_lacks_what_a_line_has_signed_is_incomplete_for_that_line(missing: str, box: Box, site: Site, tmp_path: Path) -> None:
     usb = stick(site, tmp_path / "usb")
     path = usb / MARK / missing
     if not path.exists():
         path = usb / MARK / "metadata" / f"{newest(site, missing).signed.version}.{missing}.json"
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     box = Box(box.settings.model_copy(update={"lines": [LINE]}))
-    error = refused(box, usb)
-    assert isinstance(error, LibraryUnreachable)
-    assert error.code == "usb.incomplete"
+    pulled = box.client().import_usb(usb)
+    assert code(pulled.worst) == "usb.incomplete"
+    assert box.status()["code"] == "usb.incomplete"
     assert box.wants() is None
 
 
@@ -193,7 +219,9 @@ def test_a_stick_need_not_carry_every_line(tmp_path: Path) -> None:
     site.rollout("stable", LINE, "0.2.0")
     usb = stick(site, tmp_path / "usb")
     shutil.rmtree(usb / MARK / "targets" / "models" / "other")
-    box.client().import_usb(usb)
+    pulled = box.client().import_usb(usb)
+    assert pulled.lines["other"].decision == "absent"
+    assert box.status()["state"] == "ok"
     assert box.wants(LINE) == "0.2.0"
     assert set(box.facts().lines) == {LINE}
 
