@@ -301,5 +301,6 @@ def print_check(exchange_dir: Path, root: Path) -> int:
             "message": f"the check met what it cannot reckon with ({type(error).__name__}): nothing is verified",
             "hint": f"run `model-sync pull`; if it stays, send this line to the central team; {KEEP}",
         }
-    print(json.dumps(facts, ensure_ascii=False, sort_keys=True))
+    # In ASCII, which every locale writes alike: in GB18030 a reason in Chinese would be no JSON to whoever reads UTF-8.
+    print(json.dumps(facts, sort_keys=True))
     return 0 if facts["ok"] else 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -175,6 +177,20 @@ def test_metadata_larger_than_a_box_reads_is_said_so(box: Box) -> None:
     with pytest.raises(TrustError, match="larger than") as caught:
         box.facts()
     assert caught.value.code == "trust.metadata"
+
+
+def test_a_reason_in_chinese_is_printed_alike_in_every_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = make_site(tmp_path / "library")
+    site.publish(tiny_bundle(tmp_path))
+    site.withdraw(LINE, "0.1.0", "漏诊胸腔积液")
+    with serve(site.public) as url:
+        box = make_box(tmp_path / "box", site, url, lines=[LINE])
+        box.pull()
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="gb18030", write_through=True))
+    assert trust.print_check(box.settings.exchange_dir, box.settings.root) == 0
+    facts = json.loads(printed.getvalue().decode("utf-8"))
+    assert facts["lines"][LINE]["withdrawn"]["0.1.0"]["reason"] == "漏诊胸腔积液"
 
 
 # -- times ------------------------------------------------------------------------------------------------------------------
