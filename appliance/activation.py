@@ -19,12 +19,13 @@ from appliance import watch
 from appliance.database import SECURITY_ALERT
 from appliance.domain import Note
 from appliance.errors import ActivationError, StoreError
-from appliance.exchange import Check, Exchange, Facts
+from appliance.exchange import Check, Exchange
+from appliance.facts import Facts
 from appliance.follow import Follower, learn
 from appliance.journal import Journal
 from appliance.ledger import PROVING
 from appliance.loading import Load, Loading, Ready
-from appliance.proof import Proof
+from appliance.proof import Proof, plain
 from appliance.store import Store
 from model_sync.bundle import Manifest
 
@@ -39,6 +40,7 @@ _JUDGE_EVERY_S: Final = 1.0
 _AFTER_ERROR_S: Final = 5.0
 _AFTER_FAULT_S: Final = 60.0
 _PROGRESS_STEP: Final = 0.02
+_DETAIL: Final = 500
 
 
 @dataclass
@@ -239,7 +241,7 @@ class Activator:
             message = coming.said[0]
             if "failed" in message:
                 failed = message["failed"]
-                raise ActivationError(failed["code"], failed["detail"])
+                raise ActivationError(failed["code"], plain(failed["detail"], _DETAIL))
             if "result" in message:
                 self.journal.proved(row["id"], message["result"])
                 proof.end()

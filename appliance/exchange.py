@@ -15,12 +15,13 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from appliance import __version__, reasons
+from appliance import __version__
 from appliance import database as db
 from appliance.database import Database
-from appliance.domain import Note, utc_now
+from appliance.domain import utc_now
+from appliance.facts import Digest, Facts, Line, Version
 from appliance.proof import Child
 from appliance.store import Store
 
@@ -31,18 +32,13 @@ SYNC_STATUS: Final = "sync-status.json"
 BOX_REPORT: Final = "box-report.json"
 CHECK_DEADLINE_S: Final = 60.0
 _MAX_BYTES: Final = 1 << 20
+# One line's index, at its longest, makes 0.7 MB of it.
+_MAX_FACTS_BYTES: Final = 32 << 20
 _REPORTED_ACTIVATIONS: Final = 20
 _REPORTED_MODELS: Final = 64
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _MODEL_KEYS: Final = ("version", "digest", "state", "precision", "runtime")
 _TROUBLE: Final = {"untrusted": 8, "error": 4, "unreachable": 4}
 
-# Semantic versioning 2.0, clauses 2, 9 and 10, as strict as the library that compares them.
-_NUMBER, _PRE, _BUILD = "(0|[1-9][0-9]*)", "(0|[1-9][0-9]*|[0-9]*[A-Za-z-][0-9A-Za-z-]*)", "[0-9A-Za-z-]+"
-_SEMVER: Final = rf"^{_NUMBER}\.{_NUMBER}\.{_NUMBER}(-{_PRE}(\.{_PRE})*)?(\+{_BUILD}(\.{_BUILD})*)?$"
-_Version = Annotated[str, StringConstraints(pattern=_SEMVER, max_length=64)]
-_Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-_Line = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 _Read = TypeVar("_Read", bound=BaseModel)
 
 
@@ -51,8 +47,8 @@ class Directive(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    version: _Version
-    digest: _Digest
+    version: Version
+    digest: Digest
     source: Literal["library", "usb"]
 
 
@@ -62,7 +58,7 @@ class Directives(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     schema_: Literal[1] = Field(alias="schema")
-    lines: dict[_Line, Directive]
+    lines: dict[Line, Directive]
 
 
 class SyncStatus(BaseModel):
@@ -74,64 +70,6 @@ class SyncStatus(BaseModel):
     code: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_.-]{0,64}$")] = ""
 
 
-class Withdrawn(BaseModel):
-    """Why a version must not read another patient."""
-
-    reason: str
-
-
-class Trouble(BaseModel):
-    """Why metadata cannot be believed."""
-
-    code: str
-    message: str = ""
-
-    def note(self) -> Note:
-        """As a coded reason; one that this version does not know is said as not checked."""
-        return Note(self.code if self.code in reasons.REASONS else "trust.unchecked", self.message[:300])
-
-
-class LineFacts(BaseModel):
-    """What the signed index of one line says, and until when that may put anything new to work."""
-
-    minimum_version: _Version
-    withdrawn: dict[_Version, Withdrawn] = {}
-    versions: dict[_Version, _Digest]
-    valid_until: AwareDatetime | None = None
-
-
-class Facts(BaseModel):
-    """What ``model-sync check`` verified; without ``ok`` nothing of it holds but the code that says why.
-
-    ``now`` is the time it judged by, which is never behind what the library has signed, whatever the box's clock says.
-    """
-
-    ok: bool
-    now: AwareDatetime | None = None
-    expired: bool = False
-    valid_until: AwareDatetime | None = None
-    code: str = ""
-    message: str = ""
-    lines: dict[_Line, LineFacts] = {}
-    troubles: dict[str, Trouble] = {}
-
-    def refusal(self, name: str, version: str, digest: str) -> Note | None:
-        """Why a model may not newly be put to work by what is signed; None when it may."""
-        if not self.ok:
-            return Trouble(code=self.code, message=self.message).note()
-        line = self.lines.get(name)
-        if line is None and name in self.troubles:
-            return self.troubles[name].note()
-        until = (line.valid_until if line else None) or self.valid_until
-        now = max(self.now or _EPOCH, datetime.now(timezone.utc))
-        if until is None or until <= now:
-            return Note("trust.expired", until.isoformat() if until else "")
-        signed = line.versions.get(version) if line else None
-        if signed is None:
-            return Note("model.not_signed", f"{name} {version}")
-        return None if signed == digest else Note("model.mismatch", f"{name} {version} is {signed[:12]}, not {digest[:12]}")
-
-
 class Check(Child):
     """``model-sync check`` as a child.
 
@@ -141,7 +79,7 @@ class Check(Child):
     """
 
     def __init__(self, exchange_dir: Path, root: Path) -> None:
-        super().__init__(["model_sync", "check", "--exchange", str(exchange_dir), "--root", str(root)], CHECK_DEADLINE_S)
+        super().__init__(["model_sync", "check", "--exchange", str(exchange_dir), "--root", str(root)], CHECK_DEADLINE_S, _MAX_FACTS_BYTES)
 
     def facts(self) -> Facts | None:
         """The facts once it has ended; None while it runs. One that dies, hangs or babbles has verified nothing."""
@@ -150,10 +88,13 @@ class Check(Child):
                 return None
             self.end()
             return Facts(ok=False, code="trust.unchecked", message=f"the check took more than {CHECK_DEADLINE_S:.0f} s")
-        try:
-            facts = Facts.model_validate_json(self.output)
-        except ValidationError:
-            facts = Facts(ok=False, code="trust.unchecked", message=f"the check ended with {self.exit_code} and no answer")
+        if self.babbled:
+            facts = Facts(ok=False, code="trust.unchecked", message=f"the check said more than {_MAX_FACTS_BYTES >> 20} MiB")
+        else:
+            try:
+                facts = Facts.parse(self.text())
+            except ValueError:
+                facts = Facts(ok=False, code="trust.unchecked", message=f"the check ended with {self.exit_code} and no answer")
         self.end()
         return facts
 

@@ -5,6 +5,7 @@ Stepped by the worker; every file is small, and the verification runs in a proce
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -13,7 +14,8 @@ from typing import Final
 
 from appliance.database import SECURITY_ALERT
 from appliance.domain import Note
-from appliance.exchange import Check, Directive, Exchange, Facts
+from appliance.exchange import Check, Directive, Exchange
+from appliance.facts import Facts
 from appliance.journal import Journal, Wanted
 from appliance.store import Store
 
@@ -25,16 +27,24 @@ _REPORT_EVERY_S: Final = 60.0
 
 
 def learn(store: Store, journal: Journal, facts: Facts) -> None:
-    """Take over what the signed indexes forbid, which holds for good; raise the alarm when the metadata is not to be trusted."""
+    """Take over what the signed indexes forbid, which holds for good; raise the alarm for whatever is not to be trusted, once."""
     for name, line in facts.lines.items():
         journal.restrict(name, line.minimum_version, {version: item.reason for version, item in line.withdrawn.items()})
-    code = next((trouble.code for trouble in facts.troubles.values()), "") if facts.ok else facts.code
-    known = store.database.one("SELECT value FROM meta WHERE key = 'facts_code'")
-    if (known["value"] if known else "") == code:
+    known = store.database.one("SELECT value FROM meta WHERE key = 'facts_troubles'")
+    before: dict[str, str] = json.loads(known["value"]) if known else {}
+    if facts.ok:  # that a line which this box has nothing of has not been received is no trouble of this box
+        troubles = ((name, trouble.code) for name, trouble in facts.troubles.items())
+        bad = {name: code for name, code in troubles if code != "trust.missing" or journal.knows(name)}
+    else:
+        bad = before | {"": facts.code}
+    if bad == before:
         return
     with store.database.transaction() as tx:
-        tx.execute("INSERT OR REPLACE INTO meta VALUES ('facts_code', ?)", (code,))
-        store.database.audit(tx, SECURITY_ALERT, "worker", "E", "library", 8 if code else 0, code=code)
+        tx.execute("INSERT OR REPLACE INTO meta VALUES ('facts_troubles', ?)", (json.dumps(bad, sort_keys=True),))
+        for name in sorted(before.keys() | bad.keys()):
+            if (code := bad.get(name, "")) != before.get(name, ""):
+                which = {"line": name} if name else {"message": facts.message} if code else {}
+                store.database.audit(tx, SECURITY_ALERT, "worker", "E", "library", 8 if code else 0, code=code, **which)
 
 
 class Follower:

@@ -79,6 +79,11 @@ class Ledger:
         """The model of a line that reads patients, if there is one."""
         return self._db.one("SELECT * FROM models WHERE name = ? AND state = 'active'", name)
 
+    def knows(self, name: str) -> bool:
+        """Whether a line is one of this box: it has a model of it, or has learnt what its index forbids."""
+        rows = self._db.query("SELECT 1 FROM models WHERE name = ?1 UNION SELECT 1 FROM model_lines WHERE name = ?1", name)
+        return bool(rows)
+
     def barred(self, name: str, version: str) -> Note | None:
         """Why the signed index of the line forbids a version: withdrawn, or below the minimum; None when it does not."""
         line = self._db.one("SELECT * FROM model_lines WHERE name = ?", name)

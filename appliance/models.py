@@ -20,7 +20,8 @@ from appliance.activation import Activator
 from appliance.database import SECURITY_ALERT
 from appliance.domain import Note
 from appliance.errors import ActivationError, ApplianceError
-from appliance.exchange import Check, Facts
+from appliance.exchange import Check
+from appliance.facts import Facts
 from appliance.follow import learn
 from appliance.journal import Journal, Wanted
 from appliance.ledger import LASTING, PROVING

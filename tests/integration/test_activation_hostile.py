@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from appliance import exchange
 from appliance.exchange import Directives, Exchange
 from appliance.ledger import older
 from appliance.settings import Settings
@@ -81,3 +82,27 @@ def test_an_exchange_directory_that_the_box_may_not_read_does_not_end_the_worker
     assert done.returncode == 0, done.stderr
     for path in (settings.data_dir, *settings.data_dir.rglob("*")):
         os.chown(path, 0, 0)
+
+
+def test_a_withdrawal_in_chinese_is_learnt_whatever_the_locale(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
+    clinic.site.withdraw(LINE, "1.0.0", "漏诊气胸")
+    clinic.agent.pull()
+    # What a service gets from /etc/locale.conf on a Chinese system; the C locale where that one is not installed.
+    for name, value in (("LC_ALL", "C"), ("PYTHONUTF8", "0"), ("PYTHONCOERCECLOCALE", "0"), ("PYTHONIOENCODING", "gb18030")):
+        monkeypatch.setenv(name, value)
+    clinic.settle()
+    assert clinic.box.active() is None
+    assert clinic.box.journal.reason(clinic.box.journal.history(1)[0]) == ("model.withdrawn", "漏诊气胸")
+    monkeypatch.delenv("PYTHONIOENCODING")
+    clinic.release("1.1.0")
+    clinic.follow()
+    assert clinic.box.last() == ("good", "")  # the proof speaks as well
+
+
+def test_an_answer_that_is_too_long_is_said_and_raises_the_alarm(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = clinic.box.active()
+    monkeypatch.setattr(exchange, "_MAX_FACTS_BYTES", 100)
+    clinic.release("1.1.0")
+    clinic.follow()
+    assert (clinic.box.active(), clinic.box.last()) == (kept, ("failed", "trust.unchecked"))
+    assert [(entry["detail"]["code"], entry["outcome"]) for entry in clinic.audited("worker")] == [("trust.unchecked", 8)]
