@@ -17,6 +17,7 @@ from tuf.api.metadata import Targets
 from model_sync.documents import ROLLOUT_ROLE, LineIndex, Rollout, RolloutStep, line_path
 from model_sync.errors import ModelSyncError, PublishError
 from model_sync.fleet import Fleet, Tally
+from model_sync.fleet_pause import PausingLibrary
 from model_sync.keys import Passphrase
 from model_sync.repository import Library
 
@@ -55,9 +56,9 @@ class Rollouts:
         """Whether a pause can be signed here."""
         return self._signer is not None
 
-    def library(self) -> Library:
+    def library(self) -> PausingLibrary:
         """Return the library with the keys that are here."""
-        return Library(self._directory, [self._signer] if self._signer is not None else [], passphrase=self._passphrase)
+        return PausingLibrary(self._directory, [self._signer] if self._signer is not None else [], passphrase=self._passphrase)
 
     def published(self) -> Published:
         """Return what boxes see; read again only when the timestamp changed."""
@@ -80,16 +81,9 @@ class Rollouts:
         if not self.can_sign:
             raise PublishError("this server holds no rollout key", hint=self.command(ring, line, paused))
         with self._lock:
-            step = self.published().step(ring, line)
-            if step is None:
-                raise PublishError(f"ring {ring} has no rollout of {line}", hint="reload the page")
-            if step.paused == paused:
-                return False
-            state = self.library().rollout(
-                ring, line, step.version, step.percent, step.start, step.duration_h, step.failure_budget, paused=paused
-            )
-            if not state.published:
-                raise PublishError("the rollout waits for more signatures", hint="`model-library status` says whose")
+            step, changed = self.library().set_paused(ring, line, paused)
+        if not changed:
+            return False
         action = "paused" if paused else "resumed"
         self._fleet.record(actor, action, ring=ring, line=line, subject=step.version, figures=figures)
         logger.warning("rollout %s: ring %s line %s version %s by %s", action, ring, line, step.version, actor)
