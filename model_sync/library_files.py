@@ -137,8 +137,14 @@ class LibraryFiles:
                     ) from error
                 time.sleep(_LOCK_POLL_S)
                 continue
-            shutil.rmtree(self.scratch, ignore_errors=True)  # left by a command that was killed
-            self.scratch.mkdir(exist_ok=True)
+            try:
+                shutil.rmtree(self.scratch, ignore_errors=True)  # left by a command that was killed
+                self.scratch.mkdir(exist_ok=True)
+            except OSError as error:
+                os.close(descriptor)  # else nobody could work on the library until this process ends
+                raise PublishError(
+                    f"{self.scratch}: {error.strerror}", hint="make room, or mend the disk or its rights; nothing was changed"
+                ) from error
             return descriptor
 
     def write(self, path: Path, data: bytes) -> None:

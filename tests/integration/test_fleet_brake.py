@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from securesystemslib.signer import Key
 
 from model_sync.documents import ROLLOUT_ROLE, Rollout, RolloutStep, rollout_path
 from model_sync.errors import PublishError
@@ -80,7 +82,7 @@ def test_a_waiting_step_of_the_paused_version_is_paused_too_and_another_version_
 def test_where_one_key_does_not_suffice_what_waits_is_left_as_it_is(centre: Centre) -> None:
     centre.site.rollout("stable", LINE, "0.1.0", 10.0)
     centre.site._keys("second", 1)
-    keys = [centre.site.holders[ROLLOUT_ROLE][0].public_key, centre.site.holders["second"][0].public_key]
+    keys: list[Key] = [centre.site.holders[ROLLOUT_ROLE][0].public_key, centre.site.holders["second"][0].public_key]
     centre.site.library.set_rollout_keys(keys, 2)
     Library(centre.site.library.files.directory).rollout("stable", LINE, "0.2.0", 100.0)
     before = centre.site.library.files.staged_path(ROLLOUT_ROLE).read_bytes()
@@ -101,3 +103,18 @@ def test_where_the_online_keys_do_not_open_what_waits_is_left_as_it_is(centre: C
         Rollouts(centre.site.library.files.directory, centre.fleet, signer).set_paused("stable", LINE, True, "wang")
     assert centre.site.library.files.staged_path(ROLLOUT_ROLE).read_bytes() == before
     assert not public_step(centre).paused
+
+
+# -- a disk that fails
+
+
+def test_a_disk_that_fails_does_not_keep_the_lock(centre: Centre) -> None:
+    scratch = centre.site.library.files.scratch
+    shutil.rmtree(scratch)
+    scratch.write_text("in the way")
+    held = Library(centre.site.library.files.directory)  # an object that lives on, as a traceback lets it
+    with pytest.raises(PublishError, match="scratch"), held.files.locked():
+        pass
+    scratch.unlink()
+    with Library(centre.site.library.files.directory, lock_timeout_s=0.0).files.locked():
+        assert scratch.is_dir()
