@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import shutil
 import stat
+from contextlib import suppress
 from datetime import datetime, timedelta, timezone
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -30,10 +33,12 @@ logger = logging.getLogger(__name__)
 DIRECTIVES: Final = "directives.json"
 SYNC_STATUS: Final = "sync-status.json"
 BOX_REPORT: Final = "box-report.json"
+TRUST: Final = "trust"
 CHECK_DEADLINE_S: Final = 60.0
 _MAX_BYTES: Final = 1 << 20
 # One line's index, at its longest, makes 0.7 MB of it.
 _MAX_FACTS_BYTES: Final = 32 << 20
+_MOST_NAMES: Final = 1000
 _REPORTED_ACTIVATIONS: Final = 20
 _REPORTED_MODELS: Final = 64
 _MODEL_KEYS: Final = ("version", "digest", "state", "precision", "runtime")
@@ -109,16 +114,21 @@ class Exchange:
 
     def __init__(self, store: Store, directory: Path) -> None:
         self._store = store
+        self._silent = False
         self.directory = directory
+        _sweep(directory)
 
     def has_metadata(self) -> bool:
         """Whether the agent has laid anything that can be checked; a directory that cannot be read has nothing."""
         return os.path.isdir(self.directory / "metadata")
 
-    def mark(self) -> tuple[tuple[int, int, int], ...]:
-        """What changes when the agent has written something that a check may answer differently."""
-        places = (self.directory / name for name in (DIRECTIVES, "trust", "metadata", "documents", "bundles", "floor.json"))
-        return tuple(_stamp(place) for place in (*places, *self._documents()))
+    def mark(self) -> tuple[object, ...]:
+        """What changes when the agent has written something that a check may answer differently: each pull turns the link ``trust``.
+
+        Always a handful of names, however many the agent has laid.
+        """
+        places = (self.directory / name for name in (DIRECTIVES, TRUST, "metadata", "documents", "bundles", "floor.json"))
+        return (_target(self.directory / TRUST), *(_stamp(place) for place in places))
 
     def status_mark(self) -> tuple[int, int, int]:
         """What changes when the agent has told how it is."""
@@ -149,23 +159,14 @@ class Exchange:
 
     def write_report(self) -> None:
         """Write ``box-report.json``: versions, digests, states, codes and counts, and nothing of a patient (requirement R18)."""
-        report = json.dumps(box_report(self._store), sort_keys=True).encode()
-        target = self.directory / BOX_REPORT
-        fresh = self.directory / f".{BOX_REPORT}.{os.getpid()}"
         try:
-            with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o640), "wb") as file:
-                os.fchmod(file.fileno(), 0o640)  # whatever the umask: the agent reads it by its group
-                file.write(report)
-            os.replace(fresh, target)
+            _put(self.directory, BOX_REPORT, json.dumps(box_report(self._store), sort_keys=True).encode())
         except OSError as error:
-            logger.error("the report to the sync agent cannot be written", extra={"code": "store.failed", "status": error.errno})
-
-    def _documents(self) -> list[Path]:
-        """The folders that hold one line's documents each: a file renamed into one changes it, and not its parent."""
-        try:
-            return sorted(path for path in (self.directory / "documents").glob("models/*"))[:100]
-        except OSError:
-            return []
+            if not self._silent:
+                logger.error("the report to the sync agent cannot be written", extra={"code": "exchange.invalid", "status": error.errno})
+            self._silent = True
+        else:
+            self._silent = False
 
 
 def box_report(store: Store) -> dict[str, Any]:
@@ -198,6 +199,46 @@ def box_report(store: Store) -> dict[str, Any]:
             "disk_free_bytes": shutil.disk_usage(store.settings.data_dir).free,
         },
     }  # fmt: skip
+
+
+def _put(directory: Path, name: str, data: bytes) -> None:
+    """Lay a file that the agent's group may read, in place of the last. In a directory where another account may lay anything.
+
+    A name that nobody can guess, which must not exist: nothing is followed, waited for, or written into but a file of our own.
+
+    Raises:
+        OSError: it was not laid.
+    """
+    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fresh = f".{name}.{secrets.token_hex(8)}"
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with open(os.open(fresh, flags, 0o640, dir_fd=folder), "wb") as file:
+            os.fchmod(file.fileno(), 0o640)  # whatever the umask: the agent reads it by its group
+            file.write(data)
+        os.replace(fresh, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except OSError:
+        with suppress(OSError):
+            os.unlink(fresh, dir_fd=folder)
+        raise
+    finally:
+        os.close(folder)
+
+
+def _sweep(directory: Path) -> None:
+    """Remove reports of processes that were killed over them, as far as the first names of the directory go."""
+    with suppress(OSError), os.scandir(directory) as entries:
+        for entry in islice(entries, _MOST_NAMES):
+            if entry.name.startswith(f".{BOX_REPORT}."):
+                with suppress(OSError):
+                    os.unlink(entry.path)
+
+
+def _target(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except OSError:
+        return ""
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

@@ -106,3 +106,50 @@ def test_an_answer_that_is_too_long_is_said_and_raises_the_alarm(clinic: Clinic,
     clinic.follow()
     assert (clinic.box.active(), clinic.box.last()) == (kept, ("failed", "trust.unchecked"))
     assert [(entry["detail"]["code"], entry["outcome"]) for entry in clinic.audited("worker")] == [("trust.unchecked", 8)]
+
+
+def test_nothing_that_the_agent_lays_keeps_the_report_waiting_or_leads_it_elsewhere(
+    clinic: Clinic, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    report, prey = clinic.exchange / "box-report.json", tmp_path / "prey"
+    prey.write_text("mine")
+    os.mkfifo(clinic.exchange / f".box-report.json.{os.getpid()}")
+    box = Exchange(clinic.box.store, clinic.exchange)
+    for lay in (lambda: os.mkfifo(report), lambda: report.symlink_to(prey), lambda: report.symlink_to("/dev/full")):
+        report.unlink()
+        lay()
+        box.write_report()
+        assert clinic.report()["models"]
+        assert not report.is_symlink()
+    report.unlink()
+    report.mkdir()
+    for _ in range(3):
+        box.write_report()  # it cannot take the place of a directory
+    report.rmdir()
+    box.write_report()
+    assert clinic.report()["models"]
+    assert prey.read_text() == "mine"
+    assert caplog.text.count("the report to the sync agent cannot be written") == 1
+    assert not [path for path in clinic.exchange.iterdir() if path.name.startswith(".box-report")]
+    with_pipe = clinic.exchange.with_name("pipe")
+    os.mkfifo(with_pipe)
+    Exchange(clinic.box.store, with_pipe).write_report()
+
+
+def test_however_many_names_lie_there_a_look_costs_the_same(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+    real = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: looked.append(str(path)) or real(path))
+    flooded = clinic.exchange / "documents" / "models"
+    for number in range(3000):
+        (flooded / str(number)).touch()
+        (clinic.exchange / f".box-report.json.{number}").touch()
+    box = Exchange(clinic.box.store, clinic.exchange)
+    assert len(list(clinic.exchange.glob(".box-report.json.*"))) >= 1900
+    looked.clear()
+    before = box.mark()
+    assert looked == []
+    assert len(before) == 7
+    clinic.release("1.1.0")
+    clinic.agent.pull()
+    assert box.mark() != before
