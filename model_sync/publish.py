@@ -49,7 +49,7 @@ _NOTHING = "; nothing was published"
 # Names that Windows refuses whatever follows the first dot: a USB stick is often filled or looked at there.
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
 _TEMPORARY = "tmp"
-_VERSION_HINT = "write it like 1.4.0 or 1.4.0-rc.1, by semver.org, with at most 64 characters"
+_VERSION_HINT = "write it like 1.4.0 or 1.4.0-rc.1, by semver.org"
 Progress = Callable[[str, int, int], None]
 
 
@@ -183,7 +183,7 @@ def _parse(version: str) -> None:
     try:
         TypeAdapter(SemVer).validate_python(version)
     except ValidationError as error:
-        raise PublishError(f"{version!r} is no semantic version{_NOTHING}", hint=_VERSION_HINT) from error
+        raise PublishError(f"{version!r} is no semantic version of at most 64 characters{_NOTHING}", hint=_VERSION_HINT) from error
 
 
 def _minimum(index: LineIndex, wanted: str, newest: str | None) -> str:

@@ -197,10 +197,9 @@ def test_a_version_that_boxes_cannot_reckon_with_is_refused(name: str, site: Sit
     bundle = tiny_bundle(tmp_path, "1.0.0")
     manifest = json.loads((bundle / "manifest.json").read_text("utf-8"))
     (bundle / "manifest.json").write_text(json.dumps(manifest | {"version": BAD_VERSIONS[name]}), "utf-8")
-    with refused("is no semantic version; nothing was published") as caught:
+    with refused("is no semantic version of at most 64 characters; nothing was published") as caught:
         site.publish(bundle)
     assert "1.4.0-rc.1" in caught.value.hint
-    assert "64 characters" in caught.value.hint
     assert site.library.index(LINE).versions == []
 
 
