@@ -162,10 +162,11 @@ class Client:
         settings = self._settings
         settings.exchange_dir.mkdir(parents=True, exist_ok=True)
         self._sweep_metadata()
+        root = trust.read_root(settings.root)
+        if trust.set_aside(self._metadata, root):
+            status.note("this box was given another library's root.json: what the library before it had signed counts no more")
         fetcher = way.make()
-        upstream = Upstream(
-            self._metadata, trust.read_root(settings.root), fetcher, self._floor_files[0], self._floor_files[1:], now=self._now
-        )
+        upstream = Upstream(self._metadata, root, fetcher, self._floor_files[0], self._floor_files[1:], now=self._now)
         looker = Looker(settings, self._exchange, upstream, way.source, self._metadata, self._copies, self._floor_files)
         before = received_bytes(fetcher)
 

@@ -22,10 +22,10 @@ from model_sync.settings import SyncSettings
 from model_sync.trust import Chain
 from model_sync.upstream import Upstream, of_one_file
 
-# No rollout and no index of a line comes near it; each has to be read whole into memory, here and by the box.
-MAX_DOCUMENT_BYTES = 1024 * 1024
+# More than the fullest index or rollout that `documents` takes; each has to be read whole into memory, here and by `check`.
+MAX_DOCUMENT_BYTES = 2 * 1024 * 1024
 # Up to this length a document may use the disk's reserve: a withdrawal must arrive on a disk that is nearly full as well.
-_SMALL_DOCUMENT_BYTES = 64 * 1024
+_SMALL_DOCUMENT_BYTES = 256 * 1024
 _KEEP = "the model in use stays"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 from tuf.api.metadata import TargetFile
 
 from model_sync import whole
+from model_sync.documents import LineIndex, delta_path
 from model_sync.errors import LibraryUnreachable, ModelSyncError, TrustError
+from model_sync.look import MAX_DOCUMENT_BYTES
 from model_sync.sync_status import StatusFile
 from tests.bad_server import DOWN, BadServer, Reply
 from tests.library_site import Site, make_site, tiny_bundle
@@ -272,12 +275,30 @@ def test_a_document_of_any_length_is_not_downloaded(role: str, box: Box, site: S
     box.pull()
     site.withdraw(LINE, "1.0.0")
     path = "rollout/stable.json" if role == "rollout" else f"models/{OTHER}/line.json"
-    sign(site, role, path, b" " * (2**20 + 1))
+    sign(site, role, path, b" " * (MAX_DOCUMENT_BYTES + 1))
     server.log.clear()
     pulled = box.pull()
     assert code(pulled.problems[role]) == "trust.too_large"
     assert served(site, role, path) not in [request.path for request in server.log]
     assert box.facts().lines[LINE].index.withdrawal("1.0.0")
+
+
+def test_the_fullest_index_that_can_be_signed_is_not_too_large() -> None:
+    line, moment, digests = "l" * 64, "2026-01-01T00:00:00Z", [f"{number:064x}" for number in range(2000)]
+    versions = [f"{number}.0.0-{'v' * 54}" for number in range(100, 600)]
+    deltas = [
+        {"from_sha256": digest, "to_sha256": digest, "codec": "zstd-prefix", "length": 2**40}
+        | {"path": delta_path(line, digest, digest, "zstd-prefix")}
+        for digest in digests
+    ]
+    index = LineIndex.model_validate(
+        {
+            "line": line, "minimum_version": versions[0], "deltas": deltas,
+            "versions": [{"version": version, "digest": digests[0], "published_at": moment} for version in versions],
+            "withdrawn": [{"version": version, "reason": "误" * 300, "at": moment} for version in versions],
+        }
+    )  # fmt: skip
+    assert 2**20 < len(index.to_json()) <= MAX_DOCUMENT_BYTES
 
 
 def test_only_a_small_document_may_use_the_disks_reserve(box: Box, site: Site) -> None:
@@ -286,7 +307,7 @@ def test_only_a_small_document_may_use_the_disks_reserve(box: Box, site: Site) -
     site.withdraw(LINE, "1.0.0")
     full.pull()
     assert box.facts().lines[LINE].index.withdrawal("1.0.0"), "a withdrawal arrives"
-    sign(site, OTHER, f"models/{OTHER}/line.json", b" " * 100_000)
+    sign(site, OTHER, f"models/{OTHER}/line.json", b" " * 300_000)
     with pytest.raises(LibraryUnreachable) as caught:
         full.pull()
     assert caught.value.code == "sync.disk_full"
@@ -449,3 +470,27 @@ def test_one_client_counts_each_pull_for_itself(box: Box) -> None:
     first, second = client.pull().received_bytes, client.pull().received_bytes
     assert 0 < second < first
     assert box.status()["received_bytes"] == second
+
+
+# -- another library --------------------------------------------------------------------------------------------------------
+
+
+def test_a_box_that_is_given_another_librarys_root_follows_that_one(box: Box, site: Site, tmp_path: Path) -> None:
+    box.pull()
+    site.rollout("stable", LINE, "1.0.0", percent=99.0)
+    box.pull()
+    other = make_site(tmp_path / "new", lines=(LINE,))
+    other.publish(tiny_bundle(tmp_path / "new-made", "3.0.0", seed=3))
+    other.rollout("stable", LINE, "3.0.0")
+    shutil.copyfile(other.root, box.settings.root)
+    with BadServer(directory=other.public) as server:
+        moved = Box(box.settings.model_copy(update={"urls": [server.url]}))
+        with pytest.raises(TrustError):
+            box.pull()  # the server of the old library, by whose signatures nothing counts any more
+        pulled = moved.pull()
+        assert pulled.lines[LINE].decision == "ready"
+        assert moved.wants(LINE) == "3.0.0"
+        assert set(moved.facts().lines) == {LINE}
+        assert pulled.lines[OTHER].decision == "ended", "the new library does not have it"
+        assert state(moved) == ("ok", "sync.ok")
+        assert moved.pull().problems.keys() == {OTHER}
