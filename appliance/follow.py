@@ -24,6 +24,11 @@ logger = logging.getLogger(__name__)
 _LOOK_EVERY_S: Final = 1.0
 _WANT_EVERY_S: Final = 10.0
 _REPORT_EVERY_S: Final = 60.0
+# A check that died has said nothing: asked again soon, and in any case now and then, whether or not the agent writes.
+_UNCHECKED: Final = frozenset({"trust.unchecked", "sync.state"})
+_RETRY_S: Final = 10.0
+_LONGEST_RETRY_S: Final = 600.0
+_RECHECK_S: Final = 3600.0
 
 
 def learn(store: Store, journal: Journal, facts: Facts) -> None:
@@ -70,6 +75,7 @@ class Follower:
         self._status_seen: object = None
         self._reported = (-1, 0.0)
         self._next_look = self._next_want = 0.0
+        self._retry_s, self._again_at = _RETRY_S, 0.0
 
     @property
     def busy(self) -> bool:
@@ -99,7 +105,8 @@ class Follower:
         self._new_facts, self._next_want = False, now + _WANT_EVERY_S
         directives = self._exchange.directives()
         for name, directive in sorted(directives.lines.items()) if directives else ():
-            self._consider(self._facts, name, directive)
+            if name in self._facts.lines or name in self._facts.troubles or self._journal.knows(name):  # not what anybody may invent
+                self._consider(self._facts, name, directive)
 
     def report(self) -> None:
         """Tell the agent how the box is, at every change and once a minute."""
@@ -111,6 +118,9 @@ class Follower:
     def learned(self, facts: Facts) -> None:
         """Take over what a check said: what is forbidden at once, what may begin with the next :meth:`begin`."""
         self._facts, self._new_facts = facts, True
+        again = not facts.ok and facts.code in _UNCHECKED
+        self._again_at = self._clock() + (self._retry_s if again else _RECHECK_S)
+        self._retry_s = min(2 * self._retry_s, _LONGEST_RETRY_S) if again else _RETRY_S
         learn(self._store, self._journal, facts)
 
     def stop(self) -> None:
@@ -121,7 +131,9 @@ class Follower:
         self._exchange.write_report()
 
     def _unanswered(self) -> bool:
-        return self._root is not None and self._exchange.has_metadata() and self._exchange.mark() != self._seen
+        if self._root is None or not self._exchange.has_metadata():
+            return False
+        return self._exchange.mark() != self._seen or self._clock() >= self._again_at
 
     def _begin_check(self) -> None:
         assert self._root is not None

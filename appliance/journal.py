@@ -24,6 +24,7 @@ Source = Literal["library", "usb", "hand", "embedded"]
 
 MAX_ATTEMPTS: Final = 3
 MARK_AT_ONCE: Final = 500
+REFUSALS_AN_HOUR: Final = 8
 _CONFIGURATION: Final[dict[str, Any]] = {"type": "110131", "type_meaning": "Software Configuration"}
 _TRIAL_START: Final = {"cases": 0, "failures": 0, "latency_ms": None, "drift": None}
 
@@ -76,9 +77,14 @@ class Journal(Ledger):
         return number
 
     def refuse(self, wanted: Wanted, note: Note) -> None:
-        """Write down that a model is wanted and why it was not begun; once, however often it is wanted for the same reason."""
+        """Write down that a model is wanted and why it was not begun.
+
+        Once, however often it is wanted for the same reason; and some an hour for one line, whatever names a broken agent invents.
+        """
         last = self._db.one("SELECT * FROM activations WHERE digest = ? AND device = ? ORDER BY id DESC", wanted.digest, self.device)
         if last is not None and last["state"] in ("failed", "withdrawn") and code_of(last) == note.code:
+            return
+        if self.refused_lately(wanted.name) >= REFUSALS_AN_HOUR:
             return
         with self._db.transaction() as tx:
             number = self._insert(tx, wanted, "failed", reason=json.dumps(note.to_json(), ensure_ascii=False), ended_at=utc_now())

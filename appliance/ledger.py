@@ -116,6 +116,16 @@ class Ledger:
         since = datetime.now(timezone.utc) - datetime.fromisoformat(failed[0]["ended_at"])
         return reason if timedelta() <= since < pause else None
 
+    def refused_lately(self, name: str) -> int:
+        """How many wishes of the agent for a line were refused within the last hour, before anything was begun."""
+        now = datetime.now(timezone.utc)
+        row = self._db.one(
+            "SELECT count(*) AS n FROM activations WHERE name = ? AND actor = 'model-sync' AND state = 'failed' AND attempts = 0"
+            " AND started_at BETWEEN ? AND ?",
+            name, (now - timedelta(hours=1)).isoformat(timespec="milliseconds"), now.isoformat(timespec="milliseconds"),
+        )  # fmt: skip
+        return row["n"] if row else 0
+
     def overruled(self, name: str, digest: str) -> bool:
         """Whether a person put another model to work after the library's wish for this one was met: the person's word holds."""
         row = self._db.one(

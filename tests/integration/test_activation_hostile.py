@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 
 from appliance import exchange
 from appliance.exchange import Directives, Exchange
+from appliance.journal import REFUSALS_AN_HOUR
 from appliance.ledger import older
 from appliance.settings import Settings
 from tests.activation_box import LINE, Clinic, finish_with, open_clinic, wanted
@@ -153,3 +156,45 @@ def test_however_many_names_lie_there_a_look_costs_the_same(clinic: Clinic, monk
     clinic.release("1.1.0")
     clinic.agent.pull()
     assert box.mark() != before
+
+
+def test_invented_wishes_neither_fill_the_journal_nor_keep_the_scans_waiting(clinic: Clinic) -> None:
+    before = len(clinic.box.journal.history(1000))
+    path = clinic.exchange / "directives.json"
+    invented = {f"l{number:06d}": {"version": "1.0.0", "digest": f"{number:064x}", "source": "usb"} for number in range(8000)}
+    path.unlink()
+    path.write_text(json.dumps({"schema": 1, "lines": invented}))
+    clinic.settle()
+    assert len(clinic.box.journal.history(1000)) == before
+    for number in range(REFUSALS_AN_HOUR + 2):
+        path.unlink()
+        one = {"version": f"7.{number}.0", "digest": f"{number:064x}", "source": "usb"}
+        path.write_text(json.dumps({"schema": 1, "lines": {LINE: one, OTHER: one}}))
+        clinic.settle()
+    written = clinic.box.journal.history(1000)[: -before or None]
+    assert len(written) == 2 * REFUSALS_AN_HOUR
+    digest = clinic.release("1.1.0")
+    clinic.follow()
+    assert clinic.box.active() == digest  # a real one comes all the same
+
+
+def test_a_check_that_died_is_asked_again_without_the_agent(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
+    clinic.site.withdraw(LINE, "1.0.0", "x")
+    clinic.agent.pull()
+    ahead = 0.0
+    activator = clinic.box.activator(clock=lambda: time.monotonic() + ahead)
+    with monkeypatch.context() as killed:
+        killed.setattr(exchange, "_MAX_FACTS_BYTES", 0)  # as by the OOM killer: nothing of it is heard
+        clinic.box.settle(activator)
+    assert clinic.box.active_digest_is(clinic.box.journal.history(1)[0]["digest"])
+    ahead += 9.0
+    assert not activator.busy
+    ahead += 2.0
+    assert activator.busy
+    clinic.box.settle(activator)
+    assert clinic.box.active() is None
+    assert [entry["detail"]["code"] for entry in clinic.audited("worker")] == ["trust.unchecked", ""]
+    assert not activator.busy
+    ahead += 3601.0
+    assert activator.busy  # now and then in any case
+    activator.stop()
