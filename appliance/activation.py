@@ -286,13 +286,10 @@ class Activator:
                 coming.check = Check(settings.exchange_dir, settings.library_root)
             except OSError as error:
                 raise ActivationError("trust.unchecked", str(error)) from error
-        coming.facts = coming.check.facts()
-        if coming.facts is None:
+        facts = coming.check.facts()
+        if facts is None:
             return
-        if self._follower is not None:
-            self._follower.learned(coming.facts)
-        else:
-            learn(self._store, self.journal, coming.facts)
+        coming.facts = self._follower.learned(facts) if self._follower is not None else learn(self._store, self.journal, facts)
         if note := coming.facts.refusal(row["name"], row["version"], row["digest"]):
             raise ActivationError(note.code, note.detail)
 

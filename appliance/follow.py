@@ -10,12 +10,14 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from datetime import datetime, timezone
 from typing import Final
 
 from appliance.database import SECURITY_ALERT
 from appliance.domain import Note
 from appliance.exchange import Check, Directive, Exchange
 from appliance.facts import Facts
+from appliance.floor import Floor
 from appliance.journal import Journal, Wanted
 from appliance.store import Store
 
@@ -31,10 +33,15 @@ _LONGEST_RETRY_S: Final = 600.0
 _RECHECK_S: Final = 3600.0
 
 
-def learn(store: Store, journal: Journal, facts: Facts) -> None:
-    """Take over what the signed indexes forbid, which holds for good; raise the alarm for whatever is not to be trusted, once."""
+def learn(store: Store, journal: Journal, facts: Facts) -> Facts:
+    """Take over what the signed indexes forbid, which holds for good; raise the alarm for whatever is not to be trusted, once.
+
+    Returns:
+        The facts held against what this box has learnt before: what is behind that is a trouble, and nothing new comes of it.
+    """
     for name, line in facts.lines.items():
         journal.restrict(name, line.minimum_version, {version: item.reason for version, item in line.withdrawn.items()})
+    facts = Floor.load(store).hold(facts, datetime.now(timezone.utc))
     known = store.database.one("SELECT value FROM meta WHERE key = 'facts_troubles'")
     before: dict[str, str] = json.loads(known["value"]) if known else {}
     if facts.ok:  # that a line which this box has nothing of has not been received is no trouble of this box
@@ -43,13 +50,14 @@ def learn(store: Store, journal: Journal, facts: Facts) -> None:
     else:
         bad = before | {"": facts.code}
     if bad == before:
-        return
+        return facts
     with store.database.transaction() as tx:
         tx.execute("INSERT OR REPLACE INTO meta VALUES ('facts_troubles', ?)", (json.dumps(bad, sort_keys=True),))
         for name in sorted(before.keys() | bad.keys()):
             if (code := bad.get(name, "")) != before.get(name, ""):
                 which = {"line": name} if name else {"message": facts.message} if code else {}
                 store.database.audit(tx, SECURITY_ALERT, "worker", "E", "library", 8 if code else 0, code=code, **which)
+    return facts
 
 
 class Follower:
@@ -115,13 +123,13 @@ class Follower:
             self._reported = (self._journal.changes, now + _REPORT_EVERY_S)
             self._exchange.write_report()
 
-    def learned(self, facts: Facts) -> None:
-        """Take over what a check said: what is forbidden at once, what may begin with the next :meth:`begin`."""
-        self._facts, self._new_facts = facts, True
+    def learned(self, facts: Facts) -> Facts:
+        """Take over what a check said, see :func:`learn`: what is forbidden at once, what may begin with the next :meth:`begin`."""
         again = not facts.ok and facts.code in _UNCHECKED
         self._again_at = self._clock() + (self._retry_s if again else _RECHECK_S)
         self._retry_s = min(2 * self._retry_s, _LONGEST_RETRY_S) if again else _RETRY_S
-        learn(self._store, self._journal, facts)
+        self._facts, self._new_facts = learn(self._store, self._journal, facts), True
+        return self._facts
 
     def stop(self) -> None:
         """End a check that runs, and tell the agent how the box is left."""

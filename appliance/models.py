@@ -196,7 +196,7 @@ def _refuse_if_forbidden(store: Store, journal: Journal, wanted: Wanted, *, agai
     """Before anything is begun: the library's word, and what this device went through with it before."""
     facts = _facts(store) if wanted.source != "embedded" and store.settings.library_root is not None else None
     if facts is not None:
-        learn(store, journal, facts)
+        facts = learn(store, journal, facts)
     note = journal.barred(wanted.name, wanted.version)
     if note is None and facts is not None:
         note = facts.refusal(wanted.name, wanted.version, wanted.digest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,11 +14,13 @@ from pathlib import Path
 import pytest
 
 from appliance import exchange
+from appliance.errors import ActivationError
 from appliance.exchange import Directives, Exchange
 from appliance.journal import REFUSALS_AN_HOUR
 from appliance.ledger import older
+from appliance.models import activate
 from appliance.settings import Settings
-from tests.activation_box import LINE, Clinic, finish_with, open_clinic, wanted
+from tests.activation_box import LINE, Clinic, digest_of, finish_with, open_clinic, wanted
 
 OTHER = "bone-age"
 
@@ -198,3 +201,37 @@ def test_a_check_that_died_is_asked_again_without_the_agent(clinic: Clinic, monk
     ahead += 3601.0
     assert activator.busy  # now and then in any case
     activator.stop()
+
+
+def test_an_older_set_laid_by_a_broken_agent_brings_nothing_new_and_takes_nothing_back(clinic: Clinic, tmp_path: Path) -> None:
+    clinic.site.publish(clinic.box.bundle("1.1.0"))
+    clinic.agent.pull()
+    shutil.copytree((clinic.exchange / "trust").resolve(), clinic.exchange / "old")
+    digest = clinic.release("1.2.0", minimum_version="1.0.0")
+    clinic.site.withdraw(LINE, "1.0.0", "x")
+    clinic.follow()
+    assert clinic.box.active() == digest
+    for name in ("trust", "metadata", "documents"):
+        (clinic.exchange / name).unlink()
+    for name, target in (("trust", "old"), ("metadata", "old/metadata"), ("documents", "old/documents")):
+        (clinic.exchange / name).symlink_to(target)
+    (clinic.exchange / "floor.json").unlink()
+    clinic.direct(version="1.1.0", digest=digest_of(clinic.box.bundles / f"{LINE}-1.1.0"))
+    shutil.copytree(clinic.box.bundles / f"{LINE}-1.1.0", clinic.exchange / "bundles" / digest_of(clinic.box.bundles / f"{LINE}-1.1.0"))
+    clinic.settle()
+    assert (clinic.box.active(), clinic.box.last()) == (digest, ("failed", "trust.rollback"))
+    assert clinic.box.journal.barred(LINE, "1.0.0")
+    assert [(entry["detail"], entry["outcome"]) for entry in clinic.audited("worker")] == [({"code": "trust.rollback", "line": LINE}, 8)]
+
+
+def test_what_was_learnt_holds_when_the_facts_of_a_line_vanish(clinic: Clinic) -> None:
+    clinic.site.withdraw(LINE, "1.0.0", "x")
+    clinic.follow()
+    assert clinic.box.active() is None
+    revoked = clinic.exchange / "documents" / "models" / LINE / "line.json"
+    revoked.unlink()
+    clinic.settle()
+    assert clinic.box.active() is None
+    assert clinic.box.journal.barred(LINE, "1.0.0")
+    with pytest.raises(ActivationError, match=r"model\.withdrawn"):
+        activate(clinic.box.store, clinic.box.bundles / f"{LINE}-1.0.0", "test")
