@@ -17,7 +17,8 @@ from model_sync.documents import RolloutStep, older
 from model_sync.errors import ModelSyncError
 from model_sync.fleet import RUNNING, Fleet
 from model_sync.fleet_accounts import Accounts
-from model_sync.fleet_rollouts import Published, Rollouts, spent
+from model_sync.fleet_pause import Seen
+from model_sync.fleet_rollouts import Published, Rollouts
 from model_sync.fleet_texts import LANGUAGES, reason, text
 from model_sync.server_api import address
 
@@ -110,7 +111,7 @@ def fleet() -> ResponseReturnValue:
     return render_template(
         "fleet.html",
         counts=fleet_views.counts(store), states=fleet_views.STATES, rings=fleet_views.rings(store),
-        rollouts=_cards(store, published),
+        rollouts=_cards(store, published), serial=published.serial,
         broken=broken, versions=_versions(store, published), filters=filters, rows=rows,
         actions=fleet_views.latest_actions(store), can_sign=_rollouts().can_sign,
     )  # fmt: skip
@@ -138,12 +139,19 @@ def pause() -> ResponseReturnValue:
         flash(_t("done.look_first"), "bad")
         return redirect(url_for("page.fleet"))
     try:
-        changed = _rollouts().set_paused(ring, line, action == "pause", g.operator)
+        changed = _rollouts().set_paused(ring, line, action == "pause", g.operator, _seen(action))
     except ModelSyncError as error:
         flash(_t("done.failed", why=f"{error.message}. {error.hint}"), "bad")
     else:
         flash(_t("done.same" if not changed else "done.paused" if action == "pause" else "done.resumed"), "done")
     return redirect(url_for("page.fleet"))
+
+
+def _seen(action: str) -> Seen:
+    """Return what the form says its reader saw: who stops a version stops it whatever else was signed, who lets it go on looks again."""
+    serial = request.form.get("serial", "")
+    number = int(serial) if serial.isdecimal() and len(serial) < 10 else 0
+    return Seen(request.form.get("version", "")[:64], None if action == "pause" else number)
 
 
 @blueprint.app_context_processor
@@ -176,7 +184,7 @@ def _card(store: Fleet, ring: str, line: str, step: RolloutStep) -> dict[str, An
     return {
         "ring": ring, "line": line, "step": step, "state": state, "tally": tally, "progress": progress, "running": progress.now,
         "share": _percent(progress.now, progress.total), "planned": f"{fleet_chart.planned_share(step, moment):.0f}",
-        "limit": fleet_chart.pausing_failures(step, tally), "spent": spent(step, tally) and not step.paused,
+        "limit": fleet_chart.pausing_failures(step, tally), "spent": not step.paused and _rollouts().is_spent(ring, line, step, tally),
         "chart": fleet_chart.draw(step, progress, now), "starts": int(step.start.timestamp()), "begin": begin, "end": end,
         "command": _rollouts().command(ring, line, not step.paused), "table": past[:: max(1, len(past) // 8)] if past else [],
     }  # fmt: skip

@@ -18,6 +18,13 @@ from model_sync.library_roles import AnyMetadata, verifies
 from model_sync.repository import Library
 
 
+class Seen(NamedTuple):
+    """What somebody saw before they asked: the step's version, and the number of the rollout role (None: any will do)."""
+
+    version: str
+    serial: int | None = None
+
+
 class Signed(NamedTuple):
     """What became of a pause: the step that boxes see now, and whether it had to be signed for that."""
 
@@ -28,12 +35,12 @@ class Signed(NamedTuple):
 class PausingLibrary(Library):
     """A library whose rollouts can be paused beside what waits in it."""
 
-    def set_paused(self, ring: str, line: str, paused: bool) -> Signed:
+    def set_paused(self, ring: str, line: str, paused: bool, seen: Seen) -> Signed:
         """Publish the rollout of a ring anew with one line paused, or going on; nothing else of what boxes see changes.
 
         Raises:
-            PublishError: no such rollout, the keys here do not suffice, or another command holds the library; boxes go on with what
-                is public, and what waited waits as before.
+            PublishError: no such rollout, it is not what was seen, the keys here do not suffice, or another command holds the library;
+                boxes go on with what is public, and what waited waits as before.
         """
         with self.files.locked():
             public = self.published(ROLLOUT_ROLE)
@@ -42,6 +49,8 @@ class PausingLibrary(Library):
             if public is None or before is None or line not in before.lines:
                 raise PublishError(f"ring {ring} has no rollout of {line}", hint="reload the page")
             step = before.lines[line]
+            if step.version != seen.version or seen.serial not in (None, public.signed.version):
+                raise PublishError(f"the rollout of {line} to {ring} was changed in the meantime", hint="reload the page and look again")
             if step.paused == paused:
                 return Signed(step, False)
             after = self._with_step(before, line, step.model_copy(update={"paused": paused}))

@@ -1,4 +1,4 @@
-"""The rollouts as boxes see them now, and their brake: a newly signed rollout that is paused.
+"""The rollouts as boxes see them now, and how they are stopped: by a newly signed rollout that is paused.
 
 A pause is no flag in a database, which whoever holds the server could clear: it is signed by the rollout key, so that a box trusts
 it as it trusts the rollout. Without that key the server can only say which command to run.
@@ -7,7 +7,6 @@ it as it trusts the rollout. Without that key the server can only say which comm
 from __future__ import annotations
 
 import logging
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,22 +14,23 @@ from securesystemslib.signer import Signer
 from tuf.api.metadata import Targets
 
 from model_sync.documents import ROLLOUT_ROLE, LineIndex, Rollout, RolloutStep, line_path
-from model_sync.errors import ModelSyncError, PublishError
+from model_sync.errors import PublishError
 from model_sync.fleet import Fleet, Tally
-from model_sync.fleet_pause import PausingLibrary
+from model_sync.fleet_pause import PausingLibrary, Seen
 from model_sync.keys import Passphrase
 from model_sync.repository import Library
 
 logger = logging.getLogger(__name__)
-SERVER = "failure budget"
+_LOCK_TIMEOUT_S = 0.5  # a person waits for the page
 
 
 @dataclass(frozen=True)
 class Published:
-    """What is signed and public: the rollout of each ring, the index of each line."""
+    """What is signed and public: the rollout of each ring, the index of each line; ``serial`` numbers the rollout role."""
 
     rollouts: dict[str, Rollout]
     lines: dict[str, LineIndex]
+    serial: int = 0
 
     def step(self, ring: str, line: str) -> RolloutStep | None:
         """Return what a ring does with a line, or None."""
@@ -47,41 +47,59 @@ class Rollouts:
         self._fleet = fleet
         self._signer = signer
         self._passphrase = passphrase
-        self._lock = threading.Lock()
-        self._seen: tuple[int, int] | None = None
-        self._published = Published({}, {})
+        self._cached: tuple[tuple[int, int], Published] | None = None
 
     @property
     def can_sign(self) -> bool:
         """Whether a pause can be signed here."""
         return self._signer is not None
 
-    def library(self) -> PausingLibrary:
+    def library(self, lock_timeout_s: float = _LOCK_TIMEOUT_S) -> PausingLibrary:
         """Return the library with the keys that are here."""
-        return PausingLibrary(self._directory, [self._signer] if self._signer is not None else [], passphrase=self._passphrase)
+        signers = [self._signer] if self._signer is not None else []
+        return PausingLibrary(self._directory, signers, passphrase=self._passphrase, lock_timeout_s=lock_timeout_s)
 
     def published(self) -> Published:
-        """Return what boxes see; read again only when the timestamp changed."""
-        try:
-            facts = (self._directory / "public" / "metadata" / "timestamp.json").stat()
-        except FileNotFoundError:
-            return Published({}, {})
-        seen = (facts.st_mtime_ns, facts.st_ino)
-        if seen != self._seen:
-            self._published = _read(Library(self._directory))
-            self._seen = seen
-        return self._published
-
-    def set_paused(self, ring: str, line: str, paused: bool, actor: str, figures: str = "") -> bool:
-        """Sign the rollout of a ring anew, with one line paused or going on. Returns False when it was so already.
+        """Return what boxes see; read again only when the timestamp changed.
 
         Raises:
-            PublishError: no key here, no such rollout, or the library refused; boxes go on with what is public.
+            ModelSyncError: the library cannot be read.
+        """
+        try:
+            facts = (self._directory / "public" / "metadata" / "timestamp.json").stat()
+            seen = (facts.st_mtime_ns, facts.st_ino)
+            if self._cached is None or seen != self._cached[0]:
+                self._cached = seen, _read(Library(self._directory))  # together: several threads ask
+        except FileNotFoundError:
+            return Published({}, {})
+        except OSError as error:
+            raise _disk(error) from error
+        return self._cached[1]
+
+    def set_paused(
+        self, ring: str, line: str, paused: bool, actor: str, seen: Seen, figures: str = "", *, lock_timeout_s: float = _LOCK_TIMEOUT_S
+    ) -> bool:
+        """Sign the rollout of a ring anew, with one line paused or going on. Returns False when it was so already.
+
+        Args:
+            ring: whose rollout.
+            line: of which model line.
+            paused: or going on.
+            actor: who asked.
+            seen: what they saw of it.
+            figures: failed/tried boxes that they saw.
+            lock_timeout_s: how long to wait for another command.
+
+        Raises:
+            PublishError: no key here, no such rollout or another one than was seen, or the library refused; boxes go on with what
+                is public.
         """
         if not self.can_sign:
             raise PublishError("this server holds no rollout key", hint=self.command(ring, line, paused))
-        with self._lock:
-            step, changed = self.library().set_paused(ring, line, paused)
+        try:
+            step, changed = self.library(lock_timeout_s).set_paused(ring, line, paused, seen)
+        except OSError as error:
+            raise _disk(error) from error
         if not changed:
             return False
         action = "paused" if paused else "resumed"
@@ -89,29 +107,9 @@ class Rollouts:
         logger.warning("rollout %s: ring %s line %s version %s by %s", action, ring, line, step.version, actor)
         return True
 
-    def check_budget(self, ring: str) -> None:
-        """Pause each line of a ring whose version cost more boxes than its budget; without a key, say so once.
-
-        It never raises: a report that was kept is answered as kept, whatever is wrong with the library.
-        """
-        try:
-            rollout = self.published().rollouts.get(ring)
-        except ModelSyncError as error:
-            logger.error("the library's rollouts cannot be read: %s", error.message)
-            return
-        for line, step in (rollout.lines if rollout is not None else {}).items():
-            if step.paused:
-                continue
-            tally = self._fleet.tally(ring, line, step.version, at_least=step.failure_budget.min_boxes)
-            if spent(step, tally):
-                self._brake(ring, line, step.version, f"{tally.failed}/{tally.tried}")
-
-    def _brake(self, ring: str, line: str, version: str, figures: str) -> None:
-        try:
-            self.set_paused(ring, line, True, SERVER, figures)
-        except ModelSyncError as error:
-            logger.error("the failure budget of ring %s line %s is spent but nothing was paused: %s", ring, line, error.message)
-            self._fleet.record_once(SERVER, "budget-spent", ring=ring, line=line, subject=version, figures=figures)
+    def is_spent(self, ring: str, line: str, step: RolloutStep, tally: Tally) -> bool:
+        """Say whether a version failed on more boxes than its rollout may cost."""
+        return spent(step, tally)
 
     def command(self, ring: str, line: str, paused: bool) -> str:
         """Return the commands that do what the button would do, for a machine that has the key."""
@@ -144,4 +142,8 @@ def _read(library: Library) -> Published:
         role = library.published(line) if line != ROLLOUT_ROLE else None
         if role is not None and line_path(line) in role.signed.targets:
             lines[line] = LineIndex.parse(library.read_target(role.signed, line_path(line)))
-    return Published(rollouts, lines)
+    return Published(rollouts, lines, chosen.signed.version if chosen is not None else 0)
+
+
+def _disk(error: OSError) -> PublishError:
+    return PublishError(f"the library's disk: {error.strerror}", hint="make room, or mend it; boxes go on with what is public")

@@ -61,6 +61,10 @@ TEXTS: Final[dict[str, Words]] = {
         "失败预算已用尽，但此服务器没有推送密钥，无法暂停。请立即在持有密钥的电脑上运行下面的命令。",
         "The failure budget is spent, but this server holds no rollout key and cannot pause. Run the command below where the key is, now.",
     ),
+    "rollout.pausing": Words(
+        "失败预算已用尽，服务器正在暂停此推送。如果此提示一直存在，请查看服务器日志，并按“暂停推送”。",
+        "The failure budget is spent and the server is pausing this rollout. If this stays, read the server's log and press the button.",
+    ),
     "rollout.pause": Words("暂停推送", "Pause the rollout"),
     "rollout.resume": Words("继续推送", "Resume the rollout"),
     "rollout.looked": Words("我已查看失败原因", "I have looked at the failures"),

@@ -33,6 +33,7 @@ from model_sync.enrolment import CERTIFICATE, DeviceAuthority, Enrolment
 from model_sync.errors import ModelSyncError, SettingsError
 from model_sync.fleet import Fleet
 from model_sync.fleet_accounts import Accounts
+from model_sync.fleet_brake import Brake
 from model_sync.fleet_commands import add_commands as add_commands
 from model_sync.fleet_commands import passphrase
 from model_sync.fleet_rollouts import Rollouts
@@ -97,11 +98,13 @@ def create_app(config: ServerConfig, *, clock: Callable[[], float] = time.time) 
     app = Flask(__name__, static_folder=None, template_folder="templates")
     fleet = Fleet(config.db, clock=clock)
     authority = DeviceAuthority.load(config.device_ca, config.passphrases[0])
+    rollouts = _rollouts(config, fleet)
     per_minute = config.requests_per_minute
     app.extensions.update(
         fleet=fleet,
         enrolment=Enrolment(fleet, authority, certificate_days=config.certificate_days),
-        rollouts=_brake(config, fleet),
+        rollouts=rollouts,
+        brake=Brake(fleet, rollouts),
         accounts=Accounts(fleet, idle_s=config.session_idle_s),
         allowances={
             "enrolments": Allowance(per_minute, per_minute),
@@ -308,7 +311,7 @@ def _tls_of() -> Callable[[Any, Callable[[], ssl.SSLContext]], ssl.SSLContext]:
     return context
 
 
-def _brake(config: ServerConfig, fleet: Fleet) -> Rollouts:
+def _rollouts(config: ServerConfig, fleet: Fleet) -> Rollouts:
     """Return the rollouts; with a rollout key, also what signs and publishes a pause, tried out before anything is served."""
     if config.rollout_key is None:
         return Rollouts(config.library, fleet)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from model_sync.enrolment import MAX_CSR_BYTES, Enrolment, EnrolmentError
 from model_sync.fleet import Fleet
-from model_sync.fleet_rollouts import Rollouts
+from model_sync.fleet_brake import Brake
 from model_sync.limits import Allowance
 from model_sync.report import MAX_REPORT_BYTES, ReportError, load_json, verify
 from model_sync.server_problems import problem
@@ -78,15 +78,15 @@ def renew() -> Response:
 
 @blueprint.post("/reports")
 def reports() -> Response:
-    """Keep a box's newest report; then see whether a rollout has cost too many boxes."""
+    """Keep a box's newest report; whether a rollout has cost too many boxes is seen to behind it."""
     box = _enrolment().identify(client_certificate())
     report = verify(_raw(), box.key)
     if report.box_id != box.box_id:
         raise ReportError("report.signature", "the report is of another box than its certificate", hint="enrol the box again")
     fleet: Fleet = current_app.extensions["fleet"]
-    rollouts: Rollouts = current_app.extensions["rollouts"]
+    brake: Brake = current_app.extensions["brake"]
     fleet.take(report, per_hour=current_app.config["REPORTS_PER_HOUR"])
-    rollouts.check_budget(box.ring)
+    brake.wake(box.ring)
     return Response(status=204)
 
 

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from string import Formatter
@@ -24,6 +24,7 @@ from sqlalchemy import select
 from model_sync import library_cli
 from model_sync.documents import RolloutStep
 from model_sync.fleet import Fleet
+from model_sync.fleet_brake import Brake
 from model_sync.fleet_rollouts import Rollouts
 from model_sync.fleet_tables import actions, operators
 from model_sync.fleet_texts import TEXTS
@@ -48,10 +49,11 @@ class Person(requests.Session):
         answer = self.get(self.base + path, timeout=30)
         assert answer.status_code == 200, answer.text
         self.csrf = re.findall(r'name="csrf_token" value="([^"]+)"', answer.text)[0]
+        self.seen = dict(re.findall(r'name="(version|serial)" value="([^"]+)"', answer.text))
         return answer.text
 
     def submit(self, path: str, **fields: str) -> requests.Response:
-        return self.post(self.base + path, data={"csrf_token": self.csrf} | fields, timeout=30, allow_redirects=False)
+        return self.post(self.base + path, data={"csrf_token": self.csrf} | self.seen | fields, timeout=30, allow_redirects=False)
 
     def log_in(self, name: str, password: str) -> requests.Response:
         self.see("/fleet/login")
@@ -87,6 +89,12 @@ def person(centre: Centre) -> Person:
 def done(centre: Centre) -> list[Any]:
     with centre.fleet.reading() as tx:
         return list(tx.execute(select(actions).order_by(actions.c.id)).mappings())
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait for what happens behind a report; the suite's own time limit ends it."""
+    while not true():
+        time.sleep(0.05)
 
 
 def step_of(centre: Centre, ring: str = "stable") -> RolloutStep:
@@ -296,6 +304,9 @@ def test_pause_and_resume_are_newly_signed_rollouts(centre: Centre, person: Pers
     person.submit("/fleet/pause", ring="stable", line=LINE, action="resume")
     assert step_of(centre).paused  # nobody said that they looked
     person.see()
+    person.submit("/fleet/pause", ring="stable", line=LINE, action="resume", looked="yes", serial=str(before))
+    assert "changed in the meantime" in person.see()
+    assert step_of(centre).paused  # the page that was looked at is older than the pause
     person.submit("/fleet/pause", ring="stable", line=LINE, action="resume", looked="yes")
     resumed = step_of(centre)
     assert (resumed.paused, resumed.start) == (False, paused.start)
@@ -317,6 +328,7 @@ def test_a_spent_failure_budget_pauses_the_rollout_at_the_report_that_spends_it(
             told = box_report("0.1.0", "rolled-back" if bad else "good", "activation.failures" if bad else None)
             assert not step_of(centre).paused
             assert box.send(box.report(1, box=told)).status_code == 204
+        until(lambda: any(row["action"] == "paused" for row in done(centre)))
         assert step_of(centre).paused  # two of four failed: above 5 %, and the two that the budget asks for
         row = next(row for row in done(centre) if row["action"] == "paused")
         assert (row["actor"], row["figures"]) == ("failure budget", "2/4")
@@ -339,7 +351,11 @@ def test_without_a_key_the_page_shows_commands_that_work(tmp_path: Path) -> None
             box = centre.box(f"box-{number}")
             for sequence in (1, 2):
                 box.send(box.report(sequence, box=box_report("0.1.0", "failed", "model.self_test")))
+        until(lambda: "nothing was paused" in centre.log.read_text())
+        until(lambda: any(row["action"] == "budget-spent" for row in done(centre)))
         assert not step_of(centre).paused
+        brake = Brake(centre.fleet, Rollouts(centre.site.library.files.directory, centre.fleet))
+        assert brake.check("stable")  # nothing to try again, and said once
         assert [row["action"] for row in done(centre)].count("budget-spent") == 1
         somebody = Person(centre)
         somebody.log_in("wang", centre.operator())

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from securesystemslib.signer import Key
 
 from model_sync.documents import ROLLOUT_ROLE, Rollout, RolloutStep, rollout_path
 from model_sync.errors import PublishError
+from model_sync.fleet_brake import Brake
+from model_sync.fleet_pause import Seen
 from model_sync.fleet_rollouts import Rollouts
+from model_sync.fleet_tables import boxes
 from model_sync.keys import load_signer
+from model_sync.report import StatusReport
 from model_sync.repository import Library
-from tests.fleet_site import PASSPHRASE, Centre
+from tests.fleet_site import PASSPHRASE, Centre, box_report, status_json
 from tests.library_site import tiny_bundle
 
 LINE = "cxr-pneumonia"
@@ -52,6 +60,20 @@ def staged_step(centre: Centre, ring: str = "stable") -> RolloutStep:
     return Rollout.parse(library.read_target(md.signed, rollout_path(ring))).lines[LINE]
 
 
+def until(true: Callable[[], bool]) -> None:
+    """Wait for what happens behind a report; the suite's own time limit ends it."""
+    while not true():
+        time.sleep(0.05)
+
+
+def take(centre: Centre, box_id: str, sequence: int, report: dict[str, Any]) -> None:
+    """Let the centre keep a report of a box that is enrolled without a wire."""
+    with centre.fleet.writing() as tx:
+        fresh = centre.fleet.insert(boxes).values(box_id=box_id, ring="stable", enrolled_at=1)
+        tx.execute(fresh.on_conflict_do_nothing())
+    centre.fleet.take(StatusReport.model_validate_json(status_json(box_id, sequence, box=report)), per_hour=60)
+
+
 # -- a rollout that waits
 
 
@@ -60,7 +82,7 @@ def test_a_pause_publishes_nothing_that_waits_and_what_waits_still_can_be_signed
     centre.site.rollout("canary", LINE, "0.1.0")
     by_hand = Library(centre.site.library.files.directory)
     by_hand.rollout("canary", LINE, "0.2.0", 100.0)
-    assert rollouts_of(centre).set_paused("stable", LINE, True, "wang")
+    assert rollouts_of(centre).set_paused("stable", LINE, True, "wang", Seen("0.1.0"))
     assert (public_step(centre).version, public_step(centre).percent, public_step(centre).paused) == ("0.1.0", 10.0, True)
     assert public_step(centre, "canary").version == "0.1.0"  # nobody has signed the other yet
     assert (staged_step(centre, "canary").version, staged_step(centre).paused) == ("0.2.0", True)
@@ -74,7 +96,7 @@ def test_a_pause_publishes_nothing_that_waits_and_what_waits_still_can_be_signed
 def test_a_waiting_step_of_the_paused_version_is_paused_too_and_another_version_is_not(centre: Centre, version: str, paused: bool) -> None:
     centre.site.rollout("stable", LINE, "0.1.0", 10.0)
     Library(centre.site.library.files.directory).rollout("stable", LINE, version, 100.0)
-    rollouts_of(centre).set_paused("stable", LINE, True, "wang")
+    rollouts_of(centre).set_paused("stable", LINE, True, "wang", Seen("0.1.0"))
     assert (public_step(centre).version, public_step(centre).percent, public_step(centre).paused) == ("0.1.0", 10.0, True)
     assert (staged_step(centre).version, staged_step(centre).percent, staged_step(centre).paused) == (version, 100.0, paused)
 
@@ -87,7 +109,7 @@ def test_where_one_key_does_not_suffice_what_waits_is_left_as_it_is(centre: Cent
     Library(centre.site.library.files.directory).rollout("stable", LINE, "0.2.0", 100.0)
     before = centre.site.library.files.staged_path(ROLLOUT_ROLE).read_bytes()
     with pytest.raises(PublishError, match="needs more signatures") as caught:
-        rollouts_of(centre).set_paused("stable", LINE, True, "wang")
+        rollouts_of(centre).set_paused("stable", LINE, True, "wang", Seen("0.1.0"))
     assert "discard" in caught.value.hint
     assert centre.site.library.files.staged_path(ROLLOUT_ROLE).read_bytes() == before
     assert not public_step(centre).paused
@@ -100,7 +122,7 @@ def test_where_the_online_keys_do_not_open_what_waits_is_left_as_it_is(centre: C
     assert centre.rollout_key is not None
     signer = load_signer(str(centre.rollout_key), lambda _what: PASSPHRASE)
     with pytest.raises(PublishError, match="locked"):
-        Rollouts(centre.site.library.files.directory, centre.fleet, signer).set_paused("stable", LINE, True, "wang")
+        Rollouts(centre.site.library.files.directory, centre.fleet, signer).set_paused("stable", LINE, True, "wang", Seen("0.1.0"))
     assert centre.site.library.files.staged_path(ROLLOUT_ROLE).read_bytes() == before
     assert not public_step(centre).paused
 
@@ -118,3 +140,75 @@ def test_a_disk_that_fails_does_not_keep_the_lock(centre: Centre) -> None:
     scratch.unlink()
     with Library(centre.site.library.files.directory, lock_timeout_s=0.0).files.locked():
         assert scratch.is_dir()
+
+
+def test_a_library_that_cannot_be_read_or_written_takes_no_report_with_it(centre: Centre) -> None:
+    centre.site.rollout("stable", LINE, "0.2.0", 50.0)
+    centre.start()
+    scratch = centre.site.library.files.scratch
+    shutil.rmtree(scratch)
+    scratch.write_text("in the way")
+    failed = box_report("0.2.0", "failed", "model.self_test")
+    for number in range(3):
+        box = centre.box(f"box-{number}")
+        assert box.send(box.report(1, box=failed)).status_code == 204
+    until(lambda: "nothing was paused" in centre.log.read_text())
+    assert not public_step(centre).paused
+    scratch.unlink()
+    until(lambda: public_step(centre).paused)  # by itself: nobody reports any more
+
+
+# -- a command at work
+
+
+def test_while_a_command_holds_the_library_reports_are_answered_and_the_pause_follows(centre: Centre) -> None:
+    centre.site.rollout("stable", LINE, "0.2.0", 50.0)
+    centre.start()
+    asking = [centre.box(f"box-{number}") for number in range(20)]
+    failed = box_report("0.2.0", "failed", "model.self_test")
+    with (centre.site.library.files.directory / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with ThreadPoolExecutor(20) as pool:  # more than the server has threads
+            answers = [pool.submit(box.send, box.report(1, box=failed)) for box in asking]
+            assert [answer.result().status_code for answer in answers] == [204] * 20
+        assert centre.get("/healthz").status_code == 200
+        assert not public_step(centre).paused
+        with pytest.raises(PublishError, match="another model-library command"):
+            rollouts_of(centre).set_paused("stable", LINE, True, "wang", Seen("0.2.0"))
+    until(lambda: public_step(centre).paused)
+
+
+def test_a_brake_that_failed_tries_again_by_itself_and_ends_when_it_is_closed(centre: Centre) -> None:
+    centre.site.rollout("stable", LINE, "0.2.0", 50.0)
+    failed = box_report("0.2.0", "failed", "model.self_test")
+    for number in range(2):
+        take(centre, f"box-{number}", 1, failed)
+    timestamp = centre.site.library.files.metadata_path("timestamp")
+    good = timestamp.read_bytes()
+    timestamp.write_bytes(b"{")
+    brake = Brake(centre.fleet, rollouts_of(centre), retry_s=0.01)
+    with pytest.raises(PublishError):
+        brake.check("stable")
+    brake.wake("stable")
+    timestamp.write_bytes(good)
+    until(lambda: public_step(centre).paused)
+    brake.close()
+    brake.wake("stable")  # harmless
+
+
+def test_what_was_changed_since_it_was_seen_is_not_undone_by_a_button(centre: Centre) -> None:
+    centre.site.rollout("stable", LINE, "0.1.0", 10.0)
+    rollouts = rollouts_of(centre)
+    old = rollouts.published().serial
+    centre.site.rollout("stable", LINE, "0.2.0", 100.0)  # by the command line, while a page is open
+    before = centre.site.library.published(ROLLOUT_ROLE)
+    assert before is not None
+    for paused, seen in ((True, Seen("0.1.0")), (True, Seen("")), (True, Seen("0.2.0", old)), (False, Seen("0.2.0", old))):
+        with pytest.raises(PublishError, match="changed in the meantime"):
+            rollouts.set_paused("stable", LINE, paused, "wang", seen)
+    after = centre.site.library.published(ROLLOUT_ROLE)
+    assert after is not None
+    assert after.signed.version == before.signed.version
+    centre.site.rollout("canary", LINE, "0.1.0")  # of no concern to who stops a version
+    assert rollouts.set_paused("stable", LINE, True, "wang", Seen("0.2.0"))
+    assert (public_step(centre).version, public_step(centre).percent, public_step(centre).paused) == ("0.2.0", 100.0, True)
