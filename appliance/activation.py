@@ -11,7 +11,7 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -111,7 +111,6 @@ class Activator:
         self._coming: _Coming | None = None
         self._takeovers: dict[str, _Takeover] = {}
         self._notes_left = True
-        self._recovered = False
         self._next = self._next_judgement = self._follow_from = 0.0
         self.held: set[str] = set()
 
@@ -127,19 +126,30 @@ class Activator:
         """The process that proves a model now."""
         return self._coming.proof.pid if self._coming and self._coming.proof else None
 
-    def recover(self) -> None:
-        """At a worker's start, before any model is loaded: a version the worker keeps dying of, or a withdrawn one, reads no more."""
+    def recover(self, at_work: Collection[str] = ()) -> None:
+        """At a worker's start, before any model is loaded: a version the worker keeps dying of, or a withdrawn one, reads no more.
+
+        Args:
+            at_work: what the worker was reading with when it fell, see :meth:`Journal.at_work`; empty after an orderly end.
+        """
         for row in self.journal.watched():
             self._count(row)
-        self._recovered = True
-        for row in self.journal.worker_began():
+        coming = self.journal.coming()
+        if at_work and coming is not None and coming["self_test"] is None:  # it fell of what it read, not of the proof beside
+            self.journal.pause([coming["id"]])
+        active = [row["digest"] for row in self._store.models() if row["state"] == "active"]
+        for row in self.journal.worker_fell({*at_work, *self.journal.loading(active)}):
             model = self._store.model(row["digest"])
-            note = Note("activation.reboot_loop", f"{row['attempts']} starts of the worker without a finished case")
+            note = Note("activation.reboot_loop", f"{row['attempts']} falls of the worker without a finished case")
             self._takeovers[row["digest"]] = _Takeover(model, note, row["id"])
         self._guard()
         while self._takeovers:
             self._take_over()
             time.sleep(_BUSY_TICK_S)
+
+    def ready(self) -> None:
+        """The worker has loaded its models, and lives."""
+        self.journal.loading(())
 
     def tick(self) -> None:
         """Go on as far as nothing has to be waited for; a disk that fails now is tried again in some seconds.
@@ -177,7 +187,7 @@ class Activator:
             self._coming.end()
             self._coming = None
         try:
-            self.journal.pause(begun, trials=self._recovered)
+            self.journal.pause(begun)
             if self._follower is not None:
                 self._follower.stop()
         except StoreError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -125,15 +126,13 @@ class Journal(Ledger):
         with self._db.transaction() as tx:
             self._end(tx, self._expect(tx, number, PROVING), "failed", note)
 
-    def pause(self, numbers: list[int], *, trials: bool) -> None:
-        """The box is being stopped in order: these proofs, and this start of the worker under trials, were no failed attempts."""
-        coming = [number for number in numbers if self.row(number)["state"] in PROVING]
-        trying = [row["id"] for row in self.watched() if row["state"] == "trial" and row["attempts"]] if trials else []
-        if coming or trying:
+    def pause(self, numbers: list[int]) -> None:
+        """These proofs were broken off for what was no fault of theirs: no failed attempts."""
+        if coming := [number for number in numbers if self.row(number)["state"] in PROVING]:
             with self._db.transaction() as tx:
                 tx.execute(
                     "UPDATE activations SET attempts = max(0, attempts - 1) WHERE id IN (SELECT value FROM json_each(?))",
-                    (json.dumps(coming + trying),),
+                    (json.dumps(coming),),
                 )
 
     # -- the switch and after ----------------------------------------------------------------------------------------
@@ -180,12 +179,30 @@ class Journal(Ledger):
             self._end(tx, trial, "rolled-back", Note("activation.superseded", f"by {row['version']} while on trial"))
         return trial is not None
 
-    def worker_began(self) -> list[sqlite3.Row]:
-        """Count a start of the worker against every trial; returns those whose worker fell too often without finishing a case."""
-        if any(row["state"] == "trial" for row in self.watched()):
+    def worker_fell(self, at_work: Collection[str]) -> list[sqlite3.Row]:
+        """Count a fall of the worker against the trials it may have fallen of; returns those it fell of too often without a finished case.
+
+        Args:
+            at_work: digests of the models that it was reading with, or loading, when it fell. A power cut while nothing is read, or a
+                film that no model reads, is no model's fault.
+        """
+        fallen = [row["id"] for row in self.watched() if row["state"] == "trial" and row["digest"] in at_work]
+        if fallen:
             with self._db.transaction() as tx:
-                tx.execute("UPDATE activations SET attempts = attempts + 1 WHERE state = 'trial'")
+                tx.execute(
+                    "UPDATE activations SET attempts = attempts + 1 WHERE state = 'trial' AND id IN (SELECT value FROM json_each(?))",
+                    (json.dumps(fallen),),
+                )
         return self._db.query("SELECT * FROM activations WHERE state = 'trial' AND attempts >= ?", MAX_ATTEMPTS)
+
+    def loading(self, digests: Collection[str]) -> list[str]:
+        """Note which models a worker is about to load, none once it has; returns what was noted before: what it fell over."""
+        known = self._db.one("SELECT value FROM meta WHERE key = 'worker_loading'")
+        before: list[str] = json.loads(known["value"]) if known else []
+        if before != sorted(digests):
+            with self._db.transaction() as tx:
+                tx.execute("INSERT OR REPLACE INTO meta VALUES ('worker_loading', ?)", (json.dumps(sorted(digests)),))
+        return before
 
     def observed(self, number: int, trial: dict[str, Any], *, case_finished: bool) -> None:
         """Keep what was counted on trial; a finished case shows that the worker lives with this model."""

@@ -58,6 +58,10 @@ class Ledger:
         where = "state IN ('staged', 'building', 'self-test') AND (?1 IS NULL OR name = ?1)"
         return self._db.one(f"SELECT * FROM activations WHERE {where} ORDER BY id LIMIT 1", name)  # noqa: S608
 
+    def at_work(self) -> list[str]:
+        """What a worker was reading with when it fell: digests of models, and empty for a look without a model; asked at the next start."""
+        return [row["model_digest"] for row in self._db.query("SELECT DISTINCT model_digest FROM jobs WHERE state = 'running'")]
+
     def watched(self) -> list[sqlite3.Row]:
         """Activations whose model's work is watched: on trial, or alone in its line and new."""
         return self._db.query(

@@ -269,9 +269,11 @@ def run(settings: Settings, *, until_idle: bool = False) -> None:
     worker = Worker(store)
     try:
         store.content.sweep()
+        at_work = worker.activator.journal.at_work()
         store.recover_jobs()
-        worker.activator.recover()
+        worker.activator.recover(at_work)
         worker.prepare()
+        worker.activator.ready()
         logger.info("worker ready")
         planned = 0.0
         while not stop():

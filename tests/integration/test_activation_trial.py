@@ -16,7 +16,7 @@ from appliance.settings import Settings
 from appliance.store import Store
 from appliance.watch import LATENCY_FLOOR_MS
 from appliance.worklist import Worklist
-from tests.activation_box import LINE, Box, watched
+from tests.activation_box import LINE, Box, wanted, watched
 
 
 @pytest.fixture
@@ -252,16 +252,38 @@ def test_a_restart_in_the_middle_of_a_withdrawal_ends_it(box: Box, settings: Set
 def test_a_reboot_loop_ends_the_trial(box: Box) -> None:
     old, new = box.active(), on_trial(box)
     for attempt in (1, 2):
-        box.activator().recover()
+        box.activator().recover([new])
         assert box.journal.history(1)[0]["attempts"] == attempt
     box.scan()
     assert box.work() == new
-    for attempt in (1, 2):  # a finished case in between: the worker lives with it
-        box.activator().recover()
-        assert box.journal.history(1)[0]["attempts"] == attempt
-    stopped = box.activator()
-    stopped.recover()
+    box.activator().recover([new])  # a finished case in between: the worker lives with it
+    assert box.journal.history(1)[0]["attempts"] == 1
+    for _ in range(2):
+        begun = box.activator()
+        begun.recover()  # it fell while it was loading its models
     assert (box.last(), box.active()) == (("rolled-back", "activation.reboot_loop"), old)
+
+
+def test_power_cuts_and_films_of_others_are_no_fault_of_a_model_on_trial(box: Box) -> None:
+    new = on_trial(box)
+    for at_work in ([], [""], ["f" * 64], []) * 2:
+        activator = box.activator()
+        activator.recover(at_work)
+        activator.ready()
+    assert (box.last(), box.active()) == (("trial", ""), new)
+
+
+def test_a_proof_that_is_broken_off_by_what_the_worker_reads_is_no_failed_attempt(box: Box) -> None:
+    number = box.journal.enter(wanted(box.bundle("1.1.0")))
+    for _ in range(5):
+        assert box.journal.begin(number)
+        box.activator().recover([""])
+    assert box.journal.row(number)["attempts"] == 0
+    for _ in range(3):  # it may have been the proof
+        assert box.journal.begin(number)
+        box.activator().recover()
+    assert not box.journal.begin(number)
+    assert box.last() == ("failed", "activation.crash_loop")
 
 
 def test_a_box_that_is_switched_off_in_order_every_night_is_no_reboot_loop(box: Box) -> None:
@@ -269,6 +291,7 @@ def test_a_box_that_is_switched_off_in_order_every_night_is_no_reboot_loop(box: 
     for _ in range(5):
         activator = box.activator()
         activator.recover()
+        activator.ready()
         activator.stop()
     assert box.last() == ("trial", "")
 

@@ -31,6 +31,9 @@ MANIFEST = Manifest.parse((reference_bundle() / "manifest.json").read_bytes())
 REPORT = {"precision": "fp32", "runtime": "onnxruntime 1", "median_ms": 1.0}
 
 
+VERSIONS_DIGESTS = {version.replace(".", "").zfill(64) for version in VERSIONS}
+
+
 class KilledError(Exception):
     """The process is gone at this moment."""
 
@@ -162,7 +165,7 @@ class Life(RuleBasedStateMachine):
     @rule(kill=KILL)
     def restart(self, kill: str) -> None:
         def start() -> None:
-            for row in self.journal.worker_began():
+            for row in self.journal.worker_fell(VERSIONS_DIGESTS):
                 self.journal.roll_back(row["id"], Note("activation.reboot_loop"), self.successor(row["digest"]))
 
         self.do(start, kill)
