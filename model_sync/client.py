@@ -234,7 +234,7 @@ class Client:
     # -- bringing -----------------------------------------------------------------------------------------------------
 
     def _stage(self, pull: _Pull, look: Look, jobs: Mapping[str, Job]) -> dict[str, Job]:
-        """Bring what is not here yet. A line that cannot be reached stops the others as well, one that is refused does not."""
+        """Bring what is not here yet. A way that breaks stops the other lines as well, one line's missing file does not."""
         ready: dict[str, Job] = {}
         stopped: LibraryUnreachable | None = None
         for line, job in jobs.items():
@@ -250,11 +250,10 @@ class Client:
             except TrustError as error:
                 pull.outcomes[line] = instead(job, error)
             except LibraryUnreachable as error:
-                if is_missing(error):  # that is no matter of the way to the library
-                    pull.outcomes[line] = instead(job, lacking(line, error))
-                else:
+                pull.outcomes[line] = instead(job, lacking(line, error) if is_missing(error) else error)
+                # What is missing, or too large for the disk, says nothing about the way to the other lines' files.
+                if not is_missing(error) and error.code != "sync.disk_full":
                     stopped = error
-                    pull.outcomes[line] = instead(job, error)
         return ready
 
     @contextlib.contextmanager

@@ -821,6 +821,28 @@ def test_the_disk_of_the_parts_is_asked_too_when_it_is_another_one(box: Box, sit
     assert not any(request.path.endswith(".onnx") for request in server.log)
 
 
+TWO_LINES_SCENARIO = """
+import sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from model_sync.client import Client
+from model_sync.settings import SyncSettings
+disk = Path(sys.argv[1])
+settings = SyncSettings.parse(dict(state_dir=disk / "state", exchange_dir=disk / "exchange", root=sys.argv[2], box_id="b",
+                                   urls=[sys.argv[3]], attempts=1, disk_reserve_bytes=0))
+pulled = Client(settings).pull()
+print(*(f"{{name}}:{{line.decision}}:{{getattr(line.problem, 'code', '')}}" for name, line in pulled.lines.items()))
+"""
+
+
+def test_a_line_that_does_not_fit_on_the_disk_stops_no_other(box: Box, site: Site, server: BadServer, tmp_path: Path) -> None:
+    release(site, "0.2.0", seed=1, hidden=700)
+    site.publish(tiny_bundle(tmp_path / "made", line="small"))
+    site.rollout("stable", "small", "0.1.0")
+    said = in_a_small_disk(tmp_path, TWO_LINES_SCENARIO.format(root=str(ROOT)), str(site.root), server.url)
+    assert said.split() == [f"{LINE}:error:sync.disk_full", "small:ready:"]
+
+
 # -- one at a time, status and history ----------------------------------------------------------------------------------------
 
 
