@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, RowMapping, Table, delete, func, select, text, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, Table, delete, func, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
@@ -24,6 +24,12 @@ from model_sync.report import ActivationReport, StatusReport, canonical
 # States of a model that reads patients, and of an activation that went wrong.
 RUNNING: Final = ("active", "trial", "good")
 FAILED: Final = ("failed", "rolled-back")
+# What says that the version is bad. Anything else that ends an activation (no room, expired, absent, superseded, taken back by hand)
+# speaks of the box, of the library or of people, and must not stop a rollout.
+BLAMED: Final = (
+    "activation.crash_loop", "activation.deadline", "activation.drift", "activation.failures", "activation.latency", "activation.memory",
+    "activation.reboot_loop", "model.self_test",
+)  # fmt: skip
 UNDER_WAY: Final = ("staged", "building", "self-test", "trial")
 EVENTS_PER_BOX: Final = 60
 _LOCK_KEY: Final = 7_032_316  # any number that is ours on a shared PostgreSQL
@@ -48,7 +54,7 @@ class RateError(ModelSyncError):
 
 
 class Tally(NamedTuple):
-    """How a version did on the boxes of a ring: how many finished or began it, run it, and failed it."""
+    """How a version did on the boxes of a ring: how many finished or began it, run it, and failed it by its own fault."""
 
     tried: int
     running: int
@@ -172,9 +178,20 @@ class Fleet:
         here = activations.c
         query = select(func.count()).select_from(activations).where(here.ring == ring, here.line == line, here.version == version)
         with self.reading() as tx:
-            failed = int(tx.execute(query.where(here.state.in_(FAILED))).scalar_one())
+            failed = int(tx.execute(query.where(blamed())).scalar_one())
             running = int(tx.execute(query.where(here.state.in_(RUNNING))).scalar_one()) if failed >= at_least else 0
         return Tally(failed + running, running, failed)
+
+    def acknowledged(self, ring: str, line: str, version: str) -> int:
+        """Return how many failed boxes a human knew of when they let a version go on; 0 when nobody did.
+
+        What the failure budget paused goes on only when a human signed that, here or at the command line: its own count is known too.
+        """
+        here = actions.c
+        same = here.ring == ring, here.line == line, here.subject == version, here.action.in_(("paused", "resumed")), here.figures != ""
+        with self.reading() as tx:
+            figures = tx.execute(select(here.figures).where(*same).order_by(here.id.desc()).limit(1)).scalar_one_or_none()
+        return int(figures.partition("/")[0]) if figures else 0
 
     def _keep(self, tx: Connection, box: RowMapping, report: StatusReport, digest: str, window: Mapping[str, int]) -> None:
         now = self.now()
@@ -261,6 +278,11 @@ class Fleet:
             found = tx.execute(select(meta.c.value).where(meta.c.key == "schema")).scalar_one()
         if found != str(SCHEMA):
             raise SettingsError(f"the fleet database has tables of version {found}, this is {SCHEMA}", hint="use the matching release")
+
+
+def blamed() -> ColumnElement[bool]:
+    """Return the condition that an activation failed by the model's own fault."""
+    return activations.c.state.in_(FAILED) & activations.c.code.in_(BLAMED)
 
 
 def count_ring(tx: Connection, box_id: str) -> None:

@@ -76,9 +76,13 @@ def planned_share(step: RolloutStep, at: datetime) -> float:
     return step.percent * min(1.0, passed / step.duration_h) if step.duration_h else step.percent
 
 
-def pausing_failures(step: RolloutStep, tally: Tally) -> int:
-    """Return the number of failed boxes at which the rollout is paused, for the boxes that tried it so far."""
-    return max(step.failure_budget.min_boxes, int(step.failure_budget.max_fraction * tally.tried) + 1)
+def pausing_failures(step: RolloutStep, tally: Tally, known: int = 0) -> int:
+    """Return the number of failed boxes at which the rollout is paused, for the boxes that tried it so far.
+
+    ``known`` failures a human has looked at before they let it go on: they are not counted again.
+    """
+    tried = max(0, tally.tried - known)
+    return known + max(step.failure_budget.min_boxes, int(step.failure_budget.max_fraction * tried) + 1)
 
 
 def _plan(step: RolloutStep, x: object, end: int) -> str:

@@ -100,9 +100,10 @@ def style() -> Response:
 @operator_only
 def fleet() -> ResponseReturnValue:
     """The whole fleet."""
-    store, broken, published = _fleet(), False, Published({}, {})
+    store, broken, published, cards = _fleet(), False, Published({}, {}), list[dict[str, Any]]()
     try:
         published = _rollouts().published()
+        cards = _cards(store, published)
     except ModelSyncError:
         broken = True
     filters = _filters()
@@ -111,7 +112,7 @@ def fleet() -> ResponseReturnValue:
     return render_template(
         "fleet.html",
         counts=fleet_views.counts(store), states=fleet_views.STATES, rings=fleet_views.rings(store),
-        rollouts=_cards(store, published), serial=published.serial,
+        rollouts=cards, serial=published.serial,
         broken=broken, versions=_versions(store, published), filters=filters, rows=rows,
         actions=fleet_views.latest_actions(store), can_sign=_rollouts().can_sign,
     )  # fmt: skip
@@ -139,7 +140,7 @@ def pause() -> ResponseReturnValue:
         flash(_t("done.look_first"), "bad")
         return redirect(url_for("page.fleet"))
     try:
-        changed = _rollouts().set_paused(ring, line, action == "pause", g.operator, _seen(action))
+        changed = _rollouts().set_paused(ring, line, action == "pause", g.operator, _seen(action), _known(ring, line, action))
     except ModelSyncError as error:
         flash(_t("done.failed", why=f"{error.message}. {error.hint}"), "bad")
     else:
@@ -152,6 +153,15 @@ def _seen(action: str) -> Seen:
     serial = request.form.get("serial", "")
     number = int(serial) if serial.isdecimal() and len(serial) < 10 else 0
     return Seen(request.form.get("version", "")[:64], None if action == "pause" else number)
+
+
+def _known(ring: str, line: str, action: str) -> str:
+    """Return the failed and tried boxes that the reader of the form saw, when they let a version go on: these do not stop it again."""
+    if action == "pause":
+        return ""
+    tally = _fleet().tally(ring, line, request.form.get("version", "")[:64])
+    shown = request.form.get("failed", "")
+    return f"{min(tally.failed, int(shown)) if shown.isdecimal() and len(shown) < 10 else 0}/{tally.tried}"
 
 
 @blueprint.app_context_processor
@@ -184,7 +194,8 @@ def _card(store: Fleet, ring: str, line: str, step: RolloutStep) -> dict[str, An
     return {
         "ring": ring, "line": line, "step": step, "state": state, "tally": tally, "progress": progress, "running": progress.now,
         "share": _percent(progress.now, progress.total), "planned": f"{fleet_chart.planned_share(step, moment):.0f}",
-        "limit": fleet_chart.pausing_failures(step, tally), "spent": not step.paused and _rollouts().is_spent(ring, line, step, tally),
+        "limit": fleet_chart.pausing_failures(step, tally, store.acknowledged(ring, line, step.version)),
+        "spent": not step.paused and _rollouts().is_spent(ring, line, step, tally),
         "chart": fleet_chart.draw(step, progress, now), "starts": int(step.start.timestamp()), "begin": begin, "end": end,
         "command": _rollouts().command(ring, line, not step.paused), "table": past[:: max(1, len(past) // 8)] if past else [],
     }  # fmt: skip

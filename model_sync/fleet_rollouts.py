@@ -13,14 +13,16 @@ from pathlib import Path
 from securesystemslib.signer import Signer
 from tuf.api.metadata import Targets
 
-from model_sync.documents import ROLLOUT_ROLE, LineIndex, Rollout, RolloutStep, line_path
+from model_sync.documents import ROLLOUT_ROLE, LineIndex, Rollout, RolloutStep, line_path, older, rollout_path
 from model_sync.errors import PublishError
 from model_sync.fleet import Fleet, Tally
 from model_sync.fleet_pause import PausingLibrary, Seen
 from model_sync.keys import Passphrase
+from model_sync.library_files import read_metadata
 from model_sync.repository import Library
 
 logger = logging.getLogger(__name__)
+_HISTORY = 500
 _LOCK_TIMEOUT_S = 0.5  # a person waits for the page
 
 
@@ -47,6 +49,7 @@ class Rollouts:
         self._fleet = fleet
         self._signer = signer
         self._passphrase = passphrase
+        self._back: dict[tuple[str, str, int], bool] = {}
         self._cached: tuple[tuple[int, int], Published] | None = None
 
     @property
@@ -108,8 +111,31 @@ class Rollouts:
         return True
 
     def is_spent(self, ring: str, line: str, step: RolloutStep, tally: Tally) -> bool:
-        """Say whether a version failed on more boxes than its rollout may cost."""
-        return spent(step, tally)
+        """Say whether a version failed on more boxes than its rollout may cost, and should be stopped for that.
+
+        Failures that a human knew of when they let it go on do not count again. The way back is never stopped: boxes that cannot go
+        back stay on what was worse.
+        """
+        if not spent(step, tally):
+            return False
+        return spent(step, tally, self._fleet.acknowledged(ring, line, step.version)) and not self.is_way_back(ring, line)
+
+    def is_way_back(self, ring: str, line: str) -> bool:
+        """Say whether the version that a ring takes is older than the one that was signed for it before.
+
+        Raises:
+            ModelSyncError: the library cannot be read.
+        """
+        published = self.published()
+        key = ring, line, published.serial
+        if key not in self._back:
+            try:
+                found = _is_back(Library(self._directory), ring, line, published)
+            except OSError as error:
+                raise _disk(error) from error
+            self._back = {known: back for known, back in self._back.items() if known[2] == published.serial} | {key: found}
+            return found
+        return self._back[key]
 
     def command(self, ring: str, line: str, paused: bool) -> str:
         """Return the commands that do what the button would do, for a machine that has the key."""
@@ -125,9 +151,26 @@ class Rollouts:
         )
 
 
-def spent(step: RolloutStep, tally: Tally) -> bool:
-    """Say whether a version failed on more boxes than its rollout may cost."""
-    return tally.failed >= step.failure_budget.min_boxes and tally.failed > step.failure_budget.max_fraction * tally.tried
+def spent(step: RolloutStep, tally: Tally, known: int = 0) -> bool:
+    """Say whether a version failed on more boxes than its rollout may cost, beyond those ``known``."""
+    failed = tally.failed - known
+    return failed >= step.failure_budget.min_boxes and failed > step.failure_budget.max_fraction * (tally.tried - known)
+
+
+def _is_back(library: Library, ring: str, line: str, published: Published) -> bool:
+    """Look through the rollouts that were public before, the youngest first, for the version before this one."""
+    step, path = published.step(ring, line), rollout_path(ring)
+    for serial in range(published.serial - 1, max(0, published.serial - _HISTORY), -1) if step is not None else ():
+        file = library.files.metadata_path(ROLLOUT_ROLE, serial)
+        if not file.is_file():
+            continue
+        signed = read_metadata(file).signed
+        if path not in signed.targets:
+            return False
+        before = Rollout.parse(library.read_target(signed, path)).lines.get(line)
+        if before is not None and step is not None and before.version != step.version:
+            return older(step.version, before.version)
+    return False
 
 
 def _read(library: Library) -> Published:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from sqlalchemy import ColumnElement, RowMapping, and_, case, func, or_, select
 
-from model_sync.fleet import FAILED, RUNNING, Fleet, Tally
+from model_sync.fleet import RUNNING, Fleet, Tally, blamed
 from model_sync.fleet_tables import actions, activations, box_models, boxes, certificates, events
 
 SILENT_S: Final = 24 * 3600
@@ -117,18 +117,20 @@ def progress(fleet: Fleet, ring: str, line: str, version: str, begin: int, end: 
     def slot(moment: ColumnElement[Any]) -> ColumnElement[Any]:
         return case((moment.is_(None), None), (moment <= begin, 0), else_=(moment - begin + step - 1) // step)  # not before it happened
 
-    columns = here.state, slot(here.running_since).label("began"), slot(here.ended_at).label("ended")
+    fault = case((blamed(), 1), else_=0).label("fault")
+    columns = here.state, fault, slot(here.running_since).label("began"), slot(here.ended_at).label("ended")
     query = select(*columns, func.count().label("count")).where(here.ring == ring, here.line == line, here.version == version)
     size = select(func.count()).select_from(boxes).where(boxes.c.ring == ring, boxes.c.denied_at.is_(None))
     with fleet.reading() as tx:
         total = tx.execute(size).scalar_one()
-        rows = tx.execute(query.group_by(here.state, "began", "ended")).mappings().all()
+        rows = tx.execute(query.group_by(here.state, "fault", "began", "ended")).mappings().all()
     began = _running_sum(((row["began"], row["count"]) for row in rows), len(times))
     ended = _running_sum(((row["ended"], row["count"]) for row in rows if row["began"] is not None), len(times))
-    failed = _running_sum(((row["ended"], row["count"]) for row in rows if row["state"] in FAILED), len(times))
-    tally = Tally(*(sum(row["count"] for row in rows if row["state"] in states) for states in ((*RUNNING, *FAILED), RUNNING, FAILED)))
+    failed = _running_sum(((row["ended"], row["count"]) for row in rows if row["fault"]), len(times))
+    good = sum(row["count"] for row in rows if row["state"] in RUNNING)
+    bad = sum(row["count"] for row in rows if row["fault"])
     now = sum(row["count"] for row in rows if row["began"] is not None and row["ended"] is None)
-    return Progress(total, times, [on - off for on, off in zip(began, ended, strict=True)], failed, now, tally)
+    return Progress(total, times, [on - off for on, off in zip(began, ended, strict=True)], failed, now, Tally(good + bad, good, bad))
 
 
 def box(fleet: Fleet, box_id: str) -> dict[str, Any] | None:

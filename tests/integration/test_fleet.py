@@ -49,7 +49,7 @@ class Person(requests.Session):
         answer = self.get(self.base + path, timeout=30)
         assert answer.status_code == 200, answer.text
         self.csrf = re.findall(r'name="csrf_token" value="([^"]+)"', answer.text)[0]
-        self.seen = dict(re.findall(r'name="(version|serial)" value="([^"]+)"', answer.text))
+        self.seen = dict(re.findall(r'name="(version|serial|failed)" value="([^"]+)"', answer.text))
         return answer.text
 
     def submit(self, path: str, **fields: str) -> requests.Response:

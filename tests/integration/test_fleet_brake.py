@@ -15,14 +15,16 @@ from securesystemslib.signer import Key
 
 from model_sync.documents import ROLLOUT_ROLE, Rollout, RolloutStep, rollout_path
 from model_sync.errors import PublishError
+from model_sync.fleet import BLAMED
 from model_sync.fleet_brake import Brake
 from model_sync.fleet_pause import Seen
 from model_sync.fleet_rollouts import Rollouts
 from model_sync.fleet_tables import boxes
+from model_sync.fleet_views import progress
 from model_sync.keys import load_signer
 from model_sync.report import StatusReport
 from model_sync.repository import Library
-from tests.fleet_site import PASSPHRASE, Centre, box_report, status_json
+from tests.fleet_site import PASSPHRASE, Centre, box_report, stamp, status_json
 from tests.library_site import tiny_bundle
 
 LINE = "cxr-pneumonia"
@@ -212,3 +214,68 @@ def test_what_was_changed_since_it_was_seen_is_not_undone_by_a_button(centre: Ce
     centre.site.rollout("canary", LINE, "0.1.0")  # of no concern to who stops a version
     assert rollouts.set_paused("stable", LINE, True, "wang", Seen("0.2.0"))
     assert (public_step(centre).version, public_step(centre).percent, public_step(centre).paused) == ("0.2.0", 100.0, True)
+
+
+# -- what counts, and who lets a version go on
+
+
+@pytest.mark.parametrize("code", sorted(BLAMED))
+def test_what_speaks_of_the_model_spends_the_budget(centre: Centre, code: str) -> None:
+    centre.site.rollout("stable", LINE, "0.2.0", 50.0)
+    for number in range(2):
+        take(centre, f"box-{number}", 1, box_report("0.2.0", "failed", code))
+    assert centre.fleet.tally("stable", LINE, "0.2.0") == (2, 0, 2)
+    assert Brake(centre.fleet, rollouts_of(centre)).check("stable")
+    assert public_step(centre).paused
+
+
+def test_what_speaks_of_a_box_or_of_people_does_not(centre: Centre) -> None:
+    centre.site.rollout("stable", LINE, "0.2.0", 50.0)
+    for code in ("model.disk_full", "trust.expired", "model.absent", "activation.superseded", "model.too_new", "activation.by_hand"):
+        take(centre, code, 1, box_report("0.2.0", "rolled-back" if code.startswith("activation") else "failed", code))
+    take(centre, "box-9", 1, box_report("0.2.0", "failed", "model.self_test"))
+    assert centre.fleet.tally("stable", LINE, "0.2.0") == (1, 0, 1)
+    now = centre.fleet.now()
+    assert progress(centre.fleet, "stable", LINE, "0.2.0", now - 3600, now + 1).tally == (1, 0, 1)
+    assert Brake(centre.fleet, rollouts_of(centre)).check("stable")
+    assert not public_step(centre).paused
+
+
+@pytest.mark.parametrize("by_page", [True, False])
+def test_failures_that_a_human_knew_of_do_not_stop_a_version_again_and_others_do(centre: Centre, by_page: bool) -> None:
+    centre.site.rollout("stable", LINE, "0.2.0", 50.0)
+    rollouts = rollouts_of(centre)
+    brake = Brake(centre.fleet, rollouts)
+    failed = box_report("0.2.0", "failed", "model.self_test")
+    for number in range(2):
+        take(centre, f"box-{number}", 1, failed)
+    brake.check("stable")
+    assert public_step(centre).paused
+    if by_page:
+        assert rollouts.set_paused("stable", LINE, False, "wang", Seen("0.2.0", rollouts.published().serial), "2/2")
+    else:
+        centre.site.rollout("stable", LINE, "0.2.0", 50.0)
+    for number in range(2, 4):
+        brake.check("stable")
+        assert not public_step(centre).paused
+        take(centre, f"box-{number}", 1, failed)
+    brake.check("stable")
+    assert public_step(centre).paused  # two more than were known
+
+
+def test_the_way_back_is_never_braked_and_the_next_way_forward_is(centre: Centre) -> None:
+    centre.site.rollout("stable", LINE, "0.2.0")
+    centre.site.rollout("canary", LINE, "0.1.0")
+    centre.site.rollout("stable", LINE, "0.1.0")
+    for number in range(3):
+        take(centre, f"box-{number}", 1, box_report("0.1.0", "failed", "activation.latency"))
+        take(centre, f"box-{number}", 2, box_report("0.2.0", "failed", "activation.latency", stamp(-30)))
+    rollouts = rollouts_of(centre)
+    brake = Brake(centre.fleet, rollouts)
+    brake.check("stable")
+    assert rollouts.is_way_back("stable", LINE)
+    assert not rollouts.is_way_back("canary", LINE)
+    assert not public_step(centre).paused
+    centre.site.rollout("stable", LINE, "0.2.0")
+    brake.check("stable")
+    assert public_step(centre).paused
