@@ -57,11 +57,17 @@ class JobQueue:
         )
         return self.close_series([row["id"] for row in rows]) if rows else 0
 
-    @staticmethod
-    def _replan_unread(tx: sqlite3.Connection) -> None:
-        """A model came: what was not, or would not be, analysed for want of any goes back to planning (the idle rule picks it up)."""
-        rows = tx.execute("SELECT id, instance_id FROM jobs WHERE scope_code = 'scope.no_model' AND state IN ('done', 'queued')").fetchall()
+    def _replan_unread(self, tx: sqlite3.Connection, digest: str) -> None:
+        """A model came: what was not, or would not be, analysed for want of any goes back to planning (the idle rule picks it up).
+
+        What was left by a model that was taken from its line waits for one that reads it, and says so until then.
+        """
+        came = self._active_manifests(tx)[digest]
+        rows = tx.execute("SELECT * FROM jobs WHERE scope_code = 'scope.no_model' AND state IN ('done', 'queued')").fetchall()
         for row in rows:
+            image = tx.execute("SELECT * FROM instances WHERE id = ?", (row["instance_id"],)).fetchone()
+            if row["model_digest"] and applies(came.applies_to, _scan_of(image)).refusal is not None:
+                continue
             tx.execute("DELETE FROM jobs WHERE id = ?", (row["id"],))
             tx.execute("UPDATE instances SET state = ?, reason = NULL WHERE id = ?", (ScanState.WAITING.value, row["instance_id"]))
             tx.execute("UPDATE series SET open = 1 WHERE id = (SELECT series_id FROM instances WHERE id = ?)", (row["instance_id"],))

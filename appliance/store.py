@@ -214,7 +214,7 @@ class Store(JobQueue):
             " activated_at = excluded.activated_at, precision = excluded.precision, runtime = excluded.runtime",
             **values, state="active", activated_at=utc_now(),
         )  # fmt: skip
-        self._replan_unread(tx)
+        self._replan_unread(tx, digest)
         self._audit_switch(tx, digest, name, values["version"], actor)
 
     def resume_within(self, tx: sqlite3.Connection, digest: str) -> None:
@@ -222,7 +222,7 @@ class Store(JobQueue):
         row = tx.execute(
             "UPDATE models SET state = 'active', activated_at = ? WHERE digest = ? RETURNING *", (utc_now(), digest)
         ).fetchone()
-        self._replan_unread(tx)
+        self._replan_unread(tx, digest)
         self._audit_switch(tx, digest, row["name"], row["version"], "worker")
 
     @staticmethod
