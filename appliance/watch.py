@@ -24,6 +24,8 @@ LATENCY_FROM: Final = 5
 DRIFT_FROM: Final = 50
 # A model that is done sooner than this is judged as if it took so long: a busy box makes tenths of a millisecond into several.
 LATENCY_FLOOR_MS: Final = 20.0
+# Detail of a failure that came before the model saw anything of the film: not its fault.
+BEFORE_MODEL: Final = "before the model"
 # Jeffreys' prior: an empty bin is rare, not impossible.
 _PRIOR: Final = 0.5
 
@@ -53,8 +55,9 @@ def measure(database: Database, digest: str, manifest: Manifest, after_job: int)
     """Count what a version did in the jobs planned after ``after_job``."""
     jobs = database.query(
         "SELECT outcome, json_extract(timing_ms, '$.infer') AS infer FROM jobs"
-        " WHERE model_digest = ? AND id > ? AND outcome IN (?, ?) AND state IN ('done', 'failed')",
-        digest, after_job, ScanState.AI_READY.value, ScanState.FAILED.value,
+        " WHERE model_digest = ? AND id > ? AND outcome IN (?, ?) AND state IN ('done', 'failed')"
+        " AND coalesce(json_extract(reason, '$.detail'), '') != ?",
+        digest, after_job, ScanState.AI_READY.value, ScanState.FAILED.value, BEFORE_MODEL,
     )  # fmt: skip
     read = [row["infer"] for row in jobs if row["outcome"] == ScanState.AI_READY.value]
     latencies = [value for value in read if value is not None]
@@ -106,7 +109,9 @@ def out_of_bounds(seen: Statistics, watch: Watch, self_test_ms: float) -> Note |
 
 
 def is_over(seen: Statistics, watch: Watch, since: str, now: datetime | None = None) -> bool:
-    """Whether the trial has lasted long enough: enough cases, or enough hours with a case at least."""
+    """Whether the trial has lasted long enough: enough cases, or enough hours with a case at least; never while too much of it failed."""
+    if seen.failures > watch.max_failure_fraction * (seen.cases + seen.failures):
+        return False
     hours = ((now or datetime.now(timezone.utc)) - datetime.fromisoformat(since)).total_seconds() / 3600
     return seen.cases >= watch.trial_cases or (seen.cases >= 1 and hours >= watch.trial_hours)
 

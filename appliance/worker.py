@@ -21,7 +21,7 @@ from pydicom.filebase import DicomBytesIO
 from appliance import copies
 from appliance.activation import Activator
 from appliance.domain import Finding, Job, JobKind, JobResult, Note, ScanState
-from appliance.errors import ApplianceError, PixelError, StoreError
+from appliance.errors import ApplianceError, InferenceError, PixelError, StoreError
 from appliance.ingest import PARSE_ERRORS
 from appliance.pixels import decode_frame, iter_frames
 from appliance.postprocess import ScoredLabel, classify
@@ -31,6 +31,7 @@ from appliance.runtime import Runtime, open_runtime
 from appliance.settings import Settings
 from appliance.signal import Bell
 from appliance.store import Store
+from appliance.watch import BEFORE_MODEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -221,8 +222,8 @@ class Worker:
                 verdict = quality(prepared.display)
         except PixelError as error:
             return JobResult(ScanState.NOT_ANALYSED, Note(error.code, error.detail), timing_ms=timer.ms)
-        except MemoryError:
-            raise  # no fault of the scan's: retried, then shown as failed
+        except MemoryError as error:  # no fault of the scan's, nor of the model's: retried, then shown as failed
+            raise InferenceError("job.memory", BEFORE_MODEL) from error
         except PARSE_ERRORS as error:
             return JobResult(ScanState.NOT_ANALYSED, Note("pixel.undecodable", type(error).__name__), timing_ms=timer.ms)
         if verdict.code is not None:

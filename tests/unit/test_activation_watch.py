@@ -81,3 +81,11 @@ def test_the_same_shape_has_next_to_no_drift_and_a_lost_shape_has_much() -> None
 
 def test_a_score_beyond_the_edges_belongs_to_the_outermost_bin() -> None:
     assert stability_index([-1.0, 2.0], REFERENCE) == stability_index([0.0, 1.0], REFERENCE)
+
+
+def test_a_trial_does_not_end_well_while_too_much_of_it_failed() -> None:
+    bounds = Watch(trial_cases=3, trial_hours=72.0)
+    later = SINCE + timedelta(hours=73)
+    assert not is_over(Statistics(1, 2, None, None), bounds, SINCE.isoformat(), later)  # too few to be taken back, too bad to be good
+    assert is_over(Statistics(1, 0, None, None), bounds, SINCE.isoformat(), later)
+    assert not is_over(Statistics(3, 2, None, None), bounds, SINCE.isoformat())
