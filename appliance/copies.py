@@ -57,7 +57,7 @@ def is_whole(data_dir: Path, digest: str) -> bool:
         return False
 
 
-def install(data_dir: Path, origin: Path, digest: str, told: Callable[[float], None]) -> ModelBundle:
+def install(data_dir: Path, origin: Path, digest: str, told: Callable[[float], None], reserve_bytes: int = 0) -> ModelBundle:
     """Make the box's own copy of a bundle; one that is there and whole is left as it is, a damaged one is kept beside.
 
     Args:
@@ -65,6 +65,7 @@ def install(data_dir: Path, origin: Path, digest: str, told: Callable[[float], N
         origin: the bundle, perhaps in a directory that another account may change at any moment.
         digest: which model it has to be.
         told: called now and then with how much is done, 0 to 1.
+        reserve_bytes: what has to stay free on the disk.
 
     Raises:
         ActivationError: ``model.invalid``, ``model.mismatch`` (another model than wanted), ``model.too_new``, ``model.disk_full``
@@ -81,7 +82,7 @@ def install(data_dir: Path, origin: Path, digest: str, told: Callable[[float], N
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if os.path.lexists(target):
             _set_aside(target)
-        _copy(source, staging, told)
+        _copy(source, staging, told, reserve_bytes)
         os.rename(staging, target)
         fsync_directory(target.parent)
     except OSError as error:
@@ -104,12 +105,12 @@ def sweep(data_dir: Path, keep: Collection[str]) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _copy(source: ModelBundle, staging: Path, told: Callable[[float], None]) -> None:
+def _copy(source: ModelBundle, staging: Path, told: Callable[[float], None], reserve_bytes: int) -> None:
     names = [MANIFEST_NAME, *sorted(source.manifest.digests())]
     total = sum((source.directory / name).stat().st_size for name in names)
     free = shutil.disk_usage(staging.parent).free
-    if total > free:  # before the disk is full: the scans that come in meanwhile need it too
-        raise OSError(errno.ENOSPC, f"{total >> 20} MiB needed, {free >> 20} MiB free")
+    if total + reserve_bytes > free:  # before the disk is full: the scans that come in meanwhile need it too
+        raise OSError(errno.ENOSPC, f"{total >> 20} MiB needed and {reserve_bytes >> 20} MiB kept for scans, {free >> 20} MiB free")
     done = 0
     for name in names:
         (staging / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)

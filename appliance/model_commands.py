@@ -181,7 +181,7 @@ def prove(arguments: argparse.Namespace) -> int:
     keep = [digest for digest in arguments.keep.split(",") if digest]
     order = Order(
         arguments.data_dir, arguments.origin, arguments.digest, arguments.precision, arguments.threads, arguments.memory_bytes, keep,
-        arguments.parent,
+        arguments.parent, arguments.reserve_bytes,
     )  # fmt: skip
     return run_proof(order)
 
@@ -193,5 +193,6 @@ def add_prove_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", help="the variant (default: the most exact)")
     parser.add_argument("--threads", type=int, default=0, help="threads of one inference (default: all cores)")
     parser.add_argument("--memory-bytes", type=int, required=True, help="cap of private memory")
+    parser.add_argument("--reserve-bytes", type=int, default=0, help="room that stays free on the disk, for scans")
     parser.add_argument("--keep", default="", help="digests whose copies stay, separated by commas")
     parser.add_argument("--parent", type=int, required=True, help="number of the process to die with")

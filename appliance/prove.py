@@ -47,6 +47,7 @@ class Order:
         memory_bytes: cap of this process's private memory.
         keep: digests whose copies stay on the disk.
         parent: the process to die with.
+        reserve_bytes: what stays free on the disk, for the scans that come in.
     """
 
     data_dir: Path
@@ -57,6 +58,7 @@ class Order:
     memory_bytes: int
     keep: list[str]
     parent: int
+    reserve_bytes: int = 0
 
 
 def run(order: Order) -> int:
@@ -100,7 +102,7 @@ def prove(order: Order, tell: Tell) -> dict[str, Any]:
         ActivationError: why this model may not read patients on this box.
     """
     copies.sweep(order.data_dir, [*order.keep, order.digest])
-    bundle = copies.install(order.data_dir, order.origin, order.digest, _Progress("staged", tell))
+    bundle = copies.install(order.data_dir, order.origin, order.digest, _Progress("staged", tell), order.reserve_bytes)
     try:
         return _measure(bundle, bundle.variant(order.precision), order.threads, tell)
     except InferenceError as error:
