@@ -235,7 +235,7 @@ class Activator:
         order = [
             "appliance", "prove", "--data-dir", str(settings.data_dir), "--origin", row["origin"], "--digest", row["digest"],
             "--threads", str(settings.worker_threads), "--memory-bytes", str(settings.process_memory_max_bytes),
-            "--parent", str(os.getpid()), "--keep", ",".join(self.journal.kept()),
+            "--reserve-bytes", str(settings.disk_reserve_bytes), "--parent", str(os.getpid()), "--keep", ",".join(self.journal.kept()),
         ]  # fmt: skip
         if row["precision"]:
             order += ["--precision", row["precision"]]
@@ -304,6 +304,8 @@ class Activator:
             raise ActivationError(note.code, note.detail)
 
     def _switch(self, row: sqlite3.Row, ready: Ready) -> None:
+        if (ready.manifest.name, ready.manifest.version) != (row["name"], row["version"]):
+            raise ActivationError("model.mismatch", f"it is {ready.manifest.name} {ready.manifest.version}")
         self.journal.switch(row["id"], ready.manifest)
         self._take(ready)
         self._coming = None

@@ -142,20 +142,21 @@ class Exchange:
         """Where the agent puts the verified bundle of a digest."""
         return self.directory / "bundles" / digest
 
-    def note_status(self) -> None:
-        """Write a change of the agent's state into the audit, once: untrusted is an alarm, unreachable never is."""
+    def note_status(self) -> bool:
+        """Write a change of the agent's state into the audit, once: untrusted is an alarm, unreachable never is. Returns whether it did."""
         status = _read(self.directory / SYNC_STATUS, SyncStatus)
         if status is None:
-            return
+            return False
         now = status.state if status.state in _TROUBLE else "ok"
         mark = f"{now} {status.code if now != 'ok' else ''}"
         known = self._store.database.one("SELECT value FROM meta WHERE key = 'sync_state'")
         if (known["value"] if known else "ok ") == mark:
-            return
+            return False
         event = db.SECURITY_ALERT if now == "untrusted" else db.APPLICATION_ACTIVITY
         with self._store.database.transaction() as tx:
             tx.execute("INSERT OR REPLACE INTO meta VALUES ('sync_state', ?)", (mark,))
             Database.audit(tx, event, "model-sync", "E", "library", _TROUBLE.get(now, 0), state=now, code=status.code)
+        return True
 
     def write_report(self) -> None:
         """Write ``box-report.json``: versions, digests, states, codes and counts, and nothing of a patient (requirement R18)."""

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 _LOOK_EVERY_S: Final = 1.0
 _WANT_EVERY_S: Final = 10.0
 _REPORT_EVERY_S: Final = 60.0
+_STATUS_EVERY_S: Final = 60.0
 # A check that died has said nothing: asked again soon, and in any case now and then, whether or not the agent writes.
 _UNCHECKED: Final = frozenset({"trust.unchecked", "sync.state"})
 _RETRY_S: Final = 10.0
@@ -82,7 +83,7 @@ class Follower:
         self._seen: object = None
         self._status_seen: object = None
         self._reported = (-1, 0.0)
-        self._next_look = self._next_want = 0.0
+        self._next_look = self._next_want = self._next_status = 0.0
         self._retry_s, self._again_at = _RETRY_S, 0.0
 
     @property
@@ -99,8 +100,8 @@ class Follower:
         if now < self._next_look:
             return
         self._next_look = now + _LOOK_EVERY_S
-        if (mark := self._exchange.status_mark()) != self._status_seen:
-            self._exchange.note_status()
+        if now >= self._next_status and (mark := self._exchange.status_mark()) != self._status_seen:
+            self._next_status = now + (_STATUS_EVERY_S if self._exchange.note_status() else 0.0)  # one that flaps does not fill the audit
             self._status_seen = mark
         if self._check is None and self._unanswered():
             self._begin_check()

@@ -133,7 +133,8 @@ class Ledger:
     def overruled(self, name: str, digest: str) -> bool:
         """Whether a person put another model to work after the library's wish for this one was met: the person's word holds."""
         row = self._db.one(
-            "SELECT max(CASE WHEN digest = ?2 AND source IN ('library', 'usb') THEN id END) AS met,"
+            "SELECT max(CASE WHEN digest = ?2 AND source IN ('library', 'usb') AND state IN ('trial', 'good', 'rolled-back', 'withdrawn')"
+            " THEN id END) AS met,"
             " max(CASE WHEN digest != ?2 AND source = 'hand' AND state IN ('trial', 'good') THEN id END) AS chosen"
             " FROM activations WHERE name = ?1",
             name,

@@ -235,3 +235,21 @@ def test_what_was_learnt_holds_when_the_facts_of_a_line_vanish(clinic: Clinic) -
     assert clinic.box.journal.barred(LINE, "1.0.0")
     with pytest.raises(ActivationError, match=r"model\.withdrawn"):
         activate(clinic.box.store, clinic.box.bundles / f"{LINE}-1.0.0", "test")
+
+
+def test_an_agent_that_flaps_does_not_fill_the_audit(clinic: Clinic) -> None:
+    ahead = 0.0
+    activator = clinic.box.activator(clock=lambda: time.monotonic() + ahead)
+    clinic.box.settle(activator)
+    before = len(clinic.audited("model-sync"))
+    path = clinic.exchange / "sync-status.json"
+    for number in range(20):
+        path.unlink()
+        path.write_text(json.dumps({"schema": 1, "state": "untrusted", "code": f"trust.x{number}"}))
+        ahead += 2.0
+        activator.tick()
+    assert len(clinic.audited("model-sync")) == before + 1
+    ahead += 61.0
+    activator.tick()
+    assert clinic.audited("model-sync")[-1]["detail"]["code"] == "trust.x19"
+    activator.stop()

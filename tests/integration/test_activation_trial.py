@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from appliance import reasons
+from appliance import reasons, watch
 from appliance.activation import Activator
-from appliance.models import activate
+from appliance.domain import Note, Source
+from appliance.errors import ActivationError
+from appliance.ingest import Ingest
+from appliance.models import activate, rollback
 from appliance.settings import Settings
 from appliance.store import Store
 from appliance.watch import LATENCY_FLOOR_MS
 from appliance.worklist import Worklist
-from tests.activation_box import LINE, Box, wanted, watched
+from tests.activation_box import LINE, Box, change_manifest, digest_of, wanted, watched
+from tests.scans import scan_bytes
 
 
 @pytest.fixture
@@ -303,3 +308,72 @@ def test_every_code_of_an_activation_has_its_text_in_both_languages() -> None:
         for language in ("zh", "en"):
             assert reasons.text(code, language)
             assert reasons.hint(code, language)
+
+
+def more_scans(box: Box, count: int) -> None:
+    for number in range(count):
+        names = {"SOPInstanceUID": f"1.2.3.{number}", "SeriesInstanceUID": f"1.2.4.{number}"}
+        accepted = Ingest(box.store).accept(scan_bytes(**names), Source("upload", "test", "x"))
+        box.store.close_series([accepted.stored.series_id])
+
+
+def test_films_that_fail_before_the_model_saw_them_are_no_fault_of_it(box: Box) -> None:
+    new = on_trial(box)
+    more_scans(box, 3)
+    for _ in range(3 * box.store.settings.job_max_attempts):
+        job = box.store.claim_job("test", 60)
+        assert job
+        box.store.fail_job(job, Note("job.memory", watch.BEFORE_MODEL))
+    box.settle(box.activator())
+    assert (box.last(), box.active()) == (("trial", ""), new)
+    assert json.loads(box.journal.history(1)[0]["trial"])["failures"] == 0
+
+
+def test_a_person_overrules_only_a_wish_that_was_met(box: Box) -> None:
+    old = box.active()
+    on_trial(box)
+    third = box.bundle("1.2.0")
+    box.journal.refuse(wanted(third, source="library", actor="model-sync"), Note("trust.expired"))
+    rollback(box.store, None, "dr-li")
+    assert box.active() == old
+    assert not box.journal.overruled(LINE, digest_of(third))
+    assert box.journal.overruled(LINE, digest_of(box.bundles / f"{LINE}-1.1.0")) is False  # it was by hand as well
+
+
+def test_a_bundle_of_another_line_or_version_than_wanted_is_not_put_to_work(box: Box) -> None:
+    kept, bundle = box.active(), box.bundle("1.1.0")
+    for changes in ({"name": "bone-age"}, {"version": "1.2.0"}):
+        number = box.journal.enter(wanted(bundle, **changes))
+        activator = box.activator()
+        box.step_until(activator, lambda number=number: not box.under_way(number))
+        activator.stop()
+        assert (box.last(), box.active()) == (("failed", "model.mismatch"), kept)
+
+
+def test_the_room_that_is_kept_for_scans_is_not_taken_by_a_model(box: Box) -> None:
+    kept, bundle = box.active(), box.bundle("1.1.0")
+    free = shutil.disk_usage(box.store.settings.data_dir).free
+    tight = Box(box.bundles.parent, Store(box.store.settings.model_copy(update={"disk_reserve_bytes": free})))
+    with pytest.raises(ActivationError, match=r"model\.disk_full"):
+        activate(tight.store, bundle, "test")
+    assert tight.active() == kept
+    tight.store.close()
+
+
+def test_what_a_withdrawn_version_left_waits_for_its_own_line(box: Box) -> None:
+    image = box.scan()
+    box.journal.restrict(LINE, "0.0.1", {"1.0.0": "bad"})
+    box.settle(box.activator())
+    left = box.store.database.one("SELECT state, reason FROM instances WHERE id = ?", image)
+    assert left
+    assert "model.withdrawn" in left["reason"]
+
+    def of_hands(manifest: dict[str, Any]) -> None:
+        manifest["applies_to"].update(body_part=["HAND"], assumed_body_part="HAND")
+
+    activate(box.store, change_manifest(box.bundle("3.0.0", line="hand"), of_hands), "test")
+    box.store.close_series([row["id"] for row in box.store.database.query("SELECT id FROM series WHERE open = 1")])
+    assert box.store.database.one("SELECT state, reason FROM instances WHERE id = ?", image) == left  # another line says nothing of it
+    new = activate(box.store, box.bundle("1.1.0"), "test")
+    box.store.close_series([row["id"] for row in box.store.database.query("SELECT id FROM series WHERE open = 1")])
+    assert box.work() == new
