@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, Table, delete, func, select, text, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, Table, case, delete, func, select, text, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
@@ -32,6 +32,7 @@ BLAMED: Final = (
 )  # fmt: skip
 UNDER_WAY: Final = ("staged", "building", "self-test", "trial")
 EVENTS_PER_BOX: Final = 60
+ACTIVATIONS_PER_BOX: Final = 64
 _LOCK_KEY: Final = 7_032_316  # any number that is ours on a shared PostgreSQL
 
 
@@ -79,7 +80,7 @@ class Fleet:
             self.engine = open_engine(url)
             self._writes = self.engine.execution_options(fleet_writes=True)
             self._lay_tables()
-        except (ArgumentError, NoSuchModuleError, SQLAlchemyError, ImportError) as error:
+        except (ArgumentError, NoSuchModuleError, SQLAlchemyError, ImportError, OSError) as error:
             hint = "check --db: sqlite:////path/fleet.db or postgresql+psycopg://user@host/database"
             raise SettingsError(f"the fleet database cannot be opened ({type(error).__name__})", hint=hint) from error
 
@@ -316,5 +317,11 @@ def _trouble(said: list[ActivationReport]) -> dict[str, str]:
 
 
 def _trim(tx: Connection, box_id: str) -> None:
+    """Bound what one box can make the centre keep, and read with each report: what it runs and what it did last stay."""
+    here = activations.c
+    runs = case((here.running_since.is_not(None) & here.ended_at.is_(None), 0), else_=1)
+    kept = select(here.line, here.version).where(here.box_id == box_id).order_by(runs, here.at.desc(), here.line, here.version)
+    other = tuple_(here.line, here.version).not_in(kept.limit(ACTIVATIONS_PER_BOX))
+    tx.execute(delete(activations).where(here.box_id == box_id, other))
     oldest = select(events.c.id).where(events.c.box_id == box_id).order_by(events.c.id.desc()).offset(EVENTS_PER_BOX).limit(1)
     tx.execute(delete(events).where(events.c.box_id == box_id, events.c.id <= oldest.scalar_subquery()))

@@ -5,6 +5,7 @@ Moments are whole seconds since the epoch by this server's clock, unless a colum
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -152,14 +153,26 @@ def open_engine(url: str) -> Engine:
 
     Raises:
         ArgumentError: the address is none, or of another database.
+        OSError: SQLite's file cannot be made, or kept from others.
     """
     engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
     if engine.dialect.name not in ("sqlite", "postgresql"):
         raise ArgumentError("neither SQLite nor PostgreSQL")
     if engine.dialect.name == "sqlite":
+        _keep_private(engine.url.database)
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _keep_private(database: str | None) -> None:
+    """Let nobody else read what makes cookies, and the hashes of passwords; SQLite gives its other files the rights of this one."""
+    if not database or database == ":memory:":
+        return
+    os.close(os.open(database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    for path in (Path(database), Path(f"{database}-wal"), Path(f"{database}-shm")):
+        if path.exists() and path.stat().st_mode & 0o077 and path.stat().st_uid == os.geteuid():
+            path.chmod(0o600)
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
