@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -191,11 +192,10 @@ def pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
-@pytest.mark.parametrize(("spoil", "code"), [(garble, "trust."), (pipe, "trust.unchecked"), (Path.unlink, "trust.missing")])
+@pytest.mark.parametrize(("spoil", "code"), [(garble, "trust."), (pipe, "sync.state"), (Path.unlink, "trust.missing")])
 def test_metadata_that_cannot_be_trusted_keeps_the_model_and_raises_the_alarm(
-    clinic: Clinic, spoil: Callable[[Path], None], code: str, monkeypatch: pytest.MonkeyPatch
+    clinic: Clinic, spoil: Callable[[Path], None], code: str
 ) -> None:
-    monkeypatch.setattr(exchange, "CHECK_DEADLINE_S", 3.0)  # a pipe nobody writes to: the check hangs
     kept = clinic.box.active()
     clinic.release("1.1.0")
     clinic.agent.pull()
@@ -206,8 +206,17 @@ def test_metadata_that_cannot_be_trusted_keeps_the_model_and_raises_the_alarm(
     assert clinic.box.last()[1].startswith(code)
     (alarm,) = clinic.audited("worker")
     assert (alarm["event"], alarm["outcome"]) == ("110113", 8)
-    with pytest.raises(ActivationError, match=r"trust\."):
+    with pytest.raises(ActivationError, match=re.escape(code)):
         activate(clinic.box.store, clinic.box.bundles / "cxr-pneumonia-1.1.0", "test")
+
+
+def test_a_check_that_takes_too_long_has_verified_nothing(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = clinic.box.active()
+    clinic.release("1.1.0")
+    clinic.agent.pull()
+    monkeypatch.setattr(exchange, "CHECK_DEADLINE_S", 0.0)
+    clinic.settle()
+    assert (clinic.box.active(), clinic.box.last()) == (kept, ("failed", "trust.unchecked"))
 
 
 JUNK = (b"", b"[]", b"{", b'{"schema": 2}', b"\xff" * 100, b'{"schema":1,"lines":{"../x":{}}}', b"[" * 100_000, b" " * (2 << 20))
