@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from model_sync.delta_format import (
+from model_sync.deltas.format import (
     BLOCK_BYTES,
     CODEC_NUMBERS,
     CODES,
@@ -87,7 +87,7 @@ def best(old: Path, new: Path) -> Encoded:
     Level 19 with a prefix takes about a second per megabyte, so for large files it is tried only where a fast level, which
     comes within 30 %, says that it could still win. 30 MB take up to half a minute.
     """
-    from model_sync import delta_encoder  # with numpy: only where deltas are made
+    from model_sync.deltas import encoder as delta_encoder  # with numpy: only where deltas are made
 
     old_bytes, new_bytes = old.read_bytes(), new.read_bytes()
     tensor = encode_with("tensor", old_bytes, new_bytes)
@@ -103,7 +103,7 @@ def encode_with(codec: Codec, old: bytes, new: bytes) -> bytes:
     Raises:
         DeltaError: the codec is unknown.
     """
-    from model_sync import delta_encoder
+    from model_sync.deltas import encoder as delta_encoder
 
     if codec not in CODEC_NUMBERS:
         raise DeltaError(f"there is no delta codec {codec!r}")

@@ -1,11 +1,11 @@
 """How the agent gets files from the library: python-tuf's port for downloads, with everything that slow, cut-prone lines need.
 
 A file is asked for at each base URL in turn, then again after a pause, until it is there or its budget of attempts is used up.
-Targets survive process death and reboot as parts (:mod:`model_sync.parts`); metadata is small and held in memory. Nothing here
+Targets survive process death and reboot as parts (:mod:`model_sync.transport.parts`); metadata is small and held in memory. Nothing here
 judges signatures: that is python-tuf's work, and what it finds wrong is dropped and fetched anew.
 
 ``download_bytes`` asks for metadata, ``download_file`` for a target of exactly ``max_length`` bytes, as ``tuf.ngclient.Updater``
-does it; a URL ``library:metadata/...`` is metadata either way. The errors are those of :mod:`model_sync.download_errors`.
+does it; a URL ``library:metadata/...`` is metadata either way. The errors are those of :mod:`model_sync.transport.errors`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from typing import IO, TypeVar
 
 from tuf.ngclient.fetcher import FetcherInterface
 
-from model_sync.budget import DayBudget, Tries, pause_s, process_bucket
-from model_sync.connection import Connection, host_of
-from model_sync.download_errors import (
+from model_sync.settings import SyncSettings
+from model_sync.transport.budget import DayBudget, Tries, pause_s, process_bucket
+from model_sync.transport.connection import Connection, host_of
+from model_sync.transport.errors import (
     BudgetExhausted,
     DiskFull,
     Failure,
@@ -35,10 +36,9 @@ from model_sync.download_errors import (
     TooSlow,
     Unreachable,
 )
-from model_sync.parts import SYNC_BYTES, Part, check_room, open_part
-from model_sync.settings import SyncSettings
-from model_sync.stick import LIBRARY_SCHEME, DirectoryFetcher
-from model_sync.transfer import fetch_metadata, fetch_target
+from model_sync.transport.parts import SYNC_BYTES, Part, check_room, open_part
+from model_sync.transport.stick import LIBRARY_SCHEME, DirectoryFetcher
+from model_sync.transport.transfer import fetch_metadata, fetch_target
 
 __all__ = [
     "LIBRARY_SCHEME",

@@ -12,9 +12,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NoReturn
 
-from model_sync import library_commands as commands
-from model_sync import library_console as console
 from model_sync.errors import ModelSyncError, SettingsError
+from model_sync.library import commands, console
 
 _Add = Callable[..., argparse.ArgumentParser]
 # Commands of the server and its fleet; their libraries are large, and installed only where it runs: no other command waits for them.
@@ -72,7 +71,8 @@ def _parser(fleet: bool = False) -> argparse.ArgumentParser:
     _add_signing(add)
     _add_checks(add)
     if fleet:
-        from model_sync import fleet_commands, server
+        from model_sync import server
+        from model_sync.fleet import commands as fleet_commands
 
         serve = subparsers.add_parser("serve", help=_FLEET["serve"])
         server.add_arguments(serve)

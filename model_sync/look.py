@@ -14,11 +14,11 @@ from typing import cast
 
 from model_sync import documents, trust
 from model_sync.documents import LineIndex, Rollout
-from model_sync.download_errors import Refused
 from model_sync.errors import LibraryUnreachable, ModelSyncError, SettingsError, TrustError
 from model_sync.exchange import Exchange, Source
 from model_sync.floors import Floors
 from model_sync.settings import SyncSettings
+from model_sync.transport.errors import Refused
 from model_sync.trust import Chain
 from model_sync.upstream import Upstream, of_one_file
 

@@ -17,13 +17,15 @@ from securesystemslib.signer import Key, Signer
 from tuf.api.exceptions import UnsignedMetadataError
 from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, DelegatedRole, Delegations, Root, Targets
 
-from model_sync import library_check, library_status, publish
 from model_sync.documents import ROLLOUT_PATTERN, ROLLOUT_ROLE, FailureBudget, LineIndex, line_path, line_patterns
 from model_sync.errors import PublishError
-from model_sync.keys import Passphrase, token_error
-from model_sync.library_files import CONFIG_NAME, Expiry, LibraryConfig, read_metadata
-from model_sync.library_promotion import LibraryPromotion
-from model_sync.library_roles import ISSUED_AT, ONLINE, ROLE_FIELD, AnyMetadata, Clock, State, delegated, utc_now
+from model_sync.library import check as library_check
+from model_sync.library import publish
+from model_sync.library import status as library_status
+from model_sync.library.files import CONFIG_NAME, Expiry, LibraryConfig, read_metadata
+from model_sync.library.keys import Passphrase, token_error
+from model_sync.library.promotion import LibraryPromotion
+from model_sync.library.roles import ISSUED_AT, ONLINE, ROLE_FIELD, AnyMetadata, Clock, State, delegated, utc_now
 
 __all__ = ["ISSUED_AT", "ROLE_FIELD", "Library", "State"]
 _UNCHANGED = "; nothing was changed"

@@ -28,20 +28,23 @@ from gunicorn.app.base import BaseApplication
 from sqlalchemy import text
 from werkzeug.wrappers import Response as BaseResponse
 
-from model_sync import fleet_page, server_api, server_files, server_problems
-from model_sync.enrolment import CERTIFICATE, DeviceAuthority, Enrolment
 from model_sync.errors import ModelSyncError, SettingsError
-from model_sync.fleet import Fleet
-from model_sync.fleet_accounts import Accounts
-from model_sync.fleet_brake import Brake
-from model_sync.fleet_commands import add_commands as add_commands
-from model_sync.fleet_commands import passphrase
-from model_sync.fleet_rollouts import Rollouts
-from model_sync.fleet_tables import sqlite_url
-from model_sync.keys import load_signer
-from model_sync.library_console import ONLINE_ENV
-from model_sync.library_files import LibraryFiles
-from model_sync.limits import Allowance
+from model_sync.fleet import api as server_api
+from model_sync.fleet import files as server_files
+from model_sync.fleet import page as fleet_page
+from model_sync.fleet import problems as server_problems
+from model_sync.fleet.accounts import Accounts
+from model_sync.fleet.brake import Brake
+from model_sync.fleet.commands import add_commands as add_commands
+from model_sync.fleet.commands import passphrase
+from model_sync.fleet.database import Fleet
+from model_sync.fleet.enrolment import CERTIFICATE, DeviceAuthority, Enrolment
+from model_sync.fleet.limits import Allowance
+from model_sync.fleet.rollouts import Rollouts
+from model_sync.fleet.tables import sqlite_url
+from model_sync.library.console import ONLINE_ENV
+from model_sync.library.files import LibraryFiles
+from model_sync.library.keys import load_signer
 
 DEFAULT_PORT: Final = 8443
 _BEGUN_S: Final = 10
@@ -95,7 +98,7 @@ def create_app(config: ServerConfig, *, clock: Callable[[], float] = time.time) 
     Raises:
         SettingsError: a key, the library or the database cannot be opened.
     """
-    app = Flask(__name__, static_folder=None, template_folder="templates")
+    app = Flask(__name__, static_folder=None, template_folder="fleet/templates")
     fleet = Fleet(config.db, clock=clock)
     authority = DeviceAuthority.load(config.device_ca, config.passphrases[0])
     rollouts = _rollouts(config, fleet)
@@ -112,7 +115,7 @@ def create_app(config: ServerConfig, *, clock: Callable[[], float] = time.time) 
             "logins": Allowance(max(1, per_minute / 10), max(5, per_minute // 10)),
         },
     )
-    style = Path(app.root_path) / "templates" / "fleet.css"
+    style = Path(app.root_path) / "fleet" / "templates" / "fleet.css"
     app.config.update(
         SECRET_KEY=fleet.secret(),
         SESSION_COOKIE_NAME="fleet",

@@ -20,10 +20,10 @@ from tuf.api.metadata import Root, TargetFile
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
 from model_sync import durable, trust
-from model_sync.download_errors import RangeViolation, Refused, TooLong
 from model_sync.errors import LibraryUnreachable, TrustError
 from model_sync.fetcher import LIBRARY_SCHEME
 from model_sync.floors import BUILT_AT, Clocks, Floors, utc_now
+from model_sync.transport.errors import RangeViolation, Refused, TooLong
 
 _RETRY = "nothing is wrong with the model in use; the next look goes on where this one stopped"
 

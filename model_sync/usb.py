@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 from tuf.api.metadata import TargetFile
 
-from model_sync import library_check
 from model_sync.documents import ROLLOUT_ROLE, LineIndex, file_path, line_path
 from model_sync.errors import PublishError, SettingsError
-from model_sync.library_files import read_metadata
-from model_sync.library_roles import delegated
+from model_sync.library import check as library_check
+from model_sync.library.files import read_metadata
+from model_sync.library.roles import delegated
 from model_sync.manifest import MANIFEST_NAME, Manifest
 
 FOLDER = "clinic-models"

@@ -7,8 +7,8 @@ from datetime import datetime, timezone
 from typing import Any
 
 from model_sync.documents import RolloutStep, decide
-from model_sync.fleet import Fleet
-from model_sync.fleet_tables import activations, box_models, boxes, certificates, events
+from model_sync.fleet.database import Fleet
+from model_sync.fleet.tables import activations, box_models, boxes, certificates, events
 from tests.fleet_site import DIGEST
 
 LINE = "cxr-pneumonia"

@@ -25,7 +25,7 @@ from model_sync import agent
 from model_sync.agent import Agent, enrol, renew_if_due, send_report
 from model_sync.device import Device, DeviceError
 from model_sync.errors import LibraryUnreachable, SettingsError
-from model_sync.fleet_tables import boxes
+from model_sync.fleet.tables import boxes
 from model_sync.report import ReportError
 from model_sync.settings import SyncSettings
 from tests.fleet_site import ROOT, Centre, Recorder, box_report, recorded, stamp

@@ -333,7 +333,7 @@ def test_both_languages_are_complete() -> None:
 
 
 def test_every_code_that_the_agent_can_say_has_its_advice() -> None:
-    sources = "\n".join(path.read_text("utf-8") for path in (ROOT / "model_sync").glob("*.py") if path.name != "cli_texts.py")
+    sources = "\n".join(path.read_text("utf-8") for path in (ROOT / "model_sync").rglob("*.py") if path.name != "cli_texts.py")
     said = set(re.findall(r'code(?:: str)? ?= ?"((?:sync|usb|trust)\.[a-z_]+)"', sources))
     said |= {f"trust.{why}" for why in ("unknown", "withdrawn", "below_minimum")}
     assert len(said) > 25

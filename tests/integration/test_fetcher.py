@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tuf.api.exceptions import DownloadError, DownloadHTTPError, LengthOrHashMismatchError
 
-from model_sync.download_errors import Failure, NotTheLibrary, RangeViolation, Refused, TooLong, TooSlow, Unreachable
 from model_sync.errors import LibraryUnreachable
 from model_sync.fetcher import Fetcher
-from model_sync.parts import part_name
 from model_sync.settings import SyncSettings
-from model_sync.transfer import check_content_range
+from model_sync.transport.errors import Failure, NotTheLibrary, RangeViolation, Refused, TooLong, TooSlow, Unreachable
+from model_sync.transport.parts import part_name
+from model_sync.transport.transfer import check_content_range
 from tests.bad_server import (
     CAPTIVE_FORBIDDEN,
     CAPTIVE_PORTAL,

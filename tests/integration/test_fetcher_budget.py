@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tuf.api.exceptions import DownloadError
 
-from model_sync.budget import PROGRESS_BYTES, UNCOUNTED_BYTES, DayBudget, SpeedGate, TokenBucket, Tries, pause_s, process_bucket
-from model_sync.download_errors import BudgetExhausted, DiskFull, TooSlow
+from model_sync.transport.budget import PROGRESS_BYTES, UNCOUNTED_BYTES, DayBudget, SpeedGate, TokenBucket, Tries, pause_s, process_bucket
+from model_sync.transport.errors import BudgetExhausted, DiskFull, TooSlow
 from tests.bad_server import BadServer, Reply
 from tests.integration.test_fetcher import DATA, METADATA, NAME, SIZE, Make, fetch, make, part_of, server
 

@@ -22,9 +22,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from tuf.api.exceptions import DownloadError, DownloadHTTPError
 
-from model_sync.download_errors import DiskFull, NotTheLibrary, Refused, TooLong, Unreachable
 from model_sync.fetcher import DirectoryFetcher
-from model_sync.parts import SYNC_S, open_part
+from model_sync.transport.errors import DiskFull, NotTheLibrary, Refused, TooLong, Unreachable
+from model_sync.transport.parts import SYNC_S, open_part
 from tests.bad_server import CAPTIVE_FORBIDDEN, CAPTIVE_PORTAL, CAPTIVE_REDIRECT, GOOD, LOGIN_PAGE, BadServer, Reply
 from tests.integration.test_fetcher import (
     DATA,

@@ -23,11 +23,11 @@ from sqlalchemy import select
 
 from model_sync import library_cli
 from model_sync.documents import RolloutStep
-from model_sync.fleet import Fleet
-from model_sync.fleet_brake import Brake
-from model_sync.fleet_rollouts import Rollouts
-from model_sync.fleet_tables import actions, operators
-from model_sync.fleet_texts import TEXTS
+from model_sync.fleet.brake import Brake
+from model_sync.fleet.database import Fleet
+from model_sync.fleet.rollouts import Rollouts
+from model_sync.fleet.tables import actions, operators
+from model_sync.fleet.texts import TEXTS
 from tests.fleet_seed import seed
 from tests.fleet_site import PASSPHRASE, ROOT, Box, Centre, Postgres, box_report
 from tests.library_site import tiny_bundle
@@ -161,7 +161,7 @@ def test_a_logout_ends_the_session_on_the_server(centre: Centre, person: Person)
 
 def test_a_session_ends_when_nobody_uses_it(tmp_path: Path) -> None:
     now = [1_800_000_000.0]
-    from model_sync.fleet_accounts import Accounts
+    from model_sync.fleet.accounts import Accounts
 
     fleet = Fleet(f"sqlite:///{tmp_path}/fleet.db", clock=lambda: now[0])
     accounts = Accounts(fleet, idle_s=600, absolute_s=3600)
@@ -254,7 +254,7 @@ def test_a_name_that_is_no_box_is_not_found_in_words(person: Person) -> None:
 
 
 def test_a_silent_box_is_marked(centre: Centre, person: Person) -> None:
-    from model_sync.fleet_tables import boxes
+    from model_sync.fleet.tables import boxes
 
     box = centre.box("quiet-1")
     box.send(box.report(1))
@@ -281,7 +281,7 @@ def test_a_version_that_is_replaced_or_was_there_before_counts_as_what_runs(cent
     box.send(box.report(1, ring="turn", box=first))
     assert centre.fleet.tally("turn", LINE, "0.1.0").running == 1
     box.send(box.report(2, ring="turn", box=box_report("0.2.0")))
-    from model_sync.fleet_views import progress
+    from model_sync.fleet.views import progress
 
     now = centre.fleet.now()
     assert progress(centre.fleet, "turn", LINE, "0.1.0", now - 3600, now + 1).now == 0
@@ -398,7 +398,7 @@ def test_ten_thousand_boxes_are_shown_by_few_queries(tmp_path: Path, postgres: P
     """Not a time, which depends on the machine: each query reads by an index or the fleet's tables once."""
     from sqlalchemy import event
 
-    from model_sync import fleet_views
+    from model_sync.fleet import views as fleet_views
 
     for db in (f"sqlite:///{tmp_path}/fleet.db", postgres.database()):
         fleet = Fleet(db)
@@ -557,7 +557,7 @@ def test_both_languages_have_every_text_with_the_same_values() -> None:
 
 def test_every_text_of_the_templates_exists_and_none_is_idle() -> None:
     used = set()
-    sources = [*(ROOT / "model_sync" / "templates").glob("*.html"), ROOT / "model_sync" / "fleet_page.py"]
+    sources = [*(ROOT / "model_sync" / "fleet" / "templates").glob("*.html"), ROOT / "model_sync" / "fleet" / "page.py"]
     whole = "\n".join(path.read_text("utf-8") for path in sources)
     for key in re.findall(r"\b_?t\([\"']([a-z0-9._-]+)[\"']", whole) + re.findall(r'"((?:done|rollout)\.[a-z_]+)"', whole):
         used.add(key)
@@ -569,7 +569,7 @@ def test_every_text_of_the_templates_exists_and_none_is_idle() -> None:
 def test_every_action_and_state_that_can_be_shown_has_words(centre: Centre) -> None:
     from typing import get_args
 
-    from model_sync.fleet_views import STATES
+    from model_sync.fleet.views import STATES
     from model_sync.report import ActivationState, ModelState, SyncState
 
     states = {state for kind in get_args(ModelState) for state in (get_args(kind) or (kind,))} | set(get_args(ActivationState))

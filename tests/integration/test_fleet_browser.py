@@ -8,7 +8,7 @@ from datetime import datetime, timedelta, timezone
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from model_sync.fleet_rollouts import Rollouts
+from model_sync.fleet.rollouts import Rollouts
 from tests.fleet_seed import LINE, seed
 from tests.fleet_site import Centre
 from tests.library_site import tiny_bundle

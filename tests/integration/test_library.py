@@ -15,9 +15,9 @@ from tuf.ngclient import FetcherInterface, Updater
 
 from model_sync.documents import LineIndex
 from model_sync.errors import PublishError, SettingsError
-from model_sync.library_files import LibraryFiles
+from model_sync.library.files import LibraryFiles
 from model_sync.repository import Library, State
-from model_sync.stick import DirectoryFetcher
+from model_sync.transport.stick import DirectoryFetcher
 from tests.library_site import Site, make_site, tiny_bundle
 
 LINE = "cxr-pneumonia"

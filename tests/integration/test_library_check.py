@@ -11,9 +11,9 @@ import pytest
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import DelegatedRole, Delegations, Metadata, MetaFile, TargetFile
 
-from model_sync import library_check
 from model_sync.documents import Rollout, RolloutStep
-from model_sync.library_text import describe, status_lines
+from model_sync.library import check as library_check
+from model_sync.library.text import describe, status_lines
 from model_sync.repository import Library
 from tests.library_site import Site, make_site, tiny_bundle
 
@@ -263,7 +263,7 @@ def test_an_index_that_is_not_at_hand_is_not_passed_over(site: Site) -> None:
 
 
 def test_an_online_key_that_nobody_needs_is_named(tmp_path: Path) -> None:
-    from model_sync.keys import generate
+    from model_sync.library.keys import generate
 
     site = make_site(tmp_path / "lib")
     generate(site.library.files.online / "old.pem", "a long enough passphrase")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from securesystemslib.signer import CryptoSigner
 
-from model_sync.library_files import LibraryFiles
+from model_sync.library.files import LibraryFiles
 from model_sync.repository import Library
 from tests.integration.test_library import Follower
 from tests.library_site import Site, make_site, tiny_bundle

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from securesystemslib.signer import CryptoSigner
 
-from model_sync import library_roles, publish, usb
+from model_sync import usb
 from model_sync.documents import LineIndex, Rollout
 from model_sync.errors import PublishError
+from model_sync.library import publish
+from model_sync.library import roles as library_roles
 from tests.integration.test_library import Follower
 from tests.library_site import Site, make_site, serve, tiny_bundle
 from tests.sync_box import make_box, newest

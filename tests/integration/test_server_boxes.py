@@ -23,9 +23,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from sqlalchemy import func, select
 
-from model_sync.enrolment import DeviceAuthority, new_token
 from model_sync.errors import SettingsError
-from model_sync.fleet_tables import boxes, events, tokens
+from model_sync.fleet.enrolment import DeviceAuthority, new_token
+from model_sync.fleet.tables import boxes, events, tokens
 from tests.fleet_site import PASSPHRASE, Box, Centre, Postgres, box_report, stamp
 
 JSON = {"Content-Type": "application/json"}

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from securesystemslib.signer import CryptoSigner
 
-from model_sync import library_check, usb
+from model_sync import usb
 from model_sync.documents import LineIndex
 from model_sync.errors import PublishError, SettingsError
-from model_sync.stick import DirectoryFetcher
+from model_sync.library import check as library_check
+from model_sync.transport.stick import DirectoryFetcher
 from tests.integration.test_library import Follower
 from tests.library_site import Site, make_site, tiny_bundle
 

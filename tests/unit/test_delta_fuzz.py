@@ -18,7 +18,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from model_sync.delta import DeltaError, encode_with
-from model_sync.delta_format import COPY, GROUPED, HEADER, LITERAL, LITERALS, MAX_PROGRAM_BYTES, PROGRAM
+from model_sync.deltas.format import COPY, GROUPED, HEADER, LITERAL, LITERALS, MAX_PROGRAM_BYTES, PROGRAM
 from tests.unit.delta_parts import body, header, program, rebuilt, segment, step, varint, wide_window_frame, zeros_frame
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,7 +71,7 @@ def damaged(delta: bytes, rng: random.Random) -> bytes:
 
 def damaged_program(old: bytes, new: bytes, delta: bytes, rng: random.Random) -> bytes:
     """Return a tensor delta whose frames are all good and whose program is damaged: no checksum of zstd stands before it."""
-    from model_sync.delta_format import STREAM, zstd
+    from model_sync.deltas.format import STREAM, zstd
 
     place = HEADER.size + 1 + STREAM.size * delta[HEADER.size]
     streams = {}

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from securesystemslib.signer import CryptoSigner
 
 from model_sync.errors import SettingsError
-from model_sync.keys import generate, load_holder, load_public, load_signer, public_path, write_public
+from model_sync.library.keys import generate, load_holder, load_public, load_signer, public_path, write_public
 
 SECRET = "correct horse battery staple"
 
@@ -187,7 +187,7 @@ def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def in_a_process(script: str) -> subprocess.CompletedProcess[str]:
     """Run a few lines that use the token."""
-    head = "from model_sync.keys import *\nfrom model_sync.errors import SettingsError\nfrom pathlib import Path\n"
+    head = "from model_sync.library.keys import *\nfrom model_sync.errors import SettingsError\nfrom pathlib import Path\n"
     return subprocess.run([sys.executable, "-c", head + script], capture_output=True, text=True, check=False)
 
 

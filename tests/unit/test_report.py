@@ -231,7 +231,7 @@ def raised_codes() -> set[str]:
     """Codes that the sources raise and that a status or an activation can carry."""
     found: set[str] = set()
     own = {"report", "report_reasons", "fleet_texts", "fleet_page"}
-    for path in (ROOT / "model_sync").glob("*.py"):
+    for path in (ROOT / "model_sync").rglob("*.py"):
         if path.stem not in own:
             found |= set(re.findall(r'"((?:sync|trust|usb|bundle)\.[a-z_]+)"', path.read_text("utf-8")))
     return found - {"sync.toml"}

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from model_sync import durable
-from model_sync.download_errors import DiskFull, Unreachable
+from model_sync.transport.errors import DiskFull, Unreachable
 
 SYNC_BYTES = 1024 * 1024
 SYNC_S = 2.0

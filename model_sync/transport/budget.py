@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from secrets import SystemRandom
 
-from model_sync.download_errors import BudgetExhausted, DiskFull, TooSlow
+from model_sync.transport.errors import BudgetExhausted, DiskFull, TooSlow
 
 MAX_CHUNK_BYTES = 64 * 1024
 # An attempt counts as progress when it brought this much: a server that gives one byte per connection does not.

@@ -13,8 +13,8 @@ from typing import IO, Any
 
 from tuf.ngclient.fetcher import FetcherInterface
 
-from model_sync.download_errors import NotTheLibrary, Refused, TooLong, Unreachable
-from model_sync.transfer import is_metadata
+from model_sync.transport.errors import NotTheLibrary, Refused, TooLong, Unreachable
+from model_sync.transport.transfer import is_metadata
 
 LIBRARY_SCHEME = "library:"
 _COPY_BYTES = 1024 * 1024

@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from model_sync.documents import ROLLOUT_ROLE, Rollout
-from model_sync.library_roles import ONLINE, delegated
+from model_sync.library.roles import ONLINE, delegated
 
 if TYPE_CHECKING:
     from model_sync.repository import Library

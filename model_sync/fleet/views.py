@@ -9,8 +9,8 @@ from typing import Any, Final
 
 from sqlalchemy import ColumnElement, RowMapping, and_, case, func, or_, select
 
-from model_sync.fleet import RUNNING, Fleet, Tally, blamed
-from model_sync.fleet_tables import actions, activations, box_models, boxes, certificates, events
+from model_sync.fleet.database import RUNNING, Fleet, Tally, blamed
+from model_sync.fleet.tables import actions, activations, box_models, boxes, certificates, events
 
 SILENT_S: Final = 24 * 3600
 PAGE_ROWS: Final = 50

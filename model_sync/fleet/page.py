@@ -12,15 +12,16 @@ from typing import Any, Final, TypeVar, cast
 from flask import Blueprint, Response, abort, current_app, flash, g, redirect, render_template, request, session, url_for
 from flask.typing import ResponseReturnValue
 
-from model_sync import fleet_chart, fleet_views
 from model_sync.documents import RolloutStep, older
 from model_sync.errors import ModelSyncError
-from model_sync.fleet import RUNNING, Fleet
-from model_sync.fleet_accounts import Accounts
-from model_sync.fleet_pause import Seen
-from model_sync.fleet_rollouts import Published, Rollouts
-from model_sync.fleet_texts import LANGUAGES, reason, text
-from model_sync.server_api import address
+from model_sync.fleet import chart as fleet_chart
+from model_sync.fleet import views as fleet_views
+from model_sync.fleet.accounts import Accounts
+from model_sync.fleet.api import address
+from model_sync.fleet.database import RUNNING, Fleet
+from model_sync.fleet.pause import Seen
+from model_sync.fleet.rollouts import Published, Rollouts
+from model_sync.fleet.texts import LANGUAGES, reason, text
 
 blueprint: Final = Blueprint("page", __name__, template_folder="templates")
 _View = TypeVar("_View", bound=Callable[..., ResponseReturnValue])

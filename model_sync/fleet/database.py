@@ -18,7 +18,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from model_sync.errors import ModelSyncError, SettingsError
-from model_sync.fleet_tables import SCHEMA, actions, activations, box_models, boxes, certificates, events, meta, metadata, open_engine
+from model_sync.fleet.tables import SCHEMA, actions, activations, box_models, boxes, certificates, events, meta, metadata, open_engine
 from model_sync.report import ActivationReport, StatusReport, canonical
 
 # States of a model that reads patients, and of an activation that went wrong.

@@ -10,7 +10,7 @@ import semver
 from tuf.api.metadata import Root, TargetFile, Targets
 
 from model_sync.documents import LineIndex, Rollout
-from model_sync.library_roles import AnyMetadata, delegated
+from model_sync.library.roles import AnyMetadata, delegated
 
 Name = Callable[[str], str]
 Read = Callable[[TargetFile], "bytes | None"]

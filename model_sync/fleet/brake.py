@@ -13,9 +13,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from model_sync.documents import RolloutStep
 from model_sync.errors import ModelSyncError
-from model_sync.fleet import Fleet
-from model_sync.fleet_pause import Seen
-from model_sync.fleet_rollouts import Rollouts
+from model_sync.fleet.database import Fleet
+from model_sync.fleet.pause import Seen
+from model_sync.fleet.rollouts import Rollouts
 
 logger = logging.getLogger(__name__)
 SERVER = "failure budget"

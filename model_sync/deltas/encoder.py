@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from model_sync.delta_format import (
+from model_sync.deltas.format import (
     BLOCK_BYTES,
     CODES,
     COPY,
@@ -36,7 +36,7 @@ from model_sync.delta_format import (
     grouping,
     zstd,
 )
-from model_sync.delta_onnx import MIN_TENSOR_BYTES, UNKNOWN, Pair, Tensor, View, pairs, tensors
+from model_sync.deltas.onnx import MIN_TENSOR_BYTES, UNKNOWN, Pair, Tensor, View, pairs, tensors
 
 _LEVEL = 19
 _WINDOW_BYTES = 32  # the shortest run of bytes that is looked for elsewhere in the old file

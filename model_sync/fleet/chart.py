@@ -10,8 +10,8 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from model_sync.documents import RolloutStep
-from model_sync.fleet import Tally
-from model_sync.fleet_views import Progress
+from model_sync.fleet.database import Tally
+from model_sync.fleet.views import Progress
 
 WIDTH: Final = 720
 HEIGHT: Final = 250

@@ -16,8 +16,8 @@ from argon2.exceptions import InvalidHashError, VerifyMismatchError
 from sqlalchemy import delete, select, update
 
 from model_sync.errors import SettingsError
-from model_sync.fleet import Fleet
-from model_sync.fleet_tables import actions, operators, sessions
+from model_sync.fleet.database import Fleet
+from model_sync.fleet.tables import actions, operators, sessions
 
 MAX_FAILURES: Final = 5
 LOCKOUT_S: Final = 15 * 60

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from model_sync.errors import PublishError, SettingsError
-from model_sync.keys import Passphrase
+from model_sync.library.keys import Passphrase
 
 PASSPHRASE_ENV = "MODEL_LIBRARY_PASSPHRASE_FILE"  # noqa: S105  (the name of a variable that names a file)
 ONLINE_ENV = "MODEL_LIBRARY_ONLINE_PASSPHRASE_FILE"

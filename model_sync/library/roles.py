@@ -29,8 +29,8 @@ from tuf.repository import Repository
 
 from model_sync.documents import ROLLOUT_ROLE, LineIndex, line_path
 from model_sync.errors import PublishError
-from model_sync.keys import Passphrase, load_holder, load_signer, public_path
-from model_sync.library_files import LibraryFiles, read_metadata
+from model_sync.library.files import LibraryFiles, read_metadata
+from model_sync.library.keys import Passphrase, load_holder, load_signer, public_path
 from model_sync.trust_files import MAX_METADATA_BYTES
 
 ISSUED_AT = "x-issued-at"

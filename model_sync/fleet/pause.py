@@ -14,7 +14,7 @@ from tuf.api.metadata import Metadata, TargetFile, Targets
 
 from model_sync.documents import ROLLOUT_ROLE, Rollout, RolloutStep, rollout_path
 from model_sync.errors import ModelSyncError, PublishError
-from model_sync.library_roles import AnyMetadata, verifies
+from model_sync.library.roles import AnyMetadata, verifies
 from model_sync.repository import Library
 
 

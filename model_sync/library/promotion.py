@@ -12,7 +12,7 @@ from datetime import timedelta
 from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, Root, Snapshot, Targets, Timestamp
 
 from model_sync.errors import PublishError
-from model_sync.library_roles import ONLINE, AnyMetadata, LibraryRoles, delegated, verifies
+from model_sync.library.roles import ONLINE, AnyMetadata, LibraryRoles, delegated, verifies
 
 
 class LibraryPromotion(LibraryRoles):

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from model_sync import library_console as console
-from model_sync.enrolment import DeviceAuthority, new_token
 from model_sync.errors import SettingsError
-from model_sync.fleet import Fleet
-from model_sync.fleet_accounts import Accounts
-from model_sync.fleet_tables import sqlite_url
+from model_sync.fleet.accounts import Accounts
+from model_sync.fleet.database import Fleet
+from model_sync.fleet.enrolment import DeviceAuthority, new_token
+from model_sync.fleet.tables import sqlite_url
+from model_sync.library import console
 
 _BOX: Final = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 _RING: Final = re.compile(r"^[a-z0-9][a-z0-9_-]{0,63}$")

@@ -9,9 +9,9 @@ import json
 import re
 from collections.abc import Callable, Mapping
 
-from model_sync.connection import Answer, Connection, host_of
-from model_sync.download_errors import NotTheLibrary, RangeViolation, Refused, TooLong, Unreachable
-from model_sync.parts import Part
+from model_sync.transport.connection import Answer, Connection, host_of
+from model_sync.transport.errors import NotTheLibrary, RangeViolation, Refused, TooLong, Unreachable
+from model_sync.transport.parts import Part
 
 # Documents up to this length may use the reserve of the day's budget, as metadata may.
 SMALL_TARGET_BYTES = 1024 * 1024

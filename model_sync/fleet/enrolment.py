@@ -31,8 +31,8 @@ from sqlalchemy import Connection, RowMapping, select, update
 
 from model_sync.device import create_private, issued_by
 from model_sync.errors import ModelSyncError, SettingsError
-from model_sync.fleet import Fleet, count_ring
-from model_sync.fleet_tables import actions, boxes, certificates, tokens
+from model_sync.fleet.database import Fleet, count_ring
+from model_sync.fleet.tables import actions, boxes, certificates, tokens
 
 CERTIFICATE: Final = "device-ca.pem"
 KEY: Final = "device-ca.key"

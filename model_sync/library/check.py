@@ -18,8 +18,8 @@ from tuf.api.metadata import MetaFile, Root, Snapshot, TargetFile, Targets, Time
 
 from model_sync.documents import ROLLOUT_PATTERN, ROLLOUT_ROLE, LineIndex, Rollout, file_path, line_path, line_patterns
 from model_sync.errors import BundleError, ModelSyncError, TrustError
-from model_sync.library_files import read_metadata
-from model_sync.library_roles import ROLE_FIELD, AnyMetadata, delegated, verifies
+from model_sync.library.files import read_metadata
+from model_sync.library.roles import ROLE_FIELD, AnyMetadata, delegated, verifies
 from model_sync.manifest import MANIFEST_NAME, Manifest
 
 _CHUNK_BYTES = 1 << 20

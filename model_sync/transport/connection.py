@@ -1,7 +1,7 @@
 """The way to the library: one HTTP session, with the caps, counts and deadlines that all answers share.
 
 Whatever breaks in `requests`, `urllib3` or the socket, before or in the middle of a body, comes out as one of
-:mod:`model_sync.download_errors`; python-tuf's own fetcher lets some of it through.
+:mod:`model_sync.transport.errors`; python-tuf's own fetcher lets some of it through.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 
-from model_sync.budget import DayBudget, SpeedGate, TokenBucket
-from model_sync.download_errors import BudgetExhausted, NotTheLibrary, Refused, TooSlow, Unreachable
 from model_sync.settings import SyncSettings
+from model_sync.transport.budget import DayBudget, SpeedGate, TokenBucket
+from model_sync.transport.errors import BudgetExhausted, NotTheLibrary, Refused, TooSlow, Unreachable
 
 # An error's body up to this length is read, so that the connection can be used again; a longer one costs the connection.
 _ERROR_BODY_BYTES = 4096

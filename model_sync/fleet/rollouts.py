@@ -15,10 +15,10 @@ from tuf.api.metadata import Targets
 
 from model_sync.documents import ROLLOUT_ROLE, LineIndex, Rollout, RolloutStep, line_path, older, rollout_path
 from model_sync.errors import PublishError
-from model_sync.fleet import Fleet, Tally
-from model_sync.fleet_pause import PausingLibrary, Seen
-from model_sync.keys import Passphrase
-from model_sync.library_files import read_metadata
+from model_sync.fleet.database import Fleet, Tally
+from model_sync.fleet.pause import PausingLibrary, Seen
+from model_sync.library.files import read_metadata
+from model_sync.library.keys import Passphrase
 from model_sync.repository import Library
 
 logger = logging.getLogger(__name__)

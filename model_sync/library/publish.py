@@ -36,7 +36,7 @@ from model_sync.documents import (
     rollout_path,
 )
 from model_sync.errors import BundleError, PublishError
-from model_sync.library_roles import delegated
+from model_sync.library.roles import delegated
 from model_sync.manifest import Identifier, SemVer
 
 if TYPE_CHECKING:

@@ -14,14 +14,16 @@ from pathlib import Path
 from securesystemslib.signer import Key, Signer
 from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, Root, TargetFile
 
-from model_sync import library_check, library_text, usb
-from model_sync import library_console as console
+from model_sync import usb
 from model_sync.bundle import MANIFEST_NAME, ModelBundle
 from model_sync.documents import ROLLOUT_ROLE, FailureBudget
 from model_sync.errors import PublishError, SettingsError
-from model_sync.keys import Holder, generate, load_holder, load_signer, public_path, write_public
-from model_sync.library_files import CONFIG_NAME, Expiry, LibraryFiles, read_metadata
-from model_sync.library_roles import ONLINE, ROLE_FIELD, AnyMetadata, delegated
+from model_sync.library import check as library_check
+from model_sync.library import console
+from model_sync.library import text as library_text
+from model_sync.library.files import CONFIG_NAME, Expiry, LibraryFiles, read_metadata
+from model_sync.library.keys import Holder, generate, load_holder, load_signer, public_path, write_public
+from model_sync.library.roles import ONLINE, ROLE_FIELD, AnyMetadata, delegated
 from model_sync.repository import Library, State, sign_with
 
 # --- keys ---------------------------------------------------------------------------------------------------------------
