@@ -30,6 +30,8 @@ from model_sync.whole import WholeBundles
 if TYPE_CHECKING:
     from tuf.ngclient import FetcherInterface
 
+_MAKE_WAY_S = 20.0  # the line's pull looks about once a second whether somebody with a stick waits
+
 
 @dataclass(frozen=True)
 class _Way:
@@ -136,7 +138,7 @@ class Client:
 
     def _attempt(self, way: _Way, on_progress: Callable[[Progress], None] | None) -> Pulled:
         status = self._status_file()
-        with self._locked(status):
+        with self._locked(status, _MAKE_WAY_S if way.source == "usb" else 0.0):
             status.began()
             pull: _Pull | None = None
             try:
@@ -272,6 +274,10 @@ class Client:
     def _require_window(self) -> None:
         """Stop a bundle's download outside the window, or when asked to; the fetcher asks between two pieces of a file."""
         self._asked()
+        if lock.wanted(self._settings.state_dir):
+            raise LibraryUnreachable(
+                "a USB stick is being read; the line makes way", hint=f"it goes on at the next look; {KEEP}", code="sync.stopped"
+            )
         if self._in_bundle and not self._settings.in_window(self._local_now()):
             raise LibraryUnreachable(
                 f"bundles are fetched only at {', '.join(self._settings.windows)}; this one waits",
@@ -335,11 +341,11 @@ class Client:
                 left.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _locked(self, status: StatusFile) -> Iterator[None]:
+    def _locked(self, status: StatusFile, wait_s: float) -> Iterator[None]:
         """Hold the state directory; one that cannot be written is said where it can be read."""
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(lock.hold(self._settings.state_dir))
+                stack.enter_context(lock.hold(self._settings.state_dir, wait_s))
             except LibraryUnreachable as error:
                 if error.code != "sync.busy":  # then the status is the other's to write
                     status.ended(error, {}, self._clocks(None), 0)

@@ -1,4 +1,8 @@
-"""One agent per state directory, by a lock that the kernel lets go of when its holder dies."""
+"""One agent per state directory, by a lock that the kernel lets go of when its holder dies.
+
+A technician with a stick does not wait half an hour for a pull that tries a dead line again and again: who may wait says so by a
+second lock, and the holder, who looks at it between two pieces and during its pauses, makes way.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,13 @@ from model_sync import durable
 from model_sync.errors import LibraryUnreachable
 
 LOCK_FILE = "lock"
+WANTED_FILE = "wanted"
 _TRIES, _PAUSE_S = 3, 0.05  # somebody may be asking just now who holds the lock
 
 
 @contextlib.contextmanager
-def hold(state_dir: Path) -> Iterator[None]:
-    """Hold the state directory.
+def hold(state_dir: Path, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold the state directory; with ``wait_s`` ask whoever holds it to make way, and wait so long.
 
     Raises:
         LibraryUnreachable: ``sync.busy``: another process holds it; ``sync.state`` or ``sync.disk_full``: it cannot be written.
@@ -30,7 +35,11 @@ def hold(state_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise durable.disk_trouble(error) from error
     try:
-        if not any(_taken(descriptor, fcntl.LOCK_EX) for _ in range(_TRIES)):
+        taken = any(_taken(descriptor, fcntl.LOCK_EX) for _ in range(_TRIES))
+        if not taken and wait_s:
+            with _asking(state_dir):
+                taken = any(_taken(descriptor, fcntl.LOCK_EX) for _ in range(int(wait_s / _PAUSE_S)))
+        if not taken:
             raise LibraryUnreachable(
                 f"another model-sync (process {_pid(file)}) is at work in {state_dir}",
                 hint="wait until it is done; `model-sync status` shows what it does",
@@ -54,6 +63,32 @@ def holder(state_dir: Path) -> str | None:
     try:
         return None if _taken(descriptor, fcntl.LOCK_SH) else _pid(file)
     finally:
+        os.close(descriptor)
+
+
+def wanted(state_dir: Path) -> bool:
+    """Say whether somebody waits for the directory; whoever died waiting does not count."""
+    try:
+        descriptor = os.open(state_dir / WANTED_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return not _taken(descriptor, fcntl.LOCK_SH)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _asking(state_dir: Path) -> Iterator[None]:
+    try:
+        descriptor = os.open(state_dir / WANTED_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise durable.disk_trouble(error) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # a second one that asks waits for the first
+        yield
+    finally:
+        (state_dir / WANTED_FILE).unlink(missing_ok=True)
         os.close(descriptor)
 
 

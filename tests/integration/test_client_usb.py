@@ -6,15 +6,18 @@ import json
 import os
 import shutil
 import socket
+import threading
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from model_sync import lock
 from model_sync.errors import LibraryUnreachable, ModelSyncError, TrustError
 from model_sync.usb import export
-from tests.bad_server import BadServer
+from tests.bad_server import DOWN, BadServer
 from tests.library_site import Site, make_site, tiny_bundle
 from tests.sync_box import LINE, Box, days, expires, forge, make_box, newest
 
@@ -73,6 +76,37 @@ def test_a_stick_brings_the_version_of_the_ring_without_percent_or_start(
 def test_the_folder_itself_may_be_given(box: Box, site: Site, tmp_path: Path) -> None:
     box.client().import_usb(stick(site, tmp_path / "usb") / MARK)
     assert box.wants() == "0.1.0"
+
+
+def test_a_pull_that_tries_a_dead_line_again_and_again_makes_way_for_a_stick(box: Box, site: Site, tmp_path: Path) -> None:
+    with BadServer() as server:
+        server.always("*", DOWN)
+        changes = {"urls": [server.url], "attempts": 20, "backoff_s": 300.0, "max_backoff_s": 300.0}
+        patient = Box(box.settings.model_copy(update=changes)).client()
+        ended: list[ModelSyncError] = []
+
+        def pull() -> None:
+            try:
+                patient.pull()
+            except ModelSyncError as error:
+                ended.append(error)
+
+        thread = threading.Thread(target=pull)
+        thread.start()
+        while not server.log or patient.busy() is None:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        box.client().import_usb(stick(site, tmp_path / "usb"))
+        thread.join(30)
+    assert [code(error) for error in ended] == ["sync.stopped"]
+    assert box.wants() == "0.1.0"
+    assert not lock.wanted(box.settings.state_dir)
+
+
+def test_somebody_who_died_waiting_holds_up_no_pull(box: Box) -> None:
+    box.settings.state_dir.mkdir(parents=True, exist_ok=True)
+    (box.settings.state_dir / lock.WANTED_FILE).touch()
+    assert not lock.wanted(box.settings.state_dir)
 
 
 def test_a_stick_asks_no_window(box: Box, site: Site, tmp_path: Path) -> None:
