@@ -63,6 +63,7 @@ MAX_COST = 3
 _SPARE_BYTES = 1024 * 1024
 PROGRESS_S = 0.5
 _NAP_S = 1.0
+_ELSEWHERE_ATTEMPTS = 3
 _Result = TypeVar("_Result")
 
 
@@ -110,6 +111,7 @@ class Fetcher(FetcherInterface):
         on_trouble: Callable[[Failure, float], None] | None = None,
     ) -> None:
         self.restarts = 0
+        self._passed_over: set[str] = set()
         self._settings = settings
         self._parts_dir = parts_dir
         self._bases = [url if url.endswith("/") else f"{url}/" for url in (settings.urls if urls is None else urls)]
@@ -136,6 +138,23 @@ class Fetcher(FetcherInterface):
     def close(self) -> None:
         """Close the kept connections; the fetcher can still be used."""
         self._connection.close()
+
+    def pass_over(self) -> bool:
+        """Leave out the base URL that answered last, because its answers were signed wrongly or are old; forget what it said.
+
+        Returns False, leaving none out, when no other is left: then it was not the mirror.
+        """
+        self._passed_over.update(self._bases[:1])
+        if self._memo is not None:
+            self._memo = _Memo(self._memo.ttl_s, self._clock)
+        if all(base in self._passed_over for base in self._bases):
+            self._passed_over.clear()
+            return False
+        return True
+
+    def ask_all(self) -> None:
+        """Ask every base URL again."""
+        self._passed_over.clear()
 
     @contextmanager
     def view(self, ttl_s: float = 300.0) -> Iterator[None]:
@@ -170,7 +189,7 @@ class Fetcher(FetcherInterface):
             return fetch_metadata(self._connection, address, max_length)
 
         try:
-            body = self._repeat(url, Tries(self._settings.attempts, 0), attempt)
+            body = self._repeat(url, self._tries(), attempt)
         except Refused as error:
             if self._memo is not None and error.status_code in (403, 404):
                 self._memo.put(url, error)
@@ -240,7 +259,7 @@ class Fetcher(FetcherInterface):
 
         watch.tell(force=True)
         try:
-            self._repeat(url, Tries(self._settings.attempts, part.length - part.size, reached), attempt, lambda: reached)
+            self._repeat(url, self._tries(part.length - part.size, reached), attempt, lambda: reached)
         finally:
             self.restarts += part.restarts
         part.sync()
@@ -287,7 +306,12 @@ class Fetcher(FetcherInterface):
             return [""]
         if not self._bases:
             raise Unreachable("no library URL is set", hint="set `urls` in sync.toml, or import from USB", code="sync.no_url", final=True)
-        return list(self._bases)
+        return [base for base in self._bases if base not in self._passed_over]
+
+    def _tries(self, length: int = 0, reached: int = 0) -> Tries:
+        # Those beside a mirror that cannot be believed are asked now, not for half an hour: the alarm must not wait for them.
+        attempts = min(self._settings.attempts, _ELSEWHERE_ATTEMPTS) if self._passed_over else self._settings.attempts
+        return Tries(attempts, length, reached)
 
     def _prefer(self, base: str) -> None:
         """Ask the base URL that worked first from now on."""
@@ -307,14 +331,14 @@ class _Memo:
     """Metadata answers of one view."""
 
     def __init__(self, ttl_s: float, clock: Callable[[], float]) -> None:
-        self._ttl_s = ttl_s
+        self.ttl_s = ttl_s
         self._clock = clock
         self._known: dict[str, tuple[float, bytes | Refused]] = {}
 
     def get(self, url: str) -> bytes | None:
         """Return what is remembered, or None; a remembered 403 or 404 is raised again."""
         at, known = self._known.get(url, (float("-inf"), b""))
-        if self._clock() - at > self._ttl_s:
+        if self._clock() - at > self.ttl_s:
             return None
         if isinstance(known, Refused):
             raise Refused(known.message, known.status_code)

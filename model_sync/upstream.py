@@ -116,13 +116,30 @@ class Upstream:
     def refresh(self) -> trust.Chain:
         """Bring root, timestamp, snapshot and targets up to date.
 
+        A mirror that is behind or damaged is passed over for the next one; only when none does better is it an alarm, and one
+        that is merely behind, while the others do not answer, is none.
+
         Raises:
             LibraryUnreachable: the line, the disk or the state directory failed.
             TrustError: what came cannot be believed.
         """
-        with self._guarded():
-            self._updater().refresh()
-        return self._accept()
+        first: TrustError | None = None
+        try:
+            while True:
+                try:
+                    with self._guarded():
+                        self._updater().refresh()
+                    return self._accept()
+                except LibraryUnreachable:
+                    if first is not None and first.code != "trust.rollback":
+                        raise first from None
+                    raise
+                except TrustError as error:
+                    first = first or error
+                    if not self._elsewhere():
+                        raise first from error
+        finally:
+            self._ask_all()
 
     def fetch(
         self, path: str, to: Path, role: str | None = None, *, before: Callable[[str, int], None] = lambda _path, _length: None
@@ -171,16 +188,35 @@ class Upstream:
         part = to.with_name(f".{to.name}.part")
         try:
             if updater.find_cached_target(target, str(part)) is None:  # there when the process was killed before the rename
-                try:
-                    updater.download_target(target, str(part))
-                except tuf_errors.LengthOrHashMismatchError:
-                    # The fetcher has thrown the part away: this is all of it anew.
-                    updater.download_target(target, str(part))
+                self._download_anew(updater, target, part)
             durable.sync_file(part)
             part.replace(to)
         finally:
             part.unlink(missing_ok=True)
         durable.sync_directory(to.parent)
+
+    def _download_anew(self, updater: Updater, target: TargetFile, part: Path) -> None:
+        """Download; wrong bytes, which the fetcher has thrown away, are fetched once more, and then from each other mirror."""
+        once_more = True
+        try:
+            while True:
+                try:
+                    updater.download_target(target, str(part))
+                    return
+                except tuf_errors.LengthOrHashMismatchError:
+                    if not once_more and not self._elsewhere():
+                        raise
+                    once_more = False
+        finally:
+            self._ask_all()
+
+    def _elsewhere(self) -> bool:
+        """Pass over the mirror that answered last; returns whether there is another."""
+        pass_over = getattr(self._fetcher, "pass_over", None)
+        return bool(pass_over and pass_over())
+
+    def _ask_all(self) -> None:
+        getattr(self._fetcher, "ask_all", lambda: None)()
 
     def _updater(self) -> Updater:
         metadata_url, target_url = self._urls
