@@ -57,6 +57,8 @@ REASONS: Final[dict[str, Words]] = {
     "model.too_new": Words("模型需要更新版本的设备软件", "the model needs a newer appliance version"),
     "model.unknown": Words("本机没有这个模型", "there is no such model on this box"),
     "model.withdrawn": Words("此模型版本已被中心撤回", "the central team has withdrawn this version of the model"),
+    "exchange.invalid": Words("交换目录中的文件无法理解", "a file of the exchange directory cannot be understood"),
+    "store.failed": Words("设备的磁盘或数据库出错", "the box's disk or database failed"),
     "sync.budget": Words("当日流量已用完", "the day's data budget is used up"),
     "sync.busy": Words("另一个同步程序正在运行", "another agent is at work on this box"),
     "sync.downloading": Words("正在下载", "downloading"),
