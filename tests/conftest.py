@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Playwright, sync_playwright
 
 from appliance.settings import Settings
 from appliance.store import Store
@@ -51,3 +52,10 @@ def built_viewer() -> Path:
     directory = ROOT / "webui" / "static" / "viewer"
     assert (directory / "viewer.js").is_file(), "the viewer is not built: run `make viewer`"
     return directory
+
+
+@pytest.fixture(scope="session")
+def playwright_driver() -> Iterator[Playwright]:
+    """Playwright's one driver of this process: a second one beside it is refused, in whatever file it is started."""
+    with sync_playwright() as running:
+        yield running

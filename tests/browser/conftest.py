@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Playwright, sync_playwright
+from playwright.sync_api import Browser, Playwright
 
 from tests.browser.viewer_page import COMMON, FLAGS
 from tests.browser.viewer_site import ViewerSite, serve
@@ -16,12 +16,6 @@ def viewer_site(built_viewer: object) -> Iterator[ViewerSite]:
     """Study pages with the built viewer and synthetic pictures, without the rest of the box."""
     assert built_viewer
     with serve() as running:
-        yield running
-
-
-@pytest.fixture(scope="session")
-def playwright_driver() -> Iterator[Playwright]:
-    with sync_playwright() as running:
         yield running
 
 

@@ -106,11 +106,20 @@ def test_a_kept_data_dir_answers_again_without_reading_twice(samples: Path, tmp_
 
 
 def test_a_full_disk_is_a_failure_with_its_reason(samples: Path, tmp_path: Path) -> None:
-    (tmp_path / "box").mkdir()
+    assert analyze("--data-dir", tmp_path / "box", samples / "02-opacity.dcm")[0] == 0
     (tmp_path / "box" / "box.toml").write_text(f"disk_reserve_bytes = {1 << 60}\n")
     code, results = analyze("--data-dir", tmp_path / "box", samples / "01-normal.dcm")
     assert code == 3
     assert (results[0]["status"], results[0]["reason"]["code"]) == ("failed", "ingest.disk_full")
+
+
+def test_a_disk_too_full_for_the_first_model_is_said_at_once(samples: Path, tmp_path: Path) -> None:
+    (tmp_path / "box").mkdir()
+    (tmp_path / "box" / "box.toml").write_text(f"disk_reserve_bytes = {1 << 60}\n")
+    done = run("analyze", "--json", "--data-dir", tmp_path / "box", samples / "01-normal.dcm")
+    assert done.returncode == 1
+    assert "disk has no room" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,8 @@ def running(tmp_path: Path, samples: Path) -> Iterator[tuple[subprocess.Popen[st
     reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()))
     reader.start()
     try:
-        wait_for(lambda: any("Ctrl-C" in line for line in lines) or process.poll() is not None, 90)
+        wait_for(lambda: any("Ctrl-C" in line for line in lines) or process.poll() is not None, 180)
+        assert process.poll() is None, "".join(lines)
         yield process, lines, box
     finally:
         if process.poll() is None:
@@ -128,7 +129,7 @@ def test_r18_no_patient_data_in_the_log(running: tuple[subprocess.Popen[str], li
     odd = dataset(**canary, Rows=60000, Columns=60000, PixelData=b"\0\0")
     assert send(port, good, broken, odd)[0] == 0
     store = Store(Settings.load(box))
-    wait_for(lambda: store.pending_jobs() == 0, 30)
+    wait_for(lambda: store.pending_jobs() == 0, 120)
     store.close()
     log = (box / "box.log").read_text()
     assert "refused" in log

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, Playwright
 
 from model_sync.fleet.rollouts import Rollouts
 from tests.fleet_seed import LINE, seed
@@ -44,11 +44,10 @@ SMALL = """() => [...document.querySelectorAll('button, .button, select, summary
 
 
 @pytest.fixture(scope="module")
-def browser(chromium: str) -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        yield running
-        running.close()
+def browser(playwright_driver: Playwright, chromium: str) -> Iterator[Browser]:
+    running = playwright_driver.chromium.launch(executable_path=chromium, args=FLAGS)
+    yield running
+    running.close()
 
 
 @pytest.fixture(scope="module")
