@@ -127,11 +127,11 @@ class _Progress:
 def _measure(bundle: ModelBundle, variant: Variant, threads: int, tell: Tell) -> dict[str, Any]:
     import numpy as np
 
-    from appliance.runtime import open_runtime
+    from appliance.runtime import open_runtime, plain_candidate
 
     _Progress("building", tell)
     started = time.perf_counter()
-    runtime = open_runtime(bundle.path(variant.file), bundle.manifest.input, variant.precision, threads or None)
+    runtime = open_runtime(bundle.path(variant.file), bundle.manifest.input, plain_candidate(variant, threads))
     load_ms = (time.perf_counter() - started) * 1000
     try:
         progress, latencies = _Progress("self-test", tell), []

@@ -27,7 +27,7 @@ from appliance.pixels import decode_frame, iter_frames
 from appliance.postprocess import ScoredLabel, classify
 from appliance.preprocess import quality, to_tensor
 from appliance.process import Lock, give_back_memory
-from appliance.runtime import Runtime, open_runtime
+from appliance.runtime import Runtime, open_runtime, plain_candidate
 from appliance.settings import Settings
 from appliance.signal import Bell
 from appliance.store import Store
@@ -81,7 +81,7 @@ class Loaded:
         self.digest = digest
         variant = bundle.variant(precision)
         self.runtime: Runtime = open_runtime(
-            bundle.path(variant.file), bundle.manifest.input, variant.precision, settings.worker_threads or None
+            bundle.path(variant.file), bundle.manifest.input, plain_candidate(variant, settings.worker_threads)
         )
 
 

@@ -176,12 +176,12 @@ class ModelBundle:
         return self.directory / relative
 
     def variant(self, precision: str | None = None) -> Variant:
-        """Return the variant in ``precision``, or the most exact one there is.
+        """Return the (first) variant in ``precision``, or the most exact one there is.
 
         Raises:
             BundleError: ``bundle.no_variant``: the bundle does not ship that precision.
         """
-        have = {variant.precision: variant for variant in self.manifest.variants}
+        have = {variant.precision: variant for variant in reversed(self.manifest.variants)}
         for candidate in _BY_EXACTNESS:
             if candidate in have and precision in (None, candidate):
                 return have[candidate]

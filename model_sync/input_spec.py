@@ -93,6 +93,11 @@ class InputSpec(Strict):
     width: Positive
     pipeline: Annotated[list[Step], Field(min_length=1)]
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of one image's tensor: channels, height, width."""
+        return self.channels, self.height, self.width
+
     @model_validator(mode="after")
     def _pipeline_fits(self) -> Self:
         sizes = [(step.height, step.width) for step in self.pipeline if isinstance(step, Resize)]

@@ -157,13 +157,26 @@ class OperatingPoint(Strict):
 
 
 class Variant(Strict):
-    """The weights in one precision; ``gate`` names the record that shows it agrees with the float model."""
+    """The weights in one precision; ``gate`` names the record that shows it agrees with the float model.
+
+    Attributes:
+        precision: of its weights and sums.
+        file: the ONNX file.
+        sha256: its digest.
+        recipe: how it was made.
+        gate: the record, one of ``documents``.
+        activations: how the activations of int8 are quantized: symmetric for TensorRT, unsigned for CPUs with VNNI; None elsewhere.
+            A bundle may ship both.
+        not_on: runtimes on which this variant failed when it was made; a box does not try them.
+    """
 
     precision: Precision
     file: RelativePath
     sha256: Sha256
     recipe: NonEmpty
     gate: RelativePath | None
+    activations: Literal["symmetric", "unsigned"] | None = None
+    not_on: list[Literal["onnxruntime", "openvino", "tensorrt", "triton"]] = Field(default_factory=list)
 
 
 class Golden(Strict):
@@ -337,7 +350,7 @@ class Manifest(Strict):
     @model_validator(mode="after")
     def _files_agree(self) -> Self:
         precisions = [variant.precision for variant in self.variants]
-        _unique("variants", precisions)
+        _unique("variants", [(variant.precision, variant.activations) for variant in self.variants])
         documents = [document.file for document in self.documents]
         files = [v.file for v in self.variants] + [g.input for g in self.golden] + documents
         _unique("files", [file.lower() for file in files])

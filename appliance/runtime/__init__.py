@@ -1,15 +1,17 @@
-"""The port to whatever runs a model: one protocol, one adapter per runtime, chosen by ``open_runtime``.
+"""The port to whatever runs a model: one protocol, one adapter per runtime, opened by ``open_runtime``.
 
-An adapter is ready when it exists: constructing it loads the model, checks it against the manifest's input and runs it once.
-What it reports (``provider``, ``describe``) is what the runtime says it got, never what was asked for; asking for something
+What an adapter reports (``provider``, ``describe``) is what the runtime says it got, never what was asked for; asking for something
 it did not get is an error, never a silent fallback.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from appliance.runtime.candidate import CPU, RUNTIMES, Candidate, RuntimeName, plain_candidate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,22 +19,23 @@ if TYPE_CHECKING:
 
     from model_sync.bundle import InputSpec
 
-__all__ = ["Runtime", "open_runtime"]
+__all__ = ["CPU", "RUNTIMES", "Candidate", "Runtime", "RuntimeName", "Told", "open_runtime", "plain_candidate"]
 
 # ONNX Runtime reports home unless it is told not to before it is imported. Nothing ever leaves this box.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
-CPU = "CPUExecutionProvider"
+Told = Callable[[float], None]
+"""Called with the part (0 to 1) of a long load, an engine being built, that is done."""
 
 
 class Runtime(Protocol):
-    """A model that is loaded, warmed up and ready to read.
+    """An adapter to one runtime; made with a :class:`Candidate`, it holds nothing until ``load``.
 
     Attributes:
         name: the runtime, as in the finding: "onnxruntime".
         version: its version.
         precision: the precision of the variant it runs.
-        provider: the execution provider that the runtime reports for the session.
+        provider: where it runs, as the runtime reports it once loaded.
     """
 
     name: str
@@ -40,14 +43,37 @@ class Runtime(Protocol):
     precision: str
     provider: str
 
+    def load(self, model_path: Path, input_spec: InputSpec, *, cache: Path | None = None, told: Told | None = None) -> None:
+        """Load a model and hold its input against the manifest's; build an engine first where the runtime needs one.
+
+        Args:
+            model_path: the ONNX file of the variant.
+            input_spec: what the manifest says the model takes.
+            cache: directory for engines and timing caches; none is kept when None.
+            told: called as a long load goes on.
+
+        Raises:
+            InferenceError: ``job.error`` (it cannot be loaded, does not take that input, or would run elsewhere than asked),
+                ``runtime.unavailable`` (the runtime is not on this box), ``runtime.memory``, ``runtime.build`` (no engine).
+        """
+        ...
+
+    def warm_up(self) -> None:
+        """Run it once, with the candidate's batch, so that the first patient does not wait for it.
+
+        Raises:
+            InferenceError: as ``infer``.
+        """
+        ...
+
     def infer(self, inputs: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
         """Run the model.
 
         Args:
-            inputs: input name -> float32 array of the shape that the manifest says.
+            inputs: input name -> float32 array [n, ...] of the shape that the manifest says; any n from 1 to the candidate's batch.
 
         Returns:
-            Output name -> array; every value is finite.
+            Output name -> array [n, ...]; every value is finite.
 
         Raises:
             InferenceError: ``job.error``: wrong input, a failure of the runtime, or an output that is no number.
@@ -55,7 +81,11 @@ class Runtime(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What ran, for the result and the health page: runtime, version, provider, precision, threads; JSON types only."""
+        """What ran, for the result and the health page; JSON types only.
+
+        ``runtime``, ``version``, ``provider``, ``precision`` (the variant's), ``threads``, ``batch``, and where the runtime tells,
+        ``layers``: how many layers ran in which precision.
+        """
         ...
 
     def close(self) -> None:
@@ -63,19 +93,21 @@ class Runtime(Protocol):
         ...
 
 
-def open_runtime(model_path: Path, input_spec: InputSpec, precision: str, threads: int | None = None, *, provider: str = CPU) -> Runtime:
-    """Load a model and warm it up.
+def open_runtime(
+    model_path: Path, input_spec: InputSpec, candidate: Candidate, *, cache: Path | None = None, told: Told | None = None
+) -> Runtime:
+    """Load a model the candidate's way and warm it up; arguments and errors as :meth:`Runtime.load`."""
+    runtime = _adapter(candidate)
+    try:
+        runtime.load(model_path, input_spec, cache=cache, told=told)
+        runtime.warm_up()
+    except BaseException:
+        runtime.close()
+        raise
+    return runtime
 
-    Args:
-        model_path: the ONNX file of the variant.
-        input_spec: what the manifest says the model takes.
-        precision: the variant's precision, for the record.
-        threads: threads of one inference; all of this process's cores when None.
-        provider: the execution provider that must run it.
 
-    Raises:
-        InferenceError: ``job.error``: the model cannot be loaded, does not take that input, or runs on another provider.
-    """
+def _adapter(candidate: Candidate) -> Runtime:
     from appliance.runtime.onnxruntime import OnnxRuntime
 
-    return OnnxRuntime(model_path, input_spec, precision, threads, provider=provider)
+    return OnnxRuntime(candidate)

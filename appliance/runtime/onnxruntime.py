@@ -7,7 +7,6 @@ on one core of an AMD EPYC with or without. Measured resident memory of a bare p
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 
 from appliance.errors import InferenceError
-from appliance.runtime import CPU
+from appliance.runtime import Candidate, Told
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,24 +29,35 @@ class OnnxRuntime:
 
     name = "onnxruntime"
 
-    def __init__(self, model_path: Path, input_spec: InputSpec, precision: str, threads: int | None = None, *, provider: str = CPU) -> None:
+    def __init__(self, candidate: Candidate) -> None:
         self.version: str = ort.__version__
-        self.precision = precision
-        self._threads = threads or len(os.sched_getaffinity(0))
-        self._shape = (input_spec.channels, input_spec.height, input_spec.width)
+        self.precision = candidate.precision
+        self.provider = candidate.provider
+        self._candidate = candidate
+        self._session: Any = None
+        self._input = ""
+        self._shape: tuple[int, ...] = ()
+
+    def load(self, model_path: Path, input_spec: InputSpec, *, cache: Path | None = None, told: Told | None = None) -> None:
+        """Load; see ``Runtime.load``. It builds nothing, so nothing is cached and nothing is told."""
+        del cache, told
+        self._shape = input_spec.shape
         self._input = input_spec.name
-        self._session: Any = self._open(model_path, provider)
-        self.provider: str = self._session.get_providers()[0]
-        if self.provider != provider:
-            raise InferenceError("job.error", f"asked for {provider}, the session runs on {self.provider}")
+        self._session = self._open(model_path, self._candidate.provider)
+        self.provider = self._session.get_providers()[0]
+        if self.provider != self._candidate.provider:
+            raise InferenceError("job.error", f"asked for {self._candidate.provider}, the session runs on {self.provider}")
         self._check_signature()
-        self.infer({self._input: np.zeros((1, *self._shape), np.float32)})
+
+    def warm_up(self) -> None:
+        """Run once; see ``Runtime.warm_up``."""
+        self.infer({self._input: np.zeros((self._candidate.batch, *self._shape), np.float32)})
 
     def _open(self, model_path: Path, provider: str) -> Any:
         if provider not in ort.get_available_providers():
             raise InferenceError("job.error", f"this ONNX Runtime has no {provider}, only {', '.join(ort.get_available_providers())}")
         options = ort.SessionOptions()
-        options.intra_op_num_threads = self._threads
+        options.intra_op_num_threads = self._candidate.cores
         options.inter_op_num_threads = 1
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False
@@ -64,7 +74,9 @@ class OnnxRuntime:
         if [item.name for item in inputs] != [self._input]:
             raise InferenceError("job.error", f"the model's inputs are {[item.name for item in inputs]}, the manifest says {self._input!r}")
         shape = inputs[0].shape
-        fits = len(shape) == 4 and all(not isinstance(n, int) or n == m for n, m in zip(shape, (1, *self._shape), strict=True))
+        fits = len(shape) == 1 + len(self._shape) and all(
+            not isinstance(n, int) or n == m for n, m in zip(shape, (1, *self._shape), strict=True)
+        )
         if not fits or inputs[0].type != "tensor(float)":
             raise InferenceError("job.error", f"the model takes {inputs[0].type} {shape}, the manifest says float {[1, *self._shape]}")
 
@@ -95,7 +107,8 @@ class OnnxRuntime:
             "version": self.version,
             "provider": self.provider,
             "precision": self.precision,
-            "threads": self._threads,
+            "threads": self._candidate.cores,
+            "batch": self._candidate.batch,
         }
 
     def close(self) -> None:

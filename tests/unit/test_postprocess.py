@@ -18,7 +18,7 @@ from PIL import Image
 from appliance.errors import InferenceError
 from appliance.postprocess import HEATMAP_SIDE, OUTLINE_FRACTION, Localisation, classify, localise
 from appliance.preprocess import Geometry, from_display
-from appliance.runtime import open_runtime
+from appliance.runtime import Candidate, open_runtime
 from model_sync.bundle import InputSpec, Manifest
 
 SIZES = [(500, 2000), (2000, 500), (2048, 2048), (1059, 1404), (300, 2999), (224, 224), (1, 1), (3, 700)]
@@ -234,7 +234,7 @@ def test_heat_map_agrees_with_the_map_on_real_pictures(shared: Path) -> None:
     ]
     layout = {"name": "image", "layout": "NCHW", "dtype": "float32", "channels": 1, "height": 224, "width": 224}
     spec = InputSpec.model_validate(layout | {"pipeline": steps})
-    runtime = open_runtime(shared / "models" / "cxr_pneumonia" / "cxr_pneumonia_fp32.onnx", spec, "fp32")
+    runtime = open_runtime(shared / "models" / "cxr_pneumonia" / "cxr_pneumonia_fp32.onnx", spec, Candidate("onnxruntime", "", "fp32"))
     elsewhere = 0
     for path in sorted((shared / "data" / "cxr").glob("*.png")):
         prepared = from_display(np.asarray(Image.open(path).convert("L")), spec)

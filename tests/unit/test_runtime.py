@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from appliance.errors import InferenceError
-from appliance.runtime import Runtime, open_runtime
+from appliance.runtime import CPU, Candidate, Runtime, open_runtime
 from model_sync.bundle import InputSpec
 
 PIPELINE = [
@@ -37,6 +37,10 @@ def save(path: Path, nodes: list[Any], outputs: list[Any], shape: tuple[Any, ...
     return path
 
 
+def plain(threads: int = 0, provider: str = CPU, precision: str = "fp32") -> Candidate:
+    return Candidate("onnxruntime", "model.onnx", precision, provider, threads)
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """probability = sigmoid(mean(image)), cam = image."""
@@ -53,13 +57,14 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_runs_and_describes_itself(model: Path) -> None:
-    runtime: Runtime = open_runtime(model, make_spec(), "fp32", 1)
+    runtime: Runtime = open_runtime(model, make_spec(), plain(1))
     image = np.full((1, 1, 8, 8), 2.0, np.float32)
     outputs = runtime.infer({"image": image})
     assert outputs["probability"] == pytest.approx(1 / (1 + np.exp(-2)))
     assert np.array_equal(outputs["cam"], image)
     assert runtime.describe() == {
         "runtime": "onnxruntime", "version": runtime.version, "provider": "CPUExecutionProvider", "precision": "fp32", "threads": 1,
+        "batch": 1,
     }  # fmt: skip
     assert (runtime.name, runtime.precision, runtime.provider) == ("onnxruntime", "fp32", "CPUExecutionProvider")
     runtime.close()
@@ -68,12 +73,12 @@ def test_runs_and_describes_itself(model: Path) -> None:
 
 
 def test_threads_default_to_the_cores_of_the_process(model: Path) -> None:
-    assert open_runtime(model, make_spec(), "fp32").describe()["threads"] >= 1
+    assert open_runtime(model, make_spec(), plain()).describe()["threads"] >= 1
 
 
 def test_provider_that_is_not_there_is_an_error_and_no_fallback(model: Path) -> None:
     with pytest.raises(InferenceError, match="CUDAExecutionProvider"):
-        open_runtime(model, make_spec(), "fp32", provider="CUDAExecutionProvider")
+        open_runtime(model, make_spec(), plain(provider="CUDAExecutionProvider"))
 
 
 def test_session_on_another_provider_is_an_error(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,17 +94,17 @@ def test_session_on_another_provider_is_an_error(model: Path, monkeypatch: pytes
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", fallen_back)
     with pytest.raises(InferenceError, match="runs on CPUExecutionProvider"):
-        open_runtime(model, make_spec(), "fp32", provider="XyzExecutionProvider")
+        open_runtime(model, make_spec(), plain(provider="XyzExecutionProvider"))
 
 
 @pytest.mark.parametrize("spec", [make_spec(16), make_spec(name="picture")])
 def test_model_that_takes_another_input_is_refused(model: Path, spec: InputSpec) -> None:
     with pytest.raises(InferenceError, match="the manifest says"):
-        open_runtime(model, spec, "fp32")
+        open_runtime(model, spec, plain())
 
 
 def test_inputs_that_are_not_the_models_are_refused(model: Path) -> None:
-    runtime = open_runtime(model, make_spec(), "fp32")
+    runtime = open_runtime(model, make_spec(), plain())
     good = np.zeros((1, 1, 8, 8), np.float32)
     for inputs in ({}, {"other": good}, {"image": good, "more": good}, {"image": good.astype(np.float64)}, {"image": good[:, :, :4]}):
         with pytest.raises(InferenceError):
@@ -110,10 +115,10 @@ def test_file_that_is_no_model(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(b"no model")
     with pytest.raises(InferenceError) as caught:
-        open_runtime(path, make_spec(), "fp32")
+        open_runtime(path, make_spec(), plain())
     assert caught.value.code == "job.error"
     with pytest.raises(InferenceError):
-        open_runtime(tmp_path / "absent.onnx", make_spec(), "fp32")
+        open_runtime(tmp_path / "absent.onnx", make_spec(), plain())
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -127,7 +132,7 @@ def test_output_that_is_no_number_is_an_error(tmp_path: Path, value: float) -> N
         helper.make_node("Div", ["top", "rest"], ["probability"]),
     ]
     outputs = [helper.make_tensor_value_info("probability", TensorProto.FLOAT, ("n", 1))]
-    runtime = open_runtime(save(tmp_path / "m.onnx", nodes, outputs, constants=[one, top]), make_spec(), "fp32")
+    runtime = open_runtime(save(tmp_path / "m.onnx", nodes, outputs, constants=[one, top]), make_spec(), plain())
     with pytest.raises(InferenceError, match="no numbers"):
         runtime.infer({"image": np.ones((1, 1, 8, 8), np.float32)})
 
@@ -137,7 +142,7 @@ def test_output_of_another_batch_is_an_error(tmp_path: Path) -> None:
     nodes = [helper.make_node("Reshape", ["image", "shape"], ["probability"])]
     outputs = [helper.make_tensor_value_info("probability", TensorProto.FLOAT, (8, 8))]
     with pytest.raises(InferenceError, match="has the shape"):
-        open_runtime(save(tmp_path / "m.onnx", nodes, outputs, (1, 1, 8, 8), [shape]), make_spec(), "fp32")
+        open_runtime(save(tmp_path / "m.onnx", nodes, outputs, (1, 1, 8, 8), [shape]), make_spec(), plain())
 
 
 def test_failure_inside_the_runtime_is_an_inference_error(tmp_path: Path) -> None:
@@ -145,13 +150,13 @@ def test_failure_inside_the_runtime_is_an_inference_error(tmp_path: Path) -> Non
     shape = numpy_helper.from_array(np.array([1, 64], np.int64), "shape")
     nodes = [helper.make_node("Reshape", ["image", "shape"], ["probability"])]
     outputs = [helper.make_tensor_value_info("probability", TensorProto.FLOAT, ("n", 64))]
-    runtime = open_runtime(save(tmp_path / "m.onnx", nodes, outputs, constants=[shape]), make_spec(), "fp32")
+    runtime = open_runtime(save(tmp_path / "m.onnx", nodes, outputs, constants=[shape]), make_spec(), plain())
     with pytest.raises(InferenceError, match="ONNX Runtime"):
         runtime.infer({"image": np.zeros((2, 1, 8, 8), np.float32)})
 
 
 def test_reference_model_gives_a_probability_and_its_map(shared: Path) -> None:
-    runtime = open_runtime(shared / "models" / "cxr_pneumonia" / "cxr_pneumonia_fp32.onnx", make_spec(224), "fp32", 1)
+    runtime = open_runtime(shared / "models" / "cxr_pneumonia" / "cxr_pneumonia_fp32.onnx", make_spec(224), plain(1))
     image = np.random.default_rng(0).random((1, 1, 224, 224), np.float32)
     outputs = runtime.infer({"image": image})
     assert outputs["probability"].shape == (1, 1)
@@ -162,7 +167,7 @@ def test_reference_model_gives_a_probability_and_its_map(shared: Path) -> None:
 def test_int8_model_of_another_toolchain_runs(shared: Path) -> None:
     path = shared / "models" / "cxr_semobilenetv2_covid_int8_qdq.onnx"
     name = onnx.load(path).graph.input[0].name
-    runtime = open_runtime(path, make_spec(224, name), "int8")
+    runtime = open_runtime(path, make_spec(224, name), plain(precision="int8"))
     outputs = runtime.infer({name: np.zeros((1, 1, 224, 224), np.float32)})
     assert next(iter(outputs.values())).shape == (1, 3)
 
