@@ -41,7 +41,7 @@ def secondary_capture(data: bytes, form: PictureForm) -> bytes:
     """
     from highdicom.sc import ConversionTypeValues, SCImage
 
-    pixels = _grey(data)
+    pixels = grey_values(data)
     seed = hashlib.sha256(repr(form).encode() + b"\0" + data).digest()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # highdicom remarks on names of one component, which people do type
@@ -77,8 +77,12 @@ def _describe(image: Any, form: PictureForm, conversion: Any) -> None:
         del equipment.ContributionDateTime
 
 
-def _grey(data: bytes) -> NDArray[np.uint8] | NDArray[np.uint16]:
-    """Rows x columns of grey values; 16-bit PNGs keep their depth."""
+def grey_values(data: bytes) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    """Rows x columns of grey values of a PNG or JPEG, upright; 16-bit PNGs keep their depth.
+
+    Raises:
+        IngestError: ``ingest.unsupported_image``, ``ingest.absurd_dimensions``.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on damaged EXIF

@@ -9,13 +9,15 @@ class QuantizeError(Exception):
     Attributes:
         message: What happened, in one sentence.
         hint: What the person who reads it should do now.
+        code: A fixed word for what happened, for programs: ``data.empty``.
     """
 
-    def __init__(self, message: str, *, hint: str) -> None:
+    def __init__(self, message: str, *, hint: str, code: str = "quantize.failed") -> None:
         """Keep the message and the hint apart, so that each edge can lay them out its own way."""
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.code = code
 
     def __str__(self) -> str:
         """Return the message followed by the hint, the way a command line shows it."""

@@ -51,6 +51,7 @@ from model_sync.bundle import (
     Variant,
     Voi,
 )
+from quantize import measures
 from quantize.errors import QuantizeError
 from quantize.reference import card, measure
 from quantize.reference.phantom import Opacity, Phantom, display
@@ -141,7 +142,7 @@ class Reference:
         return round(float(self(from_display(pixels, INPUT).tensor)[0][0, 0]), 6)
 
 
-def held_out_scores(reference: Reference, pictures: measure.TrainingSet) -> measure.Scored:
+def held_out_scores(reference: Reference, pictures: measure.TrainingSet) -> measures.Scored:
     """Score the held-out patients' pictures, which are 224 x 224 already."""
     chosen = pictures.held_out()
     parts = []
@@ -149,18 +150,18 @@ def held_out_scores(reference: Reference, pictures: measure.TrainingSet) -> meas
         tensor = batch[:, None].astype(np.float32) / np.float32(255)
         parts.append(reference(tensor)[0][:, 0])
     score = np.asarray(np.round(np.concatenate(parts), 6), dtype=np.float64)
-    return measure.Scored(pictures.positive[chosen], pictures.source[chosen], score)
+    return measures.Scored(pictures.positive[chosen], pictures.source[chosen], score)
 
 
-def operating_point(scored: measure.Scored) -> OperatingPoint:
+def operating_point(scored: measures.Scored) -> OperatingPoint:
     """Choose the threshold and measure it, overall and per source.
 
     Raises:
         QuantizeError: A class is missing.
     """
-    threshold = measure.threshold_for(scored.positive, scored.score, SENSITIVITY)
-    sensitivity = measure.sensitivity_of(scored, threshold)
-    specificity = measure.specificity_of(scored, threshold)
+    threshold = measures.threshold_for(scored.positive, scored.score, SENSITIVITY)
+    sensitivity = measures.sensitivity_of(scored, threshold)
+    specificity = measures.specificity_of(scored, threshold)
     if sensitivity is None or specificity is None:
         raise QuantizeError("an operating point needs positive and negative pictures", hint="check the labels of the set")
     return OperatingPoint(
@@ -169,11 +170,11 @@ def operating_point(scored: measure.Scored) -> OperatingPoint:
         sensitivity=sensitivity,
         specificity=specificity,
         measured_on=f"{HELD_OUT}: {len(scored.score)} pictures, {int(scored.positive.sum())} positive",
-        per_source=measure.per_source(scored, threshold),
+        per_source=measures.per_source(scored, threshold),
     )
 
 
-def histogram(scored: measure.Scored) -> ScoreHistogram:
+def histogram(scored: measures.Scored) -> ScoreHistogram:
     """Count the scores in twenty bins from 0 to 1."""
     edges = [round(0.05 * i, 2) for i in range(21)]
     counts, _ = np.histogram(scored.score, bins=edges)
@@ -197,13 +198,13 @@ def golden_cases(reference: Reference, directory: Path) -> list[Golden]:
     return cases
 
 
-def gate_record(scored: measure.Scored, point: OperatingPoint, independent: Sequence[SourceMeasure]) -> dict[str, Any]:
+def gate_record(scored: measures.Scored, point: OperatingPoint, independent: Sequence[SourceMeasure]) -> dict[str, Any]:
     """Return ``gate.json``: what every other precision will be held against. fp32 is the reference itself."""
     return {
         "schema": 1,
         "reference": "fp32",
         "dataset": point.measured_on,
-        "auc_over_all_sources": measure.auc(scored.positive, scored.score),
+        "auc_over_all_sources": measures.auc(scored.positive, scored.score),
         "note": "fp32 is the reference: its deviation from itself is 0 by definition. Compare an AUC only within one source.",
         "variants": {
             "fp32": {
@@ -232,7 +233,7 @@ def build(shared: Path, out: Path) -> Manifest:
     scored = held_out_scores(reference, measure.TrainingSet.load(shared / "data" / "cxr_train_224.npz"))
     point = operating_point(scored)
     apart = measure.independent(shared / "data", reference.score)
-    independent = measure.per_source(apart, point.threshold) if apart else []
+    independent = measures.per_source(apart, point.threshold) if apart else []
     staging = out.with_name(out.name + ".new")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)

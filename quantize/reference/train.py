@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantize.reference.measure import Flags, Scored, TrainingSet, auc, per_source
+from quantize.measures import Flags, Scored, auc, per_source
+from quantize.reference.measure import TrainingSet
 
 if TYPE_CHECKING:
     import torch

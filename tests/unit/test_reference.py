@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model_sync.bundle import Manifest, ModelBundle
+from quantize import measures
 from quantize.errors import QuantizeError
 from quantize.reference import build, measure, phantom, train
 
@@ -147,14 +148,14 @@ def test_the_held_out_patients_took_no_part_in_training(shared: Path) -> None:
 
 def test_wilson_agrees_with_the_published_example() -> None:
     # Newcombe 1998, table I: 81 of 263.
-    interval = measure.wilson(81, 263)
+    interval = measures.wilson(81, 263)
     assert (interval.low, interval.high) == (0.2553, 0.3662)
 
 
 @given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_holds_the_share_and_is_symmetrical(hits_of: tuple[int, int]) -> None:
     hits, total = hits_of
-    interval, mirrored = measure.wilson(hits, total), measure.wilson(total - hits, total)
+    interval, mirrored = measures.wilson(hits, total), measures.wilson(total - hits, total)
     assert 0 <= interval.low <= interval.value <= interval.high <= 1
     assert interval.low == pytest.approx(1 - mirrored.high, abs=2e-4)
 
@@ -166,7 +167,7 @@ SCORED = st.lists(st.tuples(st.booleans(), st.integers(0, 1000).map(lambda k: k 
 def test_auc_is_the_share_of_pairs_in_the_right_order(pairs: list[tuple[bool, float]]) -> None:
     positive, score = (np.array(column) for column in zip(*pairs, strict=True))
     ill, well = score[positive], score[~positive]
-    found = measure.auc(positive, score)
+    found = measures.auc(positive, score)
     if not len(ill) or not len(well):
         assert found is None
     else:
@@ -178,7 +179,7 @@ def test_auc_is_the_share_of_pairs_in_the_right_order(pairs: list[tuple[bool, fl
 def test_the_threshold_is_the_highest_that_finds_enough(pairs: list[tuple[bool, float]], wanted: float) -> None:
     positive = np.ones(len(pairs), bool)
     score = np.array([score for _, score in pairs])
-    threshold = measure.threshold_for(positive, score, wanted)
+    threshold = measures.threshold_for(positive, score, wanted)
     assert (score >= threshold).mean() >= wanted - 1e-12
     higher = score[score > threshold + 1e-4]
     if len(higher):
@@ -186,7 +187,7 @@ def test_the_threshold_is_the_highest_that_finds_enough(pairs: list[tuple[bool, 
 
 
 def test_an_operating_point_needs_both_classes() -> None:
-    scored = measure.Scored(np.array([True]), np.array(["s"]), np.array([0.5]))
+    scored = measures.Scored(np.array([True]), np.array(["s"]), np.array([0.5]))
     with pytest.raises(QuantizeError, match="hint: "):
         build.operating_point(scored)
 

@@ -1,0 +1,129 @@
+"""``draft.toml``: the part of the manifest that people write; the pipeline computes the rest.
+
+It is read as strictly as the manifest itself: an unknown or missing field, or a value of the wrong kind, is named. Operating points
+are not written by hand: ``[[operating_points]]`` says per label which sensitivity is aimed at, the threshold is chosen by measuring.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+from typing_extensions import Self
+
+from model_sync.bundle import (
+    AppliesTo,
+    InputSpec,
+    Label,
+    OutputSpec,
+    Registration,
+    Text,
+    TrainingData,
+    Watch,
+)
+from model_sync.input_spec import NonEmpty, Strict
+from model_sync.manifest import SemVer
+from model_sync.output_spec import Identifier
+from quantize.errors import QuantizeError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+MODEL_CARD = "MODEL_CARD.md"
+
+
+class Aim(Strict):
+    """What the threshold of a label is chosen for: the highest one that finds at least this share of the positives."""
+
+    label: Identifier
+    sensitivity: Annotated[float, Field(gt=0, le=1)] = 0.95
+
+
+class Registered(Strict):
+    """The registration; TOML has no null, so what is left out is None."""
+
+    number: str | None = None
+    device_class: str | None = None
+    pccp_id: str | None = None
+
+    def filled(self) -> Registration:
+        """As the manifest has it."""
+        return Registration(number=self.number, device_class=self.device_class, pccp_id=self.pccp_id)
+
+
+class Draft(Strict):
+    """``draft.toml``; the fields are the manifest's."""
+
+    name: Identifier
+    version: SemVer
+    task: Literal["classification", "detection", "segmentation", "measurement"]
+    title: Text
+    labels: Annotated[list[Label], Field(min_length=1)]
+    applies_to: AppliesTo
+    intended_use: Text
+    registration: Registered = Registered()
+    change_kind: Literal["algorithm", "data"]
+    input: InputSpec
+    outputs: Annotated[list[OutputSpec], Field(min_length=1)]
+    operating_points: list[Aim] = Field(default_factory=list)
+    training_data: TrainingData
+    licence: NonEmpty
+    min_appliance_version: SemVer
+    watch: Watch = Watch()
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        names = [label.name for label in self.labels]
+        aims = [aim.label for aim in self.operating_points]
+        if self.task in ("classification", "detection") and sorted(aims) != sorted(names):
+            raise ValueError(f"operating_points must name every label exactly once: {', '.join(names)}")
+        if self.task in ("classification", "detection") and not any(output.kind == "probability" for output in self.outputs):
+            raise ValueError("outputs must name the output of kind probability")
+        return self
+
+    @classmethod
+    def parse(cls, raw: bytes) -> Draft:
+        """Read the bytes of a draft.
+
+        Raises:
+            QuantizeError: ``draft.invalid``, naming each field that is wrong.
+        """
+        try:
+            return cls.model_validate(tomllib.loads(raw.decode()), strict=True)
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, e['loc'])) or 'draft'}: {e['msg']}" for e in error.errors(include_url=False)]
+            raise _invalid("; ".join(wrong[:10])) from error
+        except ValueError as error:  # TOML and UTF-8 errors are of this kind
+            raise _invalid(str(error)) from error
+
+    @classmethod
+    def load(cls, path: Path) -> Draft:
+        """Read a draft.
+
+        Raises:
+            QuantizeError: ``draft.missing``, ``draft.invalid``.
+        """
+        if not path.is_file():
+            raise QuantizeError(f"the draft {path} is not there", hint="docs/quantize.md shows one to start from", code="draft.missing")
+        return cls.parse(path.read_bytes())
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The labels that are scored: none for a task without scores."""
+        return tuple(label.name for label in self.labels) if self.task in ("classification", "detection") else ()
+
+    def output(self, kind: str) -> str | None:
+        """The name of the first output of a kind."""
+        return next((output.name for output in self.outputs if output.kind == kind), None)
+
+    def with_cam(self, name: str, shape: list[Any]) -> Draft:
+        """The draft with the class activation map that the pipeline added to the graph."""
+        return self.model_copy(update={"outputs": [*self.outputs, OutputSpec(name=name, kind="cam", shape=shape)]})
+
+
+def _invalid(what: str) -> QuantizeError:
+    return QuantizeError(f"the draft is not valid: {what}", hint="docs/quantize.md lists the fields", code="draft.invalid")
