@@ -24,7 +24,7 @@ _MAX_OUTPUT_BYTES: Final = 4 << 20
 _READS_AT_ONCE: Final = 64
 _REAP_S: Final = 1.0
 # Whatever the box's locale (GB18030 is legal in China): what it says is UTF-8, and a character that is none becomes a question mark.
-_ENVIRONMENT: Final = {
+ENVIRONMENT: Final = {
     "OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1", "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:replace",
 }  # fmt: skip
 _CONTROL: Final = dict.fromkeys([*range(32), *range(127, 160)], " ")
@@ -54,7 +54,7 @@ class Child:
     def __init__(self, arguments: Sequence[str], deadline_s: float, limit_bytes: int = _MAX_OUTPUT_BYTES) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            start_new_session=True, env=os.environ | _ENVIRONMENT,
+            start_new_session=True, env=os.environ | ENVIRONMENT,
         )  # fmt: skip
         assert self._process.stdout is not None
         self._fd = self._process.stdout.fileno()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Final, Literal
 
 from appliance.model_reasons import MODEL_REASONS, Reason
+from appliance.runtime_reasons import RUNTIME_REASONS
 
 __all__ = ["REASONS", "Language", "Reason", "hint", "text"]
 
@@ -172,6 +173,7 @@ REASONS: Final[dict[str, Reason]] = {
         "Do not use this image; call the technician.",
     ),
     **MODEL_REASONS,
+    **RUNTIME_REASONS,
     "settings.invalid": Reason(
         "设置无效",
         "The settings are invalid",

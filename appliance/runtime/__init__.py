@@ -17,15 +17,27 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from model_sync.bundle import InputSpec
-
-__all__ = ["CPU", "RUNTIMES", "Candidate", "Runtime", "RuntimeName", "Told", "open_runtime", "plain_candidate"]
+__all__ = ["CPU", "RUNTIMES", "Candidate", "Runtime", "RuntimeName", "TensorSpec", "Told", "open_runtime", "plain_candidate"]
 
 # ONNX Runtime reports home unless it is told not to before it is imported. Nothing ever leaves this box.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 Told = Callable[[float], None]
 """Called with the part (0 to 1) of a long load, an engine being built, that is done."""
+
+
+class TensorSpec(Protocol):
+    """What a runtime needs to know of a manifest's input, of pictures and of volumes: its name and the shape of one image's tensor."""
+
+    @property
+    def name(self) -> str:
+        """The input's name in the graph."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """One image's tensor without the batch: [channels, height, width] or [channels, depth, height, width]."""
+        ...
 
 
 class Runtime(Protocol):
@@ -43,7 +55,7 @@ class Runtime(Protocol):
     precision: str
     provider: str
 
-    def load(self, model_path: Path, input_spec: InputSpec, *, cache: Path | None = None, told: Told | None = None) -> None:
+    def load(self, model_path: Path, input_spec: TensorSpec, *, cache: Path | None = None, told: Told | None = None) -> None:
         """Load a model and hold its input against the manifest's; build an engine first where the runtime needs one.
 
         Args:
@@ -94,7 +106,7 @@ class Runtime(Protocol):
 
 
 def open_runtime(
-    model_path: Path, input_spec: InputSpec, candidate: Candidate, *, cache: Path | None = None, told: Told | None = None
+    model_path: Path, input_spec: TensorSpec, candidate: Candidate, *, cache: Path | None = None, told: Told | None = None
 ) -> Runtime:
     """Load a model the candidate's way and warm it up; arguments and errors as :meth:`Runtime.load`."""
     runtime = _adapter(candidate)

@@ -14,12 +14,10 @@ import numpy as np
 import onnxruntime as ort
 
 from appliance.errors import InferenceError
-from appliance.runtime import Candidate, Told
+from appliance.runtime import Candidate, TensorSpec, Told
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from model_sync.bundle import InputSpec
 
 _LOG_ERRORS_ONLY: Final = 3
 
@@ -38,7 +36,7 @@ class OnnxRuntime:
         self._input = ""
         self._shape: tuple[int, ...] = ()
 
-    def load(self, model_path: Path, input_spec: InputSpec, *, cache: Path | None = None, told: Told | None = None) -> None:
+    def load(self, model_path: Path, input_spec: TensorSpec, *, cache: Path | None = None, told: Told | None = None) -> None:
         """Load; see ``Runtime.load``. It builds nothing, so nothing is cached and nothing is told."""
         del cache, told
         self._shape = input_spec.shape

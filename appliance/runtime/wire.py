@@ -1,0 +1,113 @@
+"""What a candidate's process and its parent say to each other: a JSON header and raw arrays in one message (pure, no I/O of its own).
+
+A message is ``RT01``, the header's length (uint32) and the payload's (uint64), big-endian, the header as UTF-8 JSON, the payload.
+The header's ``"arrays"`` lists name, dtype and shape in the payload's order; each array begins at a multiple of 64 bytes. Hand-written
+because pickle runs what it reads, and what is read here was written by a process that native code may have trampled on.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_MAGIC: Final = b"RT01"
+_HEAD: Final = struct.Struct(">4sIQ")
+_ALIGN: Final = 64
+_MAX_NDIM: Final = 8
+MAX_HEADER_BYTES: Final = 1 << 20
+MAX_PAYLOAD_BYTES: Final = 1 << 30
+_DTYPES: Final = ("bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+
+
+class WireError(Exception):
+    """What came is no message."""
+
+
+class Message(NamedTuple):
+    """One message: a header of JSON types, and arrays by name."""
+
+    header: dict[str, Any]
+    arrays: dict[str, NDArray[Any]]
+
+
+def pack(header: dict[str, Any], arrays: dict[str, NDArray[Any]] | None = None) -> list[memoryview]:
+    """A message as buffers to write one after the other; arrays that are contiguous are not copied.
+
+    Raises:
+        WireError: an array is of a kind that is not sent, or the message is too large.
+    """
+    places, buffers, length = [], [], 0
+    for name, value in (arrays or {}).items():
+        if value.dtype.name not in _DTYPES or value.ndim > _MAX_NDIM:
+            raise WireError(f"{name!r} is {value.dtype} of {value.ndim} dimensions")
+        places.append({"name": name, "dtype": value.dtype.name, "shape": list(value.shape)})
+        whole = np.ascontiguousarray(value)
+        buffers += [whole.reshape(-1).view(np.uint8).data, memoryview(bytes(-whole.nbytes % _ALIGN))]
+        length += whole.nbytes + -whole.nbytes % _ALIGN
+    text = json.dumps(header | {"arrays": places}, allow_nan=False).encode()
+    if len(text) > MAX_HEADER_BYTES or length > MAX_PAYLOAD_BYTES:
+        raise WireError(f"a message of {len(text)} + {length} bytes is too large")
+    return [buffer for buffer in (memoryview(_HEAD.pack(_MAGIC, len(text), length) + text), *buffers) if buffer.nbytes]
+
+
+def receive(fill: Callable[[memoryview], None]) -> Message:
+    """Take one message.
+
+    Args:
+        fill: fills a buffer with the next bytes of the stream, or raises.
+
+    Raises:
+        WireError: what came is no message.
+    """
+    head = bytearray(_HEAD.size)
+    fill(memoryview(head))
+    magic, header_bytes, payload_bytes = _HEAD.unpack(head)
+    if magic != _MAGIC or header_bytes > MAX_HEADER_BYTES or payload_bytes > MAX_PAYLOAD_BYTES:
+        raise WireError("no message begins here")
+    text = bytearray(header_bytes)
+    fill(memoryview(text))
+    header, places = _read_header(text)
+    lengths = [_nbytes(place) for place in places]
+    if sum(length + -length % _ALIGN for length in lengths) != payload_bytes:  # before anything of that size is allocated
+        raise WireError("the arrays and the payload differ in size")
+    payload = bytearray(payload_bytes)
+    fill(memoryview(payload))
+    arrays: dict[str, NDArray[Any]] = {}
+    offset = 0
+    for place, length in zip(places, lengths, strict=True):
+        flat = np.frombuffer(payload, np.uint8, length, offset) if length else np.empty(0, np.uint8)
+        arrays[place["name"]] = flat.view(place["dtype"]).reshape(place["shape"])
+        offset += length + -length % _ALIGN
+    return Message(header, arrays)
+
+
+def _read_header(text: bytearray) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    try:
+        header = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        raise WireError("the header is no JSON") from error
+    places = header.pop("arrays", None) if isinstance(header, dict) else None
+    if not isinstance(places, list) or not all(isinstance(place, dict) and set(place) == {"name", "dtype", "shape"} for place in places):
+        raise WireError("the header lists no arrays")
+    names = [place["name"] for place in places]
+    if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+        raise WireError("two arrays have one name, or one has none")
+    return header, places
+
+
+def _nbytes(place: dict[str, Any]) -> int:
+    dtype, shape = place["dtype"], place["shape"]
+    whole = isinstance(shape, list) and len(shape) <= _MAX_NDIM and all(type(n) is int and 0 <= n <= MAX_PAYLOAD_BYTES for n in shape)
+    if dtype not in _DTYPES or not whole:
+        raise WireError("an array of no known kind or shape")
+    length = int(np.dtype(dtype).itemsize)
+    for n in shape:
+        length *= n
+    return length

@@ -1,0 +1,185 @@
+"""A candidate may crash, hang, eat all memory or print over everything in its own process; who asked for it gets a coded error."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from appliance.errors import InferenceError
+from appliance.runtime import Candidate
+from appliance.runtime.attempt import Attempt
+
+TENSOR = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Spec:
+    name: str = "image"
+    shape: tuple[int, ...] = (3, 4)
+
+
+class MisbehavingAttempt(Attempt):
+    module = "tests.misbehaving_runtime"
+
+
+def attempt(action: str, deadline_s: float = 30.0, **more: Any) -> Attempt:
+    return MisbehavingAttempt(Path("model.onnx"), Spec(), Candidate("onnxruntime", action, "fp32"), deadline_s=deadline_s, **more)
+
+
+def refused(call: Any) -> InferenceError:
+    with pytest.raises(InferenceError) as caught:
+        call()
+    return caught.value
+
+
+def gone(pid: int) -> bool:
+    limit = time.monotonic() + 10
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_what_behaves_is_loaded_run_and_timed() -> None:
+    heard: list[float] = []
+    with attempt("fine", told=heard.append) as tried:
+        assert tried.load() == {"runtime": "misbehaving", "precision": "fp32"}
+        assert np.array_equal(tried.infer(TENSOR)["image*2"], TENSOR * 2)
+        times = tried.time(TENSOR, 3)
+        assert len(times) == 3 and all(0 <= ms < 1000 for ms in times)
+        assert tried.peak_rss_bytes > 1 << 20
+        assert tried.load_ms > 0
+        assert heard[-1] == 1.0
+        pid = tried.pid
+    assert pid is not None and gone(pid)
+    assert refused(lambda: tried.infer(TENSOR)).code == "job.error"
+
+
+@pytest.mark.parametrize("where", ["load", "infer"])
+@pytest.mark.parametrize(
+    ("action", "code", "detail"),
+    [
+        ("segfault", "runtime.crashed", "SIGSEGV in "),
+        ("abort", "runtime.memory", "SIGABRT in "),
+        ("exit", "runtime.crashed", "exit code 7 in "),
+        ("killed", "runtime.memory", "SIGKILL in "),
+        ("mute", "runtime.crashed", "fell silent in "),
+        ("nonsense", "runtime.crashed", "spoke nonsense in "),
+    ],
+)
+def test_child_that_dies_is_a_coded_error_and_the_attempt_is_over(action: str, where: str, code: str, detail: str) -> None:
+    tried = attempt(f"{action}-in-{where}")
+    if where == "infer":
+        tried.load()
+    error = refused(tried.load if where == "load" else lambda: tried.infer(TENSOR))
+    assert (error.code, tried.pid) == (code, None)
+    assert detail + where in error.detail
+    again = refused(lambda: tried.infer(TENSOR))
+    assert (again.code, again.detail) == (error.code, error.detail)
+
+
+@pytest.mark.parametrize("where", ["load", "infer"])
+def test_hang_ends_at_the_deadline(where: str) -> None:
+    tried = attempt(f"hang-in-{where}", deadline_s=3.0)
+    if where == "infer":
+        tried.load()
+    pid, started = tried.pid, time.monotonic()
+    error = refused(tried.load if where == "load" else lambda: tried.time(TENSOR, 2))
+    assert error.code == "runtime.deadline" and where in error.detail
+    assert 2.5 < time.monotonic() - started < 8
+    assert pid is None or gone(pid)
+
+
+def test_too_little_memory_is_said_and_does_not_touch_the_parent() -> None:
+    tried = attempt("hog-in-load", memory_bytes=600 << 20)
+    error = refused(tried.load)
+    assert error.code == "runtime.memory"
+
+
+def test_noise_on_both_outputs_disturbs_nothing() -> None:
+    """More than a pipe holds, with what looks like a message in it."""
+    with attempt("noise-in-infer") as tried:
+        tried.load()
+        for _ in range(3):
+            assert np.array_equal(tried.infer(TENSOR)["image*2"], TENSOR * 2)
+
+
+def test_a_crash_keeps_the_last_line_that_was_printed() -> None:
+    assert "std::bad_alloc" in refused(attempt("abort-in-load").load).detail
+
+
+def test_everything_the_child_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note = tmp_path / "pid"
+    monkeypatch.setenv("GRANDCHILD", str(note))
+    assert refused(attempt("grandchild-in-load", deadline_s=3.0).load).code == "runtime.deadline"
+    assert gone(int(note.read_text()))
+
+
+def test_what_an_adapter_refuses_keeps_its_code_and_no_control_characters() -> None:
+    error = refused(attempt("builds-in-load").load)
+    assert error.code == "runtime.build"
+    assert "\x1b" not in error.detail and "\n" not in error.detail and len(error.detail) <= 500
+
+
+def test_refused_inference_leaves_the_attempt_alive() -> None:
+    with attempt("raises-in-infer") as tried:
+        tried.load()
+        for _ in range(2):
+            error = refused(lambda: tried.infer(TENSOR))
+            assert error.code == "job.error" and "IndexError" in error.detail
+        assert tried.pid is not None
+
+
+def test_child_goes_when_the_parent_is_killed() -> None:
+    code = (
+        "import time\nfrom tests.unit.test_runtime_attempt import attempt\n"
+        "tried = attempt('fine')\ntried.load()\nprint(tried.pid, flush=True)\ntime.sleep(600)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    assert psutil.pid_exists(child)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    assert gone(child)
+
+
+def test_failure_of_who_listens_ends_the_child() -> None:
+    def told(done: float) -> None:
+        raise RuntimeError("listener")
+
+    tried = attempt("hang-in-load", told=told)
+    with pytest.raises(RuntimeError, match="listener"):
+        tried.load()
+    assert tried.pid is None
+
+
+def test_nothing_is_inferred_before_the_load_and_nothing_loaded_twice() -> None:
+    assert refused(lambda: attempt("fine").infer(TENSOR)).code == "job.error"
+    with attempt("fine") as tried:
+        tried.load()
+        assert refused(tried.load).code == "job.error"
+
+
+def test_no_descriptor_and_no_process_is_left_behind() -> None:
+    me = psutil.Process()
+    before = me.num_fds(), len(me.children(recursive=True))
+    for action in ("fine", "segfault-in-load", "nonsense-in-load"):
+        with attempt(action) as tried:
+            if action == "fine":
+                tried.load()
+            else:
+                refused(tried.load)
+    assert (me.num_fds(), len(me.children(recursive=True))) == before
