@@ -165,7 +165,7 @@ def _try_case(runtime: Runtime, bundle: ModelBundle, case: GoldenCase, repeat: i
     from appliance.preprocess import from_display
 
     manifest = bundle.manifest
-    prepared = from_display(case.pixels, manifest.input)
+    prepared = from_display(case.pixels, manifest.image_input)
     latencies = []
     for _ in range(repeat):
         started = time.perf_counter()

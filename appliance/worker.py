@@ -208,7 +208,7 @@ class Worker:
 
     def _infer(self, job: Job, timer: Timer) -> JobResult:
         model = self._model(job.model_digest)
-        spec = model.manifest.input
+        spec = model.manifest.image_input
         try:
             dataset = self._dataset(job, timer)
             with timer.part("decode"):

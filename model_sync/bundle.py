@@ -38,17 +38,10 @@ from model_sync.manifest import (
     AppliesTo,
     Code,
     Document,
-    Explain,
-    Golden,
-    Interval,
     Label,
     Manifest,
-    OperatingPoint,
-    OutputSpec,
-    Precision,
+    ModelInput,
     Registration,
-    ScoreHistogram,
-    SourceMeasure,
     Text,
     TrainingData,
     TrainingSource,
@@ -56,38 +49,74 @@ from model_sync.manifest import (
     Watch,
     invalid_manifest,
 )
+from model_sync.output_spec import (
+    BACKGROUND,
+    Explain,
+    Golden,
+    Interval,
+    OperatingPoint,
+    OutputSpec,
+    Precision,
+    ScoreHistogram,
+    SourceMeasure,
+)
+from model_sync.volume_spec import (
+    Clip,
+    ClipQuantile,
+    CropPad,
+    MinMax,
+    Orient,
+    QuantileScale,
+    Resample,
+    SlidingWindow,
+    Stack,
+    VolumeSpec,
+    VolumeStep,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 __all__ = [
+    "BACKGROUND",
     "MANIFEST_NAME",
     "AgeRange",
     "AppliesTo",
     "BundleError",
+    "Clip",
+    "ClipQuantile",
     "Code",
+    "CropPad",
     "Document",
     "Explain",
     "Golden",
     "GoldenCase",
+    "GoldenVolume",
     "InputSpec",
     "Interval",
     "Label",
     "Letterbox",
     "Manifest",
+    "MinMax",
     "ModalityLut",
     "ModelBundle",
+    "ModelInput",
     "Monochrome2",
     "Normalise",
     "OperatingPoint",
+    "Orient",
     "OutputSpec",
     "Precision",
+    "QuantileScale",
     "Registration",
+    "Resample",
     "Resize",
     "Scale",
     "ScoreHistogram",
+    "SlidingWindow",
     "SourceMeasure",
+    "Stack",
     "Step",
     "Text",
     "ToUint8",
@@ -95,6 +124,8 @@ __all__ = [
     "TrainingSource",
     "Variant",
     "Voi",
+    "VolumeSpec",
+    "VolumeStep",
     "Watch",
     "sha256_of",
 ]
@@ -118,6 +149,22 @@ class GoldenCase:
     expected: dict[str, float]
     probability: NDArray[np.float32]
     cam: NDArray[np.float32] | None
+    tolerance: dict[Precision, float]
+
+
+@dataclass(frozen=True)
+class GoldenVolume:
+    """One golden case of a model of volumes, read.
+
+    ``values`` float32 [depth, height, width] in modality units, ``affine`` float64 [4, 4] from those indices to the patient (LPS, mm),
+    ``mask`` uint8 of the same shape: the class of each voxel as the fp32 model sees it. ``expected`` and ``tolerance`` are Dice.
+    """
+
+    name: str
+    values: NDArray[np.float32]
+    affine: NDArray[np.float64]
+    mask: NDArray[np.uint8]
+    expected: dict[str, float]
     tolerance: dict[Precision, float]
 
 
@@ -192,16 +239,27 @@ class ModelBundle:
         )
 
     def golden_cases(self) -> Iterator[GoldenCase]:
-        """Read the golden cases one after the other; each is hashed again as it is read.
+        """Read the golden cases of a model of images one after the other; each is hashed again as it is read.
 
         Raises:
-            BundleError: ``bundle.digest_mismatch`` or ``bundle.golden_invalid``.
+            BundleError: ``bundle.digest_mismatch``, ``bundle.golden_invalid``, or ``bundle.manifest_invalid`` of a model of volumes.
         """
+        _ = self.manifest.image_input
         for golden in self.manifest.golden:
-            raw = self.path(golden.input).read_bytes()
-            if hashlib.sha256(raw).hexdigest() != golden.sha256:
-                _mismatch(golden.input)
-            yield _read_golden(golden, raw)
+            yield _read_golden(golden, self._golden_bytes(golden))
+
+    def golden_volumes(self) -> Iterator[GoldenVolume]:
+        """Read the golden cases of a model of volumes; arguments and errors as :meth:`golden_cases`."""
+        _ = self.manifest.volume_input
+        classes = next(len(output.classes) for output in self.manifest.outputs if output.classes is not None)
+        for golden in self.manifest.golden:
+            yield _read_golden_volume(golden, self._golden_bytes(golden), classes)
+
+    def _golden_bytes(self, golden: Golden) -> bytes:
+        raw = self.path(golden.input).read_bytes()
+        if hashlib.sha256(raw).hexdigest() != golden.sha256:
+            _mismatch(golden.input)
+        return raw
 
 
 def _read_golden(golden: Golden, raw: bytes) -> GoldenCase:
@@ -217,8 +275,28 @@ def _read_golden(golden: Golden, raw: bytes) -> GoldenCase:
         raise _bad_golden(golden.input, "needs `pixels` as uint8 [rows, columns]")
     if probability.dtype != np.float32 or probability.shape != (1, len(golden.expected)):
         raise _bad_golden(golden.input, "needs `probability` as float32 [1, labels]")
-    name = golden.input.rsplit("/", 1)[-1].removesuffix(".npz")
-    return GoldenCase(name, pixels, dict(golden.expected), probability, cam, dict(golden.tolerance))
+    return GoldenCase(_case_name(golden), pixels, dict(golden.expected), probability, cam, dict(golden.tolerance))
+
+
+def _read_golden_volume(golden: Golden, raw: bytes, classes: int) -> GoldenVolume:
+    import numpy as np
+
+    try:
+        with np.load(io.BytesIO(raw), allow_pickle=False) as arrays:
+            values, affine, mask = arrays["values"], arrays["affine"], arrays["mask"]
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise _bad_golden(golden.input, f"cannot be read ({error})") from error
+    if values.dtype not in (np.int16, np.float32) or values.ndim != 3 or min(values.shape) < 2 or not np.isfinite(values).all():
+        raise _bad_golden(golden.input, "needs `values` as int16 or float32 [depth, height, width]")
+    if affine.dtype != np.float64 or affine.shape != (4, 4) or not np.isfinite(affine).all() or not np.linalg.det(affine[:3, :3]):
+        raise _bad_golden(golden.input, "needs `affine` as float64 [4, 4]")
+    if mask.dtype != np.uint8 or mask.shape != values.shape or int(mask.max()) >= classes:
+        raise _bad_golden(golden.input, "needs `mask` as uint8 of the shape of `values`, its classes the manifest's")
+    return GoldenVolume(_case_name(golden), values.astype(np.float32), affine, mask, dict(golden.expected), dict(golden.tolerance))
+
+
+def _case_name(golden: Golden) -> str:
+    return golden.input.rsplit("/", 1)[-1].removesuffix(".npz")
 
 
 def sha256_of(path: Path) -> str:

@@ -18,7 +18,8 @@ from typing_extensions import Self
 
 from model_sync.errors import TrustError
 from model_sync.input_spec import NonEmpty, Strict
-from model_sync.manifest import Identifier, RelativePath, SemVer, Sha256
+from model_sync.manifest import SemVer
+from model_sync.output_spec import Identifier, RelativePath, Sha256
 
 
 def _in_our_time(moment: datetime) -> datetime:

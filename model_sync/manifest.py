@@ -9,25 +9,34 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from itertools import pairwise
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 from typing_extensions import Self
 
 from model_sync.errors import BundleError
-from model_sync.input_spec import InputSpec, NonEmpty, Positive, Strict
+from model_sync.input_spec import InputSpec, NonEmpty, Strict
+from model_sync.output_spec import (
+    BACKGROUND,
+    Count,
+    Explain,
+    Golden,
+    Identifier,
+    OperatingPoint,
+    OutputSpec,
+    Precision,
+    RelativePath,
+    ScoreHistogram,
+    Sha256,
+)
+from model_sync.volume_spec import VolumeSpec
 
 MANIFEST_NAME = "manifest.json"
 REQUIRED_DOCUMENTS = ("MODEL_CARD.md", "gate.json")
 
-Precision: TypeAlias = Literal["fp32", "fp16", "int8", "mixed"]
-# Each segment starts with a letter or a digit: that alone rules out "..", hidden files and absolute paths.
-_SEGMENT = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-RelativePath: TypeAlias = Annotated[str, StringConstraints(pattern=rf"^{_SEGMENT}(/{_SEGMENT})*$", max_length=200)]
-Sha256: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 # Semantic versioning 2.0, clauses 2, 9 and 10, as strict as the library that compares them.
 _NUMBER, _PRE, _BUILD = "(0|[1-9][0-9]*)", "(0|[1-9][0-9]*|[0-9]*[A-Za-z-][0-9A-Za-z-]*)", "[0-9A-Za-z-]+"
+_TAGS = {("input", "NCHW"), ("input", "NCDHW")}
 SemVer: TypeAlias = Annotated[
     str,
     StringConstraints(
@@ -35,11 +44,9 @@ SemVer: TypeAlias = Annotated[
         max_length=64,
     ),
 ]
-Identifier: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 Uid: TypeAlias = Annotated[str, StringConstraints(pattern=r"^(0|[1-9]\d*)(\.(0|[1-9]\d*))+$", max_length=64)]
 CodeString: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[A-Z0-9_ ]{1,16}$")]
-Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]
-Count: TypeAlias = Annotated[int, Field(ge=0)]
+ModelInput: TypeAlias = Annotated[InputSpec | VolumeSpec, Field(discriminator="layout")]
 Missing: TypeAlias = Literal["assume", "out_of_scope"]
 Outside: TypeAlias = Literal["caution", "out_of_scope"]
 
@@ -100,60 +107,10 @@ class AppliesTo(Strict):
     def _assumptions_are_in_scope(self) -> Self:
         if self.when_body_part_absent == "assume" and self.assumed_body_part not in self.body_part:
             raise ValueError("assumed_body_part must be one of body_part")
-        if self.when_view_absent == "assume" and self.assumed_view not in self.view_position:
+        of_no_concern = not self.view_position and not self.assumed_view  # slices have none
+        if self.when_view_absent == "assume" and not of_no_concern and self.assumed_view not in self.view_position:
             raise ValueError("assumed_view must be one of view_position")
         return self
-
-
-class OutputSpec(Strict):
-    """One output tensor; a text in ``shape`` is a dimension that varies."""
-
-    name: NonEmpty
-    kind: Literal["probability", "cam"]
-    shape: Annotated[list[Positive | NonEmpty], Field(min_length=1)]
-
-
-class Explain(Strict):
-    """The output that carries the class activation map."""
-
-    output: NonEmpty
-    kind: Literal["cam"]
-
-
-class Interval(Strict):
-    """A measured fraction with its 95 % confidence interval (Wilson)."""
-
-    value: Fraction
-    low: Fraction
-    high: Fraction
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if not self.low <= self.value <= self.high:
-            raise ValueError("an interval needs low <= value <= high")
-        return self
-
-
-class SourceMeasure(Strict):
-    """The operating point as measured within one source of pictures; None where a class is missing there."""
-
-    source: NonEmpty
-    n_positive: Count
-    n_negative: Count
-    sensitivity: Interval | None
-    specificity: Interval | None
-    auc: Fraction | None
-
-
-class OperatingPoint(Strict):
-    """The score from which on a label is called positive. It belongs to this version alone (R29)."""
-
-    label: Identifier
-    threshold: Annotated[float, Field(gt=0, lt=1)]
-    sensitivity: Interval
-    specificity: Interval
-    measured_on: NonEmpty
-    per_source: list[SourceMeasure]
 
 
 class Variant(Strict):
@@ -177,32 +134,6 @@ class Variant(Strict):
     gate: RelativePath | None
     activations: Literal["symmetric", "unsigned"] | None = None
     not_on: list[Literal["onnxruntime", "openvino", "tensorrt", "triton"]] = Field(default_factory=list)
-
-
-class Golden(Strict):
-    """A picture with a known answer. ``tolerance`` is the largest allowed deviation of a probability per precision."""
-
-    input: RelativePath
-    sha256: Sha256
-    expected: dict[str, Fraction]
-    tolerance: dict[Precision, Annotated[float, Field(gt=0, le=1)]]
-
-
-class ScoreHistogram(Strict):
-    """How the scores of a label were distributed when the model was made: what drift is measured against (R31)."""
-
-    label: Identifier
-    edges: Annotated[list[float], Field(min_length=2)]
-    counts: Annotated[list[Count], Field(min_length=1)]
-    measured_on: NonEmpty
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if len(self.edges) != len(self.counts) + 1 or not sum(self.counts):
-            raise ValueError("a histogram needs one more edge than counts, and at least one count")
-        if any(low >= high for low, high in pairwise(self.edges)):
-            raise ValueError("the edges of a histogram must rise")
-        return self
 
 
 class TrainingSource(Strict):
@@ -269,7 +200,7 @@ class Manifest(Strict):
     intended_use: Text
     registration: Registration
     change_kind: Literal["algorithm", "data"]
-    input: InputSpec
+    input: ModelInput
     outputs: Annotated[list[OutputSpec], Field(min_length=1)]
     explain: Explain | None
     operating_points: list[OperatingPoint]
@@ -319,6 +250,28 @@ class Manifest(Strict):
         """
         return {point.label: point for point in self.operating_points}[label]
 
+    @property
+    def image_input(self) -> InputSpec:
+        """The input of a model that reads images.
+
+        Raises:
+            BundleError: ``bundle.manifest_invalid``: it reads volumes.
+        """
+        if isinstance(self.input, VolumeSpec):
+            raise invalid_manifest("the model reads volumes, not images")
+        return self.input
+
+    @property
+    def volume_input(self) -> VolumeSpec:
+        """The input of a model that reads volumes.
+
+        Raises:
+            BundleError: ``bundle.manifest_invalid``: it reads images.
+        """
+        if isinstance(self.input, InputSpec):
+            raise invalid_manifest("the model reads images, not volumes")
+        return self.input
+
     def digests(self) -> dict[str, str]:
         """Return the SHA-256 of every file that the manifest lists, by relative path."""
         return {
@@ -364,8 +317,21 @@ class Manifest(Strict):
         for golden in self.golden:
             if set(golden.tolerance) != set(precisions):
                 raise ValueError(f"{golden.input}: one tolerance per variant is needed")
-            if self.task == "classification" and set(golden.expected) != {label.name for label in self.labels}:
-                raise ValueError(f"{golden.input}: one expected probability per label is needed")
+            if self.task in ("classification", "segmentation") and set(golden.expected) != {label.name for label in self.labels}:
+                what = "probability" if self.task == "classification" else "Dice coefficient"
+                raise ValueError(f"{golden.input}: one expected {what} per label is needed")
+        return self
+
+    @model_validator(mode="after")
+    def _volume_agrees(self) -> Self:
+        segmented = [output for output in self.outputs if output.kind == "segmentation_logits"]
+        if isinstance(self.input, VolumeSpec) and (self.task != "segmentation" or len(segmented) != 1 or self.explain is not None):
+            raise ValueError("a model of volumes must be a segmentation with one output of kind segmentation_logits and no explain")
+        if segmented and not isinstance(self.input, VolumeSpec):
+            raise ValueError("segmentation_logits need an input of layout NCDHW")
+        for output in segmented:
+            if set(output.classes or ()) - {BACKGROUND} != {label.name for label in self.labels}:
+                raise ValueError(f"{output.name}: classes must be {BACKGROUND} and every label exactly once")
         return self
 
 
@@ -379,7 +345,9 @@ def invalid_manifest(what: str) -> BundleError:
 
 
 def _where(location: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in location) or "manifest"
+    # The tag of a union of inputs or steps is no field of the file.
+    parts = [str(part) for part in location]
+    return ".".join(part for part, before in zip(parts, ["", *parts], strict=False) if (before, part) not in _TAGS) or "manifest"
 
 
 def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> None:

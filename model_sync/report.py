@@ -20,7 +20,8 @@ from securesystemslib.formats import encode_canonical
 from securesystemslib.signer import CryptoSigner, Signature, SSlibKey
 
 from model_sync.errors import ModelSyncError
-from model_sync.manifest import Identifier, Precision, SemVer, Sha256
+from model_sync.manifest import SemVer
+from model_sync.output_spec import Identifier, Precision, Sha256
 from model_sync.report_reasons import REASONS
 
 MAX_REPORT_BYTES: Final = 64 << 10

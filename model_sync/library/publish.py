@@ -37,7 +37,8 @@ from model_sync.documents import (
 )
 from model_sync.errors import BundleError, PublishError
 from model_sync.library.roles import delegated
-from model_sync.manifest import Identifier, SemVer
+from model_sync.manifest import SemVer
+from model_sync.output_spec import Identifier
 
 if TYPE_CHECKING:
     from model_sync.repository import Library, State
