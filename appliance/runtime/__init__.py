@@ -6,11 +6,14 @@ it did not get is an error, never a silent fallback.
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from appliance.errors import InferenceError
 from appliance.runtime.candidate import CPU, RUNTIMES, Candidate, RuntimeName, plain_candidate
 
 if TYPE_CHECKING:
@@ -21,6 +24,9 @@ __all__ = ["CPU", "RUNTIMES", "Candidate", "Runtime", "RuntimeName", "TensorSpec
 
 # ONNX Runtime reports home unless it is told not to before it is imported. Nothing ever leaves this box.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+# So does OpenVINO, if `openvino_telemetry` is installed, which comes with it: on nothing more than `import openvino` it makes up an
+# identifier, keeps it in the home directory and sends it to an analytics service. A module that is None cannot be imported.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 Told = Callable[[float], None]
 """Called with the part (0 to 1) of a long load, an engine being built, that is done."""
@@ -113,13 +119,33 @@ def open_runtime(
     try:
         runtime.load(model_path, input_spec, cache=cache, told=told)
         runtime.warm_up()
+    except ImportError as error:
+        runtime.close()
+        raise _not_installed(candidate, error) from error
     except BaseException:
         runtime.close()
         raise
     return runtime
 
 
-def _adapter(candidate: Candidate) -> Runtime:
-    from appliance.runtime.onnxruntime import OnnxRuntime
+_ADAPTERS: Final[dict[RuntimeName, tuple[str, str]]] = {
+    "onnxruntime": ("appliance.runtime.onnxruntime", "OnnxRuntime"),
+    "openvino": ("appliance.runtime.openvino", "OpenVinoRuntime"),
+    "tensorrt": ("appliance.runtime.tensorrt", "TensorRtRuntime"),
+    "triton": ("appliance.runtime.triton", "TritonRuntime"),
+}
 
-    return OnnxRuntime(candidate)
+
+def _adapter(candidate: Candidate) -> Runtime:
+    """The adapter, not loaded: its module and the library behind it are imported only now."""
+    module, name = _ADAPTERS[candidate.runtime]
+    try:
+        adapter: Runtime = getattr(importlib.import_module(module), name)(candidate)
+    except ImportError as error:
+        raise _not_installed(candidate, error) from error
+    return adapter
+
+
+def _not_installed(candidate: Candidate, error: ImportError) -> InferenceError:
+    reason = f"{error.name} is not installed" if isinstance(error, ModuleNotFoundError) else f"{error}"
+    return InferenceError("runtime.unavailable", f"{candidate.runtime}: {reason[:200]}")
