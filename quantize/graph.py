@@ -150,6 +150,25 @@ def drop_unused(model: Model) -> None:
     replace_all(model.opset_import, [entry for entry in model.opset_import if entry.domain in used])
 
 
+def sort_nodes(model: Model) -> None:
+    """Bring the nodes into an order in which each tensor is made before it is read, as ONNX demands."""
+    made = producers(model)
+    done: set[str] = set()
+    ordered: list[Node] = []
+    stack = [(node, False) for node in reversed(model.graph.node)]
+    while stack:
+        node, ready = stack.pop()
+        if node.name in done:
+            continue
+        if ready:
+            done.add(node.name)
+            ordered.append(node)
+            continue
+        stack.append((node, True))
+        stack.extend((made[name], False) for name in node.input if name in made and made[name].name not in done)
+    replace_all(model.graph.node, ordered)
+
+
 def replace_all(field: Any, items: list[Any]) -> None:
     """Make ``items`` the content of a repeated field; they may be parts of that very field."""
     # Copies, because clearing the field would empty the messages it lent.

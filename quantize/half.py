@@ -29,6 +29,7 @@ from quantize.graph import (
     producers,
     replace_all,
     session,
+    sort_nodes,
     with_shapes,
 )
 
@@ -104,7 +105,7 @@ def convert(model: Model, kept: frozenset[str]) -> Model:
 
     half = convert_float_to_float16(copy_of(model), keep_io_types=True, node_block_list=sorted(kept), disable_shape_infer=True)
     _join_kept_neighbours(half)
-    _sort(half)
+    sort_nodes(half)
     drop_unused(half)
     return with_shapes(half)
 
@@ -175,25 +176,6 @@ def _join_kept_neighbours(model: Model) -> None:
 
 def _to(node: Node) -> int:
     return int(next(item.i for item in node.attribute if item.name == "to"))
-
-
-def _sort(model: Model) -> None:
-    """Bring the nodes into an order in which each tensor is made before it is read, as ONNX demands."""
-    made = producers(model)
-    done: set[str] = set()
-    ordered: list[Node] = []
-    stack = [(node, False) for node in reversed(model.graph.node)]
-    while stack:
-        node, ready = stack.pop()
-        if node.name in done:
-            continue
-        if ready:
-            done.add(node.name)
-            ordered.append(node)
-            continue
-        stack.append((node, True))
-        stack.extend((made[name], False) for name in node.input if name in made and made[name].name not in done)
-    replace_all(model.graph.node, ordered)
 
 
 def _verify(half: Model, tensors: Tensors) -> None:
