@@ -1,0 +1,361 @@
+"""TensorRT on an NVIDIA GPU, on a Jetson and elsewhere: an engine built on the box, kept, and replayed as a CUDA graph.
+
+One stream; page-locked memory on the host; both copies and the network are captured into one CUDA graph per batch size, so that an
+inference is one launch and one wait. TensorRT asks for a plain run after a change of shape before a capture, and a capture costs
+milliseconds, so a graph is made when a batch size comes for the second time in a row, and the one before it is given up. Where a network
+cannot be captured it is enqueued plainly, and ``describe`` says so.
+
+Engines are built by :mod:`appliance.runtime.trt_build` in a process of its own and kept by :mod:`appliance.runtime.engines`. What is
+held on the GPU is freed in order when a load fails; a fault that no ``free`` can mend ends with the process, which is why models are
+tried in one that may die (:mod:`appliance.runtime.attempt`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from appliance import device
+from appliance.errors import InferenceError
+from appliance.runtime import Candidate, TensorSpec, Told, engines, trt_build
+from appliance.runtime.cuda import Cuda, Gpu, Holding, Transfer
+from appliance.runtime.engines import DeviceProfile
+from appliance.runtime.trt_seam import Messages, TrtSeam, find
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+_PROVIDER: Final = re.compile(r"GPU:(\d{1,3})(?: .*)?")
+_TYPES: Final = {
+    "FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64, "INT8": np.int8, "UINT8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+_CHUNK_BYTES: Final = 1 << 20
+
+
+@dataclass
+class _Loaded:
+    """A deserialised engine and all that it needs on the GPU; ``release`` gives everything back, the last made first."""
+
+    cuda: Cuda
+    messages: Messages
+    holding: Holding
+    runtime: Any = None
+    engine: Any = None
+    context: Any = None
+    stream: Any = None
+    tensors: dict[str, Transfer] = field(default_factory=dict)
+    outputs: list[str] = field(default_factory=list)
+
+    def release(self) -> None:
+        if self.stream is not None:
+            with suppress(InferenceError):  # a run that failed half-way: what it still does is awaited, its error was told
+                self.cuda.call("cudaStreamSynchronize", self.stream)
+        self.tensors = {}
+        self.context = self.engine = self.runtime = None  # in this order: each is freed with its last reference
+        self.holding.release()
+
+
+class TensorRtRuntime:
+    """A model as a TensorRT engine; see ``appliance.runtime.Runtime``.
+
+    Args:
+        candidate: ``provider`` is ``GPU:<index>``; ``batch`` is the largest batch of the engine's profile, at most 16.
+        level: builder optimisation level.
+        build_deadline_s: how long building an engine may take.
+        graphs: whether CUDA graphs are captured.
+        tensorrt: where TensorRT is found.
+        bindings: CUDA's bindings; found by itself when None.
+    """
+
+    name = "tensorrt"
+
+    def __init__(
+        self, candidate: Candidate, *, level: int = trt_build.LEVEL, build_deadline_s: float = trt_build.DEADLINE_S, graphs: bool = True,
+        tensorrt: Callable[[], TrtSeam] = find, bindings: Any = None,
+    ) -> None:  # fmt: skip
+        self.version = ""
+        self.precision = candidate.precision
+        self.provider = candidate.provider
+        self._candidate = candidate
+        self._level, self._deadline_s, self._graphs = level, build_deadline_s, graphs
+        self._find, self._bindings = tensorrt, bindings
+        self._input = ""
+        self._shape: tuple[int, ...] = ()
+        self._gpu: Gpu | None = None
+        self._driver = ""
+        self._built = ""
+        self._notes: dict[str, Any] = {}
+        self._layers: dict[str, int] = {}
+        self._loaded: _Loaded | None = None
+        self._shaped = 0  # the batch that the context is set to
+        self._runs = 0  # how many in a row had it
+        self._graph: Any = None
+        self._no_graph = "" if graphs else "switched off"
+
+    def load(self, model_path: Path, input_spec: TensorSpec, *, cache: Path | None = None, told: Told | None = None) -> None:
+        """Take the engine from the cache, or build it; see ``Runtime.load``."""
+        self._input, self._shape = input_spec.name, tuple(input_spec.shape)
+        index = _gpu_index(self._candidate)
+        cuda = Cuda(self._bindings)
+        gpu = cuda.gpu(index)  # before TensorRT is touched: 8.6 dies of a segmentation fault where there is no GPU
+        seam = self._find()
+        logger.info("%s on %s, compute capability %s", seam.words, gpu.name, gpu.compute_capability)
+        self.version, self._gpu = seam.version, gpu
+        self._driver = device.gpu_driver() or f"CUDA {gpu.driver_cuda}"
+        with ExitStack() as own:
+            if cache is None:
+                cache = Path(own.enter_context(tempfile.TemporaryDirectory(prefix="engine-")))
+            profile = self._profile(seam, gpu, model_path)
+            order = trt_build.Order(model_path, self._input, profile, cache, index)
+            self._open_or_smaller(cuda, seam, order, told)
+        self.provider = f"GPU:{index} {gpu.name}"
+
+    def _profile(self, seam: TrtSeam, gpu: Gpu, model_path: Path) -> DeviceProfile:
+        batch = self._candidate.batch
+        if not 1 <= batch <= trt_build.MAX_BATCH:
+            raise InferenceError("job.error", f"a batch of {batch}; engines are built for 1 to {trt_build.MAX_BATCH}")
+        return DeviceProfile(
+            gpu=gpu.name, compute_capability=gpu.compute_capability, tensorrt=seam.version, driver=self._driver, precision=self.precision,
+            batch=batch, shape=self._shape, level=self._level, onnx_sha256=_sha256(model_path),
+        )  # fmt: skip
+
+    def _open_or_smaller(self, cuda: Cuda, seam: TrtSeam, order: trt_build.Order, told: Told | None) -> None:
+        """Where an engine that could be built does not fit beside what else is on the GPU, one of half the batch may."""
+        try:
+            self._open(cuda, seam, order, told)
+        except InferenceError as error:
+            if error.code != "runtime.memory" or not self._built or order.profile.batch == 1:
+                raise
+            logger.warning("not enough memory for batch %d, trying half of it: %s", order.profile.batch, error.detail)
+            half = replace(order, profile=replace(order.profile, batch=order.profile.batch // 2))
+            self._open(cuda, seam, half, told)
+
+    def _open(self, cuda: Cuda, seam: TrtSeam, order: trt_build.Order, told: Told | None) -> None:
+        """Bring an engine onto the GPU; one from the cache that TensorRT does not take is built again, once."""
+        found = engines.read(order.cache, order.profile)
+        if found.data:
+            self._built = "cached"
+            try:
+                self._bring(cuda, seam, found)
+            except InferenceError as error:
+                if error.code != "runtime.build":
+                    raise
+                found = engines.Found(b"", f"the stored engine was not taken ({error.detail})")
+            else:
+                return
+        self._built = ""
+        trt_build.build(order, deadline_s=self._deadline_s, told=told)
+        self._built = f"rebuilt: {found.why}" if found.why else "built"
+        found = engines.read(order.cache, order.profile)
+        if not found.data:
+            raise InferenceError("runtime.build", f"the engine that was built cannot be read back: {found.why or 'it is gone'}")
+        self._bring(cuda, seam, found)
+
+    def _bring(self, cuda: Cuda, seam: TrtSeam, found: engines.Found) -> None:
+        messages = seam.messages()
+        loaded = _Loaded(cuda, messages, Holding(cuda))
+        try:
+            self._notes = dict(found.notes or {})
+            self._deserialise(seam, loaded, found.data)
+            self._allocate(seam, loaded)
+        except BaseException:
+            loaded.release()
+            raise
+        self._layers = seam.layer_types(loaded.engine)
+        self._loaded, self._shaped, self._runs, self._graph = loaded, 0, 0, None
+
+    def _deserialise(self, seam: TrtSeam, loaded: _Loaded, data: bytes) -> None:
+        loaded.stream = loaded.holding.keep("cudaStreamDestroy", loaded.cuda.stream())
+        loaded.runtime = seam.trt.Runtime(loaded.messages)
+        loaded.engine = loaded.runtime.deserialize_cuda_engine(data)
+        if loaded.engine is None:
+            raise trt_build.explain_build(loaded.messages)
+        loaded.context = loaded.engine.create_execution_context()
+        if loaded.context is None:
+            raise InferenceError("runtime.memory", (loaded.messages.errors() or ["no execution context"])[-1])
+
+    def _allocate(self, seam: TrtSeam, loaded: _Loaded) -> None:
+        """Memory for every tensor, for the largest batch; the engine must take what the manifest says."""
+        names = [loaded.engine.get_tensor_name(index) for index in range(loaded.engine.num_io_tensors)]
+        inputs = [name for name in names if loaded.engine.get_tensor_mode(name) == seam.trt.TensorIOMode.INPUT]
+        shape = tuple(loaded.engine.get_tensor_shape(self._input)) if inputs == [self._input] else ()
+        kind = loaded.engine.get_tensor_dtype(self._input).name if shape else ""
+        if shape[1:] != self._shape or kind != "FLOAT":
+            raise InferenceError("job.error", f"the engine takes {inputs} {kind} {list(shape)}, the manifest says {[-1, *self._shape]}")
+        batch = self._largest
+        if not loaded.context.set_input_shape(self._input, (batch, *self._shape)):
+            raise InferenceError("job.error", f"the engine does not take a batch of {batch}")
+        loaded.outputs = [name for name in names if name not in inputs]
+        for name in names:
+            self._place(loaded, name, batch)
+
+    def _place(self, loaded: _Loaded, name: str, batch: int) -> None:
+        shape = tuple(loaded.context.get_tensor_shape(name))
+        kind = loaded.engine.get_tensor_dtype(name).name
+        if kind not in _TYPES or -1 in shape or shape[:1] != (batch,):
+            raise InferenceError("job.error", f"the tensor {name!r} of the engine is {kind} {list(shape)}")
+        loaded.tensors[name] = loaded.holding.transfer(shape, np.dtype(_TYPES[kind]))
+        if not loaded.context.set_tensor_address(name, loaded.tensors[name].device):
+            raise InferenceError("job.error", f"the tensor {name!r} of the engine takes no memory")
+
+    @property
+    def _largest(self) -> int:
+        """The largest batch that the engine takes; less than asked for when the memory was not enough, or the file's own."""
+        return int(self._notes.get("batch", self._candidate.batch))
+
+    def warm_up(self) -> None:
+        """Run twice, so that the CUDA graph is there before the first patient; see ``Runtime.warm_up``."""
+        for _ in range(2):
+            self.infer({self._input: np.zeros((self._candidate.batch, *self._shape), np.float32)})
+
+    def infer(self, inputs: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+        """Run the model, in several goes where the engine takes fewer at once; see ``Runtime.infer``."""
+        value = inputs.get(self._input)
+        if set(inputs) != {self._input} or value is None or value.dtype != np.float32 or value.shape[1:] != self._shape or not len(value):
+            raise InferenceError("job.error", f"the model takes {self._input!r} as float32 [n, {', '.join(map(str, self._shape))}]")
+        loaded = self._loaded
+        if loaded is None or self._gpu is None:
+            raise InferenceError("job.error", "the runtime is closed")
+        if self._gpu.index:
+            loaded.cuda.call("cudaSetDevice", self._gpu.index)  # the current GPU is a thread's, and this may be another one
+        if len(value) <= self._largest and self._goes(len(value)):
+            return self._run(loaded, value)
+        pieces = [self._run(loaded, piece) for piece in self._pieces(value)]
+        return {name: np.concatenate([piece[name] for piece in pieces])[: len(value)] for name in loaded.outputs}
+
+    def _goes(self, n: int) -> bool:
+        return bool(self._notes.get("dynamic", True)) or n == self._largest
+
+    def _pieces(self, value: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """Parts of a batch that the engine takes; the last is filled up with zeros for an engine of one fixed batch."""
+        size = self._largest
+        pieces = [value[start : start + size] for start in range(0, len(value), size)]
+        if not self._goes(len(pieces[-1])):
+            filled = np.zeros((size, *self._shape), np.float32)
+            filled[: len(pieces[-1])] = pieces[-1]
+            pieces[-1] = filled
+        return pieces
+
+    def _run(self, loaded: _Loaded, value: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        """One batch that the engine takes as it is."""
+        n = len(value)
+        if n != self._shaped:
+            self._reshape(loaded, n)
+        loaded.tensors[self._input].host[:n] = value
+        if self._graph is None and self._runs and not self._no_graph:
+            self._capture(loaded, n)
+        if self._graph is not None:
+            loaded.cuda.call("cudaGraphLaunch", self._graph, loaded.stream)
+        else:
+            self._enqueue(loaded, n)
+        loaded.cuda.call("cudaStreamSynchronize", loaded.stream)
+        self._runs += 1
+        return self._results(loaded, n)
+
+    def _reshape(self, loaded: _Loaded, n: int) -> None:
+        self._drop_graph(loaded)
+        self._shaped = 0
+        if not loaded.context.set_input_shape(self._input, (n, *self._shape)):
+            raise self._failed(loaded, f"a batch of {n} is not taken")
+        self._shaped, self._runs = n, 0
+
+    def _enqueue(self, loaded: _Loaded, n: int) -> None:
+        """Copy in, run, copy out; on the stream, nothing is waited for."""
+        copy, tensors, stream = loaded.cuda.call, loaded.tensors, loaded.stream
+        given = tensors[self._input]
+        copy("cudaMemcpyAsync", given.device, given.pinned, given.host[:n].nbytes, loaded.cuda.to_device, stream)
+        if not loaded.context.execute_async_v3(int(stream)):
+            raise self._failed(loaded, "the run failed")
+        for name in loaded.outputs:
+            made = tensors[name]
+            copy("cudaMemcpyAsync", made.pinned, made.device, made.host[:n].nbytes, loaded.cuda.to_host, stream)
+
+    def _capture(self, loaded: _Loaded, n: int) -> None:
+        """Record a run as a CUDA graph; when that cannot be, say why and go on without."""
+        cuda, graph = loaded.cuda, None
+        try:
+            cuda.call("cudaStreamBeginCapture", loaded.stream, cuda.capture_mode)
+            try:
+                self._enqueue(loaded, n)
+            finally:
+                graph = cuda.call("cudaStreamEndCapture", loaded.stream)
+            self._graph = loaded.holding.keep("cudaGraphExecDestroy", cuda.instantiate(graph))
+        except InferenceError as error:
+            cuda.clear_error()
+            self._no_graph = error.detail
+            logger.warning("no CUDA graph: %s", error.detail)
+            loaded.messages.clear()
+        finally:
+            if graph is not None and int(graph):
+                cuda.call("cudaGraphDestroy", graph)
+
+    def _drop_graph(self, loaded: _Loaded) -> None:
+        if self._graph is not None:
+            graph, self._graph = self._graph, None
+            loaded.holding.drop(graph)
+
+    def _results(self, loaded: _Loaded, n: int) -> dict[str, NDArray[Any]]:
+        results = {}
+        for name in loaded.outputs:
+            output = loaded.tensors[name].host[:n].copy()  # the next run writes over the memory it was copied to
+            if output.dtype.kind == "f" and not np.isfinite(output).all():
+                raise InferenceError("job.error", f"output {name!r} holds values that are no numbers")
+            results[name] = output.astype(np.float32) if output.dtype == np.float16 else output
+        return results
+
+    def _failed(self, loaded: _Loaded, what: str) -> InferenceError:
+        said = loaded.messages.errors()
+        loaded.messages.clear()
+        return InferenceError("job.error", f"TensorRT: {said[-1] if said else what}")
+
+    def describe(self) -> dict[str, Any]:
+        """What ran; see ``Runtime.describe``.
+
+        Beside the usual: ``engine`` (built, cached, or rebuilt and why), ``build`` (what its builder noted), ``cuda_graph`` and, when
+        there is none, ``cuda_graph_why``, ``compute_capability``, ``driver``.
+        """
+        said: dict[str, Any] = {
+            "runtime": self.name, "version": self.version, "provider": self.provider, "precision": self.precision, "threads": 0,
+            "batch": self._largest, "engine": self._built, "build": dict(self._notes), "cuda_graph": self._graph is not None,
+            "layers": dict(self._layers), "driver": self._driver,
+            "compute_capability": self._gpu.compute_capability if self._gpu else "",
+        }  # fmt: skip
+        if self._graph is None:
+            said["cuda_graph_why"] = self._no_graph or "not captured yet for this batch"
+        return said
+
+    def close(self) -> None:
+        """Free everything on the GPU."""
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None:
+            self._drop_graph(loaded)
+            loaded.release()
+
+
+def _gpu_index(candidate: Candidate) -> int:
+    named = _PROVIDER.fullmatch(candidate.provider)
+    if named is None:
+        raise InferenceError("job.error", f"TensorRT runs on GPU:0, not on {candidate.provider!r}")
+    return int(named[1])
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as error:
+        raise InferenceError("job.error", f"the model cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
