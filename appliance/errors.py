@@ -4,6 +4,7 @@
     ├── IngestError       a scan was refused at the door; the sender still has it
     │   └── PixelError    a stored scan whose pixels cannot be read
     ├── StoreError        the disk or the database failed; nothing was acknowledged
+    ├── VolumeError       a series is no volume: slices are missing or do not fit together
     ├── InferenceError    a job failed; it is retried, then poisoned
     ├── ActivationError   a model was not put to work; the one before it still reads
     └── ReportError       a result object could not be written
@@ -43,6 +44,10 @@ class PixelError(IngestError):
 
 class StoreError(ApplianceError):
     """The durable store failed; nothing was acknowledged and nothing half-written is visible."""
+
+
+class VolumeError(ApplianceError):
+    """The images of a series cannot be read as one volume; each of them is kept and can be viewed."""
 
 
 class InferenceError(ApplianceError):
