@@ -64,7 +64,7 @@ def test_runs_and_describes_itself(model: Path) -> None:
     assert np.array_equal(outputs["cam"], image)
     assert runtime.describe() == {
         "runtime": "onnxruntime", "version": runtime.version, "provider": "CPUExecutionProvider", "precision": "fp32", "threads": 1,
-        "batch": 1,
+        "batch": 1, "layers": {"f32": 2},
     }  # fmt: skip
     assert (runtime.name, runtime.precision, runtime.provider) == ("onnxruntime", "fp32", "CPUExecutionProvider")
     runtime.close()

@@ -1,0 +1,195 @@
+"""OpenVINO on the CPU.
+
+The precision is always forced to f32. As it comes, OpenVINO runs a float32 model in bfloat16 wherever the CPU can, without a word: twice as
+fast, with 8 bits of mantissa, in a precision that no gate of ours has seen. What was quantized runs in 8 bits all the same, because that
+stands in the graph. The hint does not tell what ran (f16 runs bf16), so every layer's precision is read from the compiled model, and a
+candidate that is not what it says is refused with ``runtime.precision``: an int8 file without one layer in 8 bits would be shown as int8
+and be no faster than the float model, which is the better choice then.
+
+Models are compiled for a fixed shape: with the batch left open the reference model takes up to half as long again, for ops that are not
+fused. One is compiled for a single image, which is what nearly always waits, and one for the candidate's batch; any other number is read
+as full batches and single images, as a batch gains little on a CPU.
+
+Threads are not pinned: the box's web process needs a core too, and a pinned thread would wait for it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from appliance.errors import InferenceError
+from appliance.runtime import Candidate, TensorSpec, Told
+from appliance.runtime.tensors import EIGHT_BITS, check_outputs, check_signature, checked_input, counted, failure
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from numpy.typing import NDArray
+
+# What moves or converts tensors is no layer of the model.
+_NO_LAYER: Final = frozenset({"Input", "Output", "Parameter", "Result", "Const", "Constant", "Reorder", "Reshape", "ShapeOf", "Transpose"})
+_WEIGHTED: Final = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul"})
+_SINK: Final = re.compile(r"/sink_port_\d+$")
+_NOISE: Final = ("Exception from ", "Check '", "While validating", "FrontEnd API failed", "Summary:")
+
+
+def import_openvino() -> ModuleType:
+    """OpenVINO without its model converter, which costs 90 ms and is what brings the telemetry in.
+
+    Raises:
+        ImportError: it is not installed, or cannot run here.
+    """
+    tools = "openvino.tools"
+    if "openvino" not in sys.modules:
+        sys.modules[tools] = None  # type: ignore[assignment]
+    try:
+        import openvino
+    finally:
+        if sys.modules.get(tools, ...) is None:
+            del sys.modules[tools]
+    module: ModuleType = openvino
+    return module
+
+
+def version() -> str:
+    """OpenVINO's version, without its build."""
+    return str(import_openvino().get_version()).split("-", 1)[0]
+
+
+class OpenVinoRuntime:
+    """A model compiled by OpenVINO; see ``appliance.runtime.Runtime``."""
+
+    name = "openvino"
+
+    def __init__(self, candidate: Candidate) -> None:
+        self._ov = import_openvino()
+        self.version = version()
+        self.precision = candidate.precision
+        self.provider = candidate.provider
+        self._candidate = candidate
+        self._spec_name = ""
+        self._shape: tuple[int, ...] = ()
+        self._requests: dict[int, Any] = {}
+        self._outputs: list[str] = []
+        self._layers: dict[str, int] = {}
+
+    def load(self, model_path: Path, input_spec: TensorSpec, *, cache: Path | None = None, told: Told | None = None) -> None:
+        """Compile, for one image and for the candidate's batch; see ``Runtime.load``."""
+        del cache
+        self._spec_name, self._shape = input_spec.name, tuple(input_spec.shape)
+        core = self._ov.Core()
+        if self.provider not in core.available_devices:
+            raise InferenceError("runtime.unavailable", f"OpenVINO has no {self.provider} here, only {', '.join(core.available_devices)}")
+        sizes = sorted({1, self._candidate.batch})
+        try:
+            for done, size in enumerate(sizes):
+                compiled = self._compile(core, model_path, size)
+                self._requests[size] = compiled.create_infer_request()
+                if told is not None:
+                    told((done + 1) / len(sizes))
+        except (RuntimeError, MemoryError, TypeError, ValueError) as error:  # what its bindings raise
+            raise failure("the model cannot be loaded", _last_line(error), error) from error
+        self.provider = ", ".join(compiled.get_property("EXECUTION_DEVICES"))
+        self._outputs = [output_name(output) for output in compiled.outputs]
+        self._look_at(compiled)
+
+    def _compile(self, core: Any, model_path: Path, size: int) -> Any:
+        model = core.read_model(model_path)
+        name = ", ".join(self._spec_name if self._spec_name in item.get_names() else item.get_any_name() for item in model.inputs)
+        first = model.inputs[0]
+        dims = [n.get_length() if n.is_static else None for n in first.partial_shape] if first.partial_shape.rank.is_static else []
+        check_signature(name, dims, first.element_type.get_type_name(), self._spec_name, self._shape, size)
+        model.reshape([size, *self._shape])
+        return core.compile_model(model, self.provider, self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "EXECUTION_MODE_HINT": "ACCURACY",  # nothing is quantized on the fly that is not quantized in the graph
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": "1",
+            "INFERENCE_NUM_THREADS": self._candidate.cores,
+            "ENABLE_CPU_PINNING": False,
+        }
+
+    def _look_at(self, compiled: Any) -> None:
+        """Count what will run, and refuse what is not the variant's precision."""
+        ran = layers_of(compiled)
+        self._layers = counted(precision for _, precision in ran)
+        if self._layers.get("bf16"):
+            raise InferenceError("runtime.precision", f"{self._layers['bf16']} layers run in bf16 though f32 was asked for")
+        weighted = [precision for kind, precision in ran if kind in _WEIGHTED]
+        if self.precision == "int8" and weighted and not EIGHT_BITS.intersection(weighted):
+            raise InferenceError(
+                "runtime.precision", f"int8 is what the file says; {len(weighted)} layers run in {weighted[0]}, none in 8 bits"
+            )
+
+    def warm_up(self) -> None:
+        """Run each compiled model once; see ``Runtime.warm_up``."""
+        for size in self._requests:
+            self.infer({self._spec_name: np.zeros((size, *self._shape), np.float32)})
+
+    def infer(self, inputs: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+        """Run the model; see ``Runtime.infer``."""
+        if not self._requests:
+            raise InferenceError("job.error", "the runtime is closed")
+        value = checked_input(inputs, self._spec_name, self._shape)
+        n, batch = len(value), self._candidate.batch
+        try:
+            if n in self._requests:
+                outputs = self._run(value)
+            else:
+                starts = [*range(0, n - n % batch, batch), *range(n - n % batch, n)]
+                parts = [self._run(value[start:end]) for start, end in zip(starts, [*starts[1:], n], strict=True)]
+                outputs = {name: np.concatenate([part[name] for part in parts]) for name in self._outputs}
+        except (RuntimeError, MemoryError) as error:
+            raise failure("OpenVINO", _last_line(error), error) from error
+        check_outputs(outputs, n)
+        return outputs
+
+    def _run(self, value: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        request = self._requests[len(value)]
+        request.set_input_tensor(self._ov.Tensor(value, shared_memory=True))
+        request.infer()
+        # Copied: the next inference writes into the same memory.
+        return {name: request.get_output_tensor(index).data.copy() for index, name in enumerate(self._outputs)}
+
+    def describe(self) -> dict[str, Any]:
+        """What ran; see ``Runtime.describe``."""
+        return {
+            "runtime": self.name,
+            "version": self.version,
+            "provider": self.provider,
+            "precision": self.precision,
+            "threads": self._candidate.cores,
+            "batch": self._candidate.batch,
+            "layers": dict(self._layers),
+        }
+
+    def close(self) -> None:
+        """Free the compiled models."""
+        self._requests.clear()
+
+
+def output_name(output: Any) -> str:
+    """An output's name in the ONNX graph, that of its Result; the tensor may have been given others by fused casts."""
+    named = _SINK.sub("", output.get_node().get_friendly_name())
+    return named if named in output.get_names() else str(output.get_any_name())
+
+
+def layers_of(compiled: Any) -> list[tuple[str, str]]:
+    """Kind and precision of each layer that a compiled model runs (``runtimePrecision`` of its runtime model), conversions left out."""
+    told = [op.get_rt_info() for op in compiled.get_runtime_model().get_ordered_ops()]
+    layers = [(info["layerType"].astype(str), info["runtimePrecision"].astype(str)) for info in told]
+    return [(kind, precision) for kind, precision in layers if kind not in _NO_LAYER]
+
+
+def _last_line(error: BaseException) -> str:
+    """The line of a message of OpenVINO that says something: the last, below places in its sources and what was checked there."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in reversed(lines) if line and not line.startswith(_NOISE)), type(error).__name__)

@@ -1,0 +1,89 @@
+"""What every adapter does alike: hold inputs and outputs against what they must be, count the layers that ran, word a failure."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from appliance.errors import InferenceError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_DETAIL_CHARS: Final = 200
+_DIRECTORY: Final = re.compile(r"(?<![\w./])/(?:[^\s/\"']+/)+")
+_OUT_OF_MEMORY: Final = ("bad_alloc", "bad allocation", "failed to allocate memory", "cannot allocate memory", "out of memory")
+EIGHT_BITS: Final = frozenset({"i8", "u8"})
+
+
+def checked_input(inputs: dict[str, NDArray[np.float32]], name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """The one tensor of a model's inputs, contiguous.
+
+    Args:
+        inputs: what the caller gave.
+        name: the input's name.
+        shape: of one image's tensor.
+
+    Raises:
+        InferenceError: ``job.error``: it is not float32 [n, *shape] with n of 1 or more, or it is not alone.
+    """
+    value = inputs.get(name)
+    if value is None or len(inputs) != 1 or value.dtype != np.float32 or value.shape[1:] != shape or not len(value):
+        raise InferenceError("job.error", f"the model takes {name!r} as float32 [n, {', '.join(map(str, shape))}]")
+    return value if value.flags.c_contiguous else np.ascontiguousarray(value)
+
+
+def check_outputs(outputs: dict[str, NDArray[Any]], n: int) -> None:
+    """Raise InferenceError, ``job.error``, when an output is not of ``n`` images, or holds what is no number."""
+    for name, output in outputs.items():
+        if output.shape[:1] != (n,):
+            raise InferenceError("job.error", f"output {name!r} has the shape {output.shape}")
+        if not np.isfinite(output).all():
+            raise InferenceError("job.error", f"output {name!r} holds values that are no numbers")
+
+
+def check_signature(name: str, shape: Iterable[int | None], kind: str, spec_name: str, spec_shape: tuple[int, ...], batch: int) -> None:
+    """Hold a model's input against the manifest's; a number in its shape must be the manifest's, what is open may be anything.
+
+    Args:
+        name: the input's name in the model, or its names when it has several.
+        shape: its shape; None where it is open.
+        kind: its type in the runtime's words.
+        spec_name: the name in the manifest.
+        spec_shape: one image's tensor in the manifest.
+        batch: how many images are to be read at once.
+
+    Raises:
+        InferenceError: ``job.error``: the model takes something else, or fewer images at once.
+    """
+    dims = list(shape)
+    if name != spec_name:
+        raise InferenceError("job.error", f"the model's inputs are {name!r}, the manifest says {spec_name!r}")
+    fits = len(dims) == 1 + len(spec_shape) and all(n is None or n == m for n, m in zip(dims[1:], spec_shape, strict=True))
+    if not fits or dims[0] not in (None, 1, batch) or kind not in ("tensor(float)", "f32"):
+        raise InferenceError("job.error", f"the model takes {kind} {dims}, the manifest says float {[1, *spec_shape]}")
+    if dims[0] not in (None, batch):
+        raise InferenceError("job.error", f"the model reads {dims[0]} image at once, not {batch}")
+
+
+def counted(precisions: Iterable[str]) -> dict[str, int]:
+    """How many layers ran in which precision, the most frequent first."""
+    return dict(Counter(precisions).most_common())
+
+
+def failure(what: str, text: str, error: BaseException) -> InferenceError:
+    """A runtime's own exception in our words: ``runtime.memory`` when it says so, else ``job.error``.
+
+    Args:
+        what: what was being done.
+        text: the part of its message that says something; directories of this machine are taken out.
+        error: the exception.
+    """
+    whole = str(error).lower()
+    if isinstance(error, MemoryError) or any(words in whole for words in _OUT_OF_MEMORY):
+        return InferenceError("runtime.memory", what)
+    return InferenceError("job.error", f"{what}: {_DIRECTORY.sub('', text)[:_DETAIL_CHARS]}")
