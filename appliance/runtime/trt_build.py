@@ -48,6 +48,8 @@ _OUT_OF_MEMORY: Final = re.compile(r"out\s?of\s?memory|MEM_ALLOC_FAILED|could no
 _NO_TACTIC: Final = re.compile(r"could not find any implementation", re.I)
 _TACTIC_TOO_LARGE: Final = re.compile(r"insufficient (?:memory|to use tactic)|memory is insufficient|Device request: ", re.I)
 
+_CODES: Final = ("job.error", "runtime.build", "runtime.memory", "runtime.unavailable")
+
 Told = Callable[[float], None]
 
 
@@ -178,20 +180,26 @@ class _Ear:
         self.notes: dict[str, Any] | None = None
 
     def line(self, line: bytes) -> None:
-        try:
-            message = json.loads(line)
-        except ValueError:
-            return  # what a library wrote there before it died
-        if "progress" in message:
+        message = _message(line)
+        if isinstance(message.get("progress"), (int, float)):
             self.monitored = True
             if self._told is not None:
                 self._told(min(1.0, float(message["progress"])))
+        elif isinstance(failed := message.get("failed"), dict) and failed.get("code") in _CODES:
+            raise InferenceError(failed["code"], plain(failed.get("detail", ""), 500))
+        elif isinstance(message.get("built"), dict):
+            self.notes = message["built"]
         elif "said" in message:
             self.last_words = plain(message["said"], 300)
-        elif "failed" in message:
-            raise InferenceError(str(message["failed"]["code"]), plain(message["failed"]["detail"], 500))
-        elif "built" in message:
-            self.notes = dict(message["built"])
+
+
+def _message(line: bytes) -> dict[str, Any]:
+    """A line of the builder's; empty when it is none: a library may have written there before it died."""
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return message if isinstance(message, dict) else {}
 
 
 def _crash(child: Child, last_words: str) -> InferenceError:

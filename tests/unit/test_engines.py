@@ -1,0 +1,173 @@
+"""Engines on the disk: what fits this box is read back, anything else is built again with its reason, and nothing crashes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from appliance.runtime import engines
+from appliance.runtime.engines import DeviceProfile
+
+PROFILE = DeviceProfile("NVIDIA Orin", "8.7", "10.3.0", "R36.4.3", "fp16", 4, (1, 224, 224), 2, "ab" * 32)
+ENGINE = bytes(range(256)) * 40
+
+
+def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+    path = engines.write(tmp_path, PROFILE, ENGINE, {"batch": 4})
+    found = engines.read(tmp_path, PROFILE)
+    assert (found.data, found.why, found.notes) == (ENGINE, "", {"batch": 4})
+    assert path.name == PROFILE.file_name
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [item.name for item in tmp_path.iterdir()] == [path.name]  # no part is left
+
+
+def test_nothing_there_is_no_reason(tmp_path: Path) -> None:
+    assert engines.read(tmp_path, PROFILE) == engines.Found(b"")
+    assert engines.read(tmp_path / "absent", PROFILE) == engines.Found(b"")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"gpu": "NVIDIA H200"}, "GPU NVIDIA Orin -> NVIDIA H200"),
+        ({"compute_capability": "9.0"}, "compute capability 8.7 -> 9.0"),
+        ({"tensorrt": "10.13.3"}, "TensorRT 10.3.0 -> 10.13.3"),
+        ({"driver": "R36.5.0"}, "driver R36.4.3 -> R36.5.0"),
+    ],
+)
+def test_engine_of_another_box_is_rebuilt(tmp_path: Path, change: dict[str, str], why: str, caplog: pytest.LogCaptureFixture) -> None:
+    engines.write(tmp_path, PROFILE, ENGINE, {})
+    now = replace(PROFILE, **change)
+    with caplog.at_level(logging.WARNING):
+        found = engines.read(tmp_path, now)
+    assert (found.data, found.why) == (b"", why)
+    assert why in caplog.text
+    engines.write(tmp_path, now, b"new", {})  # takes the place of the old one
+    assert engines.read(tmp_path, now).data == b"new"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"batch": 8}, {"precision": "int8"}, {"shape": (1, 512, 512)}, {"level": 3}, {"onnx_sha256": "cd" * 32}]
+)
+def test_another_model_or_way_is_another_file(tmp_path: Path, change: dict[str, object]) -> None:
+    engines.write(tmp_path, PROFILE, ENGINE, {})
+    other = replace(PROFILE, **change)  # type: ignore[arg-type]
+    assert engines.read(tmp_path, other) == engines.Found(b"")
+    assert other.file_name != PROFILE.file_name
+
+
+def test_engine_under_the_name_of_another(tmp_path: Path) -> None:
+    engines.write(tmp_path, PROFILE, ENGINE, {})
+    other = replace(PROFILE, onnx_sha256="cd" * 32)
+    (tmp_path / PROFILE.file_name).rename(tmp_path / other.file_name)
+    assert engines.read(tmp_path, other).why == "model changed"
+
+
+def test_key_covers_every_field() -> None:
+    changes: list[dict[str, object]] = [
+        {"gpu": "x"}, {"compute_capability": "x"}, {"tensorrt": "x"}, {"driver": "x"}, {"precision": "x"}, {"batch": 9}, {"shape": (9,)},
+        {"level": 9}, {"onnx_sha256": "x"},
+    ]  # fmt: skip
+    keys = {replace(PROFILE, **change).key for change in changes}  # type: ignore[arg-type]
+    assert len(keys | {PROFILE.key}) == 10
+    assert len(changes) == len(PROFILE.to_json())
+    assert DeviceProfile.from_json(PROFILE.to_json()) == PROFILE
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_damage_means_rebuild_and_never_a_crash(tmp_path: Path, data: st.DataObject) -> None:
+    path = engines.write(tmp_path, PROFILE, ENGINE[:64], {"batch": 4})
+    whole = path.read_bytes()
+    kind = data.draw(st.sampled_from(["flip", "cut", "longer", "other"]))
+    at = data.draw(st.integers(0, len(whole) - 1))
+    if kind == "flip":
+        bits = data.draw(st.integers(1, 255))
+        damaged = whole[:at] + bytes([whole[at] ^ bits]) + whole[at + 1 :]
+    elif kind == "cut":
+        damaged = whole[:at]
+    else:
+        extra = data.draw(st.binary(min_size=1, max_size=64))
+        damaged = whole + extra if kind == "longer" else whole[: data.draw(st.sampled_from([0, 8, 12]))] + extra
+    path.write_bytes(damaged)
+    found = engines.read(tmp_path, PROFILE)
+    assert found.data == b""
+    assert found.why.startswith("the stored engine is damaged (")
+
+
+@given(st.binary(max_size=200), st.sampled_from([b"", b"CEATRT1\n", b"CEATRT1\n\0\0\0\2{}"]))
+def test_parser_of_any_bytes(content: bytes, start: bytes) -> None:
+    try:
+        header, _ = engines.parse(start + content)
+    except ValueError:
+        return
+    assert isinstance(header, dict)
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(sorted(PROFILE.to_json())), value=_json, whole=_json)
+def test_header_with_a_profile_that_is_none(tmp_path: Path, name: str, value: object, whole: object) -> None:
+    """Signed with its own digest, and still no profile of ours: a header of another release."""
+    for profile in (PROFILE.to_json() | {name: value}, PROFILE.to_json() | {"more": value}, whole):
+        engines._pack(tmp_path / PROFILE.file_name, {"profile": profile}, ENGINE[:16])
+        found = engines.read(tmp_path, PROFILE)
+        assert (found.data == b"") == (profile != PROFILE.to_json())
+
+
+@pytest.mark.parametrize("what", ["directory", "pipe", "link"])
+def test_what_is_no_file_is_rebuilt_too(tmp_path: Path, what: str) -> None:
+    path = tmp_path / PROFILE.file_name
+    if what == "directory":
+        path.mkdir()
+    elif what == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    assert "damaged" in engines.read(tmp_path, PROFILE).why
+
+
+def test_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines.write(tmp_path, PROFILE, ENGINE, {})
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        engines.write(tmp_path, PROFILE, b"new", {})
+    assert engines.read(tmp_path, PROFILE).data == ENGINE
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_timings_are_the_gpus_whatever_was_built(tmp_path: Path) -> None:
+    assert engines.read_timings(tmp_path, PROFILE) == b""
+    engines.write_timings(tmp_path, PROFILE, b"conv")
+    assert engines.read_timings(tmp_path, replace(PROFILE, precision="int8", onnx_sha256="cd" * 32)) == b"conv"
+    assert engines.read_timings(tmp_path, replace(PROFILE, driver="R36.5.0")) == b""
+    (tmp_path / PROFILE.timings_name).write_bytes(b"CEATRT1\nrotten")
+    assert engines.read_timings(tmp_path, PROFILE) == b""
+
+
+def test_engines_of_no_installed_model_are_swept(tmp_path: Path) -> None:
+    gone = replace(PROFILE, onnx_sha256="cd" * 32)
+    kept = engines.write(tmp_path, PROFILE, ENGINE, {}).name
+    removed = engines.write(tmp_path, gone, ENGINE, {}).name
+    engines.write_timings(tmp_path, PROFILE, b"conv")
+    (tmp_path / "x.engine.1234.part").write_bytes(b"half")
+    (tmp_path / "somebody's.txt").write_text("not ours")
+    assert engines.sweep(tmp_path, [PROFILE.onnx_sha256]) == sorted([removed, "x.engine.1234.part"])
+    assert {item.name for item in tmp_path.iterdir()} == {kept, PROFILE.timings_name, "somebody's.txt"}
+    assert engines.sweep(tmp_path / "absent", []) == []
