@@ -1,0 +1,145 @@
+"""From the logits of a model of volumes to masks in the patient: which class each voxel is, and how many millilitres a class has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from appliance.errors import InferenceError
+from appliance.geometry import Grid
+from appliance.sliding import padded, slide, unpadded
+from appliance.volume import PreparedVolume, Series, mask_on_slices, prepare
+from model_sync.bundle import BACKGROUND, SlidingWindow
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from model_sync.bundle import GoldenVolume, Manifest, OutputSpec
+
+    Mask: TypeAlias = NDArray[np.uint8]
+    Tensors: TypeAlias = "dict[str, NDArray[np.float32]]"
+
+Infer: TypeAlias = "Callable[[Tensors], Tensors]"
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """What a model drew in a series.
+
+    Attributes:
+        mask: uint8 [slices, rows, columns] on the series' own pixels, slices in the order of their positions: index into ``classes``.
+        grid: where those are in the patient.
+        classes: the classes' names, background first.
+        volumes_ml: label -> millilitres, counted in the model's own voxels.
+    """
+
+    mask: Mask
+    grid: Grid
+    classes: tuple[str, ...]
+    volumes_ml: dict[str, float]
+
+
+def segment(
+    series: Series, manifest: Manifest, infer: Infer, *, batch: int = 1, told: Callable[[float], None] | None = None
+) -> Segmentation:
+    """Prepare a series, run a model over it and bring its mask back to the series' pixels.
+
+    Args:
+        series: the slices, in order.
+        manifest: of a model of volumes.
+        infer: ``Runtime.infer`` of the loaded model.
+        batch: how many windows it takes at a time.
+        told: called with the part (0 to 1) of the windows that are done.
+
+    Raises:
+        VolumeError: the volume cannot be prepared.
+        InferenceError: the model failed, or gave something else than the manifest says.
+    """
+    prepared = prepare(series, manifest.volume_input)
+    mask = classify_voxels(prepared, manifest, infer, batch=batch, told=told)
+    output = logits_of(manifest)
+    volumes = volumes_ml(mask, prepared.grid, output)
+    return Segmentation(mask_on_slices(mask, prepared.grid, series.grid), series.grid, tuple(output.classes or ()), volumes)
+
+
+def logits_of(manifest: Manifest) -> OutputSpec:
+    """The output that holds the logits."""
+    for output in manifest.outputs:
+        if output.kind == "segmentation_logits":
+            return output
+    raise InferenceError("job.error", "the model has no segmentation logits")
+
+
+def classify_voxels(
+    prepared: PreparedVolume, manifest: Manifest, infer: Infer, *, batch: int = 1, told: Callable[[float], None] | None = None
+) -> Mask:
+    """The class of every voxel of a prepared volume: the greatest logit's, uint8 [depth, height, width]."""
+    spec, output = manifest.volume_input, logits_of(manifest)
+    window, last = (spec.depth, spec.height, spec.width), spec.pipeline[-1]
+    classes = len(output.classes or ())
+
+    def run(tensor: NDArray[np.float32]) -> NDArray[np.float32]:
+        return checked(infer({spec.name: tensor}), output, classes)
+
+    if isinstance(last, SlidingWindow):
+        logits = slide(
+            prepared.values, window, run, classes=classes, overlap=last.overlap, weight=last.weight, fill=last.fill, batch=batch, told=told
+        )
+    else:
+        logits = run(prepared.values[None, None])[0]
+    return np.asarray(logits.argmax(axis=0), np.uint8)
+
+
+def checked(outputs: Tensors, output: OutputSpec, classes: int) -> NDArray[np.float32]:
+    """The logits among a model's outputs, [n, classes, depth, height, width]."""
+    logits = outputs.get(output.name)
+    if logits is None or logits.ndim != 5 or logits.shape[1] != classes:
+        shape = None if logits is None else logits.shape
+        raise InferenceError("job.error", f"output {output.name!r} has the shape {shape}, the manifest says {classes} classes")
+    return logits
+
+
+def volumes_ml(mask: Mask, grid: Grid, output: OutputSpec) -> dict[str, float]:
+    """Millilitres of each class but the background."""
+    names = output.classes or []
+    counts = np.bincount(mask.ravel(), minlength=len(names))
+    return {name: float(count) * grid.voxel_ml for name, count in zip(names, counts, strict=True) if name != BACKGROUND}
+
+
+def dice(first: Mask, second: Mask, value: int) -> float:
+    """How far two masks agree on one class: twice what they share by what they have; 1 where neither has any."""
+    a, b = first == value, second == value
+    together = int(a.sum()) + int(b.sum())
+    return 1.0 if together == 0 else 2.0 * int((a & b).sum()) / together
+
+
+def golden_tensor(golden: GoldenVolume, manifest: Manifest) -> tuple[NDArray[np.float32], Callable[[Tensors], float]]:
+    """A golden volume as the model is given it, in one window, and how far an answer is from the known one.
+
+    Returns:
+        float32 [1, 1, depth, height, width]; and a function from the model's outputs to the largest deviation of a label's Dice.
+
+    Raises:
+        InferenceError: ``job.error``: the volume is larger than one window.
+    """
+    spec, output = manifest.volume_input, logits_of(manifest)
+    where = Grid(golden.values.shape, golden.affine)
+    prepared = prepare(Series(golden.values, 1.0, 0.0, where, ()), spec)
+    window = (spec.depth, spec.height, spec.width)
+    if any(size > side for size, side in zip(prepared.values.shape, window, strict=True)):
+        raise InferenceError("job.error", f"the golden case {golden.name} is larger than one window")
+    last, names = spec.pipeline[-1], list(output.classes or ())
+    tensor = padded(prepared.values, window, last.fill if isinstance(last, SlidingWindow) else 0.0)[None, None]
+
+    def difference(outputs: Tensors) -> float:
+        logits = checked(outputs, output, len(names))
+        if not np.isfinite(logits).all():
+            return float("nan")
+        inside = unpadded(logits[0], prepared.values.shape)
+        mask = mask_on_slices(np.asarray(inside.argmax(axis=0), np.uint8), prepared.grid, where)
+        return max(abs(dice(mask, golden.mask, names.index(label)) - expected) for label, expected in golden.expected.items())
+
+    return tensor, difference
