@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sqlite3
 import time
 from collections.abc import Callable, Collection
@@ -25,7 +24,9 @@ from appliance.follow import Follower, learn
 from appliance.journal import Journal
 from appliance.ledger import PROVING
 from appliance.loading import Load, Loading, Ready
-from appliance.proof import Proof, plain
+from appliance.proof import Proof, order, plain
+from appliance.retune import Retuner
+from appliance.runtime.choice import Plan
 from appliance.store import Store
 from model_sync.bundle import Manifest
 
@@ -87,6 +88,7 @@ class Activator:
 
     Attributes:
         journal: the journal.
+        retuner: measures models at work again, when nothing else is to be done.
         held: digests of models that must not read any more, until somebody took over from them.
     """
 
@@ -108,6 +110,7 @@ class Activator:
         self.journal = Journal(store)
         exchange = Exchange(store, store.settings.exchange_dir) if store.settings.exchange_dir and follow else None
         self._follower = Follower(store, self.journal, exchange, clock) if exchange else None
+        self.retuner = Retuner(store, self.journal, load, take, clock)
         self._coming: _Coming | None = None
         self._takeovers: dict[str, _Takeover] = {}
         self._notes_left = True
@@ -117,20 +120,23 @@ class Activator:
     @property
     def busy(self) -> bool:
         """Whether there is anything to do now, other than to watch."""
-        return bool(
-            self._coming or self._takeovers or self._notes_left or self.journal.coming() or (self._follower and self._follower.busy)
-        )
+        following = self._follower is not None and self._follower.busy
+        coming = self._coming or self._takeovers or self._notes_left or self.journal.coming()
+        return bool(coming or following or self.retuner.busy)
 
     @property
     def proof_pid(self) -> int | None:
         """The process that proves a model now."""
         return self._coming.proof.pid if self._coming and self._coming.proof else None
 
-    def recover(self, at_work: Collection[str] = ()) -> None:
+    def recover(self, at_work: Collection[str] = ()) -> list[str]:
         """At a worker's start, before any model is loaded: a version the worker keeps dying of, or a withdrawn one, reads no more.
 
         Args:
             at_work: what the worker was reading with when it fell, see :meth:`Journal.at_work`; empty after an orderly end.
+
+        Returns:
+            Digests of the models that the worker fell over while it loaded them.
         """
         for row in self.journal.watched():
             self._count(row)
@@ -138,7 +144,8 @@ class Activator:
         if at_work and coming is not None and coming["self_test"] is None:  # it fell of what it read, not of the proof beside
             self.journal.pause([coming["id"]])
         active = [row["digest"] for row in self._store.models() if row["state"] == "active"]
-        for row in self.journal.worker_fell({*at_work, *self.journal.loading(active)}):
+        fell_over = self.journal.loading(active)
+        for row in self.journal.worker_fell({*at_work, *fell_over}):
             model = self._store.model(row["digest"])
             note = Note("activation.reboot_loop", f"{row['attempts']} falls of the worker without a finished case")
             self._takeovers[row["digest"]] = _Takeover(model, note, row["id"])
@@ -146,6 +153,7 @@ class Activator:
         while self._takeovers:
             self._take_over()
             time.sleep(_BUSY_TICK_S)
+        return fell_over
 
     def ready(self) -> None:
         """The worker has loaded its models, and lives."""
@@ -168,6 +176,7 @@ class Activator:
             if not self._takeovers:  # who takes over may be just whom the library wants
                 self._follow(lambda follower: follower.begin())
             self._step()
+            self.retuner.tick(free=not (self._coming or self._takeovers))
             if now >= self._next_judgement:
                 self._next_judgement = now + _JUDGE_EVERY_S
                 self._judge()
@@ -187,6 +196,7 @@ class Activator:
             self._coming.end()
             self._coming = None
         try:
+            self.retuner.stop()
             self.journal.pause(begun)
             if self._follower is not None:
                 self._follower.stop()
@@ -232,15 +242,9 @@ class Activator:
         if not self.journal.begin(row["id"]):
             return
         settings = self._store.settings
-        order = [
-            "appliance", "prove", "--data-dir", str(settings.data_dir), "--origin", row["origin"], "--digest", row["digest"],
-            "--threads", str(settings.worker_threads), "--memory-bytes", str(settings.process_memory_max_bytes),
-            "--reserve-bytes", str(settings.disk_reserve_bytes), "--parent", str(os.getpid()), "--keep", ",".join(self.journal.kept()),
-        ]  # fmt: skip
-        if row["precision"]:
-            order += ["--precision", row["precision"]]
+        line = order(settings, row["origin"], row["digest"], row["precision"], self.journal.kept())
         try:
-            self._coming = _Coming(row["id"], Proof(order, settings.activation_deadline_s))
+            self._coming = _Coming(row["id"], Proof(line, settings.activation_deadline_s))
         except OSError as error:  # no process to be had: an attempt like any other, begun again with the next tick
             self._log.error("the proof cannot be started", extra={"status": error.errno})
 
@@ -278,7 +282,7 @@ class Activator:
     def _beside(self, row: sqlite3.Row, coming: _Coming) -> None:
         """Load it in a thread, beside the one that reads."""
         if coming.loading is None:
-            coming.loading = Loading(self._load, row["digest"], json.loads(row["self_test"])["precision"])
+            coming.loading = Loading(self._load, row["digest"], Plan.of(None, json.loads(row["self_test"])))
         elif coming.loading.done():
             coming.ready = coming.loading.take()
 
@@ -325,7 +329,7 @@ class Activator:
             if row["digest"] in self._takeovers:
                 continue
             manifest, seen, trial = self._count(row)
-            bad = watch.out_of_bounds(seen, manifest.watch, json.loads(row["self_test"])["median_ms"])
+            bad = watch.out_of_bounds(seen, manifest.watch, watch.bound_ms(json.loads(row["self_test"])))
             if bad is not None and row["state"] == "good":
                 self.journal.alarmed(row["id"], trial, bad)
             elif bad is not None:
@@ -361,7 +365,8 @@ class Activator:
                 self._replace(digest, takeover, None)
             elif takeover.loading is None:
                 takeover.trying = successors[0]["digest"]
-                takeover.loading = Loading(self._load, takeover.trying, successors[0]["precision"])
+                plan = Plan.of(successors[0]["precision"], json.loads(successors[0]["self_test"]))
+                takeover.loading = Loading(self._load, takeover.trying, plan)
             elif takeover.loading.done():
                 self._try(digest, takeover, takeover.loading, successors[0]["digest"])
 

@@ -41,6 +41,11 @@ def place(data_dir: Path, digest: str) -> Path:
     return data_dir / "models" / digest
 
 
+def engines(data_dir: Path) -> Path:
+    """Where engines and timing caches are kept that were built on this box; whatever is in it can be built again."""
+    return data_dir / "engines"
+
+
 def own_copy(data_dir: Path, digest: str) -> ModelBundle:
     """The box's own copy of a model, its digests checked; raises ActivationError."""
     bundle = load(place(data_dir, digest))

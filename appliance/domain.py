@@ -175,7 +175,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Job:
-    """A claimed job: what the worker needs to do it, under a lease."""
+    """A claimed job: what the worker needs to do it, under a lease; ``priority`` above 0 is urgent, ``tried``: not the first time."""
 
     id: int
     kind: JobKind
@@ -185,6 +185,8 @@ class Job:
     lease_owner: str
     notes: tuple[Note, ...]
     scope_code: str = ""
+    priority: int = 0
+    tried: bool = False
 
 
 @dataclass(frozen=True)

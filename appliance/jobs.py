@@ -102,6 +102,10 @@ class JobQueue:
             if successor is not None and verdict is not None and verdict.refusal is None:
                 tx.execute("DELETE FROM jobs WHERE id = ?", (job["id"],))
                 self._add_job(tx, JobKind.INFER, image["id"], successor, verdict.notes, "")
+                tx.execute(
+                    "UPDATE jobs SET priority = ? WHERE instance_id = ? AND model_digest = ? AND priority < ?",
+                    (job["priority"], image["id"], successor, job["priority"]),
+                )
             else:
                 tx.execute(
                     "UPDATE jobs SET state = 'done', outcome = ?, reason = ?, scope_code = 'scope.no_model', finished_at = ?,"
@@ -132,39 +136,69 @@ class JobQueue:
 
     # -- jobs --------------------------------------------------------------------------------------------------------
 
-    def claim_job(self, owner: str, lease_s: float, held: Collection[str] = ()) -> Job | None:
+    def claim_job(self, owner: str, lease_s: float, held: Collection[str] = (), *, urgent: bool = False) -> Job | None:
         """Take the next job under a lease: urgent first, then oldest. Expired leases go back to the queue before.
 
         Args:
             owner: who takes it.
             lease_s: for how long.
             held: digests of models that must not read now; their jobs wait.
+            urgent: take an urgent one or none; expired leases are left alone.
 
         Returns:
             None when the queue is empty.
         """
         now = time.time()
         waiting = self.database.one(
-            "SELECT EXISTS (SELECT 1 FROM jobs WHERE state = 'queued')"
+            "SELECT EXISTS (SELECT 1 FROM jobs WHERE state = 'queued' AND priority > ?)"
             " OR EXISTS (SELECT 1 FROM jobs WHERE state = 'running' AND lease_until < ?) AS n",
-            now,
+            0 if urgent else -1,
+            0 if urgent else now,
         )
         if waiting is None or not waiting["n"]:
             return None
         with self.database.transaction(durable=False) as tx:  # a claim that a power cut forgets is a job still queued
-            self._release(tx, tx.execute("SELECT * FROM jobs WHERE state = 'running' AND lease_until < ?", (now,)).fetchall(), now)
+            if not urgent:
+                self._release(tx, tx.execute("SELECT * FROM jobs WHERE state = 'running' AND lease_until < ?", (now,)).fetchall(), now)
             row = tx.execute(
-                "SELECT * FROM jobs WHERE state = 'queued' AND model_digest NOT IN (SELECT value FROM json_each(?))"
+                "SELECT * FROM jobs WHERE state = 'queued' AND priority > ? AND model_digest NOT IN (SELECT value FROM json_each(?))"
                 " ORDER BY priority DESC, id LIMIT 1",
-                (json.dumps(list(held)),),
+                (0 if urgent else -1, json.dumps(list(held))),
             ).fetchone()
-            if row is None:
-                return None
-            tx.execute(
-                "UPDATE jobs SET state = 'running', attempts = attempts + 1, lease_owner = ?, lease_until = ?, claimed_at = ? WHERE id = ?",
-                (owner, now + lease_s, now, row["id"]),
-            )
-            self._set_state(tx, row["instance_id"], ScanState.RUNNING, None)
+            return None if row is None else self._lease(tx, row, owner, now, now + lease_s)
+
+    def claim_company(self, job: Job, most: int, lease_s: float) -> list[Job]:
+        """Take more jobs of the model of a claimed one, to be read together with it; its own lease becomes theirs.
+
+        Only what is queued now is taken, never waited for. What is urgent, or was tried before (whoever may have ended the worker must
+        not do so to others), is read alone; and while something urgent waits, nobody gathers company.
+
+        Args:
+            job: a job claimed just now.
+            most: how many more at most.
+            lease_s: for how long, for all of them.
+        """
+        if job.kind is not JobKind.INFER or job.tried or job.priority > 0 or self.settings.job_max_attempts < 2:
+            return []
+        now = time.time()
+        with self.database.transaction(durable=False) as tx:
+            if tx.execute("SELECT 1 FROM jobs WHERE state = 'queued' AND priority > 0 LIMIT 1").fetchone():
+                return []
+            rows = tx.execute(
+                "SELECT * FROM jobs WHERE state = 'queued' AND kind = ? AND model_digest = ? AND priority = 0 AND attempts = 0"
+                " AND reason IS NULL ORDER BY id LIMIT ?",
+                (job.kind.value, job.model_digest, most),
+            ).fetchall()
+            if rows:
+                tx.execute("UPDATE jobs SET lease_until = ? WHERE id = ?", (now + lease_s, job.id))
+            return [self._lease(tx, row, job.lease_owner, now, now + lease_s) for row in rows]
+
+    def _lease(self, tx: sqlite3.Connection, row: sqlite3.Row, owner: str, now: float, until: float) -> Job:
+        tx.execute(
+            "UPDATE jobs SET state = 'running', attempts = attempts + 1, lease_owner = ?, lease_until = ?, claimed_at = ? WHERE id = ?",
+            (owner, until, now, row["id"]),
+        )
+        self._set_state(tx, row["instance_id"], ScanState.RUNNING, None)
         return Job(
             row["id"],
             JobKind(row["kind"]),
@@ -174,7 +208,26 @@ class JobQueue:
             owner,
             _notes(row["notes"]),
             row["scope_code"],
+            row["priority"],
+            row["attempts"] > 0 or row["reason"] is not None,
         )
+
+    def make_urgent(self, study_id: int, actor: str) -> int:
+        """STAT: what waits of a study is read before everything else, and waits for no batch. Returns how many jobs that concerns.
+
+        Images of the study that are not planned yet are planned at once.
+        """
+        self.close_series([row["id"] for row in self.database.query("SELECT id FROM series WHERE study_id = ? AND open = 1", study_id)])
+        with self.database.transaction() as tx:
+            changed = tx.execute(
+                "UPDATE jobs SET priority = 1 WHERE state = 'queued' AND priority < 1 AND instance_id IN"
+                " (SELECT i.id FROM instances i JOIN series s ON s.id = i.series_id WHERE s.study_id = ?)",
+                (study_id,),
+            ).rowcount
+            if changed:
+                Database.audit(tx, db.APPLICATION_ACTIVITY, actor, "E", f"study:{study_id}", urgent=changed)
+                tx.execute("UPDATE studies SET revision = ? WHERE id = ?", (next_revision(tx), study_id))
+        return changed
 
     def recover_jobs(self) -> int:
         """Give back every running job, whatever its lease: for the one worker that holds the worker lock, at its start."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from appliance.errors import ActivationError, ApplianceError
 
 if TYPE_CHECKING:
+    from appliance.runtime.choice import Plan
     from model_sync.bundle import Manifest
 
 LOAD_DEADLINE_S: Final = 120.0
@@ -29,28 +30,28 @@ class Ready(Protocol):
         ...
 
 
-Load = Callable[[str, "str | None"], Ready]
+Load = Callable[[str, "Plan"], Ready]
 
 
 class Loading:
     """A model that is being loaded in a thread; one that hangs is left behind.
 
     Args:
-        load: loads the box's own copy of a digest in a precision; uses no database.
+        load: loads the box's own copy of a digest as planned; uses no database.
         digest: which model.
-        precision: which variant.
+        plan: what was chosen to run it.
     """
 
-    def __init__(self, load: Load, digest: str, precision: str | None) -> None:
+    def __init__(self, load: Load, digest: str, plan: Plan) -> None:
         self._ready: Ready | None = None
         self._error = ActivationError("model.self_test", "it could not be loaded")
         self._limit = time.monotonic() + LOAD_DEADLINE_S
-        self._thread = threading.Thread(target=self._run, args=(load, digest, precision), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(load, digest, plan), daemon=True)
         self._thread.start()
 
-    def _run(self, load: Load, digest: str, precision: str | None) -> None:
+    def _run(self, load: Load, digest: str, plan: Plan) -> None:
         try:
-            self._ready = load(digest, precision)
+            self._ready = load(digest, plan)
         except (ApplianceError, OSError) as error:
             self._error = ActivationError(getattr(error, "code", "store.failed"), getattr(error, "detail", str(error)))
         except MemoryError:

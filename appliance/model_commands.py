@@ -181,7 +181,7 @@ def prove(arguments: argparse.Namespace) -> int:
     keep = [digest for digest in arguments.keep.split(",") if digest]
     order = Order(
         arguments.data_dir, arguments.origin, arguments.digest, arguments.precision, arguments.threads, arguments.memory_bytes, keep,
-        arguments.parent, arguments.reserve_bytes,
+        arguments.parent, arguments.reserve_bytes, arguments.tune, arguments.deadline_s, arguments.measuring_s, arguments.triton_url,
     )  # fmt: skip
     return run_proof(order)
 
@@ -195,4 +195,8 @@ def add_prove_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-bytes", type=int, required=True, help="cap of private memory")
     parser.add_argument("--reserve-bytes", type=int, default=0, help="room that stays free on the disk, for scans")
     parser.add_argument("--keep", default="", help="digests whose copies stay, separated by commas")
+    parser.add_argument("--tune", action="store_true", help="measure every way this box has of running it")
+    parser.add_argument("--deadline-s", type=float, default=1800.0, help="for all of it")
+    parser.add_argument("--measuring-s", type=float, default=60.0, help="of that for measuring, engine builds apart")
+    parser.add_argument("--triton-url", default="", help="address of a Triton server")
     parser.add_argument("--parent", type=int, required=True, help="number of the process to die with")

@@ -7,6 +7,7 @@ a worker runs it does all that; where none does, this process takes the worker's
 from __future__ import annotations
 
 import hashlib
+import json
 import sqlite3
 import time
 from collections.abc import Callable
@@ -26,8 +27,10 @@ from appliance.follow import learn
 from appliance.journal import Journal, Wanted
 from appliance.ledger import LASTING, PROVING
 from appliance.process import Lock, held_by_another
+from appliance.runtime.choice import Plan
 from appliance.signal import wake
 from appliance.store import Store
+from appliance.tunings import Tuning, Tunings
 from model_sync.bundle import MANIFEST_NAME, Manifest, ModelBundle
 
 REFERENCE_BUNDLE: Final = "cxr-pneumonia"
@@ -65,7 +68,7 @@ def activate(
         store: the box's store.
         directory: the bundle.
         actor: who asked for it, for the audit.
-        precision: variant to run; the most exact when None.
+        precision: variant to run; what is measured to be fastest, or the most exact, when None.
         again: try it though it failed on this device before.
         told: called with the journal's entry as it goes on.
 
@@ -116,7 +119,10 @@ def rollback(store: Store, name: str | None, actor: str, told: Told | None = Non
         raise ActivationError(note.code, note.detail)
     to = successors[0]
     origin = copies.place(store.settings.data_dir, to["digest"])
-    wanted = Wanted(to["name"], to["version"], to["digest"], "hand", origin, actor, to["precision"], "rollback")
+    chosen = Plan.of(to["precision"], json.loads(to["self_test"]))
+    by_hand = chosen.candidate is None or chosen.reason.code == "choice.by_hand" or not store.settings.tune_at_activation
+    precision = to["precision"] if by_hand else None  # what was measured then is measured again: the box may have changed since
+    wanted = Wanted(to["name"], to["version"], to["digest"], "hand", origin, actor, precision, "rollback")
     return drive(store, journal.enter(wanted), told)
 
 
@@ -143,8 +149,59 @@ def drive(store: Store, number: int, told: Told | None = None) -> str:
         ActivationError: it failed, with the coded reason.
     """
     journal, say = Journal(store), told or (lambda _row: None)
-    while (row := journal.row(number))["state"] in PROVING:
+
+    def done() -> bool:
+        row = journal.row(number)
         say(row)
+        return row["state"] not in PROVING
+
+    _see_through(store, done)
+    row = journal.row(number)
+    if row["state"] not in ("trial", "good"):
+        raise ActivationError(*journal.reason(row))
+    return str(row["digest"])
+
+
+def tune(store: Store, name: str | None, actor: str, told: Callable[[Tuning], None] | None = None) -> list[str]:
+    """Measure again how the models at work run best on this box, and run them so; nothing stops reading meanwhile.
+
+    Args:
+        store: the box's store.
+        name: the line; all lines when None.
+        actor: who asked for it.
+        told: called with each measuring as it goes on.
+
+    Returns:
+        The digests of the models.
+
+    Raises:
+        ActivationError: ``model.unknown``: no model is active, or none of that line; or why a measuring failed, in which case the
+            model is run as before.
+    """
+    rows = [row for row in store.models() if row["state"] == "active" and name in (None, row["name"])]
+    if not rows:
+        raise ActivationError("model.unknown", f"{name}: no model is active" if name else "no model is active")
+    tunings, say = Tunings(store.database), told or (lambda _tuning: None)
+    for row in sorted(rows, key=lambda row: str(row["name"])):
+        tunings.ask(row["digest"], row["name"], actor)
+
+    def done() -> bool:
+        known = [item for row in rows if (item := tunings.of(row["digest"])) is not None]
+        for item in known:
+            say(item)
+        return not any(item.open for item in known)
+
+    _see_through(store, done)
+    for row in rows:
+        item = tunings.of(row["digest"])
+        if item is not None and item.state == "failed":
+            raise ActivationError(item.reason.code if item.reason else "model.self_test", item.reason.detail if item.reason else "")
+    return [str(row["digest"]) for row in rows]
+
+
+def _see_through(store: Store, done: Callable[[], bool]) -> None:
+    """Wait until something is done: by the box's worker where one runs, else by doing it here."""
+    while not done():
         try:
             lock = None if _box_runs(store) else Lock(store.settings.data_dir, "worker")
         except ApplianceError:  # a worker without a supervisor: it does the work, and if it dies, the next one or we
@@ -154,25 +211,20 @@ def drive(store: Store, number: int, told: Told | None = None) -> str:
             time.sleep(_ASK_WORKER_S)
             continue
         try:
-            _drive_here(store, number, say)
+            _do_here(store, done)
         finally:
             lock.release()
-    say(row)
-    if row["state"] not in ("trial", "good"):
-        raise ActivationError(*journal.reason(row))
-    return str(row["digest"])
 
 
-def _drive_here(store: Store, number: int, say: Told) -> None:
+def _do_here(store: Store, done: Callable[[], bool]) -> None:
     data_dir = store.settings.data_dir
 
-    def whole(digest: str, _precision: str | None) -> Whole:
+    def whole(digest: str, _plan: Plan) -> Whole:
         return Whole(copies.own_copy(data_dir, digest).manifest, digest)
 
     activator = Activator(store, whole, follow=False)
     try:
-        while (row := activator.journal.row(number))["state"] in PROVING:
-            say(row)
+        while not done():
             activator.tick()
             time.sleep(_POLL_S)
             if _box_runs(store):  # it was started meanwhile: its worker needs the lock more, scans may wait

@@ -15,7 +15,11 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from appliance.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +123,27 @@ class Child:
         """A child that nobody listens to any more does not go on."""
         if self._process.poll() is None:
             self.end()
+
+
+def order(settings: Settings, origin: Path | str, digest: str, precision: str | None, keep: Sequence[str]) -> list[str]:
+    """The arguments of a proof on this box.
+
+    Args:
+        settings: the box's.
+        origin: the bundle's directory.
+        digest: which model it has to be.
+        precision: the variant asked for by hand; None lets the measuring choose, or takes the most exact.
+        keep: digests whose copies stay.
+    """
+    line = [
+        "appliance", "prove", "--data-dir", str(settings.data_dir), "--origin", str(origin), "--digest", digest,
+        "--threads", str(settings.worker_threads), "--memory-bytes", str(settings.process_memory_max_bytes),
+        "--reserve-bytes", str(settings.disk_reserve_bytes), "--parent", str(os.getpid()), "--keep", ",".join(keep),
+        "--deadline-s", str(settings.activation_deadline_s), "--measuring-s", str(settings.tune_measuring_s),
+    ]  # fmt: skip
+    line += ["--tune"] if settings.tune_at_activation else []
+    line += ["--triton-url", settings.triton_url] if settings.triton_url else []
+    return [*line, "--precision", precision] if precision else line
 
 
 class Proof(Child):

@@ -18,18 +18,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from appliance import copies
+from appliance import copies, device
+from appliance.domain import Note, utc_now
 from appliance.errors import ActivationError, ApplianceError, InferenceError
 from appliance.process import die_with_parent, limit_memory
 from model_sync.errors import BundleError
 
 if TYPE_CHECKING:
-    from appliance.runtime import Runtime
-    from model_sync.bundle import GoldenCase, ModelBundle, Variant
+    from model_sync.bundle import ModelBundle
 
 NICENESS: Final = 10
 _TIMINGS: Final = 5
 _REPORT_EVERY_S: Final = 0.2
+# Of the time for the whole proof, so much is for measuring: what is over when it ends is taken, before the proof itself is late.
+_MEASURING_SHARE: Final = 0.9
+# What ends every candidate's try in the same way is the proof's own end; all else is a self-test that was not passed.
+_CODES: Final = {"runtime.deadline": "activation.deadline", "runtime.memory": "activation.memory"}
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -48,6 +52,10 @@ class Order:
         keep: digests whose copies stay on the disk.
         parent: the process to die with.
         reserve_bytes: what stays free on the disk, for the scans that come in.
+        tune: measure every way this box has of running it; the plain one is taken when not.
+        deadline_s: for the whole proof.
+        measuring_s: of that for measuring, engine builds apart.
+        triton_url: address of the Triton server of the place; none when empty.
     """
 
     data_dir: Path
@@ -59,6 +67,10 @@ class Order:
     keep: list[str]
     parent: int
     reserve_bytes: int = 0
+    tune: bool = False
+    deadline_s: float = 1800.0
+    measuring_s: float = 60.0
+    triton_url: str = ""
 
 
 def run(order: Order) -> int:
@@ -92,23 +104,27 @@ def _private_output() -> Tell:
 
 
 def prove(order: Order, tell: Tell) -> dict[str, Any]:
-    """Copy a bundle to the box, build it and run its golden cases.
+    """Copy a bundle to the box, build it, run its golden cases, and measure how it runs best.
 
     Returns:
-        ``precision``, ``runtime``, ``details`` (what the runtime says it runs on), ``max_difference`` per golden case, and what was
-        measured: ``median_ms`` and ``worst_ms`` of an inference, ``peak_rss_bytes``, ``load_ms``.
+        ``precision``, ``runtime``, ``details`` (what the runtime says it runs on), ``max_difference`` per golden case, what was
+        measured (``median_ms`` and ``worst_ms`` of an inference, ``peak_rss_bytes``, ``load_ms``), and how it came to be run that way:
+        ``choice`` (the candidate), ``reason``, ``table`` (all that was tried), ``tuned_at`` and the device's ``profile``.
 
     Raises:
         ActivationError: why this model may not read patients on this box.
     """
+    limit = time.monotonic() + order.deadline_s
     copies.sweep(order.data_dir, [*order.keep, order.digest])
     bundle = copies.install(order.data_dir, order.origin, order.digest, _Progress("staged", tell), order.reserve_bytes)
     try:
-        return _measure(bundle, bundle.variant(order.precision), order.threads, tell)
+        report = _tuned(bundle, order, limit, tell) if order.tune else _plain(bundle, order, tell)
     except InferenceError as error:
-        raise ActivationError("model.self_test", error.detail) from error
+        what = error.detail if error.code in ("job.error", "tune.wrong", *_CODES) else f"{error.code}: {error.detail}"
+        raise ActivationError(_CODES.get(error.code, "model.self_test") if order.tune else "model.self_test", what) from error
     except BundleError as error:
         raise ActivationError("model.invalid", error.message, hint=error.hint) from error
+    return report | {"tuned_at": utc_now(), "profile": device.profile()}
 
 
 class _Progress:
@@ -124,57 +140,72 @@ class _Progress:
             self._next = time.monotonic() + _REPORT_EVERY_S
 
 
-def _measure(bundle: ModelBundle, variant: Variant, threads: int, tell: Tell) -> dict[str, Any]:
+def _tuned(bundle: ModelBundle, order: Order, limit: float, tell: Tell) -> dict[str, Any]:
+    """Everything measured, the fastest that is right taken."""
+    from appliance.runtime.available import available
+    from appliance.runtime.tune import Limits, Subject, tune
+
+    progress: dict[str, _Progress] = {}
+
+    def told(state: str, done: float) -> None:
+        if state not in progress:
+            progress[state] = _Progress(state, tell)
+        progress[state](done)
+
+    told("building", 0.0)
+    limits = Limits(_MEASURING_SHARE * (limit - time.monotonic()), order.measuring_s, order.memory_bytes)
+    choice = tune(
+        Subject.of_bundle(bundle, order.precision), threads=order.threads, runtimes=available(order.triton_url or None),
+        cache=copies.engines(order.data_dir), limits=limits, told=told, by_hand=order.precision is not None,
+    )  # fmt: skip
+    row, details = choice.chosen, choice.details
+    return {
+        "precision": choice.candidate.precision, "runtime": f"{details.get('runtime')} {details.get('version')}", "details": dict(details),
+        "max_difference": dict(choice.differences), "median_ms": row.median_ms, "worst_ms": row.worst_ms or row.median_ms,
+        "load_ms": row.load_ms, "peak_rss_bytes": row.peak_rss_bytes, "choice": choice.candidate.to_json(),
+        "reason": choice.reason.to_json(), "table": [item.to_json() for item in choice.table],
+    }  # fmt: skip
+
+
+def _plain(bundle: ModelBundle, order: Order, tell: Tell) -> dict[str, Any]:
+    """Nothing but the plain candidate, in this very process: every box can do that."""
     import numpy as np
 
+    from appliance.golden import cases
     from appliance.runtime import open_runtime, plain_candidate
+    from appliance.runtime.choice import plain_variant
 
     _Progress("building", tell)
+    variant = plain_variant(bundle, order.precision)
+    candidate = plain_candidate(variant, order.threads)
     started = time.perf_counter()
-    runtime = open_runtime(bundle.path(variant.file), bundle.manifest.input, plain_candidate(variant, threads))
+    runtime = open_runtime(bundle.path(variant.file), bundle.manifest.input, candidate)
     load_ms = (time.perf_counter() - started) * 1000
+    latencies: list[float] = []
+
+    def infer(tensor: Any) -> Any:
+        begun = time.perf_counter()
+        outputs = runtime.infer({bundle.manifest.input.name: tensor})
+        latencies.append((time.perf_counter() - begun) * 1000)
+        return outputs
+
     try:
-        progress, latencies = _Progress("self-test", tell), []
+        progress, golden = _Progress("self-test", tell), cases(bundle)
         differences: dict[str, float] = {}
-        for case in bundle.golden_cases():
-            difference, latency_ms = _try_case(runtime, bundle, case, repeat=max(1, _TIMINGS // len(bundle.manifest.golden)))
-            allowed = case.tolerance[variant.precision]
+        for case in golden:
+            difference, allowed = case.difference(infer), case.tolerance[variant.precision]
             if not difference <= allowed:  # also true for NaN
                 raise ActivationError("model.self_test", f"{case.name}: off by {difference:.4g}, allowed {allowed:g}")
+            for _ in range(_TIMINGS // len(golden) - 1):
+                infer(case.tensor)
             differences[case.name] = difference
-            latencies += latency_ms
-            progress(len(differences) / len(bundle.manifest.golden))
+            progress(len(differences) / len(golden))
         return {
             "precision": variant.precision, "runtime": f"{runtime.name} {runtime.version}", "details": runtime.describe(),
             "max_difference": differences, "median_ms": float(np.median(latencies)), "worst_ms": max(latencies), "load_ms": load_ms,
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "choice": candidate.to_json(),
+            "reason": Note("choice.by_hand", order.precision or "").to_json() if order.precision else Note("choice.untuned").to_json(),
+            "table": [],
         }  # fmt: skip
     finally:
         runtime.close()
-
-
-def _try_case(runtime: Runtime, bundle: ModelBundle, case: GoldenCase, repeat: int) -> tuple[float, list[float]]:
-    """One golden case the real way (resize, infer, classify).
-
-    Returns:
-        The largest difference: of its probabilities, and of its activation map relative to the map's range; and the times (ms).
-    """
-    import numpy as np
-
-    from appliance.postprocess import classify
-    from appliance.preprocess import from_display
-
-    manifest = bundle.manifest
-    prepared = from_display(case.pixels, manifest.image_input)
-    latencies = []
-    for _ in range(repeat):
-        started = time.perf_counter()
-        outputs = runtime.infer({manifest.input.name: prepared.tensor})
-        latencies.append((time.perf_counter() - started) * 1000)
-    scored = {label.label: label.score for label in classify(outputs, manifest, prepared.geometry)}
-    worst = max(abs(scored[label] - expected) for label, expected in case.expected.items())
-    if manifest.explain is not None and case.cam is not None:
-        cam = outputs[manifest.explain.output]
-        span = float(np.ptp(case.cam)) or 1.0
-        worst = max(worst, float(np.max(np.abs(cam - case.cam))) / span)
-    return worst, latencies

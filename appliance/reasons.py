@@ -10,6 +10,7 @@ from typing import Final, Literal
 
 from appliance.model_reasons import MODEL_REASONS, Reason
 from appliance.runtime_reasons import RUNTIME_REASONS
+from appliance.tune_reasons import TUNE_REASONS
 from appliance.volume_reasons import VOLUME_REASONS
 
 __all__ = ["REASONS", "Language", "Reason", "hint", "text"]
@@ -174,6 +175,7 @@ REASONS: Final[dict[str, Reason]] = {
         "Do not use this image; call the technician.",
     ),
     **MODEL_REASONS,
+    **TUNE_REASONS,
     **RUNTIME_REASONS,
     **VOLUME_REASONS,
     "settings.invalid": Reason(

@@ -50,6 +50,9 @@ class Settings(BaseModel):
     exchange_dir: Path | None = Field(None, description="Directory shared with the sync agent: bundles in, status out.")
     library_root: Path | None = Field(None, description="The library's first root.json; with it only signed models are put to work.")
     activation_deadline_s: float = Field(1800.0, gt=0, description="Longest a new model may take to build and prove itself.")
+    tune_at_activation: bool = Field(True, description="Measure every way this box has of running a new model, and take the fastest.")
+    tune_measuring_s: float = Field(60.0, gt=0, description="Longest that measuring may take, engine builds apart.")
+    triton_url: str = Field("", description="Address of a Triton inference server of the place (host:port); empty for none.")
     session_idle_s: float = Field(30 * 60.0, gt=0, description="Silence after which a person is logged out.")
     session_absolute_s: float = Field(12 * 3600.0, gt=0, description="Longest a login lasts.")
 

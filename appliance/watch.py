@@ -108,6 +108,11 @@ def out_of_bounds(seen: Statistics, watch: Watch, self_test_ms: float) -> Note |
     return None
 
 
+def bound_ms(report: dict[str, Any]) -> float:
+    """What the latency is held against: the self-test's, or that of a slower way it was run since through no fault of the model's."""
+    return float(max(report["median_ms"], report.get("watch_ms", 0.0)))
+
+
 def is_over(seen: Statistics, watch: Watch, since: str, now: datetime | None = None) -> bool:
     """Whether the trial has lasted long enough: enough cases, or enough hours with a case at least; never while too much of it failed."""
     if seen.failures > watch.max_failure_fraction * (seen.cases + seen.failures):

@@ -1,42 +1,34 @@
 """The worker process: the only one that decodes for a model and touches the accelerator. One job at a time, under a lease.
 
+Where this box measured a batch to be faster, as many of one model as it holds, with urgent ones before and in between.
+
 A job that hangs, in Python or in native code, is ended by the kernel: ``setitimer`` with the default SIGALRM kills the whole
 process whatever holds the interpreter, the supervisor starts a new one, and the job is retried or poisoned from its lease.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
 import signal
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final, TypeVar
 
-import pydicom
-from pydicom.filebase import DicomBytesIO
-
-from appliance import copies
 from appliance.activation import Activator
-from appliance.domain import Finding, Job, JobKind, JobResult, Note, ScanState
-from appliance.errors import ApplianceError, InferenceError, PixelError, StoreError
-from appliance.ingest import PARSE_ERRORS
-from appliance.pixels import decode_frame, iter_frames
-from appliance.postprocess import ScoredLabel, classify
-from appliance.preprocess import quality, to_tensor
+from appliance.batching import Batch
+from appliance.domain import Job, JobKind, JobResult, Note, ScanState
+from appliance.errors import ApplianceError, PixelError, StoreError
+from appliance.loaded import Loaded
+from appliance.pixels import iter_frames
 from appliance.process import Lock, give_back_memory
-from appliance.runtime import Runtime, open_runtime, plain_candidate
+from appliance.reading import Timer, conclude, dataset_of, prepare
+from appliance.runtime.choice import Plan
 from appliance.settings import Settings
 from appliance.signal import Bell
 from appliance.store import Store
-from appliance.watch import BEFORE_MODEL
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from model_sync.bundle import Manifest, ModelBundle
 
 logger = logging.getLogger(__name__)
 
@@ -46,43 +38,8 @@ _CHECK_SHARE: Final = 0.3
 _BUSY_IDLE_S: Final = 0.05
 _PLAN_EVERY_S: Final = 1.0
 _DROP_EVERY_S: Final = 1.0
-# No radiograph is five times as long as wide; letterboxing one that claims so would cost gigabytes.
-_MAX_ASPECT: Final = 5.0
 
-
-class Timer:
-    """Milliseconds per named part of a job."""
-
-    def __init__(self) -> None:
-        self.ms: dict[str, float] = {}
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to ``name``."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.ms[name] = self.ms.get(name, 0.0) + (time.perf_counter() - started) * 1000
-
-
-class Loaded:
-    """A model ready to read: verified on disk, session open, warmed up.
-
-    Args:
-        settings: where the box's own copies are, and how many threads an inference gets.
-        digest: which model.
-        precision: which variant; the most exact when None.
-    """
-
-    def __init__(self, settings: Settings, digest: str, precision: str | None) -> None:
-        bundle: ModelBundle = copies.own_copy(settings.data_dir, digest)
-        self.manifest: Manifest = bundle.manifest
-        self.digest = digest
-        variant = bundle.variant(precision)
-        self.runtime: Runtime = open_runtime(
-            bundle.path(variant.file), bundle.manifest.input, plain_candidate(variant, settings.worker_threads)
-        )
+_T = TypeVar("_T")
 
 
 class Worker:
@@ -100,7 +57,12 @@ class Worker:
         self._broken: dict[str, str] = {}
         self._arm = on_deadline or (lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds))
         self._next_drop = 0.0
+        self._distrusted: set[str] = set()
         self.activator = Activator(store, self._load, self._take)
+
+    def distrust(self, digests: list[str]) -> None:
+        """The worker before this one fell while it loaded these: this one loads them the plain way, and has them measured again."""
+        self._distrusted |= set(digests)
 
     def prepare(self) -> None:
         """Load and warm up every active model, and drop those that nobody needs any more."""
@@ -136,12 +98,12 @@ class Worker:
             self._loaded.pop(digest).runtime.close()
             give_back_memory()
 
-    def _load(self, digest: str, precision: str | None) -> Loaded:
+    def _load(self, digest: str, plan: Plan) -> Loaded:
         """A model beside the one that reads, in a thread of the activator's."""
         loaded = self._loaded.get(digest)
-        if loaded is not None and precision in (None, loaded.runtime.precision):
+        if loaded is not None and loaded.fallback is None and loaded.plan == plan:
             return loaded
-        return Loaded(self._store.settings, digest, precision)
+        return Loaded(self._store.settings, digest, plan)
 
     def _take(self, loaded: Loaded) -> None:
         """The model that was put to work in this moment."""
@@ -149,16 +111,47 @@ class Worker:
         if before is not None and before is not loaded:
             before.runtime.close()
         self._loaded[loaded.digest] = loaded
+        self._say_how(loaded)
+
+    def _say_how(self, loaded: Loaded) -> None:
+        """Keep whether the model runs as it was chosen; where it does not, it is measured again."""
+        if loaded.fallback is None:
+            self.activator.retuner.tunings.runs_as_chosen(loaded.digest)
+        else:
+            self.activator.retuner.tunings.fell_back(loaded.digest, loaded.fallback)
+            self.activator.retuner.want(loaded.digest)
 
     def run_once(self) -> bool:
-        """Do one job. Returns False when there was none."""
-        deadline_s = self._store.settings.job_deadline_s
-        job = self._store.claim_job(self._owner, deadline_s + _LEASE_MARGIN_S, self.activator.held)
+        """Do one job, or a batch of them. Returns False when there was none."""
+        job = self._store.claim_job(self._owner, self._lease_s(1), self.activator.held)
         if job is None:
             return False
-        self._arm(deadline_s)
+        model = self._loaded.get(job.model_digest)
+        size = model.candidate.batch if model is not None else 1
+        others = self._store.claim_company(job, size - 1, self._lease_s(size)) if size > 1 else []
+        if model is not None and others:
+            Batch(self._store, model, self._guarded, self._urgent_first).read([job, *others])
+        else:
+            self._alone(job)
+        return True
+
+    def _lease_s(self, images: int) -> float:
+        """Before, in and after the model each image of a batch has the whole deadline of a job, as it has alone."""
+        return (3 * images - 2) * self._store.settings.job_deadline_s + _LEASE_MARGIN_S
+
+    def _alone(self, job: Job) -> None:
+        self._guarded(job, lambda: self._do(job))
+
+    def _urgent_first(self) -> None:
+        """Between two steps of a batch: whatever is urgent has come meanwhile and does not wait for its end."""
+        while (job := self._store.claim_job(self._owner, self._lease_s(1), self.activator.held, urgent=True)) is not None:
+            self._alone(job)
+
+    def _guarded(self, job: Job, step: Callable[[], _T]) -> _T | None:
+        """One step of a job under its deadline; what goes wrong ends this job alone, and gives None."""
+        self._arm(self._store.settings.job_deadline_s)
         try:
-            self._do(job)
+            return step()
         except MemoryError:
             self._store.fail_job(job, Note("job.memory"))
         except StoreError as error:
@@ -173,7 +166,7 @@ class Worker:
             self._store.fail_job(job, Note("job.error", type(error).__name__))
         finally:
             self._arm(0)
-        return True
+        return None
 
     def _do(self, job: Job) -> None:
         timer = Timer()
@@ -186,17 +179,12 @@ class Worker:
             self._store.record_store_time(job, timer.ms)
             logger.info("job done", extra={"job": job.id, "state": result.state.value, "seconds": round(timer.ms["total"] / 1000, 3)})
 
-    def _dataset(self, job: Job, timer: Timer) -> pydicom.Dataset:
-        with timer.part("decode"):
-            data = self._store.read_instance(job.instance_id)
-            return pydicom.dcmread(DicomBytesIO(data))
-
     def _check(self, job: Job, timer: Timer) -> JobResult:
         """Prove that the pixels of an image no model reads can be decoded, frame by frame."""
         reason = job.notes[0]
         state = ScanState.NOT_ANALYSED if job.scope_code == "scope.no_model" else ScanState.OUT_OF_SCOPE
         try:
-            dataset = self._dataset(job, timer)
+            dataset = dataset_of(self._store, job, timer)
             with timer.part("decode"):
                 limit = time.perf_counter() + self._store.settings.job_deadline_s * _CHECK_SHARE
                 for _frame in iter_frames(dataset):
@@ -209,52 +197,21 @@ class Worker:
     def _infer(self, job: Job, timer: Timer) -> JobResult:
         model = self._model(job.model_digest)
         spec = model.manifest.image_input
-        try:
-            dataset = self._dataset(job, timer)
-            with timer.part("decode"):
-                frame = decode_frame(dataset, 0)
-            if max(frame.shape[:2]) > _MAX_ASPECT * min(frame.shape[:2]):
-                return JobResult(
-                    ScanState.QUALITY_REJECTED, Note("quality.shape", f"{frame.shape[1]} x {frame.shape[0]}"), timing_ms=timer.ms
-                )
-            with timer.part("preprocess"):
-                prepared = to_tensor(dataset, spec, pixels=frame)
-                verdict = quality(prepared.display)
-        except PixelError as error:
-            return JobResult(ScanState.NOT_ANALYSED, Note(error.code, error.detail), timing_ms=timer.ms)
-        except MemoryError as error:  # no fault of the scan's, nor of the model's: retried, then shown as failed
-            raise InferenceError("job.memory", BEFORE_MODEL) from error
-        except PARSE_ERRORS as error:
-            return JobResult(ScanState.NOT_ANALYSED, Note("pixel.undecodable", type(error).__name__), timing_ms=timer.ms)
-        if verdict.code is not None:
-            return JobResult(ScanState.QUALITY_REJECTED, Note(verdict.code), timing_ms=timer.ms)
+        film = prepare(self._store, job, spec, timer)
+        if isinstance(film, JobResult):
+            return film
         with timer.part("infer"):
-            outputs = model.runtime.infer({spec.name: prepared.tensor})
-        with timer.part("postprocess"):
-            scored = classify(outputs, model.manifest, prepared.geometry)
-            findings = tuple(_finding(model, label) for label in scored)
-        return JobResult(ScanState.AI_READY, None, findings, prepared.assumptions, timer.ms, model.runtime.describe())
+            outputs = model.runtime.infer({spec.name: film.prepared.tensor})
+        return conclude(model, film, outputs)
 
     def _model(self, digest: str) -> Loaded:
         if digest not in self._loaded:
-            self._loaded[digest] = Loaded(self._store.settings, digest, self._store.model(digest)["precision"])
+            row = self._store.model(digest)
+            distrust = Note("runtime.crashed", "the worker died while it loaded the model") if digest in self._distrusted else None
+            plan = Plan.of(row["precision"], json.loads(row["self_test"]))
+            self._loaded[digest] = Loaded(self._store.settings, digest, plan, distrust)
+            self._say_how(self._loaded[digest])
         return self._loaded[digest]
-
-
-def _finding(model: Loaded, scored: ScoredLabel) -> Finding:
-    manifest, runtime = model.manifest, model.runtime
-    label = manifest.label(scored.label)
-    point = manifest.operating_point(scored.label)
-    interval: Any = lambda value: (value.value, value.low, value.high)  # noqa: E731 - three numbers of one interval, used twice here
-    place = scored.localisation
-    return Finding(
-        label=scored.label, code=f"{label.code.scheme}:{label.code.value}", title_zh=label.title.zh, title_en=label.title.en,
-        score=scored.score, threshold=scored.threshold, positive=scored.positive,
-        sensitivity=interval(point.sensitivity), specificity=interval(point.specificity), measured_on=point.measured_on,
-        model=manifest.name, model_version=manifest.version, model_digest=model.digest,
-        precision=runtime.precision, runtime=f"{runtime.name} {runtime.version} {runtime.provider}",
-        peak=place.peak if place else None, outline=place.outline if place else (), heatmap_png=place.heatmap_png if place else b"",
-    )  # fmt: skip
 
 
 def run(settings: Settings, *, until_idle: bool = False) -> None:
@@ -272,9 +229,11 @@ def run(settings: Settings, *, until_idle: bool = False) -> None:
         store.content.sweep()
         at_work = worker.activator.journal.at_work()
         store.recover_jobs()
-        worker.activator.recover(at_work)
+        worker.distrust(worker.activator.recover(at_work))
         worker.prepare()
         worker.activator.ready()
+        if not until_idle:
+            worker.activator.retuner.look()
         logger.info("worker ready")
         planned = 0.0
         while not stop():

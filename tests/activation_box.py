@@ -222,7 +222,7 @@ class Box:
     def activator(self, **options: Any) -> Activator:
         """The state machine in this process, for a test that steps it."""
         data_dir = self.store.settings.data_dir
-        return Activator(self.store, lambda digest, _precision: Whole(copies.own_copy(data_dir, digest).manifest, digest), **options)
+        return Activator(self.store, lambda digest, _plan: Whole(copies.own_copy(data_dir, digest).manifest, digest), **options)
 
     def step_until(self, activator: Activator, reached: Callable[[], object], timeout_s: float = 60.0) -> None:
         """Step the machine until something is true."""
@@ -248,7 +248,7 @@ class Box:
 
 def write_settings(settings: Settings, **changes: Any) -> Settings:
     """Write the box's settings down for processes of their own."""
-    values = {"web_port": 0, "dicom_port": 0, "disk_reserve_bytes": 0} | changes
+    values = {"web_port": 0, "dicom_port": 0, "disk_reserve_bytes": 0, "tune_at_activation": False} | changes
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     text = "".join(f"{name} = {json.dumps(str(value) if isinstance(value, Path) else value)}\n" for name, value in values.items())
     (settings.data_dir / "box.toml").write_text(text)

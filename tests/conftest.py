@@ -26,8 +26,9 @@ def shared() -> Path:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    """Settings of a fresh box in a folder of its own, on ports the kernel chooses."""
-    return Settings.parse({"data_dir": tmp_path / "box", "web_port": 0, "dicom_port": 0, "disk_reserve_bytes": 0})
+    """Settings of a fresh box in a folder of its own, on ports the kernel chooses; nothing is measured when a model is put to work."""
+    given = {"data_dir": tmp_path / "box", "web_port": 0, "dicom_port": 0, "disk_reserve_bytes": 0, "tune_at_activation": False}
+    return Settings.parse(given)
 
 
 @pytest.fixture

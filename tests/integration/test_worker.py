@@ -44,7 +44,7 @@ def chest_file(made: pydicom.Dataset) -> bytes:
 
 def box(settings: Settings, **changes: Any) -> tuple[Settings, Store]:
     """A box with the reference model at work and its settings written down."""
-    values = {"web_port": 0, "dicom_port": 0, "disk_reserve_bytes": 0} | changes
+    values = {"web_port": 0, "dicom_port": 0, "disk_reserve_bytes": 0, "tune_at_activation": "false"} | changes
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     (settings.data_dir / "box.toml").write_text("".join(f"{name} = {value}\n" for name, value in values.items()))
     store = Store(Settings.load(settings.data_dir))

@@ -1,0 +1,97 @@
+"""Reading several images with one model at once, where the box measured that to be faster: each of them as safe as alone.
+
+Before and after the model every image has its own deadline and its own faults; what is urgent goes first between any two steps. When
+the model cannot answer to all of them, each is given to it alone, so that one that breaks it costs the others nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from appliance.domain import Job, JobResult
+from appliance.errors import InferenceError
+from appliance.loaded import Loaded
+from appliance.reading import Film, Timer, conclude, prepare
+from appliance.store import Store
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+Guarded = Callable[[Job, Callable[[], Any]], Any]
+"""Does one step of a job under its deadline; what goes wrong ends that job alone, and gives None."""
+
+
+class Batch:
+    """One reading of several jobs of one model.
+
+    Args:
+        store: the box's store.
+        model: the model of all of them.
+        guarded: does one step of one job.
+        urgent_first: called between two steps.
+    """
+
+    def __init__(self, store: Store, model: Loaded, guarded: Guarded, urgent_first: Callable[[], None]) -> None:
+        self._store, self._model, self._guarded, self._urgent_first = store, model, guarded, urgent_first
+
+    def read(self, jobs: Sequence[Job]) -> None:
+        """Do these jobs, which are all leased to this worker."""
+        films: list[Film] = []
+        for job in jobs:
+            self._urgent_first()
+            film = self._guarded(job, partial(self._prepare, job))
+            if isinstance(film, Film):
+                films.append(film)
+        if not films:
+            return
+        self._urgent_first()
+        answers = self._guarded(films[0].job, lambda: self._infer(films))
+        for index, film in enumerate(films):
+            self._urgent_first()
+            answer = None if answers is None else {name: value[index : index + 1] for name, value in answers.items()}
+            self._guarded(film.job, partial(self._conclude, film, answer, len(films)))
+
+    def _prepare(self, job: Job) -> Film | None:
+        timer = Timer()
+        film = prepare(self._store, job, self._model.manifest.image_input, timer)
+        if isinstance(film, JobResult):
+            self._finish(job, film, timer)
+            return None
+        return film
+
+    def _infer(self, films: Sequence[Film]) -> dict[str, NDArray[np.float32]] | None:
+        """All of them at once; None when that cannot be, which is not yet anybody's fault."""
+        import numpy as np
+
+        started = time.perf_counter()
+        try:
+            stacked = np.concatenate([film.prepared.tensor for film in films])
+            answers = self._model.runtime.infer({self._model.manifest.image_input.name: stacked})
+        except (InferenceError, MemoryError) as error:
+            logger.warning("a batch is read one by one", extra={"code": getattr(error, "code", "job.memory"), "count": len(films)})
+            return None
+        for film in films:
+            film.timer.ms["infer"] = (time.perf_counter() - started) * 1000 / len(films)
+        return answers
+
+    def _conclude(self, film: Film, answer: dict[str, NDArray[np.float32]] | None, together: int) -> None:
+        if answer is None:
+            together = 1
+            with film.timer.part("infer"):
+                answer = self._model.runtime.infer({self._model.manifest.image_input.name: film.prepared.tensor})
+        self._finish(film.job, conclude(self._model, film, answer, together), film.timer)
+
+    def _finish(self, job: Job, result: JobResult, timer: Timer) -> None:
+        with timer.part("store"):
+            kept = self._store.finish_job(job, result)
+        if kept:
+            timer.ms["total"] = sum(timer.ms.values())
+            self._store.record_store_time(job, timer.ms)
+            logger.info("job done", extra={"job": job.id, "state": result.state.value, "seconds": round(timer.ms["total"] / 1000, 3)})

@@ -1,0 +1,208 @@
+"""What was chosen to run a model on this box, and why: the table of everything measured, kept with the model it was chosen for.
+
+Pure data and one rule (:func:`choose`); the measuring is in :mod:`appliance.runtime.tune`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from appliance.domain import Note
+from appliance.errors import InferenceError
+from appliance.runtime.candidate import Candidate
+
+if TYPE_CHECKING:
+    from model_sync.bundle import ModelBundle, Variant
+
+State = Literal["chosen", "right", "wrong", "failed", "unavailable"]
+
+# Times nearer than this are the same time: the more exact of them is taken, and nothing slower than this ever is.
+SAME_TIME: Final = 1.03
+# A batch has to save so much of an image's time to be worth waiting for its other images.
+BATCH_GAIN: Final = 0.95
+EXACTNESS: Final = ("fp32", "fp16", "mixed", "int8")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a candidate, what became of it and why.
+
+    Attributes:
+        candidate: what was tried; without a file where its whole runtime cannot run.
+        state: ``right`` (measured, within the tolerance, not taken), ``wrong`` (outside), ``failed`` (did not load or run).
+        code: the coded reason, a key of the catalogue in :mod:`appliance.reasons`.
+        detail: its particulars in figures or in the runtime's own words.
+        median_ms: of one image at a time; None where it was not measured.
+        worst_ms: the longest of them.
+        per_image_ms: of one image in a batch of the candidate's size.
+        max_difference: the largest difference to the golden answers, of those cases that were tried.
+        load_ms: loading and warming up, an engine's build included.
+        peak_rss_bytes: of the process that ran it.
+        layers: how many layers ran in which precision, where the runtime tells.
+    """
+
+    candidate: Candidate
+    state: State
+    code: str
+    detail: str = ""
+    median_ms: float | None = None
+    worst_ms: float | None = None
+    per_image_ms: float | None = None
+    max_difference: float | None = None
+    load_ms: float | None = None
+    peak_rss_bytes: int | None = None
+    layers: Mapping[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As stored."""
+        return asdict(self) | {"candidate": self.candidate.to_json(), "layers": dict(self.layers)}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a model is run on this box.
+
+    Attributes:
+        candidate: what runs it.
+        reason: ``choice.measured``, ``choice.by_hand`` or ``choice.untuned``.
+        table: everything that was tried.
+        details: what the runtime says it runs (``Runtime.describe``).
+        differences: golden case -> largest difference, of the chosen.
+    """
+
+    candidate: Candidate
+    reason: Note
+    table: tuple[Row, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+    differences: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def chosen(self) -> Row:
+        """The line of the table that was taken; raises StopIteration where nothing was measured."""
+        return next(row for row in self.table if row.state == "chosen")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a worker has to load, read from what was stored when the model was proven.
+
+    Attributes:
+        precision: the variant's.
+        candidate: what was chosen; None for a model that was proven before there was a choice.
+        reason: why.
+        plain_barred: why the plain candidate must not take over; None when it may.
+        profile: the device it was measured on.
+    """
+
+    precision: str | None
+    candidate: Candidate | None = None
+    reason: Note = field(default_factory=lambda: Note("choice.untuned"))
+    plain_barred: Note | None = None
+    profile: str = ""
+
+    @classmethod
+    def of(cls, precision: str | None, report: Mapping[str, Any]) -> Plan:
+        """Read a stored self-test; one that cannot be read is as none."""
+        reason, table = report.get("reason"), report.get("table")
+        try:
+            candidate = Candidate.from_json(report["choice"]) if "choice" in report else None
+        except (InferenceError, TypeError, KeyError):
+            return cls(precision)
+        if candidate is None or not isinstance(reason, dict):
+            return cls(precision)
+        rows = table if isinstance(table, list) else []
+        why = Note(str(reason.get("code", "")), str(reason.get("detail", "")))
+        return cls(candidate.precision, candidate, why, _barred(rows), str(report.get("profile", "")))
+
+
+def _barred(rows: Sequence[Any]) -> Note | None:
+    """Why the plain candidate may not read: it was tried here, and was wrong or did not run."""
+    for row in rows:
+        candidate = row.get("candidate", {}) if isinstance(row, dict) else {}
+        plain = candidate.get("runtime") == "onnxruntime" and candidate.get("provider") == "CPUExecutionProvider"
+        if plain and candidate.get("batch") == 1 and candidate.get("precision") == _most_exact(rows) and row.get("state") == "wrong":
+            return Note(str(row.get("code", "")), str(row.get("detail", "")))
+    return None
+
+
+def _most_exact(rows: Sequence[Any]) -> str:
+    have = {str(row["candidate"]["precision"]) for row in rows if isinstance(row, dict) and row.get("candidate", {}).get("file")}
+    return next((precision for precision in EXACTNESS if precision in have), "")
+
+
+def plain_variant(bundle: ModelBundle, precision: str | None = None) -> Variant:
+    """The variant that ONNX Runtime runs where nothing was measured: of one precision, or the most exact that it is not known to fail on.
+
+    Raises:
+        BundleError: the bundle has no such precision.
+    """
+    fits = [
+        variant for variant in bundle.manifest.variants
+        if precision in (None, variant.precision) and "onnxruntime" not in variant.not_on
+    ]  # fmt: skip
+    return min(fits, key=lambda variant: exactness(variant.precision)) if fits else bundle.variant(precision)
+
+
+def exactness(precision: str) -> int:
+    """Rank of a precision, 0 the most exact."""
+    return EXACTNESS.index(precision) if precision in EXACTNESS else len(EXACTNESS)
+
+
+def choose(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Take the fastest that is right, and say of every other why it was not taken.
+
+    Among those within 3 % of the fastest the most exact is taken, so that the chosen is never slower than the best by more than
+    that. A batch is taken where it costs a single image nothing and saves each of several at least 5 %; of the batches that save
+    about the same, the smallest.
+
+    Returns:
+        The rows in their order, at most one of them ``chosen``: none when none is right.
+    """
+    right = [row for row in rows if row.state == "right" and row.median_ms is not None]
+    if not right:
+        return tuple(rows)
+    fastest = min(_ms(row) for row in right)
+    near = [row for row in right if _ms(row) <= SAME_TIME * fastest]
+    single = [row for row in near if row.candidate.batch == 1]
+    base = min(single or near, key=lambda row: (exactness(row.candidate.precision), _ms(row)))
+    chosen = _batched(base, near)
+    return tuple(_judged(row, chosen, fastest) if row in right else row for row in rows)
+
+
+def _batched(base: Row, near: Sequence[Row]) -> Row:
+    same = [
+        row for row in near
+        if replace(row.candidate, batch=1) == base.candidate and row.candidate.batch > 1
+        and row.per_image_ms is not None and row.per_image_ms <= BATCH_GAIN * _ms(base)
+    ]  # fmt: skip
+    if not same:
+        return base
+    best = min(_per_image(row) for row in same)
+    return min((row for row in same if _per_image(row) <= SAME_TIME * best), key=lambda row: row.candidate.batch)
+
+
+def _judged(row: Row, chosen: Row, fastest: float) -> Row:
+    if row is chosen:
+        code = "tune.fastest" if _ms(row) <= fastest else "tune.more_exact"
+        return replace(row, state="chosen", code=code, detail="" if _ms(row) <= fastest else f"{_ms(row) / fastest:.3f}")
+    ratio = f"{_ms(row) / _ms(chosen):.2f}"
+    if row.candidate.batch > 1:
+        return replace(row, code="tune.no_batch_gain", detail=f"{(row.per_image_ms or _ms(row)) / _ms(chosen):.2f}")
+    if replace(chosen.candidate, batch=1) == row.candidate:
+        return replace(row, code="tune.batch_taken", detail=ratio)
+    less_exact = exactness(row.candidate.precision) > exactness(chosen.candidate.precision)
+    if _ms(row) <= SAME_TIME * _ms(chosen):
+        return replace(row, code="tune.less_exact" if less_exact else "tune.no_faster", detail=ratio)
+    return replace(row, code="tune.slower_less_exact" if less_exact else "tune.slower", detail=ratio)
+
+
+def _ms(row: Row) -> float:
+    assert row.median_ms is not None
+    return row.median_ms
+
+
+def _per_image(row: Row) -> float:
+    assert row.per_image_ms is not None
+    return row.per_image_ms

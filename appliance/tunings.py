@@ -1,0 +1,191 @@
+"""Measuring a model at work again: who asked, how far it is, and the one transaction in which another way of running it is taken.
+
+A measuring is not a version: it has no entry in the journal of activations, and a trial goes on counting through it. What is under way
+stands in ``meta`` under ``tuning:<digest>``, one for each model; what came of it in the model's ``self_test``, and all of it in the audit.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timedelta, timezone
+from typing import Any, Final
+
+from appliance import database as db
+from appliance import device
+from appliance.database import Database
+from appliance.domain import Note, utc_now
+
+MAX_ATTEMPTS: Final = 3
+# One that nobody waits for begins when no scan does; a box that is never idle does it all the same, at some time.
+_PATIENCE: Final = timedelta(minutes=10)
+_KEY: Final = "tuning:"
+_CONFIGURATION: Final[dict[str, Any]] = {"type": "110131", "type_meaning": "Software Configuration"}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """One measuring; ``state`` is asked, measuring, done or failed, ``step`` and ``progress`` (0 to 1) how far it is."""
+
+    digest: str
+    name: str
+    state: str
+    actor: str
+    asked_at: str
+    updated_at: str
+    step: str = ""
+    progress: float = 0.0
+    attempts: int = 0
+    reason: Note | None = None
+    profile: str = ""
+
+    @property
+    def open(self) -> bool:
+        """Whether it has not ended."""
+        return self.state in ("asked", "measuring")
+
+    @classmethod
+    def from_json(cls, text: str) -> Tuning:
+        """Read what :meth:`to_json` wrote."""
+        values = json.loads(text)
+        reason = values.pop("reason")
+        return cls(**values, reason=Note(**reason) if reason else None)
+
+    def to_json(self) -> str:
+        """As stored."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+
+class Tunings:
+    """The measurings of one box.
+
+    Args:
+        database: the box's database; the connection of the thread that asks is used.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def of(self, digest: str) -> Tuning | None:
+        """The last measuring of a model since it was put to work, if there was one."""
+        row = self._db.one("SELECT value FROM meta WHERE key = ?", _KEY + digest)
+        return Tuning.from_json(row["value"]) if row else None
+
+    def next(self) -> Tuning | None:
+        """The one to go on with: what is under way, then what was asked for first; what nobody waits for lets scans go first."""
+        rows = self._db.query("SELECT value FROM meta WHERE key GLOB ?", f"{_KEY}*")
+        known = [item for item in (Tuning.from_json(row["value"]) for row in rows) if item.open]
+        ready = [item for item in known if item.actor != "worker" or item.state == "measuring" or self._may_begin(item)]
+        return min(ready, key=lambda item: (item.state != "measuring", item.actor == "worker", item.asked_at), default=None)
+
+    def ask(self, digest: str, name: str, actor: str) -> Tuning:
+        """Ask for a measuring; one that is under way already is the answer."""
+        with self._db.transaction() as tx:
+            row = tx.execute("SELECT value FROM meta WHERE key = ?", (_KEY + digest,)).fetchone()
+            known = Tuning.from_json(row["value"]) if row else None
+            if known is not None and known.open and (known.actor != "worker" or actor == "worker"):
+                return known
+            fresh = Tuning(digest, name, "asked", actor, utc_now(), utc_now())
+            asked = replace(known, actor=actor) if known is not None and known.open else fresh
+            self._keep(tx, asked)
+            Database.audit(tx, db.APPLICATION_ACTIVITY, actor, "U", f"model:{digest[:12]}", name=name, tuning="asked")
+        return asked
+
+    def begin(self, tuning: Tuning) -> bool:
+        """Count an attempt; after three that ended in silence it has failed. Returns whether to go on."""
+        if tuning.attempts >= MAX_ATTEMPTS:
+            self.fail(tuning, Note("activation.crash_loop", f"{tuning.attempts} attempts"))
+            return False
+        with self._db.transaction() as tx:
+            self._keep(tx, replace(tuning, state="measuring", attempts=tuning.attempts + 1, step="staged", progress=0.0))
+        return True
+
+    def progress(self, tuning: Tuning, step: str, part: float) -> None:
+        """How far it is; only shown, so a power cut may forget it."""
+        with self._db.transaction(durable=False) as tx:
+            self._keep(tx, replace(tuning, step=step, progress=part))
+
+    def pause(self, tuning: Tuning) -> None:
+        """It makes way for something that matters more: begun again later, no failed attempt."""
+        with self._db.transaction() as tx:
+            self._keep(tx, replace(tuning, state="asked", attempts=max(0, tuning.attempts - 1), step="", progress=0.0))
+
+    def fail(self, tuning: Tuning, note: Note) -> None:
+        """The model goes on being run as it was."""
+        with self._db.transaction() as tx:
+            self._keep(tx, replace(tuning, state="failed", reason=note, profile=device.profile()))
+            Database.audit(
+                tx, db.APPLICATION_ACTIVITY, tuning.actor, "E", f"model:{tuning.digest[:12]}", 8, name=tuning.name, tuning="failed",
+                code=note.code,
+            )  # fmt: skip
+
+    def done(self, tuning: Tuning, report: Mapping[str, Any]) -> None:
+        """Take what was measured: how the model is run, the table, and the end of the measuring in one transaction.
+
+        The trial of the model, its state and its place in the line stay as they are; the latency it is allowed on trial stays what it
+        was where that was more, since the scans read until now took as long as they did.
+        """
+        with self._db.transaction() as tx:
+            tx.execute(
+                "UPDATE models SET self_test = ?, precision = ?, runtime = ? WHERE digest = ?",
+                (json.dumps(report), report["precision"], report["runtime"], tuning.digest),
+            )
+            self._bound(tx, tuning.digest, report)
+            self._keep(tx, replace(tuning, state="done", progress=1.0, reason=None, profile=str(report.get("profile", ""))))
+            Database.audit(
+                tx, db.SECURITY_ALERT, tuning.actor, "U", f"model:{tuning.digest[:12]}", **_CONFIGURATION, name=tuning.name,
+                tuning="done", choice=report.get("choice"),
+            )  # fmt: skip
+
+    # -- what was chosen cannot be run -------------------------------------------------------------------------------
+
+    def fell_back(self, digest: str, note: Note) -> None:
+        """What was chosen could not be loaded, and the plain way reads in its place: kept with the model and shown, once."""
+        with self._db.transaction() as tx:
+            row = tx.execute("SELECT * FROM models WHERE digest = ?", (digest,)).fetchone()
+            report = json.loads(row["self_test"])
+            if (report.get("fallback") or {}).get("detail") == note.detail:
+                return
+            report["fallback"] = note.to_json() | {"at": utc_now()}
+            tx.execute("UPDATE models SET self_test = ? WHERE digest = ?", (json.dumps(report), digest))
+            slowest = max((item["median_ms"] or 0.0 for item in report.get("table", [])), default=0.0)
+            self._bound(tx, digest, report | {"watch_ms": slowest})
+            Database.audit(
+                tx, db.SECURITY_ALERT, "worker", "E", f"model:{digest[:12]}", 4, **_CONFIGURATION, name=row["name"], code=note.code,
+                message=note.detail,
+            )  # fmt: skip
+
+    def runs_as_chosen(self, digest: str) -> None:
+        """What was chosen runs again."""
+        row = self._db.one("SELECT self_test FROM models WHERE digest = ?", digest)
+        report = json.loads(row["self_test"]) if row else {}
+        if "fallback" in report:
+            del report["fallback"]
+            with self._db.transaction() as tx:
+                tx.execute("UPDATE models SET self_test = ? WHERE digest = ?", (json.dumps(report), digest))
+
+    # -- inside a transaction ----------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _bound(tx: sqlite3.Connection, digest: str, report: Mapping[str, Any]) -> None:
+        """The entry whose model is watched gets the new figures, and never a stricter bound than it had."""
+        row = tx.execute(
+            "SELECT id, self_test FROM activations WHERE digest = ? AND state IN ('trial', 'good') ORDER BY id DESC", (digest,)
+        ).fetchone()
+        if row is None:
+            return
+        before = json.loads(row["self_test"] or "{}")
+        slowest = max(values.get(key) or 0.0 for values in (before, report) for key in ("median_ms", "watch_ms"))
+        tx.execute("UPDATE activations SET self_test = ? WHERE id = ?", (json.dumps({**report, "watch_ms": slowest}), row["id"]))
+
+    @staticmethod
+    def _keep(tx: sqlite3.Connection, tuning: Tuning) -> None:
+        text = replace(tuning, updated_at=utc_now()).to_json()
+        tx.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (_KEY + tuning.digest, text))
+
+    def _may_begin(self, tuning: Tuning) -> bool:
+        if datetime.now(timezone.utc) - datetime.fromisoformat(tuning.asked_at) > _PATIENCE:
+            return True
+        return not self._db.query("SELECT 1 FROM jobs WHERE state IN ('queued', 'running') LIMIT 1")
