@@ -131,7 +131,7 @@ def read(cache: Path, profile: DeviceProfile) -> Found:
     """
     path = cache / profile.file_name
     try:
-        header, data = _unpack(path)
+        header, data = unpack(path)
         before = DeviceProfile.from_json(header.get("profile"))
     except FileNotFoundError:
         return Found(b"")
@@ -150,13 +150,13 @@ def write(cache: Path, profile: DeviceProfile, engine: bytes, notes: dict[str, A
     Raises:
         OSError: the disk refused; what was there before is untouched.
     """
-    return _pack(cache / profile.file_name, {"profile": profile.to_json(), "notes": notes}, engine)
+    return pack(cache / profile.file_name, {"profile": profile.to_json(), "notes": notes}, engine)
 
 
 def read_timings(cache: Path, profile: DeviceProfile) -> bytes:
     """The timings of earlier builds on this GPU; empty when there are none that are whole."""
     try:
-        return _unpack(cache / profile.timings_name)[1]
+        return unpack(cache / profile.timings_name)[1]
     except FileNotFoundError:
         return b""
     except (ValueError, OSError) as error:
@@ -166,7 +166,7 @@ def read_timings(cache: Path, profile: DeviceProfile) -> bytes:
 
 def write_timings(cache: Path, profile: DeviceProfile, timings: bytes) -> None:
     """Keep the timings of a build; raises OSError."""
-    _pack(cache / profile.timings_name, {}, timings)
+    pack(cache / profile.timings_name, {}, timings)
 
 
 def sweep(cache: Path, keep_onnx: Collection[str]) -> list[str]:
@@ -199,7 +199,8 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _pack(path: Path, header: dict[str, Any], data: bytes) -> Path:
+def pack(path: Path, header: dict[str, Any], data: bytes) -> Path:
+    """Write header and data with their digest: beside, fsynced, renamed over what was there; raises OSError when the disk refuses."""
     head = json.dumps(header, sort_keys=True).encode()
     digest = hashlib.sha256(head)
     digest.update(data)
@@ -220,7 +221,7 @@ def _pack(path: Path, header: dict[str, Any], data: bytes) -> Path:
     return path
 
 
-def _unpack(path: Path) -> tuple[dict[str, Any], bytes]:
+def unpack(path: Path) -> tuple[dict[str, Any], bytes]:
     """Header and data of a file; raises ValueError when it is not whole, OSError when it cannot be read."""
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         if os.fstat(file.fileno()).st_size > _MAX_ENGINE_BYTES:

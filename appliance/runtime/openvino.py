@@ -10,11 +10,13 @@ Models are compiled for a fixed shape: with the batch left open the reference mo
 fused. One is compiled for a single image, which is what nearly always waits, and one for the candidate's batch; any other number is read
 as full batches and single images, as a batch gains little on a CPU.
 
-Threads are not pinned: the box's web process needs a core too, and a pinned thread would wait for it.
+Threads are not pinned: the box's web process needs a core too, and a pinned thread would wait for it. With a cache directory, compiled
+models are kept; see :mod:`appliance.runtime.compiled`.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from pathlib import Path
@@ -23,13 +25,15 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from appliance.errors import InferenceError
-from appliance.runtime import Candidate, TensorSpec, Told
+from appliance.runtime import Candidate, TensorSpec, Told, compiled
 from appliance.runtime.tensors import EIGHT_BITS, check_outputs, check_signature, checked_input, counted, failure
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
 
 # What moves or converts tensors is no layer of the model.
 _NO_LAYER: Final = frozenset({"Input", "Output", "Parameter", "Result", "Const", "Constant", "Reorder", "Reshape", "ShapeOf", "Transpose"})
@@ -80,7 +84,6 @@ class OpenVinoRuntime:
 
     def load(self, model_path: Path, input_spec: TensorSpec, *, cache: Path | None = None, told: Told | None = None) -> None:
         """Compile, for one image and for the candidate's batch; see ``Runtime.load``."""
-        del cache
         self._spec_name, self._shape = input_spec.name, tuple(input_spec.shape)
         core = self._ov.Core()
         if self.provider not in core.available_devices:
@@ -88,15 +91,32 @@ class OpenVinoRuntime:
         sizes = sorted({1, self._candidate.batch})
         try:
             for done, size in enumerate(sizes):
-                compiled = self._compile(core, model_path, size)
-                self._requests[size] = compiled.create_infer_request()
+                model = self._kept_or_compiled(core, model_path, size, cache)
+                self._requests[size] = model.create_infer_request()
                 if told is not None:
                     told((done + 1) / len(sizes))
-        except (RuntimeError, MemoryError, TypeError, ValueError) as error:  # what its bindings raise
+        except (RuntimeError, MemoryError, TypeError, ValueError, OSError) as error:  # what its bindings raise
             raise failure("the model cannot be loaded", _last_line(error), error) from error
-        self.provider = ", ".join(compiled.get_property("EXECUTION_DEVICES"))
-        self._outputs = [output_name(output) for output in compiled.outputs]
-        self._look_at(compiled)
+        self.provider = ", ".join(model.get_property("EXECUTION_DEVICES"))
+        self._outputs = [output_name(output) for output in model.outputs]
+        self._look_at(model)
+
+    def _kept_or_compiled(self, core: Any, model_path: Path, size: int, cache: Path | None) -> Any:
+        """The model for one number of images, from the cache where it is there."""
+        if cache is None:
+            return self._compile(core, model_path, size)
+        way = {"openvino": self.provider, "shape": [size, *self._shape], "input": self._spec_name, **self._settings()}
+        box = {"version": str(self._ov.get_version()), "processor": str(core.get_property(self.provider, "FULL_DEVICE_NAME"))}
+        kept = compiled.of_file(model_path, way, box)
+        if kept is not None and (data := kept.read(cache)):
+            try:
+                return core.import_model(data, self.provider, self._settings())
+            except RuntimeError as error:
+                logger.warning("compiled model %s is made again: %s", kept.file_name, _last_line(error))
+        model = self._compile(core, model_path, size)
+        if kept is not None:
+            kept.write(cache, model.export_model().getvalue())
+        return model
 
     def _compile(self, core: Any, model_path: Path, size: int) -> Any:
         model = core.read_model(model_path)
@@ -117,9 +137,9 @@ class OpenVinoRuntime:
             "ENABLE_CPU_PINNING": False,
         }
 
-    def _look_at(self, compiled: Any) -> None:
+    def _look_at(self, model: Any) -> None:
         """Count what will run, and refuse what is not the variant's precision."""
-        ran = layers_of(compiled)
+        ran = layers_of(model)
         self._layers = counted(precision for _, precision in ran)
         if self._layers.get("bf16"):
             raise InferenceError("runtime.precision", f"{self._layers['bf16']} layers run in bf16 though f32 was asked for")
@@ -182,9 +202,9 @@ def output_name(output: Any) -> str:
     return named if named in output.get_names() else str(output.get_any_name())
 
 
-def layers_of(compiled: Any) -> list[tuple[str, str]]:
+def layers_of(model: Any) -> list[tuple[str, str]]:
     """Kind and precision of each layer that a compiled model runs (``runtimePrecision`` of its runtime model), conversions left out."""
-    told = [op.get_rt_info() for op in compiled.get_runtime_model().get_ordered_ops()]
+    told = [op.get_rt_info() for op in model.get_runtime_model().get_ordered_ops()]
     layers = [(info["layerType"].astype(str), info["runtimePrecision"].astype(str)) for info in told]
     return [(kind, precision) for kind, precision in layers if kind not in _NO_LAYER]
 

@@ -1,0 +1,93 @@
+"""Models that OpenVINO compiled, kept on the box: read in a third of the time, and without the compiler that may crash.
+
+The file is one of :mod:`appliance.runtime.engines`: its digest is checked before OpenVINO sees it, and it goes when its model goes.
+Compiled by another OpenVINO, for another processor or with other settings it is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from appliance.runtime import engines
+
+logger = logging.getLogger(__name__)
+
+_CPU_INFO: Final = Path("/proc/cpuinfo")
+# The key and the tag before it of an external tensor's file (onnx.proto: TensorProto.external_data, StringStringEntryProto).
+_EXTERNAL: Final = b"\x0a\x08location\x12"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiled model depends on.
+
+    Attributes:
+        onnx_sha256: digest of the model's file.
+        way: how it is compiled: shape, threads, settings.
+        box: what it is compiled for: OpenVINO's version, the processor and what it can do.
+    """
+
+    onnx_sha256: str
+    way: dict[str, Any]
+    box: dict[str, Any]
+
+    @property
+    def file_name(self) -> str:
+        """Named for the model and the way, not the box: what an older OpenVINO left is replaced."""
+        return f"{self.onnx_sha256[:16]}-{_digest(self.way)[:16]}.engine"
+
+    def read(self, cache: Path) -> bytes:
+        """The compiled model; empty when there is none that is whole and for this box."""
+        path = cache / self.file_name
+        try:
+            header, data = engines.unpack(path)
+        except FileNotFoundError:
+            return b""
+        except (ValueError, OSError) as error:
+            logger.warning("compiled model %s is made again: %s", path.name, error)
+            return b""
+        if header != self._header():
+            logger.warning("compiled model %s is made again: it is for another box or OpenVINO", path.name)
+            return b""
+        return data
+
+    def write(self, cache: Path, data: bytes) -> None:
+        """Keep it; a disk that refuses costs time at the next load and nothing else."""
+        try:
+            engines.pack(cache / self.file_name, self._header(), data)
+        except OSError as error:
+            logger.warning("compiled model %s is not kept: %s", self.file_name, error.strerror)
+
+    def _header(self) -> dict[str, Any]:
+        return {"onnx_sha256": self.onnx_sha256, "way": self.way, "box": self.box}
+
+
+def of_file(model_path: Path, way: dict[str, Any], box: dict[str, Any]) -> Compiled | None:
+    """What a compiled model of a file would be kept as; None when its weights stand in other files, which no digest covers here.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    content = model_path.read_bytes()
+    if _EXTERNAL in content:
+        return None
+    return Compiled(hashlib.sha256(content).hexdigest(), way, box | {"instructions": _instructions()})
+
+
+def _instructions() -> str:
+    """What the processor can do, as a digest: two of one name need not be of one kind."""
+    try:
+        found = re.search(r"^flags\s*:\s*(.*)$", _CPU_INFO.read_text(errors="replace"), re.MULTILINE)
+    except OSError:
+        return ""
+    return _digest(sorted(found[1].split()) if found else [])[:16]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
