@@ -142,7 +142,7 @@ def calibrate(model: Model, tensors: Tensors, *, told: Told | None = None) -> Ca
     """
     if not sum(len(tensor) for tensor in tensors):
         raise QuantizeError("the calibration set is empty", hint="give a directory with scans like those the clinics make")
-    step = _images_per_step(model)
+    step = images_per_step(model)
     batches = [tensor[start : start + step] for tensor in tensors for start in range(0, len(tensor), step)]
     extremes = _extremes(model, batches, _part(told, 0.0, 0.4))
     return Calibration(extremes, _histograms(model, batches, extremes, _part(told, 0.4, 1.0)))
@@ -200,17 +200,22 @@ def _part(told: Told | None, start: float, end: float) -> Told | None:
     return None if told is None else lambda part: told(start + (end - start) * part)
 
 
-class _Reader:
+class Reader:
     """One batch, once, in the shape the calibrators ask for (``CalibrationDataReader``)."""
 
     def __init__(self, name: str, batch: NDArray[np.float32]) -> None:
+        """Hold ``batch`` for the input called ``name``."""
         self._feeds: Iterator[dict[str, NDArray[np.float32]]] = iter([{name: batch}])
 
     def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        """Return the batch the first time, None after that."""
         return next(self._feeds, None)
 
+    def __iter__(self) -> Iterator[dict[str, NDArray[np.float32]]]:
+        return self._feeds
 
-def _images_per_step(model: Model) -> int:
+
+def images_per_step(model: Model) -> int:
     """How many images fit into ``_STEP_BYTES`` with all their tensors; 1 where the model fixes the batch."""
     given = next(value for value in model.graph.input if value.name == input_name(model)).type.tensor_type.shape.dim[0]
     if given.HasField("dim_value"):
@@ -238,7 +243,7 @@ def _collect(kind: str, model: Model, batches: list[NDArray[np.float32]], prepar
         prepare(calibrator)
         for index, batch in enumerate(batches):
             try:
-                calibrator.collect_data(_Reader(input_name(model), batch))
+                calibrator.collect_data(Reader(input_name(model), batch))
             except Exception as error:  # port wrapper: the exceptions of ONNX Runtime have no public base
                 raise QuantizeError(
                     f"the model does not run on a calibration tensor of shape {list(batch.shape)}: {str(error).splitlines()[0][:200]}",
