@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from appliance import __version__, model_commands, reasons
+from appliance import __version__, model_commands, reasons, tune_commands
 from appliance.errors import ApplianceError
 from appliance.process import limit_memory, make_data_dir, start_logging
 from appliance.settings import Settings
@@ -92,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     command("receive", _receive, "Run the DICOM receiver alone.")
     model_commands.add_arguments(command("models", _models, "List the models of this box, put one to work, go back, or see what happened."))
     model_commands.add_prove_arguments(command("prove", model_commands.prove, "Prove a model to the box (started by the box itself)."))
+    tune_commands.add_arguments(command("tune", _tune, "Measure how the models at work run best on this box, or show what was measured."))
+    urgent = command("urgent", _urgent, "STAT: have what waits of a study read before everything else.")
+    urgent.add_argument("study", help="the study's accession number, Study Instance UID or number on this box")
     user = command("user", _user, "Make an account, or give an existing one a new one-time password.")
     user.add_argument("username")
     user.add_argument("--role", choices=("clinician", "technician", "administrator", "auditor"), default="clinician")
@@ -132,7 +135,8 @@ def _analyse_in(arguments: argparse.Namespace, data_dir: Path) -> list[Analysed]
 
     if not data_dir.is_file():  # a settings file names its data directory itself
         make_data_dir(data_dir)
-    settings = Settings.load(data_dir)
+    # Who only wants these files read does not wait for a measuring; a box that is started here later measures by itself.
+    settings = Settings.load(data_dir, tune_at_activation=False)
     limit_memory(settings.process_memory_max_bytes)
     store = Store(settings)
     try:
@@ -186,6 +190,24 @@ def _receive(arguments: argparse.Namespace) -> int:
 
 def _models(arguments: argparse.Namespace) -> int:
     return model_commands.run(arguments, _language())
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    return tune_commands.run(arguments, _language())
+
+
+def _urgent(arguments: argparse.Namespace) -> int:
+    from appliance.signal import wake
+    from appliance.store import Store
+
+    store = Store(Settings.load(arguments.data_dir))
+    try:
+        concerned = sum(store.make_urgent(number, "cli") for number in store.studies_named(arguments.study))
+        wake(store.settings)
+    finally:
+        store.close()
+    print(f"{concerned} 项将优先读取" if _language() == "zh" else f"{concerned} will be read first")
+    return EXIT_OK
 
 
 def _user(arguments: argparse.Namespace) -> int:

@@ -107,7 +107,8 @@ def _free_port(wanted: int) -> int:
 
 def _prepare(settings: Settings, *, new_password: bool) -> str:
     """Activate the embedded model by the real way and make the account. Returns its one-time password, or ''."""
-    store = Store(settings)
+    # The first finding does not wait for a measuring: the worker measures by itself as soon as it has nothing to read.
+    store = Store(settings.model_copy(update={"tune_at_activation": False}))
     activate(store, reference_bundle(), "demo")
     accounts = Accounts(store)
     account = accounts.find(USERNAME)

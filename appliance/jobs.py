@@ -15,6 +15,7 @@ from dataclasses import fields
 from appliance import database as db
 from appliance.database import Database
 from appliance.domain import Finding, Job, JobKind, JobResult, JobState, Note, Patient, Scan, ScanState, utc_now
+from appliance.errors import StoreError
 from appliance.scope import applies
 from appliance.settings import Settings
 from model_sync.bundle import Manifest
@@ -211,6 +212,17 @@ class JobQueue:
             row["priority"],
             row["attempts"] > 0 or row["reason"] is not None,
         )
+
+    def studies_named(self, which: str) -> list[int]:
+        """The studies that a person means: by accession number, Study Instance UID or number; raises StoreError ``store.missing``."""
+        rows = self.database.query(
+            "SELECT id FROM studies WHERE (accession_number != '' AND accession_number = ?1) OR study_instance_uid = ?1"
+            " OR CAST(id AS TEXT) = ?1",
+            which,
+        )
+        if not rows:
+            raise StoreError("store.missing", "no such study")
+        return [int(row["id"]) for row in rows]
 
     def make_urgent(self, study_id: int, actor: str) -> int:
         """STAT: what waits of a study is read before everything else, and waits for no batch. Returns how many jobs that concerns.

@@ -26,7 +26,7 @@ class RunningBox:
 
     def __init__(self, data_dir: Path) -> None:
         data_dir.mkdir(parents=True)
-        (data_dir / "box.toml").write_text("web_port = 0\ndicom_port = 0\ndisk_reserve_bytes = 0\n")
+        (data_dir / "box.toml").write_text("web_port = 0\ndicom_port = 0\ndisk_reserve_bytes = 0\ntune_at_activation = false\n")
         self.settings = Settings.load(data_dir)
         self.store = Store(self.settings)
         self.accounts = Accounts(self.store)

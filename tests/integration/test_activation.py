@@ -178,7 +178,8 @@ def test_a_proof_dies_with_whoever_started_it(box: Box, tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path; from appliance.settings import Settings; from appliance.store import Store\n"
         "from tests.activation_box import Box\n"
-        "box = Box(Path(sys.argv[1]), Store(Settings.parse({'data_dir': sys.argv[2]}))); activator = box.activator()\n"
+        "settings = Settings.parse({'data_dir': sys.argv[2], 'tune_at_activation': False})\n"
+        "box = Box(Path(sys.argv[1]), Store(settings)); activator = box.activator()\n"
         "while True: activator.tick(); time.sleep(0.01)\n"
     )
     parent = subprocess.Popen(
@@ -324,7 +325,7 @@ from appliance.settings import Settings
 from appliance.store import Store
 from tests.activation_box import Box, digest_of
 outside, inside, room = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-box = Box(outside, Store(Settings.parse({"data_dir": inside, "disk_reserve_bytes": 0})))
+box = Box(outside, Store(Settings.parse({"data_dir": inside, "disk_reserve_bytes": 0, "tune_at_activation": False})))
 old, bundle = box.first(), box.bundle("1.1.0", hidden=256)
 ballast = open(inside / "ballast", "wb", buffering=0)
 try:

@@ -92,7 +92,8 @@ def test_kill_9_of_worker_and_web_loses_and_doubles_nothing(settings: Settings, 
     monkeypatch.setattr(module, "_LONGEST_BACKOFF_S", 0.3)
     settings.data_dir.mkdir(parents=True)
     # Killed by chance fifty times, a job may be hit more than three times: here that must not count as its own fault.
-    (settings.data_dir / "box.toml").write_text("web_port = 0\ndicom_port = 0\ndisk_reserve_bytes = 0\njob_max_attempts = 1000\n")
+    values = {"web_port": 0, "dicom_port": 0, "disk_reserve_bytes": 0, "job_max_attempts": 1000, "tune_at_activation": "false"}
+    (settings.data_dir / "box.toml").write_text("".join(f"{name} = {value}\n" for name, value in values.items()))
     settings = Settings.load(settings.data_dir)
     store = Store(settings)
     activate(store, reference_bundle(), "test")

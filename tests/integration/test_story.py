@@ -171,12 +171,12 @@ class Box:
         self.settings = Settings.parse(
             {
                 "data_dir": self.directory / "box", "disk_reserve_bytes": 0, "exchange_dir": self.directory / "exchange",
-                "library_root": self.directory / "root.json", "web_port": 0, "dicom_port": 0,
+                "library_root": self.directory / "root.json", "web_port": 0, "dicom_port": 0, "tune_at_activation": False,
             }
         )  # fmt: skip
         self.settings.data_dir.mkdir(mode=0o700)
         lines = (f'{name} = "{getattr(self.settings, name)}"\n' for name in ("exchange_dir", "library_root"))
-        (self.settings.data_dir / "box.toml").write_text("disk_reserve_bytes = 0\n" + "".join(lines))
+        (self.settings.data_dir / "box.toml").write_text("disk_reserve_bytes = 0\ntune_at_activation = false\n" + "".join(lines))
         self.start()
 
     def start(self) -> None:
