@@ -28,7 +28,7 @@ from appliance.models import activate, reference_bundle
 from appliance.settings import Settings
 from appliance.store import Store
 from quantize.reference.phantom import Phantom, dataset
-from tests.bench import delta, fleet, models
+from tests.bench import delta, fleet, models, runtimes
 from tests.bench.floor import Floor
 from tests.bench.page import measure_page
 
@@ -42,16 +42,21 @@ def main() -> int:
     parser.add_argument("--scans", type=int, default=200, help="scans queued for the throughput (default 200)")
     parser.add_argument("--singles", type=int, default=15, help="single scans timed, each way (default 15)")
     parser.add_argument("--studies", type=int, default=10_000, help="studies stored for the worklist page (default 10000)")
-    parser.add_argument("--only", choices=("scans", "models"), help="measure the reading of scans, or the life of models")
+    parser.add_argument(
+        "--only", choices=("scans", "models", "runtimes"), help="measure the reading of scans, the life of models, or the runtimes"
+    )
     arguments = parser.parse_args()
     results: dict[str, Any] = {"machine": machine(), "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     scratch = Path(tempfile.mkdtemp(prefix="bench-", dir=_scratch()))
     try:
-        if arguments.only != "models":
+        if arguments.only in (None, "scans"):
             measure_scans(results, scratch, arguments)
-        if arguments.only != "scans":
+        if arguments.only in (None, "models"):
             print("measuring what a new model costs the line, the boxes and the library (minutes) ...", file=sys.stderr)
             results["models"] = [*models.run(scratch / "models"), *delta.run(), *fleet.run()]
+        if arguments.only in (None, "runtimes"):
+            print("measuring what runs models fastest and is still right (minutes) ...", file=sys.stderr)
+            results["runtimes"] = runtimes.run(scratch / "runtimes")
     finally:
         shutil.rmtree(scratch)
     (ROOT / "var").mkdir(exist_ok=True)
@@ -61,6 +66,9 @@ def main() -> int:
         print_table(results, arguments.scans)
     if "models" in results:
         print_rows(results["models"])
+    if "runtimes" in results:
+        print(f"\nInstructions: {runtimes.instructions()}")
+        runtimes.print_rows(results["runtimes"])
     return 0
 
 
