@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from appliance.errors import InferenceError
 from appliance.runtime import CPU, Candidate, Runtime, open_runtime
+from appliance.runtime.onnxruntime import OnnxRuntime, check_placement, kernels_of, layer_precisions
 from model_sync.bundle import InputSpec
 
 PIPELINE = [
@@ -175,3 +176,64 @@ def test_int8_model_of_another_toolchain_runs(shared: Path) -> None:
 def test_port_is_importable_without_any_runtime() -> None:
     check = "import sys, appliance.runtime; print('onnxruntime' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+def kernel(op_name: str, provider: str = "CUDAExecutionProvider", kind: str = "float") -> dict[str, Any]:
+    """As in a profile of ONNX Runtime."""
+    args = {"op_name": op_name, "provider": provider, "input_type_shape": [{kind: [1, 3, 8, 8]}], "node_index": "1"}
+    return {"cat": "Node", "name": f"{op_name}_1_kernel_time", "ph": "X", "dur": 3, "args": args}
+
+
+def test_heavy_layer_that_ran_elsewhere_is_an_error() -> None:
+    """ONNX Runtime moves what a provider lacks to the CPU and says nothing."""
+
+    good = [kernel("Conv"), kernel("Shape", CPU, "int64"), kernel("Gather", CPU, "int64")]
+    check_placement(kernels_of(good), "CUDAExecutionProvider")
+    with pytest.raises(InferenceError, match=r"2 layers ran on CPUExecutionProvider \(the first: FusedConv\)"):
+        check_placement(kernels_of([*good, kernel("FusedConv", CPU), kernel("MatMulInteger", CPU, "uint8")]), "CUDAExecutionProvider")
+
+
+def test_layers_are_counted_by_what_they_took() -> None:
+
+    ran = [kernel("QLinearConv", kind="uint8"), kernel("Conv", kind="float16"), kernel("QuantizeLinear"), kernel("Softmax")]
+    assert layer_precisions(kernels_of(ran)) == ["u8", "f16", "f32"]
+    assert layer_precisions([{"op_name": "Conv"}, {"op_name": "Conv", "input_type_shape": []}]) == []
+
+
+@pytest.mark.parametrize("events", [None, {}, [], [1, None, "x"], [{"name": "a_kernel_time"}], [{"name": 5, "args": {}}]])
+def test_profile_of_another_kind_tells_nothing(events: Any) -> None:
+
+    assert kernels_of(events) == []
+
+
+def test_no_profile_is_left_behind(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t"))
+    (tmp_path / "t").mkdir()
+    runtime = open_runtime(model, make_spec(), plain())
+    assert list((tmp_path / "t").iterdir()) == []
+    runtime.close()
+    cold = OnnxRuntime(plain())
+    cold.load(model, make_spec())
+    cold.close()
+    assert list((tmp_path / "t").iterdir()) == []
+
+
+def test_without_room_for_a_profile_it_runs_all_the_same(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
+    runtime = open_runtime(model, make_spec(), plain())
+    assert "layers" not in runtime.describe()
+
+
+def test_int8_that_runs_in_float_says_so(model: Path) -> None:
+    """ONNX Runtime is what every box falls back to: it runs, with the numbers that were gated, and tells."""
+    runtime = open_runtime(model, make_spec(), plain(precision="int8"))
+    assert runtime.describe()["layers"] == {"f32": 2}
+
+
+def test_adapter_that_is_not_installed_says_so(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("openvino", "appliance.runtime.openvino"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(InferenceError, match="openvino is not installed") as caught:
+        open_runtime(model, make_spec(), Candidate("openvino", "model.onnx", "fp32", "CPU"))
+    assert caught.value.code == "runtime.unavailable"

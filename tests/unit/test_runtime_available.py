@@ -1,0 +1,94 @@
+"""What a box can run, and why not the rest; whoever asks is not harmed by a library that crashes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from appliance.runtime import CPU, RUNTIMES, available
+from tests.conftest import ROOT
+
+
+def broken_package(folder: Path, name: str, body: str) -> None:
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(body)
+
+
+def asked(runtime: str, triton_url: str | None = None) -> available.Availability:
+    (found,) = (item for item in available.available(triton_url) if item.runtime == runtime)
+    return found
+
+
+def test_every_runtime_is_named_once_and_the_plain_one_can_run() -> None:
+    found = available.available()
+    assert [item.runtime for item in found] == list(RUNTIMES)
+    assert all(item.why for item in found if not item.providers)
+    assert found[0].providers[0] == CPU and found[0].version
+
+
+def test_nothing_is_imported_by_whoever_asks() -> None:
+    code = (
+        "import sys; from appliance.runtime.available import available; available('http://127.0.0.1:1'); "
+        "print([name for name in ('onnxruntime', 'openvino', 'tensorrt', 'tritonclient') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_what_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert {item.why for item in available.available()} == {"not installed", "not configured"}
+
+
+def test_triton_is_where_it_was_configured() -> None:
+    assert asked("triton").why == "not configured"
+    pytest.importorskip("tritonclient")
+    assert asked("triton", "hub.example:8000").providers == ("hub.example:8000",)
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("import ctypes; ctypes.string_at(0)", "crashes when it is imported"),
+        ("import os; print('{\"providers\": 1}', flush=True); os._exit(3)", "crashes when it is imported (exit code 3)"),
+        ("raise ImportError('libcudnn.so.9: cannot open shared object file')", "libcudnn.so.9"),
+        ("import no_such_package", "no_such_package is not installed"),
+        ("__version__ = '9'", "available_devices|Core|get_version"),
+    ],
+)
+def test_library_that_fails_says_why_and_harms_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, why: str) -> None:
+    broken_package(tmp_path, "openvino", body)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    found = asked("openvino")
+    assert found.providers == ()
+    assert any(words in found.why for words in why.split("|")), found.why
+
+
+def test_library_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_package(tmp_path, "openvino", "import time; time.sleep(600)")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    monkeypatch.setattr(available, "_ASK_S", 3.0)
+    assert asked("openvino").why == "did not answer in 3 s"
+
+
+def test_tensorrt_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said by looking at files: nothing of its gigabytes is loaded."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    monkeypatch.setattr(available, "_DEVICE_FILES", ())
+    assert "no GPU" in asked("tensorrt").why
+
+
+def test_gpu_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(available, "_DEVICE_FILES", ("/dev/null",))
+    count, why = available._gpus()
+    assert (count == 0 and why.startswith("no GPU: ")) or (count > 0 and why == "")
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"{", b"[]", b"null", b"[" * 100000, b'{"providers": 3}', b'{"providers": [], "why": ""}', b"\xff\xfe"]
+)
+def test_answer_that_is_none(said: bytes) -> None:
+    assert "crashes" in available._understood("openvino", said, -11).why
