@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 BATCHES: Final = (2, 4, 8, 16)
 _THROW_OUT: Final = 1.5
 _FIRST_TIMINGS: Final = 7
+_FIRST_MS: Final = 150.0  # a large segmenter takes a second: seven of those for each candidate would leave no time for the last ones
 _WARM_TIMINGS: Final = 2
 _ROUNDS: Final = 15
 _LEAST_ROUNDS: Final = 5
@@ -335,12 +336,13 @@ class _Tuner:
     def _duel(self, entry: _Entry, best: _Entry | None) -> tuple[float, float | None]:
         """A first median, and the fastest's in the same moment."""
         assert entry.attempt is not None
-        entry.attempt.time(self._sample, _WARM_TIMINGS)
+        once = min(entry.attempt.time(self._sample, _WARM_TIMINGS))
+        repeat = max(1, min(_FIRST_TIMINGS, round(_FIRST_MS / max(once, 0.01))))
         mine, others = [], []
         for _ in range(2):
-            mine += entry.attempt.time(self._sample, _FIRST_TIMINGS)
+            mine += entry.attempt.time(self._sample, repeat)
             if best is not None and best.attempt is not None:
-                others += best.attempt.time(self._sample, _FIRST_TIMINGS)
+                others += best.attempt.time(self._sample, repeat)
         entry.worst_ms = max(mine)
         return statistics.median(mine), statistics.median(others) if others else None
 
