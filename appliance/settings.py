@@ -52,7 +52,11 @@ class Settings(BaseModel):
     activation_deadline_s: float = Field(1800.0, gt=0, description="Longest a new model may take to build and prove itself.")
     tune_at_activation: bool = Field(True, description="Measure every way this box has of running a new model, and take the fastest.")
     tune_measuring_s: float = Field(60.0, gt=0, description="Longest that measuring may take, engine builds apart.")
-    triton_url: str = Field("", description="Address of a Triton inference server of the place (host:port); empty for none.")
+    triton_url: str = Field(
+        "", pattern=r"^(?:(?:https?://)?[A-Za-z0-9._\-\[\]]+(?::\d{1,5})?(?:/[A-Za-z0-9._~/\-]*)?)?$",
+        description="Triton server of the county hub (https://host:port). Empty: nothing is sent. With it only the prepared tensor leaves "
+        "the box: pixels, no name, no number, no tag of the scan.",
+    )  # fmt: skip
     session_idle_s: float = Field(30 * 60.0, gt=0, description="Silence after which a person is logged out.")
     session_absolute_s: float = Field(12 * 3600.0, gt=0, description="Longest a login lasts.")
 

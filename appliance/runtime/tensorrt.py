@@ -29,6 +29,8 @@ from appliance.errors import InferenceError
 from appliance.runtime import Candidate, TensorSpec, Told, engines, trt_build
 from appliance.runtime.cuda import Cuda, Gpu, Holding, Transfer
 from appliance.runtime.engines import DeviceProfile
+from appliance.runtime.pieces import in_pieces
+from appliance.runtime.tensors import check_outputs, checked_input
 from appliance.runtime.trt_seam import Messages, TrtSeam, find
 
 if TYPE_CHECKING:
@@ -221,31 +223,13 @@ class TensorRtRuntime:
 
     def infer(self, inputs: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
         """Run the model, in several goes where the engine takes fewer at once; see ``Runtime.infer``."""
-        value = inputs.get(self._input)
-        if set(inputs) != {self._input} or value is None or value.dtype != np.float32 or value.shape[1:] != self._shape or not len(value):
-            raise InferenceError("job.error", f"the model takes {self._input!r} as float32 [n, {', '.join(map(str, self._shape))}]")
+        value = checked_input(inputs, self._input, self._shape)
         loaded = self._loaded
         if loaded is None or self._gpu is None:
             raise InferenceError("job.error", "the runtime is closed")
         if self._gpu.index:
             loaded.cuda.call("cudaSetDevice", self._gpu.index)  # the current GPU is a thread's, and this may be another one
-        if len(value) <= self._largest and self._goes(len(value)):
-            return self._run(loaded, value)
-        pieces = [self._run(loaded, piece) for piece in self._pieces(value)]
-        return {name: np.concatenate([piece[name] for piece in pieces])[: len(value)] for name in loaded.outputs}
-
-    def _goes(self, n: int) -> bool:
-        return bool(self._notes.get("dynamic", True)) or n == self._largest
-
-    def _pieces(self, value: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-        """Parts of a batch that the engine takes; the last is filled up with zeros for an engine of one fixed batch."""
-        size = self._largest
-        pieces = [value[start : start + size] for start in range(0, len(value), size)]
-        if not self._goes(len(pieces[-1])):
-            filled = np.zeros((size, *self._shape), np.float32)
-            filled[: len(pieces[-1])] = pieces[-1]
-            pieces[-1] = filled
-        return pieces
+        return in_pieces(value, self._largest, bool(self._notes.get("dynamic", True)), lambda piece: self._run(loaded, piece))
 
     def _run(self, loaded: _Loaded, value: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
         """One batch that the engine takes as it is."""
@@ -306,13 +290,10 @@ class TensorRtRuntime:
             loaded.holding.drop(graph)
 
     def _results(self, loaded: _Loaded, n: int) -> dict[str, NDArray[Any]]:
-        results = {}
-        for name in loaded.outputs:
-            output = loaded.tensors[name].host[:n].copy()  # the next run writes over the memory it was copied to
-            if output.dtype.kind == "f" and not np.isfinite(output).all():
-                raise InferenceError("job.error", f"output {name!r} holds values that are no numbers")
-            results[name] = output.astype(np.float32) if output.dtype == np.float16 else output
-        return results
+        # Copies: the next run writes over the memory that this one's outputs came to.
+        results = {name: loaded.tensors[name].host[:n].copy() for name in loaded.outputs}
+        check_outputs(results, n)
+        return {name: output.astype(np.float32) if output.dtype == np.float16 else output for name, output in results.items()}
 
     def _failed(self, loaded: _Loaded, what: str) -> InferenceError:
         said = loaded.messages.errors()

@@ -122,7 +122,7 @@ _json = st.recursive(
 def test_header_with_a_profile_that_is_none(tmp_path: Path, name: str, value: object, whole: object) -> None:
     """Signed with its own digest, and still no profile of ours: a header of another release."""
     for profile in (PROFILE.to_json() | {name: value}, PROFILE.to_json() | {"more": value}, whole):
-        engines._pack(tmp_path / PROFILE.file_name, {"profile": profile}, ENGINE[:16])
+        engines.pack(tmp_path / PROFILE.file_name, {"profile": profile}, ENGINE[:16])
         found = engines.read(tmp_path, PROFILE)
         assert (found.data == b"") == (profile != PROFILE.to_json())
 

@@ -160,7 +160,7 @@ def test_out_of_gpu_memory_is_tried_once_more_with_less(yard: Yard) -> None:
 
 
 def test_out_of_gpu_memory_twice_is_a_clear_failure(yard: Yard) -> None:
-    with pytest.raises(InferenceError, match="OutOfMemory.*; with batch 2 too") as caught:
+    with pytest.raises(InferenceError, match=r"OutOfMemory.*; with batch 2 too") as caught:
         yard.build(largest_build=1)
     assert caught.value.code == "runtime.memory"
 

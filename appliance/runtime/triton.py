@@ -1,0 +1,300 @@
+"""A Triton Inference Server, for a hub with GPUs that serves the clinics of a county (KServe v2 by NVIDIA's ``tritonclient``).
+
+**The tensor leaves the box.** Nothing is sent unless the clinic has configured the hub (``triton_url``). What is sent is the model's ONNX
+file, which holds no patient, and for each inference the prepared tensor: pixels that are cropped, resized and scaled for the model. No
+name, identifier, date or DICOM tag goes with it, not even a job number.
+
+Under EXPLICIT model control the model is loaded through the repository API, with the file in the request. Its name carries the digest of
+the file: a hub can answer with this very variant, or not at all. What this box loaded it unloads; a hub that lost it, because it was
+started anew or another box unloaded it, is given it once more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from appliance.errors import InferenceError
+from appliance.runtime import Candidate, TensorSpec, Told
+from appliance.runtime.pieces import in_pieces
+from appliance.runtime.tensors import check_outputs, checked_input
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+CONNECT_S: Final = 5.0
+ANSWER_S: Final = 30.0
+LOAD_S: Final = 300.0
+_EXTENSIONS: Final = ("model_repository", "binary_tensor_data")
+_DETAIL_CHARS: Final = 200
+# ONNX element type -> KServe v2's name, and the type of the model's configuration.
+_TYPES: Final = {1: "FP32", 10: "FP16", 6: "INT32", 7: "INT64", 9: "BOOL", 2: "UINT8", 3: "INT8"}
+
+
+class TritonRuntime:
+    """A model on a Triton server; see ``appliance.runtime.Runtime``.
+
+    Args:
+        candidate: ``provider`` is the server's address: ``https://host:port``, ``http://host:port`` or ``host:port``.
+        connect_s: how long a connection may take to come about.
+        answer_s: how long an inference may take.
+        load_s: how long the server may take to load a model.
+    """
+
+    name = "triton"
+
+    def __init__(self, candidate: Candidate, *, connect_s: float = CONNECT_S, answer_s: float = ANSWER_S, load_s: float = LOAD_S) -> None:
+        self.version = ""
+        self.precision = candidate.precision
+        self.provider = candidate.provider
+        self._candidate = candidate
+        self._connect_s, self._answer_s, self._load_s = connect_s, answer_s, load_s
+        self._input = ""
+        self._shape: tuple[int, ...] = ()
+        self._path: Path | None = None
+        self._model: _Model | None = None
+        self._ours = False  # whether this box loaded it
+        self._extensions: list[str] = []
+        self._clients = threading.local()  # tritonclient's connections belong to the thread that made them (gevent)
+
+    def load(self, model_path: Path, input_spec: TensorSpec, *, cache: Path | None = None, told: Told | None = None) -> None:
+        """Give the server the model unless it has it; see ``Runtime.load``. The server builds, so nothing is cached or told here."""
+        del cache, told
+        self._input, self._shape, self._path = input_spec.name, tuple(input_spec.shape), model_path
+        model = _Model(model_path, self._candidate.batch)
+        model.check(self._input, self._shape)
+        server = self._ask(lambda client: client.get_server_metadata(), "the server")
+        self.version = f"{server.get('name', '')} {server.get('version', '')}".strip()[:_DETAIL_CHARS]
+        self._extensions = [str(name) for name in server.get("extensions", [])]
+        absent = [name for name in _EXTENSIONS if name not in self._extensions]
+        if absent:
+            raise InferenceError("runtime.unavailable", f"{self.version} at {self.provider} has no {', '.join(absent)}")
+        self._model = model
+        self._provide()
+
+    def _provide(self) -> None:
+        """Have the server load the model unless it has it ready, and hold what it says of it against the file."""
+        model = self._model
+        assert model is not None
+        if not self._ask(lambda client: client.is_model_ready(model.name), "the server"):
+            files = {"file:1/model.onnx": model.content()}
+            self._ours = True  # from here on: a load that fails half-way is taken back as well
+            self._ask(lambda client: client.load_model(model.name, config=model.config(), files=files), "loading", self._load_s)
+            if not self._ask(lambda client: client.is_model_ready(model.name), "the server"):
+                raise InferenceError("job.error", f"{self.version} does not have the model ready after loading it")
+        model.check_server(self._ask(lambda client: client.get_model_metadata(model.name), "the server"))
+
+    def warm_up(self) -> None:
+        """Run once; see ``Runtime.warm_up``."""
+        self.infer({self._input: np.zeros((self._candidate.batch, *self._shape), np.float32)})
+
+    def infer(self, inputs: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+        """Send the tensor and take the answer; see ``Runtime.infer``."""
+        value = checked_input(inputs, self._input, self._shape)
+        model = self._model
+        if model is None:
+            raise InferenceError("job.error", "the runtime is closed")
+        return in_pieces(value, model.batch, model.dynamic, lambda piece: self._run(model, piece))
+
+    def _run(self, model: _Model, value: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        try:
+            return self._send(model, value)
+        except _GoneError:
+            logger.warning("the Triton server lost the model; giving it once more")
+            self._provide()
+            return self._send(model, value)
+
+    def _send(self, model: _Model, value: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        http = _tritonclient()
+        given = http.InferInput(self._input, list(value.shape), "FP32")
+        given.set_data_from_numpy(value, binary_data=True)
+        wanted = [http.InferRequestedOutput(name, binary_data=True) for name in model.outputs]
+        answer = self._ask(lambda client: _answer(client.infer(model.name, [given], outputs=wanted), model), "inference")
+        check_outputs(answer, len(value))
+        return answer
+
+    def _ask(self, question: Callable[[Any], T], what: str, seconds: float | None = None) -> T:
+        """Ask the server; what goes wrong becomes an InferenceError, ``_GoneError`` when it does not have the model."""
+        try:
+            return question(self._client(seconds or self._answer_s))
+        except InferenceError:
+            raise
+        except Exception as error:  # port wrapper: tritonclient lets through what sockets, gevent and its parsers raise
+            self._forget()
+            raise self._failure(error, what, seconds or self._answer_s) from error
+
+    def _failure(self, error: Exception, what: str, seconds: float) -> InferenceError:
+        said = " ".join(str(error).split())[:_DETAIL_CHARS]
+        if isinstance(error, TimeoutError):
+            return InferenceError("runtime.deadline", f"{what}: no answer from {self.provider} in {seconds:g} s")
+        if isinstance(error, OSError) or type(error).__name__ in ("HTTPConnectionClosed", "ConnectionClosed"):
+            return InferenceError("runtime.unavailable", f"{what}: {self.provider} cannot be reached ({said or type(error).__name__})")
+        if type(error).__name__ == "InferenceServerException":
+            if "unknown model" in said or "is not ready" in said or "is not found" in said or "has no available versions" in said:
+                return _GoneError("job.error", f"{what}: the server does not have the model ({said})")
+            if "out of memory" in said.lower():
+                return InferenceError("runtime.memory", f"{what}: {said}")
+            return InferenceError("runtime.build" if what == "loading" else "job.error", f"{what}: the server says: {said}")
+        return InferenceError("job.error", f"{what}: the server's answer cannot be read ({type(error).__name__}: {said})")
+
+    def _client(self, seconds: float) -> Any:
+        """This thread's connection with that limit."""
+        clients = self._clients.__dict__.setdefault("by_limit", {})
+        if seconds not in clients:
+            address = urlsplit(self.provider if "://" in self.provider else f"http://{self.provider}")
+            if address.scheme not in ("http", "https") or not address.hostname or address.username is not None:
+                raise InferenceError("job.error", f"{self.provider!r} is no address of a server")
+            clients[seconds] = _tritonclient().InferenceServerClient(
+                address.netloc + address.path.rstrip("/"), ssl=address.scheme == "https",
+                connection_timeout=self._connect_s, network_timeout=seconds,
+            )  # fmt: skip
+        return clients[seconds]
+
+    def _forget(self) -> None:
+        """Close this thread's connections: after a failure there may be half an answer in them."""
+        for client in self._clients.__dict__.pop("by_limit", {}).values():
+            with suppress(Exception):
+                client.close()
+
+    def describe(self) -> dict[str, Any]:
+        """What ran; see ``Runtime.describe``.
+
+        ``version`` is the server's name and version, ``extensions`` what it can, ``model`` its name there, and ``leaves_box`` says that
+        the prepared tensor was sent there.
+        """
+        return {
+            "runtime": self.name, "version": self.version, "provider": self.provider, "precision": self.precision, "threads": 0,
+            "batch": self._model.batch if self._model else self._candidate.batch, "model": self._model.name if self._model else "",
+            "extensions": list(self._extensions), "leaves_box": True, "sent": "the prepared tensor only, no identifiers",
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """Have the server unload the model if this box loaded it; a server that is gone has unloaded it already."""
+        model, self._model = self._model, None
+        if model is not None and self._ours:
+            self._ours = False
+            try:
+                self._ask(lambda client: client.unload_model(model.name), "unloading")
+            except InferenceError as error:
+                logger.warning("the Triton server may still hold the model: %s", error.detail)
+        self._forget()
+
+
+class _GoneError(InferenceError):
+    """The server does not have the model."""
+
+
+class _Model:
+    """An ONNX file as a server is given it.
+
+    Attributes:
+        name: on the server; carries the file's digest and the largest batch.
+        batch: the largest batch.
+        dynamic: whether smaller ones go too.
+        outputs: the names of its outputs.
+    """
+
+    def __init__(self, path: Path, batch: int) -> None:
+        self._path = path
+        data = self.content()
+        self._inputs, self._outputs = _signature(data)
+        first = self._inputs[0][2][0] if self._inputs and self._inputs[0][2] else None
+        self.dynamic = first == -1
+        self.batch = batch if self.dynamic else int(first or 1)
+        self.name = f"edge-{hashlib.sha256(data).hexdigest()[:40]}-b{self.batch}"
+        self.outputs = [name for name, _, _ in self._outputs]
+
+    def content(self) -> bytes:
+        """The file, read anew each time: it is megabytes that nobody needs between a load and the next."""
+        try:
+            return self._path.read_bytes()
+        except OSError as error:
+            raise InferenceError("job.error", f"the model cannot be read: {error.strerror}") from error
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Hold the file's input against the manifest's; raises InferenceError, ``job.error``."""
+        dims = self._inputs[0][2] if len(self._inputs) == 1 else []
+        fits = len(dims) == 1 + len(shape) and all(n in (-1, m) for n, m in zip(dims[1:], shape, strict=True))
+        if [item[:2] for item in self._inputs] != [(name, "FP32")] or not fits:
+            raise InferenceError("job.error", f"the model takes {self._inputs}, the manifest says {name!r} FP32 {[-1, *shape]}")
+
+    def config(self) -> str:
+        """The model's configuration, complete, so that no server guesses: ONNX Runtime as backend, the file's own inputs and outputs."""
+        drop = 1 if self.dynamic else 0  # with a largest batch the batch is not among the dimensions
+
+        def tensors(items: list[tuple[str, str, list[int]]]) -> list[dict[str, Any]]:
+            return [{"name": name, "data_type": f"TYPE_{kind}", "dims": dims[drop:] or [1]} for name, kind, dims in items]
+
+        config = {
+            "name": self.name, "backend": "onnxruntime", "default_model_filename": "model.onnx",
+            "max_batch_size": self.batch if self.dynamic else 0, "input": tensors(self._inputs), "output": tensors(self._outputs),
+        }  # fmt: skip
+        return json.dumps(config)
+
+    def check_server(self, said: dict[str, Any]) -> None:
+        """Hold what the server says of the model against the file; raises InferenceError, ``job.error``."""
+        for kind, expected in (("inputs", self._inputs), ("outputs", self._outputs)):
+            have = {item.get("name"): (item.get("datatype"), item.get("shape", [])) for item in said.get(kind, [])}
+            for name, datatype, dims in expected:
+                served, shape = have.get(name, ("", []))
+                same = len(shape) == len(dims) and all(-1 in (int(n), m) or int(n) == m for n, m in zip(shape, dims, strict=True))
+                if served != datatype or not same:
+                    raise InferenceError("job.error", f"the server has {name!r} as {served} {shape}, the file {datatype} {dims}")
+        if said.get("name") != self.name:
+            raise InferenceError("job.error", f"the server speaks of the model {said.get('name')!r}")
+
+
+def _signature(data: bytes) -> tuple[list[tuple[str, str, list[int]]], list[tuple[str, str, list[int]]]]:
+    """Inputs and outputs of an ONNX file: name, type, dimensions, -1 where one is free."""
+    import onnx
+
+    try:
+        graph = onnx.load_model_from_string(data).graph
+    except Exception as error:  # protobuf's decoding errors have no base that is public
+        raise InferenceError("job.error", "the file is no ONNX model") from error
+    constants = {item.name for item in graph.initializer}
+
+    def read(items: Any) -> list[tuple[str, str, list[int]]]:
+        found = []
+        for item in items:
+            tensor = item.type.tensor_type
+            dims = [int(dim.dim_value) if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim]
+            found.append((item.name, _TYPES.get(tensor.elem_type, f"type {tensor.elem_type}"), dims))
+        return found
+
+    return read(item for item in graph.input if item.name not in constants), read(graph.output)
+
+
+def _answer(result: Any, model: _Model) -> dict[str, NDArray[Any]]:
+    said = result.get_response()
+    if said.get("model_name") != model.name:
+        raise InferenceError("job.error", f"the server answered with the model {said.get('model_name')!r}")
+    outputs = {}
+    for name, kind, dims in model._outputs:
+        value = result.as_numpy(name)
+        fits = value is not None and value.ndim == len(dims) and all(m in (-1, n) for n, m in zip(value.shape, dims, strict=True))
+        if value is None or not fits:
+            raise InferenceError("job.error", f"the server answered {name!r} as {None if value is None else list(value.shape)}, not {dims}")
+        outputs[name] = np.array(value, np.float32 if kind in ("FP32", "FP16") else value.dtype)
+    return outputs
+
+
+def _tritonclient() -> Any:
+    try:
+        import tritonclient.http
+    except ImportError as error:
+        raise InferenceError("runtime.unavailable", f"tritonclient: {error.name or error} is not installed") from error
+    return tritonclient.http
