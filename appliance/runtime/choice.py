@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from appliance.domain import Note
 from appliance.errors import InferenceError
-from appliance.runtime.candidate import Candidate
+from appliance.runtime.candidate import CPU, Candidate
 
 if TYPE_CHECKING:
     from model_sync.bundle import ModelBundle, Variant
@@ -119,17 +119,17 @@ class Plan:
 
 def _barred(rows: Sequence[Any]) -> Note | None:
     """Why the plain candidate may not read: it was tried here, and was wrong or did not run."""
-    for row in rows:
-        candidate = row.get("candidate", {}) if isinstance(row, dict) else {}
-        plain = candidate.get("runtime") == "onnxruntime" and candidate.get("provider") == "CPUExecutionProvider"
-        if plain and candidate.get("batch") == 1 and candidate.get("precision") == _most_exact(rows) and row.get("state") == "wrong":
-            return Note(str(row.get("code", "")), str(row.get("detail", "")))
-    return None
+    plain = [row for row in rows if isinstance(row, dict) and _is_plain(row.get("candidate"), str(row.get("code")))]
+    row = min(plain, key=lambda row: exactness(str(row["candidate"].get("precision"))), default=None)
+    if row is None or row.get("state") not in ("wrong", "failed"):
+        return None
+    return Note(str(row.get("code", "")), str(row.get("detail", "")))
 
 
-def _most_exact(rows: Sequence[Any]) -> str:
-    have = {str(row["candidate"]["precision"]) for row in rows if isinstance(row, dict) and row.get("candidate", {}).get("file")}
-    return next((precision for precision in EXACTNESS if precision in have), "")
+def _is_plain(candidate: Any, code: str) -> bool:
+    if not isinstance(candidate, dict) or code == "tune.not_on":
+        return False
+    return (candidate.get("runtime"), candidate.get("provider"), candidate.get("batch")) == ("onnxruntime", CPU, 1)
 
 
 def plain_variant(bundle: ModelBundle, precision: str | None = None) -> Variant:
