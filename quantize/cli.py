@@ -1,25 +1,174 @@
-"""The command ``quantize``: from float weights to a gated bundle. So far it makes the reference bundle and its phantoms."""
+"""The command ``quantize``: from a float model and pictures to a gated bundle, and each part of that on its own."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from quantize.errors import QuantizeError
+
+DONE, FAILED, USAGE, GATE_FAILED = 0, 1, 2, 3
+_EPILOG: Final = "Exit codes: 0 done, 1 failed (the reason and what to do are said), 2 wrong use, 3 a variant did not pass the gate."
+_INTERRUPTED: Final = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 done, 1 failed, 2 usage)."""
-    parser = argparse.ArgumentParser(prog="quantize", description="Make model bundles.")
-    parser.add_argument("command", choices=("build-reference", "draw-phantoms"), help="what to make")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own arguments; -h explains them")
-    arguments = parser.parse_args(argv)
-    return _command(arguments.command)(arguments.arguments)
-
-
-def _command(name: str) -> Callable[[Sequence[str]], int]:
-    if name == "build-reference":
+    """Run one command; returns the exit code: 0 done, 1 failed, 2 usage, 3 the gate refused something."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # These two have their own parsers, so that they can be started without this command too.
+    if arguments[:1] == ["build-reference"]:
         from quantize.reference.build import main as build
 
-        return build
-    from quantize.reference.phantom import main as draw
+        return build(arguments[1:])
+    if arguments[:1] == ["draw-phantoms"]:
+        from quantize.reference.phantom import main as draw
 
-    return draw
+        return draw(arguments[1:])
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except QuantizeError as error:
+        print(f"quantize: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("quantize: interrupted; the same command goes on where it was", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="quantize", description="Make, gate and measure model bundles (docs/quantize.md).", epilog=_EPILOG
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _run_parser(commands)
+    one = _command(commands, "calibrate", _calibrate, "write every fp16 and int8 candidate of a model; none of them is gated yet")
+    one.add_argument("--model", type=Path, required=True, help="the float ONNX file")
+    one.add_argument("--manifest", type=Path, required=True, help="draft.toml")
+    one.add_argument("--calibration", type=Path, required=True, help="directory of pictures to measure ranges on")
+    one.add_argument("--out", type=Path, required=True, help="directory to write the ONNX files into")
+    one = _command(commands, "gate", _gate, "hold every variant of a bundle against its fp32 on a labelled set; exit code 3 if one fails")
+    one.add_argument("--bundle", type=Path, required=True, help="the bundle's directory")
+    one.add_argument("--evaluation", type=Path, required=True, help="directory of pictures with labels.csv")
+    one.add_argument("--out", type=Path, help="file for the verdicts as JSON; standard output otherwise")
+    _limits(one)
+    one = _command(commands, "report", _report, "draw the HTML report of a run again from its record")
+    one.add_argument("--record", type=Path, required=True, help="BUNDLE.report.json, as quantize run wrote it")
+    one.add_argument("--out", type=Path, required=True, help="the HTML file")
+    one = _command(commands, "bench", _bench, "time every variant of a bundle on every runtime here, each against the others")
+    one.add_argument("--bundle", type=Path, required=True, help="the bundle's directory")
+    one.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    for name, words in (("build-reference", "build the reference bundle"), ("draw-phantoms", "draw the sample scans")):
+        commands.add_parser(name, help=f"{words}; -h explains its arguments", add_help=False)
+    return parser
+
+
+def _command(commands: Any, name: str, function: Callable[[argparse.Namespace], int], words: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=words, description=f"{words[0].upper()}{words[1:]}.", epilog=_EPILOG)
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _run_parser(commands: Any) -> None:
+    one = _command(commands, "run", _run, "make a gated bundle from a float model; an interrupted run goes on where it was")
+    one.add_argument("--model", type=Path, required=True, help="the float ONNX file")
+    one.add_argument("--manifest", type=Path, required=True, help="draft.toml; a MODEL_CARD.md beside it goes into the bundle")
+    one.add_argument("--calibration", type=Path, required=True, help="directory of DICOM, PNG, JPEG or npz pictures; no labels needed")
+    one.add_argument("--evaluation", type=Path, required=True, help="directory of pictures with labels.csv, of other patients")
+    one.add_argument("--out", type=Path, required=True, help="the bundle's directory; beside it come OUT.report.html and OUT.report.json")
+    one.add_argument("--golden", type=Path, help="pictures without patients for the golden cases (phantoms); averages otherwise")
+    one.add_argument("--one-int8", action="store_true", help="ship one int8 variant only, the best here: for a small bundle")
+    one.add_argument("--calibration-limit", type=int, default=256, metavar="N", help="use at most so many calibration pictures (256)")
+    one.add_argument("--replace", action="store_true", help="allow --out to be there already")
+    one.add_argument("--keep-work", action="store_true", help="keep OUT.work, the finished steps, after success")
+    _limits(one)
+
+
+def _limits(parser: argparse.ArgumentParser) -> None:
+    from quantize.gate import Limits
+
+    usual = Limits()
+    parser.add_argument("--auc", type=float, default=usual.auc, help=f"largest difference of an AUC ({usual.auc:g})")
+    parser.add_argument("--score", type=float, default=usual.score, help=f"largest change of a single score ({usual.score:g})")
+    parser.add_argument("--dice", type=float, default=usual.dice, help=f"least Dice's coefficient against float ({usual.dice:g})")
+
+
+def _given_limits(options: argparse.Namespace) -> Any:
+    from quantize.gate import Limits
+
+    return Limits(auc=options.auc, score=options.score, dice=options.dice)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from quantize.pipeline import BundleRecipe, run
+
+    recipe = BundleRecipe(
+        options.model, options.manifest, options.calibration, options.evaluation, options.out, golden=options.golden,
+        limits=_given_limits(options), calibration_limit=options.calibration_limit, one_int8=options.one_int8, replace=options.replace,
+        keep_work=options.keep_work,
+    )  # fmt: skip
+    return finish(run(recipe), options.out)
+
+
+def finish(made: Any, out: Path) -> int:
+    """Write the report of a finished run beside the bundle, and say what came of every candidate."""
+    from quantize import report
+
+    record, page = out.with_name(out.name + ".report.json"), out.with_name(out.name + ".report.html")
+    record.write_text(json.dumps(made.record, ensure_ascii=False), encoding="utf-8")
+    report.write(made.record, page)
+    print(f"{made.manifest.name} {made.manifest.version}: {out}")
+    for entry in made.tried:
+        times = ", ".join(f"{place.title} {timed.median_ms:.2f} ms" for place, timed in entry.timed.items())
+        said = "shipped" if entry.refused is None else f"left out: {entry.refused.code}: {entry.refused.detail}"
+        print(f"  {entry.name}: {said}" + (f" ({times})" if times and entry.refused is None else ""))
+    print(f"report: {page}")
+    return DONE
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from quantize.alone import calibrate
+
+    for name, words in calibrate(options.model, options.manifest, options.calibration, options.out):
+        print(f"{name}: {words}")
+    return DONE
+
+
+def _gate(options: argparse.Namespace) -> int:
+    from quantize.alone import gate
+
+    verdicts, passed = gate(options.bundle, options.evaluation, _given_limits(options))
+    text = json.dumps(verdicts, ensure_ascii=False, indent=2) + "\n"
+    if options.out is None:
+        print(text, end="")
+    else:
+        options.out.write_text(text, encoding="utf-8")
+    return DONE if passed else GATE_FAILED
+
+
+def _report(options: argparse.Namespace) -> int:
+    from quantize import report
+
+    report.write(report.load_record(options.record), options.out)
+    print(options.out)
+    return DONE
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from quantize.alone import bench
+
+    rows = bench(options.bundle)
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return DONE
+    for row in rows:
+        print(f"{row['file']:40} {row['place']:24} {row['median_ms']:9.2f} ms   load {row['load_ms']:7.0f} ms")
+    return DONE
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,73 @@
+"""What a run is doing, for a person who waits: a bar with a rough rest time on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+_WIDTH = 24
+_REDRAW_S = 0.2
+_LINE_S = 15.0
+
+
+class Progress:
+    """Steps of known weight, one after the other.
+
+    Hand-written because it is 60 lines, and a library of its own would come along for nothing else.
+
+    Args:
+        weights: roughly how long each step takes, in any unit; steps done sooner or never simply move the bar on.
+        stream: where it is shown; standard error by default, so that standard output stays for results.
+    """
+
+    def __init__(self, weights: dict[str, float], stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._weights, self._done = dict(weights), 0.0
+        self._now = ""
+        self._weight = 0.0
+        self._started = time.monotonic()
+        self._shown = 0.0
+        self._terminal = self._stream.isatty()
+
+    def begin(self, step: str, title: str) -> Callable[[float], None]:
+        """Begin a step; returns what to call with the part (0 to 1) of it that is done."""
+        self._done += self._weight
+        self._weight = self._weights.pop(step, 0.0)
+        self._now = title
+        self._show(0.0, force=True)
+        return self._show
+
+    def expect(self, weights: dict[str, float]) -> None:
+        """More steps are to come than was known at first."""
+        self._weights |= weights
+
+    def end(self) -> None:
+        """Everything is done."""
+        self._weights.clear()
+        self._now = "done"
+        self._show(1.0, force=True)
+        if self._terminal:
+            self._stream.write("\n")
+
+    def _show(self, part: float, *, force: bool = False) -> None:
+        now = time.monotonic()
+        if not force and now - self._shown < (_REDRAW_S if self._terminal else _LINE_S):
+            return
+        self._shown = now
+        whole = self._done + self._weight + sum(self._weights.values())
+        share = min(1.0, (self._done + part * self._weight) / whole) if whole else 1.0
+        line = f"{share:4.0%}  {self._now}{self._rest(share, now)}"
+        if self._terminal:
+            filled = round(share * _WIDTH)
+            self._stream.write(f"\r\x1b[K[{'#' * filled}{'.' * (_WIDTH - filled)}] {line}")
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def _rest(self, share: float, now: float) -> str:
+        if not 0.05 < share < 1:
+            return ""
+        rest_s = (now - self._started) * (1 - share) / share
+        return f"  (about {rest_s / 60:.0f} min left)" if rest_s > 90 else f"  (about {rest_s:.0f} s left)"

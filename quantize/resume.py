@@ -1,0 +1,97 @@
+"""The work directory of a run: finished steps are kept under the digest of what they were made from, so that a killed run goes on.
+
+A step writes into a directory of its own that gets its final name only when everything is in it; what has its name is whole. A step
+whose inputs changed has another name and is done again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize.errors import QuantizeError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# Part of every step's name: a change of what the steps compute makes old ones worthless.
+_FORMAT = 1
+
+
+class Work:
+    """The finished steps of a run, in ``directory`` (made if need be); one process at a time, until ``close``.
+
+    Raises:
+        QuantizeError: ``work.busy``: another run is making this bundle.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.reused: list[str] = []
+        directory.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(directory, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it, however the process ends
+        except BlockingIOError as error:
+            os.close(self._lock)
+            raise QuantizeError(f"another run works in {directory}", hint="wait for it, or name another --out", code="work.busy") from error
+        for half_done in directory.glob("*.part"):
+            shutil.rmtree(half_done)
+
+    def step(self, name: str, inputs: Any, make: Callable[[Path], Any]) -> tuple[Path, Any]:
+        """Do a step, unless it is done.
+
+        Args:
+            name: what it is, as a file name.
+            inputs: everything it depends on, JSON types; digests stand for files.
+            make: does it, given the directory to write into; returns what is to be remembered, JSON types.
+
+        Returns:
+            The step's directory and what was remembered. Whatever ``make`` raises is passed on, and nothing is kept.
+        """
+        key = hashlib.sha256(json.dumps([_FORMAT, name, inputs], sort_keys=True).encode()).hexdigest()[:16]
+        final = self.directory / f"{name}-{key}"
+        if final.is_dir():
+            self.reused.append(name)
+            return final, json.loads((final / "step.json").read_text(encoding="utf-8"))
+        part = final.with_name(final.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        try:
+            remembered = make(part)
+            (part / "step.json").write_text(json.dumps(remembered), encoding="utf-8")
+            for path in part.iterdir():
+                _sync(path)
+            part.rename(final)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        return final, json.loads(json.dumps(remembered))
+
+    def remove(self) -> None:
+        """Remove everything, once the bundle stands."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let another run in."""
+        os.close(self._lock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
