@@ -59,9 +59,10 @@ class JobState(str, Enum):
 
 
 class JobKind(str, Enum):
-    """INFER runs one model on one image; CHECK only proves that the pixels of an image no model reads can be decoded."""
+    """INFER runs one model on one image, VOLUME on a whole series; CHECK only proves that pixels no model reads can be decoded."""
 
     INFER = "infer"
+    VOLUME = "volume"
     CHECK = "check"
 
 
@@ -173,6 +174,47 @@ class Finding:
         }
 
 
+Plane = Literal["axial", "coronal", "sagittal"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How much there is of one label in a series."""
+
+    label: str
+    code: str
+    title_zh: str
+    title_en: str
+    value: float
+    unit: str = "ml"
+
+    def to_json(self) -> dict[str, Any]:
+        """The measurement as ``appliance analyze --json`` prints it."""
+        return {"label": self.label, "code": self.code, "value": round(self.value, 2), "unit": self.unit}
+
+
+@dataclass(frozen=True)
+class VolumeResult:
+    """What one model drew in one series.
+
+    Attributes:
+        measurements: one per label of the model, in its order.
+        pictures: PNG per plane, with the outlines.
+        mask: zlib of uint8 [slices, rows, columns] on the series' own pixels.
+        geometry: where the mask is, which image and frame each slice is, and the classes' names; JSON types.
+    """
+
+    measurements: tuple[Measurement, ...]
+    model: str
+    model_version: str
+    model_digest: str
+    precision: str
+    runtime: str
+    pictures: dict[Plane, bytes] = field(default_factory=dict, repr=False)
+    mask: bytes = field(default=b"", repr=False)
+    geometry: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
 @dataclass(frozen=True)
 class Job:
     """A claimed job: what the worker needs to do it, under a lease; ``priority`` above 0 is urgent, ``tried``: not the first time."""
@@ -199,6 +241,7 @@ class JobResult:
     notes: tuple[Note, ...] = ()
     timing_ms: dict[str, float] = field(default_factory=dict)
     runtime: dict[str, Any] = field(default_factory=dict)
+    volume: VolumeResult | None = None
 
 
 def utc_now() -> str:

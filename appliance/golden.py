@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from model_sync.bundle import GoldenCase, Manifest, ModelBundle
+    from model_sync.bundle import GoldenCase, GoldenVolume, Manifest, ModelBundle
 
 
 Infer: TypeAlias = "Callable[[NDArray[np.float32]], dict[str, NDArray[np.float32]]]"
@@ -35,7 +35,19 @@ class Case:
 
 def cases(bundle: ModelBundle) -> list[Case]:
     """The golden cases, prepared; raises BundleError."""
+    if bundle.manifest.input.layout == "NCDHW":
+        return [_volume_case(bundle.manifest, volume) for volume in bundle.golden_volumes()]
     return [_case(bundle.manifest, golden) for golden in bundle.golden_cases()]
+
+
+def _volume_case(manifest: Manifest, golden: GoldenVolume) -> Case:
+    """The difference is that of the label whose Dice coefficient is off the most."""
+    from appliance.segmentation import golden_tensor
+
+    tensor, difference = golden_tensor(golden, manifest)
+    return Case(
+        golden.name, tensor, lambda infer: difference(infer(tensor)), {str(name): value for name, value in golden.tolerance.items()}
+    )
 
 
 def _case(manifest: Manifest, golden: GoldenCase) -> Case:

@@ -13,10 +13,11 @@ from collections.abc import Collection, Iterable
 from dataclasses import fields
 
 from appliance import database as db
+from appliance import series_jobs
 from appliance.database import Database
 from appliance.domain import Finding, Job, JobKind, JobResult, JobState, Note, Patient, Scan, ScanState, utc_now
 from appliance.errors import StoreError
-from appliance.scope import applies
+from appliance.scope import applies, reads_volumes
 from appliance.settings import Settings
 from model_sync.bundle import Manifest
 
@@ -36,18 +37,19 @@ class JobQueue:
     def close_series(self, series_ids: Iterable[int]) -> int:
         """The sender says these series are complete: plan their jobs. Returns the number of jobs queued.
 
-        Every active model whose manifest applies gets a job per image; an image no model applies to gets a check of its
-        pixels, after which it is OUT_OF_SCOPE with the reason. Safe to repeat.
+        Every active model whose manifest applies gets a job per image, or per series where it reads volumes; an image no model
+        applies to gets a check of its pixels, after which it is OUT_OF_SCOPE with the reason. Safe to repeat.
         """
         planned = 0
         with self.database.transaction() as tx:
             manifests = self._active_manifests(tx)
             for series_id in series_ids:
                 tx.execute("UPDATE series SET open = 0 WHERE id = ?", (series_id,))
-                for row in tx.execute(
-                    "SELECT * FROM instances WHERE series_id = ? AND state = ?", (series_id, ScanState.WAITING.value)
-                ).fetchall():
-                    planned += self._plan(tx, row, manifests)
+                waiting = [row for row in series_jobs.images(tx, series_id) if row["state"] == ScanState.WAITING.value]
+                refusals = self._plan_volumes(tx, series_id, manifests) if waiting else {}
+                planned += sum(refusal is None for refusal in refusals.values())
+                for row in waiting:
+                    planned += self._plan(tx, row, manifests, refusals)
         return planned
 
     def close_idle_series(self) -> int:
@@ -67,24 +69,40 @@ class JobQueue:
         rows = tx.execute("SELECT * FROM jobs WHERE scope_code = 'scope.no_model' AND state IN ('done', 'queued')").fetchall()
         for row in rows:
             image = tx.execute("SELECT * FROM instances WHERE id = ?", (row["instance_id"],)).fetchone()
-            if row["model_digest"] and applies(came.applies_to, _scan_of(image)).refusal is not None:
+            if row["model_digest"] and applies(came.applies_to, _scan_of(image), frames=reads_volumes(came)).refusal is not None:
                 continue
+            unread = series_jobs.concerned(tx, row["instance_id"]) if row["series_id"] is not None else [row["instance_id"]]
             tx.execute("DELETE FROM jobs WHERE id = ?", (row["id"],))
-            tx.execute("UPDATE instances SET state = ?, reason = NULL WHERE id = ?", (ScanState.WAITING.value, row["instance_id"]))
+            for instance_id in unread:
+                tx.execute("UPDATE instances SET state = ?, reason = NULL WHERE id = ?", (ScanState.WAITING.value, instance_id))
             tx.execute("UPDATE series SET open = 1 WHERE id = (SELECT series_id FROM instances WHERE id = ?)", (row["instance_id"],))
             touch_study(tx, row["instance_id"])
 
-    def _plan(self, tx: sqlite3.Connection, row: sqlite3.Row, manifests: dict[str, Manifest]) -> int:
+    @staticmethod
+    def _plan_volumes(tx: sqlite3.Connection, series_id: int, manifests: dict[str, Manifest]) -> dict[str, Note | None]:
+        """One job per series for each model of volumes that may read it; for each such model why it may not, None where it may."""
+        volumes = {digest: manifest for digest, manifest in manifests.items() if reads_volumes(manifest)}
+        scans = [_scan_of(row) for row in series_jobs.images(tx, series_id)] if volumes else []
+        verdicts = {digest: series_jobs.verdict_of(manifest, scans) for digest, manifest in volumes.items()}
+        for digest, verdict in verdicts.items():
+            if verdict.refusal is None:
+                series_jobs.add(tx, series_id, digest, verdict.notes)
+        return {digest: verdict.refusal for digest, verdict in verdicts.items()}
+
+    def _plan(self, tx: sqlite3.Connection, row: sqlite3.Row, manifests: dict[str, Manifest], refusals: dict[str, Note | None]) -> int:
+        """The jobs of one image; ``refusals`` says for each model of volumes why it may not read the image's series."""
         scan = _scan_of(row)
-        verdicts = {digest: applies(manifest.applies_to, scan) for digest, manifest in manifests.items()}
+        verdicts = {digest: applies(manifest.applies_to, scan) for digest, manifest in manifests.items() if digest not in refusals}
         fitting = {digest: verdict.notes for digest, verdict in verdicts.items() if verdict.refusal is None}
         for digest, notes in fitting.items():
             self._add_job(tx, JobKind.INFER, row["id"], digest, notes, "")
-        if not fitting:
-            refusal = next((verdict.refusal for verdict in verdicts.values() if verdict.refusal), Note("scope.no_model"))
+        read = len(fitting) + sum(refusal is None for refusal in refusals.values())
+        if not read:
+            whys = [verdict.refusal for verdict in verdicts.values()] + list(refusals.values())
+            refusal = next((why for why in whys if why), Note("scope.no_model"))
             self._add_job(tx, JobKind.CHECK, row["id"], "", (refusal,), refusal.code)
         self._settle(tx, row["id"])
-        return max(1, len(fitting))
+        return len(fitting) if read else 1
 
     def hand_over(self, tx: sqlite3.Connection, digest: str, successor: str | None, reason: Note) -> None:
         """A model reads no more: what still waits for it, or failed under it, goes to its successor, or is not analysed and says why.
@@ -99,7 +117,12 @@ class JobQueue:
         waiting = tx.execute("SELECT * FROM jobs WHERE model_digest = ? AND state IN ('queued', 'running', 'failed')", (digest,)).fetchall()
         for job in waiting:
             image = tx.execute("SELECT * FROM instances WHERE id = ?", (job["instance_id"],)).fetchone()
-            verdict = applies(manifest.applies_to, _scan_of(image)) if manifest else None
+            if job["series_id"] is not None:
+                if self._hand_over_series(tx, job, successor, manifest):
+                    continue
+                verdict = None
+            else:
+                verdict = applies(manifest.applies_to, _scan_of(image)) if manifest and not reads_volumes(manifest) else None
             if successor is not None and verdict is not None and verdict.refusal is None:
                 tx.execute("DELETE FROM jobs WHERE id = ?", (job["id"],))
                 self._add_job(tx, JobKind.INFER, image["id"], successor, verdict.notes, "")
@@ -114,6 +137,22 @@ class JobQueue:
                     (ScanState.NOT_ANALYSED.value, json.dumps(reason.to_json(), ensure_ascii=False), utc_now(), job["id"]),
                 )
             self._settle(tx, image["id"])
+
+    def _hand_over_series(self, tx: sqlite3.Connection, job: sqlite3.Row, successor: str | None, manifest: Manifest | None) -> bool:
+        """A series that waits for a model that reads no more goes to its successor; returns whether that may read it."""
+        if successor is None or manifest is None or not reads_volumes(manifest):
+            return False
+        verdict = series_jobs.verdict_of(manifest, [_scan_of(row) for row in series_jobs.images(tx, job["series_id"])])
+        if verdict.refusal is not None:
+            return False
+        tx.execute("DELETE FROM jobs WHERE id = ?", (job["id"],))
+        series_jobs.add(tx, job["series_id"], successor, verdict.notes)
+        tx.execute(
+            "UPDATE jobs SET priority = max(priority, ?) WHERE series_id = ? AND model_digest = ?",
+            (job["priority"], job["series_id"], successor),
+        )
+        self._settle(tx, job["instance_id"])
+        return True
 
     @staticmethod
     def note_findings(tx: sqlite3.Connection, digest: str, note: Note, limit: int) -> int:
@@ -199,7 +238,7 @@ class JobQueue:
             "UPDATE jobs SET state = 'running', attempts = attempts + 1, lease_owner = ?, lease_until = ?, claimed_at = ? WHERE id = ?",
             (owner, until, now, row["id"]),
         )
-        self._set_state(tx, row["instance_id"], ScanState.RUNNING, None)
+        self._settle(tx, row["instance_id"])
         return Job(
             row["id"],
             JobKind(row["kind"]),
@@ -311,6 +350,8 @@ class JobQueue:
             )
             for finding in result.findings:
                 self._insert_finding(tx, job, finding)
+            if result.volume is not None:
+                series_jobs.keep(tx, job, result.volume)
             Database.audit(
                 tx, db.APPLICATION_ACTIVITY, "worker", "E", f"job:{job.id}", outcome_state=result.state.value, model=job.model_digest[:12]
             )
@@ -361,8 +402,18 @@ class JobQueue:
         Database.insert(tx, "findings", job_id=job.id, instance_id=job.instance_id, **values)
 
     def _settle(self, tx: sqlite3.Connection, instance_id: int) -> None:
-        """Derive an image's state from its jobs: what still runs, then what failed, then what was found."""
-        jobs = tx.execute("SELECT state, outcome, reason FROM jobs WHERE instance_id = ?", (instance_id,)).fetchall()
+        """Derive the state of an image, and of its series where a job on it reads that, from the jobs."""
+        for concerned in series_jobs.concerned(tx, instance_id):
+            self._settle_image(tx, concerned)
+
+    def _settle_image(self, tx: sqlite3.Connection, instance_id: int) -> None:
+        """Derive an image's state from its jobs and its series': what still runs, then what failed, then what was found."""
+        jobs = tx.execute(
+            "SELECT state, outcome, reason FROM jobs WHERE instance_id = ?1 OR series_id = (SELECT series_id FROM instances WHERE id = ?1)",
+            (instance_id,),
+        ).fetchall()
+        if not jobs:  # an image that came after its series was read: planned when the series is complete again
+            return
         states = [JobState(job["state"]) for job in jobs]
         if JobState.RUNNING in states:
             self._set_state(tx, instance_id, ScanState.RUNNING, None)

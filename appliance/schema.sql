@@ -160,3 +160,32 @@ CREATE TABLE model_lines (            -- what the signed index of a line forbids
   withdrawn TEXT NOT NULL DEFAULT '{}',-- JSON: version -> reason
   updated_at TEXT NOT NULL
 ) STRICT;
+
+-- migration 3: volumes
+ALTER TABLE jobs ADD COLUMN series_id INTEGER REFERENCES series (id); -- of a job that reads a whole series; its image stands for all of them
+CREATE INDEX jobs_by_series ON jobs (series_id) WHERE series_id IS NOT NULL;
+
+CREATE TABLE volumes (                -- what a model drew in a series
+  job_id INTEGER PRIMARY KEY REFERENCES jobs (id),
+  series_id INTEGER NOT NULL REFERENCES series (id),
+  model TEXT NOT NULL, model_version TEXT NOT NULL, model_digest TEXT NOT NULL,
+  precision TEXT NOT NULL, runtime TEXT NOT NULL,
+  geometry TEXT NOT NULL,             -- JSON: shape and affine (LPS, mm) of the mask, and which image and frame each slice is
+  mask BLOB NOT NULL                  -- zlib of uint8 [slices, rows, columns], index into the classes of geometry
+) STRICT;
+CREATE INDEX volumes_by_series ON volumes (series_id);
+
+CREATE TABLE measurements (
+  id INTEGER PRIMARY KEY,
+  job_id INTEGER NOT NULL REFERENCES volumes (job_id),
+  label TEXT NOT NULL, code TEXT NOT NULL, title_zh TEXT NOT NULL, title_en TEXT NOT NULL,
+  value REAL NOT NULL, unit TEXT NOT NULL,
+  UNIQUE (job_id, label)
+) STRICT;
+
+CREATE TABLE key_pictures (           -- planes through the middle of what was drawn, with its outline
+  job_id INTEGER NOT NULL REFERENCES volumes (job_id),
+  plane TEXT NOT NULL CHECK (plane IN ('axial', 'coronal', 'sagittal')),
+  png BLOB NOT NULL,
+  PRIMARY KEY (job_id, plane)
+) STRICT;

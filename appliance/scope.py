@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from appliance.domain import Note, Scan
-from model_sync.bundle import AppliesTo
+from model_sync.bundle import AppliesTo, Manifest, VolumeSpec
 
 
 @dataclass(frozen=True)
@@ -16,13 +17,35 @@ class Verdict:
     notes: tuple[Note, ...] = ()
 
 
-def applies(rule: AppliesTo, scan: Scan) -> Verdict:
-    """Hold one image against ``applies_to``: modality, SOP class, body part, view, frames, age, in that order."""
+def reads_volumes(manifest: Manifest) -> bool:
+    """Whether a model reads whole series and not single images."""
+    return isinstance(manifest.input, VolumeSpec)
+
+
+def applies_to_series(rule: AppliesTo, scans: Sequence[Scan]) -> Verdict:
+    """Hold a series against ``applies_to``: all of its images must agree; one that does not belong makes it another volume."""
+    verdicts = [applies(rule, scan, frames=True) for scan in scans]
+    refusals = [verdict.refusal for verdict in verdicts if verdict.refusal is not None]
+    if refusals and len(refusals) == len(verdicts):
+        return Verdict(refusals[0])
+    if refusals:
+        return Verdict(Note("volume.mixed_scope", f"{len(refusals)} of {len(verdicts)}: {refusals[0].code}"))
+    return Verdict(notes=tuple(dict.fromkeys(note for verdict in verdicts for note in verdict.notes)))
+
+
+def applies(rule: AppliesTo, scan: Scan, *, frames: bool = False) -> Verdict:
+    """Hold one image against ``applies_to``: modality, SOP class, body part, view, frames, age, in that order.
+
+    Args:
+        rule: of the model.
+        scan: the image.
+        frames: the model reads volumes, for which an image may have many frames.
+    """
     if scan.modality not in rule.modality:
         return Verdict(Note("scope.modality", scan.modality or "-"))
     if scan.sop_class_uid not in rule.sop_class_uid:
         return Verdict(Note("scope.sop_class", scan.sop_class_uid))
-    if scan.number_of_frames > 1:
+    if scan.number_of_frames > 1 and not frames:
         return Verdict(Note("scope.frames", str(scan.number_of_frames)))
     notes: list[Note] = list(scan.notes)
     for check in (_body_part, _view, _age):
@@ -43,6 +66,8 @@ def _body_part(rule: AppliesTo, scan: Scan) -> tuple[Note | None, list[Note]]:
 
 
 def _view(rule: AppliesTo, scan: Scan) -> tuple[Note | None, list[Note]]:
+    if not rule.view_position and rule.when_view_absent == "assume":
+        return None, []  # slices have no view
     words = scan.view_position.strip().upper().split()
     if words:  # "AP SUPINE", "PA ERECT": the first word names the projection
         return (None, []) if words[0] in rule.view_position else (Note("scope.view", " ".join(words)), [])

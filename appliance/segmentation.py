@@ -10,7 +10,7 @@ import numpy as np
 
 from appliance.errors import InferenceError
 from appliance.geometry import Grid
-from appliance.sliding import padded, slide, unpadded
+from appliance.sliding import Told, padded, slide, unpadded
 from appliance.volume import PreparedVolume, Series, mask_on_slices, prepare
 from model_sync.bundle import BACKGROUND, SlidingWindow
 
@@ -30,39 +30,38 @@ class Segmentation:
     """What a model drew in a series.
 
     Attributes:
-        mask: uint8 [slices, rows, columns] on the series' own pixels, slices in the order of their positions: index into ``classes``.
-        grid: where those are in the patient.
+        drawn: uint8 [depth, height, width] in the model's own voxels: index into ``classes``.
+        mask: uint8 [slices, rows, columns], the same on the series' own pixels, slices in the order of their positions.
         classes: the classes' names, background first.
         volumes_ml: label -> millilitres, counted in the model's own voxels.
     """
 
+    drawn: Mask
     mask: Mask
-    grid: Grid
     classes: tuple[str, ...]
     volumes_ml: dict[str, float]
 
 
 def segment(
-    series: Series, manifest: Manifest, infer: Infer, *, batch: int = 1, told: Callable[[float], None] | None = None
+    prepared: PreparedVolume, slices: Grid, manifest: Manifest, infer: Infer, *, batch: int = 1, told: Told | None = None
 ) -> Segmentation:
-    """Prepare a series, run a model over it and bring its mask back to the series' pixels.
+    """Run a model over a prepared volume and bring its mask back to the series' pixels.
 
     Args:
-        series: the slices, in order.
+        prepared: the volume.
+        slices: where the pixels of the series are.
         manifest: of a model of volumes.
         infer: ``Runtime.infer`` of the loaded model.
         batch: how many windows it takes at a time.
         told: called with the part (0 to 1) of the windows that are done.
 
     Raises:
-        VolumeError: the volume cannot be prepared.
         InferenceError: the model failed, or gave something else than the manifest says.
     """
-    prepared = prepare(series, manifest.volume_input)
-    mask = classify_voxels(prepared, manifest, infer, batch=batch, told=told)
+    drawn = classify_voxels(prepared, manifest, infer, batch=batch, told=told)
     output = logits_of(manifest)
-    volumes = volumes_ml(mask, prepared.grid, output)
-    return Segmentation(mask_on_slices(mask, prepared.grid, series.grid), series.grid, tuple(output.classes or ()), volumes)
+    mask = mask_on_slices(drawn, prepared.grid, slices)
+    return Segmentation(drawn, mask, tuple(output.classes or ()), volumes_ml(drawn, prepared.grid, output))
 
 
 def logits_of(manifest: Manifest) -> OutputSpec:
@@ -73,9 +72,7 @@ def logits_of(manifest: Manifest) -> OutputSpec:
     raise InferenceError("job.error", "the model has no segmentation logits")
 
 
-def classify_voxels(
-    prepared: PreparedVolume, manifest: Manifest, infer: Infer, *, batch: int = 1, told: Callable[[float], None] | None = None
-) -> Mask:
+def classify_voxels(prepared: PreparedVolume, manifest: Manifest, infer: Infer, *, batch: int = 1, told: Told | None = None) -> Mask:
     """The class of every voxel of a prepared volume: the greatest logit's, uint8 [depth, height, width]."""
     spec, output = manifest.volume_input, logits_of(manifest)
     window, last = (spec.depth, spec.height, spec.width), spec.pipeline[-1]

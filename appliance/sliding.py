@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Infer: TypeAlias = "Callable[[Values], Values]"
 Weight: TypeAlias = Literal["gaussian", "linear"]
-Told: TypeAlias = "Callable[[float], None]"
+Told: TypeAlias = "Callable[[float], object]"
 
 # The width of the bell as a share of the window, as in nnU-Net (Isensee et al., Nature Methods 18, 2021): 1/8.
 _SIGMA: Final = 0.125

@@ -29,6 +29,7 @@ from appliance.runtime.choice import Plan
 from appliance.settings import Settings
 from appliance.signal import Bell
 from appliance.store import Store
+from appliance.volume_job import read_volume
 
 logger = logging.getLogger(__name__)
 
@@ -196,6 +197,8 @@ class Worker:
 
     def _infer(self, job: Job, timer: Timer) -> JobResult:
         model = self._model(job.model_digest)
+        if job.kind is JobKind.VOLUME:
+            return read_volume(self._store, model, job, timer, lambda: self._arm(self._store.settings.job_deadline_s))
         spec = model.manifest.image_input
         film = prepare(self._store, job, spec, timer)
         if isinstance(film, JobResult):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
-from appliance.domain import STATE_URGENCY, Finding, Note, ScanState, Status
+from appliance.domain import STATE_URGENCY, Finding, JobKind, Note, ScanState, Status
 from appliance.errors import StoreError
 from appliance.store import Store
 
@@ -65,6 +65,7 @@ class JobView:
     model_digest: str
     timing_ms: dict[str, float]
     runtime: dict[str, Any]
+    kind: str = "infer"
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,11 @@ class InstanceView:
         """Why the model version that made this finding was taken back; None while it stands."""
         notes = (note for job in self.jobs if job.id == finding.job_id for note in job.notes)
         return next((note for note in notes if note.code in RECALLED), None)
+
+    @property
+    def measured(self) -> bool:
+        """Whether a model drew in the series of this image: its result is the series'."""
+        return any(job.kind == JobKind.VOLUME.value and job.outcome is ScanState.AI_READY for job in self.jobs)
 
     @property
     def status(self) -> Status:
@@ -268,7 +274,7 @@ class Worklist:
         return {row["instance_id"]: place for place, row in reversed(list(enumerate(rows, start=1)))}
 
     def _instance(self, row: sqlite3.Row) -> InstanceView:
-        jobs = self._db.query("SELECT * FROM jobs WHERE instance_id = ? ORDER BY id", row["id"])
+        jobs = self._db.query("SELECT * FROM jobs WHERE instance_id = ? OR series_id = ? ORDER BY id", row["id"], row["series_id"])
         findings = self._db.query("SELECT * FROM findings WHERE instance_id = ? ORDER BY id", row["id"])
         return InstanceView(
             id=row["id"],
@@ -360,6 +366,7 @@ def _job_view(row: sqlite3.Row) -> JobView:
         model_digest=row["model_digest"],
         timing_ms=json.loads(row["timing_ms"] or "{}"),
         runtime=json.loads(row["runtime"] or "{}"),
+        kind=row["kind"],
     )
 
 
