@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import numpy as np
 
 from appliance.errors import InferenceError
 from appliance.runtime.attempt_child import run
+from appliance.runtime.wire import pack
 
 _GARBAGE = b'RT01\xff\xfe\x00garbage {"error": 1}\n'
 
@@ -52,6 +54,16 @@ def nonsense() -> None:
     os.write(answers, _GARBAGE * 10)
 
 
+def starves() -> None:
+    raise MemoryError
+
+
+def says() -> None:
+    """A whole message with the header that the test wants."""
+    for buffer in pack(json.loads(os.environ["HEADER"])):
+        os.write(int(sys.argv[2]), buffer)
+
+
 def builds() -> None:
     raise InferenceError("runtime.build", "no kernel for\x1b[31m it\n" + "x" * 1000)
 
@@ -59,6 +71,7 @@ def builds() -> None:
 ACTIONS: dict[str, Any] = {
     "segfault": segfault, "abort": bad_alloc, "hang": lambda: time.sleep(600), "hog": hog, "grandchild": grandchild, "noise": noise,
     "nonsense": nonsense, "exit": lambda: os._exit(7), "killed": lambda: os.kill(os.getpid(), signal.SIGKILL), "builds": builds,
+    "says": says, "starves": starves,
     "raises": lambda: [].pop(), "mute": lambda: (os.close(int(sys.argv[2])), time.sleep(600)), "fine": lambda: None,
 }  # fmt: skip
 
@@ -76,6 +89,12 @@ class Misbehaving:
     def infer(self, inputs: dict[str, Any]) -> dict[str, Any]:
         self.act("infer")
         return {f"{name}*2": value * 2 for name, value in inputs.items()}
+
+    def warm_up(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to free."""
 
     def describe(self) -> dict[str, Any]:
         return {"runtime": "misbehaving", "precision": "fp32"}

@@ -60,6 +60,7 @@ class Attempt:
         told: called with the progress of a long load.
 
     Attributes:
+        deadline_s: may be changed between calls.
         load_ms: how long loading and warming up took, without the start of Python.
         peak_rss_bytes: the most memory the child has had resident, as of its last answer.
 
@@ -78,7 +79,7 @@ class Attempt:
             "candidate": candidate.to_json(), "cache": None if cache is None else str(cache),
         }  # fmt: skip
         self._input = input_spec.name
-        self._deadline_s, self._memory_bytes, self._told = deadline_s, memory_bytes, told
+        self.deadline_s, self._memory_bytes, self._told = deadline_s, memory_bytes, told
         self._process: subprocess.Popen[bytes] | None = None
         self._pipes: list[int] = []
         self._noise = bytearray()
@@ -135,7 +136,7 @@ class Attempt:
     def _call(self, where: str, request: Message) -> Message:
         if self._over is not None:
             raise InferenceError(*self._over)
-        self._limit = time.monotonic() + self._deadline_s
+        self._limit = time.monotonic() + self.deadline_s
         try:
             if self._process is None:
                 if where != "load":
@@ -145,7 +146,7 @@ class Attempt:
         except (_EndedError, BrokenPipeError) as ended:
             raise self._died(where) from ended
         except _LateError as late:
-            raise self._end("runtime.deadline", f"more than {self._deadline_s:g} s in {where}") from late
+            raise self._end("runtime.deadline", f"more than {self.deadline_s:g} s in {where}") from late
         except WireError as error:
             raise self._end("runtime.crashed", f"spoke nonsense in {where}: {error}") from error
         except BaseException:  # an interrupt, or told() failed: the stream is in the middle of something

@@ -20,9 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from appliance.errors import InferenceError
 from appliance.process import die_with_parent
 from appliance.proof import ENVIRONMENT, plain
 from appliance.runtime import CPU, RUNTIMES, RuntimeName
+from appliance.runtime.processor import X86
 
 _ASK_S: Final = 60.0
 _WHY_CHARS: Final = 200
@@ -31,8 +33,7 @@ _PACKAGES: Final[dict[RuntimeName, str]] = {
     "onnxruntime": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt", "triton": "tritonclient",
 }  # fmt: skip
 # What a GPU's driver makes: a card's, and an Orin's and its predecessors'.
-_DEVICE_FILES: Final = ("/dev/nvidia0", "/dev/nvhost-gpu", "/dev/nvgpu/igpu0/as", "/dev/nvhost-as-gpu")
-_X86: Final = ("x86_64", "AMD64")
+_DEVICE_FILES: Final = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu/igpu0/as", "/dev/nvhost-as-gpu")
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def _ask_onnxruntime() -> dict[str, Any]:
 
 
 def _ask_openvino() -> dict[str, Any]:
-    if platform.machine() not in _X86:
+    if platform.machine() not in X86:
         return {"version": "", "providers": [], "why": f"used on x86 only, this is {platform.machine()}"}
     from appliance.runtime.openvino import import_openvino, version
 
@@ -139,6 +140,10 @@ def _ask_openvino() -> dict[str, Any]:
 def _ask_tensorrt() -> dict[str, Any]:
     tensorrt = importlib.import_module("tensorrt")
     gpus, why = _gpus()
+    if gpus:
+        from appliance.runtime.cuda import Cuda
+
+        Cuda()  # says so when its bindings are missing
     return {"version": tensorrt.__version__, "providers": [f"GPU:{index}" for index in range(gpus)], "why": why}
 
 
@@ -162,6 +167,8 @@ def main(runtime: str, parent: str) -> int:
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         reason = f"{error.name} is not installed" if isinstance(error, ModuleNotFoundError) else f"{type(error).__name__}: {error}"
         answer = {"version": "", "providers": [], "why": reason}
+    except InferenceError as error:
+        answer = {"version": "", "providers": [], "why": error.detail}
     with suppress(BrokenPipeError):
         print("\n" + json.dumps(answer), flush=True)
     os._exit(0)

@@ -9,16 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from appliance.runtime import engines
+from appliance.runtime.processor import instructions
 
 logger = logging.getLogger(__name__)
 
-_CPU_INFO: Final = Path("/proc/cpuinfo")
 # The key and the tag before it of an external tensor's file (onnx.proto: TensorProto.external_data, StringStringEntryProto).
 _EXTERNAL: Final = b"\x0a\x08location\x12"
 
@@ -77,16 +76,7 @@ def of_file(model_path: Path, way: dict[str, Any], box: dict[str, Any]) -> Compi
     content = model_path.read_bytes()
     if _EXTERNAL in content:
         return None
-    return Compiled(hashlib.sha256(content).hexdigest(), way, box | {"instructions": _instructions()})
-
-
-def _instructions() -> str:
-    """What the processor can do, as a digest: two of one name need not be of one kind."""
-    try:
-        found = re.search(r"^flags\s*:\s*(.*)$", _CPU_INFO.read_text(errors="replace"), re.MULTILINE)
-    except OSError:
-        return ""
-    return _digest(sorted(found[1].split()) if found else [])[:16]
+    return Compiled(hashlib.sha256(content).hexdigest(), way, box | {"instructions": _digest(sorted(instructions()))[:16]})
 
 
 def _digest(value: Any) -> str:

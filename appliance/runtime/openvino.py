@@ -26,6 +26,7 @@ import numpy as np
 
 from appliance.errors import InferenceError
 from appliance.runtime import Candidate, TensorSpec, Told, compiled
+from appliance.runtime.processor import saturates
 from appliance.runtime.tensors import EIGHT_BITS, check_outputs, check_signature, checked_input, counted, failure
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class OpenVinoRuntime:
         self._requests: dict[int, Any] = {}
         self._outputs: list[str] = []
         self._layers: dict[str, int] = {}
+        self._threads = candidate.cores
 
     def load(self, model_path: Path, input_spec: TensorSpec, *, cache: Path | None = None, told: Told | None = None) -> None:
         """Compile, for one image and for the candidate's batch; see ``Runtime.load``."""
@@ -88,6 +90,8 @@ class OpenVinoRuntime:
         core = self._ov.Core()
         if self.provider not in core.available_devices:
             raise InferenceError("runtime.unavailable", f"OpenVINO has no {self.provider} here, only {', '.join(core.available_devices)}")
+        if self.precision == "int8" and saturates():
+            raise InferenceError("runtime.precision", "sums of 8-bit products may be clipped on this processor, which has no VNNI")
         sizes = sorted({1, self._candidate.batch})
         try:
             for done, size in enumerate(sizes):
@@ -99,6 +103,7 @@ class OpenVinoRuntime:
             raise failure("the model cannot be loaded", _last_line(error), error) from error
         self.provider = ", ".join(model.get_property("EXECUTION_DEVICES"))
         self._outputs = [output_name(output) for output in model.outputs]
+        self._threads = int(model.get_property("INFERENCE_NUM_THREADS"))  # fewer than asked for where two share a core
         self._look_at(model)
 
     def _kept_or_compiled(self, core: Any, model_path: Path, size: int, cache: Path | None) -> Any:
@@ -186,7 +191,7 @@ class OpenVinoRuntime:
             "version": self.version,
             "provider": self.provider,
             "precision": self.precision,
-            "threads": self._candidate.cores,
+            "threads": self._threads,
             "batch": self._candidate.batch,
             "layers": dict(self._layers),
         }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,9 @@ import pytest
 from appliance.errors import InferenceError
 from appliance.runtime import Candidate
 from appliance.runtime.attempt import Attempt
+from appliance.runtime.attempt_child import Server
+from appliance.runtime.wire import Message, pack, receive
+from tests import misbehaving_runtime
 
 TENSOR = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)
 
@@ -183,3 +189,114 @@ def test_no_descriptor_and_no_process_is_left_behind() -> None:
             else:
                 refused(tried.load)
     assert (me.num_fds(), len(me.children(recursive=True))) == before
+
+
+@pytest.mark.parametrize(
+    ("where", "header"),
+    [
+        ("load", {}),
+        ("load", {"describe": [1]}),
+        ("load", {"error": 1}),
+        ("load", {"error": {}}),
+        ("load", {"error": {"code": 7, "detail": ""}}),
+        ("load", {"error": {"code": "nothing.such", "detail": ""}}),
+        ("infer", {"error": {"code": ["job.error"]}}),
+    ],
+)
+def test_answer_that_makes_no_sense_ends_it(monkeypatch: pytest.MonkeyPatch, where: str, header: dict[str, Any]) -> None:
+    monkeypatch.setenv("HEADER", json.dumps(header))
+    tried = attempt(f"says-in-{where}")
+    if where == "infer":
+        tried.load()
+    error = refused(tried.load if where == "load" else lambda: tried.infer(TENSOR))
+    assert (error.code, tried.pid) == ("runtime.crashed", None)
+    assert f"spoke nonsense in {where}" in error.detail
+
+
+@pytest.mark.parametrize("ms", [None, 1, [], [1, 2], [1.0], ["1.0", "2.0"], [None, None]])
+def test_times_that_are_none(monkeypatch: pytest.MonkeyPatch, ms: Any) -> None:
+    monkeypatch.setenv("HEADER", json.dumps({"ms": ms}))
+    tried = attempt("says-in-infer")
+    tried.load()
+    assert refused(lambda: tried.time(TENSOR, 2)).code == "runtime.crashed"
+
+
+@pytest.mark.parametrize("value", [None, "x", -1, 1e300, [1]])
+def test_figures_that_are_none_count_as_nothing(monkeypatch: pytest.MonkeyPatch, value: Any) -> None:
+    monkeypatch.setenv("HEADER", json.dumps({"describe": {}, "load_ms": value, "peak_rss_bytes": value}))
+    with attempt("says-in-load") as tried:
+        assert tried.load() == {}
+        assert (tried.load_ms, tried.peak_rss_bytes) == (0, 0)
+
+
+def test_progress_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[float] = []
+    monkeypatch.setenv("HEADER", json.dumps({"progress": "half"}))
+    with attempt("says-in-load", told=heard.append) as tried:
+        tried.load()
+    assert heard[-1] == 0.0
+
+
+class Conversation:
+    """The child's side served by a thread of the test: nothing dies here."""
+
+    def __init__(self, action: str) -> None:
+        (self._requests, self._ours), (self._answers, self._theirs) = os.pipe(), os.pipe()
+        self._candidate = Candidate("onnxruntime", action, "fp32").to_json()
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(EOFError):
+            Server(self._requests, self._theirs, misbehaving_runtime.opener).serve()
+
+    def ask(self, header: dict[str, Any], arrays: dict[str, Any] | None = None) -> Message:
+        for buffer in pack(header, arrays):
+            os.write(self._ours, buffer)
+        while "progress" in (answer := receive(self._fill)).header:
+            assert 0 <= answer.header["progress"] <= 1
+        return answer
+
+    def load(self, **other: Any) -> Message:
+        order = {"ask": "load", "model_path": "m.onnx", "input": {"name": "image", "shape": [3, 4]}, "cache": None}
+        return self.ask(order | {"candidate": self._candidate} | other)
+
+    def _fill(self, buffer: memoryview) -> None:
+        while buffer:
+            buffer = buffer[os.readv(self._answers, [buffer]) :]
+
+    def end(self) -> None:
+        os.close(self._ours)
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+        for descriptor in (self._requests, self._answers, self._theirs):
+            os.close(descriptor)
+
+
+def test_child_answers_until_the_pipe_is_closed() -> None:
+    child = Conversation("fine")
+    assert child.ask({"ask": "infer"}, {"image": TENSOR}).header["error"] == {"code": "job.error", "detail": "nothing is loaded"}
+    answer = child.load()
+    assert answer.header["describe"]["runtime"] == "misbehaving" and answer.header["load_ms"] > 0
+    assert np.array_equal(child.ask({"ask": "infer"}, {"image": TENSOR}).arrays["image*2"], TENSOR * 2)
+    assert len(child.ask({"ask": "time", "repeat": 3}, {"image": TENSOR}).header["ms"]) == 3
+    assert "error" in child.ask({"ask": "infer"}, {"image": TENSOR, "more": TENSOR}).header
+    assert "error" in child.load(candidate={"runtime": "none"}).header
+    child.end()
+
+
+@pytest.mark.parametrize(
+    ("action", "code", "detail"),
+    [("raises", "job.error", "IndexError"), ("builds", "runtime.build", "no kernel"), ("starves", "runtime.memory", "array")],
+)
+def test_child_tells_what_was_raised(action: str, code: str, detail: str) -> None:
+    child = Conversation(f"{action}-in-infer")
+    child.load()
+    error = child.ask({"ask": "infer"}, {"image": TENSOR}).header["error"]
+    assert error["code"] == code and detail in error["detail"]
+    child.end()
+
+
+def test_child_of_another_parent_does_not_begin() -> None:
+    done = subprocess.run([sys.executable, "-m", "appliance.runtime.attempt_child", "0", "1", "1", "0"], check=False, timeout=60)
+    assert done.returncode == 1
