@@ -1,17 +1,15 @@
-"""Builds the reference bundle from the trained weights and the labelled pictures.
+"""Builds the reference bundle by the quantizer's own pipeline, from the trained weights and the labelled pictures.
 
-``python -m quantize.reference.build --shared ../shared --out appliance/bundles/cxr-pneumonia`` re-derives the held-out
-patients, chooses the operating point on them, draws the golden cases, measures the score histogram and writes manifest,
-gate record and model card. The golden cases are phantoms, so no picture of a patient gets into the bundle. Figures are
-rounded where float noise between processors begins, so that a second run writes the same bytes.
+``python -m quantize.reference.build --shared ../shared --out appliance/bundles/cxr-pneumonia`` lays the held-out patients out as an
+evaluation set and some of the others as a calibration set, draws the golden phantoms, so that no picture of a patient gets into the
+bundle, and runs the pipeline on ``draft.toml``. Figures are rounded where float noise between processors begins, so that a second
+run on the same machine writes the same bytes.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import io
-import json
+import csv
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,50 +19,30 @@ from typing import Any, Final
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
+from PIL import Image
 
 from appliance.preprocess import from_display
-from model_sync.bundle import (
-    MANIFEST_NAME,
-    AgeRange,
-    AppliesTo,
-    Code,
-    Document,
-    Explain,
-    Golden,
-    InputSpec,
-    Label,
-    Letterbox,
-    Manifest,
-    ModalityLut,
-    ModelBundle,
-    Monochrome2,
-    OperatingPoint,
-    OutputSpec,
-    Precision,
-    Registration,
-    Resize,
-    Scale,
-    ScoreHistogram,
-    SourceMeasure,
-    Text,
-    ToUint8,
-    Variant,
-    Voi,
-)
+from model_sync.bundle import InputSpec, SourceMeasure
 from quantize import measures
+from quantize.card import gate_chapter
+from quantize.draft import Draft
 from quantize.errors import QuantizeError
+from quantize.pipeline import BundleRecipe, Made, Results, run
+from quantize.progress import Progress
 from quantize.reference import card, measure
 from quantize.reference.phantom import Opacity, Phantom, display
 
-NAME: Final = "cxr-pneumonia"
-VERSION: Final = "0.1.0"
-LABEL: Final = "pneumonia"
+DRAFT: Final = Path(__file__).with_name("draft.toml")
+_WRITTEN: Final = Draft.load(DRAFT)
+NAME: Final = _WRITTEN.name
+VERSION: Final = _WRITTEN.version
+LABEL: Final = _WRITTEN.label_names[0]
+SENSITIVITY: Final = _WRITTEN.operating_points[0].sensitivity
+INPUT: Final[InputSpec] = _WRITTEN.input
 WEIGHTS: Final = "cxr_pneumonia_fp32.onnx"
-SENSITIVITY: Final = 0.95
-SIDE: Final = 224
 HELD_OUT: Final = "patient-disjoint tenth of cxr_train_224.npz, seed 7"
-# Processors and runtimes differ in the sixth digit; TF32 on a GPU in the third.
-TOLERANCE: Final[dict[Precision, float]] = {"fp32": 0.002}
+CALIBRATION: Final = 256
+CALIBRATION_SEED: Final = 7
 
 GOLDEN: Final[dict[str, Phantom]] = {
     "normal": Phantom(512, 512, seed=1),
@@ -74,40 +52,6 @@ GOLDEN: Final[dict[str, Phantom]] = {
     "opacity-left-lower": Phantom(512, 512, seed=1, opacity=Opacity(x=0.20, y=0.60)),
     "opacity-wide-picture": Phantom(420, 520, seed=9, opacity=Opacity(size=0.13)),
 }
-
-INPUT: Final = InputSpec(
-    name="image",
-    layout="NCHW",
-    dtype="float32",
-    channels=1,
-    height=SIDE,
-    width=SIDE,
-    pipeline=[
-        ModalityLut(step="modality_lut"),
-        Voi(step="voi", default="percentile"),
-        Monochrome2(step="monochrome2"),
-        ToUint8(step="to_uint8"),
-        Letterbox(step="letterbox", fill=0, align="center"),
-        Resize(step="resize", height=SIDE, width=SIDE, filter="antialias_bilinear"),
-        Scale(step="scale", divide_by=255.0),
-    ],
-)
-
-APPLIES_TO: Final = AppliesTo(
-    modality=["CR", "DX", "RG"],
-    sop_class_uid=[
-        "1.2.840.10008.5.1.4.1.1.1",  # Computed Radiography Image Storage
-        "1.2.840.10008.5.1.4.1.1.1.1",  # Digital X-Ray Image Storage - For Presentation
-        "1.2.840.10008.5.1.4.1.1.7",  # Secondary Capture Image Storage: a film that was photographed
-    ],
-    body_part=["CHEST", "THORAX", "LUNG"],
-    view_position=["PA", "AP"],
-    when_body_part_absent="assume",
-    assumed_body_part="CHEST",
-    when_view_absent="assume",
-    assumed_view="PA",
-    age=AgeRange(min_years=1, max_years=5, outside="caution", absent="caution", note=card.AGE_NOTE),
-)
 
 
 @dataclass(frozen=True)
@@ -142,169 +86,91 @@ class Reference:
         return round(float(self(from_display(pixels, INPUT).tensor)[0][0, 0]), 6)
 
 
-def held_out_scores(reference: Reference, pictures: measure.TrainingSet) -> measures.Scored:
-    """Score the held-out patients' pictures, which are 224 x 224 already."""
-    chosen = pictures.held_out()
-    parts = []
-    for batch in pictures.batches(chosen):
-        tensor = batch[:, None].astype(np.float32) / np.float32(255)
-        parts.append(reference(tensor)[0][:, 0])
-    score = np.asarray(np.round(np.concatenate(parts), 6), dtype=np.float64)
-    return measures.Scored(pictures.positive[chosen], pictures.source[chosen], score)
+def lay_out(shared: Path, directory: Path) -> None:
+    """Write calibration, evaluation and golden pictures below ``directory``, as any team would give them.
 
-
-def operating_point(scored: measures.Scored) -> OperatingPoint:
-    """Choose the threshold and measure it, overall and per source.
+    The JPEG files are those of the training set, byte for byte; a set that is there already is left.
 
     Raises:
-        QuantizeError: A class is missing.
+        QuantizeError: The pictures are not there.
     """
-    threshold = measures.threshold_for(scored.positive, scored.score, SENSITIVITY)
-    sensitivity = measures.sensitivity_of(scored, threshold)
-    specificity = measures.specificity_of(scored, threshold)
-    if sensitivity is None or specificity is None:
-        raise QuantizeError("an operating point needs positive and negative pictures", hint="check the labels of the set")
-    return OperatingPoint(
-        label=LABEL,
-        threshold=threshold,
-        sensitivity=sensitivity,
-        specificity=specificity,
-        measured_on=f"{HELD_OUT}: {len(scored.score)} pictures, {int(scored.positive.sum())} positive",
-        per_source=measures.per_source(scored, threshold),
-    )
+    pictures = measure.TrainingSet.load(shared / "data" / "cxr_train_224.npz")
+    held_out = pictures.held_out()
+    others = np.flatnonzero(~held_out)
+    drawn = np.sort(np.random.default_rng(CALIBRATION_SEED).choice(others, CALIBRATION, replace=False))
+    for name, indices in (("evaluation", np.flatnonzero(held_out)), ("calibration", drawn)):
+        _lay_out(pictures, indices, directory / name)
+    golden = directory / "golden"
+    if not golden.is_dir():
+        golden.mkdir(parents=True)
+        for name, phantom in GOLDEN.items():
+            Image.fromarray(display(phantom)).save(golden / f"{name}.png")
 
 
-def histogram(scored: measures.Scored) -> ScoreHistogram:
-    """Count the scores in twenty bins from 0 to 1."""
-    edges = [round(0.05 * i, 2) for i in range(21)]
-    counts, _ = np.histogram(scored.score, bins=edges)
-    return ScoreHistogram(label=LABEL, edges=edges, counts=counts.tolist(), measured_on=HELD_OUT)
+def _lay_out(pictures: measure.TrainingSet, indices: NDArray[np.intp], directory: Path) -> None:
+    part = directory.with_name(directory.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    with (part / "labels.csv").open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["file", LABEL, "source", "patient"])
+        for index in indices.tolist():
+            name = f"{index:05d}.jpg"
+            (part / name).write_bytes(pictures.blob[pictures.offsets[index] : pictures.offsets[index + 1]])
+            writer.writerow([name, int(pictures.positive[index]), pictures.source[index], pictures.patient[index]])
+    shutil.rmtree(directory, ignore_errors=True)
+    part.rename(directory)
 
 
-def golden_cases(reference: Reference, directory: Path) -> list[Golden]:
-    """Draw the golden phantoms, let the float model answer, and write ``golden/*.npz``."""
-    (directory / "golden").mkdir()
-    cases = []
-    for name, phantom in GOLDEN.items():
-        pixels = display(phantom)
-        probability, cam = reference(from_display(pixels, INPUT).tensor)
-        buffer = io.BytesIO()
-        rounded = np.round(probability, 5)
-        np.savez_compressed(buffer, pixels=pixels, probability=rounded, cam=np.round(cam, 4))
-        relative = f"golden/{name}.npz"
-        digest = _write(directory, relative, buffer.getvalue())
-        expected = {LABEL: round(float(rounded[0, 0]), 5)}
-        cases.append(Golden(input=relative, sha256=digest, expected=expected, tolerance=dict(TOLERANCE)))
-    return cases
-
-
-def gate_record(scored: measures.Scored, point: OperatingPoint, independent: Sequence[SourceMeasure]) -> dict[str, Any]:
-    """Return ``gate.json``: what every other precision will be held against. fp32 is the reference itself."""
-    return {
-        "schema": 1,
-        "reference": "fp32",
-        "dataset": point.measured_on,
-        "auc_over_all_sources": measures.auc(scored.positive, scored.score),
-        "note": "fp32 is the reference: its deviation from itself is 0 by definition. Compare an AUC only within one source.",
-        "variants": {
-            "fp32": {
-                "passed": True,
-                "max_abs_delta": 0.0,
-                "threshold": point.threshold,
-                "sensitivity": point.sensitivity.model_dump(),
-                "specificity": point.specificity.model_dump(),
-                "per_source": [entry.model_dump() for entry in point.per_source],
-            }
-        },
-        "independent": [entry.model_dump() for entry in independent],
-    }
-
-
-def build(shared: Path, out: Path) -> Manifest:
-    """Write the bundle into ``out``, replacing what is there, and return its manifest.
-
-    The files are made beside ``out`` and checked as the box checks them before they take its place.
+def build(shared: Path, out: Path, progress: Progress | None = None) -> Made:
+    """Write the bundle into ``out``, replacing what is there; a build that was interrupted goes on where it was.
 
     Raises:
-        QuantizeError: Weights or pictures are missing.
+        QuantizeError: Weights or pictures are missing, or see ``quantize.pipeline.run``.
     """
     weights = shared / "models" / "cxr_pneumonia" / WEIGHTS
     reference = Reference.open(weights)
-    scored = held_out_scores(reference, measure.TrainingSet.load(shared / "data" / "cxr_train_224.npz"))
-    point = operating_point(scored)
+    sets = out.with_name(out.name + ".sets")
+    lay_out(shared, sets)
     apart = measure.independent(shared / "data", reference.score)
-    independent = measures.per_source(apart, point.threshold) if apart else []
-    staging = out.with_name(out.name + ".new")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    gate = gate_record(scored, point, independent)
-    documents = {
-        "MODEL_CARD.md": card.card(VERSION, point, independent),
-        "gate.json": json.dumps(gate, ensure_ascii=False, indent=2) + "\n",
-    }
-    listed = [Document(file=name, sha256=_write(staging, name, text.encode())) for name, text in documents.items()]
-    golden = golden_cases(reference, staging)
-    digest = _write(staging, WEIGHTS, weights.read_bytes())
-    manifest = _manifest(point, histogram(scored), golden, listed, digest)
-    _write(staging, MANIFEST_NAME, manifest.to_json())
-    ModelBundle.load(staging)
-    shutil.rmtree(out, ignore_errors=True)
-    staging.rename(out)
-    return manifest
 
+    def independent(results: Results) -> list[SourceMeasure]:
+        return measures.per_source(apart, results.ground.thresholds[0]) if apart else []
 
-def _manifest(point: OperatingPoint, scores: ScoreHistogram, golden: list[Golden], documents: list[Document], weights: str) -> Manifest:
-    code = Code(scheme="SCT", value="233604007", meaning="Pneumonia")
-    return Manifest(
-        schema=1,
-        name=NAME,
-        version=VERSION,
-        task="classification",
-        title=card.TITLE,
-        labels=[Label(name=LABEL, title=Text(zh="肺炎", en="Pneumonia"), code=code)],
-        applies_to=APPLIES_TO,
-        intended_use=card.INTENDED_USE,
-        registration=Registration(number=None, device_class=None, pccp_id=None),
-        change_kind="algorithm",
-        input=INPUT,
-        outputs=[
-            OutputSpec(name="probability", kind="probability", shape=["n", 1]),
-            OutputSpec(name="cam", kind="cam", shape=["n", 1, 7, 7]),
-        ],
-        explain=Explain(output="cam", kind="cam"),
-        operating_points=[point],
-        variants=[Variant(precision="fp32", file=WEIGHTS, sha256=weights, recipe="quantize/reference/train.py", gate="gate.json")],
-        golden=golden,
-        reference_scores=[scores],
-        training_data=card.TRAINING_DATA,
-        licence="Apache-2.0",
-        min_appliance_version="0.1.0",
-        documents=documents,
-    )
+    def write_card(results: Results) -> str:
+        point = results.measured.points[0]
+        return card.card(VERSION, point, independent(results), gate_chapter(results.ground, results.kept))
 
-
-def _write(directory: Path, relative: str, raw: bytes) -> str:
-    """Write a file and return its SHA-256."""
-    (directory / relative).write_bytes(raw)
-    return hashlib.sha256(raw).hexdigest()
+    recipe = BundleRecipe(
+        weights, DRAFT, sets / "calibration", sets / "evaluation", out, golden=sets / "golden", one_int8=True, replace=True,
+        measured_on=HELD_OUT, write_card=write_card,
+        more=lambda results: {"independent": [entry.model_dump() for entry in independent(results)]},
+    )  # fmt: skip
+    made = run(recipe, progress)
+    shutil.rmtree(sets)
+    return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Build the reference bundle and print its operating point."""
+    """Build the reference bundle; its report comes beside it, or where --report says."""
     parser = argparse.ArgumentParser(prog="python -m quantize.reference.build", description=main.__doc__)
     parser.add_argument("--shared", type=Path, required=True, help="directory with data/ and models/")
     parser.add_argument("--out", type=Path, required=True, help="bundle directory; replaced")
+    parser.add_argument("--report", type=Path, help="directory for the report and its record; that of --out otherwise")
     options = parser.parse_args(argv)
     try:
-        manifest = build(options.shared, options.out)
+        made = build(options.shared, options.out)
+        from quantize.cli import finish
+
+        finish(made, options.out if options.report is None else options.report / options.out.name)
     except QuantizeError as error:
         print(error)
         return 1
-    point = manifest.operating_point(LABEL)
-    print(f"{manifest.name} {manifest.version}: threshold {point.threshold:.4f}")
+    point = made.manifest.operating_point(LABEL)
+    print(f"threshold {point.threshold:.4f}")
     print(f"  sensitivity {point.sensitivity.value:.4f} ({point.sensitivity.low:.4f} to {point.sensitivity.high:.4f})")
     print(f"  specificity {point.specificity.value:.4f} ({point.specificity.low:.4f} to {point.specificity.high:.4f})")
-    for case in manifest.golden:
+    for case in made.manifest.golden:
         print(f"  {case.input}: {case.expected[LABEL]:.5f}")
     return 0
 

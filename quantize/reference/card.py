@@ -1,35 +1,11 @@
-"""The words of the reference bundle: what it is for, what it is not, and the model card in Chinese and English."""
+"""The model card of the reference bundle, in Chinese and English; its other texts stand in ``draft.toml``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from model_sync.bundle import Interval, OperatingPoint, SourceMeasure, Text, TrainingData, TrainingSource
-
-TITLE = Text(zh="胸片肺炎（演示模型）", en="Chest X-ray pneumonia (demonstration model)")
-INTENDED_USE = Text(
-    zh="仅用于演示和工程测试：在正位胸片上提示类似肺炎的致密影。不是医疗器械，不得用于临床诊断。",
-    en="Demonstration and engineering only: points to pneumonia-like opacities on frontal chest X-rays. "
-    "Not a medical device, not for clinical diagnosis.",
-)
-AGE_NOTE = Text(
-    zh="训练影像中 83% 来自 1–5 岁儿童；成人影像较少，灵敏度和特异度明显较低。此年龄以外的结果须格外谨慎。",
-    en="83 % of the training pictures are of children aged 1 to 5; adults are few, and both sensitivity and specificity "
-    "are clearly lower for them. Take special care with results outside this age.",
-)
-TRAINING_DATA = TrainingData(
-    description=Text(
-        zh="公开的正位胸片，标注有无肺炎；一成患者留作验证，未参与训练。",
-        en="Public frontal chest X-rays labelled for pneumonia; a tenth of the patients was held out for validation.",
-    ),
-    n_images=6769,
-    sources=[
-        TrainingSource(name="Kermany 2018, children aged 1 to 5", n_images=5627, licence="CC BY 4.0"),
-        TrainingSource(name="NIH ChestX-ray14, mostly adults", n_images=873, licence="no restriction, attribution"),
-        TrainingSource(name="Hannover COVID-19 image repository", n_images=185, licence="CC BY 3.0"),
-        TrainingSource(name="ieee8023 covid-chestxray-dataset", n_images=84, licence="per picture, redistribution allowed"),
-    ],
-)
+from model_sync.bundle import OperatingPoint, SourceMeasure
+from quantize.card import interval, table
 
 _CARD = """\
 # cxr-pneumonia {version}
@@ -88,42 +64,28 @@ appears in two sources). Compare an AUC only within one source.
 
 {independent}
 
+{gate}
+
 ## 许可 / Licence
 
 权重 / weights: Apache-2.0. 训练影像的许可见上文 / for the training pictures see above.
 """
 
 
-def card(version: str, point: OperatingPoint, independent: Sequence[SourceMeasure]) -> str:
-    """Return ``MODEL_CARD.md``."""
+def card(version: str, point: OperatingPoint, independent: Sequence[SourceMeasure], gate: str) -> str:
+    """Return ``MODEL_CARD.md``; ``gate`` is the chapter on the variants."""
     return _CARD.format(
         version=version,
         threshold=f"{point.threshold:.4f}",
-        sensitivity=_interval(point.sensitivity),
-        specificity=_interval(point.specificity),
+        sensitivity=interval(point.sensitivity),
+        specificity=interval(point.specificity),
         n_held_out=_size(point.per_source),
-        held_out=_table(point.per_source),
+        held_out=table(point.per_source),
         n_independent=_size(independent),
-        independent=_table(independent),
+        independent=table(independent),
+        gate=gate,
     )
-
-
-def _interval(interval: Interval | None) -> str:
-    return "–" if interval is None else f"{interval.value:.3f} ({interval.low:.3f}–{interval.high:.3f})"
 
 
 def _size(measures: Sequence[SourceMeasure]) -> int:
     return sum(measure.n_positive + measure.n_negative for measure in measures)
-
-
-def _table(measures: Sequence[SourceMeasure]) -> str:
-    lines = [
-        "| 来源 source | 阳性 positive | 阴性 negative | 灵敏度 sensitivity | 特异度 specificity | AUC |",
-        "|---|---|---|---|---|---|",
-    ]
-    for measure in measures:
-        area = "–" if measure.auc is None else f"{measure.auc:.3f}"
-        cells = (measure.source, measure.n_positive, measure.n_negative)
-        rates = (_interval(measure.sensitivity), _interval(measure.specificity), area)
-        lines.append(f"| {' | '.join(map(str, cells + rates))} |")
-    return "\n".join(lines)
