@@ -227,19 +227,22 @@ class _Tuner:
     # -- what is tried -----------------------------------------------------------------------------------------------
 
     def _plan(self, runtimes: Sequence[Availability]) -> Iterator[Candidate]:
-        """The plainest first, so that something right is known early; the rows of what cannot run are noted."""
+        """The plainest first, so that something right is known early; the rows of what cannot run are noted.
+
+        Runtimes by turns, so that none is left out altogether when the time is over; what has to build an engine comes last.
+        """
         variants = sorted(self._subject.variants, key=lambda variant: exactness(variant.precision))
         for runtime in runtimes:
             if not runtime.providers:
                 self._idle.append(Row(Candidate(runtime.runtime, "", "", ""), "unavailable", "runtime.unavailable", runtime.why))
-            for provider in runtime.providers:
-                for variant in variants:
-                    threads = self._threads if _on_cpu(runtime.runtime, provider) else 0
-                    candidate = Candidate(runtime.runtime, variant.file, variant.precision, provider, threads)
-                    if runtime.runtime in variant.not_on:
-                        self._idle.append(Row(candidate, "unavailable", "tune.not_on"))
-                    else:
-                        yield candidate
+        ways = [(variant, runtime.runtime, provider) for variant in variants for runtime in runtimes for provider in runtime.providers]
+        for variant, runtime_name, provider in sorted(ways, key=lambda way: not _on_cpu(way[1], way[2])):
+            threads = self._threads if _on_cpu(runtime_name, provider) else 0
+            candidate = Candidate(runtime_name, variant.file, variant.precision, provider, threads)
+            if runtime_name in variant.not_on:
+                self._idle.append(Row(candidate, "unavailable", "tune.not_on"))
+            else:
+                yield candidate
 
     def _thread_choices(self) -> Iterator[Candidate]:
         """Fewer threads for what is still in: a small model may be faster with one."""
