@@ -23,6 +23,7 @@ import numpy as np
 from appliance.golden import Case
 from appliance.runtime import CPU, open_runtime
 from appliance.runtime.attempt import Attempt
+from appliance.runtime.available import no_gpu
 from appliance.runtime.choice import Choice
 from appliance.runtime.tune import Limits, Subject, tune
 from tests.bench.networks import NETWORKS
@@ -32,15 +33,15 @@ if TYPE_CHECKING:
 
     from model_sync.bundle import ModelBundle
 
-_TOLERANCE: Final = {"fp32": 0.001, "fp16": 0.05, "mixed": 0.15, "int8": 0.15}
+_TOLERANCE: Final = {"fp32": 0.001, "fp16": 0.05, "mixed": 0.2, "int8": 0.2}
 _TARGETS: Final = {"reference model": 3.0, "ResNet-50 224²": 3.0, "DenseNet-121 224²": 2.5, "U-Net 512²": 3.5}
-_CALIBRATION: Final = 8
+_CALIBRATION: Final = 4
 _CASES: Final = 2
 _ROUNDS: Final = 15
 _TURN_MS: Final = 60.0
 _MOST_PER_TURN: Final = 10
 _PAIRS: Final = 200
-_LIMITS: Final = Limits(seconds=120.0, measuring_s=30.0)
+_LIMITS: Final = Limits(seconds=240.0, measuring_s=60.0)
 _FLAGS: Final = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
@@ -128,9 +129,11 @@ def _variants(room: Path, shape: tuple[int, ...]) -> list[Variant]:
 
     model = graph.clean_up(onnx.load(room / "fp32.onnx"))
     tensors = [*pictures(shape, _CALIBRATION, seed=1)[:, None]]
-    onnx.save(half.convert(model, frozenset()), room / "fp16.onnx")
     measured = ptq.calibrate(model, tensors)
-    variants = [Variant("fp32", "fp32.onnx"), Variant("fp16", "fp16.onnx")]
+    variants = [Variant("fp32", "fp32.onnx")]
+    if not no_gpu():  # on a CPU it is the float model with casts
+        onnx.save(half.convert(model, frozenset()), room / "fp16.onnx")
+        variants.append(Variant("fp16", "fp16.onnx"))
     for recipe in ptq.recipes():
         if recipe.method == "minmax":
             file = f"{recipe.name}.onnx"
