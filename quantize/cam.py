@@ -82,6 +82,8 @@ def _linear(model: Model, logit: str) -> tuple[str, NDArray[np.float32]]:
         if len(rest) != 1:
             raise _refuse(f"the logit is the sum of two computed tensors ({node.name})")
         node = _maker(model, rest[0], "the linear layer")
+    elif node.op_type == "Gemm" and len(node.input) > 2 and node.input[2] not in held:
+        raise _refuse(f"the logit is the sum of two computed tensors ({node.name})")
     readers: dict[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
         "Gemm": lambda weight: attribute(node, "alpha", 1.0) * (weight if attribute(node, "transB", 0) else weight.T),
         "MatMul": lambda weight: weight.T,

@@ -20,6 +20,7 @@ import contextlib
 import io
 import logging
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,7 +32,19 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from quantize.errors import QuantizeError
-from quantize.graph import Model, Node, consumers, drop_unused, initializers, input_name, producers, sort_nodes, with_shapes
+from quantize.graph import (
+    Model,
+    Node,
+    attribute,
+    consumers,
+    drop_unused,
+    float_tensors,
+    initializers,
+    input_name,
+    producers,
+    sort_nodes,
+    with_shapes,
+)
 
 Activations: TypeAlias = Literal["symmetric", "unsigned"]
 Method: TypeAlias = Literal["minmax", "percentile", "entropy"]
@@ -191,7 +204,9 @@ def quantizable(model: Model, recipe: Recipe) -> frozenset[str]:
     for node in model.graph.node:
         # A product of two computed tensors (attention) has no weights to shrink, and symmetric int8 loses most there.
         weightless = node.op_type in WEIGHTED and node.input[1] not in held
-        if node.op_type in recipe.op_types and node.name not in recipe.keep and not weightless:
+        # ONNX has no per-channel scales for it: its output channels are not one axis of its weights.
+        grouped = node.op_type == "ConvTranspose" and attribute(node, "group", 1) != 1
+        if node.op_type in recipe.op_types and node.name not in recipe.keep and not (weightless or grouped):
             chosen.add(str(node.name))
     return frozenset(chosen)
 
@@ -231,7 +246,11 @@ def _collect(kind: str, model: Model, batches: list[NDArray[np.float32]], prepar
     from onnxruntime.quantization import CalibrationMethod
     from onnxruntime.quantization.calibrate import create_calibrator
 
-    with tempfile.TemporaryDirectory(prefix="quantize.") as directory, contextlib.redirect_stdout(io.StringIO()):
+    with (
+        tempfile.TemporaryDirectory(prefix="quantize.") as directory,
+        contextlib.redirect_stdout(io.StringIO()),
+        warnings.catch_warnings(),
+    ):
         path = Path(directory, "model.onnx")
         onnx.save(model, path)
         calibrator = create_calibrator(
@@ -241,6 +260,7 @@ def _collect(kind: str, model: Model, batches: list[NDArray[np.float32]], prepar
             extra_options={"num_bins": _BINS, "symmetric": False},
         )
         prepare(calibrator)
+        warnings.simplefilter("ignore", RuntimeWarning)  # all NaN: said below as the model's fault, by the tensor's name
         for index, batch in enumerate(batches):
             try:
                 calibrator.collect_data(Reader(input_name(model), batch))
@@ -257,8 +277,8 @@ def _collect(kind: str, model: Model, batches: list[NDArray[np.float32]], prepar
 def _extremes(model: Model, batches: list[NDArray[np.float32]], told: Told | None) -> dict[str, Range]:
     found = _collect("MinMax", model, batches, lambda _: None, told).compute_data()
     extremes = {name: (float(np.min(value.lowest)), float(np.max(value.highest))) for name, value in found.items()}
-    for name, pair in extremes.items():
-        if not np.isfinite(pair).all():
+    for name in [input_name(model), *float_tensors(model)]:
+        if not np.isfinite(extremes.get(name, (0.0, 0.0))).all():
             raise QuantizeError(f"the model computes NaN or Inf in {name!r}", hint="it overflows in float32; it cannot be trusted at all")
     return extremes
 
