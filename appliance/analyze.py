@@ -25,6 +25,7 @@ from appliance.models import activate, reference_bundle
 from appliance.process import Lock, die_with_parent
 from appliance.signal import wake
 from appliance.store import Store
+from appliance.volume_view import VolumeResults, VolumeView
 from appliance.worklist import InstanceView, Worklist
 
 logger = logging.getLogger(__name__)
@@ -36,11 +37,12 @@ _TIMINGS: Final = ("ingest", "decode", "preprocess", "infer", "postprocess", "st
 
 @dataclass(frozen=True)
 class Analysed:
-    """One input file: its outcome at the door and, when it came in, the image as the store has it now."""
+    """One input file: its outcome at the door and, when it came in, the image and what was drawn in its series as the store has it now."""
 
     outcome: Outcome
     view: InstanceView | None
     study_instance_uid: str = ""
+    volumes: tuple[VolumeView, ...] = ()
 
     @property
     def status(self) -> Status:
@@ -77,6 +79,7 @@ class Analysed:
             "series_instance_uid": view.series_instance_uid if view else None,
             "sop_instance_uid": view.sop_instance_uid if view else None,
             "findings": [finding.to_json() for finding in view.findings] if view else [],
+            "volumes": [volume.to_json() for volume in self.volumes],
             "timing_ms": _timing(view) if view else {},
             "disclaimer": {"zh": "不得单独作为诊断依据", "en": "Not for sole diagnosis"},
         }
@@ -106,8 +109,14 @@ def analyse(
     store.close_series(sorted({item.stored.series_id for item in accepted}))
     _work(store, [item.stored.instance_id for item in accepted], progress, given or store.settings.data_dir)
     worklist = Worklist(store)
+    drawn = {item: tuple(VolumeResults(store).of_series(item)) for item in {item.stored.series_id for item in accepted}}
     return [
-        Analysed(outcome, worklist.instance(outcome.accepted.stored.instance_id), outcome.accepted.scan.study_instance_uid)
+        Analysed(
+            outcome,
+            worklist.instance(outcome.accepted.stored.instance_id),
+            outcome.accepted.scan.study_instance_uid,
+            drawn[outcome.accepted.stored.series_id],
+        )
         if outcome.accepted
         else Analysed(outcome, None)
         for outcome in outcomes

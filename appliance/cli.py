@@ -154,12 +154,21 @@ def print_table(results: list[Analysed], language: Language) -> None:
         "quality_rejected": ("质量不合格", "quality rejected"),
         "rejected": ("已拒绝", "rejected"), "failed": ("失败", "FAILED"),
     }  # fmt: skip
+    told: set[int] = set()
     for item in results:
         print(f"{item.outcome.name}: {words[item.status][0 if zh else 1]}")
         for finding in item.view.findings if item.view else ():
             above = ("高于阈值" if zh else "above threshold") if finding.positive else ("低于阈值" if zh else "below threshold")
             print(f"  {finding.title_zh if zh else finding.title_en}: {finding.score:.3f} ({above} {finding.threshold:.3f})"
                   f"  {finding.model} {finding.model_version} {finding.precision} {finding.runtime}")  # fmt: skip
+        for volume in item.volumes:
+            if volume.job_id not in told:  # once, not for every slice
+                told.add(volume.job_id)
+                ml = ", ".join(
+                    f"{label.title_zh if zh else label.title_en} {label.value:.0f} {label.unit}" for label in volume.measurements
+                )
+                print(f"  {ml} ({volume.slices} {'张切片' if zh else 'slices'})"
+                      f"  {volume.model} {volume.model_version} {volume.precision} {volume.runtime}")  # fmt: skip
         for note in (*((item.reason,) if item.reason else ()), *item.notes):
             print(f"  {reasons.text(note.code, language)}" + (f" ({note.detail})" if note.detail else ""))
     print("不得单独作为诊断依据" if zh else "Not for sole diagnosis.  不得单独作为诊断依据")

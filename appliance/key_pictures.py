@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from appliance.geometry import Grid, turned
+from appliance.volume_view import COLOURS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 # Where the axes of a plane run: through it, down the picture, to its right; and what stands at its left, right, top and bottom edge.
 _PLANES: Final[dict[Plane, tuple[str, str]]] = {"axial": ("SPL", "RLAP"), "coronal": ("PIL", "RLSI"), "sagittal": ("LIP", "APSI")}
-# Okabe and Ito's colours, which people who see red and green alike can tell apart.
-COLOURS: Final = ("#56b4e9", "#e69f00", "#009e73", "#f0e442", "#d55e00", "#cc79a7")
 PICTURE_SIDE: Final = 480
 _LETTER: Final = "#ffffff"
 

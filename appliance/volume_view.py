@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from appliance.domain import Measurement, Note
 from appliance.errors import StoreError
@@ -14,6 +14,11 @@ from appliance.store import Store
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+# Okabe and Ito's colours, which people who see red and green alike can tell apart; the outline of each label in the key pictures.
+COLOURS: Final = ("#56b4e9", "#e69f00", "#009e73", "#f0e442", "#d55e00", "#cc79a7")
+_COLUMNS: Final = ("label", "code", "title_zh", "title_en", "value", "unit")
 
 
 @dataclass(frozen=True)
@@ -71,10 +76,7 @@ class VolumeResults:
         measured = self._db.query("SELECT * FROM measurements WHERE job_id = ? ORDER BY id", row["job_id"])
         planes = self._db.query("SELECT plane FROM key_pictures WHERE job_id = ? ORDER BY plane", row["job_id"])
         return VolumeView(
-            measurements=tuple(
-                Measurement(item["label"], item["code"], item["title_zh"], item["title_en"], item["value"], item["unit"])
-                for item in measured
-            ),
+            measurements=tuple(Measurement(**{name: item[name] for name in _COLUMNS}) for item in measured),
             classes=tuple(geometry["classes"]),
             slices=geometry["shape"][0],
             planes=tuple(item["plane"] for item in planes),

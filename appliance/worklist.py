@@ -27,7 +27,8 @@ class StudyRow:
     """One line of the worklist.
 
     ``position`` is the place in the queue (1 = next) of a queued study; ``positive`` holds title (zh, en) and highest score of
-    each label above its threshold; ``recalled`` says that a model version that was taken back made a finding of it.
+    each label above its threshold, ``scored`` says whether any label was held against one at all, ``measured`` holds title (zh, en) and
+    millilitres of what was drawn in a series; ``recalled`` says that a model version that was taken back made a finding of it.
     """
 
     id: int
@@ -48,6 +49,8 @@ class StudyRow:
     reason: Note | None
     position: int | None
     positive: tuple[tuple[str, str, float], ...]
+    scored: bool
+    measured: tuple[tuple[str, str, float], ...]
     patient_mismatch: bool
     conflict: bool
     recalled: bool
@@ -249,12 +252,25 @@ class Worklist:
         )
         recalled = self._db.query(
             "SELECT DISTINCT s.study_id FROM series s JOIN instances i ON i.series_id = s.id JOIN jobs j ON j.instance_id = i.id"
-            " JOIN json_each(j.notes) n JOIN findings f ON f.job_id = j.id"
-            " WHERE s.study_id IN (SELECT value FROM json_each(?1))"
+            " JOIN json_each(j.notes) n"
+            " WHERE (EXISTS (SELECT 1 FROM findings WHERE job_id = j.id) OR EXISTS (SELECT 1 FROM volumes WHERE job_id = j.id))"
+            " AND s.study_id IN (SELECT value FROM json_each(?1))"
             " AND json_extract(n.value, '$.code') IN (SELECT value FROM json_each(?2))",
             ids,
             json.dumps(RECALLED),
         )
+        scored = self._db.query(
+            "SELECT DISTINCT s.study_id FROM findings f JOIN instances i ON i.id = f.instance_id JOIN series s ON s.id = i.series_id"
+            " WHERE s.study_id IN (SELECT value FROM json_each(?))",
+            ids,
+        )
+        measured = self._db.query(
+            "SELECT s.study_id, m.title_zh, m.title_en, m.value FROM measurements m JOIN volumes v ON v.job_id = m.job_id"
+            " JOIN series s ON s.id = v.series_id JOIN jobs j ON j.id = v.job_id"
+            " WHERE j.outcome = 'ai_ready' AND s.study_id IN (SELECT value FROM json_each(?)) ORDER BY m.id",
+            ids,
+        )
+        held = {row["study_id"] for row in scored}
         marked = {row["study_id"] for row in recalled}
         queue = self._queue_positions() if any(row["state"] == ScanState.QUEUED.value for row in instances) else {}
         return [
@@ -263,7 +279,7 @@ class Worklist:
                 [i for i in instances if i["study_id"] == row["id"]],
                 [p for p in positive if p["study_id"] == row["id"]],
                 queue,
-                row["id"] in marked,
+                _Told(row["id"] in marked, row["id"] in held, tuple(tuple(m)[1:] for m in measured if m["study_id"] == row["id"])),
             )
             for row in studies
         ]
@@ -323,9 +339,16 @@ def _notes(text: str) -> tuple[Note, ...]:
     return tuple(Note(**item) for item in json.loads(text))
 
 
-def _study_row(
-    row: sqlite3.Row, instances: list[sqlite3.Row], positive: list[sqlite3.Row], queue: dict[int, int], recalled: bool
-) -> StudyRow:
+@dataclass(frozen=True)
+class _Told:
+    """What else a line of the worklist says; see :class:`StudyRow`."""
+
+    recalled: bool
+    scored: bool
+    measured: tuple[tuple[str, str, float], ...]
+
+
+def _study_row(row: sqlite3.Row, instances: list[sqlite3.Row], positive: list[sqlite3.Row], queue: dict[int, int], told: _Told) -> StudyRow:
     worst = min(instances, key=lambda item: STATE_URGENCY.index(ScanState(item["state"])))
     places = [queue[item["id"]] for item in instances if item["id"] in queue]
     same = (
@@ -352,7 +375,9 @@ def _study_row(
         positive=tuple((item["title_zh"], item["title_en"], item["score"]) for item in positive),
         patient_mismatch=bool(row["patient_mismatch"]),
         conflict=any(item["conflict"] for item in instances),
-        recalled=recalled,
+        scored=told.scored,
+        measured=told.measured,
+        recalled=told.recalled,
     )
 
 

@@ -1,4 +1,4 @@
-"""What the viewer asks for: an image's description, its frames, and the heat map of a finding."""
+"""What the study page asks for: an image's description, its frames, the heat map of a finding and the key pictures of a volume."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Final
 from flask import Blueprint, Response, abort, jsonify
 from flask.typing import ResponseReturnValue
 
+from appliance.volume_view import VolumeResults
 from webui.box import Box, the_box
 from webui.images import description
 from webui.pages import record_look
@@ -46,6 +47,15 @@ def heatmap(finding_id: int) -> ResponseReturnValue:
     box = the_box()
     record_look(box, box.worklist.study_of_finding(finding_id))
     return Response(box.worklist.heatmap(finding_id), content_type="image/png")
+
+
+@blueprint.get("/volumes/<int:job_id>/<plane>.png")
+def key_picture(job_id: int, plane: str) -> ResponseReturnValue:
+    """A plane through the middle of what a model drew in a series, with its outline: axial, coronal or sagittal."""
+    box = the_box()
+    volumes = VolumeResults(box.store)
+    record_look(box, volumes.study_of(job_id))
+    return Response(volumes.picture(job_id, plane), content_type="image/png")
 
 
 def _looked(instance_id: int) -> Box:

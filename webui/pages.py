@@ -17,6 +17,7 @@ from appliance import __version__
 from appliance.database import INSTANCES_ACCESSED
 from appliance.domain import PENDING_STATES, ScanState
 from appliance.signal import wake
+from appliance.volume_view import COLOURS, VolumeResults
 from appliance.worklist import PAGE_SIZE, InstanceView, StudyView
 from webui import library, life
 from webui.box import Box, the_box
@@ -58,6 +59,8 @@ def study(study_id: int) -> ResponseReturnValue:
         "pending": pending,
         "models": _models(box),
         "unread": {str(item.id): unread_word(item) for item in view.instances if not item.findings},
+        "volumes": VolumeResults(box.store).of_study(study_id),
+        "volume_colours": COLOURS,
         "viewer": _viewer(view),
     }
     return render_template("study_report.html" if fragment else "study.html", **values)
@@ -65,7 +68,7 @@ def study(study_id: int) -> ResponseReturnValue:
 
 @dataclass(frozen=True)
 class Part:
-    """What the report says at one place: an image with findings, or all images that have none for the same reason."""
+    """What the report says at one place: an image with findings, a series, or all images that have none for the same reason."""
 
     images: tuple[InstanceView, ...]
     numbers: str
@@ -78,14 +81,15 @@ class Part:
 
 def unread_word(item: InstanceView) -> str:
     """Why there is no result on this image, as it stands over the picture; empty when there is one."""
-    return "" if item.findings else str(STATES[item.state].word)
+    return "" if item.findings or item.measured else str(STATES[item.state].word)
 
 
 def parts_of(view: StudyView) -> list[Part]:
     """The report in as few places as say everything: a series of 160 slices that no model reads is told once."""
     groups: dict[object, list[tuple[int, InstanceView]]] = {}
     for number, item in enumerate(view.instances, start=1):
-        key = item.id if item.findings else (item.state, item.reason)
+        series = item.series_id if item.measured else None
+        key = item.id if item.findings else (item.state, item.reason, series)
         groups.setdefault(key, []).append((number, item))
     return [Part(tuple(item for _, item in group), _ranges([number for number, _ in group])) for group in groups.values()]
 

@@ -191,7 +191,7 @@ def init_app(app: Flask) -> None:
     )  # fmt: skip
     app.jinja_env.filters.update(
         moment=moment, study_date=study_date, score=score, percent=percent, size=size, person=person_name, sex=sex, age=age,
-        count=count, milliseconds=milliseconds, ratio=ratio,
+        count=count, milliseconds=milliseconds, millilitres=millilitres, ratio=ratio,
     )  # fmt: skip
 
 
@@ -299,6 +299,11 @@ def milliseconds(value: float) -> str:
     if value < 1000:
         return f"{numbers.format_decimal(value, '0' if value >= 10 else '0.0', locale=_locale())} ms"
     return f"{numbers.format_decimal(value / 1000, '0.0', locale=_locale())} s"
+
+
+def millilitres(value: float) -> str:
+    """A volume: tenths below 100 ml, else whole millilitres."""
+    return f"{numbers.format_decimal(value, '#,##0.0' if value < 100 else '#,##0', locale=_locale())} ml"
 
 
 def size(value: int) -> str:
