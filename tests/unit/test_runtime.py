@@ -237,3 +237,16 @@ def test_adapter_that_is_not_installed_says_so(model: Path, monkeypatch: pytest.
     with pytest.raises(InferenceError, match="openvino is not installed") as caught:
         open_runtime(model, make_spec(), Candidate("openvino", "model.onnx", "fp32", "CPU"))
     assert caught.value.code == "runtime.unavailable"
+
+
+def test_library_that_is_missing_only_when_it_loads_says_so(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[bool] = []
+
+    def load(*_: Any, **__: Any) -> None:
+        raise ImportError("libcudart.so.12: cannot open shared object file")
+
+    monkeypatch.setattr(OnnxRuntime, "load", load)
+    monkeypatch.setattr(OnnxRuntime, "close", lambda _: closed.append(True))
+    with pytest.raises(InferenceError, match=r"libcudart\.so\.12") as caught:
+        open_runtime(model, make_spec(), plain())
+    assert (caught.value.code, closed) == ("runtime.unavailable", [True])

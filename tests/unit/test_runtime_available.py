@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -92,3 +95,82 @@ def test_gpu_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_answer_that_is_none(said: bytes) -> None:
     assert "crashes" in available._understood("openvino", said, -11).why
+
+
+class Driver:
+    """libcuda.so.1 as ctypes gives it."""
+
+    def __init__(self, gpus: int, error: int = 0) -> None:
+        self._gpus, self._error = gpus, error
+
+    def cuInit(self, _flags: int) -> int:  # noqa: N802 - CUDA's name
+        return self._error
+
+    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802 - CUDA's name
+        count._obj.value = self._gpus
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("driver", "found"), [(Driver(2), (2, "")), (Driver(0), (0, "no GPU: CUDA's driver says error 0")), (Driver(1, 100), (0, "error 100"))]
+)
+def test_gpus_are_counted_by_the_driver(monkeypatch: pytest.MonkeyPatch, driver: Driver, found: tuple[int, str]) -> None:
+    monkeypatch.setattr(available, "_DEVICE_FILES", ("/dev/null",))
+    monkeypatch.setattr("ctypes.CDLL", lambda _: driver)
+    count, why = available._gpus()
+    assert count == found[0] and found[1] in why
+
+
+def answered(monkeypatch: pytest.MonkeyPatch, runtime: str) -> dict[str, Any]:
+    """What the process that asks would print."""
+    said: list[str] = []
+    monkeypatch.setattr(available, "die_with_parent", lambda: None)
+    monkeypatch.setattr("os.getppid", lambda: 7)
+    monkeypatch.setattr("os._exit", lambda code: said.append(str(code)))
+    monkeypatch.setattr("builtins.print", lambda text, **_: said.append(text))
+    available.main(runtime, "7")
+    answer: dict[str, Any] = json.loads(said[0])
+    assert said[1:] == ["0"]
+    return answer
+
+
+def test_tensorrt_runs_on_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.3.0"))
+    monkeypatch.setattr(available, "_gpus", lambda: (2, ""))
+    monkeypatch.setattr("appliance.runtime.cuda.Cuda", lambda: None)
+    assert answered(monkeypatch, "tensorrt") == {"version": "10.3.0", "providers": ["GPU:0", "GPU:1"], "why": ""}
+
+
+def test_tensorrt_without_cudas_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.3.0"))
+    monkeypatch.setattr(available, "_gpus", lambda: (1, ""))
+    for module in ("cuda", "cuda.bindings", "cuda.bindings.runtime", "cuda.cudart"):
+        monkeypatch.setitem(sys.modules, module, None)
+    answer = answered(monkeypatch, "tensorrt")
+    assert answer["providers"] == [] and "cuda" in answer["why"].lower()
+
+
+def test_tensorrt_whose_gpu_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.3.0"))
+    monkeypatch.setattr(available, "_gpus", lambda: (0, "no GPU: gone"))
+    assert answered(monkeypatch, "tensorrt") == {"version": "10.3.0", "providers": [], "why": "no GPU: gone"}
+
+
+@pytest.mark.parametrize(("gpus", "providers"), [(1, [CPU, "CUDAExecutionProvider"]), (0, [CPU])])
+def test_cuda_only_where_onnxruntime_has_it_and_a_gpu_is_there(monkeypatch: pytest.MonkeyPatch, gpus: int, providers: list[str]) -> None:
+    found = ["TensorrtExecutionProvider", "CUDAExecutionProvider", CPU]
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: found)
+    monkeypatch.setattr(available, "_gpus", lambda: (gpus, "" if gpus else "no GPU: none"))
+    answer = answered(monkeypatch, "onnxruntime")
+    assert answer["providers"] == providers
+    assert bool(answer["why"]) == (gpus == 0)
+
+
+def test_openvino_is_for_x86(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    answer = answered(monkeypatch, "openvino")
+    assert answer == {"version": "", "providers": [], "why": "used on x86 only, this is aarch64"}
+
+
+def test_asking_for_a_parent_that_has_died() -> None:
+    assert subprocess.run([sys.executable, "-m", "appliance.runtime.available", "triton", "1"], check=False, cwd=ROOT).returncode == 1
