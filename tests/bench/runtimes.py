@@ -161,10 +161,16 @@ def _difference_of(choice: Choice) -> str:
 
 
 def _gate_of(bundle: ModelBundle, choice: Choice) -> str:
-    """What the bundle's gate found of the variant that was chosen, on the runtime that was chosen."""
-    records = json.loads(bundle.path("gate.json").read_text("utf-8"))["variants"]
-    record = records.get(choice.candidate.precision) if isinstance(records, dict) else None
-    return f"gate.json: {'passed' if record and record['passed'] else 'no record'}"
+    """What the bundle's gate measured of the chosen file on the chosen runtime."""
+    record = json.loads(bundle.path("gate.json").read_text("utf-8"))["variants"][choice.candidate.precision]
+    measured = record.get("files", {}).get(choice.candidate.file, {}).get("runtimes", {}).get(choice.candidate.runtime)
+    if measured is None:
+        return f"gate passed: {record['passed']}"
+    found = []
+    for label, figures in measured["labels"].items():
+        sources = [abs(one["auc"] - one["auc_float"]) for one in figures["per_source"] if one["gated"]]
+        found.append(f"{label}: AUC off by {figures['auc_difference']:.4f}, {max(sources, default=0.0):.4f} in the worst large source")
+    return f"gate passed: {measured['passed']} ({'; '.join(found)})"
 
 
 # -- the race --------------------------------------------------------------------------------------------------------
