@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from appliance.domain import STATE_URGENCY, Finding, JobKind, Note, ScanState, Status
 from appliance.errors import StoreError
+from appliance.ran import Ran
 from appliance.store import Store
 
 PAGE_SIZE: Final = 50
@@ -28,7 +29,8 @@ class StudyRow:
 
     ``position`` is the place in the queue (1 = next) of a queued study; ``positive`` holds title (zh, en) and highest score of
     each label above its threshold, ``scored`` says whether any label was held against one at all, ``measured`` holds title (zh, en) and
-    millilitres of what was drawn in a series; ``recalled`` says that a model version that was taken back made a finding of it.
+    millilitres of what was drawn in a series; ``recalled`` says that a model version that was taken back made a finding of it;
+    ``ran`` is how its models were run.
     """
 
     id: int
@@ -54,6 +56,7 @@ class StudyRow:
     patient_mismatch: bool
     conflict: bool
     recalled: bool
+    ran: tuple[Ran, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,10 @@ class InstanceView:
     def measured(self) -> bool:
         """Whether a model drew in the series of this image: its result is the series'."""
         return any(job.kind == JobKind.VOLUME.value and job.outcome is ScanState.AI_READY for job in self.jobs)
+
+    def ran(self, finding: Finding) -> Ran | None:
+        """What ran the model that made this finding."""
+        return next((Ran.of(job.runtime) for job in self.jobs if job.id == finding.job_id), None)
 
     @property
     def status(self) -> Status:
@@ -270,6 +277,15 @@ class Worklist:
             " WHERE j.outcome = 'ai_ready' AND s.study_id IN (SELECT value FROM json_each(?)) ORDER BY m.id",
             ids,
         )
+        ran = self._db.query(
+            "SELECT DISTINCT s.study_id, json_extract(j.runtime, '$.runtime') AS runtime,"
+            " json_extract(j.runtime, '$.precision') AS precision, json_extract(j.runtime, '$.reason') AS reason"
+            " FROM jobs j JOIN instances i ON i.id = j.instance_id"
+            " JOIN series s ON s.id = i.series_id WHERE json_extract(j.runtime, '$.runtime') IS NOT NULL"
+            " AND s.study_id IN (SELECT value FROM json_each(?))",
+            ids,
+        )
+        ways = [(row["study_id"], way) for row in ran if (way := Ran.of(dict(row)))]
         held = {row["study_id"] for row in scored}
         marked = {row["study_id"] for row in recalled}
         queue = self._queue_positions() if any(row["state"] == ScanState.QUEUED.value for row in instances) else {}
@@ -279,7 +295,12 @@ class Worklist:
                 [i for i in instances if i["study_id"] == row["id"]],
                 [p for p in positive if p["study_id"] == row["id"]],
                 queue,
-                _Told(row["id"] in marked, row["id"] in held, tuple(tuple(m)[1:] for m in measured if m["study_id"] == row["id"])),
+                _Told(
+                    row["id"] in marked,
+                    row["id"] in held,
+                    tuple(tuple(m)[1:] for m in measured if m["study_id"] == row["id"]),
+                    tuple(dict.fromkeys(way for study, way in ways if study == row["id"])),
+                ),
             )
             for row in studies
         ]
@@ -346,6 +367,7 @@ class _Told:
     recalled: bool
     scored: bool
     measured: tuple[tuple[str, str, float], ...]
+    ran: tuple[Ran, ...]
 
 
 def _study_row(row: sqlite3.Row, instances: list[sqlite3.Row], positive: list[sqlite3.Row], queue: dict[int, int], told: _Told) -> StudyRow:
@@ -378,6 +400,7 @@ def _study_row(row: sqlite3.Row, instances: list[sqlite3.Row], positive: list[sq
         scored=told.scored,
         measured=told.measured,
         recalled=told.recalled,
+        ran=told.ran,
     )
 
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from pydantic import ValidationError
 
 from appliance.domain import Note
+from appliance.ran import Running, name_of
 from appliance.store import Store
+from appliance.tunings import Tuning, Tunings
 from model_sync.bundle import Watch
 
 # The way of every version; each may end in one of TROUBLE instead.
@@ -39,6 +41,7 @@ class Model:
     activated_at: str
     title: Mapping[str, str]
     watch: Watch
+    running: Running
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ class Line:
 
     ``coming`` does not read patients yet, ``trial`` does already; there may be both. ``trouble`` is the last failed, rolled-back
     or withdrawn activation, or the one at work when it is out of its bounds and there is none to go back to; ``mended`` says that
-    a later version came out good (going back to an older one mends nothing).
+    a later version came out good (going back to an older one mends nothing). ``tuning`` is the last measuring of
+    the current version, perhaps under way.
     """
 
     name: str
@@ -111,6 +115,7 @@ class Line:
     mended: bool
     minimum_version: str
     withdrawn: tuple[tuple[str, str], ...]
+    tuning: Tuning | None = None
 
     @property
     def under_way(self) -> tuple[Activation, ...]:
@@ -128,7 +133,8 @@ def lines(store: Store) -> list[Line]:
     )
     names = sorted({row["name"] for row in (*models, *journal)} | set(rules))
     known = {row["digest"]: _model(row) for row in models}
-    return [
+    tunings = Tunings(database)
+    found = [
         _line(
             name,
             [row for row in models if row["name"] == name],
@@ -138,6 +144,7 @@ def lines(store: Store) -> list[Line]:
         )
         for name in names
     ]
+    return [replace(line, tuning=tunings.of(line.current.digest)) if line.current else line for line in found]
 
 
 def history(store: Store, before: int | None) -> tuple[list[Activation], bool]:
@@ -185,10 +192,11 @@ def _model(row: sqlite3.Row) -> Model:
         version=row["version"],
         digest=row["digest"],
         precision=row["precision"],
-        runtime=row["runtime"],
+        runtime=name_of(row["runtime"]),
         activated_at=row["activated_at"],
         title=title if isinstance(title, dict) and {"zh", "en"} <= title.keys() else {},
         watch=watch,
+        running=Running.of(row["self_test"]),
     )
 
 

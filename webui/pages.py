@@ -143,7 +143,7 @@ def health() -> ResponseReturnValue:
         "history": shown, "older": older, "before": before, "steps": life.STEPS, "queue": box.worklist.queue_length(),
         "no_model": not any(item.current for item in lines), "studies": box.worklist.count(), "audit": box.worklist.audit_entries(),
         "settings": box.settings, "disk_low": disk.free < 2 * box.settings.disk_reserve_bytes,
-        "busy": line.state == "downloading" or any(item.coming or item.trial for item in lines),
+        "busy": line.state == "downloading" or any(item.coming or item.trial or (item.tuning and item.tuning.open) for item in lines),
     }  # fmt: skip
     return render_template("health_fragment.html" if request.headers.get("X-Fragment") else "health.html", **values)
 

@@ -191,7 +191,7 @@ def init_app(app: Flask) -> None:
     )  # fmt: skip
     app.jinja_env.filters.update(
         moment=moment, study_date=study_date, score=score, percent=percent, size=size, person=person_name, sex=sex, age=age,
-        count=count, milliseconds=milliseconds, millilitres=millilitres, ratio=ratio,
+        count=count, milliseconds=milliseconds, difference=difference, millilitres=millilitres, ratio=ratio,
     )  # fmt: skip
 
 
@@ -287,6 +287,11 @@ def percent(value: float) -> str:
 def ratio(value: float) -> str:
     """A plain number with at most two decimals: how many times, how much drift."""
     return numbers.format_decimal(value, "0.0#", locale=_locale())
+
+
+def difference(value: float) -> str:
+    """A small difference: two significant digits, or that it is next to nothing."""
+    return "< 0.0001" if value < 1e-4 else numbers.format_decimal(value, "0.0000" if value < 0.01 else "0.000", locale=_locale())
 
 
 def count(value: int) -> str:

@@ -1,0 +1,137 @@
+"""How a model was run, as people are told it: the runtime, the precision and why that way, out of what the worker kept.
+
+Pure reading of stored JSON; what another version of the appliance wrote is told as far as it is understood.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from appliance.domain import Note
+
+FALLBACK: Final = "choice.fallback"
+# As their makers write them.
+_NAMES: Final = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tensorrt": "TensorRT", "triton": "Triton"}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What ran one model: ``runtime`` by its maker's name, ``precision`` of the variant, ``code`` why that way (empty when unknown)."""
+
+    runtime: str
+    precision: str
+    code: str = ""
+    detail: str = ""
+
+    @property
+    def fallback(self) -> bool:
+        """Whether it is not what was chosen."""
+        return self.code == FALLBACK
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> Ran | None:
+        """What a job kept in ``runtime``; None where nothing ran."""
+        if not stored.get("runtime"):
+            return None
+        reason = _object(stored.get("reason"))
+        runtime, precision = name_of(str(stored["runtime"])), str(stored.get("precision", ""))
+        return cls(runtime, precision, str(reason.get("code", "")), str(reason.get("detail", "")))
+
+
+@dataclass(frozen=True)
+class Way:
+    """One line of the table of what was measured; see :class:`appliance.runtime.choice.Row`."""
+
+    runtime: str
+    provider: str
+    precision: str
+    threads: int
+    batch: int
+    state: str
+    code: str
+    detail: str
+    median_ms: float | None
+    per_image_ms: float | None
+    max_difference: float | None
+    layers: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Running:
+    """How a model at work is run: what was chosen and why, all that was tried, and whether something else runs in its place."""
+
+    reason: Note | None
+    chosen: Way | None
+    table: tuple[Way, ...]
+    fallback: Note | None
+    fallback_at: str
+    tuned_at: str
+    profile: str
+
+    @classmethod
+    def of(cls, self_test: str | None) -> Running:
+        """Read a stored self-test."""
+        report = _object(self_test)
+        reason, fallback = _object(report.get("reason")), _object(report.get("fallback"))
+        table = report.get("table")
+        ways = sorted((way for way in map(_way, table if isinstance(table, list) else []) if way), key=_order)
+        return cls(
+            reason=Note(str(reason["code"]), str(reason.get("detail", ""))) if "code" in reason else None,
+            chosen=next((way for way in ways if way.state == "chosen"), None),
+            table=tuple(ways),
+            fallback=Note(str(fallback["code"]), str(fallback.get("detail", ""))) if "code" in fallback else None,
+            fallback_at=str(fallback.get("at", "")),
+            tuned_at=str(report.get("tuned_at", "")),
+            profile=str(report.get("profile", "")),
+        )
+
+
+def name_of(runtime: str) -> str:
+    """A runtime by its maker's name; a version behind it stays."""
+    first, _, rest = runtime.partition(" ")
+    return f"{_NAMES.get(first, first)} {rest}".strip()
+
+
+def _order(way: Way) -> tuple[bool, bool, float]:
+    """The chosen first, then by time, then what has none."""
+    return (way.state != "chosen", way.median_ms is None, way.median_ms or 0.0)
+
+
+def _way(row: Any) -> Way | None:
+    row = _object(row)
+    candidate, layers = _object(row.get("candidate")), _object(row.get("layers"))
+    if not candidate or "state" not in row:
+        return None
+    there = bool(candidate.get("file"))
+    counted = ((str(name), int(count)) for name, count in layers.items() if isinstance(count, int))
+    return Way(
+        runtime=name_of(str(candidate.get("runtime", ""))),
+        provider=str(candidate.get("provider", "")),
+        precision=str(candidate.get("precision", "")),
+        threads=int(candidate.get("threads") or 0) if there else -1,
+        batch=int(candidate.get("batch") or 1) if there else 0,
+        state=str(row["state"]),
+        code=str(row.get("code", "")),
+        detail=str(row.get("detail", "")),
+        median_ms=_number(row.get("median_ms")),
+        per_image_ms=_number(row.get("per_image_ms")),
+        max_difference=_number(row.get("max_difference")),
+        layers=tuple(sorted(counted, key=lambda item: -item[1])),
+    )
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf") else None
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """A JSON object, or the text of one; empty when it is none."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return {}
+    return dict(value) if isinstance(value, Mapping) else {}

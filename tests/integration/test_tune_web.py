@@ -1,0 +1,172 @@
+"""Health page, result and worklist say what ran, in which precision and why, in both languages; a fallback in words and an icon."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from appliance.domain import Note
+from appliance.ran import Ran, Running, name_of
+from appliance.runtime import Candidate
+from appliance.runtime.choice import Row, choose
+from appliance.settings import Settings
+from appliance.tunings import Tunings
+from tests.scans import scan_bytes
+from tests.web_box import Box, Person, in_process, result
+
+DIGEST = "ab" * 32
+
+
+@pytest.fixture
+def box(settings: Settings) -> Iterator[Box]:
+    with in_process(settings) as running:
+        running.activate()
+        yield running
+
+
+def measured(**changes: Any) -> dict[str, Any]:
+    """A stored self-test with a table of every kind of line."""
+    rows = choose(
+        [
+            Row(Candidate("onnxruntime", "fp32.onnx", "fp32"), "right", "", median_ms=13.5, max_difference=5e-6, layers={"f32": 27}),
+            Row(Candidate("openvino", "int8.onnx", "int8", "CPU", 2), "right", "", median_ms=3.1, max_difference=0.004,
+                layers={"u8": 20, "f32": 6}),
+            Row(Candidate("openvino", "int8.onnx", "int8", "CPU", 2, 4), "right", "", median_ms=3.15, per_image_ms=2.2),
+            Row(Candidate("onnxruntime", "fp16.onnx", "fp16"), "wrong", "tune.wrong", "case-3: off by 0.21, allowed 0.02"),
+            Row(Candidate("openvino", "fp16.onnx", "fp16", "CPU"), "failed", "runtime.crashed", "SIGSEGV in load"),
+            Row(Candidate("tensorrt", "", "", ""), "unavailable", "runtime.unavailable", "no GPU: no driver"),
+        ]
+    )  # fmt: skip
+    chosen = next(row for row in rows if row.state == "chosen")
+    return {
+        "median_ms": 3.15, "choice": chosen.candidate.to_json(), "reason": {"code": "choice.measured", "detail": ""},
+        "table": [row.to_json() for row in rows], "tuned_at": "2026-03-01T12:00:00.000+00:00", "profile": "AMD EPYC; openvino 2026.4.1",
+    } | changes  # fmt: skip
+
+
+def store_choice(box: Box, report: dict[str, Any]) -> None:
+    """As a measuring leaves it."""
+    with box.store.database.transaction() as tx:
+        tx.execute(
+            "UPDATE models SET self_test = ?, precision = 'int8', runtime = 'openvino 2026.4.1' WHERE digest = ?",
+            (json.dumps(report), DIGEST),
+        )
+
+
+def read_with(box: Box, code: str, detail: str = "") -> int:
+    """An image read that way; its study."""
+    stored = box.take(scan_bytes())
+    ran = {"runtime": "openvino", "version": "2026.4.1", "precision": "int8", "provider": "CPU", "reason": {"code": code, "detail": detail}}
+    box.work(replace(result(), runtime=ran))
+    return int(stored.study_id)
+
+
+def text_of(page: str) -> str:
+    """What a person reads."""
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
+
+
+WORDS = {
+    "en": ("Measured fastest on this box", "A golden case came out beyond the tolerance", "Chosen", "Slower than", "u8 × 20"),
+    "zh": ("本机实测最快", "标准病例的结果超出允许误差", "已选用", "测量于", "u8 × 20"),
+}
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_health_page_shows_every_way_with_its_reason(box: Box, language: str) -> None:
+    store_choice(box, measured())
+    page = box.person("tech", "technician", language).open("/health")
+    said = text_of(page)
+    for words in (*WORDS[language][:3], WORDS[language][4], "OpenVINO 2026.4.1", "case-3: off by 0.21, allowed 0.02", "SIGSEGV in load"):
+        assert words in said, words
+    assert "no GPU: no driver" in said
+    states = re.findall(r'data-way="(\w+)"', page)
+    assert states[0] == "chosen"
+    assert sorted(states) == ["chosen", "failed", "right", "right", "unavailable", "wrong"]
+    assert "data-fallback" not in page
+    assert "runtime.crashed" not in said  # words, never codes
+    assert "tune." not in said
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_fallback_is_told_in_words_with_an_icon_and_what_to_do(box: Box, language: str) -> None:
+    fallback = {
+        "code": "choice.fallback",
+        "detail": "openvino CPU int8: runtime.unavailable: not installed",
+        "at": "2026-03-01T12:00:00+00:00",
+    }
+    store_choice(box, measured(fallback=fallback))
+    study = read_with(box, "choice.fallback", fallback["detail"])
+    person = box.person("tech", "clinician", language)
+    words = "选定的方式无法运行" if language == "zh" else "The chosen way does not run"
+    banner = re.search(r'<div class="banner tone-bad fallback".*?</div></div>', person.open("/health"), re.DOTALL)
+    assert banner
+    assert words in banner[0]
+    assert "icon-alert" in banner[0]
+    assert "appliance tune" in banner[0]
+    for path in (f"/studies/{study}", "/"):
+        chip = re.search(r'<span class="chip tone-bad ran".*?</span></span>', person.open(path), re.DOTALL)
+        assert chip, path
+        assert words in chip[0]
+        assert "icon-alert" in chip[0]
+
+
+@pytest.mark.parametrize(("language", "words"), [("en", "Measured fastest on this box"), ("zh", "本机实测最快")])
+def test_result_and_worklist_carry_runtime_precision_and_reason(box: Box, language: str, words: str) -> None:
+    study = read_with(box, "choice.measured")
+    person: Person = box.person("doctor", "clinician", language)
+    for path in (f"/studies/{study}", "/"):
+        assert f"OpenVINO · INT8 · {words}" in text_of(person.open(path)), path
+
+
+def test_a_result_of_an_older_version_is_shown_without_a_reason(box: Box) -> None:
+    stored = box.take(scan_bytes())
+    box.work(result())
+    person = box.person()
+    assert "data-ran" not in person.open("/")
+    assert "onnxruntime 1.0 CPU" in text_of(person.open(f"/studies/{stored.study_id}"))
+
+
+def test_a_measuring_under_way_and_one_that_failed_are_told(box: Box) -> None:
+    store_choice(box, measured())
+    tunings = Tunings(box.store.database)
+    tunings.ask(DIGEST, "cxr-pneumonia", "worker")
+    person = box.person("tech", "technician")
+    page = person.open("/health")
+    assert "Begins when no image waits." in page
+    assert 'data-busy="1"' in page
+    asked = tunings.of(DIGEST)
+    assert asked
+    assert tunings.begin(asked)
+    assert 'data-tuning="measuring"' in person.open("/health")
+    tunings.fail(asked, Note("activation.deadline", "more than 4 s"))
+    page = person.open("/health")
+    assert "The last measuring failed; the model is run as before." in page
+    assert "more than 4 s" in page
+    assert 'data-busy="0"' in page
+
+
+def test_an_untuned_model_says_how_to_measure(box: Box) -> None:
+    page = text_of(box.person("tech", "technician").open("/health"))
+    assert "appliance tune" in page
+
+
+@pytest.mark.parametrize(
+    "stored", ["", "no JSON", "[]", '{"table": 3, "reason": 4, "fallback": []}', '{"table": [1, {}, {"candidate": 2}]}']
+)
+def test_whatever_was_stored_is_told_as_far_as_it_is_understood(stored: str) -> None:
+    running = Running.of(stored)
+    assert (running.reason, running.chosen, running.table, running.fallback) == (None, None, (), None)
+
+
+def test_names_are_their_makers() -> None:
+    assert name_of("onnxruntime 1.31.1") == "ONNX Runtime 1.31.1"
+    assert name_of("openvino") == "OpenVINO"
+    assert name_of("another 2") == "another 2"
+    assert Ran.of({}) is None
+    assert Ran.of({"runtime": "tensorrt", "precision": "fp16"}) == Ran("TensorRT", "fp16")
