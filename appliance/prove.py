@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -117,6 +118,7 @@ def prove(order: Order, tell: Tell) -> dict[str, Any]:
     limit = time.monotonic() + order.deadline_s
     copies.sweep(order.data_dir, [*order.keep, order.digest])
     bundle = copies.install(order.data_dir, order.origin, order.digest, _Progress("staged", tell), order.reserve_bytes)
+    _sweep_engines(order)
     try:
         report = _tuned(bundle, order, limit, tell) if order.tune else _plain(bundle, order, tell)
     except InferenceError as error:
@@ -125,6 +127,17 @@ def prove(order: Order, tell: Tell) -> dict[str, Any]:
     except BundleError as error:
         raise ActivationError("model.invalid", error.message, hint=error.hint) from error
     return report | {"tuned_at": utc_now(), "profile": device.profile()}
+
+
+def _sweep_engines(order: Order) -> None:
+    """Remove what was built for models that are not on this box any more."""
+    from appliance.runtime import engines
+
+    kept: list[str] = []
+    for digest in {*order.keep, order.digest}:
+        with suppress(ActivationError):  # damaged: its engines are built again when it is whole
+            kept += [variant.sha256 for variant in copies.load(copies.place(order.data_dir, digest)).manifest.variants]
+    engines.sweep(copies.engines(order.data_dir), kept)
 
 
 class _Progress:

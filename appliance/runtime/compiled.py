@@ -1,7 +1,8 @@
 """Models that OpenVINO compiled, kept on the box: read in a third of the time, and without the compiler that may crash.
 
 The file is one of :mod:`appliance.runtime.engines`: its digest is checked before OpenVINO sees it, and it goes when its model goes.
-Compiled by another OpenVINO, for another processor or with other settings it is made again.
+Compiled by another OpenVINO, for another processor or with other settings it is made again. Tuning compiles a model for many numbers of
+threads and images, most of which nobody wants again: of one file no more than the four that were used last are kept.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +21,8 @@ from appliance.runtime.processor import instructions
 
 logger = logging.getLogger(__name__)
 
+_SUFFIX: Final = ".compiled"
+_MOST_KEPT: Final = 4
 # The key and the tag before it of an external tensor's file (onnx.proto: TensorProto.external_data, StringStringEntryProto).
 _EXTERNAL: Final = b"\x0a\x08location\x12"
 
@@ -39,7 +44,7 @@ class Compiled:
     @property
     def file_name(self) -> str:
         """Named for the model and the way, not the box: what an older OpenVINO left is replaced."""
-        return f"{self.onnx_sha256[:16]}-{_digest(self.way)[:16]}.engine"
+        return f"{self.onnx_sha256[:16]}-{_digest(self.way)[:16]}{_SUFFIX}"
 
     def read(self, cache: Path) -> bytes:
         """The compiled model; empty when there is none that is whole and for this box."""
@@ -54,6 +59,8 @@ class Compiled:
         if header != self._header():
             logger.warning("compiled model %s is made again: it is for another box or OpenVINO", path.name)
             return b""
+        with suppress(OSError):  # it counts as used
+            os.utime(path)
         return data
 
     def write(self, cache: Path, data: bytes) -> None:
@@ -62,6 +69,11 @@ class Compiled:
             engines.pack(cache / self.file_name, self._header(), data)
         except OSError as error:
             logger.warning("compiled model %s is not kept: %s", self.file_name, error.strerror)
+            return
+        with suppress(OSError):  # another process tidies up, too
+            kept = sorted(cache.glob(f"{self.onnx_sha256[:16]}-*{_SUFFIX}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+            for path in kept[_MOST_KEPT:]:
+                path.unlink()
 
     def _header(self) -> dict[str, Any]:
         return {"onnx_sha256": self.onnx_sha256, "way": self.way, "box": self.box}

@@ -29,7 +29,7 @@ _MAX_HEADER_BYTES: Final = 1 << 16
 _MAX_ENGINE_BYTES: Final = 4 << 30
 _ENGINE: Final = ".engine"
 _TIMINGS: Final = ".timings"
-_NAME: Final = re.compile(r"([0-9a-f]{16})-[0-9a-f]{16}\.engine")
+_NAME: Final = re.compile(r"([0-9a-f]{16})-[0-9a-f]{16}\.(?:engine|compiled)")
 # What an engine is bound to, as a person is told that it changed.
 _BOUND: Final = {
     "gpu": "GPU", "compute_capability": "compute capability", "tensorrt": "TensorRT", "driver": "driver", "precision": "precision",

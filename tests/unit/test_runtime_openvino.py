@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from appliance import copies
 from appliance.errors import InferenceError
+from appliance.prove import Order, _sweep_engines
 from appliance.runtime import Candidate, compiled, open_runtime
 from appliance.runtime.engines import pack, sweep, unpack
 from appliance.runtime.openvino import OpenVinoRuntime, import_openvino
+from model_sync.bundle import ModelBundle
 from tests import small_networks as networks
 from tests.conftest import ROOT
 
@@ -152,6 +155,34 @@ def test_compiled_model_goes_with_its_model(model: Path, tmp_path: Path) -> None
     assert kept is not None
     assert sweep(cache, [kept.onnx_sha256]) == []
     assert len(sweep(cache, [])) == 1
+
+
+def test_no_more_than_four_are_kept_of_one_file_and_those_used_last(model: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    other = networks.reciprocal(tmp_path / "other.onnx", 1.0)
+    open_runtime(other, Spec(), candidate(), cache=cache).close()
+    for batch in (1, 2, 3, 4):  # 1 is used each time
+        answer(model, cache, batch=batch)
+    before = set(cache.iterdir())
+    answer(model, cache, batch=5)
+    after = set(cache.iterdir())
+    assert len(before) == len(after) == 5
+    assert len(before - after) == 1
+    single = compiled.of_file(model, {}, {})
+    assert single is not None and len(list(cache.glob(f"{single.onnx_sha256[:16]}-*.compiled"))) == 4
+
+
+def test_a_proof_sweeps_what_was_built_for_models_that_are_gone(tmp_path: Path) -> None:
+    source = ModelBundle.load(ROOT / "appliance" / "bundles" / "cxr-pneumonia")
+    copies.install(tmp_path, source.directory, source.digest, lambda _: None)
+    cache = copies.engines(tmp_path)
+    cache.mkdir()
+    (kept, *_) = (variant.sha256 for variant in source.manifest.variants)
+    for digest in (kept, "0" * 64):
+        for suffix in ("engine", "compiled"):
+            (cache / f"{digest[:16]}-{'1' * 16}.{suffix}").write_bytes(b"x")
+    _sweep_engines(Order(tmp_path, source.directory, source.digest, None, 1, 1 << 30, ["f" * 64], 1))
+    assert {path.name[:16] for path in cache.iterdir()} == {kept[:16]}
 
 
 def test_nothing_is_sent_to_its_maker_and_nothing_kept_for_it(tmp_path: Path) -> None:
