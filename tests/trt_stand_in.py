@@ -1,15 +1,16 @@
 """Stand-ins for TensorRT and CUDA where there is no GPU: enough of both to walk the adapter's own paths, and no more.
 
-They compute nothing of a network: an "engine" returns the mean of its input and the input itself. What keeps them honest is
-``tests/unit/trt_api.json``, the names that the real bindings of TensorRT 8.6.0, 10.3.0 and 11.4.0 have: a stand-in of a version cannot
-be made with a name that its real class lacks. "Device memory" is host memory, so that copies are copies and what is not freed is seen.
-The "ONNX file" is JSON that says how it shall behave. ``lay`` writes both as importable packages, for builder processes.
+What keeps them honest is ``tests/unit/trt_api.json``, the names that the real bindings of TensorRT 8.6.0, 10.3.0 and 11.4.0 have: a
+stand-in of a version cannot be made with a name that its real class lacks. "Device memory" is host memory, so that copies are copies and
+what is not freed is seen. A model is an ONNX file, which ONNX Runtime computes, or JSON that says how a build and an engine shall behave:
+then the engine gives the mean of its input and the input itself. ``lay`` writes both as importable packages, for builder processes.
 """
 
 # ruff: noqa: N802, N815, ARG002 - names and arguments are NVIDIA's
 
 from __future__ import annotations
 
+import base64
 import ctypes
 import enum
 import json
@@ -25,6 +26,7 @@ import numpy as np
 
 API = json.loads((Path(__file__).parent / "unit" / "trt_api.json").read_text())
 VERSIONS = tuple(API)
+_SLOW_S = float(os.environ.get("STAND_IN_BUILD_S", 0))
 
 
 class CudaError(enum.IntEnum):
@@ -48,8 +50,9 @@ class StandInCuda:
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
 
-    def __init__(self, gpus: int = 1, name: bytes = b"NVIDIA Stand-in", capability: tuple[int, int] = (8, 7)) -> None:
-        self.gpus, self.name, self.capability = gpus, name, capability
+    def __init__(self, gpus: int = 1, name: bytes = b"NVIDIA Stand-in", capacity: int = 4 << 30) -> None:
+        self.gpus, self.name, self.capability = gpus, name, (8, 7)
+        self.free = capacity
         self.fails: dict[str, tuple[int, CudaError]] = {}
         self.live: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
@@ -89,7 +92,10 @@ class StandInCuda:
         return CudaError.cudaSuccess, 12020
 
     def cudaMemGetInfo(self) -> Any:
-        return CudaError.cudaSuccess, 4 << 30, 8 << 30
+        return CudaError.cudaSuccess, self.free, 8 << 30
+
+    def cudaDeviceSynchronize(self) -> Any:
+        return (CudaError.cudaSuccess,)
 
     def cudaGetLastError(self) -> Any:
         return (CudaError.cudaSuccess,)
@@ -106,12 +112,16 @@ class StandInCuda:
         return (CudaError.cudaSuccess,)
 
     def cudaMalloc(self, nbytes: int) -> Any:
+        if nbytes > self.free:
+            return CudaError.cudaErrorMemoryAllocation, None
+        self.free -= nbytes
         return self._get(nbytes, "device")
 
     def cudaMallocHost(self, nbytes: int) -> Any:
         return self._get(nbytes, "host")
 
     def cudaFree(self, address: int) -> Any:
+        self.free += len(self._memory[address])
         return self._give(address, "device")
 
     def cudaFreeHost(self, address: int) -> Any:
@@ -207,7 +217,7 @@ def stand_in(version: str, cuda: StandInCuda) -> Any:
             self.num_errors = 0
 
         def parse_from_file(self, model: str) -> bool:
-            self._network._model = json.loads(Path(model).read_text())
+            self._network._model = _read(Path(model))
             self._errors = self._network._model.get("parse", [])
             self.num_errors = len(self._errors)
             return not self._errors
@@ -315,7 +325,8 @@ def stand_in(version: str, cuda: StandInCuda) -> Any:
             return self._n > 0
 
         def get_tensor_shape(self, name: str) -> Any:
-            return (self._n, 1) if name == "mean" else (self._n, *self._model["shape"][1:])
+            rest = self._model["shape"][1:] if name == self._model["input"] else _outputs(self._model)[name]
+            return (self._n, *rest)
 
         def set_tensor_address(self, name: str, memory: int) -> bool:
             self._at[name] = memory
@@ -329,24 +340,33 @@ def stand_in(version: str, cuda: StandInCuda) -> Any:
 
         def _compute(self) -> None:
             shape = (self._n, *self._model["shape"][1:])
-            given = np.frombuffer((ctypes.c_float * int(np.prod(shape))).from_address(self._at["image"]), np.float32).reshape(shape)
-            mean = given.reshape(self._n, -1).mean(axis=1).astype(np.float32)
-            ctypes.memmove(self._at["mean"], mean.ctypes.data, mean.nbytes)
-            ctypes.memmove(self._at["same"], self._at["image"], given.nbytes)
+            address = self._at[self._model["input"]]
+            given = np.frombuffer((ctypes.c_float * int(np.prod(shape))).from_address(address), np.float32).reshape(shape)
+            for name, value in self._run(given).items():
+                value = np.ascontiguousarray(value, np.float32)
+                ctypes.memmove(self._at[name], value.ctypes.data, value.nbytes)
+
+        def _run(self, given: Any) -> dict[str, Any]:
+            if "onnx" not in self._model:
+                return {"mean": given.reshape(self._n, -1).mean(axis=1), "same": given}
+            import onnxruntime
+
+            session = onnxruntime.InferenceSession(base64.b64decode(self._model["onnx"]), providers=["CPUExecutionProvider"])
+            names = list(_outputs(self._model))
+            return dict(zip(names, session.run(names, {self._model["input"]: given}), strict=True))
 
     @checked
     class ICudaEngine:
-        num_io_tensors = 3
-
         def __init__(self, model: dict[str, Any]) -> None:
             self._model = model
+            self.num_io_tensors = 1 + len(_outputs(model))
             live["engine"] += 1
 
         def __del__(self) -> None:
             live["engine"] -= 1
 
         def get_tensor_name(self, index: int) -> str:
-            return str([self._model["input"], "mean", "same"][index])
+            return str([self._model["input"], *_outputs(self._model)][index])
 
         def get_tensor_mode(self, name: str) -> Any:
             return enums["TensorIOMode"]["INPUT" if name == self._model["input"] else "OUTPUT"]
@@ -385,6 +405,36 @@ def stand_in(version: str, cuda: StandInCuda) -> Any:
     return module
 
 
+def _outputs(model: dict[str, Any]) -> dict[str, list[int]]:
+    """Output -> its dimensions without the batch."""
+    found: dict[str, list[int]] = model.get("outputs") or {"mean": [1], "same": model["shape"][1:]}
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A model's JSON; an ONNX file's input, outputs and content, or what is wrong with it, as JSON."""
+    data = path.read_bytes()
+    if data.startswith(b"{"):
+        return dict(json.loads(data))
+    import onnx
+
+    try:
+        graph = onnx.load_model_from_string(data).graph
+    except Exception:  # noqa: BLE001 - protobuf's own
+        return {"parse": [{"text": "Failed to parse ONNX model", "code": "MODEL_DESERIALIZE_FAILED", "operator": "", "node": ""}]}
+    unknown = [node for node in graph.node if not onnx.defs.has(node.op_type)]
+    if unknown:
+        said = {"text": f"No importer registered for op: {unknown[0].op_type}", "code": "UNSUPPORTED_NODE"}
+        return {"parse": [said | {"operator": unknown[0].op_type, "node": unknown[0].name}]}
+
+    def dims(item: Any) -> list[int]:
+        return [dim.dim_value or -1 for dim in item.type.tensor_type.shape.dim]
+
+    outputs = {item.name: dims(item)[1:] for item in graph.output}
+    content = base64.b64encode(data).decode()
+    return {"input": graph.input[0].name, "shape": dims(graph.input[0]), "outputs": outputs, "onnx": content}
+
+
 def _build(network: Any, config: Any, logger: Any, enums: Any) -> bytes | None:
     """What the model's JSON says a build shall do: die, hang, complain, run out of memory, or make an engine."""
     model = network._model
@@ -399,7 +449,7 @@ def _build(network: Any, config: Any, logger: Any, enums: Any) -> bytes | None:
         logger.log(enums["Severity"][severity], text)
     if "signal" in model:
         os.kill(os.getpid(), signal.Signals[model["signal"]])
-    time.sleep(model.get("takes_s", 0))
+    time.sleep(model.get("takes_s", _SLOW_S))
     if largest > model.get("largest_build", 99):
         logger.log(
             enums["Severity"].ERROR, "[virtualMemoryBuffer.cpp::resizePhysical::145] Error Code 2: OutOfMemory (no further information)"
@@ -413,12 +463,13 @@ def _build(network: Any, config: Any, logger: Any, enums: Any) -> bytes | None:
     return json.dumps(made).encode()
 
 
-def lay(directory: Path, version: str) -> None:
+def lay(directory: Path, version: str, capacity: int = 4 << 30) -> None:
     """Write both as packages ``tensorrt`` and ``cuda.bindings.runtime``, for processes that have the directory on their path."""
     (directory / "cuda" / "bindings").mkdir(parents=True)
     for package in (directory / "cuda", directory / "cuda" / "bindings"):
         (package / "__init__.py").write_text("")
-    names = "cuda = StandInCuda()\nglobals().update({n: getattr(cuda, n) for n in dir(cuda) if n.startswith('cuda')})\n"
+    names = f"cuda = StandInCuda(capacity={capacity})\n"
+    names += "globals().update({n: getattr(cuda, n) for n in dir(cuda) if n.startswith('cuda')})\n"
     (directory / "cuda" / "bindings" / "runtime.py").write_text("from tests.trt_stand_in import StandInCuda\n" + names)
     made = "from cuda.bindings import runtime\nfrom tests.trt_stand_in import stand_in\n"
     made += f"_it = stand_in({version!r}, runtime.cuda)\n"

@@ -307,7 +307,8 @@ class TensorRtRuntime:
         there is none, ``cuda_graph_why``, ``compute_capability``, ``driver``.
         """
         said: dict[str, Any] = {
-            "runtime": self.name, "version": self.version, "provider": self.provider, "precision": self.precision, "threads": 0,
+            "runtime": self.name, "version": self.version, "provider": self.provider, "precision": self.precision,
+            "threads": self._candidate.threads,
             "batch": self._largest, "engine": self._built, "build": dict(self._notes), "cuda_graph": self._graph is not None,
             "layers": dict(self._layers), "driver": self._driver,
             "compute_capability": self._gpu.compute_capability if self._gpu else "",

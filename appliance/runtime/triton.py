@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -39,7 +40,11 @@ CONNECT_S: Final = 5.0
 ANSWER_S: Final = 30.0
 LOAD_S: Final = 300.0
 _EXTENSIONS: Final = ("model_repository", "binary_tensor_data")
-_DETAIL_CHARS: Final = 200
+_DETAIL_CHARS: Final = 300
+_PREAMBLE: Final = re.compile(
+    r"^\[\w+\] |load failed for model '[^']*': (?:version \d+ is at UNAVAILABLE state: )?|(?<=: )\[ONNXRuntimeError\] : "
+)
+_DIRECTORY: Final = re.compile(r"(?<![\w./])/(?:[^\s/\"']+/)+")
 # ONNX element type -> KServe v2's name, and the type of the model's configuration.
 _TYPES: Final = {1: "FP32", 10: "FP16", 6: "INT32", 7: "INT64", 9: "BOOL", 2: "UINT8", 3: "INT8"}
 
@@ -75,7 +80,7 @@ class TritonRuntime:
         del cache, told
         self._input, self._shape, self._path = input_spec.name, tuple(input_spec.shape), model_path
         model = _Model(model_path, self._candidate.batch)
-        model.check(self._input, self._shape)
+        model.check(self._input, self._shape, self._candidate.batch)
         server = self._ask(lambda client: client.get_server_metadata(), "the server")
         self.version = f"{server.get('name', '')} {server.get('version', '')}".strip()[:_DETAIL_CHARS]
         self._extensions = [str(name) for name in server.get("extensions", [])]
@@ -137,7 +142,7 @@ class TritonRuntime:
             raise self._failure(error, what, seconds or self._answer_s) from error
 
     def _failure(self, error: Exception, what: str, seconds: float) -> InferenceError:
-        said = " ".join(str(error).split())[:_DETAIL_CHARS]
+        said = _words(error)
         if isinstance(error, TimeoutError):
             return InferenceError("runtime.deadline", f"{what}: no answer from {self.provider} in {seconds:g} s")
         if isinstance(error, OSError) or type(error).__name__ in ("HTTPConnectionClosed", "ConnectionClosed"):
@@ -176,7 +181,8 @@ class TritonRuntime:
         the prepared tensor was sent there.
         """
         return {
-            "runtime": self.name, "version": self.version, "provider": self.provider, "precision": self.precision, "threads": 0,
+            "runtime": self.name, "version": self.version, "provider": self.provider, "precision": self.precision,
+            "threads": self._candidate.threads,
             "batch": self._model.batch if self._model else self._candidate.batch, "model": self._model.name if self._model else "",
             "extensions": list(self._extensions), "leaves_box": True, "sent": "the prepared tensor only, no identifiers",
         }  # fmt: skip
@@ -224,12 +230,14 @@ class _Model:
         except OSError as error:
             raise InferenceError("job.error", f"the model cannot be read: {error.strerror}") from error
 
-    def check(self, name: str, shape: tuple[int, ...]) -> None:
+    def check(self, name: str, shape: tuple[int, ...], batch: int) -> None:
         """Hold the file's input against the manifest's; raises InferenceError, ``job.error``."""
         dims = self._inputs[0][2] if len(self._inputs) == 1 else []
         fits = len(dims) == 1 + len(shape) and all(n in (-1, m) for n, m in zip(dims[1:], shape, strict=True))
         if [item[:2] for item in self._inputs] != [(name, "FP32")] or not fits:
             raise InferenceError("job.error", f"the model takes {self._inputs}, the manifest says {name!r} FP32 {[-1, *shape]}")
+        if self.batch != batch:
+            raise InferenceError("job.error", f"the model reads {self.batch} image at once, not {batch}")
 
     def config(self) -> str:
         """The model's configuration, complete, so that no server guesses: ONNX Runtime as backend, the file's own inputs and outputs."""
@@ -290,6 +298,12 @@ def _answer(result: Any, model: _Model) -> dict[str, NDArray[Any]]:
             raise InferenceError("job.error", f"the server answered {name!r} as {None if value is None else list(value.shape)}, not {dims}")
         outputs[name] = np.array(value, np.float32 if kind in ("FP32", "FP16") else value.dtype)
     return outputs
+
+
+def _words(error: Exception) -> str:
+    """A message of the server's without its preamble and its directories."""
+    text = _PREAMBLE.sub("", " ".join(str(error).split()))
+    return _DIRECTORY.sub("", text)[:_DETAIL_CHARS]
 
 
 def _tritonclient() -> Any:

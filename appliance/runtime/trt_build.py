@@ -118,6 +118,8 @@ def build(order: Order, *, deadline_s: float = DEADLINE_S, told: Told | None = N
         try:
             return _attempt(smaller, ends, deadline_s, told, keep_as=order.profile)
         except InferenceError as second:
+            if second.code == "job.error":  # a file of a fixed batch cannot be built for less
+                raise error from second
             if second.code != "runtime.memory":
                 raise
             raise InferenceError("runtime.memory", f"{second.detail}; with batch {smaller.profile.batch} too") from second
@@ -308,6 +310,8 @@ def fixed_batch(network: Any, order: Order) -> int | None:
     fits = len(shape) == 1 + len(wanted) and all(n in (-1, m) for n, m in zip(shape[1:], wanted, strict=True))
     if not fits:
         raise InferenceError("job.error", f"the model takes {list(shape)}, the manifest says {[-1, *wanted]}")
+    if shape[0] not in (-1, order.profile.batch):
+        raise InferenceError("job.error", f"the model reads {shape[0]} image at once, not {order.profile.batch}")
     return None if shape[0] == -1 else int(shape[0])
 
 

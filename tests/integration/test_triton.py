@@ -104,7 +104,7 @@ def images(n: int) -> Any:
     return np.random.default_rng(n).random((n, 1, 8, 8), np.float32)
 
 
-@pytest.mark.parametrize("batch", ["n", 1, 2])
+@pytest.mark.parametrize("batch", ["n", 4])
 def test_answers_as_onnx_runtime_does(address: str, tmp_path: Path, batch: Any) -> None:
     model = make_model(tmp_path / "model.onnx", batch)
     runtime = opened(model, address)
@@ -118,6 +118,12 @@ def test_answers_as_onnx_runtime_does(address: str, tmp_path: Path, batch: Any) 
             assert there[name].shape == expected[name].shape
     here.close()
     runtime.close()
+
+
+def test_file_for_one_image_is_not_opened_for_more(small: KserveServer, tmp_path: Path) -> None:
+    with pytest.raises(InferenceError, match="reads 1 image at once, not 4"):
+        opened(make_model(tmp_path / "model.onnx", 1), small.address)
+    assert small.seen == []
 
 
 def test_model_is_named_for_its_digest_and_unloaded_at_the_end(address: str, model: Path) -> None:
@@ -183,7 +189,7 @@ def test_file_that_the_server_cannot_load(address: str, tmp_path: Path) -> None:
     proto = onnx.load(path)
     proto.graph.node[0].op_type = "NoSuchOperator"
     onnx.save(proto, path)
-    with pytest.raises(InferenceError, match=r"NoSuchOperator|load failed") as caught:
+    with pytest.raises(InferenceError, match="NoSuchOperator") as caught:
         opened(path, address)
     assert caught.value.code == "runtime.build"
 

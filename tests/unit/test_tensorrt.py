@@ -233,7 +233,7 @@ def test_more_images_than_the_engine_takes_go_in_pieces(bench: Bench) -> None:
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
 def test_file_of_a_fixed_batch_is_filled_up(bench: Bench, n: int) -> None:
     bench.model(shape=[2, 1, 4, 4])
-    runtime = bench.loaded(4)
+    runtime = bench.loaded(2)
     assert runtime.describe()["batch"] == 2
     given = images(n)
     assert right(runtime.infer({"image": given}), given)

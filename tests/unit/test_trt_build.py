@@ -165,6 +165,12 @@ def test_out_of_gpu_memory_twice_is_a_clear_failure(yard: Yard) -> None:
     assert caught.value.code == "runtime.memory"
 
 
+def test_out_of_gpu_memory_for_a_fixed_batch(yard: Yard) -> None:
+    with pytest.raises(InferenceError, match="OutOfMemory") as caught:
+        yard.build(shape=[4, 1, 4, 4], largest_build=2)
+    assert caught.value.code == "runtime.memory"
+
+
 def test_second_try_may_fail_for_another_reason(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [InferenceError("runtime.memory", "too much"), InferenceError("runtime.build", "assertion")]
     monkeypatch.setattr(trt_build, "_attempt", lambda *_, **__: (_ for _ in ()).throw(answers.pop(0)))
@@ -178,15 +184,21 @@ def test_model_that_takes_another_input(yard: Yard) -> None:
     assert caught.value.code == "job.error"
 
 
-@pytest.mark.parametrize(("shape", "expected"), [([2, 1, 4, 4], (2, False)), ([2, 1, -1, -1], (2, False)), ([-1, 1, -1, 4], (4, True))])
+@pytest.mark.parametrize(("shape", "expected"), [([4, 1, 4, 4], (4, False)), ([4, 1, -1, -1], (4, False)), ([-1, 1, -1, 4], (4, True))])
 def test_fixed_batch_and_free_sizes(yard: Yard, shape: list[int], expected: tuple[int, bool]) -> None:
     notes = yard.build(shape=shape)
     assert (notes["batch"], notes["dynamic"]) == expected
 
 
+def test_file_for_one_image_is_not_built_for_more(yard: Yard) -> None:
+    with pytest.raises(InferenceError, match="reads 1 image at once, not 4") as caught:
+        yard.build(shape=[1, 1, 4, 4])
+    assert caught.value.code == "job.error"
+
+
 def test_no_gpu_in_the_builder(yard: Yard) -> None:
     runtime = yard.packages / "cuda" / "bindings" / "runtime.py"
-    runtime.write_text(runtime.read_text().replace("StandInCuda()", "StandInCuda(gpus=0)"))
+    runtime.write_text(runtime.read_text().replace("StandInCuda(", "StandInCuda(gpus=0, "))
     with pytest.raises(InferenceError, match="no device") as caught:
         yard.build()
     assert caught.value.code == "runtime.unavailable"
