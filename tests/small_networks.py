@@ -104,6 +104,13 @@ def of_two_inputs(path: Path) -> Path:
     return path
 
 
+def of_no_input(path: Path) -> Path:
+    nodes = [helper.make_node("Identity", ["one"], ["y"])]
+    graph = helper.make_graph(nodes, "g", [], [value("y", (1, 1))], [constant("one", np.ones((1, 1), np.float32))])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
 def of_other_batch(path: Path) -> Path:
     """Its output has eight rows whatever comes in."""
     nodes = [helper.make_node("Reshape", ["image", "shape"], ["y"])]

@@ -24,6 +24,8 @@ from appliance.runtime.wire import Message, WireError, pack, receive
 
 _TELL_EVERY_S: Final = 0.2
 _DETAIL_CHARS: Final = 500
+_SHORT_BYTES: Final = 16 << 20
+_PERHAPS_MEMORY: Final = ("job.error", "runtime.unavailable", "runtime.build")
 _MOST_KILLABLE: Final = "1000"
 
 Open = Callable[..., Runtime]
@@ -64,12 +66,15 @@ class Server:
     def _guarded(self, request: Message) -> Message:
         try:
             return self._answer(request)
-        except InferenceError:
+        except InferenceError as error:
+            if error.code in _PERHAPS_MEMORY and _short_of_memory():
+                raise InferenceError("runtime.memory", error.detail) from error
             raise
         except MemoryError as error:
             raise InferenceError("runtime.memory", "no memory for an array") from error
         except Exception as error:  # port wrapper: whatever a runtime raises is told, and does not end this process
-            raise InferenceError("job.error", f"{type(error).__name__}: {error}") from error
+            code = "runtime.memory" if _short_of_memory() else "job.error"
+            raise InferenceError(code, f"{type(error).__name__}: {error}") from error
 
     def _answer(self, request: Message) -> Message:
         ask = request.header.get("ask")
@@ -114,6 +119,15 @@ class Server:
             rest = buffer
             while rest:
                 rest = rest[os.write(self._answers, rest) :]
+
+
+def _short_of_memory() -> bool:
+    """Whether hardly any is left under the cap: whatever failed then, with whatever words, failed for that."""
+    try:
+        bytearray(_SHORT_BYTES)
+    except MemoryError:
+        return True
+    return False
 
 
 def peak_rss_bytes() -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import mmap
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -84,11 +85,13 @@ def of_file(model_path: Path, way: dict[str, Any], box: dict[str, Any]) -> Compi
 
     Raises:
         OSError: it cannot be read.
+        ValueError: it is empty.
     """
-    content = model_path.read_bytes()
-    if _EXTERNAL in content:
-        return None
-    return Compiled(hashlib.sha256(content).hexdigest(), way, box | {"instructions": _digest(sorted(instructions()))[:16]})
+    with model_path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content.find(_EXTERNAL) >= 0:
+            return None
+        digest = hashlib.sha256(content).hexdigest()
+    return Compiled(digest, way, box | {"instructions": _digest(sorted(instructions()))[:16]})
 
 
 def _digest(value: Any) -> str:

@@ -126,9 +126,10 @@ class OpenVinoRuntime:
     def _compile(self, core: Any, model_path: Path, size: int) -> Any:
         model = core.read_model(model_path)
         name = ", ".join(self._spec_name if self._spec_name in item.get_names() else item.get_any_name() for item in model.inputs)
-        first = model.inputs[0]
-        dims = [n.get_length() if n.is_static else None for n in first.partial_shape] if first.partial_shape.rank.is_static else []
-        check_signature(name, dims, first.element_type.get_type_name(), self._spec_name, self._shape, size)
+        shape = model.inputs[0].partial_shape if name == self._spec_name else self._ov.PartialShape.dynamic()
+        dims = [n.get_length() if n.is_static else None for n in shape] if shape.rank.is_static else []
+        kind = model.inputs[0].element_type.get_type_name() if model.inputs else ""
+        check_signature(name, dims, kind, self._spec_name, self._shape, size)
         model.reshape([size, *self._shape])
         return core.compile_model(model, self.provider, self._settings())
 

@@ -89,8 +89,8 @@ def test_session_on_another_provider_is_an_error(model: Path, monkeypatch: pytes
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["XyzExecutionProvider", "CPUExecutionProvider"])
     real = onnxruntime.InferenceSession
 
-    def fallen_back(path: str, options: Any, providers: list[str]) -> Any:
-        assert providers == ["XyzExecutionProvider"]
+    def fallen_back(path: str, options: Any, providers: list[str], provider_options: list[Any]) -> Any:
+        assert (providers, provider_options) == (["XyzExecutionProvider"], [{}])
         return real(path, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", fallen_back)

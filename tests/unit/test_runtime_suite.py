@@ -226,8 +226,10 @@ def test_model_that_takes_another_input_is_refused(way: Way, models: dict[str, P
     assert (error.code, "the manifest says" in error.detail) == ("job.error", True)
 
 
-def test_model_of_two_inputs_is_refused(way: Way, tmp_path: Path) -> None:
-    assert refusal(lambda: way.open(networks.of_two_inputs(tmp_path / "model.onnx"))).code == "job.error"
+@pytest.mark.parametrize("write", [networks.of_two_inputs, networks.of_no_input])
+def test_model_of_two_inputs_or_none_is_refused(way: Way, tmp_path: Path, write: Callable[[Path], Path]) -> None:
+    error = refusal(lambda: way.open(write(tmp_path / "model.onnx")))
+    assert error.code == "job.error" and "the manifest says 'image'" in error.detail
 
 
 def test_model_for_one_image_at_once_is_not_opened_for_more(way: Way, tmp_path: Path) -> None:
@@ -285,8 +287,10 @@ def test_same_answers_in_a_process_of_its_own(way: Way, models: dict[str, Path],
         assert attempt.peak_rss_bytes > 20 << 20
 
 
-def test_too_little_memory_ends_the_attempt_and_nothing_else(way: Way, shared: Path) -> None:
+@pytest.mark.parametrize("memory_mib", [32, 64, 128])
+def test_too_little_memory_ends_the_attempt_and_nothing_else(way: Way, shared: Path, memory_mib: int) -> None:
+    """Too little for the library, for the model, for a batch."""
     path = shared / "models" / "cxr_pneumonia" / "cxr_pneumonia_fp32.onnx"
-    attempt = Attempt(path, Spec("image", (1, 224, 224)), way.candidate(batch=64), deadline_s=120, memory_bytes=48 << 20)
+    attempt = Attempt(path, Spec("image", (1, 224, 224)), way.candidate(batch=64), deadline_s=120, memory_bytes=memory_mib << 20)
     error = refusal(attempt.load)
     assert error.code == "runtime.memory", error
