@@ -67,6 +67,7 @@ class Running:
     chosen: Way | None
     table: tuple[Way, ...]
     fallback: Note | None
+    instead: Ran | None
     fallback_at: str
     tuned_at: str
     profile: str
@@ -83,6 +84,7 @@ class Running:
             chosen=next((way for way in ways if way.state == "chosen"), None),
             table=tuple(ways),
             fallback=Note(str(fallback["code"]), str(fallback.get("detail", ""))) if "code" in fallback else None,
+            instead=Ran.of(fallback | {"reason": fallback}),
             fallback_at=str(fallback.get("at", "")),
             tuned_at=str(report.get("tuned_at", "")),
             profile=str(report.get("profile", "")),

@@ -141,14 +141,21 @@ class Tunings:
 
     # -- what was chosen cannot be run -------------------------------------------------------------------------------
 
-    def fell_back(self, digest: str, note: Note) -> None:
-        """What was chosen could not be loaded, and the plain way reads in its place: kept with the model and shown, once."""
+    def fell_back(self, digest: str, note: Note, ran: Mapping[str, Any]) -> None:
+        """What was chosen could not be loaded, and the plain way reads in its place: kept with the model and shown, once.
+
+        Args:
+            digest: the model.
+            note: what happened.
+            ran: what runs now, as the runtime says.
+        """
         with self._db.transaction() as tx:
             row = tx.execute("SELECT * FROM models WHERE digest = ?", (digest,)).fetchone()
             report = json.loads(row["self_test"])
             if (report.get("fallback") or {}).get("detail") == note.detail:
                 return
-            report["fallback"] = note.to_json() | {"at": utc_now()}
+            now = {name: str(ran.get(name, "")) for name in ("runtime", "version", "precision")}
+            report["fallback"] = note.to_json() | {"at": utc_now()} | now
             tx.execute("UPDATE models SET self_test = ? WHERE digest = ?", (json.dumps(report), digest))
             slowest = max((item["median_ms"] or 0.0 for item in report.get("table", [])), default=0.0)
             self._bound(tx, digest, report | {"watch_ms": slowest})

@@ -119,7 +119,7 @@ class Worker:
         if loaded.fallback is None:
             self.activator.retuner.tunings.runs_as_chosen(loaded.digest)
         else:
-            self.activator.retuner.tunings.fell_back(loaded.digest, loaded.fallback)
+            self.activator.retuner.tunings.fell_back(loaded.digest, loaded.fallback, loaded.runtime.describe())
             self.activator.retuner.want(loaded.digest)
 
     def run_once(self) -> bool:

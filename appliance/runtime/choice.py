@@ -184,18 +184,30 @@ def _batched(base: Row, near: Sequence[Row]) -> Row:
 
 
 def _judged(row: Row, chosen: Row, fastest: float) -> Row:
+    ratio = f"{_ms(row) / _ms(chosen):.2f}"
+    if row.candidate.batch > 1:
+        return _judged_batch(row, chosen, ratio)
     if row is chosen:
         code = "tune.fastest" if _ms(row) <= fastest else "tune.more_exact"
         return replace(row, state="chosen", code=code, detail="" if _ms(row) <= fastest else f"{_ms(row) / fastest:.3f}")
-    ratio = f"{_ms(row) / _ms(chosen):.2f}"
-    if row.candidate.batch > 1:
-        return replace(row, code="tune.no_batch_gain", detail=f"{(row.per_image_ms or _ms(row)) / _ms(chosen):.2f}")
     if replace(chosen.candidate, batch=1) == row.candidate:
         return replace(row, code="tune.batch_taken", detail=ratio)
     less_exact = exactness(row.candidate.precision) > exactness(chosen.candidate.precision)
     if _ms(row) <= SAME_TIME * _ms(chosen):
         return replace(row, code="tune.less_exact" if less_exact else "tune.no_faster", detail=ratio)
     return replace(row, code="tune.slower_less_exact" if less_exact else "tune.slower", detail=ratio)
+
+
+def _judged_batch(row: Row, chosen: Row, ratio: str) -> Row:
+    """Of several images at once; the detail is what one of them takes against one alone."""
+    gain = "" if row.per_image_ms is None else f"{row.per_image_ms / _ms(chosen):.2f}"
+    if row is chosen:
+        return replace(row, state="chosen", code="tune.faster_together", detail=gain)
+    if row.per_image_ms is None or row.per_image_ms > BATCH_GAIN * _ms(chosen):
+        return replace(row, code="tune.no_batch_gain", detail=gain)
+    if _ms(row) > SAME_TIME * _ms(chosen):  # a single image would pay for it
+        return replace(row, code="tune.slower", detail=ratio)
+    return replace(row, code="tune.other_batch", detail=gain)
 
 
 def _ms(row: Row) -> float:

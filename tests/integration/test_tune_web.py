@@ -99,6 +99,9 @@ def test_a_fallback_is_told_in_words_with_an_icon_and_what_to_do(box: Box, langu
         "code": "choice.fallback",
         "detail": "openvino CPU int8: runtime.unavailable: not installed",
         "at": "2026-03-01T12:00:00+00:00",
+        "runtime": "onnxruntime",
+        "version": "1.31.1",
+        "precision": "fp32",
     }
     store_choice(box, measured(fallback=fallback))
     study = read_with(box, "choice.fallback", fallback["detail"])
@@ -106,6 +109,7 @@ def test_a_fallback_is_told_in_words_with_an_icon_and_what_to_do(box: Box, langu
     words = "选定的方式无法运行" if language == "zh" else "The chosen way does not run"
     banner = re.search(r'<div class="banner tone-bad fallback".*?</div></div>', person.open("/health"), re.DOTALL)
     assert banner
+    assert "ONNX Runtime · FP32 ·" in text_of(person.open("/health"))
     assert words in banner[0]
     assert "icon-alert" in banner[0]
     assert "appliance tune" in banner[0]
