@@ -255,12 +255,16 @@ def _with_true_outputs(model: Model) -> Model:
 
 
 def _check_runs(model: Model) -> None:
-    """ONNX Runtime is the runtime every box has: what it cannot load is of no use."""
+    """ONNX Runtime is the runtime every box has: what it cannot load, or not run on one black image, is of no use."""
+    value = _inputs(model)[0]
+    shape = [axis.dim_value or 1 for axis in value.type.tensor_type.shape.dim]
     try:
-        session(model, optimised=False)
+        session(model, optimised=False).run(None, {value.name: np.zeros(shape, np.float32)})
     except Exception as error:  # port wrapper: the exceptions of ONNX Runtime have no public base
         said = (str(error).splitlines() or [type(error).__name__])[0]
         for node in model.graph.node:
             if "NOT_IMPLEMENTED" in said and f"{node.op_type}(" in said:
                 raise _unsupported(node) from error
-        raise QuantizeError(f"ONNX Runtime cannot load the model: {said[:300]}", hint="export the model again, with opset 17") from error
+        raise QuantizeError(
+            f"ONNX Runtime cannot run the model: {said[:300]}", hint="correct the draft manifest's input, or export the model again"
+        ) from error

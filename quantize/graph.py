@@ -196,7 +196,7 @@ def _at_opset(model: Model) -> Model:
     if version < OPSET:
         try:
             converted = version_converter.convert_version(converted, OPSET)
-        except (RuntimeError, ValueError, onnx.onnx_cpp2py_export.version_converter.ConvertError) as error:
+        except (RuntimeError, ValueError, LookupError, version_converter.ConvertError) as error:
             raise QuantizeError(
                 f"the model cannot be converted from opset {version} to {OPSET}: {str(error).splitlines()[0]}",
                 hint=f"export the model again with opset {OPSET}",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from model_sync.bundle import sha256_of
 from quantize import ptq
 from quantize.candidates import Maker, Source, quantized
-from quantize.precision import MAX_KEPT_PART, LayerCost, layer_costs
+from quantize.precision import LayerCost, layer_costs, relaxed
 from quantize.ptq import Recipe
 from quantize.selection import LayerError, Tried
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 # Layers are told apart by few pictures.
 _PICTURES: Final = 16
-# Each step is a whole gate on every runtime.
-_STEPS: Final = 8
 
 Told = Callable[[float], None]
 
@@ -64,10 +62,7 @@ def makers(entry: Tried, found: Sequence[LayerCost]) -> Iterator[Maker]:
     recipe = recipe_of(entry)
     if recipe is None:
         return
-    most = int(len(found) * MAX_KEPT_PART)
-    step = max(1, math.ceil(most / _STEPS))
-    for count in range(step, most + 1, step):
-        kept = recipe.keeping(frozenset().union(*(cost.nodes for cost in found[:count])))
+    for count, kept in relaxed(recipe, found):
         maker = quantized(kept, f"quantize.ptq: Q/DQ by {recipe.name}, {count} of {len(found)} layers in float")
         yield Maker(f"{maker.name}-{count}", "mixed", maker.activations, maker.recipe, maker.make, "", maker.depends)
 

@@ -1,4 +1,4 @@
-"""Which layers pay for int8, and what to do about it: the dearest go back to float until the model is right again.
+"""Which layers pay for int8, and what to do about it: the dearest go back to float, a few more each time, until the gate passes.
 
 A layer is a node with weights and what hangs on it (activation, residual sum, pooling) up to the next node with weights. What a layer
 costs is measured with that layer alone quantized: as many small runs as there are layers, on a few images, instead of as many full
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 import onnx
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from quantize.errors import QuantizeError
 from quantize.graph import Model, input_name, output_names, session
-from quantize.ptq import WEIGHTED, Calibration, Reader, Recipe, images_per_step, quantizable, quantize
+from quantize.ptq import WEIGHTED, Calibration, Recipe, images_per_step, quantizable, quantize
 
 Tensors: TypeAlias = Sequence[NDArray[np.float32]]
 Told: TypeAlias = Callable[[float], None]
@@ -48,21 +48,6 @@ class LayerCost:
     op_type: str
     nodes: frozenset[str]
     cost: float
-
-
-@dataclass(frozen=True)
-class TensorError:
-    """What rounding does to one activation, as signal to quantization noise ratio in decibel; 20 dB more is a tenth of the error.
-
-    Attributes:
-        tensor: its name in the float model.
-        rounding_db: of its own rounding alone.
-        total_db: against the float model, with what the layers before it have lost.
-    """
-
-    tensor: str
-    rounding_db: float
-    total_db: float
 
 
 def layers(model: Model, recipe: Recipe) -> dict[str, frozenset[str]]:
@@ -114,84 +99,20 @@ def layer_costs(
     return tuple(sorted(costs, key=lambda cost: -cost.cost))
 
 
-def mixed(
-    model: Model,
-    recipe: Recipe,
-    calibration: Calibration,
-    costs: Sequence[LayerCost],
-    out: Path,
-    passes: Callable[[Path], bool],
-    *,
-    told: Told | None = None,
-) -> Recipe:
-    """Write ``model`` quantized by ``recipe`` to ``out``, with as few layers in float as make ``passes`` say yes.
+def relaxed(recipe: Recipe, costs: Sequence[LayerCost]) -> Iterator[tuple[int, Recipe]]:
+    """Yield how many layers are put back to float, and ``recipe`` with those: the dearest first, ever more, up to ``MAX_KEPT_PART``.
 
-    The dearest layers go back to float, a few more each time. What was in ``out`` is overwritten at each attempt.
+    The first that passes the gate is the one to ship; where none does, int8 has nothing to give.
 
     Args:
-        model: a cleaned float model (``graph.clean_up``).
         recipe: the one that did not pass.
-        calibration: of this model.
         costs: ``layer_costs`` of this very recipe.
-        out: the ONNX file to write.
-        passes: whether the model in the file is right; called once per attempt.
-        told: called with the part (0 to 1) of all possible attempts that is done.
-
-    Returns:
-        The recipe that passed: ``mixed``, with the nodes it keeps in float.
-
-    Raises:
-        QuantizeError: Even with ``MAX_KEPT_PART`` of the layers in float it does not pass; ``out`` is removed.
     """
     ordered = sorted(costs, key=lambda cost: -cost.cost)
     most = int(len(ordered) * MAX_KEPT_PART)
     step = max(1, math.ceil(most / _STEPS))
     for count in range(step, most + 1, step):
-        attempt = recipe.keeping(frozenset().union(*(cost.nodes for cost in ordered[:count])))
-        quantize(model, attempt, calibration, out)
-        if told is not None:
-            told(count / most)
-        if passes(out):
-            return attempt
-    out.unlink(missing_ok=True)
-    raise QuantizeError(
-        f"{recipe.name} is not right even with {most} of {len(ordered)} layers in float",
-        hint="more layers in float would leave no gain: ship fp16 instead, calibrate on more scans, or train with quantization",
-    )
-
-
-def tensor_errors(model: Model, quantized: Path, tensors: Tensors) -> tuple[TensorError, ...]:
-    """Compare each quantized activation with the float model's, in the float graph's order: the data of a per-layer error plot.
-
-    As many images are used as fit into memory with all their tensors, at least one.
-
-    Args:
-        model: the float model that ``quantized`` was made from.
-        quantized: a file that ``ptq.quantize`` wrote.
-        tensors: images, float32 [n, ...] each.
-    """
-    from onnxruntime.quantization.qdq_loss_debug import compute_activation_error, create_activation_matching
-
-    few = tensors[0][: images_per_step(model)]
-    with tempfile.TemporaryDirectory(prefix="quantize.") as directory:
-        whole = Path(directory, "float.onnx")
-        onnx.save(model, whole)
-        before, after = (_activations(path, Path(directory, name), model, few) for path, name in ((whole, "a"), (quantized, "b")))
-    matched = {name: match for name, match in create_activation_matching(after, before).items() if "float" in match}
-    for match in matched.values():
-        if min(float(value.min()) for value in match["post_qdq"]) >= 0:
-            # A ReLU that the rounding itself does (zero point at the lowest value) was taken out of the graph.
-            match["pre_qdq"] = [np.maximum(value, 0) for value in match["pre_qdq"]]
-    found = compute_activation_error(matched)
-    order = [input_name(model), *(name for node in model.graph.node for name in node.output)]
-    return tuple(TensorError(name, found[name]["qdq_err"], found[name]["xmodel_err"]) for name in order if name in found)
-
-
-def _activations(path: Path, augmented: Path, model: Model, images: NDArray[np.float32]) -> Any:
-    from onnxruntime.quantization.qdq_loss_debug import collect_activations, modify_model_output_intermediate_tensors
-
-    modify_model_output_intermediate_tensors(path, augmented)
-    return collect_activations(str(augmented), Reader(input_name(model), images))
+        yield count, recipe.keeping(frozenset().union(*(cost.nodes for cost in ordered[:count])))
 
 
 def _outputs(model: Model, tensors: Tensors) -> list[NDArray[np.float64]]:

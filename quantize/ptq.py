@@ -215,19 +215,14 @@ def _part(told: Told | None, start: float, end: float) -> Told | None:
     return None if told is None else lambda part: told(start + (end - start) * part)
 
 
-class Reader:
+class _Reader:
     """One batch, once, in the shape the calibrators ask for (``CalibrationDataReader``)."""
 
     def __init__(self, name: str, batch: NDArray[np.float32]) -> None:
-        """Hold ``batch`` for the input called ``name``."""
         self._feeds: Iterator[dict[str, NDArray[np.float32]]] = iter([{name: batch}])
 
     def get_next(self) -> dict[str, NDArray[np.float32]] | None:
-        """Return the batch the first time, None after that."""
         return next(self._feeds, None)
-
-    def __iter__(self) -> Iterator[dict[str, NDArray[np.float32]]]:
-        return self._feeds
 
 
 def images_per_step(model: Model) -> int:
@@ -263,7 +258,7 @@ def _collect(kind: str, model: Model, batches: list[NDArray[np.float32]], prepar
         warnings.simplefilter("ignore", RuntimeWarning)  # all NaN: said below as the model's fault, by the tensor's name
         for index, batch in enumerate(batches):
             try:
-                calibrator.collect_data(Reader(input_name(model), batch))
+                calibrator.collect_data(_Reader(input_name(model), batch))
             except Exception as error:  # port wrapper: the exceptions of ONNX Runtime have no public base
                 raise QuantizeError(
                     f"the model does not run on a calibration tensor of shape {list(batch.shape)}: {str(error).splitlines()[0][:200]}",

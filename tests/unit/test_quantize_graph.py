@@ -238,3 +238,13 @@ def test_a_copy_is_independent() -> None:
     copied = copy_of(model)
     del copied.graph.node[:]
     assert model.graph.node
+
+
+def test_an_old_graph_that_cannot_be_converted_says_so() -> None:
+    net = Net(opset=9)
+    net.add("Upsample", "image", net.weight(np.ones(4, np.float32)), to="y")
+    model = net.model("y")
+    del model.graph.initializer[:]
+    with pytest.raises(QuantizeError, match="cannot be converted from opset 9 to 17: Input w0 is undefined") as caught:
+        clean_up(model)
+    assert "opset 17" in caught.value.hint
