@@ -43,6 +43,9 @@ _TYPES: Final = {
 _TYPE: Final = re.compile("|".join(rf"\b{name}\b" for name in _TYPES), re.IGNORECASE)
 
 
+_loggers: dict[int, tuple[Any, Any]] = {}
+
+
 def find() -> TrtSeam:
     """TensorRT as this process has it.
 
@@ -78,6 +81,7 @@ class TrtSeam:
         if numbers < OLDEST:
             raise InferenceError("runtime.unavailable", f"TensorRT {self.version} is older than 8.6, the oldest this box speaks")
         self.major = numbers[0]
+        self._timings: Any = None  # a configuration may hold no more than a bare pointer to its timing cache
         if self.major > NEWEST_KNOWN:
             logger.warning("TensorRT %s is newer than any this box was written for; spoken to as %d", self.version, NEWEST_KNOWN)
 
@@ -151,10 +155,11 @@ class TrtSeam:
     def attach_timings(self, config: Any, stored: bytes) -> bool:
         """Give a builder the timings of earlier builds; returns whether they were taken, else it begins with none."""
         if stored:
-            cache = config.create_timing_cache(stored)
-            if cache is not None and config.set_timing_cache(cache, False):  # no timings of another GPU
+            self._timings = config.create_timing_cache(stored)
+            if self._timings is not None and config.set_timing_cache(self._timings, False):  # no timings of another GPU
                 return True
-        config.set_timing_cache(config.create_timing_cache(b""), False)
+        self._timings = config.create_timing_cache(b"")
+        config.set_timing_cache(self._timings, False)
         return False
 
     def timings(self, config: Any, others: bytes = b"") -> bytes:
@@ -167,8 +172,15 @@ class TrtSeam:
         return bytes(cache.serialize())
 
     def messages(self) -> Any:
-        """A logger for TensorRT that keeps what went wrong: see :class:`Messages`."""
-        return _logger_class(self.trt)()
+        """The logger of this process for TensorRT, cleared; it keeps what went wrong: see :class:`Messages`.
+
+        One for all and for ever: TensorRT goes on using the first logger that it was given while anything made with it lives.
+        """
+        if id(self.trt) not in _loggers:
+            _loggers[id(self.trt)] = (self.trt, _logger_class(self.trt)())
+        messages = _loggers[id(self.trt)][1]
+        messages.clear()
+        return messages
 
     def monitor(self, told: Callable[[float], None]) -> Any:
         """A progress monitor that says how much of a build is done, 0 to 1; None where this version has none."""
