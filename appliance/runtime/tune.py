@@ -11,33 +11,33 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 from appliance.domain import Note
 from appliance.errors import InferenceError
 from appliance.runtime.attempt import Attempt
 from appliance.runtime.candidate import CPU, Candidate
 from appliance.runtime.choice import SAME_TIME, Choice, Row, choose, exactness
+from appliance.runtime.subject import BATCHES, Limits, Subject
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from appliance.golden import Case
-    from appliance.runtime import TensorSpec
     from appliance.runtime.available import Availability
-    from model_sync.bundle import ModelBundle
 
-BATCHES: Final = (2, 4, 8, 16)
+__all__ = ["BATCHES", "Choice", "Limits", "Subject", "tune"]
+
 _THROW_OUT: Final = 1.5
 _FIRST_TIMINGS: Final = 7
 _FIRST_MS: Final = 150.0  # a large segmenter takes a second: seven of those for each candidate would leave no time for the last ones
 _WARM_TIMINGS: Final = 2
 _ROUNDS: Final = 15
 _LEAST_ROUNDS: Final = 5
+_BATCH_ROUNDS: Final = 7
 _TURN_MS: Final = 25.0
 _MOST_PER_TURN: Final = 20
 _MOST_OPEN: Final = 6
@@ -47,71 +47,6 @@ _ON_CPU: Final = ("onnxruntime", "openvino")
 
 Told = Callable[[str, float], None]
 """Called with the state (``building``, ``self-test``) and the part of it that is done."""
-
-
-class AnyVariant(Protocol):
-    """What is needed of a variant; ``model_sync.bundle.Variant`` is one."""
-
-    @property
-    def precision(self) -> str:
-        """As the manifest says."""
-        ...
-
-    @property
-    def file(self) -> str:
-        """The ONNX file, relative to the bundle."""
-        ...
-
-    @property
-    def not_on(self) -> Sequence[str]:
-        """Runtimes it is known to fail on."""
-        ...
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is measured.
-
-    Attributes:
-        input: the input's name and shape.
-        variants: the files with their precisions.
-        path: where a variant's file is.
-        cases: what has to be answered rightly; at least one, whose tensor the times are measured with.
-        batches: sizes of a batch to try; none where the model takes one image at a time.
-    """
-
-    input: TensorSpec
-    variants: Sequence[AnyVariant]
-    path: Callable[[str], Path]
-    cases: Sequence[Case]
-    batches: Sequence[int] = BATCHES
-
-    @classmethod
-    def of_bundle(cls, bundle: ModelBundle, precision: str | None = None) -> Subject:
-        """A bundle, or its variants of one precision; raises BundleError."""
-        from appliance.golden import cases
-        from model_sync.bundle import InputSpec
-
-        variants = [variant for variant in bundle.manifest.variants if precision in (None, variant.precision)]
-        if not variants:
-            bundle.variant(precision)  # says which there are
-        batches = BATCHES if isinstance(bundle.manifest.input, InputSpec) else ()
-        return cls(bundle.manifest.input, variants, bundle.path, cases(bundle), batches)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What measuring may cost.
-
-    Attributes:
-        seconds: after which nothing new is tried and the best so far is taken; a candidate that hangs is ended before.
-        measuring_s: of those, for everything but an engine's build; what was not reached is said to be so.
-        memory_bytes: cap of each candidate's private memory.
-    """
-
-    seconds: float = 900.0
-    measuring_s: float = 60.0
-    memory_bytes: int | None = None
 
 
 def tune(
@@ -375,9 +310,8 @@ class _Tuner:
     def _turn(self, entry: _Entry) -> None:
         if entry.attempt is None:
             return
-        repeat = max(1, min(_MOST_PER_TURN, round(_TURN_MS / max(entry.first_ms, 0.01))))
         try:
-            times = entry.attempt.time(self._sample, repeat)
+            times = entry.attempt.time(self._sample, self._repeat(entry.first_ms))
         except InferenceError as error:
             entry.ended("failed", error.code, error.detail)
             return
@@ -405,25 +339,38 @@ class _Tuner:
             least = per_image
 
     def _time_batch(self, entry: _Entry, base: _Entry, batch: int) -> float | None:
-        """Time one image and a full batch by turns with the fastest; milliseconds of an image in the batch, None when it failed."""
+        """Time one image and a full batch by turns with the fastest; milliseconds of an image in the batch, None when it failed.
+
+        Both are kept in proportion to the fastest in the same minute: the finals were at another one, when the machine may have had
+        more or less to do.
+        """
         assert entry.attempt is not None
-        entry.first_ms = base.first_ms
-        stacked, of_batch = self._stack(self._sample, batch), []
+        assert base.attempt is not None
+        stacked = self._stack(self._sample, batch)
+        repeat, together = self._repeat(base.first_ms), self._repeat(base.first_ms * batch)
+        one: list[float] = []
+        alone: list[float] = []
+        of_batch: list[float] = []
         try:
             entry.attempt.time(stacked, 1)
-            for _ in range(_LEAST_ROUNDS):
-                self._turn(base)
-                self._turn(entry)
-                if entry.attempt is None:
-                    return None
-                of_batch += entry.attempt.time(stacked, max(1, round(_TURN_MS / max(base.first_ms * batch, 0.01))))
+            for _ in range(_BATCH_ROUNDS):
+                one.append(statistics.median(base.attempt.time(self._sample, repeat)))
+                alone.append(statistics.median(entry.attempt.time(self._sample, repeat)))
+                of_batch.append(statistics.median(entry.attempt.time(stacked, together)))
         except InferenceError as error:
             entry.ended("failed", error.code, error.detail)
             return None
-        per_image = statistics.median(of_batch) / batch
-        entry.row = replace(entry.row, per_image_ms=per_image)
+        scale = base.median_ms / statistics.median(one)
+        entry.medians, entry.worst_ms = [scale * statistics.median(alone)], scale * max(alone)
+        per_image = scale * statistics.median(of_batch) / batch
+        entry.row = replace(entry.row, per_image_ms=per_image, peak_rss_bytes=entry.attempt.peak_rss_bytes)
         entry.close()
         return per_image
+
+    @staticmethod
+    def _repeat(expected_ms: float) -> int:
+        """How often something is run in one turn."""
+        return max(1, min(_MOST_PER_TURN, round(_TURN_MS / max(expected_ms, 0.01))))
 
     def _open(self) -> list[_Entry]:
         return [entry for entry in self.entries.values() if entry.attempt is not None and entry.row.state == "right"]
