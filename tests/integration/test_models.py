@@ -68,34 +68,29 @@ def flip(bundle: Path) -> None:
     path.write_bytes(data)
 
 
+def _name_again(bundle: Path) -> None:
+    """Let the manifest name the weights as they are now."""
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in bundle.glob("*.onnx")}
+    edit(bundle, lambda manifest: [variant.update(sha256=digests[variant["file"]]) for variant in manifest["variants"]])
+
+
 def wrong_weights(bundle: Path) -> None:
-    """Other weights under a manifest that names them: only the golden cases can tell."""
+    """Other weights in every variant under a manifest that names them: only the golden cases can tell."""
     import onnx
 
-    path = next(bundle.glob("*.onnx"))
-    model = onnx.load(path)
-    for tensor in model.graph.initializer:
-        if tensor.name.endswith("fc.bias"):
-            tensor.raw_data = bytes(reversed(tensor.raw_data))
-    weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
-    weight.raw_data = bytes(len(weight.raw_data))
-    onnx.save(model, path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-
-    def change(manifest: dict[str, Any]) -> None:
-        for variant in manifest["variants"]:
-            if variant["file"] == path.name:
-                variant["sha256"] = digest
-
-    edit(bundle, change)
+    for path in bundle.glob("*.onnx"):
+        model = onnx.load(path)
+        weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+        weight.raw_data = bytes(len(weight.raw_data))
+        onnx.save(model, path)
+    _name_again(bundle)
 
 
 def junk_weights(bundle: Path) -> None:
-    """A file that is no model, correctly named."""
-    path = next(bundle.glob("*.onnx"))
-    path.write_bytes(b"junk")
-    digest = hashlib.sha256(b"junk").hexdigest()
-    edit(bundle, lambda manifest: [variant.update(sha256=digest) for variant in manifest["variants"]])
+    """Files that are no models, correctly named."""
+    for path in bundle.glob("*.onnx"):
+        path.write_bytes(b"junk")
+    _name_again(bundle)
 
 
 BAD: dict[str, tuple[Callable[[Path], None], str]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from quantize.reference import build, measure, phantom, train
 
 BUNDLE = Path(__file__).resolve().parents[2] / "appliance" / "bundles" / build.NAME
 THRESHOLD = 0.3664
+# The candidates that won; the others take minutes.
+SHIPPED = ("fp16", "int8-unsigned-everything-minmax")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def reference(bundle: ModelBundle) -> build.Reference:
 
 
 def test_the_bundle_is_small_enough_to_be_shipped(bundle: ModelBundle) -> None:
-    assert sum(path.stat().st_size for path in bundle.directory.rglob("*")) <= 16 * 1024 * 1024
+    assert sum(path.stat().st_size for path in bundle.directory.rglob("*")) <= 26 * 1000 * 1000
 
 
 def test_the_manifest_is_written_the_canonical_way(bundle: ModelBundle) -> None:
@@ -76,6 +79,20 @@ def test_the_golden_cases_are_the_phantoms_that_the_script_draws(bundle: ModelBu
         assert np.abs(cases[name].pixels.astype(int) - phantom.display(drawn)).max() <= 1
 
 
+def test_every_variant_passed_the_gate_on_every_runtime_it_is_shipped_for(bundle: ModelBundle) -> None:
+    gate = json.loads(bundle.path("gate.json").read_text(encoding="utf-8"))
+    assert [variant.precision for variant in bundle.manifest.variants] == ["fp32", "fp16", "int8"]
+    for variant in bundle.manifest.variants:
+        assert gate["variants"][variant.precision]["passed"]
+        runtimes = gate["variants"][variant.precision]["files"][variant.file]["runtimes"]
+        assert set(runtimes) == {"onnxruntime", "openvino"}
+        for found in runtimes.values():
+            assert found["passed"]
+            assert found["labels"][build.LABEL]["auc_difference"] <= 0.01
+    assert set(gate["not_measured_here"]["runtimes"]) == {"tensorrt", "triton"}
+    assert {entry["code"] for entry in gate["refused"]} >= {"gate.sensitivity"}
+
+
 def test_the_model_answers_the_golden_cases_within_tolerance(bundle: ModelBundle, reference: build.Reference) -> None:
     for case in bundle.golden_cases():
         probability, cam = reference(build.from_display(case.pixels, build.INPUT).tensor)
@@ -104,11 +121,12 @@ def test_the_samples_show_what_their_names_say(reference: build.Reference) -> No
 @pytest.fixture(scope="module")
 def rebuilt(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("reference") / "bundle"
-    build.build(shared, out)
+    build.build(shared, out, only=SHIPPED)
     return out
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_committed_manifest_is_what_the_script_computes(rebuilt: Path, bundle: ModelBundle) -> None:
     ours, made = bundle.manifest, ModelBundle.load(rebuilt).manifest
     point, again = ours.operating_point(build.LABEL), made.operating_point(build.LABEL)
@@ -121,15 +139,22 @@ def test_the_committed_manifest_is_what_the_script_computes(rebuilt: Path, bundl
     moved = np.abs(np.subtract(ours.reference_scores[0].counts, made.reference_scores[0].counts)).sum()
     assert moved <= 6
     for one_case, other_case in zip(ours.golden, made.golden, strict=True):
-        assert other_case.expected[build.LABEL] == pytest.approx(one_case.expected[build.LABEL], abs=build.TOLERANCE["fp32"])
-    fixed = {"operating_points", "reference_scores", "golden", "documents"}
+        assert other_case.expected[build.LABEL] == pytest.approx(one_case.expected[build.LABEL], abs=one_case.tolerance["fp32"])
+        for precision, tolerance in one_case.tolerance.items():
+            assert other_case.tolerance[precision] == pytest.approx(tolerance, abs=0.05)
+    # Ranges of activations differ in the last digit from processor to processor, and with them the bytes of int8.
+    fixed = {"operating_points", "reference_scores", "golden", "documents", "variants"}
     assert made.model_dump(exclude=fixed) == ours.model_dump(exclude=fixed)
+    for one_variant, other_variant in zip(ours.variants, made.variants, strict=True):
+        assert other_variant.model_dump(exclude={"sha256"}) == one_variant.model_dump(exclude={"sha256"})
+    assert made.variants[0].sha256 == ours.variants[0].sha256  # fp32 is shipped byte for byte
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_second_build_writes_the_same_bytes(shared: Path, rebuilt: Path) -> None:
     before = {path.relative_to(rebuilt): path.read_bytes() for path in rebuilt.rglob("*") if path.is_file()}
-    assert build.main(["--shared", str(shared), "--out", str(rebuilt)]) == 0
+    build.build(shared, rebuilt, only=SHIPPED)
     assert before == {path.relative_to(rebuilt): path.read_bytes() for path in rebuilt.rglob("*") if path.is_file()}
 
 
@@ -184,12 +209,6 @@ def test_the_threshold_is_the_highest_that_finds_enough(pairs: list[tuple[bool, 
     higher = score[score > threshold + 1e-4]
     if len(higher):
         assert (score >= higher.min()).sum() < math.ceil(wanted * len(score)) or higher.min() == score.min()
-
-
-def test_an_operating_point_needs_both_classes() -> None:
-    scored = measures.Scored(np.array([True]), np.array(["s"]), np.array([0.5]))
-    with pytest.raises(QuantizeError, match="hint: "):
-        build.operating_point(scored)
 
 
 # --- what may be missing --------------------------------------------------------------------------------------------
