@@ -155,24 +155,20 @@ def _prove(tried: Tried, place: Place, ground: Ground, told: Told) -> Verdict:
 
 
 def measure(tried: Iterable[Tried], ground: Ground, told: Told) -> None:
-    """Time everything that is left, place by place, each against the others.
+    """Time everything that is left on every place where it passed, all of it in turns: times of different runtimes compare too.
 
     Raises:
         QuantizeError: ``speed.failed``: something that ran before does not load any more.
     """
     tensor = np.ascontiguousarray(ground.evaluation.tensors[:1])
-    for number, place in enumerate(ground.places):
-        here = [entry for entry in tried if entry.refused is None and place in entry.passed]
-        pairs = [(entry.path, place.candidate(entry.path.name, entry.precision)) for entry in here if entry.path is not None]
-        start, share = number / len(ground.places), 1 / len(ground.places)
-        try:
-            times = interleaved(pairs, ground.found.draft.input, tensor, told=lambda part, a=start, b=share: told(a + b * part))  # type: ignore[misc]
-        except InferenceError as error:
-            raise QuantizeError(
-                f"{place.title} failed while it was timed: {error}", hint="start the command again", code="speed.failed"
-            ) from error
-        for entry, timed in zip(here, times, strict=True):
-            entry.timed[place] = timed
+    runs = [(entry, place) for entry in tried if entry.refused is None for place in entry.passed]
+    pairs = [(entry.path, place.candidate(entry.path.name, entry.precision)) for entry, place in runs if entry.path is not None]
+    try:
+        times = interleaved(pairs, ground.found.draft.input, tensor, told=told)
+    except InferenceError as error:
+        raise QuantizeError(f"a variant failed while it was timed: {error}", hint="start the command again", code="speed.failed") from error
+    for (entry, place), timed in zip(runs, times, strict=True):
+        entry.timed[place] = timed
 
 
 def _save(directory: Path, said: Answers) -> None:
