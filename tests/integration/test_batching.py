@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from io import BytesIO
@@ -260,3 +262,16 @@ def test_a_worker_killed_in_the_middle_of_a_batch_gives_every_job_back_once_and_
     assert [(row["state"], row["attempts"]) for row in rows] == [("done", 2)] * 4
     assert [together(store, image) for image in images] == [1] * 4  # whoever ended the worker, the others did not read with it again
     store.database.verify_audit()
+
+
+def test_urgent_by_command_says_how_many_and_knows_no_strangers(store: Store, tiny: str) -> None:
+    settings = write_settings(store.settings)
+    images = [take(store, chest(seed)) for seed in range(2)]
+    line = [sys.executable, "-m", "appliance", "urgent", "--data-dir", str(settings.data_dir)]
+    study = str(Worklist(store).study_of(images[1]))
+    done = subprocess.run([*line, study], capture_output=True, text=True, check=False, env=os.environ | {"LC_ALL": "C.UTF-8"})
+    assert (done.returncode, done.stdout.strip()) == (0, "1 will be read first")
+    assert reader(store).run_once()
+    assert order(store) == [images[1]]
+    unknown = subprocess.run([*line, "no-such-study"], capture_output=True, text=True, check=False)
+    assert (unknown.returncode, "hint:" in unknown.stderr) == (1, True)
