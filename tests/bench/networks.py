@@ -52,7 +52,8 @@ class Graph:
 
     def weights(self, *shape: int, fan_in: int) -> NDArray[np.float32]:
         """He's initialisation for what a ReLU follows."""
-        return (self._random.standard_normal(shape) * np.sqrt(2 / fan_in)).astype(np.float32)
+        drawn: NDArray[np.float32] = self._random.standard_normal(shape, np.float32)
+        return drawn * np.float32(np.sqrt(2 / fan_in))
 
     def statistics(self, channels: int, gain: float = 1.0) -> list[NDArray[np.float32]]:
         """Gamma, beta, running mean and running variance [channels] of a BatchNorm."""
