@@ -18,9 +18,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from quantize.calibration import Calibration, images_per_step
 from quantize.errors import QuantizeError
 from quantize.graph import Model, input_name, output_names, session
-from quantize.ptq import WEIGHTED, Calibration, Recipe, images_per_step, quantizable, quantize
+from quantize.ptq import WEIGHTED, Recipe, quantizable, quantize
 
 Tensors: TypeAlias = Sequence[NDArray[np.float32]]
 Told: TypeAlias = Callable[[float], None]

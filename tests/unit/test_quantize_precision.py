@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
-from quantize import ptq
+from quantize import calibration as calibrating
 from quantize.errors import QuantizeError
 from quantize.graph import clean_up
 from quantize.precision import LayerCost, layer_costs, layers, relaxed
@@ -22,7 +22,7 @@ CHAINED, SYMMETRIC = BY_NAME["unsigned-chained-minmax"], BY_NAME["symmetric-minm
 @pytest.fixture(autouse=True, scope="module")
 def few_bins() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ptq, "_BINS", 256)
+        patch.setattr(calibrating, "_BINS", 256)
         yield
 
 

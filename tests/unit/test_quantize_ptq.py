@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from quantize import ptq
+from quantize import calibration, ptq
 from quantize.cam import add_cam
 from quantize.errors import QuantizeError
 from quantize.graph import clean_up, consumers, initializers, producers
@@ -28,7 +28,7 @@ BY_NAME = {recipe.name: recipe for recipe in recipes()}
 def few_bins() -> Iterator[None]:
     """Entropy weighs every pair of bins; few are enough to see that it works."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ptq, "_BINS", 256)
+        patch.setattr(calibration, "_BINS", 256)
         yield
 
 
@@ -133,6 +133,32 @@ def test_unsigned_has_uint8_activations_and_lets_rounding_do_the_relu(tmp_path: 
     assert any(int(zero) == 0 for zero in zero_points(small))
 
 
+@pytest.mark.parametrize("recipe", recipes(), ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("net", [residual, unet])
+def test_nothing_behind_the_last_multiplication_is_quantized(net: Any, recipe: Recipe, tmp_path: Path) -> None:
+    """A score in 256 steps, cut off where calibration saw its largest, saves no time."""
+    model = add_cam(clean_up(net()), "probability") if net is residual else clean_up(net())
+    small = quantized(model, recipe, tmp_path)
+    made = producers(small)
+    for output in small.graph.output:
+        tensor = output.name
+        while made[tensor].op_type == "Sigmoid":
+            tensor = made[tensor].input[0]
+        assert made[tensor].op_type in ("Conv", "Gemm")
+        assert made[made[tensor].input[0]].op_type == "DequantizeLinear"
+
+
+def test_a_relu_behind_the_last_convolution_is_not_lost(tmp_path: Path) -> None:
+    net = Net()
+    net.add("Relu", net.conv(net.relu(net.conv("image", 4)), 2), to="y")
+    model = clean_up(net.model("y"))
+    small = quantized(model, BY_NAME["unsigned-chained-minmax"], tmp_path)
+    assert [node.op_type for node in small.graph.node][-1] == "Relu"
+    (now,), (right,) = run(small, images()), run(model, images())
+    assert now.min() == 0
+    assert np.abs(now - right).max() < 0.05 * right.max()
+
+
 def test_nodes_to_keep_stay_float(tmp_path: Path) -> None:
     model = clean_up(residual())
     first = next(node.name for node in model.graph.node if node.op_type == "Conv")
@@ -174,11 +200,11 @@ def test_a_map_is_still_the_logit_cell_by_cell(tmp_path: Path) -> None:
 
 def test_calibration_is_done_once_and_read_by_every_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = clean_up(residual())
-    calibration = calibrate(model, [images(8)])
+    measured = calibrate(model, [images(8)])
     monkeypatch.setattr(ptq, "calibrate", None)
     files = []
     for recipe in recipes():
-        quantize(model, recipe, calibration, tmp_path / f"{recipe.name}.onnx")
+        quantize(model, recipe, measured, tmp_path / f"{recipe.name}.onnx")
         files.append((tmp_path / f"{recipe.name}.onnx").read_bytes())
     assert len(set(files)) >= 6  # on a few random pictures two methods may agree
 
@@ -186,7 +212,7 @@ def test_calibration_is_done_once_and_read_by_every_recipe(tmp_path: Path, monke
 def test_calibration_does_not_depend_on_how_the_pictures_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     model = clean_up(residual())
     whole = calibrate(model, [images(6)])
-    monkeypatch.setattr(ptq, "_STEP_BYTES", 1)
+    monkeypatch.setattr(calibration, "_STEP_BYTES", 1)
     parts = calibrate(model, [images(6)[:1], images(6)[1:]])
     for name, (low, high) in whole.extremes.items():
         np.testing.assert_allclose(parts.extremes[name], (low, high), rtol=1e-5, atol=1e-6)
@@ -199,17 +225,17 @@ def test_percentile_cuts_outliers_that_minmax_holds() -> None:
     net.add("Identity", net.relu("image"), to="y")
     pictures = images(4, side=128)
     pictures[0, 0, 0, 0] = 1000.0
-    calibration = calibrate(net.model("y"), [pictures])
-    assert calibration.ranges("minmax")["image"][1] == 1000.0
-    assert calibration.ranges("percentile")["image"][1] < 10
+    measured = calibrate(net.model("y"), [pictures])
+    assert measured.ranges("minmax")["image"][1] == 1000.0
+    assert measured.ranges("percentile")["image"][1] < 10
 
 
 def test_a_dark_first_picture_does_not_decide_the_histograms() -> None:
     model = clean_up(residual())
     pictures = images(4)
     pictures[0] *= 1e-9
-    calibration = calibrate(model, [pictures[:1], pictures[1:]])
-    assert {len(counts) for counts in calibration.histograms.values()} == {ptq._BINS}
+    measured = calibrate(model, [pictures[:1], pictures[1:]])
+    assert {len(counts) for counts in measured.histograms.values()} == {calibration._BINS}
 
 
 def test_an_all_black_set_still_gives_positive_scales(tmp_path: Path) -> None:
