@@ -7,6 +7,7 @@ whose inputs changed has another name and is done again.
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -20,8 +21,14 @@ from quantize.errors import QuantizeError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# Part of every step's name: a change of what the steps compute makes old ones worthless.
-_FORMAT = 1
+
+@functools.cache
+def _code() -> str:
+    """A digest of the quantizer itself, part of every step's name: another version of it computes something else."""
+    whole = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        whole.update(path.read_bytes())
+    return whole.hexdigest()
 
 
 class Work:
@@ -55,7 +62,7 @@ class Work:
         Returns:
             The step's directory and what was remembered. Whatever ``make`` raises is passed on, and nothing is kept.
         """
-        key = hashlib.sha256(json.dumps([_FORMAT, name, inputs], sort_keys=True).encode()).hexdigest()[:16]
+        key = hashlib.sha256(json.dumps([_code(), name, inputs], sort_keys=True).encode()).hexdigest()[:16]
         final = self.directory / f"{name}-{key}"
         if final.is_dir():
             self.reused.append(name)
