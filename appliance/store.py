@@ -18,7 +18,8 @@ from appliance.content import ContentFiles, load_key
 from appliance.database import Database, store_error
 from appliance.domain import Scan, ScanState, Source, Stored, utc_now
 from appliance.errors import StoreError
-from appliance.jobs import JobQueue, next_revision, notes_json, touch_study
+from appliance.jobs import JobQueue
+from appliance.planning import next_revision, notes_json, touch_study
 from appliance.settings import Settings
 from model_sync.bundle import Manifest
 

@@ -1,0 +1,277 @@
+"""One job per series: all of its images settle together, late ones are read too, and what is not analysed says why on every image."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from appliance.analyze import analyse
+from appliance.cli import print_table
+from appliance.domain import Note, ScanState, Source
+from appliance.errors import StoreError
+from appliance.ingest import Ingest, PictureForm
+from appliance.models import activate
+from appliance.settings import Settings
+from appliance.store import Store
+from appliance.volume_view import VolumeResults
+from appliance.worker import Worker
+from appliance.worklist import Worklist
+from model_sync.bundle import ModelBundle
+from tests import series as made_up
+from tests import volume_bundle, web_box
+from tests.scans import encode
+from tests.unit.test_volume_segmentation import golden
+
+STEPS = {"scale": [{"step": "clip", "low": 0.0, "high": 5000.0}], "min_slices": 8, "spacing": (2.0, 2.0, 2.0), "apart": 6.0}
+
+
+def brightness_model() -> bytes:
+    """ONNX of ``by_brightness``: white matter above 620, grey matter above 100."""
+    nodes = [
+        helper.make_node("Mul", ["volume", "zero"], ["nothing"]),
+        helper.make_node("Add", ["nothing", "half"], ["background"]),
+        helper.make_node("Greater", ["volume", "high"], ["is_white"]),
+        helper.make_node("Cast", ["is_white"], ["one_white"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["one_white", "two"], ["white"]),
+        helper.make_node("Greater", ["volume", "low"], ["is_grey"]),
+        helper.make_node("Cast", ["is_grey"], ["grey"], to=TensorProto.FLOAT),
+        helper.make_node("Concat", ["background", "white", "grey"], ["logits"], axis=1),
+    ]
+    numbers = {"zero": 0.0, "half": 0.5, "high": 620.0, "two": 2.0, "low": 100.0}
+    constants = [helper.make_tensor(name, TensorProto.FLOAT, [], [value]) for name, value in numbers.items()]
+    graph = helper.make_graph(
+        nodes, "brightness", [helper.make_tensor_value_info("volume", TensorProto.FLOAT, ["n", 1, "d", "h", "w"])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 3, "d", "h", "w"])], constants,
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return bytes(model.SerializeToString())
+
+
+def bundle_in(directory: Path, version: str = "1.0.0", **changes: Any) -> ModelBundle:
+    case = golden()
+    volume_bundle.write(
+        directory, brightness_model(), volume_bundle.golden_npz(case.values, case.affine, case.mask), version=version,
+        **({"input": volume_bundle.volume_input(24, **STEPS)} | changes),
+    )  # fmt: skip
+    return ModelBundle.load(directory)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
+    onnx.checker.check_model(onnx.load_from_string(brightness_model()))
+    return bundle_in(tmp_path_factory.mktemp("volume"))
+
+
+@pytest.fixture
+def store(tmp_path: Path, bundle: ModelBundle) -> Iterator[Store]:
+    store = Store(Settings(data_dir=tmp_path / "box", tune_at_activation=False, disk_reserve_bytes=0))
+    activate(store, bundle.directory, "test")
+    yield store
+    store.close()
+
+
+def take(store: Store, made: list[Any]) -> list[int]:
+    accepted = [Ingest(store).accept(encode(one), Source("cli", "test")).stored for one in made]
+    store.close_series(sorted({item.series_id for item in accepted}))
+    return [item.instance_id for item in accepted]
+
+
+def work(store: Store) -> None:
+    worker = Worker(store, on_deadline=lambda _: None)
+    while worker.run_once():
+        pass
+
+
+def states(store: Store) -> set[tuple[str, str | None]]:
+    return {(row["state"], row["reason"]) for row in store.database.query("SELECT state, reason FROM instances")}
+
+
+def test_series_is_one_job_whose_result_all_images_share(store: Store) -> None:
+    take(store, made_up.slices(20, orientation=made_up.OBLIQUE))
+    assert states(store) == {("queued", None)}
+    assert [tuple(row) for row in store.database.query("SELECT kind, series_id FROM jobs")] == [("volume", 1)]
+    job = store.claim_job("somebody", 30)
+    assert job is not None and states(store) == {("running", None)}
+    store.fail_job(job, Note("job.memory"))
+    assert states(store) == {("queued", None)}
+    work(store)
+    assert states(store) == {("ai_ready", None)}
+    (result,) = VolumeResults(store).of_study(1)
+    assert {item.label for item in result.measurements} == {"white_matter", "grey_matter"}
+    mask, geometry = VolumeResults(store).mask(result.job_id)
+    centre = np.argwhere(mask == 1).mean(axis=0) @ np.array(geometry["affine"])[:3, :3].T + np.array(geometry["affine"])[:3, 3]
+    assert np.allclose(centre, [18, -14, 10], atol=1.5)
+    assert all(item.measured for item in Worklist(store).study(1).instances)
+
+
+def test_worklist_tells_millilitres_and_never_nothing_above_threshold(store: Store) -> None:
+    take(store, made_up.slices())
+    work(store)
+    (row,) = Worklist(store).page()
+    assert row.state is ScanState.AI_READY and not row.positive and not row.scored
+    assert [(zh, en) for zh, en, _ml in row.measured] == [("白质", "White matter"), ("灰质", "Grey matter")]
+
+
+def test_missing_slice_is_said_on_every_image(store: Store) -> None:
+    made = made_up.slices()
+    take(store, made[:9] + made[10:])
+    work(store)
+    ((state, reason),) = states(store)
+    assert state == "not_analysed" and json.loads(str(reason))["code"] == "volume.missing_slices"
+    assert VolumeResults(store).of_study(1) == []
+    (row,) = Worklist(store).page()
+    assert row.state is ScanState.NOT_ANALYSED and not row.measured
+
+
+def test_slice_that_comes_late_has_the_series_read_again(store: Store) -> None:
+    made = made_up.slices()
+    take(store, made[:9] + made[10:])
+    work(store)
+    take(store, [made[9]])
+    assert states(store) == {("queued", None)} and len(store.database.query("SELECT 1 FROM jobs")) == 1
+    work(store)
+    assert states(store) == {("ai_ready", None)}
+    assert VolumeResults(store).of_study(1)[0].slices == 20
+
+
+def test_what_was_drawn_without_the_newest_slices_is_not_shown(store: Store) -> None:
+    made = made_up.slices(24)
+    take(store, made[:20])
+    work(store)
+    assert VolumeResults(store).of_study(1)[0].slices == 20
+    late = take(store, made[20:])
+    assert VolumeResults(store).of_study(1) == [] and Worklist(store).instance(late[0]).state is ScanState.QUEUED
+    work(store)
+    assert VolumeResults(store).of_study(1)[0].slices == 24
+
+
+def test_enhanced_image_is_a_series_of_its_own(store: Store) -> None:
+    take(store, [made_up.enhanced(made_up.slices())])
+    work(store)
+    assert states(store) == {("ai_ready", None)} and VolumeResults(store).of_study(1)[0].slices == 20
+
+
+def test_blank_series_is_rejected_for_its_quality(store: Store) -> None:
+    made = made_up.slices()
+    for one in made:
+        one.PixelData = bytes(len(one.PixelData))
+    take(store, made)
+    work(store)
+    ((state, reason),) = states(store)
+    assert state == "quality_rejected" and json.loads(str(reason))["code"] == "quality.blank"
+
+
+def test_series_out_of_scope_gets_checks_and_the_reason(store: Store) -> None:
+    take(store, made_up.slices(BodyPartExamined="KNEE"))
+    work(store)
+    ((state, reason),) = states(store)
+    assert state == "out_of_scope" and json.loads(str(reason))["code"] == "scope.body_part"
+    assert {row["kind"] for row in store.database.query("SELECT kind FROM jobs")} == {"check"}
+
+
+def test_series_whose_images_disagree_is_not_read(store: Store) -> None:
+    made = made_up.slices()
+    made[4].BodyPartExamined = "KNEE"
+    take(store, made)
+    work(store)
+    codes = {json.loads(str(reason))["code"] for _state, reason in states(store)}
+    assert codes == {"volume.mixed_scope"} and VolumeResults(store).of_study(1) == []
+
+
+def test_damaged_slice_leaves_the_series_unread(store: Store) -> None:
+    ids = take(store, made_up.slices())
+    name = store.database.query("SELECT content_sha256 FROM instances WHERE id = ?", ids[5])[0]["content_sha256"]
+    path = store.settings.data_dir / "content" / name[:2] / name
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    work(store)
+    ((state, reason),) = states(store)
+    assert state == "not_analysed" and json.loads(str(reason))["code"] == "store.tampered"
+
+
+def test_new_version_reads_what_waited_for_the_one_before(store: Store, tmp_path: Path) -> None:
+    take(store, made_up.slices())
+    newer = bundle_in(tmp_path / "newer", "1.1.0")
+    before = store.database.query("SELECT digest FROM models WHERE state = 'active'")[0]["digest"]
+    activate(store, newer.directory, "test")
+    with store.database.transaction() as tx:
+        store.hand_over(tx, before, newer.digest, Note("model.withdrawn"))
+    assert [tuple(row) for row in store.database.query("SELECT model_digest, kind FROM jobs")] == [(newer.digest, "volume")]
+    work(store)
+    assert VolumeResults(store).of_study(1)[0].model_version == "1.1.0"
+
+
+def test_model_taken_back_leaves_its_series_not_analysed_until_another_comes(store: Store, tmp_path: Path) -> None:
+    take(store, made_up.slices())
+    before = store.database.query("SELECT digest FROM models WHERE state = 'active'")[0]["digest"]
+    with store.database.transaction() as tx:
+        store.hand_over(tx, before, None, Note("model.withdrawn"))
+    ((state, reason),) = states(store)
+    assert state == "not_analysed" and json.loads(str(reason))["code"] == "model.withdrawn"
+    activate(store, bundle_in(tmp_path / "newer", "1.1.0").directory, "test")
+    assert states(store) == {("waiting", None)}
+    store.close_series([1])
+    work(store)
+    assert states(store) == {("ai_ready", None)}
+
+
+def test_missing_results_are_store_errors(store: Store) -> None:
+    for look in (
+        lambda: VolumeResults(store).mask(7),
+        lambda: VolumeResults(store).picture(7, "axial"),
+        lambda: VolumeResults(store).study_of(7),
+    ):
+        with pytest.raises(StoreError) as caught:
+            look()
+        assert caught.value.code == "store.missing"
+
+
+def test_analyze_prints_the_millilitres_once(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = tmp_path / "series"
+    directory.mkdir()
+    for number, one in enumerate(made_up.slices()):
+        (directory / f"{number}.dcm").write_bytes(encode(one))
+    results = analyse(store, [directory], PictureForm(), lambda _line: None)
+    assert {item.status for item in results} == {"analysed"}
+    value = results[0].to_json()["volumes"][0]
+    assert [item["unit"] for item in value["measurements"]] == ["ml", "ml"] and value["slices"] == 20
+    print_table(results, "en")
+    said = capsys.readouterr().out
+    assert said.count("White matter 2 ml, Grey matter") == 1 and "Not for sole diagnosis" in said
+    print_table(results, "zh")
+    assert "白质 2 ml" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("language", "words"), [("en", ("White matter", "Not for sole diagnosis", "FP32")), ("zh", ("白质", "不得单独作为诊断依据", "FP32"))]
+)
+def test_study_page_shows_table_planes_and_warning(store: Store, language: str, words: tuple[str, ...]) -> None:
+    take(store, made_up.slices())
+    work(store)
+    with web_box.in_process(store.settings) as box:
+        doctor = box.person(language=language)
+        page = doctor.open("/studies/1")
+        assert all(word in page for word in words) and "brain-t1 1.0.0" in page
+        assert page.count('<article class="finding volume"') == 1
+        assert 'class="no-result"' not in page
+        for plane in ("axial", "coronal", "sagittal"):
+            answer = doctor.get(f"/api/volumes/1/{plane}.png")
+            assert answer.status_code == 200 and answer.content.startswith(b"\x89PNG")
+        assert doctor.get("/api/volumes/1/other.png").status_code == 404 and doctor.get("/api/volumes/9/axial.png").status_code == 404
+        listed = doctor.open("/")
+        assert words[0] in listed and "Nothing above threshold</span>" not in listed and "没有高于阈值" not in listed.split("legend")[0]
+
+
+def test_study_page_says_not_analysed_and_why(store: Store) -> None:
+    made = made_up.slices()
+    take(store, made[:9] + made[10:])
+    work(store)
+    with web_box.in_process(store.settings) as box:
+        page = box.person(language="en").open("/studies/1")
+        assert "Slices are missing from the series" in page and 'class="no-result"' in page and "finding volume" not in page
