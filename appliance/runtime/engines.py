@@ -14,6 +14,8 @@ import logging
 import os
 import re
 import secrets
+import shutil
+import time
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
@@ -30,6 +32,8 @@ _MAX_ENGINE_BYTES: Final = 4 << 30
 _ENGINE: Final = ".engine"
 _TIMINGS: Final = ".timings"
 _NAME: Final = re.compile(r"([0-9a-f]{16})-[0-9a-f]{16}\.(?:engine|compiled)")
+_HALF: Final = re.compile(r".*\.part|build-\w+")
+_ABANDONED_S: Final = 3600.0  # no build may take so long: what is younger may be somebody's at work
 # What an engine is bound to, as a person is told that it changed.
 _BOUND: Final = {
     "gpu": "GPU", "compute_capability": "compute capability", "tensorrt": "TensorRT", "driver": "driver", "precision": "precision",
@@ -170,7 +174,7 @@ def write_timings(cache: Path, profile: DeviceProfile, timings: bytes) -> None:
 
 
 def sweep(cache: Path, keep_onnx: Collection[str]) -> list[str]:
-    """Remove the engines of models that are not installed any more, and half-written files.
+    """Remove the engines of models that are not installed any more, and what a build left half-written that was killed an hour ago.
 
     Args:
         cache: the directory.
@@ -183,9 +187,9 @@ def sweep(cache: Path, keep_onnx: Collection[str]) -> list[str]:
     removed = []
     for path in sorted(cache.iterdir()) if cache.is_dir() else []:
         named = _NAME.fullmatch(path.name)
-        if path.suffix == ".part" or (named and named[1] not in kept):
-            with suppress(OSError):  # the next sweep finds it again
-                path.unlink()
+        with suppress(OSError):  # the next sweep finds it again
+            if (named and named[1] not in kept) or (_HALF.fullmatch(path.name) and time.time() - path.stat().st_mtime > _ABANDONED_S):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
                 removed.append(path.name)
     return removed
 

@@ -166,8 +166,15 @@ def test_engines_of_no_installed_model_are_swept(tmp_path: Path) -> None:
     kept = engines.write(tmp_path, PROFILE, ENGINE, {}).name
     removed = engines.write(tmp_path, gone, ENGINE, {}).name
     engines.write_timings(tmp_path, PROFILE, b"conv")
-    (tmp_path / "x.engine.1234.part").write_bytes(b"half")
+    for name in ("build-0ld", "build-new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "engine").write_bytes(b"half")
+    for name in ("x.engine.1234.part", "y.engine.1234.part"):
+        (tmp_path / name).write_bytes(b"half")
+    for name in ("build-0ld", "x.engine.1234.part"):
+        os.utime(tmp_path / name, (1, 1))
     (tmp_path / "somebody's.txt").write_text("not ours")
-    assert engines.sweep(tmp_path, [PROFILE.onnx_sha256]) == sorted([removed, "x.engine.1234.part"])
-    assert {item.name for item in tmp_path.iterdir()} == {kept, PROFILE.timings_name, "somebody's.txt"}
+    assert engines.sweep(tmp_path, [PROFILE.onnx_sha256]) == sorted([removed, "x.engine.1234.part", "build-0ld"])
+    left = {kept, PROFILE.timings_name, "somebody's.txt", "build-new", "y.engine.1234.part"}
+    assert {item.name for item in tmp_path.iterdir()} == left
     assert engines.sweep(tmp_path / "absent", []) == []

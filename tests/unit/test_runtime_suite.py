@@ -84,11 +84,12 @@ def refusal(call: Callable[[], Any]) -> InferenceError:
 
 def test_describes_what_runs(opened: Runtime, way: Way, precision: str) -> None:
     described = opened.describe()
-    assert {name: described[name] for name in ("runtime", "provider", "precision", "threads", "batch")} == {
-        "runtime": way.runtime, "provider": way.provider, "precision": precision, "threads": 1, "batch": BATCH,
+    assert {name: described[name] for name in ("runtime", "precision", "threads", "batch")} == {
+        "runtime": way.runtime, "precision": precision, "threads": 1, "batch": BATCH,
     }  # fmt: skip
     assert described["version"] and described["version"] == opened.version
-    assert (opened.name, opened.precision, opened.provider) == (way.runtime, precision, way.provider)
+    assert (opened.name, opened.precision, opened.provider) == (way.runtime, precision, described["provider"])
+    assert opened.provider.split()[0] == way.provider  # a GPU has its name behind it
 
 
 def test_layers_that_ran_are_of_the_precision_it_says(opened: Runtime, way: Way, precision: str) -> None:
@@ -281,7 +282,9 @@ def test_same_answers_in_a_process_of_its_own(way: Way, models: dict[str, Path],
     tensor = networks.pictures(2)
     expected = opened.infer({"image": tensor})
     with Attempt(models[precision], Spec(), way.candidate(precision, batch=BATCH), deadline_s=120) as attempt:
-        assert attempt.load() == opened.describe()
+        there, here = attempt.load(), opened.describe()
+        steady = set(here) - {"build", "cuda_graph", "cuda_graph_why"}  # TensorRT's are of this load and this batch
+        assert {name: there[name] for name in steady} == {name: here[name] for name in steady}
         outputs = attempt.infer(tensor)
         assert all(np.allclose(outputs[name], expected[name], atol=1e-5) for name in expected)
         assert attempt.peak_rss_bytes > 20 << 20
@@ -290,6 +293,8 @@ def test_same_answers_in_a_process_of_its_own(way: Way, models: dict[str, Path],
 @pytest.mark.parametrize("memory_mib", [32, 64, 128])
 def test_too_little_memory_ends_the_attempt_and_nothing_else(way: Way, shared: Path, memory_mib: int) -> None:
     """Too little for the library, for the model, for a batch."""
+    if way.runtime == "tensorrt":
+        pytest.skip("its memory is the GPU's, and its batch 16 at most: tests/hardware")
     path = shared / "models" / "cxr_pneumonia" / "cxr_pneumonia_fp32.onnx"
     attempt = Attempt(path, Spec("image", (1, 224, 224)), way.candidate(batch=64), deadline_s=120, memory_bytes=memory_mib << 20)
     error = refusal(attempt.load)
