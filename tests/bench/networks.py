@@ -50,10 +50,9 @@ class Graph:
         self._initializers.append(numpy_helper.from_array(np.ascontiguousarray(value, np.float32), name))
         return name
 
-    def weights(self, *shape: int, fan_in: int) -> NDArray[np.float32]:
+    def weights(self, *shape: int, fan_in: int) -> NDArray[Any]:
         """He's initialisation for what a ReLU follows."""
-        drawn: NDArray[np.float32] = self._random.standard_normal(shape, np.float32)
-        return drawn * np.float32(np.sqrt(2 / fan_in))
+        return (self._random.standard_normal(shape) * np.sqrt(2 / fan_in)).astype(np.float32)
 
     def statistics(self, channels: int, gain: float = 1.0) -> list[NDArray[np.float32]]:
         """Gamma, beta, running mean and running variance [channels] of a BatchNorm."""
