@@ -54,9 +54,18 @@ def pictures(n: int, seed: int = 1) -> Any:
 
 
 def half(source: Path, target: Path) -> Path:
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=True), target)
+    """Everything inside in float16, float32 at both ends."""
+    model = onnx.load(source)
+    for weight in model.graph.initializer:
+        weight.CopyFrom(constant(weight.name, numpy_helper.to_array(weight).astype(np.float16)))
+    outputs = {output.name for output in model.graph.output}
+    for node in model.graph.node:
+        node.input[:] = ["image16" if name == "image" else f"{name}16" if name in outputs else name for name in node.input]
+        node.output[:] = [f"{name}16" if name in outputs else name for name in node.output]
+    model.graph.node.insert(0, helper.make_node("Cast", ["image"], ["image16"], to=TensorProto.FLOAT16))
+    model.graph.node.extend(helper.make_node("Cast", [f"{name}16"], [name], to=TensorProto.FLOAT) for name in sorted(outputs))
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, target)
     return target
 
 

@@ -120,7 +120,8 @@ class OpenVinoRuntime:
                 logger.warning("compiled model %s is made again: %s", kept.file_name, _last_line(error))
         model = self._compile(core, model_path, size)
         if kept is not None:
-            kept.write(cache, model.export_model().getvalue())
+            exported = model.export_model()
+            kept.write(cache, exported if isinstance(exported, bytes) else exported.getvalue())  # bytes up to 2025
         return model
 
     def _compile(self, core: Any, model_path: Path, size: int) -> Any:
