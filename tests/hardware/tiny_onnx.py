@@ -83,12 +83,12 @@ def write(path: Path, precision: str, batch: int | str = "n", operator: str = "R
     else:
         scale = (np.abs(w).max(axis=(1, 2, 3)) / 127).astype(np.float32)
         constants = {
-            "w8": np.round(w / scale[:, None, None, None]).astype(np.int8), "ws": scale, "wz": np.zeros(FILTERS, np.int8),
-            "s": np.array(1 / 127, np.float32), "z": np.array(0, np.int8),
+            "w32": w, "ws": scale, "wz": np.zeros(FILTERS, np.int8), "s": np.array(1 / 127, np.float32), "z": np.array(0, np.int8),
         }  # fmt: skip
-        nodes = [
+        nodes = [  # weights as float32 before their Q/DQ: TensorRT 8.6 takes no int8 constants
             _node("QuantizeLinear", ["image", "s", "z"], "q"), _node("DequantizeLinear", ["q", "s", "z"], "dq"),
-            _node("DequantizeLinear", ["w8", "ws", "wz"], "w", axis=0), _node("Conv", ["dq", "w"], "conv", **padded), *end,
+            _node("QuantizeLinear", ["w32", "ws", "wz"], "w8", axis=0), _node("DequantizeLinear", ["w8", "ws", "wz"], "w", axis=0),
+            _node("Conv", ["dq", "w"], "conv", **padded), *end,
         ]  # fmt: skip
     path.write_bytes(_model(nodes, constants, batch))
     return path
