@@ -29,6 +29,7 @@ from appliance.runtime.tensors import check_outputs, check_signature, checked_in
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+_MOST_PROFILE_BYTES: Final = 16 << 20
 _LOG_ERRORS_ONLY: Final = 3
 _KERNEL: Final = "_kernel_time"
 # What moves or converts tensors is no layer of the model.
@@ -147,7 +148,9 @@ class OnnxRuntime:
             if self._session is None:
                 return []
             with suppress(OSError, ValueError):
-                return kernels_of(json.loads(Path(self._session.end_profiling()).read_bytes()))
+                path = Path(self._session.end_profiling())
+                if path.stat().st_size <= _MOST_PROFILE_BYTES:  # a loop writes down every round: not worth a box's memory
+                    return kernels_of(json.loads(path.read_bytes()))
             return []
 
 
