@@ -217,7 +217,10 @@ def stand_in(version: str, cuda: StandInCuda) -> Any:
             self.num_errors = 0
 
         def parse_from_file(self, model: str) -> bool:
-            self._network._model = _read(Path(model))
+            return self.parse(Path(model).read_bytes())
+
+        def parse(self, model: bytes, path: Any = None) -> bool:
+            self._network._model = _read(model, version)
             self._errors = self._network._model.get("parse", [])
             self.num_errors = len(self._errors)
             return not self._errors
@@ -411,9 +414,8 @@ def _outputs(model: dict[str, Any]) -> dict[str, list[int]]:
     return found
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(data: bytes, version: str) -> dict[str, Any]:
     """A model's JSON; an ONNX file's input, outputs and content, or what is wrong with it, as JSON."""
-    data = path.read_bytes()
     if data.startswith(b"{"):
         return dict(json.loads(data))
     import onnx
@@ -426,6 +428,10 @@ def _read(path: Path) -> dict[str, Any]:
     if unknown:
         said = {"text": f"No importer registered for op: {unknown[0].op_type}", "code": "UNSUPPORTED_NODE"}
         return {"parse": [said | {"operator": unknown[0].op_type, "node": unknown[0].name}]}
+
+    weights = {item.name for item in graph.initializer if item.data_type == onnx.TensorProto.INT8}
+    if version.startswith("8.") and any(node.op_type == "DequantizeLinear" and node.input[0] in weights for node in graph.node):
+        return {"parse": [{"text": "invalid weights type of Int8", "code": "INVALID_NODE", "operator": "", "node": ""}]}
 
     def dims(item: Any) -> list[int]:
         return [dim.dim_value or -1 for dim in item.type.tensor_type.shape.dim]

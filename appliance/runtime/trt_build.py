@@ -269,7 +269,7 @@ def construct(seam: TrtSeam, order: Order, own: Path, messages: Messages, worksp
     builder = trt.Builder(messages)
     network = builder.create_network(seam.network_flags())
     parser = trt.OnnxParser(network, messages)
-    if not parser.parse_from_file(str(order.model)):
+    if not seam.parse(parser, order.model):
         raise explain_parse(seam.parse_errors(parser), messages)
     fixed = fixed_batch(network, order)
     config = builder.create_builder_config()

@@ -6,6 +6,8 @@ question                 8.6 (JetPack 6.0)        10.x (JetPack 6.1 .. 7)  11.x 
 batch dimension          EXPLICIT_BATCH           EXPLICIT_BATCH           always explicit, no flag
 types of the layers      FP16, INT8 of builder    STRONGLY_TYPED           always those of the ONNX
 progress of a build      elapsed time only        IProgressMonitor         IProgressMonitor
+int8 weights             rewritten, see           read as they are         read as they are
+                         ``trt_weights``
 cuBLAS, cuDNN tactics    only with the libraries  off as it comes          no longer there
 named operator in error  in the text              ``node_operator()``      ``node_operator()``
 =======================  =======================  =======================  =======================
@@ -22,9 +24,11 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 from appliance.errors import InferenceError
+from appliance.runtime.trt_weights import with_float_weights
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +104,16 @@ class TrtSeam:
         """Which TensorRT was found and how it is spoken to, for the log."""
         typing = "strongly typed" if self.strongly_typed else "precision by builder flags"
         return f"TensorRT {self.version}, {typing}, {'progress monitor' if self.has_progress else 'no progress monitor'}"
+
+    @property
+    def takes_int8_constants(self) -> bool:
+        """Whether the ONNX parser reads int8 weights; before 10 they have to stand as float32 before a QuantizeLinear."""
+        return self.major >= _STRONGLY_TYPED_SINCE
+
+    def parse(self, parser: Any, model: Path) -> bool:
+        """Have an ``OnnxParser`` read a file, rewritten first where this version would refuse its weights."""
+        rewritten = None if self.takes_int8_constants else with_float_weights(model)
+        return bool(parser.parse_from_file(str(model)) if rewritten is None else parser.parse(rewritten))
 
     def network_flags(self) -> int:
         """Bits for ``Builder.create_network``: explicit batch, and strong typing where it has to be asked for."""
