@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " with rollback: the model line",
     )  # fmt: skip
     parser.add_argument("--again", action="store_true", help="with activate: try it though it failed on this box before")
+    parser.add_argument("--precision", help="with activate: this precision and no other, whatever is faster")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -66,6 +67,8 @@ def _wrong_use(arguments: argparse.Namespace) -> tuple[str, str] | None:
         return f"{arguments.action} takes no {arguments.which!r}", f"`appliance models {arguments.action}` shows all"
     if arguments.again and arguments.action != "activate":
         return f"{arguments.action} knows no --again", "--again goes with `appliance models activate`"
+    if arguments.precision and arguments.action != "activate":
+        return f"{arguments.action} knows no --precision", "--precision goes with `appliance models activate`"
     return None
 
 
@@ -76,7 +79,7 @@ def _change(store: Store, arguments: argparse.Namespace, language: Language) -> 
     progress = _Progress(language)
     try:
         if arguments.action == "activate":
-            digest = activate(store, find(store, arguments.which), "cli", again=arguments.again, told=progress)
+            digest = activate(store, find(store, arguments.which), "cli", arguments.precision, again=arguments.again, told=progress)
         else:
             digest = rollback(store, arguments.which, "cli", progress)
     finally:

@@ -31,7 +31,7 @@ from appliance.runtime.choice import Plan
 from appliance.signal import wake
 from appliance.store import Store
 from appliance.tunings import Tuning, Tunings
-from model_sync.bundle import MANIFEST_NAME, Manifest, ModelBundle
+from model_sync.bundle import MANIFEST_NAME, BundleError, Manifest, ModelBundle
 
 REFERENCE_BUNDLE: Final = "cxr-pneumonia"
 _POLL_S: Final = 0.02
@@ -83,6 +83,7 @@ def activate(
     journal = Journal(store)
     try:
         bundle = copies.load(directory)
+        _refuse_if_absent(bundle, precision)
         current = journal.active(bundle.manifest.name)
         same = current is not None and current["digest"] == bundle.digest and precision in (None, current["precision"])
         if same and copies.is_whole(store.settings.data_dir, bundle.digest):
@@ -242,6 +243,14 @@ def _wanted(bundle: ModelBundle, actor: str, precision: str | None) -> Wanted:
     manifest = bundle.manifest
     embedded = hashlib.sha256((reference_bundle() / MANIFEST_NAME).read_bytes()).hexdigest() == bundle.digest
     return Wanted(manifest.name, manifest.version, bundle.digest, "embedded" if embedded else "hand", bundle.directory, actor, precision)
+
+
+def _refuse_if_absent(bundle: ModelBundle, precision: str | None) -> None:
+    """A precision that the bundle does not have is said before anything is begun."""
+    try:
+        bundle.variant(precision)
+    except BundleError as error:
+        raise ActivationError("model.invalid", error.message, hint=error.hint) from error
 
 
 def _refuse_if_forbidden(store: Store, journal: Journal, wanted: Wanted, *, again: bool) -> None:

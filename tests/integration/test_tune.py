@@ -253,3 +253,16 @@ def test_wrong_use_of_tune_says_how(settings: Settings, store: Store, bundle: Pa
     shown = command(settings, "--show")
     assert (shown.returncode, "appliance tune" in shown.stdout) == (0, True)
     assert command(settings, "--what").returncode == 2
+
+
+def test_a_precision_by_hand_is_taken_whatever_is_faster_and_one_that_is_not_there_is_said(settings: Settings, bundle: Path) -> None:
+    add_variant(bundle, "int8", slow)
+    settings.data_dir.mkdir(parents=True)
+    (settings.data_dir / "box.toml").write_text("disk_reserve_bytes = 0\nworker_threads = 1\ntune_measuring_s = 5.0\n")
+    line = [sys.executable, "-m", "appliance", "models", "activate", str(bundle), "--data-dir", str(settings.data_dir), "--precision"]
+    absent = subprocess.run([*line, "fp8"], capture_output=True, text=True, check=False, env=os.environ | {"LC_ALL": "C.UTF-8"})
+    assert (absent.returncode, "has no fp8 variant, only int8, fp32" in absent.stderr) == (1, True)
+    assert subprocess.run([*line, "int8"], capture_output=True, check=False).returncode == 0
+    report = json.loads(Store(settings).models()[0]["self_test"])
+    assert (report["precision"], report["reason"]["code"]) == ("int8", "choice.by_hand")
+    assert {row["candidate"]["precision"] for row in report["table"]} <= {"int8", ""}
