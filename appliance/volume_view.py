@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from appliance.domain import Measurement, Note
 from appliance.errors import StoreError
+from appliance.ran import Ran
 from appliance.store import Store
+from appliance.study_facts import RECALLED
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +27,8 @@ _COLUMNS: Final = ("label", "code", "title_zh", "title_en", "value", "unit")
 class VolumeView:
     """One model's result on one series.
 
-    ``planes`` are the names of its key pictures; ``recall`` says why the model version was taken back, None while it stands.
+    ``planes`` are the names of its key pictures; ``recall`` says why the model version was taken back, None while it stands;
+    ``ran`` is how the model was run, and why that way.
     """
 
     job_id: int
@@ -40,6 +43,7 @@ class VolumeView:
     runtime: str
     planes: tuple[str, ...]
     recall: Note | None
+    ran: Ran | None
 
     def to_json(self) -> dict[str, Any]:
         """The result as ``appliance analyze --json`` prints it; the mask stays in the store."""
@@ -63,16 +67,16 @@ class VolumeResults:
 
     def _views(self, series: str, value: int) -> list[VolumeView]:
         rows = self._db.query(
-            "SELECT v.job_id, v.series_id, v.model, v.model_version, v.model_digest, v.precision, v.runtime, v.geometry, j.notes"  # noqa: S608
-            f" FROM volumes v JOIN jobs j ON j.id = v.job_id WHERE v.series_id IN ({series}) AND j.outcome = 'ai_ready' ORDER BY v.job_id",
+            "SELECT v.job_id, v.series_id, v.model, v.model_version, v.model_digest, v.precision, v.runtime, v.geometry,"  # noqa: S608
+            " j.notes, j.runtime AS ran FROM volumes v JOIN jobs j ON j.id = v.job_id"
+            f" WHERE v.series_id IN ({series}) AND j.outcome = 'ai_ready' ORDER BY v.job_id",
             value,
         )
         return [self._view(dict(row)) for row in rows]
 
     def _view(self, row: dict[str, Any]) -> VolumeView:
-        from appliance.worklist import RECALLED
-
         geometry, notes = json.loads(row.pop("geometry")), json.loads(row.pop("notes"))
+        ran = Ran.of(json.loads(row.pop("ran") or "{}"))
         measured = self._db.query("SELECT * FROM measurements WHERE job_id = ? ORDER BY id", row["job_id"])
         planes = self._db.query("SELECT plane FROM key_pictures WHERE job_id = ? ORDER BY plane", row["job_id"])
         return VolumeView(
@@ -81,6 +85,7 @@ class VolumeResults:
             slices=geometry["shape"][0],
             planes=tuple(item["plane"] for item in planes),
             recall=next((Note(**note) for note in notes if note["code"] in RECALLED), None),
+            ran=ran,
             **row,
         )
 

@@ -16,10 +16,9 @@ from appliance.domain import STATE_URGENCY, Finding, JobKind, Note, ScanState, S
 from appliance.errors import StoreError
 from appliance.ran import Ran
 from appliance.store import Store
+from appliance.study_facts import RECALLED, StudyFacts, study_facts
 
 PAGE_SIZE: Final = 50
-# Notes on a job whose model version was taken back after it had read the image.
-RECALLED: Final = ("model.withdrawn", "activation.rolled_back")
 _MAX_CHANGES: Final = 200
 
 
@@ -257,37 +256,7 @@ class Worklist:
             " GROUP BY s.study_id, f.label, f.title_zh, f.title_en ORDER BY score DESC",
             ids,
         )
-        recalled = self._db.query(
-            "SELECT DISTINCT s.study_id FROM series s JOIN instances i ON i.series_id = s.id JOIN jobs j ON j.instance_id = i.id"
-            " JOIN json_each(j.notes) n"
-            " WHERE (EXISTS (SELECT 1 FROM findings WHERE job_id = j.id) OR EXISTS (SELECT 1 FROM volumes WHERE job_id = j.id))"
-            " AND s.study_id IN (SELECT value FROM json_each(?1))"
-            " AND json_extract(n.value, '$.code') IN (SELECT value FROM json_each(?2))",
-            ids,
-            json.dumps(RECALLED),
-        )
-        scored = self._db.query(
-            "SELECT DISTINCT s.study_id FROM findings f JOIN instances i ON i.id = f.instance_id JOIN series s ON s.id = i.series_id"
-            " WHERE s.study_id IN (SELECT value FROM json_each(?))",
-            ids,
-        )
-        measured = self._db.query(
-            "SELECT s.study_id, m.title_zh, m.title_en, m.value FROM measurements m JOIN volumes v ON v.job_id = m.job_id"
-            " JOIN series s ON s.id = v.series_id JOIN jobs j ON j.id = v.job_id"
-            " WHERE j.outcome = 'ai_ready' AND s.study_id IN (SELECT value FROM json_each(?)) ORDER BY m.id",
-            ids,
-        )
-        ran = self._db.query(
-            "SELECT DISTINCT s.study_id, json_extract(j.runtime, '$.runtime') AS runtime,"
-            " json_extract(j.runtime, '$.precision') AS precision, json_extract(j.runtime, '$.reason') AS reason"
-            " FROM jobs j JOIN instances i ON i.id = j.instance_id"
-            " JOIN series s ON s.id = i.series_id WHERE json_extract(j.runtime, '$.runtime') IS NOT NULL"
-            " AND s.study_id IN (SELECT value FROM json_each(?))",
-            ids,
-        )
-        ways = [(row["study_id"], way) for row in ran if (way := Ran.of(dict(row)))]
-        held = {row["study_id"] for row in scored}
-        marked = {row["study_id"] for row in recalled}
+        facts = study_facts(self._db, ids)
         queue = self._queue_positions() if any(row["state"] == ScanState.QUEUED.value for row in instances) else {}
         return [
             _study_row(
@@ -295,12 +264,7 @@ class Worklist:
                 [i for i in instances if i["study_id"] == row["id"]],
                 [p for p in positive if p["study_id"] == row["id"]],
                 queue,
-                _Told(
-                    row["id"] in marked,
-                    row["id"] in held,
-                    tuple(tuple(m)[1:] for m in measured if m["study_id"] == row["id"]),
-                    tuple(dict.fromkeys(way for study, way in ways if study == row["id"])),
-                ),
+                facts.get(row["id"], StudyFacts()),
             )
             for row in studies
         ]
@@ -360,33 +324,15 @@ def _notes(text: str) -> tuple[Note, ...]:
     return tuple(Note(**item) for item in json.loads(text))
 
 
-@dataclass(frozen=True)
-class _Told:
-    """What else a line of the worklist says; see :class:`StudyRow`."""
-
-    recalled: bool
-    scored: bool
-    measured: tuple[tuple[str, str, float], ...]
-    ran: tuple[Ran, ...]
-
-
-def _study_row(row: sqlite3.Row, instances: list[sqlite3.Row], positive: list[sqlite3.Row], queue: dict[int, int], told: _Told) -> StudyRow:
+def _study_row(
+    row: sqlite3.Row, instances: list[sqlite3.Row], positive: list[sqlite3.Row], queue: dict[int, int], facts: StudyFacts
+) -> StudyRow:
     worst = min(instances, key=lambda item: STATE_URGENCY.index(ScanState(item["state"])))
     places = [queue[item["id"]] for item in instances if item["id"] in queue]
     same = (
-        "id",
-        "revision",
-        "patient_id",
-        "patient_name",
-        "patient_birth_date",
-        "patient_sex",
-        "patient_age_years",
-        "study_date",
-        "study_time",
-        "accession_number",
-        "study_description",
-        "received_at",
-    )
+        "id", "revision", "patient_id", "patient_name", "patient_birth_date", "patient_sex", "patient_age_years", "study_date",
+        "study_time", "accession_number", "study_description", "received_at",
+    )  # fmt: skip
     return StudyRow(
         **{name: row[name] for name in same},
         modalities=", ".join(sorted({item["modality"] for item in instances if item["modality"]})),
@@ -397,10 +343,10 @@ def _study_row(row: sqlite3.Row, instances: list[sqlite3.Row], positive: list[sq
         positive=tuple((item["title_zh"], item["title_en"], item["score"]) for item in positive),
         patient_mismatch=bool(row["patient_mismatch"]),
         conflict=any(item["conflict"] for item in instances),
-        scored=told.scored,
-        measured=told.measured,
-        recalled=told.recalled,
-        ran=told.ran,
+        scored=facts.scored,
+        measured=facts.measured,
+        recalled=facts.recalled,
+        ran=facts.ran,
     )
 
 

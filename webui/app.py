@@ -12,7 +12,8 @@ from werkzeug.routing import IntegerConverter, Map
 
 from appliance.settings import Settings
 from appliance.store import Store
-from appliance.worklist import RECALLED, Worklist
+from appliance.study_facts import RECALLED
+from appliance.worklist import Worklist
 from webui import api, auth, events, pages, problems, security, texts, tus, uploads
 from webui.box import Box
 from webui.doorkeeper import Doorkeeper
