@@ -34,7 +34,7 @@ def profile() -> str:
     """The device in words: processor, GPUs with their driver, runtimes with their versions, appliance version; no serial numbers."""
     gpus = [f"GPU {name}" for name in gpu_names()]
     driver = gpu_driver()
-    runtimes = [f"{name} {found}" for name, packages in _RUNTIMES.items() if (found := _version(packages)) or name == "onnxruntime"]
+    runtimes = [f"{name} {found}" for name, packages in _RUNTIMES.items() if (found := _version(packages))]
     return "; ".join((_processor(), *gpus, *([f"driver {driver}"] if driver else []), *runtimes, f"appliance {__version__}"))
 
 

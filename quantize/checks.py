@@ -8,7 +8,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError
 from onnx import checker, external_data_helper, numpy_helper
 
 from quantize.errors import QuantizeError
