@@ -95,8 +95,9 @@ class Box:
         return accepted.stored
 
     def activate(self) -> Manifest:
-        """Make the reference model active without running it."""
-        raw = (ROOT / "appliance" / "bundles" / "cxr-pneumonia" / "manifest.json").read_bytes()
+        """Make the reference model active, as its version 0.1.0, without running it."""
+        shipped = json.loads((ROOT / "appliance" / "bundles" / "cxr-pneumonia" / "manifest.json").read_text("utf-8"))
+        raw = json.dumps(shipped | {"version": "0.1.0"}, ensure_ascii=False).encode()
         manifest = Manifest.parse(raw)
         self.store.switch_model(
             {

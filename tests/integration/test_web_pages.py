@@ -317,7 +317,7 @@ def test_the_status_of_the_box(box: Box) -> None:
         "Chest X-ray pneumonia",
         "cxr-pneumonia",
         "Reads patients now",
-        "onnxruntime 1.0",
+        "ONNX Runtime 1.0",
         "FP32",
         "abababababab",
         "Audit entries",
