@@ -142,7 +142,8 @@ def test_stat_goes_before_the_queue_alone_and_keeps_no_company(store: Store, tin
 
 
 def test_stat_that_comes_in_the_middle_of_a_batch_does_not_wait_for_its_end(store: Store, tiny: str) -> None:
-    steps, urgent = 0, []
+    steps = 0
+    urgent: list[int] = []
 
     def comes(seconds: float) -> None:
         nonlocal steps

@@ -182,7 +182,8 @@ def test_tune_by_hand_while_the_box_reads_switches_in_one_step_and_is_no_new_ver
     measuring = subprocess.Popen(
         line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"LC_ALL": "zh_CN.UTF-8"}
     )
-    images, waits = [], []
+    images: list[int] = []
+    waits: list[float] = []
     while measuring.poll() is None:
         images.append(take(store, chest(len(images))))
         started = time.monotonic()

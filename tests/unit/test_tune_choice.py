@@ -18,9 +18,9 @@ from appliance.tune_reasons import TUNE_REASONS
 
 def row(ms: float | None, precision: str = "fp32", state: Any = "right", **changes: Any) -> Row:
     """A line of the table."""
-    known = {name: changes.pop(name) for name in ("per_image_ms", "code") if name in changes}
+    code, per_image_ms = str(changes.pop("code", "")), changes.pop("per_image_ms", None)
     candidate = Candidate("onnxruntime", f"{precision}.onnx", precision, **changes)
-    return Row(candidate, state, **({"code": ""} | known), median_ms=ms)
+    return Row(candidate, state, code, median_ms=ms, per_image_ms=per_image_ms)
 
 
 def chosen(rows: list[Row]) -> Row | None:
