@@ -12,14 +12,17 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from quantize.errors import QuantizeError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_PATIENCE_S: Final = 3.0
 
 
 @functools.cache
@@ -42,12 +45,7 @@ class Work:
         self.directory = directory
         self.reused: list[str] = []
         directory.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(directory, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it, however the process ends
-        except BlockingIOError as error:
-            os.close(self._lock)
-            raise QuantizeError(f"another run works in {directory}", hint="wait for it, or name another --out", code="work.busy") from error
+        self._lock = _locked(directory)
         for half_done in directory.glob("*.part"):
             shutil.rmtree(half_done)
 
@@ -94,6 +92,25 @@ class Work:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _locked(directory: Path) -> int:
+    """Lock a directory; the kernel drops the lock when the process ends, however it ends.
+
+    A child of a killed run holds the lock for the moment that it takes to become another program, hence the patience.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    limit = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError as error:
+            if time.monotonic() > limit:
+                os.close(descriptor)
+                hint = "wait for it, or name another --out"
+                raise QuantizeError(f"another run works in {directory}", hint=hint, code="work.busy") from error
+        time.sleep(0.1)
 
 
 def _sync(path: Path) -> None:
