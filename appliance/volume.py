@@ -47,7 +47,7 @@ Source: TypeAlias = "Callable[[], Dataset]"
 
 # With the model's own volume beside it, what fits below the memory cap of a process of the box.
 MAX_STACK_BYTES: Final = 384 * 2**20
-MAX_VOXELS: Final = 48 * 2**20
+MAX_VOXELS: Final = 24 * 2**20
 _MAX_FRAMES: Final = 4096
 
 

@@ -54,7 +54,7 @@ class Statistics:
 def measure(database: Database, digest: str, manifest: Manifest, after_job: int) -> Statistics:
     """Count what a version did in the jobs planned after ``after_job``."""
     jobs = database.query(
-        "SELECT outcome, json_extract(timing_ms, '$.infer') AS infer FROM jobs"
+        "SELECT outcome, coalesce(json_extract(timing_ms, '$.window'), json_extract(timing_ms, '$.infer')) AS infer FROM jobs"
         " WHERE model_digest = ? AND id > ? AND outcome IN (?, ?) AND state IN ('done', 'failed')"
         " AND coalesce(json_extract(reason, '$.detail'), '') != ?",
         digest, after_job, ScanState.AI_READY.value, ScanState.FAILED.value, BEFORE_MODEL,

@@ -182,6 +182,19 @@ def test_series_that_are_no_volume_are_refused_for_the_right_reason(bundle: Mode
     assert caught.value.code == code
 
 
+def test_the_big_endian_mr_is_read_without_its_double(bundle: ModelBundle) -> None:
+    spec = bundle.manifest.volume_input
+    rule = spec.pipeline[0].model_copy(update={"max_slice_spacing_mm": 8.0})
+    loose = spec.model_copy(update={"pipeline": [rule, *spec.pipeline[1:]]})
+    places = {float(pydicom.dcmread(path).ImagePositionPatient[2]): path for path in (HEAD.parent / "mr_pd_ge_bigendian").iterdir()}
+    series = read_series(sources(list(places.values())), loose)
+    assert series.values.shape == (20, 256, 256) and series.grid.spacing[0] == pytest.approx(7.0, abs=0.01)
+    assert prepare(series, loose).grid.axes == "LIA"
+    with pytest.raises(VolumeError) as caught:
+        read_series(sources(list(places.values())), spec)
+    assert caught.value.code == "volume.too_coarse"
+
+
 def test_the_evenly_spaced_half_of_the_tilted_ct_is_straightened(bundle: ModelBundle) -> None:
     spec = bundle.manifest.volume_input
     paths = sorted((HEAD.parent / "ct_head_ge_jpegls").iterdir(), key=lambda path: float(pydicom.dcmread(path).ImagePositionPatient[2]))

@@ -21,6 +21,7 @@ from appliance.models import activate
 from appliance.settings import Settings
 from appliance.store import Store
 from appliance.volume_view import VolumeResults
+from appliance.watch import measure
 from appliance.worker import Worker
 from appliance.worklist import Worklist
 from model_sync.bundle import ModelBundle
@@ -219,6 +220,16 @@ def test_model_taken_back_leaves_its_series_not_analysed_until_another_comes(sto
     store.close_series([1])
     work(store)
     assert states(store) == {("ai_ready", None)}
+
+
+def test_trial_judges_a_window_not_the_whole_volume(store: Store, bundle: ModelBundle) -> None:
+    """The self-test knows the time of one window; a volume of eight is no slower model."""
+    take(store, made_up.slices(30, rows=36, columns=40))
+    work(store)
+    row = store.database.query("SELECT timing_ms FROM jobs")[0]
+    timing = json.loads(row["timing_ms"])
+    assert 0 < timing["window"] < timing["infer"] / 2
+    assert measure(store.database, bundle.digest, bundle.manifest, 0).latency_ms == timing["window"]
 
 
 def test_missing_results_are_store_errors(store: Store) -> None:
