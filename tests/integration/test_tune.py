@@ -29,7 +29,7 @@ from tests.library_site import tiny_bundle
 from tests.tune_box import add_junk, add_variant, brief, endless, not_a_number, not_on, slow, table_of, wrong
 
 ORT = (Availability("onnxruntime", "1", (CPU,)),)
-QUICK = Limits(seconds=120.0, measuring_s=20.0)
+QUICK = Limits(seconds=150.0, measuring_s=90.0)
 
 
 @pytest.fixture
@@ -70,16 +70,14 @@ def test_a_slow_int8_and_a_wrong_fp16_are_both_rejected_for_the_right_reason(bun
     assert "allowed 0.01" in said
 
 
-def test_a_faster_int8_is_taken_and_the_float_model_that_lost_stands_beside_it(tmp_path: Path, bundle: Path) -> None:
-    float_file = add_variant(bundle, "mixed", slow)  # the float weights of this bundle are the slow ones
-    quick = (bundle / "model_fp32.onnx").read_bytes()
-    add_variant(bundle, "int8")
-    assert float_file.read_bytes() != quick
+def test_a_faster_less_exact_one_is_taken_and_the_one_that_lost_stands_beside_it(bundle: Path) -> None:
+    add_variant(bundle, "fp16", slow)
+    add_variant(bundle, "mixed")
     subject = Subject.of_bundle(ModelBundle.load(bundle))
-    slower = [variant for variant in subject.variants if variant.precision != "fp32"]
-    choice = tune(Subject(subject.input, slower, subject.path, subject.cases), threads=1, runtimes=ORT, limits=QUICK)
-    assert (choice.candidate.precision, choice.reason.code) == ("int8", "choice.measured")
-    assert rows(choice)["onnxruntime", "mixed", 1, 1] == ("right", "tune.slower")
+    two = [variant for variant in subject.variants if variant.precision != "fp32"]
+    choice = tune(Subject(subject.input, two, subject.path, subject.cases), threads=1, runtimes=ORT, limits=QUICK)
+    assert (choice.candidate.precision, choice.reason.code) == ("mixed", "choice.measured"), choice.table
+    assert rows(choice)["onnxruntime", "fp16", 1, 1] == ("right", "tune.slower")
     assert choice.chosen.median_ms
     assert choice.chosen.median_ms <= SAME_TIME * min(row.median_ms for row in choice.table if row.median_ms and row.state != "wrong")
 
