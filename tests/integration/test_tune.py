@@ -26,7 +26,7 @@ from appliance.store import Store
 from model_sync.bundle import ModelBundle
 from tests.activation_box import Box, nan_on_pictures, provers
 from tests.library_site import tiny_bundle
-from tests.tune_box import add_junk, add_variant, brief, endless, not_a_number, not_on, slow, table_of, wrong
+from tests.tune_box import add_junk, add_variant, brief, endless, not_a_number, not_on, quantized, slow, table_of, wrong
 
 ORT = (Availability("onnxruntime", "1", (CPU,)),)
 QUICK = Limits(seconds=150.0, measuring_s=90.0)
@@ -68,18 +68,6 @@ def test_a_slow_int8_and_a_wrong_fp16_are_both_rejected_for_the_right_reason(bun
     (said,) = (row.detail for row in choice.table if row.state == "wrong")
     assert "off by" in said
     assert "allowed 0.01" in said
-
-
-def test_a_faster_less_exact_one_is_taken_and_the_one_that_lost_stands_beside_it(bundle: Path) -> None:
-    add_variant(bundle, "fp16", slow)
-    add_variant(bundle, "mixed")
-    subject = Subject.of_bundle(ModelBundle.load(bundle))
-    two = [variant for variant in subject.variants if variant.precision != "fp32"]
-    choice = tune(Subject(subject.input, two, subject.path, subject.cases), threads=1, runtimes=ORT, limits=QUICK)
-    assert (choice.candidate.precision, choice.reason.code) == ("mixed", "choice.measured"), choice.table
-    assert rows(choice)["onnxruntime", "fp16", 1, 1] == ("right", "tune.slower")
-    assert choice.chosen.median_ms
-    assert choice.chosen.median_ms <= SAME_TIME * min(row.median_ms for row in choice.table if row.median_ms and row.state != "wrong")
 
 
 def test_half_precision_that_is_no_number_is_wrong_and_says_so(bundle: Path) -> None:
