@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 SIDE = 16
 CHANNELS = 3
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a runtime needs to know of an input."""
+
+    name: str = "image"
+    shape: tuple[int, ...] = (CHANNELS, SIDE, SIDE)
 
 
 def value(name: str, shape: tuple[Any, ...]) -> Any:
@@ -69,8 +78,8 @@ def half(source: Path, target: Path) -> Path:
     return target
 
 
-def int8(source: Path, target: Path, *, unsigned: bool = True) -> Path:
-    """Explicit Q/DQ around convolutions and the linear layer, per channel."""
+def int8(source: Path, target: Path, *, unsigned: bool = True, keep: Sequence[str] = ()) -> Path:
+    """Explicit Q/DQ around convolutions and the linear layer, per channel, but for the nodes to keep in float."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -83,7 +92,7 @@ def int8(source: Path, target: Path, *, unsigned: bool = True) -> Path:
     quantize_static(
         source, target, Reader(), quant_format=QuantFormat.QDQ, weight_type=QuantType.QInt8, per_channel=True,
         activation_type=QuantType.QUInt8 if unsigned else QuantType.QInt8, op_types_to_quantize=["Conv", "Gemm", "MatMul"],
-        extra_options={"ActivationSymmetric": not unsigned, "WeightSymmetric": True},
+        nodes_to_exclude=list(keep), extra_options={"ActivationSymmetric": not unsigned, "WeightSymmetric": True},
     )  # fmt: skip
     return target
 

@@ -102,7 +102,8 @@ class Runtime(Protocol):
         """What ran, for the result and the health page; JSON types only.
 
         ``runtime``, ``version``, ``provider``, ``precision`` (the variant's), ``threads``, ``batch``, and where the runtime tells,
-        ``layers``: how many layers ran in which precision.
+        ``layers``: how many layers ran in which precision, and ``ran``: the precisions of those with weights in the manifest's words,
+        the most frequent first, "fp32" for an fp16 file on a CPU, "int8 + fp32" where some ran in float; empty where none has weights.
         """
         ...
 

@@ -6,13 +6,14 @@ on one core of an AMD EPYC with or without. Measured resident memory of a bare p
 
 What ran is read from ONNX Runtime's own profile of the warm-up, not from the file: it tells each kernel, what it took and where it ran.
 A Q/DQ graph whose pattern its fuser does not know runs in float around conversions, and nothing else says so. The profile costs 3 ms
-once; afterwards the session is as fast as one that never had it.
+once; afterwards the session is as fast as one that never had it. A float file that is called int8 is refused by it; a Q/DQ graph that runs
+in float is not, as its numbers are those that were gated and this is what every box falls back to: it says so in ``ran``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +25,16 @@ import onnxruntime as ort
 from appliance.errors import InferenceError
 from appliance.runtime import CPU, Candidate, TensorSpec, Told
 from appliance.runtime.processor import saturates
-from appliance.runtime.tensors import check_outputs, check_signature, checked_input, counted, failure
+from appliance.runtime.tensors import (
+    Layer,
+    check_outputs,
+    check_precision,
+    check_signature,
+    checked_input,
+    counted,
+    failure,
+    ran_in,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,6 +47,8 @@ _NO_LAYER: Final = frozenset({
     "Cast", "DequantizeLinear", "Flatten", "Identity", "MemcpyFromHost", "MemcpyToHost", "QuantizeLinear", "ReorderInput", "ReorderOutput",
     "Reshape", "Shape", "Squeeze", "Transpose", "Unsqueeze",
 })  # fmt: skip
+_QUANTIZED: Final = frozenset({"DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear"})
+_DYNAMIC: Final = "DynamicQuantize"  # takes float32 and multiplies in 8 bits
 _HEAVY: Final = ("Conv", "Gemm", "MatMul", "Attention", "LSTM", "GRU")
 _PRECISIONS: Final = {
     "float": "f32", "float16": "f16", "bfloat16": "bf16", "double": "f64", "uint8": "u8", "int8": "i8", "int32": "i32", "int64": "i64",
@@ -60,7 +72,7 @@ class OnnxRuntime:
         self._input = ""
         self._shape: tuple[int, ...] = ()
         self._outputs: list[str] = []
-        self._layers: dict[str, int] = {}
+        self._ran: list[Layer] = []
         self._profile: TemporaryDirectory[str] | None = None
 
     def load(self, model_path: Path, input_spec: TensorSpec, *, cache: Path | None = None, told: Told | None = None) -> None:
@@ -85,7 +97,9 @@ class OnnxRuntime:
         finally:
             kernels = self._end_profile()
         check_placement(kernels, self.provider)
-        self._layers = counted(layer_precisions(kernels))
+        self._ran = layers_of(kernels)
+        quantized = any(kernel.get("op_name") in _QUANTIZED for kernel in kernels)
+        check_precision(self.precision, _heavy(self._ran), quantized=quantized)
 
     def _open(self, model_path: Path, provider: str) -> Any:
         if provider not in ort.get_available_providers():
@@ -124,7 +138,8 @@ class OnnxRuntime:
         return outputs
 
     def describe(self) -> dict[str, Any]:
-        """What ran; see ``Runtime.describe``. ``layers`` is there once it is warm."""
+        """What ran; see ``Runtime.describe``. ``layers`` and ``ran`` are there once it is warm, and where there was room for a profile."""
+        layers = counted(precision for _, precision in self._ran)
         return {
             "runtime": self.name,
             "version": self.version,
@@ -132,7 +147,7 @@ class OnnxRuntime:
             "precision": self.precision,
             "threads": self._candidate.cores,
             "batch": self._candidate.batch,
-        } | ({"layers": dict(self._layers)} if self._layers else {})
+        } | ({"layers": layers, "ran": ran_in(_heavy(self._ran))} if layers else {})
 
     def close(self) -> None:
         """Free the session."""
@@ -160,26 +175,37 @@ def kernels_of(events: object) -> list[dict[str, Any]]:
     return [event["args"] for event in of_nodes if str(event.get("name", "")).endswith(_KERNEL) and isinstance(event.get("args"), dict)]
 
 
-def layer_precisions(kernels: Iterable[dict[str, Any]]) -> list[str]:
-    """The precision of each layer that ran, in OpenVINO's words: that of its first input; ``f32``, ``f16``, ``u8``, ``i8``."""
+def layers_of(kernels: Iterable[dict[str, Any]]) -> list[Layer]:
+    """Operator and precision of each layer that ran, in OpenVINO's words: that of its first input; ``f32``, ``f16``, ``u8``, ``i8``."""
     found = []
     for kernel in kernels:
         first = next(iter(kernel.get("input_type_shape") or [{}]))
-        kind = next(iter(first), None)
-        if kernel.get("op_name") not in _NO_LAYER and kind is not None:
-            found.append(_PRECISIONS.get(kind, kind))
+        operator, kind = str(kernel.get("op_name")), next(iter(first), None)
+        if operator not in _NO_LAYER and kind is not None:
+            found.append((operator, "u8" if operator.startswith(_DYNAMIC) else _PRECISIONS.get(kind, kind)))
     return found
 
 
-def check_placement(kernels: Iterable[dict[str, Any]], provider: str) -> None:
-    """Raise InferenceError when a heavy layer did not run where it should: ONNX Runtime itself moves it to the CPU without a word.
+def _heavy(ran: Iterable[Layer]) -> list[str]:
+    return [precision for operator, precision in ran if _is_heavy(operator)]
 
-    Light ones may: shapes are worked out on the CPU on purpose.
+
+def _is_heavy(operator: str) -> bool:
+    return any(name in operator for name in _HEAVY)
+
+
+def check_placement(kernels: Sequence[dict[str, Any]], provider: str) -> None:
+    """Look where the layers of a model ran; light ones may run on the CPU, where shapes are worked out on purpose.
+
+    Raises:
+        InferenceError: a heavy layer did not run where it should (``job.error``: ONNX Runtime itself moves it to the CPU without a word),
+            or nothing tells where any ran, and it should not be the CPU (``runtime.unavailable``: no room for a profile).
     """
-    elsewhere = [
-        kernel for kernel in kernels
-        if provider != CPU and kernel.get("provider") != provider and any(name in str(kernel.get("op_name")) for name in _HEAVY)
-    ]  # fmt: skip
+    if provider == CPU:
+        return
+    if not kernels:
+        raise InferenceError("runtime.unavailable", f"asked for {provider}, and where the layers ran cannot be told: there is no profile")
+    elsewhere = [kernel for kernel in kernels if kernel.get("provider") != provider and _is_heavy(str(kernel.get("op_name")))]
     if elsewhere:
         first = elsewhere[0]
         raise InferenceError(

@@ -3,8 +3,9 @@
 The precision is always forced to f32. As it comes, OpenVINO runs a float32 model in bfloat16 wherever the CPU can, without a word: twice as
 fast, with 8 bits of mantissa, in a precision that no gate of ours has seen. What was quantized runs in 8 bits all the same, because that
 stands in the graph. The hint does not tell what ran (f16 runs bf16), so every layer's precision is read from the compiled model, and a
-candidate that is not what it says is refused with ``runtime.precision``: an int8 file without one layer in 8 bits would be shown as int8
-and be no faster than the float model, which is the better choice then.
+candidate that is not what it says is refused with ``runtime.precision``: an int8 or mixed file without one layer in 8 bits would be shown
+as int8 and be no faster than the float model, which is the better choice then. The same look, and not the file's name, tells whether 8-bit
+sums would be clipped on a processor without VNNI.
 
 Models are compiled for a fixed shape: with the batch left open the reference model takes up to half as long again, for ops that are not
 fused. One is compiled for a single image, which is what nearly always waits, and one for the candidate's batch; any other number is read
@@ -27,7 +28,17 @@ import numpy as np
 from appliance.errors import InferenceError
 from appliance.runtime import Candidate, TensorSpec, Told, compiled
 from appliance.runtime.processor import saturates
-from appliance.runtime.tensors import EIGHT_BITS, check_outputs, check_signature, checked_input, counted, failure
+from appliance.runtime.tensors import (
+    Layer,
+    check_outputs,
+    check_precision,
+    check_signature,
+    checked_input,
+    counted,
+    failure,
+    in_eight_bits,
+    ran_in,
+)
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -38,7 +49,9 @@ logger = logging.getLogger(__name__)
 
 # What moves or converts tensors is no layer of the model.
 _NO_LAYER: Final = frozenset({"Input", "Output", "Parameter", "Result", "Const", "Constant", "Reorder", "Reshape", "ShapeOf", "Transpose"})
-_WEIGHTED: Final = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul"})
+_HEAVY: Final = frozenset({
+    "Convolution", "Deconvolution", "FullyConnected", "MatMul", "MHA", "RNNCell", "RNNSeq", "ScaledDotProductAttention",
+})  # fmt: skip
 _SINK: Final = re.compile(r"/sink_port_\d+$")
 _NOISE: Final = ("Exception from ", "Check '", "While validating", "FrontEnd API failed", "Summary:")
 
@@ -81,7 +94,7 @@ class OpenVinoRuntime:
         self._shape: tuple[int, ...] = ()
         self._requests: dict[int, Any] = {}
         self._outputs: list[str] = []
-        self._layers: dict[str, int] = {}
+        self._ran: dict[int, list[Layer]] = {}
         self._threads = candidate.cores
 
     def load(self, model_path: Path, input_spec: TensorSpec, *, cache: Path | None = None, told: Told | None = None) -> None:
@@ -90,13 +103,11 @@ class OpenVinoRuntime:
         core = self._ov.Core()
         if self.provider not in core.available_devices:
             raise InferenceError("runtime.unavailable", f"OpenVINO has no {self.provider} here, only {', '.join(core.available_devices)}")
-        if self.precision == "int8" and saturates():
-            raise InferenceError("runtime.precision", "sums of 8-bit products may be clipped on this processor, which has no VNNI")
         sizes = sorted({1, self._candidate.batch})
         try:
             for done, size in enumerate(sizes):
                 model = self._kept_or_compiled(core, model_path, size, cache)
-                self._requests[size] = model.create_infer_request()
+                self._requests[size], self._ran[size] = model.create_infer_request(), layers_of(model)
                 if told is not None:
                     told((done + 1) / len(sizes))
         except (RuntimeError, MemoryError, TypeError, ValueError, OSError) as error:  # what its bindings raise
@@ -104,7 +115,8 @@ class OpenVinoRuntime:
         self.provider = ", ".join(model.get_property("EXECUTION_DEVICES"))
         self._outputs = [output_name(output) for output in model.outputs]
         self._threads = int(model.get_property("INFERENCE_NUM_THREADS"))  # fewer than asked for where two share a core
-        self._look_at(model)
+        for ran in self._ran.values():
+            self._look_at(ran)
 
     def _kept_or_compiled(self, core: Any, model_path: Path, size: int, cache: Path | None) -> Any:
         """The model for one number of images, from the cache where it is there."""
@@ -144,16 +156,17 @@ class OpenVinoRuntime:
             "ENABLE_CPU_PINNING": False,
         }
 
-    def _look_at(self, model: Any) -> None:
-        """Count what will run, and refuse what is not the variant's precision."""
-        ran = layers_of(model)
-        self._layers = counted(precision for _, precision in ran)
-        if self._layers.get("bf16"):
-            raise InferenceError("runtime.precision", f"{self._layers['bf16']} layers run in bf16 though f32 was asked for")
-        weighted = [precision for kind, precision in ran if kind in _WEIGHTED]
-        if self.precision == "int8" and weighted and not EIGHT_BITS.intersection(weighted):
+    def _look_at(self, ran: list[Layer]) -> None:
+        """Refuse what is not the variant's precision, or not what was gated."""
+        rounded = sum(precision == "bf16" for _, precision in ran)
+        if rounded:
+            raise InferenceError("runtime.precision", f"{rounded} layers run in bf16 though f32 was asked for")
+        heavy = _heavy(ran)
+        check_precision(self.precision, heavy)
+        if in_eight_bits(heavy) and saturates():
             raise InferenceError(
-                "runtime.precision", f"int8 is what the file says; {len(weighted)} layers run in {weighted[0]}, none in 8 bits"
+                "runtime.precision",
+                f"sums of 8-bit products, of {in_eight_bits(heavy)} layers, may be clipped on this processor, which has no VNNI",
             )
 
     def warm_up(self) -> None:
@@ -174,20 +187,26 @@ class OpenVinoRuntime:
                 starts = [*range(0, n - n % batch, batch), *range(n - n % batch, n)]
                 parts = [self._run(value[start:end]) for start, end in zip(starts, [*starts[1:], n], strict=True)]
                 outputs = {name: np.concatenate([part[name] for part in parts]) for name in self._outputs}
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, TypeError, ValueError) as error:
             raise failure("OpenVINO", _last_line(error), error) from error
         check_outputs(outputs, n)
         return outputs
 
     def _run(self, value: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         request = self._requests[len(value)]
+        value = value if value.flags.writeable else value.copy()  # its Tensor shares no memory that it may not write to
         request.set_input_tensor(self._ov.Tensor(value, shared_memory=True))
         request.infer()
         # Copied: the next inference writes into the same memory.
         return {name: request.get_output_tensor(index).data.copy() for index, name in enumerate(self._outputs)}
 
     def describe(self) -> dict[str, Any]:
-        """What ran; see ``Runtime.describe``."""
+        """What ran; see ``Runtime.describe``. ``layers`` and ``ran`` are of the model for one image, which reads nearly every patient.
+
+        ``layers_batch`` is there where the one for the batch runs otherwise.
+        """
+        ran, of_batch = (self._ran.get(size, []) for size in (1, self._candidate.batch))
+        layers, layers_batch = (counted(precision for _, precision in each) for each in (ran, of_batch))
         return {
             "runtime": self.name,
             "version": self.version,
@@ -195,8 +214,9 @@ class OpenVinoRuntime:
             "precision": self.precision,
             "threads": self._threads,
             "batch": self._candidate.batch,
-            "layers": dict(self._layers),
-        }
+            "layers": layers,
+            "ran": ran_in(_heavy(ran)),
+        } | ({"layers_batch": layers_batch} if layers_batch != layers else {})
 
     def close(self) -> None:
         """Free the compiled models."""
@@ -209,7 +229,11 @@ def output_name(output: Any) -> str:
     return named if named in output.get_names() else str(output.get_any_name())
 
 
-def layers_of(model: Any) -> list[tuple[str, str]]:
+def _heavy(ran: list[Layer]) -> list[str]:
+    return [precision for kind, precision in ran if kind in _HEAVY]
+
+
+def layers_of(model: Any) -> list[Layer]:
     """Kind and precision of each layer that a compiled model runs (``runtimePrecision`` of its runtime model), conversions left out."""
     told = [op.get_rt_info() for op in model.get_runtime_model().get_ordered_ops()]
     layers = [(info["layerType"].astype(str), info["runtimePrecision"].astype(str)) for info in told]

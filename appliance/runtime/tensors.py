@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 _DETAIL_CHARS: Final = 200
 _DIRECTORY: Final = re.compile(r"(?<![\w./])/(?:[^\s/\"']+/)+")
 _OUT_OF_MEMORY: Final = ("bad_alloc", "bad allocation", "failed to allocate memory", "cannot allocate memory", "out of memory")
-EIGHT_BITS: Final = frozenset({"i8", "u8"})
+_EIGHT_BITS: Final = frozenset({"i8", "u8"})
+# The runtimes' words for a layer's precision in the manifest's.
+_IN_WORDS: Final = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "f64": "fp64", "i8": "int8", "u8": "int8"}
+
+Layer = tuple[str, str]
+"""A layer that ran: its kind, in its runtime's words, and its precision (``f32``, ``f16``, ``bf16``, ``u8``, ``i8``)."""
 
 
 def checked_input(inputs: dict[str, NDArray[np.float32]], name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -73,6 +78,36 @@ def check_signature(name: str, shape: Iterable[int | None], kind: str, spec_name
 def counted(precisions: Iterable[str]) -> dict[str, int]:
     """How many layers ran in which precision, the most frequent first."""
     return dict(Counter(precisions).most_common())
+
+
+def in_eight_bits(precisions: Iterable[str]) -> int:
+    """How many layers ran in 8 bits."""
+    return sum(precision in _EIGHT_BITS for precision in precisions)
+
+
+def ran_in(precisions: Iterable[str]) -> str:
+    """The precisions that layers ran in, in the manifest's words, the most frequent first: "fp32", "int8 + fp32"; empty for none."""
+    return " + ".join(counted(_IN_WORDS.get(precision, precision) for precision in precisions))
+
+
+def check_precision(precision: str, heavy: Sequence[str], *, quantized: bool = False) -> None:
+    """Hold what a file is called against what its layers with weights run in.
+
+    Args:
+        precision: the variant's, as the manifest says.
+        heavy: the precision of each layer that has weights; nothing is known when empty.
+        quantized: the file is known to be quantized: its numbers are what was gated even where they are multiplied in float.
+
+    Raises:
+        InferenceError: ``runtime.precision``: a float file that is called int8 or mixed, or a quantized one that is called float.
+    """
+    eight = in_eight_bits(heavy)
+    if precision in ("int8", "mixed") and heavy and not eight and not quantized:
+        raise InferenceError(
+            "runtime.precision", f"{precision} is what the file says; {len(heavy)} layers run in {heavy[0]}, none in 8 bits"
+        )
+    if precision in ("fp32", "fp16") and eight:
+        raise InferenceError("runtime.precision", f"{precision} is what the file says; {eight} of {len(heavy)} layers run in 8 bits")
 
 
 def failure(what: str, text: str, error: BaseException) -> InferenceError:

@@ -14,8 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from appliance.errors import InferenceError
 from appliance.runtime import CPU, Candidate, Runtime, open_runtime
-from appliance.runtime.onnxruntime import OnnxRuntime, check_placement, kernels_of, layer_precisions
+from appliance.runtime.onnxruntime import OnnxRuntime, check_placement, kernels_of, layers_of
 from model_sync.bundle import InputSpec
+from tests import small_networks as networks
 
 PIPELINE = [
     {"step": "modality_lut"},
@@ -65,7 +66,7 @@ def test_runs_and_describes_itself(model: Path) -> None:
     assert np.array_equal(outputs["cam"], image)
     assert runtime.describe() == {
         "runtime": "onnxruntime", "version": runtime.version, "provider": "CPUExecutionProvider", "precision": "fp32", "threads": 1,
-        "batch": 1, "layers": {"f32": 2},
+        "batch": 1, "layers": {"f32": 2}, "ran": "",
     }  # fmt: skip
     assert (runtime.name, runtime.precision, runtime.provider) == ("onnxruntime", "fp32", "CPUExecutionProvider")
     runtime.close()
@@ -196,8 +197,9 @@ def test_heavy_layer_that_ran_elsewhere_is_an_error() -> None:
 def test_layers_are_counted_by_what_they_took() -> None:
 
     ran = [kernel("QLinearConv", kind="uint8"), kernel("Conv", kind="float16"), kernel("QuantizeLinear"), kernel("Softmax")]
-    assert layer_precisions(kernels_of(ran)) == ["u8", "f16", "f32"]
-    assert layer_precisions([{"op_name": "Conv"}, {"op_name": "Conv", "input_type_shape": []}]) == []
+    assert layers_of(kernels_of(ran)) == [("QLinearConv", "u8"), ("Conv", "f16"), ("Softmax", "f32")]
+    assert layers_of(kernels_of([kernel("DynamicQuantizeMatMul")])) == [("DynamicQuantizeMatMul", "u8")]
+    assert layers_of([{"op_name": "Conv"}, {"op_name": "Conv", "input_type_shape": []}]) == []
 
 
 @pytest.mark.parametrize("events", [None, {}, [], [1, None, "x"], [{"name": "a_kernel_time"}], [{"name": 5, "args": {}}]])
@@ -221,19 +223,87 @@ def test_no_profile_is_left_behind(model: Path, tmp_path: Path, monkeypatch: pyt
 def test_without_room_for_a_profile_it_runs_all_the_same(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
     runtime = open_runtime(model, make_spec(), plain())
-    assert "layers" not in runtime.describe()
+    assert not {"layers", "ran"} & set(runtime.describe())
 
 
-def test_int8_that_runs_in_float_says_so(model: Path) -> None:
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime with a GPU's provider, as far as this machine can have it: the session runs on the CPU and says otherwise."""
+    import onnxruntime
+
+    class Session:
+        def __init__(self, path: str, options: Any, **_: Any) -> None:
+            self._real = real(path, options, providers=[CPU])
+
+        def get_providers(self) -> list[str]:
+            return ["CUDAExecutionProvider", CPU]
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._real, name)
+
+    real = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", CPU])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+
+
+def test_on_a_gpu_without_a_profile_it_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk: nothing would tell that its layers run on the CPU."""
+    on_a_gpu(monkeypatch)
+    open_runtime(model, make_spec(), plain(provider="CUDAExecutionProvider")).close()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
+    with pytest.raises(InferenceError, match="there is no profile") as caught:
+        open_runtime(model, make_spec(), plain(provider="CUDAExecutionProvider"))
+    assert caught.value.code == "runtime.unavailable"
+
+
+def test_on_a_gpu_with_a_profile_that_is_too_long_it_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu(monkeypatch)
+    monkeypatch.setattr("appliance.runtime.onnxruntime._MOST_PROFILE_BYTES", 10)
+    with pytest.raises(InferenceError, match="there is no profile"):
+        open_runtime(model, make_spec(), plain(provider="CUDAExecutionProvider"))
+
+
+@pytest.mark.parametrize("precision", ["int8", "mixed"])
+def test_float_file_that_is_called_quantized_is_refused(tmp_path: Path, precision: str) -> None:
+    path = networks.classifier(tmp_path / "float.onnx")
+    with pytest.raises(InferenceError, match=f"{precision} is what the file says; 3 layers run in f32, none in 8 bits") as caught:
+        open_runtime(path, networks.Spec(), plain(1, precision=precision))
+    assert caught.value.code == "runtime.precision"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_quantized_file_that_is_called_float_is_refused(tmp_path: Path, precision: str) -> None:
+    path = networks.int8(networks.classifier(tmp_path / "float.onnx"), tmp_path / "int8.onnx")
+    with pytest.raises(InferenceError, match=f"{precision} is what the file says; 3 of 3 layers run in 8 bits"):
+        open_runtime(path, networks.Spec(), plain(1, precision=precision))
+
+
+def test_quantized_graph_that_runs_in_float_runs_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime is what every box falls back to: it runs, with the numbers that were gated, and tells."""
-    runtime = open_runtime(model, make_spec(), plain(precision="int8"))
-    assert runtime.describe()["layers"] == {"f32": 2}
+    import onnxruntime
+
+    path = networks.int8(networks.classifier(tmp_path / "float.onnx"), tmp_path / "int8.onnx")
+    real = onnxruntime.InferenceSession
+
+    def unfused(path: str, options: Any, **more: Any) -> Any:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return real(path, options, **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", unfused)
+    runtime = open_runtime(path, networks.Spec(), plain(1, precision="int8"))
+    assert (runtime.describe()["precision"], runtime.describe()["ran"]) == ("int8", "fp32")
+
+
+def test_layers_that_went_back_to_float_are_told(tmp_path: Path) -> None:
+    path = networks.int8(networks.classifier(tmp_path / "float.onnx"), tmp_path / "mixed.onnx", keep=["second"])
+    runtime = open_runtime(path, networks.Spec(), plain(1, precision="mixed"))
+    assert runtime.describe()["ran"] == "int8 + fp32"
 
 
 def test_adapter_that_is_not_installed_says_so(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("openvino", "appliance.runtime.openvino"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.setattr("appliance.runtime.openvino", None, raising=False)  # put back afterwards: the import below leaves another there
     with pytest.raises(InferenceError, match="openvino is not installed") as caught:
         open_runtime(model, make_spec(), Candidate("openvino", "model.onnx", "fp32", "CPU"))
     assert caught.value.code == "runtime.unavailable"

@@ -58,10 +58,42 @@ def test_float_runs_in_float_whatever_the_processor_likes_better(shared: Path) -
     assert runtime.describe()["layers"]["f32"] >= 24  # its 23 convolutions and the linear layer
 
 
-def test_int8_without_a_layer_in_8_bits_is_refused(model: Path) -> None:
-    with pytest.raises(InferenceError, match="3 layers run in f32, none in 8 bits") as caught:
-        open_runtime(model, Spec(), candidate("int8"))
+@pytest.mark.parametrize("precision", ["int8", "mixed"])
+def test_int8_without_a_layer_in_8_bits_is_refused(model: Path, precision: str) -> None:
+    with pytest.raises(InferenceError, match=f"{precision} is what the file says; 3 layers run in f32, none in 8 bits") as caught:
+        open_runtime(model, Spec(), candidate(precision))
     assert caught.value.code == "runtime.precision"
+
+
+def test_int8_that_is_called_float_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InferenceError, match="fp32 is what the file says; 3 of 3 layers run in 8 bits") as caught:
+        open_runtime(networks.int8(model, tmp_path / "int8.onnx"), Spec(), candidate("fp32"))
+    assert caught.value.code == "runtime.precision"
+
+
+def test_the_model_for_one_image_is_looked_at_and_not_the_batch_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first is what nearly every patient is read with."""
+    sizes = iter([[("Convolution", "bf16")], [("Convolution", "f32")]])
+    monkeypatch.setattr("appliance.runtime.openvino.layers_of", lambda _: next(sizes))
+    with pytest.raises(InferenceError, match="bf16 though f32 was asked for"):
+        open_runtime(model, Spec(), candidate(batch=4))
+
+
+def test_a_batch_that_runs_otherwise_than_one_image_is_told(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = iter([[("Convolution", "f32")], [("Convolution", "f32"), ("Subgraph", "f32")]])
+    monkeypatch.setattr("appliance.runtime.openvino.layers_of", lambda _: next(sizes))
+    described = open_runtime(model, Spec(), candidate(batch=4)).describe()
+    assert (described["layers"], described["layers_batch"]) == ({"f32": 1}, {"f32": 2})
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_tensor_that_may_not_be_written_to(model: Path, batch: int) -> None:
+    runtime = open_runtime(model, Spec(), candidate(batch=batch))
+    tensor = networks.pictures(5)
+    expected = runtime.infer({"image": tensor})
+    tensor.flags.writeable = False
+    outputs = runtime.infer({"image": tensor})
+    assert all(np.array_equal(outputs[name], expected[name]) for name in expected)
 
 
 def test_bf16_that_was_not_asked_for_is_refused(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +111,7 @@ def test_half_precision_runs_and_says_in_what(model: Path, tmp_path: Path) -> No
     half = networks.half(model, tmp_path / "half.onnx")
     runtime = open_runtime(half, Spec(), candidate("fp16"))
     described = runtime.describe()
-    assert (described["precision"], set(described["layers"])) == ("fp16", {"f32"})
+    assert (described["precision"], set(described["layers"]), described["ran"]) == ("fp16", {"f32"}, "fp32")
     assert set(runtime.infer({"image": networks.pictures(1)})) == {"probability", "map"}
 
 

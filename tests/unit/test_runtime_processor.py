@@ -74,9 +74,13 @@ def test_onnxruntime_takes_the_way_that_does_not_clip(int8: Path, tmp_path: Path
 
 
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
-def test_openvino_has_no_such_way_and_is_refused_int8(int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", ["int8", "mixed"])
+def test_openvino_has_no_such_way_and_is_refused_what_runs_in_8_bits(
+    int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """Whatever it is called: the layers decide."""
     cpu_info(tmp_path, monkeypatch, "flags : avx2")
-    with pytest.raises(InferenceError, match="no VNNI") as caught:
-        open_runtime(int8, Spec(), Candidate("openvino", "int8.onnx", "int8", "CPU", 1))
+    with pytest.raises(InferenceError, match=r"of 3 layers, may be clipped on this processor, which has no VNNI") as caught:
+        open_runtime(int8, Spec(), Candidate("openvino", "int8.onnx", precision, "CPU", 1))
     assert caught.value.code == "runtime.precision"
     open_runtime(tmp_path / "fp32.onnx", Spec(), Candidate("openvino", "fp32.onnx", "fp32", "CPU", 1)).close()

@@ -99,6 +99,19 @@ def test_layers_that_ran_are_of_the_precision_it_says(opened: Runtime, way: Way,
         assert bool({"u8", "i8"} & set(layers)) == (precision == "int8")
 
 
+def test_says_in_the_manifests_words_what_layers_with_weights_ran_in(opened: Runtime, way: Way, precision: str) -> None:
+    """A page that says "fp16" where a CPU ran float32 would be believed."""
+    if way.provider in ("CPU", "CPUExecutionProvider"):
+        assert opened.describe()["ran"] == {"fp32": "fp32", "fp16": "fp32", "int8": "int8"}[precision]
+
+
+def test_input_that_may_not_be_written_to(opened: Runtime) -> None:
+    tensor = networks.pictures(1)
+    expected = opened.infer({"image": tensor})
+    tensor.flags.writeable = False
+    assert all(np.array_equal(output, expected[name]) for name, output in opened.infer({"image": tensor}).items())
+
+
 def test_agrees_with_float(opened: Runtime, precision: str, truth: Any) -> None:
     tensor = networks.pictures(1)
     outputs, expected = opened.infer({"image": tensor}), truth(tensor)
