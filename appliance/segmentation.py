@@ -33,7 +33,7 @@ class Segmentation:
         drawn: uint8 [depth, height, width] in the model's own voxels: index into ``classes``.
         mask: uint8 [slices, rows, columns], the same on the series' own pixels, slices in the order of their positions.
         classes: the classes' names, background first.
-        volumes_ml: label -> millilitres, counted in the model's own voxels.
+        volumes_ml: label -> millilitres of ``mask``: what a model says beside the scanned volume is not of the patient.
     """
 
     drawn: Mask
@@ -61,7 +61,7 @@ def segment(
     drawn = classify_voxels(prepared, manifest, infer, batch=batch, told=told)
     output = logits_of(manifest)
     mask = mask_on_slices(drawn, prepared.grid, slices)
-    return Segmentation(drawn, mask, tuple(output.classes or ()), volumes_ml(drawn, prepared.grid, output))
+    return Segmentation(drawn, mask, tuple(output.classes or ()), volumes_ml(mask, slices, output))
 
 
 def logits_of(manifest: Manifest) -> OutputSpec:

@@ -26,6 +26,7 @@ from tests import series as made_up
 from tests import volume_bundle
 
 SIDES = st.integers(1, 12)
+FILES = {"model_fp32.onnx": b"", "golden/a.npz": b"", "MODEL_CARD.md": b"", "gate.json": b""}
 
 
 def box_blur(batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -113,9 +114,8 @@ def test_answer_of_another_shape_is_refused() -> None:
 
 
 def manifest(side: int = 24, **steps: Any) -> Manifest:
-    files = {"model_fp32.onnx": b"", "golden/a.npz": b"", "MODEL_CARD.md": b"", "gate.json": b""}
     plain = {"scale": [{"step": "clip", "low": 0.0, "high": 5000.0}], "min_slices": 8, "spacing": (2.0, 2.0, 2.0), "apart": 6.0}
-    return Manifest.parse(json.dumps(volume_bundle.manifest_of(files, input=volume_bundle.volume_input(side, **(plain | steps)))).encode())
+    return Manifest.parse(json.dumps(volume_bundle.manifest_of(FILES, input=volume_bundle.volume_input(side, **(plain | steps)))).encode())
 
 
 def by_brightness(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -144,6 +144,27 @@ def test_millilitres_are_counted_by_the_determinant() -> None:
     mask = np.array([0, 1, 1, 2, 2, 2], np.uint8).reshape(1, 2, 3)
     output = manifest().outputs[0]
     assert volumes_ml(mask, Grid((1, 2, 3), affine), output) == pytest.approx({"white_matter": 0.048, "grey_matter": 0.072})
+
+
+def everywhere(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A model that calls every voxel white matter, what is beside the scan too."""
+    volume = inputs["volume"]
+    return {"logits": np.concatenate([volume * 0, volume * 0 + 1, volume * 0], 1)}
+
+
+@pytest.mark.parametrize("shear", [(0.0, 0.0, 0.0), (0.0, 0.5, 0.0)], ids=["straight", "tilted by 26 degrees"])
+@pytest.mark.parametrize("side", [None, 48], ids=["windows", "crop_pad"])
+def test_millilitres_are_those_of_the_scan_however_far_the_model_sees(shear: Any, side: int | None) -> None:
+    """20 slices of 30 x 30 mm, a millimetre apart, are 18 ml: neither padding nor the corners beside a tilted stack are counted."""
+    made = made_up.slices(20, rows=30, columns=30, spacing=(1.0, 1.0), apart=1.0, shear=shear, BodyPartExamined="HEAD")
+    steps = volume_bundle.volume_input(side or 24, scale=[{"step": "clip", "low": 0.0, "high": 5000.0}])
+    if side is not None:
+        steps["pipeline"][-1] = {"step": "crop_pad", "depth": side, "height": side, "width": side, "fill": 0.0, "align": "center"}
+    model = Manifest.parse(json.dumps(volume_bundle.manifest_of(FILES, input=steps)).encode())
+    series = read_series(made_up.sources(made), model.volume_input)
+    found = segment(prepare(series, model.volume_input), series.grid, model, everywhere)
+    assert found.volumes_ml["white_matter"] == pytest.approx(18.0)
+    assert found.volumes_ml["white_matter"] == pytest.approx(int((found.mask == 1).sum()) * series.grid.voxel_ml)
 
 
 def test_dice() -> None:
