@@ -11,6 +11,7 @@ from typing_extensions import Self
 from model_sync.input_spec import NonEmpty, Positive, Strict
 
 BACKGROUND: Final = "background"
+MAX_CLASSES: Final = 256
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8", "mixed"]
 # Each segment starts with a letter or a digit: that alone rules out "..", hidden files and absolute paths.
@@ -26,13 +27,13 @@ class OutputSpec(Strict):
     """One output tensor; a text in ``shape`` is a dimension that varies.
 
     ``classes`` names what stands along axis 1 of segmentation logits, background first: a voxel belongs to the class whose logit is
-    the greatest.
+    the greatest. A mask keeps a class in one byte, so there are 256 at most.
     """
 
     name: NonEmpty
     kind: Literal["probability", "cam", "segmentation_logits"]
     shape: Annotated[list[Positive | NonEmpty], Field(min_length=1)]
-    classes: Annotated[list[Identifier], Field(min_length=2)] | None = None
+    classes: Annotated[list[Identifier], Field(min_length=2, max_length=MAX_CLASSES)] | None = None
 
     @model_validator(mode="after")
     def _classes_fit(self) -> Self:

@@ -132,6 +132,17 @@ def test_classes_are_the_labels_behind_the_background(manifest: dict[str, Any], 
     assert words in refused(manifest | {"outputs": [manifest["outputs"][0] | change]})
 
 
+def test_more_classes_than_a_byte_holds_are_refused(manifest: dict[str, Any]) -> None:
+    """The 257th class would be drawn as the background, and measured as nothing."""
+    labels = [volume_bundle.label(f"l{number}", "标", "L", str(1000000 + number)) for number in range(256)]
+    one = copy.deepcopy(manifest)
+    for count, fits in ((255, True), (256, False)):
+        names = [item["name"] for item in labels[:count]]
+        one["labels"], one["outputs"][0]["classes"] = labels[:count], ["background", *names]
+        one["golden"][0]["expected"] = dict.fromkeys(names, 1.0)
+        assert parse(one) if fits else "classes" in refused(one)
+
+
 def test_logits_of_an_image_model_are_refused(manifest: dict[str, Any]) -> None:
     picture = json.loads((Path(reference_bundle()) / "manifest.json").read_bytes())["input"]
     assert "NCDHW" in refused(manifest | {"input": picture})
