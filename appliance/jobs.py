@@ -211,17 +211,19 @@ class JobQueue(Planning):
             tx.execute("UPDATE jobs SET timing_ms = ? WHERE id = ?", (json.dumps(timing_ms), job.id))
 
     def retry(self, instance_id: int, actor: str) -> bool:
-        """A person asks for another try of an image's failed jobs. Returns whether there was one."""
+        """A person asks for another try of an image's failed jobs, its series' among them. Returns whether there was one."""
         with self.database.transaction() as tx:
-            changed = tx.execute(
-                "UPDATE jobs SET state = 'queued', attempts = 0, outcome = NULL, finished_at = NULL"
-                " WHERE instance_id = ? AND state = 'failed'",
+            failed = tx.execute(
+                "SELECT id, instance_id FROM jobs WHERE state = 'failed' AND"
+                " (instance_id = ?1 OR series_id = (SELECT series_id FROM instances WHERE id = ?1))",
                 (instance_id,),
-            ).rowcount
-            if changed:
-                Database.audit(tx, db.APPLICATION_ACTIVITY, actor, "E", f"instance:{instance_id}", retried=changed)
-                self._settle(tx, instance_id)
-        return changed > 0
+            ).fetchall()
+            for row in failed:
+                tx.execute("UPDATE jobs SET state = 'queued', attempts = 0, outcome = NULL, finished_at = NULL WHERE id = ?", (row["id"],))
+                self._settle(tx, row["instance_id"])
+            if failed:
+                Database.audit(tx, db.APPLICATION_ACTIVITY, actor, "E", f"instance:{instance_id}", retried=len(failed))
+        return bool(failed)
 
     def pending_jobs(self) -> int:
         """How many images still wait for their result."""

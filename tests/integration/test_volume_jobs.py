@@ -112,6 +112,20 @@ def test_series_is_one_job_whose_result_all_images_share(store: Store) -> None:
     assert all(item.measured for item in Worklist(store).study(1).instances)
 
 
+def test_failed_series_is_tried_again_from_any_of_its_images(store: Store) -> None:
+    ids = take(store, made_up.slices())
+    for _ in range(store.settings.job_max_attempts):
+        job = store.claim_job("somebody", 30)
+        assert job is not None
+        store.fail_job(job, Note("job.error"))
+    assert {state for state, _reason in states(store)} == {"failed"}
+    assert store.retry(ids[7], "doctor")
+    assert {state for state, _reason in states(store)} == {"queued"}
+    assert not store.retry(ids[0], "doctor")
+    work(store)
+    assert states(store) == {("ai_ready", None)}
+
+
 def test_worklist_tells_millilitres_and_never_nothing_above_threshold(store: Store) -> None:
     take(store, made_up.slices())
     work(store)
