@@ -8,6 +8,7 @@ survive reading an engine that is not whole. Timings that a build measured are k
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -15,9 +16,10 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import time
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
@@ -32,8 +34,10 @@ _MAX_ENGINE_BYTES: Final = 4 << 30
 _ENGINE: Final = ".engine"
 _TIMINGS: Final = ".timings"
 _NAME: Final = re.compile(r"([0-9a-f]{16})-[0-9a-f]{16}\.(?:engine|compiled)")
-_HALF: Final = re.compile(r".*\.part|build-\w+")
-_ABANDONED_S: Final = 3600.0  # no build may take so long: what is younger may be somebody's at work
+_PART: Final = re.compile(r".*\.part")
+_BUILD: Final = re.compile(r"build-\w+")
+_ABANDONED_S: Final = 3600.0  # no writing may take so long: what is younger may be somebody's at work
+_MAKING_S: Final = 60.0  # a build's directory may be there a moment before it is held
 # What an engine is bound to, as a person is told that it changed.
 _BOUND: Final = {
     "gpu": "GPU", "compute_capability": "compute capability", "tensorrt": "TensorRT", "driver": "driver", "precision": "precision",
@@ -173,8 +177,45 @@ def write_timings(cache: Path, profile: DeviceProfile, timings: bytes) -> None:
     pack(cache / profile.timings_name, {}, timings)
 
 
+@contextmanager
+def workplace(cache: Path) -> Iterator[Path]:
+    """A directory beside the engines for one build, held by this process for as long as it is used.
+
+    What builds left whose process was killed, hundreds of megabytes each, is removed first: their locks went with them.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in sorted(cache.iterdir()):
+        with suppress(OSError):
+            if _is_abandoned(path):
+                shutil.rmtree(path)
+    with tempfile.TemporaryDirectory(prefix="build-", dir=cache) as own:
+        handle = os.open(own, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH)
+            yield Path(own)
+        finally:
+            os.close(handle)
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether it is a build's directory that nobody holds."""
+    if not _BUILD.fullmatch(path.name) or time.time() - path.lstat().st_mtime < _MAKING_S:
+        return False
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
 def sweep(cache: Path, keep_onnx: Collection[str]) -> list[str]:
-    """Remove the engines of models that are not installed any more, and what a build left half-written that was killed an hour ago.
+    """Remove the engines of models that are not installed any more, and what a build that was killed left half-written.
 
     Args:
         cache: the directory.
@@ -188,7 +229,8 @@ def sweep(cache: Path, keep_onnx: Collection[str]) -> list[str]:
     for path in sorted(cache.iterdir()) if cache.is_dir() else []:
         named = _NAME.fullmatch(path.name)
         with suppress(OSError):  # the next sweep finds it again
-            if (named and named[1] not in kept) or (_HALF.fullmatch(path.name) and time.time() - path.stat().st_mtime > _ABANDONED_S):
+            half = _PART.fullmatch(path.name) and time.time() - path.stat().st_mtime > _ABANDONED_S
+            if half or (named and named[1] not in kept) or _is_abandoned(path):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
                 removed.append(path.name)
     return removed

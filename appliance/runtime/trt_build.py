@@ -16,7 +16,6 @@ import re
 import resource
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -133,24 +132,19 @@ def _smaller(order: Order) -> Order:
 def _attempt(order: Order, ends: float, deadline_s: float, told: Told | None, keep_as: DeviceProfile | None = None) -> dict[str, Any]:
     """One builder process, listened to until it ends; its engine goes into the cache under ``keep_as``."""
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="build-", dir=_made(order.cache)) as own:
+    with engines.workplace(order.cache) as own:
         given = replace(order, parent=os.getpid())
-        child = Child([__name__, given.to_text(), own], max(0.0, ends - started))
+        child = Child([__name__, given.to_text(), str(own)], max(0.0, ends - started))
         try:
             notes = _listen(child, started, deadline_s, told)
         finally:
             child.end()
         notes["build_s"] = round(time.monotonic() - started, 1)
         try:
-            engines.write(order.cache, keep_as or order.profile, (Path(own) / "engine").read_bytes(), notes)
+            engines.write(order.cache, keep_as or order.profile, (own / "engine").read_bytes(), notes)
         except OSError as error:
             raise InferenceError("runtime.build", f"the engine cannot be kept: {error.strerror}") from error
     return notes
-
-
-def _made(directory: Path) -> Path:
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return directory
 
 
 def _listen(child: Child, started: float, deadline_s: float, told: Told | None) -> dict[str, Any]:

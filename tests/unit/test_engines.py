@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +17,7 @@ from hypothesis import strategies as st
 
 from appliance.runtime import engines
 from appliance.runtime.engines import DeviceProfile
+from tests.conftest import ROOT
 
 PROFILE = DeviceProfile("NVIDIA Orin", "8.7", "10.3.0", "R36.4.3", "fp16", 4, (1, 224, 224), 2, "ab" * 32)
 ENGINE = bytes(range(256)) * 40
@@ -166,15 +171,56 @@ def test_engines_of_no_installed_model_are_swept(tmp_path: Path) -> None:
     kept = engines.write(tmp_path, PROFILE, ENGINE, {}).name
     removed = engines.write(tmp_path, gone, ENGINE, {}).name
     engines.write_timings(tmp_path, PROFILE, b"conv")
-    for name in ("build-0ld", "build-new"):
+    for name in ("build-0ld", "build-new", "build-held"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "engine").write_bytes(b"half")
+    held = os.open(tmp_path / "build-held", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_SH)
     for name in ("x.engine.1234.part", "y.engine.1234.part"):
         (tmp_path / name).write_bytes(b"half")
-    for name in ("build-0ld", "x.engine.1234.part"):
+    for name in ("build-0ld", "build-held", "x.engine.1234.part"):
         os.utime(tmp_path / name, (1, 1))
     (tmp_path / "somebody's.txt").write_text("not ours")
     assert engines.sweep(tmp_path, [PROFILE.onnx_sha256]) == sorted([removed, "x.engine.1234.part", "build-0ld"])
-    left = {kept, PROFILE.timings_name, "somebody's.txt", "build-new", "y.engine.1234.part"}
+    left = {kept, PROFILE.timings_name, "somebody's.txt", "build-new", "build-held", "y.engine.1234.part"}
     assert {item.name for item in tmp_path.iterdir()} == left
+    os.close(held)
+    assert engines.sweep(tmp_path, [PROFILE.onnx_sha256]) == ["build-held"]
     assert engines.sweep(tmp_path / "absent", []) == []
+
+
+def test_what_a_killed_build_left_goes_with_the_next_and_at_the_next_sweep(tmp_path: Path) -> None:
+    """A deadline or a power cut: the directory stays, with hundreds of megabytes in it."""
+    code = (
+        "import os, signal, sys, pathlib\n"
+        "from appliance.runtime import engines\n"
+        "with engines.workplace(pathlib.Path(sys.argv[1])) as own:\n"
+        "    (own / 'engine').write_bytes(b'half')\n"
+        "    print(own.name, flush=True)\n"
+        "    sys.stdin.read() or os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert child.stdout is not None and child.stdin is not None
+    left = tmp_path / child.stdout.readline().strip()
+    os.utime(left, (1, 1))
+    assert engines.sweep(tmp_path, []) == []  # somebody is at work in it
+    with engines.workplace(tmp_path):
+        assert left.is_dir()
+    child.stdin.close()
+    assert child.wait(30) == -signal.SIGKILL
+    child.stdout.close()
+    assert left.is_dir()
+    with engines.workplace(tmp_path) as own:
+        assert [path.name for path in tmp_path.iterdir()] == [own.name]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_that_is_named_like_a_build_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "patients").mkdir()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "build-link").symlink_to(tmp_path / "patients", target_is_directory=True)
+    os.utime(tmp_path / "cache" / "build-link", (1, 1), follow_symlinks=False)
+    assert engines.sweep(tmp_path / "cache", []) == []
+    assert (tmp_path / "patients").is_dir()
