@@ -15,6 +15,7 @@ RuntimeName = Literal["onnxruntime", "openvino", "tensorrt", "triton"]
 
 RUNTIMES: Final[tuple[RuntimeName, ...]] = ("onnxruntime", "openvino", "tensorrt", "triton")
 CPU: Final = "CPUExecutionProvider"
+_MOST: Final = 1024  # threads, or images at a time
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,20 @@ class Candidate:
         """Read what ``to_json`` wrote.
 
         Raises:
-            InferenceError: ``job.error``: it is none of ours.
+            InferenceError: ``job.error``: it is none of ours, or has a number of threads or images that no box has.
         """
-        names = {item.name for item in fields(cls)}
-        if not isinstance(value, dict) or set(value) != names or value["runtime"] not in RUNTIMES:
+        if not isinstance(value, dict) or set(value) != {item.name for item in fields(cls)} or not _is_ours(value):
             raise InferenceError("job.error", "the stored choice of a runtime cannot be read")
         return cls(**value)
+
+
+def _is_ours(value: dict[str, Any]) -> bool:
+    words, numbers = (value["file"], value["precision"], value["provider"]), (value["threads"], value["batch"])
+    if value["runtime"] not in RUNTIMES or not all(isinstance(word, str) for word in words):
+        return False
+    if any(type(number) is not int for number in numbers):  # True is no number of images
+        return False
+    return bool(0 <= value["threads"] <= _MOST and 1 <= value["batch"] <= _MOST)
 
 
 def plain_candidate(variant: Variant, threads: int = 0) -> Candidate:
