@@ -26,7 +26,7 @@ from appliance.store import Store
 from model_sync.bundle import ModelBundle
 from tests.activation_box import Box, nan_on_pictures, provers
 from tests.library_site import tiny_bundle
-from tests.tune_box import add_junk, add_variant, brief, endless, not_a_number, not_on, quantized, slow, table_of, wrong
+from tests.tune_box import add_junk, add_variant, brief, endless, not_a_number, not_on, slow, table_of, wrong
 
 ORT = (Availability("onnxruntime", "1", (CPU,)),)
 QUICK = Limits(seconds=150.0, measuring_s=90.0)
