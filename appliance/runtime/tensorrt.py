@@ -16,6 +16,7 @@ import hashlib
 import logging
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,7 @@ from appliance.runtime import Candidate, TensorSpec, Told, engines, trt_build
 from appliance.runtime.cuda import Cuda, Gpu, Holding, Transfer
 from appliance.runtime.engines import DeviceProfile
 from appliance.runtime.pieces import in_pieces
-from appliance.runtime.tensors import check_outputs, checked_input
+from appliance.runtime.tensors import check_outputs, checked_input, ran_in
 from appliance.runtime.trt_seam import Messages, TrtSeam, find
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class TensorRtRuntime:
         self._built = ""
         self._notes: dict[str, Any] = {}
         self._layers: dict[str, int] = {}
+        self._heavy: dict[str, int] = {}
         self._loaded: _Loaded | None = None
         self._shaped = 0  # the batch that the context is set to
         self._runs = 0  # how many in a row had it
@@ -174,7 +176,7 @@ class TensorRtRuntime:
         except BaseException:
             loaded.release()
             raise
-        self._layers = seam.layer_types(loaded.engine)
+        self._layers, self._heavy = seam.layer_types(loaded.engine), seam.layer_types(loaded.engine, heavy=True)
         self._loaded, self._shaped, self._runs, self._graph = loaded, 0, 0, None
 
     def _deserialise(self, seam: TrtSeam, loaded: _Loaded, data: bytes) -> None:
@@ -310,7 +312,7 @@ class TensorRtRuntime:
             "runtime": self.name, "version": self.version, "provider": self.provider, "precision": self.precision,
             "threads": self._candidate.threads,
             "batch": self._largest, "engine": self._built, "build": dict(self._notes), "cuda_graph": self._graph is not None,
-            "layers": dict(self._layers), "driver": self._driver,
+            "layers": dict(self._layers), "ran": ran_in(Counter(self._heavy).elements()), "driver": self._driver,
             "compute_capability": self._gpu.compute_capability if self._gpu else "",
         }  # fmt: skip
         if self._graph is None:

@@ -204,10 +204,10 @@ class TrtSeam:
         """What an ``OnnxParser`` did not understand."""
         return [ParseError.of(parser.get_error(index)) for index in range(parser.num_errors)]
 
-    def layer_types(self, engine: Any) -> dict[str, int]:
+    def layer_types(self, engine: Any, *, heavy: bool = False) -> dict[str, int]:
         """How many layers of an engine run in which type; see :func:`layer_types`."""
         text = engine.create_engine_inspector().get_engine_information(self.trt.LayerInformationFormat.JSON)
-        return layer_types(text)
+        return layer_types(text, heavy=heavy)
 
 
 class ParseError:
@@ -229,11 +229,12 @@ class ParseError:
         return cls(text, operator or (named[1] if named else ""), node, unsupported)
 
 
-def layer_types(information: str) -> dict[str, int]:
+def layer_types(information: str, *, heavy: bool = False) -> dict[str, int]:
     """Count the layers of an engine by the type they run in: that of their weights, else of their first input.
 
     Args:
         information: JSON of ``EngineInspector.get_engine_information``.
+        heavy: only those that are told to have weights.
 
     Returns:
         type ("fp32", "fp16", "int8" ...) -> number of layers; empty where the engine keeps no more than names.
@@ -242,8 +243,13 @@ def layer_types(information: str) -> dict[str, int]:
         layers = json.loads(information)["Layers"]
     except (ValueError, KeyError, TypeError):
         return {}
-    counted = Counter(_layer_type(layer) for layer in layers if isinstance(layer, dict))
+    counted = Counter(_layer_type(layer) for layer in layers if isinstance(layer, dict) and (not heavy or _has_weights(layer)))
     return {name: number for name, number in sorted(counted.items()) if name}
+
+
+def _has_weights(layer: dict[str, Any]) -> bool:
+    weights = layer.get("Weights")
+    return isinstance(weights, dict) and bool(weights.get("Type"))
 
 
 def _layer_type(layer: dict[str, Any]) -> str:

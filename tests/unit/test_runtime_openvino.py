@@ -73,8 +73,11 @@ def test_int8_that_is_called_float_is_refused(model: Path, tmp_path: Path) -> No
 
 def test_the_model_for_one_image_is_looked_at_and_not_the_batch_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first is what nearly every patient is read with."""
-    sizes = iter([[("Convolution", "bf16")], [("Convolution", "f32")]])
-    monkeypatch.setattr("appliance.runtime.openvino.layers_of", lambda _: next(sizes))
+
+    def ran(model: Any) -> list[tuple[str, str]]:
+        return [("Convolution", "bf16" if model.inputs[0].shape[0] == 1 else "f32")]
+
+    monkeypatch.setattr("appliance.runtime.openvino.layers_of", ran)
     with pytest.raises(InferenceError, match="bf16 though f32 was asked for"):
         open_runtime(model, Spec(), candidate(batch=4))
 

@@ -108,7 +108,8 @@ def test_describes_what_ran(bench: Bench) -> None:
     assert said == json.loads(json.dumps(said))
     assert said == {
         "runtime": "tensorrt", "version": "8.6.0", "provider": "GPU:0 NVIDIA Stand-in", "precision": "fp16", "threads": 0, "batch": 4,
-        "engine": "built", "cuda_graph": True, "layers": {"fp16": 1, "fp32": 1}, "driver": "580.65.06", "compute_capability": "8.7",
+        "engine": "built", "cuda_graph": True, "layers": {"fp16": 1, "fp32": 1}, "ran": "fp16", "driver": "580.65.06",
+        "compute_capability": "8.7",
         "build": {"batch": 4, "dynamic": True, "workspace_bytes": 1 << 20, "progress": "elapsed", "timings": "new"},
     }  # fmt: skip
     assert runtime.provider == "GPU:0 NVIDIA Stand-in"

@@ -175,6 +175,7 @@ def test_types_of_layers() -> None:
         {"Inputs": []}, {"Weights": [], "Inputs": [3]}, "only a name", None,
     ]  # fmt: skip
     assert layer_types(json.dumps({"Layers": layers, "Bindings": []})) == {"fp16": 2, "int8": 2}
+    assert layer_types(json.dumps({"Layers": layers}), heavy=True) == {"int8": 1}
     assert layer_types(json.dumps({"Layers": ["conv", "relu"]})) == {}
     assert layer_types("no JSON") == layer_types("[]") == {}
 
