@@ -10,6 +10,7 @@ from typing import Final, Literal
 
 from appliance.model_reasons import MODEL_REASONS, Reason
 from appliance.runtime_reasons import RUNTIME_REASONS
+from appliance.sequence_reasons import SEQUENCE_REASONS
 from appliance.tune_reasons import TUNE_REASONS
 from appliance.volume_reasons import VOLUME_REASONS
 
@@ -178,6 +179,7 @@ REASONS: Final[dict[str, Reason]] = {
     **TUNE_REASONS,
     **RUNTIME_REASONS,
     **VOLUME_REASONS,
+    **SEQUENCE_REASONS,
     "settings.invalid": Reason(
         "设置无效",
         "The settings are invalid",

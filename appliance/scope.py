@@ -24,7 +24,11 @@ def reads_volumes(manifest: Manifest) -> bool:
 
 def applies_to_series(rule: AppliesTo, scans: Sequence[Scan]) -> Verdict:
     """Hold a series against ``applies_to``: all of its images must agree; one that does not belong makes it another volume."""
-    verdicts = [applies(rule, scan, frames=True) for scan in scans]
+    return together([applies(rule, scan, frames=True) for scan in scans])
+
+
+def together(verdicts: Sequence[Verdict]) -> Verdict:
+    """What holds of a whole series by what holds of each of its images."""
     refusals = [verdict.refusal for verdict in verdicts if verdict.refusal is not None]
     if refusals and len(refusals) == len(verdicts):
         return Verdict(refusals[0])

@@ -87,7 +87,10 @@ def classify_voxels(prepared: PreparedVolume, manifest: Manifest, infer: Infer, 
         )
     else:
         logits = run(prepared.values[None, None])[0]
-    return np.asarray(logits.argmax(axis=0), np.uint8)
+    drawn = np.empty(logits.shape[1:], np.uint8)
+    for place in range(len(drawn)):  # plane by plane: indices of a whole volume would take eight bytes each
+        drawn[place] = logits[:, place].argmax(axis=0)
+    return drawn
 
 
 def checked(outputs: Tensors, output: OutputSpec, classes: int) -> NDArray[np.float32]:

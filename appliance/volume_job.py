@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pydicom
@@ -17,15 +18,23 @@ from appliance.errors import InferenceError, PixelError, VolumeError
 from appliance.ingest import PARSE_ERRORS
 from appliance.key_pictures import key_pictures
 from appliance.segmentation import Segmentation, segment
+from appliance.sequence import acquired, applies_to_sequence
 from appliance.store import Store
 from appliance.volume import PreparedVolume, Series, prepare, read_series
+from appliance.volume_checks import check_room, cut_off
 from appliance.watch import BEFORE_MODEL
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from pydicom.dataset import Dataset
 
     from appliance.loaded import Loaded
     from appliance.reading import Timer
+    from model_sync.bundle import Manifest
+
+
+# What a refusal of each kind means for the images; every other one leaves them not analysed.
+_STATES: Final = {"quality": ScanState.QUALITY_REJECTED, "scope": ScanState.OUT_OF_SCOPE}
 
 
 def read_volume(store: Store, model: Loaded, job: Job, timer: Timer, alive: Callable[[], object]) -> JobResult:
@@ -36,7 +45,8 @@ def read_volume(store: Store, model: Loaded, job: Job, timer: Timer, alive: Call
         model: a loaded model of volumes.
         job: of kind ``volume``.
         timer: gets the milliseconds of each part.
-        alive: called after each step, each window of the model included: the job's deadline is one step's, not the whole volume's.
+        alive: called after each step, each slice and each window of the model included: the job's deadline is one step's, not the
+            whole volume's, and what is urgent may be done in between.
 
     Raises:
         InferenceError: the model failed, or ``job.memory`` before it was asked.
@@ -45,7 +55,7 @@ def read_volume(store: Store, model: Loaded, job: Job, timer: Timer, alive: Call
     try:
         read = _before_model(store, model, job, timer, alive)
     except (VolumeError, PixelError) as error:
-        state = ScanState.QUALITY_REJECTED if error.code.startswith("quality.") else ScanState.NOT_ANALYSED
+        state = _STATES.get(error.code.split(".")[0], ScanState.NOT_ANALYSED)
         return JobResult(state, Note(error.code, error.detail), timing_ms=timer.ms)
     except MemoryError as error:
         raise InferenceError("job.memory", BEFORE_MODEL) from error
@@ -65,18 +75,56 @@ def _before_model(
     store: Store, model: Loaded, job: Job, timer: Timer, alive: Callable[[], object]
 ) -> tuple[Series, PreparedVolume, list[str]]:
     rows = store.database.query(
-        "SELECT id, sop_instance_uid FROM instances WHERE series_id = (SELECT series_id FROM jobs WHERE id = ?) ORDER BY id", job.id
+        "SELECT id, sop_instance_uid, modality FROM instances WHERE series_id = (SELECT series_id FROM jobs WHERE id = ?) ORDER BY id",
+        job.id,
     )
-    sources = [lambda number=row["id"]: pydicom.dcmread(DicomBytesIO(store.read_instance(number))) for row in rows]
-    spec = model.manifest.volume_input
+    spec, files = model.manifest.volume_input, _Files(store, [row["id"] for row in rows], alive)
     with timer.part("decode"):
-        series = read_series(sources, spec)
+        notes = _in_scope(model.manifest, files, {row["modality"] for row in rows})
+        series = read_series(files.sources(), spec)
     alive()
     with timer.part("preprocess"):
         prepared = prepare(series, spec)
+        check_room(prepared.grid.shape, model.manifest, model.candidate.batch, store.settings.process_memory_max_bytes)
+        cut = cut_off(series, prepared, spec)
     alive()
     empty = np.empty((0, 0, 0), series.values.dtype)  # the slices as stored are needed no more, their room is
-    return replace(series, values=empty), prepared, [row["sop_instance_uid"] for row in rows]
+    series = replace(series, values=empty, notes=(*notes, *series.notes, *([cut] if cut else [])))
+    return series, prepared, [row["sop_instance_uid"] for row in rows]
+
+
+class _Files:
+    """The images of a series, read from the store one at a time; each says that the job is alive."""
+
+    def __init__(self, store: Store, ids: list[int], alive: Callable[[], object]) -> None:
+        self._store, self._ids, self._alive = store, ids, alive
+
+    def _read(self, number: int, *, pixels: bool = True) -> Dataset:
+        self._alive()
+        return pydicom.dcmread(DicomBytesIO(self._store.read_instance(number)), stop_before_pixels=not pixels)
+
+    def headers(self) -> Iterator[Dataset]:
+        """Each image without its pixels."""
+        return (self._read(number, pixels=False) for number in self._ids)
+
+    def sources(self) -> list[Callable[[], Dataset]]:
+        """As :func:`appliance.volume.read_series` takes them."""
+        return [partial(self._read, number) for number in self._ids]
+
+
+def _in_scope(manifest: Manifest, files: _Files, modalities: set[str]) -> tuple[Note, ...]:
+    """Hold the series against what the model says about how it must have been acquired; returns what a person must see.
+
+    Raises:
+        VolumeError: ``scope.*``, or ``volume.mixed_scope``.
+    """
+    rule = manifest.applies_to.sequence
+    if rule is None:
+        return (Note("caution.sequence_unverified"),) if "MR" in modalities else ()
+    verdict = applies_to_sequence(rule, [frame for header in files.headers() for frame in acquired(header)])
+    if verdict.refusal is not None:
+        raise VolumeError(verdict.refusal.code, verdict.refusal.detail)
+    return verdict.notes
 
 
 class _Asked:

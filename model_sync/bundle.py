@@ -60,6 +60,7 @@ from model_sync.output_spec import (
     ScoreHistogram,
     SourceMeasure,
 )
+from model_sync.sequence_spec import Milliseconds, SequenceRule
 from model_sync.volume_spec import (
     Clip,
     ClipQuantile,
@@ -98,6 +99,7 @@ __all__ = [
     "Label",
     "Letterbox",
     "Manifest",
+    "Milliseconds",
     "MinMax",
     "ModalityLut",
     "ModelBundle",
@@ -114,6 +116,7 @@ __all__ = [
     "Resize",
     "Scale",
     "ScoreHistogram",
+    "SequenceRule",
     "SlidingWindow",
     "SourceMeasure",
     "Stack",

@@ -29,6 +29,7 @@ from model_sync.output_spec import (
     ScoreHistogram,
     Sha256,
 )
+from model_sync.sequence_spec import Missing, SequenceRule
 from model_sync.volume_spec import VolumeSpec
 
 MANIFEST_NAME = "manifest.json"
@@ -47,7 +48,6 @@ SemVer: TypeAlias = Annotated[
 Uid: TypeAlias = Annotated[str, StringConstraints(pattern=r"^(0|[1-9]\d*)(\.(0|[1-9]\d*))+$", max_length=64)]
 CodeString: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[A-Z0-9_ ]{1,16}$")]
 ModelInput: TypeAlias = Annotated[InputSpec | VolumeSpec, Field(discriminator="layout")]
-Missing: TypeAlias = Literal["assume", "out_of_scope"]
 Outside: TypeAlias = Literal["caution", "out_of_scope"]
 
 
@@ -91,7 +91,10 @@ class AgeRange(Strict):
 
 
 class AppliesTo(Strict):
-    """Which images the model may read, in the terms of the DICOM header, and what to assume when a tag is absent."""
+    """Which images the model may read, in the terms of the DICOM header, and what to assume when a tag is absent.
+
+    ``sequence`` is for models of volumes alone: how their series must have been acquired.
+    """
 
     modality: Annotated[list[CodeString], Field(min_length=1)]
     sop_class_uid: Annotated[list[Uid], Field(min_length=1)]
@@ -102,6 +105,7 @@ class AppliesTo(Strict):
     when_view_absent: Missing
     assumed_view: str
     age: AgeRange
+    sequence: SequenceRule | None = None
 
     @model_validator(mode="after")
     def _assumptions_are_in_scope(self) -> Self:
@@ -327,6 +331,8 @@ class Manifest(Strict):
         segmented = [output for output in self.outputs if output.kind == "segmentation_logits"]
         if isinstance(self.input, VolumeSpec) and (self.task != "segmentation" or len(segmented) != 1 or self.explain is not None):
             raise ValueError("a model of volumes must be a segmentation with one output of kind segmentation_logits and no explain")
+        if self.applies_to.sequence is not None and not isinstance(self.input, VolumeSpec):
+            raise ValueError("applies_to.sequence needs an input of layout NCDHW")
         if segmented and not isinstance(self.input, VolumeSpec):
             raise ValueError("segmentation_logits need an input of layout NCDHW")
         for output in segmented:

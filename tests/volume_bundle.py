@@ -14,6 +14,12 @@ import numpy as np
 WEB = {"zh": "测试", "en": "Test"}
 MR = "1.2.840.10008.5.1.4.1.1.4"
 
+# Gradient echoes with a short echo time, prepared by an inversion or not: MPRAGE, FLASH and their like.
+T1_SEQUENCE: dict[str, Any] = {
+    "echo_time_ms": {"low": 0.0, "high": 15.0}, "repetition_time_ms": {"low": 0.0, "high": 3000.0}, "scanning_sequence": ["GR", "IR"],
+    "image_type_not": ["DERIVED", "SECONDARY", "PROJECTION IMAGE", "MIP", "MPR", "ADC"], "contrast_agent": "out_of_scope",
+}  # fmt: skip
+
 
 def pipeline(
     *, axes: str = "LIA", spacing: Sequence[float] = (1.0, 1.0, 1.0), scale: Sequence[dict[str, Any]] = (), overlap: float = 0.5,

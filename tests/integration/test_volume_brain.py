@@ -18,6 +18,7 @@ from appliance.errors import VolumeError
 from appliance.ingest import Ingest
 from appliance.models import activate
 from appliance.segmentation import dice, segment
+from appliance.sequence import acquired, applies_to_sequence
 from appliance.settings import Settings
 from appliance.store import Store
 from appliance.volume import Series, mask_on_slices, prepare, read_series
@@ -50,14 +51,15 @@ def brain_bundle(directory: Path, channels: int = 5, window: tuple[int, int, int
     weights = MODELS / f"brain_t1_meshnet{channels}_gwm.onnx"
     steps = volume_bundle.volume_input(window, scale=GREY)
     values, affine = ball(), np.diag([1.0, 1.0, 1.0, 1.0])
+    changes = {"input": steps, "applies_to": volume_bundle.manifest_of({})["applies_to"] | {"sequence": volume_bundle.T1_SEQUENCE}}
     volume_bundle.write(
-        directory, weights.read_bytes(), volume_bundle.golden_npz(values, affine, np.zeros(values.shape, np.uint8)), input=steps
+        directory, weights.read_bytes(), volume_bundle.golden_npz(values, affine, np.zeros(values.shape, np.uint8)), **changes
     )
     manifest = ModelBundle.load(directory).manifest
     session = ort.InferenceSession(str(weights))
     series = Series(values, 1.0, 0.0, _grid(values.shape, affine), ())
     found = segment(prepare(series, manifest.volume_input), series.grid, manifest, lambda given: {"logits": session.run(None, given)[0]})
-    volume_bundle.write(directory, weights.read_bytes(), volume_bundle.golden_npz(values, affine, found.mask), input=steps)
+    volume_bundle.write(directory, weights.read_bytes(), volume_bundle.golden_npz(values, affine, found.mask), **changes)
     return ModelBundle.load(directory)
 
 
@@ -132,6 +134,16 @@ def test_mask_lies_on_the_brain_and_is_brighter_where_it_says_white(box: Store) 
     assert abs(centre[0] - middle[0]) < 15 and centre[2] > middle[2]
     head = np.argwhere(values[::4, ::8, ::8] > 100) * [4, 8, 8] @ affine[:3, :3].T + affine[:3, 3]
     assert (head.min(axis=0) < centre).all() and (centre < head.max(axis=0)).all()
+
+
+def test_the_head_is_a_t1_as_the_model_wants_it_and_the_proton_density_series_is_none(box: Store, bundle: ModelBundle) -> None:
+    rule = bundle.manifest.applies_to.sequence
+    assert rule is not None
+    for directory, code in ((HEAD, None), (HEAD.parent / "mr_pd_ge_bigendian", "scope.image_type")):
+        headers = [pydicom.dcmread(path, stop_before_pixels=True) for path in directory.iterdir()]
+        refusal = applies_to_sequence(rule, [frame for header in headers for frame in acquired(header)]).refusal
+        assert (refusal.code if refusal else None) == code
+    assert "sequence" not in box.database.query("SELECT notes FROM jobs")[0]["notes"]
 
 
 def test_each_slice_of_the_mask_names_its_image(box: Store) -> None:

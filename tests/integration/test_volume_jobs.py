@@ -191,6 +191,38 @@ def test_series_out_of_scope_gets_checks_and_the_reason(store: Store) -> None:
     assert {row["kind"] for row in store.database.query("SELECT kind FROM jobs")} == {"check"}
 
 
+T1 = {"EchoTime": "3.1", "RepetitionTime": "7.25", "ScanningSequence": ["GR", "IR"]}
+
+
+@pytest.fixture
+def t1_store(tmp_path: Path) -> Iterator[Store]:
+    """A box whose model says which sequences it was made for."""
+    applies_to = volume_bundle.manifest_of({})["applies_to"] | {"sequence": volume_bundle.T1_SEQUENCE}
+    store = Store(Settings(data_dir=tmp_path / "t1", tune_at_activation=False, disk_reserve_bytes=0))
+    activate(store, bundle_in(tmp_path / "t1-bundle", applies_to=applies_to).directory, "test")
+    yield store
+    store.close()
+
+
+def test_t1_is_read_and_flair_is_out_of_scope_with_the_reason(t1_store: Store) -> None:
+    take(t1_store, made_up.slices(**T1))
+    take(t1_store, made_up.slices(**T1 | {"EchoTime": "120", "RepetitionTime": "9000"}))
+    take(t1_store, made_up.slices())
+    work(t1_store)
+    by_series = [
+        {(row["state"], row["reason"] and json.loads(row["reason"])["code"]) for row in rows}
+        for rows in (t1_store.database.query("SELECT state, reason FROM instances WHERE series_id = ?", number) for number in (1, 2, 3))
+    ]
+    assert by_series == [{("ai_ready", None)}, {("out_of_scope", "scope.sequence")}, {("out_of_scope", "scope.sequence_absent")}]
+    assert "caution.sequence_unverified" not in t1_store.database.query("SELECT notes FROM jobs")[0]["notes"]
+
+
+def test_model_that_names_no_sequence_says_that_it_was_not_checked(store: Store) -> None:
+    take(store, made_up.slices())
+    work(store)
+    assert "caution.sequence_unverified" in store.database.query("SELECT notes FROM jobs")[0]["notes"]
+
+
 def test_series_whose_images_disagree_is_not_read(store: Store) -> None:
     made = made_up.slices()
     made[4].BodyPartExamined = "KNEE"
