@@ -125,17 +125,27 @@ def numbers(value: Any) -> list[float]:
     return result
 
 
+def rescale(ds: Dataset, frame: int = 0) -> tuple[float, float]:
+    """Rescale Slope and Intercept of a frame; 1 and 0 where there are none.
+
+    Raises:
+        PixelError: ``ingest.pixel_attributes``: a rescale that maps everything to one value, or to no number.
+    """
+    group = "PixelValueTransformationSequence"
+    slope = next(iter(numbers(frame_value(ds, frame, group, "RescaleSlope"))), 1.0)
+    intercept = next(iter(numbers(frame_value(ds, frame, group, "RescaleIntercept"))), 0.0)
+    if not (math.isfinite(slope) and math.isfinite(intercept)) or slope == 0:
+        raise PixelError("ingest.pixel_attributes", f"rescale by {slope} and {intercept}")
+    return slope, intercept
+
+
 def grey_header(ds: Dataset, frame: int = 0) -> GreyHeader:
     """Read what the header says about a grey frame.
 
     Raises:
         PixelError: ``ingest.pixel_attributes``: a rescale that maps everything to one value, or to no number.
     """
-    rescale = "PixelValueTransformationSequence"
-    slope = next(iter(numbers(frame_value(ds, frame, rescale, "RescaleSlope"))), 1.0)
-    intercept = next(iter(numbers(frame_value(ds, frame, rescale, "RescaleIntercept"))), 0.0)
-    if not (math.isfinite(slope) and math.isfinite(intercept)) or slope == 0:
-        raise PixelError("ingest.pixel_attributes", f"rescale by {slope} and {intercept}")
+    slope, intercept = rescale(ds, frame)
     shape = str(ds.get("PresentationLUTShape") or "").strip().upper()
     return GreyHeader(
         slope=slope,
