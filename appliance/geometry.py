@@ -41,10 +41,14 @@ _SIDES: Final = (("L", "R"), ("P", "A"), ("S", "I"))
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """A lattice of voxels in the patient: ``affine`` float64 [4, 4] maps indices of voxel centres to LPS millimetres."""
+    """A lattice of voxels in the patient: ``affine`` float64 [4, 4] maps indices of voxel centres to LPS millimetres.
+
+    ``through`` is the axis that runs from slice to slice: the one that may be no right angle to the others.
+    """
 
     shape: tuple[int, int, int]
     affine: Matrix
+    through: int = 0
 
     @property
     def steps(self) -> Matrix:
@@ -110,7 +114,7 @@ def turned(array: NDArray[Any], grid: Grid, axes: str) -> tuple[NDArray[Any], Gr
             affine[:3, 3] += affine[:3, axis] * (view.shape[axis] - 1)
             affine[:3, axis] *= -1
             view = np.flip(view, axis)
-    return view, Grid(view.shape, affine)
+    return view, Grid(view.shape, affine, order.index(grid.through))
 
 
 @dataclass(frozen=True)

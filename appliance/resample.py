@@ -26,12 +26,12 @@ _PARALLEL: Final = 1e-6
 def straight_grid(grid: Grid, spacing_mm: tuple[float, float, float]) -> Grid:
     """The grid of that spacing with right angles that covers ``grid``, around the same middle.
 
-    Its axes are those of ``grid``; of a sheared one the two that are at right angles (the slices' own) stay, the third becomes normal
-    to them.
+    Its axes are those of ``grid``; of a sheared one the two within the slices stay, the one from slice to slice becomes normal to them.
     """
     directions = grid.steps / grid.spacing
-    pairs = ((1, 2, 0), (0, 2, 1), (0, 1, 2))
-    first, second, third = min(pairs, key=lambda pair: abs(float(directions[:, pair[0]] @ directions[:, pair[1]])))
+    # Which angles are right is no guide: under a tilted gantry two pairs are, of which rounding would choose.
+    third = grid.through
+    first, second = (axis for axis in range(3) if axis != third)
     normal = np.cross(directions[:, first], directions[:, second])
     directions = directions.copy()
     directions[:, third] = normal / np.linalg.norm(normal) * np.sign(normal @ directions[:, third])
@@ -42,7 +42,7 @@ def straight_grid(grid: Grid, spacing_mm: tuple[float, float, float]) -> Grid:
     affine[:3, :3] = directions * np.array(spacing_mm)
     middle = grid.to_patient((np.array(grid.shape) - 1) / 2)
     affine[:3, 3] = middle - affine[:3, :3] @ ((shape - 1) / 2)
-    return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine)
+    return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine, third)
 
 
 def linear(values: NDArray[Any], source: Grid, target: Grid, fill: float) -> Values:
