@@ -17,10 +17,10 @@ import numpy as np
 
 from appliance.domain import Note
 from appliance.errors import InferenceError, VolumeError
-from appliance.geometry import Grid, Plane, plane_of, stack, turned
-from appliance.greyscale import GreyHeader, grey_header
-from appliance.pixels import frame_count, iter_frames
+from appliance.geometry import Grid, stack, turned
+from appliance.pixels import iter_frames
 from appliance.resample import linear, nearest, straight_grid
+from appliance.slices import MAX_FRAMES, Counted, SliceHeader, check_contrast, check_units, counted, incomplete, slice_headers
 from model_sync.bundle import (
     Clip,
     ClipQuantile,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from pydicom.dataset import Dataset
 
+    from appliance.greyscale import GreyHeader, Lut
     from model_sync.bundle import VolumeSpec, VolumeStep
 
     Values: TypeAlias = NDArray[np.float32]
@@ -48,7 +49,6 @@ Source: TypeAlias = "Callable[[], Dataset]"
 # With the model's own volume beside it, what fits below the memory cap of a process of the box.
 MAX_STACK_BYTES: Final = 384 * 2**20
 MAX_VOXELS: Final = 24 * 2**20
-_MAX_FRAMES: Final = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,92 +83,86 @@ class PreparedVolume:
     steps: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Slice:
-    """What the header of one frame says."""
-
-    frame: tuple[int, int]
-    plane: Plane
-    grey: GreyHeader
-    units: tuple[bool, str, str]
-
-
-def read_series(sources: Sequence[Source], spec: VolumeSpec) -> Series:
+def read_series(sources: Sequence[Source], spec: VolumeSpec, told: Callable[[], object] = lambda: None) -> Series:
     """Read the slices of a series, in whatever order they come.
 
     Args:
         sources: each gives one image of the series; it is asked twice, once for its header and once for its pixels.
         spec: the manifest's pipeline, whose first step says what a volume needs.
+        told: called after each header and after each frame that was decoded.
 
     Raises:
-        VolumeError: the series is no volume; ``volume.*``.
+        VolumeError: the series is no volume; ``volume.*``, or ``quality.blank``: there is nothing but padding.
         PixelError: a frame cannot be decoded.
     """
     rule = spec.pipeline[0]
     if not isinstance(rule, Stack):
         raise InferenceError("job.error", "the model's pipeline must begin with stack")
-    slices = [item for number, source in enumerate(sources) for item in _slices(number, source())]
+    slices, images = _headers(sources, told)
     volume = [item for item in slices if not item.plane.localizer]
-    scouts = len(slices) - len(volume)
+    if len(volume) >= rule.min_slices:
+        check_contrast(volume)
     stacked = stack([item.plane for item in volume], rule.min_slices, rule.max_slice_spacing_mm)
     ordered = [volume[place] for place in stacked.order]
-    _check_units(ordered)
-    values, slope, intercept = _decode(sources, ordered, stacked.grid)
-    notes = ((Note("volume.localizer", str(scouts)),) if scouts else ()) + (
-        (Note("volume.straightened", f"{stacked.tilt:.1f}"),) if stacked.tilt else ()
+    check_units(ordered)
+    values, slope, intercept = _decode(sources, ordered, stacked.grid, told)
+    scouts = len(slices) - len(volume)
+    notes = (
+        Note("volume.localizer", str(scouts)) if scouts else None,
+        Note("volume.straightened", f"{stacked.tilt:.1f}") if stacked.tilt else None,
+        incomplete(images),
     )
-    return Series(values, slope, intercept, stacked.grid, tuple(item.frame for item in ordered), stacked.tilt, notes)
+    return Series(
+        values, slope, intercept, stacked.grid, tuple(item.frame for item in ordered), stacked.tilt, tuple(note for note in notes if note)
+    )
 
 
-def _slices(number: int, ds: Dataset) -> list[_Slice]:
-    """The headers of an image's frames."""
-    if int(ds.get("SamplesPerPixel") or 1) != 1 or not str(ds.get("PhotometricInterpretation") or "").startswith("MONOCHROME"):
-        raise VolumeError("volume.mixed_units", "an image is not grey")
-    frames = frame_count(ds)
-    if frames > _MAX_FRAMES:
-        raise VolumeError("volume.too_large", f"{frames} frames")
-    return [_Slice((number, frame), plane_of(ds, frame), grey_header(ds, frame), _units(ds, frame)) for frame in range(frames)]
+def _headers(sources: Sequence[Source], told: Callable[[], object]) -> tuple[list[SliceHeader], list[Counted]]:
+    """The headers of all frames, and what each image says of how many there are."""
+    slices: list[SliceHeader] = []
+    images = []
+    luts: dict[bytes, Lut] = {}
+    for number, source in enumerate(sources):
+        ds = source()
+        slices += slice_headers(number, ds, luts)
+        images.append(counted(ds))
+        if len(slices) > MAX_FRAMES:
+            raise VolumeError("volume.too_large", f"more than {MAX_FRAMES} slices")
+        told()
+    return slices, images
 
 
-def _units(ds: Dataset, frame: int) -> tuple[bool, str, str]:
-    """Whether values are rescaled, to what (Rescale Type), and which of them are white: the same for all slices of one volume."""
-    from appliance.greyscale import frame_value
-
-    group = "PixelValueTransformationSequence"
-    rescaled = frame_value(ds, frame, group, "RescaleSlope") is not None or "ModalityLUTSequence" in ds
-    return rescaled, str(frame_value(ds, frame, group, "RescaleType") or "").strip().upper(), str(ds.PhotometricInterpretation).strip()
-
-
-def _check_units(slices: Sequence[_Slice]) -> None:
-    if len({item.units for item in slices}) > 1:
-        raise VolumeError("volume.mixed_units", "slices differ in rescale, units or photometric interpretation")
-
-
-def _decode(sources: Sequence[Source], slices: Sequence[_Slice], grid: Grid) -> tuple[NDArray[Any], float, float]:
+def _decode(
+    sources: Sequence[Source], slices: Sequence[SliceHeader], grid: Grid, told: Callable[[], object]
+) -> tuple[NDArray[Any], float, float]:
     """All slices in one array: of the stored type when one rescale holds for all, else float32 in modality units."""
-    greys = [item.grey for item in slices]
-    same = all(grey.modality_lut is None and (grey.slope, grey.intercept) == (greys[0].slope, greys[0].intercept) for grey in greys)
+    first = slices[0].grey
+    same = all(
+        item.grey.modality_lut is None and (item.grey.slope, item.grey.intercept) == (first.slope, first.intercept) for item in slices
+    )
     wanted: dict[int, dict[int, int]] = defaultdict(dict)
     for place, item in enumerate(slices):
         wanted[item.frame[0]][item.frame[1]] = place
     values: NDArray[Any] | None = None
+    empty = np.zeros(len(slices), bool)
     for number, places in wanted.items():
-        ds = sources[number]()
-        for frame, pixels in enumerate(iter_frames(ds)):
+        for frame, pixels in enumerate(iter_frames(sources[number]())):
             if frame not in places:
                 continue
             if values is None:
                 values = _room(grid.shape, pixels.dtype if same else np.dtype(np.float32))
-            grey = greys[places[frame]]
-            stored = _shown(pixels, ds, grey)
+            place = places[frame]
+            stored, empty[place] = _shown(pixels, slices[place])
             if same and stored.dtype != values.dtype:
                 raise VolumeError("volume.mixed_units", "slices of different types of numbers")
-            values[places[frame]] = stored if same else grey.modality(stored.astype(np.float64))
+            values[place] = stored if same else _modality(slices[place].grey, stored.astype(np.float64))
+            told()
     if values is None:
         raise VolumeError("volume.too_few_slices", "no slice could be read")
-    return (
-        (values, greys[0].slope, greys[0].intercept) if same and values.dtype.kind in "iu" else (_modality(values, greys, same), 1.0, 0.0)
-    )
+    _fill_empty(values, empty, least=not same or first.slope > 0)
+    if same and values.dtype.kind in "iu":
+        return values, first.slope, first.intercept
+    return _modality(first, values) if same else values, 1.0, 0.0
 
 
 def _room(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -177,35 +171,50 @@ def _room(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
     return np.empty(shape, dtype)
 
 
-def _modality(values: NDArray[Any], greys: Sequence[GreyHeader], same: bool) -> Values:
-    """Values of floating point in modality units, none of them infinite or no number."""
-    result = np.asarray(values * greys[0].slope + greys[0].intercept if same else values, np.float32)
+def _modality(grey: GreyHeader, stored: NDArray[Any]) -> Values:
+    """Values in modality units as float32, none of them infinite or no number."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        result = np.asarray(grey.modality(stored), np.float32)
     if not np.isfinite(result).all():
-        raise VolumeError("volume.mixed_units", "values that are no numbers")
+        raise VolumeError("volume.bad_values", "values that are no numbers")
     return result
 
 
-def _shown(pixels: NDArray[Any], ds: Dataset, grey: GreyHeader) -> NDArray[Any]:
+def _shown(pixels: NDArray[Any], header: SliceHeader) -> tuple[NDArray[Any], bool]:
     """A slice with its padding replaced by its least real value, and MONOCHROME1 turned round where values have no unit of their own.
 
     HU stay HU however they are to be displayed; the signal of MR has no scale, and what a model learned from is bright where it is high.
+
+    Returns:
+        The slice, and whether there is nothing but padding.
     """
-    if grey.padding is not None:
-        padding = (pixels >= grey.padding[0]) & (pixels <= grey.padding[1])
-        if padding.any() and not padding.all():
-            pixels = np.where(padding, pixels[~padding].min(), pixels)
-    if grey.inverse and ds.get("Modality") != "CT" and pixels.dtype.kind in "iu":
-        stored = int(ds.BitsStored)
-        top = (1 << stored) - 1 if pixels.dtype.kind == "u" else -1
+    padding: NDArray[np.bool_] | None = None
+    if header.grey.padding is not None:
+        padding = (pixels >= header.grey.padding[0]) & (pixels <= header.grey.padding[1])
+    if header.units.turned_in and pixels.dtype.kind in "iu":
+        top = (1 << header.units.turned_in) - 1 if pixels.dtype.kind == "u" else -1
         pixels = (top - pixels).astype(pixels.dtype)
-    return pixels
+    if padding is None or not padding.any() or padding.all():
+        return pixels, padding is not None and bool(padding.all())
+    real = pixels[~padding]
+    ends = np.array([real.min(), real.max()])  # the least after rescale is the greatest before a negative slope
+    return np.where(padding, ends[np.argmin(header.grey.modality(ends.astype(np.float64)))], pixels), False
+
+
+def _fill_empty(values: NDArray[Any], empty: NDArray[np.bool_], *, least: bool) -> None:
+    """Give slices of nothing but padding the least value of the others, or the greatest, in place: what padding holds means nothing."""
+    if empty.all():
+        raise VolumeError("quality.blank", "nothing but padding")
+    if empty.any():
+        real = [values[place].min() if least else values[place].max() for place in np.flatnonzero(~empty)]
+        values[empty] = min(real) if least else max(real)
 
 
 def prepare(series: Series, spec: VolumeSpec) -> PreparedVolume:
     """Make the volume that the model takes: turned, resampled, its values scaled; all but the sliding window.
 
     Raises:
-        VolumeError: ``volume.too_large``, or ``quality.blank``: every voxel has the same value.
+        VolumeError: ``volume.too_large``, ``volume.bad_values``, or ``quality.blank``: every voxel has the same value.
     """
     values, grid, steps = series.values, series.grid, []
     shaped: Values | None = None
@@ -233,11 +242,22 @@ def _resampled(values: NDArray[Any], grid: Grid, step: Resample, series: Series)
     least, greatest = float(values.min()), float(values.max())
     if least == greatest:
         raise VolumeError("quality.blank")
+    _check_rescale(least, greatest, series)
     shaped = linear(values, grid, target, fill=least if series.slope > 0 else greatest)
     if (series.slope, series.intercept) != (1.0, 0.0):
         shaped *= np.float32(series.slope)
         shaped += np.float32(series.intercept)
     return shaped, target
+
+
+def _check_rescale(least: float, greatest: float, series: Series) -> None:
+    """A rescale by 1e300 leaves float32, one by 1e-300 leaves no difference between values."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        # In the order in which the volume is rescaled: an intercept does not bring back what the slope has made infinite.
+        ends = np.array([least, greatest]).astype(np.float32) * np.float32(series.slope)
+        ends = ends + np.float32(series.intercept)
+    if not np.isfinite(ends).all() or ends[0] == ends[1]:
+        raise VolumeError("volume.bad_values", f"rescale by {series.slope:g} and {series.intercept:g}")
 
 
 def _scaled(values: Values, step: VolumeStep) -> Values:
@@ -285,7 +305,7 @@ def crop_pad(values: Values, grid: Grid, shape: tuple[int, int, int], fill: floa
         for begin in ([-start for start in starts], starts)
     )
     result[into] = values[out_of]
-    return result, Grid(shape, affine)
+    return result, Grid(shape, affine, grid.through)
 
 
 def mask_on_slices(mask: NDArray[np.uint8], grid: Grid, series: Grid) -> NDArray[np.uint8]:

@@ -29,6 +29,24 @@ VOLUME_REASONS: Final[dict[str, Reason]] = {
     "volume.mixed_orientation": Reason("切片方向或坐标系不一致", "The slices have different orientations", _DOCTOR_ZH, _DOCTOR_EN),
     "volume.mixed_size": Reason("切片的大小或像素间距不一致", "The slices differ in size or pixel spacing", _DOCTOR_ZH, _DOCTOR_EN),
     "volume.mixed_kind": Reason("序列中混有不同类型的影像", "The series mixes images of different kinds", _DOCTOR_ZH, _DOCTOR_EN),
+    "volume.mixed_acquisition": Reason(
+        "序列中混有不同的采集（回波、对比剂、重建等）",
+        "The series mixes acquisitions (echoes, contrast agent, reconstruction)",
+        _DOCTOR_ZH,
+        _DOCTOR_EN,
+    ),
+    "volume.no_units": Reason(
+        "数值没有可用的单位：CT 或 PET 的重定标不完整，或 CT 不是 HU",
+        "The values have no usable unit: the rescale of a CT or PET is incomplete, or a CT is not in HU",
+        _DOCTOR_ZH,
+        _DOCTOR_EN,
+    ),
+    "volume.bad_values": Reason(
+        "像素值或重定标后的数值无效",
+        "The pixel values, or what the rescale makes of them, are not valid numbers",
+        _DOCTOR_ZH,
+        _DOCTOR_EN,
+    ),
     "volume.mixed_units": Reason(
         "切片的灰度含义（重定标、单位）不一致",
         "The grey values of the slices mean different things (rescale, units)",
@@ -65,5 +83,11 @@ VOLUME_REASONS: Final[dict[str, Reason]] = {
         "The gantry was tilted; the volume was straightened by the slices' positions",
         "请在原始切片上核对轮廓。",
         "Check the outline on the original slices.",
+    ),
+    "volume.incomplete": Reason(
+        "影像可能不全：少于设备标注的数量，或编号有缺",
+        "Images may be missing: fewer than the scanner says, or gaps in their numbers",
+        "体积可能偏小。请核对两端的切片；如有缺失，请重新发送整个序列。",
+        "Volumes may be too small. Check the slices at both ends; if some are missing, send the whole series again.",
     ),
 }

@@ -318,7 +318,7 @@ def test_float_pixels_that_are_no_numbers_are_refused() -> None:
         values[0] = np.nan
         del one.PixelData
         one.FloatPixelData, one.BitsAllocated = values.tobytes(), 32
-    assert refused(made) == "volume.mixed_units"
+    assert refused(made) == "volume.bad_values"
 
 
 @pytest.mark.parametrize(
@@ -423,5 +423,5 @@ def test_crop_and_pad_keep_every_voxel_where_it_is(have: tuple[int, int, int], w
 def test_every_reason_has_both_languages_and_says_that_it_was_not_analysed() -> None:
     for code, reason in VOLUME_REASONS.items():
         assert code.startswith("volume.") and all(reason)
-        if code not in ("volume.localizer", "volume.straightened"):
+        if code not in ("volume.localizer", "volume.straightened", "volume.incomplete"):
             assert "没有作体积分析" in reason.hint_zh and "not analysed" in reason.hint_en
