@@ -23,7 +23,9 @@ from appliance.planning import Planning, next_revision, notes_json, read_notes
 class JobQueue(Planning):
     """Leasing and ending of jobs over one database; :class:`appliance.store.Store` is the whole."""
 
-    def claim_job(self, owner: str, lease_s: float, held: Collection[str] = (), *, urgent: bool = False) -> Job | None:
+    def claim_job(
+        self, owner: str, lease_s: float, held: Collection[str] = (), *, urgent: bool = False, volumes: bool = True
+    ) -> Job | None:
         """Take the next job under a lease: urgent first, then oldest. Expired leases go back to the queue before.
 
         Args:
@@ -31,6 +33,7 @@ class JobQueue(Planning):
             lease_s: for how long.
             held: digests of models that must not read now; their jobs wait.
             urgent: take an urgent one or none; expired leases are left alone.
+            volumes: take series too; not in the middle of another one, two of which no process can hold.
 
         Returns:
             None when the queue is empty.
@@ -49,8 +52,8 @@ class JobQueue(Planning):
                 self._release(tx, tx.execute("SELECT * FROM jobs WHERE state = 'running' AND lease_until < ?", (now,)).fetchall(), now)
             row = tx.execute(
                 "SELECT * FROM jobs WHERE state = 'queued' AND priority > ? AND model_digest NOT IN (SELECT value FROM json_each(?))"
-                " ORDER BY priority DESC, id LIMIT 1",
-                (0 if urgent else -1, json.dumps(list(held))),
+                " AND (kind != ? OR ?) ORDER BY priority DESC, id LIMIT 1",
+                (0 if urgent else -1, json.dumps(list(held)), JobKind.VOLUME.value, volumes),
             ).fetchone()
             return None if row is None else self._lease(tx, row, owner, now, now + lease_s)
 

@@ -143,10 +143,17 @@ class Worker:
     def _alone(self, job: Job) -> None:
         self._guarded(job, lambda: self._do(job))
 
-    def _urgent_first(self) -> None:
+    def _urgent_first(self, *, volumes: bool = True) -> None:
         """Between two steps of a batch: whatever is urgent has come meanwhile and does not wait for its end."""
-        while (job := self._store.claim_job(self._owner, self._lease_s(1), self.activator.held, urgent=True)) is not None:
+        held = self.activator.held
+        while (job := self._store.claim_job(self._owner, self._lease_s(1), held, urgent=True, volumes=volumes)) is not None:
             self._alone(job)
+
+    def _between(self, job: Job) -> None:
+        """Between two steps of a series, which takes minutes: what is urgent goes first, and its deadline begins anew."""
+        if job.priority == 0:
+            self._urgent_first(volumes=False)
+        self._arm(self._store.settings.job_deadline_s)
 
     def _guarded(self, job: Job, step: Callable[[], _T]) -> _T | None:
         """One step of a job under its deadline; what goes wrong ends this job alone, and gives None."""
@@ -198,7 +205,7 @@ class Worker:
     def _infer(self, job: Job, timer: Timer) -> JobResult:
         model = self._model(job.model_digest)
         if job.kind is JobKind.VOLUME:
-            return read_volume(self._store, model, job, timer, lambda: self._arm(self._store.settings.job_deadline_s))
+            return read_volume(self._store, model, job, timer, lambda: self._between(job))
         spec = model.manifest.image_input
         film = prepare(self._store, job, spec, timer)
         if isinstance(film, JobResult):

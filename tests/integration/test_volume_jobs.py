@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from appliance.worklist import Worklist
 from model_sync.bundle import ModelBundle
 from tests import series as made_up
 from tests import volume_bundle, web_box
-from tests.scans import encode
+from tests.scans import dataset, encode
 from tests.unit.test_volume_segmentation import golden
 
 STEPS = {"scale": [{"step": "clip", "low": 0.0, "high": 5000.0}], "min_slices": 8, "spacing": (2.0, 2.0, 2.0), "apart": 6.0}
@@ -191,7 +191,7 @@ def test_series_out_of_scope_gets_checks_and_the_reason(store: Store) -> None:
     assert {row["kind"] for row in store.database.query("SELECT kind FROM jobs")} == {"check"}
 
 
-T1 = {"EchoTime": "3.1", "RepetitionTime": "7.25", "ScanningSequence": ["GR", "IR"]}
+T1: dict[str, Any] = {"EchoTime": "3.1", "RepetitionTime": "7.25", "ScanningSequence": ["GR", "IR"]}
 
 
 @pytest.fixture
@@ -276,6 +276,87 @@ def test_trial_judges_a_window_not_the_whole_volume(store: Store, bundle: ModelB
     timing = json.loads(row["timing_ms"])
     assert 0 < timing["window"] < timing["infer"] / 2
     assert measure(store.database, bundle.digest, bundle.manifest, 0).latency_ms == timing["window"]
+
+
+def test_every_slice_and_every_window_begins_the_deadline_anew(store: Store) -> None:
+    """A thousand compressed slices take longer than a deadline: it is one slice's."""
+    take(store, made_up.slices(30, rows=36, columns=40))
+    armed: list[float] = []
+    assert Worker(store, on_deadline=armed.append).run_once()
+    assert len(armed) > 30 + 8 + 2 and set(armed) == {store.settings.job_deadline_s, 0} and armed[-1] == 0 and armed.count(0) == 1
+
+
+def work_until(store: Store, at: int, come: Callable[[], None]) -> list[str]:
+    """Read what is queued; at the ``at``-th step something comes. Returns the kinds of the jobs in the order they were done."""
+    steps: list[float] = []
+
+    def step(seconds: float) -> None:
+        steps.append(seconds)
+        if len(steps) == at:
+            come()
+
+    worker = Worker(store, on_deadline=step)
+    while worker.run_once():
+        pass
+    entries = [json.loads(row["entry"]) for row in store.database.query("SELECT entry FROM audit ORDER BY seq")]
+    done = [int(entry["object"].removeprefix("job:")) for entry in entries if "outcome_state" in entry["detail"]]
+    kinds = {
+        row["id"]: f"{row['kind']} {row['series_id'] or ''}".strip() for row in store.database.query("SELECT id, kind, series_id FROM jobs")
+    }
+    return [kinds[number] for number in done]
+
+
+@pytest.mark.parametrize("at", [5, 40], ids=["between slices", "between windows"])
+def test_urgent_image_does_not_wait_for_a_whole_series(store: Store, at: int) -> None:
+    take(store, made_up.slices(30, rows=36, columns=40))
+
+    def come() -> None:
+        take(store, [dataset()])
+        assert store.make_urgent(2, "doctor") == 1
+
+    assert work_until(store, at, come) == ["check", "volume 1"]
+    assert {row["state"] for row in store.database.query("SELECT state FROM jobs")} == {"done"}
+
+
+def test_urgent_series_is_not_begun_within_another(store: Store) -> None:
+    """Two volumes do not fit into one process: the urgent one is next, before what waited longer."""
+    for _ in range(2):
+        take(store, made_up.slices(30, rows=36, columns=40))
+
+    def come() -> None:
+        take(store, made_up.slices(30, rows=36, columns=40))
+        assert store.make_urgent(3, "doctor") == 1
+
+    assert work_until(store, 40, come) == ["volume 1", "volume 3", "volume 2"]
+
+
+def test_volume_that_memory_cannot_hold_with_its_classes_is_refused_at_once(store: Store, bundle: ModelBundle) -> None:
+    take(store, made_up.slices(120, rows=300, columns=300, spacing=(2.0, 2.0), apart=2.0))
+    small = store.settings.model_copy(update={"process_memory_max_bytes": 2**28})
+    store.settings = small
+    work(store)
+    ((state, reason),) = states(store)
+    assert state == "not_analysed" and json.loads(str(reason))["code"] == "volume.too_large"
+    assert [row["attempts"] for row in store.database.query("SELECT attempts FROM jobs")] == [1]
+
+
+def test_tissue_outside_the_models_field_is_said_on_the_result(tmp_path: Path) -> None:
+    cut = volume_bundle.volume_input(24, **STEPS)
+    cut["pipeline"][-1] = {"step": "crop_pad", "depth": 24, "height": 24, "width": 24, "fill": 0.0, "align": "center"}
+    store = Store(Settings(data_dir=tmp_path / "box", tune_at_activation=False, disk_reserve_bytes=0))
+    activate(store, bundle_in(tmp_path / "bundle", input=cut).directory, "test")
+    made = made_up.slices()
+    take(store, made)
+    work(store)
+    notes = {item["code"]: item["detail"] for item in json.loads(store.database.query("SELECT notes FROM jobs")[0]["notes"])}
+    (result,) = VolumeResults(store).of_study(1)
+    whole = sum(int((one.pixel_array > 100).sum()) for one in made) * 3.0 * 3.0 * 2.5 / 1000
+    measured = sum(item.value for item in result.measurements)
+    assert 0 < measured < whole and float(notes["caution.cropped"].removesuffix(" ml")) == pytest.approx(whole - measured, rel=0.01)
+    with web_box.in_process(store.settings) as box:
+        assert "Tissue lies outside the field" in box.person(language="en").open("/studies/1")
+        assert "部分组织在模型的视野之外" in box.person(language="zh", username="zh").open("/studies/1")
+    store.close()
 
 
 def test_missing_results_are_store_errors(store: Store) -> None:
