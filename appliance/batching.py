@@ -35,28 +35,46 @@ class Batch:
         store: the box's store.
         model: the model of all of them.
         guarded: does one step of one job.
+        alone: does all of one job.
         urgent_first: called between two steps.
     """
 
-    def __init__(self, store: Store, model: Loaded, guarded: Guarded, urgent_first: Callable[[], None]) -> None:
-        self._store, self._model, self._guarded, self._urgent_first = store, model, guarded, urgent_first
+    def __init__(
+        self, store: Store, model: Loaded, guarded: Guarded, alone: Callable[[Job], None], urgent_first: Callable[[], None]
+    ) -> None:
+        self._store, self._model, self._guarded, self._alone, self._urgent_first = store, model, guarded, alone, urgent_first
 
     def read(self, jobs: Sequence[Job]) -> None:
         """Do these jobs, which are all leased to this worker."""
-        films: list[Film] = []
-        for job in jobs:
-            self._urgent_first()
+        waiting, films = list(jobs), list[Film]()
+        while self._bring_forward(waiting, films):
+            job = waiting.pop(0)
             film = self._guarded(job, partial(self._prepare, job))
             if isinstance(film, Film):
                 films.append(film)
         if not films:
             return
-        self._urgent_first()
         answers = self._guarded(films[0].job, lambda: self._infer(films))
-        for index, film in enumerate(films):
+        left = [(film, None if answers is None else _of(answers, index)) for index, film in enumerate(films)]
+        together = len(films) if self._model.candidate.batch > 1 else 1  # what reads now may not be what reads in batches
+        while left:
             self._urgent_first()
-            answer = None if answers is None else {name: value[index : index + 1] for name, value in answers.items()}
-            self._guarded(film.job, partial(self._conclude, film, answer, len(films)))
+            urgent = self._store.urgent_among([film.job.id for film, _ in left])
+            film, answer = left.pop(next((index for index, (item, _) in enumerate(left) if item.job.id in urgent), 0))
+            self._guarded(film.job, partial(self._conclude, film, answer, together))
+
+    def _bring_forward(self, waiting: list[Job], films: list[Film]) -> bool:
+        """Do what has become urgent, elsewhere and here, before anything else; returns whether any image still has to be prepared."""
+        self._urgent_first()
+        while urgent := self._store.urgent_among([job.id for job in waiting] + [film.job.id for film in films]):
+            for job in [job for job in waiting if job.id in urgent]:
+                waiting.remove(job)
+                self._alone(job)
+            for film in [film for film in films if film.job.id in urgent]:
+                films.remove(film)
+                self._guarded(film.job, partial(self._conclude, film, None, 1))
+            self._urgent_first()
+        return bool(waiting)
 
     def _prepare(self, job: Job) -> Film | None:
         timer = Timer()
@@ -95,3 +113,8 @@ class Batch:
             timer.ms["total"] = sum(timer.ms.values())
             self._store.record_store_time(job, timer.ms)
             logger.info("job done", extra={"job": job.id, "state": result.state.value, "seconds": round(timer.ms["total"] / 1000, 3)})
+
+
+def _of(answers: dict[str, NDArray[np.float32]], index: int) -> dict[str, NDArray[np.float32]]:
+    """The answer to one image of several."""
+    return {name: value[index : index + 1] for name, value in answers.items()}

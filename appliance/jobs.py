@@ -116,19 +116,28 @@ class JobQueue(Planning):
     def make_urgent(self, study_id: int, actor: str) -> int:
         """STAT: what waits of a study is read before everything else, and waits for no batch. Returns how many jobs that concerns.
 
-        Images of the study that are not planned yet are planned at once.
+        What was taken into a batch already and has no result yet is among them: the batch brings it forward. Images of the study that are
+        not planned yet are planned at once, and those that come later are as urgent: the study's jobs keep the mark when they are done.
         """
         self.close_series([row["id"] for row in self.database.query("SELECT id FROM series WHERE study_id = ? AND open = 1", study_id)])
         with self.database.transaction() as tx:
             changed = tx.execute(
-                "UPDATE jobs SET priority = 1 WHERE state = 'queued' AND priority < 1 AND instance_id IN"
-                " (SELECT i.id FROM instances i JOIN series s ON s.id = i.series_id WHERE s.study_id = ?)",
+                "UPDATE jobs SET priority = 1 WHERE priority < 1 AND instance_id IN"
+                " (SELECT i.id FROM instances i JOIN series s ON s.id = i.series_id WHERE s.study_id = ?) RETURNING state",
                 (study_id,),
-            ).rowcount
+            ).fetchall()
+            waiting = sum(row["state"] in (JobState.QUEUED.value, JobState.RUNNING.value) for row in changed)
             if changed:
-                Database.audit(tx, db.APPLICATION_ACTIVITY, actor, "E", f"study:{study_id}", urgent=changed)
+                Database.audit(tx, db.APPLICATION_ACTIVITY, actor, "E", f"study:{study_id}", urgent=waiting)
                 tx.execute("UPDATE studies SET revision = ? WHERE id = ?", (next_revision(tx), study_id))
-        return changed
+        return waiting
+
+    def urgent_among(self, jobs: Collection[int]) -> set[int]:
+        """Which of these jobs have become urgent since they were taken."""
+        rows = self.database.query(
+            "SELECT id FROM jobs WHERE priority > 0 AND id IN (SELECT value FROM json_each(?))", json.dumps(list(jobs))
+        )
+        return {row["id"] for row in rows}
 
     def recover_jobs(self) -> int:
         """Give back every running job, whatever its lease: for the one worker that holds the worker lock, at its start."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from appliance import copies, device
+from appliance.away import ELSEWHERE, Away
 from appliance.domain import Note
 from appliance.errors import InferenceError
 from appliance.runtime import Candidate, Runtime, open_runtime, plain_candidate
@@ -26,8 +28,11 @@ _DETAIL: Final = 400
 class Loaded:
     """A model ready to read: verified on disk, session open, warmed up.
 
+    A choice that was measured on another device than this has become, or on other runtimes, answers the golden cases here before it
+    reads, alone and not in batches; so does, always, what runs on a machine that is not this box's.
+
     Args:
-        settings: where the box's own copies are, and how many threads an inference gets.
+        settings: where the box's own copies are, how many threads an inference gets, and which hub may be sent anything.
         digest: which model.
         plan: what was chosen to run it.
         distrust: why the chosen way must not be tried now; None when it may.
@@ -35,6 +40,7 @@ class Loaded:
     Attributes:
         reason: why it runs this way, a code of ``choice.*``.
         fallback: why the chosen way does not run; None when it does.
+        away: what runs it, where that is not on this box: it may be there again by itself.
 
     Raises:
         ActivationError: the copy is damaged.
@@ -42,34 +48,117 @@ class Loaded:
     """
 
     def __init__(self, settings: Settings, digest: str, plan: Plan, distrust: Note | None = None) -> None:
-        bundle: ModelBundle = copies.own_copy(settings.data_dir, digest)
-        self.manifest: Manifest = bundle.manifest
+        self._settings = settings
+        self._bundle: ModelBundle = copies.own_copy(settings.data_dir, digest)
+        self.manifest: Manifest = self._bundle.manifest
         self.digest = digest
         self.plan = plan
-        self.reason = plan.reason
         self.fallback: Note | None = None
+        self.away: Away | None = None
+        self._other_device = plan.candidate is not None and plan.profile != device.profile()
         by_hand = plan.precision if plan.candidate is None or plan.reason.code == "choice.by_hand" else None
-        plain = plain_candidate(_variant(bundle, by_hand), settings.worker_threads)
-        self.candidate: Candidate = plan.candidate or plain
-        is_plain = (self.candidate.runtime, self.candidate.provider, self.candidate.file) == (plain.runtime, plain.provider, plain.file)
-        try:
-            self.runtime: Runtime = self._open(settings, bundle, None if is_plain else distrust)
-        except (InferenceError, BundleError) as error:
-            detail = error.message if isinstance(error, BundleError) else error.detail
-            if is_plain or plan.plain_barred is not None:
-                raise InferenceError("job.error" if isinstance(error, BundleError) else error.code, detail) from error
-            self.fallback = Note("choice.fallback", f"{_way(self.candidate)}: {error.code}: {detail}"[:_DETAIL])
-            logger.error("the model is run another way than chosen", extra={"code": error.code})
-            self.reason, self.candidate = self.fallback, plain
-            self.runtime = open_runtime(bundle.path(plain.file), self.manifest.input, plain)
+        self._plain = plain_candidate(_variant(self._bundle, by_hand), settings.worker_threads)
+        self._chosen, self._why = self._as_chosen()
+        self.candidate, self.reason = self._chosen, self._why
+        self.runtime: Runtime = self._run(distrust)
 
-    def _open(self, settings: Settings, bundle: ModelBundle, distrust: Note | None) -> Runtime:
-        chosen = self.candidate
+    def _as_chosen(self) -> tuple[Candidate, Note]:
+        """What runs it if all goes well, and why."""
+        chosen, reason = self.plan.candidate or self._plain, self.plan.reason
+        declared = [variant.precision for variant in self.manifest.variants if variant.file == chosen.file]
+        chosen = replace(chosen, precision=declared[0] if declared else chosen.precision)
+        if self._other_device and reason.code != "choice.untuned":
+            return replace(chosen, batch=1), Note("choice.other_device", f"{reason.code}: {self.plan.profile}"[:_DETAIL])
+        return chosen, reason
+
+    def _run(self, distrust: Note | None) -> Runtime:
+        chosen, plain = self._chosen, self._plain
+        is_plain = (chosen.runtime, chosen.provider, chosen.file) == (plain.runtime, plain.provider, plain.file)
+        if is_plain:
+            return self._open(chosen)
+        try:
+            self._may_run(distrust)
+            return self._open_away() if chosen.runtime in ELSEWHERE else self._open(chosen)
+        except InferenceError as error:
+            if self.away is not None:  # it has tried the plain way as well
+                raise
+            local = self._open_plain(error)
+            self._fell(error)
+            return local
+
+    def _may_run(self, distrust: Note | None) -> None:
+        """Whether the chosen way may be tried at all; nothing leaves this box but to the hub that is configured now."""
+        chosen, hub = self._chosen, self._settings.triton_url
         if distrust is not None:
             raise InferenceError(distrust.code, distrust.detail)
-        if chosen.runtime in _BUILDERS and self.plan.profile != device.profile():
+        if chosen.runtime in ELSEWHERE and (not hub or chosen.provider != hub):
+            raise InferenceError(
+                "runtime.unavailable", "the hub is not configured any more" if not hub else "another hub is configured now"
+            )
+        if chosen.runtime in _BUILDERS and self._other_device:
             raise InferenceError("choice.other_device", "it was measured on another device than this has become")
-        return open_runtime(bundle.path(chosen.file), self.manifest.input, chosen, cache=copies.engines(settings.data_dir))
+
+    def _open_away(self) -> Runtime:
+        self.away = Away(lambda: self._open(self._chosen), self._local, self._fell)
+        try:
+            self.away.reach()
+        except InferenceError as error:
+            self._open_fallen(self.away, error)
+        else:
+            self.away.resume()
+        return self.away
+
+    def _open_fallen(self, away: Away, error: InferenceError) -> None:
+        try:
+            away.fall(error)
+        except InferenceError as barred:
+            raise (error if self.plan.plain_barred is not None else barred) from error
+
+    def _open_plain(self, error: InferenceError) -> Runtime:
+        if self.plan.plain_barred is not None:
+            raise error
+        return self._local()
+
+    def _local(self) -> Runtime:
+        """The plain way; raises InferenceError where it is known to be wrong, or is found to be now."""
+        if self.plan.plain_barred is not None:
+            raise InferenceError(self.plan.plain_barred.code, self.plan.plain_barred.detail)
+        return self._open(self._plain)
+
+    def _open(self, candidate: Candidate) -> Runtime:
+        try:
+            path, cache = self._bundle.path(candidate.file), copies.engines(self._settings.data_dir)
+            runtime = open_runtime(path, self.manifest.input, candidate, cache=cache)
+            try:
+                if self._other_device or candidate.runtime in ELSEWHERE:
+                    self._check(runtime, candidate.precision)
+            except BaseException:
+                runtime.close()
+                raise
+        except BundleError as error:
+            raise InferenceError("job.error", error.message) from error
+        return runtime
+
+    def _check(self, runtime: Runtime, precision: str) -> None:
+        """The golden cases, as when it was measured."""
+        from appliance.golden import cases
+
+        for case in cases(self._bundle):
+            difference = case.difference(lambda tensor: runtime.infer({self.manifest.input.name: tensor}))
+            if not difference <= case.tolerance[precision]:  # also true for NaN
+                raise InferenceError("tune.wrong", f"{case.name}: off by {difference:.4g}, allowed {case.tolerance[precision]:g}")
+
+    def _fell(self, error: InferenceError) -> None:
+        """The plain way runs it now."""
+        self.fallback = Note("choice.fallback", f"{_way(self._chosen)}: {error.code}: {error.detail}"[:_DETAIL])
+        logger.error("the model is run another way than chosen", extra={"code": error.code})
+        self.reason, self.candidate = self.fallback, self._plain
+
+    def come_back(self) -> None:
+        """What was chosen was reached again, and runs it from now on."""
+        assert self.away is not None
+        self.away.resume()
+        self.fallback, self.reason, self.candidate = None, self._why, self._chosen
 
     def describe(self) -> dict[str, Any]:
         """What ran and why, for the result."""

@@ -44,6 +44,7 @@ class Planning:
                 planned += sum(refusal is None for refusal in refusals.values())
                 for row in waiting:
                     planned += self._plan(tx, row, manifests, refusals)
+                series_jobs.inherit_urgency(tx, series_id)
                 if None in refusals.values():
                     self._settle(tx, series_jobs.images(tx, series_id)[0]["id"])  # those that were read before wait again too
         return planned

@@ -110,7 +110,8 @@ def prove(order: Order, tell: Tell) -> dict[str, Any]:
     Returns:
         ``precision``, ``runtime``, ``details`` (what the runtime says it runs on), ``max_difference`` per golden case, what was
         measured (``median_ms`` and ``worst_ms`` of an inference, ``peak_rss_bytes``, ``load_ms``), and how it came to be run that way:
-        ``choice`` (the candidate), ``reason``, ``table`` (all that was tried), ``tuned_at`` and the device's ``profile``.
+        ``choice`` (the candidate), ``reason``, ``table`` (all that was tried), ``tuned_at``, the device's ``profile`` and
+        the ``hub`` that was configured.
 
     Raises:
         ActivationError: why this model may not read patients on this box.
@@ -126,7 +127,7 @@ def prove(order: Order, tell: Tell) -> dict[str, Any]:
         raise ActivationError(_CODES.get(error.code, "model.self_test") if order.tune else "model.self_test", what) from error
     except BundleError as error:
         raise ActivationError("model.invalid", error.message, hint=error.hint) from error
-    return report | {"tuned_at": utc_now(), "profile": device.profile()}
+    return report | {"tuned_at": utc_now(), "profile": device.profile(), "hub": order.triton_url}
 
 
 def _sweep_engines(order: Order) -> None:

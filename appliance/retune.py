@@ -71,7 +71,7 @@ class Retuner:
             self.tunings.ask(digest, self._store.model(digest)["name"], "worker")
 
     def look(self) -> None:
-        """At a worker's start: whatever was measured on another device than this has become, or never, is measured again.
+        """At a worker's start: whatever was measured on another device than this has become, with another hub, or never, is measured again.
 
         One that failed on this very device is left alone: a person may ask for it.
         """
@@ -79,7 +79,8 @@ class Retuner:
         for row in self._store.models():
             report = json.loads(row["self_test"])
             untuned = (report.get("reason") or {}).get("code") == "choice.untuned"
-            if row["state"] != "active" or (report.get("profile") == profile and not untuned):
+            same = (report.get("profile"), report.get("hub", "")) == (profile, self._store.settings.triton_url)
+            if row["state"] != "active" or (same and not untuned):
                 continue
             last = self.tunings.of(row["digest"])
             if last is None or last.state != "failed" or last.profile != profile:

@@ -59,6 +59,17 @@ def add(tx: sqlite3.Connection, series_id: int, digest: str, notes: Iterable[Not
     )  # fmt: skip
 
 
+def inherit_urgency(tx: sqlite3.Connection, series_id: int) -> None:
+    """What is planned of a study that a person made urgent is urgent as well, whatever became of its other images."""
+    tx.execute(
+        "UPDATE jobs SET priority = 1 WHERE state = 'queued' AND priority < 1"
+        " AND instance_id IN (SELECT id FROM instances WHERE series_id = ?1)"
+        " AND EXISTS (SELECT 1 FROM series s JOIN instances i ON i.series_id = s.id JOIN jobs j ON j.instance_id = i.id"
+        " WHERE s.study_id = (SELECT study_id FROM series WHERE id = ?1) AND j.priority > 0)",
+        (series_id,),
+    )
+
+
 def forget(tx: sqlite3.Connection, job_id: int) -> None:
     """Remove what a job drew."""
     for table in ("key_pictures", "measurements", "volumes"):

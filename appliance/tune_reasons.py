@@ -7,8 +7,6 @@ from typing import Final
 from appliance.model_reasons import Reason
 
 _NOTHING_ZH, _NOTHING_EN = "无需处理。", "Nothing to do."
-_AGAIN_ZH = "设备更换硬件或软件后，可用 `appliance tune` 重新测量。"
-_AGAIN_EN = "After a change of hardware or software `appliance tune` measures again."
 
 TUNE_REASONS: Final[dict[str, Reason]] = {
     "choice.measured": Reason("本机实测最快", "Measured fastest on this box", _NOTHING_ZH, _NOTHING_EN),
@@ -27,7 +25,10 @@ TUNE_REASONS: Final[dict[str, Reason]] = {
         " `appliance tune`.",
     ),
     "choice.other_device": Reason(
-        "选定的方式是在另一种硬件或软件上测量的", "The chosen way was measured on other hardware or software", _AGAIN_ZH, _AGAIN_EN
+        "选定的方式是在另一种硬件或软件上测量的",
+        "The chosen way was measured on other hardware or software",
+        "已在本机用标准病例核对无误。空闲时会自动重新测量，也可随时运行 `appliance tune`。",
+        "The golden cases were right on this box as it is now. It measures again when it is idle; `appliance tune` does so at any time.",
     ),
     "tune.fastest": Reason("结果正确，且最快", "Right, and the fastest", _NOTHING_ZH, _NOTHING_EN),
     "tune.more_exact": Reason(

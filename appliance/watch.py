@@ -26,6 +26,9 @@ DRIFT_FROM: Final = 50
 LATENCY_FLOOR_MS: Final = 20.0
 # Detail of a failure that came before the model saw anything of the film: not its fault.
 BEFORE_MODEL: Final = "before the model"
+# What runs the model was not to be had, a hub that is down for one: not its fault either. Nor is how long the line to a hub takes, or
+# another way than the one that was measured.
+_NOT_REACHED: Final = ("runtime.unavailable", "runtime.deadline")
 # Jeffreys' prior: an empty bin is rare, not impossible.
 _PRIOR: Final = 0.5
 
@@ -54,13 +57,15 @@ class Statistics:
 def measure(database: Database, digest: str, manifest: Manifest, after_job: int) -> Statistics:
     """Count what a version did in the jobs planned after ``after_job``."""
     jobs = database.query(
-        "SELECT outcome, coalesce(json_extract(timing_ms, '$.window'), json_extract(timing_ms, '$.infer')) AS infer FROM jobs"
+        "SELECT outcome, coalesce(json_extract(timing_ms, '$.window'), json_extract(timing_ms, '$.infer')) AS infer,"
+        " coalesce(json_extract(runtime, '$.leaves_box'), json_extract(runtime, '$.reason.code') = 'choice.fallback', 0) AS other FROM jobs"
         " WHERE model_digest = ? AND id > ? AND outcome IN (?, ?) AND state IN ('done', 'failed')"
-        " AND coalesce(json_extract(reason, '$.detail'), '') != ?",
-        digest, after_job, ScanState.AI_READY.value, ScanState.FAILED.value, BEFORE_MODEL,
+        " AND coalesce(json_extract(reason, '$.detail'), '') != ?"
+        " AND NOT (outcome = 'failed' AND coalesce(json_extract(reason, '$.code'), '') IN (SELECT value FROM json_each(?)))",
+        digest, after_job, ScanState.AI_READY.value, ScanState.FAILED.value, BEFORE_MODEL, json.dumps(_NOT_REACHED),
     )  # fmt: skip
-    read = [row["infer"] for row in jobs if row["outcome"] == ScanState.AI_READY.value]
-    latencies = [value for value in read if value is not None]
+    read = [row for row in jobs if row["outcome"] == ScanState.AI_READY.value]
+    latencies = [row["infer"] for row in read if row["infer"] is not None and not row["other"]]
     drift = None
     if len(read) >= DRIFT_FROM:
         drift = max((_drift(database, digest, after_job, histogram) for histogram in manifest.reference_scores), default=None)

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from appliance.activation import Activator
+from appliance.away import Comeback
 from appliance.batching import Batch
 from appliance.domain import Job, JobKind, JobResult, Note, ScanState
 from appliance.errors import ApplianceError, PixelError, StoreError
@@ -59,7 +60,9 @@ class Worker:
         self._arm = on_deadline or (lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds))
         self._next_drop = 0.0
         self._distrusted: set[str] = set()
+        self._said: dict[str, Note | None] = {}
         self.activator = Activator(store, self._load, self._take)
+        self._comeback = Comeback(self.activator.retuner.want)
 
     def distrust(self, digests: list[str]) -> None:
         """The worker before this one fell while it loaded these: this one loads them the plain way, and has them measured again."""
@@ -84,6 +87,8 @@ class Worker:
         self._arm(self._store.settings.job_deadline_s)
         try:
             self.activator.tick()
+            self._comeback.look(self._loaded)
+            self._say_changes()
             if time.monotonic() >= self._next_drop and len(self._loaded) > 1:
                 self._next_drop = time.monotonic() + _DROP_EVERY_S
                 self._drop({row["digest"] for row in self._store.models() if row["state"] == "active"})
@@ -115,12 +120,20 @@ class Worker:
         self._say_how(loaded)
 
     def _say_how(self, loaded: Loaded) -> None:
-        """Keep whether the model runs as it was chosen; where it does not, it is measured again."""
+        """Keep whether the model runs as it was chosen; where it does not, it is measured again, or what is away is waited for."""
+        self._said[loaded.digest] = loaded.fallback
         if loaded.fallback is None:
             self.activator.retuner.tunings.runs_as_chosen(loaded.digest)
         else:
             self.activator.retuner.tunings.fell_back(loaded.digest, loaded.fallback, loaded.runtime.describe())
-            self.activator.retuner.want(loaded.digest)
+            if loaded.away is None:
+                self.activator.retuner.want(loaded.digest)
+
+    def _say_changes(self) -> None:
+        """What ran elsewhere does not answer any more, or answers again: that can come with every inference."""
+        for loaded in self._loaded.values():
+            if loaded.away is not None and self._said.get(loaded.digest) != loaded.fallback:
+                self._say_how(loaded)
 
     def run_once(self) -> bool:
         """Do one job, or a batch of them. Returns False when there was none."""
@@ -131,9 +144,10 @@ class Worker:
         size = model.candidate.batch if model is not None else 1
         others = self._store.claim_company(job, size - 1, self._lease_s(size)) if size > 1 else []
         if model is not None and others:
-            Batch(self._store, model, self._guarded, self._urgent_first).read([job, *others])
+            Batch(self._store, model, self._guarded, self._alone, self._urgent_first).read([job, *others])
         else:
             self._alone(job)
+        self._say_changes()
         return True
 
     def _lease_s(self, images: int) -> float:
@@ -219,7 +233,11 @@ class Worker:
             row = self._store.model(digest)
             distrust = Note("runtime.crashed", "the worker died while it loaded the model") if digest in self._distrusted else None
             plan = Plan.of(row["precision"], json.loads(row["self_test"]))
-            self._loaded[digest] = Loaded(self._store.settings, digest, plan, distrust)
+            try:
+                self._loaded[digest] = Loaded(self._store.settings, digest, plan, distrust)
+            except ApplianceError:
+                self.activator.retuner.want(digest)  # perhaps there is another way
+                raise
             self._say_how(self._loaded[digest])
         return self._loaded[digest]
 

@@ -26,6 +26,9 @@ _LENGTH = "Inference-Header-Content-Length"
 class KserveServer:
     """The server; ``address`` is where it answers.
 
+    Args:
+        port: where to listen; the kernel chooses when 0.
+
     Attributes:
         fault: what it does wrong; see ``_Handler``.
         seen: every request: method, path, headers and body.
@@ -33,13 +36,13 @@ class KserveServer:
         extensions: what it says it can.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.fault = ""
         self.seen: list[tuple[str, str, dict[str, str], bytes]] = []
         self.models: dict[str, tuple[Any, dict[str, Any]]] = {}
         self.connections: set[socket.socket] = set()
         self.extensions = ["model_repository", "binary_tensor_data"]
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"site": self}))
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"site": self}))
         self._server.daemon_threads = True
         self.address = f"127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)

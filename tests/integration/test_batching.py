@@ -159,6 +159,88 @@ def test_stat_that_comes_in_the_middle_of_a_batch_does_not_wait_for_its_end(stor
     assert [together(store, image) for image in images] == [4] * 4
 
 
+def test_an_image_of_the_batch_that_becomes_urgent_before_its_turn_is_brought_forward(store: Store, tiny: str) -> None:
+    images = [take(store, chest(seed)) for seed in range(4)]
+    said: list[int] = []
+    steps = 0
+
+    def comes(seconds: float) -> None:
+        nonlocal steps
+        steps += bool(seconds)
+        if steps == 1 and not said:  # the first image of the batch is being decoded, the last is leased and waits
+            said.append(store.make_urgent(Worklist(store).study_of(images[3]), "demo"))
+
+    assert reader(store, comes).run_once()
+    assert said == [1]
+    assert order(store) == [images[3], *images[:3]]
+    assert [together(store, image) for image in images] == [3, 3, 3, 1]
+    assert {row["attempts"] for row in store.database.query("SELECT attempts FROM jobs")} == {1}
+
+
+@pytest.mark.parametrize("step", [2, 4, 5, 6])
+def test_one_that_becomes_urgent_when_it_is_prepared_or_answered_comes_next(store: Store, tiny: str, step: int) -> None:
+    """Two is the decoding of the second image, five the model, six the first result."""
+    images = [take(store, chest(seed)) for seed in range(4)]
+    steps = 0
+
+    def comes(seconds: float) -> None:
+        nonlocal steps
+        steps += bool(seconds)
+        if seconds and steps == step:
+            assert store.make_urgent(Worklist(store).study_of(images[1]), "demo") == 1
+
+    assert reader(store, comes).run_once()
+    assert order(store) == ([images[1], images[0], *images[2:]] if step < 6 else images)
+    assert together(store, images[1]) == (1 if step < 5 else 4)
+    assert [Worklist(store).instance(image).state for image in images] == [ScanState.AI_READY] * 4
+
+
+def test_an_urgent_one_that_cannot_be_decoded_costs_the_batch_nothing(store: Store, tiny: str) -> None:
+    images = [take(store, chest(seed)) for seed in range(3)]
+    blank = take(store, scan_bytes(Rows=600, Columns=600, PixelData=bytes(2 * 600 * 600)))
+    asked: list[int] = []
+
+    def comes(seconds: float) -> None:
+        if seconds and not asked:
+            asked.append(store.make_urgent(Worklist(store).study_of(blank), "demo"))
+
+    assert reader(store, comes).run_once()
+    assert asked == [1]
+    assert order(store) == [blank, *images]
+    assert [together(store, image) for image in images] == [3] * 3
+
+
+def of_study(number: int, patient: str = "U") -> bytes:
+    """One more image, in a series of its own, of a study that others belong to."""
+    return scan_bytes(SOPInstanceUID=f"1.9.{number}", SeriesInstanceUID=f"1.9.1{number}", StudyInstanceUID="1.9.100", PatientID=patient)
+
+
+def test_images_of_an_urgent_study_that_come_later_are_urgent_too(store: Store, tiny: str) -> None:
+    waiting = [take(store, chest(seed)) for seed in range(3)]
+    first = take(store, of_study(1))
+    assert store.make_urgent(Worklist(store).study_of(first), "demo") == 1
+    made = reader(store)
+    assert made.run_once()
+    assert order(store) == [first]
+    later = [take(store, of_study(2)), take(store, of_study(3))]
+    stranger = take(store, of_study(4, patient="V"))  # the same Study Instance UID by mistake: another patient's
+    while made.run_once():
+        pass
+    assert order(store)[:3] == [first, *later]
+    assert set(order(store)[3:]) == {*waiting, stranger}
+
+
+def test_a_study_that_was_read_already_makes_what_comes_urgent_and_says_that_nothing_waits(store: Store, tiny: str) -> None:
+    first = take(store, of_study(1))
+    made = reader(store)
+    assert made.run_once()
+    assert store.make_urgent(Worklist(store).study_of(first), "demo") == 0
+    take(store, chest())
+    later = take(store, of_study(2))
+    assert made.run_once()
+    assert order(store) == [first, later]
+
+
 def test_while_stat_waits_nobody_gathers_company(store: Store, tiny: str) -> None:
     images = [take(store, chest(seed)) for seed in range(3)]
     job = store.claim_job("test", 60)

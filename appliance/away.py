@@ -1,0 +1,197 @@
+"""A runtime that is not on this box: when it cannot answer, the plain way on this box does, at once; later it is reached for again.
+
+A hub that is down, or a line that is cut, is no fault of a scan's nor of the model's: no attempt is lost and no version is blamed.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from appliance.errors import ApplianceError, InferenceError
+from appliance.runtime.pieces import in_pieces
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from appliance.loaded import Loaded
+    from appliance.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+# Runtimes that send what they read to another machine.
+ELSEWHERE: Final = ("triton",)
+RETRY_S: Final = 60.0
+# What is away for so many tries is away for long: what this box has of its own is measured then.
+_PATIENCE: Final = 60
+
+
+class Away:
+    """A runtime elsewhere with the plain way behind it; an :class:`appliance.runtime.Runtime` itself.
+
+    Args:
+        reach: opens the runtime elsewhere; raises InferenceError.
+        local: opens the plain way; raises InferenceError where that must not take over.
+        told: given why, when the plain way has taken over.
+
+    Attributes:
+        name, version, precision, provider: of what answers now.
+    """
+
+    name: str
+    version: str
+    precision: str
+    provider: str
+
+    def __init__(self, reach: Callable[[], Runtime], local: Callable[[], Runtime], told: Callable[[InferenceError], None]) -> None:
+        self._reach, self._local, self._told = reach, local, told
+        self._there: Runtime | None = None
+        self._here: Runtime | None = None
+
+    def reach(self) -> None:
+        """Open it, while nothing is asked of it: perhaps in a thread; raises InferenceError. It answers from :meth:`resume` on."""
+        before, self._there = self._there, None
+        if before is not None:
+            before.close()
+        self._there = self._reach()
+
+    def resume(self) -> None:
+        """What :meth:`reach` opened answers from now on."""
+        assert self._there is not None
+        here, self._here = self._here, None
+        if here is not None:
+            here.close()
+        self._show(self._there)
+
+    def fall(self, error: InferenceError) -> None:
+        """The plain way answers from now on; raises InferenceError where it must not, and nothing changes."""
+        self._take_over(self._local(), error)
+
+    def infer(self, inputs: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+        """Run the model where it runs now, and here when that fails; see ``Runtime.infer``."""
+        if self._here is not None:
+            return _one_by_one(self._here, inputs)
+        if self._there is None:
+            raise InferenceError("job.error", "the runtime is closed")
+        try:
+            return self._there.infer(inputs)
+        except InferenceError as error:
+            return self._instead(inputs, error)
+
+    def _instead(self, inputs: dict[str, NDArray[np.float32]], error: InferenceError) -> dict[str, NDArray[np.float32]]:
+        """Read here. Where that fails as well, whose fault it was is told by what went wrong there."""
+        logger.warning("what runs the model elsewhere does not answer", extra={"code": error.code})
+        try:
+            local = self._local()
+        except InferenceError:
+            raise error from None  # it must not take over: the job says what went wrong there
+        try:
+            outputs = _one_by_one(local, inputs)
+        except InferenceError:
+            if error.code.startswith("runtime."):
+                self._take_over(local, error)
+            else:  # neither of them can read this scan
+                local.close()
+            raise
+        self._take_over(local, error)
+        return outputs
+
+    def _take_over(self, local: Runtime, error: InferenceError) -> None:
+        self._here = local
+        self._show(local)
+        self._told(error)
+
+    def _show(self, runtime: Runtime) -> None:
+        self.name, self.version, self.precision, self.provider = runtime.name, runtime.version, runtime.precision, runtime.provider
+
+    def load(self, *_: Any, **__: Any) -> None:
+        """Nothing: :meth:`reach` does it."""
+
+    def warm_up(self) -> None:
+        """Nothing: :meth:`reach` does it."""
+
+    def describe(self) -> dict[str, Any]:
+        """What answers now; see ``Runtime.describe``."""
+        runtime = self._here or self._there
+        return runtime.describe() if runtime is not None else {}
+
+    def close(self) -> None:
+        """Free both."""
+        runtimes = (self._here, self._there)
+        self._here = self._there = None
+        for runtime in runtimes:
+            if runtime is not None:
+                runtime.close()
+
+
+def _one_by_one(runtime: Runtime, inputs: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+    """The plain way reads one image at a time, however many the other took together."""
+    ((name, value),) = inputs.items()
+    return in_pieces(value, 1, True, lambda piece: runtime.infer({name: piece}))
+
+
+class Comeback:
+    """Reaches again for what does not answer: one model at a time, in a thread, so that no scan waits for it.
+
+    Args:
+        give_up: given the digest of a model whose runtime has been away for an hour.
+        clock: seconds that only rise.
+    """
+
+    def __init__(self, give_up: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._give_up, self._clock = give_up, clock
+        self._trying: Loaded | None = None
+        self._thread: threading.Thread | None = None
+        self._reached = False
+        self._next: dict[str, float] = {}
+        self._tries: dict[str, int] = {}
+
+    def look(self, models: Mapping[str, Loaded]) -> None:
+        """Between two jobs: go on without waiting for anything.
+
+        Args:
+            models: those that read, by digest.
+        """
+        if self._thread is not None:
+            if not self._thread.is_alive():
+                self._end(models)
+            return
+        now = self._clock()
+        for digest, model in models.items():
+            if model.away is None or model.fallback is None:
+                self._next.pop(digest, None)
+                self._tries.pop(digest, None)
+            elif now >= self._next.setdefault(digest, now + RETRY_S):
+                self._begin(model)
+                return
+
+    def _begin(self, model: Loaded) -> None:
+        self._trying, self._reached = model, False
+        self._thread = threading.Thread(target=self._reach, args=(model,), daemon=True)
+        self._thread.start()
+
+    def _reach(self, model: Loaded) -> None:
+        assert model.away is not None
+        try:
+            model.away.reach()
+        except (ApplianceError, OSError, MemoryError) as error:
+            logger.info("still away", extra={"code": getattr(error, "code", type(error).__name__)})
+        else:
+            self._reached = True
+
+    def _end(self, models: Mapping[str, Loaded]) -> None:
+        model, self._trying, self._thread = self._trying, None, None
+        assert model is not None
+        if models.get(model.digest) is not model:  # another took its place meanwhile
+            model.runtime.close()
+        elif self._reached:
+            model.come_back()
+        else:
+            self._next[model.digest] = self._clock() + RETRY_S
+            self._tries[model.digest] = self._tries.get(model.digest, 0) + 1
+            if self._tries[model.digest] == _PATIENCE:
+                self._give_up(model.digest)

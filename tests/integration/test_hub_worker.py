@@ -1,0 +1,300 @@
+"""A hub runs a model while it is configured and answers; what it was measured on, elsewhere or before, is proven here before it reads."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance import away, device, watch
+from appliance.domain import ScanState
+from appliance.errors import InferenceError
+from appliance.loaded import Loaded
+from appliance.models import activate
+from appliance.retune import Retuner
+from appliance.runtime import Candidate
+from appliance.runtime.choice import Plan
+from appliance.store import Store
+from appliance.tunings import Tunings
+from appliance.worker import Worker
+from appliance.worklist import JobView, Worklist
+from model_sync.bundle import Manifest
+from tests.integration.test_batching import chest, reader, take
+from tests.kserve_server import KserveServer
+from tests.library_site import tiny_bundle
+from tests.tune_box import add_variant, wrong
+
+LINE = "cxr-pneumonia"
+
+
+@pytest.fixture
+def hub() -> Iterator[KserveServer]:
+    """A hub."""
+    made = KserveServer()
+    yield made
+    made.close()
+
+
+def set_up(store: Store, hub: str) -> Store:
+    """The same box with that hub in its settings, measuring on its own account."""
+    return Store(store.settings.model_copy(update={"triton_url": hub, "tune_at_activation": True}))
+
+
+def choose(store: Store, digest: str, table: list[dict[str, Any]] | None = None, profile: str = "", **changes: Any) -> None:
+    """Store a choice, as a measuring on a device would."""
+    tunings, report = Tunings(store.database), json.loads(store.model(digest)["self_test"])
+    report["choice"] |= changes
+    report |= {"reason": {"code": "choice.measured", "detail": ""}, "table": table or [], "profile": profile or device.profile()}
+    tunings.done(tunings.ask(digest, LINE, "test"), report)
+
+
+@pytest.fixture
+def digest(tmp_path: Path, store: Store, hub: KserveServer) -> str:
+    """A small model that was measured to be fastest on the hub; its digest."""
+    made = activate(store, tiny_bundle(tmp_path / "bundles", "1.0.0"), "test")
+    choose(store, made, runtime="triton", provider=hub.address)
+    return made
+
+
+def job_of(store: Store, image: int) -> JobView:
+    """The one job of an image."""
+    (job,) = Worklist(store).instance(image).jobs
+    return job
+
+
+def reason_of(store: Store, image: int) -> dict[str, str]:
+    """Why it was run the way it was."""
+    return dict(job_of(store, image).runtime["reason"])
+
+
+def attempts(store: Store) -> set[int]:
+    """How often any job was begun."""
+    return {row["attempts"] for row in store.database.query("SELECT attempts FROM jobs")}
+
+
+def read_all(made: Worker) -> None:
+    """Until nothing is left."""
+    while made.run_once():
+        pass
+
+
+def step_until_reached(made: Worker, digest: str) -> None:
+    """Between jobs, until the hub runs the model again."""
+    limit = time.monotonic() + 20
+    while made._loaded[digest].fallback is not None:
+        assert time.monotonic() < limit
+        made.step()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("now", ["", "127.0.0.1:1"])
+def test_a_hub_that_is_configured_no_more_is_sent_nothing(store: Store, digest: str, hub: KserveServer, now: str) -> None:
+    box = set_up(store, now)
+    image = take(box, chest())
+    made = reader(box)
+    read_all(made)
+    assert hub.seen == []
+    assert Worklist(box).instance(image).state is ScanState.AI_READY
+    reason = reason_of(box, image)
+    assert (reason["code"], "configured" in reason["detail"]) == ("choice.fallback", True)
+    asked = Tunings(box.database).of(digest)
+    assert asked is not None
+    assert (asked.state, asked.actor) == ("asked", "worker")
+    assert made._loaded[digest].away is None  # nothing is reached for
+    box.close()
+
+
+def test_a_choice_with_no_address_at_all_is_no_hub(store: Store, digest: str) -> None:
+    choose(store, digest, runtime="triton", provider="")
+    loaded = Loaded(store.settings, digest, Plan.of(None, json.loads(store.model(digest)["self_test"])))
+    assert loaded.fallback is not None
+    assert "not configured any more" in loaded.fallback.detail
+    loaded.runtime.close()
+
+
+def test_where_the_plain_way_is_wrong_a_hub_that_is_gone_means_no_reading_but_a_measuring(store: Store, digest: str) -> None:
+    plain = Candidate("onnxruntime", "model_fp32.onnx", "fp32").to_json()
+    rows = [{"candidate": plain, "state": "wrong", "code": "tune.wrong", "detail": "off", "median_ms": None}]
+    choose(store, digest, rows, runtime="triton")
+    box = set_up(store, "")
+    image = take(box, chest())
+    read_all(reader(box))
+    view = Worklist(box).instance(image)
+    assert (view.state, view.reason.code if view.reason else "") == (ScanState.FAILED, "runtime.unavailable")
+    asked = Tunings(box.database).of(digest)
+    assert asked is not None
+    assert asked.state == "asked"
+    box.close()
+
+
+def test_a_hub_that_is_configured_anew_is_measured(store: Store, digest: str, hub: KserveServer) -> None:
+    choose(store, digest, runtime="onnxruntime", provider="CPUExecutionProvider")
+    for address, state in (("", "done"), (hub.address, "asked")):
+        box = set_up(store, address)
+        made = Worker(box, lambda _seconds: None)
+        retuner: Retuner = made.activator.retuner
+        retuner.look()
+        known = retuner.tunings.of(digest)
+        assert known is not None
+        assert known.state == state
+        box.close()
+
+
+def test_a_hub_that_goes_down_costs_no_scan_and_reads_again_when_it_is_back(
+    store: Store, digest: str, hub: KserveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(away, "RETRY_S", 0.1)
+    box = set_up(store, hub.address)
+    made = reader(box)
+    first = take(box, chest(1))
+    read_all(made)
+    assert job_of(box, first).runtime["leaves_box"] is True
+    hub.close()
+    later = [take(box, chest(seed)) for seed in (2, 3)]
+    started = time.monotonic()
+    read_all(made)
+    assert time.monotonic() - started < 5
+    for image in later:
+        assert Worklist(box).instance(image).state is ScanState.AI_READY
+        assert reason_of(box, image)["code"] == "choice.fallback"
+        assert "runtime.unavailable" in reason_of(box, image)["detail"]
+        assert job_of(box, image).runtime["runtime"] == "onnxruntime"
+    assert attempts(box) == {1}
+    assert json.loads(box.model(digest)["self_test"])["fallback"]["code"] == "choice.fallback"
+    known = Tunings(box.database).of(digest)
+    assert known is not None
+    assert known.state == "done"  # it is waited for, not replaced
+    again = KserveServer(int(hub.address.rpartition(":")[2]))
+    try:
+        step_until_reached(made, digest)
+        image = take(box, chest(4))
+        read_all(made)
+        assert job_of(box, image).runtime["runtime"] == "triton"
+        assert reason_of(box, image) == {"code": "choice.measured", "detail": ""}
+        assert "fallback" not in json.loads(box.model(digest)["self_test"])
+    finally:
+        made._loaded[digest].runtime.close()
+        again.close()
+    box.close()
+
+
+def test_a_hub_that_is_down_at_the_start_is_waited_for(
+    store: Store, digest: str, hub: KserveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(away, "RETRY_S", 0.1)
+    box = set_up(store, hub.address)
+    hub.close()
+    made = reader(box)
+    image = take(box, chest())
+    read_all(made)
+    assert reason_of(box, image)["code"] == "choice.fallback"
+    again = KserveServer(int(hub.address.rpartition(":")[2]))
+    try:
+        step_until_reached(made, digest)
+    finally:
+        made._loaded[digest].runtime.close()
+        again.close()
+    box.close()
+
+
+@pytest.mark.parametrize("fault", ["500", "nonsense", "cut", "no number", "short data", "answers for another"])
+def test_a_hub_that_answers_badly_is_read_without(store: Store, digest: str, hub: KserveServer, fault: str) -> None:
+    box = set_up(store, hub.address)
+    made = reader(box)
+    hub.fault = fault
+    image = take(box, chest())
+    read_all(made)
+    assert Worklist(box).instance(image).state is ScanState.AI_READY
+    assert reason_of(box, image)["code"] == "choice.fallback"
+    assert attempts(box) == {1}
+    hub.fault = ""
+    made._loaded[digest].runtime.close()
+    box.close()
+
+
+def test_a_batch_that_the_hub_does_not_answer_is_read_here_image_by_image(store: Store, digest: str, hub: KserveServer) -> None:
+    choose(store, digest, runtime="triton", batch=4)
+    box = set_up(store, hub.address)
+    made = reader(box)
+    images = [take(box, chest(seed)) for seed in range(4)]
+    hub.close()
+    read_all(made)
+    for image in images:
+        job = job_of(box, image)
+        assert (job.outcome, job.runtime.get("together", 1)) == (ScanState.AI_READY, 1)
+    assert attempts(box) == {1}
+    assert made._loaded[digest].candidate.batch == 1
+    box.close()
+
+
+def test_a_hub_is_never_held_against_the_version(store: Store, digest: str, hub: KserveServer) -> None:
+    """Neither that it is down where the plain way must not take over, nor how long the line takes."""
+    plain = Candidate("onnxruntime", "model_fp32.onnx", "fp32").to_json()
+    rows = [{"candidate": plain, "state": "wrong", "code": "tune.wrong", "detail": "off", "median_ms": None}]
+    choose(store, digest, rows, runtime="triton")
+    box = set_up(store, hub.address)
+    made = reader(box)
+    read = take(box, chest(1))
+    read_all(made)
+    assert Worklist(box).instance(read).state is ScanState.AI_READY
+    hub.close()
+    failed = [take(box, chest(seed)) for seed in (2, 3, 4)]
+    read_all(made)
+    assert {Worklist(box).instance(image).state for image in failed} == {ScanState.FAILED}
+    seen = watch.measure(box.database, digest, Manifest.model_validate_json(box.model(digest)["manifest"]), 0)
+    assert (seen.cases, seen.failures, seen.latency_ms) == (1, 0, None)
+    box.close()
+
+
+def test_a_hub_whose_golden_cases_come_out_wrong_does_not_read(tmp_path: Path, store: Store, hub: KserveServer) -> None:
+    """Nobody on this box knows what was changed there since it was measured."""
+    made = activate(store, add_variant(tiny_bundle(tmp_path / "bundles", "1.0.0"), "fp16", wrong).parent, "test")
+    choose(store, made, runtime="triton", provider=hub.address, file="model_fp16.onnx", precision="fp16")
+    box = set_up(store, hub.address)
+    image = take(box, chest())
+    read_all(reader(box))
+    reason = reason_of(box, image)
+    assert (reason["code"], "tune.wrong" in reason["detail"]) == ("choice.fallback", True)
+    box.close()
+
+
+def test_what_was_measured_on_another_device_answers_the_golden_cases_before_it_reads_and_says_so(store: Store, digest: str) -> None:
+    choose(store, digest, profile="Some Xeon with VNNI; openvino 2021.1", runtime="openvino", provider="CPU", batch=4)
+    made = reader(store)
+    image = take(store, chest())
+    read_all(made)
+    reason = reason_of(store, image)
+    assert (reason["code"], "Some Xeon" in reason["detail"]) == ("choice.other_device", True)
+    assert job_of(store, image).runtime["runtime"] == "openvino"
+    assert made._loaded[digest].candidate.batch == 1  # no batch has been proven on this device
+
+
+def test_what_is_wrong_on_this_device_is_fallen_back_from(tmp_path: Path, store: Store) -> None:
+    made = activate(store, add_variant(tiny_bundle(tmp_path / "bundles", "1.0.0"), "fp16", wrong).parent, "test")
+    choose(store, made, profile="another device", file="model_fp16.onnx", precision="fp16")
+    image = take(store, chest())
+    read_all(reader(store))
+    reason = reason_of(store, image)
+    assert (reason["code"], "tune.wrong" in reason["detail"]) == ("choice.fallback", True)
+    assert job_of(store, image).runtime["precision"] == "fp32"
+
+
+def test_on_another_device_the_plain_way_is_held_against_the_golden_cases_too(tmp_path: Path, store: Store) -> None:
+    made = activate(store, tiny_bundle(tmp_path / "bundles", "1.0.0"), "test")
+    report = json.loads(store.model(made)["self_test"])
+    lying = Loaded._check
+
+    def off(self: Loaded, runtime: Any, precision: str) -> None:
+        raise InferenceError("tune.wrong", "golden-1: off by 1")
+
+    Loaded._check = off  # type: ignore[method-assign]
+    try:
+        with pytest.raises(InferenceError, match=r"tune\.wrong"):
+            Loaded(store.settings, made, Plan.of(None, report | {"profile": "another device"}))
+        Loaded(store.settings, made, Plan.of(None, report)).runtime.close()  # measured here: not asked again
+    finally:
+        Loaded._check = lying  # type: ignore[method-assign]
