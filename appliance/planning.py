@@ -9,6 +9,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterable
+from typing import Final
 
 from appliance import series_jobs
 from appliance.database import Database
@@ -19,6 +20,8 @@ from model_sync.bundle import Manifest
 
 # Of several jobs on one image, the outcome that needs a person most is the image's state.
 _WORST_FIRST = (ScanState.FAILED, ScanState.NOT_ANALYSED, ScanState.QUALITY_REJECTED, ScanState.AI_READY, ScanState.OUT_OF_SCOPE)
+
+_GROWING: Final = 6
 
 
 class Planning:
@@ -50,11 +53,17 @@ class Planning:
         return planned
 
     def close_idle_series(self) -> int:
-        """Plan every open series that has been silent for ``series_idle_s``. Returns the number of jobs queued."""
-        limit = time.time() - self.settings.series_idle_s
+        """Plan every open series that has been silent for ``series_idle_s``. Returns the number of jobs queued.
+
+        One that was planned as a volume and grew after that has a slow sender: it is given ``_GROWING`` times as long, or a scan that
+        comes slice by slice would be read from its beginning after each of them.
+        """
+        idle, now = self.settings.series_idle_s, time.time()
         rows = self.database.query(
-            "SELECT id FROM series WHERE open = 1 AND (last_received_at < ? OR last_received_at > ?)", limit, time.time() + 1
-        )
+            "SELECT id FROM series s WHERE open = 1 AND (last_received_at > ?1 OR last_received_at < ?2"
+            " - ?3 * EXISTS (SELECT 1 FROM jobs j WHERE j.series_id = s.id))",
+            now + 1, now - idle, idle * (_GROWING - 1),
+        )  # fmt: skip
         return self.close_series([row["id"] for row in rows]) if rows else 0
 
     def _replan_unread(self, tx: sqlite3.Connection, digest: str) -> None:

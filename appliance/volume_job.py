@@ -81,7 +81,7 @@ def _before_model(
     spec, files = model.manifest.volume_input, _Files(store, [row["id"] for row in rows], alive)
     with timer.part("decode"):
         notes = _in_scope(model.manifest, files, {row["modality"] for row in rows})
-        series = read_series(files.sources(), spec)
+        series = read_series(files.sources(), spec, alive)
     alive()
     with timer.part("preprocess"):
         prepared = prepare(series, spec)
@@ -94,18 +94,19 @@ def _before_model(
 
 
 class _Files:
-    """The images of a series, read from the store one at a time; each says that the job is alive."""
+    """The images of a series, read from the store one at a time."""
 
     def __init__(self, store: Store, ids: list[int], alive: Callable[[], object]) -> None:
         self._store, self._ids, self._alive = store, ids, alive
 
     def _read(self, number: int, *, pixels: bool = True) -> Dataset:
-        self._alive()
         return pydicom.dcmread(DicomBytesIO(self._store.read_instance(number)), stop_before_pixels=not pixels)
 
     def headers(self) -> Iterator[Dataset]:
-        """Each image without its pixels."""
-        return (self._read(number, pixels=False) for number in self._ids)
+        """Each image without its pixels; before each the job is alive."""
+        for number in self._ids:
+            self._alive()
+            yield self._read(number, pixels=False)
 
     def sources(self) -> list[Callable[[], Dataset]]:
         """As :func:`appliance.volume.read_series` takes them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,26 @@ def test_what_was_drawn_without_the_newest_slices_is_not_shown(store: Store) -> 
     assert VolumeResults(store).of_study(1)[0].slices == 24
 
 
+def test_series_of_a_slow_sender_is_waited_for_and_not_read_after_each_slice(store: Store) -> None:
+    made, idle = made_up.slices(24), store.settings.series_idle_s
+
+    def silent_for(seconds: float) -> int:
+        with store.database.transaction() as tx:
+            tx.execute("UPDATE series SET last_received_at = ?", (time.time() - seconds,))
+        return store.close_idle_series()
+
+    for one in made[:12]:
+        Ingest(store).accept(encode(one), Source("cli", "test"))
+    assert silent_for(idle + 1) == 1
+    work(store)
+    for one in made[12:]:
+        Ingest(store).accept(encode(one), Source("cli", "test"))
+        assert silent_for(idle + 1) == 0
+    assert silent_for(6 * idle + 1) == 1
+    work(store)
+    assert states(store) == {("ai_ready", None)} and VolumeResults(store).of_study(1)[0].slices == 24
+
+
 def test_enhanced_image_is_a_series_of_its_own(store: Store) -> None:
     take(store, [made_up.enhanced(made_up.slices())])
     work(store)
@@ -283,7 +304,14 @@ def test_every_slice_and_every_window_begins_the_deadline_anew(store: Store) -> 
     take(store, made_up.slices(30, rows=36, columns=40))
     armed: list[float] = []
     assert Worker(store, on_deadline=armed.append).run_once()
-    assert len(armed) > 30 + 8 + 2 and set(armed) == {store.settings.job_deadline_s, 0} and armed[-1] == 0 and armed.count(0) == 1
+    assert len(armed) > 2 * 30 + 8 + 2 and set(armed) == {store.settings.job_deadline_s, 0} and armed[-1] == 0 and armed.count(0) == 1
+
+
+def test_every_frame_of_an_enhanced_image_begins_the_deadline_anew(store: Store) -> None:
+    take(store, [made_up.enhanced(made_up.slices(30, rows=36, columns=40))])
+    armed: list[float] = []
+    assert Worker(store, on_deadline=armed.append).run_once() and states(store) == {("ai_ready", None)}
+    assert len(armed) > 30 + 8 + 2
 
 
 def work_until(store: Store, at: int, come: Callable[[], None]) -> list[str]:
@@ -306,7 +334,7 @@ def work_until(store: Store, at: int, come: Callable[[], None]) -> list[str]:
     return [kinds[number] for number in done]
 
 
-@pytest.mark.parametrize("at", [5, 40], ids=["between slices", "between windows"])
+@pytest.mark.parametrize("at", [5, 67], ids=["between slices", "between windows"])
 def test_urgent_image_does_not_wait_for_a_whole_series(store: Store, at: int) -> None:
     take(store, made_up.slices(30, rows=36, columns=40))
 
@@ -327,7 +355,7 @@ def test_urgent_series_is_not_begun_within_another(store: Store) -> None:
         take(store, made_up.slices(30, rows=36, columns=40))
         assert store.make_urgent(3, "doctor") == 1
 
-    assert work_until(store, 40, come) == ["volume 1", "volume 3", "volume 2"]
+    assert work_until(store, 67, come) == ["volume 1", "volume 3", "volume 2"]
 
 
 def test_volume_that_memory_cannot_hold_with_its_classes_is_refused_at_once(store: Store, bundle: ModelBundle) -> None:
