@@ -310,6 +310,13 @@ def test_an_engine_measured_on_another_device_is_not_built_in_front_of_the_patie
     loaded.runtime.close()
 
 
+def test_what_is_shown_is_the_precision_of_the_file_whatever_was_stored(store: Store, digest: str) -> None:
+    candidate = Candidate("onnxruntime", "model_fp32.onnx", "fp16")
+    loaded = Loaded(store.settings, digest, Plan("fp16", candidate, Note("choice.measured"), None, device.profile()))
+    assert (loaded.fallback, loaded.candidate.precision, loaded.describe()["precision"]) == (None, "fp32", "fp32")
+    loaded.runtime.close()
+
+
 def test_a_slower_way_after_a_fallback_is_not_held_against_a_trial(tmp_path: Path, store: Store) -> None:
     """What the box does to itself is no fault of the version: the latency allowed is that of the slowest way measured here."""
     box = Box(tmp_path, store)
