@@ -10,6 +10,12 @@ _NOTHING_ZH, _NOTHING_EN = "无需处理。", "Nothing to do."
 
 TUNE_REASONS: Final[dict[str, Reason]] = {
     "choice.measured": Reason("本机实测最快", "Measured fastest on this box", _NOTHING_ZH, _NOTHING_EN),
+    "choice.measured_part": Reason(
+        "已测方式中最快；因时间不够，部分方式未测量",
+        "Fastest of the ways that were measured; some were not, for lack of time",
+        "可增大 tune_measuring_s 或 activation_deadline_s 后运行 `appliance tune`。",
+        "Raise tune_measuring_s or activation_deadline_s and run `appliance tune`.",
+    ),
     "choice.by_hand": Reason("精度由人工指定", "Precision chosen by hand", _NOTHING_ZH, _NOTHING_EN),
     "choice.untuned": Reason(
         "未测量，按标准方式运行",
@@ -44,6 +50,18 @@ TUNE_REASONS: Final[dict[str, Reason]] = {
     "tune.no_batch_gain": Reason("成批读取并不更快", "Several images at once are no faster", _NOTHING_ZH, _NOTHING_EN),
     "tune.other_batch": Reason("另一种批量更好", "Another number of images at once is better", _NOTHING_ZH, _NOTHING_EN),
     "tune.batch_taken": Reason("采用同一方式的成批读取", "Taken with several images at once", _NOTHING_ZH, _NOTHING_EN),
+    "tune.alike": Reason(
+        "各幅图像的结果无法区分，无法证明成批读取正确",
+        "The answers to different images cannot be told apart: not proven that each gets its own",
+        _NOTHING_ZH,
+        _NOTHING_EN,
+    ),
+    "tune.unreadable": Reason(
+        "上次测量的记录无法读取，视为没有",
+        "The record of the last measuring cannot be read and counts as none",
+        "运行 `appliance tune` 重新测量。",
+        "Run `appliance tune` to measure again.",
+    ),
     "tune.wrong": Reason(
         "标准病例的结果超出允许误差",
         "A golden case came out beyond the tolerance",

@@ -5,6 +5,7 @@ Pure data and one rule (:func:`choose`); the measuring is in :mod:`appliance.run
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -37,6 +38,7 @@ class Row:
         median_ms: of one image at a time; None where it was not measured.
         worst_ms: the longest of them.
         per_image_ms: of one image in a batch of the candidate's size.
+        noise: how far that, as a part of what an image alone takes, lies apart between rounds: the middle half of them.
         max_difference: the largest difference to the golden answers, of those cases that were tried.
         load_ms: loading and warming up, an engine's build included.
         peak_rss_bytes: of the process that ran it.
@@ -50,6 +52,7 @@ class Row:
     median_ms: float | None = None
     worst_ms: float | None = None
     per_image_ms: float | None = None
+    noise: float | None = None
     max_difference: float | None = None
     load_ms: float | None = None
     peak_rss_bytes: int | None = None
@@ -153,29 +156,38 @@ def exactness(precision: str) -> int:
 def choose(rows: Sequence[Row]) -> tuple[Row, ...]:
     """Take the fastest that is right, and say of every other why it was not taken.
 
-    Among those within 3 % of the fastest the most exact is taken, so that the chosen is never slower than the best by more than
-    that. A batch is taken where it costs a single image nothing and saves each of several at least 5 %; of the batches that save
-    about the same, the smallest.
+    Ways of reading one image are compared first: among those within 3 % of the fastest the most exact is taken, so that the chosen is
+    never slower than the best by more than that. Then a batch of that very way is taken where it costs a single image nothing and
+    saves each of several at least 5 %, and more than its own times lay apart; of the batches that save about the same, the smallest.
 
     Returns:
-        The rows in their order, at most one of them ``chosen``: none when none is right.
+        The rows in their order, at most one of them ``chosen``: none when no way of reading one image is right.
     """
-    right = [row for row in rows if row.state == "right" and row.median_ms is not None]
-    if not right:
+    single = [row for row in rows if _measured(row) and row.candidate.batch == 1]
+    if not single:
         return tuple(rows)
-    fastest = min(_ms(row) for row in right)
-    near = [row for row in right if _ms(row) <= SAME_TIME * fastest]
-    single = [row for row in near if row.candidate.batch == 1]
-    base = min(single or near, key=lambda row: (exactness(row.candidate.precision), _ms(row)))
-    chosen = _batched(base, near)
-    return tuple(_judged(row, chosen, fastest) if row in right else row for row in rows)
+    fastest = min(_ms(row) for row in single)
+    near = [row for row in single if _ms(row) <= SAME_TIME * fastest]
+    base = min(near, key=lambda row: (exactness(row.candidate.precision), _ms(row)))
+    chosen = _batched(base, rows, fastest)
+    return tuple(_judged(row, chosen, base, fastest) if _measured(row) else row for row in rows)
 
 
-def _batched(base: Row, near: Sequence[Row]) -> Row:
+def _measured(row: Row) -> bool:
+    """Whether it is right and has a time that is one."""
+    return row.state == "right" and row.median_ms is not None and 0.0 < row.median_ms < math.inf
+
+
+def _gains(row: Row, base: Row) -> bool:
+    """Whether an image in a batch takes clearly less than one alone: by 5 %, and by more than chance."""
+    return row.per_image_ms is not None and row.per_image_ms <= min(BATCH_GAIN, 1.0 - (row.noise or 0.0)) * _ms(base)
+
+
+def _batched(base: Row, rows: Sequence[Row], fastest: float) -> Row:
     same = [
-        row for row in near
-        if replace(row.candidate, batch=1) == base.candidate and row.candidate.batch > 1
-        and row.per_image_ms is not None and row.per_image_ms <= BATCH_GAIN * _ms(base)
+        row for row in rows
+        if _measured(row) and row.candidate.batch > 1 and replace(row.candidate, batch=1) == base.candidate
+        and _ms(row) <= SAME_TIME * fastest and _gains(row, base)
     ]  # fmt: skip
     if not same:
         return base
@@ -183,30 +195,30 @@ def _batched(base: Row, near: Sequence[Row]) -> Row:
     return min((row for row in same if _per_image(row) <= SAME_TIME * best), key=lambda row: row.candidate.batch)
 
 
-def _judged(row: Row, chosen: Row, fastest: float) -> Row:
-    ratio = f"{_ms(row) / _ms(chosen):.2f}"
+def _judged(row: Row, chosen: Row, base: Row, fastest: float) -> Row:
     if row.candidate.batch > 1:
-        return _judged_batch(row, chosen, ratio)
+        return _judged_batch(row, chosen, base, fastest)
+    ratio = f"{_ms(row) / _ms(base):.2f}"
     if row is chosen:
         code = "tune.fastest" if _ms(row) <= fastest else "tune.more_exact"
         return replace(row, state="chosen", code=code, detail="" if _ms(row) <= fastest else f"{_ms(row) / fastest:.3f}")
-    if replace(chosen.candidate, batch=1) == row.candidate:
+    if row is base:
         return replace(row, code="tune.batch_taken", detail=ratio)
-    less_exact = exactness(row.candidate.precision) > exactness(chosen.candidate.precision)
-    if _ms(row) <= SAME_TIME * _ms(chosen):
+    less_exact = exactness(row.candidate.precision) > exactness(base.candidate.precision)
+    if _ms(row) <= SAME_TIME * _ms(base):
         return replace(row, code="tune.less_exact" if less_exact else "tune.no_faster", detail=ratio)
     return replace(row, code="tune.slower_less_exact" if less_exact else "tune.slower", detail=ratio)
 
 
-def _judged_batch(row: Row, chosen: Row, ratio: str) -> Row:
+def _judged_batch(row: Row, chosen: Row, base: Row, fastest: float) -> Row:
     """Of several images at once; the detail is what one of them takes against one alone."""
-    gain = "" if row.per_image_ms is None else f"{row.per_image_ms / _ms(chosen):.2f}"
+    gain = "" if row.per_image_ms is None else f"{row.per_image_ms / _ms(base):.2f}"
     if row is chosen:
         return replace(row, state="chosen", code="tune.faster_together", detail=gain)
-    if row.per_image_ms is None or row.per_image_ms > BATCH_GAIN * _ms(chosen):
+    if not _gains(row, base):
         return replace(row, code="tune.no_batch_gain", detail=gain)
-    if _ms(row) > SAME_TIME * _ms(chosen):  # a single image would pay for it
-        return replace(row, code="tune.slower", detail=ratio)
+    if _ms(row) > SAME_TIME * fastest:  # a single image would pay for it
+        return replace(row, code="tune.slower", detail=f"{_ms(row) / _ms(base):.2f}")
     return replace(row, code="tune.other_batch", detail=gain)
 
 

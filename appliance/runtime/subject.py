@@ -71,10 +71,14 @@ class Limits:
 
     Attributes:
         seconds: after which nothing new is tried and the best so far is taken; a candidate that hangs is ended before.
-        measuring_s: of those, for everything but an engine's build; what was not reached is said to be so.
+        measuring_s: of those, for everything but an engine's build; after it each way that was not tried gets one quick timing and
+            nothing more, so that a slow model does not leave the fast ways out. What was not reached is said to be so.
         memory_bytes: cap of each candidate's private memory.
+        held_bytes: what the candidates kept open for comparison may hold together, one under test apart; a third of what the system
+            has free when None. The fastest is always kept.
     """
 
     seconds: float = 900.0
     measuring_s: float = 60.0
     memory_bytes: int | None = None
+    held_bytes: int | None = None

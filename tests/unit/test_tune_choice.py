@@ -18,9 +18,9 @@ from appliance.tune_reasons import TUNE_REASONS
 
 def row(ms: float | None, precision: str = "fp32", state: Any = "right", **changes: Any) -> Row:
     """A line of the table."""
-    code, per_image_ms = str(changes.pop("code", "")), changes.pop("per_image_ms", None)
+    code, per_image_ms, noise = str(changes.pop("code", "")), changes.pop("per_image_ms", None), changes.pop("noise", None)
     candidate = Candidate("onnxruntime", f"{precision}.onnx", precision, **changes)
-    return Row(candidate, state, code, median_ms=ms, per_image_ms=per_image_ms)
+    return Row(candidate, state, code, median_ms=ms, per_image_ms=per_image_ms, noise=noise)
 
 
 def chosen(rows: list[Row]) -> Row | None:
@@ -54,7 +54,8 @@ ROWS = st.lists(
 
 @given(ROWS)
 def test_the_chosen_is_right_and_never_more_than_3_percent_slower_than_the_best(rows: list[Row]) -> None:
-    taken, right = chosen(rows), [item for item in rows if item.state == "right" and item.median_ms is not None]
+    taken = chosen(rows)
+    right = [item for item in rows if item.state == "right" and item.median_ms is not None and item.candidate.batch == 1]
     if not right:
         assert taken is None
         return
@@ -67,9 +68,10 @@ def test_the_chosen_is_right_and_never_more_than_3_percent_slower_than_the_best(
 @given(ROWS)
 def test_every_other_keeps_its_place_and_gets_its_reason(rows: list[Row]) -> None:
     after = choose(rows)
+    alone = any(item.state == "right" and item.median_ms is not None and item.candidate.batch == 1 for item in rows)
     assert [item.candidate for item in after] == [item.candidate for item in rows]
     for before, item in zip(rows, after, strict=True):
-        if before.state != "right" or before.median_ms is None:
+        if before.state != "right" or before.median_ms is None or not alone:
             assert item == before
         else:
             assert item.code in TUNE_REASONS
@@ -81,7 +83,7 @@ def test_nothing_more_exact_was_as_fast(rows: list[Row]) -> None:
     if taken is None or taken.candidate.batch > 1:
         return
     right = [item for item in rows if item.state == "right" and item.median_ms is not None and item.candidate.batch == 1]
-    fastest = min((item.median_ms for item in rows if item.state == "right" and item.median_ms is not None), default=0.0)
+    fastest = min((item.median_ms for item in right if item.median_ms is not None), default=0.0)
     for item in right:
         if item.median_ms is not None and item.median_ms <= SAME_TIME * fastest:
             assert exactness(item.candidate.precision) >= exactness(taken.candidate.precision)
@@ -105,6 +107,27 @@ def test_a_batch_is_taken_where_it_saves_time_and_costs_a_single_image_none() ->
     assert codes([base, row(10.0, batch=4, per_image_ms=9.6)]) == ["tune.fastest", "tune.no_batch_gain"]
     assert codes([base, row(11.0, batch=4, per_image_ms=5.0)]) == ["tune.fastest", "tune.slower"]  # STAT would pay for it
     assert BATCH_GAIN * 10.0 < 9.6
+
+
+def test_a_batch_is_never_the_measure_of_a_single_image() -> None:
+    """By chance its single image came out 4 % faster; its images together take longer."""
+    assert codes([row(10.0), row(9.6, batch=2, per_image_ms=12.0)]) == ["tune.fastest", "tune.no_batch_gain"]
+    assert codes([row(10.0), row(9.0, batch=2, per_image_ms=9.4), row(9.9, "int8")]) == [
+        "tune.batch_taken",
+        "tune.faster_together",
+        "tune.less_exact",
+    ]
+    assert chosen([row(9.6, batch=2, per_image_ms=5.0), row(None, state="failed")]) is None
+
+
+def test_a_batch_has_to_gain_more_than_its_times_lie_apart() -> None:
+    assert codes([row(10.0), row(10.0, batch=4, per_image_ms=9.0, noise=0.2)]) == ["tune.fastest", "tune.no_batch_gain"]
+    assert codes([row(10.0), row(10.0, batch=4, per_image_ms=7.9, noise=0.2)]) == ["tune.batch_taken", "tune.faster_together"]
+
+
+def test_a_time_that_is_none_is_not_compared() -> None:
+    assert chosen([row(float("nan")), row(5.0, "fp16")]) == replace(row(5.0, "fp16"), state="chosen", code="tune.fastest")
+    assert chosen([row(0.0), row(float("inf"), "int8")]) is None
 
 
 def stored(*rows: Row, reason: Note | None = None) -> dict[str, Any]:
