@@ -6,6 +6,7 @@ A hub that is down, or a line that is cut, is no fault of a scan's nor of the mo
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +29,10 @@ ELSEWHERE: Final = ("triton",)
 RETRY_S: Final = 60.0
 # What is away for so many tries is away for long: what this box has of its own is measured then.
 _PATIENCE: Final = 60
+# An answer that takes longer than this, and longer than this many times what it took when it was reached, does not come: a machine that
+# lost its power or a line that was cut says nothing at all, and a scan must not wait for a runtime's own limit.
+LEAST_S: Final = 2.0
+_TIMES: Final = 10.0
 
 
 class Away:
@@ -51,13 +56,19 @@ class Away:
         self._reach, self._local, self._told = reach, local, told
         self._there: Runtime | None = None
         self._here: Runtime | None = None
+        self._line: _Line | None = None
 
     def reach(self) -> None:
         """Open it, while nothing is asked of it: perhaps in a thread; raises InferenceError. It answers from :meth:`resume` on."""
         before, self._there = self._there, None
         if before is not None:
+            self._line = None
             before.close()
-        self._there = self._reach()
+        there = self._reach()
+        started = time.monotonic()
+        there.warm_up()  # once more: the first time is slower than all others
+        self._line = _Line(there, max(LEAST_S, _TIMES * (time.monotonic() - started)))
+        self._there = there
 
     def resume(self) -> None:
         """What :meth:`reach` opened answers from now on."""
@@ -75,10 +86,10 @@ class Away:
         """Run the model where it runs now, and here when that fails; see ``Runtime.infer``."""
         if self._here is not None:
             return _one_by_one(self._here, inputs)
-        if self._there is None:
+        if self._line is None:
             raise InferenceError("job.error", "the runtime is closed")
         try:
-            return self._there.infer(inputs)
+            return self._line.infer(inputs)
         except InferenceError as error:
             return self._instead(inputs, error)
 
@@ -122,10 +133,49 @@ class Away:
     def close(self) -> None:
         """Free both."""
         runtimes = (self._here, self._there)
-        self._here = self._there = None
+        self._here = self._there = self._line = None
         for runtime in runtimes:
             if runtime is not None:
                 runtime.close()
+
+
+class _Line:
+    """Asks in a thread of its own, so that whoever waits can give up; the thread ends with what it belongs to.
+
+    Args:
+        runtime: what is asked.
+        limit_s: how long an answer may take.
+    """
+
+    def __init__(self, runtime: Runtime, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._asked: queue.SimpleQueue[tuple[Any, queue.SimpleQueue[Any]] | None] = queue.SimpleQueue()
+        threading.Thread(target=_answer, args=(runtime, self._asked), daemon=True).start()
+
+    def infer(self, inputs: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+        """As ``Runtime.infer``; raises InferenceError ``runtime.deadline`` when no answer comes."""
+        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._asked.put((inputs, answer))
+        try:
+            outputs = answer.get(timeout=self._limit_s)
+        except queue.Empty:
+            raise InferenceError("runtime.deadline", f"no answer in {self._limit_s:.1f} s") from None
+        if isinstance(outputs, BaseException):
+            raise outputs
+        return dict(outputs)
+
+    def __del__(self) -> None:
+        """Nobody asks any more."""
+        self._asked.put(None)
+
+
+def _answer(runtime: Runtime, asked: queue.SimpleQueue[tuple[Any, queue.SimpleQueue[Any]] | None]) -> None:
+    while (question := asked.get()) is not None:
+        inputs, answer = question
+        try:
+            answer.put(runtime.infer(inputs))
+        except Exception as error:  # noqa: BLE001 - handed to whoever asked
+            answer.put(error)
 
 
 def _one_by_one(runtime: Runtime, inputs: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:

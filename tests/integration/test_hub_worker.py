@@ -216,6 +216,26 @@ def test_a_hub_that_answers_badly_is_read_without(store: Store, digest: str, hub
     box.close()
 
 
+def test_a_hub_that_says_nothing_at_all_is_given_up_soon(
+    store: Store, digest: str, hub: KserveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when its power fails or the line is cut: no connection is refused, and nothing ever comes."""
+    monkeypatch.setattr(away, "LEAST_S", 0.5)
+    box = set_up(store, hub.address)
+    made = reader(box)
+    hub.fault = "slow"
+    images = [take(box, chest(seed)) for seed in range(2)]
+    started = time.monotonic()
+    read_all(made)
+    assert time.monotonic() - started < 2.5  # the hub takes three seconds
+    for image in images:
+        reason = reason_of(box, image)
+        assert (reason["code"], "runtime.deadline" in reason["detail"]) == ("choice.fallback", True)
+    hub.fault = ""
+    made._loaded[digest].runtime.close()
+    box.close()
+
+
 def test_a_batch_that_the_hub_does_not_answer_is_read_here_image_by_image(store: Store, digest: str, hub: KserveServer) -> None:
     choose(store, digest, runtime="triton", batch=4)
     box = set_up(store, hub.address)
