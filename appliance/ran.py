@@ -19,12 +19,21 @@ _NAMES: Final = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tensorr
 
 @dataclass(frozen=True)
 class Ran:
-    """What ran one model: ``runtime`` by its maker's name, ``precision`` of the variant, ``code`` why that way (empty when unknown)."""
+    """What ran one model.
+
+    Attributes:
+        runtime: by its maker's name.
+        precision: of the variant's file.
+        code: why that way; empty when unknown.
+        detail: more of the reason.
+        ran_in: what its layers with weights really ran in, where the runtime tells and it is something else; else empty.
+    """
 
     runtime: str
     precision: str
     code: str = ""
     detail: str = ""
+    ran_in: str = ""
 
     @property
     def fallback(self) -> bool:
@@ -38,7 +47,8 @@ class Ran:
             return None
         reason = _object(stored.get("reason"))
         runtime, precision = name_of(str(stored["runtime"])), str(stored.get("precision", ""))
-        return cls(runtime, precision, str(reason.get("code", "")), str(reason.get("detail", "")))
+        ran_in = str(stored.get("ran", ""))
+        return cls(runtime, precision, str(reason.get("code", "")), str(reason.get("detail", "")), "" if ran_in == precision else ran_in)
 
 
 @dataclass(frozen=True)

@@ -58,10 +58,11 @@ def store_choice(box: Box, report: dict[str, Any]) -> None:
         )
 
 
-def read_with(box: Box, code: str, detail: str = "") -> int:
+def read_with(box: Box, code: str, detail: str = "", **more: str) -> int:
     """An image read that way; its study."""
     stored = box.take(scan_bytes())
     ran = {"runtime": "openvino", "version": "2026.4.1", "precision": "int8", "provider": "CPU", "reason": {"code": code, "detail": detail}}
+    ran |= more
     box.work(replace(result(), runtime=ran))
     return int(stored.study_id)
 
@@ -128,6 +129,14 @@ def test_result_and_worklist_carry_runtime_precision_and_reason(box: Box, langua
         assert f"OpenVINO · INT8 · {words}" in text_of(person.open(path)), path
 
 
+@pytest.mark.parametrize(("language", "words"), [("en", "FP16 weights, ran in FP32"), ("zh", "FP16 权重，以 FP32 运行")])
+def test_what_ran_in_another_precision_than_its_file_says_so(box: Box, language: str, words: str) -> None:
+    study = read_with(box, "choice.measured", precision="fp16", ran="fp32")
+    person = box.person("doctor", "clinician", language)
+    for path in (f"/studies/{study}", "/"):
+        assert f"OpenVINO · {words} ·" in text_of(person.open(path)), path
+
+
 def test_a_result_of_an_older_version_is_shown_without_a_reason(box: Box) -> None:
     stored = box.take(scan_bytes())
     box.work(result())
@@ -174,3 +183,5 @@ def test_names_are_their_makers() -> None:
     assert name_of("another 2") == "another 2"
     assert Ran.of({}) is None
     assert Ran.of({"runtime": "tensorrt", "precision": "fp16"}) == Ran("TensorRT", "fp16")
+    assert Ran.of({"runtime": "openvino", "precision": "int8", "ran": "int8"}) == Ran("OpenVINO", "int8")
+    assert Ran.of({"runtime": "openvino", "precision": "fp16", "ran": "fp32"}) == Ran("OpenVINO", "fp16", ran_in="fp32")
