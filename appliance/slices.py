@@ -19,6 +19,7 @@ from appliance.errors import VolumeError
 from appliance.geometry import Plane, plane_of
 from appliance.greyscale import GreyHeader, Lut, frame_value, grey_header, numbers, rescale
 from appliance.pixels import frame_count
+from appliance.structure import VALUE_ERRORS
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -171,7 +172,7 @@ def _header(frame: tuple[int, int], ds: Dataset, shared: GreyHeader, modality: s
     return SliceHeader(
         frame, plane_of(ds, frame[1]), replace(shared, slope=slope, intercept=intercept), _units(ds, frame[1], shared, modality), modality,
         _shows(ds, frame[1]), tuple(_text(frame_value(ds, frame[1], group, keyword)) for keyword, group in _TEXTS),
-        tuple(_figures(frame_value(ds, frame[1], group, keyword)) for keyword, group, _share, _least in _NUMBERS),
+        tuple(_figures(ds, keyword, frame[1], group) for keyword, group, _share, _least in _NUMBERS),
     )  # fmt: skip
 
 
@@ -181,8 +182,13 @@ def _text(value: Any) -> str:
     return "\\".join("" if item is None else str(item).strip().upper() for item in values)
 
 
-def _figures(value: Any) -> Numbers:
-    return tuple(number for number in numbers(value) if math.isfinite(number))
+def _figures(ds: Dataset, keyword: str, frame: int = 0, group: str = "") -> Numbers:
+    """The numbers of an attribute; what cannot be read is as if it were absent."""
+    try:
+        found = numbers(frame_value(ds, frame, group, keyword))
+    except VALUE_ERRORS:
+        return ()
+    return tuple(number for number in found if math.isfinite(number))
 
 
 def _shows(ds: Dataset, frame: int) -> frozenset[str]:
@@ -195,7 +201,7 @@ def _shows(ds: Dataset, frame: int) -> frozenset[str]:
 
 def _units(ds: Dataset, frame: int, grey: GreyHeader, modality: str) -> Units:
     """What the values mean."""
-    slope, intercept = (bool(_figures(frame_value(ds, frame, _RESCALE, name))) for name in ("RescaleSlope", "RescaleIntercept"))
+    slope, intercept = (bool(_figures(ds, name, frame, _RESCALE)) for name in ("RescaleSlope", "RescaleIntercept"))
     unit = _unit(ds, frame, modality)
     turned = grey.inverse and not unit and modality not in _WITH_UNIT
     return Units(
@@ -273,8 +279,8 @@ def _check_unit(modality: str, units: Units) -> None:
 
 def counted(ds: Dataset) -> Counted:
     """What an image says of how many there are: Instance Number, Images in Acquisition, and Number of Slices (PET)."""
-    said = (number for key in ("ImagesInAcquisition", "NumberOfSlices") for number in _figures(ds.get(key)) if number <= _MAX_NUMBER)
-    numbered = (number for number in _figures(ds.get("InstanceNumber")) if number <= _MAX_NUMBER)
+    said = (number for key in ("ImagesInAcquisition", "NumberOfSlices") for number in _figures(ds, key) if number <= _MAX_NUMBER)
+    numbered = (number for number in _figures(ds, "InstanceNumber") if number <= _MAX_NUMBER)
     return Counted(int(next(numbered, 0.0)), int(max(said, default=0.0)), frame_count(ds))
 
 

@@ -89,7 +89,7 @@ def read_series(sources: Sequence[Source], spec: VolumeSpec, told: Callable[[], 
     Args:
         sources: each gives one image of the series; it is asked twice, once for its header and once for its pixels.
         spec: the manifest's pipeline, whose first step says what a volume needs.
-        told: called after each header and after each frame that was decoded.
+        told: called after each frame that was decoded, of which an image may have hundreds.
 
     Raises:
         VolumeError: the series is no volume; ``volume.*``, or ``quality.blank``: there is nothing but padding.
@@ -98,7 +98,7 @@ def read_series(sources: Sequence[Source], spec: VolumeSpec, told: Callable[[], 
     rule = spec.pipeline[0]
     if not isinstance(rule, Stack):
         raise InferenceError("job.error", "the model's pipeline must begin with stack")
-    slices, images = _headers(sources, told)
+    slices, images = _headers(sources)
     volume = [item for item in slices if not item.plane.localizer]
     if len(volume) >= rule.min_slices:
         check_contrast(volume)
@@ -117,7 +117,7 @@ def read_series(sources: Sequence[Source], spec: VolumeSpec, told: Callable[[], 
     )
 
 
-def _headers(sources: Sequence[Source], told: Callable[[], object]) -> tuple[list[SliceHeader], list[Counted]]:
+def _headers(sources: Sequence[Source]) -> tuple[list[SliceHeader], list[Counted]]:
     """The headers of all frames, and what each image says of how many there are."""
     slices: list[SliceHeader] = []
     images = []
@@ -128,7 +128,6 @@ def _headers(sources: Sequence[Source], told: Callable[[], object]) -> tuple[lis
         images.append(counted(ds))
         if len(slices) > MAX_FRAMES:
             raise VolumeError("volume.too_large", f"more than {MAX_FRAMES} slices")
-        told()
     return slices, images
 
 

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset, FileDataset
+from pydicom.filebase import DicomBytesIO
 from pydicom.sequence import Sequence as Items
 
 from appliance import reasons
@@ -376,8 +378,20 @@ def test_whatever_headers_count_is_at_most_a_note(images: list[Counted]) -> None
     assert note is None or int(note.detail.split(" / ")[1]) > have
 
 
-def test_reading_tells_of_every_step() -> None:
-    """Hundreds of compressed slices take longer than one step of a job may."""
+def test_reading_tells_of_every_frame() -> None:
+    """Hundreds of compressed frames take longer than one step of a job may, in one image too."""
     told: list[int] = []
-    read_series(made_up.sources(made_up.slices()), spec(), lambda: told.append(1))
-    assert len(told) == 40
+    read_series(made_up.sources([made_up.enhanced(made_up.slices())]), spec(), lambda: told.append(1))
+    assert len(told) == 20
+
+
+@pytest.mark.parametrize("raw", [b"inf ", b"ab  ", b"1\\xx", b"\xff\x00\xfe\x01", b"1.5 "])
+def test_numbers_that_cannot_be_read_say_nothing(raw: bytes) -> None:
+    made = each(made_up.slices(), EchoTime="1000", InstanceNumber=1234)
+    for place, one in enumerate(made):
+        buffer = DicomBytesIO()
+        one.save_as(buffer, enforce_file_format=True)
+        written = buffer.getvalue().replace(b"DS\x04\x001000", b"DS\x04\x00" + raw).replace(b"IS\x04\x001234", b"IS\x04\x00" + raw)
+        made[place] = pydicom.dcmread(DicomBytesIO(written))
+    series = read(made)
+    assert len(series.values) == 20 and not series.notes
