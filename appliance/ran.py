@@ -47,7 +47,7 @@ class Ran:
             return None
         reason = _object(stored.get("reason"))
         runtime, precision = name_of(str(stored["runtime"])), str(stored.get("precision", ""))
-        ran_in = str(stored.get("ran", ""))
+        ran_in = str(stored.get("ran") or "")
         return cls(runtime, precision, str(reason.get("code", "")), str(reason.get("detail", "")), "" if ran_in == precision else ran_in)
 
 
