@@ -75,7 +75,8 @@ def _measured(database: Database, ids: str) -> list[sqlite3.Row]:
 def _ran(database: Database, ids: str) -> list[sqlite3.Row]:
     return database.query(
         "SELECT DISTINCT s.study_id, json_extract(j.runtime, '$.runtime') AS runtime,"
-        " json_extract(j.runtime, '$.precision') AS precision, json_extract(j.runtime, '$.ran') AS ran, json_extract(j.runtime, '$.reason') AS reason"
+        " json_extract(j.runtime, '$.precision') AS precision, json_extract(j.runtime, '$.ran') AS ran,"
+        " json_extract(j.runtime, '$.reason') AS reason"
         " FROM jobs j JOIN instances i ON i.id = j.instance_id"
         " JOIN series s ON s.id = i.series_id WHERE json_extract(j.runtime, '$.runtime') IS NOT NULL"
         " AND s.study_id IN (SELECT value FROM json_each(?))",
