@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta, timezone
 from typing import Any, Final
 
@@ -22,6 +22,8 @@ MAX_ATTEMPTS: Final = 3
 # One that nobody waits for begins when no scan does; a box that is never idle does it all the same, at some time.
 _PATIENCE: Final = timedelta(minutes=10)
 _KEY: Final = "tuning:"
+_STATES: Final = ("asked", "measuring", "done", "failed")
+_DETAIL: Final = 200
 _CONFIGURATION: Final[dict[str, Any]] = {"type": "110131", "type_meaning": "Software Configuration"}
 
 
@@ -47,11 +49,33 @@ class Tuning:
         return self.state in ("asked", "measuring")
 
     @classmethod
-    def from_json(cls, text: str) -> Tuning:
-        """Read what :meth:`to_json` wrote."""
-        values = json.loads(text)
-        reason = values.pop("reason")
-        return cls(**values, reason=Note(**reason) if reason else None)
+    def from_json(cls, digest: str, text: str) -> Tuning:
+        """Read what :meth:`to_json` wrote, here or in a newer appliance, whose further fields are left out.
+
+        What cannot be read is one that has failed, and says that: it stops nothing, is shown, and gives way to the next that is asked for.
+        """
+        try:
+            values = json.loads(text)
+            if not isinstance(values, dict) or values.get("digest") != digest:
+                raise ValueError("it is of no model or of another")
+            known = {item.name: values[item.name] for item in fields(cls) if item.name in values and item.name != "reason"}
+            reason = values.get("reason")
+            read = cls(**known, reason=None if reason is None else Note(str(reason["code"]), str(reason["detail"])))
+            read._check()
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            note = Note("tune.unreadable", f"{type(error).__name__}: {str(error)[:_DETAIL]}")
+            return cls(digest, "", "failed", "worker", "", "", reason=note)
+        return read
+
+    def _check(self) -> None:
+        """Raise ValueError or TypeError where a field is not what it must be."""
+        texts = (self.name, self.actor, self.updated_at, self.step, self.profile)
+        if self.state not in _STATES or not all(isinstance(text, str) for text in texts):
+            raise ValueError("a field is none of ours")
+        if datetime.fromisoformat(self.asked_at).tzinfo is None:
+            raise ValueError("a time without a zone")
+        if type(self.attempts) is not int or not 0 <= self.progress <= 1:
+            raise ValueError("a number is none of ours")
 
     def to_json(self) -> str:
         """As stored."""
@@ -71,12 +95,12 @@ class Tunings:
     def of(self, digest: str) -> Tuning | None:
         """The last measuring of a model since it was put to work, if there was one."""
         row = self._db.one("SELECT value FROM meta WHERE key = ?", _KEY + digest)
-        return Tuning.from_json(row["value"]) if row else None
+        return Tuning.from_json(digest, row["value"]) if row else None
 
     def next(self) -> Tuning | None:
         """The one to go on with: what is under way, then what was asked for first; what nobody waits for lets scans go first."""
-        rows = self._db.query("SELECT value FROM meta WHERE key GLOB ?", f"{_KEY}*")
-        known = [item for item in (Tuning.from_json(row["value"]) for row in rows) if item.open]
+        rows = self._db.query("SELECT key, value FROM meta WHERE key GLOB ?", f"{_KEY}*")
+        known = [item for item in (Tuning.from_json(row["key"].removeprefix(_KEY), row["value"]) for row in rows) if item.open]
         ready = [item for item in known if item.actor != "worker" or item.state == "measuring" or self._may_begin(item)]
         return min(ready, key=lambda item: (item.state != "measuring", item.actor == "worker", item.asked_at), default=None)
 
@@ -84,7 +108,7 @@ class Tunings:
         """Ask for a measuring; one that is under way already is the answer."""
         with self._db.transaction() as tx:
             row = tx.execute("SELECT value FROM meta WHERE key = ?", (_KEY + digest,)).fetchone()
-            known = Tuning.from_json(row["value"]) if row else None
+            known = Tuning.from_json(digest, row["value"]) if row else None
             if known is not None and known.open and (known.actor != "worker" or actor == "worker"):
                 return known
             fresh = Tuning(digest, name, "asked", actor, utc_now(), utc_now())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,102 @@ def brief(rows: list[dict[str, Any]]) -> dict[tuple[str, str, int, int], tuple[s
         )
         for row in rows
     }
+
+
+# -- networks of their own, without a bundle -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A file as ``appliance.runtime.subject.AnyVariant`` has it."""
+
+    precision: str
+    file: str
+    not_on: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What every network of these takes: ``x``, float32 [n, 4]; it answers ``cam``, [n, 4]."""
+
+    name: str = "x"
+    shape: tuple[int, ...] = (4,)
+
+
+def network(path: Path, change: Callable[[Any], object] = lambda _model: None, row: Callable[[Any], None] | None = None) -> Path:
+    """A network that answers what it is given, [n, 4], changed by ``change`` (such as :func:`slow`) and made by ``row`` where given."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    given, said = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in ("x", "cam"))
+    graph = helper.make_graph([], "small", [given], [said])
+    (row or (lambda graph: add_node(graph, "Identity", ["x"], "cam")))(graph)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    change(model)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+    return path
+
+
+def add_node(graph: Any, kind: str, inputs: list[str], output: str, **attributes: Any) -> None:
+    """Another node at the end."""
+    from onnx import helper
+
+    graph.node.append(helper.make_node(kind, inputs, [output], **attributes))
+
+
+def _parted(graph: Any) -> None:
+    """``most``: all rows but the last; ``last``: the last."""
+    start, less, none = (_constant(graph, name, np.array([value], np.int64)) for name, value in (("zero", 0), ("less", -1), ("end", 2**31)))
+    add_node(graph, "Slice", ["x", start, less, start], "most")
+    add_node(graph, "Slice", ["x", less, none, start], "last")
+
+
+def rolled(graph: Any) -> None:
+    """Every image gets the answer of the one before it, the first that of the last."""
+    _parted(graph)
+    add_node(graph, "Concat", ["last", "most"], "cam", axis=0)
+
+
+def right_at_the_end(graph: Any) -> None:
+    """Only the last image of several gets its answer."""
+    _parted(graph)
+    add_node(graph, "Mul", ["most", _constant(graph, "half", np.float32(0.5))], "halved")
+    add_node(graph, "Concat", ["halved", "last"], "cam", axis=0)
+
+
+def wrong_where_odd(graph: Any) -> None:
+    """Right alone and for an even number of images, wrong for three, five and so on."""
+    add_node(graph, "Shape", ["x"], "rows", start=0, end=1)
+    one, two = _constant(graph, "one", np.array([1], np.int64)), _constant(graph, "two", np.array([2], np.int64))
+    add_node(graph, "Mod", ["rows", two], "rest")
+    add_node(graph, "Equal", ["rest", one], "odd")
+    add_node(graph, "Greater", ["rows", one], "several")
+    add_node(graph, "And", ["odd", "several"], "off")
+    half, whole = _constant(graph, "half", np.array([0.5], np.float32)), _constant(graph, "whole", np.array([1.0], np.float32))
+    add_node(graph, "Where", ["off", half, whole], "factor")
+    add_node(graph, "Mul", ["x", "factor"], "cam")
+
+
+def same_to_all(graph: Any) -> None:
+    """One half, whatever it is given."""
+    add_node(graph, "Mul", ["x", _constant(graph, "nothing", np.float32(0.0))], "none")
+    add_node(graph, "Add", ["none", _constant(graph, "half", np.float32(0.5))], "cam")
+
+
+def subject(directory: Path, files: Sequence[str], *, values: Sequence[float] = (0.3, 0.7), batches: Sequence[int] = ()) -> Any:
+    """These files of a directory, ``<precision>.onnx`` or ``<precision>-<anything>.onnx``, with golden cases that answer these values."""
+    from appliance.golden import Case
+    from appliance.runtime.subject import Subject
+
+    def case(value: float) -> Case:
+        tensor = np.full((1, 4), value, np.float32)
+        return Case(
+            f"case-{value}",
+            tensor,
+            lambda infer: float(np.max(np.abs(infer(tensor)["cam"] - value))),
+            dict.fromkeys(("fp32", "fp16"), 0.01),
+        )
+
+    variants = [Variant(file.split("-")[0].split(".")[0], file) for file in files]
+    return Subject(Spec(), variants, lambda file: directory / file, [case(value) for value in values], batches)

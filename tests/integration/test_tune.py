@@ -23,8 +23,10 @@ from appliance.runtime.choice import SAME_TIME, Choice
 from appliance.runtime.tune import Limits, Subject, tune
 from appliance.settings import Settings
 from appliance.store import Store
+from appliance.tunings import Tunings
 from model_sync.bundle import ModelBundle
 from tests.activation_box import Box, nan_on_pictures, provers
+from tests.integration.test_batching import reader
 from tests.library_site import tiny_bundle
 from tests.tune_box import add_junk, add_variant, brief, endless, not_a_number, not_on, slow, table_of, wrong
 
@@ -126,13 +128,11 @@ def test_a_candidate_that_dies_is_out_and_the_others_go_on(bundle: Path) -> None
 
 def test_a_candidate_that_hangs_is_ended_and_what_is_right_so_far_is_taken(bundle: Path) -> None:
     add_variant(bundle, "fp16", endless)
-    add_variant(bundle, "int8")
-    started = time.monotonic()
-    choice = measured(bundle, limits=Limits(seconds=14.0, measuring_s=3.0))
-    assert time.monotonic() - started < 25
+    add_variant(bundle, "int8", slow)
+    choice = measured(bundle, limits=Limits(seconds=150.0, measuring_s=3.0))
     table = rows(choice)
     assert table["onnxruntime", "fp16", 1, 1] == ("failed", "runtime.deadline")
-    assert table["onnxruntime", "int8", 1, 1] == ("unavailable", "tune.no_time")
+    assert table["onnxruntime", "int8", 1, 1] == ("right", "tune.slower_less_exact")  # tried all the same
     assert choice.candidate.precision == "fp32"
 
 
@@ -176,6 +176,11 @@ def tuned(tmp_path: Path, settings: Settings) -> Iterator[Store]:
     assert not provers()
 
 
+def whole_or_part(table: list[dict[str, Any]]) -> str:
+    """The reason of a choice from this table: a busy machine may not have had the time for all of it."""
+    return "choice.measured_part" if any(row["code"] == "tune.no_time" for row in table) else "choice.measured"
+
+
 @pytest.mark.timeout(240)
 def test_activation_measures_every_runtime_and_keeps_the_table(tuned: Store) -> None:
     digest = activate(tuned, reference_bundle(), "test")
@@ -184,10 +189,11 @@ def test_activation_measures_every_runtime_and_keeps_the_table(tuned: Store) -> 
     table = report["table"]
     (chosen,) = (item for item in table if item["state"] == "chosen")
     assert Candidate.from_json(report["choice"]) == Candidate.from_json(chosen["candidate"])
-    assert (row["precision"], report["reason"]["code"]) == (chosen["candidate"]["precision"], "choice.measured")
+    assert (row["precision"], report["reason"]["code"]) == (chosen["candidate"]["precision"], whole_or_part(table))
     assert row["runtime"].split()[0] == chosen["candidate"]["runtime"]
     assert report["median_ms"] == chosen["median_ms"]
-    assert chosen["median_ms"] <= SAME_TIME * min(item["median_ms"] for item in table if item["state"] == "right" and item["median_ms"])
+    alone = [item["median_ms"] for item in table if item["state"] == "right" and item["median_ms"] and item["candidate"]["batch"] == 1]
+    assert chosen["median_ms"] <= SAME_TIME * min(alone, default=chosen["median_ms"])
     assert {item["candidate"]["runtime"] for item in table} == {item.runtime for item in available()}
     assert all(item["code"] for item in table)
     assert report["tuned_at"]
@@ -219,6 +225,16 @@ def test_without_the_switch_nothing_is_measured_and_that_is_said(store: Store, b
     report = json.loads(store.model(activate(store, bundle, "test"))["self_test"])
     assert (report["reason"]["code"], report["table"]) == ("choice.untuned", [])
     assert Candidate.from_json(report["choice"]).runtime == "onnxruntime"
+
+
+@pytest.mark.parametrize("text", ['{"digest":"', "[]", "null"])
+def test_a_worker_goes_on_with_a_record_of_a_measuring_that_cannot_be_read(store: Store, bundle: Path, text: str) -> None:
+    digest = activate(store, bundle, "test")
+    with store.database.transaction() as tx:
+        tx.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"tuning:{digest}", text))
+    worker = reader(store)
+    worker.step()
+    assert Tunings(store.database).next() is None
 
 
 # -- by hand ---------------------------------------------------------------------------------------------------------
