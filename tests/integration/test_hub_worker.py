@@ -201,6 +201,25 @@ def test_a_hub_that_is_down_at_the_start_is_waited_for(
     box.close()
 
 
+def test_a_hub_that_stays_away_has_the_box_measure_what_it_has_of_its_own(
+    store: Store, digest: str, hub: KserveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(away, "RETRY_S", 0.05)
+    monkeypatch.setattr(away, "_PATIENCE", 2)
+    box = set_up(store, hub.address)
+    hub.close()
+    made = reader(box)
+    take(box, chest())  # a scan waits: what is asked for is not begun yet
+    limit = time.monotonic() + 20
+    while (known := Tunings(box.database).of(digest)) is None or known.state != "asked":
+        assert time.monotonic() < limit
+        made.step()
+        time.sleep(0.02)
+    assert known.actor == "worker"
+    made._loaded[digest].runtime.close()
+    box.close()
+
+
 @pytest.mark.parametrize("fault", ["500", "nonsense", "cut", "no number", "short data", "answers for another"])
 def test_a_hub_that_answers_badly_is_read_without(store: Store, digest: str, hub: KserveServer, fault: str) -> None:
     box = set_up(store, hub.address)
