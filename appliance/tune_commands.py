@@ -117,6 +117,10 @@ def _print(row: sqlite3.Row, language: Language) -> None:
         print(reasons.hint("choice.untuned", language))
         return
     print(f"{'测量于' if zh else 'measured'} {report.get('tuned_at', '')} · {report.get('profile', '')}")
+    if holes := sum(item["code"] == "tune.no_time" for item in report["table"]):
+        of = len(report["table"])
+        print(f"注意: 表格不完整，{of} 行中 {holes} 行未测量" if zh else f"WARNING: incomplete, {holes} of {of} rows were not measured")
+        print(f"{'提示' if zh else 'hint'}: {reasons.hint('tune.no_time', language)}")
     lines = [_HEAD[language], *(_cells(item, language) for item in sorted(report["table"], key=_order))]
     widths = [max(_width(line[index]) for line in lines) for index in range(len(lines[0]))]
     for line in lines:

@@ -19,7 +19,7 @@ from appliance.errors import ActivationError, InferenceError
 from appliance.models import activate, reference_bundle
 from appliance.runtime import CPU, Candidate
 from appliance.runtime.available import Availability, available
-from appliance.runtime.choice import SAME_TIME, Choice
+from appliance.runtime.choice import SAME_TIME, Choice, Row
 from appliance.runtime.tune import Limits, Subject, tune
 from appliance.settings import Settings
 from appliance.store import Store
@@ -255,6 +255,18 @@ def test_wrong_use_of_tune_says_how(settings: Settings, store: Store, bundle: Pa
     shown = command(settings, "--show")
     assert (shown.returncode, "appliance tune" in shown.stdout) == (0, True)
     assert command(settings, "--what").returncode == 2
+
+
+@pytest.mark.parametrize(("language", "words"), [("C.UTF-8", "incomplete, 1 of 1 rows"), ("zh_CN.UTF-8", "表格不完整，1 行中 1 行未测量")])
+def test_a_table_with_holes_is_called_incomplete(settings: Settings, store: Store, bundle: Path, language: str, words: str) -> None:
+    digest = activate(store, bundle, "test")
+    report = json.loads(store.model(digest)["self_test"])
+    hole = Row(Candidate.from_json(report["choice"]), "unavailable", "tune.no_time").to_json()
+    report |= {"table": [hole], "reason": {"code": "choice.measured_part", "detail": ""}}
+    with store.database.transaction() as tx:
+        tx.execute("UPDATE models SET self_test = ? WHERE digest = ?", (json.dumps(report), digest))
+    shown = command(settings, "--show", language=language)
+    assert (shown.returncode, words in shown.stdout) == (0, True)
 
 
 def test_a_precision_by_hand_is_taken_whatever_is_faster_and_one_that_is_not_there_is_said(settings: Settings, bundle: Path) -> None:

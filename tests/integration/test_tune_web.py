@@ -164,6 +164,17 @@ def test_a_measuring_under_way_and_one_that_failed_are_told(box: Box) -> None:
     assert 'data-busy="0"' in page
 
 
+@pytest.mark.parametrize(("language", "words"), [("en", "some were not, for lack of time"), ("zh", "部分方式未测量")])
+def test_a_table_with_holes_is_called_incomplete(box: Box, language: str, words: str) -> None:
+    report, person = measured(), box.person("tech", "technician", language)
+    store_choice(box, report)
+    assert "data-incomplete" not in person.open("/health")
+    report["table"][0] |= {"state": "unavailable", "code": "tune.no_time", "median_ms": None}
+    store_choice(box, report)
+    said = person.open("/health")
+    assert ("data-incomplete" in said, words in text_of(said)) == (True, True)
+
+
 def test_an_untuned_model_says_how_to_measure(box: Box) -> None:
     page = text_of(box.person("tech", "technician").open("/health"))
     assert "appliance tune" in page
