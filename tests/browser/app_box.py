@@ -87,7 +87,7 @@ class Clinician:
         self.context: BrowserContext = browser.new_context(
             viewport={"width": width, "height": height}, locale=locale, timezone_id="Asia/Shanghai"
         )
-        self.context.set_default_timeout(20_000)
+        self.context.set_default_timeout(40_000)
         self.errors: list[str] = []
         self.outside: list[str] = []
         self.page = self.open()

@@ -244,6 +244,7 @@ def test_by_keyboard_alone(clinician: Clinician, tmp_path: Path) -> None:
             break
     page.keyboard.press("Enter")
     page.wait_for_selector("#upload")
+    page.wait_for_load_state("load")  # its script takes over the form: not in the middle of the keys
     for _ in range(15):
         page.keyboard.press("Tab")
         if page.evaluate("() => document.activeElement.id") == "files":
