@@ -27,6 +27,7 @@ from appliance.settings import Settings
 from appliance.store import Store
 from model_sync.report import BoxReport
 from tests.library_site import Site, make_site, serve, tiny_bundle
+from tests.processes import children_running
 from tests.scans import scan_bytes
 from tests.sync_box import Box as Agent
 from tests.sync_box import make_box
@@ -280,8 +281,7 @@ def end_workers() -> None:
 
 def provers(process: subprocess.Popen[bytes] | None = None) -> list[psutil.Process]:
     """The proofs that a process (this one when None) has under way."""
-    parent = psutil.Process(process.pid if process else os.getpid())
-    return [child for child in parent.children(recursive=True) if "prove" in child.cmdline()]
+    return [child for child in children_running("prove", process.pid if process else None) if "prove" in child.cmdline()]
 
 
 def command(settings: Settings, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from model_sync.bundle import ModelBundle
 from tests.activation_box import Box, nan_on_pictures, provers
 from tests.integration.test_batching import reader
 from tests.library_site import tiny_bundle
+from tests.processes import children_running
 from tests.tune_box import add_junk, add_variant, brief, endless, not_a_number, not_on, slow, table_of, wrong
 
 ORT = (Availability("onnxruntime", "1", (CPU,)),)
@@ -44,8 +46,7 @@ def bundle(tmp_path: Path) -> Path:
 def no_child_is_left() -> Iterator[None]:
     """Whatever was tried, its process is gone."""
     yield
-    left = [child for child in psutil.Process().children(recursive=True) if "attempt_child" in " ".join(child.cmdline())]
-    assert not left
+    assert not children_running("attempt_child")
 
 
 def measured(bundle: Path, precision: str | None = None, limits: Limits = QUICK, **options: Any) -> Choice:
@@ -107,10 +108,10 @@ def test_a_candidate_that_dies_is_out_and_the_others_go_on(bundle: Path) -> None
 
     def kill() -> None:
         while not stop.is_set():
-            children = [child for child in psutil.Process().children() if "attempt_child" in " ".join(child.cmdline())]
-            for child in children:
-                if time.time() - child.create_time() > 3.0 and child.cpu_times().user > 1.0:
-                    child.send_signal(11)
+            for child in children_running("attempt_child"):
+                with suppress(psutil.NoSuchProcess):
+                    if time.time() - child.create_time() > 3.0 and child.cpu_times().user > 1.0:
+                        child.send_signal(11)
             time.sleep(0.1)
 
     killer = threading.Thread(target=kill)

@@ -18,6 +18,7 @@ from appliance.runtime.attempt import Attempt
 from appliance.runtime.available import Availability
 from appliance.runtime.choice import Choice, Row
 from appliance.runtime.tune import Limits, tune
+from tests.processes import children_running
 from tests.tune_box import endless, network, right_at_the_end, rolled, same_to_all, subject, wrong_where_odd
 
 ORT = (Availability("onnxruntime", "1", (CPU,)),)
@@ -26,7 +27,7 @@ LIMITS = Limits(seconds=200.0, measuring_s=60.0)
 
 def running() -> list[psutil.Process]:
     """The candidates' processes."""
-    return [child for child in psutil.Process().children(recursive=True) if "attempt_child" in " ".join(child.cmdline())]
+    return children_running("attempt_child")
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,7 @@ from appliance.runtime.attempt import Attempt
 from appliance.runtime.attempt_child import Server
 from appliance.runtime.wire import Message, pack, receive
 from tests import misbehaving_runtime
+from tests.processes import has_ended
 
 TENSOR = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)
 
@@ -48,15 +49,6 @@ def refused(call: Any) -> InferenceError:
     return caught.value
 
 
-def gone(pid: int) -> bool:
-    limit = time.monotonic() + 10
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        if time.monotonic() > limit:
-            return False
-        time.sleep(0.02)
-    return True
-
-
 def test_what_behaves_is_loaded_run_and_timed() -> None:
     heard: list[float] = []
     with attempt("fine", told=heard.append) as tried:
@@ -68,7 +60,7 @@ def test_what_behaves_is_loaded_run_and_timed() -> None:
         assert tried.load_ms > 0
         assert heard[-1] == 1.0
         pid = tried.pid
-    assert pid is not None and gone(pid)
+    assert pid is not None and has_ended(pid)
     assert refused(lambda: tried.infer(TENSOR)).code == "job.error"
 
 
@@ -105,7 +97,7 @@ def test_hang_ends_at_the_deadline(where: str) -> None:
     error = refused(tried.load if where == "load" else lambda: tried.time(TENSOR, 2))
     assert error.code == "runtime.deadline" and where in error.detail
     assert 1.9 < time.monotonic() - started < 10
-    assert pid is None or gone(pid)
+    assert pid is None or has_ended(pid)
 
 
 def test_too_little_memory_is_said_and_does_not_touch_the_parent() -> None:
@@ -133,7 +125,7 @@ def test_everything_the_child_started_ends_with_it(tmp_path: Path, monkeypatch: 
     tried.load()
     tried.deadline_s = 3.0
     assert refused(lambda: tried.infer(TENSOR)).code == "runtime.deadline"
-    assert gone(int(note.read_text()))
+    assert has_ended(int(note.read_text()))
 
 
 def test_what_an_adapter_refuses_keeps_its_code_and_no_control_characters() -> None:
@@ -163,7 +155,7 @@ def test_child_goes_when_the_parent_is_killed() -> None:
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
     parent.stdout.close()
-    assert gone(child)
+    assert has_ended(child)
 
 
 def test_failure_of_who_listens_ends_the_child() -> None:

@@ -1,0 +1,35 @@
+"""Processes that come and go while a test looks at them."""
+
+import os
+import time
+
+import psutil
+
+
+def children_running(word: str, pid: int | None = None) -> list[psutil.Process]:
+    """The live descendants of a process (this one by default) that have ``word`` in an argument.
+
+    One that ends while it is looked at, or has ended and is not yet waited for, is not among them.
+    """
+    found = []
+    for child in psutil.Process(pid or os.getpid()).children(recursive=True):
+        try:
+            if any(word in argument for argument in child.cmdline()):
+                found.append(child)
+        except psutil.NoSuchProcess:  # ZombieProcess is one of these
+            continue
+    return found
+
+
+def has_ended(pid: int, within_s: float = 10.0) -> bool:
+    """Whether a process ends in that time; one that nobody has waited for yet has ended."""
+    try:
+        process = psutil.Process(pid)
+        limit = time.monotonic() + within_s
+        while process.status() != psutil.STATUS_ZOMBIE:
+            if time.monotonic() > limit:
+                return False
+            time.sleep(0.02)
+    except psutil.NoSuchProcess:
+        return True
+    return True
