@@ -31,6 +31,7 @@ class KserveServer:
 
     Attributes:
         fault: what it does wrong; see ``_Handler``.
+        slow_s: how long a "slow" answer takes, seconds.
         seen: every request: method, path, headers and body.
         models: what is loaded: name -> (session, configuration).
         extensions: what it says it can.
@@ -38,6 +39,7 @@ class KserveServer:
 
     def __init__(self, port: int = 0) -> None:
         self.fault = ""
+        self.slow_s = 3.0
         self.seen: list[tuple[str, str, dict[str, str], bytes]] = []
         self.models: dict[str, tuple[Any, dict[str, Any]]] = {}
         self.connections: set[socket.socket] = set()
@@ -134,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "500":
             return self._json({"error": "the backend died"}, 500)
         if fault == "slow":
-            time.sleep(3)
+            time.sleep(self.site.slow_s)
         length = int(self.headers[_LENGTH])
         given = json.loads(body[:length])["inputs"][0]
         tensor = np.frombuffer(body[length:], np.float32).reshape(given["shape"])

@@ -170,11 +170,11 @@ class Served:
         with open(self.log, "ab") as log:
             command = [sys.executable, "-m", "webui", "--data-dir", str(self.settings.data_dir)]
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
-        wait_for(address.is_file, 30)
+        wait_for(address.is_file, 60)
         told = json.loads(address.read_text())
         box = Box(self.settings, f"{told['scheme']}://127.0.0.1:{told['port']}", Store(self.settings))
         if told["scheme"] == "http":
-            wait_for(lambda: requests.get(box.base + "/healthz", timeout=10).ok, 30)
+            wait_for(lambda: requests.get(box.base + "/healthz", timeout=10).ok, 60)
         return box
 
     def kill(self) -> None:
@@ -203,7 +203,7 @@ def served(data_dir: Path, **values: Any) -> Iterator[tuple[Served, Box]]:
         server.stop()
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 15.0) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
     """Wait until something is so."""
     limit = time.monotonic() + seconds
     while not condition():

@@ -84,7 +84,7 @@ def read_all(made: Worker) -> None:
 
 def step_until_reached(made: Worker, digest: str) -> None:
     """Between jobs, until the hub runs the model again."""
-    limit = time.monotonic() + 20
+    limit = time.monotonic() + 60
     while made._loaded[digest].fallback is not None:
         assert time.monotonic() < limit
         made.step()
@@ -157,7 +157,7 @@ def test_a_hub_that_goes_down_costs_no_scan_and_reads_again_when_it_is_back(
     later = [take(box, chest(seed)) for seed in (2, 3)]
     started = time.monotonic()
     read_all(made)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20  # no time limit of a request was waited for
     for image in later:
         assert Worklist(box).instance(image).state is ScanState.AI_READY
         assert reason_of(box, image)["code"] == "choice.fallback"
@@ -210,7 +210,7 @@ def test_a_hub_that_stays_away_has_the_box_measure_what_it_has_of_its_own(
     hub.close()
     made = reader(box)
     take(box, chest())  # a scan waits: what is asked for is not begun yet
-    limit = time.monotonic() + 20
+    limit = time.monotonic() + 60
     while (known := Tunings(box.database).of(digest)) is None or known.state != "asked":
         assert time.monotonic() < limit
         made.step()
@@ -242,11 +242,11 @@ def test_a_hub_that_says_nothing_at_all_is_given_up_soon(
     monkeypatch.setattr(away, "LEAST_S", 0.5)
     box = set_up(store, hub.address)
     made = reader(box)
-    hub.fault = "slow"
+    hub.fault, hub.slow_s = "slow", 25.0
     images = [take(box, chest(seed)) for seed in range(2)]
     started = time.monotonic()
     read_all(made)
-    assert time.monotonic() - started < 2.5  # the hub takes three seconds
+    assert time.monotonic() - started < hub.slow_s
     for image in images:
         reason = reason_of(box, image)
         assert (reason["code"], "runtime.deadline" in reason["detail"]) == ("choice.fallback", True)

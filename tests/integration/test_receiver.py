@@ -59,7 +59,7 @@ def send(port: int, *scans: pydicom.Dataset) -> list[int | None]:
     return statuses
 
 
-def wait_for(what: Any, timeout_s: float = 20.0) -> Any:
+def wait_for(what: Any, timeout_s: float = 60.0) -> Any:
     """Poll until ``what()`` is true."""
     limit = time.monotonic() + timeout_s
     while not (got := what()):

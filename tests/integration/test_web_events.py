@@ -119,7 +119,7 @@ def test_closed_pages_give_their_places_back_at_once(tmp_path: Path) -> None:
     with served(tmp_path / "box", web_threads=6) as (server, box):
         person = box.person()
         for _ in range(6):
-            wait_for(lambda: _opens(person), 5)
+            wait_for(lambda: _opens(person), 30)
         opened = threading.Event()
         bodies: list[bytes] = []
 

@@ -86,7 +86,7 @@ def test_a_fallen_worker_process_is_started_again(tmp_path: Path) -> None:
         [worker] = psutil.Process(running.process.pid).children()
         worker.kill()
         worker.wait(10)
-        wait_for(lambda: person.get("/healthz").ok, 30)
+        wait_for(lambda: person.get("/healthz").ok, 60)
         assert person.get("/").status_code == 200
 
 

@@ -187,7 +187,7 @@ def test_the_supervisor_starts_what_falls_and_stops_what_runs(settings: Settings
         first = worker.process.pid
         wait_for(lambda: supervisor.tick() or _holds(settings, first))
         worker.process.kill()
-        wait_for(lambda: supervisor.tick() or (worker.process is not None and worker.process.pid != first), 20)
+        wait_for(lambda: supervisor.tick() or (worker.process is not None and worker.process.pid != first), 60)
         number = take(store, chest(seed=1))
         wake(settings)
         wait_for(lambda: supervisor.tick() or Worklist(store).instance(number).state is ScanState.AI_READY, 60)
@@ -212,9 +212,9 @@ def test_a_killed_supervisor_leaves_no_orphans(settings: Settings) -> None:
     wait_for(lambda: web_address(settings), 60)
     parent.kill()
     parent.wait()
-    wait_for(lambda: web_address(settings) is None, 30)
+    wait_for(lambda: web_address(settings) is None, 60)
     for role in ("worker", "receiver"):
-        wait_for(lambda role=role: _free(settings, role), 30)
+        wait_for(lambda role=role: _free(settings, role), 60)
 
 
 def _free(settings: Settings, role: str) -> bool:
