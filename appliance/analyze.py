@@ -25,7 +25,7 @@ from appliance.models import activate, reference_bundle
 from appliance.process import Lock, die_with_parent
 from appliance.signal import wake
 from appliance.store import Store
-from appliance.volume_view import VolumeResults, VolumeView
+from appliance.volumes.view import VolumeResults, VolumeView
 from appliance.worklist import InstanceView, Worklist
 
 logger = logging.getLogger(__name__)

@@ -14,10 +14,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from appliance import __version__, model_commands, reasons, tune_commands
+from appliance import __version__, reasons
 from appliance.errors import ApplianceError
+from appliance.lifecycle import commands as model_commands
 from appliance.process import limit_memory, make_data_dir, start_logging
 from appliance.settings import Settings
+from appliance.tuning import commands as tune_commands
 
 if TYPE_CHECKING:
     from appliance.analyze import Analysed

@@ -36,7 +36,7 @@ STATUS: Final = {
     "store.failed": OUT_OF_RESOURCES,
 }
 
-# What the decoders of appliance.pixels can read; a sender that offers only others is told so while it can still transcode.
+# What the decoders of appliance.pictures.pixels can read; a sender that offers only others is told so while it can still transcode.
 TRANSFER_SYNTAXES: Final = [
     "1.2.840.10008.1.2.1", "1.2.840.10008.1.2", "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.4.50",
     "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70", "1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81",

@@ -42,7 +42,7 @@ def cases(bundle: ModelBundle) -> list[Case]:
 
 def _volume_case(manifest: Manifest, golden: GoldenVolume) -> Case:
     """The difference is that of the label whose Dice coefficient is off the most."""
-    from appliance.segmentation import golden_tensor
+    from appliance.volumes.segmentation import golden_tensor
 
     tensor, difference = golden_tensor(golden, manifest)
     return Case(

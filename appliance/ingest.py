@@ -27,7 +27,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from appliance.domain import Note, Patient, Scan, Source, Stored, age_years
 from appliance.errors import ApplianceError, IngestError, StoreError
-from appliance.pixels import PixelCaps, check_structure
+from appliance.pictures.pixels import PixelCaps, check_structure
 from appliance.store import Store
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Ingest:
         Raises:
             IngestError: ``ingest.unsupported_image`` and the reasons of ``accept``.
         """
-        from appliance.picture import secondary_capture  # heavy, and most boxes never see a picture
+        from appliance.pictures.capture import secondary_capture  # heavy, and most boxes never see a picture
 
         started = time.perf_counter()
         try:

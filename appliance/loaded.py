@@ -6,10 +6,11 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from appliance import copies, device
+from appliance import device
 from appliance.away import ELSEWHERE, Away
 from appliance.domain import Note
 from appliance.errors import InferenceError
+from appliance.lifecycle import copies
 from appliance.runtime import Candidate, Runtime, open_runtime, plain_candidate
 from appliance.runtime.choice import Plan, plain_variant
 from appliance.settings import Settings

@@ -16,21 +16,21 @@ from importlib import resources
 from pathlib import Path
 from typing import Final
 
-from appliance import copies
-from appliance.activation import Activator
 from appliance.database import SECURITY_ALERT
 from appliance.domain import Note
 from appliance.errors import ActivationError, ApplianceError
-from appliance.exchange import Check
-from appliance.facts import Facts
-from appliance.follow import learn
-from appliance.journal import Journal, Wanted
-from appliance.ledger import LASTING, PROVING
+from appliance.lifecycle import copies
+from appliance.lifecycle.activation import Activator
+from appliance.lifecycle.exchange import Check
+from appliance.lifecycle.facts import Facts
+from appliance.lifecycle.follow import learn
+from appliance.lifecycle.journal import Journal, Wanted
+from appliance.lifecycle.ledger import LASTING, PROVING
 from appliance.process import Lock, held_by_another
 from appliance.runtime.choice import Plan
 from appliance.signal import wake
 from appliance.store import Store
-from appliance.tunings import Tuning, Tunings
+from appliance.tuning.tunings import Tuning, Tunings
 from model_sync.bundle import MANIFEST_NAME, BundleError, Manifest, ModelBundle
 
 REFERENCE_BUNDLE: Final = "cxr-pneumonia"

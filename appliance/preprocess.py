@@ -17,9 +17,9 @@ from PIL import Image
 
 from appliance.domain import Note
 from appliance.errors import InferenceError
-from appliance.greyscale import display_grey, grey_header, pixel_aspect
-from appliance.pixels import decode_frame
-from appliance.viewing import eight_bits, palette_rgb
+from appliance.pictures.greyscale import display_grey, grey_header, pixel_aspect
+from appliance.pictures.pixels import decode_frame
+from appliance.pictures.viewing import eight_bits, palette_rgb
 from model_sync.bundle import Letterbox, ModalityLut, Monochrome2, Normalise, Resize, Scale, ToUint8, Voi
 
 if TYPE_CHECKING:

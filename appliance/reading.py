@@ -13,11 +13,11 @@ from pydicom.filebase import DicomBytesIO
 from appliance.domain import Finding, Job, JobResult, Note, ScanState
 from appliance.errors import InferenceError, PixelError
 from appliance.ingest import PARSE_ERRORS
-from appliance.pixels import decode_frame
+from appliance.lifecycle.watch import BEFORE_MODEL
+from appliance.pictures.pixels import decode_frame
 from appliance.postprocess import ScoredLabel, classify
 from appliance.preprocess import Prepared, quality, to_tensor
 from appliance.store import Store
-from appliance.watch import BEFORE_MODEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -185,7 +185,7 @@ class Store(JobQueue):
         return row
 
     def switch_model(self, values: dict[str, str], actor: str) -> None:
-        """Make a model the active one of its name, without a word of how it was proven (:mod:`appliance.journal` is the way to work).
+        """Make a model the active one of its name, without a word of how it was proven (:mod:`appliance.lifecycle.journal` is).
 
         Args:
             values: the columns of ``models`` except ``state`` and ``activated_at``.

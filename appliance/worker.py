@@ -17,20 +17,20 @@ import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from appliance.activation import Activator
 from appliance.away import Comeback
 from appliance.batching import Batch
 from appliance.domain import Job, JobKind, JobResult, Note, ScanState
 from appliance.errors import ApplianceError, PixelError, StoreError
+from appliance.lifecycle.activation import Activator
 from appliance.loaded import Loaded
-from appliance.pixels import iter_frames
+from appliance.pictures.pixels import iter_frames
 from appliance.process import Lock, give_back_memory
 from appliance.reading import Timer, conclude, dataset_of, prepare
 from appliance.runtime.choice import Plan
 from appliance.settings import Settings
 from appliance.signal import Bell
 from appliance.store import Store
-from appliance.volume_job import read_volume
+from appliance.volumes.job import read_volume
 
 logger = logging.getLogger(__name__)
 

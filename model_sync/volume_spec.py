@@ -1,6 +1,6 @@
 """How the images of one series become the volume that a model takes, step by step.
 
-``appliance.volume`` follows these steps in their order and knows no other. Axes of a tensor are depth, height, width; ``orient``
+``appliance.volumes.volume`` follows these steps in their order and knows no other. Axes of a tensor are depth, height, width; ``orient``
 says which way of the patient each of them points.
 """
 

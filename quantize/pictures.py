@@ -103,7 +103,7 @@ def displayed(path: Path, index: int, spec: InputSpec) -> NDArray[np.uint8]:
 
 
 def _displayed(path: Path) -> NDArray[np.uint8]:
-    from appliance.picture import grey_values
+    from appliance.pictures.capture import grey_values
 
     try:
         pixels = grey_values(path.read_bytes())
@@ -126,7 +126,7 @@ def _npz(path: Path) -> NDArray[np.uint8]:
 
 
 def _dicom(path: Path, spec: InputSpec) -> Picture:
-    from appliance.pixels import frame_count
+    from appliance.pictures.pixels import frame_count
     from appliance.preprocess import to_tensor
 
     ds = _dataset(path)

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import psutil
 
-from appliance import copies
-from appliance.activation import Activator
 from appliance.domain import Finding, JobResult, Note, ScanState, Source
 from appliance.ingest import Ingest
-from appliance.journal import Journal, Wanted
-from appliance.ledger import PROVING
+from appliance.lifecycle import copies
+from appliance.lifecycle.activation import Activator
+from appliance.lifecycle.journal import Journal, Wanted
+from appliance.lifecycle.ledger import PROVING
 from appliance.models import Whole, activate
 from appliance.settings import Settings
 from appliance.store import Store

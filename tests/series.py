@@ -99,5 +99,5 @@ def _group(**groups: dict[str, Any]) -> Dataset:
 
 
 def sources(made: Sequence[FileDataset]) -> list[Callable[[], FileDataset]]:
-    """As ``appliance.volume.read_series`` takes them."""
+    """As ``appliance.volumes.volume.read_series`` takes them."""
     return [lambda one=one: one for one in made]

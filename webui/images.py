@@ -18,7 +18,7 @@ from appliance.store import Store
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
-    from appliance.viewing import DisplayFrame
+    from appliance.pictures.viewing import DisplayFrame
 
 # Enough for the largest plain radiographs and the frame beside; not enough to matter beside the worker.
 _KEPT_FILE_BYTES: Final = 32 << 20
@@ -58,8 +58,8 @@ class ImageCache:
         return known
 
     def _decoded(self, instance_id: int, number: int) -> DisplayFrame:
-        from appliance.pixels import register_decoders
-        from appliance.viewing import display_frame
+        from appliance.pictures.pixels import register_decoders
+        from appliance.pictures.viewing import display_frame
 
         register_decoders()
         frame = display_frame(self._dataset(instance_id), number)

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from appliance.domain import Note
 from appliance.ran import Running, name_of
 from appliance.store import Store
-from appliance.tunings import Tuning, Tunings
+from appliance.tuning.tunings import Tuning, Tunings
 from model_sync.bundle import Watch
 
 # The way of every version; each may end in one of TROUBLE instead.

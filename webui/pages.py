@@ -17,7 +17,7 @@ from appliance import __version__
 from appliance.database import INSTANCES_ACCESSED
 from appliance.domain import PENDING_STATES, ScanState
 from appliance.signal import wake
-from appliance.volume_view import COLOURS, VolumeResults
+from appliance.volumes.view import COLOURS, VolumeResults
 from appliance.worklist import PAGE_SIZE, InstanceView, StudyView
 from webui import library, life
 from webui.box import Box, the_box

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from appliance.errors import InferenceError
-from appliance.proof import ENVIRONMENT, plain
+from appliance.lifecycle.proof import ENVIRONMENT, plain
 from appliance.reasons import REASONS
 from appliance.runtime import Candidate, TensorSpec, Told
 from appliance.runtime.wire import Message, WireError, pack, receive

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from appliance.errors import InferenceError
+from appliance.lifecycle.proof import ENVIRONMENT, plain
 from appliance.process import die_with_parent
-from appliance.proof import ENVIRONMENT, plain
 from appliance.runtime import CPU, RUNTIMES, RuntimeName
 from appliance.runtime.processor import X86
 

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from appliance.errors import ApplianceError, InferenceError
+from appliance.lifecycle.proof import Child, plain
 from appliance.process import die_with_parent, limit_memory
-from appliance.proof import Child, plain
 from appliance.runtime import engines
 from appliance.runtime.cuda import Cuda
 from appliance.runtime.engines import DeviceProfile

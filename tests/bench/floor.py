@@ -14,7 +14,7 @@ import pydicom
 from PIL import Image
 
 from appliance.models import reference_bundle
-from appliance.pixels import decode_frame
+from appliance.pictures.pixels import decode_frame
 
 
 class Floor:

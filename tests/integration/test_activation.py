@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from appliance import copies
 from appliance.errors import ActivationError
+from appliance.lifecycle import copies
 from appliance.models import activate, find, rollback
 from appliance.settings import Settings
 from appliance.store import Store

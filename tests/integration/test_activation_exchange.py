@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from appliance import exchange
 from appliance.errors import ActivationError
-from appliance.exchange import Exchange
+from appliance.lifecycle import exchange
+from appliance.lifecycle.exchange import Exchange
 from appliance.models import activate, reference_bundle
 from appliance.settings import Settings
 from appliance.store import Store

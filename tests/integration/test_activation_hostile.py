@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from appliance import exchange
 from appliance.errors import ActivationError
-from appliance.exchange import Directives, Exchange
-from appliance.journal import REFUSALS_AN_HOUR
-from appliance.ledger import older
+from appliance.lifecycle import exchange
+from appliance.lifecycle.exchange import Directives, Exchange
+from appliance.lifecycle.journal import REFUSALS_AN_HOUR
+from appliance.lifecycle.ledger import older
 from appliance.models import activate
 from appliance.settings import Settings
 from tests.activation_box import LINE, Clinic, digest_of, finish_with, open_clinic, wanted

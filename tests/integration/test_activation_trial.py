@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 
-from appliance import reasons, watch
-from appliance.activation import Activator
+from appliance import reasons
 from appliance.domain import Note, Source
 from appliance.errors import ActivationError
 from appliance.ingest import Ingest
+from appliance.lifecycle import watch
+from appliance.lifecycle.activation import Activator
+from appliance.lifecycle.watch import LATENCY_FLOOR_MS
 from appliance.models import activate, rollback
 from appliance.settings import Settings
 from appliance.store import Store
-from appliance.watch import LATENCY_FLOOR_MS
 from appliance.worklist import Worklist
 from tests.activation_box import LINE, Box, change_manifest, digest_of, wanted, watched
 from tests.scans import scan_bytes
@@ -302,7 +303,7 @@ def test_a_box_that_is_switched_off_in_order_every_night_is_no_reboot_loop(box: 
 
 
 def test_every_code_of_an_activation_has_its_text_in_both_languages() -> None:
-    from appliance.ledger import LASTING, REFUSALS
+    from appliance.lifecycle.ledger import LASTING, REFUSALS
 
     for code in LASTING | REFUSALS | {"activation.rolled_back", "activation.failed_before", "activation.ended", "model.disk_full"}:
         for language in ("zh", "en"):

@@ -20,10 +20,10 @@ import pytest
 from appliance.domain import JobKind, ScanState, Source
 from appliance.ingest import Ingest
 from appliance.models import activate, reference_bundle
-from appliance.pixels import decode_frame
+from appliance.pictures.pixels import decode_frame
 from appliance.preprocess import to_tensor
 from appliance.store import Store
-from appliance.tunings import Tunings
+from appliance.tuning.tunings import Tunings
 from appliance.worker import Worker
 from appliance.worklist import Worklist
 from quantize.reference.phantom import Phantom, dataset

@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 
-from appliance import away, device, watch
+from appliance import away, device
 from appliance.domain import ScanState
 from appliance.errors import InferenceError
+from appliance.lifecycle import watch
 from appliance.loaded import Loaded
 from appliance.models import activate
-from appliance.retune import Retuner
 from appliance.runtime import Candidate
 from appliance.runtime.choice import Plan
 from appliance.store import Store
-from appliance.tunings import Tunings
+from appliance.tuning.retune import Retuner
+from appliance.tuning.tunings import Tunings
 from appliance.worker import Worker
 from appliance.worklist import JobView, Worklist
 from model_sync.bundle import Manifest

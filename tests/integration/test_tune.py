@@ -24,7 +24,7 @@ from appliance.runtime.choice import SAME_TIME, Choice, Row
 from appliance.runtime.tune import Limits, Subject, tune
 from appliance.settings import Settings
 from appliance.store import Store
-from appliance.tunings import Tunings
+from appliance.tuning.tunings import Tunings
 from model_sync.bundle import ModelBundle
 from tests.activation_box import Box, nan_on_pictures, provers
 from tests.integration.test_batching import reader

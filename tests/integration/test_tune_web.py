@@ -15,7 +15,7 @@ from appliance.ran import Ran, Running, name_of
 from appliance.runtime import Candidate
 from appliance.runtime.choice import Row, choose
 from appliance.settings import Settings
-from appliance.tunings import Tunings
+from appliance.tuning.tunings import Tunings
 from tests.scans import scan_bytes
 from tests.web_box import Box, Person, in_process, result
 

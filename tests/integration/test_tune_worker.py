@@ -22,7 +22,7 @@ from appliance.models import activate, rollback, tune
 from appliance.runtime import Candidate
 from appliance.runtime.choice import Plan
 from appliance.store import Store
-from appliance.tunings import Tuning, Tunings
+from appliance.tuning.tunings import Tuning, Tunings
 from appliance.worker import Worker
 from appliance.worklist import Worklist
 from tests.activation_box import Box, end_workers, finish_with, provers, watched, worker, write_settings

@@ -17,12 +17,12 @@ from appliance.domain import ScanState, Source
 from appliance.errors import VolumeError
 from appliance.ingest import Ingest
 from appliance.models import activate
-from appliance.segmentation import dice, segment
-from appliance.sequence import acquired, applies_to_sequence
 from appliance.settings import Settings
 from appliance.store import Store
-from appliance.volume import Series, mask_on_slices, prepare, read_series
-from appliance.volume_view import VolumeResults
+from appliance.volumes.segmentation import dice, segment
+from appliance.volumes.sequence import acquired, applies_to_sequence
+from appliance.volumes.view import VolumeResults
+from appliance.volumes.volume import Series, mask_on_slices, prepare, read_series
 from appliance.worker import Worker
 from appliance.worklist import Worklist
 from model_sync.bundle import ModelBundle
@@ -64,7 +64,7 @@ def brain_bundle(directory: Path, channels: int = 5, window: tuple[int, int, int
 
 
 def _grid(shape: tuple[int, ...], affine: Any) -> Any:
-    from appliance.geometry import Grid
+    from appliance.volumes.geometry import Grid
 
     return Grid((shape[0], shape[1], shape[2]), affine)
 

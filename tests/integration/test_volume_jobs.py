@@ -18,11 +18,11 @@ from appliance.cli import print_table
 from appliance.domain import Note, ScanState, Source
 from appliance.errors import StoreError
 from appliance.ingest import Ingest, PictureForm
+from appliance.lifecycle.watch import measure
 from appliance.models import activate
 from appliance.settings import Settings
 from appliance.store import Store
-from appliance.volume_view import VolumeResults
-from appliance.watch import measure
+from appliance.volumes.view import VolumeResults
 from appliance.worker import Worker
 from appliance.worklist import Worklist
 from model_sync.bundle import ModelBundle

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appliance.facts import Facts
-from appliance.follow import learn
-from appliance.journal import Journal
-from appliance.ledger import LASTING
-from appliance.proof import Child, plain
+from appliance.lifecycle.facts import Facts
+from appliance.lifecycle.follow import learn
+from appliance.lifecycle.journal import Journal
+from appliance.lifecycle.ledger import LASTING
+from appliance.lifecycle.proof import Child, plain
 from appliance.store import Store
 
 LINE, OTHER = "cxr-pneumonia", "bone-age"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from appliance.facts import Facts
-from appliance.floor import Floor
+from appliance.lifecycle.facts import Facts
+from appliance.lifecycle.floor import Floor
 from appliance.settings import Settings
 from appliance.store import Store
 

@@ -18,8 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from appliance.database import Database
 from appliance.domain import Note
 from appliance.errors import ActivationError
-from appliance.journal import MAX_ATTEMPTS, Journal, Wanted
-from appliance.ledger import PROVING
+from appliance.lifecycle.journal import MAX_ATTEMPTS, Journal, Wanted
+from appliance.lifecycle.ledger import PROVING
 from appliance.models import reference_bundle
 from appliance.settings import Settings
 from appliance.store import Store

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appliance.watch import LATENCY_FLOOR_MS, Statistics, is_over, out_of_bounds, stability_index
+from appliance.lifecycle.watch import LATENCY_FLOOR_MS, Statistics, is_over, out_of_bounds, stability_index
 from model_sync.bundle import ScoreHistogram, Watch
 
 EDGES = [number / 10 for number in range(11)]

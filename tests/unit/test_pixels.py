@@ -30,9 +30,9 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from appliance import decoders
 from appliance.errors import IngestError, PixelError
-from appliance.pixels import PixelCaps, check_structure, decode_frame, frame_count, iter_frames
+from appliance.pictures import decoders
+from appliance.pictures.pixels import PixelCaps, check_structure, decode_frame, frame_count, iter_frames
 from tests.scans import dataset
 
 GOOD = [
@@ -382,9 +382,8 @@ def test_pydicom_itself_decodes_the_same(shared: Path) -> None:
 
 
 def test_importing_loads_no_decoder_and_no_runtime() -> None:
-    check = (
-        "import sys, appliance.pixels; print([m for m in ('imagecodecs', 'simplejpeg', 'onnxruntime', 'contourpy') if m in sys.modules])"
-    )
+    heavy = "('imagecodecs', 'simplejpeg', 'onnxruntime', 'contourpy')"
+    check = f"import sys, appliance.pictures.pixels; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -395,7 +394,7 @@ resource.setrlimit(resource.RLIMIT_AS, (1_500_000_000, 1_500_000_000))
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, JPEGLosslessSV1, JPEGLSLossless, RLELossless, UID
 from appliance.errors import PixelError
-from appliance.pixels import check_structure, decode_frame
+from appliance.pictures.pixels import check_structure, decode_frame
 from tests.scans import dataset
 
 def jpeg(sof, rows, columns, precision=8):

@@ -17,8 +17,8 @@ from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRBigEndian
 
 from appliance.errors import InferenceError, PixelError
-from appliance.greyscale import Window, grey_header, pixel_aspect, pixel_spacing
-from appliance.pixels import decode_frame
+from appliance.pictures.greyscale import Window, grey_header, pixel_aspect, pixel_spacing
+from appliance.pictures.pixels import decode_frame
 from appliance.preprocess import Prepared, from_display, quality, to_tensor
 from model_sync.bundle import (
     InputSpec,

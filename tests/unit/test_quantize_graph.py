@@ -30,7 +30,7 @@ def random_net(data: st.DataObject) -> Any:
         step = data.draw(st.sampled_from(["conv", "group", "up", "norm", "relu", "add", "concat", "max", "mean", "identity"]))
         side = sides[at]
         if step in ("conv", "group"):
-            new = net.conv(at, 4, bias=data.draw(st.booleans()), group=net.channels[at] // 4 * 2 if step == "group" else 1)
+            new = net.conv(at, 4, bias=data.draw(st.booleans()), group=min(4, net.channels[at] // 4 * 2) if step == "group" else 1)
         elif step == "up" and side <= 8:
             new, side = net.up(at, 4, group=data.draw(st.sampled_from([1, 2]))), side * 2
         elif step == "norm":

@@ -195,7 +195,7 @@ def test_the_last_digits_of_the_disk_are_not_told() -> None:
 
 def test_what_the_appliance_really_writes_passes_whole(store: Store) -> None:
     """Every state of the journal with every reason that the box knows for one."""
-    from appliance.exchange import box_report as written
+    from appliance.lifecycle.exchange import box_report as written
 
     with store.database.transaction() as tx:
         row = (

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from appliance import copies
 from appliance.errors import InferenceError
-from appliance.prove import Order, _sweep_engines
+from appliance.lifecycle import copies
+from appliance.lifecycle.prove import Order, _sweep_engines
 from appliance.runtime import Candidate, compiled, open_runtime
 from appliance.runtime.engines import pack, sweep, unpack
 from appliance.runtime.openvino import OpenVinoRuntime, import_openvino

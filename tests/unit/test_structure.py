@@ -24,9 +24,9 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from appliance.codestream import COMPRESSED, FrameShape, check_frame, check_header
 from appliance.errors import IngestError, PixelError
-from appliance.structure import PixelCaps, check_structure
+from appliance.pictures.codestream import COMPRESSED, FrameShape, check_frame, check_header
+from appliance.pictures.structure import PixelCaps, check_structure
 from tests.scans import dataset
 
 CAPS = PixelCaps()

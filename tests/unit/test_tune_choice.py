@@ -13,7 +13,7 @@ from appliance import reasons
 from appliance.domain import Note
 from appliance.runtime import Candidate, plain_candidate
 from appliance.runtime.choice import BATCH_GAIN, EXACTNESS, SAME_TIME, Plan, Row, choose, exactness
-from appliance.tune_reasons import TUNE_REASONS
+from appliance.tuning.reasons import TUNE_REASONS
 
 
 def row(ms: float | None, precision: str = "fp32", state: Any = "right", **changes: Any) -> Row:

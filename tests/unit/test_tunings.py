@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from appliance.database import Database
 from appliance.domain import utc_now
 from appliance.store import Store
-from appliance.tunings import Tuning, Tunings
+from appliance.tuning.tunings import Tuning, Tunings
 
 DIGEST = "0" * 64
 KNOWN = Tuning(DIGEST, "cxr", "asked", "doctor", utc_now(), utc_now())

@@ -13,8 +13,8 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
 from appliance.errors import PixelError
-from appliance.greyscale import Window
-from appliance.viewing import display_frame
+from appliance.pictures.greyscale import Window
+from appliance.pictures.viewing import display_frame
 from tests.scans import dataset
 
 

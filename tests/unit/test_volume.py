@@ -15,10 +15,10 @@ from pydicom.dataset import FileDataset
 
 from appliance import reasons
 from appliance.errors import PixelError, VolumeError
-from appliance.geometry import Grid, turned
-from appliance.resample import linear, nearest, straight_grid
-from appliance.volume import crop_pad, mask_on_slices, prepare, read_series
-from appliance.volume_reasons import VOLUME_REASONS
+from appliance.volumes.geometry import Grid, turned
+from appliance.volumes.reasons import VOLUME_REASONS
+from appliance.volumes.resample import linear, nearest, straight_grid
+from appliance.volumes.volume import crop_pad, mask_on_slices, prepare, read_series
 from model_sync.bundle import VolumeSpec
 from tests import series as made_up
 from tests import volume_bundle
@@ -175,11 +175,11 @@ def test_slices_too_far_apart_are_refused() -> None:
 
 def test_volume_too_large_for_the_box_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     made = made_up.slices()
-    monkeypatch.setattr("appliance.volume.MAX_STACK_BYTES", 20_000)
+    monkeypatch.setattr("appliance.volumes.volume.MAX_STACK_BYTES", 20_000)
     assert refused(made) == "volume.too_large"
     monkeypatch.undo()
     series = read(made)
-    monkeypatch.setattr("appliance.volume.MAX_VOXELS", 1000)
+    monkeypatch.setattr("appliance.volumes.volume.MAX_VOXELS", 1000)
     with pytest.raises(VolumeError, match="voxels after"):
         prepare(series, spec())
 
@@ -398,7 +398,7 @@ def test_both_ways_of_interpolating_agree(grid: Grid) -> None:
     values = points @ [1.0, -2.0, 0.5] + 7
     target = straight_grid(grid, (0.75, 1.0, 1.25))
     quick = linear(values, grid, target, -1e6)
-    from appliance.resample import _general
+    from appliance.volumes.resample import _general
 
     slow = _general(values, np.linalg.inv(grid.affine) @ target.affine, target.shape, -1e6)
     assert np.allclose(quick, slow, atol=1e-2)

@@ -10,9 +10,9 @@ import pytest
 
 from appliance.domain import Note
 from appliance.errors import VolumeError
-from appliance.geometry import Grid
-from appliance.volume import Series, prepare
-from appliance.volume_checks import check_room, cut_off, needed_bytes
+from appliance.volumes.checks import check_room, cut_off, needed_bytes
+from appliance.volumes.geometry import Grid
+from appliance.volumes.volume import Series, prepare
 from model_sync.bundle import Manifest
 from tests import volume_bundle
 

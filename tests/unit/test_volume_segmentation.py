@@ -15,12 +15,12 @@ from PIL import Image
 
 from appliance.domain import Plane
 from appliance.errors import InferenceError
-from appliance.geometry import Grid
-from appliance.key_pictures import key_pictures
-from appliance.segmentation import classify_voxels, dice, golden_tensor, segment, volumes_ml
-from appliance.sliding import padded, slide, starts, unpadded, weights, windows
-from appliance.volume import prepare, read_series
-from appliance.volume_view import COLOURS
+from appliance.volumes.geometry import Grid
+from appliance.volumes.key_pictures import key_pictures
+from appliance.volumes.segmentation import classify_voxels, dice, golden_tensor, segment, volumes_ml
+from appliance.volumes.sliding import padded, slide, starts, unpadded, weights, windows
+from appliance.volumes.view import COLOURS
+from appliance.volumes.volume import prepare, read_series
 from model_sync.bundle import GoldenVolume, Manifest
 from tests import series as made_up
 from tests import volume_bundle

@@ -15,8 +15,8 @@ from pydicom.sequence import Sequence as Items
 from appliance.domain import Note
 from appliance.reasons import REASONS
 from appliance.scope import Verdict
-from appliance.sequence import acquired, applies_to_sequence
-from appliance.sequence_reasons import SEQUENCE_REASONS
+from appliance.volumes.sequence import acquired, applies_to_sequence
+from appliance.volumes.sequence_reasons import SEQUENCE_REASONS
 from model_sync.bundle import BundleError, Manifest, SequenceRule
 from tests import series as made_up
 from tests import volume_bundle

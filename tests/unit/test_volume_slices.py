@@ -17,10 +17,10 @@ from pydicom.sequence import Sequence as Items
 
 from appliance import reasons
 from appliance.errors import VolumeError
-from appliance.geometry import turned
-from appliance.resample import straight_grid
-from appliance.slices import Counted, incomplete
-from appliance.volume import Series, prepare, read_series
+from appliance.volumes.geometry import turned
+from appliance.volumes.resample import straight_grid
+from appliance.volumes.slices import Counted, incomplete
+from appliance.volumes.volume import Series, prepare, read_series
 from model_sync.bundle import VolumeSpec
 from tests import series as made_up
 from tests import volume_bundle
@@ -318,7 +318,7 @@ def test_each_slice_with_a_look_up_table_of_its_own_is_too_large() -> None:
 
 
 def test_frames_of_all_images_together_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("appliance.volume.MAX_FRAMES", 25)
+    monkeypatch.setattr("appliance.volumes.volume.MAX_FRAMES", 25)
     made = made_up.slices(30)
     assert refused([made_up.enhanced(made[:15]), made_up.enhanced(made[15:])]) == "volume.too_large"
 

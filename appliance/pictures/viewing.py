@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from appliance.errors import PixelError
-from appliance.greyscale import GreyHeader, Window, display_extent, grey_header, pixel_spacing
-from appliance.pixels import decode_frame
-from appliance.structure import VALUE_ERRORS
+from appliance.pictures.greyscale import GreyHeader, Window, display_extent, grey_header, pixel_spacing
+from appliance.pictures.pixels import decode_frame
+from appliance.pictures.structure import VALUE_ERRORS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

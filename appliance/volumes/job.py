@@ -16,13 +16,13 @@ from pydicom.filebase import DicomBytesIO
 from appliance.domain import Job, JobResult, Measurement, Note, ScanState, VolumeResult
 from appliance.errors import InferenceError, PixelError, VolumeError
 from appliance.ingest import PARSE_ERRORS
-from appliance.key_pictures import key_pictures
-from appliance.segmentation import Segmentation, segment
-from appliance.sequence import acquired, applies_to_sequence
+from appliance.lifecycle.watch import BEFORE_MODEL
 from appliance.store import Store
-from appliance.volume import PreparedVolume, Series, prepare, read_series
-from appliance.volume_checks import check_room, cut_off
-from appliance.watch import BEFORE_MODEL
+from appliance.volumes.checks import check_room, cut_off
+from appliance.volumes.key_pictures import key_pictures
+from appliance.volumes.segmentation import Segmentation, segment
+from appliance.volumes.sequence import acquired, applies_to_sequence
+from appliance.volumes.volume import PreparedVolume, Series, prepare, read_series
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -109,7 +109,7 @@ class _Files:
             yield self._read(number, pixels=False)
 
     def sources(self) -> list[Callable[[], Dataset]]:
-        """As :func:`appliance.volume.read_series` takes them."""
+        """As :func:`appliance.volumes.volume.read_series` takes them."""
         return [partial(self._read, number) for number in self._ids]
 
 

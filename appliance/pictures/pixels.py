@@ -17,10 +17,19 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias, TypeVar
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.pixels.decoders.base import get_decoder
 
-from appliance.codestream import check_frame
-from appliance.decoders import best_plugin, register_decoders
 from appliance.errors import IngestError, PixelError
-from appliance.structure import NATIVE, PIXEL_KEYWORDS, VALUE_ERRORS, Layout, PixelCaps, check_structure, read_layout, transfer_syntax
+from appliance.pictures.codestream import check_frame
+from appliance.pictures.decoders import best_plugin, register_decoders
+from appliance.pictures.structure import (
+    NATIVE,
+    PIXEL_KEYWORDS,
+    VALUE_ERRORS,
+    Layout,
+    PixelCaps,
+    check_structure,
+    read_layout,
+    transfer_syntax,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -34,7 +34,7 @@ from pydicom.pixels.common import PhotometricInterpretation
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import UID, RLELossless
 
-from appliance.codestream import COMPRESSED, HT_JPEG_2000, JPEG, JPEG_2000, JPEG_LS
+from appliance.pictures.codestream import COMPRESSED, HT_JPEG_2000, JPEG, JPEG_2000, JPEG_LS
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,8 +14,8 @@ from datetime import datetime, timezone
 from typing import Any, Final
 
 from appliance.database import Database
-from appliance.facts import Facts, LineFacts, Trouble
-from appliance.ledger import older
+from appliance.lifecycle.facts import Facts, LineFacts, Trouble
+from appliance.lifecycle.ledger import older
 from appliance.store import Store
 
 _KEY: Final = "facts_floor"

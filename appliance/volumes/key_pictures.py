@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from PIL import Image, ImageDraw
 
-from appliance.geometry import Grid, turned
-from appliance.volume_view import COLOURS
+from appliance.volumes.geometry import Grid, turned
+from appliance.volumes.view import COLOURS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

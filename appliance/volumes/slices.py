@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from appliance.domain import Note
 from appliance.errors import VolumeError
-from appliance.geometry import Plane, plane_of
-from appliance.greyscale import GreyHeader, Lut, frame_value, grey_header, numbers, rescale
-from appliance.pixels import frame_count
-from appliance.structure import VALUE_ERRORS
+from appliance.pictures.greyscale import GreyHeader, Lut, frame_value, grey_header, numbers, rescale
+from appliance.pictures.pixels import frame_count
+from appliance.pictures.structure import VALUE_ERRORS
+from appliance.volumes.geometry import Plane, plane_of
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset

@@ -11,7 +11,7 @@ from pydantic import AwareDatetime, BaseModel, BeforeValidator, StringConstraint
 
 from appliance import reasons
 from appliance.domain import Note
-from appliance.proof import plain
+from appliance.lifecycle.proof import plain
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _LONGEST_TEXT: Final = 300

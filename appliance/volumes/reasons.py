@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from appliance.model_reasons import Reason
+from appliance.lifecycle.reasons import Reason
 
 _AGAIN_ZH: Final = "影像已保存，可以阅片，但没有作体积分析。请核对序列是否完整，从设备重新发送整个序列；否则由医生直接阅片。"
 _AGAIN_EN: Final = (

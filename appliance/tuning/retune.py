@@ -12,15 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from appliance import copies, device
+from appliance import device
 from appliance.domain import Note
 from appliance.errors import ActivationError
-from appliance.journal import Journal
+from appliance.lifecycle import copies
+from appliance.lifecycle.journal import Journal
+from appliance.lifecycle.proof import Proof, order, plain
 from appliance.loading import Load, Loading
-from appliance.proof import Proof, order, plain
 from appliance.runtime.choice import Plan
 from appliance.store import Store
-from appliance.tunings import Tuning, Tunings
+from appliance.tuning.tunings import Tuning, Tunings
 
 logger = logging.getLogger(__name__)
 

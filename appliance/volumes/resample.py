@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 
-from appliance.geometry import Grid, closest_axes
+from appliance.volumes.geometry import Grid, closest_axes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import numpy as np
 
 from appliance.errors import VolumeError
-from appliance.greyscale import frame_value, numbers
+from appliance.pictures.greyscale import frame_value, numbers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -15,10 +15,10 @@ from typing import Final
 
 from appliance.database import SECURITY_ALERT
 from appliance.domain import Note
-from appliance.exchange import Check, Directive, Exchange
-from appliance.facts import Facts
-from appliance.floor import Floor
-from appliance.journal import Journal, Wanted
+from appliance.lifecycle.exchange import Check, Directive, Exchange
+from appliance.lifecycle.facts import Facts
+from appliance.lifecycle.floor import Floor
+from appliance.lifecycle.journal import Journal, Wanted
 from appliance.store import Store
 
 logger = logging.getLogger(__name__)

@@ -131,7 +131,7 @@ def _models(store: Store) -> list[dict[str, Any]]:
 
 
 def _history(store: Store, language: Language) -> list[dict[str, Any]]:
-    from appliance.journal import Journal
+    from appliance.lifecycle.journal import Journal
 
     items = []
     for row in Journal(store).history(limit=200):
@@ -176,8 +176,8 @@ def _cell(column: str, value: Any) -> str:
 
 def prove(arguments: argparse.Namespace) -> int:
     """``appliance prove``: the proof of a model, started by the box itself."""
-    from appliance.prove import Order
-    from appliance.prove import run as run_proof
+    from appliance.lifecycle.prove import Order
+    from appliance.lifecycle.prove import run as run_proof
 
     if arguments.parent <= 1:
         raise ApplianceError("settings.invalid", "`appliance prove` is started by the box itself")

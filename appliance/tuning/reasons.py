@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from appliance.model_reasons import Reason
+from appliance.lifecycle.reasons import Reason
 
 _NOTHING_ZH, _NOTHING_EN = "无需处理。", "Nothing to do."
 

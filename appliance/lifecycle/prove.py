@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from appliance import copies, device
+from appliance import device
 from appliance.domain import Note, utc_now
 from appliance.errors import ActivationError, ApplianceError, InferenceError
+from appliance.lifecycle import copies
 from appliance.process import die_with_parent, limit_memory
 from model_sync.errors import BundleError
 

@@ -14,20 +14,20 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from appliance import watch
 from appliance.database import SECURITY_ALERT
 from appliance.domain import Note
 from appliance.errors import ActivationError, StoreError
-from appliance.exchange import Check, Exchange
-from appliance.facts import Facts
-from appliance.follow import Follower, learn
-from appliance.journal import Journal
-from appliance.ledger import PROVING
+from appliance.lifecycle import watch
+from appliance.lifecycle.exchange import Check, Exchange
+from appliance.lifecycle.facts import Facts
+from appliance.lifecycle.follow import Follower, learn
+from appliance.lifecycle.journal import Journal
+from appliance.lifecycle.ledger import PROVING
+from appliance.lifecycle.proof import Proof, order, plain
 from appliance.loading import Load, Loading, Ready
-from appliance.proof import Proof, order, plain
-from appliance.retune import Retuner
 from appliance.runtime.choice import Plan
 from appliance.store import Store
+from appliance.tuning.retune import Retuner
 from model_sync.bundle import Manifest
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from appliance.errors import ActivationError
 from appliance.reasons import Language
 from appliance.settings import Settings
 from appliance.store import Store
-from appliance.tunings import Tuning
+from appliance.tuning.tunings import Tuning
 
 EXIT_OK: Final = 0
 _BAR_WIDTH: Final = 24

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from appliance.model_reasons import Reason
+from appliance.lifecycle.reasons import Reason
 
 _ORIGINAL_ZH: Final = "影像已保存，可以阅片。如有适合该模型的原始序列，请发送该序列；否则由医生直接阅片。"
 _ORIGINAL_EN: Final = (

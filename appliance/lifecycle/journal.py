@@ -17,7 +17,7 @@ from appliance import database as db
 from appliance.database import Database
 from appliance.domain import Note, utc_now
 from appliance.errors import ActivationError
-from appliance.ledger import PROVING, Ledger, code_of, older
+from appliance.lifecycle.ledger import PROVING, Ledger, code_of, older
 from appliance.store import Store
 from model_sync.bundle import Manifest
 
@@ -45,7 +45,7 @@ class Wanted:
 
 
 class Journal(Ledger):
-    """The journal over one store; what it says without changing anything is in :class:`appliance.ledger.Ledger`.
+    """The journal over one store; what it says without changing anything is in :class:`appliance.lifecycle.ledger.Ledger`.
 
     Args:
         store: the box's store; its thread's connection is used.

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from appliance.errors import InferenceError
-from appliance.geometry import Grid
-from appliance.sliding import Told, padded, slide, unpadded
-from appliance.volume import PreparedVolume, Series, mask_on_slices, prepare
+from appliance.volumes.geometry import Grid
+from appliance.volumes.sliding import Told, padded, slide, unpadded
+from appliance.volumes.volume import PreparedVolume, Series, mask_on_slices, prepare
 from model_sync.bundle import BACKGROUND, SlidingWindow
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ import numpy as np
 
 from appliance.domain import Note
 from appliance.errors import VolumeError
-from appliance.resample import nearest
-from appliance.segmentation import logits_of
+from appliance.volumes.resample import nearest
+from appliance.volumes.segmentation import logits_of
 from model_sync.bundle import CropPad, SlidingWindow
 
 if TYPE_CHECKING:
-    from appliance.volume import PreparedVolume, Series
+    from appliance.volumes.volume import PreparedVolume, Series
     from model_sync.bundle import Manifest, VolumeSpec
 
 # The rest of a process's memory is the interpreter's, the runtime's and the model's.

@@ -19,7 +19,7 @@ import numpy as np
 from pydicom.uid import ExplicitVRBigEndian
 
 from appliance.errors import PixelError
-from appliance.structure import VALUE_ERRORS
+from appliance.pictures.structure import VALUE_ERRORS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

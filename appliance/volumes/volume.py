@@ -17,10 +17,10 @@ import numpy as np
 
 from appliance.domain import Note
 from appliance.errors import InferenceError, VolumeError
-from appliance.geometry import Grid, stack, turned
-from appliance.pixels import iter_frames
-from appliance.resample import linear, nearest, straight_grid
-from appliance.slices import MAX_FRAMES, Counted, SliceHeader, check_contrast, check_units, counted, incomplete, slice_headers
+from appliance.pictures.pixels import iter_frames
+from appliance.volumes.geometry import Grid, stack, turned
+from appliance.volumes.resample import linear, nearest, straight_grid
+from appliance.volumes.slices import MAX_FRAMES, Counted, SliceHeader, check_contrast, check_units, counted, incomplete, slice_headers
 from model_sync.bundle import (
     Clip,
     ClipQuantile,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from pydicom.dataset import Dataset
 
-    from appliance.greyscale import GreyHeader, Lut
+    from appliance.pictures.greyscale import GreyHeader, Lut
     from model_sync.bundle import VolumeSpec, VolumeStep
 
     Values: TypeAlias = NDArray[np.float32]

@@ -24,8 +24,8 @@ from appliance import __version__
 from appliance import database as db
 from appliance.database import Database
 from appliance.domain import utc_now
-from appliance.facts import Digest, Facts, Line, Version
-from appliance.proof import Child
+from appliance.lifecycle.facts import Digest, Facts, Line, Version
+from appliance.lifecycle.proof import Child
 from appliance.store import Store
 
 logger = logging.getLogger(__name__)

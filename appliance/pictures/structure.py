@@ -23,8 +23,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from appliance.codestream import COMPRESSED, FrameShape, check_header
 from appliance.errors import IngestError, PixelError
+from appliance.pictures.codestream import COMPRESSED, FrameShape, check_header
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset

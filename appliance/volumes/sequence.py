@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from appliance.domain import Note
-from appliance.greyscale import frame_value, numbers
-from appliance.pixels import frame_count
+from appliance.pictures.greyscale import frame_value, numbers
+from appliance.pictures.pixels import frame_count
 from appliance.scope import Verdict, together
 
 if TYPE_CHECKING:
