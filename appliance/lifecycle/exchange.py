@@ -215,7 +215,7 @@ def _put(directory: Path, name: str, data: bytes) -> None:
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         with open(os.open(fresh, flags, 0o640, dir_fd=folder), "wb") as file:
-            os.fchmod(file.fileno(), 0o640)  # whatever the umask: the agent reads it by its group
+            _give_to_group(file.fileno(), os.fstat(folder).st_gid)
             file.write(data)
         os.replace(fresh, name, src_dir_fd=folder, dst_dir_fd=folder)
     except OSError:
@@ -224,6 +224,14 @@ def _put(directory: Path, name: str, data: bytes) -> None:
         raise
     finally:
         os.close(folder)
+
+
+def _give_to_group(descriptor: int, group: int) -> None:
+    """Let the agent read a file by the group that the shared directory has, whatever the umask and the box's own group."""
+    if os.fstat(descriptor).st_gid != group:
+        with suppress(PermissionError):  # the box is not in that group: the agent's status says that it cannot read the report
+            os.fchown(descriptor, -1, group)
+    os.fchmod(descriptor, 0o640)
 
 
 def _sweep(directory: Path) -> None:

@@ -142,6 +142,19 @@ def test_nothing_that_the_agent_lays_keeps_the_report_waiting_or_leads_it_elsewh
     Exchange(clinic.box.store, with_pipe).write_report()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another account")
+def test_an_agent_of_another_account_can_read_the_report_and_nobody_else(clinic: Clinic) -> None:
+    agent, stranger = 65534, 65533
+    os.chown(clinic.exchange, agent, agent)
+    for parent in (clinic.exchange, *clinic.exchange.parents[:-2]):  # down to what everybody may enter
+        parent.chmod(0o755)
+    Exchange(clinic.box.store, clinic.exchange).write_report()
+    for account, code in ((agent, 0), (stranger, 1)):
+        line = ["setpriv", f"--reuid={account}", f"--regid={account}", "--clear-groups", "cat", str(clinic.exchange / "box-report.json")]
+        assert subprocess.run(line, capture_output=True, check=False).returncode == code
+    os.chown(clinic.exchange, 0, 0)
+
+
 def test_however_many_names_lie_there_a_look_costs_the_same(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[str] = []
     real = os.scandir

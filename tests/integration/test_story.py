@@ -203,6 +203,11 @@ class Box:
     def journal(self) -> dict[str, str]:
         return {row[0]: row[1] for row in self.query("SELECT version, state FROM activations ORDER BY id")}
 
+    def reported(self) -> dict[str, str]:
+        """What the box last laid out for the agent to report: version and state, the newest entry of a version counts."""
+        report = json.loads((self.directory / "exchange" / "box-report.json").read_text())
+        return {row["version"]: row["state"] for row in reversed(report["activations"])}
+
     def read_a_scan(self, number: int) -> str:
         """Send a scan through the door and return the version that read it, or the state it ended in."""
         store = Store(self.settings)
@@ -272,7 +277,7 @@ def _tell(place: Path, central: Central, canary: Box, steady: Box, offline: Box)
     assert canary.active() == steady.active() == "1.0.0"
     assert "2.0.0" not in steady.journal()
     assert canary.read_a_scan(2) == "1.0.0"
-    wait_for("the box's report", lambda: '"2.0.0"' in (canary.directory / "exchange" / "box-report.json").read_text())
+    wait_for("the box's report of it", lambda: canary.reported().get("2.0.0") == "failed")
     canary.agent("report")
     assert _fleet_knows(central, "canary-1", "2.0.0", "failed")
     # version 3 comes as a delta, and is far smaller on the line than the file it makes
