@@ -18,9 +18,9 @@ from typing import Any, Final
 
 from appliance import reasons
 from appliance.archive import Outcome, accept_below
-from appliance.domain import Note, Source, Status
+from appliance.domain import Note, PictureForm, Source, Status
 from appliance.errors import ApplianceError
-from appliance.ingest import Ingest, PictureForm
+from appliance.ingest import Ingest
 from appliance.models import activate, reference_bundle
 from appliance.process import Lock, die_with_parent
 from appliance.signal import wake

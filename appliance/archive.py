@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from appliance.domain import Source
+from appliance.domain import PictureForm, Source
 from appliance.errors import ApplianceError, IngestError
-from appliance.ingest import Accepted, Ingest, PictureForm
+from appliance.ingest import Accepted, Ingest
 from appliance.settings import Settings
 
 _ZIP_MAGIC: Final = (b"PK\x03\x04", b"PK\x05\x06")

@@ -1,4 +1,4 @@
-"""A runtime that is not on this box: when it cannot answer, the plain way on this box does, at once; later it is reached for again.
+"""A runtime that is not on this box: when it cannot answer, the plain way on this box does, at once.
 
 A hub that is down, or a line that is cut, is no fault of a scan's nor of the model's: no attempt is lost and no version is blamed.
 """
@@ -9,26 +9,22 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from appliance.errors import ApplianceError, InferenceError
+from appliance.errors import InferenceError
 from appliance.runtime.pieces import in_pieces
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from appliance.loaded import Loaded
     from appliance.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
 # Runtimes that send what they read to another machine.
 ELSEWHERE: Final = ("triton",)
-RETRY_S: Final = 60.0
-# What is away for so many tries is away for long: what this box has of its own is measured then.
-_PATIENCE: Final = 60
 # An answer that takes longer than this, and longer than this many times what it took when it was reached, does not come: a machine that
 # lost its power or a line that was cut says nothing at all, and a scan must not wait for a runtime's own limit.
 LEAST_S: Final = 2.0
@@ -182,66 +178,3 @@ def _one_by_one(runtime: Runtime, inputs: dict[str, NDArray[np.float32]]) -> dic
     """The plain way reads one image at a time, however many the other took together."""
     ((name, value),) = inputs.items()
     return in_pieces(value, 1, True, lambda piece: runtime.infer({name: piece}))
-
-
-class Comeback:
-    """Reaches again for what does not answer: one model at a time, in a thread, so that no scan waits for it.
-
-    Args:
-        give_up: given the digest of a model whose runtime has been away for an hour.
-        clock: seconds that only rise.
-    """
-
-    def __init__(self, give_up: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
-        self._give_up, self._clock = give_up, clock
-        self._trying: Loaded | None = None
-        self._thread: threading.Thread | None = None
-        self._reached = False
-        self._next: dict[str, float] = {}
-        self._tries: dict[str, int] = {}
-
-    def look(self, models: Mapping[str, Loaded]) -> None:
-        """Between two jobs: go on without waiting for anything.
-
-        Args:
-            models: those that read, by digest.
-        """
-        if self._thread is not None:
-            if not self._thread.is_alive():
-                self._end(models)
-            return
-        now = self._clock()
-        for digest, model in models.items():
-            if model.away is None or model.fallback is None:
-                self._next.pop(digest, None)
-                self._tries.pop(digest, None)
-            elif now >= self._next.setdefault(digest, now + RETRY_S):
-                self._begin(model)
-                return
-
-    def _begin(self, model: Loaded) -> None:
-        self._trying, self._reached = model, False
-        self._thread = threading.Thread(target=self._reach, args=(model,), daemon=True)
-        self._thread.start()
-
-    def _reach(self, model: Loaded) -> None:
-        assert model.away is not None
-        try:
-            model.away.reach()
-        except (ApplianceError, OSError, MemoryError) as error:
-            logger.info("still away", extra={"code": getattr(error, "code", type(error).__name__)})
-        else:
-            self._reached = True
-
-    def _end(self, models: Mapping[str, Loaded]) -> None:
-        model, self._trying, self._thread = self._trying, None, None
-        assert model is not None
-        if models.get(model.digest) is not model:  # another took its place meanwhile
-            model.runtime.close()
-        elif self._reached:
-            model.come_back()
-        else:
-            self._next[model.digest] = self._clock() + RETRY_S
-            self._tries[model.digest] = self._tries.get(model.digest, 0) + 1
-            if self._tries[model.digest] == _PATIENCE:
-                self._give_up(model.digest)

@@ -132,7 +132,7 @@ def _analyze(arguments: argparse.Namespace) -> int:
 
 def _analyse_in(arguments: argparse.Namespace, data_dir: Path) -> list[Analysed]:
     from appliance.analyze import analyse
-    from appliance.ingest import PictureForm
+    from appliance.domain import PictureForm
     from appliance.store import Store
 
     if not data_dir.is_file():  # a settings file names its data directory itself

@@ -104,6 +104,21 @@ class Patient:
 
 
 @dataclass(frozen=True)
+class PictureForm:
+    """What a person says about a PNG or JPEG.
+
+    ``patient_age`` is a DICOM age (``034Y``) or empty; ``view`` is PA, AP, LL, RL or empty (frontal is assumed and stated).
+    """
+
+    patient_id: str = ""
+    patient_name: str = ""
+    patient_sex: str = ""
+    patient_age: str = ""
+    view: str = ""
+    photographed: bool = False
+
+
+@dataclass(frozen=True)
 class Scan:
     """One image as the door read it: everything the store indexes and the scope rule asks for."""
 

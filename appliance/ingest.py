@@ -25,7 +25,7 @@ from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.filereader import read_partial
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from appliance.domain import Note, Patient, Scan, Source, Stored, age_years
+from appliance.domain import Note, Patient, PictureForm, Scan, Source, Stored, age_years
 from appliance.errors import ApplianceError, IngestError, StoreError
 from appliance.pictures.pixels import PixelCaps, check_structure
 from appliance.store import Store
@@ -65,21 +65,6 @@ class Accepted:
 
     stored: Stored
     scan: Scan
-
-
-@dataclass(frozen=True)
-class PictureForm:
-    """What a person says about a PNG or JPEG.
-
-    ``patient_age`` is a DICOM age (``034Y``) or empty; ``view`` is PA, AP, LL, RL or empty (frontal is assumed and stated).
-    """
-
-    patient_id: str = ""
-    patient_name: str = ""
-    patient_sex: str = ""
-    patient_age: str = ""
-    view: str = ""
-    photographed: bool = False
 
 
 class Ingest:

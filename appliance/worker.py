@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from appliance.away import Comeback
 from appliance.batching import Batch
+from appliance.comeback import Comeback
 from appliance.domain import Job, JobKind, JobResult, Note, ScanState
 from appliance.errors import ApplianceError, PixelError, StoreError
 from appliance.lifecycle.activation import Activator

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from appliance.domain import Source
+from appliance.domain import PictureForm, Source
 from appliance.errors import StoreError
 from appliance.settings import Settings
 from appliance.signal import wake
@@ -89,7 +89,6 @@ class Finaliser:
     def accept(self, path: Path, name: str, source: Source, form: dict[str, Any] | None, upload_id: str = "") -> list[dict[str, Any]]:
         """Bring one file, or every file of an archive, through the door; returns what became of each, as JSON values."""
         from appliance.archive import accept_file
-        from appliance.ingest import PictureForm
 
         outcomes = []
         large = self._large_door if path.stat().st_size > _LARGE_BYTES else nullcontext()

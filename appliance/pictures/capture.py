@@ -17,7 +17,7 @@ from appliance.errors import IngestError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from appliance.ingest import PictureForm
+    from appliance.domain import PictureForm
 
 MAX_PIXELS: Final = 100_000_000
 MAX_SIDE: Final = 0xFFFF  # Rows and Columns are unsigned shorts

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from appliance import away, device
+from appliance import away, comeback, device
 from appliance.domain import ScanState
 from appliance.errors import InferenceError
 from appliance.lifecycle import watch
@@ -148,7 +148,7 @@ def test_a_hub_that_is_configured_anew_is_measured(store: Store, digest: str, hu
 def test_a_hub_that_goes_down_costs_no_scan_and_reads_again_when_it_is_back(
     store: Store, digest: str, hub: KserveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(away, "RETRY_S", 0.1)
+    monkeypatch.setattr(comeback, "RETRY_S", 0.1)
     box = set_up(store, hub.address)
     made = reader(box)
     first = take(box, chest(1))
@@ -186,7 +186,7 @@ def test_a_hub_that_goes_down_costs_no_scan_and_reads_again_when_it_is_back(
 def test_a_hub_that_is_down_at_the_start_is_waited_for(
     store: Store, digest: str, hub: KserveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(away, "RETRY_S", 0.1)
+    monkeypatch.setattr(comeback, "RETRY_S", 0.1)
     box = set_up(store, hub.address)
     hub.close()
     made = reader(box)
@@ -205,8 +205,8 @@ def test_a_hub_that_is_down_at_the_start_is_waited_for(
 def test_a_hub_that_stays_away_has_the_box_measure_what_it_has_of_its_own(
     store: Store, digest: str, hub: KserveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(away, "RETRY_S", 0.05)
-    monkeypatch.setattr(away, "_PATIENCE", 2)
+    monkeypatch.setattr(comeback, "RETRY_S", 0.05)
+    monkeypatch.setattr(comeback, "_PATIENCE", 2)
     box = set_up(store, hub.address)
     hub.close()
     made = reader(box)

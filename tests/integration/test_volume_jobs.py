@@ -15,9 +15,9 @@ from onnx import TensorProto, helper
 
 from appliance.analyze import analyse
 from appliance.cli import print_table
-from appliance.domain import Note, ScanState, Source
+from appliance.domain import Note, PictureForm, ScanState, Source
 from appliance.errors import StoreError
-from appliance.ingest import Ingest, PictureForm
+from appliance.ingest import Ingest
 from appliance.lifecycle.watch import measure
 from appliance.models import activate
 from appliance.settings import Settings

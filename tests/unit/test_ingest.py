@@ -20,9 +20,9 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, generate_uid
 
 from appliance import ingest as module
 from appliance.archive import Outcome, accept_file, files_below
-from appliance.domain import Source
+from appliance.domain import PictureForm, Source
 from appliance.errors import ApplianceError, IngestError, StoreError
-from appliance.ingest import Ingest, PictureForm, content_digest, meta_end
+from appliance.ingest import Ingest, content_digest, meta_end
 from appliance.settings import Settings
 from appliance.store import Store
 from appliance.worklist import Worklist
