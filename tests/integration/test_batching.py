@@ -321,7 +321,7 @@ def test_one_that_breaks_the_model_fails_alone(tmp_path: Path, store: Store) -> 
     assert {row["attempts"] for row in rows} == {1}  # read one by one at once, not after a failure
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_a_worker_killed_in_the_middle_of_a_batch_gives_every_job_back_once_and_poisons_none(tmp_path: Path, store: Store) -> None:
     settings = write_settings(store.settings, job_max_attempts=2)
     digest = activate(store, looping(tiny_bundle(tmp_path / "bundles", "1.0.0"), picture=3_000_000), "test")

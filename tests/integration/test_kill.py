@@ -87,7 +87,7 @@ class Browser:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_kill_9_of_worker_and_web_loses_and_doubles_nothing(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LONGEST_BACKOFF_S", 0.3)
     settings.data_dir.mkdir(parents=True)

@@ -236,7 +236,7 @@ def place() -> Iterator[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_the_signed_life_of_a_model_from_the_first_key_to_the_usb_stick(place: Path) -> None:
     central = Central(place / "central")
     canary, steady, offline = (Box(place / name, name) for name in ("canary-1", "steady-1", "offline-1"))

@@ -125,7 +125,7 @@ def test_a_runtime_that_is_gone_is_fallen_back_from_for_all_to_see(
     assert "fallback" not in report_of(store, digest)  # it is back, and nobody is warned any more
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_after_a_fallback_the_box_measures_again_by_itself(
     tmp_path: Path, store: Store, digest: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,7 +146,7 @@ def test_after_a_fallback_the_box_measures_again_by_itself(
     assert process.wait(30) == 0
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_another_device_is_measured_again_once(store: Store, digest: str) -> None:
     settings = write_settings(store.settings, tune_at_activation=True, worker_threads=1, tune_measuring_s=10.0)
     tunings, report = Tunings(store.database), report_of(store, digest)
@@ -169,7 +169,7 @@ def test_another_device_is_measured_again_once(store: Store, digest: str) -> Non
     assert process.wait(30) == 0
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_tune_by_hand_while_the_box_reads_switches_in_one_step_and_is_no_new_version(tmp_path: Path, store: Store) -> None:
     box = Box(tmp_path, store)
     old = box.first()
@@ -214,7 +214,7 @@ def test_tune_by_hand_while_the_box_reads_switches_in_one_step_and_is_no_new_ver
     store.database.verify_audit()
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_tune_without_a_worker_does_it_here(store: Store, digest: str) -> None:
     quick = Store(store.settings.model_copy(update={"worker_threads": 1, "tune_measuring_s": 8.0}))
     steps: list[str] = []
@@ -336,7 +336,7 @@ def test_a_slower_way_after_a_fallback_is_not_held_against_a_trial(tmp_path: Pat
     assert box.active() == new
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_going_back_by_hand_measures_what_it_goes_back_to(tmp_path: Path, store: Store) -> None:
     quick = Store(store.settings.model_copy(update={"worker_threads": 1, "tune_measuring_s": 8.0, "tune_at_activation": True}))
     box = Box(tmp_path, quick)
