@@ -48,6 +48,11 @@ def made(site: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Made, Pa
     return run(recipe(site, out, FP16, INT8)), out
 
 
+def files_of(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory: its name there and its bytes."""
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
 # --- the bundle -----------------------------------------------------------------------------------------------------
 
 
@@ -60,6 +65,12 @@ def test_a_bundle_is_made_and_is_one_for_the_box(made: tuple[Made, Path]) -> Non
     assert len(list(bundle.golden_cases())) == 6
     assert sum(manifest.reference_scores[0].counts) == 150
     assert {path.name for path in made[1].parent.iterdir()} == {"bundle"}  # nothing half made is left
+
+
+def test_a_second_run_writes_the_same_bytes(site: Path, tmp_path: Path) -> None:
+    first, second = (run(recipe(site, tmp_path / name, FP16)).manifest for name in ("first", "second"))
+    assert first == second
+    assert files_of(tmp_path / "first") == files_of(tmp_path / "second")
 
 
 def test_every_variant_was_tried_on_every_runtime_here(made: tuple[Made, Path]) -> None:
@@ -267,7 +278,10 @@ def test_calibrate_on_its_own(site: Path, tmp_path: Path, capsys: pytest.Capture
     given = ["--model", str(site / "float.onnx"), "--manifest", str(site / "draft.toml"), "--calibration", str(site / "calibration")]
     assert cli.main(["calibrate", *given, "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
-    assert len(list((tmp_path / "out").glob("*.onnx"))) + said.count("not made") == len(all_makers())
+    candidates = files_of(tmp_path / "out")
+    assert len(candidates) + said.count("not made") == len(all_makers())
+    assert cli.main(["calibrate", *given, "--out", str(tmp_path / "again")]) == 0
+    assert files_of(tmp_path / "again") == candidates
 
 
 def test_a_patient_in_both_sets_stops_the_run(site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -150,14 +150,6 @@ def test_the_committed_manifest_is_what_the_script_computes(rebuilt: Path, bundl
     assert made.variants[0].sha256 == ours.variants[0].sha256  # fp32 is shipped byte for byte
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_second_build_writes_the_same_bytes(shared: Path, rebuilt: Path) -> None:
-    before = {path.relative_to(rebuilt): path.read_bytes() for path in rebuilt.rglob("*") if path.is_file()}
-    build.build(shared, rebuilt, only=SHIPPED)
-    assert before == {path.relative_to(rebuilt): path.read_bytes() for path in rebuilt.rglob("*") if path.is_file()}
-
-
 def test_the_held_out_patients_took_no_part_in_training(shared: Path) -> None:
     pictures = measure.TrainingSet.load(shared / "data" / "cxr_train_224.npz")
     chosen = pictures.held_out()
