@@ -79,13 +79,14 @@ def _before_model(
         job.id,
     )
     spec, files = model.manifest.volume_input, _Files(store, [row["id"] for row in rows], alive)
+    fits = partial(check_room, manifest=model.manifest, batch=model.candidate.batch, memory_bytes=store.settings.process_memory_max_bytes)
     with timer.part("decode"):
         notes = _in_scope(model.manifest, files, {row["modality"] for row in rows})
-        series = read_series(files.sources(), spec, alive)
+        series = read_series(files.sources(), spec, alive, fits)
     alive()
     with timer.part("preprocess"):
         prepared = prepare(series, spec)
-        check_room(prepared.grid.shape, model.manifest, model.candidate.batch, store.settings.process_memory_max_bytes)
+        fits(prepared.grid.shape)
         cut = cut_off(series, prepared, spec)
     alive()
     empty = np.empty((0, 0, 0), series.values.dtype)  # the slices as stored are needed no more, their room is

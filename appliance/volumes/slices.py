@@ -114,6 +114,7 @@ class SliceHeader:
         shows: the words of Image Type from its fourth value on that say what a pixel shows.
         texts: values of the attributes of ``_TEXTS``.
         figures: values of the attributes of ``_NUMBERS``.
+        least_bytes: what one of its pixels takes once it is decoded, at the least.
     """
 
     frame: tuple[int, int]
@@ -124,6 +125,7 @@ class SliceHeader:
     shows: frozenset[str]
     texts: tuple[str, ...]
     figures: tuple[Numbers, ...]
+    least_bytes: int
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,14 @@ def _header(frame: tuple[int, int], ds: Dataset, shared: GreyHeader, modality: s
         frame, plane_of(ds, frame[1]), replace(shared, slope=slope, intercept=intercept), _units(ds, frame[1], shared, modality), modality,
         _shows(ds, frame[1]), tuple(_text(frame_value(ds, frame[1], group, keyword)) for keyword, group in _TEXTS),
         tuple(_figures(ds, keyword, frame[1], group) for keyword, group, _share, _least in _NUMBERS),
+        _least_bytes(ds),
     )  # fmt: skip
+
+
+def _least_bytes(ds: Dataset) -> int:
+    """Of floating-point pixels their own size; else that of the bits stored, for a decoder may leave out those that are not."""
+    bits = next((bits for bits, keyword in ((32, "FloatPixelData"), (64, "DoubleFloatPixelData")) if keyword in ds), 0)
+    return next(size for size in (1, 2, 4, 8) if 8 * size >= min(64, bits or int(ds.get("BitsStored") or 1)))
 
 
 def _text(value: Any) -> str:

@@ -1,8 +1,8 @@
 """The images of one series as the volume that a model takes: pure, driven step by step by the manifest's ``VolumeSpec``.
 
 Slices may come one to an image or many (enhanced multi-frame, PS3.3 C.7.6.16). Headers are read first, all of them; only when they
-make one volume are pixels decoded, slice by slice, into one array of the stored type: rescaling to modality units (HU) commutes with
-linear interpolation and is done on its result, so that 400 slices of a CT take 210 MB and not 840.
+make one volume, and one that memory holds, are pixels decoded, slice by slice, into one array of the stored type: rescaling to modality
+units (HU) commutes with linear interpolation and is done on its result, so that 400 slices of a CT take 210 MB and not 840.
 """
 
 from __future__ import annotations
@@ -45,10 +45,12 @@ if TYPE_CHECKING:
     Values: TypeAlias = NDArray[np.float32]
 
 Source: TypeAlias = "Callable[[], Dataset]"
+Shape: TypeAlias = "tuple[int, int, int]"
 
 # With the model's own volume beside it, what fits below the memory cap of a process of the box.
 MAX_STACK_BYTES: Final = 384 * 2**20
 MAX_VOXELS: Final = 24 * 2**20
+_FLOAT: Final = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,13 +85,19 @@ class PreparedVolume:
     steps: tuple[str, ...]
 
 
-def read_series(sources: Sequence[Source], spec: VolumeSpec, told: Callable[[], object] = lambda: None) -> Series:
+def read_series(
+    sources: Sequence[Source],
+    spec: VolumeSpec,
+    told: Callable[[], object] = lambda: None,
+    fits: Callable[[Shape], object] = lambda _shape: None,
+) -> Series:
     """Read the slices of a series, in whatever order they come.
 
     Args:
         sources: each gives one image of the series; it is asked twice, once for its header and once for its pixels.
         spec: the manifest's pipeline, whose first step says what a volume needs.
         told: called after each frame that was decoded, of which an image may have hundreds.
+        fits: given the shape that the prepared volume will have, before any pixel is decoded; raises VolumeError where that is too large.
 
     Raises:
         VolumeError: the series is no volume; ``volume.*``, or ``quality.blank``: there is nothing but padding.
@@ -105,6 +113,8 @@ def read_series(sources: Sequence[Source], spec: VolumeSpec, told: Callable[[], 
     stacked = stack([item.plane for item in volume], rule.min_slices, rule.max_slice_spacing_mm)
     ordered = [volume[place] for place in stacked.order]
     check_units(ordered)
+    _check_stack(stacked.grid.shape, max(item.least_bytes for item in ordered) if _one_rescale(ordered) else _FLOAT)
+    fits(prepared_shape(stacked.grid, spec))
     values, slope, intercept = _decode(sources, ordered, stacked.grid, told)
     scouts = len(slices) - len(volume)
     notes = (
@@ -115,6 +125,22 @@ def read_series(sources: Sequence[Source], spec: VolumeSpec, told: Callable[[], 
     return Series(
         values, slope, intercept, stacked.grid, tuple(item.frame for item in ordered), stacked.tilt, tuple(note for note in notes if note)
     )
+
+
+def prepared_shape(grid: Grid, spec: VolumeSpec) -> Shape:
+    """The shape of the volume that :func:`prepare` makes of slices that lie like this, which headers alone tell.
+
+    Raises:
+        VolumeError: ``volume.too_large``, as ``prepare``.
+    """
+    for step in spec.pipeline[2:]:
+        if isinstance(step, Orient):
+            grid = turned(np.broadcast_to(np.uint8(0), grid.shape), grid, step.axes)[1]  # an array that takes no room
+        elif isinstance(step, Resample):
+            grid = _resampled_grid(grid, step)
+        elif isinstance(step, CropPad):
+            return step.depth, step.height, step.width
+    return grid.shape
 
 
 def _headers(sources: Sequence[Source]) -> tuple[list[SliceHeader], list[Counted]]:
@@ -135,10 +161,7 @@ def _decode(
     sources: Sequence[Source], slices: Sequence[SliceHeader], grid: Grid, told: Callable[[], object]
 ) -> tuple[NDArray[Any], float, float]:
     """All slices in one array: of the stored type when one rescale holds for all, else float32 in modality units."""
-    first = slices[0].grey
-    same = all(
-        item.grey.modality_lut is None and (item.grey.slope, item.grey.intercept) == (first.slope, first.intercept) for item in slices
-    )
+    first, same = slices[0].grey, _one_rescale(slices)
     wanted: dict[int, dict[int, int]] = defaultdict(dict)
     for place, item in enumerate(slices):
         wanted[item.frame[0]][item.frame[1]] = place
@@ -164,9 +187,21 @@ def _decode(
     return _modality(first, values) if same else values, 1.0, 0.0
 
 
-def _room(shape: tuple[int, int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
-    if math.prod(shape) * dtype.itemsize > MAX_STACK_BYTES:
+def _one_rescale(slices: Sequence[SliceHeader]) -> bool:
+    """Whether the slices can be held as stored, with one rescale for all of them."""
+    first = slices[0].grey
+    return all(
+        item.grey.modality_lut is None and (item.grey.slope, item.grey.intercept) == (first.slope, first.intercept) for item in slices
+    )
+
+
+def _check_stack(shape: Shape, voxel_bytes: int) -> None:
+    if math.prod(shape) * voxel_bytes > MAX_STACK_BYTES:
         raise VolumeError("volume.too_large", f"{shape[0]} slices of {shape[2]} x {shape[1]} pixels")
+
+
+def _room(shape: Shape, dtype: np.dtype[Any]) -> NDArray[Any]:
+    _check_stack(shape, dtype.itemsize)  # once more: what a decoder makes of a pixel may take more than its header says
     return np.empty(shape, dtype)
 
 
@@ -235,9 +270,7 @@ def prepare(series: Series, spec: VolumeSpec) -> PreparedVolume:
 
 
 def _resampled(values: NDArray[Any], grid: Grid, step: Resample, series: Series) -> tuple[Values, Grid]:
-    target = straight_grid(grid, (step.spacing_mm[0], step.spacing_mm[1], step.spacing_mm[2]))
-    if math.prod(target.shape) > MAX_VOXELS:
-        raise VolumeError("volume.too_large", f"{' x '.join(map(str, target.shape))} voxels after resampling")
+    target = _resampled_grid(grid, step)
     least, greatest = float(values.min()), float(values.max())
     if least == greatest:
         raise VolumeError("quality.blank")
@@ -247,6 +280,13 @@ def _resampled(values: NDArray[Any], grid: Grid, step: Resample, series: Series)
         shaped *= np.float32(series.slope)
         shaped += np.float32(series.intercept)
     return shaped, target
+
+
+def _resampled_grid(grid: Grid, step: Resample) -> Grid:
+    target = straight_grid(grid, (step.spacing_mm[0], step.spacing_mm[1], step.spacing_mm[2]))
+    if math.prod(target.shape) > MAX_VOXELS:
+        raise VolumeError("volume.too_large", f"{' x '.join(map(str, target.shape))} voxels after resampling")
+    return target
 
 
 def _check_rescale(least: float, greatest: float, series: Series) -> None:

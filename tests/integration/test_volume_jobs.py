@@ -365,7 +365,8 @@ def test_volume_that_memory_cannot_hold_with_its_classes_is_refused_at_once(stor
     work(store)
     ((state, reason),) = states(store)
     assert state == "not_analysed" and json.loads(str(reason))["code"] == "volume.too_large"
-    assert [row["attempts"] for row in store.database.query("SELECT attempts FROM jobs")] == [1]
+    ((attempts, timing),) = (tuple(row) for row in store.database.query("SELECT attempts, timing_ms FROM jobs"))
+    assert (attempts, set(json.loads(timing))) == (1, {"decode", "store", "total"})  # nothing was prepared
 
 
 def test_tissue_outside_the_models_field_is_said_on_the_result(tmp_path: Path) -> None:

@@ -184,6 +184,43 @@ def test_volume_too_large_for_the_box_is_refused(monkeypatch: pytest.MonkeyPatch
         prepare(series, spec())
 
 
+@pytest.mark.parametrize(
+    ("limit", "detail"),
+    [({"MAX_STACK_BYTES": 20_000}, "slices of"), ({"MAX_VOXELS": 1000}, "voxels after resampling"), ({}, "said by whoever asked")],
+)
+def test_what_is_too_large_is_refused_by_its_headers_before_any_pixel_is_decoded(
+    monkeypatch: pytest.MonkeyPatch, limit: dict[str, int], detail: str
+) -> None:
+    """The pixels of these slices are damaged: whoever decodes one says so."""
+    made = made_up.slices()
+    for one in made:
+        one.PixelData = one.PixelData[:100]
+    for name, value in limit.items():
+        monkeypatch.setattr(f"appliance.volumes.volume.{name}", value)
+
+    def fits(shape: tuple[int, int, int]) -> None:
+        asked.append(shape)
+        raise VolumeError("volume.too_large", "said by whoever asked")
+
+    asked: list[tuple[int, int, int]] = []
+    with pytest.raises(VolumeError, match=detail) as caught:
+        read_series(made_up.sources(made), spec(), fits=fits)
+    assert caught.value.code == "volume.too_large"
+    assert len(asked) == (0 if limit else 1)
+
+
+@pytest.mark.parametrize("orientation", [made_up.AXIAL, made_up.SAGITTAL, made_up.OBLIQUE])
+@pytest.mark.parametrize("last", [[], [{"step": "crop_pad", "depth": 9, "height": 8, "width": 7, "fill": 0.0, "align": "center"}]])
+def test_headers_tell_the_shape_that_the_prepared_volume_will_have(orientation: Any, last: list[dict[str, Any]]) -> None:
+    steps = volume_bundle.volume_input(64, spacing=(2.0, 1.5, 3.0), min_slices=8, apart=6.0, scale=PLAIN)
+    steps["pipeline"][-1:] = last or steps["pipeline"][-1:]
+    if last:
+        steps |= {"depth": 9, "height": 8, "width": 7}
+    rule, asked = VolumeSpec.model_validate(steps), []
+    series = read_series(made_up.sources(made_up.slices(30, rows=36, columns=40, orientation=orientation)), rule, fits=asked.append)
+    assert asked == [prepare(series, rule).values.shape]
+
+
 def test_damaged_slice_is_a_pixel_error() -> None:
     made = made_up.slices()
     made[4].PixelData = made[4].PixelData[:100]
