@@ -13,7 +13,7 @@ import numpy as np
 from appliance.errors import InferenceError
 from model_sync.bundle import InputSpec, Manifest, ModelBundle, Variant
 from model_sync.errors import BundleError
-from quantize import candidates, data, prepare, scoring
+from quantize import candidates, data, modelopt, prepare, scoring
 from quantize import gate as gates
 from quantize.candidates import Source, all_makers
 from quantize.draft import Draft
@@ -26,8 +26,17 @@ if TYPE_CHECKING:
     from quantize.gate import Limits
 
 
-def calibrate(model: Path, draft_path: Path, calibration: Path, out: Path) -> Iterator[tuple[str, str]]:
+def calibrate(
+    model: Path, draft_path: Path, calibration: Path, out: Path, optimizer: modelopt.Optimizer | str = ""
+) -> Iterator[tuple[str, str]]:
     """Write every candidate of a model into ``out``; yields its file name and how it was made, or why it could not be.
+
+    Args:
+        model: the float ONNX file.
+        draft_path: ``draft.toml``.
+        calibration: directory of pictures.
+        out: the directory to write into.
+        optimizer: the nvidia-modelopt whose variants are made too, or why there is none.
 
     Raises:
         QuantizeError: the model, the draft or the pictures are wrong.
@@ -44,7 +53,7 @@ def calibrate(model: Path, draft_path: Path, calibration: Path, out: Path) -> It
         told_ranges = progress.begin("calibration", "measuring the ranges of the activations")
         measured = candidates.calibration(work, found.clean, pictures.tensors, [pictures.digest], told_ranges)
         source = Source(found.clean, pictures.tensors, lambda: measured)
-        for maker in all_makers():
+        for maker in (*all_makers(), *modelopt.makers(optimizer)):
             name = f"{draft.name.replace('-', '_')}_{maker.name}.onnx"
             try:
                 maker.make(source, out / name, lambda _: None)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from quantize import modelopt
 from quantize.errors import QuantizeError
 
 DONE, FAILED, USAGE, GATE_FAILED = 0, 1, 2, 3
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--manifest", type=Path, required=True, help="draft.toml")
     one.add_argument("--calibration", type=Path, required=True, help="directory of pictures to measure ranges on")
     one.add_argument("--out", type=Path, required=True, help="directory to write the ONNX files into")
+    modelopt.add_options(one)
     one = _command(commands, "gate", _gate, "hold every variant of a bundle against its fp32 on a labelled set; exit code 3 if one fails")
     one.add_argument("--bundle", type=Path, required=True, help="the bundle's directory")
     one.add_argument("--evaluation", type=Path, required=True, help="directory of pictures with labels.csv")
@@ -85,6 +87,7 @@ def _run_parser(commands: Any) -> None:
     one.add_argument("--calibration-limit", type=int, default=256, metavar="N", help="use at most so many calibration pictures (256)")
     one.add_argument("--replace", action="store_true", help="allow --out to be there already")
     one.add_argument("--keep-work", action="store_true", help="keep OUT.work, the finished steps, after success")
+    modelopt.add_options(one)
     _limits(one)
 
 
@@ -109,7 +112,7 @@ def _run(options: argparse.Namespace) -> int:
     recipe = BundleRecipe(
         options.model, options.manifest, options.calibration, options.evaluation, options.out, golden=options.golden,
         limits=_given_limits(options), calibration_limit=options.calibration_limit, one_int8=options.one_int8, replace=options.replace,
-        keep_work=options.keep_work,
+        keep_work=options.keep_work, optimizer=modelopt.asked(options),
     )  # fmt: skip
     return finish(run(recipe), options.out)
 
@@ -133,8 +136,11 @@ def finish(made: Any, out: Path) -> int:
 def _calibrate(options: argparse.Namespace) -> int:
     from quantize.alone import calibrate
 
-    for name, words in calibrate(options.model, options.manifest, options.calibration, options.out):
+    found = modelopt.asked(options)
+    for name, words in calibrate(options.model, options.manifest, options.calibration, options.out, found):
         print(f"{name}: {words}")
+    for words in modelopt.remark(found):
+        print(words)
     return DONE
 
 

@@ -49,10 +49,10 @@ def shown(found: Sequence[LayerCost]) -> tuple[LayerError, ...]:
 
 
 def nearest(tried: Sequence[Tried]) -> list[Tried]:
-    """Of each kind of activations the int8 variant that failed least."""
+    """Of each kind of activations the int8 variant that failed least, of those whose layers can be put back one by one."""
     best: dict[object, Tried] = {}
     for entry in sorted(tried, key=_failure):
-        if entry.precision == "int8" and math.isfinite(_failure(entry)):
+        if entry.precision == "int8" and recipe_of(entry) is not None and math.isfinite(_failure(entry)):
             best.setdefault(entry.activations, entry)
     return list(best.values())
 

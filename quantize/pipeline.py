@@ -9,14 +9,14 @@ interrupted goes on where it was: see ``quantize.resume``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from model_sync.errors import BundleError
-from quantize import assemble, card, golden, mixed, prepare, proofs, scoring, selection
+from quantize import assemble, card, golden, mixed, modelopt, prepare, proofs, scoring, selection
 from quantize.assemble import Documents, Measured
 from quantize.candidates import Maker, Source, all_makers, calibration
 from quantize.draft import MODEL_CARD, Draft
@@ -79,6 +79,7 @@ class BundleRecipe:
         keep_work: whether the work directory stays after success.
         measured_on: names the evaluation set in the manifest; its directory's name when empty.
         makers: the variants to try; all when None.
+        optimizer: the nvidia-modelopt whose variants are tried beside all others, or why there is none.
         write_card: writes the model card; the general one when None.
         more: adds to ``gate.json``.
     """
@@ -96,6 +97,7 @@ class BundleRecipe:
     keep_work: bool = False
     measured_on: str = ""
     makers: tuple[Maker, ...] | None = None
+    optimizer: modelopt.Optimizer | str = ""
     write_card: Callable[[Results], str] | None = None
     more: Callable[[Results], dict[str, Any]] | None = None
 
@@ -136,6 +138,7 @@ def run(recipe: BundleRecipe, progress: Progress | None = None) -> Made:
 
 def _run(recipe: BundleRecipe, draft: Draft, work: Work, progress: Progress) -> Made:
     found = prepare.read_float(recipe.model, draft, work, progress.begin("model", "checking and cleaning up the float model"))
+    found = replace(found, notes=(*found.notes, *modelopt.remark(recipe.optimizer)))
     calibrating, evaluation = prepare.read_sets(found, recipe.calibration, recipe.evaluation, recipe.calibration_limit, work, progress)
     places, absent = scoring.places()
     told = progress.begin("float", "the float model's answers")
@@ -163,7 +166,7 @@ def _aims(draft: Draft) -> list[float]:
 
 
 def _try_all(recipe: BundleRecipe, ground: Ground, calibrating: PictureSet, progress: Progress) -> tuple[list[Tried], Source]:
-    makers = all_makers() if recipe.makers is None else recipe.makers
+    makers = (*all_makers(), *modelopt.makers(recipe.optimizer)) if recipe.makers is None else recipe.makers
     progress.expect({f"make {maker.name}": _MAKE for maker in makers} | {f"gate {name}": _PROVE for name in _names(makers)})
     source = _source(ground, calibrating, progress)
     tried = [Tried("fp32", "fp32", None, ground.found.path, "the float model as given")]

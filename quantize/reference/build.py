@@ -23,7 +23,7 @@ from PIL import Image
 
 from appliance.preprocess import from_display
 from model_sync.bundle import InputSpec, SourceMeasure
-from quantize import measures
+from quantize import measures, modelopt
 from quantize.candidates import all_makers
 from quantize.card import gate_chapter
 from quantize.draft import Draft
@@ -123,7 +123,9 @@ def _lay_out(pictures: measure.TrainingSet, indices: NDArray[np.intp], directory
     part.rename(directory)
 
 
-def build(shared: Path, out: Path, progress: Progress | None = None, *, only: Sequence[str] = ()) -> Made:
+def build(
+    shared: Path, out: Path, progress: Progress | None = None, *, only: Sequence[str] = (), optimizer: modelopt.Optimizer | str = ""
+) -> Made:
     """Write the bundle into ``out``, replacing what is there; a build that was interrupted goes on where it was.
 
     Args:
@@ -131,6 +133,7 @@ def build(shared: Path, out: Path, progress: Progress | None = None, *, only: Se
         out: the bundle's directory.
         progress: where it is shown how far it is.
         only: names of the candidates to try (``quantize.candidates.all_makers``); all when empty.
+        optimizer: the nvidia-modelopt whose variants are tried too, or why there is none.
 
     Raises:
         QuantizeError: Weights or pictures are missing, or see ``quantize.pipeline.run``.
@@ -148,10 +151,10 @@ def build(shared: Path, out: Path, progress: Progress | None = None, *, only: Se
         point = results.measured.points[0]
         return card.card(VERSION, point, independent(results), gate_chapter(results.ground, results.kept))
 
-    makers = tuple(maker for maker in all_makers() if maker.name in only) if only else None
+    makers = tuple(maker for maker in (*all_makers(), *modelopt.makers(optimizer)) if maker.name in only) if only else None
     recipe = BundleRecipe(
         weights, DRAFT, sets / "calibration", sets / "evaluation", out, golden=sets / "golden", one_int8=True, replace=True,
-        measured_on=HELD_OUT, makers=makers, write_card=write_card,
+        measured_on=HELD_OUT, makers=makers, optimizer=optimizer, write_card=write_card,
         more=lambda results: {"independent": [entry.model_dump() for entry in independent(results)]},
     )  # fmt: skip
     made = run(recipe, progress)
@@ -165,10 +168,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shared", type=Path, required=True, help="directory with data/ and models/")
     parser.add_argument("--out", type=Path, required=True, help="bundle directory; replaced")
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="try these candidates only, such as fp16; all otherwise")
+    modelopt.add_options(parser)
     parser.add_argument("--report", type=Path, help="directory for the report and its record; that of --out otherwise")
     options = parser.parse_args(argv)
     try:
-        made = build(options.shared, options.out, only=options.only)
+        made = build(options.shared, options.out, only=options.only, optimizer=modelopt.asked(options))
         from quantize.cli import finish
 
         finish(made, options.out if options.report is None else options.report / options.out.name)

@@ -19,11 +19,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from appliance.runtime.available import available
 from model_sync.bundle import ModelBundle
-from quantize import cli, ptq, report
+from quantize import cli, mixed, modelopt, ptq, report
 from quantize.candidates import Maker, Source, all_makers, quantized
 from quantize.errors import QuantizeError
-from quantize.gate import Limits
+from quantize.gate import Limits, Verdict
 from quantize.pipeline import BundleRecipe, Made, run
+from quantize.scoring import REFERENCE
+from quantize.selection import Tried
 from tests.quantize_site import write_set, write_site
 
 FP16 = all_makers()[0]
@@ -188,6 +190,57 @@ def test_where_no_int8_passes_layers_go_back_to_float(site: Path, tmp_path: Path
     assert any(entry.precision == "mixed" for entry in made.tried)
 
 
+def test_an_nvidia_modelopt_that_dies_is_a_row_with_its_reason(site: Path, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho ImportError: no torch here >&2\nexit 1\n")
+    python.chmod(0o755)
+    makers = modelopt.makers(modelopt.Optimizer(python, "0.47.0"))
+    made = run(recipe(site, tmp_path / "bundle", INT8, *makers))
+    for entry in made.tried[-2:]:
+        assert entry.refused is not None
+        assert entry.refused.code == "make.failed"
+        assert entry.refused.detail.endswith("ended with exit code 1: ImportError: no torch here")
+    page = report.render(made.record)
+    assert "int8-modelopt-entropy" in page
+    assert "ImportError: no torch here" in page
+    assert "fp32" in {variant.precision for variant in ModelBundle.load(tmp_path / "bundle").manifest.variants}
+
+
+def test_without_nvidia_modelopt_the_report_says_so_and_nothing_else_is_different(site: Path, tmp_path: Path) -> None:
+    made = run(recipe(site, tmp_path / "bundle", FP16, optimizer="not installed"))
+    assert [entry.name for entry in made.tried] == ["fp32", "fp16"]
+    assert "nvidia-modelopt was not tried: not installed" in report.render(made.record)
+    for path in (tmp_path / "bundle").iterdir():
+        assert not path.is_file() or b"modelopt" not in path.read_bytes()
+
+
+def test_layers_are_put_back_in_what_has_a_recipe(site: Path, tmp_path: Path) -> None:
+    """nvidia-modelopt's own choice of nodes is no recipe of ours: the nearest of ours is gone on with."""
+    theirs = next(iter(modelopt.makers(modelopt.Optimizer(Path("python"), "0.47.0"))))
+    figures = {"labels": {"spot": {"mean_abs_delta": 0.1}}}
+    far, near = (
+        Tried(name, "int8", "symmetric", None, "", verdicts={REFERENCE: Verdict(False, (), figures)})
+        for name in ("int8-symmetric-minmax", theirs.name)
+    )
+    assert mixed.nearest([near, far]) == [far]
+    assert mixed.nearest([near]) == []
+
+
+@pytest.mark.slow
+def test_nvidia_modelopt_itself_goes_the_way_of_every_candidate(site: Path, tmp_path: Path) -> None:
+    given = os.environ.get("MODELOPT_PYTHON")
+    found = modelopt.find(Path(given) if given else None)
+    if isinstance(found, str):
+        pytest.skip(f"nvidia-modelopt: {found} (the extra [modelopt]; MODELOPT_PYTHON names the Python of another environment)")
+    made = run(recipe(site, tmp_path / "bundle", *modelopt.makers(found)))
+    for entry in made.tried[1:3]:
+        assert entry.activations == "symmetric"
+        assert f"nvidia-modelopt {found.version}" in entry.recipe
+        assert {place.runtime for place in entry.verdicts} == {entry.runtime for entry in available() if entry.providers}
+        assert entry.passed, entry.verdicts
+    assert {entry.refused.code for entry in made.tried[1:3] if entry.refused} >= {"calibration.other_better"}
+
+
 # --- interruption ---------------------------------------------------------------------------------------------------
 
 _RUN = """
@@ -276,8 +329,9 @@ def test_bench_on_its_own(made: tuple[Made, Path], capsys: pytest.CaptureFixture
 
 def test_calibrate_on_its_own(site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--model", str(site / "float.onnx"), "--manifest", str(site / "draft.toml"), "--calibration", str(site / "calibration")]
-    assert cli.main(["calibrate", *given, "--out", str(tmp_path / "out")]) == 0
+    assert cli.main(["calibrate", *given, "--out", str(tmp_path / "out"), "--no-modelopt"]) == 0
     said = capsys.readouterr().out
+    assert "nvidia-modelopt was not tried: left out by --no-modelopt" in said
     candidates = files_of(tmp_path / "out")
     assert len(candidates) + said.count("not made") == len(all_makers())
     assert cli.main(["calibrate", *given, "--out", str(tmp_path / "again")]) == 0
