@@ -213,7 +213,7 @@ def _urgent(arguments: argparse.Namespace) -> int:
 
     store = Store(Settings.load(arguments.data_dir))
     try:
-        concerned = sum(store.make_urgent(number, "cli") for number in store.studies_named(arguments.study))
+        concerned = sum(store.make_urgent(number, "cli", "cli") for number in store.studies_named(arguments.study))
         wake(store.settings)
     finally:
         store.close()

@@ -137,6 +137,7 @@ class Scan:
     accession_number: str = ""
     study_description: str = ""
     series_description: str = ""
+    requested_procedure_priority: str = ""
     rows: int = 0
     columns: int = 0
     number_of_frames: int = 1

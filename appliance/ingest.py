@@ -51,6 +51,9 @@ _UID: Final = re.compile(r"[0-9]+(\.[0-9]+)*")
 _LATERAL: Final = re.compile(
     r"(?<![A-Za-z])(?:[LR][-_ ]?)?LAT(?:ERAL)?(?![A-Za-z])|(?<![A-Za-z])(?:LL|RL|seitl)(?![A-Za-z])|侧位|側位", re.IGNORECASE
 )
+_PRIORITY: Final = 0x00401003
+_PRIORITIES: Final = ("STAT", "HIGH", "ROUTINE", "MEDIUM", "LOW")
+_MAX_SHORT_BYTES: Final = 64  # a SH of 16 characters in any character set
 _PIXEL_TAGS: Final = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10", b"\xe0\x7f\x08\x00", b"\xe0\x7f\x09\x00")
 # What pydicom is known to raise on hostile bytes.
 PARSE_ERRORS: Final = (
@@ -281,6 +284,7 @@ def describe(dataset: FileDataset, notes: tuple[Note, ...] = ()) -> Scan:
         accession_number=_text(dataset, "AccessionNumber"),
         study_description=_text(dataset, "StudyDescription"),
         series_description=_text(dataset, "SeriesDescription"),
+        requested_procedure_priority=_priority(dataset),
         rows=int(dataset.get("Rows") or 0),
         columns=int(dataset.get("Columns") or 0),
         number_of_frames=int(frames),
@@ -314,6 +318,22 @@ def _text(dataset: Dataset, keyword: str) -> str:
     text = "" if value is None else " ".join(values)
     # The ideographic space stands in Chinese names, and Python does not call it printable.
     return "".join(char for char in text if char.isprintable() or char == "\u3000").strip()[:256]
+
+
+def _priority(dataset: Dataset) -> str:
+    """Requested Procedure Priority (0040,1003) as one of its defined terms (PS3.3 Table C.4-11); empty for anything else.
+
+    The attribute belongs to the worklist: no image IOD has it, and the Request Attributes Macro (PS3.3 10.6) leaves it out. Modalities that
+    pass it on put it at the top level of the image, as a Standard Extended SOP Class may (PS3.2). Priority (0000,0700) of a C-STORE
+    request is that of the transfer (PS3.7 9.1.1.1), not the patient's. An odd value says nothing and refuses no image.
+    """
+    item = dataset.get_item(_PRIORITY) if _PRIORITY in dataset else None
+    value = item.value if item is not None else None
+    if not isinstance(value, (bytes, str)) or len(value) > _MAX_SHORT_BYTES:
+        return ""
+    text = value.decode("ascii", "replace") if isinstance(value, bytes) else value
+    term = text.strip(" \0").upper()
+    return term if term in _PRIORITIES else ""
 
 
 def _body_part(dataset: Dataset) -> str:

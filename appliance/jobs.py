@@ -13,11 +13,12 @@ from collections.abc import Collection
 from dataclasses import fields
 
 from appliance import database as db
-from appliance import series_jobs
+from appliance import series_jobs, urgency
 from appliance.database import Database
 from appliance.domain import Finding, Job, JobKind, JobResult, JobState, Note, ScanState, utc_now
 from appliance.errors import StoreError
-from appliance.planning import Planning, next_revision, notes_json, read_notes
+from appliance.planning import Planning, notes_json, read_notes
+from appliance.urgency import Origin, Urgency
 
 
 class JobQueue(Planning):
@@ -113,24 +114,34 @@ class JobQueue(Planning):
             raise StoreError("store.missing", "no such study")
         return [int(row["id"]) for row in rows]
 
-    def make_urgent(self, study_id: int, actor: str) -> int:
+    def make_urgent(self, study_id: int, actor: str, origin: Origin = "person") -> int:
         """STAT: what waits of a study is read before everything else, and waits for no batch. Returns how many jobs that concerns.
 
         What was taken into a batch already and has no result yet is among them: the batch brings it forward. Images of the study that are
-        not planned yet are planned at once, and those that come later are as urgent: the study's jobs keep the mark when they are done.
+        not planned yet are planned at once, and those that come later are as urgent. Of a study that was urgent already nothing changes.
+
+        Raises:
+            StoreError: ``store.missing``, there is no such study.
         """
+        if self.database.one("SELECT 1 FROM studies WHERE id = ?", study_id) is None:
+            raise StoreError("store.missing", f"study {study_id}")
         self.close_series([row["id"] for row in self.database.query("SELECT id FROM series WHERE study_id = ? AND open = 1", study_id)])
         with self.database.transaction() as tx:
-            changed = tx.execute(
-                "UPDATE jobs SET priority = 1 WHERE priority < 1 AND instance_id IN"
-                " (SELECT i.id FROM instances i JOIN series s ON s.id = i.series_id WHERE s.study_id = ?) RETURNING state",
-                (study_id,),
-            ).fetchall()
-            waiting = sum(row["state"] in (JobState.QUEUED.value, JobState.RUNNING.value) for row in changed)
-            if changed:
-                Database.audit(tx, db.APPLICATION_ACTIVITY, actor, "E", f"study:{study_id}", urgent=waiting)
-                tx.execute("UPDATE studies SET revision = ? WHERE id = ?", (next_revision(tx), study_id))
-        return waiting
+            return urgency.mark(tx, study_id, origin, actor)
+
+    def waiting_of(self, study_id: int) -> int:
+        """How many jobs of a study wait or are under way."""
+        row = self.database.one(
+            "SELECT count(*) AS n FROM jobs j JOIN instances i ON i.id = j.instance_id JOIN series s ON s.id = i.series_id"
+            " WHERE s.study_id = ? AND j.state IN ('queued', 'running')",
+            study_id,
+        )
+        return int(row["n"]) if row else 0
+
+    def urgency_of(self, study_id: int) -> Urgency | None:
+        """Who wanted a study read first; None of one that is not urgent."""
+        row = self.database.one("SELECT urgent FROM studies WHERE id = ?", study_id)
+        return Urgency.of(row["urgent"]) if row else None
 
     def urgent_among(self, jobs: Collection[int]) -> set[int]:
         """Which of these jobs have become urgent since they were taken."""

@@ -52,8 +52,8 @@ class Planning:
                     self._settle(tx, series_jobs.images(tx, series_id)[0]["id"])  # those that were read before wait again too
         return planned
 
-    def close_idle_series(self) -> int:
-        """Plan every open series that has been silent for ``series_idle_s``. Returns the number of jobs queued.
+    def close_idle_series(self, *, urgent: bool = False) -> int:
+        """Plan every open series that has been silent for ``series_idle_s``, or those of urgent studies. Returns the number of jobs queued.
 
         One that was planned as a volume and grew after that has a slow sender: it is given ``_GROWING`` times as long, or a scan that
         comes slice by slice would be read from its beginning after each of them.
@@ -61,8 +61,9 @@ class Planning:
         idle, now = self.settings.series_idle_s, time.time()
         rows = self.database.query(
             "SELECT id FROM series s WHERE open = 1 AND (last_received_at > ?1 OR last_received_at < ?2"
-            " - ?3 * EXISTS (SELECT 1 FROM jobs j WHERE j.series_id = s.id))",
-            now + 1, now - idle, idle * (_GROWING - 1),
+            " - ?3 * EXISTS (SELECT 1 FROM jobs j WHERE j.series_id = s.id))"
+            " AND (NOT ?4 OR EXISTS (SELECT 1 FROM studies t WHERE t.id = s.study_id AND t.urgent IS NOT NULL))",
+            now + 1, now - idle, idle * (_GROWING - 1), urgent,
         )  # fmt: skip
         return self.close_series([row["id"] for row in rows]) if rows else 0
 

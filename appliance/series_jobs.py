@@ -60,12 +60,11 @@ def add(tx: sqlite3.Connection, series_id: int, digest: str, notes: Iterable[Not
 
 
 def inherit_urgency(tx: sqlite3.Connection, series_id: int) -> None:
-    """What is planned of a study that a person made urgent is urgent as well, whatever became of its other images."""
+    """What is planned of an urgent study is urgent as well, whatever became of its other images."""
     tx.execute(
         "UPDATE jobs SET priority = 1 WHERE state = 'queued' AND priority < 1"
         " AND instance_id IN (SELECT id FROM instances WHERE series_id = ?1)"
-        " AND EXISTS (SELECT 1 FROM series s JOIN instances i ON i.series_id = s.id JOIN jobs j ON j.instance_id = i.id"
-        " WHERE s.study_id = (SELECT study_id FROM series WHERE id = ?1) AND j.priority > 0)",
+        " AND EXISTS (SELECT 1 FROM studies t JOIN series s ON s.study_id = t.id WHERE s.id = ?1 AND t.urgent IS NOT NULL)",
         (series_id,),
     )
 

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from typing import Any, Final
 
 from appliance import database as db
+from appliance import urgency
 from appliance.content import ContentFiles, load_key
 from appliance.database import Database, store_error
 from appliance.domain import Scan, ScanState, Source, Stored, utc_now
@@ -91,6 +92,8 @@ class Store(JobQueue):
                 bytes=len(data),
                 conflict=conflict,
             )
+            if scan.requested_procedure_priority in urgency.URGENT_TERMS:
+                urgency.mark(tx, study_id, "sender", source.actor, scan.requested_procedure_priority)
             return Stored(instance_id, series_id, study_id, "conflict" if conflict else "stored")
 
     @staticmethod
@@ -142,7 +145,8 @@ class Store(JobQueue):
             transfer_syntax_uid=scan.transfer_syntax_uid, content_sha256=sha256, bytes=size, modality=scan.modality,
             body_part_examined=scan.body_part_examined, view_position=scan.view_position, image_rows=scan.rows, image_columns=scan.columns,
             number_of_frames=scan.number_of_frames, patient_age_years=scan.patient_age_years, source_kind=source.kind,
-            source_actor=source.actor, received_at=utc_now(), conflict=int(conflict), state=ScanState.WAITING.value, reason=None,
+            source_actor=source.actor, requested_procedure_priority=scan.requested_procedure_priority, received_at=utc_now(),
+            conflict=int(conflict), state=ScanState.WAITING.value, reason=None,
             notes=notes_json(scan.notes), ingest_ms=(time.perf_counter() - started) * 1000,
         )  # fmt: skip
 

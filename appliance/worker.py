@@ -159,6 +159,7 @@ class Worker:
 
     def _urgent_first(self, *, volumes: bool = True) -> None:
         """Between two steps of a batch: whatever is urgent has come meanwhile and does not wait for its end."""
+        self._store.close_idle_series(urgent=True)  # its sender may keep the association open, and say no end
         held = self.activator.held
         while (job := self._store.claim_job(self._owner, self._lease_s(1), held, urgent=True, volumes=volumes)) is not None:
             self._alone(job)

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
-from appliance.domain import STATE_URGENCY, Finding, JobKind, Note, ScanState, Status
+from appliance.domain import PENDING_STATES, STATE_URGENCY, Finding, JobKind, Note, ScanState, Status
 from appliance.errors import StoreError
 from appliance.ran import Ran
 from appliance.store import Store
 from appliance.study_facts import RECALLED, StudyFacts, study_facts
+from appliance.urgency import Urgency
 
 PAGE_SIZE: Final = 50
 _MAX_CHANGES: Final = 200
@@ -29,7 +30,7 @@ class StudyRow:
     ``position`` is the place in the queue (1 = next) of a queued study; ``positive`` holds title (zh, en) and highest score of
     each label above its threshold, ``scored`` says whether any label was held against one at all, ``measured`` holds title (zh, en) and
     millilitres of what was drawn in a series; ``recalled`` says that a model version that was taken back made a finding of it;
-    ``ran`` is how its models were run.
+    ``ran`` is how its models were run; ``pending`` says whether anything of it waits, ``urgent`` why it is read first.
     """
 
     id: int
@@ -56,6 +57,8 @@ class StudyRow:
     conflict: bool
     recalled: bool
     ran: tuple[Ran, ...] = ()
+    pending: bool = False
+    urgent: Urgency | None = None
 
 
 @dataclass(frozen=True)
@@ -347,6 +350,8 @@ def _study_row(
         measured=facts.measured,
         recalled=facts.recalled,
         ran=facts.ran,
+        pending=any(ScanState(item["state"]) in PENDING_STATES for item in instances),
+        urgent=Urgency.of(row["urgent"]),
     )
 
 

@@ -14,7 +14,7 @@ from appliance.settings import Settings
 from appliance.store import Store
 from appliance.study_facts import RECALLED
 from appliance.worklist import Worklist
-from webui import api, auth, events, pages, problems, security, texts, tus, uploads
+from webui import api, auth, events, pages, problems, security, texts, tus, uploads, urgent
 from webui.box import Box
 from webui.doorkeeper import Doorkeeper
 from webui.finalise import Finaliser
@@ -51,9 +51,10 @@ def create_app(settings: Settings) -> Flask:
     security.init_app(app, settings)
     texts.init_app(app)
     uploads.init_app(app)
-    for blueprint in (auth.blueprint, pages.blueprint, uploads.blueprint, tus.blueprint, events.blueprint, api.blueprint):
+    for blueprint in (auth.blueprint, pages.blueprint, uploads.blueprint, tus.blueprint, events.blueprint, api.blueprint, urgent.blueprint):
         app.register_blueprint(blueprint)
     app.jinja_env.globals.update(asset=_asset_of(app), patient_roles=security.PATIENT_ROLES, recalled_codes=RECALLED)
+    app.jinja_env.filters["asked_by"] = urgent.origin_text
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
     if pending := box.finaliser.recover():
         logger.info("uploads resumed", extra={"count": pending})

@@ -108,7 +108,7 @@ class Feed:
 def stream() -> ResponseReturnValue:
     """What changed since ``Last-Event-ID`` (or ``?since=``), then everything that changes, as it does.
 
-    Event ``studies``: ``{"revision", "studies": [{"id", "state", "position"}], "queue"}``; the event's id is the revision.
+    Event ``studies``: ``{"revision", "studies": [{"id", "state", "position", "urgent"}], "queue"}``; the event's id is the revision.
     """
     box, token = the_box(), current_user.token
     since = _since(box.worklist)
@@ -162,7 +162,7 @@ def _events(feed: Feed, worklist: Worklist, since: int, alive: Callable[[], bool
         rows = worklist.changes(since)
         if rows:
             since, last_sent = rows[-1].revision, time.monotonic()
-            studies = [{"id": row.id, "state": row.state.value, "position": row.position} for row in rows]
+            studies = [{"id": row.id, "state": row.state.value, "position": row.position, "urgent": row.urgent is not None} for row in rows]
             yield _event(since, {"revision": since, "studies": studies, "queue": worklist.queue_length()})
             continue
         feed.wait(max(since, seen), _TICK_S)

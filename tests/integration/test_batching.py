@@ -159,6 +159,44 @@ def test_stat_that_comes_in_the_middle_of_a_batch_does_not_wait_for_its_end(stor
     assert [together(store, image) for image in images] == [4] * 4
 
 
+def test_stat_of_a_sender_that_keeps_its_association_open_does_not_wait_for_the_batch_either(store: Store, tiny: str) -> None:
+    """Nobody says that its series is complete; it has been silent for long enough when the batch is under way."""
+    steps = 0
+    stat: list[int] = []
+
+    def comes(seconds: float) -> None:
+        nonlocal steps
+        steps += bool(seconds)
+        if steps == 3 and not stat:
+            made = pydicom.dcmread(BytesIO(chest(9)))
+            made.RequestedProcedurePriority = "STAT"
+            buffer = BytesIO()
+            made.save_as(buffer, enforce_file_format=True)
+            stat.append(Ingest(store).accept(buffer.getvalue(), Source("dimse", "ER_CR")).stored.instance_id)
+            with store.database.transaction() as tx:
+                tx.execute("UPDATE series SET last_received_at = last_received_at - 1000 WHERE open = 1")
+
+    images = [take(store, chest(seed)) for seed in range(4)]
+    assert reader(store, comes).run_once()
+    assert order(store) == [*stat, *images]
+    assert [together(store, image) for image in [*stat, *images]] == [1, 4, 4, 4, 4]
+
+
+def test_a_sender_that_marks_everything_has_everything_read_in_its_order(store: Store, tiny: str) -> None:
+    images = []
+    for seed in range(6):
+        made = pydicom.dcmread(BytesIO(chest(seed)))
+        made.RequestedProcedurePriority = "STAT"
+        buffer = BytesIO()
+        made.save_as(buffer, enforce_file_format=True)
+        images.append(take(store, buffer.getvalue()))
+    made_reader = reader(store)
+    while made_reader.run_once():
+        pass
+    assert order(store) == images
+    assert [Worklist(store).instance(image).state for image in images] == [ScanState.AI_READY] * 6
+
+
 def test_an_image_of_the_batch_that_becomes_urgent_before_its_turn_is_brought_forward(store: Store, tiny: str) -> None:
     images = [take(store, chest(seed)) for seed in range(4)]
     said: list[int] = []

@@ -171,3 +171,14 @@ def test_a_second_receiver_says_that_the_box_is_busy(settings: Settings) -> None
         second = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert second.returncode == 2
     assert "hint:" in second.stderr
+
+
+def test_stat_of_the_modality_is_heard(settings: Settings, store: Store) -> None:
+    with receiver(settings) as (port, _):
+        assert send(port, dataset(), dataset(RequestedProcedurePriority="STAT"), dataset(RequestedProcedurePriority="ROUTINE")) == [0, 0, 0]
+        wait_for(lambda: len(store.database.query("SELECT id FROM jobs")) == 3)
+    told = [row.urgent and (row.urgent.origin, row.urgent.actor, row.urgent.term) for row in reversed(Worklist(store).page())]
+    assert told == [None, ("sender", "MODALITY", "STAT"), None]
+    job = store.claim_job("test", 60)
+    assert job
+    assert Worklist(store).study_of(job.instance_id) == 2

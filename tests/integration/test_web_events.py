@@ -54,6 +54,7 @@ def test_a_change_is_told_at_once_and_a_reconnect_misses_nothing(box: Box) -> No
             "id": first.study_id,
             "state": told["studies"][-1]["state"],
             "position": told["studies"][-1]["position"],
+            "urgent": False,
         }
         assert told["revision"] == number
     box.work(result())

@@ -151,7 +151,8 @@ def test_r6_a_technician_sees_no_patient_data(box: Box) -> None:
 def test_nothing_is_changed_without_the_csrf_token(box: Box) -> None:
     person = box.person()
     person.token = ""
-    for path in ("/logout", "/language", "/password", "/", "/api/v1/tus", "/api/v1/uploads", "/api/v1/uploads/close", "/studies/1/retry"):
+    for path in ("/logout", "/language", "/password", "/", "/api/v1/tus", "/api/v1/uploads", "/api/v1/uploads/close", "/studies/1/retry",
+                 "/studies/1/urgent", "/api/v1/studies/1/urgent"):  # fmt: skip
         answer = person.post(path, headers={"Tus-Resumable": "1.0.0", "Upload-Length": "1"}, data=b"")
         assert answer.status_code == 400, path
     assert "reload it and try again" in person.post("/logout").text
@@ -313,6 +314,7 @@ def test_numbers_that_no_row_can_have_are_no_address(box: Box, number: object) -
         assert person.get(path.format(number)).status_code == 404, path
     assert person.get(f"/?before={number}").status_code == 200
     assert person.post(f"/studies/{number}/retry").status_code == 404
+    assert person.post(f"/studies/{number}/urgent").status_code == 404
     assert person.get(f"/studies/{2**63 - 1}").status_code == 404
 
 

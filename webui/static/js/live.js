@@ -6,9 +6,11 @@ const STREAM_AGAIN_MS = 60000;
 const LOST_AFTER_MS = 6000;
 
 /**
+ * @typedef {{id: number, state: string, position: number | null, urgent: boolean}} Study
+ *
  * Calls `changed` with what the box says of each change after revision `since`.
  * @param {number} since
- * @param {(change: {revision: number, studies: {id: number, state: string, position: number | null}[] | null}) => void} changed
+ * @param {(change: {revision: number, studies: Study[] | null}) => void} changed
  */
 export function follow(since, changed) {
   const line = document.getElementById("live");

@@ -18,7 +18,11 @@ const refresh = gently(async () => {
   }
   html = fresh.innerHTML;
   const open = new Map([...pane.querySelectorAll("details")].map((item) => [placeOf(item), item.open]));
+  const pressing = document.activeElement?.matches?.(".first");
   report().replaceWith(fresh);
+  if (pressing) {
+    pane.querySelector(".first")?.focus({ preventScroll: true });
+  }
   pane.querySelectorAll("details").forEach((item) => {
     item.open = open.get(placeOf(item)) ?? false;
   });

@@ -39,6 +39,7 @@ function merge(fresh) {
 function mergeRows(body, freshBody, changes) {
   const known = new Map([...body.rows].map((row) => [row.id, row]));
   const focused = document.activeElement?.closest?.("tr")?.id;
+  const pressing = document.activeElement?.matches?.(".first");
   const rows = [...freshBody.rows].map((row) => {
     const old = known.get(row.id);
     if (old && old.outerHTML.replace(' class="is-new"', "") === row.outerHTML) {
@@ -47,7 +48,7 @@ function mergeRows(body, freshBody, changes) {
     if (!old) {
       row.classList.add("is-new");
     }
-    if (!old || old.dataset.state !== row.dataset.state) {
+    if (!old || old.dataset.state !== row.dataset.state || old.dataset.urgent !== row.dataset.urgent) {
       changes.push(row);
     }
     return row;
@@ -55,7 +56,8 @@ function mergeRows(body, freshBody, changes) {
   if (rows.length !== body.rows.length || rows.some((row, place) => body.rows[place] !== row)) {
     body.replaceChildren(...rows);
     if (focused) {
-      document.getElementById(focused)?.querySelector(".row-link")?.focus({ preventScroll: true });
+      const row = document.getElementById(focused);
+      ((pressing && row?.querySelector(".first")) || row?.querySelector(".row-link"))?.focus({ preventScroll: true });
     }
   }
 }
