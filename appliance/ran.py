@@ -71,14 +71,29 @@ class Way:
 
 @dataclass(frozen=True)
 class Running:
-    """How a model at work is run: what was chosen and why, all that was tried, and whether something else runs in its place."""
+    """How a model at work is run: what was chosen and why, all that was tried, and what the worker says that runs.
+
+    Attributes:
+        reason: why that way was chosen.
+        chosen: the way that was.
+        table: all that was tried.
+        now: what runs it, as a result would say; None where no worker has said so, or where nothing does.
+        since: when the worker found that.
+        fallback: why the plain way runs in place of the chosen one.
+        other: why it runs as it does, where that is neither a fallback nor why it was chosen: it was measured on another device.
+        stopped: why nothing can run it.
+        tuned_at: when it was measured.
+        profile: the device it was measured on.
+    """
 
     reason: Note | None
     chosen: Way | None
     table: tuple[Way, ...]
+    now: Ran | None
+    since: str
     fallback: Note | None
-    instead: Ran | None
-    fallback_at: str
+    other: Note | None
+    stopped: Note | None
     tuned_at: str
     profile: str
 
@@ -86,16 +101,21 @@ class Running:
     def of(cls, self_test: str | None) -> Running:
         """Read a stored self-test."""
         report = _object(self_test)
-        reason, fallback = _object(report.get("reason")), _object(report.get("fallback"))
+        reason, fallback = _note(report.get("reason")), _object(report.get("fallback"))
+        runs = _object(report.get("runs")) or fallback | {"reason": fallback}  # an older version told of a fallback only
+        now, why = Ran.of(runs), _note(runs.get("reason"))
+        differs = why is not None and why.code not in (FALLBACK, reason.code if reason else why.code)
         table = report.get("table")
         ways = sorted((way for way in map(_way, table if isinstance(table, list) else []) if way), key=_order)
         return cls(
-            reason=Note(str(reason["code"]), str(reason.get("detail", ""))) if "code" in reason else None,
+            reason=reason,
             chosen=next((way for way in ways if way.state == "chosen"), None),
             table=tuple(ways),
-            fallback=Note(str(fallback["code"]), str(fallback.get("detail", ""))) if "code" in fallback else None,
-            instead=Ran.of(fallback | {"reason": fallback}),
-            fallback_at=str(fallback.get("at", "")),
+            now=now,
+            since=str(fallback.get("at") or runs.get("at") or ""),
+            fallback=_note(fallback),
+            other=why if now is not None and differs else None,
+            stopped=why if now is None else None,
             tuned_at=str(report.get("tuned_at", "")),
             profile=str(report.get("profile", "")),
         )
@@ -105,6 +125,12 @@ def name_of(runtime: str) -> str:
     """A runtime by its maker's name; a version behind it stays."""
     first, _, rest = runtime.partition(" ")
     return f"{_NAMES.get(first, first)} {rest}".strip()
+
+
+def _note(value: Any) -> Note | None:
+    """A stored note; None where it is none."""
+    note = _object(value)
+    return Note(str(note["code"]), str(note.get("detail", ""))) if "code" in note else None
 
 
 def _order(way: Way) -> tuple[bool, bool, float]:

@@ -120,12 +120,12 @@ class Worker:
         self._say_how(loaded)
 
     def _say_how(self, loaded: Loaded) -> None:
-        """Keep whether the model runs as it was chosen; where it does not, it is measured again, or what is away is waited for."""
+        """Keep what runs the model, for people; where that is not what was chosen, it is measured again, or what is away waited for."""
         self._said[loaded.digest] = loaded.fallback
         if loaded.fallback is None:
-            self.activator.retuner.tunings.runs_as_chosen(loaded.digest)
+            self.activator.retuner.tunings.runs_as_chosen(loaded.digest, loaded.describe())
         else:
-            self.activator.retuner.tunings.fell_back(loaded.digest, loaded.fallback, loaded.runtime.describe())
+            self.activator.retuner.tunings.fell_back(loaded.digest, loaded.fallback, loaded.describe())
             if loaded.away is None:
                 self.activator.retuner.want(loaded.digest)
 
@@ -236,7 +236,8 @@ class Worker:
             plan = Plan.of(row["precision"], json.loads(row["self_test"]))
             try:
                 self._loaded[digest] = Loaded(self._store.settings, digest, plan, distrust)
-            except ApplianceError:
+            except ApplianceError as error:
+                self.activator.retuner.tunings.cannot_run(digest, Note(error.code, error.detail))
                 self.activator.retuner.want(digest)  # perhaps there is another way
                 raise
             self._say_how(self._loaded[digest])

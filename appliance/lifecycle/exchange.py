@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
+import sqlite3
 import stat
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
@@ -187,7 +189,7 @@ def box_report(store: Store) -> dict[str, Any]:
         "schema": 1,
         "at": utc_now(),
         "appliance_version": __version__,
-        "models": [{"line": row["name"]} | {key: row[key] for key in _MODEL_KEYS} for row in models],
+        "models": [{"line": row["name"]} | {key: row[key] for key in _MODEL_KEYS} | _as_it_runs(row) for row in models],
         "activations": [
             {"line": row["name"]} | {key: row[key] for key in ("version", "digest", "state")}
             | {"code": json.loads(row["reason"])["code"] if row["reason"] else None, "at": row["updated_at"]}
@@ -200,6 +202,16 @@ def box_report(store: Store) -> dict[str, Any]:
             "disk_free_bytes": shutil.disk_usage(store.settings.data_dir).free,
         },
     }  # fmt: skip
+
+
+def _as_it_runs(row: sqlite3.Row) -> dict[str, str]:
+    """Precision and runtime of a model at work as the worker last said, which need not be what was chosen; a server has no version."""
+    runs = (json.loads(row["self_test"]).get("runs") or {}) if row["state"] == "active" else {}
+    precision, runtime = row["precision"], row["runtime"]
+    if runs.get("runtime"):
+        precision, runtime = runs["precision"], f"{runs['runtime']} {runs['version']}"
+    name, _, version = runtime.partition(" ")
+    return {"precision": precision, "runtime": runtime if re.fullmatch(r"[\d.]+", version) else name}
 
 
 def _put(directory: Path, name: str, data: bytes) -> None:

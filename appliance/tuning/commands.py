@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from appliance import reasons
 from appliance.errors import ActivationError
+from appliance.ran import Running
 from appliance.reasons import Language
 from appliance.settings import Settings
 from appliance.store import Store
@@ -101,7 +102,7 @@ class _Progress:
 
 def _as_json(row: sqlite3.Row) -> dict[str, Any]:
     report = json.loads(row["self_test"])
-    same = ("choice", "reason", "fallback", "table", "median_ms", "tuned_at", "profile")
+    same = ("choice", "reason", "runs", "fallback", "table", "median_ms", "tuned_at", "profile")
     return {"line": row["name"], "version": row["version"], "digest": row["digest"]} | {name: report.get(name) for name in same}
 
 
@@ -113,6 +114,8 @@ def _print(row: sqlite3.Row, language: Language) -> None:
     if fallback := report.get("fallback"):
         print(f"{'注意' if zh else 'WARNING'}: {reasons.text('choice.fallback', language)} ({fallback['detail']})")
         print(f"{'提示' if zh else 'hint'}: {reasons.hint('choice.fallback', language)}")
+    else:
+        _print_other(Running.of(row["self_test"]), language)
     if not report.get("table"):
         print(reasons.hint("choice.untuned", language))
         return
@@ -125,6 +128,17 @@ def _print(row: sqlite3.Row, language: Language) -> None:
     widths = [max(_width(line[index]) for line in lines) for index in range(len(lines[0]))]
     for line in lines:
         print("  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _print_other(running: Running, language: Language) -> None:
+    """What the worker says that runs, where it is not just what was chosen."""
+    note = running.other or running.stopped
+    if note is None:
+        return
+    what = f"{running.now.runtime} · {running.now.precision}" if running.now else ("无法运行" if language == "zh" else "nothing")
+    detail = f" ({note.detail})" if note.detail else ""
+    print(f"{'现在运行' if language == 'zh' else 'runs now'}: {what} · {reasons.text(note.code, language)}{detail}")
+    print(f"{'提示' if language == 'zh' else 'hint'}: {reasons.hint(note.code, language)}")
 
 
 def _order(item: dict[str, Any]) -> tuple[int, float]:

@@ -24,6 +24,8 @@ _PATIENCE: Final = timedelta(minutes=10)
 _KEY: Final = "tuning:"
 _STATES: Final = ("asked", "measuring", "done", "failed")
 _DETAIL: Final = 200
+# Of what a runtime says of itself, what a person is told; see :class:`appliance.ran.Ran`.
+_RAN: Final = ("runtime", "version", "provider", "precision", "ran")
 _CONFIGURATION: Final[dict[str, Any]] = {"type": "110131", "type_meaning": "Software Configuration"}
 
 
@@ -163,7 +165,7 @@ class Tunings:
                 tuning="done", choice=report.get("choice"),
             )  # fmt: skip
 
-    # -- what was chosen cannot be run -------------------------------------------------------------------------------
+    # -- what runs, which only the worker knows ----------------------------------------------------------------------
 
     def fell_back(self, digest: str, note: Note, ran: Mapping[str, Any]) -> None:
         """What was chosen could not be loaded, and the plain way reads in its place: kept with the model and shown, once.
@@ -171,16 +173,18 @@ class Tunings:
         Args:
             digest: the model.
             note: what happened.
-            ran: what runs now, as the runtime says.
+            ran: what runs now and why, as a result says.
         """
         with self._db.transaction() as tx:
             row = tx.execute("SELECT * FROM models WHERE digest = ?", (digest,)).fetchone()
             report = json.loads(row["self_test"])
-            if (report.get("fallback") or {}).get("detail") == note.detail:
+            known, changed = (report.get("fallback") or {}).get("detail") == note.detail, self._runs(report, ran)
+            if not known:
+                report["fallback"] = note.to_json() | {"at": utc_now()}
+            if changed or not known:
+                tx.execute("UPDATE models SET self_test = ? WHERE digest = ?", (json.dumps(report), digest))
+            if known:
                 return
-            now = {name: str(ran.get(name, "")) for name in ("runtime", "version", "precision")}
-            report["fallback"] = note.to_json() | {"at": utc_now()} | now
-            tx.execute("UPDATE models SET self_test = ? WHERE digest = ?", (json.dumps(report), digest))
             slowest = max((item["median_ms"] or 0.0 for item in report.get("table", [])), default=0.0)
             self._bound(tx, digest, report | {"watch_ms": slowest})
             Database.audit(
@@ -188,14 +192,36 @@ class Tunings:
                 message=note.detail,
             )  # fmt: skip
 
-    def runs_as_chosen(self, digest: str) -> None:
-        """What was chosen runs again."""
-        row = self._db.one("SELECT self_test FROM models WHERE digest = ?", digest)
-        report = json.loads(row["self_test"]) if row else {}
-        if "fallback" in report:
-            del report["fallback"]
-            with self._db.transaction() as tx:
+    def runs_as_chosen(self, digest: str, ran: Mapping[str, Any]) -> None:
+        """What was chosen runs, perhaps again; ``ran`` as in :meth:`fell_back`, whose reason may be another than when it was chosen."""
+        with self._db.transaction() as tx:
+            report = json.loads(tx.execute("SELECT self_test FROM models WHERE digest = ?", (digest,)).fetchone()["self_test"])
+            fallback = report.pop("fallback", None)
+            if self._runs(report, ran) or fallback is not None:
                 tx.execute("UPDATE models SET self_test = ? WHERE digest = ?", (json.dumps(report), digest))
+
+    def cannot_run(self, digest: str, note: Note) -> None:
+        """Nothing can run the model, the plain way neither: what it should read fails, which the status page has to say."""
+        with self._db.transaction() as tx:
+            row = tx.execute("SELECT * FROM models WHERE digest = ?", (digest,)).fetchone()
+            report = json.loads(row["self_test"])
+            report.pop("fallback", None)
+            if not self._runs(report, {"reason": note.to_json()}):
+                return
+            tx.execute("UPDATE models SET self_test = ? WHERE digest = ?", (json.dumps(report), digest))
+            Database.audit(
+                tx, db.SECURITY_ALERT, "worker", "E", f"model:{digest[:12]}", 8, **_CONFIGURATION, name=row["name"], code=note.code,
+                message=note.detail,
+            )  # fmt: skip
+
+    @staticmethod
+    def _runs(report: dict[str, Any], ran: Mapping[str, Any]) -> bool:
+        """Write what runs now into a self-test, and since when; returns whether that is news."""
+        now = {name: str(ran.get(name) or "") for name in _RAN} | {"reason": dict(ran.get("reason") or {})}
+        if now | {"at": ""} == (report.get("runs") or {}) | {"at": ""}:
+            return False
+        report["runs"] = now | {"at": utc_now()}
+        return True
 
     # -- inside a transaction ----------------------------------------------------------------------------------------
 

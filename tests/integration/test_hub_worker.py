@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from appliance import away, comeback, device
+from appliance.cli import main
 from appliance.domain import ScanState
 from appliance.errors import InferenceError
 from appliance.lifecycle import watch
+from appliance.lifecycle.exchange import box_report
 from appliance.loaded import Loaded
 from appliance.models import activate
 from appliance.runtime import Candidate
@@ -24,6 +26,7 @@ from appliance.tuning.tunings import Tunings
 from appliance.worker import Worker
 from appliance.worklist import JobView, Worklist
 from model_sync.bundle import Manifest
+from model_sync.report import BoxReport
 from tests.integration.test_batching import chest, reader, take
 from tests.kserve_server import KserveServer
 from tests.library_site import tiny_bundle
@@ -70,6 +73,13 @@ def job_of(store: Store, image: int) -> JobView:
 def reason_of(store: Store, image: int) -> dict[str, str]:
     """Why it was run the way it was."""
     return dict(job_of(store, image).runtime["reason"])
+
+
+def told_centre(store: Store) -> tuple[str, str]:
+    """Runtime and precision of the one model in the report to the centre, which its schema lets through."""
+    report = BoxReport.model_validate_json(json.dumps(box_report(store)))
+    (model,) = report.models
+    return model.runtime, model.precision
 
 
 def attempts(store: Store) -> set[int]:
@@ -129,6 +139,10 @@ def test_where_the_plain_way_is_wrong_a_hub_that_is_gone_means_no_reading_but_a_
     asked = Tunings(box.database).of(digest)
     assert asked is not None
     assert asked.state == "asked"
+    runs = json.loads(box.model(digest)["self_test"])["runs"]
+    assert (runs["runtime"], runs["reason"]["code"]) == ("", "runtime.unavailable")  # nothing does
+    said = [json.loads(row["entry"]) for row in box.database.query("SELECT entry FROM audit")]
+    assert len([entry for entry in said if entry["detail"].get("code") == "runtime.unavailable"]) == 1  # not with every scan
     box.close()
 
 
@@ -193,9 +207,15 @@ def test_a_hub_that_is_down_at_the_start_is_waited_for(
     image = take(box, chest())
     read_all(made)
     assert reason_of(box, image)["code"] == "choice.fallback"
+    runs = json.loads(box.model(digest)["self_test"])["runs"]
+    assert (runs["runtime"], runs["reason"]) == ("onnxruntime", reason_of(box, image))
+    assert told_centre(box) == (f"onnxruntime {runs['version']}", "fp32")
     again = KserveServer(int(hub.address.rpartition(":")[2]))
     try:
         step_until_reached(made, digest)
+        runs = json.loads(box.model(digest)["self_test"])["runs"]
+        assert (runs["runtime"], runs["provider"], runs["reason"]["code"]) == ("triton", again.address, "choice.measured")
+        assert told_centre(box) == ("triton", "fp32")
     finally:
         made._loaded[digest].runtime.close()
         again.close()
@@ -302,7 +322,9 @@ def test_a_hub_whose_golden_cases_come_out_wrong_does_not_read(tmp_path: Path, s
     box.close()
 
 
-def test_what_was_measured_on_another_device_answers_the_golden_cases_before_it_reads_and_says_so(store: Store, digest: str) -> None:
+def test_what_was_measured_on_another_device_answers_the_golden_cases_before_it_reads_and_says_so(
+    store: Store, digest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     choose(store, digest, profile="Some Xeon with VNNI; openvino 2021.1", runtime="openvino", provider="CPU", batch=4)
     made = reader(store)
     image = take(store, chest())
@@ -311,6 +333,16 @@ def test_what_was_measured_on_another_device_answers_the_golden_cases_before_it_
     assert (reason["code"], "Some Xeon" in reason["detail"]) == ("choice.other_device", True)
     assert job_of(store, image).runtime["runtime"] == "openvino"
     assert made._loaded[digest].candidate.batch == 1  # no batch has been proven on this device
+    runs = json.loads(store.model(digest)["self_test"])["runs"]
+    assert (runs["runtime"], runs["reason"]) == ("openvino", reason)  # as the result says, for the status page
+    assert main(["tune", "--show", "--data-dir", str(store.settings.data_dir)]) == 0
+    assert "Some Xeon" in capsys.readouterr().out
+    at = runs["at"]
+    reader(store)
+    assert json.loads(store.model(digest)["self_test"])["runs"]["at"] == at  # since then, not since the last start
+    choose(store, digest, runtime="openvino", provider="CPU")
+    reader(store)
+    assert json.loads(store.model(digest)["self_test"])["runs"]["reason"] == {"code": "choice.measured", "detail": ""}
 
 
 def test_what_is_wrong_on_this_device_is_fallen_back_from(tmp_path: Path, store: Store) -> None:

@@ -121,6 +121,49 @@ def test_a_fallback_is_told_in_words_with_an_icon_and_what_to_do(box: Box, langu
         assert "icon-alert" in chip[0]
 
 
+def runs_now(code: str, detail: str = "", **ran: str) -> dict[str, Any]:
+    """What a worker says that it runs, in a stored self-test."""
+    return {"at": "2026-03-02T08:00:00.000+00:00", "reason": {"code": code, "detail": detail}} | ran
+
+
+@pytest.mark.parametrize(
+    ("language", "words", "meant"),
+    [("en", "was measured on other hardware", "Measured fastest"), ("zh", "在另一种硬件或软件上测量", "本机实测最快")],
+)
+def test_the_health_page_says_what_really_runs_and_why_whatever_was_chosen(box: Box, language: str, words: str, meant: str) -> None:
+    ran = {"runtime": "openvino", "version": "2026.4.1", "provider": "CPU", "precision": "fp16", "ran": "fp32"}
+    store_choice(box, measured(runs=runs_now("choice.other_device", "choice.measured: Some Xeon", **ran)))
+    page = box.person("tech", "technician", language).open("/health")
+    card = re.search(r'<li class="version is-now">.*?</li>', page, re.DOTALL)
+    assert card
+    assert (words in text_of(card[0]), meant in text_of(card[0])) == (True, False)
+    assert "FP32" in text_of(card[0])  # what the layers really ran in
+    banner = re.search(r'<div class="banner tone-warn other".*?</div></div>', page, re.DOTALL)
+    assert banner
+    assert (words in banner[0], "Some Xeon" in banner[0], "appliance tune" in banner[0]) == (True, True, True)
+    assert "data-fallback" not in page
+
+
+def test_what_runs_as_it_was_chosen_needs_no_banner(box: Box) -> None:
+    ran = {"runtime": "openvino", "version": "2026.4.1", "provider": "CPU", "precision": "int8", "ran": "int8"}
+    store_choice(box, measured(runs=runs_now("choice.measured", **ran)))
+    page = box.person("tech", "technician").open("/health")
+    assert "OpenVINO · INT8 · Measured fastest on this box" in text_of(page)
+    assert ("data-other" in page, "data-fallback" in page, "data-stopped" in page) == (False, False, False)
+
+
+@pytest.mark.parametrize(("language", "words"), [("en", "images it would read fail"), ("zh", "应由它判读的图像均会失败")])
+def test_a_version_that_nothing_can_run_is_not_shown_as_running(box: Box, language: str, words: str) -> None:
+    store_choice(box, measured(runs=runs_now("runtime.unavailable", "the hub is gone", runtime="")))
+    page = box.person("tech", "technician", language).open("/health")
+    banner = re.search(r'<div class="banner tone-bad stopped" role="alert".*?</div></div>', page, re.DOTALL)
+    assert banner
+    assert (words in text_of(banner[0]), "the hub is gone" in banner[0]) == (True, True)
+    card = re.search(r'<li class="version is-now">.*?</li>', page, re.DOTALL)
+    assert card
+    assert ("OpenVINO" in text_of(card[0]), "icon-alert" in card[0]) == (False, True)
+
+
 @pytest.mark.parametrize(("language", "words"), [("en", "Measured fastest on this box"), ("zh", "本机实测最快")])
 def test_result_and_worklist_carry_runtime_precision_and_reason(box: Box, language: str, words: str) -> None:
     study = read_with(box, "choice.measured")
@@ -181,11 +224,12 @@ def test_an_untuned_model_says_how_to_measure(box: Box) -> None:
 
 
 @pytest.mark.parametrize(
-    "stored", ["", "no JSON", "[]", '{"table": 3, "reason": 4, "fallback": []}', '{"table": [1, {}, {"candidate": 2}]}']
+    "stored", ["", "no JSON", "[]", '{"table": 3, "reason": 4, "fallback": [], "runs": 7}', '{"table": [1, {}, {"candidate": 2}]}']
 )
 def test_whatever_was_stored_is_told_as_far_as_it_is_understood(stored: str) -> None:
     running = Running.of(stored)
     assert (running.reason, running.chosen, running.table, running.fallback) == (None, None, (), None)
+    assert (running.now, running.other, running.stopped) == (None, None, None)
 
 
 def test_names_are_their_makers() -> None:
