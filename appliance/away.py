@@ -10,7 +10,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from concurrent.futures import Future, wait
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from appliance.errors import InferenceError
 from appliance.runtime.pieces import in_pieces
@@ -25,17 +27,23 @@ logger = logging.getLogger(__name__)
 
 # Runtimes that send what they read to another machine.
 ELSEWHERE: Final = ("triton",)
+# A worker that starts waits so long for it before the plain way begins: a small box needs up to two seconds itself, to load the client and
+# to ask a hub that is well for the golden cases.
+START_S: Final = 3.0
 # An answer that takes longer than this, and longer than this many times what it took when it was reached, does not come: a machine that
 # lost its power or a line that was cut says nothing at all, and a scan must not wait for a runtime's own limit.
 LEAST_S: Final = 2.0
 _TIMES: Final = 10.0
+
+T = TypeVar("T")
+_Question: TypeAlias = "tuple[Callable[[], Any], Future[Any]]"
 
 
 class Away:
     """A runtime elsewhere with the plain way behind it; an :class:`appliance.runtime.Runtime` itself.
 
     Args:
-        reach: opens the runtime elsewhere; raises InferenceError.
+        reach: opens the runtime elsewhere; raises InferenceError. Called in a thread.
         local: opens the plain way; raises InferenceError where that must not take over.
         told: given why, when the plain way has taken over.
 
@@ -50,29 +58,40 @@ class Away:
 
     def __init__(self, reach: Callable[[], Runtime], local: Callable[[], Runtime], told: Callable[[InferenceError], None]) -> None:
         self._reach, self._local, self._told = reach, local, told
+        self._line = _Line()
+        self._reaching: Future[tuple[Runtime, float]] | None = None
         self._there: Runtime | None = None
+        self._limit_s = LEAST_S
         self._here: Runtime | None = None
-        self._line: _Line | None = None
+
+    @property
+    def reaching(self) -> bool:
+        """Whether it is being opened, or has been and nobody asked yet what came of that."""
+        return self._reaching is not None
 
     def reach(self) -> None:
-        """Open it, while nothing is asked of it: perhaps in a thread; raises InferenceError. It answers from :meth:`resume` on."""
+        """Begin to open it anew, beside whatever answers meanwhile; see :meth:`reached`."""
         before, self._there = self._there, None
-        if before is not None:
-            self._line = None
-            before.close()
-        there = self._reach()
-        started = time.monotonic()
-        there.warm_up()  # once more: the first time is slower than all others
-        self._line = _Line(there, max(LEAST_S, _TIMES * (time.monotonic() - started)))
-        self._there = there
+        self._reaching = self._line.ask(partial(_open, self._reach, before))
 
-    def resume(self) -> None:
-        """What :meth:`reach` opened answers from now on."""
-        assert self._there is not None
+    def reached(self, wait_s: float | None = 0.0) -> bool:
+        """Whether what :meth:`reach` began has come to its end, from when on it answers; raises what went wrong, such as InferenceError.
+
+        Args:
+            wait_s: how long to wait for that; None: as long as it takes.
+        """
+        reaching = self._reaching
+        assert reaching is not None
+        wait([reaching], wait_s)
+        if not reaching.done():
+            return False
+        self._reaching = None
+        self._there, self._limit_s = reaching.result()
         here, self._here = self._here, None
         if here is not None:
             here.close()
         self._show(self._there)
+        return True
 
     def fall(self, error: InferenceError) -> None:
         """The plain way answers from now on; raises InferenceError where it must not, and nothing changes."""
@@ -82,12 +101,20 @@ class Away:
         """Run the model where it runs now, and here when that fails; see ``Runtime.infer``."""
         if self._here is not None:
             return _one_by_one(self._here, inputs)
-        if self._line is None:
+        if self._there is None:
             raise InferenceError("job.error", "the runtime is closed")
         try:
-            return self._line.infer(inputs)
+            return self._asked(self._there, inputs)
         except InferenceError as error:
             return self._instead(inputs, error)
+
+    def _asked(self, there: Runtime, inputs: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+        """Its answer; raises InferenceError ``runtime.deadline`` when none comes."""
+        answer = self._line.ask(partial(there.infer, inputs))
+        wait([answer], self._limit_s)
+        if not answer.done():
+            raise InferenceError("runtime.deadline", f"no answer in {self._limit_s:.1f} s")
+        return answer.result()
 
     def _instead(self, inputs: dict[str, NDArray[np.float32]], error: InferenceError) -> dict[str, NDArray[np.float32]]:
         """Read here. Where that fails as well, whose fault it was is told by what went wrong there."""
@@ -127,51 +154,62 @@ class Away:
         return runtime.describe() if runtime is not None else {}
 
     def close(self) -> None:
-        """Free both."""
-        runtimes = (self._here, self._there)
-        self._here = self._there = self._line = None
-        for runtime in runtimes:
-            if runtime is not None:
-                runtime.close()
+        """Free both: what is there, or being opened, by the thread that asks it; that is waited for only if it answered until now."""
+        here, there, reaching = self._here, self._there, self._reaching
+        self._here = self._there = self._reaching = None
+        if here is not None:
+            here.close()
+        closed = self._line.ask(partial(_close, there, reaching))
+        if here is None and reaching is None:
+            wait([closed], self._limit_s)
+
+
+def _open(reach: Callable[[], Runtime], before: Runtime | None) -> tuple[Runtime, float]:
+    """Open what is elsewhere in place of the one before; returns it, and how long an answer of it may take (seconds)."""
+    if before is not None:
+        before.close()
+    there = reach()
+    started = time.monotonic()
+    there.warm_up()  # once more: the first time is slower than all others
+    return there, max(LEAST_S, _TIMES * (time.monotonic() - started))
+
+
+def _close(there: Runtime | None, reaching: Future[tuple[Runtime, float]] | None) -> None:
+    if reaching is not None and reaching.exception() is None:  # the same thread opened it, before it came to this
+        there = reaching.result()[0]
+    if there is not None:
+        there.close()
 
 
 class _Line:
-    """Asks in a thread of its own, so that whoever waits can give up; the thread ends with what it belongs to.
+    """Does what it is asked, one after the other, in a thread of its own, so that whoever waits can give up.
 
-    Args:
-        runtime: what is asked.
-        limit_s: how long an answer may take.
+    The thread ends with what it belongs to; a process that ends does not wait for it.
     """
 
-    def __init__(self, runtime: Runtime, limit_s: float) -> None:
-        self._limit_s = limit_s
-        self._asked: queue.SimpleQueue[tuple[Any, queue.SimpleQueue[Any]] | None] = queue.SimpleQueue()
-        threading.Thread(target=_answer, args=(runtime, self._asked), daemon=True).start()
+    def __init__(self) -> None:
+        self._asked: queue.SimpleQueue[_Question | None] = queue.SimpleQueue()
+        threading.Thread(target=_answer, args=(self._asked,), daemon=True).start()
 
-    def infer(self, inputs: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
-        """As ``Runtime.infer``; raises InferenceError ``runtime.deadline`` when no answer comes."""
-        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._asked.put((inputs, answer))
-        try:
-            outputs = answer.get(timeout=self._limit_s)
-        except queue.Empty:
-            raise InferenceError("runtime.deadline", f"no answer in {self._limit_s:.1f} s") from None
-        if isinstance(outputs, BaseException):
-            raise outputs
-        return dict(outputs)
+    def ask(self, what: Callable[[], T]) -> Future[T]:
+        """What comes of it, in the future."""
+        answer: Future[T] = Future()
+        self._asked.put((what, answer))
+        return answer
 
     def __del__(self) -> None:
         """Nobody asks any more."""
         self._asked.put(None)
 
 
-def _answer(runtime: Runtime, asked: queue.SimpleQueue[tuple[Any, queue.SimpleQueue[Any]] | None]) -> None:
+def _answer(asked: queue.SimpleQueue[_Question | None]) -> None:
     while (question := asked.get()) is not None:
-        inputs, answer = question
+        what, answer = question
         try:
-            answer.put(runtime.infer(inputs))
+            answer.set_result(what())
         except Exception as error:  # noqa: BLE001 - handed to whoever asked
-            answer.put(error)
+            answer.set_exception(error)
+        del question, what, answer  # nothing of the last question is held until the next
 
 
 def _one_by_one(runtime: Runtime, inputs: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:

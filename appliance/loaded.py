@@ -37,6 +37,8 @@ class Loaded:
         digest: which model.
         plan: what was chosen to run it.
         distrust: why the chosen way must not be tried now; None when it may.
+        wait_s: how long what is not on this box may take before the plain way begins, and it is reached for beside the reading; None: as
+            long as it takes, for nobody waits. Where the plain way must not take over it is waited for in any case.
 
     Attributes:
         reason: why it runs this way, a code of ``choice.*``.
@@ -48,8 +50,8 @@ class Loaded:
         InferenceError: neither the chosen nor the plain way can be loaded, or the plain one was wrong when it was measured.
     """
 
-    def __init__(self, settings: Settings, digest: str, plan: Plan, distrust: Note | None = None) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, digest: str, plan: Plan, distrust: Note | None = None, *, wait_s: float | None = None) -> None:
+        self._settings, self._wait_s = settings, wait_s
         self._bundle: ModelBundle = copies.own_copy(settings.data_dir, digest)
         self.manifest: Manifest = self._bundle.manifest
         self.digest = digest
@@ -101,19 +103,21 @@ class Loaded:
 
     def _open_away(self) -> Runtime:
         self.away = Away(lambda: self._open(self._chosen), self._local, self._fell)
+        self.away.reach()
         try:
-            self.away.reach()
+            if not self.away.reached(self._wait_s):
+                raise InferenceError("runtime.deadline", f"not there in {self._wait_s:g} s; reached for while images are read")
         except InferenceError as error:
             self._open_fallen(self.away, error)
-        else:
-            self.away.resume()
         return self.away
 
     def _open_fallen(self, away: Away, error: InferenceError) -> None:
         try:
             away.fall(error)
         except InferenceError as barred:
-            raise (error if self.plan.plain_barred is not None else barred) from error
+            if not away.reaching:
+                raise (error if self.plan.plain_barred is not None else barred) from error
+            away.reached(None)  # nobody else can read
 
     def _open_plain(self, error: InferenceError) -> Runtime:
         if self.plan.plain_barred is not None:
@@ -157,8 +161,6 @@ class Loaded:
 
     def come_back(self) -> None:
         """What was chosen was reached again, and runs it from now on."""
-        assert self.away is not None
-        self.away.resume()
         self.fallback, self.reason, self.candidate = None, self._why, self._chosen
 
     def describe(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
+from appliance.away import START_S
 from appliance.batching import Batch
 from appliance.comeback import Comeback
 from appliance.domain import Job, JobKind, JobResult, Note, ScanState
@@ -50,18 +51,20 @@ class Worker:
     Args:
         store: the box's store.
         on_deadline: arms the deadline before a job (seconds) and disarms it after (0); the process's alarm by default.
+        wait_s: how long a scan waits for a model that is run elsewhere to be reached, before the plain way begins.
     """
 
-    def __init__(self, store: Store, on_deadline: Callable[[float], object] | None = None) -> None:
+    def __init__(self, store: Store, on_deadline: Callable[[float], object] | None = None, *, wait_s: float = START_S) -> None:
         self._store = store
         self._owner = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._loaded: dict[str, Loaded] = {}
         self._broken: dict[str, str] = {}
         self._arm = on_deadline or (lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds))
         self._next_drop = 0.0
+        self._wait_s = wait_s
         self._distrusted: set[str] = set()
         self._said: dict[str, Note | None] = {}
-        self.activator = Activator(store, self._load, self._take)
+        self.activator = Activator(store, self._load, self._take, load_now=self._load_now)
         self._comeback = Comeback(self.activator.retuner.want)
 
     def distrust(self, digests: list[str]) -> None:
@@ -110,6 +113,11 @@ class Worker:
         if loaded is not None and loaded.fallback is None and loaded.plan == plan:
             return loaded
         return Loaded(self._store.settings, digest, plan)
+
+    def _load_now(self, digest: str, plan: Plan) -> Loaded:
+        """The same, where nothing reads meanwhile: what is far away is not waited for."""
+        loaded = self._loaded.get(digest)
+        return loaded if loaded is not None and loaded.plan == plan else Loaded(self._store.settings, digest, plan, wait_s=self._wait_s)
 
     def _take(self, loaded: Loaded) -> None:
         """The model that was put to work in this moment."""
@@ -235,7 +243,7 @@ class Worker:
             distrust = Note("runtime.crashed", "the worker died while it loaded the model") if digest in self._distrusted else None
             plan = Plan.of(row["precision"], json.loads(row["self_test"]))
             try:
-                self._loaded[digest] = Loaded(self._store.settings, digest, plan, distrust)
+                self._loaded[digest] = Loaded(self._store.settings, digest, plan, distrust, wait_s=self._wait_s)
             except ApplianceError as error:
                 self.activator.retuner.tunings.cannot_run(digest, Note(error.code, error.detail))
                 self.activator.retuner.want(digest)  # perhaps there is another way

@@ -33,6 +33,7 @@ class KserveServer:
         fault: what it does wrong; see ``_Handler``.
         slow_s: how long a "slow" answer takes, seconds.
         seen: every request: method, path, headers and body.
+        silent: how many requests wait while the fault is "silent": the line is taken, and nothing is ever said until :meth:`speak`.
         models: what is loaded: name -> (session, configuration).
         extensions: what it says it can.
     """
@@ -40,6 +41,8 @@ class KserveServer:
     def __init__(self, port: int = 0) -> None:
         self.fault = ""
         self.slow_s = 3.0
+        self.silent = 0
+        self._speaks = threading.Event()
         self.seen: list[tuple[str, str, dict[str, str], bytes]] = []
         self.models: dict[str, tuple[Any, dict[str, Any]]] = {}
         self.connections: set[socket.socket] = set()
@@ -50,8 +53,21 @@ class KserveServer:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
 
+    def speak(self) -> None:
+        """Answer all that waits, and what comes."""
+        self.fault = ""
+        self._speaks.set()
+
+    def wait(self) -> None:
+        """Say nothing as long as that is the fault."""
+        if self.fault == "silent":
+            self.silent += 1
+            self._speaks.wait()
+            self.silent -= 1
+
     def close(self) -> None:
         """Stop answering, on the lines that are open too."""
+        self._speaks.set()
         self._server.shutdown()
         for connection in list(self.connections):
             with suppress(OSError):  # the other side was faster
@@ -84,6 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self, body: bytes) -> None:
         self.site.seen.append((self.command, self.path, dict(self.headers), body))
+        self.site.wait()
         parts = self.path.strip("/").split("/")
         if parts == ["v2"]:
             self._json({"name": "small", "version": "1", "extensions": self.site.extensions})
@@ -170,6 +187,12 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _send(self, status: int, body: bytes, headers: dict[str, str], cut: bool = False) -> None:
+        try:
+            self._write(status, body, headers, cut)
+        except ConnectionError:  # whoever asked has given up meanwhile
+            self.close_connection = True
+
+    def _write(self, status: int, body: bytes, headers: dict[str, str], cut: bool) -> None:
         self.send_response(status)
         for name, value in (headers | {"Content-Length": str(len(body))}).items():
             self.send_header(name, value)

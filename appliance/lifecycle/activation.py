@@ -83,6 +83,7 @@ class Activator:
         store: the box's store.
         load: loads a model beside the one that reads; called in a thread.
         take: given a loaded model in the moment it is put to work.
+        load_now: loads one that takes over where nothing reads until it is there; ``load`` by default.
         follow: whether the library is followed; by hand only what was asked for is done, and a disk that fails ends it.
         clock: seconds that only rise.
 
@@ -98,11 +99,12 @@ class Activator:
         load: Load,
         take: Callable[[Any], None] = lambda _ready: None,
         *,
+        load_now: Load | None = None,
         follow: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
-        self._load = load
+        self._load, self._load_now = load, load_now or load
         self._take = take
         self._clock = clock
         self._patient = follow
@@ -366,7 +368,7 @@ class Activator:
             elif takeover.loading is None:
                 takeover.trying = successors[0]["digest"]
                 plan = Plan.of(successors[0]["precision"], json.loads(successors[0]["self_test"]))
-                takeover.loading = Loading(self._load, takeover.trying, plan)
+                takeover.loading = Loading(self._load_now, takeover.trying, plan)
             elif takeover.loading.done():
                 self._try(digest, takeover, takeover.loading, successors[0]["digest"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,12 +28,20 @@ from appliance.worker import Worker
 from appliance.worklist import JobView, Worklist
 from model_sync.bundle import Manifest
 from model_sync.report import BoxReport
-from tests.integration.test_batching import chest, reader, take
+from tests.integration.test_batching import chest, take
+from tests.integration.test_tune_worker import wait_until
 from tests.kserve_server import KserveServer
 from tests.library_site import tiny_bundle
 from tests.tune_box import add_variant, wrong
 
 LINE = "cxr-pneumonia"
+
+
+def reader(store: Store, wait_s: float = 60.0) -> Worker:
+    """A worker in this process that at its start gives a hub on a busy machine all the time it needs."""
+    made = Worker(store, lambda _seconds: None, wait_s=wait_s)
+    made.prepare()
+    return made
 
 
 @pytest.fixture
@@ -238,6 +247,92 @@ def test_a_hub_that_stays_away_has_the_box_measure_what_it_has_of_its_own(
         time.sleep(0.02)
     assert known.actor == "worker"
     made._loaded[digest].runtime.close()
+    box.close()
+
+
+def test_a_hub_that_takes_the_line_and_hangs_holds_no_scan_at_the_start(store: Store, digest: str, hub: KserveServer) -> None:
+    """The plain way reads what waits, and says so; the hub is reached for meanwhile, and takes over as soon as it speaks."""
+    box = set_up(store, hub.address)
+    hub.fault = "silent"
+    image = take(box, chest())
+    made = reader(box, wait_s=0.2)
+    read_all(made)
+    wait_until(lambda: hub.silent == 1)  # still the first question: nobody gave up, and nobody asked twice
+    assert Worklist(box).instance(image).state is ScanState.AI_READY
+    reason = reason_of(box, image)
+    assert (reason["code"], "runtime.deadline" in reason["detail"], "reached for" in reason["detail"]) == ("choice.fallback", True, True)
+    assert json.loads(box.model(digest)["self_test"])["runs"]["reason"] == reason
+    assert attempts(box) == {1}
+    made.step()
+    assert made._loaded[digest].fallback is not None
+    hub.speak()
+    step_until_reached(made, digest)
+    later = take(box, chest(2))
+    read_all(made)
+    assert job_of(box, later).runtime["runtime"] == "triton"
+    made._loaded[digest].runtime.close()
+    box.close()
+
+
+def test_a_hub_that_hangs_is_waited_for_where_the_plain_way_is_wrong(store: Store, digest: str, hub: KserveServer) -> None:
+    plain = Candidate("onnxruntime", "model_fp32.onnx", "fp32").to_json()
+    choose(store, digest, [{"candidate": plain, "state": "wrong", "code": "tune.wrong", "detail": "off"}], runtime="triton")
+    box = set_up(store, hub.address)
+    hub.fault = "silent"
+    made = Worker(box, lambda _seconds: None, wait_s=0.2)
+    loading = threading.Thread(target=made.prepare)
+    loading.start()
+    wait_until(lambda: hub.silent == 1)
+    hub.speak()
+    loading.join(60)
+    loaded = made._loaded[digest]
+    assert (loaded.fallback, loaded.describe()["runtime"]) == (None, "triton")
+    loaded.runtime.close()
+    box.close()
+
+
+def test_a_model_that_was_replaced_while_its_hub_hung_leaves_nothing_there(store: Store, digest: str, hub: KserveServer) -> None:
+    box = set_up(store, hub.address)
+    hub.fault = "silent"
+    made = reader(box, wait_s=0.2)
+    loaded = made._loaded[digest]
+    loaded.runtime.close()  # as when another took its place: nobody waits for the hub
+    wait_until(lambda: hub.silent == 1)
+    hub.speak()
+    wait_until(lambda: any(path.endswith("/unload") for _, path, _, _ in hub.seen) and not hub.models)
+    box.close()
+
+
+def test_a_version_that_takes_over_where_nothing_reads_does_not_wait_for_its_hub(store: Store, digest: str, hub: KserveServer) -> None:
+    box = set_up(store, hub.address)
+    hub.fault = "silent"
+    made = Worker(box, lambda _seconds: None, wait_s=0.2)
+    loaded = made._load_now(digest, Plan.of(None, json.loads(box.model(digest)["self_test"])))
+    assert loaded.describe()["runtime"] == "onnxruntime"
+    wait_until(lambda: hub.silent == 1)
+    made._take(loaded)
+    hub.speak()
+    step_until_reached(made, digest)
+    loaded.runtime.close()
+    box.close()
+
+
+def test_a_version_measured_anew_waits_for_its_hub_while_the_one_before_reads(store: Store, digest: str, hub: KserveServer) -> None:
+    box = set_up(store, hub.address)
+    made = reader(box)
+    hub.fault = "silent"
+    done: list[Loaded] = []
+    plan = Plan.of(None, json.loads(box.model(digest)["self_test"]) | {"profile": "another device"})
+    beside = threading.Thread(target=lambda: done.append(made._load(digest, plan)))
+    beside.start()
+    wait_until(lambda: hub.silent == 1)
+    image = take(box, chest())
+    hub.speak()
+    beside.join(60)
+    read_all(made)
+    assert (done[0].fallback, job_of(box, image).runtime["runtime"]) == (None, "triton")
+    for loaded in (done[0], made._loaded[digest]):
+        loaded.runtime.close()
     box.close()
 
 
