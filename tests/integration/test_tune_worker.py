@@ -161,7 +161,8 @@ def test_another_device_is_measured_again_once(store: Store, digest: str) -> Non
     process.send_signal(signal.SIGTERM)
     process.wait(30)
     process = worker(settings)
-    time.sleep(4)
+    image = take(store, chest())
+    wait_until(lambda: Worklist(store).instance(image).state is ScanState.AI_READY)  # it has looked what to measure before it reads
     again = tunings.of(digest)
     assert again is not None
     assert again.asked_at == asked
