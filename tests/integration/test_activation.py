@@ -147,8 +147,8 @@ def test_again_tries_what_failed_before(box: Box) -> None:
 
 @pytest.mark.parametrize("where", ["building", "self-test"])
 def test_a_proof_that_hangs_is_ended_at_its_deadline(tmp_path: Path, settings: Settings, where: str) -> None:
-    box = Box(tmp_path, Store(settings.model_copy(update={"activation_deadline_s": 4.0})))
-    old = box.first()
+    old = Box(tmp_path, Store(settings)).first()
+    box = Box(tmp_path, Store(settings.model_copy(update={"activation_deadline_s": 8.0})))
     bundle = looping(box.bundle("1.1.0"), **{"empty" if where == "building" else "picture": ENDLESS})
     with pytest.raises(ActivationError, match=r"activation\.deadline") as caught:
         activate(box.store, bundle, "test")
@@ -159,8 +159,8 @@ def test_a_proof_that_hangs_is_ended_at_its_deadline(tmp_path: Path, settings: S
 
 def test_a_proof_that_is_stopped_is_ended_at_its_deadline(tmp_path: Path, settings: Settings) -> None:
     """SIGSTOP: what a process in the kernel's hands looks like from outside."""
+    old = Box(tmp_path, Store(settings)).first()
     box = Box(tmp_path, Store(settings.model_copy(update={"activation_deadline_s": 1.0})))
-    old = box.first()
     number = box.journal.enter(wanted(box.bundle("1.1.0")))
     activator = box.activator()
     box.step_until(activator, lambda: activator.proof_pid)

@@ -105,7 +105,7 @@ def test_kill_9_on_trial_and_in_a_rollback_leaves_a_working_model(box: Box) -> N
     codes = set()
     while box.state(number) == "trial":  # killed as soon as it begins, later and later
         process = worker(box.store.settings)
-        time.sleep(0.2 * (len(codes) + 1))
+        time.sleep(0.2 * 1.25 ** len(codes))
         process.kill()
         process.wait()
         codes.add(len(codes))

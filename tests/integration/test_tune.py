@@ -213,7 +213,7 @@ def test_a_model_nothing_can_run_rightly_is_not_activated(tmp_path: Path, tuned:
 @pytest.mark.timeout(900)
 def test_measuring_respects_the_deadline_of_the_whole_proof(tmp_path: Path, settings: Settings, bundle: Path) -> None:
     add_variant(bundle, "int8", endless)
-    changes = {"tune_at_activation": True, "worker_threads": 1, "activation_deadline_s": 25.0, "tune_measuring_s": 5.0}
+    changes = {"tune_at_activation": True, "worker_threads": 1, "activation_deadline_s": 75.0, "tune_measuring_s": 5.0}
     store = Store(settings.model_copy(update=changes))
     digest = activate(store, bundle, "test")
     states = brief(table_of(store.model(digest)["self_test"]))
