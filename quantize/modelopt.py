@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,7 +59,9 @@ class Optimizer:
 
 def find(python: Path | None = None) -> Optimizer | str:
     """Look for nvidia-modelopt in the environment of ``python``, this one by default; where there is none, return why, in words."""
-    asked = Path(sys.executable) if python is None else python
+    given = Path(sys.executable) if python is None else python
+    # Absolute, because the child starts elsewhere; not resolved, because an environment's Python is a link to one that knows nothing of it.
+    asked = Path(shutil.which(given) or given).absolute()
     try:
         answer = subprocess.run(
             [asked, "-I", _CHILD, "--version"], capture_output=True, timeout=_ASK_S, stdin=subprocess.DEVNULL, check=False

@@ -77,6 +77,18 @@ def test_an_environment_says_its_version(environment: Environment) -> None:
     assert environment("pass").version == "0.47.9"
 
 
+def test_an_environment_is_named_from_where_one_stands(environment: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = environment("raise RuntimeError('it was started')").python
+    monkeypatch.chdir(tmp_path)
+    here = modelopt.find(python.relative_to(tmp_path))
+    assert isinstance(here, Optimizer)
+    assert "it was started" in failing(here, tmp_path / "int8.onnx")
+    monkeypatch.setenv("PATH", str(python.parent))
+    named = modelopt.find(Path("python"))
+    assert isinstance(named, Optimizer)
+    assert "it was started" in failing(named, tmp_path / "int8.onnx")
+
+
 def test_an_environment_without_it(tmp_path: Path) -> None:
     venv.create(tmp_path / "bare", symlinks=True)
     assert modelopt.find(tmp_path / "bare" / "bin" / "python") == "not installed"
