@@ -31,7 +31,8 @@ def taken_over(path: Path, source: Model) -> Model:
     try:
         model = onnx.load(path)
         _check(model, source)
-        _shrink_weights(model)
+        if not _shrink_weights(model):
+            raise _wrong("a model with no weights in 8 bits: its rules leave narrow convolutions in float")
         model.ir_version = source.ir_version
         sort_nodes(model)
         drop_unused(model)
@@ -78,8 +79,12 @@ def _opsets(model: Model) -> set[tuple[str, int]]:
     return {(entry.domain, entry.version) for entry in model.opset_import if entry.domain in used | {""}}
 
 
-def _shrink_weights(model: Model) -> None:
-    """Do each QuantizeLinear of a weight now (ONNX: round half to even, then saturate), so that only its DequantizeLinear stays."""
+def _shrink_weights(model: Model) -> int:
+    """Do each QuantizeLinear of a weight now (ONNX: round half to even, then saturate), so that only its DequantizeLinear stays.
+
+    Returns:
+        How many weights there were.
+    """
     held = initializers(model)
     kept: list[Node] = []
     for node in model.graph.node:
@@ -91,7 +96,9 @@ def _shrink_weights(model: Model) -> None:
         shape = [-1 if number == axis % weight.ndim else 1 for number in range(weight.ndim)] if scale.ndim else []
         whole: NDArray[np.float32] = np.rint(weight / scale.reshape(shape))
         model.graph.initializer.append(numpy_helper.from_array(np.clip(whole, -128, 127).astype(np.int8), node.output[0]))
+    count = len(model.graph.node) - len(kept)
     replace_all(model.graph.node, kept)
+    return count
 
 
 def _wrong(words: str) -> QuantizeError:

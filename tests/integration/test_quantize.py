@@ -26,6 +26,7 @@ from quantize.gate import Limits, Verdict
 from quantize.pipeline import BundleRecipe, Made, run
 from quantize.scoring import REFERENCE
 from quantize.selection import Tried
+from tests import quantize_site
 from tests.quantize_site import write_set, write_site
 
 FP16 = all_makers()[0]
@@ -227,17 +228,18 @@ def test_layers_are_put_back_in_what_has_a_recipe(site: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_nvidia_modelopt_itself_goes_the_way_of_every_candidate(site: Path, tmp_path: Path) -> None:
+def test_nvidia_modelopt_itself_goes_the_way_of_every_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize_site, "CHANNELS", 16)  # it leaves convolutions with fewer in float
     given = os.environ.get("MODELOPT_PYTHON")
     found = modelopt.find(Path(given) if given else None)
     if isinstance(found, str):
         pytest.skip(f"nvidia-modelopt: {found} (the extra [modelopt]; MODELOPT_PYTHON names the Python of another environment)")
-    made = run(recipe(site, tmp_path / "bundle", *modelopt.makers(found)))
+    made = run(recipe(write_site(tmp_path / "site"), tmp_path / "bundle", *modelopt.makers(found)))
     for entry in made.tried[1:3]:
         assert entry.activations == "symmetric"
         assert f"nvidia-modelopt {found.version}" in entry.recipe
         assert {place.runtime for place in entry.verdicts} == {entry.runtime for entry in available() if entry.providers}
-        assert entry.passed, entry.verdicts
+        assert set(entry.passed) == set(entry.verdicts), entry.verdicts
     assert {entry.refused.code for entry in made.tried[1:3] if entry.refused} >= {"calibration.other_better"}
 
 

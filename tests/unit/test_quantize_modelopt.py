@@ -25,7 +25,7 @@ from quantize.graph import clean_up, initializers, producers
 from quantize.modelopt import Optimizer
 from quantize.modelopt_graph import taken_over
 from tests.processes import children_running, has_ended
-from tests.unit.quantize_nets import images, residual, run, unet
+from tests.unit.quantize_nets import Net, images, residual, run, unet
 
 Environment = Callable[[str], Optimizer]
 
@@ -132,6 +132,18 @@ def test_a_model_that_is_not_symmetric_is_refused(environment: Environment, tmp_
     first.input[0] = "d"
     """
     assert "not symmetric int8, at q" in failing(environment(body.strip()), tmp_path / "int8.onnx")
+
+
+def test_a_model_none_of_whose_weights_are_quantized_is_refused(environment: Environment, tmp_path: Path) -> None:
+    """modelopt leaves narrow convolutions in float, and may put Q/DQ around a pooling alone: nothing is smaller or faster for it."""
+    body = """
+    model.graph.initializer.extend([numpy_helper.from_array(np.float32(0.01), "s"), numpy_helper.from_array(np.int8(0), "z")])
+    first = next(node for node in model.graph.node if node.op_type == "Conv")
+    for kind, source, to in (("Dequantize", "q", "d"), ("Quantize", "image", "q")):
+        model.graph.node.insert(0, helper.make_node(kind + "Linear", [source, "s", "z"], [to], to))
+    first.input[0] = "d"
+    """
+    assert "no weights in 8 bits" in failing(environment(body.strip()), tmp_path / "int8.onnx")
 
 
 def test_one_that_hangs_is_ended_with_all_that_it_started(environment: Environment, tmp_path: Path) -> None:
@@ -285,14 +297,27 @@ def real() -> Optimizer:
     return found
 
 
+def wide() -> Any:
+    """A residual network of 16 channels: its rules leave convolutions with fewer in float, but for the first."""
+    net = Net()
+    data = net.relu(net.norm(net.conv("image", 16, bias=False)))
+    inner = net.norm(net.conv(net.relu(net.norm(net.conv(data, 16, bias=False))), 16, bias=False))
+    net.head(net.relu(net.add("Add", inner, data)))
+    return net.model()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("net", "method"), [(residual, "max"), (residual, "entropy"), (unet, "max")])
+@pytest.mark.parametrize(("net", "method"), [(wide, "max"), (wide, "entropy"), (residual, "max"), (unet, "max")])
 def test_itself_makes_a_model_that_is_near_the_float_one(real: Optimizer, net: Any, method: str, tmp_path: Path) -> None:
     model = clean_up(net())
     modelopt.quantize(model, images(16), method, real, tmp_path / "int8.onnx")
     small = onnx.load(tmp_path / "int8.onnx")
     assert {entry.version for entry in small.opset_import if entry.domain == ""} == {17}
-    assert any(node.op_type == "QuantizeLinear" for node in small.graph.node)
+    held, made = initializers(small), producers(small)
+    shrunk = [node for node in small.graph.node if node.op_type == "Conv" and node.input[1] in made]
+    assert shrunk
+    assert all(held[made[node.input[1]].input[0]].dtype == np.int8 for node in shrunk)
+    assert net is not wide or len(shrunk) == 3
     (right,), (now,) = run(model, images(4, seed=9)), run(small, images(4, seed=9))
     assert now.dtype == np.float32
     allowed = 0.2 if method == "entropy" else 0.1
