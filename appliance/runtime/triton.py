@@ -5,8 +5,9 @@ file, which holds no patient, and for each inference the prepared tensor: pixels
 name, identifier, date or DICOM tag goes with it, not even a job number.
 
 Under EXPLICIT model control the model is loaded through the repository API, with the file in the request. Its name carries the digest of
-the file: a hub can answer with this very variant, or not at all. What this box loaded it unloads; a hub that lost it, because it was
-started anew or another box unloaded it, is given it once more.
+the file: a hub can answer with this very variant, or not at all. What this box loaded it unloads. A hub that lost it, because it was
+started anew or another box unloaded it, does not read and is given it only by the next ``load``: what it makes of the file then may be
+something else, and nobody has held that against the golden cases.
 """
 
 from __future__ import annotations
@@ -112,15 +113,11 @@ class TritonRuntime:
         model = self._model
         if model is None:
             raise InferenceError("job.error", "the runtime is closed")
-        return in_pieces(value, model.batch, model.dynamic, lambda piece: self._run(model, piece))
-
-    def _run(self, model: _Model, value: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
         try:
-            return self._send(model, value)
+            return in_pieces(value, model.batch, model.dynamic, lambda piece: self._send(model, piece))
         except _GoneError:
-            logger.warning("the Triton server lost the model; giving it once more")
-            self._provide()
-            return self._send(model, value)
+            self._ours = False  # what is there under this name from now on, another box may have loaded
+            raise
 
     def _send(self, model: _Model, value: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
         http = _tritonclient()
@@ -149,7 +146,7 @@ class TritonRuntime:
             return InferenceError("runtime.unavailable", f"{what}: {self.provider} cannot be reached ({said or type(error).__name__})")
         if type(error).__name__ == "InferenceServerException":
             if "unknown model" in said or "is not ready" in said or "is not found" in said or "has no available versions" in said:
-                return _GoneError("job.error", f"{what}: the server does not have the model ({said})")
+                return _GoneError("runtime.unavailable", f"{what}: the server does not have the model ({said})")
             if "out of memory" in said.lower():
                 return InferenceError("runtime.memory", f"{what}: {said}")
             return InferenceError("runtime.build" if what == "loading" else "job.error", f"{what}: the server says: {said}")

@@ -206,6 +206,43 @@ def test_a_hub_that_goes_down_costs_no_scan_and_reads_again_when_it_is_back(
     box.close()
 
 
+@pytest.mark.parametrize("how", ["started anew", "unloaded"])
+def test_a_hub_that_lost_the_model_answers_the_golden_cases_before_it_reads_again(
+    store: Store, digest: str, hub: KserveServer, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """What runs there now may answer otherwise: this box reads that scan itself, at once."""
+    monkeypatch.setattr(comeback, "RETRY_S", 0.1)
+    box = set_up(store, hub.address)
+    made = reader(box)
+    if how == "started anew":
+        hub.close()
+        now = KserveServer(int(hub.address.rpartition(":")[2]))
+    else:
+        now = hub
+        now.models.clear()
+    try:
+        now.seen.clear()
+        now.fault = "lies"
+        image = take(box, chest(2))
+        read_all(made)
+        job = job_of(box, image)
+        assert (job.outcome, job.runtime["runtime"]) == (ScanState.AI_READY, "onnxruntime")
+        assert reason_of(box, image)["code"] == "choice.fallback"
+        assert "does not have the model" in reason_of(box, image)["detail"]
+        assert not any(path.endswith("/load") for _, path, _, _ in now.seen)
+        wait_until(lambda: made.step() or any(path.endswith("/unload") for _, path, _, _ in now.seen))  # its golden cases are wrong
+        assert made._loaded[digest].fallback is not None
+        now.fault = ""
+        step_until_reached(made, digest)
+        later = take(box, chest(3))
+        read_all(made)
+        assert job_of(box, later).runtime["runtime"] == "triton"
+    finally:
+        made._loaded[digest].runtime.close()
+        now.close()
+    box.close()
+
+
 def test_a_hub_that_is_down_at_the_start_is_waited_for(
     store: Store, digest: str, hub: KserveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

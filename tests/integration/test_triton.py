@@ -158,15 +158,19 @@ def test_what_another_box_loaded_is_used_and_left(address: str, model: Path) -> 
     first.close()
 
 
-def test_model_that_the_server_lost_is_given_once_more(address: str, model: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_model_that_the_server_lost_is_not_given_to_it_while_it_reads(address: str, model: Path) -> None:
+    """What a server that was started anew makes of the file, nobody has seen: it is loaded, and proven, by whoever opens it again."""
     runtime = opened(model, address)
     name = runtime.describe()["model"]
     requests.post(f"http://{address}/v2/repository/models/{name}/unload", timeout=10).raise_for_status()
-    with caplog.at_level(logging.WARNING):
-        given = images(2)
-        assert np.array_equal(runtime.infer({"image": given})["cam"], given)
-    assert "giving it once more" in caplog.text
+    with pytest.raises(InferenceError, match="does not have the model") as caught:
+        runtime.infer({"image": images(2)})
+    assert caught.value.code == "runtime.unavailable"
+    assert not is_ready(address, name)
+    other = opened(model, address)
     runtime.close()
+    assert is_ready(address, name)  # another's now
+    other.close()
     assert not is_ready(address, name)
 
 
