@@ -52,8 +52,8 @@ class JobQueue(Planning):
             if not urgent:
                 self._release(tx, tx.execute("SELECT * FROM jobs WHERE state = 'running' AND lease_until < ?", (now,)).fetchall(), now)
             row = tx.execute(
-                "SELECT * FROM jobs WHERE state = 'queued' AND priority > ? AND model_digest NOT IN (SELECT value FROM json_each(?))"
-                " AND (kind != ? OR ?) ORDER BY priority DESC, id LIMIT 1",
+                "SELECT * FROM jobs WHERE state = 'queued' AND priority > ? AND model_digest NOT IN (SELECT value FROM json_each(?))"  # noqa: S608
+                f" AND (kind != ? OR ?) AND {series_jobs.TAKEABLE} ORDER BY priority DESC, id LIMIT 1",
                 (0 if urgent else -1, json.dumps(list(held)), JobKind.VOLUME.value, volumes),
             ).fetchone()
             return None if row is None else self._lease(tx, row, owner, now, now + lease_s)
@@ -118,14 +118,15 @@ class JobQueue(Planning):
         """STAT: what waits of a study is read before everything else, and waits for no batch. Returns how many jobs that concerns.
 
         What was taken into a batch already and has no result yet is among them: the batch brings it forward. Images of the study that are
-        not planned yet are planned at once, and those that come later are as urgent. Of a study that was urgent already nothing changes.
+        not planned yet are planned at once, and those that come later are as urgent. A series that is still coming, and that a model of
+        volumes reads whole, is never cut short: it is read first as soon as it is complete. Safe to repeat.
 
         Raises:
             StoreError: ``store.missing``, there is no such study.
         """
         if self.database.one("SELECT 1 FROM studies WHERE id = ?", study_id) is None:
             raise StoreError("store.missing", f"study {study_id}")
-        self.close_series([row["id"] for row in self.database.query("SELECT id FROM series WHERE study_id = ? AND open = 1", study_id)])
+        self.close_single_images(study_id)
         with self.database.transaction() as tx:
             return urgency.mark(tx, study_id, origin, actor)
 

@@ -22,6 +22,11 @@ from model_sync.bundle import Manifest
 _WORST_FIRST = (ScanState.FAILED, ScanState.NOT_ANALYSED, ScanState.QUALITY_REJECTED, ScanState.AI_READY, ScanState.OUT_OF_SCOPE)
 
 _GROWING: Final = 6
+_IDLE: Final = (
+    "SELECT id FROM series s WHERE open = 1 AND (last_received_at > ?1 OR last_received_at < ?2"
+    " - ?3 * EXISTS (SELECT 1 FROM jobs j WHERE j.series_id = s.id))"
+    " AND (NOT ?4 OR EXISTS (SELECT 1 FROM studies t WHERE t.id = s.study_id AND t.urgent IS NOT NULL))"
+)
 
 
 class Planning:
@@ -37,20 +42,39 @@ class Planning:
         Every active model whose manifest applies gets a job per image, or per series where it reads volumes; an image no model
         applies to gets a check of its pixels, after which it is OUT_OF_SCOPE with the reason. Safe to repeat.
         """
-        planned = 0
         with self.database.transaction() as tx:
-            manifests = self._active_manifests(tx)
-            for series_id in series_ids:
-                tx.execute("UPDATE series SET open = 0 WHERE id = ?", (series_id,))
-                waiting = [row for row in series_jobs.images(tx, series_id) if row["state"] == ScanState.WAITING.value]
-                refusals = self._plan_volumes(tx, series_id, manifests) if waiting else {}
-                planned += sum(refusal is None for refusal in refusals.values())
-                for row in waiting:
-                    planned += self._plan(tx, row, manifests, refusals)
-                series_jobs.inherit_urgency(tx, series_id)
-                if None in refusals.values():
-                    self._settle(tx, series_jobs.images(tx, series_id)[0]["id"])  # those that were read before wait again too
+            return self._close(tx, series_ids)
+
+    def _close(self, tx: sqlite3.Connection, series_ids: Iterable[int]) -> int:
+        planned, manifests = 0, self._active_manifests(tx)
+        for series_id in series_ids:
+            tx.execute("UPDATE series SET open = 0 WHERE id = ?", (series_id,))
+            waiting = [row for row in series_jobs.images(tx, series_id) if row["state"] == ScanState.WAITING.value]
+            refusals = self._plan_volumes(tx, series_id, manifests) if waiting else {}
+            planned += sum(refusal is None for refusal in refusals.values())
+            for row in waiting:
+                planned += self._plan(tx, row, manifests, refusals)
+            series_jobs.inherit_urgency(tx, series_id)
+            if None in refusals.values():
+                self._settle(tx, series_jobs.images(tx, series_id)[0]["id"])  # those that were read before wait again too
         return planned
+
+    def close_single_images(self, study_id: int) -> int:
+        """Plan at once what of a study needs no more images: every open series but those that a model of volumes reads whole.
+
+        Half of such a series would be read as if it were all of it, with measurements that look like any other. It is complete when its
+        sender says so or is silent, as ever.
+        """
+        with self.database.transaction() as tx:
+            rules = [manifest.applies_to for manifest in self._active_manifests(tx).values() if reads_volumes(manifest)]
+            rows = tx.execute("SELECT id FROM series WHERE study_id = ? AND open = 1", (study_id,)).fetchall()
+            scans = {row["id"]: [_scan_of(image) for image in series_jobs.images(tx, row["id"])] for row in rows}
+            whole = {
+                series_id
+                for series_id, made in scans.items()
+                if any(applies(rule, scan, frames=True).refusal is None for rule in rules for scan in made)
+            }
+            return self._close(tx, sorted(set(scans) - whole))
 
     def close_idle_series(self, *, urgent: bool = False) -> int:
         """Plan every open series that has been silent for ``series_idle_s``, or those of urgent studies. Returns the number of jobs queued.
@@ -59,13 +83,11 @@ class Planning:
         comes slice by slice would be read from its beginning after each of them.
         """
         idle, now = self.settings.series_idle_s, time.time()
-        rows = self.database.query(
-            "SELECT id FROM series s WHERE open = 1 AND (last_received_at > ?1 OR last_received_at < ?2"
-            " - ?3 * EXISTS (SELECT 1 FROM jobs j WHERE j.series_id = s.id))"
-            " AND (NOT ?4 OR EXISTS (SELECT 1 FROM studies t WHERE t.id = s.study_id AND t.urgent IS NOT NULL))",
-            now + 1, now - idle, idle * (_GROWING - 1), urgent,
-        )  # fmt: skip
-        return self.close_series([row["id"] for row in rows]) if rows else 0
+        values = (now + 1, now - idle, idle * (_GROWING - 1), urgent)
+        if self.database.one(_IDLE, *values) is None:
+            return 0
+        with self.database.transaction() as tx:  # asked again: one more image may have come in between
+            return self._close(tx, [row["id"] for row in tx.execute(_IDLE, values).fetchall()])
 
     def _replan_unread(self, tx: sqlite3.Connection, digest: str) -> None:
         """A model came: what was not, or would not be, analysed for want of any goes back to planning (the idle rule picks it up).
@@ -91,6 +113,7 @@ class Planning:
         volumes = {digest: manifest for digest, manifest in manifests.items() if reads_volumes(manifest)}
         scans = [_scan_of(row) for row in series_jobs.images(tx, series_id)] if volumes else []
         verdicts = {digest: series_jobs.verdict_of(manifest, scans) for digest, manifest in volumes.items()}
+        series_jobs.keep_only(tx, series_id, [digest for digest, verdict in verdicts.items() if verdict.refusal is None])
         for digest, verdict in verdicts.items():
             if verdict.refusal is None:
                 series_jobs.add(tx, series_id, digest, verdict.notes)
@@ -192,8 +215,9 @@ class Planning:
             "SELECT state, outcome, reason FROM jobs WHERE instance_id = ?1 OR series_id = (SELECT series_id FROM instances WHERE id = ?1)",
             (instance_id,),
         ).fetchall()
-        if not jobs:  # an image that came after its series was read: planned when the series is complete again
-            return
+        unplanned = "SELECT 1 FROM instances i JOIN series s ON s.id = i.series_id WHERE i.id = ? AND i.state = ? AND s.open = 1"
+        if not jobs or tx.execute(unplanned, (instance_id, ScanState.WAITING.value)).fetchone():
+            return  # planned when its series is complete; whatever becomes of other images until then says nothing of it
         states = [JobState(job["state"]) for job in jobs]
         if JobState.RUNNING in states:
             self._set_state(tx, instance_id, ScanState.RUNNING, None)

@@ -9,7 +9,7 @@ import json
 import sqlite3
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from appliance.database import Database
 from appliance.domain import Job, JobKind, Note, VolumeResult, utc_now
@@ -18,6 +18,9 @@ from appliance.scope import Verdict, applies_to_series
 if TYPE_CHECKING:
     from appliance.domain import Scan
     from model_sync.bundle import Manifest
+
+# Of a job: it may be taken from the queue. Not while its series is open, that is, while more images of it may come.
+TAKEABLE: Final = "NOT EXISTS (SELECT 1 FROM series s WHERE s.id = jobs.series_id AND s.open = 1)"
 
 
 def verdict_of(manifest: Manifest, scans: list[Scan]) -> Verdict:
@@ -46,17 +49,43 @@ def add(tx: sqlite3.Connection, series_id: int, digest: str, notes: Iterable[Not
     text = json.dumps([note.to_json() for note in dict.fromkeys(notes)], ensure_ascii=False)
     known = tx.execute("SELECT id FROM jobs WHERE series_id = ? AND model_digest = ?", (series_id, digest)).fetchone()
     if known is not None:
-        forget(tx, known["id"])
-        tx.execute(
-            "UPDATE jobs SET state = 'queued', attempts = 0, outcome = NULL, reason = NULL, notes = ?, scope_code = '', finished_at = NULL,"
-            " lease_owner = '', lease_until = 0 WHERE id = ?",
-            (text, known["id"]),
-        )
+        _begin_anew(tx, known["id"], text)
         return
     Database.insert(
         tx, "jobs", kind=JobKind.VOLUME.value, instance_id=first, series_id=series_id, model_digest=digest, state="queued", scope_code="",
         created_at=utc_now(), notes=text,
     )  # fmt: skip
+
+
+def _begin_anew(tx: sqlite3.Connection, job_id: int, notes: str) -> None:
+    forget(tx, job_id)
+    tx.execute(
+        "UPDATE jobs SET state = 'queued', attempts = 0, outcome = NULL, reason = NULL, notes = ?, scope_code = '', finished_at = NULL,"
+        " lease_owner = '', lease_until = 0, timing_ms = NULL, runtime = NULL WHERE id = ?",
+        (notes, job_id),
+    )
+
+
+def grown(tx: sqlite3.Connection, series_id: int) -> None:
+    """One more image of a series came: what was drawn in fewer, or is being drawn now, is none of its result; all of it waits again.
+
+    A job of an open series is in the queue, but nobody takes it; planning has the last word on it when the series is complete.
+    """
+    jobs = tx.execute("SELECT id FROM jobs WHERE series_id = ?", (series_id,)).fetchall()
+    for job in jobs:
+        _begin_anew(tx, job["id"], "[]")
+    if jobs:
+        tx.execute("UPDATE instances SET state = 'waiting', reason = NULL WHERE series_id = ?", (series_id,))
+
+
+def keep_only(tx: sqlite3.Connection, series_id: int, digests: Iterable[str]) -> None:
+    """Take a series that was planned anew from the queues of all models but these: it grew into one that they may not read."""
+    left = tx.execute(
+        "SELECT id FROM jobs WHERE series_id = ? AND state = 'queued' AND model_digest NOT IN (SELECT value FROM json_each(?))",
+        (series_id, json.dumps(list(digests))),
+    ).fetchall()
+    for job in left:
+        tx.execute("DELETE FROM jobs WHERE id = ?", (job["id"],))
 
 
 def inherit_urgency(tx: sqlite3.Connection, series_id: int) -> None:

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from typing import Any, Final
 
 from appliance import database as db
-from appliance import urgency
+from appliance import series_jobs, urgency
 from appliance.content import ContentFiles, load_key
 from appliance.database import Database, store_error
 from appliance.domain import Scan, ScanState, Source, Stored, utc_now
@@ -92,6 +92,7 @@ class Store(JobQueue):
                 bytes=len(data),
                 conflict=conflict,
             )
+            series_jobs.grown(tx, series_id)
             if scan.requested_procedure_priority in urgency.URGENT_TERMS:
                 urgency.mark(tx, study_id, "sender", source.actor, scan.requested_procedure_priority)
             return Stored(instance_id, series_id, study_id, "conflict" if conflict else "stored")

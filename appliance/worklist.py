@@ -15,6 +15,7 @@ from typing import Any, Final
 from appliance.domain import PENDING_STATES, STATE_URGENCY, Finding, JobKind, Note, ScanState, Status
 from appliance.errors import StoreError
 from appliance.ran import Ran
+from appliance.series_jobs import TAKEABLE
 from appliance.store import Store
 from appliance.study_facts import RECALLED, StudyFacts, study_facts
 from appliance.urgency import Urgency
@@ -274,7 +275,9 @@ class Worklist:
 
     def _queue_positions(self) -> dict[int, int]:
         """Place in the queue of every queued image, 1 = next."""
-        rows = self._db.query("SELECT instance_id FROM jobs WHERE state = 'queued' ORDER BY priority DESC, id LIMIT 10000")
+        rows = self._db.query(
+            f"SELECT instance_id FROM jobs WHERE state = 'queued' AND {TAKEABLE} ORDER BY priority DESC, id LIMIT 10000"  # noqa: S608
+        )
         return {row["instance_id"]: place for place, row in reversed(list(enumerate(rows, start=1)))}
 
     def _instance(self, row: sqlite3.Row) -> InstanceView:

@@ -188,6 +188,99 @@ def test_series_of_a_slow_sender_is_waited_for_and_not_read_after_each_slice(sto
     assert states(store) == {("ai_ready", None)} and VolumeResults(store).of_study(1)[0].slices == 24
 
 
+def come(store: Store, made: list[Any], **changes: Any) -> None:
+    """Images arrive, and nobody says that they are all."""
+    for one in made:
+        for name, value in changes.items():
+            setattr(one, name, value)
+        Ingest(store).accept(encode(one), Source("dimse", "MR1"))
+
+
+def silent(store: Store, times: float = 1.1) -> None:
+    """So many times ``series_idle_s`` have gone by since the last image."""
+    with store.database.transaction() as tx:
+        tx.execute("UPDATE series SET last_received_at = ?", (time.time() - times * store.settings.series_idle_s,))
+
+
+def drawn(store: Store) -> list[int]:
+    """The slices of every result that is shown."""
+    return [item.slices for item in VolumeResults(store).of_study(1)]
+
+
+def test_urgent_never_cuts_short_a_series_that_is_still_coming(store: Store) -> None:
+    """Half a head has millilitres too, and they look like any other."""
+    made = made_up.slices(20)
+    for count in (8, 12, 16):
+        come(store, made[count - 8 if count == 8 else count - 4 : count])
+        store.make_urgent(1, "doctor")
+        work(store)
+        assert store.database.query("SELECT 1 FROM jobs") == [] and states(store) == {("waiting", None)} and drawn(store) == []
+    come(store, made[16:])
+    take(store, made_up.slices(20))
+    silent(store)
+    assert store.close_idle_series(urgent=True) == 1
+    job = store.claim_job("test", 60)
+    assert job is not None and job.priority == 1
+    assert [tuple(row) for row in store.database.query("SELECT series_id FROM jobs WHERE id = ?", job.id)] == [(1,)]
+    store.fail_job(job, Note("job.error"))
+    work(store)
+    assert drawn(store) == [20]
+
+
+def test_series_of_a_sender_that_says_stat_is_read_whole_when_the_sender_is_done(store: Store) -> None:
+    made = made_up.slices(20)
+    come(store, made[:10], RequestedProcedurePriority="STAT")
+    assert store.close_idle_series(urgent=True) == 0
+    work(store)
+    assert drawn(store) == []
+    come(store, made[10:], RequestedProcedurePriority="STAT")
+    assert store.close_series([1]) == 1
+    work(store)
+    assert drawn(store) == [20] and states(store) == {("ai_ready", None)}
+
+
+def test_series_that_grows_shows_no_millilitres_of_its_part(store: Store) -> None:
+    made = made_up.slices(20)
+    take(store, made[:10])
+    work(store)
+    assert drawn(store) == [10]
+    come(store, made[10:12])
+    (row,) = Worklist(store).page()
+    assert (row.state, row.measured, row.position, row.ran) == (ScanState.WAITING, (), None, ()) and drawn(store) == []
+    assert states(store) == {("waiting", None)} and not Worklist(store).study(1).instances[0].measured
+    store.make_urgent(1, "doctor")  # it was planned once: what is in the queue of it is not taken either
+    work(store)
+    assert drawn(store) == []
+    come(store, made[12:])
+    silent(store, 6.1)
+    assert store.close_idle_series() == 1
+    work(store)
+    assert drawn(store) == [20] and states(store) == {("ai_ready", None)}
+
+
+@pytest.mark.parametrize("at", [5, 30], ids=["between slices", "later"])
+def test_images_that_come_while_their_series_is_read_are_not_taken_for_read(store: Store, at: int) -> None:
+    made = made_up.slices(20)
+    take(store, made[:19])
+    assert work_until(store, at, lambda: come(store, made[19:])) == []
+    assert states(store) == {("waiting", None)} and drawn(store) == []
+    silent(store, 6.1)
+    assert store.close_idle_series() == 1
+    work(store)
+    assert drawn(store) == [20] and states(store) == {("ai_ready", None)}
+
+
+def test_series_that_grows_into_one_that_no_model_may_read_is_not_read_as_it_was(store: Store) -> None:
+    made = made_up.slices(20)
+    made[19].BodyPartExamined = "KNEE"
+    take(store, made[:19])
+    work(store)
+    take(store, made[19:])
+    work(store)
+    assert {(state, json.loads(str(reason))["code"]) for state, reason in states(store)} == {("out_of_scope", "volume.mixed_scope")}
+    assert drawn(store) == []
+
+
 def test_enhanced_image_is_a_series_of_its_own(store: Store) -> None:
     take(store, [made_up.enhanced(made_up.slices())])
     work(store)
