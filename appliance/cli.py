@@ -30,6 +30,7 @@ EXIT_ERROR: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_FAILED: Final = 3
 EXIT_NOTHING: Final = 4
+_WRONG_USE: Final = ("settings.invalid", "box.busy", "model.precision")
 _VIEWS: Final = {"frontal": "", "PA": "PA", "AP": "AP", "lateral": "LL"}
 
 
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         language = _language()
         print(f"error: {reasons.text(error.code, language)}" + (f" ({error.detail})" if error.detail else ""), file=sys.stderr)
         print(f"hint: {reasons.hint(error.code, language) if language == 'zh' else error.hint}", file=sys.stderr)
-        return EXIT_USAGE if error.code in ("settings.invalid", "box.busy") else EXIT_ERROR
+        return EXIT_USAGE if error.code in _WRONG_USE else EXIT_ERROR
     except BrokenPipeError:
         return EXIT_ERROR
     except OSError as error:

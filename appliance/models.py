@@ -34,6 +34,7 @@ from appliance.tuning.tunings import Tuning, Tunings
 from model_sync.bundle import MANIFEST_NAME, BundleError, Manifest, ModelBundle
 
 REFERENCE_BUNDLE: Final = "cxr-pneumonia"
+ANY_PRECISION: Final = "any"
 _POLL_S: Final = 0.02
 _ASK_WORKER_S: Final = 0.1
 
@@ -68,7 +69,8 @@ def activate(
         store: the box's store.
         directory: the bundle.
         actor: who asked for it, for the audit.
-        precision: variant to run; what is measured to be fastest, or the most exact, when None.
+        precision: variant to run from now on, whatever is faster; ``any`` takes that back. With None it stays as it was for a model
+            that is active already, else what is measured to be fastest is taken, or the most exact.
         again: try it though it failed on this device before.
         told: called with the journal's entry as it goes on.
 
@@ -84,11 +86,10 @@ def activate(
     try:
         bundle = copies.load(directory)
         _refuse_if_absent(bundle, precision)
-        current = journal.active(bundle.manifest.name)
-        same = current is not None and current["digest"] == bundle.digest and precision in (None, current["precision"])
+        same = _runs_as_asked(journal.active(bundle.manifest.name), bundle.digest, precision)
         if same and copies.is_whole(store.settings.data_dir, bundle.digest):
             return bundle.digest
-        wanted = _wanted(bundle, actor, precision)
+        wanted = _wanted(bundle, actor, None if precision == ANY_PRECISION else precision)
         _refuse_if_forbidden(store, journal, wanted, again=again or same)
     except ApplianceError as error:
         store.record(SECURITY_ALERT, actor, "U", "model", 8, type="110131", type_meaning="Software Configuration", code=error.code)
@@ -239,6 +240,16 @@ def _box_runs(store: Store) -> bool:
     return held_by_another(store.settings.data_dir, "supervisor")
 
 
+def _runs_as_asked(current: sqlite3.Row | None, digest: str, precision: str | None) -> bool:
+    """Whether the active model is this one, and its precision is, or is not, chosen by hand just as it is wanted now."""
+    if current is None or current["digest"] != digest:
+        return False
+    by_hand = Plan.of(current["precision"], json.loads(current["self_test"])).reason.code == "choice.by_hand"
+    if precision is None:
+        return True
+    return not by_hand if precision == ANY_PRECISION else by_hand and current["precision"] == precision
+
+
 def _wanted(bundle: ModelBundle, actor: str, precision: str | None) -> Wanted:
     manifest = bundle.manifest
     embedded = hashlib.sha256((reference_bundle() / MANIFEST_NAME).read_bytes()).hexdigest() == bundle.digest
@@ -247,10 +258,12 @@ def _wanted(bundle: ModelBundle, actor: str, precision: str | None) -> Wanted:
 
 def _refuse_if_absent(bundle: ModelBundle, precision: str | None) -> None:
     """A precision that the bundle does not have is said before anything is begun."""
+    if precision == ANY_PRECISION:
+        return
     try:
         bundle.variant(precision)
     except BundleError as error:
-        raise ActivationError("model.invalid", error.message, hint=error.hint) from error
+        raise ActivationError("model.precision", error.message) from error
 
 
 def _refuse_if_forbidden(store: Store, journal: Journal, wanted: Wanted, *, again: bool) -> None:

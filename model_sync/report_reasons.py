@@ -53,6 +53,7 @@ REASONS: Final[dict[str, Words]] = {
     ),
     "model.no_previous": Words("没有可以退回的模型版本", "there is no earlier version to go back to"),
     "model.not_signed": Words("模型库的签名索引中没有这个模型", "the signed index of the model library does not list this model"),
+    "model.precision": Words("模型包中没有这种精度", "the model bundle does not have this precision"),
     "model.self_test": Words("模型自检未通过", "the model failed its self-test"),
     "model.too_new": Words("模型需要更新版本的设备软件", "the model needs a newer appliance version"),
     "model.unknown": Words("本机没有这个模型", "there is no such model on this box"),

@@ -34,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " with rollback: the model line",
     )  # fmt: skip
     parser.add_argument("--again", action="store_true", help="with activate: try it though it failed on this box before")
-    parser.add_argument("--precision", help="with activate: this precision and no other, whatever is faster")
+    parser.add_argument(
+        "--precision", metavar="PRECISION",
+        help="with activate: this precision and no other from now on, whatever is faster; 'any' takes that back and measures all of them",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 

@@ -36,6 +36,12 @@ MODEL_REASONS: Final[dict[str, Reason]] = {
         "用 `appliance models list` 查看已有模型。",
         "See `appliance models list` for the models present.",
     ),
+    "model.precision": Reason(
+        "模型包中没有这种精度",
+        "The model bundle does not have this precision",
+        "请选择模型包中已有的精度，或用 any 测量全部精度。",
+        "Choose one of the precisions it has, or any to measure all of them.",
+    ),
     "model.mismatch": Reason(
         "得到的模型与签名索引或指令所指的不同",
         "The model that came is another than the one that was signed or asked for",

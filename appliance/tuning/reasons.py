@@ -16,7 +16,12 @@ TUNE_REASONS: Final[dict[str, Reason]] = {
         "可增大 tune_measuring_s 或 activation_deadline_s 后运行 `appliance tune`。",
         "Raise tune_measuring_s or activation_deadline_s and run `appliance tune`.",
     ),
-    "choice.by_hand": Reason("精度由人工指定", "Precision chosen by hand", _NOTHING_ZH, _NOTHING_EN),
+    "choice.by_hand": Reason(
+        "精度由人工指定",
+        "Precision chosen by hand",
+        "无需处理；`appliance models activate 版本 --precision any` 可取消指定并重新测量。",
+        "Nothing to do; `appliance models activate VERSION --precision any` takes it back and measures all of them.",
+    ),
     "choice.untuned": Reason(
         "未测量，按标准方式运行",
         "Not measured: run the plain way",

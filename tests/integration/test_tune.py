@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from appliance.errors import ActivationError, InferenceError
+from appliance.lifecycle.journal import Journal
 from appliance.models import activate, reference_bundle
 from appliance.runtime import CPU, Candidate
 from appliance.runtime.available import Availability, available
@@ -276,8 +277,28 @@ def test_a_precision_by_hand_is_taken_whatever_is_faster_and_one_that_is_not_the
     (settings.data_dir / "box.toml").write_text("disk_reserve_bytes = 0\nworker_threads = 1\ntune_measuring_s = 5.0\n")
     line = [sys.executable, "-m", "appliance", "models", "activate", str(bundle), "--data-dir", str(settings.data_dir), "--precision"]
     absent = subprocess.run([*line, "fp8"], capture_output=True, text=True, check=False, env=os.environ | {"LC_ALL": "C.UTF-8"})
-    assert (absent.returncode, "has no fp8 variant, only int8, fp32" in absent.stderr) == (1, True)
+    assert (absent.returncode, "has no fp8 variant, only int8, fp32" in absent.stderr) == (2, True)
+    assert "The model bundle is invalid" not in absent.stderr
     assert subprocess.run([*line, "int8"], capture_output=True, check=False).returncode == 0
     report = json.loads(Store(settings).models()[0]["self_test"])
     assert (report["precision"], report["reason"]["code"]) == ("int8", "choice.by_hand")
     assert {row["candidate"]["precision"] for row in report["table"]} <= {"int8", ""}
+
+
+def test_the_precision_that_runs_already_can_be_chosen_by_hand_and_that_can_be_taken_back(store: Store, bundle: Path) -> None:
+    digest = activate(store, bundle, "test")
+
+    def reason() -> str:
+        return str(json.loads(store.model(digest)["self_test"])["reason"]["code"])
+
+    assert reason() == "choice.untuned"
+    assert activate(store, bundle, "test", "any") == digest
+    assert len(Journal(store).history(limit=9)) == 1  # nothing was chosen, so nothing is taken back
+    activate(store, bundle, "test", "fp32")
+    assert reason() == "choice.by_hand"
+    for _ in range(2):
+        activate(store, bundle, "test", "fp32")
+        activate(store, bundle, "test")  # says nothing of precisions, and changes none
+    assert (reason(), len(Journal(store).history(limit=9))) == ("choice.by_hand", 2)
+    activate(store, bundle, "test", "any")
+    assert reason() == "choice.untuned"
