@@ -49,6 +49,7 @@ class Away:
 
     Attributes:
         name, version, precision, provider: of what answers now.
+        turns: how often something else has come to answer.
     """
 
     name: str
@@ -63,6 +64,12 @@ class Away:
         self._there: Runtime | None = None
         self._limit_s = LEAST_S
         self._here: Runtime | None = None
+        self.turns = 0
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the next question goes to what is elsewhere, whoever may answer it in the end."""
+        return self._here is None
 
     @property
     def reaching(self) -> bool:
@@ -140,6 +147,7 @@ class Away:
         self._told(error)
 
     def _show(self, runtime: Runtime) -> None:
+        self.turns += 1
         self.name, self.version, self.precision, self.provider = runtime.name, runtime.version, runtime.precision, runtime.provider
 
     def load(self, *_: Any, **__: Any) -> None:

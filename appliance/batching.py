@@ -54,14 +54,16 @@ class Batch:
                 films.append(film)
         if not films:
             return
-        answers = self._guarded(films[0].job, lambda: self._infer(films))
-        left = [(film, None if answers is None else _of(answers, index)) for index, film in enumerate(films)]
+        sent = self._model.goes_out
+        answered = self._guarded(films[0].job, lambda: self._infer(films))
+        left = [(film, None if answered is None else _of(answered[0], index)) for index, film in enumerate(films)]
+        ran = {"leaves_box": True} if answered is None and sent else {} if answered is None else answered[1]
         together = len(films) if self._model.candidate.batch > 1 else 1  # what reads now may not be what reads in batches
         while left:
             self._urgent_first()
             urgent = self._store.urgent_among([film.job.id for film, _ in left])
             film, answer = left.pop(next((index for index, (item, _) in enumerate(left) if item.job.id in urgent), 0))
-            self._guarded(film.job, partial(self._conclude, film, answer, together))
+            self._guarded(film.job, partial(self._conclude, film, answer, ran, together))
 
     def _bring_forward(self, waiting: list[Job], films: list[Film]) -> bool:
         """Do what has become urgent, elsewhere and here, before anything else; returns whether any image still has to be prepared."""
@@ -72,7 +74,7 @@ class Batch:
                 self._alone(job)
             for film in [film for film in films if film.job.id in urgent]:
                 films.remove(film)
-                self._guarded(film.job, partial(self._conclude, film, None, 1))
+                self._guarded(film.job, partial(self._conclude, film, None, {}, 1))
             self._urgent_first()
         return bool(waiting)
 
@@ -84,27 +86,28 @@ class Batch:
             return None
         return film
 
-    def _infer(self, films: Sequence[Film]) -> dict[str, NDArray[np.float32]] | None:
-        """All of them at once; None when that cannot be, which is not yet anybody's fault."""
+    def _infer(self, films: Sequence[Film]) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]] | None:
+        """All of them at once, and what ran; None when that cannot be, which is not yet anybody's fault."""
         import numpy as np
 
         started = time.perf_counter()
         try:
             stacked = np.concatenate([film.prepared.tensor for film in films])
-            answers = self._model.runtime.infer({self._model.manifest.image_input.name: stacked})
+            answered = self._model.ask(stacked)
         except (InferenceError, MemoryError) as error:
             logger.warning("a batch is read one by one", extra={"code": getattr(error, "code", "job.memory"), "count": len(films)})
             return None
         for film in films:
             film.timer.ms["infer"] = (time.perf_counter() - started) * 1000 / len(films)
-        return answers
+        return answered
 
-    def _conclude(self, film: Film, answer: dict[str, NDArray[np.float32]] | None, together: int) -> None:
+    def _conclude(self, film: Film, answer: dict[str, NDArray[np.float32]] | None, ran: dict[str, Any], together: int) -> None:
         if answer is None:
             together = 1
             with film.timer.part("infer"):
-                answer = self._model.runtime.infer({self._model.manifest.image_input.name: film.prepared.tensor})
-        self._finish(film.job, conclude(self._model, film, answer, together), film.timer)
+                answer, now = self._model.ask(film.prepared.tensor)
+            ran = now | ran  # where it was sent before, in the batch
+        self._finish(film.job, conclude(self._model, film, answer, ran, together), film.timer)
 
     def _finish(self, job: Job, result: JobResult, timer: Timer) -> None:
         with timer.part("store"):

@@ -17,6 +17,9 @@ from appliance.settings import Settings
 from model_sync.errors import BundleError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from model_sync.bundle import Manifest, ModelBundle, Variant
 
 logger = logging.getLogger(__name__)
@@ -163,8 +166,29 @@ class Loaded:
         """What was chosen was reached again, and runs it from now on."""
         self.fallback, self.reason, self.candidate = None, self._why, self._chosen
 
+    @property
+    def goes_out(self) -> bool:
+        """Whether the next tensor is put to what is not on this box."""
+        return self.away is not None and self.away.elsewhere
+
+    @property
+    def turns(self) -> int:
+        """Another number when something else has come to run it."""
+        return self.away.turns if self.away is not None else 0
+
+    def ask(self, tensor: NDArray[np.float32]) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]]:
+        """Run the model over one or several images [n, ...]; raises InferenceError.
+
+        Returns:
+            The outputs, and what ran and why, which belongs to them: something else may run the model before the result is written.
+            ``leaves_box`` is there for whatever was put to a hub, also where that did not answer and this box did.
+        """
+        sent = self.goes_out
+        outputs = self.runtime.infer({self.manifest.input.name: tensor})
+        return outputs, self.describe() | ({"leaves_box": True} if sent else {})
+
     def describe(self) -> dict[str, Any]:
-        """What ran and why, for the result."""
+        """What runs it now and why."""
         return self.runtime.describe() | {"reason": self.reason.to_json()}
 
 

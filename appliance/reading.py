@@ -91,17 +91,17 @@ def prepare(store: Store, job: Job, spec: InputSpec, timer: Timer) -> Film | Job
     return Film(job, prepared, timer)
 
 
-def conclude(model: Loaded, film: Film, outputs: dict[str, NDArray[np.float32]], together: int = 1) -> JobResult:
-    """What the model's answer to one image [1, ...] means; ``together`` is how many images it read at once."""
+def conclude(model: Loaded, film: Film, outputs: dict[str, NDArray[np.float32]], ran: dict[str, Any], together: int = 1) -> JobResult:
+    """What the model's answer to one image [1, ...] means; ``ran`` is what gave it, ``together`` how many images it read at once."""
     with film.timer.part("postprocess"):
         scored = classify(outputs, model.manifest, film.prepared.geometry)
-        findings = tuple(_finding(model, label) for label in scored)
-    ran = model.describe() | ({"together": together} if together > 1 else {})
+        findings = tuple(_finding(model, ran, label) for label in scored)
+    ran = ran | ({"together": together} if together > 1 else {})
     return JobResult(ScanState.AI_READY, None, findings, film.prepared.assumptions, film.timer.ms, ran)
 
 
-def _finding(model: Loaded, scored: ScoredLabel) -> Finding:
-    manifest, runtime = model.manifest, model.runtime
+def _finding(model: Loaded, ran: dict[str, Any], scored: ScoredLabel) -> Finding:
+    manifest = model.manifest
     label = manifest.label(scored.label)
     point = manifest.operating_point(scored.label)
     interval: Any = lambda value: (value.value, value.low, value.high)  # noqa: E731 - three numbers of one interval, used twice here
@@ -111,6 +111,6 @@ def _finding(model: Loaded, scored: ScoredLabel) -> Finding:
         score=scored.score, threshold=scored.threshold, positive=scored.positive,
         sensitivity=interval(point.sensitivity), specificity=interval(point.specificity), measured_on=point.measured_on,
         model=manifest.name, model_version=manifest.version, model_digest=model.digest,
-        precision=runtime.precision, runtime=f"{runtime.name} {runtime.version} {runtime.provider}",
+        precision=ran["precision"], runtime=f"{ran['runtime']} {ran['version']} {ran['provider']}",
         peak=place.peak if place else None, outline=place.outline if place else (), heatmap_png=place.heatmap_png if place else b"",
     )  # fmt: skip

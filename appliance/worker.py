@@ -234,8 +234,8 @@ class Worker:
         if isinstance(film, JobResult):
             return film
         with timer.part("infer"):
-            outputs = model.runtime.infer({spec.name: film.prepared.tensor})
-        return conclude(model, film, outputs)
+            outputs, ran = model.ask(film.prepared.tensor)
+        return conclude(model, film, outputs, ran)
 
     def _model(self, digest: str) -> Loaded:
         if digest not in self._loaded:

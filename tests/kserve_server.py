@@ -34,6 +34,8 @@ class KserveServer:
         slow_s: how long a "slow" answer takes, seconds.
         seen: every request: method, path, headers and body.
         silent: how many requests wait while the fault is "silent": the line is taken, and nothing is ever said until :meth:`speak`.
+        inferences: how many were asked for.
+        dies_at: the inference from which on its backend is dead; never when 0.
         models: what is loaded: name -> (session, configuration).
         extensions: what it says it can.
     """
@@ -42,6 +44,8 @@ class KserveServer:
         self.fault = ""
         self.slow_s = 3.0
         self.silent = 0
+        self.inferences = 0
+        self.dies_at = 0
         self._speaks = threading.Event()
         self.seen: list[tuple[str, str, dict[str, str], bytes]] = []
         self.models: dict[str, tuple[Any, dict[str, Any]]] = {}
@@ -150,7 +154,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _infer(self, name: str, body: bytes) -> None:
         fault, session = self.site.fault, self.site.models[name][0]
-        if fault == "500":
+        self.site.inferences += 1
+        if fault == "500" or 0 < self.site.dies_at <= self.site.inferences:
             return self._json({"error": "the backend died"}, 500)
         if fault == "slow":
             time.sleep(self.site.slow_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -32,9 +33,11 @@ if TYPE_CHECKING:
     from appliance.reading import Timer
     from model_sync.bundle import Manifest
 
+logger = logging.getLogger(__name__)
 
 # What a refusal of each kind means for the images; every other one leaves them not analysed.
 _STATES: Final = {"quality": ScanState.QUALITY_REJECTED, "scope": ScanState.OUT_OF_SCOPE}
+_MOST_TURNS: Final = 3
 
 
 def read_volume(store: Store, model: Loaded, job: Job, timer: Timer, alive: Callable[[], object]) -> JobResult:
@@ -64,11 +67,22 @@ def read_volume(store: Store, model: Loaded, job: Job, timer: Timer, alive: Call
     series, prepared, sop_uids = read
     asked = _Asked(model, alive)
     with timer.part("infer"):
-        found = segment(prepared, series.grid, model.manifest, asked, batch=model.candidate.batch)
+        found = _segmented(model, series, prepared, asked)
     timer.ms["window"] = asked.seconds * 1000 / asked.windows  # what a trial holds against the self-test, which knows one window
     with timer.part("postprocess"):
-        volume = _result(model, series, prepared, found, sop_uids)
-    return JobResult(ScanState.AI_READY, None, (), series.notes, timer.ms, model.describe(), volume)
+        volume = _result(model, asked.ran, series, prepared, found, sop_uids)
+    return JobResult(ScanState.AI_READY, None, (), series.notes, timer.ms, asked.ran, volume)
+
+
+def _segmented(model: Loaded, series: Series, prepared: PreparedVolume, asked: _Asked) -> Segmentation:
+    """Every window by one and the same way; raises InferenceError where that changed again and again."""
+    for _ in range(_MOST_TURNS):
+        asked.begin()
+        try:
+            return segment(prepared, series.grid, model.manifest, asked, batch=model.candidate.batch)
+        except _TurnedError:
+            logger.warning("something else has come to run the model: the series is begun again")
+    raise InferenceError("runtime.unavailable", f"what runs the model changed {_MOST_TURNS} times in one series")
 
 
 def _before_model(
@@ -129,24 +143,46 @@ def _in_scope(manifest: Manifest, files: _Files, modalities: set[str]) -> tuple[
     return verdict.notes
 
 
+class _TurnedError(Exception):
+    """Another window was answered by something else than this one."""
+
+
 class _Asked:
-    """A model's ``infer`` that counts windows and seconds, and says after each that the job is alive."""
+    """A model's ``infer`` that counts windows and seconds, and says after each that the job is alive.
+
+    Attributes:
+        ran: what answered, and whether any window left the box.
+    """
 
     def __init__(self, model: Loaded, alive: Callable[[], object]) -> None:
-        self._infer, self._name, self._alive = model.runtime.infer, model.manifest.input.name, alive
+        self._model, self._name, self._alive = model, model.manifest.input.name, alive
+        self._turns: int | None = None
+        self.ran: dict[str, Any] = {}
         self.windows, self.seconds = 0, 0.0
 
+    def begin(self) -> None:
+        """The first window comes next; what left the box before has left it."""
+        self._turns = None
+        self.ran = {key: value for key, value in self.ran.items() if key == "leaves_box"}
+
     def __call__(self, inputs: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+        """Run it; raises _TurnedError where something else answers than answered the windows before."""
         started = time.perf_counter()
-        outputs = self._infer(inputs)
+        outputs, ran = self._model.ask(inputs[self._name])
         self.seconds += time.perf_counter() - started
         self.windows += len(inputs[self._name])
+        self.ran = self.ran | ran
+        if self._turns not in (None, self._model.turns):
+            raise _TurnedError
+        self._turns = self._model.turns
         self._alive()
         return outputs
 
 
-def _result(model: Loaded, series: Series, prepared: PreparedVolume, found: Segmentation, sop_uids: list[str]) -> VolumeResult:
-    manifest, runtime = model.manifest, model.runtime
+def _result(
+    model: Loaded, ran: dict[str, Any], series: Series, prepared: PreparedVolume, found: Segmentation, sop_uids: list[str]
+) -> VolumeResult:
+    manifest = model.manifest
     measurements = tuple(
         Measurement(label.name, f"{label.code.scheme}:{label.code.value}", label.title.zh, label.title.en, found.volumes_ml[label.name])
         for label in manifest.labels
@@ -156,7 +192,7 @@ def _result(model: Loaded, series: Series, prepared: PreparedVolume, found: Segm
         "slices": [[sop_uids[source], frame] for source, frame in series.frames], "tilt": series.tilt, "steps": list(prepared.steps),
     }  # fmt: skip
     return VolumeResult(
-        measurements, manifest.name, manifest.version, model.digest, runtime.precision,
-        f"{runtime.name} {runtime.version} {runtime.provider}", key_pictures(prepared.values, found.drawn, prepared.grid),
+        measurements, manifest.name, manifest.version, model.digest, ran["precision"],
+        f"{ran['runtime']} {ran['version']} {ran['provider']}", key_pictures(prepared.values, found.drawn, prepared.grid),
         zlib.compress(found.mask.tobytes(), 1), geometry,
     )  # fmt: skip

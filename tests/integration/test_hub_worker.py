@@ -13,8 +13,9 @@ import pytest
 
 from appliance import away, comeback, device
 from appliance.cli import main
-from appliance.domain import ScanState
+from appliance.domain import ScanState, Source
 from appliance.errors import InferenceError
+from appliance.ingest import Ingest
 from appliance.lifecycle import watch
 from appliance.lifecycle.exchange import box_report
 from appliance.loaded import Loaded
@@ -28,10 +29,13 @@ from appliance.worker import Worker
 from appliance.worklist import JobView, Worklist
 from model_sync.bundle import Manifest
 from model_sync.report import BoxReport
+from tests import series as made_up
 from tests.integration.test_batching import chest, take
 from tests.integration.test_tune_worker import wait_until
+from tests.integration.test_volume_jobs import bundle_in
 from tests.kserve_server import KserveServer
 from tests.library_site import tiny_bundle
+from tests.scans import encode
 from tests.tune_box import add_variant, wrong
 
 LINE = "cxr-pneumonia"
@@ -57,12 +61,14 @@ def set_up(store: Store, hub: str) -> Store:
     return Store(store.settings.model_copy(update={"triton_url": hub, "tune_at_activation": True}))
 
 
-def choose(store: Store, digest: str, table: list[dict[str, Any]] | None = None, profile: str = "", **changes: Any) -> None:
+def choose(
+    store: Store, digest: str, table: list[dict[str, Any]] | None = None, profile: str = "", line: str = LINE, **changes: Any
+) -> None:
     """Store a choice, as a measuring on a device would."""
     tunings, report = Tunings(store.database), json.loads(store.model(digest)["self_test"])
     report["choice"] |= changes
     report |= {"reason": {"code": "choice.measured", "detail": ""}, "table": table or [], "profile": profile or device.profile()}
-    tunings.done(tunings.ask(digest, LINE, "test"), report)
+    tunings.done(tunings.ask(digest, line, "test"), report)
 
 
 @pytest.fixture
@@ -420,6 +426,62 @@ def test_a_batch_that_the_hub_does_not_answer_is_read_here_image_by_image(store:
         assert (job.outcome, job.runtime.get("together", 1)) == (ScanState.AI_READY, 1)
     assert attempts(box) == {1}
     assert made._loaded[digest].candidate.batch == 1
+    box.close()
+
+
+def test_results_of_a_batch_say_what_answered_it_and_not_what_runs_the_model_by_now(store: Store, digest: str, hub: KserveServer) -> None:
+    """An urgent image finds the hub gone between the answer and the results."""
+    choose(store, digest, runtime="triton", batch=4)
+    box = set_up(store, hub.address)
+    urgent: list[int] = []
+    hub.fault = ""
+
+    def cut(seconds: float) -> None:
+        answered = sum(path.endswith("/infer") for _, path, _, _ in hub.seen) > before
+        if seconds and images and answered and not urgent:  # at the first result
+            urgent.append(take(box, chest(9)))
+            box.make_urgent(Worklist(box).study_of(urgent[0]), "wang")
+            hub.close()
+
+    images: list[int] = []
+    made = Worker(box, cut, wait_s=60)
+    made.prepare()
+    before = sum(path.endswith("/infer") for _, path, _, _ in hub.seen)
+    images += [take(box, chest(seed)) for seed in range(4)]
+    read_all(made)
+    for image in images:
+        ran = job_of(box, image).runtime
+        assert (ran["runtime"], ran["reason"]["code"], ran["leaves_box"], ran["together"]) == ("triton", "choice.measured", True, 4)
+        assert Worklist(box).instance(image).findings[0].runtime.startswith("triton ")
+    assert (job_of(box, urgent[0]).runtime["runtime"], job_of(box, urgent[0]).runtime["leaves_box"]) == ("onnxruntime", True)  # it was sent
+    box.close()
+
+
+def test_a_series_is_read_whole_by_one_way_and_says_that_it_left_the_box(
+    tmp_path: Path, store: Store, hub: KserveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub dies after some of its windows, which nothing of the result comes from: they were wrong."""
+    bundle = bundle_in(tmp_path / "volume")
+    made = activate(store, bundle.directory, "test")
+    choose(store, made, line=bundle.manifest.name, runtime="triton", provider=hub.address)
+    box = set_up(store, hub.address)
+    here = reader(box)
+    for dies in (False, True):
+        if dies:
+            hub.fault, hub.dies_at = "lies", hub.inferences + 4
+        stored = [Ingest(box).accept(encode(item), Source("cli", "test")).stored for item in made_up.slices(20)]
+        box.close_series({image.series_id for image in stored})
+        read_all(here)
+    jobs = [dict(row) for row in box.database.query("SELECT runtime, outcome FROM jobs WHERE kind = 'volume' ORDER BY id")]
+    ran = [json.loads(job["runtime"]) for job in jobs]
+    assert [job["outcome"] for job in jobs] == ["ai_ready", "ai_ready"]
+    assert [(one["runtime"], one["reason"]["code"]) for one in ran] == [("triton", "choice.measured"), ("onnxruntime", "choice.fallback")]
+    assert [one["leaves_box"] for one in ran] == [True, True]
+    whole, again = (dict(row) for row in box.database.query("SELECT runtime, mask FROM volumes ORDER BY job_id"))
+    assert (whole["runtime"].split()[0], again["runtime"].split()[0]) == ("triton", "onnxruntime")
+    assert whole["mask"] == again["mask"]
+    hub.fault = ""
+    here._loaded[made].runtime.close()
     box.close()
 
 
