@@ -30,7 +30,9 @@ EXIT_ERROR: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_FAILED: Final = 3
 EXIT_NOTHING: Final = 4
-_WRONG_USE: Final = ("settings.invalid", "box.busy", "model.precision")
+_WRONG_USE: Final = ("settings.invalid", "settings.missing", "box.busy", "box.none", "model.precision")
+_DISK_ZH: Final = "请检查路径、权限和磁盘空间。"
+_DISK_EN: Final = "Check the path, its permissions and the space on the disk."
 _VIEWS: Final = {"frontal": "", "PA": "PA", "AP": "AP", "lateral": "LL"}
 
 
@@ -45,10 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return command(arguments)
     except ApplianceError as error:
-        language = _language()
-        print(f"error: {reasons.text(error.code, language)}" + (f" ({error.detail})" if error.detail else ""), file=sys.stderr)
-        print(f"hint: {reasons.hint(error.code, language) if language == 'zh' else error.hint}", file=sys.stderr)
-        return EXIT_USAGE if error.code in _WRONG_USE else EXIT_ERROR
+        return _say_error(error)
     except BrokenPipeError:
         return EXIT_ERROR
     except OSError as error:
@@ -57,13 +56,23 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def _say_error(error: ApplianceError) -> int:
+    """A coded error: what happened and what to do, for somebody at a command line, who sends nothing."""
+    language = _language()
+    hint = reasons.hint(error.code, language) if language == "zh" else error.hint
+    if error.code == "store.failed" and error.hint == reasons.hint(error.code, "en"):
+        hint = _DISK_ZH if language == "zh" else _DISK_EN
+    print(f"error: {reasons.text(error.code, language)}" + (f" ({error.detail})" if error.detail else ""), file=sys.stderr)
+    print(f"hint: {hint}", file=sys.stderr)
+    return EXIT_USAGE if error.code in _WRONG_USE else EXIT_ERROR
+
+
 def _say_os_error(error: OSError) -> int:
     """A path that cannot be used: which, why, and what to do."""
     zh = _language() == "zh"
     what = f"{error.strerror or type(error).__name__}" + (f": {error.filename}" if error.filename else "")
     print(f"{'错误' if zh else 'error'}: {what}", file=sys.stderr)
-    hint = "请检查路径、权限和磁盘空间。" if zh else "Check the path, its permissions and the space on the disk."
-    print(f"hint: {hint}", file=sys.stderr)
+    print(f"hint: {_DISK_ZH if zh else _DISK_EN}", file=sys.stderr)
     return EXIT_USAGE
 
 
@@ -98,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     tune_commands.add_arguments(command("tune", _tune, "Measure how the models at work run best on this box, or show what was measured."))
     urgent = command("urgent", _urgent, "STAT: have what waits of a study read before everything else.")
     urgent.add_argument("study", help="the study's accession number, Study Instance UID or number on this box")
+    urgent.add_argument("--undo", action="store_true", help="take it back: the study is no longer first")
     user = command("user", _user, "Make an account, or give an existing one a new one-time password.")
     user.add_argument("username")
     user.add_argument("--role", choices=("clinician", "technician", "administrator", "auditor"), default="clinician")
@@ -209,16 +219,26 @@ def _tune(arguments: argparse.Namespace) -> int:
 
 
 def _urgent(arguments: argparse.Namespace) -> int:
+    from appliance.existing import open_box
     from appliance.signal import wake
-    from appliance.store import Store
 
-    store = Store(Settings.load(arguments.data_dir))
+    store = open_box(arguments.data_dir)
     try:
-        concerned = sum(store.make_urgent(number, "cli", "cli") for number in store.studies_named(arguments.study))
+        studies = store.studies_named(arguments.study)
+        change = store.make_routine if arguments.undo else store.make_urgent
+        concerned = sum(change(number, "cli", "cli") or 0 for number in studies)
+        standing = {store.standing_of(number) for number in studies}
         wake(store.settings)
     finally:
         store.close()
-    print(f"{concerned} 项将优先读取" if _language() == "zh" else f"{concerned} will be read first")
+    zh, en = f"{concerned} 项将优先读取", f"{concerned} will be read first"
+    if arguments.undo:
+        zh, en = f"{concerned} 项不再优先读取", f"{concerned} no longer first"
+    elif not concerned and "waits" in standing:
+        zh, en = "没有新增优先项：已在优先读取，或影像到齐后优先读取", "nothing more is brought forward: it is first already, or once all images are here"
+    elif not concerned:
+        zh, en = "没有等待读取的影像；这不表示已完成分析", "nothing waits; that does not mean that it was analysed"
+    print(zh if _language() == "zh" else en)
     return EXIT_OK
 
 
@@ -232,9 +252,9 @@ def _user(arguments: argparse.Namespace) -> int:
 
 
 def _audit(arguments: argparse.Namespace) -> int:
-    from appliance.store import Store
+    from appliance.existing import open_box
 
-    store = Store(Settings.load(arguments.data_dir))
+    store = open_box(arguments.data_dir)
     if arguments.action == "show":
         for row in store.database.query("SELECT entry FROM audit ORDER BY seq"):
             print(row["entry"])

@@ -186,6 +186,12 @@ REASONS: Final[dict[str, Reason]] = {
         "请改正所列设置项；各项说明见 `appliance settings`。",
         "Correct the settings named; `appliance settings` explains each.",
     ),
+    "settings.missing": Reason(
+        "没有这个文件夹或设置文件",
+        "There is no such folder or settings file",
+        "请检查 --data-dir；要新建一台设备，请先建立该文件夹。",
+        "Check --data-dir; for a new box make the folder first.",
+    ),
     "audit.broken": Reason(
         "审计记录链断裂：有记录被改动或删除",
         "The audit chain is broken: an entry was changed or removed",
@@ -197,6 +203,12 @@ REASONS: Final[dict[str, Reason]] = {
         "Another program is using this data directory",
         "请先停止它，或换一个 --data-dir。",
         "Stop it first, or use another --data-dir.",
+    ),
+    "box.none": Reason(
+        "此文件夹中没有设备数据",
+        "There is no box in this folder",
+        "请检查 --data-dir：其中应有 box.sqlite3。未写入任何内容。",
+        "Check --data-dir: it should hold box.sqlite3. Nothing was written.",
     ),
     "account.wrong_password": Reason("原密码不正确", "The present password is wrong", "请重新输入。", "Type it again."),
     "account.weak_password": Reason(

@@ -69,14 +69,15 @@ class Settings(BaseModel):
             **overrides: values that win over the file's.
 
         Raises:
-            ApplianceError: the file is missing, no TOML, or has an unknown key or a bad value.
+            ApplianceError: ``settings.missing``: there is nothing there; ``settings.invalid``: it is no TOML, or has an unknown key or
+                a bad value.
         """
         values: dict[str, Any] = {}
         if path.is_dir():
             values["data_dir"] = path.resolve()
             path = path / FILE_NAME
         elif not path.is_file():
-            raise ApplianceError("settings.invalid", f"no such file: {path}")
+            raise ApplianceError("settings.missing", str(path))
         if path.is_file():
             try:
                 values |= tomllib.loads(path.read_text("utf-8"))

@@ -14,6 +14,7 @@ from typing import Any, Final
 from appliance import reasons
 from appliance.domain import Note
 from appliance.errors import ApplianceError
+from appliance.existing import open_box
 from appliance.reasons import Language
 from appliance.settings import Settings
 from appliance.store import Store
@@ -47,7 +48,8 @@ def run(arguments: argparse.Namespace, language: Language) -> int:
     if wrong:
         print(f"error: {wrong[0]}\nhint: {wrong[1]}", file=sys.stderr)
         return EXIT_USAGE
-    store = Store(Settings.load(arguments.data_dir))
+    # Only `activate` may be the first thing that is ever done in a folder.
+    store = Store(Settings.load(arguments.data_dir)) if arguments.action == "activate" else open_box(arguments.data_dir)
     try:
         if arguments.action == "list":
             _print(_models(store), _MODEL_COLUMNS, arguments.json)

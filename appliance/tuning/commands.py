@@ -12,9 +12,9 @@ from typing import Any, Final
 
 from appliance import reasons
 from appliance.errors import ActivationError
+from appliance.existing import open_box
 from appliance.ran import Running
 from appliance.reasons import Language
-from appliance.settings import Settings
 from appliance.store import Store
 from appliance.tuning.tunings import Tuning
 
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace, language: Language) -> int:
     """Measure or show; returns the exit code."""
     from appliance.models import tune
 
-    store = Store(Settings.load(arguments.data_dir))
+    store = open_box(arguments.data_dir)
     try:
         _wanted(store, arguments.name)  # said before anything is measured
         if not arguments.show:

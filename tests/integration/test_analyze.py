@@ -155,6 +155,33 @@ def test_bad_settings_are_named(tmp_path: Path) -> None:
     assert "colour" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["models", "list"], ["models", "history"], ["models", "rollback"], ["tune", "--show"], ["tune"], ["urgent", "1"],
+        ["audit", "verify"], ["audit", "show"],
+    ],
+)  # fmt: skip
+def test_what_only_looks_at_a_box_lays_none(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("words")
+    done = run(*arguments, "--data-dir", tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "There is no box in this folder" in done.stderr
+    assert str(tmp_path) in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_data_directory_that_is_not_there_is_not_called_a_setting(tmp_path: Path) -> None:
+    done = run("models", "list", "--data-dir", tmp_path / "no")
+    assert (done.returncode, "no such folder" in done.stderr, "settings are invalid" in done.stderr) == (2, True, False)
+
+
+def test_a_box_that_cannot_be_opened_asks_nobody_to_send_again(tmp_path: Path) -> None:
+    (tmp_path / "box.sqlite3").write_bytes(b"no database, whatever its name says" * 99)
+    done = run("audit", "verify", "--data-dir", tmp_path)
+    assert (done.returncode, "hint:" in done.stderr, "end again" in done.stderr) == (1, True, False), done.stderr
+
+
 def test_every_command_explains_itself() -> None:
     text = run("--help").stdout
     for name in ("analyze", "serve", "worker", "receive", "models", "user", "audit", "settings", "demo"):

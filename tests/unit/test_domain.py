@@ -72,7 +72,7 @@ def test_settings_bad_value_is_named(tmp_path: Path, text: str) -> None:
 
 
 def test_settings_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(ApplianceError, match="no such file"):
+    with pytest.raises(ApplianceError, match="There is no such folder or settings file"):
         Settings.load(tmp_path / "box.toml")
 
 
