@@ -15,15 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model_sync.errors import LibraryUnreachable, ModelSyncError, SettingsError
+from model_sync.errors import ModelSyncError, SettingsError, exit_code
 
 if TYPE_CHECKING:
-    from model_sync.outcome import Pulled
     from model_sync.settings import SyncSettings
-    from model_sync.sync_status import Progress
 
 DEFAULT_CONFIG = Path("/var/lib/model-sync")
-_MIB = 2**20
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,17 +81,6 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def exit_code(error: ModelSyncError | None) -> int:
-    """Return the exit code of an error; None is 0."""
-    if error is None:
-        return 0
-    if isinstance(error, SettingsError):
-        return 2
-    if isinstance(error, LibraryUnreachable) and not error.code.startswith("usb."):
-        return 4 if error.code in ("sync.window", "sync.budget", "sync.busy", "sync.stopped") else 3
-    return 1
-
-
 def _load(arguments: argparse.Namespace) -> SyncSettings:
     from model_sync.settings import SyncSettings
 
@@ -137,35 +123,15 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _pull(arguments: argparse.Namespace) -> int:
-    from model_sync.client import Client
+    from model_sync import cli_pull
 
-    with _Meter() as meter:
-        pulled = Client(_load(arguments)).pull(meter.show)
-    return _report_pull(pulled)
+    return cli_pull.pull(_load(arguments))
 
 
 def _import_usb(arguments: argparse.Namespace) -> int:
-    from model_sync.client import Client
+    from model_sync import cli_pull
 
-    with _Meter() as meter:
-        pulled = Client(_load(arguments)).import_usb(arguments.directory, meter.show)
-    return _report_pull(pulled)
-
-
-def _report_pull(pulled: Pulled) -> int:
-    from model_sync.cli_texts import DECISIONS, language, say
-    from model_sync.sync_status import state_of
-
-    for name, line in pulled.lines.items():
-        at = f" ({line.at:%Y-%m-%d %H:%M} UTC)" if line.at else ""
-        print(f"{name} {line.version}: {say(DECISIONS, line.decision, language())}{at}")
-    print(f"{pulled.received_bytes} bytes received")
-    for name, problem in pulled.problems.items():
-        if state_of(problem) == "ok":
-            print(f"{name}: {problem.message}")
-        else:
-            print(f"error: {name}: {problem}", file=sys.stderr)
-    return exit_code(pulled.worst)
+    return cli_pull.import_usb(_load(arguments), arguments.directory)
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -231,24 +197,3 @@ def _verify(arguments: argparse.Namespace) -> int:
         print(f"sensitivity {point.sensitivity.value:.3f}, specificity {point.specificity.value:.3f}")
     print(f"  variants: {', '.join(variant.precision for variant in manifest.variants)}; golden cases: {len(manifest.golden)}")
     return 0
-
-
-class _Meter:
-    """One line of progress on a terminal, nothing elsewhere."""
-
-    def __init__(self) -> None:
-        self._shown = False
-
-    def __enter__(self) -> _Meter:
-        return self
-
-    def show(self, progress: Progress) -> None:
-        """Write over the line before."""
-        if sys.stderr.isatty():
-            self._shown = True
-            done, total = progress.done_bytes / _MIB, progress.total_bytes / _MIB
-            print(f"\r\x1b[K{progress.file}: {done:.1f} / {total:.1f} MiB", end="", file=sys.stderr, flush=True)
-
-    def __exit__(self, *_: object) -> None:
-        if self._shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

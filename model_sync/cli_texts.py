@@ -78,6 +78,19 @@ DECISIONS = {
     "none": Said("没有针对它的发布", "no rollout names it"),
 }
 
+PULL = {
+    "asking": Said("正在连接模型库：{hosts}", "asking the library at {hosts}"),
+    "again": Said("{message} [{code}]；{pause:.1f} 秒后重试", "{message} [{code}]; trying again in {pause:.1f} s"),
+    "unreachable": Said(
+        "无法连接不等于不可信：现用模型照常工作，已下载的部分已保留。",
+        "Unreachable is not untrusted: the model in use works on, and what has come is kept.",
+    ),
+    "then": Said(
+        "后台服务 model-sync run 会继续尝试；也可稍后再次执行 model-sync pull。",
+        "The service (`model-sync run`) goes on trying by itself; or run `model-sync pull` again.",
+    ),
+}
+
 _WAIT = Said("无需处理，会自动继续。", "Nothing: it goes on by itself.")
 _CENTRAL = Said("请联系中心团队，并告知上面的代码。", "Tell the central team, with the code above.")
 _LINE = Said("请检查网线、路由器和网络登录。", "Check the cable, the router and the network's login.")

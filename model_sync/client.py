@@ -70,6 +70,7 @@ class Client:
         local_now: the wall clock in local time, for the windows.
         ticks: a monotonic clock, in seconds.
         may_continue: called between two pieces of a file; raises LibraryUnreachable to stop, and what has come is kept.
+        on_trouble: told what failed and how many seconds the pause before the next attempt is.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Client:
         local_now: Callable[[], datetime] = datetime.now,
         ticks: Callable[[], float] = time.monotonic,
         may_continue: Callable[[], None] | None = None,
+        on_trouble: Callable[[LibraryUnreachable, float], None] | None = None,
     ) -> None:
         """Prepare; nothing is written or fetched."""
         self._settings = settings
@@ -89,6 +91,7 @@ class Client:
         self._local_now = local_now
         self._ticks = ticks
         self._asked = may_continue or (lambda: None)
+        self._told_of_trouble = on_trouble or (lambda _error, _pause_s: None)
         self._exchange = Exchange(settings.exchange_dir)
         self._metadata = settings.state_dir / "metadata"
         self._copies = settings.state_dir / "documents"
@@ -320,9 +323,14 @@ class Client:
                 self._settings.state_dir / "parts",
                 on_progress=lambda progress: self._stager.received(progress.done_bytes) if self._stager else None,
                 may_continue=self._require_window,
-                on_trouble=lambda failure, pause_s: self._status.trying_again(failure, pause_s) if self._status else None,
+                on_trouble=self._trouble,
             )
         return self._own
+
+    def _trouble(self, failure: LibraryUnreachable, pause_s: float) -> None:
+        if self._status:
+            self._status.trying_again(failure, pause_s)
+        self._told_of_trouble(failure, pause_s)
 
     def _status_file(self) -> StatusFile:
         return StatusFile(self._settings.exchange_dir, self._settings.state_dir, self._settings.box_id, self._now, self._ticks)

@@ -82,3 +82,14 @@ class PublishError(ModelSyncError):
 
 class SettingsError(ModelSyncError):
     """A setting, a path or an argument is wrong; nothing was tried."""
+
+
+def exit_code(error: ModelSyncError | None) -> int:
+    """Return the exit code of `model-sync` for an error; None is 0."""
+    if error is None:
+        return 0
+    if isinstance(error, SettingsError):
+        return 2
+    if isinstance(error, LibraryUnreachable) and not error.code.startswith("usb."):
+        return 4 if error.code in ("sync.window", "sync.budget", "sync.busy", "sync.stopped") else 3
+    return 1

@@ -21,6 +21,8 @@ else:
     import tomli as tomllib
 
 FILE_NAME = "sync.toml"
+WAITED_ATTEMPTS = 6
+WAITED_BACKOFF_S = 10.0
 _WINDOW = re.compile(r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")
 _PATHS = ("state_dir", "exchange_dir", "root", "ca_certificate")
 
@@ -45,9 +47,9 @@ class SyncSettings(BaseModel):
     rate_limit_bytes_per_s: float | None = Field(None, gt=0, description="Bandwidth cap of the agent; None takes what the line gives.")
     windows: list[str] = Field(default_factory=list, description="Local times in which bundles are fetched (22:00-06:00); empty: always.")
     day_budget_bytes: int | None = Field(None, gt=0, description="Most bytes received in one day; None does not count.")
-    attempts: int = Field(20, ge=1, description="Attempts at one file before the pull gives up until the next look.")
+    attempts: int = Field(20, ge=1, description="Attempts in a row that bring nothing before a look ends; `pull` makes 6 at most.")
     backoff_s: float = Field(1.0, ge=0, description="First pause after a failed attempt; doubles, with jitter, up to max_backoff_s.")
-    max_backoff_s: float = Field(300.0, ge=0, description="Longest pause between two attempts.")
+    max_backoff_s: float = Field(300.0, ge=0, description="Longest pause between two attempts; 10 s at most in `pull`.")
     connect_timeout_s: float = Field(10.0, gt=0, description="Longest wait for a connection.")
     read_timeout_s: float = Field(30.0, gt=0, description="Longest silence on an open connection.")
     min_speed_bytes_per_s: float = Field(512.0, ge=0, description="An attempt slower than this over min_speed_window_s is given up.")
@@ -88,6 +90,11 @@ class SyncSettings(BaseModel):
             raise SettingsError(what, hint="`model-sync settings` prints every key with its meaning") from error
         root = (base or Path.cwd()).resolve()
         return settings.model_copy(update={name: root / value for name in _PATHS if (value := getattr(settings, name)) is not None})
+
+    def waited_for(self) -> SyncSettings:
+        """Return the settings of a look that a person waits for: a minute and not half an hour until it says that nothing answers."""
+        attempts, longest_s = min(self.attempts, WAITED_ATTEMPTS), min(self.max_backoff_s, WAITED_BACKOFF_S)
+        return self.model_copy(update={"attempts": attempts, "max_backoff_s": longest_s})
 
     def in_window(self, local: datetime) -> bool:
         """Say whether bundles may be fetched at a local time; a window that ends before it begins goes over midnight."""

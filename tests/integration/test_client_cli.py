@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from model_sync import cli, cli_texts
+from model_sync import cli, cli_pull, cli_texts
 from model_sync.errors import BundleError, LibraryUnreachable, PublishError, SettingsError, TrustError
 from model_sync.settings import SyncSettings
 from model_sync.sync_status import Progress
@@ -145,7 +145,7 @@ def test_a_terminal_sees_one_line_of_progress(monkeypatch: pytest.MonkeyPatch) -
 
     for stream, expected in ((Terminal(), "\r\x1b[Ka.onnx: 1.0 / 2.0 MiB\r\x1b[K"), (io.StringIO(), "")):
         monkeypatch.setattr(sys, "stderr", stream)
-        with cli._Meter() as meter:
+        with cli_pull.Meter() as meter:
             meter.show(Progress("a.onnx", 2**20, 2**21))
         assert stream.getvalue() == expected
 
@@ -317,7 +317,7 @@ def test_the_agents_commands_are_handed_on(box: Box, tmp_path: Path, monkeypatch
 
 
 def sentences() -> Iterator[tuple[str, cli_texts.Said]]:
-    for table in (cli_texts.LABELS, cli_texts.STATES, cli_texts.DECISIONS):
+    for table in (cli_texts.LABELS, cli_texts.STATES, cli_texts.DECISIONS, cli_texts.PULL):
         yield from table.items()
     for key, advice in cli_texts.CODES.items():
         yield key, advice.what
