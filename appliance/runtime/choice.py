@@ -180,7 +180,12 @@ def _measured(row: Row) -> bool:
 
 def _gains(row: Row, base: Row) -> bool:
     """Whether an image in a batch takes clearly less than one alone: by 5 %, and by more than chance."""
-    return row.per_image_ms is not None and row.per_image_ms <= min(BATCH_GAIN, 1.0 - (row.noise or 0.0)) * _ms(base)
+    return row.per_image_ms is not None and row.per_image_ms <= _allowed(row) * _ms(base)
+
+
+def _allowed(row: Row) -> float:
+    """The share of an image's time alone that it may take in a batch, for the batch to count as faster."""
+    return min(BATCH_GAIN, 1.0 - (row.noise or 0.0))
 
 
 def _batched(base: Row, rows: Sequence[Row], fastest: float) -> Row:
@@ -211,12 +216,15 @@ def _judged(row: Row, chosen: Row, base: Row, fastest: float) -> Row:
 
 
 def _judged_batch(row: Row, chosen: Row, base: Row, fastest: float) -> Row:
-    """Of several images at once; the detail is what one of them takes against one alone."""
+    """Of several images at once; the detail is what one of them takes against one alone, or what it saves and would have to save."""
     gain = "" if row.per_image_ms is None else f"{row.per_image_ms / _ms(base):.2f}"
     if row is chosen:
         return replace(row, state="chosen", code="tune.faster_together", detail=gain)
     if not _gains(row, base):
-        return replace(row, code="tune.no_batch_gain", detail=gain)
+        if row.per_image_ms is None or row.per_image_ms >= _ms(base):
+            return replace(row, code="tune.batch_no_faster", detail=gain)
+        saved, needed = 1.0 - row.per_image_ms / _ms(base), 1.0 - _allowed(row)
+        return replace(row, code="tune.no_batch_gain", detail=f"{saved * 100:.1f} % < {needed * 100:.1f} %")
     if _ms(row) > SAME_TIME * fastest:  # a single image would pay for it
         return replace(row, code="tune.slower", detail=f"{_ms(row) / _ms(base):.2f}")
     return replace(row, code="tune.other_batch", detail=gain)

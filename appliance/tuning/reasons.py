@@ -52,7 +52,13 @@ TUNE_REASONS: Final[dict[str, Reason]] = {
     "tune.slower_less_exact": Reason("比精度更高的方式还慢", "Slower than a more exact one", _NOTHING_ZH, _NOTHING_EN),
     "tune.less_exact": Reason("一样快，但精度较低", "As fast, but less exact", _NOTHING_ZH, _NOTHING_EN),
     "tune.no_faster": Reason("结果正确，但不更快", "Right, but no faster", _NOTHING_ZH, _NOTHING_EN),
-    "tune.no_batch_gain": Reason("成批读取并不更快", "Several images at once are no faster", _NOTHING_ZH, _NOTHING_EN),
+    "tune.batch_no_faster": Reason("成批读取并不更快", "Several images at once are no faster", _NOTHING_ZH, _NOTHING_EN),
+    "tune.no_batch_gain": Reason(
+        "成批读取节省的时间太少，或未超出测量波动",
+        "Several images at once gain too little, or no more than the times vary",
+        _NOTHING_ZH,
+        _NOTHING_EN,
+    ),
     "tune.other_batch": Reason("另一种批量更好", "Another number of images at once is better", _NOTHING_ZH, _NOTHING_EN),
     "tune.batch_taken": Reason("采用同一方式的成批读取", "Taken with several images at once", _NOTHING_ZH, _NOTHING_EN),
     "tune.alike": Reason(

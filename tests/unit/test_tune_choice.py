@@ -111,7 +111,7 @@ def test_a_batch_is_taken_where_it_saves_time_and_costs_a_single_image_none() ->
 
 def test_a_batch_is_never_the_measure_of_a_single_image() -> None:
     """By chance its single image came out 4 % faster; its images together take longer."""
-    assert codes([row(10.0), row(9.6, batch=2, per_image_ms=12.0)]) == ["tune.fastest", "tune.no_batch_gain"]
+    assert codes([row(10.0), row(9.6, batch=2, per_image_ms=12.0)]) == ["tune.fastest", "tune.batch_no_faster"]
     assert codes([row(10.0), row(9.0, batch=2, per_image_ms=9.4), row(9.9, "int8")]) == [
         "tune.batch_taken",
         "tune.faster_together",
@@ -123,6 +123,20 @@ def test_a_batch_is_never_the_measure_of_a_single_image() -> None:
 def test_a_batch_has_to_gain_more_than_its_times_lie_apart() -> None:
     assert codes([row(10.0), row(10.0, batch=4, per_image_ms=9.0, noise=0.2)]) == ["tune.fastest", "tune.no_batch_gain"]
     assert codes([row(10.0), row(10.0, batch=4, per_image_ms=7.9, noise=0.2)]) == ["tune.batch_taken", "tune.faster_together"]
+
+
+@pytest.mark.parametrize(
+    ("per_image_ms", "noise", "code", "detail"),
+    [
+        (8.8, 0.2, "tune.no_batch_gain", "12.0 % < 20.0 %"),
+        (9.6, 0.0, "tune.no_batch_gain", "4.0 % < 5.0 %"),
+        (10.0, 0.2, "tune.batch_no_faster", "1.00"),
+        (12.0, 0.0, "tune.batch_no_faster", "1.20"),
+    ],
+)
+def test_a_batch_that_is_not_taken_is_called_no_faster_only_where_it_is(per_image_ms: float, noise: float, code: str, detail: str) -> None:
+    single, batch = choose([row(10.0), row(10.0, batch=4, per_image_ms=per_image_ms, noise=noise)])
+    assert (single.state, batch.code, batch.detail) == ("chosen", code, detail)
 
 
 def test_a_time_that_is_none_is_not_compared() -> None:
