@@ -111,6 +111,7 @@ def _init(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise SettingsError(f"{error.filename}: {error.strerror}", hint="run it as the account that owns these directories") from error
     print(f"{file} is laid; this box trusts root version {version} of the library")
+    print(f"next: `model-sync --config {state} {'pull' if arguments.url else 'import-usb STICK'}`; its state stays in {state}")
     return 0
 
 

@@ -71,6 +71,8 @@ class SyncSettings(BaseModel):
         Raises:
             SettingsError: the file is missing, no TOML, or has an unknown key or a bad value.
         """
+        # Absolute at once: a box has one state, from wherever its settings are named.
+        path = path.absolute()
         file = path / FILE_NAME if path.is_dir() else path
         try:
             values = tomllib.loads(file.read_text("utf-8"))

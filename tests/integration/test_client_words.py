@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from model_sync import cli
+from model_sync.settings import SyncSettings
 from tests.library_site import Site, make_site, tiny_bundle
 from tests.sync_box import LINE, Box, make_box, write_config
 
@@ -83,3 +84,27 @@ def test_pull_says_the_same_in_chinese(box: Box, monkeypatch: pytest.MonkeyPatch
     said = capsys.readouterr().err
     for words in ("正在连接模型库", "后重试", "无法连接不等于不可信", "请检查网线"):
         assert words in said
+
+
+# -- where the settings are named from -----------------------------------------------------------------------------------------
+
+
+def test_one_box_has_one_state_wherever_its_settings_are_named_from(
+    tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["--state", "st", "--exchange", "ex", "--root", str(site.root), "--box-id", "box-7"]
+    assert cli.main(["init", *given, "--url", refused_url()]) == 0
+    assert f"model-sync --config {tmp_path / 'st'} pull" in capsys.readouterr().out
+    with (tmp_path / "st" / "sync.toml").open("a") as file:
+        file.write("attempts = 1\n")
+    assert cli.main(["--config", "st", "import-usb", str(site.public)]) == 0
+    assert (tmp_path / "st" / "metadata" / "timestamp.json").is_file()
+    assert not (tmp_path / "st" / "st").exists()
+    places = []
+    for place, config in ((tmp_path, "st"), (tmp_path, "st/sync.toml"), (tmp_path / "st", "."), (tmp_path / "ex", "../st")):
+        monkeypatch.chdir(place)
+        settings = SyncSettings.load(Path(config))
+        places.append((settings.state_dir.resolve(), settings.exchange_dir.resolve(), settings.root.resolve()))
+        assert settings.state_dir.is_absolute()
+    assert set(places) == {(tmp_path / "st", tmp_path / "ex", tmp_path / "st" / "root.json")}
