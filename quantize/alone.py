@@ -13,7 +13,7 @@ import numpy as np
 from appliance.errors import InferenceError
 from model_sync.bundle import InputSpec, Manifest, ModelBundle, Variant
 from model_sync.errors import BundleError
-from quantize import candidates, data, modelopt, prepare, scoring
+from quantize import candidates, checks, data, modelopt, prepare, scoring
 from quantize import gate as gates
 from quantize.candidates import Source, all_makers
 from quantize.draft import Draft
@@ -41,6 +41,7 @@ def calibrate(
     Raises:
         QuantizeError: the model, the draft or the pictures are wrong.
     """
+    checks.need_file(model)
     draft = Draft.load(draft_path)
     progress = Progress({"model": 1, "calibration set": 2, "calibration": 10})
     out.mkdir(parents=True, exist_ok=True)

@@ -69,9 +69,14 @@ def read_model(path: Path, input_spec: Input | None = None, outputs: Sequence[Ou
     return model
 
 
-def _load(path: Path) -> Model:
+def need_file(path: Path) -> None:
+    """Raise QuantizeError when there is no model at all at ``path``: known before anything is begun."""
     if not path.is_file():
         raise QuantizeError(f"there is no model at {path}", hint="give the path of the float model's .onnx file")
+
+
+def _load(path: Path) -> Model:
+    need_file(path)
     _check_size(path.stat().st_size)
     try:
         model = onnx.load(path, load_external_data=False)

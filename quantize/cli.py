@@ -33,12 +33,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         return command(options)
+    except OSError as error:
+        return say_os_error(error)
     except QuantizeError as error:
         print(f"quantize: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("quantize: interrupted; the same command goes on where it was", file=sys.stderr)
         return _INTERRUPTED
+
+
+def say_os_error(error: OSError) -> int:
+    """A path that cannot be read or written: which, why, and what to do; returns the exit code."""
+    where = f": {error.filename}" if error.filename else ""
+    print(f"quantize: {error.strerror or 'reading or writing failed'}{where}", file=sys.stderr)
+    print("hint: check the path, its permissions and the space on the disk", file=sys.stderr)
+    return FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,8 +117,10 @@ def _given_limits(options: argparse.Namespace) -> Any:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from quantize import plots
     from quantize.pipeline import BundleRecipe, run
 
+    plots.require()
     recipe = BundleRecipe(
         options.model, options.manifest, options.calibration, options.evaluation, options.out, golden=options.golden,
         limits=_given_limits(options), calibration_limit=options.calibration_limit, one_int8=options.one_int8, replace=options.replace,

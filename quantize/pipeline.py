@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from model_sync.errors import BundleError
-from quantize import assemble, card, golden, mixed, modelopt, prepare, proofs, scoring, selection
+from quantize import assemble, card, checks, golden, mixed, modelopt, prepare, proofs, scoring, selection
 from quantize.assemble import Documents, Measured
 from quantize.candidates import Maker, Source, all_makers, calibration
 from quantize.draft import MODEL_CARD, Draft
@@ -125,6 +125,7 @@ def run(recipe: BundleRecipe, progress: Progress | None = None) -> Made:
     """
     if recipe.out.exists() and not recipe.replace:
         raise QuantizeError(f"{recipe.out} is there already", hint="name another directory, or allow it with --replace", code="out.exists")
+    checks.need_file(recipe.model)
     draft = Draft.load(recipe.draft)
     with Work(recipe.out.with_name(recipe.out.name + ".work")) as work:
         progress = progress or Progress({})

@@ -30,6 +30,20 @@ _STYLE: Final[dict[Any, Any]] = {
 }  # fmt: skip
 
 
+def require() -> None:
+    """Make sure, before hours of work, that the report can be drawn at their end.
+
+    Raises:
+        QuantizeError: ``report.matplotlib``: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise QuantizeError(
+            "matplotlib is not installed: the report could not be drawn", hint="pip install -e '.[quantize]'", code="report.matplotlib"
+        ) from error
+
+
 def roc_curves(
     positive: NDArray[np.bool_], float_score: NDArray[np.float64], variants: Sequence[tuple[str, NDArray[np.float64]]], name: str
 ) -> str:
@@ -117,13 +131,10 @@ class _Figure:
     """One drawing, without the state that matplotlib keeps for a screen."""
 
     def __init__(self, width: float, height: float, name: str) -> None:
-        try:
-            import matplotlib as mpl
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise QuantizeError(
-                "matplotlib is not installed", hint="pip install 'clinic-edge-appliance[quantize]'", code="report.matplotlib"
-            ) from error
+        require()
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+
         # The salt makes identifiers that repeat from run to run and that no two drawings of a page share.
         self._context = mpl.rc_context(_STYLE | {"svg.hashsalt": name})
         self._size, self._new = (width, height), Figure

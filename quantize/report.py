@@ -37,8 +37,10 @@ def load_record(path: Path) -> dict[str, Any]:
     hint = "quantize run writes it beside the bundle, as BUNDLE.report.json"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise QuantizeError(f"the record {path} cannot be read", hint=hint, code="report.record") from error
+    except OSError as error:
+        raise QuantizeError(f"the record {path} cannot be read: {error.strerror}", hint=hint, code="report.record") from error
+    except ValueError as error:
+        raise QuantizeError(f"{path} is no record of a run", hint=hint, code="report.record") from error
     if not isinstance(value, dict) or value.get("schema") != 1 or "variants" not in value:
         raise QuantizeError(f"{path} is no record of a run", hint=hint, code="report.record")
     return value

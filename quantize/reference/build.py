@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from PIL import Image
 
 from appliance.preprocess import from_display
 from model_sync.bundle import InputSpec, SourceMeasure
-from quantize import measures, modelopt
+from quantize import measures, modelopt, plots
 from quantize.candidates import all_makers
 from quantize.card import gate_chapter
 from quantize.draft import Draft
@@ -165,20 +166,28 @@ def build(
 def main(argv: Sequence[str] | None = None) -> int:
     """Build the reference bundle; its report comes beside it, or where --report says."""
     parser = argparse.ArgumentParser(prog="python -m quantize.reference.build", description=main.__doc__)
-    parser.add_argument("--shared", type=Path, required=True, help="directory with data/ and models/")
+    parser.add_argument(
+        "--shared",
+        type=Path,
+        required=True,
+        help="directory with data/cxr_train_224.npz (pictures) and models/cxr_pneumonia/ (weights); not in the repository",
+    )
     parser.add_argument("--out", type=Path, required=True, help="bundle directory; replaced")
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="try these candidates only, such as fp16; all otherwise")
     modelopt.add_options(parser)
     parser.add_argument("--report", type=Path, help="directory for the report and its record; that of --out otherwise")
     options = parser.parse_args(argv)
-    try:
-        made = build(options.shared, options.out, only=options.only, optimizer=modelopt.asked(options))
-        from quantize.cli import finish
+    from quantize.cli import finish, say_os_error
 
+    try:
+        plots.require()
+        made = build(options.shared, options.out, only=options.only, optimizer=modelopt.asked(options))
         finish(made, options.out if options.report is None else options.report / options.out.name)
     except QuantizeError as error:
-        print(error)
+        print(error, file=sys.stderr)
         return 1
+    except OSError as error:
+        return say_os_error(error)
     point = made.manifest.operating_point(LABEL)
     print(f"threshold {point.threshold:.4f}")
     print(f"  sensitivity {point.sensitivity.value:.4f} ({point.sensitivity.low:.4f} to {point.sensitivity.high:.4f})")

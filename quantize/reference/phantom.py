@@ -211,7 +211,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m quantize.reference.phantom", description=main.__doc__)
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="directory to write into; made if need be")
     options = parser.parse_args(argv)
-    for path in write_samples(options.out):
+    try:
+        written = write_samples(options.out)
+    except OSError as error:
+        from quantize.cli import say_os_error
+
+        return say_os_error(error)
+    for path in written:
         print(path)
     return 0
 

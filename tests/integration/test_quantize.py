@@ -313,6 +313,44 @@ def test_a_record_that_is_none_is_refused(tmp_path: Path, capsys: pytest.Capture
         assert "hint: " in capsys.readouterr().err
 
 
+def test_a_wrong_kind_of_file_is_not_called_unreadable(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# words")
+    assert cli.main(["report", "--record", str(tmp_path / "README.md"), "--out", str(tmp_path / "x.html")]) == 1
+    assert "is no record of a run" in capsys.readouterr().err
+    assert cli.main(["report", "--record", str(tmp_path / "none"), "--out", str(tmp_path / "x.html")]) == 1
+    assert "cannot be read: No such file" in capsys.readouterr().err
+
+
+def test_what_a_run_needs_is_asked_for_before_any_work(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = ["--calibration", str(site / "calibration"), "--evaluation", str(site / "evaluation")]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    line = ["run", "--model", str(site / "float.onnx"), "--manifest", str(site / "draft.toml"), *sets, "--out", str(tmp_path / "b")]
+    assert cli.main(line) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "quantize: matplotlib is not installed: the report could not be drawn", "hint: pip install -e '.[quantize]'",
+    ]  # fmt: skip
+    assert cli.main(["build-reference", "--shared", str(tmp_path), "--out", str(tmp_path / "b")]) == 1
+    assert "matplotlib is not installed" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_is_not_there_is_said_before_anything_is_begun(site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--model", str(tmp_path / "x"), "--manifest", str(site / "draft.toml"), "--calibration", str(site / "calibration")]
+    assert cli.main(["calibrate", *given, "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.startswith("quantize: there is no model at")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["draw-phantoms", "/proc/nowhere"]) == 1
+    said = capsys.readouterr().err
+    assert "/proc/nowhere" in said
+    assert "hint: " in said
+
+
 def test_gate_on_its_own(made: tuple[Made, Path], site: Path, tmp_path: Path) -> None:
     out = tmp_path / "gate.json"
     arguments = ["gate", "--bundle", str(made[1]), "--evaluation", str(site / "evaluation"), "--out", str(out)]
