@@ -235,7 +235,10 @@ def _urgent(arguments: argparse.Namespace) -> int:
     if arguments.undo:
         zh, en = f"{concerned} 项不再优先读取", f"{concerned} no longer first"
     elif not concerned and "waits" in standing:
-        zh, en = "没有新增优先项：已在优先读取，或影像到齐后优先读取", "nothing more is brought forward: it is first already, or once all images are here"
+        zh, en = (
+            "没有新增优先项：已在优先读取，或影像到齐后优先读取",
+            "nothing more is brought forward: it is first already, or once all images are here",
+        )
     elif not concerned:
         zh, en = "没有等待读取的影像；这不表示已完成分析", "nothing waits; that does not mean that it was analysed"
     print(zh if _language() == "zh" else en)

@@ -32,6 +32,7 @@ class ScanState(str, Enum):
 
 
 PENDING_STATES = (ScanState.WAITING, ScanState.QUEUED, ScanState.RUNNING)
+READ_STATES = (ScanState.AI_READY, ScanState.REVIEWING, ScanState.SIGNED, ScanState.OVERRIDDEN)
 
 # Of several images in one study the state that needs a person most is the one shown.
 STATE_URGENCY = (

@@ -15,10 +15,10 @@ from dataclasses import fields
 from appliance import database as db
 from appliance import series_jobs, urgency
 from appliance.database import Database
-from appliance.domain import Finding, Job, JobKind, JobResult, JobState, Note, ScanState, utc_now
+from appliance.domain import PENDING_STATES, READ_STATES, Finding, Job, JobKind, JobResult, JobState, Note, ScanState, utc_now
 from appliance.errors import StoreError
 from appliance.planning import Planning, notes_json, read_notes
-from appliance.urgency import Origin, Urgency
+from appliance.urgency import Origin, Standing, Urgency
 
 
 class JobQueue(Planning):
@@ -130,14 +130,29 @@ class JobQueue(Planning):
         with self.database.transaction() as tx:
             return urgency.mark(tx, study_id, origin, actor)
 
-    def waiting_of(self, study_id: int) -> int:
-        """How many jobs of a study wait or are under way."""
-        row = self.database.one(
-            "SELECT count(*) AS n FROM jobs j JOIN instances i ON i.id = j.instance_id JOIN series s ON s.id = i.series_id"
-            " WHERE s.study_id = ? AND j.state IN ('queued', 'running')",
-            study_id,
+    def make_routine(self, study_id: int, actor: str, origin: Origin = "person") -> int | None:
+        """Take back what :meth:`make_urgent` did, see :func:`appliance.urgency.unmark`.
+
+        Returns:
+            How many jobs wait in their turn again; None where the study was not urgent.
+
+        Raises:
+            StoreError: ``store.missing``, there is no such study.
+        """
+        if self.database.one("SELECT 1 FROM studies WHERE id = ?", study_id) is None:
+            raise StoreError("store.missing", f"study {study_id}")
+        with self.database.transaction() as tx:
+            return urgency.unmark(tx, study_id, origin, actor)
+
+    def standing_of(self, study_id: int) -> Standing:
+        """What becomes of a study's images. One that failed, was rejected or was not analysed is not read, though nothing of it waits."""
+        rows = self.database.query(
+            "SELECT DISTINCT i.state FROM instances i JOIN series s ON s.id = i.series_id WHERE s.study_id = ?", study_id
         )
-        return int(row["n"]) if row else 0
+        states = {ScanState(row["state"]) for row in rows}
+        if states & set(PENDING_STATES):
+            return "waits"
+        return "read" if states and states <= set(READ_STATES) else "unread"
 
     def urgency_of(self, study_id: int) -> Urgency | None:
         """Who wanted a study read first; None of one that is not urgent."""

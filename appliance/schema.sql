@@ -192,7 +192,8 @@ CREATE TABLE key_pictures (           -- planes through the middle of what was d
 
 -- migration 4: what is urgent, and who said so
 ALTER TABLE studies ADD COLUMN urgent TEXT; -- JSON (appliance/urgency.py); NULL: nobody said so
+ALTER TABLE studies ADD COLUMN not_urgent TEXT; -- JSON: who took that back; from then on its sender is not heard any more
 ALTER TABLE instances ADD COLUMN requested_procedure_priority TEXT NOT NULL DEFAULT ''; -- (0040,1003), one of its defined terms
-UPDATE studies SET urgent = json_object('origin', 'cli', 'actor', 'cli', 'at', received_at, 'term', '') -- the only way there was
+UPDATE studies SET urgent = json_object('origin', 'cli', 'actor', 'cli', 'at', '', 'term', '') -- the only way there was; nobody wrote down when
   WHERE EXISTS (SELECT 1 FROM series s JOIN instances i ON i.series_id = s.id JOIN jobs j ON j.instance_id = i.id
     WHERE s.study_id = studies.id AND j.priority > 0);

@@ -1,7 +1,7 @@
 """What is urgent (STAT) and who said so: a person, the command line, or the sender in the image's header.
 
-A study is urgent once and for all: what waits of it is read first, and so is what comes later. Among what is urgent the oldest goes
-first, so that a sender that marks everything loses nothing but its privilege.
+A study is urgent until somebody takes that back: what waits of it is read first, and so is what comes later. Among what is urgent the
+oldest goes first, so that a sender that marks everything loses nothing but its privilege; nothing grows more urgent by waiting.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from appliance.planning import next_revision
 
 Origin = Literal["person", "cli", "sender"]
 
+# What becomes of the images of a study: some wait, all have a result of a model, or nothing waits and some have none.
+Standing = Literal["waits", "read", "unread"]
+
 # Of the defined terms of Requested Procedure Priority (0040,1003), PS3.3 Table C.4-11.
 URGENT_TERMS: Final = ("STAT", "HIGH")
 
@@ -29,7 +32,7 @@ class Urgency:
     Attributes:
         origin: whether a person asked (by page or API), somebody at the box's command line, or the sender did in the header.
         actor: the account, program or AE title.
-        at: when, ISO 8601 in UTC.
+        at: when, ISO 8601 in UTC; empty where nobody wrote that down.
         term: of a sender, the Requested Procedure Priority that the image carries.
     """
 
@@ -53,16 +56,43 @@ def mark(tx: sqlite3.Connection, study_id: int, origin: Origin, actor: str, term
         How many jobs that wait, or are taken and have no result yet, it concerned; 0 where the study was urgent already, for planning
         makes every job of such a study urgent.
     """
-    why = json.dumps(asdict(Urgency(origin, actor, utc_now(), term)), ensure_ascii=False)
-    if tx.execute("UPDATE studies SET urgent = ? WHERE id = ? AND urgent IS NULL", (why, study_id)).rowcount == 0:
+    known = tx.execute("SELECT urgent, not_urgent FROM studies WHERE id = ?", (study_id,)).fetchone()
+    if known["urgent"] is not None or (origin == "sender" and known["not_urgent"] is not None):
         return 0
-    changed = tx.execute(
-        "UPDATE jobs SET priority = 1 WHERE priority < 1 AND instance_id IN"
-        " (SELECT i.id FROM instances i JOIN series s ON s.id = i.series_id WHERE s.study_id = ?) RETURNING state",
-        (study_id,),
-    ).fetchall()
-    waiting = sum(row["state"] in (JobState.QUEUED.value, JobState.RUNNING.value) for row in changed)
+    waiting = _put(tx, study_id, 1, urgent=_why(origin, actor, term), not_urgent=None)
     told: dict[str, Any] = {"term": term} if term else {}
     Database.audit(tx, db.APPLICATION_ACTIVITY, actor, "E", f"study:{study_id}", urgent=waiting, origin=origin, **told)
-    tx.execute("UPDATE studies SET revision = ? WHERE id = ?", (next_revision(tx), study_id))
     return waiting
+
+
+def unmark(tx: sqlite3.Connection, study_id: int, origin: Origin, actor: str) -> int | None:
+    """Take it back that a study is urgent, inside the caller's transaction: what waits of it waits in its turn again.
+
+    Its sender is not heard any more in this study: a machine that says STAT with every image would undo with the next one what a person
+    decided. A person, or the command line, may make it urgent again, which forgets this.
+
+    Returns:
+        How many jobs that wait, or are taken and have no result yet, go back; None where the study was not urgent.
+    """
+    if tx.execute("SELECT 1 FROM studies WHERE id = ? AND urgent IS NOT NULL", (study_id,)).fetchone() is None:
+        return None
+    waiting = _put(tx, study_id, 0, urgent=None, not_urgent=_why(origin, actor))
+    Database.audit(tx, db.APPLICATION_ACTIVITY, actor, "E", f"study:{study_id}", not_urgent=waiting, origin=origin)
+    return waiting
+
+
+def _why(origin: Origin, actor: str, term: str = "") -> str:
+    return json.dumps(asdict(Urgency(origin, actor, utc_now(), term)), ensure_ascii=False)
+
+
+def _put(tx: sqlite3.Connection, study_id: int, priority: int, *, urgent: str | None, not_urgent: str | None) -> int:
+    """Write down what a study is, and its jobs with it; returns how many of these have no result yet."""
+    tx.execute(
+        "UPDATE studies SET urgent = ?, not_urgent = ?, revision = ? WHERE id = ?", (urgent, not_urgent, next_revision(tx), study_id)
+    )
+    changed = tx.execute(
+        "UPDATE jobs SET priority = ?1 WHERE priority != ?1 AND instance_id IN"
+        " (SELECT i.id FROM instances i JOIN series s ON s.id = i.series_id WHERE s.study_id = ?2) RETURNING state",
+        (priority, study_id),
+    ).fetchall()
+    return sum(row["state"] in (JobState.QUEUED.value, JobState.RUNNING.value) for row in changed)

@@ -152,7 +152,7 @@ def test_nothing_is_changed_without_the_csrf_token(box: Box) -> None:
     person = box.person()
     person.token = ""
     for path in ("/logout", "/language", "/password", "/", "/api/v1/tus", "/api/v1/uploads", "/api/v1/uploads/close", "/studies/1/retry",
-                 "/studies/1/urgent", "/api/v1/studies/1/urgent"):  # fmt: skip
+                 "/studies/1/urgent", "/api/v1/studies/1/urgent", "/studies/1/routine", "/api/v1/studies/1/routine"):  # fmt: skip
         answer = person.post(path, headers={"Tus-Resumable": "1.0.0", "Upload-Length": "1"}, data=b"")
         assert answer.status_code == 400, path
     assert "reload it and try again" in person.post("/logout").text

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from appliance.domain import Source
+from appliance.cli import main
+from appliance.domain import JobResult, Note, ScanState, Source
 from appliance.ingest import Ingest
 from appliance.settings import Settings
 from tests.integration.test_web_pages import HOSTILE, row, words
@@ -17,6 +18,7 @@ from tests.scans import scan_bytes
 from tests.web_box import Box, Person, in_process, result
 
 BUTTON = re.compile(r'<button class="first" form="read-first" formaction="(/studies/\d+/urgent)"')
+UNDO = re.compile(r'<button class="not-first" form="read-first" formaction="(/studies/\d+/routine)"')
 
 
 @pytest.fixture
@@ -120,6 +122,94 @@ def test_what_is_read_has_no_button_and_says_that_nothing_waits(box: Box) -> Non
     assert (job.instance_id, job.priority) == (later.instance_id, 1)
 
 
+@pytest.mark.parametrize(
+    ("state", "reason", "scan"),
+    [
+        ("failed", "job.deadline", {}), ("not_analysed", "pixel.undecodable", {}), ("quality_rejected", "quality.blank", {}),
+        ("out_of_scope", "scope.body_part", {"BodyPartExamined": "KNEE", "ViewPosition": None}),
+    ],
+)  # fmt: skip
+def test_what_was_not_analysed_is_never_called_read(box: Box, state: str, reason: str, scan: dict[str, Any]) -> None:
+    study = box.take(scan_bytes(**scan)).study_id
+    if state == "failed":
+        box.fail(reason)
+    else:
+        box.work(JobResult(ScanState(state), Note(reason)))
+    for number, language in enumerate(("en", "zh")):
+        person = box.person(f"doctor{number}", language=language)
+        told = person.post(f"/api/v1/studies/{study}/urgent").json()
+        assert (told["outcome"], told["jobs"]) == ("nothing_waits", 0)
+        assert ("does not mean that it was analysed", "这不表示已完成分析")[number] in told["message"]
+        person.post(f"/studies/{study}/urgent")
+        said = words(person.open(f"/studies/{study}"))
+        assert told["message"] in said
+        assert "Already read" not in said
+        assert "已分析完毕" not in said
+
+
+def test_a_study_of_which_one_image_was_not_analysed_is_not_called_read(box: Box) -> None:
+    study = box.take(scan_bytes(StudyInstanceUID="1.2.3")).study_id
+    box.work(result())
+    box.take(scan_bytes(StudyInstanceUID="1.2.3", BodyPartExamined="KNEE", ViewPosition=None))
+    box.work(JobResult(ScanState.OUT_OF_SCOPE, Note("scope.body_part")))
+    assert box.person().post(f"/api/v1/studies/{study}/urgent").json()["outcome"] == "nothing_waits"
+
+
+@pytest.mark.parametrize(
+    ("language", "press", "done", "not_done"),
+    [
+        ("en", "No longer first", "This study is no longer read first.", "was not to be read first"),
+        ("zh", "取消优先", "该检查不再优先分析。", "该检查原本未设为优先。"),
+    ],
+)
+def test_the_button_that_takes_it_back(box: Box, language: str, press: str, done: str, not_done: str) -> None:
+    before, study = box.take(scan_bytes()), box.take(scan_bytes()).study_id
+    person = box.person("wang", language=language)
+    assert press not in words(person.open(f"/studies/{study}"))
+    person.post(f"/studies/{study}/urgent")
+    for page in (person.open(f"/studies/{study}"), line(person, study)):
+        assert UNDO.findall(page) == [f"/studies/{study}/routine"]
+        assert press in words(page)
+    answer = person.post(f"/studies/{study}/routine", data={"back": "worklist", "before": "7"})
+    assert (answer.status_code, answer.headers["Location"]) == (302, "/?before=7")
+    page = person.open(f"/studies/{study}")
+    assert done in words(page)
+    assert BUTTON.findall(page) == [f"/studies/{study}/urgent"]
+    assert not UNDO.findall(page)
+    assert 'data-urgent="0"' in line(person, study)
+    person.post(f"/studies/{study}/routine")
+    assert not_done in words(person.open(f"/studies/{study}"))
+    job = box.store.claim_job("test", 60)
+    assert job
+    assert (job.instance_id, job.priority) == (before.instance_id, 0)
+
+
+def test_the_command_line_marks_and_takes_back(box: Box, capsys: pytest.CaptureFixture[str]) -> None:
+    study = box.take(scan_bytes()).study_id
+
+    def said(*options: str) -> str:
+        assert main(["urgent", str(study), *options, "--data-dir", str(box.settings.data_dir)]) == 0
+        return capsys.readouterr().out
+
+    assert "1 will be read first" in said()
+    assert "it is first already" in said()
+    assert "1 no longer first" in said("--undo")
+    assert box.store.urgency_of(study) is None
+    box.work(JobResult(ScanState.NOT_ANALYSED, Note("pixel.undecodable")))
+    assert "nothing waits; that does not mean that it was analysed" in said()
+
+
+def test_scripts_can_take_it_back(box: Box) -> None:
+    study = box.take(scan_bytes()).study_id
+    person = box.person("robot")
+    person.post(f"/api/v1/studies/{study}/urgent")
+    told = person.post(f"/api/v1/studies/{study}/routine").json()
+    assert (told["outcome"], told["jobs"], told["urgent"]) == ("no_longer_first", 1, None)
+    assert person.post(f"/api/v1/studies/{study}/routine").json()["outcome"] == "was_not_first"
+    assert person.post("/api/v1/studies/999/routine").status_code == 404
+    assert person.get(f"/api/v1/studies/{study}/routine").status_code == 405
+
+
 def test_scripts_have_the_same_door(box: Box) -> None:
     study = box.take(scan_bytes()).study_id
     person = box.person("robot")
@@ -142,7 +232,7 @@ def test_scripts_have_the_same_door(box: Box) -> None:
 
 def test_neither_strangers_nor_technicians_nor_other_sites(box: Box) -> None:
     study = box.take(scan_bytes()).study_id
-    for path in (f"/studies/{study}/urgent", f"/api/v1/studies/{study}/urgent"):
+    for path in (f"{start}/{study}/{end}" for start in ("/studies", "/api/v1/studies") for end in ("urgent", "routine")):
         assert Person(box.base).post(path).status_code in (400, 401)
         person = box.person()
         person.token = ""
@@ -182,4 +272,8 @@ def test_the_study_page_says_that_it_was_asked_for_at_the_box_itself(box: Box) -
     study = box.take(scan_bytes()).study_id
     box.store.make_urgent(study, "cli", "cli")
     assert "Asked for on the box's command line" in words(box.person().get(f"/studies/{study}").text)
+    with box.store.database.transaction() as tx:  # from before it was written down
+        tx.execute("UPDATE studies SET urgent = json_set(urgent, '$.at', '') WHERE id = ?", (study,))
+    assert "command line, time not recorded" in words(box.person("zhou").get(f"/studies/{study}").text)
+    assert "时间未记录" in words(box.person("wu", language="zh").get(f"/studies/{study}").text)
     assert "由本机命令行设为加急" in words(box.person("li", language="zh").get(f"/studies/{study}").text)

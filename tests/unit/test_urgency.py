@@ -12,7 +12,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from appliance.database import Database, migrations
-from appliance.domain import Source
+from appliance.domain import Note, Source
 from appliance.errors import StoreError
 from appliance.ingest import Ingest
 from appliance.store import Store
@@ -149,14 +149,17 @@ def test_who_asked_first_stays_on_record(store: Store) -> None:
     assert told
     assert (told.origin, told.actor, told.term) == ("person", "wang", "")
     assert [item["actor"] for item in entries(store, stored.study_id)] == ["wang"]
-    assert store.waiting_of(stored.study_id) == 2
+    assert store.standing_of(stored.study_id) == "waits"
 
 
 def test_an_urgent_job_that_failed_is_urgent_when_it_is_tried_again(store: Store) -> None:
     stored, other = take(store, with_priority("STAT")), take(store, scan_bytes())
-    with store.database.transaction() as tx:
-        tx.execute("UPDATE jobs SET state = 'failed' WHERE instance_id = ?", (stored.instance_id,))
-    assert store.waiting_of(stored.study_id) == 0
+    for _ in range(store.settings.job_max_attempts):
+        job = store.claim_job("test", 60)
+        assert job
+        assert job.instance_id == stored.instance_id
+        store.fail_job(job, Note("job.error"))
+    assert store.standing_of(stored.study_id) == "unread"
     assert store.retry(stored.instance_id, "wang")
     assert order(store) == [stored.instance_id, other.instance_id]
 
@@ -164,7 +167,37 @@ def test_an_urgent_job_that_failed_is_urgent_when_it_is_tried_again(store: Store
 def test_a_study_that_is_not_here_cannot_be_urgent(store: Store) -> None:
     with pytest.raises(StoreError, match=r"store\.missing"):
         store.make_urgent(17, "doctor")
+    with pytest.raises(StoreError, match=r"store\.missing"):
+        store.make_routine(17, "doctor")
     assert store.urgency_of(17) is None
+
+
+def test_the_mark_can_be_taken_back_and_what_waits_waits_in_its_turn(store: Store) -> None:
+    routine, stat = take(store, scan_bytes()), take(store, with_priority("STAT", StudyInstanceUID="1.2.3"))
+    revision = Worklist(store).revision()
+    assert store.make_routine(stat.study_id, "wang") == 1
+    assert store.make_routine(stat.study_id, "wang") is None
+    assert why(store, stat.study_id) is None
+    assert [row.id for row in Worklist(store).changes(revision)] == [stat.study_id]
+    rows = [json.loads(row["entry"]) for row in store.database.query("SELECT entry FROM audit ORDER BY seq")]
+    taken_back = [(row["actor"], row["object"], row["detail"]) for row in rows if "not_urgent" in row["detail"]]
+    assert taken_back == [("wang", f"study:{stat.study_id}", {"not_urgent": 1, "origin": "person"})]
+    again = take(store, with_priority("STAT", StudyInstanceUID="1.2.3"))  # the machine says so with every image
+    assert why(store, stat.study_id) is None
+    assert order(store) == [routine.instance_id, stat.instance_id, again.instance_id]
+    store.database.verify_audit()
+
+
+def test_a_person_may_make_it_urgent_once_more(store: Store) -> None:
+    routine, stat = take(store, scan_bytes()), take(store, with_priority("STAT", StudyInstanceUID="1.2.3"))
+    store.make_routine(stat.study_id, "wang")
+    assert store.make_urgent(stat.study_id, "li") == 1
+    assert order(store) == [stat.instance_id, routine.instance_id]
+    assert store.make_routine(stat.study_id, "cli", "cli") == 1  # what is taken and has no result yet counts, as at the way in
+    store.make_urgent(stat.study_id, "li")
+    told = why(store, stat.study_id)
+    assert told
+    assert (told.origin, told.actor) == ("person", "li")
 
 
 def test_idle_series_of_urgent_studies_are_planned_alone(store: Store) -> None:
@@ -207,5 +240,5 @@ def test_what_was_urgent_before_this_was_written_down_is_urgent_still(tmp_path: 
     raw.close()
     database = Database(path, b"key")
     told = [Urgency.of(row["urgent"]) for row in database.query("SELECT urgent FROM studies ORDER BY id")]
-    assert told == [None, Urgency("cli", "cli", "2026-01-01T00:00:00.000+00:00")]
+    assert told == [None, Urgency("cli", "cli", "")]  # nobody wrote down when
     database.close()
