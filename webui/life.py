@@ -15,6 +15,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from appliance.domain import Note
+from appliance.lifecycle.watch import allowed_latency_ms
 from appliance.ran import Running, name_of
 from appliance.store import Store
 from appliance.tuning.tunings import Tuning, Tunings
@@ -54,7 +55,7 @@ class Trial:
     max_failure_fraction: float | None
     latency_ms: float | None
     self_test_ms: float | None
-    max_latency_ratio: float | None
+    max_latency_ms: float | None
     drift: float | None
     max_drift: float | None
 
@@ -64,9 +65,14 @@ class Trial:
         return min(1.0, self.cases / self.wanted) if self.wanted else 0.0
 
     @property
-    def latency_ratio(self) -> float | None:
-        """The median latency as a multiple of the self-test's."""
-        return self.latency_ms / self.self_test_ms if self.latency_ms is not None and self.self_test_ms else None
+    def beyond(self) -> frozenset[str]:
+        """Which of ``failures``, ``latency`` and ``drift`` are beyond what is allowed, whether or not there is enough of it to judge by."""
+        failed = self.failures / (self.cases + self.failures) if self.failures else 0.0
+        pairs = {
+            "failures": (failed, self.max_failure_fraction), "latency": (self.latency_ms, self.max_latency_ms),
+            "drift": (self.drift, self.max_drift),
+        }  # fmt: skip
+        return frozenset(name for name, (value, limit) in pairs.items() if value is not None and limit is not None and value > limit)
 
 
 @dataclass(frozen=True)
@@ -223,14 +229,16 @@ def _activation(row: sqlite3.Row, known: Mapping[str, Model]) -> Activation:
 
 
 def _trial(trial: Mapping[str, Any], self_test: Mapping[str, Any], watch: Watch | None) -> Trial:
+    self_test_ms = _number(self_test, "median_ms")
+    bound_ms = max(self_test_ms or 0.0, _number(self_test, "watch_ms") or 0.0)
     return Trial(
         cases=int(_number(trial, "cases") or 0),
         wanted=watch.trial_cases if watch else None,
         failures=int(_number(trial, "failures") or 0),
         max_failure_fraction=watch.max_failure_fraction if watch else None,
         latency_ms=_number(trial, "latency_ms"),
-        self_test_ms=_number(self_test, "median_ms"),
-        max_latency_ratio=watch.max_latency_ratio if watch else None,
+        self_test_ms=self_test_ms,
+        max_latency_ms=allowed_latency_ms(watch, bound_ms) if watch and bound_ms else None,
         drift=_number(trial, "drift"),
         max_drift=watch.max_score_drift if watch else None,
     )

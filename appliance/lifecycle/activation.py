@@ -191,6 +191,14 @@ class Activator:
             self._log.error("the journal of models cannot be kept", extra={"code": error.code})
             self._next = now + _AFTER_ERROR_S
 
+    def look(self) -> None:
+        """In the middle of a batch or a series: only what must not read any more. Nothing is loaded, put to work or closed."""
+        try:
+            self._follow(lambda follower: follower.look())
+            self._guard()
+        except StoreError as error:  # the next tick meets it again
+            self._log.error("the journal of models cannot be kept", extra={"code": error.code})
+
     def stop(self) -> None:
         """The box is being stopped in order: end what goes on, to be begun again at the next start."""
         begun = [self._coming.number] if self._coming is not None else []
@@ -343,7 +351,7 @@ class Activator:
     def _count(self, row: sqlite3.Row) -> tuple[Manifest, watch.Statistics, dict[str, Any]]:
         """What a watched model did so far; kept in the journal when it changed."""
         manifest, known = Manifest.model_validate_json(row["manifest"]), json.loads(row["trial"])
-        seen = watch.measure(self._store.database, row["digest"], manifest, known["after_job"])
+        seen = watch.measure(self._store.database, row["digest"], manifest, known["after_job"], known.get("way_after_job", 0))
         trial = known | seen.to_json()
         if trial != known:
             self.journal.observed(row["id"], trial, case_finished=seen.cases > known["cases"])

@@ -40,7 +40,7 @@ class Statistics:
     Attributes:
         cases: images it read.
         failures: readings that failed for good.
-        latency_ms: median time of an inference; None before the first.
+        latency_ms: median time of an inference the way it is run now; None before the first, or before five since that changed.
         drift: largest population stability index of a label, less the part that chance alone gives; None before 50 images.
     """
 
@@ -54,10 +54,19 @@ class Statistics:
         return {"cases": self.cases, "failures": self.failures, "latency_ms": self.latency_ms, "drift": self.drift}
 
 
-def measure(database: Database, digest: str, manifest: Manifest, after_job: int) -> Statistics:
-    """Count what a version did in the jobs planned after ``after_job``."""
+def measure(database: Database, digest: str, manifest: Manifest, after_job: int, way_after_job: int = 0) -> Statistics:
+    """Count what a version did in the jobs planned after ``after_job``.
+
+    Args:
+        database: the box's.
+        digest: the version.
+        manifest: its manifest.
+        after_job: the last job before it was put to work.
+        way_after_job: the last job before another way of running it was taken; 0 when none was. Times before it were another way's
+            and do not count, and the first few after it tell nothing yet.
+    """
     jobs = database.query(
-        "SELECT outcome, coalesce(json_extract(timing_ms, '$.window'), json_extract(timing_ms, '$.infer')) AS infer,"
+        "SELECT id, outcome, coalesce(json_extract(timing_ms, '$.window'), json_extract(timing_ms, '$.infer')) AS infer,"
         " coalesce(json_extract(runtime, '$.leaves_box'), json_extract(runtime, '$.reason.code') = 'choice.fallback', 0) AS other FROM jobs"
         " WHERE model_digest = ? AND id > ? AND outcome IN (?, ?) AND state IN ('done', 'failed')"
         " AND coalesce(json_extract(reason, '$.detail'), '') != ?"
@@ -65,11 +74,12 @@ def measure(database: Database, digest: str, manifest: Manifest, after_job: int)
         digest, after_job, ScanState.AI_READY.value, ScanState.FAILED.value, BEFORE_MODEL, json.dumps(_NOT_REACHED),
     )  # fmt: skip
     read = [row for row in jobs if row["outcome"] == ScanState.AI_READY.value]
-    latencies = [row["infer"] for row in read if row["infer"] is not None and not row["other"]]
+    latencies = [row["infer"] for row in read if row["infer"] is not None and not row["other"] and row["id"] > way_after_job]
+    timed = len(latencies) >= (LATENCY_FROM if way_after_job else 1)
     drift = None
     if len(read) >= DRIFT_FROM:
         drift = max((_drift(database, digest, after_job, histogram) for histogram in manifest.reference_scores), default=None)
-    return Statistics(len(read), len(jobs) - len(read), statistics.median(latencies) if latencies else None, drift)
+    return Statistics(len(read), len(jobs) - len(read), statistics.median(latencies) if timed else None, drift)
 
 
 def _drift(database: Database, digest: str, after_job: int, histogram: ScoreHistogram) -> float:
@@ -105,12 +115,17 @@ def out_of_bounds(seen: Statistics, watch: Watch, self_test_ms: float) -> Note |
     done = seen.cases + seen.failures
     if seen.failures >= FAILURES_FROM and seen.failures / done > watch.max_failure_fraction:
         return Note("activation.failures", f"{seen.failures} of {done}")
-    allowed_ms = watch.max_latency_ratio * max(self_test_ms, LATENCY_FLOOR_MS)
+    allowed_ms = allowed_latency_ms(watch, self_test_ms)
     if seen.cases >= LATENCY_FROM and seen.latency_ms is not None and seen.latency_ms > allowed_ms:
         return Note("activation.latency", f"{seen.latency_ms:.1f} ms, self-test {self_test_ms:.1f} ms")
     if seen.drift is not None and watch.max_score_drift is not None and seen.drift > watch.max_score_drift:
         return Note("activation.drift", f"{seen.drift:.2f}, allowed {watch.max_score_drift:g}")
     return None
+
+
+def allowed_latency_ms(watch: Watch, self_test_ms: float) -> float:
+    """The longest median that the manifest allows where the self-test took so long."""
+    return watch.max_latency_ratio * max(self_test_ms, LATENCY_FLOOR_MS)
 
 
 def bound_ms(report: dict[str, Any]) -> float:

@@ -150,15 +150,15 @@ class Tunings:
     def done(self, tuning: Tuning, report: Mapping[str, Any]) -> None:
         """Take what was measured: how the model is run, the table, and the end of the measuring in one transaction.
 
-        The trial of the model, its state and its place in the line stay as they are; the latency it is allowed on trial stays what it
-        was where that was more, since the scans read until now took as long as they did.
+        The trial of the model, its state and its place in the line stay as they are; what it took to read until now was the old
+        way's, and is not held against the new one's self-test.
         """
         with self._db.transaction() as tx:
             tx.execute(
                 "UPDATE models SET self_test = ?, precision = ?, runtime = ? WHERE digest = ?",
                 (json.dumps(report), report["precision"], report["runtime"], tuning.digest),
             )
-            self._bound(tx, tuning.digest, report)
+            self._other_way(tx, tuning.digest, report)
             self._keep(tx, replace(tuning, state="done", progress=1.0, reason=None, profile=str(report.get("profile", ""))))
             Database.audit(
                 tx, db.SECURITY_ALERT, tuning.actor, "U", f"model:{tuning.digest[:12]}", **_CONFIGURATION, name=tuning.name,
@@ -226,11 +226,27 @@ class Tunings:
     # -- inside a transaction ----------------------------------------------------------------------------------------
 
     @staticmethod
-    def _bound(tx: sqlite3.Connection, digest: str, report: Mapping[str, Any]) -> None:
-        """The entry whose model is watched gets the new figures, and never a stricter bound than it had."""
-        row = tx.execute(
-            "SELECT id, self_test FROM activations WHERE digest = ? AND state IN ('trial', 'good') ORDER BY id DESC", (digest,)
+    def _watched(tx: sqlite3.Connection, digest: str) -> sqlite3.Row | None:
+        """The entry of the journal whose model is watched, or was."""
+        row: sqlite3.Row | None = tx.execute(
+            "SELECT id, self_test, trial FROM activations WHERE digest = ? AND state IN ('trial', 'good') ORDER BY id DESC", (digest,)
         ).fetchone()
+        return row
+
+    @classmethod
+    def _other_way(cls, tx: sqlite3.Connection, digest: str, report: Mapping[str, Any]) -> None:
+        """The watch goes by the new way's figures, and takes no time that is older."""
+        row = cls._watched(tx, digest)
+        if row is None:
+            return
+        last = int(tx.execute("SELECT coalesce(max(id), 0) FROM jobs").fetchone()[0])
+        trial = json.dumps(json.loads(row["trial"] or "{}") | {"way_after_job": last, "latency_ms": None}) if row["trial"] else None
+        tx.execute("UPDATE activations SET self_test = ?, trial = ? WHERE id = ?", (json.dumps(report), trial, row["id"]))
+
+    @classmethod
+    def _bound(cls, tx: sqlite3.Connection, digest: str, report: Mapping[str, Any]) -> None:
+        """The entry whose model is watched gets the new figures, and never a stricter bound than it had."""
+        row = cls._watched(tx, digest)
         if row is None:
             return
         before = json.loads(row["self_test"] or "{}")

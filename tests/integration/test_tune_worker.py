@@ -337,6 +337,28 @@ def test_a_slower_way_after_a_fallback_is_not_held_against_a_trial(tmp_path: Pat
     assert box.active() == new
 
 
+def test_what_it_took_to_read_the_old_way_is_not_held_against_the_new_one(tmp_path: Path, store: Store) -> None:
+    box = Box(tmp_path, store)
+    box.first()
+    new = activate(store, box.bundle("1.1.0"), "test")
+
+    def read(count: int, ms: float) -> float | None:
+        for number in range(count):
+            box.scan(f"{ms}-{number}")
+            assert box.work(ms=ms) == new
+        box.settle(box.activator())
+        trial = json.loads(box.journal.history()[0]["trial"])
+        assert trial["failures"] == 0
+        return trial["latency_ms"]  # type: ignore[no-any-return]
+
+    tunings = Tunings(store.database)
+    assert read(4, 400.0) == 400.0
+    tunings.done(tunings.ask(new, "cxr-pneumonia", "test"), report_of(store, new) | {"median_ms": 10.0})
+    assert read(4, 61.0) is None  # four tell nothing yet
+    assert read(1, 62.0) == 61.0
+    assert (box.active(), json.loads(box.journal.history()[0]["trial"])["cases"]) == (new, 9)
+
+
 @pytest.mark.timeout(900)
 def test_going_back_by_hand_measures_what_it_goes_back_to(tmp_path: Path, store: Store) -> None:
     quick = Store(store.settings.model_copy(update={"worker_threads": 1, "tune_measuring_s": 8.0, "tune_at_activation": True}))
