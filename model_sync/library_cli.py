@@ -27,6 +27,8 @@ _FLEET = {
     "operator": "Make or remove a person who may see the fleet and pause a rollout.",
 }
 
+_EXTRA = ("sqlalchemy", "psycopg", "pkcs11")
+
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, and where to read on."""
@@ -39,9 +41,17 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 1 refused, 2 wrong use)."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    parsed = _parser(fleet=arguments[:1] in [[name] for name in _FLEET]).parse_args(arguments)
+    fleet = bool(arguments) and arguments[0] in _FLEET
     try:
+        parsed = _parser(fleet=fleet).parse_args(arguments)
         return int(parsed.run(parsed) or 0)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if not fleet or missing not in _EXTRA:
+            raise
+        print(f"error: `model-library {arguments[0]}` needs {missing}, which is not installed here", file=sys.stderr)
+        print("hint: pip install 'clinic-edge-appliance[library]'", file=sys.stderr)
+        return 2
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -74,6 +74,7 @@ class Fleet:
 
         Raises:
             SettingsError: the address is wrong, the server does not answer, or the tables are of another version.
+            ModuleNotFoundError: PostgreSQL's driver is not installed.
         """
         self._clock = clock
         try:
@@ -81,6 +82,8 @@ class Fleet:
             self._writes = self.engine.execution_options(fleet_writes=True)
             self._lay_tables()
         except (ArgumentError, NoSuchModuleError, SQLAlchemyError, ImportError, OSError) as error:
+            if isinstance(error, ModuleNotFoundError) and error.name == "psycopg":
+                raise  # the address is right: the command says what to install
             hint = "check --db: sqlite:////path/fleet.db or postgresql+psycopg://user@host/database"
             raise SettingsError(f"the fleet database cannot be opened ({type(error).__name__})", hint=hint) from error
 

@@ -398,3 +398,21 @@ def test_every_command_has_help_that_the_guide_names(ready: Shell) -> None:
         assert f"model-library {command}" in guide, command
         if command not in FLEET:
             assert "usage: model-library" in ready.run(command, "--help")
+
+
+@pytest.mark.parametrize(("module", "command"), [("sqlalchemy", name) for name in sorted(FLEET)] + [("psycopg", "allow")])
+def test_a_plain_install_names_the_extra_in_place_of_a_traceback(module: str, command: str, tmp_path: Path) -> None:
+    """The commands of the fleet need what a box is installed without."""
+    more = ["box", "--db", "postgresql+psycopg://nobody@127.0.0.1:1/none"] if module == "psycopg" else []
+    code = f"import sys; sys.modules[{module!r}] = None; from model_sync.library_cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", code, command, *more], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    first, second = done.stderr.splitlines()
+    assert first == f"error: `model-library {command}` needs {module}, which is not installed here"
+    assert second == "hint: pip install 'clinic-edge-appliance[library]'"
+
+
+def test_the_extra_is_named_where_one_starts() -> None:
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    for name in ("model-library.md", "fleet.md"):
+        assert "pip install 'clinic-edge-appliance[library]'" in (docs / name).read_text("utf-8"), name
