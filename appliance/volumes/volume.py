@@ -139,7 +139,7 @@ def prepared_shape(grid: Grid, spec: VolumeSpec) -> Shape:
         elif isinstance(step, Resample):
             grid = _resampled_grid(grid, step)
         elif isinstance(step, CropPad):
-            return step.depth, step.height, step.width
+            grid = Grid((step.depth, step.height, step.width), grid.affine, grid.through)  # a second one may cut more
     return grid.shape
 
 

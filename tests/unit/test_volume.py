@@ -462,3 +462,12 @@ def test_every_reason_has_both_languages_and_says_that_it_was_not_analysed() -> 
         assert code.startswith("volume.") and all(reason)
         if code not in ("volume.localizer", "volume.straightened", "volume.incomplete"):
             assert "没有作体积分析" in reason.hint_zh and "not analysed" in reason.hint_en
+
+
+def test_headers_tell_the_shape_after_the_last_crop() -> None:
+    """A wide field first and the model's own after it: what memory has to hold is the last."""
+    crops = [{"step": "crop_pad", "depth": side, "height": side, "width": side, "fill": 0.0, "align": "center"} for side in (200, 24)]
+    told: list[tuple[int, int, int]] = []
+    wanted = spec(scale=[crops[0], *PLAIN, crops[1]])
+    series = read_series(made_up.sources(made_up.slices()), wanted, fits=told.append)
+    assert told == [(24, 24, 24)] == [prepare(series, wanted).grid.shape]
