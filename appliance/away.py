@@ -50,6 +50,7 @@ class Away:
     Attributes:
         name, version, precision, provider: of what answers now.
         turns: how often something else has come to answer.
+        lost: why nothing answers any more: what is elsewhere does not, and the plain way must not; None while something does.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Away:
         self._limit_s = LEAST_S
         self._here: Runtime | None = None
         self.turns = 0
+        self.lost: InferenceError | None = None
 
     @property
     def elsewhere(self) -> bool:
@@ -95,6 +97,7 @@ class Away:
         self._reaching = None
         self._there, self._limit_s = reaching.result()
         here, self._here = self._here, None
+        self.lost = None
         if here is not None:
             here.close()
         self._show(self._there)
@@ -106,6 +109,8 @@ class Away:
 
     def infer(self, inputs: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
         """Run the model where it runs now, and here when that fails; see ``Runtime.infer``."""
+        if self.lost is not None:
+            raise InferenceError(self.lost.code, self.lost.detail)
         if self._here is not None:
             return _one_by_one(self._here, inputs)
         if self._there is None:
@@ -129,6 +134,8 @@ class Away:
         try:
             local = self._local()
         except InferenceError:
+            if error.code.startswith("runtime."):  # else it may be the fault of this scan
+                self.lost = error
             raise error from None  # it must not take over: the job says what went wrong there
         try:
             outputs = _one_by_one(local, inputs)
@@ -168,7 +175,7 @@ class Away:
         if here is not None:
             here.close()
         closed = self._line.ask(partial(_close, there, reaching))
-        if here is None and reaching is None:
+        if here is None and reaching is None and self.lost is None:
             wait([closed], self._limit_s)
 
 
@@ -178,7 +185,11 @@ def _open(reach: Callable[[], Runtime], before: Runtime | None) -> tuple[Runtime
         before.close()
     there = reach()
     started = time.monotonic()
-    there.warm_up()  # once more: the first time is slower than all others
+    try:
+        there.warm_up()  # once more: the first time is slower than all others
+    except BaseException:
+        there.close()  # else the model stays there for ever
+        raise
     return there, max(LEAST_S, _TIMES * (time.monotonic() - started))
 
 

@@ -162,6 +162,13 @@ class Loaded:
         logger.error("the model is run another way than chosen", extra={"code": error.code})
         self.reason, self.candidate = self.fallback, self._plain
 
+    def reach_again(self) -> Loaded:
+        """Reach for what was lost, as long as that takes; returns itself, ready. Raises what goes wrong, such as InferenceError."""
+        assert self.away is not None
+        self.away.reach()
+        self.away.reached(None)
+        return self
+
     def come_back(self) -> None:
         """What was chosen was reached again, and runs it from now on."""
         self.fallback, self.reason, self.candidate = None, self._why, self._chosen

@@ -1,10 +1,10 @@
-"""Loading a model beside the one that reads: in a thread, so that no scan waits for it."""
+"""Loading a model beside those that read: in a thread, so that no scan of another model waits for it."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final, Protocol
 
 from appliance.errors import ActivationError, ApplianceError
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from model_sync.bundle import Manifest
 
 LOAD_DEADLINE_S: Final = 120.0
+AGAIN_S: Final = 60.0
 
 
 class Ready(Protocol):
@@ -68,3 +69,49 @@ class Loading:
         if self._ready is None:
             raise self._error
         return self._ready
+
+
+class Beside:
+    """Models that are run elsewhere, each loaded in a thread of its own: a hub that hangs holds no scan of the others.
+
+    Args:
+        clock: seconds that only rise.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._loading: dict[str, Loading] = {}
+        self._failed: dict[str, tuple[ActivationError, float]] = {}
+
+    @property
+    def loading(self) -> set[str]:
+        """Digests of those that are being loaded: their jobs wait."""
+        return set(self._loading)
+
+    def begin(self, load: Load, digest: str, plan: Plan) -> None:
+        """Load one, unless that goes on already."""
+        if digest not in self._loading:
+            self._failed.pop(digest, None)
+            self._loading[digest] = Loading(load, digest, plan)
+
+    def why_not(self, digest: str) -> ActivationError | None:
+        """Why one could not be loaded, until it is tried again."""
+        return self._failed[digest][0] if digest in self._failed else None
+
+    def come(self) -> Iterator[tuple[str, Ready | ActivationError]]:
+        """What has come of them since the last time: each model, or why there is none."""
+        for digest in [digest for digest, loading in self._loading.items() if loading.done()]:
+            try:
+                yield digest, self._loading.pop(digest).take()
+            except ActivationError as error:
+                self._failed[digest] = (error, self._clock() + AGAIN_S)
+                yield digest, error
+
+    def due(self) -> set[str]:
+        """Which of those that could not be loaded are to be tried again now."""
+        now = self._clock()
+        return {digest for digest, (_, then) in self._failed.items() if now >= then}
+
+    def forget(self, digest: str) -> None:
+        """It reads another way by now, or not any more."""
+        self._failed.pop(digest, None)

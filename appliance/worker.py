@@ -17,13 +17,14 @@ import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from appliance.away import START_S
+from appliance.away import ELSEWHERE, START_S
 from appliance.batching import Batch
 from appliance.comeback import Comeback
 from appliance.domain import Job, JobKind, JobResult, Note, ScanState
-from appliance.errors import ApplianceError, PixelError, StoreError
+from appliance.errors import ActivationError, ApplianceError, InferenceError, PixelError, StoreError
 from appliance.lifecycle.activation import Activator
 from appliance.loaded import Loaded
+from appliance.loading import Beside, Load
 from appliance.pictures.pixels import iter_frames
 from appliance.process import Lock, give_back_memory
 from appliance.reading import Timer, conclude, dataset_of, prepare
@@ -64,6 +65,7 @@ class Worker:
         self._wait_s = wait_s
         self._distrusted: set[str] = set()
         self._said: dict[str, Note | None] = {}
+        self._beside = Beside()
         self.activator = Activator(store, self._load, self._take, load_now=self._load_now)
         self._comeback = Comeback(self.activator.retuner.want)
 
@@ -71,11 +73,21 @@ class Worker:
         """The worker before this one fell while it loaded these: this one loads them the plain way, and has them measured again."""
         self._distrusted |= set(digests)
 
+    @property
+    def loading(self) -> bool:
+        """Whether a model that is run elsewhere is being loaded, whose scans wait meanwhile."""
+        return bool(self._beside.loading)
+
     def prepare(self) -> None:
-        """Load and warm up every active model, and drop those that nobody needs any more."""
+        """Load and warm up every active model, and drop those that nobody needs any more; what is run elsewhere is loaded beside."""
         active = {row["digest"]: row["activated_at"] for row in self._store.models() if row["state"] == "active"}
         self._drop(set(active))
-        for digest in set(active) - set(self._loaded):
+        absent = set(active) - set(self._loaded)
+        elsewhere = {digest for digest in absent if self._runs_elsewhere(digest)}
+        for digest in elsewhere:
+            if self._beside.why_not(digest) is None:
+                self._load_beside(digest)
+        for digest in absent - elsewhere:
             if self._broken.get(digest) == active[digest]:
                 continue
             try:
@@ -91,6 +103,7 @@ class Worker:
         try:
             self.activator.tick()
             self._comeback.look(self._loaded)
+            self._take_beside()
             self._say_changes()
             if time.monotonic() >= self._next_drop and len(self._loaded) > 1:
                 self._next_drop = time.monotonic() + _DROP_EVERY_S
@@ -102,10 +115,64 @@ class Worker:
         """Let go of models that read no more; one that was replaced stays for as long as a job names it."""
         if not set(self._loaded) - active:
             return
-        named = {row["model_digest"] for row in self._store.database.query("SELECT model_digest FROM jobs WHERE state = 'queued'")}
-        for digest in set(self._loaded) - active - named:
+        for digest in set(self._loaded) - active - self._named():
             self._loaded.pop(digest).runtime.close()
             give_back_memory()
+
+    def _named(self) -> set[str]:
+        """The models that waiting jobs name."""
+        return {row["model_digest"] for row in self._store.database.query("SELECT model_digest FROM jobs WHERE state = 'queued'")}
+
+    # -- models that are run elsewhere, loaded beside the reading ----------------------------------------------------
+
+    def _plan(self, digest: str) -> Plan:
+        row = self._store.model(digest)
+        return Plan.of(row["precision"], json.loads(row["self_test"]))
+
+    def _runs_elsewhere(self, digest: str) -> bool:
+        """Whether loading it may have to wait for another machine."""
+        chosen, hub = self._plan(digest).candidate, self._store.settings.triton_url
+        return chosen is not None and chosen.runtime in ELSEWHERE and chosen.provider == hub != "" and digest not in self._distrusted
+
+    def _load_beside(self, digest: str, load: Load | None = None) -> None:
+        wait_s, settings = self._wait_s, self._store.settings
+        self._beside.begin(load or (lambda digest, plan: Loaded(settings, digest, plan, wait_s=wait_s)), digest, self._plan(digest))
+
+    def _take_beside(self) -> None:
+        """What has been loaded beside reads from now on; what could not be is said, and tried again."""
+        for digest, came in self._beside.come():
+            if isinstance(came, ActivationError):
+                self._cannot(digest, came)
+            elif isinstance(came, Loaded) and digest in self._loaded:  # measured anew meanwhile
+                came.runtime.close()
+            elif isinstance(came, Loaded):
+                self._loaded[digest] = came
+                self._say_how(came)
+        if due := self._beside.due():
+            needed = self._named() | {row["digest"] for row in self._store.models() if row["state"] == "active"}
+            for digest in due:
+                self._beside.forget(digest)
+                if digest in needed - set(self._loaded):
+                    self._load_beside(digest)
+
+    def _reach_beside(self, lost: Loaded) -> None:
+        """Nothing runs it now; it is reached for at once, and its scans wait so long."""
+        if lost.away is not None and lost.away.lost is not None:
+            self.activator.retuner.tunings.cannot_run(lost.digest, Note(lost.away.lost.code, lost.away.lost.detail))
+            self._load_beside(lost.digest, lambda *_: lost.reach_again())
+
+    def _lost(self) -> set[str]:
+        """Models that nothing runs any more: what is elsewhere does not answer, and the plain way must not."""
+        return {digest for digest, loaded in self._loaded.items() if loaded.away is not None and loaded.away.lost is not None}
+
+    def _held(self) -> set[str]:
+        """Models whose jobs wait."""
+        return self.activator.held | self._beside.loading | self._lost()
+
+    def _cannot(self, digest: str, error: ApplianceError) -> None:
+        """Nothing runs a model: say so, and measure, for perhaps there is another way."""
+        self.activator.retuner.tunings.cannot_run(digest, Note(error.code, error.detail))
+        self.activator.retuner.want(digest)
 
     def _load(self, digest: str, plan: Plan) -> Loaded:
         """A model beside the one that reads, in a thread of the activator's."""
@@ -125,6 +192,7 @@ class Worker:
         if before is not None and before is not loaded:
             before.runtime.close()
         self._loaded[loaded.digest] = loaded
+        self._beside.forget(loaded.digest)
         self._say_how(loaded)
 
     def _say_how(self, loaded: Loaded) -> None:
@@ -139,13 +207,15 @@ class Worker:
 
     def _say_changes(self) -> None:
         """What ran elsewhere does not answer any more, or answers again: that can come with every inference."""
+        for digest in self._lost():
+            self._reach_beside(self._loaded.pop(digest))
         for loaded in self._loaded.values():
             if loaded.away is not None and self._said.get(loaded.digest) != loaded.fallback:
                 self._say_how(loaded)
 
     def run_once(self) -> bool:
         """Do one job, or a batch of them. Returns False when there was none."""
-        job = self._store.claim_job(self._owner, self._lease_s(1), self.activator.held)
+        job = self._store.claim_job(self._owner, self._lease_s(1), self._held())
         if job is None:
             return False
         model = self._loaded.get(job.model_digest)
@@ -168,8 +238,7 @@ class Worker:
     def _urgent_first(self, *, volumes: bool = True) -> None:
         """Between two steps of a batch: whatever is urgent has come meanwhile and does not wait for its end."""
         self._store.close_idle_series(urgent=True)  # its sender may keep the association open, and say no end
-        held = self.activator.held
-        while (job := self._store.claim_job(self._owner, self._lease_s(1), held, urgent=True, volumes=volumes)) is not None:
+        while (job := self._store.claim_job(self._owner, self._lease_s(1), self._held(), urgent=True, volumes=volumes)) is not None:
             self._alone(job)
 
     def _between(self, job: Job) -> None:
@@ -239,14 +308,13 @@ class Worker:
 
     def _model(self, digest: str) -> Loaded:
         if digest not in self._loaded:
-            row = self._store.model(digest)
+            if (why := self._beside.why_not(digest)) is not None:
+                raise InferenceError(why.code, why.detail)
             distrust = Note("runtime.crashed", "the worker died while it loaded the model") if digest in self._distrusted else None
-            plan = Plan.of(row["precision"], json.loads(row["self_test"]))
             try:
-                self._loaded[digest] = Loaded(self._store.settings, digest, plan, distrust, wait_s=self._wait_s)
+                self._loaded[digest] = Loaded(self._store.settings, digest, self._plan(digest), distrust, wait_s=self._wait_s)
             except ApplianceError as error:
-                self.activator.retuner.tunings.cannot_run(digest, Note(error.code, error.detail))
-                self.activator.retuner.want(digest)  # perhaps there is another way
+                self._cannot(digest, error)
                 raise
             self._say_how(self._loaded[digest])
         return self._loaded[digest]
@@ -283,10 +351,11 @@ def run(settings: Settings, *, until_idle: bool = False) -> None:
                 continue
             if store.close_idle_series() or (until_idle and _close_all(store)):
                 continue
-            if until_idle and not worker.activator.busy:
+            busy = worker.activator.busy or worker.loading
+            if until_idle and not busy:
                 break
             worker.prepare()
-            bell.wait(_BUSY_IDLE_S if worker.activator.busy else _IDLE_S)
+            bell.wait(_BUSY_IDLE_S if busy else _IDLE_S)
         worker.activator.stop()
     finally:
         store.close()

@@ -62,7 +62,8 @@ Release: TypeAlias = Annotated[str, Pattern(pattern=RELEASE)]
 RuntimeName: TypeAlias = Annotated[
     str,
     Pattern(
-        pattern=r"^(onnxruntime|tensorrt|openvino|triton)( \d{1,5}(\.\d{1,5}){0,3})?( (CPU|CUDA|Tensorrt|OpenVINO)ExecutionProvider)?$"
+        pattern=r"^(none|(onnxruntime|tensorrt|openvino|triton)( \d{1,5}(\.\d{1,5}){0,3})?"
+        r"( (CPU|CUDA|Tensorrt|OpenVINO)ExecutionProvider)?)$"
     ),
 ]
 Count: TypeAlias = Annotated[int, Field(ge=0, lt=10**6)]

@@ -205,11 +205,16 @@ def box_report(store: Store) -> dict[str, Any]:
 
 
 def _as_it_runs(row: sqlite3.Row) -> dict[str, str]:
-    """Precision and runtime of a model at work as the worker last said, which need not be what was chosen; a server has no version."""
+    """Precision and runtime of a model at work as the worker last said, which need not be what was chosen; a server has no version.
+
+    The runtime is ``none`` where the worker said that nothing can run it.
+    """
     runs = (json.loads(row["self_test"]).get("runs") or {}) if row["state"] == "active" else {}
     precision, runtime = row["precision"], row["runtime"]
     if runs.get("runtime"):
         precision, runtime = runs["precision"], f"{runs['runtime']} {runs['version']}"
+    elif (runs.get("reason") or {}).get("code"):
+        runtime = "none"
     name, _, version = runtime.partition(" ")
     return {"precision": precision, "runtime": runtime if re.fullmatch(r"[\d.]+", version) else name}
 
@@ -241,7 +246,9 @@ def _put(directory: Path, name: str, data: bytes) -> None:
 def _give_to_group(descriptor: int, group: int) -> None:
     """Let the agent read a file by the group that the shared directory has, whatever the umask and the box's own group."""
     if os.fstat(descriptor).st_gid != group:
-        with suppress(PermissionError):  # the box is not in that group: the agent's status says that it cannot read the report
+        # The box is not in that group, or the group has no number in this user namespace: the agent's status says that it cannot read
+        # the report, which is there all the same.
+        with suppress(OSError):
             os.fchown(descriptor, -1, group)
     os.fchmod(descriptor, 0o640)
 

@@ -267,11 +267,14 @@ def test_a_withdrawn_model_reads_nothing_more_though_its_successor_hangs(box: Bo
     waiting = scan(box, seed=1)
     box.journal.restrict("cxr-pneumonia", "1.0.0", {"1.1.0": "x"})
     go = threading.Event()
-    load = Worker._load
-    monkeypatch.setattr(Worker, "_load", lambda self, *which: go.wait(60) and load(self, *which))
+    load, asked = Worker._load_now, list[str]()
+    monkeypatch.setattr(Worker, "_load_now", lambda self, *which: (asked.append(which[0]), go.wait(120)) and load(self, *which))
     here = worker_here(box)
-    here.step()
-    assert not here.run_once()
+    wait_for(lambda: here.step() or asked, 60)  # the successor is being loaded now
+    for _ in range(3):
+        here.step()
+        assert not here.run_once()
+    assert (asked, box.state(number)) == ([old], "trial")
     assert state_of(box, waiting) is ScanState.QUEUED
     go.set()
     wait_for(lambda: here.step() or box.state(number) == "withdrawn", 60)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from appliance import away, comeback, device
+from appliance import away, comeback, device, loading
 from appliance.cli import main
 from appliance.domain import ScanState, Source
 from appliance.errors import InferenceError
@@ -20,6 +20,7 @@ from appliance.lifecycle import watch
 from appliance.lifecycle.exchange import box_report
 from appliance.loaded import Loaded
 from appliance.models import activate
+from appliance.ran import Running
 from appliance.runtime import Candidate
 from appliance.runtime.choice import Plan
 from appliance.store import Store
@@ -45,7 +46,13 @@ def reader(store: Store, wait_s: float = 60.0) -> Worker:
     """A worker in this process that at its start gives a hub on a busy machine all the time it needs."""
     made = Worker(store, lambda _seconds: None, wait_s=wait_s)
     made.prepare()
+    settle(made)
     return made
+
+
+def settle(made: Worker) -> None:
+    """Between jobs, until nothing is loaded beside the reading."""
+    wait_until(lambda: made.step() or not made.loading)
 
 
 @pytest.fixture
@@ -103,9 +110,9 @@ def attempts(store: Store) -> set[int]:
 
 
 def read_all(made: Worker) -> None:
-    """Until nothing is left."""
-    while made.run_once():
-        pass
+    """Until nothing is left, and nothing waits for a model that is being loaded."""
+    while made.run_once() or made.loading:
+        settle(made)
 
 
 def step_until_reached(made: Worker, digest: str) -> None:
@@ -317,20 +324,113 @@ def test_a_hub_that_takes_the_line_and_hangs_holds_no_scan_at_the_start(store: S
     box.close()
 
 
-def test_a_hub_that_hangs_is_waited_for_where_the_plain_way_is_wrong(store: Store, digest: str, hub: KserveServer) -> None:
+@pytest.mark.parametrize("barred", [True, False])
+def test_a_hub_that_hangs_holds_no_scan_of_another_model_and_loses_none_of_its_own(
+    tmp_path: Path, store: Store, digest: str, hub: KserveServer, barred: bool
+) -> None:
+    plain = Candidate("onnxruntime", "model_fp32.onnx", "fp32").to_json()
+    rows = [{"candidate": plain, "state": "wrong", "code": "tune.wrong", "detail": "off"}] if barred else []
+    choose(store, digest, rows, runtime="triton")
+    local = activate(store, tiny_bundle(tmp_path / "local", "1.0.0", line="local"), "test")
+    box = set_up(store, hub.address)
+    hub.fault = "silent"
+    image = take(box, chest())
+    made = Worker(box, lambda _seconds: None, wait_s=60)
+    made.prepare()
+    while made.run_once():
+        made.step()
+    states = {row["model_digest"]: row["state"] for row in box.database.query("SELECT model_digest, state FROM jobs")}
+    assert states == {local: "done", digest: "queued"}
+    wait_until(lambda: hub.silent == 1)
+    made.prepare()
+    hub.speak()
+    read_all(made)
+    loaded = made._loaded[digest]
+    assert (loaded.fallback, loaded.describe()["runtime"]) == (None, "triton")
+    assert Worklist(box).instance(image).state is ScanState.AI_READY
+    assert attempts(box) == {1}
+    loaded.runtime.close()
+    box.close()
+
+
+def test_hubs_that_hang_share_one_waiting_time(tmp_path: Path, store: Store, digest: str, hub: KserveServer) -> None:
+    more = [activate(store, tiny_bundle(tmp_path / "more", "1.0.0", seed=n, line=f"more-{n}"), "test") for n in (1, 2)]
+    for n, other in enumerate(more, 1):
+        choose(store, other, line=f"more-{n}", runtime="triton", provider=hub.address)
+    box = set_up(store, hub.address)
+    hub.fault = "silent"
+    made = Worker(box, lambda _seconds: None, wait_s=0.5)
+    made.prepare()
+    wait_until(lambda: hub.silent == 3)  # none waits for another
+    settle(made)
+    assert {loaded.describe()["runtime"] for loaded in made._loaded.values()} == {"onnxruntime"}
+    hub.speak()
+    for loaded in made._loaded.values():
+        loaded.runtime.close()
+    box.close()
+
+
+def test_where_the_plain_way_is_wrong_a_hub_that_dies_is_said_and_reached_for_until_it_is_back(
+    store: Store, digest: str, hub: KserveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = Candidate("onnxruntime", "model_fp32.onnx", "fp32").to_json()
     choose(store, digest, [{"candidate": plain, "state": "wrong", "code": "tune.wrong", "detail": "off"}], runtime="triton")
     box = set_up(store, hub.address)
-    hub.fault = "silent"
-    made = Worker(box, lambda _seconds: None, wait_s=0.2)
-    loading = threading.Thread(target=made.prepare)
-    loading.start()
-    wait_until(lambda: hub.silent == 1)
-    hub.speak()
-    loading.join(60)
-    loaded = made._loaded[digest]
-    assert (loaded.fallback, loaded.describe()["runtime"]) == (None, "triton")
-    loaded.runtime.close()
+    made = reader(box)
+    take(box, chest(1))
+    read_all(made)
+    hub.close()
+    image = take(box, chest(2))
+    assert made.run_once()
+    running = Running.of(box.model(digest)["self_test"])
+    assert (running.now, running.stopped.code if running.stopped else "") == (None, "runtime.unavailable")
+    assert told_centre(box)[0] == "none"
+    read_all(made)
+    assert Worklist(box).instance(image).state is ScanState.FAILED
+    known = Tunings(box.database).of(digest)
+    assert known is not None
+    assert (known.state, known.actor) == ("asked", "worker")  # perhaps there is another way
+    monkeypatch.setattr(made._beside, "_clock", lambda: time.monotonic() + 2 * loading.AGAIN_S)
+    again = KserveServer(int(hub.address.rpartition(":")[2]))
+    try:
+        wait_until(lambda: made.step() or digest in made._loaded)  # with no scan that asks for it
+        running = Running.of(box.model(digest)["self_test"])
+        assert (running.now.runtime if running.now else "", running.stopped) == ("Triton", None)
+        later = take(box, chest(3))
+        read_all(made)
+        assert job_of(box, later).runtime["runtime"] == "triton"
+    finally:
+        made.activator.stop()
+        made._loaded[digest].runtime.close()
+        again.close()
+    box.close()
+
+
+def test_where_the_plain_way_is_wrong_a_hub_that_was_started_anew_loses_no_scan(store: Store, digest: str, hub: KserveServer) -> None:
+    plain = Candidate("onnxruntime", "model_fp32.onnx", "fp32").to_json()
+    choose(store, digest, [{"candidate": plain, "state": "wrong", "code": "tune.wrong", "detail": "off"}], runtime="triton")
+    box = set_up(store, hub.address)
+    made = reader(box)
+    hub.models.clear()
+    images = [take(box, chest(seed)) for seed in range(3)]
+    read_all(made)
+    assert {job_of(box, image).runtime["runtime"] for image in images} == {"triton"}
+    made._loaded[digest].runtime.close()
+    assert not hub.models
+    box.close()
+
+
+def test_a_hub_whose_last_warming_up_fails_is_left_nothing(store: Store, digest: str, hub: KserveServer) -> None:
+    box = set_up(store, hub.address)
+    made = reader(box)
+    asked = hub.inferences
+    made._loaded[digest].runtime.close()
+    hub.dies_at = 2 * asked
+    made = reader(box)
+    assert hub.inferences == 2 * asked
+    assert made._loaded[digest].fallback is not None
+    wait_until(lambda: not hub.models)
+    made._loaded[digest].runtime.close()
     box.close()
 
 
@@ -433,8 +533,7 @@ def test_results_of_a_batch_say_what_answered_it_and_not_what_runs_the_model_by_
     """An urgent image finds the hub gone between the answer and the results."""
     choose(store, digest, runtime="triton", batch=4)
     box = set_up(store, hub.address)
-    urgent: list[int] = []
-    hub.fault = ""
+    images, urgent, before = list[int](), list[int](), 0
 
     def cut(seconds: float) -> None:
         answered = sum(path.endswith("/infer") for _, path, _, _ in hub.seen) > before
@@ -443,9 +542,9 @@ def test_results_of_a_batch_say_what_answered_it_and_not_what_runs_the_model_by_
             box.make_urgent(Worklist(box).study_of(urgent[0]), "wang")
             hub.close()
 
-    images: list[int] = []
     made = Worker(box, cut, wait_s=60)
     made.prepare()
+    settle(made)
     before = sum(path.endswith("/infer") for _, path, _, _ in hub.seen)
     images += [take(box, chest(seed)) for seed in range(4)]
     read_all(made)
