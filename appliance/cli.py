@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -37,7 +37,7 @@ _VIEWS: Final = {"frontal": "", "PA": "PA", "AP": "AP", "lateral": "LL"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 done, 1 error, 2 usage, 3 some scan failed, 4 no scan analysed)."""
+    """Run one command; returns the exit code (0 done, 1 error, 2 usage, 3 some scan failed, 4 nothing found or analysed)."""
     arguments = _parser().parse_args(argv)
     start_logging(os.environ.get("APPLIANCE_LOG_LEVEL", "INFO"))
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows a question mark in its place
@@ -97,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
     analyze.add_argument("--data-dir", type=Path, help="keep everything in this data directory (default: a temporary one)")
     analyze.add_argument("--view", choices=_VIEWS, default="frontal", help="view of PNG and JPEG pictures (default: frontal)")
-    analyze.add_argument("--require-analysed", action="store_true", help="exit with 4 when no scan at all was analysed")
+    analyze.add_argument(
+        "--require-analysed", action="store_true", help="exit with 4 when no scan at all was analysed, not only when no file was found"
+    )
     command("serve", _serve, "Run the box: worker, DICOM receiver and web page under one supervisor.")
     worker = command("worker", _worker, "Run the worker alone.")
     worker.add_argument("--until-idle", action="store_true", help="stop when nothing is left to do")
@@ -116,17 +118,15 @@ def _parser() -> argparse.ArgumentParser:
     command("settings", _settings, "Print every setting with its value and meaning.")
     demo = command("demo", _demo, "Lay a demo box, start it and read sample scans.")
     demo.add_argument("--samples", type=Path, required=True, help="folder of sample scans")
-    demo.add_argument("--data", type=Path, help="a folder of your own, read first")
-    demo.add_argument("--once", action="store_true", help="exit after the first finding")
+    demo.add_argument("--data", type=Path, help="a folder of your own scans, read first")
+    demo.add_argument("--once", action="store_true", help="stop the box and exit once the scans are read")
     demo.add_argument("--lan", action="store_true", help="serve the local network over TLS with a self-signed certificate")
     demo.add_argument("--new-password", action="store_true", help="give the demo account a new one-time password")
     return parser
 
 
 def _analyze(arguments: argparse.Namespace) -> int:
-    missing = [str(path) for path in arguments.paths if not path.exists()]
-    if missing:
-        print(f"error: no such file or folder: {', '.join(missing)}\nhint: check the path; nothing was analysed", file=sys.stderr)
+    if _say_missing(arguments.paths, "nothing was analysed", "未作任何分析"):
         return EXIT_USAGE
     logging.getLogger().setLevel(logging.ERROR)  # refusals are in the result; the log would say them twice
     kept = arguments.data_dir
@@ -134,11 +134,25 @@ def _analyze(arguments: argparse.Namespace) -> int:
         results = _analyse_in(arguments, Path(data_dir))
     if arguments.json:
         print(json.dumps([item.to_json() for item in results], ensure_ascii=False, indent=1))
-    else:
+    elif results:
         print_table(results, _language())
+    if not results:
+        where = ", ".join(map(str, arguments.paths))
+        print(f"此处没有任何文件：{where}" if _language() == "zh" else f"no file was found in {where}", file=sys.stderr)
+        return EXIT_NOTHING
     if arguments.require_analysed and not any(item.status == "analysed" for item in results):
         return EXIT_NOTHING
     return EXIT_FAILED if any(item.status == "failed" for item in results) else EXIT_OK
+
+
+def _say_missing(paths: Sequence[Path], so_en: str, so_zh: str) -> bool:
+    """Say which of these paths are not there, and what was therefore not done; returns whether any is missing."""
+    missing = ", ".join(str(path) for path in paths if not path.exists())
+    if missing and _language() == "zh":
+        print(f"错误：没有这个文件或文件夹：{missing}\nhint: 请检查路径；{so_zh}。", file=sys.stderr)
+    elif missing:
+        print(f"error: no such file or folder: {missing}\nhint: check the path; {so_en}", file=sys.stderr)
+    return bool(missing)
 
 
 def _analyse_in(arguments: argparse.Namespace, data_dir: Path) -> list[Analysed]:
@@ -274,6 +288,8 @@ def _settings(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    if _say_missing([path for path in (arguments.data, arguments.samples) if path], "nothing was started", "未启动任何程序"):
+        return EXIT_USAGE
     from appliance.demo import run
 
     return run(

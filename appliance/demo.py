@@ -37,7 +37,7 @@ def run(data_dir: Path, samples: Path, own: Path | None, *, once: bool, lan: boo
         data_dir: the demo box; kept between runs.
         samples: scans drawn for the demo.
         own: the user's own scans, read first.
-        once: stop after the first finding.
+        once: stop once the scans are read.
         lan: listen on every address over TLS.
         new_password: give the account a new one-time password.
     """
@@ -143,7 +143,11 @@ def _say_where(settings: Settings, password: str, log: Path) -> None:
         else f"  Login     {USERNAME} / the password you set  (forgotten: make demo ARGS=--new-password)"
     )
     print(f"  DICOM     AE title {settings.ae_title}, {host} port {port}")
-    print(f"  Log       {log}\n", flush=True)
+    print(f"  Log       {log}", flush=True)
+    for name, usual, taken in (("page", _WEB_PORT, settings.web_port), ("DICOM", _DICOM_PORT, settings.dicom_port)):
+        if taken != usual:
+            print(f"  Note      port {usual} is in use by another program, so the {name} port is {taken} this time")
+    print(flush=True)
 
 
 def _read_scans(supervisor: Supervisor, settings: Settings, folders: list[Path], stop: Callable[[], bool]) -> int:

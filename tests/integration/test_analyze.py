@@ -277,6 +277,18 @@ def test_nothing_analysed_can_be_a_failure(tmp_path: Path) -> None:
     assert run("analyze", "--require-analysed", tmp_path).returncode == 4
 
 
+def test_a_folder_without_a_file_is_said(tmp_path: Path) -> None:
+    done = run("analyze", tmp_path)
+    assert (done.returncode, done.stdout) == (4, "")
+    assert f"no file was found in {tmp_path}" in done.stderr
+    assert analyze(tmp_path) == (4, [])
+
+
+def test_a_demo_of_a_folder_that_is_not_there_starts_nothing(tmp_path: Path) -> None:
+    done = run("demo", "--data-dir", tmp_path / "box", "--samples", tmp_path, "--data", tmp_path / "no")
+    assert (done.returncode, "no such file or folder" in done.stderr, list(tmp_path.iterdir())) == (2, True, [])
+
+
 def test_200_files_at_once(tmp_path: Path) -> None:
     for number in range(200):
         (tmp_path / f"{number:03}.dcm").write_bytes(scan_bytes(Rows=256, Columns=256, PixelData=_noise(number)))
