@@ -155,6 +155,20 @@ def test_an_agent_of_another_account_can_read_the_report_and_nobody_else(clinic:
     os.chown(clinic.exchange, 0, 0)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another account")
+def test_a_group_without_a_number_here_keeps_no_report_from_being_written(clinic: Clinic) -> None:
+    """In a user namespace, as of a container without root: the directory's group is not mapped, and cannot be given (EINVAL)."""
+    apart = ["unshare", "--user", "--map-root-user"]
+    if subprocess.run([*apart, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no user namespaces here")
+    os.chown(clinic.exchange, 0, 65533)
+    code = "import sys, pathlib; from appliance.lifecycle.exchange import _put; _put(pathlib.Path(sys.argv[1]), 'box-report.json', b'{}')"
+    done = subprocess.run([*apart, sys.executable, "-c", code, str(clinic.exchange)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (clinic.exchange / "box-report.json").read_text() == "{}"
+    os.chown(clinic.exchange, 0, 0)
+
+
 def test_however_many_names_lie_there_a_look_costs_the_same(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[str] = []
     real = os.scandir
