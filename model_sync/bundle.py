@@ -195,6 +195,9 @@ class ModelBundle:
                 ``bundle.unreadable``.
         """
         root = Path(directory).resolve()
+        if not root.is_dir():
+            what = "is no folder" if root.exists() else "does not exist"
+            raise BundleError("bundle.unreadable", f"{root} {what}", "name the bundle's directory; is the disk or the stick mounted?")
         try:
             present = set(_walk(root))
             raw = _read_manifest(root, present)
@@ -206,7 +209,7 @@ class ModelBundle:
         except OSError as error:
             raise BundleError(
                 "bundle.unreadable",
-                f"a file of the bundle {root.name} cannot be read: {error.strerror or error}",
+                f"a file of the bundle {root} cannot be read: {error.strerror or error}",
                 "check that the disk is healthy and that this user may read the bundle directory",
             ) from error
         return cls(root, manifest, hashlib.sha256(raw).hexdigest())

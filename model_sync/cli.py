@@ -1,7 +1,8 @@
 """The command ``model-sync``: what a technician types, and what the services run.
 
 Exit codes: 0 done; 1 refused or not to be trusted; 2 usage or settings; 3 the library or the disk failed, what came is kept and
-the next look goes on; 4 waiting for a window, a budget or another process. Errors are caught once, in ``main``. The commands
+the next look goes on; 4 waiting for a window, a budget or another process; 5 `report` sent nothing, for there is nobody to send it to.
+Errors are caught once, in ``main``. The commands
 import what they need when they run: the box calls ``check`` before it puts a model to work, and must not wait for the rest.
 """
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from model_sync.settings import SyncSettings
 
 DEFAULT_CONFIG = Path("/var/lib/model-sync")
+NOTHING_SENT = 5
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,6 +56,8 @@ def parser() -> argparse.ArgumentParser:
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
+        # Without a default of its own: one after the command counts, one before it is not overwritten by nothing.
+        command.add_argument("--config", type=Path, default=argparse.SUPPRESS, help="the same as before the command")
         return command
 
     init = add("init", _init, "Lay the agent's settings beside its state, and copy the library's first root.json there.")
@@ -166,10 +170,14 @@ def _enrol(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     from model_sync import agent
+    from model_sync.cli_texts import NOT_SENT, language, say
 
-    agent.send_report(_load(arguments))
-    print("reported")
-    return 0
+    sent = agent.send_report(_load(arguments))
+    if sent == "sent":
+        print("reported")
+        return 0
+    print(say(NOT_SENT, sent, language()), file=sys.stderr)
+    return NOTHING_SENT
 
 
 def _settings(arguments: argparse.Namespace) -> int:

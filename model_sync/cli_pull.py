@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from model_sync.cli_texts import CODES, DECISIONS, PULL, language, say
+from model_sync.cli_texts import CODES, DECISIONS, PULL, STICK, language, say
 from model_sync.client import Client
 from model_sync.errors import LibraryUnreachable, ModelSyncError, exit_code
 from model_sync.outcome import Pulled
@@ -37,8 +37,22 @@ def import_usb(settings: SyncSettings, directory: Path) -> int:
     with Meter() as meter:
         pulled = Client(settings).import_usb(directory, meter.show)
     _say_lines(pulled)
-    print(f"{pulled.received_bytes} bytes received")
-    return _end(pulled)
+    code = _end(pulled)
+    what, names = _taken(pulled, settings.ring)
+    print(say(STICK, what, language()).format(what=names))
+    return code
+
+
+def _taken(pulled: Pulled, ring: str) -> tuple[str, str]:
+    """Say what came of an import, and of which models: what is new to the box before what it had."""
+    ready = {name: f"{name} {line.version}" for name, line in pulled.lines.items() if line.decision == "ready"}
+    if pulled.laid:
+        return "taken", ", ".join(ready[name] for name in sorted(pulled.laid))
+    if ready:
+        return "same", ", ".join(ready.values())
+    if all(line.decision == "none" for line in pulled.lines.values()):
+        return "no_rollout", ring
+    return "nothing", ""
 
 
 def _say_lines(pulled: Pulled) -> None:

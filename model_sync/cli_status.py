@@ -45,7 +45,12 @@ def _page(
         yield row("state", say(LABELS, "no_status", lang))
         return
     state, code = str(status.get("state")), str(status.get("code"))
-    yield row("state", f"{say(STATES, state, lang)} ({say(LABELS, 'since', lang)} {status.get('since')})")
+    # A pause that nobody waits in was left behind by a process that was killed; one that somebody waits in is no good health.
+    retry = _dict(status.get("retry")) if busy is not None else {}
+    yield row(
+        "state",
+        f"{say(STATES, 'retrying' if retry and state == 'ok' else state, lang)} ({say(LABELS, 'since', lang)} {status.get('since')})",
+    )
     yield row("last_look", str(status["last_attempt_at"]))
     yield row("last_success", str(status.get("last_success_at") or say(LABELS, "never", lang)))
     for name in sorted(set(_dict(status.get("lines"))) | set(directives) | {str(model.get("line")) for model in models or ()}):
@@ -59,7 +64,7 @@ def _page(
     for name, about in sorted(_dict(status.get("lines")).items()):
         if _dict(about).get("message") and about["message"] != status.get("message"):
             yield row("detail", f"{name}: {about['message']} [{about.get('code')}]")
-    if retry := _dict(status.get("retry")):
+    if retry:
         yield row("retry", f"{retry.get('at')} [{retry.get('code')}] {retry.get('message')}")
     if state in ("ok", "downloading") and (problem := _dict(status.get("last_problem"))):
         yield row("last_problem", f"{problem.get('at')} [{problem.get('code')}]")

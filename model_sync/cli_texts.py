@@ -51,6 +51,7 @@ LABELS = {
 
 STATES = {
     "ok": Said("正常", "well"),
+    "retrying": Said("线路无应答，正在重试（现用模型照常工作）", "the line does not answer; it is tried again (the model in use works on)"),
     "unreachable": Said("无法连接模型库（现用模型照常工作）", "the library cannot be reached (the model in use works on)"),
     "untrusted": Said("模型库内容不可信（现用模型照常工作，请立即处理）", "the library cannot be trusted (the model works on; act now)"),
     "waiting": Said("等待中", "waiting"),
@@ -89,6 +90,27 @@ PULL = {
         "后台服务 model-sync run 会继续尝试；也可稍后再次执行 model-sync pull。",
         "The service (`model-sync run`) goes on trying by itself; or run `model-sync pull` again.",
     ),
+}
+
+NOT_SENT = {
+    "no_server": Said(
+        "未发送：sync.toml 未设置 report_url。如中心团队提供了地址，请填入，然后执行 model-sync enrol。",
+        "nothing was sent: no report_url is set in sync.toml. If the central team gave you its address, set it and run `model-sync enrol`.",
+    ),
+    "not_enrolled": Said(
+        "未发送：本机尚未登记。请向中心团队索取令牌，然后执行 model-sync enrol --token-file FILE。",
+        "nothing was sent: this box is not enrolled. Get a token from the central team, and run `model-sync enrol --token-file FILE`.",
+    ),
+}
+
+STICK = {
+    "taken": Said("已从 U 盘取得，待设备启用：{what}", "taken from the stick and laid ready for the box: {what}"),
+    "same": Said("U 盘上没有更新的版本：{what} 已在本机", "nothing newer is on the stick: {what} is here already"),
+    "no_rollout": Said(
+        "未取得任何内容：U 盘上没有针对分组 {what} 的发布；请核对 sync.toml 中的 ring",
+        "nothing was taken: no rollout on the stick names a model for the ring {what}; compare `ring` in sync.toml with the central team's",
+    ),
+    "nothing": Said("未从 U 盘取得任何内容，原因见上", "nothing was taken from the stick; why is said above"),
 }
 
 _WAIT = Said("无需处理，会自动继续。", "Nothing: it goes on by itself.")

@@ -191,7 +191,9 @@ class Client:
             jobs = self._decide(pull, look)
             ready = self._stage(pull, look, jobs)
         changed = False
-        if any(self._exchange.directives().get(line, {}).get("digest") != job.release.digest for line, job in ready.items()):
+        told = self._exchange.directives()
+        fresh = {line for line, job in ready.items() if told.get(line, {}).get("digest") != job.release.digest}
+        if fresh:
             # From the library itself, and not from what was remembered: a role may have been revoked while the bundle came.
             with pull.upstream.view():
                 again = pull.looker.look()
@@ -204,7 +206,7 @@ class Client:
         for bundle in self._exchange.drop_old_bundles():
             status.note(f"dropped {bundle.manifest.name} {bundle.manifest.version}: nothing names it, and three newer ones are here")
         code = "sync.no_rollout" if look.rollout is None and not pull.outcomes else "sync.ok"
-        return Pulled(dict(sorted(pull.outcomes.items())), changed, pull.received_bytes, code)
+        return Pulled(dict(sorted(pull.outcomes.items())), changed, pull.received_bytes, code, frozenset(fresh & set(ready)))
 
     # -- decisions ----------------------------------------------------------------------------------------------------
 

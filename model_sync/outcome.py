@@ -55,12 +55,14 @@ class Pulled:
     Attributes:
         changed: whether the box has been told something new.
         received_bytes: bytes that came over the line.
+        laid: the lines of which the box has been told another version than before.
     """
 
     lines: Mapping[str, Outcome]
     changed: bool
     received_bytes: int
     code: str = "sync.ok"
+    laid: frozenset[str] = frozenset()
 
     def told(self, words: Callable[[ModelSyncError], ModelSyncError]) -> Pulled:
         """Return the same with its problems in other words."""

@@ -301,7 +301,7 @@ def test_the_agents_commands_are_handed_on(box: Box, tmp_path: Path, monkeypatch
 
     calls: list[Any] = []
     monkeypatch.setattr(agent, "enrol", lambda settings, token: calls.append((settings.box_id, token)))
-    monkeypatch.setattr(agent, "send_report", lambda settings: calls.append(("report", settings.box_id)))
+    monkeypatch.setattr(agent, "send_report", lambda settings: calls.append(("report", settings.box_id)) or "sent")
     monkeypatch.setattr(agent, "run", lambda settings: calls.append(("run", settings.box_id)) or 0)
     (tmp_path / "token").write_text("secret\n")
     monkeypatch.setattr(sys, "stdin", io.StringIO("other\n"))
@@ -317,7 +317,7 @@ def test_the_agents_commands_are_handed_on(box: Box, tmp_path: Path, monkeypatch
 
 
 def sentences() -> Iterator[tuple[str, cli_texts.Said]]:
-    for table in (cli_texts.LABELS, cli_texts.STATES, cli_texts.DECISIONS, cli_texts.PULL):
+    for table in (cli_texts.LABELS, cli_texts.STATES, cli_texts.DECISIONS, cli_texts.PULL, cli_texts.NOT_SENT, cli_texts.STICK):
         yield from table.items()
     for key, advice in cli_texts.CODES.items():
         yield key, advice.what

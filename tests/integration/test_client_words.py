@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from model_sync import cli
+from model_sync import cli, library_cli
+from model_sync.client import Client
+from model_sync.errors import LibraryUnreachable
 from model_sync.settings import SyncSettings
 from tests.library_site import Site, make_site, tiny_bundle
 from tests.sync_box import LINE, Box, make_box, write_config
@@ -108,3 +112,105 @@ def test_one_box_has_one_state_wherever_its_settings_are_named_from(
         places.append((settings.state_dir.resolve(), settings.exchange_dir.resolve(), settings.root.resolve()))
         assert settings.state_dir.is_absolute()
     assert set(places) == {(tmp_path / "st", tmp_path / "ex", tmp_path / "st" / "root.json")}
+
+
+# -- a report that nobody receives ---------------------------------------------------------------------------------------------
+
+
+def test_a_report_that_was_not_sent_is_not_called_sent(box: Box, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(box, "report") == 5
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("nothing was sent: no report_url is set")
+    write_config(Box(box.settings.model_copy(update={"report_url": "https://127.0.0.1:1"})))
+    assert run(box, "report") == 5
+    said = capsys.readouterr()
+    assert said.err.startswith("nothing was sent: this box is not enrolled")
+    assert "model-sync enrol --token-file" in said.err
+
+
+# -- a stick -------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_import_says_what_was_taken(box: Box, site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(box, "import-usb", str(site.public)) == 0
+    said = capsys.readouterr().out
+    assert said.endswith(f"taken from the stick and laid ready for the box: {LINE} 0.1.0\n")
+    assert "bytes received" not in said
+    assert run(box, "import-usb", str(site.public)) == 0
+    assert capsys.readouterr().out.endswith(f"nothing newer is on the stick: {LINE} 0.1.0 is here already\n")
+
+
+def test_an_import_without_a_rollout_for_this_ring_says_so(box: Box, site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    write_config(Box(box.settings.model_copy(update={"ring": "canary"})))
+    assert run(box, "import-usb", str(site.public)) == 0
+    said = capsys.readouterr().out
+    assert "nothing was taken: no rollout on the stick names a model for the ring canary" in said
+
+
+def test_an_import_of_what_is_paused_says_that_nothing_was_taken(box: Box, site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site.rollout("stable", LINE, "0.1.0", paused=True)
+    assert run(box, "import-usb", str(site.public)) == 0
+    said = capsys.readouterr().out
+    assert f"{LINE} 0.1.0: the rollout is paused" in said
+    assert said.endswith("nothing was taken from the stick; why is said above\n")
+
+
+# -- the status ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_status_is_not_well_while_the_line_is_tried_again(box: Box, site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    """A look right after a stick: the state does not flicker for a minute, and what is said is still one thing."""
+    write_config(Box(box.settings.model_copy(update={"attempts": 2, "backoff_s": 0.01})))
+    assert run(box, "import-usb", str(site.public)) == 0
+    said: list[str] = []
+
+    def look(*_: object) -> None:
+        capsys.readouterr()
+        assert run(box, "status") == 0
+        said.append(capsys.readouterr().out)
+
+    with pytest.raises(LibraryUnreachable):
+        Client(SyncSettings.load(box.settings.state_dir), on_trouble=look).pull()
+    (page,) = said
+    assert "the line does not answer; it is tried again (the model in use works on)" in page
+    assert "Trying again" in page
+    assert "State             well" not in page
+
+
+def test_a_pause_that_a_killed_process_left_behind_is_not_shown(box: Box, site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(box, "import-usb", str(site.public)) == 0
+    left = {"code": "sync.unreachable", "message": "Connection refused", "pause_s": 3.0, "at": "2026-01-01T00:00:00+00:00"}
+    (box.settings.exchange_dir / "sync-status.json").write_text(json.dumps(box.status() | {"retry": left}))
+    capsys.readouterr()
+    assert run(box, "status") == 0
+    page = capsys.readouterr().out
+    assert "State             well" in page
+    assert "Trying again" not in page
+
+
+# -- where the settings are named ----------------------------------------------------------------------------------------------
+
+
+def test_config_may_stand_after_the_command(box: Box, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(box.settings.state_dir)
+    assert cli.main(["status", "--config", config]) == 0
+    assert "box-1" in capsys.readouterr().out
+    assert cli.main(["--config", str(tmp_path / "none"), "status", "--config", config]) == 0
+    assert cli.main(["--config", config, "status"]) == 0
+
+
+# -- a folder that does not exist ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("main", [cli.main, library_cli.main])
+def test_a_folder_that_does_not_exist_is_named_whole(main: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "media" / "no"
+    assert main(["verify", str(missing)]) == 1
+    said = capsys.readouterr().err
+    assert f"{missing} does not exist" in said
+    assert "disk is healthy" not in said
+    missing.parent.mkdir()
+    missing.write_text("")
+    assert main(["verify", str(missing)]) == 1
+    assert f"{missing} is no folder" in capsys.readouterr().err
