@@ -136,7 +136,7 @@ def _change(account: Account, old: str, new: str, again: str) -> str:
             raise
         if refusal.code == "account.wrong_password":
             accounts.wrong_password(account, peer)
-        return f"{reason_text(refusal.code)} {reason_hint(refusal.code)}"
+        return f"{reason_text(refusal.code)}{gettext('. ')}{reason_hint(refusal.code)}"
     finally:
         _CHECKS_AT_ONCE.release()
     return ""

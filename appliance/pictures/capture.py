@@ -95,9 +95,16 @@ def grey_values(data: bytes) -> NDArray[np.uint8] | NDArray[np.uint16]:
                 return np.asarray(upright).astype(np.uint16)
             return np.asarray(_flatten(upright))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise IngestError("ingest.absurd_dimensions", type(error).__name__) from error
+        raise IngestError("ingest.absurd_dimensions", "too many pixels") from error
     except _PICTURE_ERRORS as error:
-        raise IngestError("ingest.unsupported_image", type(error).__name__) from error
+        raise IngestError("ingest.unsupported_image", _said(error)) from error
+
+
+def _said(error: Exception) -> str:
+    """What is wrong with a picture, in words: Pillow tells the commonest case, a copy that broke off, by its text alone."""
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    return "cut short" if isinstance(error, OSError) and "truncated" in str(error) else "damaged"
 
 
 def _flatten(picture: Image.Image) -> Image.Image:

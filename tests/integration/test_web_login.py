@@ -35,7 +35,7 @@ def test_the_one_time_password_must_be_changed_before_anything_else(box: Box) ->
     assert person.get("/api/v1/revision").json()["code"] == "web.password_change_required"
     assert "one-time password works only once" in person.open("/password")
     for new, again, said in (
-        ("short", "short", "too weak"),
+        ("short", "short", "and the user name. Choose another one."),
         (one_time, one_time, "too weak"),
         (PASSWORD, "other", "differ"),
         ("x" * 300,) * 2 + ("too long",),

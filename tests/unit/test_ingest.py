@@ -330,6 +330,13 @@ def test_bad_pictures_are_refused(door: Ingest, store: Store, data: bytes, code:
         door.accept_picture(data, PictureForm(), SOURCE)
     assert caught.value.code == code
     assert Worklist(store).rejections()[0]["code"] == code
+    assert "Error" not in caught.value.detail  # words, not the name of a class
+
+
+def test_a_picture_whose_copy_broke_off_is_called_cut_short(door: Ingest) -> None:
+    with pytest.raises(IngestError) as caught:
+        door.accept_picture(picture()[:-40], PictureForm(), SOURCE)
+    assert caught.value.detail == "cut short"
 
 
 # -- archives and folders --------------------------------------------------------------------------------------------------
