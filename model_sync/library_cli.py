@@ -24,7 +24,7 @@ _FLEET = {
     "deny": "Shut a box out at once.",
     "allow": "Let a denied box in again.",
     "move": "Count a box to another ring.",
-    "operator": "Make or remove a person who may see the fleet and pause a rollout.",
+    "operator": "Make, reset or remove a person who may see the fleet and pause a rollout.",
 }
 
 _EXTRA = ("sqlalchemy", "psycopg", "pkcs11")

@@ -39,6 +39,7 @@ from cryptography.x509.oid import NameOID
 from securesystemslib.signer import CryptoSigner
 
 from model_sync.device import make_request
+from model_sync.errors import SettingsError
 from model_sync.fleet.accounts import Accounts
 from model_sync.fleet.database import Fleet
 from model_sync.fleet.enrolment import DeviceAuthority, new_token
@@ -194,8 +195,12 @@ class Centre:
         return new_token(self.fleet, box_id, ring, hours=hours)
 
     def operator(self, name: str = "wang") -> str:
-        """Make an operator and return the password."""
-        return Accounts(self.fleet).add(name)
+        """Make an operator, or reset the one there is, and return the password."""
+        accounts = Accounts(self.fleet)
+        try:
+            return accounts.add(name)
+        except SettingsError:
+            return accounts.reset(name)
 
     def box(self, box_id: str, ring: str = "stable") -> Box:
         """Enrol a box over the wire."""

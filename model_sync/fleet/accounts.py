@@ -9,7 +9,7 @@ import hashlib
 import re
 import secrets
 import threading
-from typing import Final
+from typing import Any, Final
 
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerifyMismatchError
@@ -41,18 +41,32 @@ class Accounts:
         self._idle_s, self._absolute_s = idle_s, absolute_s
 
     def add(self, name: str) -> str:
-        """Make an operator, or give one a new password, and end their sessions. Returns the password: 80 random bits.
+        """Make an operator. Returns the password: 80 random bits.
 
         Raises:
-            SettingsError: the name is none.
+            SettingsError: the name is none, or somebody's already.
         """
         if not _NAME.match(name):
             raise SettingsError(f"{name!r} is no name", hint="letters, digits, dot, dash and underscore; 64 at most")
-        password = "-".join(secrets.token_hex(2) for _ in range(5))
-        values = {"password_hash": _HASHER.hash(password), "failures": 0, "locked_until": 0}
+        password, values = _new_password()
         with self._fleet.writing() as tx:
             new = self._fleet.insert(operators).values(name=name, **values)
-            tx.execute(new.on_conflict_do_update(index_elements=["name"], set_=values))
+            if not tx.execute(new.on_conflict_do_nothing(index_elements=["name"])).rowcount:
+                hint = f"nothing was changed; `model-library operator reset {name}` gives a new password and ends the sessions"
+                raise SettingsError(f"{name} is an operator already", hint=hint)
+            tx.execute(actions.insert().values(at=self._fleet.now(), actor="command line", action="operator", subject=name))
+        return password
+
+    def reset(self, name: str) -> str:
+        """Give an operator a new password, unlock the account and end its sessions. Returns the password.
+
+        Raises:
+            SettingsError: there is none of that name.
+        """
+        password, values = _new_password()
+        with self._fleet.writing() as tx:
+            if not tx.execute(update(operators).where(operators.c.name == name).values(**values)).rowcount:
+                raise SettingsError(f"no operator is called {name}", hint="letters' case counts; `model-library operator add` makes one")
             tx.execute(delete(sessions).where(sessions.c.operator == name))
             tx.execute(actions.insert().values(at=self._fleet.now(), actor="command line", action="operator", subject=name))
         return password
@@ -111,6 +125,12 @@ class Accounts:
             full = here.name == name, here.failures >= MAX_FAILURES
             if tx.execute(update(operators).where(*full).values(failures=0, locked_until=now + LOCKOUT_S)).rowcount:
                 tx.execute(actions.insert().values(at=now, actor="server", action="locked", subject=name))
+
+
+def _new_password() -> tuple[str, dict[str, Any]]:
+    """Return a password, and what the database keeps of it."""
+    password = "-".join(secrets.token_hex(2) for _ in range(5))
+    return password, {"password_hash": _HASHER.hash(password), "failures": 0, "locked_until": 0}
 
 
 def _verify(password_hash: str, password: str) -> bool:

@@ -51,8 +51,8 @@ def add_commands(commands: Any) -> None:
     move = _command(commands, "move", "Count a box to another ring; its own settings decide what it follows.", _move)
     move.add_argument("box", metavar="BOX", help="the box's name")
     move.add_argument("--ring", required=True, help="the ring")
-    operator = _command(commands, "operator", "Make or remove a person who may see the fleet and pause a rollout.", _operator)
-    operator.add_argument("what", choices=["add", "remove"], help="add also gives a new password")
+    operator = _command(commands, "operator", "Make, reset or remove a person who may see the fleet and pause a rollout.", _operator)
+    operator.add_argument("what", choices=["add", "reset", "remove"], help="add and reset print a new password, once")
     operator.add_argument("name", metavar="NAME", help="letters, digits, dot, dash, underscore")
     for parser in (token, deny, commands.choices["allow"], move, operator):
         parser.add_argument("--library", type=Path, default=Path(), metavar="LIB", help="the library's directory (default: here)")
@@ -114,7 +114,8 @@ def _operator(arguments: argparse.Namespace) -> int:
             Accounts(fleet).remove(arguments.name)
             print(f"{arguments.name}: removed")
         else:
-            print(Accounts(fleet).add(arguments.name))
+            accounts = Accounts(fleet)
+            print(accounts.add(arguments.name) if arguments.what == "add" else accounts.reset(arguments.name))
     return 0
 
 

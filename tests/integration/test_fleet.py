@@ -460,10 +460,21 @@ def test_the_commands_of_the_central_team(tmp_path: Path, capsys: pytest.Capture
         somebody = Person(centre)
         assert somebody.log_in("zhao", password).status_code == 302
         assert "moved to the ring" in somebody.see()
+        assert library_cli.main(["operator", "add", "zhao", *fleet]) == 2
+        refused = capsys.readouterr()
+        assert refused.out == ""
+        assert "zhao is an operator already" in refused.err
+        assert "model-library operator reset zhao" in refused.err
+        assert "moved to the ring" in somebody.see(), "nothing was changed"
+        again = run("operator", "reset", "zhao")
+        assert again != password
+        assert somebody.get(f"{centre.url}/fleet", allow_redirects=False, timeout=30).status_code == 302
+        assert somebody.log_in("zhao", again).status_code == 302
         run("operator", "remove", "zhao")
         assert somebody.get(f"{centre.url}/fleet", allow_redirects=False, timeout=30).status_code == 302
         capsys.readouterr()
         for wrong in (("deny", "nobody"), ("allow", "nobody"), ("move", "nobody", "--ring", "x"), ("operator", "remove", "nobody"),
+                      ("operator", "reset", "nobody"),
                       ("token", "new", "no name"), ("token", "new", "box-2", "--ring", "UP"), ("deny",),
                       ("operator", "add", "../x")):  # fmt: skip
             assert library_cli.main([*wrong, *fleet]) == 2
