@@ -174,6 +174,17 @@ class JobQueue(Planning):
                 self._release(tx, tx.execute("SELECT * FROM jobs WHERE state = 'running'").fetchall(), time.time())
         return len(rows)
 
+    def give_back(self, jobs: Collection[Job]) -> None:
+        """Put jobs that were taken, and that nothing was wrong with, back as if they never had been. A lost lease changes nothing."""
+        with self.database.transaction(durable=False) as tx:
+            for job in jobs:
+                if self._leased(tx, job) is not None:
+                    tx.execute(
+                        "UPDATE jobs SET state = 'queued', attempts = attempts - 1, lease_owner = '', lease_until = 0 WHERE id = ?",
+                        (job.id,),
+                    )
+                    self._settle(tx, job.instance_id)
+
     def _release(self, tx: sqlite3.Connection, rows: list[sqlite3.Row], now: float) -> None:
         """Put abandoned jobs back, or poison those whose attempts are used up."""
         for row in rows:

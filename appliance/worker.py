@@ -15,6 +15,8 @@ import secrets
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import count
 from typing import Final, TypeVar
 
 from appliance.away import ELSEWHERE, START_S
@@ -43,7 +45,14 @@ _BUSY_IDLE_S: Final = 0.05
 _PLAN_EVERY_S: Final = 1.0
 _DROP_EVERY_S: Final = 1.0
 
+# A batch that so much has overtaken goes back to the queue, and the worker does what it does between two jobs.
+_MOST_FIRST: Final = 4
+
 _T = TypeVar("_T")
+
+
+class _MakeWayError(Exception):
+    """What is under way must not be gone on with now, which is no fault of its jobs."""
 
 
 class Worker:
@@ -53,9 +62,17 @@ class Worker:
         store: the box's store.
         on_deadline: arms the deadline before a job (seconds) and disarms it after (0); the process's alarm by default.
         wait_s: how long a scan waits for a model that is run elsewhere to be reached, before the plain way begins.
+        stopping: whether the worker is asked to stop.
     """
 
-    def __init__(self, store: Store, on_deadline: Callable[[float], object] | None = None, *, wait_s: float = START_S) -> None:
+    def __init__(
+        self,
+        store: Store,
+        on_deadline: Callable[[float], object] | None = None,
+        *,
+        wait_s: float = START_S,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._store = store
         self._owner = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._loaded: dict[str, Loaded] = {}
@@ -63,6 +80,7 @@ class Worker:
         self._arm = on_deadline or (lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds))
         self._next_drop = 0.0
         self._wait_s = wait_s
+        self._stopping = stopping
         self._distrusted: set[str] = set()
         self._said: dict[str, Note | None] = {}
         self._beside = Beside()
@@ -222,9 +240,13 @@ class Worker:
         size = model.candidate.batch if model is not None else 1
         others = self._store.claim_company(job, size - 1, self._lease_s(size)) if size > 1 else []
         if model is not None and others:
-            Batch(self._store, model, self._guarded, self._alone, self._urgent_first).read([job, *others])
+            work = partial(Batch(self._store, model, self._guarded, self._alone, partial(self._urgent_first, job)).read, [job, *others])
         else:
-            self._alone(job)
+            work = partial(self._alone, job)
+        try:
+            work()
+        except _MakeWayError:
+            self._store.give_back([job, *others])
         self._say_changes()
         return True
 
@@ -235,16 +257,34 @@ class Worker:
     def _alone(self, job: Job) -> None:
         self._guarded(job, lambda: self._do(job))
 
-    def _urgent_first(self, *, volumes: bool = True) -> None:
-        """Between two steps of a batch: whatever is urgent has come meanwhile and does not wait for its end."""
-        self._store.close_idle_series(urgent=True)  # its sender may keep the association open, and say no end
-        while (job := self._store.claim_job(self._owner, self._lease_s(1), self._held(), urgent=True, volumes=volumes)) is not None:
+    def _urgent_first(self, under_way: Job) -> None:
+        """Between two steps of a batch or series: whatever is urgent has come meanwhile and does not wait for its end.
+
+        Nor do a stop and a withdrawal, however much comes: each is looked for before every urgent image, as between any two jobs. A
+        series is finished all the same when the worker is to stop, without more urgent images in between.
+
+        Raises:
+            _MakeWayError: its model was withdrawn; or a batch, which loses next to nothing by it, is in the way of a stop or has been
+                overtaken by so many that what is done between two jobs must not wait any longer.
+        """
+        series = under_way.kind is JobKind.VOLUME
+        for overtaken in count():
+            self.activator.look()
+            stop = self._stopping()
+            if under_way.model_digest in self.activator.held or (not series and (stop or overtaken == _MOST_FIRST)):
+                raise _MakeWayError
+            if stop:
+                return
+            self._store.close_idle_series(urgent=True)  # its sender may keep the association open, and say no end
+            job = self._store.claim_job(self._owner, self._lease_s(1), self._held(), urgent=True, volumes=not series)
+            if job is None:
+                return
             self._alone(job)
 
     def _between(self, job: Job) -> None:
         """Between two steps of a series, which takes minutes: what is urgent goes first, and its deadline begins anew."""
         if job.priority == 0:
-            self._urgent_first(volumes=False)
+            self._urgent_first(job)
         self._arm(self._store.settings.job_deadline_s)
 
     def _guarded(self, job: Job, step: Callable[[], _T]) -> _T | None:
@@ -252,6 +292,8 @@ class Worker:
         self._arm(self._store.settings.job_deadline_s)
         try:
             return step()
+        except _MakeWayError:
+            raise
         except MemoryError:
             self._store.fail_job(job, Note("job.memory"))
         except StoreError as error:
@@ -330,7 +372,7 @@ def run(settings: Settings, *, until_idle: bool = False) -> None:
     stop = _stop_on_signal()
     store = Store(settings)
     bell = Bell(settings)
-    worker = Worker(store)
+    worker = Worker(store, stopping=stop)
     try:
         store.content.sweep()
         at_work = worker.activator.journal.at_work()

@@ -27,6 +27,7 @@ from appliance.tuning.tunings import Tunings
 from appliance.worker import Worker
 from appliance.worklist import Worklist
 from quantize.reference.phantom import Phantom, dataset
+from tests import activation_box
 from tests.activation_box import _constant, end_workers, finish_with, looping, rewire, worker, write_settings
 from tests.library_site import tiny_bundle
 from tests.scans import scan_bytes
@@ -246,6 +247,102 @@ def test_an_urgent_one_that_cannot_be_decoded_costs_the_batch_nothing(store: Sto
     assert asked == [1]
     assert order(store) == [blank, *images]
     assert [together(store, image) for image in images] == [3] * 3
+
+
+def stat(seed: int) -> bytes:
+    """A phantom whose sender says STAT."""
+    made, buffer = pydicom.dcmread(BytesIO(chest(seed))), BytesIO()
+    made.RequestedProcedurePriority = "STAT"
+    made.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def untouched(store: Store, images: list[int]) -> bool:
+    """Whether these are in the queue as if nobody had ever taken them."""
+    rows = store.database.query("SELECT * FROM jobs WHERE instance_id IN (SELECT value FROM json_each(?))", json.dumps(images))
+    states = [Worklist(store).instance(image).state for image in images]
+    told = [(row["state"], row["attempts"], row["reason"], row["lease_owner"]) for row in rows]
+    return told == [("queued", 0, None, "")] * len(images) and states == [ScanState.QUEUED] * len(images)
+
+
+def test_a_batch_gives_way_to_a_burst_and_all_of_it_is_read_afterwards(store: Store, tiny: str) -> None:
+    """What the worker does between two jobs cannot wait for the end of a burst."""
+    images = [take(store, chest(seed)) for seed in range(4)]
+    burst: list[int] = []
+
+    def comes(seconds: float) -> None:
+        if seconds and not burst:
+            burst.extend(take(store, stat(100 + number)) for number in range(10))
+
+    made = reader(store, comes)
+    assert made.run_once()
+    assert order(store) == burst[:4]
+    assert untouched(store, images)
+    while made.run_once():
+        pass
+    assert order(store) == [*burst, *images]
+    assert [together(store, image) for image in images] == [4] * 4
+    assert {row["attempts"] for row in store.database.query("SELECT attempts FROM jobs")} == {1}
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_a_worker_that_is_to_stop_gives_the_batch_back(store: Store, tiny: str, at: int) -> None:
+    """One is the decoding of the first image, three that of the second of the burst, five that of the second of the batch."""
+    images = [take(store, chest(seed)) for seed in range(4)]
+    burst: list[int] = []
+    steps: list[float] = []
+
+    def comes(seconds: float) -> None:
+        if not seconds:
+            return
+        steps.append(seconds)
+        if len(steps) == 1:
+            burst.extend(take(store, stat(100 + number)) for number in range(3))
+
+    made = Worker(store, comes, stopping=lambda: len(steps) >= at)
+    made.prepare()
+    assert made.run_once()
+    assert len(steps) == at
+    assert order(store) == burst[: at - 1]
+    assert untouched(store, images)
+
+
+def test_a_version_that_is_withdrawn_in_the_middle_of_a_burst_reads_nothing_more(tmp_path: Path, store: Store) -> None:
+    box = activation_box.Box(tmp_path, store)
+    in_batches(store, box.first(), 4)
+    images = [take(store, chest(seed)) for seed in range(4)]
+    burst: list[int] = []
+    steps: list[float] = []
+
+    def comes(seconds: float) -> None:
+        if not seconds:
+            return
+        steps.append(seconds)
+        if len(steps) == 1:
+            burst.extend(take(store, stat(100 + number)) for number in range(6))
+        if len(steps) == 3:  # the second of the burst is being read
+            box.journal.restrict("cxr-pneumonia", "9.0.0", {"1.0.0": "x"})
+
+    made = reader(store, comes)
+    assert made.run_once()
+    assert order(store) == burst[:2]
+    assert untouched(store, images)
+    assert not made.run_once()  # what waits for it waits for whoever takes over
+    while made.activator.held:
+        made.activator.tick()
+    assert {Worklist(store).instance(image).state for image in (*images, *burst[2:])} == {ScanState.NOT_ANALYSED}
+
+
+def test_a_lost_lease_is_not_given_back(store: Store, tiny: str) -> None:
+    image = take(store, chest())
+    first = store.claim_job("first", -1.0)
+    second = store.claim_job("second", 60)
+    assert first
+    assert second
+    store.give_back([first])
+    assert Worklist(store).instance(image).state is ScanState.RUNNING
+    store.give_back([second])
+    assert Worklist(store).instance(image).state is ScanState.QUEUED
 
 
 def of_study(number: int, patient: str = "U") -> bytes:

@@ -439,6 +439,38 @@ def test_urgent_image_does_not_wait_for_a_whole_series(store: Store, at: int) ->
     assert {row["state"] for row in store.database.query("SELECT state FROM jobs")} == {"done"}
 
 
+def test_worker_that_is_to_stop_ends_the_series_without_what_is_urgent(store: Store) -> None:
+    """As it ends any job at hand; a burst must not keep it from that."""
+    take(store, made_up.slices(20))
+    steps: list[float] = []
+
+    def step(seconds: float) -> None:
+        steps.append(seconds)
+        if len(steps) == 5:
+            take(store, [dataset(RequestedProcedurePriority="STAT"), dataset(RequestedProcedurePriority="STAT")])
+
+    assert Worker(store, on_deadline=step, stopping=lambda: len(steps) > 5).run_once()
+    rows = store.database.query("SELECT kind, state, attempts FROM jobs ORDER BY id")
+    assert [tuple(row) for row in rows] == [("volume", "done", 1), ("check", "done", 1), ("check", "queued", 0)]
+
+
+def test_series_whose_model_is_withdrawn_goes_back_at_once(store: Store) -> None:
+    take(store, made_up.slices(20))
+    model = store.models()[0]
+    steps: list[float] = []
+    worker: Worker
+
+    def step(seconds: float) -> None:
+        steps.append(seconds)
+        if len(steps) == 5:
+            worker.activator.journal.restrict(model["name"], "9.0.0", {model["version"]: "x"})
+
+    worker = Worker(store, on_deadline=step)
+    assert worker.run_once()
+    assert [tuple(row) for row in store.database.query("SELECT state, attempts, reason FROM jobs")] == [("queued", 0, None)]
+    assert states(store) == {("queued", None)} and drawn(store) == [] and not worker.run_once()
+
+
 def test_urgent_series_is_not_begun_within_another(store: Store) -> None:
     """Two volumes do not fit into one process: the urgent one is next, before what waited longer."""
     for _ in range(2):
