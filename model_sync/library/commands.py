@@ -391,4 +391,7 @@ def _say(library: Library, state: State) -> None:
     if waiting:
         print(f"waiting too: {', '.join(waiting)}")
     if not state.published or waiting:
-        print(f"next: `model-library status {library.files.directory}` says whose signatures are missing")
+        place = str(library.files.directory)
+        steps = [step.replace(" LIB", f" {place}", 1) for step in library.status()["next"] if "model-library sign LIB" in step]
+        for step in steps or [f"`model-library status {place}` says what is missing"]:
+            print(f"next: {step}")

@@ -165,7 +165,8 @@ def test_a_withdrawal_says_how_the_rollout_is_signed_to_another_version(copy: Sh
 
 
 def test_a_line_is_ended_by_running_the_same_command_twice(copy: Shell) -> None:
-    copy.run("rollout", "LIB", "--ring", "stable", "--line", LINE, "--version", "0.1.0")
+    said = copy.run("rollout", "LIB", "--ring", "stable", "--line", LINE, "--version", "0.1.0")
+    assert "next: rollout waits for 1 more: `model-library sign LIB --key KEY.pem` (carol)" in said
     copy.run("sign", "LIB", "--key", "carol.pem", "--yes")
     text = copy.run("end-line", "LIB", LINE)
     assert "rollout version 3 waits" in text
