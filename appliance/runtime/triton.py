@@ -17,6 +17,7 @@ import json
 import logging
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -72,7 +73,7 @@ class TritonRuntime:
         self._shape: tuple[int, ...] = ()
         self._path: Path | None = None
         self._model: _Model | None = None
-        self._ours = False  # whether this box loaded it
+        self._counted = False  # among those that this process has open
         self._extensions: list[str] = []
         self._clients = threading.local()  # tritonclient's connections belong to the thread that made them (gevent)
 
@@ -95,9 +96,11 @@ class TritonRuntime:
         """Have the server load the model unless it has it ready, and hold what it says of it against the file."""
         model = self._model
         assert model is not None
+        self._counted = True
+        _open_here.enter(self.provider, model.name)
         if not self._ask(lambda client: client.is_model_ready(model.name), "the server"):
             files = {"file:1/model.onnx": model.content()}
-            self._ours = True  # from here on: a load that fails half-way is taken back as well
+            _open_here.loaded(self.provider, model.name)  # from here on: a load that fails half-way is taken back as well
             self._ask(lambda client: client.load_model(model.name, config=model.config(), files=files), "loading", self._load_s)
             if not self._ask(lambda client: client.is_model_ready(model.name), "the server"):
                 raise InferenceError("job.error", f"{self.version} does not have the model ready after loading it")
@@ -116,7 +119,7 @@ class TritonRuntime:
         try:
             return in_pieces(value, model.batch, model.dynamic, lambda piece: self._send(model, piece))
         except _GoneError:
-            self._ours = False  # what is there under this name from now on, another box may have loaded
+            _open_here.lost(self.provider, model.name)  # what is there under this name from now on, another box may have loaded
             raise
 
     def _send(self, model: _Model, value: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
@@ -185,10 +188,9 @@ class TritonRuntime:
         }  # fmt: skip
 
     def close(self) -> None:
-        """Have the server unload the model if this box loaded it; a server that is gone has unloaded it already."""
+        """Have the server unload the model if this box loaded it and has it open no more; one that is gone has unloaded it already."""
         model, self._model = self._model, None
-        if model is not None and self._ours:
-            self._ours = False
+        if model is not None and self._counted and _open_here.leave(self.provider, model.name):
             try:
                 self._ask(lambda client: client.unload_model(model.name), "unloading")
             except InferenceError as error:
@@ -198,6 +200,42 @@ class TritonRuntime:
 
 class _GoneError(InferenceError):
     """The server does not have the model."""
+
+
+class _OpenHere:
+    """What this process has open on servers: what it loaded there stays until the last that uses it is closed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: Counter[tuple[str, str]] = Counter()
+        self._ours: set[tuple[str, str]] = set()
+
+    def enter(self, server: str, model: str) -> None:
+        """One more uses it."""
+        with self._lock:
+            self._open[server, model] += 1
+
+    def loaded(self, server: str, model: str) -> None:
+        """This process has it loaded."""
+        with self._lock:
+            self._ours.add((server, model))
+
+    def lost(self, server: str, model: str) -> None:
+        """It is there no more."""
+        with self._lock:
+            self._ours.discard((server, model))
+
+    def leave(self, server: str, model: str) -> bool:
+        """One less uses it; returns whether it is to be unloaded."""
+        with self._lock:
+            self._open[server, model] -= 1
+            if self._open[server, model] > 0 or (server, model) not in self._ours:
+                return False
+            self._ours.discard((server, model))
+            return True
+
+
+_open_here = _OpenHere()
 
 
 class _Model:

@@ -150,6 +150,15 @@ def test_two_versions_are_two_models(address: str, tmp_path: Path) -> None:
     two.close()
 
 
+def test_what_is_open_twice_here_is_unloaded_with_the_last(address: str, model: Path) -> None:
+    """As when a model is measured anew, and taken once more: who comes uses what is there, then the one before goes."""
+    before, after = opened(model, address), opened(model, address)
+    before.close()
+    after.infer({"image": images(1)})
+    after.close()
+    assert not is_ready(address, runtime_name(model))
+
+
 def test_what_another_box_loaded_is_used_and_left(address: str, model: Path) -> None:
     first, second = opened(model, address), opened(model, address)
     second.close()
