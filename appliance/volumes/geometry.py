@@ -37,6 +37,8 @@ _STRAIGHT_PIXELS: Final = 0.1
 _MAX_TILT: Final = 35.0
 _SAME_TILT: Final = 2.0
 _SIDES: Final = (("L", "R"), ("P", "A"), ("S", "I"))
+# The patient's axes turned by a hair: what lies at 45 degrees is nearer to one of them, whichever way the array is laid out.
+_HAIR: Final = np.eye(3) + 1e-6 * np.array([[0.0, 1.0, -0.7], [-1.0, 0.0, 0.4], [0.7, -0.4, 0.0]])
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,9 +83,12 @@ class Grid:
 
 
 def closest_axes(steps: Matrix) -> tuple[int, int, int]:
-    """Which axis of the patient (0: L, 1: P, 2: S) each column of ``steps`` runs along; each once, at 45 degrees too."""
-    cosines = np.abs(steps) / np.linalg.norm(steps, axis=0)
-    best = max(permutations(range(3)), key=lambda order: round(float(sum(cosines[world, axis] for axis, world in enumerate(order))), 9))
+    """Which axis of the patient (0: L, 1: P, 2: S) each column of ``steps`` runs along; each once.
+
+    A direction gets the same axis in whatever order and sense the columns stand, at 45 degrees too.
+    """
+    cosines = np.abs(_HAIR @ steps) / np.linalg.norm(steps, axis=0)
+    best = max(permutations(range(3)), key=lambda order: float(sum(cosines[world, axis] for axis, world in enumerate(order))))
     return best[0], best[1], best[2]
 
 
