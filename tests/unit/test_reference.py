@@ -208,7 +208,7 @@ def test_the_threshold_is_the_highest_that_finds_enough(pairs: list[tuple[bool, 
 
 def test_without_the_weights_the_script_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert build.main(["--shared", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
-    assert "hint: point --shared" in capsys.readouterr().out
+    assert "hint: point --shared" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
