@@ -83,7 +83,8 @@ def _lock(data_dir: Path) -> Lock:
 
 def _configure(data_dir: Path, *, lan: bool) -> Settings:
     """Write the demo's box.toml: usual ports where they are free, others where not."""
-    web_port, dicom_port = _free_port(_WEB_PORT), _free_port(_DICOM_PORT)
+    host = "0.0.0.0" if lan else "127.0.0.1"  # noqa: S104 - a port may be free on the one and taken on the other
+    web_port, dicom_port = _free_port(_WEB_PORT, host), _free_port(_DICOM_PORT, host)
     lines = [f"web_port = {web_port}", f"dicom_port = {dicom_port}"]
     if lan:
         _self_signed(data_dir / "keys")
@@ -92,13 +93,13 @@ def _configure(data_dir: Path, *, lan: bool) -> Settings:
     return Settings.load(data_dir)
 
 
-def _free_port(wanted: int) -> int:
-    """The port wanted, or any free one when somebody has it."""
+def _free_port(wanted: int, host: str) -> int:
+    """The port wanted, or any free one when somebody has it on that address."""
     for port in (wanted, 0):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("127.0.0.1", port))
+                probe.bind((host, port))
             except OSError:
                 continue
             return int(probe.getsockname()[1])
