@@ -47,10 +47,8 @@ def _page(
     state, code = str(status.get("state")), str(status.get("code"))
     # A pause that nobody waits in was left behind by a process that was killed; one that somebody waits in is no good health.
     retry = _dict(status.get("retry")) if busy is not None else {}
-    yield row(
-        "state",
-        f"{say(STATES, 'retrying' if retry and state == 'ok' else state, lang)} ({say(LABELS, 'since', lang)} {status.get('since')})",
-    )
+    words = say(LABELS, "retrying", lang) if retry and state == "ok" else say(STATES, state, lang)
+    yield row("state", f"{words} ({say(LABELS, 'since', lang)} {status.get('since')})")
     yield row("last_look", str(status["last_attempt_at"]))
     yield row("last_success", str(status.get("last_success_at") or say(LABELS, "never", lang)))
     for name in sorted(set(_dict(status.get("lines"))) | set(directives) | {str(model.get("line")) for model in models or ()}):

@@ -46,12 +46,12 @@ LABELS = {
     "last_problem": Said("最近一次问题", "Last problem"),
     "working": Said("正在工作的进程", "At work: process"),
     "interrupted": Said("下载曾被中断，下次检查时继续", "a download was interrupted; the next look goes on with it"),
+    "retrying": Said("线路无应答，正在重试（现用模型照常工作）", "the line does not answer; it is tried again (the model in use works on)"),
     "no_status": Said("尚未运行过：请执行 model-sync pull", "it has never run: run `model-sync pull`"),
 }
 
 STATES = {
     "ok": Said("正常", "well"),
-    "retrying": Said("线路无应答，正在重试（现用模型照常工作）", "the line does not answer; it is tried again (the model in use works on)"),
     "unreachable": Said("无法连接模型库（现用模型照常工作）", "the library cannot be reached (the model in use works on)"),
     "untrusted": Said("模型库内容不可信（现用模型照常工作，请立即处理）", "the library cannot be trusted (the model works on; act now)"),
     "waiting": Said("等待中", "waiting"),
