@@ -50,8 +50,9 @@ class Accounts:
             raise SettingsError(f"{name!r} is no name", hint="letters, digits, dot, dash and underscore; 64 at most")
         password, values = _new_password()
         with self._fleet.writing() as tx:
-            new = self._fleet.insert(operators).values(name=name, **values)
-            if not tx.execute(new.on_conflict_do_nothing(index_elements=["name"])).rowcount:
+            new = self._fleet.insert(operators).values(name=name, **values).on_conflict_do_nothing(index_elements=["name"])
+            # What came back, not rowcount: of an INSERT PostgreSQL's driver may not know it.
+            if tx.execute(new.returning(operators.c.name)).first() is None:
                 hint = f"nothing was changed; `model-library operator reset {name}` gives a new password and ends the sessions"
                 raise SettingsError(f"{name} is an operator already", hint=hint)
             tx.execute(actions.insert().values(at=self._fleet.now(), actor="command line", action="operator", subject=name))

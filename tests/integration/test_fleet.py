@@ -23,6 +23,8 @@ from sqlalchemy import select
 
 from model_sync import library_cli
 from model_sync.documents import RolloutStep
+from model_sync.errors import SettingsError
+from model_sync.fleet.accounts import Accounts
 from model_sync.fleet.brake import Brake
 from model_sync.fleet.database import Fleet
 from model_sync.fleet.rollouts import Rollouts
@@ -161,8 +163,6 @@ def test_a_logout_ends_the_session_on_the_server(centre: Centre, person: Person)
 
 def test_a_session_ends_when_nobody_uses_it(tmp_path: Path) -> None:
     now = [1_800_000_000.0]
-    from model_sync.fleet.accounts import Accounts
-
     fleet = Fleet(f"sqlite:///{tmp_path}/fleet.db", clock=lambda: now[0])
     accounts = Accounts(fleet, idle_s=600, absolute_s=3600)
     token = accounts.login("wang", accounts.add("wang"))
@@ -172,13 +172,24 @@ def test_a_session_ends_when_nobody_uses_it(tmp_path: Path) -> None:
         assert accounts.resume(token) == "wang"
     now[0] += 601
     assert accounts.resume(token) is None  # idle
-    token = accounts.login("wang", accounts.add("wang")) or ""
+    token = accounts.login("wang", accounts.reset("wang")) or ""
     for _ in range(7):
         now[0] += 500
         accounts.resume(token)
     now[0] += 200
     assert accounts.resume(token) is None  # as old as a session may be
     fleet.close()
+
+
+def test_an_operator_that_is_there_is_not_added_again(centre: Centre) -> None:
+    accounts = Accounts(centre.fleet)
+    password = accounts.add("zhao")
+    with pytest.raises(SettingsError, match="zhao is an operator already"):
+        accounts.add("zhao")
+    assert accounts.login("zhao", password)
+    assert accounts.login("zhao", accounts.reset("zhao"))
+    assert accounts.login("zhao", password) is None
+    accounts.remove("zhao")
 
 
 def test_pages_say_what_a_browser_may_do_with_them(person: Person) -> None:
