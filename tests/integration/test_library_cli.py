@@ -302,7 +302,7 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "minimum that is no version": (["minimum", "LIB", LINE, "0.1.0-01"], 1, "no semantic version"),
     "minimum too long for boxes": (["minimum", "LIB", LINE, "0.1.0+" + "a" * 70], 1, "no semantic version"),
     "bundle that is none": (["publish", "LIB", "LIB"], 1, "manifest.json"),
-    "bundle that is absent": (["publish", "LIB", "absent"], 1, "cannot be read"),
+    "bundle that is absent": (["publish", "LIB", "absent"], 1, "does not exist"),
     "withdrawal without reason": (["withdraw", "LIB", LINE, "0.1.0"], 2, "--reason"),
     "withdrawal of nothing": (["withdraw", "LIB", LINE, "9.9.9", "--reason", "x"], 1, "no version 9.9.9"),
     "rollout of nothing": (["rollout", "LIB", "--ring", "r", "--line", LINE, "--version", "9.9.9"], 1, "no version 9.9.9"),
@@ -331,7 +331,7 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "merge something else": (["merge", "LIB", "people.txt"], 1, "no TUF metadata"),
     "renew what nobody signs": (["renew", "LIB", "timestamp"], 1, "no role that people sign"),
     "discard without asking": (["discard", "LIB"], 2, "nobody is there to confirm"),
-    "verify nothing": (["verify", "absent"], 1, "cannot be read"),
+    "verify nothing": (["verify", "absent"], 1, "does not exist"),
     "export to nowhere": (["export-usb", "LIB", "absent"], 2, "is no folder"),
     "export an unknown line": (["export-usb", "LIB", ".", "--line", "ct"], 2, "no line ct"),
 }  # fmt: skip
