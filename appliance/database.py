@@ -13,6 +13,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
@@ -90,7 +91,8 @@ class Database:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
-            connection.create_function("audit_seal", 1, self._seal, deterministic=True)
+            # Not a method: SQLite's hold on it would keep this object, and so the connection, for ever.
+            connection.create_function("audit_seal", 1, partial(_seal, self._audit_key), deterministic=True)
             self._local.connection = connection
         return connection
 
@@ -209,10 +211,6 @@ class Database:
         connection.execute("INSERT INTO audit VALUES (?, ?, ?)", (seq, entry, digest))
         connection.execute("INSERT OR REPLACE INTO meta VALUES ('audit_head', audit_seal(?))", (f"{seq} {digest}",))
 
-    def _seal(self, head: str) -> str:
-        """The head with a MAC that only the holder of the key can make."""
-        return f"{head} {hmac.new(self._audit_key, head.encode(), 'sha256').hexdigest()}"
-
     def verify_audit(self) -> int:
         """Walk the whole chain; returns the number of entries.
 
@@ -225,9 +223,14 @@ class Database:
                 raise StoreError("audit.broken", f"entry {expected}")
             previous, expected = row["digest"], expected + 1
         head = self.one("SELECT value FROM meta WHERE key = 'audit_head'")
-        if (head["value"] if head else None) != (self._seal(f"{expected - 1} {previous}") if expected > 1 else None):
+        if (head["value"] if head else None) != (_seal(self._audit_key, f"{expected - 1} {previous}") if expected > 1 else None):
             raise StoreError("audit.broken", f"the end after entry {expected - 1}")
         return expected - 1
+
+
+def _seal(key: bytes, head: str) -> str:
+    """The head with a MAC that only the holder of the key can make."""
+    return f"{head} {hmac.new(key, head.encode(), 'sha256').hexdigest()}"
 
 
 def chain(previous: str, entry: str) -> str:

@@ -149,6 +149,7 @@ def in_process(settings: Settings) -> Iterator[Box]:
         server.shutdown()
         thread.join()
         server.server_close()
+        app.extensions["box"].store.close()
 
 
 class Served:

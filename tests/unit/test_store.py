@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sqlite3
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -480,3 +482,13 @@ class QueueMachine(RuleBasedStateMachine):
 
 TestQueueMachine = QueueMachine.TestCase
 TestQueueMachine.settings = hypothesis_settings(max_examples=15, stateful_step_count=20, deadline=None)
+
+
+def test_a_store_that_nobody_holds_leaves_no_file_open(settings: Settings) -> None:
+    def open_files() -> int:
+        return sum(file.path.startswith(str(settings.data_dir)) for file in psutil.Process().open_files())
+
+    for _ in range(5):
+        assert Store(settings).pending_jobs() == 0
+    gc.collect()
+    assert open_files() == 0
