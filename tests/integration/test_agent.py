@@ -424,9 +424,10 @@ def test_the_first_look_waits_for_its_turn_unless_told_otherwise(settings: SyncS
 
 def test_news_are_told_at_once_and_silence_is_broken_after_the_interval(centre: Centre, settings: SyncSettings) -> None:
     ticks, stop, sent = [0.0], threading.Event(), []
+    on_trial = box_report("0.1.0", "trial")  # once: the time of an activation is news, and a second may pass between two
     plan: dict[int, Callable[[], None]] = {
-        5: lambda: tell(settings, box_report("0.1.0", "trial")),
-        10: lambda: tell(settings, box_report("0.1.0", "trial") | {"health": {**box_report()["health"], "waiting_jobs": 9}}),
+        5: lambda: tell(settings, on_trial),
+        10: lambda: tell(settings, on_trial | {"health": {**on_trial["health"], "waiting_jobs": 9}}),
         15: lambda: sync_state(settings, "unreachable", "sync.unreachable"),
         210: stop.set,
     }
