@@ -1,5 +1,5 @@
 """``python -m appliance``: the same as the console script."""
 
-from appliance.cli import main
+from appliance.cli.main import main
 
 raise SystemExit(main())

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-from appliance.lifecycle.reasons import MODEL_REASONS, Reason
+from appliance.lifecycle_reasons import MODEL_REASONS, Reason
 from appliance.runtime_reasons import RUNTIME_REASONS
-from appliance.tuning.reasons import TUNE_REASONS
-from appliance.volumes.reasons import VOLUME_REASONS
-from appliance.volumes.sequence_reasons import SEQUENCE_REASONS
+from appliance.sequence_reasons import SEQUENCE_REASONS
+from appliance.tuning_reasons import TUNE_REASONS
+from appliance.volume_reasons import VOLUME_REASONS
 
 __all__ = ["REASONS", "Language", "Reason", "hint", "text"]
 

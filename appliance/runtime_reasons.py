@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from appliance.lifecycle.reasons import Reason
+from appliance.lifecycle_reasons import Reason
 
 _OTHER_ZH: Final = "改用其他可用的运行方式；`appliance tune --show` 列出各方式及原因。"
 _OTHER_EN: Final = "Another way to run the model is used; `appliance tune --show` lists each with its reason."

@@ -1,6 +1,6 @@
 """How a picture becomes the tensor that a model takes: the pixel pipeline of the manifest, step by step.
 
-``appliance.preprocess`` follows these steps in their order and knows no other; what a model was trained on is what it
+``appliance.imaging.preprocessing`` follows these steps in their order and knows no other; what a model was trained on is what it
 is fed with.
 """
 

@@ -1,7 +1,7 @@
 """How the images of one series become the volume that a model takes, step by step.
 
-``appliance.volumes.volume`` follows these steps in their order and knows no other. Axes of a tensor are depth, height, width; ``orient``
-says which way of the patient each of them points.
+``appliance.imaging.volumes.volume`` follows these steps in their order and knows no other. Axes of a tensor are depth, height, width;
+``orient`` says which way of the patient each of them points.
 """
 
 from __future__ import annotations

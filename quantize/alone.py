@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from appliance.errors import InferenceError
+from appliance.core.errors import InferenceError
 from model_sync.bundle import InputSpec, Manifest, ModelBundle, Variant
 from model_sync.errors import BundleError
 from quantize import candidates, checks, data, modelopt, prepare, scoring

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from appliance.errors import InferenceError
-from appliance.runtime.attempt import Attempt
+from appliance.core.errors import InferenceError
+from appliance.tuning.candidate_process import Attempt
 from model_sync.bundle import (
     MANIFEST_NAME,
     Document,
@@ -164,7 +164,7 @@ def _copy_variant(entry: Tried, ground: Ground, staging: Path) -> str:
 
 
 def _golden(ground: Ground, pictures: Mapping[str, NDArray[np.uint8]], loose: dict[Precision, float], staging: Path) -> list[Golden]:
-    from appliance.preprocess import from_display
+    from appliance.imaging.preprocessing import from_display
 
     found, cases = ground.found, []
     tensors = np.concatenate([from_display(pixels, found.draft.input).tensor for pixels in pictures.values()])
@@ -186,7 +186,7 @@ def _try_cases(
     Raises:
         QuantizeError: ``bundle.golden``.
     """
-    from appliance.golden import cases
+    from appliance.imaging.golden_cases import cases
 
     prepared = cases(bundle)
     found: dict[str, dict[Place, float]] = {}

@@ -1,7 +1,7 @@
 """Calibration and evaluation sets: directories of DICOM, PNG, JPEG or npz files, read by the box's own preprocessing.
 
-A DICOM file takes the clinic's whole way (decode, display, letterbox, resize: ``appliance.preprocess.to_tensor``); PNG and JPEG are
-pictures as displayed, read as the box reads an upload; an npz holds ``pixels``, uint8 [rows, columns] or [n, rows, columns], as
+A DICOM file takes the clinic's whole way (decode, display, letterbox, resize: ``appliance.imaging.preprocessing.to_tensor``); PNG and JPEG
+are pictures as displayed, read as the box reads an upload; an npz holds ``pixels``, uint8 [rows, columns] or [n, rows, columns], as
 displayed. So the gate sees exactly what the clinic will. Tensors lie on disk, not in memory: sets are large.
 
 An evaluation set has a ``labels.csv`` beside its pictures: the column ``file``, one column of 0 and 1 per label of the model, and

@@ -99,7 +99,7 @@ def tolerance(precision: Precision, measured: Iterable[float]) -> float:
 
     Args:
         precision: the variant's.
-        measured: differences of its golden cases, as the box computes them (``appliance.golden``).
+        measured: differences of its golden cases, as the box computes them (``appliance.imaging.golden_cases``).
     """
     wanted = MARGIN * max(measured, default=0.0)
     # Cut up to two digits after the point, so that noise in the sixth does not change the bundle.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from appliance.errors import ApplianceError
+from appliance.core.errors import ApplianceError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -70,7 +70,7 @@ def read(path: Path, index: int, spec: InputSpec) -> Picture:
     Raises:
         UnreadableError: it is damaged, or nothing that a box reads.
     """
-    from appliance.preprocess import from_display
+    from appliance.imaging.preprocessing import from_display
 
     suffix = path.suffix.lower()
     if suffix in _PICTURES:
@@ -95,7 +95,7 @@ def displayed(path: Path, index: int, spec: InputSpec) -> NDArray[np.uint8]:
         return pixels if pixels.ndim == 2 else np.ascontiguousarray(pixels[index])
     ds = _dataset(path)
     try:
-        from appliance.preprocess import to_tensor
+        from appliance.imaging.preprocessing import to_tensor
 
         return to_tensor(ds, spec).display
     except ApplianceError as error:
@@ -103,7 +103,7 @@ def displayed(path: Path, index: int, spec: InputSpec) -> NDArray[np.uint8]:
 
 
 def _displayed(path: Path) -> NDArray[np.uint8]:
-    from appliance.pictures.capture import grey_values
+    from appliance.ingest.secondary_capture import grey_values
 
     try:
         pixels = grey_values(path.read_bytes())
@@ -126,8 +126,8 @@ def _npz(path: Path) -> NDArray[np.uint8]:
 
 
 def _dicom(path: Path, spec: InputSpec) -> Picture:
-    from appliance.pictures.pixels import frame_count
-    from appliance.preprocess import to_tensor
+    from appliance.imaging.pixels import frame_count
+    from appliance.imaging.preprocessing import to_tensor
 
     ds = _dataset(path)
     try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from appliance.errors import InferenceError
+from appliance.core.errors import InferenceError
 from model_sync.bundle import sha256_of
 from quantize import gate
 from quantize.errors import QuantizeError

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from appliance.runtime.attempt import Attempt
 from appliance.runtime.candidate import CPU, Candidate, RuntimeName
+from appliance.tuning.candidate_process import Attempt
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,7 +78,7 @@ REFERENCE: Final = Place("onnxruntime", CPU)
 
 def places() -> tuple[list[Place], dict[str, str]]:
     """Where variants can run here, and for each runtime that cannot run here why not."""
-    from appliance.runtime.available import available
+    from appliance.runtime.availability import available
 
     found: list[Place] = []
     absent: dict[str, str] = {}

@@ -20,7 +20,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import numpy as np
 from securesystemslib.signer import CryptoSigner
 
-from appliance.models import reference_bundle
+from appliance.lifecycle.model_control import reference_bundle
 from model_sync.documents import FailureBudget
 from model_sync.repository import Library, State
 

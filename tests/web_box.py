@@ -19,11 +19,11 @@ from typing import Any
 import requests
 from werkzeug.serving import make_server
 
-from appliance.accounts import Accounts, Role
-from appliance.domain import Finding, JobResult, Note, ScanState, Source
-from appliance.ingest import Ingest
-from appliance.settings import Settings
-from appliance.store import Store
+from appliance.core.domain import Finding, JobResult, Note, ScanState, Source
+from appliance.core.settings import Settings
+from appliance.ingest.ingest import Ingest
+from appliance.store.accounts import Accounts, Role
+from appliance.store.store import Store
 from model_sync.manifest import Manifest
 from webui import create_app
 

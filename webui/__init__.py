@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flask import Flask
 
-    from appliance.settings import Settings
+    from appliance.core.settings import Settings
 
 __all__ = ["create_app"]
 

@@ -8,7 +8,7 @@ from typing import Final
 from flask import Blueprint, Response, abort, jsonify
 from flask.typing import ResponseReturnValue
 
-from appliance.volumes.view import VolumeResults
+from appliance.store.volume_results import VolumeResults
 from webui.box import Box, the_box
 from webui.images import description
 from webui.pages import record_look

@@ -10,10 +10,10 @@ from typing import Any
 from flask import Flask, url_for
 from werkzeug.routing import IntegerConverter, Map
 
-from appliance.settings import Settings
-from appliance.store import Store
-from appliance.study_facts import RECALLED
-from appliance.worklist import Worklist
+from appliance.core.settings import Settings
+from appliance.store.store import Store
+from appliance.store.study_summary import RECALLED
+from appliance.store.worklist import Worklist
 from webui import api, auth, events, pages, problems, security, texts, tus, uploads, urgent
 from webui.box import Box
 from webui.doorkeeper import Doorkeeper
@@ -46,7 +46,7 @@ def create_app(settings: Settings) -> Flask:
     app.url_map.converters["int"] = IdConverter
     app.json.ensure_ascii = False  # type: ignore[attr-defined]  # the default provider has it, the base class does not
     problems.init_app(app)
-    auth.login_manager.session_protection = None  # sessions live and end on the server (appliance.accounts)
+    auth.login_manager.session_protection = None  # sessions live and end on the server (appliance.store.accounts)
     auth.login_manager.init_app(app)
     security.init_app(app, settings)
     texts.init_app(app)

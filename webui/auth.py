@@ -10,8 +10,8 @@ from flask.typing import ResponseReturnValue
 from flask_babel import gettext
 from flask_login import LoginManager, current_user, login_user, logout_user
 
-from appliance.accounts import Account
-from appliance.errors import StoreError
+from appliance.core.errors import StoreError
+from appliance.store.accounts import Account
 from webui.box import the_box
 from webui.security import safe_next
 from webui.texts import LANGUAGE_COOKIE, LANGUAGES, reason_hint, reason_text

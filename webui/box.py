@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Final
 
 from flask import current_app
 
-from appliance.settings import Settings
-from appliance.store import Store
-from appliance.worklist import Worklist
+from appliance.core.settings import Settings
+from appliance.store.store import Store
+from appliance.store.worklist import Worklist
 from webui.doorkeeper import Doorkeeper
 from webui.finalise import Finaliser
 from webui.parts import Parts

@@ -1,6 +1,6 @@
 """Who may try a password how often (R3): five failures lock a name for the machine they came from, fifty lock it everywhere.
 
-Locking a name everywhere after five failures, as :class:`appliance.accounts.Accounts` by itself does, lets anybody on the clinic's
+Locking a name everywhere after five failures, as :class:`appliance.store.accounts.Accounts` by itself does, lets anybody on the clinic's
 network keep a doctor out all day. So the strict limit is for name and address together, and lives in this process; a restart
 forgives it. The wide one stands in the database, counts failures from every address since the last login that succeeded, and stops
 a guesser who changes addresses: fifty guesses in a quarter of an hour. Wrong present passwords at a change of password count the same.
@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from appliance.accounts import LOCKOUT_S, MAX_FAILURES, Account, Accounts
-from appliance.database import USER_AUTHENTICATION, Database
-from appliance.store import Store
+from appliance.store.accounts import LOCKOUT_S, MAX_FAILURES, Account, Accounts
+from appliance.store.database import USER_AUTHENTICATION, Database
+from appliance.store.store import Store
 from webui.peers import machine
 
 MAX_FAILURES_EVERYWHERE: Final = 50

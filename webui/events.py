@@ -20,8 +20,8 @@ from flask.typing import ResponseReturnValue
 from flask_login import current_user
 from werkzeug.exceptions import ServiceUnavailable
 
-from appliance.errors import StoreError
-from appliance.worklist import Worklist
+from appliance.core.errors import StoreError
+from appliance.store.worklist import Worklist
 from webui.box import the_box
 
 logger = logging.getLogger(__name__)

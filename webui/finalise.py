@@ -15,16 +15,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from appliance.domain import PictureForm, Source
-from appliance.errors import StoreError
-from appliance.settings import Settings
-from appliance.signal import wake
-from appliance.store import Store
+from appliance.core.domain import PictureForm, Source
+from appliance.core.errors import StoreError
+from appliance.core.settings import Settings
+from appliance.core.wakeup import wake
+from appliance.store.store import Store
 from webui.parts import Parts, Upload
 
 if TYPE_CHECKING:
-    from appliance.archive import Outcome
-    from appliance.ingest import Ingest
+    from appliance.ingest.archive import Outcome
+    from appliance.ingest.ingest import Ingest
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Finaliser:
     @cached_property
     def ingest(self) -> Ingest:
         """The door; made at the first upload, since what reads DICOM takes 50 MB that an idle box can spare."""
-        from appliance.ingest import Ingest
+        from appliance.ingest.ingest import Ingest
 
         return Ingest(self._store)
 
@@ -88,7 +88,7 @@ class Finaliser:
 
     def accept(self, path: Path, name: str, source: Source, form: dict[str, Any] | None, upload_id: str = "") -> list[dict[str, Any]]:
         """Bring one file, or every file of an archive, through the door; returns what became of each, as JSON values."""
-        from appliance.archive import accept_file
+        from appliance.ingest.archive import accept_file
 
         outcomes = []
         large = self._large_door if path.stat().st_size > _LARGE_BYTES else nullcontext()

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from werkzeug.exceptions import ServiceUnavailable
 
-from appliance.store import Store
+from appliance.store.store import Store
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
-    from appliance.pictures.viewing import DisplayFrame
+    from appliance.imaging.display_frame import DisplayFrame
 
 # Enough for the largest plain radiographs and the frame beside; not enough to matter beside the worker.
 _KEPT_FILE_BYTES: Final = 32 << 20
@@ -58,8 +58,8 @@ class ImageCache:
         return known
 
     def _decoded(self, instance_id: int, number: int) -> DisplayFrame:
-        from appliance.pictures.pixels import register_decoders
-        from appliance.pictures.viewing import display_frame
+        from appliance.imaging.display_frame import display_frame
+        from appliance.imaging.pixels import register_decoders
 
         register_decoders()
         frame = display_frame(self._dataset(instance_id), number)
@@ -72,7 +72,7 @@ class ImageCache:
         """The parsed file; that of the last images is kept, since frames of one series are asked for one by one."""
         from pydicom import dcmread
 
-        import appliance.ingest  # noqa: F401 - sets how pydicom reads the values of real files
+        import appliance.ingest.ingest  # noqa: F401 - sets how pydicom reads the values of real files
 
         if instance_id in self._files:
             self._files.move_to_end(instance_id)

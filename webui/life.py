@@ -14,11 +14,11 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from appliance.domain import Note
-from appliance.lifecycle.watch import allowed_latency_ms
-from appliance.ran import Running, name_of
-from appliance.store import Store
-from appliance.tuning.tunings import Tuning, Tunings
+from appliance.core.domain import Note
+from appliance.core.run_summary import Running, name_of
+from appliance.lifecycle.trial_monitor import allowed_latency_ms
+from appliance.store.store import Store
+from appliance.store.tuning_requests import Tuning, Tunings
 from model_sync.bundle import Watch
 
 # The way of every version; each may end in one of TROUBLE instead.

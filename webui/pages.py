@@ -14,11 +14,11 @@ from flask_babel import gettext
 from flask_login import current_user
 
 from appliance import __version__
-from appliance.database import INSTANCES_ACCESSED
-from appliance.domain import PENDING_STATES, ScanState
-from appliance.signal import wake
-from appliance.volumes.view import COLOURS, VolumeResults
-from appliance.worklist import PAGE_SIZE, InstanceView, StudyView
+from appliance.core.domain import PENDING_STATES, ScanState
+from appliance.core.wakeup import wake
+from appliance.store.database import INSTANCES_ACCESSED
+from appliance.store.volume_results import COLOURS, VolumeResults
+from appliance.store.worklist import PAGE_SIZE, InstanceView, StudyView
 from webui import library, life
 from webui.box import Box, the_box
 from webui.security import MAX_ID

@@ -13,7 +13,7 @@ from flask import Flask, Response, jsonify, render_template, request
 from flask_babel import gettext, lazy_gettext
 from werkzeug.exceptions import HTTPException, InternalServerError
 
-from appliance.errors import ApplianceError, IngestError, PixelError, StoreError
+from appliance.core.errors import ApplianceError, IngestError, PixelError, StoreError
 from webui.texts import reason_hint, reason_text
 
 logger = logging.getLogger(__name__)

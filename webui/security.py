@@ -12,8 +12,8 @@ from flask.typing import ResponseReturnValue
 from flask_login import current_user
 from flask_wtf.csrf import CSRFProtect
 
-from appliance.content import load_key
-from appliance.settings import Settings
+from appliance.core.settings import Settings
+from appliance.store.encrypted_files import load_key
 from webui import problems
 from webui.box import the_box
 

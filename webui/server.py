@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gunicorn.app.base import BaseApplication
 
-from appliance.errors import ApplianceError
-from appliance.process import die_with_parent, start_logging
-from appliance.settings import Settings
+from appliance.core.errors import ApplianceError
+from appliance.core.process import die_with_parent, start_logging
+from appliance.core.settings import Settings
 from webui import gate
 
 if TYPE_CHECKING:

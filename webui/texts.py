@@ -17,7 +17,7 @@ from flask import Flask, current_app, has_request_context, request
 from flask_babel import Babel, get_locale, gettext, lazy_gettext, ngettext
 
 from appliance import reasons
-from appliance.domain import Note, ScanState
+from appliance.core.domain import Note, ScanState
 from appliance.reasons import Language
 
 LANGUAGES: Final[tuple[Language, ...]] = ("zh", "en")

@@ -17,8 +17,8 @@ from flask_login import current_user
 from flask_wtf.csrf import validate_csrf
 from wtforms import ValidationError
 
-from appliance.domain import Source
-from appliance.errors import IngestError, StoreError
+from appliance.core.domain import Source
+from appliance.core.errors import IngestError, StoreError
 from webui.box import the_box
 from webui.problems import problem
 from webui.security import csrf

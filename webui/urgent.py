@@ -10,8 +10,8 @@ from flask.typing import ResponseReturnValue
 from flask_babel import gettext
 from flask_login import current_user
 
-from appliance.signal import wake
-from appliance.urgency import Urgency
+from appliance.core.wakeup import wake
+from appliance.store.priority import Urgency
 from webui.box import the_box
 from webui.pages import id_of
 from webui.texts import moment

@@ -1,1 +1,1 @@
-"""The life of a model on the box: wanted, proven in a process of its own, on trial, good, taken back. Its face is ``appliance.models``."""
+"""The life of a model on the box: self-test, activation, trial, rollback, withdrawal."""

@@ -14,20 +14,21 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from appliance.database import SECURITY_ALERT
-from appliance.domain import Note
-from appliance.errors import ActivationError, StoreError
-from appliance.lifecycle import watch
+from appliance.core.child_process import plain
+from appliance.core.domain import Note
+from appliance.core.errors import ActivationError, StoreError
+from appliance.lifecycle import trial_monitor
+from appliance.lifecycle.background_loader import Load, Loading, Ready
 from appliance.lifecycle.exchange import Check, Exchange
-from appliance.lifecycle.facts import Facts
-from appliance.lifecycle.follow import Follower, learn
 from appliance.lifecycle.journal import Journal
-from appliance.lifecycle.ledger import PROVING
-from appliance.lifecycle.proof import Proof, order, plain
-from appliance.loading import Load, Loading, Ready
-from appliance.runtime.choice import Plan
-from appliance.store import Store
-from appliance.tuning.retune import Retuner
+from appliance.lifecycle.journal_queries import PROVING
+from appliance.lifecycle.library_follower import Follower, learn
+from appliance.lifecycle.retuning import Retuner
+from appliance.lifecycle.self_test_process import Proof, order
+from appliance.lifecycle.trust_facts import Facts
+from appliance.store.database import SECURITY_ALERT
+from appliance.store.store import Store
+from appliance.tuning.selection import Plan
 from model_sync.bundle import Manifest
 
 logger = logging.getLogger(__name__)
@@ -339,19 +340,19 @@ class Activator:
             if row["digest"] in self._takeovers:
                 continue
             manifest, seen, trial = self._count(row)
-            bad = watch.out_of_bounds(seen, manifest.watch, watch.bound_ms(json.loads(row["self_test"])))
+            bad = trial_monitor.out_of_bounds(seen, manifest.watch, trial_monitor.bound_ms(json.loads(row["self_test"])))
             if bad is not None and row["state"] == "good":
                 self.journal.alarmed(row["id"], trial, bad)
             elif bad is not None:
                 self._log.error("model taken back", extra={"code": bad.code})
                 self._takeovers[row["digest"]] = _Takeover(self._store.model(row["digest"]), bad, row["id"])
-            elif watch.is_over(seen, manifest.watch, trial["since"]):
+            elif trial_monitor.is_over(seen, manifest.watch, trial["since"]):
                 self.journal.passed(row["id"], trial)
 
-    def _count(self, row: sqlite3.Row) -> tuple[Manifest, watch.Statistics, dict[str, Any]]:
+    def _count(self, row: sqlite3.Row) -> tuple[Manifest, trial_monitor.Statistics, dict[str, Any]]:
         """What a watched model did so far; kept in the journal when it changed."""
         manifest, known = Manifest.model_validate_json(row["manifest"]), json.loads(row["trial"])
-        seen = watch.measure(self._store.database, row["digest"], manifest, known["after_job"], known.get("way_after_job", 0))
+        seen = trial_monitor.measure(self._store.database, row["digest"], manifest, known["after_job"], known.get("way_after_job", 0))
         trial = known | seen.to_json()
         if trial != known:
             self.journal.observed(row["id"], trial, case_finished=seen.cases > known["cases"])

@@ -23,12 +23,12 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from appliance import __version__
-from appliance import database as db
-from appliance.database import Database
-from appliance.domain import utc_now
-from appliance.lifecycle.facts import Digest, Facts, Line, Version
-from appliance.lifecycle.proof import Child
-from appliance.store import Store
+from appliance.core.child_process import Child
+from appliance.core.domain import utc_now
+from appliance.lifecycle.trust_facts import Digest, Facts, Line, Version
+from appliance.store import database as db
+from appliance.store.database import Database
+from appliance.store.store import Store
 
 logger = logging.getLogger(__name__)
 

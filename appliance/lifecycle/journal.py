@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from appliance import database as db
-from appliance.database import Database
-from appliance.domain import Note, utc_now
-from appliance.errors import ActivationError
-from appliance.lifecycle.ledger import PROVING, Ledger, code_of, older
-from appliance.store import Store
+from appliance.core.domain import Note, utc_now
+from appliance.core.errors import ActivationError
+from appliance.lifecycle.journal_queries import PROVING, Ledger, code_of, older
+from appliance.store import database as db
+from appliance.store.database import Database
+from appliance.store.store import Store
 from model_sync.bundle import Manifest
 
 Source = Literal["library", "usb", "hand", "embedded"]
@@ -45,7 +45,7 @@ class Wanted:
 
 
 class Journal(Ledger):
-    """The journal over one store; what it says without changing anything is in :class:`appliance.lifecycle.ledger.Ledger`.
+    """The journal over one store; what it says without changing anything is in :class:`appliance.lifecycle.journal_queries.Ledger`.
 
     Args:
         store: the box's store; its thread's connection is used.

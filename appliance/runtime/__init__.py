@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from appliance.errors import InferenceError
+from appliance.core.errors import InferenceError
 from appliance.runtime.candidate import CPU, RUNTIMES, Candidate, RuntimeName, plain_candidate
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from appliance.errors import InferenceError
+from appliance.core.errors import InferenceError
 
 if TYPE_CHECKING:
     from model_sync.bundle import Variant

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, Final
 
-from appliance.errors import InferenceError
+from appliance.core.errors import InferenceError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import onnxruntime as ort
 
-from appliance.errors import InferenceError
+from appliance.core.errors import InferenceError
 from appliance.runtime import CPU, Candidate, TensorSpec, Told
-from appliance.runtime.processor import saturates
+from appliance.runtime.cpu_features import saturates
 from appliance.runtime.tensors import (
     Layer,
     check_outputs,

@@ -12,7 +12,7 @@ fused. One is compiled for a single image, which is what nearly always waits, an
 as full batches and single images, as a batch gains little on a CPU.
 
 Threads are not pinned: the box's web process needs a core too, and a pinned thread would wait for it. With a cache directory, compiled
-models are kept; see :mod:`appliance.runtime.compiled`.
+models are kept; see :mod:`appliance.runtime.openvino_cache`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from appliance.errors import InferenceError
-from appliance.runtime import Candidate, TensorSpec, Told, compiled
-from appliance.runtime.processor import saturates
+from appliance.core.errors import InferenceError
+from appliance.runtime import Candidate, TensorSpec, Told, openvino_cache
+from appliance.runtime.cpu_features import saturates
 from appliance.runtime.tensors import (
     Layer,
     check_outputs,
@@ -124,7 +124,7 @@ class OpenVinoRuntime:
             return self._compile(core, model_path, size)
         way = {"openvino": self.provider, "shape": [size, *self._shape], "input": self._spec_name, **self._settings()}
         box = {"version": str(self._ov.get_version()), "processor": str(core.get_property(self.provider, "FULL_DEVICE_NAME"))}
-        kept = compiled.of_file(model_path, way, box)
+        kept = openvino_cache.of_file(model_path, way, box)
         if kept is not None and (data := kept.read(cache)):
             try:
                 return core.import_model(data, self.provider, self._settings())

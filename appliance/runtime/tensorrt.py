@@ -5,9 +5,9 @@ inference is one launch and one wait. TensorRT asks for a plain run after a chan
 milliseconds, so a graph is made when a batch size comes for the second time in a row, and the one before it is given up. Where a network
 cannot be captured it is enqueued plainly, and ``describe`` says so.
 
-Engines are built by :mod:`appliance.runtime.trt_build` in a process of its own and kept by :mod:`appliance.runtime.engines`. What is
+Engines are built by :mod:`appliance.runtime.trt_build` in a process of its own and kept by :mod:`appliance.runtime.engine_cache`. What is
 held on the GPU is freed in order when a load fails; a fault that no ``free`` can mend ends with the process, which is why models are
-tried in one that may die (:mod:`appliance.runtime.attempt`).
+tried in one that may die (:mod:`appliance.tuning.candidate_process`).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from appliance import device
-from appliance.errors import InferenceError
-from appliance.runtime import Candidate, TensorSpec, Told, engines, trt_build
+from appliance.core import device_profile
+from appliance.core.errors import InferenceError
+from appliance.runtime import Candidate, TensorSpec, Told, engine_cache, trt_build
+from appliance.runtime.batch_split import in_pieces
 from appliance.runtime.cuda import Cuda, Gpu, Holding, Transfer
-from appliance.runtime.engines import DeviceProfile
-from appliance.runtime.pieces import in_pieces
+from appliance.runtime.engine_cache import DeviceProfile
 from appliance.runtime.tensors import check_outputs, checked_input, ran_in
-from appliance.runtime.trt_seam import Messages, TrtSeam, find
+from appliance.runtime.trt_compat import Messages, TrtSeam, find
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -116,7 +116,7 @@ class TensorRtRuntime:
         seam = self._find()
         logger.info("%s on %s, compute capability %s", seam.words, gpu.name, gpu.compute_capability)
         self.version, self._gpu = seam.version, gpu
-        self._driver = device.gpu_driver() or f"CUDA {gpu.driver_cuda}"
+        self._driver = device_profile.gpu_driver() or f"CUDA {gpu.driver_cuda}"
         with ExitStack() as own:
             if cache is None:
                 cache = Path(own.enter_context(tempfile.TemporaryDirectory(prefix="engine-")))
@@ -147,7 +147,7 @@ class TensorRtRuntime:
 
     def _open(self, cuda: Cuda, seam: TrtSeam, order: trt_build.Order, told: Told | None) -> None:
         """Bring an engine onto the GPU; one from the cache that TensorRT does not take is built again, once."""
-        found = engines.read(order.cache, order.profile)
+        found = engine_cache.read(order.cache, order.profile)
         if found.data:
             self._built = "cached"
             try:
@@ -155,18 +155,18 @@ class TensorRtRuntime:
             except InferenceError as error:
                 if error.code != "runtime.build":
                     raise
-                found = engines.Found(b"", f"the stored engine was not taken ({error.detail})")
+                found = engine_cache.Found(b"", f"the stored engine was not taken ({error.detail})")
             else:
                 return
         self._built = ""
         trt_build.build(order, deadline_s=self._deadline_s, told=told)
         self._built = f"rebuilt: {found.why}" if found.why else "built"
-        found = engines.read(order.cache, order.profile)
+        found = engine_cache.read(order.cache, order.profile)
         if not found.data:
             raise InferenceError("runtime.build", f"the engine that was built cannot be read back: {found.why or 'it is gone'}")
         self._bring(cuda, seam, found)
 
-    def _bring(self, cuda: Cuda, seam: TrtSeam, found: engines.Found) -> None:
+    def _bring(self, cuda: Cuda, seam: TrtSeam, found: engine_cache.Found) -> None:
         messages = seam.messages()
         loaded = _Loaded(cuda, messages, Holding(cuda))
         try:

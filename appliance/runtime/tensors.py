@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from appliance.errors import InferenceError
+from appliance.core.errors import InferenceError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -26,9 +26,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from appliance.errors import InferenceError
+from appliance.core.errors import InferenceError
 from appliance.runtime import Candidate, TensorSpec, Told
-from appliance.runtime.pieces import in_pieces
+from appliance.runtime.batch_split import in_pieces
 from appliance.runtime.tensors import check_outputs, checked_input
 
 if TYPE_CHECKING:

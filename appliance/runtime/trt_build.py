@@ -3,7 +3,7 @@
 ``build`` starts ``python -m appliance.runtime.trt_build``, hands it an order on the command line, and listens: JSON lines of progress,
 of what TensorRT complains of, and at last of what became of it. A build that runs into its limit is killed; one that dies is a crash
 with TensorRT's last words; one that the GPU's memory is too small for is tried once more with half the batch and a fourth of the
-scratch memory. Engine and timings go to the cache (:mod:`appliance.runtime.engines`); timings are merged under a lock.
+scratch memory. Engine and timings go to the cache (:mod:`appliance.runtime.engine_cache`); timings are merged under a lock.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from appliance.errors import ApplianceError, InferenceError
-from appliance.lifecycle.proof import Child, plain
-from appliance.process import die_with_parent, limit_memory
-from appliance.runtime import engines
+from appliance.core.child_process import Child, plain
+from appliance.core.errors import ApplianceError, InferenceError
+from appliance.core.process import die_with_parent, limit_memory
+from appliance.runtime import engine_cache
 from appliance.runtime.cuda import Cuda
-from appliance.runtime.engines import DeviceProfile
-from appliance.runtime.trt_seam import Messages, ParseError, TrtSeam, find
+from appliance.runtime.engine_cache import DeviceProfile
+from appliance.runtime.trt_compat import Messages, ParseError, TrtSeam, find
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def _smaller(order: Order) -> Order:
 def _attempt(order: Order, ends: float, deadline_s: float, told: Told | None, keep_as: DeviceProfile | None = None) -> dict[str, Any]:
     """One builder process, listened to until it ends; its engine goes into the cache under ``keep_as``."""
     started = time.monotonic()
-    with engines.workplace(order.cache) as own:
+    with engine_cache.workplace(order.cache) as own:
         given = replace(order, parent=os.getpid())
         child = Child([__name__, given.to_text(), str(own)], max(0.0, ends - started))
         try:
@@ -141,7 +141,7 @@ def _attempt(order: Order, ends: float, deadline_s: float, told: Told | None, ke
             child.end()
         notes["build_s"] = round(time.monotonic() - started, 1)
         try:
-            engines.write(order.cache, keep_as or order.profile, (own / "engine").read_bytes(), notes)
+            engine_cache.write(order.cache, keep_as or order.profile, (own / "engine").read_bytes(), notes)
         except OSError as error:
             raise InferenceError("runtime.build", f"the engine cannot be kept: {error.strerror}") from error
     return notes
@@ -277,7 +277,7 @@ def construct(seam: TrtSeam, order: Order, own: Path, messages: Messages, worksp
     monitor = seam.monitor(told)  # held here: the configuration keeps a bare pointer to it
     if monitor is not None:
         config.progress_monitor = monitor
-    reused = seam.attach_timings(config, engines.read_timings(order.cache, order.profile))
+    reused = seam.attach_timings(config, engine_cache.read_timings(order.cache, order.profile))
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise explain_build(messages)
@@ -342,8 +342,8 @@ def _keep_timings(seam: TrtSeam, config: Any, order: Order) -> None:
     """Merge this build's timings into those on the disk; without a place for them the next build measures again."""
     try:
         with _locked(order.cache / "timings.lock"):
-            others = engines.read_timings(order.cache, order.profile)
-            engines.write_timings(order.cache, order.profile, seam.timings(config, others))
+            others = engine_cache.read_timings(order.cache, order.profile)
+            engine_cache.write_timings(order.cache, order.profile, seam.timings(config, others))
     except OSError as error:
         logger.warning("the timings of this build are not kept: %s", error.strerror)
 

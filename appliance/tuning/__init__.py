@@ -1,1 +1,1 @@
-"""Measuring at work: how a model runs best on this box, asked for, measured beside the reading, and taken in one transaction."""
+"""Tuning: measure the candidates of a model on this box and select one."""

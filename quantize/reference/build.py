@@ -22,7 +22,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from PIL import Image
 
-from appliance.preprocess import from_display
+from appliance.imaging.preprocessing import from_display
 from model_sync.bundle import InputSpec, SourceMeasure
 from quantize import measures, modelopt, plots
 from quantize.candidates import all_makers

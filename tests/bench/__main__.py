@@ -24,9 +24,9 @@ import psutil
 import pydicom
 from pydicom.uid import JPEGLSLossless
 
-from appliance.models import activate, reference_bundle
-from appliance.settings import Settings
-from appliance.store import Store
+from appliance.core.settings import Settings
+from appliance.lifecycle.model_control import activate, reference_bundle
+from appliance.store.store import Store
 from quantize.reference.phantom import Phantom, dataset
 from tests.bench import delta, fleet, models, runtimes
 from tests.bench.floor import Floor
@@ -127,8 +127,8 @@ def _encoded(made: pydicom.Dataset) -> bytes:
 
 def measure(directory: Path, encode: Callable[[int, pydicom.Dataset], bytes], singles: int, scans: int) -> dict[str, float]:
     """One transfer syntax: single scans floor against ours in turn, then the queue of many."""
-    from appliance.domain import Source
-    from appliance.ingest import Ingest
+    from appliance.core.domain import Source
+    from appliance.ingest.ingest import Ingest
 
     directory.mkdir(parents=True)
     template = dataset(Phantom(rows=2048, cols=2048, seed=5), name="bench", bits=16)
@@ -207,7 +207,7 @@ def _worker(settings: Settings) -> subprocess.Popen[str]:
 
 
 def _wake(settings: Settings) -> None:
-    from appliance.signal import wake
+    from appliance.core.wakeup import wake
 
     wake(settings)
 

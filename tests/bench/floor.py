@@ -13,8 +13,8 @@ import onnxruntime
 import pydicom
 from PIL import Image
 
-from appliance.models import reference_bundle
-from appliance.pictures.pixels import decode_frame
+from appliance.imaging.pixels import decode_frame
+from appliance.lifecycle.model_control import reference_bundle
 
 
 class Floor:

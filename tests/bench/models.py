@@ -12,9 +12,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from appliance.models import activate, reference_bundle
-from appliance.settings import Settings
-from appliance.store import Store
+from appliance.core.settings import Settings
+from appliance.lifecycle.model_control import activate, reference_bundle
+from appliance.store.store import Store
 from model_sync.fetcher import Fetcher
 from model_sync.settings import SyncSettings
 from quantize.reference.phantom import Phantom, dataset
@@ -53,8 +53,8 @@ def cut_line(directory: Path) -> dict[str, Any]:
 
 def switch_over(directory: Path, scans: int = 60) -> dict[str, Any]:
     """Scans one after the other while another version of the model takes over: the longest wait, less the usual one."""
-    from appliance.domain import Source
-    from appliance.ingest import Ingest
+    from appliance.core.domain import Source
+    from appliance.ingest.ingest import Ingest
 
     settings = Settings.parse({"data_dir": directory / "box", "disk_reserve_bytes": 0, "web_port": 0, "dicom_port": 0})
     store = Store(settings)

@@ -10,13 +10,13 @@ from pathlib import Path
 import psutil
 import requests
 
-from appliance.accounts import Accounts
-from appliance.database import Database
-from appliance.domain import utc_now
-from appliance.models import activate, reference_bundle
-from appliance.settings import Settings
-from appliance.store import Store
-from appliance.supervisor import Supervisor, web_address
+from appliance.core.domain import utc_now
+from appliance.core.settings import Settings
+from appliance.lifecycle.model_control import activate, reference_bundle
+from appliance.service.supervisor import Supervisor, web_address
+from appliance.store.accounts import Accounts
+from appliance.store.database import Database
+from appliance.store.store import Store
 
 
 def measure_page(data_dir: Path, studies: int) -> dict[str, float]:
@@ -102,7 +102,7 @@ def _supervisor_mib() -> float:
     import subprocess
     import sys
 
-    code = "import appliance.supervisor, time; print(1, flush=True); time.sleep(30)"
+    code = "import appliance.service.supervisor, time; print(1, flush=True); time.sleep(30)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert process.stdout
     process.stdout.readline()

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from appliance.errors import InferenceError
-from appliance.golden import Case
+from appliance.core.errors import InferenceError
+from appliance.imaging.golden_cases import Case
 from appliance.runtime import CPU, Runtime, open_runtime
-from appliance.runtime.attempt import Attempt
-from appliance.runtime.available import no_gpu
-from appliance.runtime.choice import Choice
-from appliance.runtime.tune import Limits, Subject, tune
+from appliance.runtime.availability import no_gpu
+from appliance.tuning.candidate_process import Attempt
+from appliance.tuning.selection import Choice
+from appliance.tuning.tuner import Limits, Subject, tune
 from tests.bench.networks import NETWORKS
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ _FLAGS: Final = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "a
 
 @dataclass(frozen=True)
 class Variant:
-    """A file that the tuner tries; see ``appliance.runtime.tune.AnyVariant``."""
+    """A file that the tuner tries; see ``appliance.tuning.tuner.AnyVariant``."""
 
     precision: str
     file: str
@@ -108,7 +108,7 @@ def _cores() -> int:
 
 def _subjects(directory: Path) -> Iterator[tuple[str, Subject, Callable[[Choice], str]]]:
     """Title, what the tuner is given, and what says how right the choice is."""
-    from appliance.models import reference_bundle
+    from appliance.lifecycle.model_control import reference_bundle
     from model_sync.bundle import ModelBundle
 
     bundle = ModelBundle.load(reference_bundle())

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, BrowserContext, Page
 
-from appliance.accounts import Accounts, Role
-from appliance.models import activate, reference_bundle
-from appliance.settings import Settings
-from appliance.store import Store
-from appliance.supervisor import Supervisor, web_address
+from appliance.core.settings import Settings
+from appliance.lifecycle.model_control import activate, reference_bundle
+from appliance.service.supervisor import Supervisor, web_address
+from appliance.store.accounts import Accounts, Role
+from appliance.store.store import Store
 from tests.web_box import PASSWORD, Box, wait_for
 
 FLAGS = [

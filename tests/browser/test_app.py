@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, Playwright, expect
 
-from appliance.domain import Source
-from appliance.ingest import Ingest
+from appliance.core.domain import Source
+from appliance.ingest.ingest import Ingest
 from quantize.reference.phantom import write_samples
 from tests.browser.app_box import FLAGS, READY, Clinician, RunningBox
 from tests.conftest import SHARED
-from tests.integration.test_worker import chest
-from tests.scans import scan_bytes
+from tests.integration.appliance.inference.test_worker import chest
+from tests.support.scans import scan_bytes
 from tests.web_box import PASSWORD
 
 pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("built_viewer")]

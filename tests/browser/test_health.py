@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Playwright, expect
 
-from appliance.settings import Settings
+from appliance.core.settings import Settings
 from tests.browser.app_box import FLAGS, Clinician, Pages
 from tests.integration.test_web_health import journal, tell
 from tests.web_box import Box, in_process

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser, Page, Playwright, expect
 
-from appliance.domain import JobResult, Note, ScanState
-from appliance.settings import Settings
+from appliance.core.domain import JobResult, Note, ScanState
+from appliance.core.settings import Settings
 from tests.browser.app_box import FLAGS, READY, Clinician, Pages
-from tests.integration.test_worker import chest
-from tests.scans import scan_bytes
+from tests.integration.appliance.inference.test_worker import chest
+from tests.support.scans import scan_bytes
 from tests.web_box import Box, in_process, result
 
 pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("built_viewer")]

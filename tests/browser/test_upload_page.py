@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Playwright, expect
 
-from appliance.settings import Settings
+from appliance.core.settings import Settings
 from tests.browser.app_box import FLAGS, Clinician, Pages
-from tests.scans import scan_bytes
+from tests.support.scans import scan_bytes
 from tests.web_box import Box, in_process
 
 pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("built_viewer")]

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser, Playwright, expect
 
-from appliance.settings import Settings
+from appliance.core.settings import Settings
 from tests.browser.app_box import FLAGS, READY, Clinician, Pages
-from tests.scans import scan_bytes
+from tests.support.scans import scan_bytes
 from tests.web_box import Box, in_process, result
 
 pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("built_viewer")]

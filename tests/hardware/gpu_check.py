@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from appliance.errors import InferenceError
+from appliance.core.errors import InferenceError
 from appliance.runtime import Candidate
 from appliance.runtime.cuda import Cuda
 from appliance.runtime.tensorrt import TensorRtRuntime

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from appliance.errors import InferenceError
-from appliance.runtime.trt_seam import find
+from appliance.core.errors import InferenceError
+from appliance.runtime.trt_compat import find
 from tests.hardware.gpu_check import CHECKS, Bench
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(3600)]

@@ -1,4 +1,4 @@
-"""Print what the Python bindings of the TensorRT at hand offer, as one entry of ``tests/unit/trt_api.json``.
+"""Print what the Python bindings of the TensorRT at hand offer, as one entry of ``tests/support/trt_api.json``.
 
 ``python -m tests.hardware.trt_api [MODULE]``: ``tensorrt`` by itself; ``tensorrt_bindings`` of the wheels ``tensorrt_cu12_bindings`` and
 ``tensorrt_cu13_bindings``, which come without the libraries: empty shared libraries with the symbols that ``nm`` finds undefined in

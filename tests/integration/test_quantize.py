@@ -17,7 +17,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from appliance.runtime.available import available
+from appliance.runtime.availability import available
 from model_sync.bundle import ModelBundle
 from quantize import cli, mixed, modelopt, ptq, report
 from quantize.candidates import Maker, Source, all_makers, quantized

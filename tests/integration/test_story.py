@@ -24,14 +24,14 @@ from typing import Any
 
 import pytest
 
-from appliance.domain import Source
-from appliance.ingest import Ingest
-from appliance.settings import Settings
-from appliance.store import Store
+from appliance.core.domain import Source
+from appliance.core.settings import Settings
+from appliance.ingest.ingest import Ingest
+from appliance.store.store import Store
 from quantize.reference.phantom import Phantom, dataset
 from tests.fleet_site import make_tls
 from tests.library_site import tiny_bundle
-from tests.scans import encode
+from tests.support.scans import encode
 
 ROOT = Path(__file__).resolve().parents[2]
 LINE = "cxr-pneumonia"

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from appliance.domain import Note
-from appliance.ran import Ran, Running, name_of
+from appliance.core.domain import Note
+from appliance.core.run_summary import Ran, Running, name_of
+from appliance.core.settings import Settings
 from appliance.runtime import Candidate
-from appliance.runtime.choice import Row, choose
-from appliance.settings import Settings
-from appliance.tuning.tunings import Tunings
-from tests.scans import scan_bytes
+from appliance.store.tuning_requests import Tunings
+from appliance.tuning.selection import Row, choose
+from tests.support.scans import scan_bytes
 from tests.web_box import Box, Person, in_process, result
 
 DIGEST = "ab" * 32

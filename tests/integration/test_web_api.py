@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from werkzeug.exceptions import ServiceUnavailable
 
-from appliance.settings import Settings
-from tests.scans import dataset, encode, scan_bytes
+from appliance.core.settings import Settings
+from tests.support.scans import dataset, encode, scan_bytes
 from tests.web_box import PASSWORD, Box, Person, in_process, result
 from webui import images
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from appliance.archive import accept_file
-from appliance.domain import Source
-from appliance.ingest import Ingest
-from appliance.settings import Settings
-from appliance.store import Store
-from tests.scans import scan_bytes
+from appliance.core.domain import Source
+from appliance.core.settings import Settings
+from appliance.ingest.archive import accept_file
+from appliance.ingest.ingest import Ingest
+from appliance.store.store import Store
+from tests.support.scans import scan_bytes
 
 MIB = 1 << 20
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import requests
 
-from appliance.settings import Settings
-from tests.scans import scan_bytes
+from appliance.core.settings import Settings
+from tests.support.scans import scan_bytes
 from tests.web_box import Box, Person, in_process, result, served, wait_for
 
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from appliance.database import Database
-from appliance.domain import Note, utc_now
-from appliance.settings import Settings
+from appliance.core.domain import Note, utc_now
+from appliance.core.settings import Settings
+from appliance.store.database import Database
 from model_sync.cli_texts import CODES
 from model_sync.cli_texts import DECISIONS as AGENT_DECISIONS
 from model_sync.cli_texts import STATES as AGENT_STATES
 from tests.integration.test_web_pages import row, words
-from tests.scans import scan_bytes
+from tests.support.scans import scan_bytes
 from tests.web_box import Box, in_process, result
 from webui import library, life, texts
 from webui.texts import ACTIVATIONS, LIBRARY

@@ -11,10 +11,10 @@ import pytest
 import requests
 from requests.adapters import HTTPAdapter
 
-from appliance.accounts import LOCKOUT_S, MAX_FAILURES
-from appliance.settings import Settings
-from appliance.store import Store
-from tests.scans import scan_bytes
+from appliance.core.settings import Settings
+from appliance.store.accounts import LOCKOUT_S, MAX_FAILURES
+from appliance.store.store import Store
+from tests.support.scans import scan_bytes
 from tests.web_box import PASSWORD, Box, Person, in_process
 from webui.doorkeeper import MAX_FAILURES_EVERYWHERE, Doorkeeper
 from webui.peers import machine

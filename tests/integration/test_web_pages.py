@@ -10,11 +10,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from appliance.domain import JobResult, Note, ScanState, Source
-from appliance.settings import Settings
-from appliance.worklist import Worklist
+from appliance.core.domain import JobResult, Note, ScanState, Source
+from appliance.core.settings import Settings
+from appliance.store.worklist import Worklist
 from tests.bench.page import fill
-from tests.scans import scan_bytes
+from tests.support.scans import scan_bytes
 from tests.web_box import Box, Person, in_process, result
 from webui import texts
 
@@ -360,8 +360,8 @@ def test_r25_a_bug_is_told_without_particulars_and_logged_without_values(
 
 
 def test_a_broken_database_is_told_on_a_page_that_needs_none(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
-    from appliance.accounts import Accounts
-    from appliance.errors import StoreError
+    from appliance.core.errors import StoreError
+    from appliance.store.accounts import Accounts
 
     def fail(*_: object, **__: object) -> None:
         raise StoreError("store.failed", "disk I/O error")

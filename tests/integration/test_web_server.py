@@ -16,10 +16,10 @@ import psutil
 import pytest
 import requests
 
-from appliance.demo import _self_signed
-from appliance.errors import ApplianceError
-from appliance.settings import Settings
-from tests.scans import scan_bytes
+from appliance.cli.demo import _self_signed
+from appliance.core.errors import ApplianceError
+from appliance.core.settings import Settings
+from tests.support.scans import scan_bytes
 from tests.web_box import ROOT, Served, begin, outcome, send, served, upload, wait_for
 from webui import app as app_module
 from webui import create_app, server

@@ -17,8 +17,8 @@ import psutil
 import pytest
 import requests
 
-from appliance.demo import _self_signed
-from tests.scans import scan_bytes
+from appliance.cli.demo import _self_signed
+from tests.support.scans import scan_bytes
 from tests.web_box import PASSWORD, TUS, Box, Person, Served, begin, outcome, send, served, wait_for
 from webui import gate
 

@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from appliance.errors import StoreError
-from appliance.settings import Settings
-from appliance.store import Store
-from tests.scans import scan_bytes
+from appliance.core.errors import StoreError
+from appliance.core.settings import Settings
+from appliance.store.store import Store
+from tests.support.scans import scan_bytes
 from tests.web_box import TUS, Box, Person, begin, in_process, metadata, outcome, send, served, upload, wait_for
 from webui import finalise, parts
 from webui.box import Box as SharedBox

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from appliance.cli import main
-from appliance.domain import JobResult, Note, ScanState, Source
-from appliance.ingest import Ingest
-from appliance.settings import Settings
+from appliance.core.domain import JobResult, Note, ScanState, Source
+from appliance.core.settings import Settings
+from appliance.ingest.ingest import Ingest
 from tests.integration.test_web_pages import HOSTILE, row, words
-from tests.scans import scan_bytes
+from tests.support.scans import scan_bytes
 from tests.web_box import Box, Person, in_process, result
 
 BUTTON = re.compile(r'<button class="first" form="read-first" formaction="(/studies/\d+/urgent)"')

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from appliance.preprocess import from_display, to_tensor
+from appliance.imaging.preprocessing import from_display, to_tensor
 from quantize import data
 from quantize.draft import Draft
 from quantize.errors import QuantizeError

@@ -24,7 +24,7 @@ from quantize.errors import QuantizeError
 from quantize.graph import clean_up, initializers, producers
 from quantize.modelopt import Optimizer
 from quantize.modelopt_graph import taken_over
-from tests.processes import children_running, has_ended
+from tests.support.processes import children_running, has_ended
 from tests.unit.quantize_nets import Net, images, residual, run, unet
 
 Environment = Callable[[str], Optimizer]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from securesystemslib.signer import CryptoSigner
 
 from appliance.reasons import REASONS as OF_THE_BOX
-from appliance.store import Store
+from appliance.store.store import Store
 from model_sync import report
 from model_sync.report import CODES, ActivationState, BoxReport, ReportError, StatusReport, load_json, sign, verify
 from model_sync.report_reasons import REASONS

@@ -24,10 +24,10 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from appliance.errors import IngestError, PixelError
-from appliance.pictures.codestream import COMPRESSED, FrameShape, check_frame, check_header
-from appliance.pictures.structure import PixelCaps, check_structure
-from tests.scans import dataset
+from appliance.core.errors import IngestError, PixelError
+from appliance.imaging.codestream import COMPRESSED, FrameShape, check_frame, check_header
+from appliance.imaging.pixel_checks import PixelCaps, check_structure
+from tests.support.scans import dataset
 
 CAPS = PixelCaps()
 

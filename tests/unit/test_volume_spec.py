@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from appliance.models import reference_bundle
+from appliance.lifecycle.model_control import reference_bundle
 from model_sync.bundle import BundleError, InputSpec, Manifest, ModelBundle, VolumeSpec
-from tests import volume_bundle
+from tests.support import volume_bundle
 
 
 @pytest.fixture

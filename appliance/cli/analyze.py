@@ -1,0 +1,201 @@
+"""``appliance analyze``: the main job without a server, by the same door, queue, worker and store as the box.
+
+The worker is a child process, as on the box: a scan that crashes or hangs it costs that scan its result, not the run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from appliance import reasons
+from appliance.core.domain import Note, PictureForm, Source, Status
+from appliance.core.errors import ApplianceError
+from appliance.core.process import Lock, die_with_parent
+from appliance.core.wakeup import wake
+from appliance.ingest.archive import Outcome, accept_below
+from appliance.ingest.ingest import Ingest
+from appliance.lifecycle.model_control import activate, reference_bundle
+from appliance.store.store import Store
+from appliance.store.volume_results import VolumeResults, VolumeView
+from appliance.store.worklist import InstanceView, Worklist
+
+logger = logging.getLogger(__name__)
+
+_POLL_S: Final = 0.1
+_IDLE_STARTS: Final = 3
+_TIMINGS: Final = ("ingest", "decode", "preprocess", "infer", "postprocess", "store", "total")
+
+
+@dataclass(frozen=True)
+class Analysed:
+    """One input file: its outcome at the door and, when it came in, the image and what was drawn in its series as the store has it now."""
+
+    outcome: Outcome
+    view: InstanceView | None
+    study_instance_uid: str = ""
+    volumes: tuple[VolumeView, ...] = ()
+
+    @property
+    def status(self) -> Status:
+        """One of the five words; a file the door refused is ``rejected``."""
+        if self.view is not None:
+            return self.view.status
+        return "failed" if self.outcome.code in ("store.failed", "ingest.disk_full", "ingest.memory") else "rejected"
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """Assumptions and cautions that go with the result."""
+        if self.view is None:
+            return ()
+        read = (note for job in self.view.jobs if job.model_digest for note in job.notes)
+        return tuple(dict.fromkeys((*self.view.notes, *read)))
+
+    @property
+    def reason(self) -> Note | None:
+        """Why there is no result, when there is none."""
+        if self.view is not None:
+            unread = Note("job.crashed") if self.view.status == "failed" else None
+            return self.view.reason or unread
+        return Note(self.outcome.code, self.outcome.detail)
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of ``--json``."""
+        view, reason = self.view, self.reason
+        return {
+            "path": self.outcome.name,
+            "status": self.status,
+            "reason": _reason_json(reason) if reason else None,
+            "notes": [_reason_json(note) for note in self.notes],
+            "study_instance_uid": self.study_instance_uid or None,
+            "series_instance_uid": view.series_instance_uid if view else None,
+            "sop_instance_uid": view.sop_instance_uid if view else None,
+            "findings": [finding.to_json() for finding in view.findings] if view else [],
+            "volumes": [volume.to_json() for volume in self.volumes],
+            "timing_ms": _timing(view) if view else {},
+            "disclaimer": {"zh": "不得单独作为诊断依据", "en": "Not for sole diagnosis"},
+        }
+
+
+def analyse(
+    store: Store, paths: Iterable[Path], form: PictureForm, progress: Callable[[str], None], given: Path | None = None
+) -> list[Analysed]:
+    """Take every file below ``paths`` in, have it read, and return one entry per file in the order given.
+
+    Args:
+        store: the box to use; without an active model the embedded reference bundle is activated first.
+        paths: files, folders, ZIP archives.
+        form: what holds for PNG and JPEG.
+        progress: told a line now and then.
+        given: the settings file or data directory as it was given, for the worker; the data directory when None.
+    """
+    if not any(row["state"] == "active" for row in store.models()):
+        activate(store, reference_bundle(), "cli")
+    ingest = Ingest(store)
+    outcomes: list[Outcome] = []
+    for outcome in (item for path in paths for item in accept_below(ingest, store.settings, path, Source("cli", "cli"), form)):
+        outcomes.append(outcome)
+        if len(outcomes) % 50 == 0:
+            progress(f"{len(outcomes)} files taken in")
+    accepted = [outcome.accepted for outcome in outcomes if outcome.accepted]
+    store.close_series(sorted({item.stored.series_id for item in accepted}))
+    _work(store, [item.stored.instance_id for item in accepted], progress, given or store.settings.data_dir)
+    worklist = Worklist(store)
+    drawn = {item: tuple(VolumeResults(store).of_series(item)) for item in {item.stored.series_id for item in accepted}}
+    return [
+        Analysed(
+            outcome,
+            worklist.instance(outcome.accepted.stored.instance_id),
+            outcome.accepted.scan.study_instance_uid,
+            drawn[outcome.accepted.stored.series_id],
+        )
+        if outcome.accepted
+        else Analysed(outcome, None)
+        for outcome in outcomes
+    ]
+
+
+def _work(store: Store, instance_ids: list[int], progress: Callable[[str], None], given: Path) -> None:
+    """Have these images read: by the box's own worker where one runs, else by a child that is started again when it falls.
+
+    A child that falls costs the scan it read an attempt, which is progress of a kind: that scan ends as failed. One that falls
+    without even that (a damaged model) will do so for ever, and is given up.
+    """
+    reading, idle_starts = Reading(store, instance_ids, progress), 0
+    while reading.left():
+        try:
+            Lock(store.settings.data_dir, "worker").release()
+        except ApplianceError:  # a box serves this directory: its worker does the work
+            wake(store.settings)
+            time.sleep(_POLL_S)
+            continue
+        before = reading.mark()
+        code = _run_worker(reading, given)
+        idle_starts = 0 if reading.mark() != before else idle_starts + 1
+        if idle_starts >= _IDLE_STARTS:
+            progress(f"error: the worker stops at once (exit code {code}); {reading.left()} scans were taken in but not read")
+            return
+
+
+class Reading:
+    """How far the reading of some images has come; tells a line for every 25."""
+
+    def __init__(self, store: Store, instance_ids: list[int], progress: Callable[[str], None]) -> None:
+        self._database = store.database
+        self._ids = json.dumps(instance_ids)
+        self._progress = progress
+        self._told = len(instance_ids)
+
+    def left(self) -> int:
+        """How many of the images still wait for their result; whatever else the box has to do does not count."""
+        left = self.mark()[0]
+        if left <= self._told - 25:
+            self._told = left
+            self._progress(f"{left} to go")
+        return left
+
+    def mark(self) -> tuple[int, int]:
+        """Images left and attempts made for them: what changes whenever the worker does anything for them."""
+        row = self._database.one(
+            "SELECT count(DISTINCT i.id) AS pending, coalesce(sum(j.attempts), 0) AS attempts"
+            " FROM instances i LEFT JOIN jobs j ON j.instance_id = i.id"
+            " WHERE i.state IN ('waiting', 'queued', 'running') AND i.id IN (SELECT value FROM json_each(?))",
+            self._ids,
+        )
+        return (int(row["pending"]), int(row["attempts"])) if row else (0, 0)
+
+
+def _run_worker(reading: Reading, given: Path) -> int:
+    """One life of a worker; returns its exit code."""
+    command = [sys.executable, "-m", "appliance", "worker", "--until-idle", "--data-dir", str(given)]
+    environment = os.environ | {"APPLIANCE_LOG_LEVEL": "WARNING", "ORT_DISABLE_TELEMETRY": "1"}
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, preexec_fn=die_with_parent) as worker:
+        while worker.poll() is None:
+            time.sleep(_POLL_S)
+            reading.left()
+    if worker.returncode:
+        logger.error("worker fell", extra={"exit_code": worker.returncode})
+    return worker.returncode
+
+
+def _reason_json(note: Note) -> dict[str, str]:
+    return {"code": note.code, "zh": reasons.text(note.code, "zh"), "en": reasons.text(note.code, "en"), "detail": note.detail}
+
+
+def _timing(view: InstanceView) -> dict[str, float]:
+    """Milliseconds per part over all jobs of the image; ``total`` is door and jobs together, without the time in the queue."""
+    sums = dict.fromkeys(_TIMINGS, 0.0)
+    for job in view.jobs:
+        for name, value in job.timing_ms.items():
+            sums[name] = sums.get(name, 0.0) + value
+    sums["ingest"] = view.ingest_ms
+    sums["total"] += view.ingest_ms
+    return {name: round(value, 2) for name, value in sums.items()}

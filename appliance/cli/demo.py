@@ -1,0 +1,224 @@
+"""``make demo``: a whole box on this machine, from an empty folder to a finding on the page."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from appliance.core.errors import ApplianceError
+from appliance.core.process import Lock, die_with_parent, make_data_dir
+from appliance.core.settings import FILE_NAME, Settings
+from appliance.lifecycle.model_control import activate, reference_bundle
+from appliance.service.supervisor import Supervisor, web_address
+from appliance.store.accounts import Accounts
+from appliance.store.store import Store
+
+USERNAME: Final = "demo"
+_READY_S: Final = 60.0
+_TICK_S: Final = 0.1
+_NOTHING: Final = 4  # the exit code of `analyze --require-analysed` when no scan was analysed
+_WEB_PORT: Final = 8080
+_DICOM_PORT: Final = 11112
+
+
+def run(data_dir: Path, samples: Path, own: Path | None, *, once: bool, lan: bool, new_password: bool) -> int:
+    """Lay the box, start it, read the scans, say where everything is; returns the exit code of the reading.
+
+    Args:
+        data_dir: the demo box; kept between runs.
+        samples: scans drawn for the demo.
+        own: the user's own scans, read first.
+        once: stop once the scans are read.
+        lan: listen on every address over TLS.
+        new_password: give the account a new one-time password.
+    """
+    stop = _asked_to_stop()
+    make_data_dir(data_dir)
+    lock = _lock(data_dir.resolve())  # before the settings of a box that runs could be overwritten
+    settings = _configure(data_dir.resolve(), lan=lan)
+    log = settings.data_dir / "box.log"
+    supervisor = Supervisor(settings, log, lock=lock)
+    code = 0
+    try:
+        password = _prepare(settings, new_password=new_password)
+        supervisor.start()
+        _wait_until_ready(supervisor, settings, stop)
+        if not stop():
+            _say_where(settings, password, log)
+            code = _read_scans(supervisor, settings, [path for path in (own, samples) if path], stop)
+        if not once and not stop():
+            print("The box is running. Press Ctrl-C to stop it.", flush=True)
+            supervisor.run(stop)
+    finally:
+        supervisor.stop()
+    print("The box has stopped; what it read stays in its data directory.", flush=True)
+    return code
+
+
+def _asked_to_stop() -> Callable[[], bool]:
+    asked: list[bool] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: asked.append(True))
+    return lambda: bool(asked)
+
+
+def _lock(data_dir: Path) -> Lock:
+    """The supervisor's lock; raises ApplianceError ``box.busy`` with the address of the box that holds it."""
+    try:
+        return Lock(data_dir, "supervisor")
+    except ApplianceError as error:
+        address = web_address(Settings.load(data_dir))
+        where = f", at {address['scheme']}://127.0.0.1:{address['port']}/" if address else ""
+        raise ApplianceError(error.code, f"the box is already running{where}") from error
+
+
+def _configure(data_dir: Path, *, lan: bool) -> Settings:
+    """Write the demo's box.toml: usual ports where they are free, others where not."""
+    host = "0.0.0.0" if lan else "127.0.0.1"  # noqa: S104 - a port may be free on the one and taken on the other
+    web_port, dicom_port = _free_port(_WEB_PORT, host), _free_port(_DICOM_PORT, host)
+    lines = [f"web_port = {web_port}", f"dicom_port = {dicom_port}"]
+    if lan:
+        _self_signed(data_dir / "keys")
+        lines += ['web_host = "0.0.0.0"', 'dicom_host = "0.0.0.0"', 'tls_certificate = "keys/web.crt"', 'tls_key = "keys/web.pem"']
+    (data_dir / FILE_NAME).write_text("# Written by `make demo` at every start.\n" + "\n".join(lines) + "\n", "utf-8")
+    return Settings.load(data_dir)
+
+
+def _free_port(wanted: int, host: str) -> int:
+    """The port wanted, or any free one when somebody has it on that address."""
+    for port in (wanted, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise ApplianceError("settings.invalid", "no free port on this machine")
+
+
+def _prepare(settings: Settings, *, new_password: bool) -> str:
+    """Activate the embedded model by the real way and make the account. Returns its one-time password, or ''."""
+    # The first finding does not wait for a measuring: the worker measures by itself as soon as it has nothing to read.
+    store = Store(settings.model_copy(update={"tune_at_activation": False}))
+    activate(store, reference_bundle(), "demo")
+    accounts = Accounts(store)
+    account = accounts.find(USERNAME)
+    password = accounts.add(USERNAME, "clinician", "demo") if new_password or account is None or account.must_change else ""
+    store.close()
+    return password
+
+
+def _wait_until_ready(supervisor: Supervisor, settings: Settings, stop: Callable[[], bool]) -> None:
+    limit = time.monotonic() + _READY_S
+    while not supervisor.ready():
+        supervisor.tick()
+        if stop():
+            return
+        if time.monotonic() > limit:
+            raise ApplianceError("store.failed", "the box did not start", hint=f"Read {settings.data_dir / 'box.log'}.")
+        time.sleep(0.05)
+
+
+def _say_where(settings: Settings, password: str, log: Path) -> None:
+    address = web_address(settings) or {"scheme": "http", "port": settings.web_port}
+    host = "127.0.0.1" if settings.web_host != "0.0.0.0" else _lan_address()  # noqa: S104 - compared, not bound
+    port = (
+        (settings.data_dir / "run" / "dicom.port").read_text()
+        if (settings.data_dir / "run" / "dicom.port").exists()
+        else settings.dicom_port
+    )
+    print(f"\n  Page      {address['scheme']}://{host}:{address['port']}/")
+    print(
+        f"  Login     {USERNAME} / {password}   (one-time password)"
+        if password
+        else f"  Login     {USERNAME} / the password you set  (forgotten: make demo ARGS=--new-password)"
+    )
+    print(f"  DICOM     AE title {settings.ae_title}, {host} port {port}")
+    print(f"  Log       {log}", flush=True)
+    for name, usual, taken in (("page", _WEB_PORT, settings.web_port), ("DICOM", _DICOM_PORT, settings.dicom_port)):
+        if taken != usual:
+            print(f"  Note      port {usual} is in use by another program, so the {name} port is {taken} this time")
+    print(flush=True)
+
+
+def _read_scans(supervisor: Supervisor, settings: Settings, folders: list[Path], stop: Callable[[], bool]) -> int:
+    """Have the running box read folders of scans, as ``appliance analyze`` does; prints what was found.
+
+    Returns:
+        0; the exit code of ``analyze`` when something failed or nothing at all was analysed; 0 when asked to stop.
+    """
+    codes = []
+    for folder in folders:
+        print(f"Reading the scans in {folder}:", flush=True)
+        codes.append(_read_folder(supervisor, settings, folder, stop))
+        if stop():
+            return 0
+    if all(code == _NOTHING for code in codes):
+        print("Nothing was found: no scan in these folders could be analysed.", flush=True)
+        return _NOTHING
+    return max(code for code in codes if code != _NOTHING)
+
+
+def _read_folder(supervisor: Supervisor, settings: Settings, folder: Path, stop: Callable[[], bool]) -> int:
+    """One folder, with an eye on the box meanwhile; returns the exit code of ``analyze``."""
+    command = [sys.executable, "-m", "appliance", "analyze", str(folder), "--require-analysed", "--data-dir", str(settings.data_dir)]
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_parent, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+    ) as reader:  # own session: Ctrl-C reaches this process alone, which ends the reading in order
+        while reader.poll() is None:
+            if stop():
+                reader.terminate()
+                break
+            supervisor.tick()
+            time.sleep(_TICK_S)
+    return reader.returncode
+
+
+def _lan_address() -> str:
+    """This machine's address on its network: what the kernel would send from (nothing is sent)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+def _self_signed(directory: Path) -> None:
+    """A certificate of the box's own for its names and addresses, one year, kept between runs."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    if (directory / "web.crt").exists():
+        return
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, socket.gethostname()[:64])])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    names = [x509.DNSName("localhost"), x509.DNSName(socket.gethostname()), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    names.append(x509.IPAddress(ipaddress.ip_address(_lan_address())))
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+    )
+    builder = builder.not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=365))
+    certificate = builder.add_extension(x509.SubjectAlternativeName(names), critical=False).sign(key, hashes.SHA256())
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    with open(os.open(directory / "web.pem", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(pem)
+    (directory / "web.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))

@@ -1,0 +1,297 @@
+"""The command ``appliance``: analyze, demo, serve and the technician's tools. Errors are caught once, in ``main``."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from appliance import __version__, reasons
+from appliance.cli import models as model_commands
+from appliance.cli import tune as tune_commands
+from appliance.core.errors import ApplianceError
+from appliance.core.process import limit_memory, make_data_dir, start_logging
+from appliance.core.settings import Settings
+
+if TYPE_CHECKING:
+    from appliance.cli.analyze import Analysed
+    from appliance.reasons import Language
+
+EXIT_OK: Final = 0
+EXIT_ERROR: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_FAILED: Final = 3
+EXIT_NOTHING: Final = 4
+_WRONG_USE: Final = ("settings.invalid", "settings.missing", "box.busy", "box.none", "model.precision")
+_DISK_ZH: Final = "请检查路径、权限和磁盘空间。"
+_DISK_EN: Final = "Check the path, its permissions and the space on the disk."
+_VIEWS: Final = {"frontal": "", "PA": "PA", "AP": "AP", "lateral": "LL"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code (0 done, 1 error, 2 usage, 3 some scan failed, 4 nothing found or analysed)."""
+    arguments = _parser().parse_args(argv)
+    start_logging(os.environ.get("APPLIANCE_LOG_LEVEL", "INFO"))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows a question mark in its place
+        sys.stdout.reconfigure(errors="replace")
+    os.umask(0o077)  # what the box writes holds patients' data: for the account it runs under, nobody else
+    command: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return command(arguments)
+    except ApplianceError as error:
+        return _say_error(error)
+    except BrokenPipeError:
+        return EXIT_ERROR
+    except OSError as error:
+        return _say_os_error(error)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _say_error(error: ApplianceError) -> int:
+    """A coded error: what happened and what to do, for somebody at a command line, who sends nothing."""
+    language = _language()
+    hint = reasons.hint(error.code, language) if language == "zh" else error.hint
+    if error.code == "store.failed" and error.hint == reasons.hint(error.code, "en"):
+        hint = _DISK_ZH if language == "zh" else _DISK_EN
+    print(f"error: {reasons.text(error.code, language)}" + (f" ({error.detail})" if error.detail else ""), file=sys.stderr)
+    print(f"hint: {hint}", file=sys.stderr)
+    return EXIT_USAGE if error.code in _WRONG_USE else EXIT_ERROR
+
+
+def _say_os_error(error: OSError) -> int:
+    """A path that cannot be used: which, why, and what to do."""
+    zh = _language() == "zh"
+    what = f"{error.strerror or type(error).__name__}" + (f": {error.filename}" if error.filename else "")
+    print(f"{'错误' if zh else 'error'}: {what}", file=sys.stderr)
+    print(f"hint: {_DISK_ZH if zh else _DISK_EN}", file=sys.stderr)
+    return EXIT_USAGE
+
+
+def _language() -> Language:
+    return "zh" if os.environ.get("LC_ALL", os.environ.get("LANG", "")).startswith("zh") else "en"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="appliance", description="Edge inference box: scans in, localised findings out, offline.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str, *, data_dir: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        if data_dir:
+            sub.add_argument("--data-dir", type=Path, required=True, help="the box's data directory")
+        sub.set_defaults(run=run)
+        return sub
+
+    analyze = command("analyze", _analyze, "Read files, folders or ZIP archives without a server.", data_dir=False)
+    analyze.add_argument("paths", nargs="+", type=Path, metavar="PATH")
+    analyze.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
+    analyze.add_argument("--data-dir", type=Path, help="keep everything in this data directory (default: a temporary one)")
+    analyze.add_argument("--view", choices=_VIEWS, default="frontal", help="view of PNG and JPEG pictures (default: frontal)")
+    analyze.add_argument(
+        "--require-analysed", action="store_true", help="exit with 4 when no scan at all was analysed, not only when no file was found"
+    )
+    command("serve", _serve, "Run the box: worker, DICOM receiver and web page under one supervisor.")
+    worker = command("worker", _worker, "Run the worker alone.")
+    worker.add_argument("--until-idle", action="store_true", help="stop when nothing is left to do")
+    command("receive", _receive, "Run the DICOM receiver alone.")
+    model_commands.add_arguments(command("models", _models, "List the models of this box, put one to work, go back, or see what happened."))
+    model_commands.add_prove_arguments(command("prove", model_commands.prove, "Prove a model to the box (started by the box itself)."))
+    tune_commands.add_arguments(command("tune", _tune, "Measure how the models at work run best on this box, or show what was measured."))
+    urgent = command("urgent", _urgent, "STAT: have what waits of a study read before everything else.")
+    urgent.add_argument("study", help="the study's accession number, Study Instance UID or number on this box")
+    urgent.add_argument("--undo", action="store_true", help="take it back: the study is no longer first")
+    user = command("user", _user, "Make an account, or give an existing one a new one-time password.")
+    user.add_argument("username")
+    user.add_argument("--role", choices=("clinician", "technician", "administrator", "auditor"), default="clinician")
+    audit = command("audit", _audit, "Check the audit's hash chain, or print it.")
+    audit.add_argument("action", choices=("verify", "show"))
+    command("settings", _settings, "Print every setting with its value and meaning.")
+    demo = command("demo", _demo, "Lay a demo box, start it and read sample scans.")
+    demo.add_argument("--samples", type=Path, required=True, help="folder of sample scans")
+    demo.add_argument("--data", type=Path, help="a folder of your own scans, read first")
+    demo.add_argument("--once", action="store_true", help="stop the box and exit once the scans are read")
+    demo.add_argument("--lan", action="store_true", help="serve the local network over TLS with a self-signed certificate")
+    demo.add_argument("--new-password", action="store_true", help="give the demo account a new one-time password")
+    return parser
+
+
+def _analyze(arguments: argparse.Namespace) -> int:
+    if _say_missing(arguments.paths, "nothing was analysed", "未作任何分析"):
+        return EXIT_USAGE
+    logging.getLogger().setLevel(logging.ERROR)  # refusals are in the result; the log would say them twice
+    kept = arguments.data_dir
+    with nullcontext(kept) if kept else tempfile.TemporaryDirectory(prefix="appliance-") as data_dir:
+        results = _analyse_in(arguments, Path(data_dir))
+    if arguments.json:
+        print(json.dumps([item.to_json() for item in results], ensure_ascii=False, indent=1))
+    elif results:
+        print_table(results, _language())
+    if not results:
+        where = ", ".join(map(str, arguments.paths))
+        print(f"此处没有任何文件：{where}" if _language() == "zh" else f"no file was found in {where}", file=sys.stderr)
+        return EXIT_NOTHING
+    if arguments.require_analysed and not any(item.status == "analysed" for item in results):
+        return EXIT_NOTHING
+    return EXIT_FAILED if any(item.status == "failed" for item in results) else EXIT_OK
+
+
+def _say_missing(paths: Sequence[Path], so_en: str, so_zh: str) -> bool:
+    """Say which of these paths are not there, and what was therefore not done; returns whether any is missing."""
+    missing = ", ".join(str(path) for path in paths if not path.exists())
+    if missing and _language() == "zh":
+        print(f"错误：没有这个文件或文件夹：{missing}\nhint: 请检查路径；{so_zh}。", file=sys.stderr)
+    elif missing:
+        print(f"error: no such file or folder: {missing}\nhint: check the path; {so_en}", file=sys.stderr)
+    return bool(missing)
+
+
+def _analyse_in(arguments: argparse.Namespace, data_dir: Path) -> list[Analysed]:
+    from appliance.cli.analyze import analyse
+    from appliance.core.domain import PictureForm
+    from appliance.store.store import Store
+
+    if not data_dir.is_file():  # a settings file names its data directory itself
+        make_data_dir(data_dir)
+    # Who only wants these files read does not wait for a measuring; a box that is started here later measures by itself.
+    settings = Settings.load(data_dir, tune_at_activation=False)
+    limit_memory(settings.process_memory_max_bytes)
+    store = Store(settings)
+    try:
+        form = PictureForm(view=_VIEWS[arguments.view])
+        return analyse(store, arguments.paths, form, lambda line: print(line, file=sys.stderr), data_dir)
+    finally:
+        store.close()
+
+
+def print_table(results: list[Analysed], language: Language) -> None:
+    """One block per file: its status, every score against its threshold, the reason and the remarks."""
+    zh = language == "zh"
+    words = {
+        "analysed": ("已分析", "analysed"), "out_of_scope": ("不在适用范围", "out of scope"),
+        "quality_rejected": ("质量不合格", "quality rejected"),
+        "rejected": ("已拒绝", "rejected"), "failed": ("失败", "FAILED"),
+    }  # fmt: skip
+    told: set[int] = set()
+    for item in results:
+        print(f"{item.outcome.name}: {words[item.status][0 if zh else 1]}")
+        for finding in item.view.findings if item.view else ():
+            above = ("高于阈值" if zh else "above threshold") if finding.positive else ("低于阈值" if zh else "below threshold")
+            print(f"  {finding.title_zh if zh else finding.title_en}: {finding.score:.3f} ({above} {finding.threshold:.3f})"
+                  f"  {finding.model} {finding.model_version} {finding.precision} {finding.runtime}")  # fmt: skip
+        for volume in item.volumes:
+            if volume.job_id not in told:  # once, not for every slice
+                told.add(volume.job_id)
+                ml = ", ".join(
+                    f"{label.title_zh if zh else label.title_en} {label.value:.0f} {label.unit}" for label in volume.measurements
+                )
+                print(f"  {ml} ({volume.slices} {'张切片' if zh else 'slices'})"
+                      f"  {volume.model} {volume.model_version} {volume.precision} {volume.runtime}")  # fmt: skip
+        for note in (*((item.reason,) if item.reason else ()), *item.notes):
+            print(f"  {reasons.text(note.code, language)}" + (f" ({note.detail})" if note.detail else ""))
+    print("不得单独作为诊断依据" if zh else "Not for sole diagnosis.  不得单独作为诊断依据")
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from appliance.service.supervisor import serve
+
+    serve(arguments.data_dir)
+    return EXIT_OK
+
+
+def _worker(arguments: argparse.Namespace) -> int:
+    from appliance.inference.worker import run
+
+    settings = Settings.load(arguments.data_dir)
+    limit_memory(settings.process_memory_max_bytes)
+    run(settings, until_idle=arguments.until_idle)
+    return EXIT_OK
+
+
+def _receive(arguments: argparse.Namespace) -> int:
+    from appliance.dicom.receiver import run
+
+    run(Settings.load(arguments.data_dir))
+    return EXIT_OK
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    return model_commands.run(arguments, _language())
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    return tune_commands.run(arguments, _language())
+
+
+def _urgent(arguments: argparse.Namespace) -> int:
+    from appliance.core.wakeup import wake
+    from appliance.store.open_store import open_box
+
+    store = open_box(arguments.data_dir)
+    try:
+        studies = store.studies_named(arguments.study)
+        change = store.make_routine if arguments.undo else store.make_urgent
+        concerned = sum(change(number, "cli", "cli") or 0 for number in studies)
+        standing = {store.standing_of(number) for number in studies}
+        wake(store.settings)
+    finally:
+        store.close()
+    zh, en = f"{concerned} 项将优先读取", f"{concerned} will be read first"
+    if arguments.undo:
+        zh, en = f"{concerned} 项不再优先读取", f"{concerned} no longer first"
+    elif not concerned and "waits" in standing:
+        zh, en = (
+            "没有新增优先项：已在优先读取，或影像到齐后优先读取",
+            "nothing more is brought forward: it is first already, or once all images are here",
+        )
+    elif not concerned:
+        zh, en = "没有等待读取的影像；这不表示已完成分析", "nothing waits; that does not mean that it was analysed"
+    print(zh if _language() == "zh" else en)
+    return EXIT_OK
+
+
+def _user(arguments: argparse.Namespace) -> int:
+    from appliance.store.accounts import Accounts
+    from appliance.store.store import Store
+
+    password = Accounts(Store(Settings.load(arguments.data_dir))).add(arguments.username, arguments.role, "cli")
+    print(f"one-time password of {arguments.username}: {password}")
+    return EXIT_OK
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from appliance.store.open_store import open_box
+
+    store = open_box(arguments.data_dir)
+    if arguments.action == "show":
+        for row in store.database.query("SELECT entry FROM audit ORDER BY seq"):
+            print(row["entry"])
+    else:
+        print(f"audit chain whole: {store.database.verify_audit()} entries")
+    return EXIT_OK
+
+
+def _settings(arguments: argparse.Namespace) -> int:
+    settings = Settings.load(arguments.data_dir)
+    for name, field in Settings.model_fields.items():
+        print(f"# {field.description}\n{name} = {json.dumps(getattr(settings, name), default=str)}")
+    return EXIT_OK
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    if _say_missing([path for path in (arguments.data, arguments.samples) if path], "nothing was started", "未启动任何程序"):
+        return EXIT_USAGE
+    from appliance.cli.demo import run
+
+    return run(
+        arguments.data_dir, arguments.samples, arguments.data, once=arguments.once, lan=arguments.lan, new_password=arguments.new_password
+    )

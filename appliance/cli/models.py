@@ -1,0 +1,210 @@
+"""``appliance models``: list, activate, rollback and history, as tables for people or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sqlite3
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+from appliance import reasons
+from appliance.core.domain import Note
+from appliance.core.errors import ApplianceError
+from appliance.core.settings import Settings
+from appliance.reasons import Language
+from appliance.store.open_store import open_box
+from appliance.store.store import Store
+
+EXIT_OK: Final = 0
+EXIT_USAGE: Final = 2
+_MODEL_COLUMNS: Final = ("state", "line", "version", "digest", "precision", "runtime", "since")
+_HISTORY_COLUMNS: Final = ("number", "state", "line", "version", "digest", "source", "by", "since", "reason")
+_BAR_WIDTH: Final = 24
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``appliance models``."""
+    parser.add_argument("action", choices=("list", "activate", "rollback", "history"))
+    parser.add_argument(
+        "which", nargs="?",
+        help="with activate: a bundle directory, a digest or version of this box, or 'reference' for the embedded one;"
+        " with rollback: the model line",
+    )  # fmt: skip
+    parser.add_argument("--again", action="store_true", help="with activate: try it though it failed on this box before")
+    parser.add_argument(
+        "--precision", metavar="PRECISION",
+        help="with activate: this precision and no other from now on, whatever is faster; 'any' takes that back and measures all of them",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(arguments: argparse.Namespace, language: Language) -> int:
+    """Run one of the commands; returns the exit code."""
+    wrong = _wrong_use(arguments)
+    if wrong:
+        print(f"error: {wrong[0]}\nhint: {wrong[1]}", file=sys.stderr)
+        return EXIT_USAGE
+    # Only `activate` may be the first thing that is ever done in a folder.
+    store = Store(Settings.load(arguments.data_dir)) if arguments.action == "activate" else open_box(arguments.data_dir)
+    try:
+        if arguments.action == "list":
+            _print(_models(store), _MODEL_COLUMNS, arguments.json)
+        elif arguments.action == "history":
+            _print(_history(store, language), _HISTORY_COLUMNS, arguments.json)
+        else:
+            _change(store, arguments, language)
+    finally:
+        store.close()
+    return EXIT_OK
+
+
+def _wrong_use(arguments: argparse.Namespace) -> tuple[str, str] | None:
+    if arguments.action == "activate" and not arguments.which:
+        return (
+            "activate needs a bundle directory, or a digest or version of this box",
+            "`appliance models activate reference` takes the embedded one; `appliance models list` shows what is here",
+        )
+    if arguments.action in ("list", "history") and arguments.which:
+        return f"{arguments.action} takes no {arguments.which!r}", f"`appliance models {arguments.action}` shows all"
+    if arguments.again and arguments.action != "activate":
+        return f"{arguments.action} knows no --again", "--again goes with `appliance models activate`"
+    if arguments.precision and arguments.action != "activate":
+        return f"{arguments.action} knows no --precision", "--precision goes with `appliance models activate`"
+    return None
+
+
+def _change(store: Store, arguments: argparse.Namespace, language: Language) -> None:
+    """Put a model to work, or go back; tells how far it is while a terminal looks on."""
+    from appliance.lifecycle.model_control import activate, find, rollback
+
+    progress = _Progress(language)
+    try:
+        if arguments.action == "activate":
+            digest = activate(store, find(store, arguments.which), "cli", arguments.precision, again=arguments.again, told=progress)
+        else:
+            digest = rollback(store, arguments.which, "cli", progress)
+    finally:
+        progress.end()
+    (model,) = (item for item in _models(store) if item["digest"] == digest)
+    if arguments.json:
+        print(json.dumps(model, ensure_ascii=False))
+    else:
+        print(f"{model['state']}: {model['line']} {model['version']} ({digest[:12]})")
+
+
+class _Progress:
+    """One line that is written over; on a file or a pipe, one line per state."""
+
+    _WORDS: Final = {
+        "staged": ("复制并校验", "copying and checking"), "building": ("构建", "building"), "self-test": ("自检", "self-test"),
+    }  # fmt: skip
+
+    def __init__(self, language: Language) -> None:
+        self._language = language
+        self._said = ""
+        self._live = sys.stderr.isatty()
+
+    def __call__(self, row: sqlite3.Row) -> None:
+        """Tell one entry of the journal."""
+        words = self._WORDS.get(row["state"])
+        if words is None:
+            return
+        word = words[0 if self._language == "zh" else 1]
+        if self._live:
+            filled = round(row["progress"] * _BAR_WIDTH)
+            line = f"{row['name']} {row['version']}: {word} [{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {row['progress']:4.0%}"
+            print(f"\r{line:<78}", end="", file=sys.stderr, flush=True)
+        elif row["state"] != self._said:
+            print(f"{row['name']} {row['version']}: {word}", file=sys.stderr, flush=True)
+        self._said = row["state"]
+
+    def end(self) -> None:
+        """Leave the line as it is."""
+        if self._live and self._said:
+            print(file=sys.stderr)
+
+
+def _models(store: Store) -> list[dict[str, Any]]:
+    order = {"active": 0, "previous": 1, "retired": 2}
+    rows = sorted(store.models(), key=lambda row: (row["name"], order[row["state"]]))
+    same = ("state", "version", "digest", "precision", "runtime")
+    return [{"line": row["name"], "since": row["activated_at"]} | {name: row[name] for name in same} for row in rows]
+
+
+def _history(store: Store, language: Language) -> list[dict[str, Any]]:
+    from appliance.lifecycle.journal import Journal
+
+    items = []
+    for row in Journal(store).history(limit=200):
+        note = Note(**json.loads(row["reason"])) if row["reason"] else None
+        items.append(
+            {
+                "number": row["id"], "state": row["state"], "line": row["name"], "version": row["version"], "digest": row["digest"],
+                "source": row["source"], "by": row["actor"], "since": row["updated_at"], "attempts": row["attempts"],
+                "code": note.code if note else None, "reason": _say(note, language) if note else "",
+                "self_test": json.loads(row["self_test"] or "null"), "trial": json.loads(row["trial"] or "null"),
+            }
+        )  # fmt: skip
+    return items
+
+
+def _say(note: Note, language: Language) -> str:
+    text = reasons.text(note.code, language) if note.code in reasons.REASONS else note.code
+    return text + (f" ({note.detail})" if note.detail else "")
+
+
+def _print(items: Sequence[dict[str, Any]], columns: Sequence[str], as_json: bool) -> None:
+    """A table whose columns are as wide as what stands in them; the last one as long as it is."""
+    if as_json:
+        print(json.dumps(items, ensure_ascii=False, indent=1))
+        return
+    if not items:
+        print("nothing yet; `appliance models activate reference` puts the embedded model to work")
+        return
+    rows = [columns, *([_cell(name, item[name]) for name in columns] for item in items)]
+    widths = [max(len(row[index]) for row in rows) for index in range(len(columns))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _cell(column: str, value: Any) -> str:
+    if column == "digest":
+        return str(value)[:12]
+    if column == "since":
+        return datetime.fromisoformat(value).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    return str(value)
+
+
+def prove(arguments: argparse.Namespace) -> int:
+    """``appliance prove``: the proof of a model, started by the box itself."""
+    from appliance.lifecycle.self_test_child import Order
+    from appliance.lifecycle.self_test_child import run as run_proof
+
+    if arguments.parent <= 1:
+        raise ApplianceError("settings.invalid", "`appliance prove` is started by the box itself")
+    keep = [digest for digest in arguments.keep.split(",") if digest]
+    order = Order(
+        arguments.data_dir, arguments.origin, arguments.digest, arguments.precision, arguments.threads, arguments.memory_bytes, keep,
+        arguments.parent, arguments.reserve_bytes, arguments.tune, arguments.deadline_s, arguments.measuring_s, arguments.triton_url,
+    )  # fmt: skip
+    return run_proof(order)
+
+
+def add_prove_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``appliance prove``."""
+    parser.add_argument("--origin", type=Path, required=True, help="the bundle's directory")
+    parser.add_argument("--digest", required=True, help="which model it has to be")
+    parser.add_argument("--precision", help="the variant (default: the most exact)")
+    parser.add_argument("--threads", type=int, default=0, help="threads of one inference (default: all cores)")
+    parser.add_argument("--memory-bytes", type=int, required=True, help="cap of private memory")
+    parser.add_argument("--reserve-bytes", type=int, default=0, help="room that stays free on the disk, for scans")
+    parser.add_argument("--keep", default="", help="digests whose copies stay, separated by commas")
+    parser.add_argument("--tune", action="store_true", help="measure every way this box has of running it")
+    parser.add_argument("--deadline-s", type=float, default=1800.0, help="for all of it")
+    parser.add_argument("--measuring-s", type=float, default=60.0, help="of that for measuring, engine builds apart")
+    parser.add_argument("--triton-url", default="", help="address of a Triton server")
+    parser.add_argument("--parent", type=int, required=True, help="number of the process to die with")

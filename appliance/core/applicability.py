@@ -1,0 +1,92 @@
+"""Does a model's manifest apply to this image? Pure; the manifest decides what an absent tag means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from appliance.core.domain import Note, Scan
+from model_sync.bundle import AppliesTo, Manifest, VolumeSpec
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Either why the model does not apply (``refusal``), or what was assumed and what to be careful with (``notes``)."""
+
+    refusal: Note | None = None
+    notes: tuple[Note, ...] = ()
+
+
+def reads_volumes(manifest: Manifest) -> bool:
+    """Whether a model reads whole series and not single images."""
+    return isinstance(manifest.input, VolumeSpec)
+
+
+def applies_to_series(rule: AppliesTo, scans: Sequence[Scan]) -> Verdict:
+    """Hold a series against ``applies_to``: all of its images must agree; one that does not belong makes it another volume."""
+    return together([applies(rule, scan, frames=True) for scan in scans])
+
+
+def together(verdicts: Sequence[Verdict]) -> Verdict:
+    """What holds of a whole series by what holds of each of its images."""
+    refusals = [verdict.refusal for verdict in verdicts if verdict.refusal is not None]
+    if refusals and len(refusals) == len(verdicts):
+        return Verdict(refusals[0])
+    if refusals:
+        return Verdict(Note("volume.mixed_scope", f"{len(refusals)} of {len(verdicts)}: {refusals[0].code}"))
+    return Verdict(notes=tuple(dict.fromkeys(note for verdict in verdicts for note in verdict.notes)))
+
+
+def applies(rule: AppliesTo, scan: Scan, *, frames: bool = False) -> Verdict:
+    """Hold one image against ``applies_to``: modality, SOP class, body part, view, frames, age, in that order.
+
+    Args:
+        rule: of the model.
+        scan: the image.
+        frames: the model reads volumes, for which an image may have many frames.
+    """
+    if scan.modality not in rule.modality:
+        return Verdict(Note("scope.modality", scan.modality or "-"))
+    if scan.sop_class_uid not in rule.sop_class_uid:
+        return Verdict(Note("scope.sop_class", scan.sop_class_uid))
+    if scan.number_of_frames > 1 and not frames:
+        return Verdict(Note("scope.frames", str(scan.number_of_frames)))
+    notes: list[Note] = list(scan.notes)
+    for check in (_body_part, _view, _age):
+        refusal, remarks = check(rule, scan)
+        if refusal:
+            return Verdict(refusal)
+        notes.extend(remarks)
+    return Verdict(notes=tuple(notes))
+
+
+def _body_part(rule: AppliesTo, scan: Scan) -> tuple[Note | None, list[Note]]:
+    part = scan.body_part_examined.strip().upper()
+    if part:
+        return (None, []) if part in rule.body_part else (Note("scope.body_part", part), [])
+    if rule.when_body_part_absent == "out_of_scope":
+        return Note("scope.body_part", "-"), []
+    return None, [Note("assume.body_part", rule.assumed_body_part)]
+
+
+def _view(rule: AppliesTo, scan: Scan) -> tuple[Note | None, list[Note]]:
+    if not rule.view_position and rule.when_view_absent == "assume":
+        return None, []  # slices have no view
+    words = scan.view_position.strip().upper().split()
+    if words:  # "AP SUPINE", "PA ERECT": the first word names the projection
+        return (None, []) if words[0] in rule.view_position else (Note("scope.view", " ".join(words)), [])
+    if rule.when_view_absent == "out_of_scope":
+        return Note("scope.view", "-"), []
+    return None, [Note("assume.view", rule.assumed_view)]
+
+
+def _age(rule: AppliesTo, scan: Scan) -> tuple[Note | None, list[Note]]:
+    age = rule.age
+    if scan.patient_age_years is None:
+        return (Note("scope.age", "-"), []) if age.absent == "out_of_scope" else (None, [Note("caution.age_unknown")])
+    if age.min_years <= scan.patient_age_years < age.max_years + 1:
+        return None, []
+    years = f"{scan.patient_age_years:.0f}"
+    if age.outside == "out_of_scope":
+        return Note("scope.age", years), []
+    return None, [Note("caution.age_outside", f"{years}; {age.min_years:g}-{age.max_years:g}")]

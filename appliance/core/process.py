@@ -1,0 +1,121 @@
+"""What every process of the box does to itself: log as JSON, hold a lock, keep under its memory cap, die with its parent."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import IO, Final
+
+from appliance.core.domain import utc_now
+from appliance.core.errors import ApplianceError
+
+_PR_SET_PDEATHSIG: Final = 1
+_FIELDS: Final = ("job", "code", "role", "exit_code", "state", "seconds", "peer", "port", "count", "status")
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line; only fields on the allow-list, so that no patient data slips into a log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record with its message, allowed extras, and the place (never the values) of an exception."""
+        entry: dict[str, object] = {"at": utc_now(), "level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        entry |= {name: value for name in _FIELDS if (value := getattr(record, name, None)) is not None}
+        if record.exc_info and record.exc_info[0] is not None:
+            entry["exception"] = record.exc_info[0].__name__
+            frame = record.exc_info[2]
+            while frame and frame.tb_next:
+                frame = frame.tb_next
+            if frame:
+                entry["where"] = f"{Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}"
+        return json.dumps(entry, ensure_ascii=False)
+
+
+def start_logging(level: int | str = logging.INFO) -> None:
+    """Send the box's log to standard error as JSON lines.
+
+    Args:
+        level: a level or its name; with a name that logging does not know it is INFO, and that is said.
+    """
+    number = logging.getLevelName(level.upper()) if isinstance(level, str) else level
+    if not isinstance(number, int):
+        print(f"note: {level} is no log level (APPLIANCE_LOG_LEVEL: DEBUG, INFO, WARNING, ERROR); taking INFO", file=sys.stderr)
+        number = logging.INFO
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=number, handlers=[handler], force=True)
+    for chatty in ("pydicom", "highdicom", "PIL"):
+        warnings.filterwarnings("ignore", module=chatty)
+    for chatty in ("pynetdicom", "pydicom", "highdicom", "PIL"):  # their messages quote values of the data set
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)
+
+
+def make_data_dir(path: Path) -> None:
+    """Make a data directory, for its own account alone; raises OSError when that cannot be, or nothing can be written there."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def limit_memory(limit_bytes: int) -> None:
+    """Cap this process's private memory (RLIMIT_DATA): a hostile file gets a MemoryError, not the machine."""
+    resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
+
+
+def give_back_memory() -> None:
+    """Return freed heap to the system (malloc_trim, glibc): loading a model leaves tens of megabytes of it behind."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # musl has none
+        trim(0)
+
+
+def die_with_parent(signal_number: int = signal.SIGTERM) -> None:
+    """Ask the kernel for a signal when the parent dies, so that a killed supervisor leaves no orphans on the ports."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal_number)
+
+
+class Lock:
+    """An exclusive lock on one role of a data directory; the kernel drops it when the process dies, however it dies.
+
+    Raises:
+        ApplianceError: ``box.busy`` when another process holds it.
+    """
+
+    def __init__(self, data_dir: Path, role: str) -> None:
+        path = data_dir / "run" / f"{role}.lock"
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._file: IO[str] = open(path, "a")  # noqa: SIM115 - held open for as long as the lock is held
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise ApplianceError("box.busy", f"{role}, {data_dir}") from error
+        self._file.truncate(0)
+        self._file.write(str(os.getpid()))
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let go of the lock."""
+        self._file.close()
+
+
+def held_by_another(data_dir: Path, role: str) -> bool:
+    """Whether another process holds a role's lock, found without touching the lock: whoever is about to take it must get it.
+
+    Reads ``/proc/locks``; where that cannot be read nobody seems to hold it.
+    """
+    try:
+        inode = (data_dir / "run" / f"{role}.lock").stat().st_ino
+        lines = Path("/proc/locks").read_text().splitlines()
+    except OSError:
+        return False
+    held = (line.split() for line in lines if " FLOCK " in line and "->" not in line)
+    return any(fields[5].rsplit(":", 1)[-1] == str(inode) and fields[4] != str(os.getpid()) for fields in held)

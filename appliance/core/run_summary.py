@@ -1,0 +1,175 @@
+"""How a model was run, as people are told it: the runtime, the precision and why that way, out of what the worker kept.
+
+Pure reading of stored JSON; what another version of the appliance wrote is told as far as it is understood.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from appliance.core.domain import Note
+
+FALLBACK: Final = "choice.fallback"
+# As their makers write them.
+_NAMES: Final = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tensorrt": "TensorRT", "triton": "Triton"}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What ran one model.
+
+    Attributes:
+        runtime: by its maker's name.
+        precision: of the variant's file.
+        code: why that way; empty when unknown.
+        detail: more of the reason.
+        ran_in: what its layers with weights really ran in, where the runtime tells and it is something else; else empty.
+    """
+
+    runtime: str
+    precision: str
+    code: str = ""
+    detail: str = ""
+    ran_in: str = ""
+
+    @property
+    def fallback(self) -> bool:
+        """Whether it is not what was chosen."""
+        return self.code == FALLBACK
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> Ran | None:
+        """What a job kept in ``runtime``; None where nothing ran."""
+        if not stored.get("runtime"):
+            return None
+        reason = _object(stored.get("reason"))
+        runtime, precision = name_of(str(stored["runtime"])), str(stored.get("precision", ""))
+        ran_in = str(stored.get("ran") or "")
+        return cls(runtime, precision, str(reason.get("code", "")), str(reason.get("detail", "")), "" if ran_in == precision else ran_in)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One line of the table of what was measured; see :class:`appliance.tuning.selection.Row`."""
+
+    runtime: str
+    provider: str
+    precision: str
+    threads: int
+    batch: int
+    state: str
+    code: str
+    detail: str
+    median_ms: float | None
+    per_image_ms: float | None
+    max_difference: float | None
+    layers: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Running:
+    """How a model at work is run: what was chosen and why, all that was tried, and what the worker says that runs.
+
+    Attributes:
+        reason: why that way was chosen.
+        chosen: the way that was.
+        table: all that was tried.
+        now: what runs it, as a result would say; None where no worker has said so, or where nothing does.
+        since: when the worker found that.
+        fallback: why the plain way runs in place of the chosen one.
+        other: why it runs as it does, where that is neither a fallback nor why it was chosen: it was measured on another device.
+        stopped: why nothing can run it.
+        tuned_at: when it was measured.
+        profile: the device it was measured on.
+    """
+
+    reason: Note | None
+    chosen: Way | None
+    table: tuple[Way, ...]
+    now: Ran | None
+    since: str
+    fallback: Note | None
+    other: Note | None
+    stopped: Note | None
+    tuned_at: str
+    profile: str
+
+    @classmethod
+    def of(cls, self_test: str | None) -> Running:
+        """Read a stored self-test."""
+        report = _object(self_test)
+        reason, fallback = _note(report.get("reason")), _object(report.get("fallback"))
+        runs = _object(report.get("runs")) or fallback | {"reason": fallback}  # an older version told of a fallback only
+        now, why = Ran.of(runs), _note(runs.get("reason"))
+        differs = why is not None and why.code not in (FALLBACK, reason.code if reason else why.code)
+        table = report.get("table")
+        ways = sorted((way for way in map(_way, table if isinstance(table, list) else []) if way), key=_order)
+        return cls(
+            reason=reason,
+            chosen=next((way for way in ways if way.state == "chosen"), None),
+            table=tuple(ways),
+            now=now,
+            since=str(fallback.get("at") or runs.get("at") or ""),
+            fallback=_note(fallback),
+            other=why if now is not None and differs else None,
+            stopped=why if now is None else None,
+            tuned_at=str(report.get("tuned_at", "")),
+            profile=str(report.get("profile", "")),
+        )
+
+
+def name_of(runtime: str) -> str:
+    """A runtime by its maker's name; a version behind it stays."""
+    first, _, rest = runtime.partition(" ")
+    return f"{_NAMES.get(first, first)} {rest}".strip()
+
+
+def _note(value: Any) -> Note | None:
+    """A stored note; None where it is none."""
+    note = _object(value)
+    return Note(str(note["code"]), str(note.get("detail", ""))) if "code" in note else None
+
+
+def _order(way: Way) -> tuple[bool, bool, float]:
+    """The chosen first, then by time, then what has none."""
+    return (way.state != "chosen", way.median_ms is None, way.median_ms or 0.0)
+
+
+def _way(row: Any) -> Way | None:
+    row = _object(row)
+    candidate, layers = _object(row.get("candidate")), _object(row.get("layers"))
+    if not candidate or "state" not in row:
+        return None
+    there = bool(candidate.get("file"))
+    counted = ((str(name), int(count)) for name, count in layers.items() if isinstance(count, int))
+    return Way(
+        runtime=name_of(str(candidate.get("runtime", ""))),
+        provider=str(candidate.get("provider", "")),
+        precision=str(candidate.get("precision", "")),
+        threads=int(candidate.get("threads") or 0) if there else -1,
+        batch=int(candidate.get("batch") or 1) if there else 0,
+        state=str(row["state"]),
+        code=str(row.get("code", "")),
+        detail=str(row.get("detail", "")),
+        median_ms=_number(row.get("median_ms")),
+        per_image_ms=_number(row.get("per_image_ms")),
+        max_difference=_number(row.get("max_difference")),
+        layers=tuple(sorted(counted, key=lambda item: -item[1])),
+    )
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf") else None
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """A JSON object, or the text of one; empty when it is none."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return {}
+    return dict(value) if isinstance(value, Mapping) else {}

@@ -1,0 +1,1 @@
+"""DICOM network services of the box."""

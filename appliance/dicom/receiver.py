@@ -1,0 +1,120 @@
+"""C-STORE and C-ECHO receiver (PS3.4 Annex B and A): success is told only for what is durable.
+
+The handler takes the encoded data set as it came off the wire and hands it to the door; it never decodes pixels. The web and
+the accelerator live in other processes, so that parallel senders share this interpreter with nobody.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from typing import Any, Final
+
+from pynetdicom import AE, AllStoragePresentationContexts, evt
+from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
+
+from appliance.core.domain import Source
+from appliance.core.errors import IngestError, StoreError
+from appliance.core.process import Lock
+from appliance.core.settings import Settings
+from appliance.core.wakeup import wake
+from appliance.ingest.ingest import Ingest
+from appliance.store.store import Store
+
+logger = logging.getLogger(__name__)
+
+# PS3.4 B.2.3: C-STORE response status codes.
+SUCCESS: Final = 0x0000
+OUT_OF_RESOURCES: Final = 0xA700
+CANNOT_UNDERSTAND: Final = 0xC000
+NOT_STORED: Final = 0xC001
+STATUS: Final = {
+    "ingest.disk_full": OUT_OF_RESOURCES,
+    "ingest.too_large": OUT_OF_RESOURCES,
+    "ingest.memory": OUT_OF_RESOURCES,
+    "store.failed": OUT_OF_RESOURCES,
+}
+
+# What the decoders of appliance.imaging.pixels can read; a sender that offers only others is told so while it can still transcode.
+TRANSFER_SYNTAXES: Final = [
+    "1.2.840.10008.1.2.1", "1.2.840.10008.1.2", "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.4.50",
+    "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70", "1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81",
+    "1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91", "1.2.840.10008.1.2.4.201", "1.2.840.10008.1.2.4.202", "1.2.840.10008.1.2.4.203",
+    "1.2.840.10008.1.2.5",
+]  # fmt: skip
+
+
+class Receiver:
+    """The DICOM receiver of one box.
+
+    Args:
+        settings: AE title, address, port and the number of senders served at once.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._store = Store(settings)
+        self._ingest = Ingest(self._store)
+        self._touched: dict[int, set[int]] = {}
+        self._guard = threading.Lock()
+        self._ae = AE(ae_title=settings.ae_title)
+        self._ae.maximum_associations = settings.dicom_max_associations
+        self._ae.maximum_pdu_size = 0
+        self._ae.add_supported_context(Verification)
+        for context in AllStoragePresentationContexts:
+            self._ae.add_supported_context(str(context.abstract_syntax), TRANSFER_SYNTAXES)
+
+    def start(self) -> int:
+        """Listen in the background; returns the port (the chosen one when the setting is 0)."""
+        handlers: list[Any] = [
+            (evt.EVT_C_STORE, self._on_store), (evt.EVT_C_ECHO, lambda _event: SUCCESS), (evt.EVT_RELEASED, self._on_end),
+            (evt.EVT_ABORTED, self._on_end), (evt.EVT_CONN_CLOSE, self._on_end),
+        ]  # fmt: skip
+        server = self._ae.start_server((self._settings.dicom_host, self._settings.dicom_port), block=False, evt_handlers=handlers)
+        assert server is not None  # it is None only when start_server blocks
+        return int(server.server_address[1])
+
+    def stop(self) -> None:
+        """Stop listening; associations in progress are aborted and their senders send again."""
+        self._ae.shutdown()
+
+    def _on_store(self, event: Any) -> int:
+        """Hand one composite instance to the door (PS3.7 9.1.1); anything but success leaves the scan with its sender."""
+        peer = str(event.assoc.requestor.ae_title)
+        try:
+            accepted = self._ingest.accept(event.encoded_dataset(), Source("dimse", peer))
+        except IngestError as error:
+            return STATUS.get(error.code, CANNOT_UNDERSTAND)
+        except StoreError as error:
+            logger.error("scan not stored", extra={"code": error.code})
+            return STATUS.get(error.code, NOT_STORED)
+        except Exception as error:  # port wrapper: pynetdicom would answer 0xC211 and say nothing in our log
+            logger.exception("scan not stored")
+            raise StoreError("store.failed", type(error).__name__) from error
+        with self._guard:
+            self._touched.setdefault(id(event.assoc), set()).add(accepted.stored.series_id)
+        return SUCCESS
+
+    def _on_end(self, event: Any) -> None:
+        """The sender is done (or gone): its series are complete as far as it is concerned."""
+        with self._guard:
+            series = self._touched.pop(id(event.assoc), set())
+        if series:
+            self._store.close_series(sorted(series))
+            wake(self._settings)
+
+
+def run(settings: Settings) -> None:
+    """The receiver's life: until SIGTERM."""
+    lock = Lock(settings.data_dir, "receiver")
+    receiver = Receiver(settings)
+    done = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: done.set())
+    port = receiver.start()
+    (settings.data_dir / "run" / "dicom.port").write_text(str(port))
+    logger.info("receiver ready", extra={"port": port})
+    done.wait()
+    receiver.stop()
+    lock.release()

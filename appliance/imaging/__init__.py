@@ -1,0 +1,1 @@
+"""Pixels: decoding, grey scale, preprocessing before and postprocessing after a model."""

@@ -1,0 +1,131 @@
+"""Which decoder reads which compressed pixels: imagecodecs as a plugin of pydicom, and what stands in where it is absent.
+
+Measured in milliseconds per frame of 2048 x 2048 pixels of a real chest X-ray (12 bits in 16, or the upper 8), the best of 12
+through pydicom 3.0.2 on two busy cores of an AMD EPYC; "check" is what ``codestream.check_frame`` adds:
+
+| syntax | used | check | others |
+|---|---|---|---|
+| RLE | imagecodecs 11 | 0 | pylibjpeg-rle 14, pydicom 88 |
+| JPEG 8 bit | imagecodecs 6.0 | 7 | Pillow 6.5, GDCM 23 |
+| JPEG 12 bit | imagecodecs 29 | 21 | none |
+| JPEG lossless | imagecodecs (libjpeg-turbo) 31 | 32 | GDCM 94 |
+| JPEG-LS | imagecodecs (CharLS) 78 | 0 | pyjpegls 81, GDCM 123 |
+| JPEG 2000 | imagecodecs (OpenJPEG, 2 threads) 203 to 334 | 0 | GDCM 274, Pillow 381, pylibjpeg-openjpeg 378 |
+| HTJ2K | imagecodecs (OpenJPEG, 2 threads) 33 to 50 | 0 | pylibjpeg-openjpeg 49 |
+
+With the second core free GDCM is nowhere the fastest, and pydicom imports it wherever it is installed (18 MB in every process):
+better without it.
+OpenJPH (imagecodecs, 21 ms) is not used for HTJ2K: it returned a picture for 22 of 30 frames cut short, OpenJPEG for none.
+pylibjpeg-libjpeg is not used because it is GPL-3.0 and this project is Apache-2.0. DCT decoders may differ by one grey level
+(ITU-T T.83, PS3.5 8.2.1); libjpeg-turbo's and pylibjpeg-libjpeg's do.
+
+imagecodecs is imported with the first compressed frame, codec by codec, so that an idle process does not pay for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Final
+
+from pydicom.pixels.common import PhotometricInterpretation
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.uid import UID, RLELossless
+
+from appliance.imaging.codestream import COMPRESSED, HT_JPEG_2000, JPEG, JPEG_2000, JPEG_LS
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from pydicom.pixels.decoders.base import DecodeRunner
+
+_PLUGIN: Final = "imagecodecs"
+# pydicom's own plugins, the fastest first; only one is ever asked, because a second opinion on damaged data is a guess.
+_PREFERENCE: Final = (_PLUGIN, "pylibjpeg", "pyjpegls", "gdcm", "pillow", "pydicom")
+# More threads than this gain nothing on a chest X-ray and multiply OpenJPEG's buffers.
+_MAX_THREADS: Final = 4
+
+DECODER_DEPENDENCIES: Final = dict.fromkeys(COMPRESSED, ("imagecodecs",))  # pydicom asks its plugins for this name
+
+
+def is_available(uid: str) -> bool:
+    """Whether the plugin can decode a transfer syntax here; pydicom calls this. Nothing is imported."""
+    return uid in COMPRESSED and find_spec("imagecodecs") is not None
+
+
+@functools.cache
+def register_decoders() -> None:
+    """Make imagecodecs known to pydicom, once per process."""
+    for syntax in COMPRESSED:
+        get_decoder(syntax).add_plugin(_PLUGIN, (__name__, "decode_with_imagecodecs"))
+    # pydicom logs a traceback for each frame that a plugin refuses; ours is reported once, as a PixelError.
+    logging.getLogger("pydicom.pixels.decoders.base").setLevel(logging.CRITICAL)
+
+
+def best_plugin(syntax: UID) -> str:
+    """The name of the fastest plugin at hand for a compressed transfer syntax; empty when there is none."""
+    register_decoders()
+    available = get_decoder(syntax).available_plugins
+    return next((name for name in _PREFERENCE if name in available), "")
+
+
+def decode_with_imagecodecs(src: bytes, runner: DecodeRunner) -> memoryview:
+    """Decode one frame, as pydicom asks its plugins to (pydicom's guide "Decoding plugins").
+
+    Raises:
+        ValueError: the picture is not of the size that the DICOM header says; the codecs raise errors of their own.
+    """
+    syntax = runner.transfer_syntax
+    if syntax == RLELossless:
+        return _decode_rle(src, runner)
+    array = _decode(syntax, src, runner.samples_per_pixel)
+    if syntax in JPEG_2000 and runner.photometric_interpretation in (
+        PhotometricInterpretation.YBR_ICT,
+        PhotometricInterpretation.YBR_RCT,
+    ):
+        runner.set_option("photometric_interpretation", PhotometricInterpretation.RGB)  # OpenJPEG undoes the transform
+    runner.set_option("bits_allocated", array.dtype.itemsize * 8)
+    return _checked(array, runner)
+
+
+def _decode(syntax: UID, src: bytes, samples: int) -> NDArray[np.generic]:
+    import imagecodecs
+
+    array: Any
+    if syntax in JPEG:
+        # The same colour space in and out leaves the components as they are coded: pydicom knows what they mean.
+        colour = "RGB" if samples == 3 else None
+        array = imagecodecs.jpeg8_decode(src, colorspace=colour, outcolorspace=colour)
+    elif syntax in JPEG_LS:
+        array = imagecodecs.jpegls_decode(src)
+    else:
+        assert syntax in JPEG_2000 | HT_JPEG_2000
+        array = imagecodecs.jpeg2k_decode(src, numthreads=min(_MAX_THREADS, os.cpu_count() or 1))
+    return array  # type: ignore[no-any-return]
+
+
+def _decode_rle(src: bytes, runner: DecodeRunner) -> memoryview:
+    """RLE codes byte planes, one sample after the other (PS3.5 G.2): the result is planar."""
+    import imagecodecs
+
+    item = runner.bits_allocated // 8
+    frame = imagecodecs.dicomrle_decode(src, dtype=f"<u{item}")
+    if len(frame) != runner.rows * runner.columns * runner.samples_per_pixel * item:
+        raise ValueError("the RLE segments do not fill the frame")
+    runner.set_option("planar_configuration", 1)
+    return memoryview(frame)
+
+
+def _checked(array: NDArray[np.generic], runner: DecodeRunner) -> memoryview:
+    import numpy as np
+
+    rows, columns, samples = runner.rows, runner.columns, runner.samples_per_pixel
+    shape = (rows, columns) if samples == 1 else (rows, columns, samples)
+    planar = samples > 1 and array.shape == (samples, rows, columns) != shape
+    if array.shape != shape and not planar:
+        raise ValueError(f"decoded {array.shape}, the header says {shape}")
+    if samples > 1:
+        runner.set_option("planar_configuration", int(planar))
+    return np.ascontiguousarray(array).data.cast("B")

@@ -1,0 +1,112 @@
+"""One frame as the web viewer draws it: the values a window is applied to, and the header that says how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from appliance.core.errors import PixelError
+from appliance.imaging.greyscale import GreyHeader, Window, display_extent, grey_header, pixel_spacing
+from appliance.imaging.pixel_checks import VALUE_ERRORS
+from appliance.imaging.pixels import decode_frame
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from pydicom.dataset import Dataset
+
+
+@dataclass(frozen=True)
+class DisplayFrame:
+    """A frame for the viewer.
+
+    Attributes:
+        pixels: grey: [rows, columns], stored values as (u)int8, (u)int16 or float32 (modality values where the header has a
+            Modality LUT); colour: uint8 RGB [rows, columns, 3].
+        photometric: MONOCHROME1 (low is white), MONOCHROME2 or RGB.
+        slope: what stored values are multiplied with before the window is applied.
+        intercept: what is added then.
+        windows: what a person can choose from, the first is shown first; one at least for grey, none for colour. A VOI LUT
+            is offered as the window that spans its input.
+        bits_stored: Bits Stored.
+        signed: stored values can be negative.
+        spacing: mm between rows and between columns, or None: the viewer then measures in pixels.
+        minimum: the lowest stored value in the frame.
+        maximum: the highest.
+    """
+
+    pixels: NDArray[Any]
+    photometric: Literal["MONOCHROME1", "MONOCHROME2", "RGB"]
+    slope: float
+    intercept: float
+    windows: tuple[Window, ...]
+    bits_stored: int
+    signed: bool
+    spacing: tuple[float, float] | None
+    minimum: float
+    maximum: float
+
+
+def display_frame(ds: Dataset, index: int = 0) -> DisplayFrame:
+    """Decode one frame for the viewer; palette colour becomes RGB, more than 8 bits per colour become 8.
+
+    Raises:
+        PixelError: the frame cannot be decoded or its header makes no sense.
+        IndexError: there is no such frame.
+    """
+    pixels = decode_frame(ds, index)
+    spacing = pixel_spacing(ds, index)
+    if str(ds.get("PhotometricInterpretation")).strip() == "PALETTE COLOR":
+        pixels = palette_rgb(ds, pixels)
+    if pixels.ndim == 3:
+        colour = eight_bits(pixels, pixels.dtype.itemsize * 8 if "RedPaletteColorLookupTableDescriptor" in ds else int(ds.BitsStored))
+        return DisplayFrame(colour, "RGB", 1.0, 0.0, (), 8, False, spacing, float(colour.min()), float(colour.max()))
+    header = grey_header(ds, index)
+    windows = header.windows or (_default_window(pixels, header, int(ds.get("BitsStored") or 32)),)
+    slope, intercept = header.slope, header.intercept
+    if header.modality_lut is not None:
+        pixels, slope, intercept = header.modality(pixels.astype(np.float64)), 1.0, 0.0
+    if pixels.dtype.itemsize > 2 or pixels.dtype.kind == "f":  # what WebGL textures and browsers' typed arrays take
+        pixels = pixels.astype(np.float32)
+    return DisplayFrame(
+        pixels, "MONOCHROME1" if header.inverse else "MONOCHROME2", slope, intercept, windows,
+        int(ds.get("BitsStored") or 32), pixels.dtype.kind != "u", spacing, *_extremes(pixels),
+    )  # fmt: skip
+
+
+def _extremes(pixels: NDArray[Any]) -> tuple[float, float]:
+    finite = pixels[np.isfinite(pixels)] if pixels.dtype.kind == "f" else pixels
+    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+
+
+def _default_window(pixels: NDArray[Any], header: GreyHeader, bits_stored: int) -> Window:
+    if header.voi_lut is not None:
+        low, high = float(header.voi_lut.first), float(header.voi_lut.first + len(header.voi_lut.entries) - 1)
+    elif bits_stored == 1:
+        low, high = 0.0, 1.0
+    else:
+        low, high = display_extent(pixels, header, "percentile")
+    return Window((low + high) / 2, max(high - low, 1.0 if pixels.dtype.kind != "f" else 1e-6), "LINEAR_EXACT")
+
+
+def palette_rgb(ds: Dataset, values: NDArray[Any]) -> NDArray[Any]:
+    """Palette indices as RGB of 8 or 16 bits (PS3.3 C.7.9).
+
+    Raises:
+        PixelError: ``ingest.pixel_attributes``: the palette cannot be read.
+    """
+    from pydicom.pixels.processing import apply_color_lut
+
+    try:
+        return apply_color_lut(values, ds)
+    except VALUE_ERRORS as error:
+        raise PixelError("ingest.pixel_attributes", "palette unreadable") from error
+
+
+def eight_bits(colour: NDArray[Any], bits: int) -> NDArray[np.uint8]:
+    """RGB of ``bits`` bits in 8."""
+    if colour.dtype == np.uint8:
+        return colour
+    reduced: NDArray[np.uint8] = (np.clip(colour, 0, None) >> max(bits - 8, 0)).clip(0, 255).astype(np.uint8)
+    return reduced

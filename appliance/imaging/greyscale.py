@@ -1,0 +1,312 @@
+"""From stored values to the picture a person would see: 8 bits, black is low (PS3.3 C.11.1, C.11.2, C.7.6.3.1.2).
+
+Stored values pass the Modality LUT (or rescale), the VOI LUT (or the first window) and one inversion where MONOCHROME1 asks
+for it. All of it is worked out once for each value that can occur and then looked up, which is as exact as pixel by pixel
+and takes 3 ms instead of 60 for 2048 x 2048 pixels.
+
+Windows and LUTs are applied here and not by pydicom, whose functions take the range of their result from header fields that
+are often wrong (here it is 0 to 1) and whose look-up wraps around in 8-bit LUTs of more than 256 entries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+import numpy as np
+from pydicom.uid import ExplicitVRBigEndian
+
+from appliance.core.errors import PixelError
+from appliance.imaging.pixel_checks import VALUE_ERRORS
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from pydicom.dataset import Dataset
+
+    Values: TypeAlias = NDArray[np.float64]
+
+VoiFunction: TypeAlias = Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"]
+VoiDefault: TypeAlias = Literal["minmax", "percentile"]
+
+# Rows at a time: small enough for the processor's cache, which makes the look-up twice as fast.
+_ROWS: Final = 32
+_PERCENTILES: Final = (1.0, 99.0)
+_PERCENTILE_SAMPLES: Final = 1_000_000
+
+
+@dataclass(frozen=True)
+class Window:
+    """One window: centre and width in modality units, and its function (PS3.3 C.11.2.1.2, C.11.2.1.3)."""
+
+    center: float
+    width: float
+    function: VoiFunction = "LINEAR"
+
+    def apply(self, values: Values) -> Values:
+        """Map modality values to 0..1."""
+        if self.function == "SIGMOID":
+            exponent: Values = np.clip(-4.0 * (values - self.center) / self.width, -700.0, 700.0)
+            return np.asarray(1.0 / (1.0 + np.exp(exponent)))
+        center, width = (self.center, self.width) if self.function == "LINEAR_EXACT" else (self.center - 0.5, self.width - 1.0)
+        if width <= 0:  # LINEAR of width 1 is a step
+            return (values > center).astype(np.float64)
+        return np.clip((values - center) / width + 0.5, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Lut:
+    """A look-up table: ``first`` is the value mapped to its first entry; values outside take the nearest (PS3.3 C.11.1.1.1)."""
+
+    first: int
+    entries: Values
+
+    def apply(self, values: Values) -> Values:
+        """Look values up."""
+        index = np.clip(np.nan_to_num(np.rint(values)) - self.first, 0, len(self.entries) - 1)
+        result: Values = self.entries[index.astype(np.intp)]
+        return result
+
+    def apply_unit(self, values: Values) -> Values:
+        """Look values up, scaled to 0..1 by the bits the entries use: the number of bits in the descriptor is often wrong."""
+        return self.apply(values) / float((1 << int(self.entries.max()).bit_length()) - 1 or 1)
+
+
+@dataclass(frozen=True)
+class GreyHeader:
+    """What the header says about the meaning of a frame's values.
+
+    Attributes:
+        slope: Rescale Slope; not used beside ``modality_lut``.
+        intercept: Rescale Intercept; not used beside ``modality_lut``.
+        windows: the usable windows, in the order of the header.
+        padding: lowest and highest stored value that is no image (Pixel Padding Value, PS3.3 C.7.5.1.1.2), or None.
+        inverse: low values are white (MONOCHROME1, or Presentation LUT Shape INVERSE; both together still invert once).
+        modality_lut: the first item of the Modality LUT Sequence, or None.
+        voi_lut: the first item of the VOI LUT Sequence, or None.
+    """
+
+    slope: float = 1.0
+    intercept: float = 0.0
+    windows: tuple[Window, ...] = ()
+    padding: tuple[float, float] | None = None
+    inverse: bool = False
+    modality_lut: Lut | None = None
+    voi_lut: Lut | None = None
+
+    def modality(self, stored: Values) -> Values:
+        """Stored values in modality units."""
+        if self.modality_lut is not None:
+            return self.modality_lut.apply(stored)
+        return stored * self.slope + self.intercept
+
+
+def frame_value(ds: Dataset, frame: int, group: str, keyword: str) -> Any:
+    """A value that enhanced images keep per frame or shared in a functional group (PS3.3 C.7.6.16), others at the top."""
+    per_frame, shared = ds.get("PerFrameFunctionalGroupsSequence") or [], ds.get("SharedFunctionalGroupsSequence") or []
+    for item in (*per_frame[frame : frame + 1], *shared[:1]):
+        for inner in (item.get(group) or [])[:1]:
+            if keyword in inner:
+                return inner.get(keyword)
+    return ds.get(keyword)
+
+
+def numbers(value: Any) -> list[float]:
+    """The numbers of a value of any multiplicity; text that is no number becomes NaN."""
+    if value is None or isinstance(value, (str, int, float)):
+        value = [] if value is None or value == "" else [value]
+    result = []
+    for item in value:
+        try:
+            result.append(float(item))
+        except VALUE_ERRORS:
+            result.append(math.nan)
+    return result
+
+
+def rescale(ds: Dataset, frame: int = 0) -> tuple[float, float]:
+    """Rescale Slope and Intercept of a frame; 1 and 0 where there are none.
+
+    Raises:
+        PixelError: ``ingest.pixel_attributes``: a rescale that maps everything to one value, or to no number.
+    """
+    group = "PixelValueTransformationSequence"
+    slope = next(iter(numbers(frame_value(ds, frame, group, "RescaleSlope"))), 1.0)
+    intercept = next(iter(numbers(frame_value(ds, frame, group, "RescaleIntercept"))), 0.0)
+    if not (math.isfinite(slope) and math.isfinite(intercept)) or slope == 0:
+        raise PixelError("ingest.pixel_attributes", f"rescale by {slope} and {intercept}")
+    return slope, intercept
+
+
+def grey_header(ds: Dataset, frame: int = 0) -> GreyHeader:
+    """Read what the header says about a grey frame.
+
+    Raises:
+        PixelError: ``ingest.pixel_attributes``: a rescale that maps everything to one value, or to no number.
+    """
+    slope, intercept = rescale(ds, frame)
+    shape = str(ds.get("PresentationLUTShape") or "").strip().upper()
+    return GreyHeader(
+        slope=slope,
+        intercept=intercept,
+        windows=_windows(ds, frame),
+        padding=_padding(ds),
+        inverse=str(ds.get("PhotometricInterpretation")).strip() == "MONOCHROME1" or shape == "INVERSE",
+        modality_lut=_lut(ds, "ModalityLUTSequence"),
+        voi_lut=_lut(ds, "VOILUTSequence"),
+    )
+
+
+def _windows(ds: Dataset, frame: int) -> tuple[Window, ...]:
+    """The windows a person could choose; those without a sane width are dropped, as if they were absent."""
+    group = "FrameVOILUTSequence"
+    centers = numbers(frame_value(ds, frame, group, "WindowCenter"))
+    widths = numbers(frame_value(ds, frame, group, "WindowWidth"))
+    name = str(frame_value(ds, frame, group, "VOILUTFunction") or "").strip().upper()
+    function: VoiFunction = name if name in ("LINEAR_EXACT", "SIGMOID") else "LINEAR"  # type: ignore[assignment]
+    least = 1.0 if function == "LINEAR" else 0.0
+    pairs = zip(centers, widths, strict=False)
+    return tuple(
+        Window(center, width, function)
+        for center, width in pairs
+        if math.isfinite(center) and math.isfinite(width) and width >= least and width > 0
+    )
+
+
+def _padding(ds: Dataset) -> tuple[float, float] | None:
+    value = numbers(ds.get("PixelPaddingValue"))
+    if not value or not math.isfinite(value[0]):
+        return None
+    limit = numbers(ds.get("PixelPaddingRangeLimit"))
+    ends = [value[0], limit[0] if limit and math.isfinite(limit[0]) else value[0]]
+    if ds.get("PixelRepresentation") == 1:  # often written unsigned beside signed pixels
+        half = 1 << (int(ds.BitsAllocated) - 1)
+        ends = [end - 2 * half if end >= half else end for end in ends]
+    return min(ends), max(ends)
+
+
+def _lut(ds: Dataset, keyword: str) -> Lut | None:
+    """The first LUT of a sequence; its data are 16-bit words, or bytes where there are only as many (PS3.3 C.11.1.1)."""
+    items = ds.get(keyword)
+    if not items:
+        return None
+    try:
+        count, first, _bits = (int(value) for value in items[0].LUTDescriptor)
+        data = items[0].LUTData
+        count = count or 1 << 16
+        if isinstance(data, bytes):
+            order = ">" if getattr(ds, "file_meta", {}).get("TransferSyntaxUID") == ExplicitVRBigEndian else "<"
+            words = np.frombuffer(data, np.uint8) if len(data) < 2 * count else np.frombuffer(data, f"{order}u2", count)
+        else:
+            words = np.asarray(data, dtype=np.int64)
+        entries = words[:count].astype(np.float64)
+        if len(entries) != count or entries.min() < 0:
+            raise ValueError("LUT data too short")
+    except VALUE_ERRORS as error:
+        raise PixelError("ingest.pixel_attributes", f"{keyword} unreadable") from error
+    if ds.get("PixelRepresentation") == 1 and first >= 1 << 15:
+        first -= 1 << 16  # signed, though read as US
+    return Lut(first, entries)
+
+
+def display_grey(frame: NDArray[Any], header: GreyHeader, default: VoiDefault, bits_stored: int = 16) -> tuple[NDArray[np.uint8], str]:
+    """The frame as displayed: 8 bits, black is low, padding black.
+
+    Args:
+        frame: stored values [rows, columns], integers of up to 32 bits or floats.
+        header: what they mean.
+        default: the range to show where the header has neither VOI LUT nor window. Images of up to 8 bits without either are
+            ready for display and are shown as they are.
+        bits_stored: Bits Stored.
+
+    Returns:
+        uint8 [rows, columns], and in words which VOI transformation was used.
+    """
+    voi, named = _voi(frame, header, default, bits_stored)
+
+    def shown(stored: Values) -> NDArray[np.uint8]:
+        unit = voi(header.modality(stored))
+        if header.inverse:
+            unit = 1.0 - unit
+        hidden = ~np.isfinite(stored)
+        if header.padding is not None:
+            hidden |= (stored >= header.padding[0]) & (stored <= header.padding[1])
+        return np.where(hidden, 0.0, np.rint(255.0 * unit)).astype(np.uint8)
+
+    with np.errstate(invalid="ignore", over="ignore"):
+        return _mapped(frame, shown), named
+
+
+def _voi(frame: NDArray[Any], header: GreyHeader, default: VoiDefault, bits_stored: int) -> tuple[Callable[[Values], Values], str]:
+    """The function from modality values to 0..1, and its name."""
+    if header.voi_lut is not None:
+        return header.voi_lut.apply_unit, "VOI LUT"
+    if header.windows:
+        window = header.windows[0]
+        return window.apply, f"window {window.center:g}/{window.width:g} {window.function}"
+    rescaled = header.modality_lut is not None or (header.slope, header.intercept) != (1.0, 0.0)
+    if bits_stored <= 8 and frame.dtype.kind == "u" and not rescaled:
+        top = float((1 << bits_stored) - 1)
+        return Window(top / 2, top, "LINEAR_EXACT").apply, f"{bits_stored} bits as they are"
+    low, high = display_extent(frame, header, default)
+    return Window((low + high) / 2, max(high - low, 1e-12), "LINEAR_EXACT").apply, f"{default} {low:g} to {high:g}"
+
+
+def display_extent(frame: NDArray[Any], header: GreyHeader, default: VoiDefault) -> tuple[float, float]:
+    """The range of modality values to show where the header says nothing, padding left out; 0 to 0 when there is no other value."""
+    values = frame
+    if default == "percentile":
+        step = max(1, math.isqrt(frame.size // _PERCENTILE_SAMPLES))
+        values = frame[::step, ::step]
+    if header.padding is not None:
+        values = values[(values < header.padding[0]) | (values > header.padding[1])]
+    if values.dtype.kind == "f":
+        values = values[np.isfinite(values)]
+    if not values.size:
+        return 0.0, 0.0
+    stored = np.percentile(values, _PERCENTILES) if default == "percentile" else np.array([values.min(), values.max()], np.float64)
+    if header.modality_lut is not None:  # it need not rise: look at every value in between
+        stored = np.arange(stored[0], stored[1] + 1)
+    shown = header.modality(np.asarray(stored, np.float64))
+    return float(shown.min()), float(shown.max())
+
+
+def _mapped(frame: NDArray[Any], function: Callable[[Values], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Apply a function of single values to a frame: looked up where few values can occur, block by block otherwise."""
+    result = np.empty(frame.shape, np.uint8)
+    table = None
+    if frame.dtype.kind in "iu" and frame.dtype.itemsize <= 2:
+        index_type = np.dtype(f"u{frame.dtype.itemsize}")
+        table = function(np.arange(1 << 8 * frame.dtype.itemsize).astype(index_type).view(frame.dtype).astype(np.float64))
+        frame = np.ascontiguousarray(frame).view(index_type)
+    for start in range(0, len(frame), _ROWS):
+        rows = frame[start : start + _ROWS]
+        if table is None:
+            result[start : start + _ROWS] = function(rows.astype(np.float64))
+        else:
+            np.take(table, rows, out=result[start : start + _ROWS], mode="clip")
+    return result
+
+
+def pixel_spacing(ds: Dataset, frame: int = 0) -> tuple[float, float] | None:
+    """The distance between rows and between columns in mm, or None where the header has no sane value (0 is not one)."""
+    for group, keyword in (
+        ("PixelMeasuresSequence", "PixelSpacing"),
+        ("", "ImagerPixelSpacing"),
+        ("", "NominalScannedPixelSpacing"),
+    ):
+        values = numbers(frame_value(ds, frame, group, keyword))
+        if len(values) == 2 and all(math.isfinite(value) and 1e-4 <= value <= 1e3 for value in values):
+            return values[0], values[1]
+    return None
+
+
+def pixel_aspect(ds: Dataset, frame: int = 0) -> float:
+    """Height of a pixel divided by its width: from the spacing, else Pixel Aspect Ratio, else 1 (square)."""
+    spacing = pixel_spacing(ds, frame)
+    if spacing is None:
+        ratio = numbers(ds.get("PixelAspectRatio"))  # vertical, then horizontal; PS3.3 C.7.6.3.1.7
+        spacing = (ratio[0], ratio[1]) if len(ratio) == 2 and all(math.isfinite(v) and v > 0 for v in ratio) else (1.0, 1.0)
+    aspect = spacing[0] / spacing[1]
+    return aspect if 0.2 <= aspect <= 5 else 1.0  # beyond that it is a typing error, not a pixel

@@ -1,0 +1,248 @@
+"""An image's pixels as the tensor that a model takes: pure, driven step by step by the manifest's ``InputSpec``.
+
+The reference is the plain way a model card describes (display picture, pad to a square, resize by Pillow, divide by 255); the
+steps give the same numbers and are fast because values are looked up, not computed (see ``greyscale``), and because pixels
+stay 8 bits until the picture is as small as the model's input. 2048 x 2048 pixels of 16 bits take 12 ms on one core.
+
+Pixels that are not square are padded and resized so that they are square in the tensor: a chest keeps its shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from PIL import Image
+
+from appliance.core.domain import Note
+from appliance.core.errors import InferenceError
+from appliance.imaging.display_frame import eight_bits, palette_rgb
+from appliance.imaging.greyscale import display_grey, grey_header, pixel_aspect
+from appliance.imaging.pixels import decode_frame
+from model_sync.bundle import Letterbox, ModalityLut, Monochrome2, Normalise, Resize, Scale, ToUint8, Voi
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from pydicom.dataset import Dataset
+
+    from model_sync.bundle import InputSpec
+
+_FILTERS: Final = {
+    "antialias_bilinear": Image.Resampling.BILINEAR,
+    "antialias_bicubic": Image.Resampling.BICUBIC,
+    "area": Image.Resampling.BOX,
+}
+# Of pixels this close to square no model sees the difference.
+_SQUARE: Final = 0.01
+
+# The input gate, see `quality`.
+_QUALITY_SIDE: Final = 128
+_MIN_SIDE: Final = 100
+_MIN_RANGE: Final = 8.0
+_MIN_SPREAD: Final = 24.0
+_MAX_EXTREME: Final = 0.9
+_MAX_ROUGHNESS: Final = 0.6
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How pixels of the image lie in the model's input; both ways exact.
+
+    Coordinates are (x, y) with the origin at the top left corner: the centre of the first pixel is (0.5, 0.5).
+    ``x_input = x_image * scale_x + pad_x``, and the same for y.
+    """
+
+    rows: int
+    columns: int
+    scale_x: float
+    scale_y: float
+    pad_x: float
+    pad_y: float
+    input_h: int
+    input_w: int
+
+    def to_input(self, x: float, y: float) -> tuple[float, float]:
+        """A point of the image in the model's input."""
+        return x * self.scale_x + self.pad_x, y * self.scale_y + self.pad_y
+
+    def to_image(self, x: float, y: float) -> tuple[float, float]:
+        """A point of the model's input in the image; it lies outside the image where it was in the padding."""
+        return (x - self.pad_x) / self.scale_x, (y - self.pad_y) / self.scale_y
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An image ready for a model.
+
+    Attributes:
+        tensor: float32 [1, channels, height, width].
+        display: uint8 [rows, columns], the picture as displayed, in the image's own pixels.
+        geometry: where the image's pixels are in the tensor.
+        steps: what was done, in words, for the record.
+        assumptions: coded remarks that a person must see.
+    """
+
+    tensor: NDArray[np.float32]
+    display: NDArray[np.uint8]
+    geometry: Geometry
+    steps: tuple[str, ...]
+    assumptions: tuple[Note, ...] = ()
+
+
+def to_tensor(ds: Dataset, input_spec: InputSpec, frame: int = 0, pixels: NDArray[Any] | None = None) -> Prepared:
+    """Prepare one frame of an image.
+
+    Args:
+        ds: the image.
+        input_spec: the manifest's pixel pipeline.
+        frame: which frame.
+        pixels: the frame's values when they are decoded already.
+
+    Raises:
+        PixelError: the frame cannot be decoded, or its header makes no sense.
+    """
+    values = decode_frame(ds, frame) if pixels is None else pixels
+    display, shown = display_picture(ds, values, input_spec, frame)
+    aspect = pixel_aspect(ds, frame)
+    return _prepare(display, input_spec, 1.0 if abs(aspect - 1) < _SQUARE else aspect, shown)
+
+
+def from_display(pixels: NDArray[np.uint8], input_spec: InputSpec) -> Prepared:
+    """Prepare a picture as displayed (uint8 [rows, columns], MONOCHROME2, square pixels): golden cases enter here."""
+    return _prepare(pixels, input_spec, 1.0, ())
+
+
+def display_picture(ds: Dataset, values: NDArray[Any], input_spec: InputSpec, frame: int = 0) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """The frame as a person would see it, by the display steps of the pipeline.
+
+    Returns:
+        uint8 [rows, columns], and in words what was done.
+
+    Raises:
+        PixelError: the header's transformations make no sense, or the palette cannot be read.
+    """
+    voi_step = _display_steps(input_spec)
+    if str(ds.get("PhotometricInterpretation")).strip() == "PALETTE COLOR":
+        values = palette_rgb(ds, values)
+        return _luminance(eight_bits(values, 8 * values.dtype.itemsize)), ("palette to grey",)
+    if values.ndim == 3:
+        return _luminance(eight_bits(values, int(ds.get("BitsStored") or 8))), ("colour to grey",)
+    header = grey_header(ds, frame)
+    display, voi = display_grey(values, header, voi_step.default, int(ds.get("BitsStored") or 32))
+    return display, (f"rescale {header.slope:g} {header.intercept:g}", voi, *(("inverted",) if header.inverse else ()))
+
+
+def _display_steps(spec: InputSpec) -> Voi:
+    """The VOI step of a pipeline that begins with the display picture; another beginning would be read wrongly, so it is refused."""
+    match spec.pipeline[:4]:
+        case [ModalityLut(), Voi() as voi, Monochrome2(), ToUint8()]:
+            return voi
+    raise InferenceError("job.error", "the model's pipeline must begin with modality_lut, voi, monochrome2 and to_uint8")
+
+
+def _luminance(colour: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """RGB as grey by ITU-R BT.601, on which the YBR photometric interpretations are built too."""
+    return np.asarray(Image.fromarray(colour).convert("L"))
+
+
+def _prepare(display: NDArray[np.uint8], spec: InputSpec, aspect: float, shown: tuple[str, ...]) -> Prepared:
+    _display_steps(spec)
+    rows, columns = display.shape
+    picture: NDArray[Any] = display
+    steps, pad_x, pad_y = list(shown), 0, 0
+    padded_h, padded_w = rows, columns
+    for step in spec.pipeline[4:]:
+        if isinstance(step, Letterbox):
+            picture, pad_x, pad_y = _letterbox(picture, spec.width / spec.height * aspect, step.fill)
+            padded_h, padded_w = picture.shape
+            steps.append(f"letterbox {padded_w}x{padded_h}" + (f", pixels {aspect:.3g} times as high as wide" if aspect != 1 else ""))
+        elif isinstance(step, Resize):
+            picture = _resize(picture, step)
+            steps.append(f"resize {step.width}x{step.height} {step.filter}")
+        elif isinstance(step, (Scale, Normalise)):
+            picture = _normalised(picture, step)
+            steps.append(step.step)
+        else:
+            raise InferenceError("job.error", f"the model's pipeline has {step.step} after to_uint8")
+    scale_x, scale_y = spec.width / padded_w, spec.height / padded_h
+    tensor = np.empty((1, spec.channels, spec.height, spec.width), np.float32)
+    tensor[:] = picture
+    geometry = Geometry(rows, columns, scale_x, scale_y, pad_x * scale_x, pad_y * scale_y, spec.height, spec.width)
+    return Prepared(tensor, display, geometry, tuple(steps))
+
+
+def _letterbox(picture: NDArray[Any], ratio: float, fill: int) -> tuple[NDArray[Any], int, int]:
+    """Pad to ``ratio`` (columns / rows), the picture in the centre; returns the columns and rows before it too."""
+    _flat(picture)
+    rows, columns = picture.shape
+    width, height = max(columns, round(rows * ratio)), max(rows, round(columns / ratio))
+    left, top = (width - columns) // 2, (height - rows) // 2
+    if (height, width) == (rows, columns):
+        return picture, 0, 0
+    padded = np.full((height, width), fill, picture.dtype)
+    padded[top : top + rows, left : left + columns] = picture
+    return padded, left, top
+
+
+def _resize(picture: NDArray[Any], step: Resize) -> NDArray[Any]:
+    _flat(picture)
+    return np.asarray(Image.fromarray(picture).resize((step.width, step.height), _FILTERS[step.filter]))
+
+
+def _flat(picture: NDArray[Any]) -> None:
+    if picture.ndim != 2:
+        raise InferenceError("job.error", "the model's pipeline must letterbox and resize before it normalises")
+
+
+def _normalised(picture: NDArray[Any], step: Scale | Normalise) -> NDArray[np.float32]:
+    """Grey values as floats; ``normalise`` makes one plane per channel of them."""
+    values: NDArray[np.float32] = picture.astype(np.float32)
+    if isinstance(step, Scale):
+        scaled: NDArray[np.float32] = values / np.float32(step.divide_by)
+        return scaled
+    mean, std = (np.asarray(numbers, np.float32)[:, None, None] for numbers in (step.mean, step.std))
+    result: NDArray[np.float32] = (values - mean) / std
+    return result
+
+
+@dataclass(frozen=True)
+class QualityVerdict:
+    """Whether a picture can be read at all; ``code`` is the coded reason when not, ``measures`` what was measured."""
+
+    ok: bool
+    code: str | None
+    measures: dict[str, float]
+
+
+def quality(display: NDArray[np.uint8]) -> QualityVerdict:
+    """Say whether a picture is blank, saturated or too small to be read.
+
+    Measured on a copy of at least 128 pixels a side, averaged down, so that noise does not pass for a picture. The thresholds
+    leave a wide margin to real pictures: of 6,769 training and 139 test chest X-rays the smallest spread between the 2nd and
+    the 98th percentile is 55 grey levels, the greatest roughness 0.19, the largest share of black and white pixels 0.59.
+
+    Args:
+        display: uint8 [rows, columns] as displayed.
+    """
+    side = min(display.shape)
+    small = np.asarray(Image.fromarray(display).reduce(max(1, side // _QUALITY_SIDE))).astype(np.float32)
+    low, high = np.percentile(small, (2, 98))
+    deviation = float(small.std())
+    measures = {
+        "side": float(side),
+        "range": float(np.ptp(small)),
+        "spread": float(high - low),
+        "extreme": float(np.mean((small <= 4) | (small >= 251))),
+        "roughness": float(np.abs(np.diff(small, axis=1)).mean() / deviation) if deviation and small.shape[1] > 1 else 0.0,
+    }
+    code = None
+    if side < _MIN_SIDE:
+        code = "quality.too_small"
+    elif measures["range"] < _MIN_RANGE:
+        code = "quality.blank"
+    elif measures["extreme"] > _MAX_EXTREME:
+        code = "quality.saturated"
+    elif measures["spread"] < _MIN_SPREAD or measures["roughness"] > _MAX_ROUGHNESS:
+        code = "quality.blank"
+    return QualityVerdict(code is None, code, measures)

@@ -1,0 +1,123 @@
+"""How a series was acquired, and whether the model was made for that: held against ``applies_to.sequence``. Pure.
+
+Modality and body part do not tell a T1 from a FLAIR, a diffusion map or a projection of vessels; echo time, repetition time, the kind
+of pulse sequence and the image type do. Attributes are looked up where plain images keep them and where enhanced ones do
+(PS3.3 C.8.3.1 and C.8.13.5).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from appliance.core.applicability import Verdict, together
+from appliance.core.domain import Note
+from appliance.imaging.greyscale import frame_value, numbers
+from appliance.imaging.pixels import frame_count
+
+if TYPE_CHECKING:
+    from pydicom.dataset import Dataset
+
+    from model_sync.bundle import Milliseconds, SequenceRule
+
+_FRAME_TYPES: Final = ("MRImageFrameTypeSequence", "CTImageFrameTypeSequence", "PETFrameTypeSequence")
+# Enhanced images say in flags and words what Scanning Sequence says in codes (PS3.3 C.8.13.4).
+_PULSES: Final = {"SPIN": ("SE",), "GRADIENT": ("GR",), "BOTH": ("SE", "GR")}
+_NO_AGENT: Final = {"NONE", "NO", "N"}
+_FLAGS: Final = {"InversionRecovery": "IR", "EchoPlanarPulseSequence": "EP"}
+
+
+@dataclass(frozen=True)
+class Acquired:
+    """What one frame's header says about its acquisition; None and empty where it says nothing."""
+
+    echo_time_ms: float | None
+    repetition_time_ms: float | None
+    scanning_sequence: tuple[str, ...]
+    image_type: tuple[str, ...]
+    contrast_agent: bool
+
+    @property
+    def localizer(self) -> bool:
+        """Whether it is a scout view, which is left out of the volume anyway."""
+        return "LOCALIZER" in self.image_type
+
+
+def acquired(ds: Dataset) -> list[Acquired]:
+    """How the frames of an image were acquired, each way once; reads no pixels.
+
+    Raises:
+        PixelError: the number of frames makes no sense.
+    """
+    per_frame = ds.get("PerFrameFunctionalGroupsSequence") or []
+    frames = min(frame_count(ds), len(per_frame)) or 1
+    return list(dict.fromkeys(_frame(ds, frame) for frame in range(frames)))
+
+
+def _frame(ds: Dataset, frame: int) -> Acquired:
+    types = [frame_value(ds, frame, group, "FrameType") for group in _FRAME_TYPES]
+    echo = frame_value(ds, frame, "MREchoSequence", "EffectiveEchoTime")
+    return Acquired(
+        _milliseconds(ds.get("EchoTime") if echo is None else echo),
+        _milliseconds(frame_value(ds, frame, "MRTimingAndRelatedParametersSequence", "RepetitionTime")),
+        _words([ds.get("ScanningSequence")]) or _pulses(ds),
+        _words([ds.get("ImageType"), *types]),
+        bool(set(_words([ds.get("ContrastBolusAgent")])) - _NO_AGENT or ds.get("ContrastBolusAgentSequence")),
+    )
+
+
+def _milliseconds(value: object) -> float | None:
+    """A time that is one; several echoes in one image are none."""
+    found = numbers(value)
+    return found[0] if len(found) == 1 and math.isfinite(found[0]) and found[0] >= 0 else None
+
+
+def _words(values: Iterable[object]) -> tuple[str, ...]:
+    """The values of code strings, in capitals, each once."""
+    words: list[str] = []
+    for value in values:
+        several = [value] if value is None or isinstance(value, str) or not isinstance(value, Sequence) else value
+        words += [str(word).strip().upper() for word in several if word is not None]
+    return tuple(dict.fromkeys(word for word in words if word))
+
+
+def _pulses(ds: Dataset) -> tuple[str, ...]:
+    """Scanning Sequence of an enhanced image; empty where it does not say of which kind its echoes are."""
+    echoes = _PULSES.get(str(ds.get("EchoPulseSequence") or "").strip().upper(), ())
+    flags = tuple(code for keyword, code in _FLAGS.items() if str(ds.get(keyword) or "").strip().upper() == "YES")
+    return (*echoes, *flags) if echoes else ()
+
+
+def applies_to_sequence(rule: SequenceRule, frames: Sequence[Acquired]) -> Verdict:
+    """Hold a series against its model's rule: all of its frames but scout views must agree, as with the rest of ``applies_to``."""
+    return together([_applies(rule, frame) for frame in dict.fromkeys(frames) if not frame.localizer])
+
+
+def _applies(rule: SequenceRule, frame: Acquired) -> Verdict:
+    absent = []
+    if rule.image_type_not and not frame.image_type:
+        absent.append("ImageType")
+    if wrong := [word for word in frame.image_type if word in rule.image_type_not]:
+        return Verdict(Note("scope.image_type", ", ".join(wrong)))
+    if rule.scanning_sequence and not frame.scanning_sequence:
+        absent.append("ScanningSequence")
+    if rule.scanning_sequence and (other := [word for word in frame.scanning_sequence if word not in rule.scanning_sequence]):
+        return Verdict(Note("scope.sequence", f"ScanningSequence {', '.join(other)}; {', '.join(rule.scanning_sequence)}"))
+    times = (("EchoTime", rule.echo_time_ms, frame.echo_time_ms), ("RepetitionTime", rule.repetition_time_ms, frame.repetition_time_ms))
+    for name, span, value in times:
+        if span is not None and value is None:
+            absent.append(name)
+        elif span is not None and value is not None and not span.low <= value <= span.high:
+            return Verdict(Note("scope.sequence", f"{name} {value:g} ms; {_span(span)}"))
+    if frame.contrast_agent and rule.contrast_agent == "out_of_scope":
+        return Verdict(Note("scope.contrast_agent"))
+    if absent and rule.when_absent == "out_of_scope":
+        return Verdict(Note("scope.sequence_absent", ", ".join(absent)))
+    notes = [Note("assume.sequence", ", ".join(absent))] if absent else []
+    return Verdict(notes=(*notes, *([Note("caution.contrast_agent")] if frame.contrast_agent and rule.contrast_agent else [])))
+
+
+def _span(span: Milliseconds) -> str:
+    return f"{span.low:g}-{span.high:g} ms"

@@ -1,0 +1,86 @@
+"""Three planes through the middle of what a model drew, with its outline.
+
+They lie as a doctor is used to see them: the patient's right on the left of the picture, front or head up. Letters at the edges say so
+on the picture itself.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from appliance.imaging.volumes.geometry import Grid, turned
+from appliance.store.volume_results import COLOURS
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from appliance.core.domain import Plane
+
+# Where the axes of a plane run: through it, down the picture, to its right; and what stands at its left, right, top and bottom edge.
+_PLANES: Final[dict[Plane, tuple[str, str]]] = {"axial": ("SPL", "RLAP"), "coronal": ("PIL", "RLSI"), "sagittal": ("LIP", "APSI")}
+PICTURE_SIDE: Final = 480
+_LETTER: Final = "#ffffff"
+
+
+def key_pictures(values: NDArray[np.float32], mask: NDArray[np.uint8], grid: Grid) -> dict[Plane, bytes]:
+    """Draw the planes.
+
+    Args:
+        values: [depth, height, width], the volume as the model was given it.
+        mask: uint8 of the same shape; class n is drawn in ``COLOURS[n - 1]``.
+        grid: where both are.
+
+    Returns:
+        Plane -> PNG, its longer side ``PICTURE_SIDE``.
+    """
+    low, high = (float(value) for value in np.percentile(values[::2, ::2, ::2], (1, 99.5)))
+    grey = np.clip((values - low) * np.float32(255 / max(high - low, 1e-6)), 0, 255).astype(np.uint8)
+    middle = _middle(mask)
+    return {plane: _draw(grey, mask, grid, middle, axes, letters) for plane, (axes, letters) in _PLANES.items()}
+
+
+def _middle(mask: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """The centre of what was drawn, as an index; the volume's own where nothing was."""
+    drawn = mask > 0
+    if not drawn.any():
+        return (np.array(mask.shape) - 1) / 2
+    sums = [drawn.sum(axis=tuple(other for other in range(3) if other != axis)) for axis in range(3)]
+    return np.array([float(np.average(np.arange(len(counts)), weights=counts)) for counts in sums])
+
+
+def _draw(grey: NDArray[np.uint8], mask: NDArray[np.uint8], grid: Grid, middle: NDArray[np.float64], axes: str, letters: str) -> bytes:
+    pictured, at = turned(grey, grid, axes)
+    drawn, _ = turned(mask, grid, axes)
+    place = int(np.clip(np.rint(at.to_index(grid.to_patient(middle))[0]), 0, len(pictured) - 1))
+    height, width = np.array(pictured.shape[1:]) * at.spacing[1:]
+    scale = PICTURE_SIDE / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    picture = Image.fromarray(np.ascontiguousarray(pictured[place])).resize(size, Image.Resampling.BILINEAR).convert("RGB")
+    shown = np.asarray(picture).copy()
+    classes = np.asarray(Image.fromarray(np.ascontiguousarray(drawn[place])).resize(size, Image.Resampling.NEAREST))
+    for value in np.unique(classes[classes > 0]):
+        colour = COLOURS[(int(value) - 1) % len(COLOURS)]
+        shown[_rim(classes == value)] = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return _png(Image.fromarray(shown), letters)
+
+
+def _rim(inside: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The pixels of a region that touch what is not of it."""
+    framed = np.pad(inside, 1)
+    core = framed[:-2, 1:-1] & framed[2:, 1:-1] & framed[1:-1, :-2] & framed[1:-1, 2:]
+    return inside & ~core
+
+
+def _png(picture: Image.Image, letters: str) -> bytes:
+    width, height = picture.size
+    draw = ImageDraw.Draw(picture)
+    places = ((12, height // 2), (width - 12, height // 2), (width // 2, 12), (width // 2, height - 12))
+    for letter, place in zip(letters, places, strict=True):
+        draw.text(place, letter, fill=_LETTER, anchor="mm", font_size=18, stroke_width=2, stroke_fill="#000000")
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", compress_level=6)
+    return buffer.getvalue()

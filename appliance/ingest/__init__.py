@@ -1,0 +1,1 @@
+"""Ingest: the only way by which an image gets into the store."""

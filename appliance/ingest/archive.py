@@ -1,0 +1,285 @@
+"""What people drop: a DICOM file, a picture, a ZIP of them, a folder. One outcome for every file, none skipped in silence.
+
+An entry is read into memory under the caps of the settings and handed to the door; nothing of an archive is ever written to
+the disk by its own name, so a path in it can do no harm (it is refused all the same, and said).
+"""
+
+from __future__ import annotations
+
+import lzma
+import os
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from appliance.core.domain import PictureForm, Source
+from appliance.core.errors import ApplianceError, IngestError
+from appliance.core.settings import Settings
+from appliance.ingest.ingest import Accepted, Ingest
+
+_ZIP_MAGIC: Final = (b"PK\x03\x04", b"PK\x05\x06")
+_PICTURE_MAGIC: Final = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+_MEDIA_DIRECTORY: Final = b"1.2.840.10008.1.3.10"
+_IGNORED_NAMES: Final = {"dicomdir", "thumbs.db", "desktop.ini", "autorun.inf", "lockfile", "version"}
+_IGNORED_SUFFIXES: Final = {".txt", ".pdf", ".xml", ".json", ".csv", ".html", ".htm", ".exe", ".dll", ".ini", ".inf", ".md", ".log", ".ico"}
+_ENCRYPTED_FLAG: Final = 0x1
+_UTF8_FLAG: Final = 0x800
+# What zipfile and its decompressors are known to raise on hostile bytes.
+_ZIP_ERRORS: Final = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, ValueError, IndexError, OverflowError, RuntimeError,
+    NotImplementedError,
+)  # fmt: skip
+_END: Final = struct.Struct("<4s4H2LH")  # end of central directory record (APPNOTE 4.3.16)
+_END_MAGIC: Final = b"PK\x05\x06"
+_END64: Final = struct.Struct("<4sQ2H2L4Q")  # its Zip64 form (4.3.14), which a locator of 20 bytes follows
+_END64_MAGIC: Final = b"PK\x06\x06"
+_LOCATOR_BYTES: Final = 20
+_LONGEST_COMMENT: Final = 0xFFFF
+_LARGEST_SIZE: Final = 2**63 - 1
+# An entry takes 46 bytes and its name in the central directory; one far beyond that is a directory that lies about its count.
+_DIRECTORY_BYTES_PER_FILE: Final = 1024
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one file: the durable scan, or the coded reason why not."""
+
+    name: str
+    accepted: Accepted | None
+    code: str = ""
+    detail: str = ""
+
+
+def shown_name(path: str | Path) -> str:
+    """A file's name as its maker typed it: UTF-8, else the GBK that Chinese Windows and old USB sticks leave behind.
+
+    Python holds bytes that are no UTF-8 as lone surrogates, which no database, JSON file or terminal takes.
+    """
+    try:
+        return _decode_name(os.fsencode(path))
+    except UnicodeEncodeError:  # surrogates that stand for no byte: not from a file system
+        return str(path).encode("utf-8", "replace").decode()
+
+
+def _decode_name(name: bytes) -> str:
+    try:
+        return name.decode("utf-8")
+    except UnicodeDecodeError:
+        return name.decode("gb18030", "replace")
+
+
+def files_below(path: Path) -> list[tuple[Path, str]]:
+    """The file itself, or everything below a folder in a stable order, each with the code of its refusal or ``""``.
+
+    Links are not followed: they lead elsewhere, or in a circle.
+    """
+    if not path.is_dir():
+        return [(path, "")]
+    found: list[tuple[Path, str]] = []
+    folders = [path]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(Path(entry.path))
+                    else:
+                        found.append((Path(entry.path), "ingest.skipped" if entry.is_symlink() else ""))
+        except OSError:
+            found.append((folder, "ingest.unreadable"))
+    return sorted(found)
+
+
+def accept_below(ingest: Ingest, settings: Settings, path: Path, source: Source, form: PictureForm | None = None) -> Iterator[Outcome]:
+    """Take the file, or every file below the folder; arguments as for :func:`accept_file`. Yields one outcome for each."""
+    for item, code in files_below(path):
+        if code:
+            detail = "link" if code == "ingest.skipped" else "folder"
+            yield _refusal(ingest, source, shown_name(item), 0, code, detail)
+        else:
+            yield from accept_file(ingest, settings, item, shown_name(item), source, form)
+
+
+def accept_file(
+    ingest: Ingest, settings: Settings, path: Path, name: str, source: Source, form: PictureForm | None = None
+) -> Iterator[Outcome]:
+    """Take one file of any kind that people bring.
+
+    Args:
+        ingest: the door.
+        settings: its caps.
+        path: where the bytes are.
+        name: the name the person knows it by.
+        source: who brought it; its name is replaced by the entry's.
+        form: what was said about pictures; pictures without a form are taken for frontal chest films, and that is stated.
+
+    Yields:
+        One outcome for the file, or one per entry of an archive.
+    """
+    name, size = shown_name(name), 0
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would block, a device never end
+            raise IngestError("ingest.skipped", "not a regular file")
+        size = status.st_size
+        with open(path, "rb") as file:
+            magic = file.read(8)
+        if magic.startswith(_ZIP_MAGIC):
+            yield from _accept_archive(ingest, settings, path, name, source, form)
+            return
+        if size > settings.max_upload_bytes:
+            raise IngestError("ingest.too_large", f"{size >> 20} MiB")
+        data = path.read_bytes()
+    except OSError as error:
+        yield _refusal(ingest, source, name, size, "ingest.unreadable", error.strerror or type(error).__name__)
+    except MemoryError:
+        yield _refusal(ingest, source, name, size, "ingest.too_large", "not enough memory")
+    except IngestError as error:
+        yield _refusal(ingest, source, name, size, error.code, error.detail)
+    else:
+        yield _accept_bytes(ingest, data, name, source, form)
+
+
+def _refusal(ingest: Ingest, source: Source, name: str, size: int, code: str, detail: str) -> Outcome:
+    """A refusal before the door: recorded as the door records its own; what is no scan at all is only said."""
+    if code != "ingest.skipped":
+        # The size may be what a hostile header says, and a column holds 63 bits.
+        ingest.record_refusal(Source(source.kind, source.actor, name), min(size, _LARGEST_SIZE), code, detail)
+    return Outcome(name, None, code, detail)
+
+
+def _accept_bytes(ingest: Ingest, data: bytes, name: str, source: Source, form: PictureForm | None) -> Outcome:
+    if _is_foreign(data, name):
+        return Outcome(name, None, "ingest.skipped")
+    named = Source(source.kind, source.actor, name)
+    try:
+        if data.startswith(_PICTURE_MAGIC):
+            return Outcome(name, ingest.accept_picture(data, form or PictureForm(), named))
+        return Outcome(name, ingest.accept(data, named))
+    except ApplianceError as error:
+        return Outcome(name, None, error.code, error.detail)
+    except MemoryError:
+        return _refusal(ingest, source, name, len(data), "ingest.too_large", "not enough memory")
+
+
+def _is_foreign(data: bytes, name: str) -> bool:
+    """What lies beside scans on every disc. The content counts before the name: a scan may be called ``version`` or ``.x``."""
+    if data[128:132] == b"DICM":
+        return _MEDIA_DIRECTORY in data[132:512]  # a DICOMDIR is DICOM, but a table of contents
+    inner = PurePosixPath(name.replace("\\", "/"))
+    return inner.name.startswith(".") or inner.name.lower() in _IGNORED_NAMES or inner.suffix.lower() in _IGNORED_SUFFIXES
+
+
+def _accept_archive(
+    ingest: Ingest, settings: Settings, path: Path, name: str, source: Source, form: PictureForm | None
+) -> Iterator[Outcome]:
+    """Each entry by itself: a bad one never stops the rest; after a bomb the rest is refused unopened."""
+    size = path.stat().st_size
+    try:
+        _check_directory(path, settings)
+        archive = zipfile.ZipFile(path)
+    except IngestError as error:
+        yield _refusal(ingest, source, name, size, error.code, error.detail)
+        return
+    except (*_ZIP_ERRORS, MemoryError) as error:
+        yield _refusal(ingest, source, name, size, "ingest.archive_corrupt", type(error).__name__)
+        return
+    with archive:
+        entries = [info for info in archive.infolist() if not info.is_dir()]
+        if len(entries) > settings.max_archive_files:
+            yield _refusal(ingest, source, name, size, "ingest.too_many_files", f"{len(entries)} > {settings.max_archive_files}")
+            return
+        if not entries:
+            yield Outcome(name, None, "ingest.skipped", "empty archive")
+        yield from _accept_entries(ingest, settings, archive, entries, name, source, form)
+
+
+def _accept_entries(
+    ingest: Ingest,
+    settings: Settings,
+    archive: zipfile.ZipFile,
+    entries: list[zipfile.ZipInfo],
+    name: str,
+    source: Source,
+    form: PictureForm | None,
+) -> Iterator[Outcome]:
+    unpacked, bomb = 0, ""
+    for info in entries:
+        label = f"{name}!/{_entry_name(info)}"
+        if bomb:
+            yield _refusal(ingest, source, label, info.file_size, "ingest.archive_bomb", bomb)
+            continue
+        try:
+            data = _read_entry(archive, info, settings, max(0, settings.max_archive_bytes - unpacked))
+        except IngestError as error:
+            if error.code == "ingest.archive_bomb":
+                bomb = error.detail
+            unpacked += _spent(error.code, info, settings)
+            yield _refusal(ingest, source, label, info.file_size, error.code, error.detail)
+            continue
+        unpacked += len(data)
+        if data.startswith(_ZIP_MAGIC) and data[128:132] != b"DICM":
+            yield Outcome(label, None, "ingest.skipped", "archive inside an archive")
+        else:
+            yield _accept_bytes(ingest, data, label, source, form)
+
+
+def _spent(code: str, info: zipfile.ZipInfo, settings: Settings) -> int:
+    """What a failed entry cost: as much as was unpacked of it, at most; one refused unopened cost nothing."""
+    if code == "ingest.too_large":
+        return settings.max_upload_bytes
+    return min(info.file_size, settings.max_upload_bytes) if code == "ingest.archive_corrupt" else 0
+
+
+def _check_directory(path: Path, settings: Settings) -> None:
+    """Refuse a huge directory by what the archive's end says of it, before zipfile makes an object of every entry."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - _END.size - _LONGEST_COMMENT - _LOCATOR_BYTES - _END64.size))
+        tail = file.read()
+    plain = tail[-_END.size :]
+    at = len(tail) - _END.size if plain.startswith(_END_MAGIC) and plain.endswith(b"\0\0") else tail.rfind(_END_MAGIC)
+    if at < 0 or len(tail) - at < _END.size:
+        raise IngestError("ingest.archive_corrupt", "no end record")
+    _, _, _, _, count, length, _, _ = _END.unpack_from(tail, at)
+    at64 = at - _LOCATOR_BYTES - _END64.size
+    if at64 >= 0 and tail.startswith(_END64_MAGIC, at64):
+        # zipfile believes this record wherever it stands, and so must the check.
+        count, length = _END64.unpack_from(tail, at64)[7:9]
+    if count > settings.max_archive_files or length > _LONGEST_COMMENT + settings.max_archive_files * _DIRECTORY_BYTES_PER_FILE:
+        raise IngestError("ingest.too_many_files", f"{count} > {settings.max_archive_files}")
+
+
+def _entry_name(info: zipfile.ZipInfo) -> str:
+    """The entry's name as its maker typed it: Chinese Windows writes GBK without saying so, and zipfile reads that as CP437."""
+    if info.flag_bits & _UTF8_FLAG:
+        return shown_name(info.filename)
+    try:
+        return _decode_name(info.filename.encode("cp437"))
+    except UnicodeEncodeError:  # zipfile took the name from a Unicode extra field
+        return shown_name(info.filename)
+
+
+def _read_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, settings: Settings, budget_bytes: int) -> bytes:
+    """One entry's bytes, never more than the caps whatever its header says."""
+    parts = PurePosixPath(info.filename.replace("\\", "/"))
+    if parts.is_absolute() or ".." in parts.parts or ":" in "".join(parts.parts[:1]) or "\0" in info.filename:
+        raise IngestError("ingest.archive_unsafe")
+    if info.flag_bits & _ENCRYPTED_FLAG:
+        raise IngestError("ingest.archive_encrypted")
+    limit = min(settings.max_upload_bytes, budget_bytes)
+    try:
+        with archive.open(info) as entry:
+            data = entry.read(limit + 1)
+    except MemoryError as error:
+        raise IngestError("ingest.too_large", "not enough memory") from error
+    except _ZIP_ERRORS as error:
+        raise IngestError("ingest.archive_corrupt", type(error).__name__) from error
+    if len(data) > limit:
+        raise IngestError("ingest.archive_bomb" if limit == budget_bytes else "ingest.too_large", f"> {limit >> 20} MiB")
+    return data

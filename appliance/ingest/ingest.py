@@ -1,0 +1,365 @@
+"""The only door for scans, whatever brought them: parse, check caps, validate UIDs, make durable, or refuse with a reason.
+
+``accept`` takes DICOM (PS3.10 files), ``accept_picture`` a PNG or JPEG that becomes a Secondary Capture. Either returns only
+when the scan is durable, or raises with a coded reason; a refusal is recorded so that nobody wonders where a file went.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import struct
+import time
+import uuid
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from typing import TYPE_CHECKING, Final
+
+import pydicom
+from pydicom import config as pydicom_config
+from pydicom.dataelem import RawDataElement
+from pydicom.errors import BytesLengthException, InvalidDicomError
+from pydicom.filereader import read_partial
+from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+from appliance.core.domain import Note, Patient, PictureForm, Scan, Source, Stored, age_years
+from appliance.core.errors import ApplianceError, IngestError, StoreError
+from appliance.imaging.pixels import PixelCaps, check_structure
+from appliance.store.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pydicom.dataset import Dataset, FileDataset
+    from pydicom.tag import BaseTag
+
+logger = logging.getLogger(__name__)
+
+# Real files break the value rules of PS3.5 all the time; what matters here is checked below, by name.
+pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE
+
+MAX_ELEMENTS: Final = 50_000
+MAX_ITEMS: Final = 200_000
+MAX_TEXT_BYTES: Final = 65_536
+_ITEM_TAGS: Final = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")
+_LONG_VRS: Final = (b"OB", b"OW", b"UN", b"SQ", b"UT", b"UC", b"UR", b"OF", b"OD", b"OL", b"OV", b"SV", b"UV")
+_PREAMBLE_BYTES: Final = 132
+_UID: Final = re.compile(r"[0-9]+(\.[0-9]+)*")
+_LATERAL: Final = re.compile(
+    r"(?<![A-Za-z])(?:[LR][-_ ]?)?LAT(?:ERAL)?(?![A-Za-z])|(?<![A-Za-z])(?:LL|RL|seitl)(?![A-Za-z])|侧位|側位", re.IGNORECASE
+)
+_PRIORITY: Final = 0x00401003
+_PRIORITIES: Final = ("STAT", "HIGH", "ROUTINE", "MEDIUM", "LOW")
+_MAX_SHORT_BYTES: Final = 64  # a SH of 16 characters in any character set
+_PIXEL_TAGS: Final = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10", b"\xe0\x7f\x08\x00", b"\xe0\x7f\x09\x00")
+# What pydicom is known to raise on hostile bytes.
+PARSE_ERRORS: Final = (
+    InvalidDicomError, BytesLengthException, EOFError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError,
+    NotImplementedError, OverflowError, RecursionError, AssertionError, struct.error, zlib.error,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A scan that is durable: where it stands in the store, and what the door read from it."""
+
+    stored: Stored
+    scan: Scan
+
+
+class Ingest:
+    """The door of one box."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._caps = PixelCaps()
+        self._hashing = ThreadPoolExecutor(2, thread_name_prefix="hash")
+
+    def accept(self, data: bytes, source: Source, started: float | None = None) -> Accepted:
+        """Take one DICOM file.
+
+        Args:
+            data: the whole file (PS3.10: preamble, file meta group, data set).
+            source: who brought it.
+            started: ``time.perf_counter()`` at its last byte; now, when absent.
+
+        Raises:
+            IngestError: refused with a coded reason; nothing was kept but the record of the refusal.
+            StoreError: the store failed; nothing was acknowledged.
+        """
+        return self._take(data, source, started, ())
+
+    def accept_picture(self, data: bytes, form: PictureForm, source: Source) -> Accepted:
+        """Take a PNG or JPEG as a Secondary Capture (PS3.3 A.8); the same picture and form give the same UIDs.
+
+        Raises:
+            IngestError: ``ingest.unsupported_image`` and the reasons of ``accept``.
+        """
+        from appliance.ingest.secondary_capture import secondary_capture  # heavy, and most boxes never see a picture
+
+        started = time.perf_counter()
+        try:
+            if len(data) > self._store.settings.max_upload_bytes:
+                raise IngestError("ingest.too_large", f"{len(data) >> 20} MiB")
+            encoded = secondary_capture(data, form)
+        except ApplianceError as error:
+            self.record_refusal(source, len(data), error.code, error.detail)
+            raise
+        return self._take(encoded, source, started, (Note("caution.view_from_form", form.view),) if form.view else ())
+
+    def _take(self, data: bytes, source: Source, started: float | None, notes: tuple[Note, ...]) -> Accepted:
+        started = time.perf_counter() if started is None else started
+        try:
+            dataset = self._parse(data)
+            scan = self._describe(dataset, notes)
+            self._check(dataset)
+            del dataset
+            # Hashing leaves the interpreter free: it goes on beside the writing.
+            digest = self._hashing.submit(content_digest, data, scan)
+            return Accepted(self._store.add_instance(scan, digest.result, data, source, started), scan)
+        except MemoryError as error:  # the process's memory cap: no fault of the scan's, which may be sent again later
+            busy = StoreError("ingest.memory")
+            self.record_refusal(source, len(data), busy.code, "")
+            raise busy from error
+        except ApplianceError as error:
+            self.record_refusal(source, len(data), error.code, error.detail)
+            raise
+
+    def _check(self, dataset: FileDataset) -> None:
+        """Hold the pixels against the header; a value that cannot even be read makes the file unreadable."""
+        try:
+            check_structure(dataset, self._caps)
+        except ApplianceError:
+            raise
+        except PARSE_ERRORS as error:
+            raise IngestError("ingest.unreadable", type(error).__name__) from error
+
+    def record_refusal(self, source: Source, size: int, code: str, detail: str) -> None:
+        """Record that something was refused, here or by whoever unpacked it; never fails."""
+        logger.warning("scan refused", extra={"code": code})
+        try:
+            self._store.add_rejection(source, size, code, detail)
+        except StoreError:  # the disk that refused the scan may refuse its record too; the sender still gets the reason
+            logger.exception("refusal not recorded", extra={"code": code})
+
+    def _parse(self, data: bytes) -> FileDataset:
+        """Read the whole file, bounded in size and number of elements."""
+        if not data:
+            raise IngestError("ingest.empty")
+        if len(data) > self._store.settings.max_upload_bytes:
+            raise IngestError("ingest.too_large", f"{len(data) >> 20} MiB")
+        if data[128:132] != b"DICM":
+            raise IngestError("ingest.truncated" if len(data) < _PREAMBLE_BYTES and not data.strip(b"\0") else "ingest.not_dicom")
+        if sum(data.count(tag) for tag in _ITEM_TAGS) > MAX_ITEMS:
+            raise IngestError("ingest.unreadable", "too many sequence items")
+        end = meta_end(data)
+        try:
+            self._check_deflated(data, end)
+            dataset = read_partial(BytesIO(data), stop_when=_element_counter())
+        except IngestError:
+            raise
+        except PARSE_ERRORS as error:
+            raise IngestError("ingest.unreadable", f"{type(error).__name__}") from error
+        _check_complete(dataset, data)
+        return dataset
+
+    def _check_deflated(self, data: bytes, end: int) -> None:
+        """A deflated data set must not unpack to more than a scan may have (wherever the file says that it is deflated)."""
+        if DeflatedExplicitVRLittleEndian.encode() not in data:
+            return
+        unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+        try:
+            unpacker.decompress(data[end:], self._store.settings.max_upload_bytes)
+        except zlib.error:  # not deflated after all, or damaged: the parser says which
+            return
+        if unpacker.unconsumed_tail:
+            raise IngestError("ingest.too_large", "deflated")
+        if not unpacker.eof:
+            raise IngestError("ingest.truncated", "deflated")
+
+    def _describe(self, dataset: FileDataset, notes: tuple[Note, ...]) -> Scan:
+        try:
+            return describe(dataset, notes)
+        except IngestError:
+            raise
+        except PARSE_ERRORS as error:
+            raise IngestError("ingest.unreadable", f"{type(error).__name__}") from error
+
+
+def _element_counter() -> Callable[[BaseTag, str | None, int], bool]:
+    """A ``stop_when`` that refuses files made of countless elements (each costs far more memory than its bytes)."""
+    count = 0
+
+    def stop_when(_tag: BaseTag, _vr: str | None, _length: int) -> bool:
+        nonlocal count
+        count += 1
+        if count > MAX_ELEMENTS:
+            raise IngestError("ingest.unreadable", "too many elements")
+        return False
+
+    return stop_when
+
+
+def _check_complete(dataset: FileDataset, data: bytes) -> None:
+    """Pydicom reads a cut file without a word: find elements that say they are longer than the file."""
+    if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+        cut = "Rows" in dataset and any(tag in data for tag in _PIXEL_TAGS)
+        raise IngestError("ingest.truncated" if cut else "ingest.no_pixel_data")
+    if dataset.file_meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+        return
+    for element in dataset._dict.values():
+        if isinstance(element, RawDataElement) and element.length != 0xFFFFFFFF and element.value_tell + element.length > len(data):
+            raise IngestError("ingest.truncated", f"element {element.tag}")
+
+
+def meta_end(data: bytes) -> int:
+    """Where the data set begins: the end of group 0002, which is always Explicit VR Little Endian (PS3.10 7.1).
+
+    A group in another encoding counts as part of the data set. What comes after decides whether two images are the same one, so
+    nothing of the data set may hide in the group.
+
+    Raises:
+        IngestError: an element of the group has no length of its own, or reaches beyond the file.
+    """
+    position = _PREAMBLE_BYTES
+    while data[position : position + 2] == b"\x02\x00":
+        representation = data[position + 4 : position + 6]
+        if not (representation.isalpha() and representation.isupper()):
+            return _PREAMBLE_BYTES
+        if representation in _LONG_VRS:
+            length, header = int.from_bytes(data[position + 8 : position + 12], "little"), 12
+        else:
+            length, header = int.from_bytes(data[position + 6 : position + 8], "little"), 8
+        position += header + length
+        if length == 0xFFFFFFFF or position >= len(data):
+            raise IngestError("ingest.truncated" if length != 0xFFFFFFFF else "ingest.unreadable", "file meta group")
+    return position
+
+
+def content_digest(data: bytes, scan: Scan) -> str:
+    """SHA-256 of transfer syntax, SOP Instance UID and data set: the same image is the same, whoever wrote the meta group around it."""
+    digest = hashlib.sha256(f"{scan.transfer_syntax_uid}\0{scan.sop_instance_uid}\0".encode())
+    digest.update(memoryview(data)[meta_end(data) :])
+    return digest.hexdigest()
+
+
+def describe(dataset: FileDataset, notes: tuple[Note, ...] = ()) -> Scan:
+    """What the store indexes and the scope rule asks for.
+
+    An image without Study or Series Instance UID gets ones that derive from its own (2.25 + UUID, PS3.5 B.2), and a note that says
+    so: it must not be lost, nor fall into another's study.
+
+    Raises:
+        IngestError: no SOP Instance UID, a hostile UID, or no Transfer Syntax UID.
+    """
+    meta = dataset.file_meta
+    if not meta.get("TransferSyntaxUID"):
+        raise IngestError("ingest.unreadable", "no Transfer Syntax UID")
+    transfer_syntax = _uid("TransferSyntaxUID", meta.TransferSyntaxUID)
+    frames = _text(dataset, "NumberOfFrames") or "1"
+    if not re.fullmatch(r"[+]?\d{1,9}", frames):
+        raise IngestError("ingest.pixel_attributes", "NumberOfFrames is no integer")
+    instance = _uid("SOPInstanceUID", dataset.get("SOPInstanceUID") or meta.get("MediaStorageSOPInstanceUID"))
+    missing = [name for name in ("StudyInstanceUID", "SeriesInstanceUID") if not dataset.get(name)]
+    study, series = (
+        f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, f'{name} {instance}').int}" if name in missing else _uid(name, dataset.get(name))
+        for name in ("StudyInstanceUID", "SeriesInstanceUID")
+    )
+    return Scan(
+        study_instance_uid=study,
+        series_instance_uid=series,
+        sop_instance_uid=instance,
+        sop_class_uid=_uid("SOPClassUID", dataset.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID")),
+        transfer_syntax_uid=transfer_syntax,
+        patient=Patient(*(_text(dataset, name) for name in ("PatientID", "PatientName", "PatientBirthDate", "PatientSex"))),
+        modality=_text(dataset, "Modality").upper(),
+        body_part_examined=_body_part(dataset),
+        view_position=_view(dataset),
+        patient_age_years=age_years(*(_text(dataset, name) for name in ("PatientAge", "PatientBirthDate", "StudyDate"))),
+        study_date=_text(dataset, "StudyDate"),
+        study_time=_text(dataset, "StudyTime"),
+        accession_number=_text(dataset, "AccessionNumber"),
+        study_description=_text(dataset, "StudyDescription"),
+        series_description=_text(dataset, "SeriesDescription"),
+        requested_procedure_priority=_priority(dataset),
+        rows=int(dataset.get("Rows") or 0),
+        columns=int(dataset.get("Columns") or 0),
+        number_of_frames=int(frames),
+        notes=(*notes, *_photograph(dataset), *(Note("caution.missing_uid", name) for name in missing)),
+    )
+
+
+def _uid(keyword: str, value: object) -> str:
+    """A UID as PS3.5 9.1 allows it: digits and dots, at most 64 characters."""
+    text = str(value or "").strip("\0 ")
+    if not text:
+        raise IngestError("ingest.missing_uid", keyword)
+    if len(text) > 64 or not _UID.fullmatch(text):
+        raise IngestError("ingest.invalid_uid", keyword)
+    return text
+
+
+def _text(dataset: Dataset, keyword: str) -> str:
+    """A text value as one line of Unicode without control characters; empty when absent.
+
+    Raises:
+        IngestError: the value is absurdly long (splitting it would take minutes).
+    """
+    if keyword not in dataset:
+        return ""
+    raw = dataset.get_item(keyword)
+    if isinstance(raw, RawDataElement) and raw.value is not None and len(raw.value) > MAX_TEXT_BYTES:
+        raise IngestError("ingest.unreadable", f"{keyword} too long")
+    value = dataset.get(keyword)
+    values = [str(item) for item in value] if isinstance(value, (list, pydicom.multival.MultiValue)) else [str(value)]
+    text = "" if value is None else " ".join(values)
+    # The ideographic space stands in Chinese names, and Python does not call it printable.
+    return "".join(char for char in text if char.isprintable() or char == "\u3000").strip()[:256]
+
+
+def _priority(dataset: Dataset) -> str:
+    """Requested Procedure Priority (0040,1003) as one of its defined terms (PS3.3 Table C.4-11); empty for anything else.
+
+    The attribute belongs to the worklist: no image IOD has it, and the Request Attributes Macro (PS3.3 10.6) leaves it out. Modalities that
+    pass it on put it at the top level of the image, as a Standard Extended SOP Class may (PS3.2). Priority (0000,0700) of a C-STORE
+    request is that of the transfer (PS3.7 9.1.1.1), not the patient's. An odd value says nothing and refuses no image.
+    """
+    item = dataset.get_item(_PRIORITY) if _PRIORITY in dataset else None
+    value = item.value if item is not None else None
+    if not isinstance(value, (bytes, str)) or len(value) > _MAX_SHORT_BYTES:
+        return ""
+    text = value.decode("ascii", "replace") if isinstance(value, bytes) else value
+    term = text.strip(" \0").upper()
+    return term if term in _PRIORITIES else ""
+
+
+def _body_part(dataset: Dataset) -> str:
+    """Body Part Examined, else the meaning of the Anatomic Region Sequence, in capitals."""
+    part = _text(dataset, "BodyPartExamined").upper()
+    regions = dataset.get("AnatomicRegionSequence") or []
+    return part or (_text(regions[0], "CodeMeaning").upper() if regions else "")
+
+
+def _view(dataset: Dataset) -> str:
+    """View Position; else View Code Sequence, Patient Orientation (a row that runs A-P is lateral), or a telling description."""
+    view = _text(dataset, "ViewPosition").upper()
+    if view:
+        return view
+    codes = dataset.get("ViewCodeSequence") or []
+    meaning = _text(codes[0], "CodeMeaning").lower().replace("-", "") if codes else ""
+    for word, position in (("lateral", "LL"), ("posteroanterior", "PA"), ("anteroposterior", "AP")):
+        if word in meaning:
+            return position
+    orientation = _text(dataset, "PatientOrientation").upper()
+    names = ("SeriesDescription", "ProtocolName", "AcquisitionDeviceProcessingDescription", "StudyDescription")
+    described = " ".join(_text(dataset, name) for name in names)
+    return "LL" if orientation[:1] in ("A", "P") or _LATERAL.search(described) else ""
+
+
+def _photograph(dataset: Dataset) -> tuple[Note, ...]:
+    """Digitised film, scans and video captures (Conversion Type, PS3.3 C.8.6.1) are less exact than the original."""
+    kind = _text(dataset, "ConversionType").upper()
+    return (Note("caution.photograph", kind),) if kind in ("DF", "SI", "SD", "DV", "WSD") else ()

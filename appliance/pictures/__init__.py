@@ -1,1 +1,0 @@
-"""Pixels: looked at before they are decoded, decoded, made the picture that a person sees, and a picture made a DICOM file."""

@@ -1,0 +1,187 @@
+"""People and their logins: argon2 hashes, lockout after five failures, sessions that die on the server (R1-R5).
+
+No default account exists; the first one is made by ``appliance user add`` (or the demo) with a one-time password that must
+be changed at the first login.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from argon2 import PasswordHasher
+from argon2.exceptions import InvalidHashError, VerifyMismatchError
+
+from appliance.core.domain import utc_now
+from appliance.core.errors import StoreError
+from appliance.store.database import SECURITY_ALERT, USER_AUTHENTICATION, Database
+from appliance.store.store import Store
+
+Role = Literal["clinician", "technician", "administrator", "auditor"]
+MAX_FAILURES: Final = 5
+LOCKOUT_S: Final = 15 * 60.0
+MIN_PASSWORD_CHARS: Final = 8
+# RFC 9106's second recommended option scaled to a small box: 19 MiB, two passes (OWASP's floor).
+_HASHER: Final = PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1)
+_NO_ONE: Final = _HASHER.hash(secrets.token_hex(16))
+# Without the letters and digits that people mistake for one another on a printed slip.
+_SLIP_ALPHABET: Final = "abcdefghjkmnpqrstuvwxyz23456789"
+
+
+@dataclass(frozen=True)
+class Account:
+    """A person who may log in."""
+
+    id: int
+    username: str
+    role: str
+    must_change: bool
+
+
+class Accounts:
+    """Accounts and sessions in one store."""
+
+    def __init__(self, store: Store) -> None:
+        self._db = store.database
+        self._settings = store.settings
+
+    def add(self, username: str, role: Role, actor: str) -> str:
+        """Make an account, or give an existing one a new one-time password. Returns the password."""
+        password = "-".join("".join(secrets.choice(_SLIP_ALPHABET) for _ in range(4)) for _ in range(3))
+        with self._db.transaction() as tx:
+            tx.execute(
+                "INSERT INTO users (username, password_hash, role, must_change, created_at) VALUES (?, ?, ?, 1, ?)"
+                " ON CONFLICT (username) DO UPDATE SET password_hash = excluded.password_hash, must_change = 1,"
+                " failures = 0, locked_until = 0",
+                (username, _HASHER.hash(password), role, utc_now()),
+            )
+            tx.execute("DELETE FROM sessions WHERE user_id = (SELECT id FROM users WHERE username = ?)", (username,))
+            Database.audit(
+                tx,
+                SECURITY_ALERT,
+                actor,
+                "C",
+                f"user:{username}",
+                type="110137",
+                type_meaning="User security Attributes Changed",
+                role=role,
+            )
+        return password
+
+    def find(self, username: str) -> Account | None:
+        """The account of that name, letters' case ignored."""
+        row = self._db.one("SELECT * FROM users WHERE username = ?", username)
+        return Account(row["id"], row["username"], row["role"], bool(row["must_change"])) if row else None
+
+    def login(self, username: str, password: str, peer: str) -> str | None:
+        """Check a password; returns a fresh session token, or None.
+
+        An unknown name, a wrong password and a locked account take the same time and get the same answer (R3).
+        """
+        row = self._db.one("SELECT * FROM users WHERE username = ?", username)
+        fits = _verify(row["password_hash"] if row else _NO_ONE, password)
+        now = time.time()
+        locked = row is not None and row["locked_until"] > now
+        if row is None or locked or not fits:
+            self._failed(username, peer, known=row is not None, locked=locked)
+            return None
+        token = secrets.token_urlsafe(32)
+        with self._db.transaction() as tx:
+            tx.execute("UPDATE users SET failures = 0, locked_until = 0 WHERE id = ?", (row["id"],))
+            tx.execute("DELETE FROM sessions WHERE created_at < ?", (now - self._settings.session_absolute_s,))
+            tx.execute("INSERT INTO sessions VALUES (?, ?, ?, ?)", (_digest(token), row["id"], now, now))
+            Database.audit(
+                tx, USER_AUTHENTICATION, row["username"], "E", f"user:{row['id']}", type="110122", type_meaning="Login", peer=peer
+            )
+        return token
+
+    def _failed(self, username: str, peer: str, *, known: bool, locked: bool) -> None:
+        """Count a failure; the fifth locks the account for 15 minutes. A locked account is not locked longer by more tries."""
+        with self._db.transaction() as tx:
+            if known and not locked:
+                tx.execute("UPDATE users SET failures = failures + 1 WHERE username = ?", (username,))
+                tx.execute(
+                    "UPDATE users SET locked_until = ?, failures = 0 WHERE username = ? AND failures >= ?",
+                    (time.time() + LOCKOUT_S, username, MAX_FAILURES),
+                )
+            Database.audit(
+                tx,
+                USER_AUTHENTICATION,
+                username[:64] if known else "unknown",
+                "E",
+                "login",
+                4,
+                type="110122",
+                type_meaning="Login",
+                peer=peer,
+                locked=locked,
+            )
+
+    def resume(self, token: str, *, touch: bool = True) -> Account | None:
+        """The account a session token belongs to, or None when the session ended (logout, idle, too old).
+
+        ``touch`` says whether a person is behind the request; a page that refreshes itself must not keep a session alive.
+        """
+        now = time.time()
+        row = self._db.one(
+            "SELECT u.*, s.created_at AS session_at, s.seen_at, s.token_sha256 FROM sessions s JOIN users u ON u.id = s.user_id"
+            " WHERE s.token_sha256 = ?",
+            _digest(token),
+        )
+        if (
+            row is None
+            or now - row["seen_at"] > self._settings.session_idle_s
+            or now - row["session_at"] > self._settings.session_absolute_s
+        ):
+            return None
+        if touch and now - row["seen_at"] > 30:  # one durable write per half minute is enough to know that somebody is there
+            with self._db.transaction() as tx:
+                tx.execute("UPDATE sessions SET seen_at = ? WHERE token_sha256 = ?", (now, row["token_sha256"]))
+        return Account(row["id"], row["username"], row["role"], bool(row["must_change"]))
+
+    def logout(self, token: str) -> None:
+        """End a session on the server."""
+        with self._db.transaction() as tx:
+            row = tx.execute("DELETE FROM sessions WHERE token_sha256 = ? RETURNING user_id", (_digest(token),)).fetchone()
+            if row:
+                Database.audit(
+                    tx, USER_AUTHENTICATION, f"user:{row['user_id']}", "E", f"user:{row['user_id']}", type="110123", type_meaning="Logout"
+                )
+
+    def change_password(self, account: Account, old: str, new: str) -> None:
+        """Set a new password; all other sessions of the account end.
+
+        Raises:
+            StoreError: ``account.wrong_password`` or ``account.weak_password``.
+        """
+        row = self._db.one("SELECT password_hash FROM users WHERE id = ?", account.id)
+        if row is None or not _verify(row["password_hash"], old):
+            raise StoreError("account.wrong_password")
+        if len(new) < MIN_PASSWORD_CHARS or new == old or new.lower() == account.username.lower() or len(set(new)) < 4:
+            raise StoreError("account.weak_password")
+        with self._db.transaction() as tx:
+            tx.execute("UPDATE users SET password_hash = ?, must_change = 0 WHERE id = ?", (_HASHER.hash(new), account.id))
+            tx.execute("DELETE FROM sessions WHERE user_id = ?", (account.id,))
+            Database.audit(
+                tx,
+                SECURITY_ALERT,
+                account.username,
+                "U",
+                f"user:{account.id}",
+                type="110137",
+                type_meaning="User security Attributes Changed",
+            )
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def _verify(password_hash: str, password: str) -> bool:
+    try:
+        return _HASHER.verify(password_hash, password)
+    except (VerifyMismatchError, InvalidHashError):
+        return False

@@ -1,0 +1,160 @@
+"""Scans on disk: one AES-256-GCM file each, on the platter before anybody is told so.
+
+A file is written under ``incoming/``, fsynced, renamed to its place under ``content/`` and the directory fsynced; a crash
+leaves either nothing or a whole file. Its name is the scan's digest, so that a repeated write is the same file; the name is also
+the last thing encrypted, so that no two files can be exchanged.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from appliance.core.errors import StoreError
+from appliance.store.database import store_error
+
+_MAGIC: Final = b"CEA1"
+_NONCE_BYTES: Final = 12
+_TAG_BYTES: Final = 16
+_NAME_BYTES: Final = 32
+_CHUNK_BYTES: Final = 1 << 20
+_ABANDONED_S: Final = 3600.0
+
+
+class ContentFiles:
+    """The encrypted files below one data directory.
+
+    Args:
+        data_dir: the box's data directory; ``keys``, ``incoming`` and ``content`` are made in it.
+    """
+
+    def __init__(self, data_dir: Path) -> None:
+        self._incoming = data_dir / "incoming"
+        self._content = data_dir / "content"
+        try:
+            if not (self._content / "ff").is_dir():
+                for directory in (self._incoming, self._content, *(self._content / f"{i:02x}" for i in range(256))):
+                    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                fsync_directory(self._content)
+                fsync_directory(data_dir)
+            self._key = load_key(data_dir / "keys", "content.key")
+        except OSError as error:
+            raise store_error(error) from error
+
+    def write(self, data: bytes, digest: Callable[[], str]) -> str:
+        """Make ``data`` durable and return its name.
+
+        Args:
+            data: what to keep.
+            digest: gives the name, 64 hex digits; asked only when the data is written, so that hashing may go on meanwhile.
+
+        Raises:
+            StoreError: nothing was kept; code ``ingest.disk_full`` when the disk is full.
+        """
+        temporary = self._incoming / f"{secrets.token_hex(8)}.part"
+        try:
+            with open(temporary, "xb") as file:
+                nonce = secrets.token_bytes(_NONCE_BYTES)
+                encryptor = Cipher(algorithms.AES(self._key), modes.GCM(nonce)).encryptor()
+                file.write(_MAGIC + nonce)
+                view = memoryview(data)
+                for start in range(0, len(view), _CHUNK_BYTES):  # in chunks, so that a large scan is not held twice
+                    file.write(encryptor.update(view[start : start + _CHUNK_BYTES]))
+                name = digest()
+                file.write(encryptor.update(bytes.fromhex(name)) + encryptor.finalize() + encryptor.tag)
+                file.flush()
+                os.fsync(file.fileno())
+            target = self._path(name)
+            if self.holds(name):  # the same scan came by another way: what was acknowledged is never replaced
+                temporary.unlink()
+            else:
+                os.replace(temporary, target)
+                fsync_directory(target.parent)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise store_error(error) from error
+        return name
+
+    def holds(self, name: str) -> bool:
+        """Whether the file of that name is there and whole."""
+        if not self._path(name).exists():
+            return False
+        try:
+            self.read(name)
+        except StoreError:
+            return False
+        return True
+
+    def read(self, name: str) -> bytes:
+        """The bytes as they came.
+
+        Raises:
+            StoreError: ``store.missing``, or ``store.tampered`` when the file was changed on disk or is another scan's.
+        """
+        try:
+            blob = memoryview(self._path(name).read_bytes())
+        except OSError as error:
+            raise StoreError("store.missing", str(error)) from error
+        nonce, body, tag = blob[4 : 4 + _NONCE_BYTES], blob[4 + _NONCE_BYTES : -_TAG_BYTES], blob[-_TAG_BYTES:]
+        try:
+            decryptor = Cipher(algorithms.AES(self._key), modes.GCM(bytes(nonce), bytes(tag))).decryptor()
+            plain = decryptor.update(body[:-_NAME_BYTES])
+            sealed_name = decryptor.update(body[-_NAME_BYTES:]) + decryptor.finalize()
+        except (InvalidTag, ValueError) as error:
+            raise StoreError("store.tampered", f"content {name[:12]}") from error
+        if sealed_name.hex() != name:
+            raise StoreError("store.tampered", f"content {name[:12]}")
+        return plain
+
+    def sweep(self) -> int:
+        """Remove what a crash left half-written under ``incoming/``; it was never acknowledged. Returns how many.
+
+        Only what is an hour old: younger ones may be growing in another process at this moment.
+        """
+        swept = 0
+        for part in self._incoming.glob("*.part"):
+            with suppress(FileNotFoundError):
+                if time.time() - part.stat().st_mtime > _ABANDONED_S:
+                    part.unlink()
+                    swept += 1
+        return swept
+
+    def _path(self, name: str) -> Path:
+        return self._content / name[:2] / name
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make a rename in this directory survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_key(directory: Path, name: str) -> bytes:
+    """One of the box's 256-bit keys, made on first use; readable by its owner only."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = directory / name
+    if not path.exists():
+        fresh = directory / f"{name}.{secrets.token_hex(4)}"
+        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(32))
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(fresh, path)  # fails when another process was first: its key is the box's key then
+        except FileExistsError:
+            pass
+        finally:
+            fresh.unlink()
+        fsync_directory(directory)
+    return path.read_bytes()

@@ -1,0 +1,242 @@
+"""The one place where scans, jobs, findings and models live: durable before acknowledged, and nothing lost or doubled.
+
+Every change and its audit entry share one transaction. The same image twice is one image; the same SOP Instance UID with
+other content is kept beside the first and flagged. One job per (image, model): a repeat can add nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, Final
+
+from appliance.core.domain import Scan, ScanState, Source, Stored, utc_now
+from appliance.core.errors import StoreError
+from appliance.core.settings import Settings
+from appliance.store import database as db
+from appliance.store import priority, series_jobs
+from appliance.store.database import Database, store_error
+from appliance.store.encrypted_files import ContentFiles, load_key
+from appliance.store.job_queue import JobQueue
+from appliance.store.planning import next_revision, notes_json, touch_study
+from model_sync.bundle import Manifest
+
+DATABASE_NAME: Final = "box.sqlite3"
+
+
+class Store(JobQueue):
+    """The durable state of one box.
+
+    Args:
+        settings: where the data directory is, and its limits.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        try:
+            settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise store_error(error) from error
+        self.content = ContentFiles(settings.data_dir)
+        self.database = Database(settings.data_dir / DATABASE_NAME, load_key(settings.data_dir / "keys", "audit.key"))
+        self._manifests: dict[str, Manifest] = {}
+
+    def close(self) -> None:
+        """Close this thread's database connection."""
+        self.database.close()
+
+    # -- scans -------------------------------------------------------------------------------------------------------
+
+    def check_space(self, incoming_bytes: int) -> None:
+        """Refuse before anything is written when the disk would fall below the reserve; nothing is ever deleted for room."""
+        free = shutil.disk_usage(self.settings.data_dir).free
+        if free - incoming_bytes < self.settings.disk_reserve_bytes:
+            raise StoreError("ingest.disk_full", f"{free >> 20} MiB free")
+
+    def add_instance(self, scan: Scan, digest: Callable[[], str], data: bytes, source: Source, started: float) -> Stored:
+        """Make one scan durable: encrypted file, fsync, rename, fsync; then row and audit entry in one transaction.
+
+        Args:
+            scan: what the door read from it.
+            digest: gives the digest of transfer syntax and data set (64 hex digits), which may still be on its way.
+            data: the DICOM file, byte for byte.
+            source: who brought it.
+            started: ``time.perf_counter()`` when its last byte arrived, for the ingest time.
+
+        Raises:
+            StoreError: nothing was kept and nothing may be acknowledged.
+        """
+        namesake = self.database.one("SELECT 1 FROM instances WHERE sop_instance_uid = ?", scan.sop_instance_uid) is not None
+        if namesake and (known := self._find(self.database.connection(), scan, digest())) and self.content.holds(digest()):
+            return known
+        self.check_space(len(data))
+        content_sha256 = self.content.write(data, digest)
+        with self.database.transaction() as tx:
+            if known := self._find(tx, scan, content_sha256):  # the same scan came by another way meanwhile
+                return known
+            conflict = self._flag_namesakes(tx, scan.sop_instance_uid)
+            study_id = self._study(tx, scan)
+            series_id = self._series(tx, scan, study_id)
+            instance_id = self._insert_instance(tx, scan, series_id, content_sha256, len(data), source, conflict, started)
+            Database.audit(
+                tx,
+                db.DATA_IMPORT,
+                source.actor,
+                "C",
+                f"instance:{instance_id}",
+                4 if conflict else 0,
+                source=source.kind,
+                bytes=len(data),
+                conflict=conflict,
+            )
+            series_jobs.grown(tx, series_id)
+            if scan.requested_procedure_priority in priority.URGENT_TERMS:
+                priority.mark(tx, study_id, "sender", source.actor, scan.requested_procedure_priority)
+            return Stored(instance_id, series_id, study_id, "conflict" if conflict else "stored")
+
+    @staticmethod
+    def _find(tx: sqlite3.Connection, scan: Scan, content_sha256: str) -> Stored | None:
+        """The same scan, when it is here already."""
+        row = tx.execute(
+            "SELECT i.id, i.series_id, s.study_id FROM instances i JOIN series s ON s.id = i.series_id"
+            " WHERE i.sop_instance_uid = ? AND i.content_sha256 = ?",
+            (scan.sop_instance_uid, content_sha256),
+        ).fetchone()
+        return Stored(row["id"], row["series_id"], row["study_id"], "duplicate") if row else None
+
+    @staticmethod
+    def _series(tx: sqlite3.Connection, scan: Scan, study_id: int) -> int:
+        """The row of the scan's series; reopened for planning."""
+        tx.execute(
+            "INSERT INTO series (study_id, series_instance_uid, modality, series_description, last_received_at) VALUES (?, ?, ?, ?, ?)"
+            " ON CONFLICT (study_id, series_instance_uid) DO UPDATE SET last_received_at = excluded.last_received_at, open = 1",
+            (study_id, scan.series_instance_uid, scan.modality, scan.series_description, time.time()),
+        )
+        row = tx.execute(
+            "SELECT id FROM series WHERE study_id = ? AND series_instance_uid = ?", (study_id, scan.series_instance_uid)
+        ).fetchone()
+        return int(row["id"])
+
+    def _study(self, tx: sqlite3.Connection, scan: Scan) -> int:
+        patient, revision = scan.patient, next_revision(tx)
+        Database.insert(
+            tx, "studies", "ON CONFLICT (study_instance_uid, patient_key) DO UPDATE SET revision = excluded.revision",
+            study_instance_uid=scan.study_instance_uid, patient_key=patient.key, **asdict(patient),
+            patient_age_years=scan.patient_age_years, study_date=scan.study_date, study_time=scan.study_time,
+            accession_number=scan.accession_number, study_description=scan.study_description, received_at=utc_now(), revision=revision,
+        )  # fmt: skip
+        tx.execute(
+            "UPDATE studies SET patient_mismatch = 1, revision = ?2"
+            " WHERE study_instance_uid = ?1 AND (SELECT count(*) FROM studies WHERE study_instance_uid = ?1) > 1",
+            (scan.study_instance_uid, revision),
+        )
+        row = tx.execute(
+            "SELECT id FROM studies WHERE study_instance_uid = ? AND patient_key = ?", (scan.study_instance_uid, patient.key)
+        ).fetchone()
+        return int(row["id"])
+
+    def _insert_instance(
+        self, tx: sqlite3.Connection, scan: Scan, series_id: int, sha256: str, size: int, source: Source, conflict: bool, started: float
+    ) -> int:
+        return Database.insert(
+            tx, "instances", series_id=series_id, sop_instance_uid=scan.sop_instance_uid, sop_class_uid=scan.sop_class_uid,
+            transfer_syntax_uid=scan.transfer_syntax_uid, content_sha256=sha256, bytes=size, modality=scan.modality,
+            body_part_examined=scan.body_part_examined, view_position=scan.view_position, image_rows=scan.rows, image_columns=scan.columns,
+            number_of_frames=scan.number_of_frames, patient_age_years=scan.patient_age_years, source_kind=source.kind,
+            source_actor=source.actor, requested_procedure_priority=scan.requested_procedure_priority, received_at=utc_now(),
+            conflict=int(conflict), state=ScanState.WAITING.value, reason=None,
+            notes=notes_json(scan.notes), ingest_ms=(time.perf_counter() - started) * 1000,
+        )  # fmt: skip
+
+    @staticmethod
+    def _flag_namesakes(tx: sqlite3.Connection, sop_instance_uid: str) -> bool:
+        """Flag every other image of that UID, of whichever patient, and show the change; returns whether there is one."""
+        rows = tx.execute("SELECT id FROM instances WHERE sop_instance_uid = ?", (sop_instance_uid,)).fetchall()
+        for row in rows:
+            tx.execute("UPDATE instances SET conflict = 1 WHERE id = ?", (row["id"],))
+            touch_study(tx, row["id"])
+        return bool(rows)
+
+    def add_rejection(self, source: Source, size: int, code: str, detail: str) -> None:
+        """Record that a file was refused, so that nobody wonders where it went; its content is not kept."""
+        with self.database.transaction() as tx:
+            cursor = tx.execute(
+                "INSERT INTO rejections (at, source_kind, source_actor, name, bytes, code, detail) VALUES (?,?,?,?,?,?,?)",
+                (utc_now(), source.kind, source.actor, source.name, size, code, detail[:500]),
+            )
+            Database.audit(tx, db.DATA_IMPORT, source.actor, "C", f"rejection:{cursor.lastrowid}", 4, source=source.kind, code=code)
+
+    def read_instance(self, instance_id: int) -> bytes:
+        """The DICOM file of one image, byte for byte as it came; raises StoreError."""
+        row = self.database.one("SELECT content_sha256 FROM instances WHERE id = ?", instance_id)
+        if row is None:
+            raise StoreError("store.missing", f"instance {instance_id}")
+        return self.content.read(row["content_sha256"])
+
+    # -- models ------------------------------------------------------------------------------------------------------
+
+    def models(self) -> list[sqlite3.Row]:
+        """Every model this box knows, newest activation first."""
+        return self.database.query("SELECT * FROM models ORDER BY activated_at DESC")
+
+    def model(self, digest: str) -> sqlite3.Row:
+        """One model's row; raises StoreError ``model.unknown``."""
+        row = self.database.one("SELECT * FROM models WHERE digest = ?", digest)
+        if row is None:
+            raise StoreError("model.unknown", digest[:12])
+        return row
+
+    def switch_model(self, values: dict[str, str], actor: str) -> None:
+        """Make a model the active one of its name, without a word of how it was proven (:mod:`appliance.lifecycle.journal` is).
+
+        Args:
+            values: the columns of ``models`` except ``state`` and ``activated_at``.
+            actor: who asked for it.
+        """
+        with self.database.transaction() as tx:
+            self.switch_within(tx, values, actor)
+
+    def switch_within(self, tx: sqlite3.Connection, values: dict[str, str], actor: str, *, keep_previous: bool = False) -> None:
+        """Pointer, the model before it, and audit, inside the caller's transaction.
+
+        Args:
+            tx: the open transaction.
+            values: the columns of ``models`` except ``state`` and ``activated_at``.
+            actor: who asked for it.
+            keep_previous: the model that is replaced must not be fallen back to: the one before it stays the previous one.
+        """
+        name, digest = values["name"], values["digest"]
+        if keep_previous:
+            tx.execute("UPDATE models SET state = 'retired' WHERE name = ? AND state = 'active' AND digest != ?", (name, digest))
+        elif tx.execute("SELECT 1 FROM models WHERE name = ? AND state = 'active' AND digest != ?", (name, digest)).fetchone():
+            tx.execute("UPDATE models SET state = 'retired' WHERE name = ? AND state = 'previous'", (name,))
+            tx.execute("UPDATE models SET state = 'previous' WHERE name = ? AND state = 'active'", (name,))
+        Database.insert(
+            tx, "models",
+            "ON CONFLICT (digest) DO UPDATE SET state = 'active', self_test = excluded.self_test,"
+            " activated_at = excluded.activated_at, precision = excluded.precision, runtime = excluded.runtime",
+            **values, state="active", activated_at=utc_now(),
+        )  # fmt: skip
+        self._replan_unread(tx, digest)
+        self._audit_switch(tx, digest, name, values["version"], actor)
+
+    def resume_within(self, tx: sqlite3.Connection, digest: str) -> None:
+        """Put a model to work again that read patients before, inside the caller's transaction; no other of its name is active."""
+        row = tx.execute(
+            "UPDATE models SET state = 'active', activated_at = ? WHERE digest = ? RETURNING *", (utc_now(), digest)
+        ).fetchone()
+        self._replan_unread(tx, digest)
+        self._audit_switch(tx, digest, row["name"], row["version"], "worker")
+
+    @staticmethod
+    def _audit_switch(tx: sqlite3.Connection, digest: str, name: str, version: str, actor: str) -> None:
+        software: dict[str, Any] = {"type": "110131", "type_meaning": "Software Configuration"}
+        Database.audit(tx, db.SECURITY_ALERT, actor, "U", f"model:{digest[:12]}", **software, name=name, version=version)
+
+    def record(self, event: tuple[str, str], actor: str, action: str, obj: str, outcome: int = 0, **detail: Any) -> None:
+        """Append an audit entry that goes with no other change (a look at a study, a failed self-test)."""
+        with self.database.transaction() as tx:
+            Database.audit(tx, event, actor, action, obj, outcome, **detail)

@@ -1,0 +1,84 @@
+"""What a line of the worklist tells beside a study's state: what was measured in it, how, and whether that still stands."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from appliance.core.run_summary import Ran
+
+if TYPE_CHECKING:
+    from appliance.store.database import Database
+
+# Notes on a job whose model version was taken back after it had read the image.
+RECALLED: Final = ("model.withdrawn", "activation.rolled_back")
+
+
+@dataclass(frozen=True)
+class StudyFacts:
+    """Of one study; see :class:`appliance.store.worklist.StudyRow`."""
+
+    recalled: bool = False
+    scored: bool = False
+    measured: tuple[tuple[str, str, float], ...] = ()
+    ran: tuple[Ran, ...] = ()
+
+
+def study_facts(database: Database, ids: str) -> dict[int, StudyFacts]:
+    """Facts by study, of the studies whose ids (a JSON list) are given."""
+    recalled = {row["study_id"] for row in _recalled(database, ids)}
+    scored = {row["study_id"] for row in _scored(database, ids)}
+    measured, ran = defaultdict(list), defaultdict(list)
+    for row in _measured(database, ids):
+        measured[row["study_id"]].append((row["title_zh"], row["title_en"], row["value"]))
+    for row in _ran(database, ids):
+        if way := Ran.of(dict(row)):
+            ran[row["study_id"]].append(way)
+    return {
+        study: StudyFacts(study in recalled, study in scored, tuple(measured[study]), tuple(dict.fromkeys(ran[study])))
+        for study in {*recalled, *scored, *measured, *ran}
+    }
+
+
+def _recalled(database: Database, ids: str) -> list[sqlite3.Row]:
+    return database.query(
+        "SELECT DISTINCT s.study_id FROM series s JOIN instances i ON i.series_id = s.id JOIN jobs j ON j.instance_id = i.id"
+        " JOIN json_each(j.notes) n"
+        " WHERE (EXISTS (SELECT 1 FROM findings WHERE job_id = j.id) OR EXISTS (SELECT 1 FROM volumes WHERE job_id = j.id))"
+        " AND s.study_id IN (SELECT value FROM json_each(?1))"
+        " AND json_extract(n.value, '$.code') IN (SELECT value FROM json_each(?2))",
+        ids,
+        json.dumps(RECALLED),
+    )
+
+
+def _scored(database: Database, ids: str) -> list[sqlite3.Row]:
+    return database.query(
+        "SELECT DISTINCT s.study_id FROM findings f JOIN instances i ON i.id = f.instance_id JOIN series s ON s.id = i.series_id"
+        " WHERE s.study_id IN (SELECT value FROM json_each(?))",
+        ids,
+    )
+
+
+def _measured(database: Database, ids: str) -> list[sqlite3.Row]:
+    return database.query(
+        "SELECT s.study_id, m.title_zh, m.title_en, m.value FROM measurements m JOIN volumes v ON v.job_id = m.job_id"
+        " JOIN series s ON s.id = v.series_id JOIN jobs j ON j.id = v.job_id"
+        " WHERE j.outcome = 'ai_ready' AND s.study_id IN (SELECT value FROM json_each(?)) ORDER BY m.id",
+        ids,
+    )
+
+
+def _ran(database: Database, ids: str) -> list[sqlite3.Row]:
+    return database.query(
+        "SELECT DISTINCT s.study_id, json_extract(j.runtime, '$.runtime') AS runtime,"
+        " json_extract(j.runtime, '$.precision') AS precision, json_extract(j.runtime, '$.ran') AS ran,"
+        " json_extract(j.runtime, '$.reason') AS reason"
+        " FROM jobs j JOIN instances i ON i.id = j.instance_id"
+        " JOIN series s ON s.id = i.series_id WHERE json_extract(j.runtime, '$.runtime') IS NOT NULL"
+        " AND s.study_id IN (SELECT value FROM json_each(?))",
+        ids,
+    )

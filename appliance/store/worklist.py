@@ -1,0 +1,400 @@
+"""The reading side of the store: what the pages, the live list and the JSON of ``appliance analyze`` show.
+
+Only reads; every row is a frozen dataclass, so that no page sees SQL.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import unicodedata
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final
+
+from appliance.core.domain import PENDING_STATES, STATE_URGENCY, Finding, JobKind, Note, ScanState, Status
+from appliance.core.errors import StoreError
+from appliance.core.run_summary import Ran
+from appliance.store.priority import Urgency
+from appliance.store.series_jobs import TAKEABLE
+from appliance.store.store import Store
+from appliance.store.study_summary import RECALLED, StudyFacts, study_facts
+
+PAGE_SIZE: Final = 50
+_MAX_CHANGES: Final = 200
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """One line of the worklist.
+
+    ``position`` is the place in the queue (1 = next) of a queued study; ``positive`` holds title (zh, en) and highest score of
+    each label above its threshold, ``scored`` says whether any label was held against one at all, ``measured`` holds title (zh, en) and
+    millilitres of what was drawn in a series; ``recalled`` says that a model version that was taken back made a finding of it;
+    ``ran`` is how its models were run; ``pending`` says whether anything of it waits, ``urgent`` why it is read first.
+    """
+
+    id: int
+    revision: int
+    patient_id: str
+    patient_name: str
+    patient_birth_date: str
+    patient_sex: str
+    patient_age_years: float | None
+    study_date: str
+    study_time: str
+    accession_number: str
+    study_description: str
+    modalities: str
+    received_at: str
+    images: int
+    state: ScanState
+    reason: Note | None
+    position: int | None
+    positive: tuple[tuple[str, str, float], ...]
+    scored: bool
+    measured: tuple[tuple[str, str, float], ...]
+    patient_mismatch: bool
+    conflict: bool
+    recalled: bool
+    ran: tuple[Ran, ...] = ()
+    pending: bool = False
+    urgent: Urgency | None = None
+
+
+@dataclass(frozen=True)
+class JobView:
+    """What one job did, for the study page and the JSON output."""
+
+    id: int
+    state: str
+    outcome: ScanState | None
+    reason: Note | None
+    notes: tuple[Note, ...]
+    model_digest: str
+    timing_ms: dict[str, float]
+    runtime: dict[str, Any]
+    kind: str = "infer"
+
+
+@dataclass(frozen=True)
+class InstanceView:
+    """One image with its jobs and findings."""
+
+    id: int
+    series_id: int
+    series_instance_uid: str
+    sop_instance_uid: str
+    sop_class_uid: str
+    transfer_syntax_uid: str
+    modality: str
+    body_part_examined: str
+    view_position: str
+    rows: int
+    columns: int
+    number_of_frames: int
+    bytes: int
+    received_at: str
+    source_kind: str
+    conflict: bool
+    state: ScanState
+    reason: Note | None
+    notes: tuple[Note, ...]
+    ingest_ms: float
+    jobs: tuple[JobView, ...]
+    findings: tuple[Finding, ...]
+
+    def recall(self, finding: Finding) -> Note | None:
+        """Why the model version that made this finding was taken back; None while it stands."""
+        notes = (note for job in self.jobs if job.id == finding.job_id for note in job.notes)
+        return next((note for note in notes if note.code in RECALLED), None)
+
+    @property
+    def measured(self) -> bool:
+        """Whether a model drew in the series of this image: its result is the series'."""
+        return any(job.kind == JobKind.VOLUME.value and job.outcome is ScanState.AI_READY for job in self.jobs)
+
+    def ran(self, finding: Finding) -> Ran | None:
+        """What ran the model that made this finding."""
+        return next((Ran.of(job.runtime) for job in self.jobs if job.id == finding.job_id), None)
+
+    @property
+    def status(self) -> Status:
+        """The state as the five words of ``appliance analyze``; a pending image counts as failed (it got no answer)."""
+        words: dict[ScanState, Status] = {
+            ScanState.AI_READY: "analysed",
+            ScanState.OUT_OF_SCOPE: "out_of_scope",
+            ScanState.QUALITY_REJECTED: "quality_rejected",
+            ScanState.NOT_ANALYSED: "rejected",
+        }
+        return words.get(self.state, "failed")
+
+
+@dataclass(frozen=True)
+class StudyView:
+    """A study with all of its images."""
+
+    row: StudyRow
+    study_instance_uid: str
+    instances: tuple[InstanceView, ...]
+
+
+class Worklist:
+    """Queries over one store."""
+
+    def __init__(self, store: Store) -> None:
+        self._db = store.database
+
+    def revision(self) -> int:
+        """The number of the last change a person can see; rises by one with each."""
+        row = self._db.one("SELECT value FROM meta WHERE key = 'revision'")
+        return int(row["value"]) if row else 0
+
+    def page(self, *, before: int | None = None, search: str = "", limit: int = PAGE_SIZE) -> list[StudyRow]:
+        """Studies, newest first.
+
+        Args:
+            before: only studies with a smaller id (the last id of the page before).
+            search: parts of the patient's name, ID or the accession number, as they are shown or as they came: neither case nor
+                width nor blanks nor what DICOM puts between the parts of a name matter, and the parts may stand in any order.
+            limit: most rows to return.
+        """
+        where: list[str] = ["1"]
+        values: list[str | int] = []
+        if before is not None:
+            where.append("id < ?")
+            values.append(before)
+        if search.strip():
+            condition, wanted = self._found(search)
+            where.append(condition)
+            values += wanted
+        rows = self._db.query(f"SELECT * FROM studies WHERE {' AND '.join(where)} ORDER BY id DESC LIMIT ?", *values, limit)  # noqa: S608
+        return self._rows(rows)
+
+    def _found(self, search: str) -> tuple[str, list[str]]:
+        """The condition of a search and its values."""
+        parts = [part for word in search.split() if (part := _folded(word)).strip(_SIGN)]
+        if not parts:  # nothing but signs: taken as they are
+            pattern = "%" + search.strip().replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
+            return "(patient_name LIKE ?1 ESCAPE '\\' OR patient_id LIKE ?1 ESCAPE '\\' OR accession_number LIKE ?1 ESCAPE '\\')", [pattern]
+
+        def fits(*columns: str) -> bool:
+            known = _SIGN.join(map(_folded, columns))
+            return all(part in known for part in parts)
+
+        self._db.connection().create_function("fits", 3, fits, deterministic=True)
+        return "fits(patient_name, patient_id, accession_number)", []
+
+    def changes(self, since: int) -> list[StudyRow]:
+        """Studies changed after revision ``since``, oldest change first (at most 200 at once), for the live list."""
+        rows = self._db.query("SELECT * FROM studies WHERE revision > ? ORDER BY revision LIMIT ?", since, _MAX_CHANGES)
+        return self._rows(rows)
+
+    def count(self) -> int:
+        """How many studies are stored."""
+        row = self._db.one("SELECT count(*) AS n FROM studies")
+        return int(row["n"]) if row else 0
+
+    def queue_length(self) -> int:
+        """How many jobs wait or run."""
+        row = self._db.one("SELECT count(*) AS n FROM jobs WHERE state IN ('queued', 'running')")
+        return int(row["n"]) if row else 0
+
+    def audit_entries(self) -> int:
+        """How many entries the audit holds."""
+        row = self._db.one("SELECT max(seq) AS n FROM audit")
+        return int(row["n"] or 0) if row else 0
+
+    def study(self, study_id: int) -> StudyView:
+        """One study with its images, in the order received; raises StoreError ``store.missing``."""
+        row = self._db.one("SELECT * FROM studies WHERE id = ?", study_id)
+        if row is None:
+            raise StoreError("store.missing", f"study {study_id}")
+        instances = self._db.query(f"{_INSTANCES} WHERE s.study_id = ? ORDER BY i.id", study_id)
+        return StudyView(self._rows([row])[0], row["study_instance_uid"], tuple(self._instance(item) for item in instances))
+
+    def instance(self, instance_id: int) -> InstanceView:
+        """One image; raises StoreError ``store.missing``."""
+        row = self._db.one(f"{_INSTANCES} WHERE i.id = ?", instance_id)
+        if row is None:
+            raise StoreError("store.missing", f"instance {instance_id}")
+        return self._instance(row)
+
+    def study_of(self, instance_id: int) -> int:
+        """The study an image belongs to; raises StoreError ``store.missing``."""
+        row = self._db.one("SELECT s.study_id FROM instances i JOIN series s ON s.id = i.series_id WHERE i.id = ?", instance_id)
+        if row is None:
+            raise StoreError("store.missing", f"instance {instance_id}")
+        return int(row["study_id"])
+
+    def study_of_finding(self, finding_id: int) -> int:
+        """The study a finding belongs to; raises StoreError ``store.missing``."""
+        row = self._db.one("SELECT instance_id FROM findings WHERE id = ?", finding_id)
+        if row is None:
+            raise StoreError("store.missing", f"finding {finding_id}")
+        return self.study_of(row["instance_id"])
+
+    def heatmap(self, finding_id: int) -> bytes:
+        """A finding's heat map: 8-bit grey PNG over exactly the image's extent; raises StoreError ``store.missing``."""
+        row = self._db.one("SELECT heatmap_png FROM findings WHERE id = ?", finding_id)
+        if row is None or not row["heatmap_png"]:
+            raise StoreError("store.missing", f"heat map {finding_id}")
+        return bytes(row["heatmap_png"])
+
+    def rejections(self, limit: int = PAGE_SIZE) -> list[dict[str, Any]]:
+        """Files that were refused, newest first: at, source_kind, source_actor, name, bytes, code, detail."""
+        return [dict(row) for row in self._db.query("SELECT * FROM rejections ORDER BY id DESC LIMIT ?", limit)]
+
+    # -- rows --------------------------------------------------------------------------------------------------------
+
+    def _rows(self, studies: list[sqlite3.Row]) -> list[StudyRow]:
+        ids = json.dumps([row["id"] for row in studies])
+        instances = self._db.query(
+            "SELECT s.study_id, i.id, i.state, i.reason, i.conflict, s.modality FROM instances i JOIN series s ON s.id = i.series_id"
+            " WHERE s.study_id IN (SELECT value FROM json_each(?)) ORDER BY i.id",
+            ids,
+        )
+        positive = self._db.query(
+            "SELECT s.study_id, f.title_zh, f.title_en, max(f.score) AS score FROM findings f JOIN instances i ON i.id = f.instance_id"
+            " JOIN series s ON s.id = i.series_id WHERE f.positive = 1 AND s.study_id IN (SELECT value FROM json_each(?))"
+            " GROUP BY s.study_id, f.label, f.title_zh, f.title_en ORDER BY score DESC",
+            ids,
+        )
+        facts = study_facts(self._db, ids)
+        queue = self._queue_positions() if any(row["state"] == ScanState.QUEUED.value for row in instances) else {}
+        return [
+            _study_row(
+                row,
+                [i for i in instances if i["study_id"] == row["id"]],
+                [p for p in positive if p["study_id"] == row["id"]],
+                queue,
+                facts.get(row["id"], StudyFacts()),
+            )
+            for row in studies
+        ]
+
+    def _queue_positions(self) -> dict[int, int]:
+        """Place in the queue of every queued image, 1 = next."""
+        rows = self._db.query(
+            f"SELECT instance_id FROM jobs WHERE state = 'queued' AND {TAKEABLE} ORDER BY priority DESC, id LIMIT 10000"  # noqa: S608
+        )
+        return {row["instance_id"]: place for place, row in reversed(list(enumerate(rows, start=1)))}
+
+    def _instance(self, row: sqlite3.Row) -> InstanceView:
+        jobs = self._db.query("SELECT * FROM jobs WHERE instance_id = ? OR series_id = ? ORDER BY id", row["id"], row["series_id"])
+        findings = self._db.query("SELECT * FROM findings WHERE instance_id = ? ORDER BY id", row["id"])
+        return InstanceView(
+            id=row["id"],
+            series_id=row["series_id"],
+            series_instance_uid=row["series_instance_uid"],
+            sop_instance_uid=row["sop_instance_uid"],
+            sop_class_uid=row["sop_class_uid"],
+            transfer_syntax_uid=row["transfer_syntax_uid"],
+            modality=row["modality"],
+            body_part_examined=row["body_part_examined"],
+            view_position=row["view_position"],
+            rows=row["image_rows"],
+            columns=row["image_columns"],
+            number_of_frames=row["number_of_frames"],
+            bytes=row["bytes"],
+            received_at=row["received_at"],
+            source_kind=row["source_kind"],
+            conflict=bool(row["conflict"]),
+            state=ScanState(row["state"]),
+            reason=_note(row["reason"]),
+            notes=(*_notes(row["notes"]), *((Note("ingest.conflict"),) if row["conflict"] else ())),
+            ingest_ms=row["ingest_ms"],
+            jobs=tuple(_job_view(job) for job in jobs),
+            findings=tuple(_finding(item) for item in findings),
+        )
+
+
+# Stands between texts that are searched together; no folded text holds it.
+_SIGN: Final = "|"
+
+
+@lru_cache(maxsize=1 << 16)
+def _folded(text: str) -> str:
+    """A text as searches compare it: one width (NFKC), one case, letters and digits alone; the groups of a name stay apart."""
+    return _SIGN.join("".join(filter(str.isalnum, unicodedata.normalize("NFKC", group).casefold())) for group in text.split("="))
+
+
+_INSTANCES: Final = "SELECT i.*, s.series_instance_uid FROM instances i JOIN series s ON s.id = i.series_id"
+
+
+def _note(text: str | None) -> Note | None:
+    return Note(**json.loads(text)) if text else None
+
+
+def _notes(text: str) -> tuple[Note, ...]:
+    return tuple(Note(**item) for item in json.loads(text))
+
+
+def _study_row(
+    row: sqlite3.Row, instances: list[sqlite3.Row], positive: list[sqlite3.Row], queue: dict[int, int], facts: StudyFacts
+) -> StudyRow:
+    worst = min(instances, key=lambda item: STATE_URGENCY.index(ScanState(item["state"])))
+    places = [queue[item["id"]] for item in instances if item["id"] in queue]
+    same = (
+        "id", "revision", "patient_id", "patient_name", "patient_birth_date", "patient_sex", "patient_age_years", "study_date",
+        "study_time", "accession_number", "study_description", "received_at",
+    )  # fmt: skip
+    return StudyRow(
+        **{name: row[name] for name in same},
+        modalities=", ".join(sorted({item["modality"] for item in instances if item["modality"]})),
+        images=len(instances),
+        state=ScanState(worst["state"]),
+        reason=_note(worst["reason"]),
+        position=min(places, default=None),
+        positive=tuple((item["title_zh"], item["title_en"], item["score"]) for item in positive),
+        patient_mismatch=bool(row["patient_mismatch"]),
+        conflict=any(item["conflict"] for item in instances),
+        scored=facts.scored,
+        measured=facts.measured,
+        recalled=facts.recalled,
+        ran=facts.ran,
+        pending=any(ScanState(item["state"]) in PENDING_STATES for item in instances),
+        urgent=Urgency.of(row["urgent"]),
+    )
+
+
+def _job_view(row: sqlite3.Row) -> JobView:
+    return JobView(
+        id=row["id"],
+        state=row["state"],
+        outcome=ScanState(row["outcome"]) if row["outcome"] else None,
+        reason=_note(row["reason"]),
+        notes=_notes(row["notes"]),
+        model_digest=row["model_digest"],
+        timing_ms=json.loads(row["timing_ms"] or "{}"),
+        runtime=json.loads(row["runtime"] or "{}"),
+        kind=row["kind"],
+    )
+
+
+def _finding(row: sqlite3.Row) -> Finding:
+    same = (
+        "id",
+        "job_id",
+        "label",
+        "code",
+        "title_zh",
+        "title_en",
+        "score",
+        "threshold",
+        "measured_on",
+        "model",
+        "model_version",
+        "model_digest",
+        "precision",
+        "runtime",
+    )
+    outline = tuple(tuple((x, y) for x, y in polygon) for polygon in json.loads(row["outline"]))
+    return Finding(
+        **{name: row[name] for name in same},
+        positive=bool(row["positive"]),
+        sensitivity=tuple(json.loads(row["sensitivity"])),
+        specificity=tuple(json.loads(row["specificity"])),
+        peak=tuple(json.loads(row["peak"])) if row["peak"] else None,
+        outline=outline,
+    )
