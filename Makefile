@@ -10,7 +10,7 @@ STATIC := webui/static/viewer
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-gpu lint unit bench viewer texts samples wheel clean help setup setup-test
+.PHONY: demo test test-long test-gpu coverage lint unit bench viewer texts samples wheel clean help setup setup-test
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -27,10 +27,16 @@ lint: setup-test ## style, types, room arrows
 	$(BIN)/lint-imports
 
 unit: setup-test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report term $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
+
+test-long: setup-test ## what takes minutes each: kill loops, long fuzzing, the reference build; prints what it counted
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m long -rA $(ARGS)
+
+coverage: setup-test ## the tests once more, with branch coverage and its limit (slower: every line is traced)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --cov --cov-report term $(ARGS)
 
 test-gpu: setup-test ## the tests that need an NVIDIA GPU with TensorRT (docs/runtimes.md)
-	$(BIN)/python -m pytest -m gpu --no-cov $(ARGS) tests/hardware
+	$(BIN)/python -m pytest -m gpu $(ARGS) tests/hardware
 
 bench: setup-test samples ## measure this box: ratios from one run, written to var/bench.json
 	$(BIN)/python -m tests.bench $(ARGS)

@@ -8,10 +8,11 @@ from pathlib import Path
 from playwright.sync_api import Browser, BrowserContext, Page
 
 from appliance.core.settings import Settings
-from appliance.lifecycle.model_control import activate, reference_bundle
+from appliance.lifecycle.model_control import reference_bundle
 from appliance.service.supervisor import Supervisor, web_address
 from appliance.store.accounts import Accounts, Role
 from appliance.store.store import Store
+from tests.support.activated import activate
 from tests.web_box import PASSWORD, Box, wait_for
 
 FLAGS = [

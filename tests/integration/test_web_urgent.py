@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from appliance.cli import main
+from appliance.cli.main import main
 from appliance.core.domain import JobResult, Note, ScanState, Source
 from appliance.core.settings import Settings
 from appliance.ingest.ingest import Ingest

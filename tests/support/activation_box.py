@@ -23,10 +23,11 @@ from appliance.lifecycle import model_files
 from appliance.lifecycle.activation import Activator
 from appliance.lifecycle.journal import Journal, Wanted
 from appliance.lifecycle.journal_queries import PROVING
-from appliance.lifecycle.model_control import Whole, activate
+from appliance.lifecycle.model_control import Whole
 from appliance.store.store import Store
 from model_sync.report import BoxReport
 from tests.library_site import Site, make_site, serve, tiny_bundle
+from tests.support.activated import activate
 from tests.support.processes import children_running
 from tests.support.scans import scan_bytes
 from tests.sync_box import Box as Agent

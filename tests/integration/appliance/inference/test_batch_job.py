@@ -22,13 +22,14 @@ from appliance.imaging.pixels import decode_frame
 from appliance.imaging.preprocessing import to_tensor
 from appliance.inference.worker import Worker
 from appliance.ingest.ingest import Ingest
-from appliance.lifecycle.model_control import activate, reference_bundle
+from appliance.lifecycle.model_control import reference_bundle
 from appliance.store.store import Store
 from appliance.store.tuning_requests import Tunings
 from appliance.store.worklist import Worklist
 from quantize.reference.phantom import Phantom, dataset
 from tests.library_site import tiny_bundle
 from tests.support import activation_box
+from tests.support.activated import activate
 from tests.support.activation_box import _constant, end_workers, finish_with, looping, rewire, worker, write_settings
 from tests.support.scans import scan_bytes
 
@@ -459,7 +460,7 @@ def test_one_that_breaks_the_model_fails_alone(tmp_path: Path, store: Store) -> 
 @pytest.mark.timeout(900)
 def test_a_worker_killed_in_the_middle_of_a_batch_gives_every_job_back_once_and_poisons_none(tmp_path: Path, store: Store) -> None:
     settings = write_settings(store.settings, job_max_attempts=2)
-    digest = activate(store, looping(tiny_bundle(tmp_path / "bundles", "1.0.0"), picture=3_000_000), "test")
+    digest = activate(store, looping(tiny_bundle(tmp_path / "bundles", "1.0.0"), picture=600_000), "test")
     in_batches(store, digest, 4)
     images = [take(store, chest(seed)) for seed in range(4)]
     process = worker(settings)

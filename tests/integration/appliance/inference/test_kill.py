@@ -14,13 +14,14 @@ import pytest
 import requests
 
 from appliance.core.settings import Settings
-from appliance.lifecycle.model_control import activate, reference_bundle
+from appliance.lifecycle.model_control import reference_bundle
 from appliance.service import supervisor as module
 from appliance.service.supervisor import Supervisor, web_address
 from appliance.store.accounts import Accounts
 from appliance.store.store import Store
 from tests.integration.appliance.dicom.test_receiver import wait_for
 from tests.integration.appliance.inference.test_worker import chest
+from tests.support.activated import activate
 
 SCANS = 40
 KILLS = 50

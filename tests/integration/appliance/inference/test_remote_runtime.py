@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from appliance.cli import main
+from appliance.cli.main import main
 from appliance.core import device_profile
 from appliance.core.domain import ScanState, Source
 from appliance.core.errors import InferenceError
@@ -22,7 +22,6 @@ from appliance.inference.worker import Worker
 from appliance.ingest.ingest import Ingest
 from appliance.lifecycle import background_loader, trial_monitor
 from appliance.lifecycle.exchange import box_report
-from appliance.lifecycle.model_control import activate
 from appliance.lifecycle.retuning import Retuner
 from appliance.runtime import Candidate
 from appliance.store.store import Store
@@ -36,6 +35,7 @@ from tests.integration.appliance.inference.test_volume_job import bundle_in
 from tests.integration.appliance.tuning.test_tune_worker import wait_until
 from tests.library_site import tiny_bundle
 from tests.support import series as made_up
+from tests.support.activated import activate
 from tests.support.kserve_server import KserveServer
 from tests.support.scans import encode
 from tests.support.tune_box import add_variant, wrong

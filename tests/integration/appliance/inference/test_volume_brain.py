@@ -21,12 +21,12 @@ from appliance.imaging.volumes.segmentation import dice, segment
 from appliance.imaging.volumes.volume import Series, mask_on_slices, prepare, read_series
 from appliance.inference.worker import Worker
 from appliance.ingest.ingest import Ingest
-from appliance.lifecycle.model_control import activate
 from appliance.store.store import Store
 from appliance.store.volume_results import VolumeResults
 from appliance.store.worklist import Worklist
 from model_sync.bundle import ModelBundle
 from tests.support import volume_bundle
+from tests.support.activated import activate
 from tests.support.paths import SHARED
 
 HEAD = SHARED / "data" / "series" / "mr_t1_uih"

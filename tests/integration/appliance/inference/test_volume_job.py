@@ -20,7 +20,6 @@ from appliance.core.errors import StoreError
 from appliance.core.settings import Settings
 from appliance.inference.worker import Worker
 from appliance.ingest.ingest import Ingest
-from appliance.lifecycle.model_control import activate
 from appliance.lifecycle.trial_monitor import measure
 from appliance.store.store import Store
 from appliance.store.volume_results import VolumeResults
@@ -29,6 +28,7 @@ from model_sync.bundle import ModelBundle
 from tests import web_box
 from tests.support import series as made_up
 from tests.support import volume_bundle
+from tests.support.activated import activate
 from tests.support.scans import dataset, encode
 from tests.unit.appliance.imaging.test_volume_segmentation import golden
 

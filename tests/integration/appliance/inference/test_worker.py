@@ -19,12 +19,13 @@ from appliance.core.process import Lock
 from appliance.core.settings import Settings
 from appliance.core.wakeup import wake
 from appliance.ingest.ingest import Ingest
-from appliance.lifecycle.model_control import activate, reference_bundle
+from appliance.lifecycle.model_control import reference_bundle
 from appliance.service.supervisor import Supervisor, web_address
 from appliance.store.store import Store
 from appliance.store.worklist import Worklist
 from quantize.reference.phantom import Phantom, dataset
 from tests.integration.appliance.dicom.test_receiver import wait_for
+from tests.support.activated import activate
 from tests.support.scans import scan_bytes
 
 SOURCE = Source("upload", "demo")

@@ -177,7 +177,8 @@ def test_a_proof_dies_with_whoever_started_it(box: Box, tmp_path: Path) -> None:
     bundle = looping(box.bundle("1.1.0"), empty=ENDLESS)
     box.journal.enter(wanted(bundle))
     script = (
-        "import sys, time; from pathlib import Path; from appliance.core.settings import Settings; from appliance.store import Store\n"
+        "import sys, time; from pathlib import Path; from appliance.core.settings import Settings\n"
+        "from appliance.store.store import Store\n"
         "from tests.support.activation_box import Box\n"
         "settings = Settings.parse({'data_dir': sys.argv[2], 'tune_at_activation': False})\n"
         "box = Box(Path(sys.argv[1]), Store(settings)); activator = box.activator()\n"
@@ -321,7 +322,7 @@ from pathlib import Path
 from appliance.core.errors import ActivationError, StoreError
 from appliance.lifecycle.model_control import activate
 from appliance.core.settings import Settings
-from appliance.store import Store
+from appliance.store.store import Store
 from tests.support.activation_box import Box, digest_of
 outside, inside, room = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 box = Box(outside, Store(Settings.parse({"data_dir": inside, "disk_reserve_bytes": 0, "tune_at_activation": False})))

@@ -138,7 +138,7 @@ import sys, time
 from pathlib import Path
 from appliance.core.errors import StoreError
 from appliance.core.settings import Settings
-from appliance.store import Store
+from appliance.store.store import Store
 from tests.unit.appliance.store.test_store import add
 box = Path(sys.argv[1])
 store = Store(Settings.parse({"data_dir": box, "disk_reserve_bytes": 0}))
