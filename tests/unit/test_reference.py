@@ -184,7 +184,7 @@ def test_the_int8_that_the_script_makes_answers_as_the_committed_one(rebuilt: Ma
         assert verdict.passed
         before, again = (figures["labels"][build.LABEL] for figures in (committed["runtimes"][runtime], verdict.figures))
         assert again["auc"] == pytest.approx(before["auc"], abs=2e-3)
-        assert again["mean_abs_delta"] == pytest.approx(before["mean_abs_delta"], abs=1e-3)
+        assert again["mean_abs_delta"] == pytest.approx(before["mean_abs_delta"], abs=2e-3)
 
 
 def test_the_held_out_patients_took_no_part_in_training(shared: Path) -> None:
