@@ -183,7 +183,7 @@ def _written(model: Model, recipe: Recipe, chosen: frozenset[str], ranges: dict[
         quantizer = QDQQuantizer(
             with_shapes(model),
             True,  # weights per channel
-            False,  # all 8 bits: without VNNI pairs of products saturate, but there float32 is chosen anyway
+            False,  # all 8 bits: where pairs of products would saturate, ONNX Runtime avoids it and OpenVINO is refused
             QuantType.QInt8,
             QuantType.QInt8 if symmetric else QuantType.QUInt8,
             TensorsData(CalibrationMethod.MinMax, data),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import re
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 X86: Final = ("x86_64", "AMD64")
 _CPU_INFO: Final = Path("/proc/cpuinfo")
@@ -26,6 +26,17 @@ def instructions() -> frozenset[str]:
     return frozenset(found[1].split()) if found else frozenset()
 
 
+def has_vnni() -> bool:
+    """Whether this is an x86 processor that says it has VNNI: it multiplies 8-bit numbers fast, and adds the products in 32 bits."""
+    return platform.machine() in X86 and bool(_VNNI & instructions())
+
+
 def saturates() -> bool:
     """Whether sums of 8-bit products may be clipped here: an x86 processor that does not say it has VNNI."""
-    return platform.machine() in X86 and not _VNNI & instructions()
+    return platform.machine() in X86 and not has_vnni()
+
+
+def avoid_saturation(options: Any) -> None:
+    """Set ONNX Runtime's ``SessionOptions`` so that 8-bit sums are exact on any processor; slower, and only where they would not be."""
+    if saturates():
+        options.add_session_config_entry("session.x64quantprecision", "1")

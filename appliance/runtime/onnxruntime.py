@@ -24,7 +24,7 @@ import onnxruntime as ort
 
 from appliance.core.errors import InferenceError
 from appliance.runtime import CPU, Candidate, TensorSpec, Told
-from appliance.runtime.cpu_features import saturates
+from appliance.runtime.cpu_features import avoid_saturation
 from appliance.runtime.tensors import (
     Layer,
     check_outputs,
@@ -113,8 +113,7 @@ class OnnxRuntime:
         options.enable_mem_pattern = False
         options.log_severity_level = _LOG_ERRORS_ONLY
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if saturates():
-            options.add_session_config_entry("session.x64quantprecision", "1")
+        avoid_saturation(options)
         with suppress(OSError):  # no room for a profile: then nothing tells what ran
             self._profile = TemporaryDirectory(prefix="appliance-ort-")
             options.profile_file_prefix = str(Path(self._profile.name) / "profile")

@@ -12,7 +12,7 @@ import json
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -62,6 +62,14 @@ def store_error(error: sqlite3.Error | OSError) -> StoreError:
     return StoreError("ingest.disk_full" if full else "store.failed", str(error))
 
 
+class _Connection(sqlite3.Connection):
+    """Closed where nobody holds it any more: from Python 3.13 on, one that is left to be collected is a ResourceWarning."""
+
+    def __del__(self) -> None:
+        with suppress(sqlite3.ProgrammingError):  # collected in another thread, or never opened: it is freed all the same
+            self.close()
+
+
 class Database:
     """One SQLite file; each thread that uses it has its own connection.
 
@@ -86,7 +94,7 @@ class Database:
         """This thread's connection."""
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None:
-            connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+            connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None, factory=_Connection)
             connection.row_factory = sqlite3.Row
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")

@@ -4,6 +4,9 @@
 evaluation set and some of the others as a calibration set, draws the golden phantoms, so that no picture of a patient gets into the
 bundle, and runs the pipeline on ``draft.toml``. Figures are rounded where float noise between processors begins, so that a second
 run on the same machine writes the same bytes.
+
+Its int8 variant needs an x86 processor with VNNI: on any other, OpenVINO refuses int8 or is absent, and ONNX Runtime's int8 has other
+times, so the gate and the clock would leave it out. There the build is refused before it begins; ``--only fp16`` is built anywhere.
 """
 
 from __future__ import annotations
@@ -23,9 +26,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from appliance.imaging.preprocessing import from_display
+from appliance.runtime import cpu_features
 from model_sync.bundle import InputSpec, SourceMeasure
 from quantize import measures, modelopt, plots
-from quantize.candidates import all_makers
+from quantize.candidates import Maker, all_makers
 from quantize.card import gate_chapter
 from quantize.draft import Draft
 from quantize.errors import QuantizeError
@@ -137,8 +141,11 @@ def build(
         optimizer: the nvidia-modelopt whose variants are tried too, or why there is none.
 
     Raises:
-        QuantizeError: Weights or pictures are missing, or see ``quantize.pipeline.run``.
+        QuantizeError: ``processor.no_vnni``: an int8 candidate is among them, which needs VNNI; weights or pictures are missing; or see
+            ``quantize.pipeline.run``.
     """
+    makers = tuple(maker for maker in (*all_makers(), *modelopt.makers(optimizer)) if not only or maker.name in only)
+    need_vnni(makers)
     weights = shared / "models" / "cxr_pneumonia" / WEIGHTS
     reference = Reference.open(weights)
     sets = out.with_name(out.name + ".sets")
@@ -152,7 +159,6 @@ def build(
         point = results.measured.points[0]
         return card.card(VERSION, point, independent(results), gate_chapter(results.ground, results.kept))
 
-    makers = tuple(maker for maker in (*all_makers(), *modelopt.makers(optimizer)) if maker.name in only) if only else None
     recipe = BundleRecipe(
         weights, DRAFT, sets / "calibration", sets / "evaluation", out, golden=sets / "golden", one_int8=True, replace=True,
         measured_on=HELD_OUT, makers=makers, optimizer=optimizer, write_card=write_card,
@@ -161,6 +167,16 @@ def build(
     made = run(recipe, progress)
     shutil.rmtree(sets)
     return made
+
+
+def need_vnni(makers: Sequence[Maker]) -> None:
+    """Raise QuantizeError where one of ``makers`` makes int8 and this processor has no VNNI: known before minutes of work."""
+    if not cpu_features.has_vnni() and any(maker.precision == "int8" for maker in makers):
+        raise QuantizeError(
+            "the int8 variant of the reference bundle cannot be gated and timed on this processor, which is no x86 processor with VNNI",
+            hint="build it where lscpu lists avx512_vnni or avx_vnni; --only fp16 builds a bundle without int8 on any processor",
+            code="processor.no_vnni",
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
