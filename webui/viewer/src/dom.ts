@@ -42,3 +42,12 @@ export function setText(node: Element, text: string): void {
     node.textContent = text;
   }
 }
+
+/** The first element that fits the selector. Throws `Error` if there is none: then the page's template and its script do not fit. */
+export function find<Kind extends HTMLElement>(root: ParentNode, selector: string): Kind {
+  const node = root.querySelector<Kind>(selector);
+  if (!node) {
+    throw new Error(`no element ${selector} on this page`);
+  }
+  return node;
+}

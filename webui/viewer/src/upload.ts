@@ -1,4 +1,5 @@
 /** The upload page: many files at once over any line, each with its progress and in the end its outcome. */
+import "./styles/upload.css";
 import type { Upload } from "tus-js-client";
 import { setText } from "./dom";
 import { chosenFiles, droppedFiles, fingerprint, isPicture, type Named } from "./uploadFiles";
