@@ -44,9 +44,10 @@ export function mergeFragment(list: HTMLElement, fragment: HTMLElement): HTMLTab
 }
 
 function mergeRows(body: HTMLTableSectionElement, freshBody: HTMLTableSectionElement): HTMLTableRowElement[] {
-  const known = new Map([...body.rows].map((row) => [row.id, row]));
+  const shown = rowsOf(body);
+  const known = new Map(shown.map((row) => [row.id, row]));
   const changes: HTMLTableRowElement[] = [];
-  const rows = [...freshBody.rows].map((row) => {
+  const rows = rowsOf(freshBody).map((row) => {
     const old = known.get(row.id);
     if (old && old.outerHTML.replace(' class="is-new"', "") === row.outerHTML) {
       return old;
@@ -59,10 +60,14 @@ function mergeRows(body: HTMLTableSectionElement, freshBody: HTMLTableSectionEle
     }
     return row;
   });
-  if (rows.length !== body.rows.length || rows.some((row, place) => body.rows[place] !== row)) {
+  if (rows.length !== shown.length || rows.some((row, place) => shown[place] !== row)) {
     replaceRows(body, rows);
   }
   return changes;
+}
+
+function rowsOf(body: HTMLTableSectionElement): HTMLTableRowElement[] {
+  return [...body.querySelectorAll("tr")];
 }
 
 /** Replaces the rows and gives the focus back to the same link or button of the same study. */
