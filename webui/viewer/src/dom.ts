@@ -36,7 +36,7 @@ export function svg<Name extends keyof SVGElementTagNameMap>(
   return node;
 }
 
-/** Sets the text of a node only when it changed, so that nothing is laid out again for no reason. */
+/** Sets the text of a node only when it changed, so that the browser does not lay the page out again. */
 export function setText(node: Element, text: string): void {
   if (node.textContent !== text) {
     node.textContent = text;

@@ -1,6 +1,6 @@
 // @vitest-environment node
 import { describe, expect, it } from "vitest";
-import { layOut } from "../src/pixels";
+import { decodeFrame } from "../src/pixels";
 import { formatValue, ImageState } from "../src/state";
 import type { FindingConfig, ImageMeta } from "../src/types";
 import { english, finding, image, LIMITS, meta } from "./measures";
@@ -8,7 +8,7 @@ import { english, finding, image, LIMITS, meta } from "./measures";
 function state(values: Partial<ImageMeta> = {}, ...findings: FindingConfig[]): ImageState {
   const made = new ImageState(image(...findings), english);
   made.meta = meta(values);
-  made.frame = layOut(made.meta, Uint16Array.from({ length: 32 }, (_, index) => index * 10).buffer, LIMITS);
+  made.frame = decodeFrame(made.meta, Uint16Array.from({ length: 32 }, (_, index) => index * 10).buffer, LIMITS);
   return made;
 }
 

@@ -1,5 +1,5 @@
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
-import { forget, forgetOld, transfer, TransferError, type Outcome } from "../src/uploadTransfer";
+import { removeUpload, removeOldUploads, transfer, TransferError, type Outcome } from "../src/uploadTransfer";
 import { requestsOf, serve, type Answer } from "./support";
 
 /** What the next upload does; the options are those that the page gave to tus. */
@@ -40,7 +40,7 @@ const BOX = { endpoint: "/api/v1/tus", csrf: "token" };
 const OUTCOME = "/api/v1/tus/77/outcome";
 const named = { name: "a.dcm", file: new File(["x"], "a.dcm") };
 const stored: Outcome = { name: "a.dcm", result: "stored", word: "Stored", reason: "", hint: "", url: "/studies/1" };
-const events = { sent: vi.fn(), broken: vi.fn(), checking: vi.fn() };
+const events = { onSent: vi.fn(), onBroken: vi.fn(), onChecking: vi.fn() };
 
 const json = (value: unknown, status = 200) => new Response(JSON.stringify(value), { status });
 const answered = (status: number, body = "") => new DetailedError({ getStatus: () => status, getBody: () => body });
@@ -69,7 +69,7 @@ afterEach(() => {
 });
 
 describe("transfer", () => {
-  it("sends the file with its name, form and token, and returns what became of it", async () => {
+  it("sends the file with its name, form and token, and returns its outcome", async () => {
     outcomes();
     expect(await send('{"view": "PA"}')).toEqual({ id: "77", outcomes: [stored] });
     expect(tus.options[0]).toMatchObject({ uploadUrl: null, metadata: { filename: "a.dcm", form: '{"view": "PA"}' }, headers: { "X-CSRFToken": "token" } });
@@ -93,7 +93,7 @@ describe("transfer", () => {
     const result = send();
     await vi.runAllTimersAsync();
     expect((await result).outcomes).toEqual([stored]);
-    expect(events.checking.mock.calls).toEqual([[0], [12], [20]]);
+    expect(events.onChecking.mock.calls).toEqual([[0], [12], [20]]);
     expect(requestsOf(fetching, OUTCOME)).toHaveLength(3);
   });
 
@@ -102,7 +102,7 @@ describe("transfer", () => {
     const result = send();
     await vi.runAllTimersAsync();
     expect((await result).outcomes).toEqual([stored]);
-    expect(events.broken).toHaveBeenCalledTimes(2);
+    expect(events.onBroken).toHaveBeenCalledTimes(2);
     const never = () => json({}, 500);
     outcomes(...Array<Answer>(20).fill(never));
     const failed = expect(send()).rejects.toMatchObject({ final: false, loggedOut: false });
@@ -129,20 +129,20 @@ describe("transfer", () => {
     };
     expect([0, 423, 503].map(retried)).toEqual([true, true, true]);
     expect([400, 401, 413, 507].map(retried)).toEqual([false, false, false, false]);
-    expect(events.broken).toHaveBeenCalledTimes(3);
+    expect(events.onBroken).toHaveBeenCalledTimes(3);
   });
 });
 
 describe("what the browser keeps", () => {
-  it("is forgotten after a day, and at once when an upload is called off", () => {
+  it("is removed after a day, and at once when an upload is cancelled", () => {
     const day = 24 * 3600 * 1000;
     localStorage.setItem("clinic-upload-old", JSON.stringify({ url: "/1", at: Date.now() - day - 1 }));
     localStorage.setItem("clinic-upload-new", JSON.stringify({ url: "/2", at: Date.now() - 1 }));
     localStorage.setItem("clinic-upload-garbled", "{");
     localStorage.setItem("another", "1");
-    forgetOld();
+    removeOldUploads();
     expect(Object.keys(localStorage).sort()).toEqual(["another", "clinic-upload-new"]);
-    forget("new");
+    removeUpload("new");
     expect(Object.keys(localStorage)).toEqual(["another"]);
   });
 });
