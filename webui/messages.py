@@ -77,7 +77,7 @@ LIBRARY: Final[dict[str, tuple[StateWords, Any]]] = {
     ),
     "downloading": (
         StateWords(lazy_gettext("Downloading"), "download", "calm"),
-        lazy_gettext("A new version is on its way. A broken line does no harm: the download goes on where it stopped."),
+        lazy_gettext("A new version is on its way. A broken connection does no harm: the download goes on where it stopped."),
     ),
     "error": (
         StateWords(lazy_gettext("The sync agent has a problem"), "failed", "warn"),

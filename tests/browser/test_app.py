@@ -158,7 +158,7 @@ def test_an_upload_goes_on_after_a_reload(clinician: Clinician, large: Path) -> 
     page.goto(f"{clinician.app.url}/upload")
     page.route("**/api/v1/tus/*", lambda route: route.abort() if route.request.method == "PATCH" else route.continue_())
     page.set_input_files("#files", str(large))
-    expect(page.locator("#files-list .file-state")).to_have_text("line broken, trying again")
+    expect(page.locator("#files-list .file-state")).to_have_text("connection broken, trying again")
     page.on("dialog", lambda dialog: dialog.accept())
     page.reload()
     expect(page.locator("#unfinished")).to_contain_text("large.dcm")

@@ -6,7 +6,7 @@ import grimp
 import pytest
 
 
-@pytest.mark.parametrize(("package", "at_least"), [("appliance", 300), ("webui", 100)])
+@pytest.mark.parametrize(("package", "at_least"), [("appliance", 300), ("webui", 80)])
 def test_no_module_is_in_a_circle_of_imports(package: str, at_least: int) -> None:
     graph = grimp.build_graph(package, cache_dir=None)
     arrows = [(module, taken) for module in graph.modules for taken in graph.find_modules_directly_imported_by(module)]

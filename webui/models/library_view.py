@@ -68,7 +68,7 @@ class LibraryLink:
     received_bytes: int = 0
     progress: Progress | None = None
     offers: Mapping[str, Offer] = field(default_factory=dict)
-    stale: bool = False
+    is_stale: bool = False
     clock: str = ""
     clock_minutes: int = 0
 
@@ -120,7 +120,7 @@ class LibraryCard:
 
 def _warnings(link: LibraryLink) -> Iterator[str]:
     minutes = format_count(link.clock_minutes)
-    if link.stale:
+    if link.is_stale:
         when = format_time(link.at)
         yield gettext("This is old news: the sync agent last reported %(when)s. Check that the service model-sync runs.", when=when)
     if link.clock == "behind":
@@ -180,7 +180,7 @@ def _link(report: Mapping[str, Any], now: datetime) -> LibraryLink:
         received_bytes=_size(report.get("received_bytes")),
         progress=_progress(report.get("progress")),
         offers=_offers(report.get("lines")),
-        stale=abs(now - at) > STALE_AFTER,
+        is_stale=abs(now - at) > STALE_AFTER,
         clock=clock,
         clock_minutes=minutes,
     )

@@ -286,13 +286,13 @@ def _problem(line: ModelLine) -> Problem | None:
     entry = line.problem
     if entry is None or line.is_problem_resolved:
         return None
-    is_by_hand = entry.state == "withdrawn" or (entry.reason is not None and entry.reason.code == "activation.by_hand")
+    is_intended = entry.state == "withdrawn" or (entry.reason is not None and entry.reason.code == "activation.by_hand")
     reason = NoteView.of(entry.reason)
     state = gettext("Out of its bounds") if entry.state == "good" else ACTIVATIONS[entry.state].word
     other = line.active if line.active and line.active.digest != entry.digest else None
     return Problem(
         state=entry.state,
-        tone="warn" if line.active and is_by_hand else "bad",
+        tone="warn" if line.active and is_intended else "bad",
         icon=ACTIVATIONS[entry.state].icon,
         title=gettext("Version %(version)s: %(state)s", version=entry.version, state=state),
         time=format_time(entry.ended_at or entry.updated_at),

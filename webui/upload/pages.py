@@ -69,7 +69,7 @@ def _script_texts() -> dict[str, str]:
     """The texts of the page's script (``webui/viewer/src/upload.ts``) by key."""
     return {
         "waiting": gettext("waiting"), "sending": gettext("sending"), "checking": gettext("checking"),
-        "checked": gettext("checked: {n} files"), "stored": gettext("stored"), "broken": gettext("line broken, trying again"),
+        "checked": gettext("checked: {n} files"), "stored": gettext("stored"), "broken": gettext("connection broken, trying again"),
         "stopped": gettext("interrupted"), "called_off": gettext("called off"), "open": gettext("Open study"),
         "remove": gettext("Remove"), "cancel": gettext("Cancel"),
         "logged_out": gettext("You have been logged out. Log in and choose the same files again; they continue where they stopped."),

@@ -318,7 +318,7 @@ def test_a_wrong_clock_is_said(tmp_path: Path, system: int, floor: int, server: 
     (tmp_path / library.FILE_NAME).write_text(json.dumps(report))
     seen = library.read_library_link(tmp_path, NOW)
     assert (seen.clock, seen.clock_minutes) == said
-    assert not seen.stale
+    assert not seen.is_stale
 
 
 def test_the_wrong_clock_stands_on_the_page(box: Box) -> None:
