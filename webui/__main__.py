@@ -2,7 +2,8 @@
 
 import sys
 
-from webui.server import main
+from webui import create_app
+from webui.server.process import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(create_app))

@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from appliance.core.domain import Note, Scan
 from model_sync.bundle import AppliesTo, Manifest, VolumeSpec
+
+# The detail of a refusal because of an attribute that the image does not have.
+ABSENT: Final = "-"
+
+
+@dataclass(frozen=True)
+class AgeOutside:
+    """A patient's age and the range the model is for, in years, as the detail of ``caution.age_outside`` holds them."""
+
+    years: str
+    min_years: str
+    max_years: str
+
+    def to_note(self) -> Note:
+        """The note as stored."""
+        return Note("caution.age_outside", f"{self.years}; {self.min_years}-{self.max_years}")
+
+    @classmethod
+    def from_note(cls, note: Note) -> AgeOutside | None:
+        """Read what :meth:`to_note` wrote; None for another note."""
+        match = re.fullmatch(r"(\S+); (\S+)-(\S+)", note.detail) if note.code == "caution.age_outside" else None
+        return cls(match[1], match[2], match[3]) if match else None
 
 
 @dataclass(frozen=True)
@@ -46,7 +70,7 @@ def applies(rule: AppliesTo, scan: Scan, *, frames: bool = False) -> Verdict:
         frames: the model reads volumes, for which an image may have many frames.
     """
     if scan.modality not in rule.modality:
-        return Verdict(Note("scope.modality", scan.modality or "-"))
+        return Verdict(Note("scope.modality", scan.modality or ABSENT))
     if scan.sop_class_uid not in rule.sop_class_uid:
         return Verdict(Note("scope.sop_class", scan.sop_class_uid))
     if scan.number_of_frames > 1 and not frames:
@@ -65,7 +89,7 @@ def _body_part(rule: AppliesTo, scan: Scan) -> tuple[Note | None, list[Note]]:
     if part:
         return (None, []) if part in rule.body_part else (Note("scope.body_part", part), [])
     if rule.when_body_part_absent == "out_of_scope":
-        return Note("scope.body_part", "-"), []
+        return Note("scope.body_part", ABSENT), []
     return None, [Note("assume.body_part", rule.assumed_body_part)]
 
 
@@ -76,17 +100,17 @@ def _view(rule: AppliesTo, scan: Scan) -> tuple[Note | None, list[Note]]:
     if words:  # "AP SUPINE", "PA ERECT": the first word names the projection
         return (None, []) if words[0] in rule.view_position else (Note("scope.view", " ".join(words)), [])
     if rule.when_view_absent == "out_of_scope":
-        return Note("scope.view", "-"), []
+        return Note("scope.view", ABSENT), []
     return None, [Note("assume.view", rule.assumed_view)]
 
 
 def _age(rule: AppliesTo, scan: Scan) -> tuple[Note | None, list[Note]]:
     age = rule.age
     if scan.patient_age_years is None:
-        return (Note("scope.age", "-"), []) if age.absent == "out_of_scope" else (None, [Note("caution.age_unknown")])
+        return (Note("scope.age", ABSENT), []) if age.absent == "out_of_scope" else (None, [Note("caution.age_unknown")])
     if age.min_years <= scan.patient_age_years < age.max_years + 1:
         return None, []
     years = f"{scan.patient_age_years:.0f}"
     if age.outside == "out_of_scope":
         return Note("scope.age", years), []
-    return None, [Note("caution.age_outside", f"{years}; {age.min_years:g}-{age.max_years:g}")]
+    return None, [AgeOutside(years, f"{age.min_years:g}", f"{age.max_years:g}").to_note()]

@@ -35,7 +35,7 @@ class Settings(BaseModel):
     dicom_max_associations: int = Field(20, ge=1, description="Senders served at the same time.")
     web_host: str = Field("127.0.0.1", description="Address the web page listens on; other than loopback needs TLS.")
     web_port: int = Field(8080, ge=0, le=65535, description="Port of the web page.")
-    web_threads: int = Field(24, ge=2, description="Requests served at the same time, live lists included.")
+    web_threads: int = Field(24, ge=2, description="Requests served at the same time.")
     tls_certificate: Path | None = Field(None, description="PEM certificate; with it the page is served over TLS.")
     tls_key: Path | None = Field(None, description="PEM private key of the certificate.")
     max_upload_bytes: int = Field(256 * 2**20, ge=1, description="Largest single scan or archive entry.")

@@ -1,4 +1,4 @@
-"""People and their logins: argon2 hashes, lockout after five failures, sessions that die on the server (R1-R5).
+"""People and their logins: argon2 hashes, lockout after failed attempts, sessions that end on the server (R1-R5).
 
 No default account exists; the first one is made by ``appliance user add`` (or the demo) with a one-time password that must
 be changed at the first login.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -17,12 +18,13 @@ from argon2.exceptions import InvalidHashError, VerifyMismatchError
 
 from appliance.core.domain import utc_now
 from appliance.core.errors import StoreError
+from appliance.login_throttle import LOCKOUT_S, LoginThrottle
 from appliance.store.database import SECURITY_ALERT, USER_AUTHENTICATION, Database
 from appliance.store.store import Store
 
 Role = Literal["clinician", "technician", "administrator", "auditor"]
-MAX_FAILURES: Final = 5
-LOCKOUT_S: Final = 15 * 60.0
+# Failures of one name from all addresses since its last successful login: stops somebody who guesses from many addresses.
+MAX_FAILURES_EVERYWHERE: Final = 50
 MIN_PASSWORD_CHARS: Final = 8
 # RFC 9106's second recommended option scaled to a small box: 19 MiB, two passes (OWASP's floor).
 _HASHER: Final = PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1)
@@ -42,11 +44,18 @@ class Account:
 
 
 class Accounts:
-    """Accounts and sessions in one store."""
+    """Accounts and sessions in one store.
 
-    def __init__(self, store: Store) -> None:
+    Args:
+        store: where they are kept.
+        clock: the time in seconds; ``time.time`` by default.
+    """
+
+    def __init__(self, store: Store, clock: Callable[[], float] | None = None) -> None:
         self._db = store.database
         self._settings = store.settings
+        self._clock = clock or (lambda: time.time())
+        self._throttle = LoginThrottle(self._clock)
 
     def add(self, username: str, role: Role, actor: str) -> str:
         """Make an account, or give an existing one a new one-time password. Returns the password."""
@@ -77,16 +86,17 @@ class Accounts:
         return Account(row["id"], row["username"], row["role"], bool(row["must_change"])) if row else None
 
     def login(self, username: str, password: str, peer: str) -> str | None:
-        """Check a password; returns a fresh session token, or None.
+        """Check a password; returns a new session token, or None.
 
-        An unknown name, a wrong password and a locked account take the same time and get the same answer (R3).
+        An unknown name, a wrong password and a locked account take the same time and get the same answer (R3). While the machine at
+        ``peer`` (an IP address) is blocked for this name, no password is right.
         """
         row = self._db.one("SELECT * FROM users WHERE username = ?", username)
-        fits = _verify(row["password_hash"] if row else _NO_ONE, password)
-        now = time.time()
+        fits = _verify(row["password_hash"] if row else _NO_ONE, "" if self.is_blocked(username, peer) else password)
+        now = self._clock()
         locked = row is not None and row["locked_until"] > now
         if row is None or locked or not fits:
-            self._failed(username, peer, known=row is not None, locked=locked)
+            self._record_failure(username, peer, known=row is not None, locked=locked)
             return None
         token = secrets.token_urlsafe(32)
         with self._db.transaction() as tx:
@@ -96,36 +106,46 @@ class Accounts:
             Database.audit(
                 tx, USER_AUTHENTICATION, row["username"], "E", f"user:{row['id']}", type="110122", type_meaning="Login", peer=peer
             )
+        self._throttle.clear(username, peer)
         return token
 
-    def _failed(self, username: str, peer: str, *, known: bool, locked: bool) -> None:
-        """Count a failure; the fifth locks the account for 15 minutes. A locked account is not locked longer by more tries."""
+    def is_blocked(self, username: str, peer: str) -> bool:
+        """Whether the machine at this address has used up its attempts for this name."""
+        return self._throttle.is_blocked(username, self._password_hash(username), peer)
+
+    def record_wrong_password(self, account: Account, peer: str) -> None:
+        """Count a wrong present password, given by somebody who is logged in and wants a new one."""
+        self._record_failure(account.username, peer, known=True, locked=False)
+
+    def _record_failure(self, username: str, peer: str, *, known: bool, locked: bool) -> None:
+        """Count a failed attempt for its machine and for the name, and write it to the audit.
+
+        The fiftieth of a name locks it everywhere for 15 minutes. More attempts do not make a lock last longer.
+        """
+        locked = locked or self.is_blocked(username, peer)
+        if known and not locked:
+            self._throttle.add_failure(username, self._password_hash(username), peer)
         with self._db.transaction() as tx:
             if known and not locked:
                 tx.execute("UPDATE users SET failures = failures + 1 WHERE username = ?", (username,))
                 tx.execute(
                     "UPDATE users SET locked_until = ?, failures = 0 WHERE username = ? AND failures >= ?",
-                    (time.time() + LOCKOUT_S, username, MAX_FAILURES),
+                    (self._clock() + LOCKOUT_S, username, MAX_FAILURES_EVERYWHERE),
                 )
-            Database.audit(
-                tx,
-                USER_AUTHENTICATION,
-                username[:64] if known else "unknown",
-                "E",
-                "login",
-                4,
-                type="110122",
-                type_meaning="Login",
-                peer=peer,
-                locked=locked,
-            )
+            who = username[:64] if known else "unknown"
+            kind = {"type": "110122", "type_meaning": "Login"}
+            Database.audit(tx, USER_AUTHENTICATION, who, "E", "login", 4, peer=peer, locked=locked, **kind)
+
+    def _password_hash(self, username: str) -> str:
+        row = self._db.one("SELECT password_hash FROM users WHERE username = ?", username)
+        return str(row["password_hash"]) if row else ""
 
     def resume(self, token: str, *, touch: bool = True) -> Account | None:
         """The account a session token belongs to, or None when the session ended (logout, idle, too old).
 
         ``touch`` says whether a person is behind the request; a page that refreshes itself must not keep a session alive.
         """
-        now = time.time()
+        now = self._clock()
         row = self._db.one(
             "SELECT u.*, s.created_at AS session_at, s.seen_at, s.token_sha256 FROM sessions s JOIN users u ON u.id = s.user_id"
             " WHERE s.token_sha256 = ?",

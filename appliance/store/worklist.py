@@ -1,4 +1,4 @@
-"""The reading side of the store: what the pages, the live list and the JSON of ``appliance analyze`` show.
+"""Queries over the store: what the pages and the JSON of ``appliance analyze`` show.
 
 Only reads; every row is a frozen dataclass, so that no page sees SQL.
 """
@@ -21,7 +21,6 @@ from appliance.store.store import Store
 from appliance.store.study_summary import RECALLED, StudyFacts, study_facts
 
 PAGE_SIZE: Final = 50
-_MAX_CHANGES: Final = 200
 
 
 @dataclass(frozen=True)
@@ -184,11 +183,6 @@ class Worklist:
 
         self._db.connection().create_function("fits", 3, fits, deterministic=True)
         return "fits(patient_name, patient_id, accession_number)", []
-
-    def changes(self, since: int) -> list[StudyRow]:
-        """Studies changed after revision ``since``, oldest change first (at most 200 at once), for the live list."""
-        rows = self._db.query("SELECT * FROM studies WHERE revision > ? ORDER BY revision LIMIT ?", since, _MAX_CHANGES)
-        return self._rows(rows)
 
     def count(self) -> int:
         """How many studies are stored."""

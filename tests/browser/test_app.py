@@ -158,7 +158,7 @@ def test_an_upload_goes_on_after_a_reload(clinician: Clinician, large: Path) -> 
     page.goto(f"{clinician.app.url}/upload")
     page.route("**/api/v1/tus/*", lambda route: route.abort() if route.request.method == "PATCH" else route.continue_())
     page.set_input_files("#files", str(large))
-    expect(page.locator("#files-list .file-state")).to_have_text("line broken, trying again")
+    expect(page.locator("#files-list .file-state")).to_have_text("connection broken, trying again")
     page.on("dialog", lambda dialog: dialog.accept())
     page.reload()
     expect(page.locator("#unfinished")).to_contain_text("large.dcm")
@@ -302,12 +302,16 @@ def test_a_session_that_ended_elsewhere_is_said(clinician: Clinician) -> None:
     expect(clinician.page.locator("#logged-out")).to_be_visible(timeout=30_000)
 
 
-def test_without_a_free_stream_the_list_asks_at_intervals(clinician: Clinician) -> None:
-    clinician.context.route("**/api/v1/events*", lambda route: route.fulfill(status=503))
+def test_the_list_polls_the_revision_and_gets_an_answer_only_when_something_changed(clinician: Clinician) -> None:
+    statuses: list[int] = []
+    clinician.page.on("response", lambda answer: statuses.append(answer.status) if answer.url.endswith("/api/v1/revision") else None)
     clinician.log_in("interval")
-    expect(clinician.page.locator("#live")).to_have_text("This list updates every few seconds.")
+    expect(clinician.page.locator("#live")).to_have_text("This list updates by itself.")
+    assert set(statuses) == {304}
     Ingest(clinician.app.store).accept(scan_bytes(PatientName="Polled^Patient"), Source("upload", "test", "x"))
     expect(clinician.page.locator("#list tbody tr").first).to_contain_text("Polled Patient", timeout=15_000)
+    assert 200 in statuses
+    clinician.clean()
 
 
 def test_a_box_that_is_gone_is_said(browser: Browser, tmp_path: Path) -> None:
@@ -337,7 +341,7 @@ def contrast(first: str, second: str) -> float:
 
 
 def test_r39_contrast_of_every_pair_of_colours() -> None:
-    css = (Path(__file__).parents[2] / "webui" / "static" / "app.css").read_text()
+    css = (Path(__file__).parents[2] / "webui" / "viewer" / "src" / "styles" / "tokens.css").read_text()
     colours = dict(re.findall(r"--([\w-]+): (#\w+);", css))
     pairs = [("text", "ground"), ("text", "card"), ("quiet", "ground"), ("quiet", "card"), ("accent", "card"), ("accent", "ground")]
     pairs += [(name.removesuffix("-ground"), name) for name in colours if name.startswith("tone-") and name.endswith("-ground")]

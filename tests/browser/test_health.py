@@ -9,10 +9,10 @@ import pytest
 from playwright.sync_api import Browser, Playwright, expect
 
 from appliance.core.settings import Settings
+from appliance.model_queries import OPEN
 from tests.browser.app_box import FLAGS, Clinician, Pages
-from tests.integration.test_web_health import journal, tell
+from tests.model_journal import journal, tell
 from tests.web_box import Box, in_process
-from webui import life
 
 pytestmark = [pytest.mark.browser]
 
@@ -40,7 +40,7 @@ def test_a_version_is_followed_from_its_arrival_to_the_trial_without_a_reload(bo
     page = someone.page
     page.goto(f"{box.base}/health")
     page.evaluate("() => { window.sameVisit = true; }")
-    for state in life.OPEN:
+    for state in OPEN:
         with box.store.database.transaction() as tx:
             tx.execute("UPDATE activations SET state = ?, progress = 0.5, trial = '{\"cases\": 20}' WHERE id = ?", (state, entry))
         expect(page.locator(f".coming[data-state={state}]")).to_be_visible(timeout=15_000)

@@ -1,4 +1,4 @@
-// Builds the viewer into webui/static/viewer: viewer.js, viewer.css and the licences of what is inside.
+// Builds the scripts and style sheets of all pages into webui/static/viewer, with the licences of what is inside.
 import path from "node:path";
 import { fileURLToPath } from "node:url";
 import { defineConfig } from "vite";
@@ -42,15 +42,30 @@ export default defineConfig({
     emptyOutDir: true,
     target: "es2021",
     sourcemap: false,
+    // Style sheets stay as they are written: the minifier would rewrite the font stack and selectors for browsers that
+    // cannot run the scripts anyway.
+    cssMinify: false,
     chunkSizeWarningLimit: 1600,
     // The polyfill would add a script of its own for browsers that cannot run the bundle anyway.
     modulePreload: { polyfill: false },
     license: { fileName: "LICENSES.md" },
     rollupOptions: {
-      input: { viewer: path.join(here, "src", "main.ts"), upload: path.join(here, "src", "upload.ts") },
-      // Stable names: the pages ask for viewer.js, viewer.css and upload.js and add ?v= themselves. What the two share
+      input: {
+        ...Object.fromEntries(["page", "worklist", "study", "health"].map((name) => [name, path.join(here, "src", "pages", `${name}.ts`)])),
+        viewer: path.join(here, "src", "main.ts"),
+        upload: path.join(here, "src", "upload.ts"),
+        // Pages without a script of their own.
+        login: path.join(here, "src", "styles", "login.css"),
+        rejected: path.join(here, "src", "styles", "rejected.css"),
+      },
+      // Stable names: the templates ask for page.js, page.css and so on and add ?v= themselves. What the scripts share
       // has its digest in its name, since nobody adds anything to that address.
-      output: { entryFileNames: "[name].js", chunkFileNames: "part-[hash].js", assetFileNames: "viewer[extname]" },
+      output: {
+        entryFileNames: "[name].js",
+        chunkFileNames: "part-[hash].js",
+        assetFileNames: "[name][extname]",
+        codeSplitting: { groups: [{ name: "part", test: /[\\/]src[\\/]/, minShareCount: 2 }] },
+      },
     },
   },
 });

@@ -1,7 +1,7 @@
 /**
  * The colours of the heat map: dark violet over red and orange to pale yellow.
  *
- * Lightness rises evenly in OKLCH, so equal steps of the value look like equal steps, also to colour-blind eyes and in
+ * Lightness rises evenly in OKLCH, so equal steps of the value look like equal steps, also to a colour-blind person and in
  * a black-and-white print. Low values are transparent: the lung beneath must stay readable.
  */
 

@@ -9,7 +9,7 @@ import { fit, panBy, toImage, zoomAt, type Size } from "./view";
 export interface Host {
   readonly state: ImageState;
   readonly settings: Settings;
-  /** Null while there is no picture to work on. */
+  /** Null while no image is shown. */
   readonly stageSize: Size | null;
   /** Draws again and brings the controls up to date. */
   apply(): void;
@@ -23,7 +23,7 @@ export interface Host {
 const KEY_WINDOW = 0.1;
 const KEY_PAN = 40;
 const KEY_ZOOM = 1.2;
-/** CSS pixels of a drag that pass through the whole range of the frame. */
+/** CSS pixels of a drag that pass through the full range of the frame. */
 const WINDOW_DRAG = 700;
 
 const MODES: Partial<Record<Action, DragMode>> = { modeWindow: "window", modePan: "pan", modeMeasure: "measure" };
@@ -99,7 +99,7 @@ export class Commands implements Gestures {
     }
   }
 
-  forgetHover(): void {
+  clearHover(): void {
     this.hoverAt = null;
   }
 
@@ -142,7 +142,7 @@ export class Commands implements Gestures {
     const { shown } = this.host.state;
     if (!shown.delete(id)) {
       shown.add(id);
-      // Choosing a finding while everything is hidden would look like a dead button.
+      // Choosing a finding while everything is hidden would seem to have no effect.
       this.host.settings.outline ||= !this.host.settings.heatmap;
     }
     this.host.apply();

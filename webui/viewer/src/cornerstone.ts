@@ -1,8 +1,8 @@
 /**
  * The only module that knows Cornerstone3D: draws one frame with a window and a view, by WebGL or by the CPU.
  *
- * Cornerstone is told nothing about modality values, MONOCHROME1 or millimetres. It gets drawn values with a range,
- * an inversion, and a pixel of width 1: stock Cornerstone inverts MONOCHROME1 by itself, clamps window functions in
+ * Cornerstone gets no modality values, MONOCHROME1 or millimetres. It gets drawn values, their range,
+ * the inversion and a pixel of width 1: stock Cornerstone inverts MONOCHROME1 by itself, clamps window functions in
  * the CPU renderer, and draws nothing at all on WebGL for a PixelSpacing of 0.
  */
 import {
@@ -41,8 +41,8 @@ let serial = 0;
 let installed = false;
 
 /**
- * The renderer for a wish of the page: WebGL 2 where the browser has it (vtk.js's WebGL 1 path lacks the filters for
- * 16-bit pixels), but not where a program only plays the graphics chip: there a 2048 x 2048 image took 88 ms for each
+ * The renderer for the setting of the page: WebGL 2 where the browser has it (vtk.js's WebGL 1 path lacks the filters for
+ * 16-bit pixels), but not where software emulates the graphics chip: there a 2048 x 2048 image took 88 ms for each
  * step of a drag, and less than 17 ms with the CPU renderer.
  */
 export function chooseRenderer(wish: "auto" | "webgl" | "cpu"): Renderer {
@@ -194,7 +194,7 @@ export class Stage {
     return { width: this.element.clientWidth, height: this.element.clientHeight };
   }
 
-  /** The canvas that carries the picture. */
+  /** The canvas that shows the image. */
   get canvas(): HTMLCanvasElement {
     return this.viewport.canvas;
   }
@@ -202,7 +202,7 @@ export class Stage {
   /** Puts a frame on the stage; `apply` draws it. */
   async show(frame: Frame, extent: Extent): Promise<void> {
     const imageId = `${SCHEME}:${++serial}`;
-    // Every picture has an id of its own, so nothing of the last one can be reused by mistake; Source does the caching.
+    // Every frame has an id of its own, so nothing of the one before can be reused by mistake; Source does the caching.
     cache.purgeCache();
     registry.clear();
     this.shown = { frame, extent };
@@ -225,7 +225,7 @@ export class Stage {
     const cleared = this.fitCanvas();
     this.setCamera(view, this.shown);
     if (cleared) {
-      // Now, and again in the next frame, which tells the listeners: else one frame would be black at every resize.
+      // Now, and again in the next frame, which notifies the listeners: otherwise one frame would be black at every resize.
       this.viewport.customRenderViewportToCanvas();
     }
     this.viewport.render();
@@ -259,7 +259,7 @@ export class Stage {
       this.engine.resize(false, true);
       return false;
     }
-    // Cornerstone's own resize of the CPU canvas forgets the device pixel ratio.
+    // Cornerstone's own resize of the CPU canvas ignores the device pixel ratio.
     const [w, h] = [Math.round(width * ratio), Math.round(height * ratio)];
     if (w > 0 && h > 0 && (this.canvas.width !== w || this.canvas.height !== h)) {
       this.canvas.width = w;

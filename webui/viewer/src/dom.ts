@@ -36,9 +36,18 @@ export function svg<Name extends keyof SVGElementTagNameMap>(
   return node;
 }
 
-/** Sets the text of a node only when it changed, so that nothing is laid out again for no reason. */
+/** Sets the text of a node only when it changed, so that the browser does not lay the page out again. */
 export function setText(node: Element, text: string): void {
   if (node.textContent !== text) {
     node.textContent = text;
   }
+}
+
+/** The first element that fits the selector. Throws `Error` if there is none: then the page's template and its script do not fit. */
+export function find<Kind extends HTMLElement>(root: ParentNode, selector: string): Kind {
+  const node = root.querySelector<Kind>(selector);
+  if (!node) {
+    throw new Error(`no element ${selector} on this page`);
+  }
+  return node;
 }

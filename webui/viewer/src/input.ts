@@ -70,7 +70,7 @@ export class PointerInput {
     if ((event.target as Element).closest("button, a, input")) {
       return;
     }
-    // Also keeps the middle button from starting the browser's own scrolling; focus must then be set by hand.
+    // Also keeps the middle button from starting the browser's own scrolling; the focus must then be set here.
     event.preventDefault();
     this.stage.focus({ preventScroll: true });
     this.stage.setPointerCapture(event.pointerId);

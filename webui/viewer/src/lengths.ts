@@ -1,4 +1,4 @@
-/** Lengths measured on an image: kept per frame in image coordinates, told in mm, or in pixels without a spacing. */
+/** Lengths measured on an image: stored per frame in image coordinates, shown in mm, or in pixels without a spacing. */
 import type { LengthMark } from "./overlay";
 import type { Translate } from "./text";
 import type { ImageMeta, Point } from "./types";
@@ -8,7 +8,7 @@ interface Line {
   to: Point;
 }
 
-/** Shorter drags, in image pixels, are a slip of the hand. */
+/** Shorter drags, in image pixels, are not intended. */
 const SHORTEST = 2;
 
 export class Lengths {
@@ -31,7 +31,7 @@ export class Lengths {
     }
   }
 
-  /** Keeps the open line on this frame, unless it is too short to mean anything. */
+  /** Stores the line being drawn on this frame, unless it is too short to mean anything. */
   finish(frame: number): void {
     const line = this.open;
     this.open = null;

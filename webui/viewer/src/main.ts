@@ -1,5 +1,5 @@
 /** Starts the viewer on the page's `#viewer` element. */
-import "./viewer.css";
+import "./styles/viewer.css";
 import type { Probe } from "./probe";
 import { translator } from "./text";
 import { parseConfig } from "./types";
@@ -8,7 +8,7 @@ import { Viewer } from "./viewer";
 export interface ViewerElement extends HTMLElement {
   /** Grey values that were drawn within the image. */
   viewerProbe?: () => Probe;
-  /** Tells which images no model has read, and why, by their ids. */
+  /** Sets why images were not analysed, by their ids. */
   viewerUnread?: (why: Readonly<Record<string, string>>) => void;
   /** Shows the image of that id. */
   viewerChoose?: (id: number) => void;
@@ -22,7 +22,7 @@ function start(root: ViewerElement): void {
     root.viewerChoose = (id) => viewer.choose(id);
     void viewer.start();
   } catch (error) {
-    // Without a configuration there is no language either: the page's own decides.
+    // Without a configuration the language is unknown: take that of the page.
     console.warn("viewer:", error);
     const lang = document.documentElement.lang.startsWith("zh") ? "zh" : "en";
     root.dataset["state"] = "error";

@@ -1,8 +1,8 @@
 /**
- * What lies over the picture: heat map, outlines of the findings, measured lengths.
+ * What is drawn over the image: heat map, outlines of the findings, measured lengths.
  *
  * Everything is drawn in CSS pixels of the stage, at places that the renderer itself reports for image points
- * (`project`), after each frame it has drawn. So the marks cannot drift from the picture, whichever renderer drew it.
+ * (`project`), after each frame it has drawn. So the marks cannot drift from the image, whichever renderer drew it.
  */
 import { html, svg } from "./dom";
 import type { FindingConfig, Point, Polygon } from "./types";
@@ -32,7 +32,7 @@ export interface Marks {
 }
 
 export class Overlay {
-  /** Carries the heat map alone, so that a test can read it. */
+  /** Shows only the heat map, so that a test can read it. */
   readonly heatCanvas = html("canvas", { class: "vw-heat", "aria-hidden": "true" });
   private readonly marks = svg("svg", { class: "vw-marks", "aria-hidden": "true", focusable: "false" });
 
@@ -40,7 +40,7 @@ export class Overlay {
     parent.append(this.heatCanvas, this.marks);
   }
 
-  /** Draws everything anew; `corner` is the bottom right corner of the image in image coordinates. */
+  /** Draws everything again; `corner` is the bottom right corner of the image in image coordinates. */
   draw(stage: Size, corner: Point, project: (point: Point) => Point, marks: Marks): void {
     this.drawHeat(stage, project([0, 0]), project(corner), marks);
     const nodes: SVGElement[] = [];
@@ -132,7 +132,7 @@ function lengthNodes(length: LengthMark, project: (point: Point) => Point, stage
   const [x1, y1] = project(length.from);
   const [x2, y2] = project(length.to);
   const distance = Math.hypot(x2 - x1, y2 - y1) || 1;
-  // Short bars across both ends show exactly where the line stops.
+  // Short bars across both ends show exactly where the line ends.
   const [bx, by] = [((y2 - y1) / distance) * 6, (-(x2 - x1) / distance) * 6];
   const d =
     `M${x1} ${y1}L${x2} ${y2}` +

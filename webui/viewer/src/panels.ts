@@ -1,11 +1,12 @@
-/** The parts around the picture: corner texts, loading and error box, list of images, frame slider, legend. */
+/** The parts around the image: corner texts, loading and error box, list of images, frame slider, legend. */
 import { colourTable } from "./colormap";
+import type { CornerTexts } from "./corners";
 import { html, setText, svg } from "./dom";
 import { icon } from "./icons";
 import type { Translate } from "./text";
 import type { ImageConfig, ViewerError } from "./types";
 
-/** The corner texts over the picture. */
+/** The corner texts over the image. */
 export class Corners {
   private readonly title = html("div", { class: "vw-corner vw-top-left" });
   private readonly left = html("div", { class: "vw-corner vw-bottom-left" });
@@ -16,7 +17,7 @@ export class Corners {
     parent.append(this.title, this.left, this.right, this.hint);
   }
 
-  update(texts: { title: string; left: string; right: string; hint: string }): void {
+  update(texts: CornerTexts): void {
     setText(this.title, texts.title);
     setText(this.left, texts.left);
     setText(this.right, texts.right);
@@ -25,7 +26,7 @@ export class Corners {
   }
 }
 
-/** Stands over a picture that no model has read: without marks it would look like one without findings. */
+/** A notice over an image that was not analysed: without marks it would look like an image without findings. */
 export class Unread {
   private readonly box = html("p", { class: "vw-unread", role: "status" });
   private readonly words = html("span", {});
@@ -45,7 +46,7 @@ export class Unread {
   }
 }
 
-/** Covers the stage while there is no picture: how far the loading is, or why there is none. */
+/** Covers the stage while no image is shown: the progress of loading, or why there is none. */
 export class Message {
   private readonly box = html("div", { class: "vw-message" });
   private readonly bar = html("progress", { max: 100 });
@@ -77,7 +78,7 @@ export class Message {
     setText(this.percent, `${percent} %`);
   }
 
-  /** Shows the error with a button, unless trying again cannot help. */
+  /** Shows the error, with a button to try again where `retry` is given. */
   error(error: ViewerError, retry: (() => void) | null): void {
     this.box.hidden = false;
     this.box.className = "vw-message vw-error";
@@ -122,7 +123,7 @@ export class ImageList {
     });
   }
 
-  /** Shows which images no model has read. */
+  /** Shows which images were not analysed. */
   mark(images: readonly ImageConfig[]): void {
     images.forEach(({ unread }, index) => {
       const mark = this.root.children[index]?.querySelector<HTMLElement>(".vw-no-verdict");
@@ -174,7 +175,7 @@ export class FrameBar {
   }
 }
 
-/** What the colours of the heat map mean, and how much of the picture they cover. */
+/** What the colours of the heat map mean, and how opaque they are. */
 export class Legend {
   private readonly root: HTMLElement;
   private readonly slider: HTMLInputElement;

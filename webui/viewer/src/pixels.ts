@@ -2,7 +2,7 @@
  * Raw pixels of one frame -> what the renderer draws. Pure.
  *
  * The renderer gets 8 or 16-bit integers only: every WebGL 2 device can filter them, the CPU renderer looks them up in
- * a table, and both show the same picture. 32-bit integers and floats are spread over 16 bits of the frame's own range;
+ * a table, and both show the same image. 32-bit integers and floats are spread over 16 bits of the frame's own range;
  * the linear map back to modality values travels with the pixels, so window values stay those of the file.
  */
 import { DTYPE_BYTES, type Dtype, type ImageMeta } from "./types";
@@ -58,7 +58,7 @@ function finiteRange(values: StoredPixels): [min: number, max: number] {
   let max = -Infinity;
   for (let i = 0; i < values.length; i++) {
     const value = values[i] as number;
-    // A comparison with NaN is false, so NaN never counts; infinities are kept out by hand.
+    // A comparison with NaN is false, so NaN never counts; infinities are excluded here.
     if (value < min && value !== -Infinity) min = value;
     if (value > max && value !== Infinity) max = value;
   }
@@ -103,7 +103,7 @@ function to16Bit(values: StoredPixels, min: number, max: number): Uint16Array<Ar
   const out = new Uint16Array(values.length);
   for (let i = 0; i < values.length; i++) {
     const scaled = ((values[i] as number) - min) * factor + 0.5;
-    // Infinities lie outside the finite range and must not wrap around to the other end.
+    // Infinities are outside the finite range and must not wrap around to the other end.
     out[i] = scaled > 0 ? Math.min(65535, scaled) : 0;
   }
   return out;
@@ -116,11 +116,11 @@ function colour8Bit(values: StoredPixels, max: number): Uint8Array<ArrayBuffer> 
 }
 
 /**
- * Lays out the bytes of one frame for the renderer.
+ * Turns the bytes of one frame into what the renderer draws.
  *
  * @param buffer little-endian pixels, exactly `frameBytes(meta)` long.
  */
-export function layOut(meta: ImageMeta, buffer: ArrayBuffer, limits: Limits): Frame {
+export function decodeFrame(meta: ImageMeta, buffer: ArrayBuffer, limits: Limits): Frame {
   const reduction = reductionFor(meta, limits);
   const stored: StoredPixels = new ARRAYS[meta.dtype](buffer);
   const values = reduction > 1 ? reduce(stored, meta, reduction) : stored;
@@ -190,14 +190,14 @@ export function autoWindow(frame: Frame, exact: boolean): VoiWindow {
   return a === b ? fullWindow(frame, exact) : windowOf(Math.min(a, b), Math.max(a, b), exact);
 }
 
-/** True when the window is meant without the half and whole unit of DICOM's LINEAR (PS3.3 C.11.2.1.2 and .1.3.2). */
+/** True when the window is defined without the offsets 0.5 and 1 of DICOM's LINEAR (PS3.3 C.11.2.1.2 and .1.3.2). */
 export function isExact(meta: ImageMeta): boolean {
   return meta.voiFunction === "LINEAR_EXACT" || meta.dtype === "float32" || !Number.isInteger(meta.slope);
 }
 
 function windowOf(lower: number, upper: number, exact: boolean): VoiWindow {
   if (lower === upper) {
-    // A uniform picture is drawn grey: black would look like no picture at all.
+    // A uniform image is drawn grey: black would look like no image at all.
     return exact ? { center: lower, width: 1 } : { center: lower + 0.5, width: 2 };
   }
   return exact
@@ -209,15 +209,15 @@ export interface DrawnRange {
   /** Drawn values that become black and white. */
   lower: number;
   upper: number;
-  /** True when a negative slope turns the grey scale round. */
+  /** True when a negative slope inverts the grey scale. */
   reversed: boolean;
 }
 
 /**
  * The window in drawn values.
  *
- * SIGMOID windows are drawn as the straight line with the same slope at their centre: the CPU renderer knows no other,
- * and both renderers must show the same picture.
+ * SIGMOID windows are drawn as the straight line with the same slope at their centre: the CPU renderer has no other,
+ * and both renderers must show the same image.
  */
 export function drawnRange(frame: Frame, window: VoiWindow, exact: boolean): DrawnRange {
   const linear = !exact && window.width >= 1;

@@ -1,4 +1,4 @@
-/** Looks at what was really drawn: for tests, and to notice a graphics driver that draws nothing. */
+/** Measures what was really drawn: for tests, and to notice a graphics driver that draws nothing. */
 import type { DrawnRange } from "./pixels";
 import type { ImageState } from "./state";
 import type { Point } from "./types";
@@ -22,7 +22,7 @@ export function measure(canvas: HTMLCanvasElement, stage: Size, topLeft: Point, 
   if (width < 1 || height < 1) {
     return { min: 0, max: 0, mean: 0 };
   }
-  // A copy is read: a browser takes a canvas that is read back off the graphics card for good.
+  // Read a copy: after reading a canvas back, browsers no longer draw it with the graphics card.
   const copy = document.createElement("canvas");
   copy.width = width;
   copy.height = height;
@@ -41,7 +41,7 @@ export function measure(canvas: HTMLCanvasElement, stage: Size, topLeft: Point, 
   return { min: Math.round(min), max: Math.round(max), mean: sum / (data.length / 4) };
 }
 
-/** True when a good part of the pixels should be dark and a good part bright, so that a uniform picture is wrong. */
+/** True when a good part of the pixels should be dark and a good part bright, so that a uniform result is wrong. */
 export function expectedContrast({ frame }: ImageState, { lower, upper }: DrawnRange): boolean {
   if (!frame) {
     return false;

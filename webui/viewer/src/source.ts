@@ -1,15 +1,15 @@
 /**
- * Fetches images from the box and keeps the frames that were shown last.
+ * Fetches images from the box and caches the frames that were shown last.
  *
- * Cornerstone never touches the network: its loader (cornerstone.ts) finds a frame here or not at all, so progress,
- * cancellation and the server's own words about an error stay in one place.
+ * Cornerstone never touches the network: its loader (cornerstone.ts) takes frames from here only, so progress,
+ * cancellation and the server's text of an error stay in one place.
  */
-import { frameBytes, layOut, type Frame, type Limits } from "./pixels";
+import { frameBytes, decodeFrame, type Frame, type Limits } from "./pixels";
 import type { Translate } from "./text";
 import { isRecord, parseMeta, ViewerError, type ImageConfig, type ImageMeta } from "./types";
 
-/** Frames kept in memory: a few plain radiographs, or a short cine run, on a PC with 2 GB. */
-const KEPT_BYTES = 192 * 1024 * 1024;
+/** Frames cached in memory: a few radiographs, or a short cine run, on a PC with 2 GB. */
+const CACHE_BYTES = 192 * 1024 * 1024;
 
 export type Progress = (received: number, expected: number) => void;
 
@@ -22,7 +22,7 @@ export class Source {
     private limits: Limits,
   ) {}
 
-  /** Forgets frames that were laid out for another renderer. */
+  /** Drops frames that were decoded for another renderer. */
   setLimits(limits: Limits): void {
     this.limits = limits;
     this.frames.clear();
@@ -49,17 +49,17 @@ export class Source {
   async frame(image: ImageConfig, number: number, signal: AbortSignal, progress: Progress): Promise<Frame> {
     const meta = await this.meta(image, signal);
     const key = `${image.id}/${number}`;
-    const kept = this.frames.get(key);
-    if (kept) {
+    const cached = this.frames.get(key);
+    if (cached) {
       this.frames.delete(key);
-      this.frames.set(key, kept);
-      return kept;
+      this.frames.set(key, cached);
+      return cached;
     }
     const expected = frameBytes(meta);
     const response = await this.fetch(image.frame_url.replace("{frame}", String(number)), signal);
     const buffer = await this.body(response, expected, progress);
-    const frame = layOut(meta, buffer, this.limits);
-    this.keep(key, frame);
+    const frame = decodeFrame(meta, buffer, this.limits);
+    this.cache(key, frame);
     return frame;
   }
 
@@ -83,15 +83,15 @@ export class Source {
     }
   }
 
-  private keep(key: string, frame: Frame): void {
+  private cache(key: string, frame: Frame): void {
     this.frames.set(key, frame);
     let bytes = 0;
-    for (const kept of this.frames.values()) {
-      bytes += kept.pixels.byteLength;
+    for (const cached of this.frames.values()) {
+      bytes += cached.pixels.byteLength;
     }
-    // A Map iterates in the order of insertion, so the first entries are the ones not asked for the longest.
+    // A Map iterates in the order of insertion, so the first entries are those that were not used for the longest time.
     for (const [oldKey, old] of this.frames) {
-      if (bytes <= KEPT_BYTES || oldKey === key) {
+      if (bytes <= CACHE_BYTES || oldKey === key) {
         break;
       }
       this.frames.delete(oldKey);
@@ -116,7 +116,7 @@ export class Source {
     return response;
   }
 
-  /** The server's own words, where it answered with problem+json (RFC 9457). */
+  /** The server's text, where it answered with problem+json (RFC 9457). */
   private async problem(response: Response): Promise<ViewerError> {
     let title = "";
     let detail = "";

@@ -1,4 +1,4 @@
-/** What the viewer remembers about one image while the page is open: how it is shown, and what was drawn on it. */
+/** The state of one image while the page is open: how it is shown, and what was drawn on it. */
 import type { DragMode } from "./input";
 import { Lengths } from "./lengths";
 import { autoWindow, fullWindow, isExact, modalityValue, type Frame, type VoiWindow } from "./pixels";
@@ -24,11 +24,11 @@ export class ImageState {
   meta: ImageMeta | null = null;
   /** Number of the frame asked for, from 0. */
   frameNumber = 0;
-  /** The frame on the stage, and its number: while the next one is on its way, still that of the last. */
+  /** The frame on the stage and its number; they change when the next frame has arrived. */
   frame: Frame | null = null;
   shownNumber = 0;
   window: VoiWindow | null = null;
-  /** Inverted by the person; MONOCHROME1 comes on top. */
+  /** Inverted by the person, in addition to MONOCHROME1. */
   inverted = false;
   view: View | null = null;
   private presetsOf: { frame: Frame; presets: Preset[] } | null = null;
@@ -42,7 +42,7 @@ export class ImageState {
   ) {
     this.lengths = new Lengths(t);
     const positive = config.findings.filter((finding) => finding.positive);
-    // With a single finding there is nothing to choose: the two toggles alone decide.
+    // With a single finding there is nothing to choose: only the two toggles decide.
     this.shown = new Set((config.findings.length === 1 ? config.findings : positive).map((finding) => finding.id));
   }
 
@@ -90,7 +90,7 @@ export class ImageState {
       { name: this.t("preset_auto"), window: autoWindow(frame, this.exact) },
       { name: this.t("preset_full"), window: fullWindow(frame, this.exact) },
     ];
-    // Kept: the controls ask at every redraw, and the automatic window counts a quarter of a million pixels.
+    // Cached: the controls ask at every redraw, and the automatic window counts a quarter of a million pixels.
     this.presetsOf = { frame, presets };
     return presets;
   }
@@ -114,7 +114,7 @@ export class ImageState {
     return Math.max(width, Number.EPSILON);
   }
 
-  /** Changes the window by shares of the frame's range; it stays within reach of the values that there are. */
+  /** Changes the window by shares of the frame's range; it stays near the values of the frame. */
   shiftWindow(widthShare: number, centerShare: number): void {
     if (!this.window || !this.frame) {
       return;
@@ -148,7 +148,7 @@ export class ImageState {
   }
 }
 
-/** A value as short as it can be read: whole numbers whole, others with four significant digits. */
+/** A value as a short text: integers as they are, others with four significant digits. */
 export function formatValue(value: number): string {
   if (Number.isInteger(value) || Math.abs(value) >= 10_000) {
     return Math.round(value).toString();

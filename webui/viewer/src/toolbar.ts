@@ -1,7 +1,7 @@
 /**
  * The toolbar: every function as a visible button with its name, its key and its state.
  *
- * Its role is a group and not a toolbar: there the arrow keys would have to walk along the buttons, and here they
+ * Its role is a group and not a toolbar: there the arrow keys would have to move between the buttons, and here they
  * move the image.
  */
 import type { Action } from "./actions";
@@ -107,7 +107,7 @@ export class Toolbar {
     }
     const clear = this.buttons.get("lengthClear");
     if (clear) {
-      // Not hidden: a toolbar that changes its width can change its height, and with it the size of the picture.
+      // Not hidden: a toolbar that changes its width can change its height, and with it the size of the image.
       clear.disabled ||= !state.hasLengths;
     }
     this.updatePresets(state);

@@ -1,5 +1,5 @@
 /**
- * What the page hands to the viewer (`data-config`) and what the box answers about an image, with the checks that
+ * What the page passes to the viewer (`data-config`) and what the box answers about an image, with the checks that
  * turn untyped JSON into these types.
  *
  * Image coordinates everywhere: pixels, x to the right, y down, origin at the top left corner of the image, so the
@@ -31,7 +31,7 @@ export interface ImageConfig {
   frame_url: string;
   title: string;
   findings: readonly FindingConfig[];
-  /** Why no model has read this image, in a few words; empty when there is a result. */
+  /** Why this image was not analysed, in a few words; empty when there is a result. */
   unread?: string;
 }
 
@@ -40,7 +40,7 @@ export interface ViewerConfig {
   text: Readonly<Record<string, string>>;
   images: readonly ImageConfig[];
   /**
-   * "cpu" keeps WebGL out of it, for a PC whose graphics driver draws wrongly; "webgl" uses it wherever there is some,
+   * "cpu" does without WebGL, for a PC whose graphics driver draws wrongly; "webgl" uses it wherever there is some,
    * also where the browser only emulates it.
    */
   renderer?: "auto" | "webgl" | "cpu";
@@ -123,7 +123,7 @@ function usableSpacing(value: unknown): readonly [number, number] | null {
   if (!isNumber(row) || !isNumber(column) || row <= 0 || column <= 0) {
     return null;
   }
-  // A pixel ten times as long as wide is an error of the file; drawn as told, the picture would be a line.
+  // A pixel ten times as long as wide is an error of the file; drawn like this, the image would be a line.
   const ratio = row / column;
   return ratio > 10 || ratio < 0.1 ? null : [row, column];
 }
@@ -138,7 +138,7 @@ function usableWindows(value: unknown): (readonly [number, number])[] {
   });
 }
 
-/** Reads the box's description of an image; throws a `TypeError` when the pixels could not be laid out by it. */
+/** Reads the box's description of an image; throws a `TypeError` when the pixels cannot be drawn from it. */
 export function parseMeta(value: unknown): ImageMeta {
   if (!isRecord(value)) {
     throw new TypeError("the description of the image is not an object");

@@ -1,12 +1,13 @@
-/** The upload page: many files at once over any line, each with its progress and in the end its outcome. */
+/** The upload page: many files at once over a connection that may break, each with its progress and in the end its outcome. */
+import "./styles/upload.css";
 import type { Upload } from "tus-js-client";
 import { setText } from "./dom";
 import { chosenFiles, droppedFiles, fingerprint, isPicture, type Named } from "./uploadFiles";
 import { PictureForm } from "./uploadForm";
-import { filled, Row, type Texts } from "./uploadRow";
-import { forget, forgetOld, transfer, TransferError, type Box, type Outcome } from "./uploadTransfer";
+import { fillIn, Row, type Texts } from "./uploadRow";
+import { removeUpload, removeOldUploads, transfer, TransferError, type Box, type Outcome } from "./uploadTransfer";
 
-/** Three fill a clinic's line and leave the box's threads to the others. */
+/** Three at once use the network of a clinic fully and leave threads of the box to others. */
 const AT_ONCE = 3;
 
 interface Item {
@@ -35,23 +36,23 @@ class UploadPage {
       this.find<HTMLFormElement>("#picture-form"),
       this.texts,
       (pictures, values) => this.enqueue(pictures, values),
-      () => this.summary(),
+      () => this.showSummary(),
     ));
     for (const input of root.querySelectorAll<HTMLInputElement>("#files, #folder")) {
       input.addEventListener("change", () => {
         const files = chosenFiles(input.files ?? new DataTransfer().files);
         input.value = "";
-        void this.take(files, form);
+        void this.add(files, form);
       });
     }
     this.listenForDrops(form);
-    this.find("#resume").addEventListener("click", () => this.goOn());
+    this.find("#resume").addEventListener("click", () => this.resume());
     window.addEventListener("beforeunload", (event) => {
       if (this.form.waiting > 0 || this.items.some((item) => item.state !== "done")) {
         event.preventDefault();
       }
     });
-    forgetOld();
+    removeOldUploads();
   }
 
   private find<Kind extends HTMLElement>(selector: string): Kind {
@@ -60,7 +61,7 @@ class UploadPage {
 
   private listenForDrops(form: PictureForm): void {
     const zone = this.find("#drop");
-    // Anywhere on the page: a file that misses the zone must not replace the page.
+    // Anywhere on the page: the browser would open a file that is dropped beside the zone, in place of the page.
     document.addEventListener("dragover", (event) => {
       event.preventDefault();
       zone.classList.add("is-over");
@@ -74,13 +75,13 @@ class UploadPage {
       event.preventDefault();
       zone.classList.remove("is-over");
       if (event.dataTransfer) {
-        void droppedFiles(event.dataTransfer).then((files) => this.take(files, form));
+        void droppedFiles(event.dataTransfer).then((files) => this.add(files, form));
       }
     });
   }
 
-  private async take(files: Named[], form: PictureForm): Promise<void> {
-    this.trouble(files.length === 0 ? (this.texts["nothing"] ?? "") : "");
+  private async add(files: Named[], form: PictureForm): Promise<void> {
+    this.showTrouble(files.length === 0 ? (this.texts["nothing"] ?? "") : "");
     const pictures: Named[] = [];
     const others: Named[] = [];
     for (const named of files) {
@@ -92,12 +93,12 @@ class UploadPage {
 
   private enqueue(files: readonly Named[], form: string): void {
     for (const named of files) {
-      const item: Item = { named, form, row: new Row(this.texts, named.name, () => this.callOff(item)), state: "waiting", upload: null, key: "" };
+      const item: Item = { named, form, row: new Row(this.texts, named.name, () => this.cancel(item)), state: "waiting", upload: null, key: "" };
       this.items.push(item);
       this.find("#files-list").append(item.row.node);
     }
     this.find("#progress").hidden = this.items.length === 0;
-    this.summary();
+    this.showSummary();
     this.next();
   }
 
@@ -111,7 +112,7 @@ class UploadPage {
       this.running += 1;
       void this.run(item).finally(() => {
         this.running -= 1;
-        this.summary();
+        this.showSummary();
         this.next();
       });
     }
@@ -135,16 +136,16 @@ class UploadPage {
         item.form,
         item.key,
         {
-          sent: (bytes) => row.sent(named.file.size ? bytes / named.file.size : 1),
-          broken: () => row.say("broken"),
-          checking: (files) => (files > 1 ? row.say("checked", { n: files }) : row.say("checking")),
+          onSent: (bytes) => row.showSent(named.file.size ? bytes / named.file.size : 1),
+          onBroken: () => row.showState("broken"),
+          onChecking: (files) => (files > 1 ? row.showState("checked", { n: files }) : row.showState("checking")),
         },
         (upload) => (item.upload = upload),
       );
       this.toClose.push(result.id);
       this.settle(item, result.outcomes);
     } catch (error) {
-      this.failed(item, error instanceof TransferError ? error : new TransferError("", "", false, false));
+      this.handleFailure(item, error instanceof TransferError ? error : new TransferError("", "", false, false));
     }
   }
 
@@ -158,7 +159,7 @@ class UploadPage {
       return;
     }
     item.state = "done";
-    item.row.done(outcomes);
+    item.row.showOutcomes(outcomes);
     for (const outcome of outcomes) {
       const kind = outcome.result === "refused" || outcome.result === "skipped" ? outcome.result : "stored";
       this.counts[kind] += 1;
@@ -167,11 +168,11 @@ class UploadPage {
 
   private refuse(item: Item, reason: string, hint: string): void {
     item.state = "done";
-    item.row.refused(this.root.dataset["refused"] ?? "", reason, hint);
+    item.row.showRefused(this.root.dataset["refused"] ?? "", reason, hint);
     this.counts.refused += 1;
   }
 
-  private failed(item: Item, error: TransferError): void {
+  private handleFailure(item: Item, error: TransferError): void {
     if (item.state !== "running") {
       return;
     }
@@ -180,36 +181,36 @@ class UploadPage {
       return;
     }
     item.state = "stopped";
-    item.row.say("stopped");
-    const told = error.loggedOut ? this.texts["logged_out"] : error.noRoom ? this.texts["no_room"] : this.texts["lost"];
-    this.trouble(told ?? "");
+    item.row.showState("stopped");
+    const text = error.loggedOut ? this.texts["logged_out"] : error.noRoom ? this.texts["no_room"] : this.texts["lost"];
+    this.showTrouble(text ?? "");
     this.find("#resume").hidden = error.loggedOut;
   }
 
-  private callOff(item: Item): void {
+  private cancel(item: Item): void {
     if (item.state === "done") {
       return;
     }
     item.state = "done";
-    item.row.calledOff();
+    item.row.showCancelled();
     void item.upload?.abort(true).catch(() => undefined);
-    forget(item.key);
-    this.summary();
+    removeUpload(item.key);
+    this.showSummary();
   }
 
-  private goOn(): void {
-    this.trouble("");
+  private resume(): void {
+    this.showTrouble("");
     this.find("#resume").hidden = true;
     for (const item of this.items) {
       if (item.state === "stopped") {
         item.state = "waiting";
-        item.row.say("waiting");
+        item.row.showState("waiting");
       }
     }
     this.next();
   }
 
-  /** Tells the box that a batch is complete, so that the reading begins at once; without it the box waits a few seconds. */
+  /** Reports to the box that a batch is complete, so that the analysis starts at once; otherwise the box waits a few seconds. */
   private async close(): Promise<void> {
     const uploads = this.toClose.splice(0);
     if (uploads.length > 0) {
@@ -221,22 +222,22 @@ class UploadPage {
     }
   }
 
-  private trouble(text: string): void {
-    const line = this.find("#trouble");
-    line.hidden = text === "";
+  private showTrouble(text: string): void {
+    const banner = this.find("#trouble");
+    banner.hidden = text === "";
     this.find("#progress").hidden = this.items.length === 0 && text === "";
-    setText(line.querySelector("span") as HTMLElement, text);
+    setText(banner.querySelector("span") as HTMLElement, text);
   }
 
-  private summary(): void {
+  private showSummary(): void {
     const done = this.items.filter((item) => item.state === "done").length;
     const { waiting } = this.form;
     const all = done === this.items.length && done > 0 && waiting === 0;
-    const told = filled(this.texts[all ? "all_done" : "summary"], { done, total: this.items.length, ...this.counts });
-    setText(this.find("#summary"), waiting > 0 ? `${told} ${filled(this.texts["pictures_wait"], { n: waiting })}` : told);
+    const summary = fillIn(this.texts[all ? "all_done" : "summary"], { done, total: this.items.length, ...this.counts });
+    setText(this.find("#summary"), waiting > 0 ? `${summary} ${fillIn(this.texts["pictures_wait"], { n: waiting })}` : summary);
     this.find("#to-list").hidden = !all;
     if (all) {
-      const first = this.items.filter((item) => item.row.needsAPerson).map((item) => item.row.node);
+      const first = this.items.filter((item) => item.row.needsAttention).map((item) => item.row.node);
       this.find("#files-list").prepend(...first);
     }
     this.root.dataset["done"] = all ? "1" : "0";

@@ -1,6 +1,6 @@
-/** Files out of what a person chose or dropped: single ones, many, whole folders. */
+/** The files that a person chose or dropped: one, many, or folders with everything in them. */
 
-/** A file and the name its owner knows it by, folders included. */
+/** A file and its name with the folders in front of it. */
 export interface Named {
   file: File;
   name: string;
@@ -15,7 +15,7 @@ export function chosenFiles(list: FileList): Named[] {
 }
 
 /**
- * The files that were dropped, folders read to the bottom. The entries must be asked for before anything is awaited:
+ * The files that were dropped, with those of all subfolders. The entries must be requested before anything is awaited:
  * the browser empties the list when the event is over.
  */
 export async function droppedFiles(data: DataTransfer): Promise<Named[]> {
@@ -26,17 +26,17 @@ export async function droppedFiles(data: DataTransfer): Promise<Named[]> {
   if (entries.length === 0) {
     return chosenFiles(data.files);
   }
-  const found: Named[] = [];
+  const files: Named[] = [];
   for (const entry of entries) {
-    await walk(entry, found);
+    await walk(entry, files);
   }
-  return found;
+  return files;
 }
 
-async function walk(entry: FileSystemEntry, found: Named[]): Promise<void> {
+async function walk(entry: FileSystemEntry, files: Named[]): Promise<void> {
   if (entry.isFile) {
     const file = await new Promise<File>((resolve, reject) => (entry as FileSystemFileEntry).file(resolve, reject));
-    found.push({ file, name: entry.fullPath.replace(/^\//, "") });
+    files.push({ file, name: entry.fullPath.replace(/^\//, "") });
     return;
   }
   const reader = (entry as FileSystemDirectoryEntry).createReader();
@@ -47,18 +47,18 @@ async function walk(entry: FileSystemEntry, found: Named[]): Promise<void> {
       return;
     }
     for (const inner of portion) {
-      await walk(inner, found);
+      await walk(inner, files);
     }
   }
 }
 
-/** True for PNG and JPEG, told by their first bytes as the box tells them: names lie. */
+/** True for PNG and JPEG, by their first bytes as on the box: a name can be wrong. */
 export async function isPicture(file: File): Promise<boolean> {
   const head = new Uint8Array(await file.slice(0, 4).arrayBuffer());
   return [PNG, JPEG].some((magic) => magic.every((byte, place) => head[place] === byte));
 }
 
-/** What tells an upload again after a reload: a digest, since a file's name may be a patient's and stays in the browser. */
+/** Identifies an upload after a reload: a digest, since it stays in the browser and a file's name may be that of a patient. */
 export async function fingerprint(user: string, named: Named, form: string): Promise<string> {
   const { file, name } = named;
   const text = JSON.stringify([user, name, file.size, file.lastModified, form]);

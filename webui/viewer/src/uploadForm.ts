@@ -1,7 +1,7 @@
-/** The patient form for pictures: they do not say whose they are, so a person must, before anything is sent. */
+/** The patient form for pictures (PNG, JPEG): they hold no patient data, so a person enters it before anything is sent. */
 import { html, setText } from "./dom";
 import type { Named } from "./uploadFiles";
-import { filled, type Texts } from "./uploadRow";
+import { fillIn, type Texts } from "./uploadRow";
 
 const THUMBNAILS = 24;
 const VIEWS = ["PA", "AP", "LL"] as const;
@@ -16,8 +16,8 @@ export class PictureForm {
   constructor(
     private readonly form: HTMLFormElement,
     private readonly texts: Texts,
-    filledIn: (pictures: Named[], form: string) => void,
-    private readonly changed: () => void,
+    onSubmit: (pictures: Named[], form: string) => void,
+    private readonly onChange: () => void,
   ) {
     this.thumbs = form.querySelector("#thumbs") as HTMLElement;
     this.error = form.querySelector("#form-error") as HTMLElement;
@@ -30,7 +30,7 @@ export class PictureForm {
         for (const view of VIEWS) {
           const same = pictures.filter(([, own]) => own === view).map(([picture]) => picture);
           if (same.length > 0) {
-            filledIn(same, JSON.stringify({ ...values, view }));
+            onSubmit(same, JSON.stringify({ ...values, view }));
           }
         }
       }
@@ -39,7 +39,7 @@ export class PictureForm {
     form.querySelector("#drop-pictures")?.addEventListener("click", () => this.clear());
   }
 
-  /** Asks about these pictures too. */
+  /** Adds pictures to the form, and shows it. */
   add(pictures: readonly Named[]): void {
     if (pictures.length > 0) {
       this.pictures.push(...pictures);
@@ -50,7 +50,7 @@ export class PictureForm {
     }
   }
 
-  /** How many pictures wait for the form. */
+  /** The number of pictures that wait for the form. */
   get waiting(): number {
     return this.pictures.length;
   }
@@ -75,22 +75,22 @@ export class PictureForm {
     return values;
   }
 
-  /** The rules of the box (webui/uploads.py), told before anything is sent. */
+  /** Checks the rules of the box before anything is sent, and marks the fields that break them. */
   private valid(values: Record<string, string>, moveFocus = true): boolean {
     const nameless = !values["patient_name"] && !values["patient_id"];
-    const named = (name: string): boolean => !nameless && !/[\\=]/.test(values[name] ?? "");
+    const isNamed = (name: string): boolean => !nameless && !/[\\=]/.test(values[name] ?? "");
     const checks: [string, boolean][] = [
-      ["#patient_name", named("patient_name")],
-      ["#patient_id", named("patient_id")],
+      ["#patient_name", isNamed("patient_name")],
+      ["#patient_id", isNamed("patient_id")],
       ["#age", /^\d{0,3}$/.test(values["age"] ?? "") && !(values["age_unit"] === "years" && Number(values["age"]) > 130)],
       ["#view-field", this.pictures.every((picture) => this.viewOf(picture, values))],
     ];
     let first: HTMLElement | null = null;
-    for (const [selector, fits] of checks) {
+    for (const [selector, isRight] of checks) {
       const field = this.form.querySelector<HTMLElement>(selector);
-      field?.classList.toggle("is-wrong", !fits);
-      field?.setAttribute("aria-invalid", String(!fits));
-      if (!fits) {
+      field?.classList.toggle("is-wrong", !isRight);
+      field?.setAttribute("aria-invalid", String(!isRight));
+      if (!isRight) {
         first ??= field?.querySelector("input") ?? field;
       }
     }
@@ -106,9 +106,9 @@ export class PictureForm {
     this.thumbs.replaceChildren(...this.pictures.slice(0, THUMBNAILS).map((picture) => this.thumb(picture)));
     const more = this.pictures.length - THUMBNAILS;
     if (more > 0) {
-      this.thumbs.append(html("li", {}, html("span", {}, `+ ${filled(this.texts["pictures"], { n: more })}`)));
+      this.thumbs.append(html("li", {}, html("span", {}, `+ ${fillIn(this.texts["pictures"], { n: more })}`)));
     }
-    this.changed();
+    this.onChange();
   }
 
   private thumb(picture: Named): HTMLLIElement {
@@ -121,15 +121,15 @@ export class PictureForm {
       this.draw();
       this.form.hidden = this.pictures.length === 0;
     });
-    const line = html("li", {}, image, html("span", {}, html("bdi", {}, picture.name)));
+    const entry = html("li", {}, image, html("span", {}, html("bdi", {}, picture.name)));
     if (this.pictures.length > 1) {
-      line.append(this.viewChoice(picture));
+      entry.append(this.viewChoice(picture));
     }
-    line.append(remove);
-    return line;
+    entry.append(remove);
+    return entry;
   }
 
-  /** The view of this one picture: a frontal and a lateral film of one patient come together. */
+  /** The view of this one picture: a frontal and a lateral film of one patient are uploaded together. */
   private viewChoice(picture: Named): HTMLSelectElement {
     const choice = html("select", { class: "view-choice", "aria-label": `${this.texts["view"]}: ${picture.name}` });
     for (const view of ["", ...VIEWS]) {

@@ -1,18 +1,18 @@
-/** One file on its way to the box: tus over a line that may break, then the outcome, asked for until it is known. */
+/** Sends one file to the box: by tus over a connection that may break, then polls for the outcome until it is known. */
 import { DetailedError, Upload } from "tus-js-client";
 import type { Named } from "./uploadFiles";
 import { isRecord } from "./types";
 
-/** Large enough that the requests do not matter, small enough that a session stays awake on a slow line. */
+/** Large enough that the number of requests does not matter, small enough that a session does not expire on a slow connection. */
 const CHUNK_BYTES = 8 * 1024 * 1024;
-/** Together longer than the silence after which the box gives a hanging upload free. */
+/** Together longer than the time after which the box releases an upload that sends nothing. */
 const RETRY_MS = [0, 500, 1000, 3000, 5000, 10000, 15000];
 const OUTCOME_WAIT_S = 20;
-const ASK_AGAIN_MS = 250;
-const KEPT_MS = 24 * 3600 * 1000;
-/** Insufficient Storage: what arrived is kept, and somebody has to make room before it goes on. */
+const POLL_PAUSE_MS = 250;
+const MAX_AGE_MS = 24 * 3600 * 1000;
+/** Insufficient Storage: what arrived stays on the box, and somebody has to free disk space before it continues. */
 const NO_ROOM = 507;
-const STORED_AS = "clinic-upload-";
+const KEY_PREFIX = "clinic-upload-";
 
 export interface Outcome {
   name: string;
@@ -23,7 +23,7 @@ export interface Outcome {
   url: string;
 }
 
-/** Why a file did not arrive: `final` when trying again is of no use, `loggedOut` when a login is, `noRoom` when the disk is full. */
+/** Why a file did not arrive: `final` when another attempt cannot help, `loggedOut` when a login helps, `noRoom` when the disk is full. */
 export class TransferError extends Error {
   constructor(
     readonly reason: string,
@@ -37,10 +37,11 @@ export class TransferError extends Error {
   }
 }
 
-export interface Events {
-  sent(bytes: number): void;
-  broken(): void;
-  checking(files: number): void;
+/** What the page shows while a file is sent. */
+export interface TransferEvents {
+  onSent(bytes: number): void;
+  onBroken(): void;
+  onChecking(files: number): void;
 }
 
 export interface Box {
@@ -48,50 +49,50 @@ export interface Box {
   csrf: string;
 }
 
-/** Sends a file and returns what became of it; `begun` tells how to call it off. Throws `TransferError`. */
+/** Sends a file and returns its outcome; `onStart` gets the upload, which can be aborted. Throws `TransferError`. */
 export async function transfer(
   box: Box,
   named: Named,
   form: string,
   key: string,
-  events: Events,
-  begun: (upload: Upload) => void,
+  events: TransferEvents,
+  onStart: (upload: Upload) => void,
 ): Promise<{ id: string; outcomes: Outcome[] }> {
-  const url = await send(box, named, form, key, events, begun);
-  const outcomes = await outcome(url, events);
-  localStorage.removeItem(STORED_AS + key);
+  const url = await send(box, named, form, key, events, onStart);
+  const outcomes = await pollOutcome(url, events);
+  localStorage.removeItem(KEY_PREFIX + key);
   return { id: url.slice(url.lastIndexOf("/") + 1), outcomes };
 }
 
-/** Forgets where uploads of former days stood; the box has forgotten them too. */
-export function forgetOld(): void {
+/** Removes the stored addresses of uploads older than a day; the box has deleted them too. */
+export function removeOldUploads(): void {
   for (const name of Object.keys(localStorage)) {
-    if (name.startsWith(STORED_AS) && Date.now() - (remembered(name)?.at ?? 0) > KEPT_MS) {
+    if (name.startsWith(KEY_PREFIX) && Date.now() - (storedUpload(name)?.at ?? 0) > MAX_AGE_MS) {
       localStorage.removeItem(name);
     }
   }
 }
 
-/** Forgets one upload that was called off. */
-export function forget(key: string): void {
-  localStorage.removeItem(STORED_AS + key);
+/** Removes the stored address of an upload that was cancelled. */
+export function removeUpload(key: string): void {
+  localStorage.removeItem(KEY_PREFIX + key);
 }
 
-function remembered(name: string): { url: string; at: number } | null {
+function storedUpload(name: string): { url: string; at: number } | null {
   try {
     const value: unknown = JSON.parse(localStorage.getItem(name) ?? "null");
-    const known = isRecord(value) && typeof value["url"] === "string" && typeof value["at"] === "number";
-    return known ? { url: value["url"] as string, at: value["at"] as number } : null;
+    const isStored = isRecord(value) && typeof value["url"] === "string" && typeof value["at"] === "number";
+    return isStored ? { url: value["url"] as string, at: value["at"] as number } : null;
   } catch {
     return null;
   }
 }
 
-function send(box: Box, named: Named, form: string, key: string, events: Events, begun: (upload: Upload) => void): Promise<string> {
+function send(box: Box, named: Named, form: string, key: string, events: TransferEvents, onStart: (upload: Upload) => void): Promise<string> {
   return new Promise((resolve, reject) => {
     const upload = new Upload(named.file, {
       endpoint: box.endpoint,
-      uploadUrl: remembered(STORED_AS + key)?.url ?? null,
+      uploadUrl: storedUpload(KEY_PREFIX + key)?.url ?? null,
       chunkSize: CHUNK_BYTES,
       retryDelays: RETRY_MS,
       uploadDataDuringCreation: true,
@@ -100,32 +101,32 @@ function send(box: Box, named: Named, form: string, key: string, events: Events,
       headers: { "X-CSRFToken": box.csrf },
       onUploadUrlAvailable: () => {
         if (upload.url) {
-          localStorage.setItem(STORED_AS + key, JSON.stringify({ url: upload.url, at: Date.now() }));
+          localStorage.setItem(KEY_PREFIX + key, JSON.stringify({ url: upload.url, at: Date.now() }));
         }
       },
-      onProgress: (bytes) => events.sent(bytes),
+      onProgress: (bytes) => events.onSent(bytes),
       onShouldRetry: (error) => {
         const status = error.originalResponse?.getStatus() ?? 0;
-        const again = status === 0 || [408, 409, 423, 429, 500, 502, 503, 504].includes(status);
-        if (again) {
-          events.broken();
+        const isTemporary = status === 0 || [408, 409, 423, 429, 500, 502, 503, 504].includes(status);
+        if (isTemporary) {
+          events.onBroken();
         }
-        return again;
+        return isTemporary;
       },
       onSuccess: () => (upload.url ? resolve(upload.url) : reject(new TransferError("", "", false, false))),
-      onError: (error) => reject(explained(error)),
+      onError: (error) => reject(toTransferError(error)),
     });
-    begun(upload);
+    onStart(upload);
     upload.start();
   });
 }
 
-function explained(error: Error | DetailedError): TransferError {
+function toTransferError(error: Error | DetailedError): TransferError {
   const response = error instanceof DetailedError ? error.originalResponse : null;
   const status = response?.getStatus() ?? 0;
   const { title, detail } = problem(response?.getBody() ?? "");
-  const passing = [401, 408, 409, 423, 429, 500, 502, 503, 504, NO_ROOM].includes(status);
-  return new TransferError(title, detail, status >= 400 && !passing, status === 401, status === NO_ROOM);
+  const isTemporary = [401, 408, 409, 423, 429, 500, 502, 503, 504, NO_ROOM].includes(status);
+  return new TransferError(title, detail, status >= 400 && !isTemporary, status === 401, status === NO_ROOM);
 }
 
 function problem(body: string): { title: string; detail: string } {
@@ -135,14 +136,14 @@ function problem(body: string): { title: string; detail: string } {
       return { title: String(value["title"] ?? ""), detail: String(value["detail"] ?? "") };
     }
   } catch {
-    // No problem+json: the line broke, or something between here and the box answered.
+    // No problem+json: the connection broke, or something between here and the box answered.
   }
   return { title: "", detail: "" };
 }
 
-/** Asks until the box knows; a lost answer is asked for again, the box gives the same one. */
-async function outcome(url: string, events: Events): Promise<Outcome[]> {
-  events.checking(0);
+/** Polls until the box knows the outcome; after a lost answer the box repeats it. */
+async function pollOutcome(url: string, events: TransferEvents): Promise<Outcome[]> {
+  events.onChecking(0);
   for (let failures = 0; ; ) {
     try {
       const answer = await fetch(`${url}/outcome?wait=${OUTCOME_WAIT_S}`, { credentials: "same-origin" });
@@ -151,8 +152,8 @@ async function outcome(url: string, events: Events): Promise<Outcome[]> {
       }
       if (answer.status === 202) {
         failures = 0;
-        events.checking(((await answer.json()) as { files: number }).files);
-        await pause(ASK_AGAIN_MS);
+        events.onChecking(((await answer.json()) as { files: number }).files);
+        await pause(POLL_PAUSE_MS);
         continue;
       }
       if (answer.status < 500) {
@@ -168,7 +169,7 @@ async function outcome(url: string, events: Events): Promise<Outcome[]> {
     if (delay === undefined) {
       throw new TransferError("", "", false, false);
     }
-    events.broken();
+    events.onBroken();
     await pause(delay);
   }
 }

@@ -1,4 +1,4 @@
-/** Where the image lies on the stage: zoom and pan as pure functions. Lengths on the stage are CSS pixels. */
+/** Where the image is on the stage: zoom and pan as pure functions. Lengths on the stage are CSS pixels. */
 import type { Point } from "./types";
 
 export interface Extent {
@@ -19,17 +19,17 @@ export interface View {
   y: number;
   /** CSS pixels per image column. */
   scale: number;
-  /** True while the image fills the stage as a whole, so that it keeps doing so when the stage changes its size. */
+  /** True while the image is fitted to the stage, so that it keeps doing so when the stage changes its size. */
   fitted: boolean;
 }
 
-/** The largest view that shows the whole image. */
+/** The largest view that shows the complete image. */
 export function fit(image: Extent, stage: Size): View {
   const scale = Math.min(stage.width / image.columns, stage.height / (image.rows * image.aspect));
   return { x: image.columns / 2, y: image.rows / 2, scale, fitted: true };
 }
 
-/** Where an image point lies on the stage. */
+/** Where an image point is on the stage. */
 export function toStage(view: View, image: Extent, stage: Size, [x, y]: Point): Point {
   return [
     (x - view.x) * view.scale + stage.width / 2,
@@ -37,7 +37,7 @@ export function toStage(view: View, image: Extent, stage: Size, [x, y]: Point): 
   ];
 }
 
-/** Which image point lies under a point of the stage. */
+/** Which image point is under a point of the stage. */
 export function toImage(view: View, image: Extent, stage: Size, [x, y]: Point): Point {
   return [
     view.x + (x - stage.width / 2) / view.scale,
@@ -45,7 +45,7 @@ export function toImage(view: View, image: Extent, stage: Size, [x, y]: Point): 
   ];
 }
 
-/** Moves the image by a distance on the stage; its edge never passes the middle, so it cannot be lost. */
+/** Moves the image by a distance on the stage; its edge never passes the middle, so it stays visible. */
 export function panBy(view: View, image: Extent, dx: number, dy: number): View {
   return {
     x: clamp(view.x - dx / view.scale, 0, image.columns),

@@ -1,5 +1,5 @@
 /**
- * The viewer of the study page: ties together the box's pixels, the renderer, the marks and the controls.
+ * The viewer of the study page: connects the box's pixels, the renderer, the marks and the controls.
  *
  * For tests and for the page around it, the element carries `data-state`, `data-renderer`, `data-image-id`,
  * `data-frame`, `data-window-center`, `data-window-width` (modality values), `data-zoom` (CSS pixels per image column),
@@ -7,6 +7,7 @@
  */
 import { actionFor } from "./actions";
 import { Commands, type Host } from "./commands";
+import { cornerTexts } from "./corners";
 import { chooseRenderer, limitsOf, Stage, type Renderer } from "./cornerstone";
 import { html } from "./dom";
 import { HeatMaps } from "./heatmaps";
@@ -23,7 +24,7 @@ import { Toolbar } from "./toolbar";
 import { ViewerError, type ViewerConfig } from "./types";
 import { clamp, fit, type Size } from "./view";
 
-/** A frame that comes sooner than this is shown without the loading box: it would only flicker. */
+/** A frame that comes sooner than this is shown without the loading box: which would only flicker. */
 const QUIET_MS = 250;
 
 export class Viewer implements Host {
@@ -49,7 +50,7 @@ export class Viewer implements Host {
   private current = 0;
   private loading = new AbortController();
   private note = "";
-  /** A picture was put on the stage and not drawn yet. */
+  /** A frame was put on the stage and not drawn yet. */
   private fresh = false;
 
   constructor(
@@ -100,12 +101,12 @@ export class Viewer implements Host {
     }
     await this.open(0);
     if (document.activeElement === document.body) {
-      // The keys work at once, unless the person is already somewhere else on the page.
+      // The keys work at once, unless another part of the page has the focus.
       this.stageBox.focus({ preventScroll: true });
     }
   }
 
-  /** Grey values that were really drawn, within the image. */
+  /** The grey values that were drawn within the image. */
   probe(): Probe {
     const { stage, state } = this;
     if (!stage || !state.frame) {
@@ -115,7 +116,7 @@ export class Viewer implements Host {
     return measure(stage.canvas, stage.size, stage.imageToStage([0, 0]), stage.imageToStage([columns, rows]));
   }
 
-  /** Takes over which images no model has read, and why, by their ids; one that is not named has a result. */
+  /** Sets why images were not analysed, by their ids; an image that is not named has a result. */
   setUnread(why: Readonly<Record<string, string>>): void {
     for (const { config } of this.images) {
       config.unread = why[String(config.id)] ?? "";
@@ -138,7 +139,7 @@ export class Viewer implements Host {
     return this.images[this.current] as ImageState;
   }
 
-  /** Size of the stage, or null while there is no picture to work on. */
+  /** Size of the stage, or null while no image is shown. */
   get stageSize(): Size | null {
     return this.stage && this.state?.frame ? this.stage.size : null;
   }
@@ -182,7 +183,7 @@ export class Viewer implements Host {
     this.overlay.clear();
     this.unread.update(state.config.unread ?? "");
     this.note = "";
-    this.commands.forgetHover();
+    this.commands.clearHover();
     state.frame = null;
     await this.load(0);
   }
@@ -199,7 +200,7 @@ export class Viewer implements Host {
     void this.load(QUIET_MS);
   }
 
-  /** Fetches and shows the frame that the state asks for; a newer call takes over from an older one. */
+  /** Fetches and shows the frame that the state asks for; a newer call replaces an older one. */
   private async load(quietMs: number): Promise<void> {
     this.loading.abort();
     const loading = (this.loading = new AbortController());
@@ -231,13 +232,12 @@ export class Viewer implements Host {
     if (!(error instanceof ViewerError)) {
       console.warn("viewer:", error);
     }
-    const told =
-      error instanceof ViewerError ? error : new ViewerError(this.t("error_title"), this.t("error_draw"));
-    // The picture of another frame must not stand there as if it were the one that failed.
+    const shown = error instanceof ViewerError ? error : new ViewerError(this.t("error_title"), this.t("error_draw"));
+    // Do not show another frame in place of the one that failed.
     this.state.frame = null;
     this.overlay.clear();
     this.legend.update(false, this.settings.opacity);
-    this.message.error(told, () => void this.load(0));
+    this.message.error(shown, () => void this.load(0));
     this.setState("error");
     this.updateControls();
   }
@@ -274,7 +274,7 @@ export class Viewer implements Host {
     this.apply();
   }
 
-  /** Gives up WebGL for the rest of the visit: a lost context or a blank picture will not be the last one. */
+  /** Draws without WebGL until the page is left: a lost context or a blank image will happen again. */
   private async useCpu(reason: unknown): Promise<void> {
     if (this.renderer === "cpu") {
       return;
@@ -373,28 +373,11 @@ export class Viewer implements Host {
   // ------------------------------------------------------------------ texts and buttons
 
   updateCorners(): void {
-    const { state, settings, t } = this;
-    const { window, view, meta, frame } = state;
-    if (!window || !view || !meta || !frame) {
-      return;
+    const around = { hovered: this.commands.hovered(), note: this.note, isDrawnByCpu: this.renderer === "cpu" };
+    const texts = cornerTexts(this.t, this.state, this.settings, around);
+    if (texts) {
+      this.corners.update(texts);
     }
-    const right = [
-      this.commands.hovered(),
-      meta.spacing ? "" : t("status_no_spacing"),
-      frame.reduction > 1 ? t("status_reduced", { factor: frame.reduction }) : "",
-      this.renderer === "cpu" ? t("status_cpu") : "",
-    ];
-    const left = [
-      state.inverted ? t("status_inverted") : "",
-      t("status_zoom", { percent: Math.round(view.scale * 100) }),
-      t("status_window", { width: formatValue(window.width), center: formatValue(window.center) }),
-    ];
-    this.corners.update({
-      title: state.config.title,
-      left: left.filter(Boolean).join("\n"),
-      right: right.filter(Boolean).join("\n"),
-      hint: this.note || (settings.mode === "measure" ? t("measure_hint") : ""),
-    });
   }
 
   private updateControls(): void {

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from appliance.core.errors import StoreError
-from appliance.store import accounts as module
+from appliance.login_throttle import LOCKOUT_S, MAX_FAILURES
 from appliance.store.accounts import Account, Accounts
 from appliance.store.store import Store
 
@@ -63,18 +63,18 @@ def test_the_old_password_is_no_new_one(accounts: Accounts) -> None:
 
 def test_r3_five_failures_lock_for_fifteen_minutes(accounts: Accounts, monkeypatch: pytest.MonkeyPatch) -> None:
     password = accounts.add("demo", "clinician", "t")
-    for _ in range(module.MAX_FAILURES):
+    for _ in range(MAX_FAILURES):
         assert accounts.login("demo", "wrong", "peer") is None
     assert accounts.login("demo", password, "peer") is None
     start = time.time()
-    monkeypatch.setattr(time, "time", lambda: start + module.LOCKOUT_S + 1)
+    monkeypatch.setattr(time, "time", lambda: start + LOCKOUT_S + 1)
     assert accounts.login("demo", password, "peer")
 
 
 def test_a_success_clears_the_failures(accounts: Accounts) -> None:
     password = accounts.add("demo", "clinician", "t")
     for _ in range(3):
-        for _ in range(module.MAX_FAILURES - 1):
+        for _ in range(MAX_FAILURES - 1):
             assert accounts.login("demo", "wrong", "peer") is None
         assert accounts.login("demo", password, "peer")
 

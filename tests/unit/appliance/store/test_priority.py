@@ -116,7 +116,7 @@ def test_an_image_that_says_stat_brings_forward_what_waits_of_its_study(store: S
     stat = take(store, with_priority("STAT", StudyInstanceUID="1.2.3"))
     later = take(store, scan_bytes(StudyInstanceUID="1.2.3"))
     assert stat.study_id == later.study_id == first.study_id
-    assert [row.id for row in Worklist(store).changes(revision)] == [first.study_id]
+    assert [row.id for row in Worklist(store).page() if row.revision > revision] == [first.study_id]
     assert order(store) == [first.instance_id, stat.instance_id, later.instance_id, other.instance_id]
     assert [item["detail"]["urgent"] for item in entries(store, first.study_id)] == [1]  # said once, however many images say it
 
@@ -178,7 +178,7 @@ def test_the_mark_can_be_taken_back_and_what_waits_waits_in_its_turn(store: Stor
     assert store.make_routine(stat.study_id, "wang") == 1
     assert store.make_routine(stat.study_id, "wang") is None
     assert why(store, stat.study_id) is None
-    assert [row.id for row in Worklist(store).changes(revision)] == [stat.study_id]
+    assert [row.id for row in Worklist(store).page() if row.revision > revision] == [stat.study_id]
     rows = [json.loads(row["entry"]) for row in store.database.query("SELECT entry FROM audit ORDER BY seq")]
     taken_back = [(row["actor"], row["object"], row["detail"]) for row in rows if "not_urgent" in row["detail"]]
     assert taken_back == [("wang", f"study:{stat.study_id}", {"not_urgent": 1, "origin": "person"})]

@@ -1,0 +1,157 @@
+"""What the viewer asks for: descriptions, raw frames, heat maps, and errors in the person's language."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from werkzeug.exceptions import ServiceUnavailable
+
+from appliance.core.settings import Settings
+from tests.support.scans import dataset, encode, scan_bytes
+from tests.web_box import PASSWORD, Box, Person, in_process, result
+from webui.study import frame_cache
+
+
+@pytest.fixture
+def box(settings: Settings) -> Iterator[Box]:
+    with in_process(settings) as running:
+        yield running
+
+
+def test_description_and_pixels_of_a_plain_image(box: Box) -> None:
+    made = dataset(
+        PixelSpacing=[0.2, 0.1],
+        WindowCenter=500,
+        WindowWidth=900,
+        RescaleSlope=2,
+        RescaleIntercept=-10,
+        PhotometricInterpretation="MONOCHROME1",
+    )
+    stored = box.take(encode(made))
+    person = box.person()
+    told = person.get(f"/api/instances/{stored.instance_id}/pixels").json()
+    assert told == {
+        "rows": 64, "columns": 48, "frames": 1, "samples": 1, "dtype": "uint16", "slope": 2.0, "intercept": -10.0,
+        "windows": [[500.0, 900.0]],
+        "voi_function": "LINEAR", "photometric": "MONOCHROME1", "spacing": [0.2, 0.1], "min": 0.0, "max": 3037.0,
+    }  # fmt: skip
+    answer = person.get(f"/api/instances/{stored.instance_id}/frames/0")
+    assert answer.headers["Content-Type"] == "application/octet-stream"
+    assert np.array_equal(np.frombuffer(answer.content, "<u2").reshape(64, 48), made.pixel_array)
+
+
+def test_frames_of_a_run_and_colour(box: Box) -> None:
+    frames = np.random.default_rng(1).integers(0, 255, (3, 8, 10, 3), np.uint8)
+    made = dataset(
+        Rows=8, Columns=10, NumberOfFrames=3, SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0, BitsAllocated=8,
+        BitsStored=8, HighBit=7, PixelData=frames.tobytes(),
+    )  # fmt: skip
+    stored = box.take(encode(made))
+    person = box.person()
+    told = person.get(f"/api/instances/{stored.instance_id}/pixels").json()
+    assert (told["frames"], told["samples"], told["dtype"], told["photometric"], told["spacing"]) == (3, 3, "uint8", "RGB", None)
+    for number in (2, 0, 2):
+        assert person.get(f"/api/instances/{stored.instance_id}/frames/{number}").content == frames[number].tobytes()
+    assert person.get(f"/api/instances/{stored.instance_id}/frames/3").status_code == 404
+
+
+def test_the_memory_for_frames_is_bounded(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frame_cache, "_MAX_PIXEL_BYTES", 64 * 48 * 2)
+    monkeypatch.setattr(frame_cache, "_MAX_FILE_BYTES", 10_000)
+    first, second = box.take(scan_bytes()), box.take(scan_bytes())
+    cache = frame_cache.FrameCache(box.store)
+    for stored in (first, second, first, first):
+        cache.frame(stored.instance_id, 0)
+    assert list(cache._frames) == [(first.instance_id, 0)]
+    assert list(cache._files) == [first.instance_id]
+    monkeypatch.setattr(frame_cache, "_MAX_PIXEL_BYTES", 1)
+    cache.frame(second.instance_id, 0)
+    assert list(cache._frames) == [(first.instance_id, 0)]
+
+
+def test_too_many_waiting_for_frames_are_told_to_wait(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = box.take(scan_bytes())
+    monkeypatch.setattr(frame_cache, "_WAIT_S", 0.01)
+    cache = frame_cache.FrameCache(box.store)
+    with cache._lock, pytest.raises(ServiceUnavailable):
+        cache.frame(stored.instance_id, 0)
+
+
+def test_a_heat_map_is_the_stored_png(box: Box) -> None:
+    box.activate()
+    stored = box.take(scan_bytes())
+    box.work(result())
+    finding = box.store.database.query("SELECT id FROM findings")[0]["id"]
+    person = box.person()
+    answer = person.get(f"/api/findings/{finding}/heatmap.png")
+    assert (answer.headers["Content-Type"], answer.content) == ("image/png", b"\x89PNG\r\n\x1a\nheat")
+    assert f"/api/findings/{finding}/heatmap.png" in person.open(f"/studies/{stored.study_id}")
+
+
+def test_errors_come_as_problems_in_the_language_of_the_page(box: Box) -> None:
+    person = box.person(language="zh")
+    for path in ("/api/instances/9/pixels", "/api/instances/9/frames/0", "/api/findings/9/heatmap.png"):
+        answer = person.get(path)
+        assert (answer.status_code, answer.headers["Content-Type"]) == (404, "application/problem+json")
+        assert answer.json() == {
+            "type": "about:blank",
+            "status": 404,
+            "title": "没有此记录",
+            "detail": "请刷新页面。",
+            "code": "store.missing",
+        }
+    stored = box.take(scan_bytes())
+    for file in (box.settings.data_dir / "content").rglob("*"):
+        if file.is_file():
+            whole = file.read_bytes()
+            file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    tampered = person.get(f"/api/instances/{stored.instance_id}/pixels")
+    assert (tampered.status_code, tampered.json()["code"]) == (500, "store.tampered")
+
+
+def test_looking_is_written_to_the_audit_once(box: Box) -> None:
+    stored = box.take(scan_bytes())
+    person = box.person()
+
+    def looks() -> int:
+        return len(
+            box.store.database.query("SELECT 1 FROM audit WHERE entry LIKE '%110103%' AND entry LIKE ?", f'%"study:{stored.study_id}"%')
+        )
+
+    person.get(f"/api/instances/{stored.instance_id}/pixels")
+    person.get(f"/api/instances/{stored.instance_id}/frames/0")
+    assert looks() == 1
+    person.open(f"/studies/{stored.study_id}")
+    person.get(f"/studies/{stored.study_id}", headers={"X-Fragment": "1"})
+    person.get(f"/api/instances/{stored.instance_id}/pixels")
+    assert looks() == 2
+    box.person("other").get(f"/api/instances/{stored.instance_id}/pixels")
+    assert looks() == 3
+
+
+def test_heat_maps_and_refreshes_are_looks_too_once_in_a_while(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    box.activate()
+    stored = box.take(scan_bytes())
+    box.work(result())
+    finding = box.store.database.query("SELECT id FROM findings")[0]["id"]
+
+    def looks() -> int:
+        return len(box.store.database.query("SELECT 1 FROM audit WHERE entry LIKE '%110103%'"))
+
+    box.person("first").get(f"/api/findings/{finding}/heatmap.png")
+    assert looks() == 1
+    second = box.person("second")
+    for _ in range(3):
+        second.get(f"/studies/{stored.study_id}", headers={"X-Fragment": "1"})
+        second.get(f"/api/findings/{finding}/heatmap.png")
+    assert looks() == 2
+    again = Person(box.base)
+    assert again.log_in("second", PASSWORD).status_code == 302
+    again.get(f"/api/findings/{finding}/heatmap.png")
+    assert looks() == 2  # the same person
+    monkeypatch.setattr("webui.study.access_log.REPEAT_AFTER_S", 0.0)
+    second.get(f"/studies/{stored.study_id}", headers={"X-Fragment": "1"})
+    assert looks() == 3
+    assert second.get("/api/findings/999/heatmap.png").status_code == 404

@@ -1,0 +1,1 @@
+"""The status page, the list of refused files and the health check."""

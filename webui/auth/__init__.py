@@ -1,0 +1,1 @@
+"""Login, logout, one's own password and the language of the pages."""

@@ -1,0 +1,163 @@
+"""Login, logout, change of password and choice of language; the rules for passwords are those of :mod:`appliance.store.accounts`."""
+
+from __future__ import annotations
+
+import threading
+from typing import Final
+
+from flask import Blueprint, Flask, abort, flash, g, make_response, redirect, render_template, request, session, url_for
+from flask.typing import ResponseReturnValue
+from flask_babel import gettext
+from flask_login import LoginManager, current_user, login_user, logout_user
+
+from appliance.core.errors import StoreError
+from appliance.store.accounts import Account
+from webui.context import current_box
+from webui.formatting import LANGUAGE_COOKIE, LANGUAGES
+from webui.messages import reason_hint, reason_text
+from webui.server.security import safe_next
+
+blueprint: Final = Blueprint("auth", __name__)
+
+_MAX_PASSWORD_CHARS: Final = 256
+_YEAR_S: Final = 365 * 24 * 3600
+# Each check of a password takes 19 MiB and one core; many logins at once must not overload the box.
+_PASSWORD_CHECKS: Final = threading.BoundedSemaphore(2)
+_WAIT_S: Final = 5.0
+
+
+class SessionUser:
+    """The account behind a request, as Flask-Login needs it; its id is the session's token, which the server can revoke."""
+
+    is_authenticated = True
+    is_active = True
+    is_anonymous = False
+
+    def __init__(self, account: Account, token: str) -> None:
+        self.account = account
+        self.token = token
+
+    def get_id(self) -> str:
+        """The session's token."""
+        return self.token
+
+
+def load_user(token: str) -> SessionUser | None:
+    """The user of a session token; None when the session has ended.
+
+    Called again within one request after the database failed, it returns None, so that the error page can be shown.
+    """
+    if g.get("is_loading_user", False):
+        return None
+    g.is_loading_user = True
+    account = current_box().accounts.resume(token, touch=not g.get("background", False))
+    g.is_loading_user = False
+    return SessionUser(account, token) if account else None
+
+
+def init_app(app: Flask) -> None:
+    """Let an application know its users."""
+    login_manager = LoginManager()
+    login_manager.session_protection = None  # sessions are kept and ended on the server (appliance.store.accounts)
+    login_manager.user_loader(load_user)
+    login_manager.init_app(app)
+
+
+@blueprint.route("/login", methods=["GET", "POST"])
+def login() -> ResponseReturnValue:
+    """The login page; the same words for an unknown name, a wrong password and a locked account (R3)."""
+    target = safe_next(request.args.get("next"))
+    if request.method == "GET":
+        return redirect(target) if current_user.is_authenticated else _login_page()
+    token = _check_login(request.form.get("username", "").strip(), request.form.get("password", ""))
+    if token is None:
+        return _login_page(request.form.get("username", ""), has_failed=True), 401
+    _begin_session(token)
+    return redirect(target)
+
+
+def _login_page(username: str = "", *, has_failed: bool = False) -> str:
+    return render_template("login.html", username=username, has_failed=has_failed)
+
+
+def _check_login(username: str, password: str) -> str | None:
+    if len(password) > _MAX_PASSWORD_CHARS:
+        password = ""
+    if not _PASSWORD_CHECKS.acquire(timeout=_WAIT_S):
+        abort(429)
+    try:
+        return current_box().accounts.login(username, password, request.remote_addr or "")
+    finally:
+        _PASSWORD_CHECKS.release()
+
+
+def _begin_session(token: str) -> None:
+    """Start a new session with an empty cookie: nothing of the previous one is kept."""
+    session.clear()
+    user = load_user(token)
+    if user is None:
+        abort(401)
+    login_user(user)
+
+
+@blueprint.post("/logout")
+def logout() -> ResponseReturnValue:
+    """End the session on the server."""
+    current_box().accounts.logout(current_user.token)
+    logout_user()
+    session.clear()
+    return redirect(url_for("auth.login"))
+
+
+@blueprint.route("/password", methods=["GET", "POST"])
+def password() -> ResponseReturnValue:
+    """Change one's own password; the first login with a one-time password is redirected here."""
+    account = current_user.account
+    if request.method == "GET":
+        return render_template("password.html", must_change=account.must_change, error="")
+    old, new, again = (request.form.get(name, "") for name in ("old", "new", "again"))
+    error = _change_password(account, old, new, again)
+    if error:
+        return render_template("password.html", must_change=account.must_change, error=error), 422
+    token = _check_login(account.username, new)  # changing it ended every session, this one too
+    if token is None:
+        return redirect(url_for("auth.login"))
+    _begin_session(token)
+    flash(gettext("Your new password is set."))
+    return redirect(url_for("worklist.show"))
+
+
+def _change_password(account: Account, old: str, new: str, again: str) -> str:
+    """Change the password; returns what is wrong, or an empty text after success."""
+    if new != again:
+        return str(gettext("The two new passwords differ. Type the same one twice."))
+    if len(new) > _MAX_PASSWORD_CHARS:
+        return str(gettext("The new password is too long."))
+    accounts, peer = current_box().accounts, request.remote_addr or ""
+    if accounts.is_blocked(account.username, peer):
+        return str(gettext("Too many wrong passwords. Wait 15 minutes, then try again."))
+    if not _PASSWORD_CHECKS.acquire(timeout=_WAIT_S):
+        abort(429)
+    try:
+        accounts.change_password(account, old[:_MAX_PASSWORD_CHARS], new)
+    except StoreError as refusal:
+        if not refusal.code.startswith("account."):
+            raise
+        if refusal.code == "account.wrong_password":
+            accounts.record_wrong_password(account, peer)
+        return f"{reason_text(refusal.code)}{gettext('. ')}{reason_hint(refusal.code)}"
+    finally:
+        _PASSWORD_CHECKS.release()
+    return ""
+
+
+@blueprint.post("/language")
+def language() -> ResponseReturnValue:
+    """Switch the language of the pages; remembered in this browser."""
+    chosen = request.form.get("language", "")
+    if chosen not in LANGUAGES:
+        abort(400)
+    response = make_response(redirect(safe_next(request.form.get("next"))))
+    secure = current_box().settings.tls_certificate is not None
+    response.set_cookie(LANGUAGE_COOKIE, chosen, max_age=_YEAR_S, samesite="Lax", httponly=True, secure=secure)
+    return response

@@ -1,0 +1,45 @@
+"""What all pages of one web process share: the settings, the store and the queries over it, the accounts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from flask import current_app
+
+from appliance.core.settings import Settings
+from appliance.store.accounts import Accounts
+from appliance.store.store import Store
+from appliance.store.worklist import Worklist
+
+
+@dataclass
+class BoxContext:
+    """The shared parts, made once by ``create_app``.
+
+    Attributes:
+        on_stop: what the page groups that run work beside the requests want done when the process ends.
+    """
+
+    settings: Settings
+    store: Store
+    worklist: Worklist
+    accounts: Accounts
+    on_stop: list[Callable[[], None]] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, settings: Settings) -> BoxContext:
+        """Open the store of a box; raises StoreError when it cannot be used."""
+        store = Store(settings)
+        return cls(settings, store, Worklist(store), Accounts(store))
+
+    def stop(self) -> None:
+        """End what runs beside the requests; unfinished work stays on the disk and continues at the next start."""
+        for stop in self.on_stop:
+            stop()
+
+
+def current_box() -> BoxContext:
+    """The box of the application that serves this request."""
+    box: BoxContext = current_app.extensions["box"]
+    return box

@@ -1,0 +1,1 @@
+"""The web process itself: gunicorn, slow clients, access rules and error answers."""

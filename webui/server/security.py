@@ -1,0 +1,137 @@
+"""Checks before every request (host name, size, session, role; deny by default) and the security headers of every answer."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from typing import Final
+from urllib.parse import quote, urlsplit
+
+from flask import Flask, Response, abort, g, redirect, request, url_for
+from flask.typing import ResponseReturnValue
+from flask_login import current_user
+from flask_wtf.csrf import CSRFProtect
+
+from appliance.core.settings import Settings
+from appliance.store.encrypted_files import load_key
+from webui.context import current_box
+from webui.server import problems
+
+# Never 'unsafe-eval' and no inline script or style; 'wasm-unsafe-eval' is for the viewer's own modules.
+CONTENT_SECURITY_POLICY: Final = "; ".join(
+    (
+        "default-src 'self'", "script-src 'self' 'wasm-unsafe-eval'", "style-src 'self'", "img-src 'self' blob: data:",
+        "worker-src 'self' blob:", "connect-src 'self'", "object-src 'none'", "base-uri 'none'", "frame-ancestors 'none'",
+        "form-action 'self'",
+    )
+)  # fmt: skip
+
+# Need no login; everything else needs a session.
+OPEN_ENDPOINTS: Final = frozenset({"static", "auth.login", "auth.language", "admin.healthz"})
+# What an account with a one-time password may do: set its own password, or log out.
+_BEFORE_PASSWORD_CHANGE: Final = OPEN_ENDPOINTS | {"auth.password", "auth.logout"}
+# Show no patient data; a technician or auditor may see nothing else (R6).
+WITHOUT_PATIENTS: Final = _BEFORE_PASSWORD_CHANGE | {"admin.health"}
+PATIENT_ROLES: Final = frozenset({"clinician", "administrator"})
+
+_FORM_BYTES: Final = 64 << 10
+_BATCH_BYTES: Final = 1 << 20
+TUS_CHUNK_BYTES: Final = 64 << 20
+# The largest row number of SQLite.
+MAX_ID: Final = 2**63 - 1
+
+csrf: Final = CSRFProtect()
+
+
+def init_app(app: Flask, settings: Settings) -> None:
+    """Install the checks before every request and the headers after it."""
+    app.config.update(
+        SECRET_KEY=load_key(settings.data_dir / "keys", "web.key"),
+        SESSION_COOKIE_NAME="clinicbox",
+        SESSION_COOKIE_HTTPONLY=True,
+        SESSION_COOKIE_SAMESITE="Strict",
+        SESSION_COOKIE_SECURE=settings.tls_certificate is not None,
+        WTF_CSRF_TIME_LIMIT=None,  # as long as the session: an upload page stays open for hours
+        WTF_CSRF_SSL_STRICT=False,  # pages send no Referer at all
+        MAX_CONTENT_LENGTH=_FORM_BYTES,
+    )
+    app.before_request(_check_request)
+    csrf.init_app(app)
+    app.after_request(_add_headers)
+
+
+def parse_id(text: str | None) -> int | None:
+    """A row's id from an address or form; None when it is absent or no id."""
+    value = text or ""
+    return int(value) if value.isascii() and value.isdigit() and len(value) <= len(str(MAX_ID)) and int(value) <= MAX_ID else None
+
+
+def safe_next(target: str | None) -> str:
+    """Where to go after a login: a path of this box, never another site; the worklist when in doubt."""
+    home = url_for("worklist.show")
+    if not target or not target.startswith("/") or target.startswith("//") or "\\" in target or not target.isprintable():
+        return home
+    parts = urlsplit(target)
+    return target if not parts.scheme and not parts.netloc else home
+
+
+def _check_request() -> ResponseReturnValue | None:
+    """Deny by default: host name, size, session, own password, role, in this order."""
+    if not _is_own_host(request.host, current_box().settings):
+        abort(400)
+    g.background = request.headers.get("X-Background") == "1"
+    request.max_content_length = _largest_body()
+    endpoint = request.endpoint or ""
+    if endpoint in OPEN_ENDPOINTS:
+        return None
+    if not current_user.is_authenticated:
+        return _ask_to_log_in()
+    if current_user.account.must_change and endpoint not in _BEFORE_PASSWORD_CHANGE:
+        return problems.password_change_required() if problems.wants_json() else redirect(url_for("auth.password"))
+    if current_user.account.role not in PATIENT_ROLES and endpoint and endpoint not in WITHOUT_PATIENTS:
+        if endpoint == "worklist.show" and request.method == "GET":
+            return redirect(url_for("admin.health"))
+        abort(403)
+    return None
+
+
+def _ask_to_log_in() -> ResponseReturnValue:
+    if problems.wants_json() or request.headers.get("X-Background") or request.method not in ("GET", "HEAD"):
+        abort(401)
+    wanted = request.path if request.endpoint else ""
+    return redirect(url_for("auth.login") + (f"?next={quote(wanted)}" if wanted not in ("", "/") else ""))
+
+
+def _largest_body() -> int:
+    """The largest body, in bytes, that this endpoint reads."""
+    settings = current_box().settings
+    if request.endpoint == "upload.multipart":
+        return settings.max_archive_bytes if getattr(current_user, "is_authenticated", False) else 0
+    if request.endpoint == "upload.close":
+        return _BATCH_BYTES
+    return TUS_CHUNK_BYTES if (request.endpoint or "").startswith("tus.") else _FORM_BYTES
+
+
+def _is_own_host(host: str, settings: Settings) -> bool:
+    """Whether a Host header names this box: a foreign name that resolves to this address (DNS rebinding) is refused."""
+    name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        own = socket.gethostname().lower()
+        return name in {"localhost", own, own.partition(".")[0], f"{own.partition('.')[0]}.local", settings.web_host.lower()}
+    return True
+
+
+def _add_headers(response: Response) -> Response:
+    response.headers.setdefault("Content-Security-Policy", CONTENT_SECURITY_POLICY)
+    response.headers.setdefault("X-Content-Type-Options", "nosniff")
+    response.headers.setdefault("Referrer-Policy", "no-referrer")
+    response.headers.setdefault("X-Frame-Options", "DENY")
+    response.headers.setdefault("Cross-Origin-Opener-Policy", "same-origin")
+    response.headers.setdefault("Cross-Origin-Resource-Policy", "same-origin")
+    response.headers.setdefault("Permissions-Policy", "camera=(), microphone=(), geolocation=()")
+    if request.endpoint != "static":
+        # Several people use one PC: no patient data may stay in its cache.
+        response.headers["Cache-Control"] = "no-store"
+    return response

@@ -1,0 +1,1 @@
+"""The page of one study: images, findings and the data that the viewer asks for."""

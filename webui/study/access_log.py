@@ -1,0 +1,50 @@
+"""Audit entries for opened studies (DICOM PS3.15 A.5.3.7): one per visit, not one per image and refresh that an open page loads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Final
+
+from flask import Flask, current_app
+from flask_login import current_user
+
+from appliance.store.database import INSTANCES_ACCESSED
+from webui.context import current_box
+
+_MAX_ENTRIES: Final = 10_000
+# A page that stays open and refreshes itself counts as another visit after this time.
+REPEAT_AFTER_S: Final = 600.0
+
+
+class RecentVisits:
+    """Which account has visited which study lately."""
+
+    def __init__(self) -> None:
+        self._times: dict[tuple[int, int], float] = {}
+        self._lock = threading.Lock()
+
+    def is_new(self, account_id: int, study_id: int) -> bool:
+        """Whether this account has not visited the study for ``REPEAT_AFTER_S``; if so, remembers a visit now."""
+        key, now = (account_id, study_id), time.monotonic()
+        with self._lock:
+            is_new = now - self._times.get(key, -REPEAT_AFTER_S) >= REPEAT_AFTER_S
+            if is_new:
+                self._times.pop(key, None)
+                self._times[key] = now
+                if len(self._times) > _MAX_ENTRIES:
+                    del self._times[next(iter(self._times))]
+        return is_new
+
+
+def init_app(app: Flask) -> None:
+    """Make the visits of an application."""
+    app.extensions["visits"] = RecentVisits()
+
+
+def record_access(study_id: int, *, is_opened: bool = False) -> None:
+    """Write to the audit that this person sees this study: always when it is opened, else if the last visit was long ago."""
+    visits: RecentVisits = current_app.extensions["visits"]
+    is_new = visits.is_new(current_user.account.id, study_id)
+    if is_opened or is_new:
+        current_box().store.record(INSTANCES_ACCESSED, current_user.account.username, "R", f"study:{study_id}")

@@ -1,0 +1,118 @@
+"""Frames for the viewer, decoded one at a time and cached, since a page asks for the description and then for the pixels.
+
+The decoders are imported with the first image, to save memory while no image is shown.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import replace
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, Final
+
+from flask import Flask, current_app
+from werkzeug.exceptions import ServiceUnavailable
+
+from appliance.store.store import Store
+
+if TYPE_CHECKING:
+    from pydicom.dataset import Dataset
+
+    from appliance.imaging.display_frame import DisplayFrame
+
+# Enough for the largest plain radiographs; little beside the memory of the worker.
+_MAX_FILE_BYTES: Final = 32 << 20
+_MAX_PIXEL_BYTES: Final = 32 << 20
+_WAIT_S: Final = 30.0
+
+
+class FrameCache:
+    """The frames of stored images; at most one is decoded at a time, which limits the memory."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._files: OrderedDict[int, tuple[int, Dataset]] = OrderedDict()
+        self._frames: OrderedDict[tuple[int, int], DisplayFrame] = OrderedDict()
+
+    def frame(self, instance_id: int, number: int) -> DisplayFrame:
+        """One frame, numbered from 0, as the viewer draws it.
+
+        Raises:
+            StoreError: the image is missing or was tampered with.
+            PixelError: its pixels cannot be decoded.
+            IndexError: it has no such frame.
+            ServiceUnavailable: too many wait for frames.
+        """
+        if not self._lock.acquire(timeout=_WAIT_S):
+            raise ServiceUnavailable(retry_after=10)
+        try:
+            return self._cached(instance_id, number) or self._decode(instance_id, number)
+        finally:
+            self._lock.release()
+
+    def _cached(self, instance_id: int, number: int) -> DisplayFrame | None:
+        frame = self._frames.get((instance_id, number))
+        if frame is not None:
+            self._frames.move_to_end((instance_id, number))
+        return frame
+
+    def _decode(self, instance_id: int, number: int) -> DisplayFrame:
+        from appliance.imaging.display_frame import display_frame
+        from appliance.imaging.pixels import register_decoders
+
+        register_decoders()
+        frame = display_frame(self._dataset(instance_id), number)
+        if frame.pixels.base is not None:  # a view would keep all frames of the image in memory
+            frame = replace(frame, pixels=frame.pixels.copy())
+        _put(self._frames, (instance_id, number), frame, lambda item: int(item.pixels.nbytes), _MAX_PIXEL_BYTES)
+        return frame
+
+    def _dataset(self, instance_id: int) -> Dataset:
+        """The parsed file, cached because a viewer asks for the frames of one image one by one."""
+        from pydicom import dcmread
+
+        import appliance.ingest.ingest  # noqa: F401 - configures how pydicom parses invalid values
+
+        if instance_id in self._files:
+            self._files.move_to_end(instance_id)
+            return self._files[instance_id][1]
+        data = self._store.read_instance(instance_id)
+        dataset = dcmread(BytesIO(data))
+        _put(self._files, instance_id, (len(data), dataset), lambda item: item[0], _MAX_FILE_BYTES)
+        return dataset
+
+
+def _put(cache: OrderedDict[Any, Any], key: Any, value: Any, size: Any, limit: int) -> None:
+    """Add a value and remove the oldest until all fit; a value larger than the limit is not added."""
+    if size(value) > limit:
+        return
+    cache[key] = value
+    while sum(size(item) for item in cache.values()) > limit:
+        cache.popitem(last=False)
+
+
+def init_app(app: Flask, store: Store) -> None:
+    """Make the cache of an application."""
+    app.extensions["frames"] = FrameCache(store)
+
+
+def current_frames() -> FrameCache:
+    """The cache of the application that serves this request."""
+    cache: FrameCache = current_app.extensions["frames"]
+    return cache
+
+
+def describe_frame(frame: DisplayFrame, frames: int) -> dict[str, Any]:
+    """The parameters that the viewer needs to draw a frame (DICOM PS3.3 C.7.6.3, C.11.1, C.11.2)."""
+    rows, columns = frame.pixels.shape[:2]
+    is_finite = frame.minimum == frame.minimum and frame.maximum == frame.maximum  # neither is NaN, which JSON cannot express
+    return {
+        "rows": rows, "columns": columns, "frames": frames, "samples": 3 if frame.pixels.ndim == 3 else 1,
+        "dtype": frame.pixels.dtype.name, "slope": frame.slope, "intercept": frame.intercept,
+        "windows": [[window.center, window.width] for window in frame.windows],
+        "voi_function": frame.windows[0].function if frame.windows else "LINEAR",
+        "photometric": frame.photometric, "spacing": list(frame.spacing) if frame.spacing else None,
+        "min": frame.minimum if is_finite else None, "max": frame.maximum if is_finite else None,
+    }  # fmt: skip

@@ -1,0 +1,48 @@
+"""The page of one study, and the button that starts a failed analysis again."""
+
+from __future__ import annotations
+
+import json
+from typing import Final
+
+from flask import Blueprint, flash, redirect, render_template, request, url_for
+from flask.typing import ResponseReturnValue
+from flask_babel import gettext
+from flask_login import current_user
+
+from appliance.core.domain import ScanState
+from appliance.core.wakeup import wake
+from appliance.store.volume_results import VolumeResults
+from webui.context import current_box
+from webui.study.access_log import record_access
+from webui.study.report_view import StudyReport
+from webui.study.study_view import StudyHeader, viewer_config
+
+blueprint: Final = Blueprint("study", __name__)
+
+
+@blueprint.get("/studies/<int:study_id>")
+def show(study_id: int) -> ResponseReturnValue:
+    """One study: its image and findings, and what they are based on."""
+    box = current_box()
+    revision = box.worklist.revision()  # before the study: a change in between raises it, so that the page asks again
+    study = box.worklist.study(study_id)
+    is_fragment = bool(request.headers.get("X-Fragment"))
+    record_access(study_id, is_opened=not is_fragment)
+    manifests = {row["digest"]: json.loads(row["manifest"]) for row in box.store.models()}
+    report = StudyReport.of(study, VolumeResults(box.store).of_study(study_id), manifests, revision)
+    if is_fragment:
+        return render_template("study_report.html", report=report)
+    return render_template("study.html", study=StudyHeader.of(study.row), report=report, viewer=viewer_config(study))
+
+
+@blueprint.post("/studies/<int:study_id>/retry")
+def retry(study_id: int) -> ResponseReturnValue:
+    """Put the images of a study whose analysis failed into the queue again."""
+    box = current_box()
+    failed = [item.id for item in box.worklist.study(study_id).instances if item.state == ScanState.FAILED]
+    retried = [instance_id for instance_id in failed if box.store.retry(instance_id, current_user.account.username)]
+    if retried:
+        wake(box.settings)
+        flash(gettext("The image is in the queue again."))
+    return redirect(url_for("study.show", study_id=study_id))

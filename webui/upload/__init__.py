@@ -1,0 +1,1 @@
+"""Uploads: form, protocol, storage and ingest of complete files."""

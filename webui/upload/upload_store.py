@@ -1,0 +1,318 @@
+"""Unfinished uploads: every acknowledged byte is on the disk, and so is every outcome that a browser may ask for again.
+
+One upload is a few files under ``incoming/uploads``, named by a random id::
+
+    <id>.json       account, file name and length (written once, when it is created)
+    <id>.data       the bytes received; its length is the offset
+    <id>.tries      one byte for each attempt to ingest it
+    <id>.outcome    the result (written once, before <id>.data is deleted)
+
+A crash at any point leaves an upload that can be continued, a complete one that waits for ingest, or one with an outcome. The protocol
+(tus 1.0) is in :mod:`webui.upload.tus`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from appliance.core.errors import IngestError, StoreError
+from appliance.core.settings import Settings
+from appliance.store.database import store_error
+from appliance.store.encrypted_files import fsync_directory
+
+ABANDONED_AFTER_S: Final = 24 * 3600.0
+_SWEEP_EVERY_S: Final = 3600.0
+_CHUNK_BYTES: Final = 256 << 10
+_ID_BYTES: Final = 16
+_SUFFIXES: Final = ("data", "tries", "outcome", "json")
+
+
+class BusyError(Exception):
+    """Another request is writing to the same upload."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One file that is being uploaded.
+
+    ``form`` holds the fields of ``PictureForm`` if the person filled it in; ``name`` is the file's name on their computer.
+    """
+
+    id: str
+    owner: int
+    actor: str
+    name: str
+    length: int
+    form: dict[str, Any] | None
+    created_at: float
+
+
+class UploadStore:
+    """The unfinished uploads of one box.
+
+    Args:
+        settings: the data directory, and the caps on sizes and numbers.
+        check_space: raises StoreError ``ingest.disk_full`` when that many more bytes would not fit.
+    """
+
+    def __init__(self, settings: Settings, check_space: Callable[[int], None]) -> None:
+        self._settings = settings
+        self._check_space = check_space
+        self.directory = settings.data_dir / "incoming" / "uploads"
+        self._guard = threading.Lock()
+        self._swept_at = 0.0
+        self._known: dict[str, Upload] = {}
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise store_error(error) from error
+
+    # -- one upload --------------------------------------------------------------------------------------------------
+
+    def create(self, owner: int, actor: str, name: str, length: int, form: dict[str, Any] | None) -> Upload:
+        """Create an upload; it is durable when this returns.
+
+        Raises:
+            IngestError: ``ingest.too_large`` or ``ingest.too_many_files``.
+            StoreError: ``ingest.disk_full``, or the disk failed.
+        """
+        self._sweep_if_due()
+        cap = self._settings.max_archive_bytes if name.lower().endswith(".zip") else self._settings.max_upload_bytes
+        if length > cap:
+            raise IngestError("ingest.too_large", f"{length >> 20} MiB > {cap >> 20} MiB")
+        if sum(1 for _ in self.unfinished(owner)) >= self._settings.max_archive_files:
+            raise IngestError("ingest.too_many_files")
+        self._check_space(length)
+        upload = Upload(secrets.token_hex(_ID_BYTES), owner, actor, name, length, form, time.time())
+        try:
+            (self.directory / f"{upload.id}.data").touch(mode=0o600)
+            self._write(f"{upload.id}.json", asdict(upload))
+        except OSError as error:
+            self.remove(upload)
+            raise store_error(error) from error
+        return upload
+
+    def find(self, upload_id: str, owner: int) -> Upload | None:
+        """The upload with this id, if it belongs to this account."""
+        upload = self._read(upload_id)
+        return upload if upload is not None and upload.owner == owner else None
+
+    def offset(self, upload: Upload) -> int:
+        """How many bytes are stored; the full length once the outcome is known."""
+        try:
+            return (self.directory / f"{upload.id}.data").stat().st_size
+        except FileNotFoundError:
+            return upload.length
+
+    def append(self, upload: Upload, offset: int, read: Callable[[int], bytes]) -> int:
+        """Write the bytes received from ``offset`` on, until the body ends or the connection breaks. Returns the new, durable offset.
+
+        Args:
+            upload: the upload to write to.
+            offset: the offset that the sender states; nothing is written when it is wrong.
+            read: returns at most that many bytes, ``b""`` at the end; after an OSError (broken connection) the received bytes are kept.
+
+        Raises:
+            BusyError: another request writes to it.
+            ValueError: ``offset`` is not the length of the stored part.
+            StoreError: the disk failed or is full; what is durable is kept, and the upload can be continued later.
+        """
+        with self.lock(upload):
+            if self.offset(upload) != offset:
+                raise ValueError("offset")
+            if offset == upload.length:  # complete, and perhaps ingested already
+                return offset
+            return self._copy(upload, offset, read)
+
+    def _copy(self, upload: Upload, start: int, read: Callable[[int], bytes]) -> int:
+        offset, failure = start, None
+        with _open_data(self.directory / f"{upload.id}.data") as descriptor:
+            while offset < upload.length and failure is None:
+                try:
+                    chunk = read(min(_CHUNK_BYTES, upload.length - offset))
+                except OSError:  # broken connection or timeout: what was received before is kept
+                    break
+                if not chunk:
+                    break
+                try:
+                    self._check_space(len(chunk))
+                    _write_all(descriptor, chunk)
+                except StoreError as error:
+                    failure = error
+                except OSError as error:
+                    failure = store_error(error)
+                    os.ftruncate(descriptor, offset)  # an unknown part of the chunk may have been written
+                else:
+                    offset += len(chunk)
+            _make_durable(descriptor, start)
+        if failure is not None:
+            raise failure
+        return offset
+
+    def is_complete(self, upload: Upload) -> bool:
+        """Whether all bytes have been received."""
+        return self.offset(upload) >= upload.length
+
+    def path(self, upload: Upload) -> Path:
+        """The file with the bytes, as long as there is no outcome."""
+        return self.directory / f"{upload.id}.data"
+
+    def finish(self, upload: Upload, outcome: list[dict[str, Any]]) -> None:
+        """Make the outcome durable, then delete the bytes: ingest has stored or refused each file."""
+        self._write(f"{upload.id}.outcome", outcome)
+        for suffix in ("data", "tries"):
+            (self.directory / f"{upload.id}.{suffix}").unlink(missing_ok=True)
+
+    def outcome(self, upload: Upload) -> list[dict[str, Any]] | None:
+        """The result of each file of the upload; None while it is not known."""
+        try:
+            known: list[dict[str, Any]] = json.loads((self.directory / f"{upload.id}.outcome").read_bytes())
+        except FileNotFoundError:
+            return None
+        return known
+
+    def remove(self, upload: Upload) -> None:
+        """Delete a cancelled upload."""
+        self._known.pop(upload.id, None)
+        for suffix in _SUFFIXES:
+            (self.directory / f"{upload.id}.{suffix}").unlink(missing_ok=True)
+
+    # -- lists -------------------------------------------------------------------------------------------------------
+
+    def unfinished(self, owner: int | None = None) -> Iterator[Upload]:
+        """Uploads without an outcome, of one account or of all, oldest first."""
+        with os.scandir(self.directory) as entries:
+            names = [entry.name.removesuffix(".data") for entry in entries if entry.name.endswith(".data")]
+        waiting = [upload for name in names if (upload := self._read(name)) is not None]
+        for upload in sorted(waiting, key=lambda item: item.created_at):
+            if owner is None or upload.owner == owner:
+                yield upload
+
+    def _sweep_if_due(self) -> None:
+        with self._guard:
+            due = time.time() - self._swept_at > _SWEEP_EVERY_S
+            if due:
+                self._swept_at = time.time()
+        if due:
+            self.sweep()
+
+    def sweep(self) -> None:
+        """Delete uploads that nobody continued for a day, and files that a crash left behind.
+
+        A complete upload without an outcome is never deleted: it was acknowledged.
+        """
+        limit = time.time() - ABANDONED_AFTER_S
+        for path in list(self.directory.iterdir()):
+            upload = self._read(path.stem)
+            touched = [mtime for suffix in _SUFFIXES if (mtime := _mtime(self.directory / f"{path.stem}.{suffix}"))] if upload else []
+            if max(touched, default=_mtime(path)) > limit:
+                continue
+            if upload is None:
+                path.unlink(missing_ok=True)
+            elif self.outcome(upload) is not None or not self.is_complete(upload):
+                self.remove(upload)
+
+    def count_attempt(self, upload: Upload) -> int:
+        """Count an attempt to ingest the upload, before it starts; returns its number, from 1."""
+        with open(self.directory / f"{upload.id}.tries", "ab") as file:
+            file.write(b".")
+            return file.tell()
+
+    def reset_attempts(self, upload: Upload) -> None:
+        """Set the number of attempts to 0: the disk failed, not the upload."""
+        (self.directory / f"{upload.id}.tries").unlink(missing_ok=True)
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def lock(self, upload: Upload, *, wait: bool = False) -> Iterator[None]:
+        """Hold the lock of an upload.
+
+        It is a kernel lock on its file, because a killed server and its successor may run at the same time for a moment.
+
+        Raises:
+            BusyError: somebody else holds it, and ``wait`` is not set.
+            StoreError: ``store.missing``, the upload was cancelled.
+        """
+        try:
+            descriptor = os.open(self.directory / f"{upload.id}.json", os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise StoreError("store.missing", "upload") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            yield
+        except BlockingIOError as error:
+            raise BusyError(upload.id) from error
+        finally:
+            os.close(descriptor)
+
+    def _read(self, upload_id: str) -> Upload | None:
+        """The upload with an id; cached, since it never changes and a list of uploads reads all of them."""
+        if len(upload_id) != 2 * _ID_BYTES or not all(char in "0123456789abcdef" for char in upload_id):
+            return None
+        path = self.directory / f"{upload_id}.json"
+        if upload_id in self._known and path.exists():
+            return self._known[upload_id]
+        try:
+            upload = Upload(**json.loads(path.read_bytes()))
+        except (FileNotFoundError, ValueError, TypeError):
+            self._known.pop(upload_id, None)
+            return None
+        return self._known.setdefault(upload_id, upload)
+
+    def _write(self, name: str, value: object) -> None:
+        """Write a small JSON file atomically and durably."""
+        new = self.directory / f"{name}.{secrets.token_hex(4)}.new"
+        try:
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(json.dumps(value, ensure_ascii=False).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, self.directory / name)
+            fsync_directory(self.directory)
+        finally:
+            new.unlink(missing_ok=True)
+
+
+@contextmanager
+def _open_data(path: Path) -> Iterator[int]:
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    except OSError as error:
+        raise store_error(error) from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _make_durable(descriptor: int, start: int) -> None:
+    """Fsync the written bytes, or remove them: after a failed fsync the content beyond ``start`` is unknown."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        os.ftruncate(descriptor, start)
+        raise store_error(error) from error
+
+
+def _mtime(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _write_all(descriptor: int, chunk: bytes) -> None:
+    view = memoryview(chunk)
+    while view:
+        view = view[os.write(descriptor, view) :]

@@ -1,0 +1,1 @@
+"""The worklist, its changes, and which studies are analysed first."""
