@@ -25,7 +25,7 @@ from appliance.lifecycle.ledger import PROVING
 from appliance.models import Whole, activate
 from appliance.settings import Settings
 from appliance.store import Store
-from model_sync.report import BoxReport
+from model_sync.agent.report import BoxReport
 from tests.library_site import Site, make_site, serve, tiny_bundle
 from tests.processes import children_running
 from tests.scans import scan_bytes

@@ -24,7 +24,7 @@ from appliance.domain import Finding, JobResult, Note, ScanState, Source
 from appliance.ingest import Ingest
 from appliance.settings import Settings
 from appliance.store import Store
-from model_sync.manifest import Manifest
+from model_sync.bundle import Manifest
 from webui import create_app
 
 ROOT = Path(__file__).resolve().parent.parent

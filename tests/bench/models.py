@@ -15,8 +15,8 @@ from typing import Any
 from appliance.models import activate, reference_bundle
 from appliance.settings import Settings
 from appliance.store import Store
-from model_sync.fetcher import Fetcher
 from model_sync.settings import SyncSettings
+from model_sync.transport.fetcher import Fetcher
 from quantize.reference.phantom import Phantom, dataset
 from tests.bad_server import BadServer, Reply
 

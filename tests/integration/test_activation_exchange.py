@@ -17,7 +17,7 @@ from appliance.lifecycle.exchange import Exchange
 from appliance.models import activate, reference_bundle
 from appliance.settings import Settings
 from appliance.store import Store
-from model_sync.usb import export
+from model_sync.library.usb_export import export
 from tests.activation_box import LINE, Box, Clinic, finish_with, looping, open_clinic
 from tests.library_site import make_site, tiny_bundle
 from tests.scans import scan_bytes

@@ -28,8 +28,8 @@ from appliance.tuning.retune import Retuner
 from appliance.tuning.tunings import Tunings
 from appliance.worker import Worker
 from appliance.worklist import JobView, Worklist
+from model_sync.agent.report import BoxReport
 from model_sync.bundle import Manifest
-from model_sync.report import BoxReport
 from tests import series as made_up
 from tests.integration.test_batching import chest, take
 from tests.integration.test_tune_worker import wait_until
