@@ -26,11 +26,11 @@ from appliance.models import Whole, activate
 from appliance.settings import Settings
 from appliance.store import Store
 from model_sync.agent.report import BoxReport
-from tests.library_site import Site, make_site, serve, tiny_bundle
 from tests.processes import children_running
 from tests.scans import scan_bytes
-from tests.sync_box import Box as Agent
-from tests.sync_box import make_box
+from tests.support.library_site import Site, make_site, serve, tiny_bundle
+from tests.support.sync_box import Box as Agent
+from tests.support.sync_box import make_box
 
 LINE = "cxr-pneumonia"
 ENDLESS = 2**62

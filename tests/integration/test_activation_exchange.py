@@ -19,8 +19,8 @@ from appliance.settings import Settings
 from appliance.store import Store
 from model_sync.library.usb_export import export
 from tests.activation_box import LINE, Box, Clinic, finish_with, looping, open_clinic
-from tests.library_site import make_site, tiny_bundle
 from tests.scans import scan_bytes
+from tests.support.library_site import make_site, tiny_bundle
 
 FAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
 

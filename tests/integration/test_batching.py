@@ -29,8 +29,8 @@ from appliance.worklist import Worklist
 from quantize.reference.phantom import Phantom, dataset
 from tests import activation_box
 from tests.activation_box import _constant, end_workers, finish_with, looping, rewire, worker, write_settings
-from tests.library_site import tiny_bundle
 from tests.scans import scan_bytes
+from tests.support.library_site import tiny_bundle
 
 SOURCE = Source("upload", "demo")
 

@@ -35,8 +35,8 @@ from tests.integration.test_batching import chest, take
 from tests.integration.test_tune_worker import wait_until
 from tests.integration.test_volume_jobs import bundle_in
 from tests.kserve_server import KserveServer
-from tests.library_site import tiny_bundle
 from tests.scans import encode
+from tests.support.library_site import tiny_bundle
 from tests.tune_box import add_variant, wrong
 
 LINE = "cxr-pneumonia"

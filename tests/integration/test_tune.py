@@ -29,8 +29,8 @@ from appliance.tuning.tunings import Tunings
 from model_sync.bundle import ModelBundle
 from tests.activation_box import Box, nan_on_pictures, provers
 from tests.integration.test_batching import reader
-from tests.library_site import tiny_bundle
 from tests.processes import children_running
+from tests.support.library_site import tiny_bundle
 from tests.tune_box import add_junk, add_variant, brief, endless, not_a_number, not_on, slow, table_of, wrong
 
 ORT = (Availability("onnxruntime", "1", (CPU,)),)

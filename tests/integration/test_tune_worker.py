@@ -28,7 +28,7 @@ from appliance.worklist import Worklist
 from tests.activation_box import Box, end_workers, finish_with, provers, watched, worker, write_settings
 from tests.integration.test_batching import chest, reader, take
 from tests.integration.test_tune import command
-from tests.library_site import tiny_bundle
+from tests.support.library_site import tiny_bundle
 from tests.tune_box import add_variant, wrong
 
 LINE = "cxr-pneumonia"
