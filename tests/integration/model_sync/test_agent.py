@@ -303,7 +303,7 @@ def test_the_agent_killed_at_any_moment_of_a_report_never_uses_a_number_twice(
     by_number: dict[int, set[bytes]] = {}
     for body in door.bodies:
         by_number.setdefault(json.loads(body)["signed"]["sequence"], set()).add(body)
-    assert len(by_number) > 6
+    assert len(by_number) >= 6
     assert all(len(bodies) == 1 for bodies in by_number.values())
 
 
