@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from model_sync.errors import LibraryUnreachable
+from model_sync.errors import Action, LibraryUnreachable
 
 _SHARED_FILE, _SHARED_DIRECTORY = 0o644, 0o755
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -19,7 +19,7 @@ _NO_FILE = (errno.ELOOP, errno.ENXIO)  # a link, a socket
 MAX_JSON_BYTES = 4 << 20
 
 
-class NotPlain(OSError):  # noqa: N818  (a state of the disk, as other OSErrors are)
+class NotRegularFileError(OSError):
     """What lies there is not the small plain file that belongs there: a link, a pipe, a device, a directory, or too large."""
 
 
@@ -68,16 +68,16 @@ def read(path: Path, limit: int, *, follow: bool = False) -> bytes:
     except OSError as error:
         if error.errno not in _NO_FILE:
             raise
-        raise NotPlain(errno.EINVAL, "it is no plain file", str(path)) from error
+        raise NotRegularFileError(errno.EINVAL, "it is no plain file", str(path)) from error
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise NotPlain(errno.EINVAL, "it is no plain file", str(path))
+            raise NotRegularFileError(errno.EINVAL, "it is no plain file", str(path))
         with open(descriptor, "rb", closefd=False) as stream:
             data = stream.read(limit + 1)
     finally:
         os.close(descriptor)
     if len(data) > limit:
-        raise NotPlain(errno.EFBIG, f"it is larger than {limit} bytes", str(path))
+        raise NotRegularFileError(errno.EFBIG, f"it is larger than {limit} bytes", str(path))
     return data
 
 
@@ -115,7 +115,7 @@ def sync_tree(root: Path) -> None:
         sync_directory(Path(directory))
 
 
-def files_below(root: Path) -> Iterator[Path]:
+def iterate_files(root: Path) -> Iterator[Path]:
     """Yield every regular file below ``root``; nothing when there is no such directory."""
     for directory, _, files in os.walk(root):
         for name in files:
@@ -128,7 +128,7 @@ def remove_tree(root: Path) -> None:
     shutil.rmtree(root, ignore_errors=True)
 
 
-def disk_trouble(error: OSError) -> LibraryUnreachable:
+def disk_error(error: OSError) -> LibraryUnreachable:
     """Return the error for a disk that takes no more, or a directory that may not be written: no fault of the library's."""
     where = f" ({error.filename})" if error.filename else ""
     if error.errno in _FULL:
@@ -136,9 +136,11 @@ def disk_trouble(error: OSError) -> LibraryUnreachable:
             f"the disk is full{where}; what was received is kept, the model in use stays",
             hint="free some disk space; the update goes on by itself where it stopped",
             code="sync.disk_full",
+            action=Action.OPERATOR,
         )
     return LibraryUnreachable(
         f"a file of the sync agent cannot be read or written{where}: {error.strerror or error}; the model in use stays",
         hint="check that the disk is healthy and that the agent's account owns state_dir and exchange_dir",
         code="sync.state",
+        action=Action.OPERATOR,
     )

@@ -21,8 +21,8 @@ else:
     import tomli as tomllib
 
 FILE_NAME = "sync.toml"
-WAITED_ATTEMPTS = 6
-WAITED_BACKOFF_S = 10.0
+INTERACTIVE_ATTEMPTS = 6
+INTERACTIVE_BACKOFF_S = 10.0
 _WINDOW = re.compile(r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")
 _PATHS = ("state_dir", "exchange_dir", "root", "ca_certificate")
 
@@ -93,9 +93,9 @@ class SyncSettings(BaseModel):
         root = (base or Path.cwd()).resolve()
         return settings.model_copy(update={name: root / value for name in _PATHS if (value := getattr(settings, name)) is not None})
 
-    def waited_for(self) -> SyncSettings:
+    def for_interactive_use(self) -> SyncSettings:
         """Return the settings of a look that a person waits for: a minute and not half an hour until it says that nothing answers."""
-        attempts, longest_s = min(self.attempts, WAITED_ATTEMPTS), min(self.max_backoff_s, WAITED_BACKOFF_S)
+        attempts, longest_s = min(self.attempts, INTERACTIVE_ATTEMPTS), min(self.max_backoff_s, INTERACTIVE_BACKOFF_S)
         return self.model_copy(update={"attempts": attempts, "max_backoff_s": longest_s})
 
     def in_window(self, local: datetime) -> bool:

@@ -18,7 +18,7 @@ _MAX_DETAIL_CHARS: Final = 300
 KEPT: Final = "nothing is lost: it is asked again with the newest state"
 
 
-class OtherSequenceError(ModelSyncError):
+class ReportSequenceError(ModelSyncError):
     """The centre counts this box's reports otherwise; ``expected`` is the lowest number it takes."""
 
     def __init__(self, expected: int) -> None:
@@ -60,7 +60,7 @@ def post(settings: SyncSettings, path: str, body: bytes, identity: Identity | No
             with answer:
                 content = answer.raw.read(_ANSWER_BYTES, decode_content=False) or b""
         except (requests.RequestException, OSError) as error:
-            if identity is not None and identity.expired(datetime.now(timezone.utc)):
+            if identity is not None and identity.is_expired(datetime.now(timezone.utc)):
                 raise _expired(identity) from error
             hint = f"check the line, report_url and ca_certificate; {KEPT}"
             raise LibraryUnreachable(f"the centre does not answer ({type(error).__name__})", hint=hint) from error
@@ -76,7 +76,7 @@ def _read(answer: requests.Response, content: bytes, identity: Identity | None) 
         value = None
     kind = answer.headers.get("Content-Type", "").partition(";")[0]
     if not isinstance(value, dict) or kind not in ("application/json", "application/problem+json"):
-        if identity is not None and identity.expired(datetime.now(timezone.utc)):  # a proxy says so in words of its own
+        if identity is not None and identity.is_expired(datetime.now(timezone.utc)):  # a proxy says so in words of its own
             raise _expired(identity)
         hint = f"is this the centre's server? A network's login page answers like this; {KEPT}"
         raise LibraryUnreachable(f"something else than the centre answered ({answer.status_code})", hint=hint, code="sync.not_the_library")
@@ -84,7 +84,7 @@ def _read(answer: requests.Response, content: bytes, identity: Identity | None) 
         return value
     code, detail = str(value.get("code", "")), _plain(value.get("detail"))
     if code == "report.sequence" and isinstance(value.get("expected"), int) and 0 < value["expected"] < 2**53:
-        raise OtherSequenceError(value["expected"])
+        raise ReportSequenceError(value["expected"])
     if code == "report.invalid":
         raise ReportError("report.invalid", f"the centre refused the report: {detail}", hint="update the box or the server")
     if code == "enrolment.expired" and identity is not None:

@@ -101,7 +101,7 @@ def _init(arguments: argparse.Namespace) -> int:
     if file.exists():
         raise SettingsError(f"{file} is there already", hint="edit it; a new one would forget which library this box trusts")
     root = metadata.read_root(arguments.root)
-    version = metadata.newest_root(state / "none", root).version
+    version = metadata.load_newest_root(state / "none", root).version
     values = {
         "exchange_dir": str(arguments.exchange.resolve()), "root": "root.json", "box_id": arguments.box_id,
         "ring": arguments.ring, "urls": arguments.url,

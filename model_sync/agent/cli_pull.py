@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 from model_sync.agent.client import Client
-from model_sync.agent.decision import Pulled
-from model_sync.agent.sync_status import Progress, code_of, state_of
+from model_sync.agent.decision import Decision, PullResult
+from model_sync.agent.sync_status import Progress
 from model_sync.cli_texts import CODES, DECISIONS, PULL, STICK, language, say
-from model_sync.errors import LibraryUnreachable, ModelSyncError, exit_code
+from model_sync.errors import Action, LibraryUnreachable, ModelSyncError, exit_code
 from model_sync.settings import SyncSettings
 from model_sync.transport.connection import host_of
 
@@ -21,77 +21,77 @@ def pull(settings: SyncSettings) -> int:
     if settings.urls:
         print(say(PULL, "asking", language()).format(hosts=", ".join(map(host_of, settings.urls))), file=sys.stderr, flush=True)
     try:
-        with Meter() as meter:
-            pulled = Client(settings.waited_for(), on_trouble=meter.trouble).pull(meter.show)
+        with ProgressLine() as progress_line:
+            result = Client(settings.for_interactive_use(), on_retry=progress_line.trouble).pull(progress_line.show)
     except LibraryUnreachable as error:
         print(f"error: {_coded(error)}", file=sys.stderr)
         _say_what_to_do(error)
         return exit_code(error)
-    _say_lines(pulled)
-    print(f"{pulled.received_bytes} bytes received")
-    return _end(pulled)
+    _say_lines(result)
+    print(f"{result.received_bytes} bytes received")
+    return _end(result)
 
 
 def import_usb(settings: SyncSettings, directory: Path) -> int:
     """Take what this box should have from a stick; returns the exit code."""
-    with Meter() as meter:
-        pulled = Client(settings).import_usb(directory, meter.show)
-    _say_lines(pulled)
-    code = _end(pulled)
-    what, names = _taken(pulled, settings.ring)
+    with ProgressLine() as progress_line:
+        result = Client(settings).import_usb(directory, progress_line.show)
+    _say_lines(result)
+    code = _end(result)
+    what, names = _taken(result, settings.ring)
     print(say(STICK, what, language()).format(what=names))
     return code
 
 
-def _taken(pulled: Pulled, ring: str) -> tuple[str, str]:
+def _taken(result: PullResult, ring: str) -> tuple[str, str]:
     """Say what came of an import, and of which models: what is new to the box before what it had."""
-    ready = {name: f"{name} {line.version}" for name, line in pulled.lines.items() if line.decision == "ready"}
-    if pulled.laid:
-        return "taken", ", ".join(ready[name] for name in sorted(pulled.laid))
+    ready = {name: f"{name} {line.version}" for name, line in result.lines.items() if line.decision is Decision.READY}
+    if result.new_lines:
+        return "taken", ", ".join(ready[name] for name in sorted(result.new_lines))
     if ready:
         return "same", ", ".join(ready.values())
-    if all(line.decision == "none" for line in pulled.lines.values()):
+    if all(line.decision is Decision.NONE for line in result.lines.values()):
         return "no_rollout", ring
     return "nothing", ""
 
 
-def _say_lines(pulled: Pulled) -> None:
-    for name, line in pulled.lines.items():
+def _say_lines(result: PullResult) -> None:
+    for name, line in result.lines.items():
         at = f" ({line.at:%Y-%m-%d %H:%M} UTC)" if line.at else ""
         print(f"{name} {line.version}: {say(DECISIONS, line.decision, language())}{at}")
 
 
-def _end(pulled: Pulled) -> int:
-    for name, problem in pulled.problems.items():
-        if state_of(problem) == "ok":
+def _end(result: PullResult) -> int:
+    for name, problem in result.problems.items():
+        if problem.action is Action.NONE:
             print(f"{name}: {problem.message}")
         else:
             print(f"error: {name}: {_coded(problem)}", file=sys.stderr)
-    if pulled.worst is not None:
-        _say_what_to_do(pulled.worst)
-    return exit_code(pulled.worst)
+    if result.worst_problem is not None:
+        _say_what_to_do(result.worst_problem)
+    return exit_code(result.worst_problem)
 
 
 def _coded(error: ModelSyncError) -> str:
-    return f"[{code_of(error)}] {error}"
+    return f"[{error.code}] {error}"
 
 
 def _say_what_to_do(error: ModelSyncError) -> None:
     """Say of a line that failed what it does not mean, and who does what now."""
-    if state_of(error) != "unreachable":
+    if error.action is not Action.RETRY:
         return
-    advice = CODES.get(code_of(error))
+    advice = CODES.get(error.code)
     said = [say(PULL, "unreachable", language()), getattr(advice.do, language()) if advice else "", say(PULL, "then", language())]
     print("\n".join(filter(None, said)), file=sys.stderr)
 
 
-class Meter:
+class ProgressLine:
     """One line of progress on a terminal, nothing elsewhere; what goes wrong is said everywhere."""
 
     def __init__(self) -> None:
         self._shown = False
 
-    def __enter__(self) -> Meter:
+    def __enter__(self) -> ProgressLine:
         return self
 
     def show(self, progress: Progress) -> None:

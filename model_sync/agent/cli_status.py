@@ -20,12 +20,12 @@ def show(settings: SyncSettings, as_json: bool) -> int:
     client = Client(settings)
     status = client.status()
     exchange = Exchange(settings.exchange_dir)
-    models = exchange.reported()
+    models = exchange.reported_models()
     if as_json:
-        full = status | {"directives": exchange.directives(), "models": models, "working_process": client.busy()}
+        full = status | {"directives": exchange.directives(), "models": models, "working_process": client.working_process()}
         print(json.dumps(full, ensure_ascii=False, indent=2, sort_keys=True))
     else:
-        for line in _page(settings, status, models, exchange.directives(), client.busy()):
+        for line in _page(settings, status, models, exchange.directives(), client.working_process()):
             print(line)
     return {"untrusted": 1, "unreachable": 3, "error": 3, "waiting": 4}.get(str(status.get("state")), 0)
 

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from model_sync.atomic_files import sync_directory
-from model_sync.errors import ModelSyncError, SettingsError
+from model_sync.errors import CodedError, SettingsError
 
 IDENTITY: Final = "device.pem"
 PENDING_KEY: Final = "device-pending.key"
@@ -28,19 +28,19 @@ PINNED: Final = "device-ca.pem"
 _ASK_AGAIN: Final = "ask the central team for a new token and run `model-sync enrol`"
 
 
-def make_request(box_id: str) -> tuple[bytes, str]:
+def make_certificate_request(box_id: str) -> tuple[bytes, str]:
     """Return a new P-256 key (PKCS#8 PEM, not encrypted: the box starts unattended) and a request for its certificate."""
     key = generate_private_key(SECP256R1())
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), request_for(key, box_id)
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), certificate_request(key, box_id)
 
 
-def request_for(key: EllipticCurvePrivateKey, box_id: str) -> str:
+def certificate_request(key: EllipticCurvePrivateKey, box_id: str) -> str:
     """Return a certificate request for a key."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, box_id)])
     return x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, SHA256()).public_bytes(Encoding.PEM).decode()
 
 
-def issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+def is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
     """Say whether one certificate is signed by another's key."""
     try:
         certificate.verify_directly_issued_by(authority)
@@ -49,7 +49,7 @@ def issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> boo
     return True
 
 
-def create_private(path: Path, data: bytes) -> None:
+def create_private_file(path: Path, data: bytes) -> None:
     """Write a file that only this account can read, durably; raises SettingsError when it exists or cannot be written."""
     try:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as stream:
@@ -62,18 +62,13 @@ def create_private(path: Path, data: bytes) -> None:
         raise SettingsError(f"{path}: {error.strerror}", hint="choose a directory that you may write") from error
 
 
-class DeviceError(ModelSyncError):
+class DeviceError(CodedError):
     """The centre did not let this box in, or this box has no valid identity.
 
     Attributes:
         code: ``device.none`` (not enrolled), ``device.expired``, ``device.answer`` (the centre's answer is not for this box), or the
             centre's own: ``enrolment.token``, ``enrolment.denied`` and so on.
     """
-
-    def __init__(self, code: str, message: str, *, hint: str) -> None:
-        """Keep the coded reason beside the sentence."""
-        super().__init__(message, hint=hint)
-        self.code = code
 
 
 @dataclass(frozen=True)
@@ -84,12 +79,12 @@ class Identity:
     key: EllipticCurvePrivateKey
     certificate: x509.Certificate
 
-    def renewal_due(self, now: datetime) -> bool:
+    def is_renewal_due(self, now: datetime) -> bool:
         """Say whether half of the certificate's life is over."""
         begin, end = self.certificate.not_valid_before_utc, self.certificate.not_valid_after_utc
         return now >= begin + (end - begin) / 2
 
-    def expired(self, now: datetime) -> bool:
+    def is_expired(self, now: datetime) -> bool:
         """Say whether the certificate's life is over."""
         return now >= self.certificate.not_valid_after_utc
 
@@ -122,7 +117,7 @@ class Device:
             raise DeviceError("device.none", f"{self._file}: key and certificate do not belong together", hint=_ASK_AGAIN)
         return Identity(self._file, key, certificate)
 
-    def pending(self) -> tuple[bytes, str]:
+    def pending_request(self) -> tuple[bytes, str]:
         """Return the key that waits for a certificate, and its request; made once, so that a lost answer can be asked for again."""
         try:
             pem = self._pending.read_bytes()
@@ -130,15 +125,15 @@ class Device:
             assert isinstance(key, EllipticCurvePrivateKey)
         except FileNotFoundError:
             self._pending.parent.mkdir(parents=True, exist_ok=True)
-            pem, csr = make_request(self._box_id)
-            create_private(self._pending, pem)
+            pem, csr = make_certificate_request(self._box_id)
+            create_private_file(self._pending, pem)
             return pem, csr
         except ValueError:  # a power cut left a part of it
             self._pending.unlink()
-            return self.pending()
-        return pem, request_for(key, self._box_id)
+            return self.pending_request()
+        return pem, certificate_request(key, self._box_id)
 
-    def accept(self, key_pem: bytes, certificate_pem: str, authority_pem: str, *, first: bool) -> None:
+    def accept_certificate(self, key_pem: bytes, certificate_pem: str, authority_pem: str, *, first: bool) -> None:
         """Take a certificate for ``key_pem`` and put both in place of the old ones, at once and durably.
 
         Args:
@@ -160,7 +155,7 @@ class Device:
         key = load_pem_private_key(key_pem, None)
         if certificate.public_key() != key.public_key() or names != [self._box_id]:
             raise DeviceError("device.answer", f"the certificate is not for {self._box_id}", hint=hint)
-        if not issued_by(certificate, authority):
+        if not is_issued_by(certificate, authority):
             raise DeviceError("device.answer", "the certificate is not signed by the device authority of this box", hint=hint)
         if first:
             _replace(self._pinned, authority_pem.encode("ascii"))
@@ -171,6 +166,6 @@ class Device:
 def _replace(path: Path, data: bytes) -> None:
     fresh = path.with_name(f".{path.name}.new")
     fresh.unlink(missing_ok=True)
-    create_private(fresh, data)
+    create_private_file(fresh, data)
     fresh.replace(path)
     sync_directory(path.parent)

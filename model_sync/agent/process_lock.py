@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from model_sync import atomic_files
-from model_sync.errors import LibraryUnreachable
+from model_sync.errors import Action, LibraryUnreachable
 
 LOCK_FILE = "lock"
-WANTED_FILE = "wanted"
+REQUEST_FILE = "wanted"
 _TRIES, _PAUSE_S = 3, 0.05  # somebody may be asking just now who holds the lock
 
 
@@ -33,17 +33,18 @@ def hold(state_dir: Path, wait_s: float = 0.0) -> Iterator[None]:
         state_dir.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise atomic_files.disk_trouble(error) from error
+        raise atomic_files.disk_error(error) from error
     try:
-        taken = any(_taken(descriptor, fcntl.LOCK_EX) for _ in range(_TRIES))
+        taken = any(_try_lock(descriptor, fcntl.LOCK_EX) for _ in range(_TRIES))
         if not taken and wait_s:
-            with _asking(state_dir):
-                taken = any(_taken(descriptor, fcntl.LOCK_EX) for _ in range(int(wait_s / _PAUSE_S)))
+            with _request(state_dir):
+                taken = any(_try_lock(descriptor, fcntl.LOCK_EX) for _ in range(int(wait_s / _PAUSE_S)))
         if not taken:
             raise LibraryUnreachable(
-                f"another model-sync (process {_pid(file)}) is at work in {state_dir}",
+                f"another model-sync (process {_read_pid(file)}) is at work in {state_dir}",
                 hint="wait until it is done; `model-sync status` shows what it does",
                 code="sync.busy",
+                action=Action.WAIT,
             )
         with contextlib.suppress(OSError):  # on a full disk the holder has no number; the lock holds all the same
             os.ftruncate(descriptor, 0)
@@ -53,7 +54,7 @@ def hold(state_dir: Path, wait_s: float = 0.0) -> Iterator[None]:
         os.close(descriptor)
 
 
-def holder(state_dir: Path) -> str | None:
+def holder_pid(state_dir: Path) -> str | None:
     """Return the process id of the agent that holds the directory, or None."""
     file = state_dir / LOCK_FILE
     try:
@@ -61,38 +62,38 @@ def holder(state_dir: Path) -> str | None:
     except OSError:
         return None
     try:
-        return None if _taken(descriptor, fcntl.LOCK_SH) else _pid(file)
+        return None if _try_lock(descriptor, fcntl.LOCK_SH) else _read_pid(file)
     finally:
         os.close(descriptor)
 
 
-def wanted(state_dir: Path) -> bool:
+def is_requested(state_dir: Path) -> bool:
     """Say whether somebody waits for the directory; whoever died waiting does not count."""
     try:
-        descriptor = os.open(state_dir / WANTED_FILE, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(state_dir / REQUEST_FILE, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return False
     try:
-        return not _taken(descriptor, fcntl.LOCK_SH)
+        return not _try_lock(descriptor, fcntl.LOCK_SH)
     finally:
         os.close(descriptor)
 
 
 @contextlib.contextmanager
-def _asking(state_dir: Path) -> Iterator[None]:
+def _request(state_dir: Path) -> Iterator[None]:
     try:
-        descriptor = os.open(state_dir / WANTED_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(state_dir / REQUEST_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise atomic_files.disk_trouble(error) from error
+        raise atomic_files.disk_error(error) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # a second one that asks waits for the first
         yield
     finally:
-        (state_dir / WANTED_FILE).unlink(missing_ok=True)
+        (state_dir / REQUEST_FILE).unlink(missing_ok=True)
         os.close(descriptor)
 
 
-def _taken(descriptor: int, kind: int) -> bool:
+def _try_lock(descriptor: int, kind: int) -> bool:
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -101,7 +102,7 @@ def _taken(descriptor: int, kind: int) -> bool:
     return True
 
 
-def _pid(file: Path) -> str:
+def _read_pid(file: Path) -> str:
     try:
         return file.read_text("ascii").strip() or "unknown"
     except (OSError, ValueError):

@@ -21,7 +21,7 @@ from securesystemslib.signer import CryptoSigner, Signature, SSlibKey
 
 from model_sync.bundle.manifest import SemVer
 from model_sync.bundle.output_spec import Identifier, Precision, Sha256
-from model_sync.errors import ModelSyncError
+from model_sync.errors import CodedError
 from model_sync.report_reasons import REASONS
 
 MAX_REPORT_BYTES: Final = 64 << 10
@@ -74,17 +74,12 @@ Version: TypeAlias = Annotated[SemVer, Pattern(max_length=64)]
 Sequence: TypeAlias = Annotated[int, Field(ge=1, lt=2**53)]
 
 
-class ReportError(ModelSyncError):
+class ReportError(CodedError):
     """A report was refused.
 
     Attributes:
         code: ``report.invalid`` (not the schema), ``report.signature`` (not this box's).
     """
-
-    def __init__(self, code: str, message: str, *, hint: str) -> None:
-        """Keep the coded reason beside the sentence."""
-        super().__init__(message, hint=hint)
-        self.code = code
 
 
 class Allowed(BaseModel):

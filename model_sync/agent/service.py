@@ -25,13 +25,13 @@ from pydantic import ValidationError
 from securesystemslib.signer import CryptoSigner
 
 from model_sync import atomic_files
-from model_sync.agent.central_client import KEPT, OtherSequenceError, post
+from model_sync.agent.central_client import KEPT, ReportSequenceError, post
 from model_sync.agent.client import Client
-from model_sync.agent.device import Device, Identity, make_request
+from model_sync.agent.device import Device, Identity, make_certificate_request
 from model_sync.agent.exchange import REPORT_FILE
 from model_sync.agent.report import MAX_BOX_REPORT_BYTES, RELEASE, BoxReport, ReportError, StatusReport, SyncReport, canonical, sign
 from model_sync.agent.sync_status import STATUS_FILE
-from model_sync.errors import LibraryUnreachable, ModelSyncError, TrustError
+from model_sync.errors import Action, LibraryUnreachable, ModelSyncError, TrustError
 from model_sync.settings import SyncSettings
 from model_sync.trust.documents import LineIndex
 
@@ -54,7 +54,7 @@ def enrol(settings: SyncSettings, token: str) -> None:
         SettingsError: there is no https ``report_url``.
     """
     device = Device(settings.state_dir, settings.box_id)
-    key, csr = device.pending()
+    key, csr = device.pending_request()
     answer = post(settings, "enrol", json.dumps({"token": token.strip(), "csr_pem": csr}).encode(), None)
     _accept(device, key, answer, first=True)
 
@@ -68,9 +68,9 @@ def renew_if_due(settings: SyncSettings, *, now: datetime | None = None) -> bool
     """
     device = Device(settings.state_dir, settings.box_id)
     identity = device.identity()
-    if identity is None or not identity.renewal_due(now or datetime.now(timezone.utc)):
+    if identity is None or not identity.is_renewal_due(now or datetime.now(timezone.utc)):
         return False
-    key, csr = make_request(settings.box_id)
+    key, csr = make_certificate_request(settings.box_id)
     _accept(device, key, post(settings, "renew", json.dumps({"csr_pem": csr}).encode(), identity), first=False)
     return True
 
@@ -91,7 +91,7 @@ def send_report(settings: SyncSettings) -> Sent:
     identity = Device(settings.state_dir, settings.box_id).identity()
     if identity is None:
         return "not_enrolled"
-    outbox = _Outbox(settings)
+    outbox = _ReportOutbox(settings)
     body = outbox.next(identity)
     expected = _deliver(settings, body, identity)
     if expected is not None:  # this box's count is behind: its state was lost or restored
@@ -102,7 +102,7 @@ def send_report(settings: SyncSettings) -> Sent:
     return "sent"
 
 
-def status_of(settings: SyncSettings, sequence: int) -> StatusReport:
+def build_report(settings: SyncSettings, sequence: int) -> StatusReport:
     """Return what this box has to tell now: the agent's own status, and the box's report as far as the allow-list lets it pass."""
     box, code = _box_report(settings)
     values = {
@@ -150,8 +150,8 @@ class Agent:
         ticks: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings, self._stop, self._draw, self._ticks = settings, stop, draw, ticks
-        self._pull = pull or Client(settings, may_continue=self._require_running).pull
-        self._told = ""
+        self._pull = pull or Client(settings, check_stop=self._require_running).pull
+        self._reported_state = ""
         self._report_at = self._retry_at = float("-inf")
 
     def work(self, at_once: bool = False) -> None:
@@ -172,22 +172,24 @@ class Agent:
     def _require_running(self) -> None:
         """Stop a look between two pieces of a file, and in a pause before another attempt, when the agent is asked to stop."""
         if self._stop.is_set():
-            raise LibraryUnreachable("the agent was stopped", hint="it goes on when it is started again", code="sync.stopped")
+            raise LibraryUnreachable(
+                "the agent was stopped", hint="it goes on when it is started again", code="sync.stopped", action=Action.WAIT
+            )
 
     def _report_if_due(self) -> None:
         if self._settings.report_url is None or self._ticks() < self._retry_at:
             return
         news = self._news()
-        if self._ticks() < self._report_at and news == self._told:
+        if self._ticks() < self._report_at and news == self._reported_state:
             return
         self._retry_at = self._ticks() + min(self._settings.poll_interval_s, self._settings.report_interval_s)
         send_report(self._settings)
-        self._told, self._report_at = news, self._ticks() + self._settings.report_interval_s
+        self._reported_state, self._report_at = news, self._ticks() + self._settings.report_interval_s
         self._retry_at = float("-inf")
 
     def _news(self) -> str:
         """Return what a report is sent early for: states, models and activations; not counts that change all the time."""
-        report = status_of(self._settings, 1)
+        report = build_report(self._settings, 1)
         box = report.box
         parts = [report.sync.state, report.sync.code, report.box_code, *(box.models if box else ()), *(box.activations if box else ())]
         return "\n".join(map(repr, parts))
@@ -202,7 +204,7 @@ class Agent:
             logger.exception("%s failed", what)
 
 
-class _Outbox:
+class _ReportOutbox:
     """The report under way: its number and bytes on the disk, before the first of them is sent."""
 
     def __init__(self, settings: SyncSettings) -> None:
@@ -214,7 +216,7 @@ class _Outbox:
         """Return what to send: the report that may or may not have arrived, when it still holds, or a new one."""
         last = self._kept.get("sequence", 0)
         sequence = (last if isinstance(last, int) and last >= 0 else 0) + 1
-        report = status_of(self._settings, sequence)
+        report = build_report(self._settings, sequence)
         body = self._kept.get("body")
         if isinstance(body, str) and self._kept.get("content") == _content(report) and self._kept.get("key") == _key_name(identity):
             return body.encode()
@@ -222,7 +224,7 @@ class _Outbox:
 
     def again(self, identity: Identity, sequence: int) -> bytes:
         """Return a new report under a number that the centre asked for."""
-        return self._keep(status_of(self._settings, sequence), identity)
+        return self._keep(build_report(self._settings, sequence), identity)
 
     def delivered(self) -> None:
         """Remember that the report arrived."""
@@ -240,7 +242,7 @@ class _Outbox:
         try:
             atomic_files.write_json(self._file, kept)
         except OSError as error:
-            raise atomic_files.disk_trouble(error) from error
+            raise atomic_files.disk_error(error) from error
         self._kept = kept
 
 
@@ -249,7 +251,7 @@ def _deliver(settings: SyncSettings, body: bytes, identity: Identity) -> int | N
     for last in (False, True):
         try:
             post(settings, "reports", body, identity)
-        except OtherSequenceError as other:
+        except ReportSequenceError as other:
             return other.expected
         except LibraryUnreachable as error:
             # It may have arrived: the same bytes again cost nothing, another report under this number would be a lie.
@@ -261,7 +263,7 @@ def _deliver(settings: SyncSettings, body: bytes, identity: Identity) -> int | N
 
 
 def _accept(device: Device, key: bytes, answer: dict[str, Any], *, first: bool) -> None:
-    device.accept(key, str(answer.get("certificate_pem", "")), str(answer.get("ca_pem", "")), first=first)
+    device.accept_certificate(key, str(answer.get("certificate_pem", "")), str(answer.get("ca_pem", "")), first=first)
 
 
 def _box_report(settings: SyncSettings) -> tuple[BoxReport | None, str]:

@@ -18,20 +18,18 @@ from tuf.api.metadata import TargetFile
 from model_sync import atomic_files
 from model_sync.agent.exchange import Exchange
 from model_sync.agent.sync_status import Progress
-from model_sync.agent.verified_bundle_cache import WholeBundles, refusals
+from model_sync.agent.verified_bundle_cache import VerifiedBundleCache, rejections
 from model_sync.bundle import MANIFEST_NAME, ModelBundle, sha256_of
 from model_sync.bundle.manifest import Manifest
 from model_sync.delta import codec as delta_codec
-from model_sync.errors import BundleError, LibraryUnreachable, TrustError
+from model_sync.errors import MODEL_STAYS, Action, BundleError, LibraryUnreachable, TrustError
 from model_sync.trust import documents
-from model_sync.trust.trusted_metadata import Chain
-from model_sync.trust.tuf_client import Upstream, of_one_file
-
-_KEEP = "the model in use stays"
+from model_sync.trust.trusted_metadata import TrustedMetadata
+from model_sync.trust.tuf_client import TufClient, concerns_one_file
 
 
 @dataclass(frozen=True)
-class Job:
+class StagingJob:
     """What is to be brought: one release of a line, and the deltas that its index offers."""
 
     line: str
@@ -40,7 +38,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Piece:
+class MissingFile:
     """One file that has to come over the line; ``delta`` is the smallest that fits a file which is here, or None."""
 
     file: str
@@ -69,41 +67,41 @@ class Stager:
 
     def __init__(
         self,
-        upstream: Upstream,
+        tuf_client: TufClient,
         exchange: Exchange,
         deltas_dir: Path,
         reserve_bytes: int,
         on_progress: Callable[[Progress], None],
         note: Callable[[str], None],
-        whole: WholeBundles,
+        verified: VerifiedBundleCache,
     ) -> None:
         """Prepare; nothing is fetched."""
-        self._upstream = upstream
+        self._tuf_client = tuf_client
         self._exchange = exchange
         self._deltas_dir = deltas_dir
         self._reserve = reserve_bytes
         self._on_progress = on_progress
-        self._note = note
-        self._whole = whole
+        self._info = note
+        self._verified = verified
         self._under_way: Progress | None = None
 
-    def has(self, digest: str) -> bool:
+    def is_staged(self, digest: str) -> bool:
         """Say whether a complete bundle is here; it is hashed when there is reason to, and a damaged one is put away."""
         directory = self._exchange.bundles_dir / digest
-        refused = refusals(self._exchange, digest)
+        rejected = rejections(self._exchange, digest)
         if not directory.is_dir():
             return False
-        if self._whole.knows(directory, refused):
+        if self._verified.is_verified(directory, rejected):
             return True
         try:
-            whole = ModelBundle.load(directory).digest == digest
+            verified = ModelBundle.load(directory).digest == digest
         except BundleError as error:
-            whole = False
-            self._note(f"the bundle {digest[:12]} is damaged on the disk ({error.message}); it is fetched again")
-        if not whole:
+            verified = False
+            self._info(f"the bundle {digest[:12]} is damaged on the disk ({error.message}); it is fetched again")
+        if not verified:
             self._put_away(directory)
             return False
-        self._whole.add(directory, refused)
+        self._verified.add(directory, rejected)
         return True
 
     def manifest(self, digest: str) -> Manifest:
@@ -112,12 +110,12 @@ class Stager:
 
     def _put_away(self, directory: Path) -> None:
         """Take a damaged bundle's name from it; its files that are still right are used again."""
-        self._whole.forget(directory)
+        self._verified.remove(directory)
         part = self._part(directory.name)
         atomic_files.remove_tree(part)
         directory.replace(part)
 
-    def stage(self, chain: Chain, job: Job) -> ModelBundle:
+    def stage(self, trusted: TrustedMetadata, job: StagingJob) -> ModelBundle:
         """Bring one release here, complete and verified.
 
         Raises:
@@ -127,28 +125,28 @@ class Stager:
         digest = job.release.digest
         try:
             part = self._adopt(digest)
-            manifest = self._manifest(chain, job, part)
-            pieces = self._pieces(chain, job, manifest, part)
+            manifest = self._manifest(trusted, job, part)
+            pieces = self._pieces(trusted, job, manifest, part)
             done = 0
             total = sum(piece.cost for piece in pieces)
             for number, piece in enumerate(pieces):
                 self._require_room(pieces[number:])
                 self._under_way = Progress(piece.file, done, total)
-                self.received(0)
+                self.report_received(0)
                 self._bring(job, piece, part)
                 done += piece.cost
             return self._finish(part, job, manifest)
         except OSError as error:
-            raise atomic_files.disk_trouble(error) from error
+            raise atomic_files.disk_error(error) from error
         finally:
             self._under_way = None
 
-    def received(self, file_bytes: int) -> None:
+    def report_received(self, file_bytes: int) -> None:
         """Hear from the fetcher how far the file under way has come."""
         if self._under_way is not None:
             self._on_progress(self._under_way._replace(done_bytes=self._under_way.done_bytes + file_bytes))
 
-    def sweep(self, wanted: set[str]) -> None:
+    def remove_unwanted(self, wanted: set[str]) -> None:
         """Remove the remains of bundles that nobody wants any more."""
         if self._exchange.bundles_dir.is_dir():
             for path in self._exchange.bundles_dir.glob(".*"):
@@ -172,10 +170,10 @@ class Stager:
         part.mkdir(exist_ok=True)
         return part
 
-    def _manifest(self, chain: Chain, job: Job, part: Path) -> Manifest:
+    def _manifest(self, trusted: TrustedMetadata, job: StagingJob, part: Path) -> Manifest:
         line, version = job.line, job.release.version
-        target = _target(chain, job, MANIFEST_NAME, job.release.digest)
-        self._upstream.fetch(target.path, part / MANIFEST_NAME, line)
+        target = _target(trusted, job, MANIFEST_NAME, job.release.digest)
+        self._tuf_client.fetch(target.path, part / MANIFEST_NAME, line)
         try:
             manifest = Manifest.parse((part / MANIFEST_NAME).read_bytes())
         except BundleError as error:
@@ -184,12 +182,12 @@ class Stager:
             raise _wrong(job, f"its manifest speaks of {manifest.name} {manifest.version}")
         return manifest
 
-    def _pieces(self, chain: Chain, job: Job, manifest: Manifest, part: Path) -> list[Piece]:
+    def _pieces(self, trusted: TrustedMetadata, job: StagingJob, manifest: Manifest, part: Path) -> list[MissingFile]:
         """Return what has to be fetched; files that are here already are put into place."""
         have = self._files_here()
         pieces = []
         for file, sha256 in sorted(manifest.digests().items()):
-            target = _target(chain, job, file, sha256)
+            target = _target(trusted, job, file, sha256)
             path = part / file
             path.parent.mkdir(parents=True, exist_ok=True)
             if _is(path, sha256) or (sha256 in have and _link(have[sha256], path, sha256)):
@@ -198,14 +196,14 @@ class Stager:
             pieces.append(self._cheapest(job, file, target, sha256, have))
         return pieces
 
-    def _cheapest(self, job: Job, file: str, target: TargetFile, sha256: str, have: Mapping[str, Path]) -> Piece:
+    def _cheapest(self, job: StagingJob, file: str, target: TargetFile, sha256: str, have: Mapping[str, Path]) -> MissingFile:
         fitting = [
             item
             for item in job.deltas
             if item.to_sha256 == sha256 and item.from_sha256 in have and item.length < target.length and not self._failed(item).exists()
         ]
         best = min(fitting, key=lambda item: item.length, default=None)
-        return Piece(file, target, best, have[best.from_sha256]) if best else Piece(file, target)
+        return MissingFile(file, target, best, have[best.from_sha256]) if best else MissingFile(file, target)
 
     def _files_here(self) -> dict[str, Path]:
         """Return a file for each digest that the manifests of complete bundles name; what they hold is verified on use."""
@@ -213,7 +211,7 @@ class Stager:
             sha256: bundle.directory / file for bundle in self._exchange.bundles() for file, sha256 in bundle.manifest.digests().items()
         }
 
-    def _require_room(self, pieces: list[Piece]) -> None:
+    def _require_room(self, pieces: list[MissingFile]) -> None:
         """Refuse before the first byte, and before each file, when the disk cannot take what is still to come."""
         largest = max(piece.target.length for piece in pieces)
         needs = {self._exchange.directory: sum(piece.target.length for piece in pieces), self._deltas_dir.parent: largest}
@@ -226,36 +224,37 @@ class Stager:
                 raise LibraryUnreachable(
                     f"the rest of the update needs {need} bytes of disk space, and {max(0, free)} are free on the disk of {directory} "
                     f"above the reserve of {self._reserve}",
-                    hint=f"free {need - free} bytes there; the update then comes by itself, what has come is kept; {_KEEP}",
+                    hint=f"free {need - free} bytes there; the update then comes by itself, what has come is kept; {MODEL_STAYS}",
                     code="sync.disk_full",
+                    action=Action.OPERATOR,
                 )
 
-    def _bring(self, job: Job, piece: Piece, part: Path) -> None:
+    def _bring(self, job: StagingJob, piece: MissingFile, part: Path) -> None:
         path = part / piece.file
         if piece.delta is not None and piece.base is not None and self._by_delta(job, piece, piece.delta, piece.base, path):
             return
-        self._upstream.fetch(piece.target.path, path, job.line)
+        self._tuf_client.fetch(piece.target.path, path, job.line)
 
-    def _by_delta(self, job: Job, piece: Piece, item: documents.Delta, base: Path, path: Path) -> bool:
+    def _by_delta(self, job: StagingJob, piece: MissingFile, item: documents.Delta, base: Path, path: Path) -> bool:
         """Rebuild a file from an older one; False when that does not give what was signed, or when the delta is not to be had."""
         file = self._failed(item).with_suffix("")
         built = path.with_name(f".{path.name}.built")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            if self._upstream.fetch(item.path, file, job.line) is None:
+            if self._tuf_client.fetch(item.path, file, job.line) is None:
                 raise delta_codec.DeltaError(f"the library does not have {item.path}")
             delta_codec.apply(item.codec, base, file, built, to_sha256=item.to_sha256, to_length=piece.target.length)
             atomic_files.sync_file(built)
             built.replace(path)
         except (delta_codec.DeltaError, TrustError) as error:
-            self._note(f"{job.line} {job.release.version}: no use of the delta for {piece.file} ({error.message}); the whole is fetched")
+            self._info(f"{job.line} {job.release.version}: no use of the delta for {piece.file} ({error.message}); the whole is fetched")
             atomic_files.write(self._failed(item), b"")
             return False
         except LibraryUnreachable as error:
             # A stick need not carry deltas, and a server may have lost one: only a whole file that is missing stops a bundle.
-            if not (of_one_file(error) or error.code in ("sync.refused", "sync.usb")):
+            if not (concerns_one_file(error) or error.code in ("sync.refused", "sync.usb")):
                 raise
-            self._note(f"{job.line} {job.release.version}: there is no delta for {piece.file} here ({error.message}); the whole is fetched")
+            self._info(f"{job.line} {job.release.version}: there is no delta for {piece.file} here ({error.message}); the whole is fetched")
             return False
         finally:
             built.unlink(missing_ok=True)
@@ -266,9 +265,9 @@ class Stager:
         """Return the mark of a delta that did not serve; beside it lies the delta itself while it is used."""
         return self._deltas_dir / f"{item.to_sha256[:16]}-{item.from_sha256[:16]}-{item.codec}.failed"
 
-    def _finish(self, part: Path, job: Job, manifest: Manifest) -> ModelBundle:
+    def _finish(self, part: Path, job: StagingJob, manifest: Manifest) -> ModelBundle:
         listed = {*manifest.digests(), MANIFEST_NAME}
-        for file in list(atomic_files.files_below(part)):
+        for file in list(atomic_files.iterate_files(part)):
             if str(file.relative_to(part)) not in listed:
                 file.unlink()
         try:
@@ -281,43 +280,45 @@ class Stager:
         final = self._exchange.bundles_dir / bundle.digest
         part.replace(final)
         atomic_files.sync_directory(final.parent)
-        self._whole.add(final, refusals(self._exchange, bundle.digest))
+        self._verified.add(final, rejections(self._exchange, bundle.digest))
         return ModelBundle(final, bundle.manifest, bundle.digest)
 
-    def _changed_on_disk(self, part: Path, job: Job, what: str) -> LibraryUnreachable:
+    def _changed_on_disk(self, part: Path, job: StagingJob, what: str) -> LibraryUnreachable:
         """Every file was right when it came: what is wrong now is the disk, so the next pull begins anew."""
         atomic_files.remove_tree(part)
         return LibraryUnreachable(
             f"{job.line} {job.release.version} changed on the disk while it was put together: {what}",
-            hint=f"the next pull fetches it again; if it happens twice, have the disk checked; {_KEEP}",
+            hint=f"the next pull fetches it again; if it happens twice, have the disk checked; {MODEL_STAYS}",
             code="sync.state",
+            action=Action.OPERATOR,
         )
 
 
-def still_signed(chain: Chain, job: Job, manifest: Manifest) -> None:
+def require_still_signed(trusted: TrustedMetadata, job: StagingJob, manifest: Manifest) -> None:
     """Check that a role signs every file of a bundle now, and not only when its download began.
 
     Raises:
         TrustError: the role was revoked, or signs another file, or none.
     """
-    _target(chain, job, MANIFEST_NAME, job.release.digest)
+    _target(trusted, job, MANIFEST_NAME, job.release.digest)
     for file, sha256 in manifest.digests().items():
-        _target(chain, job, file, sha256)
+        _target(trusted, job, file, sha256)
 
 
-def _target(chain: Chain, job: Job, file: str, sha256: str) -> TargetFile:
+def _target(trusted: TrustedMetadata, job: StagingJob, file: str, sha256: str) -> TargetFile:
     path = documents.file_path(job.line, job.release.version, file)
-    target = chain.target(path, job.line)
+    target = trusted.target(path, job.line)
     if target is None or target.hashes.get("sha256") != sha256:
         raise _wrong(job, f"{file} is not signed with the digest that the index or the manifest gives")
     return target
 
 
-def _wrong(job: Job, what: str) -> TrustError:
+def _wrong(job: StagingJob, what: str) -> TrustError:
     return TrustError(
         f"{job.line} {job.release.version} was signed, but it is no whole bundle: {what}",
-        hint=f"tell the central team, which has to publish it again under a new version; {_KEEP}",
+        hint=f"tell the central team, which has to publish it again under a new version; {MODEL_STAYS}",
         code="trust.document",
+        action=Action.OPERATOR,
     )
 
 

@@ -1,4 +1,4 @@
-"""What is particular to a USB stick: where the library lies on it, and errors in the words of somebody who holds it."""
+"""Import from a USB stick: where the library is on it, and errors worded for the person who holds the stick."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from pathlib import Path
 
 from tuf.api.metadata import Metadata, Root
 
-from model_sync.agent.sync_status import code_of, state_of
-from model_sync.errors import LibraryUnreachable, ModelSyncError, TrustError
+from model_sync.errors import Action, ModelSyncError, TrustError, UsbIncomplete
 from model_sync.trust import metadata
 
 FOLDER = "clinic-models"
-_AGAIN = "make the stick anew with `model-library export-usb`; the model in use stays"
-_ABOUT = {
+_MAKE_AGAIN = "make the stick anew with `model-library export-usb`; the model in use stays"
+_WORDING = {
     "trust.rollback": "the stick is older than this box",
     "trust.expired": "the stick has expired",
     "trust.part_expired": "a part of the stick has expired",
@@ -22,44 +21,42 @@ _ABOUT = {
 }
 
 
-def tree(directory: Path) -> Path:
-    """Return the library's tree on a stick, which is given by its mount point or by the folder itself.
+def find_tree(directory: Path) -> Path:
+    """Return the library's directory on a stick, given the mount point or that directory itself.
 
     Raises:
-        LibraryUnreachable: ``usb.incomplete``: there is none.
+        UsbIncomplete: there is none.
     """
-    for place in (directory / FOLDER, directory):
-        if (place / "metadata").is_dir():
-            return place
-    raise LibraryUnreachable(
+    for path in (directory / FOLDER, directory):
+        if (path / "metadata").is_dir():
+            return path
+    raise UsbIncomplete(
         f"{directory} holds no folder {FOLDER}/metadata",
         hint="point to the stick itself, which is made with `model-library export-usb`; the model in use stays",
-        code="usb.incomplete",
     )
 
 
-def about(error: ModelSyncError, stick: Path, root: Path) -> ModelSyncError:
-    """Return an error of an import as the technician has to hear it; one of the box's own disk stays as it is."""
-    code = code_of(error)
-    if isinstance(error, TrustError) and code in ("trust.signature", "trust.metadata") and _foreign(stick, root):
+def reword_error(error: ModelSyncError, stick: Path, root: Path) -> ModelSyncError:
+    """Return an error of an import in words for the technician; an error of the box's own disk is returned unchanged."""
+    if isinstance(error, TrustError) and error.code in ("trust.signature", "trust.metadata") and _is_from_other_library(stick, root):
         return TrustError(
             "the stick is of another library: its root.json is not the one this box was installed with",
             hint="use a stick of your own central team; the model in use stays",
             code="trust.foreign_root",
         )
-    if isinstance(error, TrustError) and code in _ABOUT:
-        hint = error.hint if "clock of this box is wrong" in error.hint else _AGAIN
-        return TrustError(f"{_ABOUT[code]}: {error.message}", hint=hint, code=code)
-    if state_of(error) == "unreachable":
-        return LibraryUnreachable(f"the stick is incomplete: {error.message}", hint=_AGAIN, code="usb.incomplete")
+    if isinstance(error, TrustError) and error.code in _WORDING:
+        hint = error.hint if "clock of this box is wrong" in error.hint else _MAKE_AGAIN
+        return TrustError(f"{_WORDING[error.code]}: {error.message}", hint=hint, code=error.code, action=error.action)
+    if error.action is Action.RETRY:
+        return UsbIncomplete(f"the stick is incomplete: {error.message}", hint=_MAKE_AGAIN)
     return error
 
 
-def _foreign(stick: Path, root: Path) -> bool:
-    """Say whether the stick's root of the provisioned version is another one."""
+def _is_from_other_library(stick: Path, root: Path) -> bool:
+    """Return whether the stick carries another root than the provisioned one under the same version number."""
     raw = metadata.read_root(root)
     file = stick / "metadata" / f"{Metadata[Root].from_bytes(raw).signed.version}.root.json"
     if not file.is_file():
         return False
-    with file.open("rb") as stream:  # a stranger's file: no more of it than the comparison takes
+    with file.open("rb") as stream:  # not trusted: read no more than the comparison needs
         return stream.read(len(raw) + 1) != raw

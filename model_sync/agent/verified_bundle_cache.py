@@ -15,21 +15,21 @@ from typing import TypeAlias
 from model_sync import atomic_files
 from model_sync.agent.exchange import REPORT_FILE, Exchange
 
-HASH_AGAIN_S = 86400.0
-_REFUSED = ("failed", "rolled-back")
-Refusals: TypeAlias = frozenset[tuple[str, str]]
+REVERIFY_INTERVAL_S = 86400.0
+_REJECTED_STATES = ("failed", "rolled-back")
+Rejections: TypeAlias = frozenset[tuple[str, str]]
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Fingerprint:
     """What a bundle was like when it was found whole."""
 
     files: tuple[tuple[str, int, int, int], ...]
-    refused: Refusals
+    rejected: Rejections
     at: float
 
 
-class WholeBundles:
+class VerifiedBundleCache:
     """Remembers bundles that were found whole.
 
     Args:
@@ -39,30 +39,32 @@ class WholeBundles:
     def __init__(self, ticks: Callable[[], float]) -> None:
         """Know nothing yet."""
         self._ticks = ticks
-        self._found: dict[str, _Found] = {}
+        self._found: dict[str, _Fingerprint] = {}
 
-    def knows(self, directory: Path, refused: Refusals) -> bool:
+    def is_verified(self, directory: Path, rejected: Rejections) -> bool:
         """Say whether a bundle needs no hashing; ``refused`` is what the box has against it."""
         found = self._found.get(directory.name)
-        if found is None or self._ticks() - found.at >= HASH_AGAIN_S or not refused <= found.refused:
+        if found is None or self._ticks() - found.at >= REVERIFY_INTERVAL_S or not rejected <= found.rejected:
             return False
         return found.files == _files(directory)
 
-    def add(self, directory: Path, refused: Refusals) -> None:
+    def add(self, directory: Path, rejected: Rejections) -> None:
         """A bundle was hashed just now, and is whole."""
-        self._found[directory.name] = _Found(_files(directory), refused, self._ticks())
+        self._found[directory.name] = _Fingerprint(_files(directory), rejected, self._ticks())
 
-    def forget(self, directory: Path) -> None:
+    def remove(self, directory: Path) -> None:
         """A bundle is damaged, or gone."""
         self._found.pop(directory.name, None)
 
 
-def refusals(exchange: Exchange, digest: str) -> Refusals:
+def rejections(exchange: Exchange, digest: str) -> Rejections:
     """Return when and why the box has refused a bundle, by its own report."""
     activations = atomic_files.read_json(exchange.directory / REPORT_FILE).get("activations")
     told = [item for item in activations if isinstance(item, dict)] if isinstance(activations, list) else []
     return frozenset(
-        (str(item.get("at")), str(item.get("code"))) for item in told if item.get("digest") == digest and item.get("state") in _REFUSED
+        (str(item.get("at")), str(item.get("code")))
+        for item in told
+        if item.get("digest") == digest and item.get("state") in _REJECTED_STATES
     )
 
 

@@ -61,7 +61,7 @@ from model_sync.delta.format import (
 )
 from model_sync.trust.documents import Codec
 
-__all__ = ["MAX_RATIO", "DeltaError", "Encoded", "apply", "best", "encode_with", "worth_publishing"]
+__all__ = ["MAX_RATIO", "DeltaError", "Encoded", "apply", "best", "encode_with", "is_worth_publishing"]
 
 MAX_RATIO = 0.7
 _SMALL_BYTES = 2**20  # both codecs are tried below this
@@ -76,7 +76,7 @@ class Encoded:
     data: bytes
 
 
-def worth_publishing(delta_length: int, plain_length: int) -> bool:
+def is_worth_publishing(delta_length: int, plain_length: int) -> bool:
     """Say whether a delta of ``delta_length`` bytes saves enough against a plain download: under 70 % of it."""
     return delta_length < MAX_RATIO * plain_length
 
@@ -128,7 +128,7 @@ def apply(codec: str, old: Path, delta: Path, out: Path, *, to_sha256: str, to_l
     out.unlink(missing_ok=True)  # never written through a link
     try:
         with source(old) as old_file, source(delta) as delta_file:
-            decode = _checked_header(codec, old_file, delta_file, to_sha256, to_length)
+            decode = _check_header(codec, old_file, delta_file, to_sha256, to_length)
             with out.open("xb") as target:
                 _build(decode, old_file, delta_file, target, to_sha256, to_length)
     except BaseException:
@@ -139,7 +139,7 @@ def apply(codec: str, old: Path, delta: Path, out: Path, *, to_sha256: str, to_l
 Decode = Callable[[Source, Source, int, Write], None]
 
 
-def _checked_header(codec: str, old: Source, delta: Source, to_sha256: str, to_length: int) -> Decode:
+def _check_header(codec: str, old: Source, delta: Source, to_sha256: str, to_length: int) -> Decode:
     """Check every field of the header, the old file's digest last because it costs a read; return the codec's decoder."""
     if codec not in _DECODERS:
         raise DeltaError(f"there is no delta codec {codec!r}")

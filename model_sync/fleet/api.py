@@ -18,9 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from model_sync.agent.report import MAX_REPORT_BYTES, ReportError, load_json, verify
 from model_sync.fleet.database import Fleet
 from model_sync.fleet.enrolment import MAX_CSR_BYTES, Enrolment, EnrolmentError
-from model_sync.fleet.limits import Allowance
+from model_sync.fleet.limits import RateLimiter
 from model_sync.fleet.problems import problem
-from model_sync.fleet.rollout_pause_policy import Brake
+from model_sync.fleet.rollout_pause_policy import RolloutPausePolicy
 
 blueprint: Final = Blueprint("api", __name__, url_prefix="/api/v1")
 PROXY_CERTIFICATE: Final = "X-Client-Certificate"
@@ -51,8 +51,8 @@ def _limit() -> Response | None:
     request.max_content_length = _most_bytes() + 1  # a body without a length is cut there: one byte more tells it apart
     if request.method == "POST" and request.mimetype != "application/json":
         abort(415)
-    allowance: Allowance = current_app.extensions["allowances"]["reports" if request.endpoint == "api.reports" else "enrolments"]
-    if not allowance.take(address()):
+    limiter: RateLimiter = current_app.extensions["rate_limiters"]["reports" if request.endpoint == "api.reports" else "enrolments"]
+    if not limiter.allow(address()):
         answer = problem(429, "http.too_many_requests", "Too many requests from this address; wait a minute.")
         answer.headers["Retry-After"] = "60"
         return answer
@@ -84,9 +84,9 @@ def reports() -> Response:
     if report.box_id != box.box_id:
         raise ReportError("report.signature", "the report is of another box than its certificate", hint="enrol the box again")
     fleet: Fleet = current_app.extensions["fleet"]
-    brake: Brake = current_app.extensions["brake"]
-    fleet.take(report, per_hour=current_app.config["REPORTS_PER_HOUR"])
-    brake.wake(box.ring)
+    pause_policy: RolloutPausePolicy = current_app.extensions["brake"]
+    fleet.store_report(report, per_hour=current_app.config["REPORTS_PER_HOUR"])
+    pause_policy.schedule_check(box.ring)
     return Response(status=204)
 
 
@@ -108,8 +108,8 @@ def client_certificate() -> bytes | None:
 
 def address() -> str:
     """Return the asker's address; behind a proxy, the one that the proxy itself saw."""
-    if current_app.config["BEHIND_PROXY"] and (chain := request.headers.get("X-Forwarded-For", "")):
-        return chain.rpartition(",")[2].strip()[:64]
+    if current_app.config["BEHIND_PROXY"] and (trusted := request.headers.get("X-Forwarded-For", "")):
+        return trusted.rpartition(",")[2].strip()[:64]
     return request.remote_addr or ""
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from model_sync.fleet.database import Tally
+from model_sync.fleet.database import VersionTally
 from model_sync.fleet.views import Progress
 from model_sync.trust.documents import RolloutStep
 
@@ -76,7 +76,7 @@ def planned_share(step: RolloutStep, at: datetime) -> float:
     return step.percent * min(1.0, passed / step.duration_h) if step.duration_h else step.percent
 
 
-def pausing_failures(step: RolloutStep, tally: Tally, known: int = 0) -> int:
+def pausing_failures(step: RolloutStep, tally: VersionTally, known: int = 0) -> int:
     """Return the number of failed boxes at which the rollout is paused, for the boxes that tried it so far.
 
     ``known`` failures a human has looked at before they let it go on: they are not counted again.

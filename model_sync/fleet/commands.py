@@ -27,7 +27,7 @@ def passphrase(*files: Path | None, variable: str = console.PASSPHRASE_ENV) -> s
     Raises:
         SettingsError: none is named, or it cannot be read, or everybody can read it.
     """
-    for file in (*files, console.from_env(variable)):
+    for file in (*files, console.file_from_environment(variable)):
         if file is not None:
             return console.read_secret(file)
     raise SettingsError("no passphrase was given", hint=f"give --passphrase-file FILE, or {variable}=FILE")

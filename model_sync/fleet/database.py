@@ -26,11 +26,11 @@ RUNNING: Final = ("active", "trial", "good")
 FAILED: Final = ("failed", "rolled-back")
 # What says that the version is bad. Anything else that ends an activation (no room, expired, absent, superseded, taken back by hand)
 # speaks of the box, of the library or of people, and must not stop a rollout.
-BLAMED: Final = (
+MODEL_FAULT_CODES: Final = (
     "activation.crash_loop", "activation.deadline", "activation.drift", "activation.failures", "activation.latency", "activation.memory",
     "activation.reboot_loop", "model.self_test",
 )  # fmt: skip
-UNDER_WAY: Final = ("staged", "building", "self-test", "trial")
+IN_PROGRESS: Final = ("staged", "building", "self-test", "trial")
 EVENTS_PER_BOX: Final = 60
 ACTIVATIONS_PER_BOX: Final = 64
 _LOCK_KEY: Final = 7_032_316  # any number that is ours on a shared PostgreSQL
@@ -54,7 +54,7 @@ class RateError(ModelSyncError):
         self.retry_after_s = retry_after_s
 
 
-class Tally(NamedTuple):
+class VersionTally(NamedTuple):
     """How a version did on the boxes of a ring: how many finished or began it, run it, and failed it by its own fault."""
 
     tried: int
@@ -80,7 +80,7 @@ class Fleet:
         try:
             self.engine = open_engine(url)
             self._writes = self.engine.execution_options(fleet_writes=True)
-            self._lay_tables()
+            self._create_tables()
         except (ArgumentError, NoSuchModuleError, SQLAlchemyError, ImportError, OSError) as error:
             if isinstance(error, ModuleNotFoundError) and error.name == "psycopg":
                 raise  # the address is right: the command says what to install
@@ -145,7 +145,7 @@ class Fleet:
         with self.writing() as tx:
             if not tx.execute(update(boxes).where(boxes.c.box_id == box_id).values(ring=ring)).rowcount:
                 raise _no_box(box_id)
-            count_ring(tx, box_id)
+            assign_ring(tx, box_id)
             tx.execute(actions.insert().values(at=self.now(), actor=actor, action="move", ring=ring, subject=box_id))
 
     def deny_serial(self, serial: str, actor: str) -> None:
@@ -157,7 +157,7 @@ class Fleet:
                 raise SettingsError(f"no certificate has the serial {wanted}", hint="take it from the box's page")
             tx.execute(actions.insert().values(at=self.now(), actor=actor, action="deny", subject=wanted))
 
-    def take(self, report: StatusReport, *, per_hour: int) -> bool:
+    def store_report(self, report: StatusReport, *, per_hour: int) -> bool:
         """Keep a verified report as the box's newest. Returns False when this very report was taken before.
 
         Raises:
@@ -174,7 +174,7 @@ class Fleet:
             self._keep(tx, box, report, digest, _window(box, self.now(), per_hour))
         return True
 
-    def tally(self, ring: str, line: str, version: str, *, at_least: int = 0) -> Tally:
+    def tally(self, ring: str, line: str, version: str, *, at_least: int = 0) -> VersionTally:
         """Count how a version did on the boxes that the centre put into a ring and that follow it.
 
         With fewer failures than ``at_least`` the rest is not counted: with each report somebody asks.
@@ -182,11 +182,11 @@ class Fleet:
         here = activations.c
         query = select(func.count()).select_from(activations).where(here.ring == ring, here.line == line, here.version == version)
         with self.reading() as tx:
-            failed = int(tx.execute(query.where(blamed())).scalar_one())
+            failed = int(tx.execute(query.where(failed_by_model())).scalar_one())
             running = int(tx.execute(query.where(here.state.in_(RUNNING))).scalar_one()) if failed >= at_least else 0
-        return Tally(failed + running, running, failed)
+        return VersionTally(failed + running, running, failed)
 
-    def acknowledged(self, ring: str, line: str, version: str) -> int:
+    def acknowledged_failures(self, ring: str, line: str, version: str) -> int:
         """Return how many failed boxes a human knew of when they let a version go on; 0 when nobody did.
 
         What the failure budget paused goes on only when a human signed that, here or at the command line: its own count is known too.
@@ -213,7 +213,7 @@ class Fleet:
             self._settle(tx, report.box_id, {(item.line, item.version) for item in report.box.models if item.state in RUNNING}, now)
             _trim(tx, report.box_id)
         tx.execute(update(boxes).where(boxes.c.box_id == box["box_id"]).values(**values))
-        count_ring(tx, report.box_id)
+        assign_ring(tx, report.box_id)
 
     def _keep_models(self, tx: Connection, report: StatusReport) -> None:
         tx.execute(delete(box_models).where(box_models.c.box_id == report.box_id))
@@ -234,7 +234,7 @@ class Fleet:
         latest = {(row.line, row.version): (row.state, row.code) for row in tx.execute(query)}
         for item in said:
             said_at, state = int(item.at.timestamp()), (item.state, item.code or "")
-            same = item.state in UNDER_WAY and latest.get((item.line, item.version)) == state
+            same = item.state in IN_PROGRESS and latest.get((item.line, item.version)) == state
             if same or (item.digest, item.state, said_at) in seen:
                 continue
             seen.add((item.digest, item.state, said_at))
@@ -270,10 +270,10 @@ class Fleet:
         with self.writing() as tx:
             if not tx.execute(update(boxes).where(boxes.c.box_id == box_id).values(denied_at=at)).rowcount:
                 raise _no_box(box_id)
-            count_ring(tx, box_id)
+            assign_ring(tx, box_id)
             tx.execute(actions.insert().values(at=self.now(), actor=actor, action=action, subject=box_id))
 
-    def _lay_tables(self) -> None:
+    def _create_tables(self) -> None:
         with self.writing() as tx:
             if self.engine.dialect.name == "postgresql":
                 tx.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
@@ -284,12 +284,12 @@ class Fleet:
             raise SettingsError(f"the fleet database has tables of version {found}, this is {SCHEMA}", hint="use the matching release")
 
 
-def blamed() -> ColumnElement[bool]:
+def failed_by_model() -> ColumnElement[bool]:
     """Return the condition that an activation failed by the model's own fault."""
-    return activations.c.state.in_(FAILED) & activations.c.code.in_(BLAMED)
+    return activations.c.state.in_(FAILED) & activations.c.code.in_(MODEL_FAULT_CODES)
 
 
-def count_ring(tx: Connection, box_id: str) -> None:
+def assign_ring(tx: Connection, box_id: str) -> None:
     """Count a box's activations to its ring: when it is let in, and follows the ring that the centre put it into."""
     here = boxes.c
     counts = here.denied_at.is_(None), here.reported_ring.in_(("", here.ring))

@@ -29,9 +29,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from securesystemslib.signer import SSlibKey
 from sqlalchemy import Connection, RowMapping, select, update
 
-from model_sync.agent.device import create_private, issued_by
-from model_sync.errors import ModelSyncError, SettingsError
-from model_sync.fleet.database import Fleet, count_ring
+from model_sync.agent.device import create_private_file, is_issued_by
+from model_sync.errors import CodedError, SettingsError
+from model_sync.fleet.database import Fleet, assign_ring
 from model_sync.fleet.tables import actions, boxes, certificates, tokens
 
 CERTIFICATE: Final = "device-ca.pem"
@@ -45,18 +45,13 @@ _BACKDATED: Final = timedelta(hours=1)
 DeviceKey: TypeAlias = EllipticCurvePublicKey | Ed25519PublicKey
 
 
-class EnrolmentError(ModelSyncError):
+class EnrolmentError(CodedError):
     """A box was not let in.
 
     Attributes:
         code: ``enrolment.token``, ``enrolment.csr``, ``enrolment.denied``, ``enrolment.certificate`` (none, or not ours),
             ``enrolment.expired``, ``enrolment.too_early``.
     """
-
-    def __init__(self, code: str, message: str, *, hint: str) -> None:
-        """Keep the coded reason beside the sentence."""
-        super().__init__(message, hint=hint)
-        self.code = code
 
 
 class DeviceAuthority:
@@ -92,7 +87,7 @@ class DeviceAuthority:
             .sign(key, SHA256())
         )
         secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(passphrase.encode()))
-        create_private(directory / KEY, secret)
+        create_private_file(directory / KEY, secret)
         (directory / CERTIFICATE).write_bytes(certificate.public_bytes(Encoding.PEM))
         return cls(certificate, key)
 
@@ -127,7 +122,7 @@ class DeviceAuthority:
 
     def issued(self, certificate: x509.Certificate) -> bool:
         """Say whether a certificate is signed by this authority; not whether it is still valid."""
-        return issued_by(certificate, self.certificate)
+        return is_issued_by(certificate, self.certificate)
 
 
 @dataclass(frozen=True)
@@ -240,7 +235,7 @@ class Enrolment:
         tx.execute(new.on_conflict_do_update(index_elements=["box_id"], set_={"ring": ring, "enrolled_at": now}))
         if tx.execute(select(boxes.c.denied_at).where(boxes.c.box_id == box_id)).scalar_one() is not None:
             raise _denied()  # the transaction ends here: the token is not spent
-        count_ring(tx, box_id)
+        assign_ring(tx, box_id)
         live = certificates.c.box_id == box_id, certificates.c.revoked_at.is_(None)
         tx.execute(update(certificates).where(*live).values(revoked_at=now))
         pem, serial = self._issue(tx, box_id, key, now)

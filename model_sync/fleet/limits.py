@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 
-class Allowance:
+class RateLimiter:
     """How much each address may ask: a bucket of ``burst`` that fills by ``per_minute``; in memory, bounded."""
 
     def __init__(self, per_minute: float, burst: int, *, clock: Callable[[], float] = time.monotonic, most: int = 50_000) -> None:
@@ -15,7 +15,7 @@ class Allowance:
         self._left: dict[str, tuple[float, float]] = {}
         self._lock = threading.Lock()
 
-    def take(self, who: str) -> bool:
+    def allow(self, who: str) -> bool:
         """Take one from the bucket of ``who``; False when it is empty."""
         now = self._clock()
         with self._lock:

@@ -18,8 +18,8 @@ from model_sync.fleet import views as fleet_views
 from model_sync.fleet.accounts import Accounts
 from model_sync.fleet.api import address
 from model_sync.fleet.database import RUNNING, Fleet
-from model_sync.fleet.pause import Seen
-from model_sync.fleet.rollouts import Published, Rollouts
+from model_sync.fleet.pause import ExpectedRollout
+from model_sync.fleet.rollouts import PublishedRollouts, Rollouts
 from model_sync.fleet.texts import LANGUAGES, reason, text
 from model_sync.trust.documents import RolloutStep, older
 
@@ -54,7 +54,7 @@ def login() -> ResponseReturnValue:
     """Log in; the same words for an unknown name, a wrong password and a locked account."""
     if request.method == "GET":
         return render_template("login.html", failed=False, name="")
-    if not current_app.extensions["allowances"]["logins"].take(address()):
+    if not current_app.extensions["rate_limiters"]["logins"].allow(address()):
         abort(429)
     name = request.form.get("name", "").strip()[:64]
     token = _accounts().login(name if name.isprintable() else "", request.form.get("password", ""))
@@ -101,7 +101,7 @@ def style() -> Response:
 @operator_only
 def fleet() -> ResponseReturnValue:
     """The whole fleet."""
-    store, broken, published, cards = _fleet(), False, Published({}, {}), list[dict[str, Any]]()
+    store, broken, published, cards = _fleet(), False, PublishedRollouts({}, {}), list[dict[str, Any]]()
     try:
         published = _rollouts().published()
         cards = _cards(store, published)
@@ -149,11 +149,11 @@ def pause() -> ResponseReturnValue:
     return redirect(url_for("page.fleet"))
 
 
-def _seen(action: str) -> Seen:
+def _seen(action: str) -> ExpectedRollout:
     """Return what the form says its reader saw: who stops a version stops it whatever else was signed, who lets it go on looks again."""
     serial = request.form.get("serial", "")
     number = int(serial) if serial.isdecimal() and len(serial) < 10 else 0
-    return Seen(request.form.get("version", "")[:64], None if action == "pause" else number)
+    return ExpectedRollout(request.form.get("version", "")[:64], None if action == "pause" else number)
 
 
 def _known(ring: str, line: str, action: str) -> str:
@@ -175,7 +175,7 @@ def _words() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _cards(store: Fleet, published: Published) -> list[dict[str, Any]]:
+def _cards(store: Fleet, published: PublishedRollouts) -> list[dict[str, Any]]:
     """Return the rollouts: those under way first, then the youngest."""
     cards = [_card(store, ring, line, step) for ring, rollout in published.rollouts.items() for line, step in rollout.lines.items()]
     order = ("running", "paused", "waiting", "complete")
@@ -195,14 +195,14 @@ def _card(store: Fleet, ring: str, line: str, step: RolloutStep) -> dict[str, An
     return {
         "ring": ring, "line": line, "step": step, "state": state, "tally": tally, "progress": progress, "running": progress.now,
         "share": _percent(progress.now, progress.total), "planned": f"{fleet_chart.planned_share(step, moment):.0f}",
-        "limit": fleet_chart.pausing_failures(step, tally, store.acknowledged(ring, line, step.version)),
+        "limit": fleet_chart.pausing_failures(step, tally, store.acknowledged_failures(ring, line, step.version)),
         "spent": not step.paused and _rollouts().is_spent(ring, line, step, tally),
         "chart": fleet_chart.draw(step, progress, now), "starts": int(step.start.timestamp()), "begin": begin, "end": end,
         "command": _rollouts().command(ring, line, not step.paused), "table": past[:: max(1, len(past) // 8)] if past else [],
     }  # fmt: skip
 
 
-def _versions(store: Fleet, published: Published) -> list[dict[str, Any]]:
+def _versions(store: Fleet, published: PublishedRollouts) -> list[dict[str, Any]]:
     """Return the table of versions: per line and version, the boxes of each ring, and whether it may be run at all."""
     table: dict[tuple[str, str], dict[str, Any]] = {}
     for row in fleet_views.versions(store):

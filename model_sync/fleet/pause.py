@@ -18,14 +18,14 @@ from model_sync.library.roles import AnyMetadata, verifies
 from model_sync.trust.documents import ROLLOUT_ROLE, Rollout, RolloutStep, rollout_path
 
 
-class Seen(NamedTuple):
+class ExpectedRollout(NamedTuple):
     """What somebody saw before they asked: the step's version, and the number of the rollout role (None: any will do)."""
 
     version: str
     serial: int | None = None
 
 
-class Signed(NamedTuple):
+class PauseResult(NamedTuple):
     """What became of a pause: the step that boxes see now, and whether it had to be signed for that."""
 
     step: RolloutStep
@@ -35,7 +35,7 @@ class Signed(NamedTuple):
 class PausingLibrary(Library):
     """A library whose rollouts can be paused beside what waits in it."""
 
-    def set_paused(self, ring: str, line: str, paused: bool, seen: Seen) -> Signed:
+    def set_paused(self, ring: str, line: str, paused: bool, seen: ExpectedRollout) -> PauseResult:
         """Publish the rollout of a ring anew with one line paused, or going on; nothing else of what boxes see changes.
 
         Raises:
@@ -52,10 +52,10 @@ class PausingLibrary(Library):
             if step.version != seen.version or seen.serial not in (None, public.signed.version):
                 raise PublishError(f"the rollout of {line} to {ring} was changed in the meantime", hint="reload the page and look again")
             if step.paused == paused:
-                return Signed(step, False)
+                return PauseResult(step, False)
             after = self._with_step(before, line, step.model_copy(update={"paused": paused}))
             self._publish_beside(self._edited(public, after, 1), lambda waiting: self._rebased(waiting, before, after))
-            return Signed(after.lines[line], True)
+            return PauseResult(after.lines[line], True)
 
     def _with_step(self, before: Rollout, line: str, step: RolloutStep) -> Rollout:
         return Rollout(ring=before.ring, issued_at=self.now(), lines={**before.lines, line: step})
@@ -93,10 +93,10 @@ class PausingLibrary(Library):
 
     def _publish_beside(self, pause: AnyMetadata, rebase: Callable[[AnyMetadata], AnyMetadata]) -> None:
         """Sign and publish one rollout; what waits is moved above it first, so that a kill between the two loses nothing."""
-        for signer in self.signers_at_hand(self.keys(ROLLOUT_ROLE)):
+        for signer in self.available_signers(self.keys(ROLLOUT_ROLE)):
             pause.sign(signer, append=True)
         waiting, staged = self.staged(ROLLOUT_ROLE), self.files.staged_path(ROLLOUT_ROLE)
-        self._next = self._choose()
+        self._next = self._choose_versions()
         try:
             self._refuse_unsigned(pause, waiting)
             self._next[ROLLOUT_ROLE] = pause
@@ -113,7 +113,7 @@ class PausingLibrary(Library):
             self._commit(fresh)
         finally:
             self._next = {}
-        self._drop_finished()
+        self._remove_finished()
 
     def _refuse_unsigned(self, pause: AnyMetadata, waiting: AnyMetadata | None) -> None:
         if verifies(self._next[Targets.type].signed, ROLLOUT_ROLE, pause):

@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from model_sync.errors import ModelSyncError
 from model_sync.fleet.database import Fleet
-from model_sync.fleet.pause import Seen
+from model_sync.fleet.pause import ExpectedRollout
 from model_sync.fleet.rollouts import Rollouts
 from model_sync.trust.documents import RolloutStep
 
@@ -23,7 +23,7 @@ _RETRY_S = 10.0
 _LOCK_TIMEOUT_S = 5.0
 
 
-class Brake:
+class RolloutPausePolicy:
     """Holds the rollouts of one library against their failure budgets.
 
     Args:
@@ -42,7 +42,7 @@ class Brake:
         self._closed = False
         self._thread: threading.Thread | None = None
 
-    def wake(self, ring: str) -> None:
+    def schedule_check(self, ring: str) -> None:
         """Let a ring be looked at soon; it never waits and never raises."""
         with self._changed:
             self._due.add(ring)
@@ -75,14 +75,14 @@ class Brake:
         rollout, done = published.rollouts.get(ring), True
         for line, step in (rollout.lines if rollout is not None else {}).items():
             if not step.paused and (figures := self._spent(ring, line, step)):
-                done &= self._pause(ring, line, Seen(step.version, published.serial), figures)
+                done &= self._pause(ring, line, ExpectedRollout(step.version, published.serial), figures)
         return done
 
     def _spent(self, ring: str, line: str, step: RolloutStep) -> str:
         tally = self._fleet.tally(ring, line, step.version, at_least=step.failure_budget.min_boxes)
         return f"{tally.failed}/{tally.tried}" if self._rollouts.is_spent(ring, line, step, tally) else ""
 
-    def _pause(self, ring: str, line: str, seen: Seen, figures: str) -> bool:
+    def _pause(self, ring: str, line: str, seen: ExpectedRollout, figures: str) -> bool:
         try:
             self._rollouts.set_paused(ring, line, True, SERVER, seen, figures, lock_timeout_s=_LOCK_TIMEOUT_S)
         except ModelSyncError as error:

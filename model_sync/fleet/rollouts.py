@@ -14,8 +14,8 @@ from securesystemslib.signer import Signer
 from tuf.api.metadata import Targets
 
 from model_sync.errors import PublishError
-from model_sync.fleet.database import Fleet, Tally
-from model_sync.fleet.pause import PausingLibrary, Seen
+from model_sync.fleet.database import Fleet, VersionTally
+from model_sync.fleet.pause import ExpectedRollout, PausingLibrary
 from model_sync.library.files import read_metadata
 from model_sync.library.keys import Passphrase
 from model_sync.library.library import Library
@@ -27,7 +27,7 @@ _LOCK_TIMEOUT_S = 0.5  # a person waits for the page
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedRollouts:
     """What is signed and public: the rollout of each ring, the index of each line; ``serial`` numbers the rollout role."""
 
     rollouts: dict[str, Rollout]
@@ -50,7 +50,7 @@ class Rollouts:
         self._signer = signer
         self._passphrase = passphrase
         self._back: dict[tuple[str, str, int], bool] = {}
-        self._cached: tuple[tuple[int, int], Published] | None = None
+        self._cached: tuple[tuple[int, int], PublishedRollouts] | None = None
 
     @property
     def can_sign(self) -> bool:
@@ -62,7 +62,7 @@ class Rollouts:
         signers = [self._signer] if self._signer is not None else []
         return PausingLibrary(self._directory, signers, passphrase=self._passphrase, lock_timeout_s=lock_timeout_s)
 
-    def published(self) -> Published:
+    def published(self) -> PublishedRollouts:
         """Return what boxes see; read again only when the timestamp changed.
 
         Raises:
@@ -74,13 +74,21 @@ class Rollouts:
             if self._cached is None or seen != self._cached[0]:
                 self._cached = seen, _read(Library(self._directory))  # together: several threads ask
         except FileNotFoundError:
-            return Published({}, {})
+            return PublishedRollouts({}, {})
         except OSError as error:
             raise _disk(error) from error
         return self._cached[1]
 
     def set_paused(
-        self, ring: str, line: str, paused: bool, actor: str, seen: Seen, figures: str = "", *, lock_timeout_s: float = _LOCK_TIMEOUT_S
+        self,
+        ring: str,
+        line: str,
+        paused: bool,
+        actor: str,
+        seen: ExpectedRollout,
+        figures: str = "",
+        *,
+        lock_timeout_s: float = _LOCK_TIMEOUT_S,
     ) -> bool:
         """Sign the rollout of a ring anew, with one line paused or going on. Returns False when it was so already.
 
@@ -110,17 +118,19 @@ class Rollouts:
         logger.warning("rollout %s: ring %s line %s version %s by %s", action, ring, line, step.version, actor)
         return True
 
-    def is_spent(self, ring: str, line: str, step: RolloutStep, tally: Tally) -> bool:
+    def is_spent(self, ring: str, line: str, step: RolloutStep, tally: VersionTally) -> bool:
         """Say whether a version failed on more boxes than its rollout may cost, and should be stopped for that.
 
         Failures that a human knew of when they let it go on do not count again. The way back is never stopped: boxes that cannot go
         back stay on what was worse.
         """
-        if not spent(step, tally):
+        if not is_budget_spent(step, tally):
             return False
-        return spent(step, tally, self._fleet.acknowledged(ring, line, step.version)) and not self.is_way_back(ring, line)
+        return is_budget_spent(step, tally, self._fleet.acknowledged_failures(ring, line, step.version)) and not self.is_rollback(
+            ring, line
+        )
 
-    def is_way_back(self, ring: str, line: str) -> bool:
+    def is_rollback(self, ring: str, line: str) -> bool:
         """Say whether the version that a ring takes is older than the one that was signed for it before.
 
         Raises:
@@ -130,7 +140,7 @@ class Rollouts:
         key = ring, line, published.serial
         if key not in self._back:
             try:
-                found = _is_back(Library(self._directory), ring, line, published)
+                found = _is_older_than_before(Library(self._directory), ring, line, published)
             except OSError as error:
                 raise _disk(error) from error
             self._back = {known: back for known, back in self._back.items() if known[2] == published.serial} | {key: found}
@@ -151,13 +161,13 @@ class Rollouts:
         )
 
 
-def spent(step: RolloutStep, tally: Tally, known: int = 0) -> bool:
+def is_budget_spent(step: RolloutStep, tally: VersionTally, known: int = 0) -> bool:
     """Say whether a version failed on more boxes than its rollout may cost, beyond those ``known``."""
     failed = tally.failed - known
     return failed >= step.failure_budget.min_boxes and failed > step.failure_budget.max_fraction * (tally.tried - known)
 
 
-def _is_back(library: Library, ring: str, line: str, published: Published) -> bool:
+def _is_older_than_before(library: Library, ring: str, line: str, published: PublishedRollouts) -> bool:
     """Look through the rollouts that were public before, the youngest first, for the version before this one."""
     step, path = published.step(ring, line), rollout_path(ring)
     for serial in range(published.serial - 1, max(0, published.serial - _HISTORY), -1) if step is not None else ():
@@ -173,7 +183,7 @@ def _is_back(library: Library, ring: str, line: str, published: Published) -> bo
     return False
 
 
-def _read(library: Library) -> Published:
+def _read(library: Library) -> PublishedRollouts:
     rollouts, lines = {}, {}
     if (chosen := library.published(ROLLOUT_ROLE)) is not None:
         for path in chosen.signed.targets:
@@ -185,7 +195,7 @@ def _read(library: Library) -> Published:
         role = library.published(line) if line != ROLLOUT_ROLE else None
         if role is not None and line_path(line) in role.signed.targets:
             lines[line] = LineIndex.parse(library.read_target(role.signed, line_path(line)))
-    return Published(rollouts, lines, chosen.signed.version if chosen is not None else 0)
+    return PublishedRollouts(rollouts, lines, chosen.signed.version if chosen is not None else 0)
 
 
 def _disk(error: OSError) -> PublishError:

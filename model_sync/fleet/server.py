@@ -38,8 +38,8 @@ from model_sync.fleet.commands import add_commands as add_commands
 from model_sync.fleet.commands import passphrase
 from model_sync.fleet.database import Fleet
 from model_sync.fleet.enrolment import CERTIFICATE, DeviceAuthority, Enrolment
-from model_sync.fleet.limits import Allowance
-from model_sync.fleet.rollout_pause_policy import Brake
+from model_sync.fleet.limits import RateLimiter
+from model_sync.fleet.rollout_pause_policy import RolloutPausePolicy
 from model_sync.fleet.rollouts import Rollouts
 from model_sync.fleet.tables import sqlite_url
 from model_sync.library.console import ONLINE_ENV
@@ -47,7 +47,7 @@ from model_sync.library.files import LibraryFiles
 from model_sync.library.keys import load_signer
 
 DEFAULT_PORT: Final = 8443
-_BEGUN_S: Final = 10
+_REQUEST_START_S: Final = 10
 _SILENCE_S: Final = 60.0
 _KEEP_ALIVE_S: Final = 15
 _STOP_S: Final = 10
@@ -107,12 +107,12 @@ def create_app(config: ServerConfig, *, clock: Callable[[], float] = time.time) 
         fleet=fleet,
         enrolment=Enrolment(fleet, authority, certificate_days=config.certificate_days),
         rollouts=rollouts,
-        brake=Brake(fleet, rollouts),
+        pause_policy=RolloutPausePolicy(fleet, rollouts),
         accounts=Accounts(fleet, idle_s=config.session_idle_s),
-        allowances={
-            "enrolments": Allowance(per_minute, per_minute),
-            "reports": Allowance(per_minute * 10, per_minute * 10),
-            "logins": Allowance(max(1, per_minute / 10), max(5, per_minute // 10)),
+        rate_limiters={
+            "enrolments": RateLimiter(per_minute, per_minute),
+            "reports": RateLimiter(per_minute * 10, per_minute * 10),
+            "logins": RateLimiter(max(1, per_minute / 10), max(5, per_minute // 10)),
         },
     )
     style = Path(app.root_path) / "templates" / "fleet.css"
@@ -223,7 +223,7 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
         values: dict[str, Any] = {
             "bind": f"[{config.host}]:{config.port}" if ":" in config.host else f"{config.host}:{config.port}",
             "worker_class": "gthread", "workers": 1, "threads": config.threads, "worker_connections": _CONNECTIONS,
-            "keepalive": _KEEP_ALIVE_S, "graceful_timeout": _STOP_S, "proc_name": "model-library", "logger_class": QuietLogger,
+            "keepalive": _KEEP_ALIVE_S, "graceful_timeout": _STOP_S, "proc_name": "model-library", "logger_class": ErrorOnlyLogger,
             "forwarded_allow_ips": "127.0.0.1,::1" if config.behind_proxy else "", "when_ready": _announce,
             "control_socket_disable": True, "worker_tmp_dir": "/dev/shm" if os.access("/dev/shm", os.W_OK) else None,  # noqa: S108 - an empty heartbeat file
         }  # fmt: skip
@@ -247,7 +247,7 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
         return patient
 
 
-class QuietLogger:
+class ErrorOnlyLogger:
     """Gunicorn's errors go to the log; requests are not logged: a million boxes poll."""
 
     def __init__(self, _cfg: object) -> None:
@@ -293,9 +293,9 @@ def _announce(arbiter: Any) -> None:
     """Say where the server is, once the port is open."""
     for listener in arbiter.LISTENERS:
         # Inherited by every connection: who begins a request and falls silent must not hold a thread for ever.
-        listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _BEGUN_S, 0))
+        listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _REQUEST_START_S, 0))
         # A connection that says nothing is the kernel's, until it does: it takes no thread.
-        listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, _BEGUN_S)
+        listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, _REQUEST_START_S)
         print(f"Listening on {listener}", flush=True)
 
 
@@ -322,7 +322,7 @@ def _rollouts(config: ServerConfig, fleet: Fleet) -> Rollouts:
         signer = load_signer(config.rollout_key, lambda _what: config.passphrases[1])
         rollouts = Rollouts(config.library, fleet, signer, lambda _what: config.passphrases[2])
         library = rollouts.library()
-        if missing := [role for role in ("snapshot", "timestamp") if not library.signers_at_hand(library.keys(role))]:
+        if missing := [role for role in ("snapshot", "timestamp") if not library.available_signers(library.keys(role))]:
             raise SettingsError(f"the library's online key of {' and '.join(missing)} is not here", hint="it lies in LIB/online")
     except ModelSyncError as error:
         hint = f"{error.hint}; the rollout key signs a pause, and the online keys publish it"

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from sqlalchemy import ColumnElement, RowMapping, and_, case, func, or_, select
 
-from model_sync.fleet.database import RUNNING, Fleet, Tally, blamed
+from model_sync.fleet.database import RUNNING, Fleet, VersionTally, failed_by_model
 from model_sync.fleet.tables import actions, activations, box_models, boxes, certificates, events
 
 SILENT_S: Final = 24 * 3600
@@ -31,7 +31,7 @@ class Filters:
 
 
 @dataclass(frozen=True)
-class Rows:
+class BoxPage:
     """One page of boxes."""
 
     boxes: list[RowMapping]
@@ -54,7 +54,7 @@ class Progress:
     running: list[int] = field(default_factory=list)
     failed: list[int] = field(default_factory=list)
     now: int = 0
-    tally: Tally = Tally(0, 0, 0)  # noqa: RUF009 - immutable
+    tally: VersionTally = VersionTally(0, 0, 0)  # noqa: RUF009 - immutable
 
 
 def counts(fleet: Fleet) -> dict[str, int]:
@@ -88,7 +88,7 @@ def rings(fleet: Fleet) -> dict[str, int]:
         return {ring: int(count) for ring, count in tx.execute(query)}
 
 
-def listing(fleet: Fleet, filters: Filters, page: int) -> Rows:
+def listing(fleet: Fleet, filters: Filters, page: int) -> BoxPage:
     """Return one page of boxes, by name."""
     where = _where(fleet, filters)
     wanted = (
@@ -105,7 +105,7 @@ def listing(fleet: Fleet, filters: Filters, page: int) -> Rows:
         models: dict[str, list[RowMapping]] = {}
         for model in tx.execute(running.order_by(box_models.c.line)).mappings():
             models.setdefault(model["box_id"], []).append(model)
-    return Rows(found, models, total, page)
+    return BoxPage(found, models, total, page)
 
 
 def progress(fleet: Fleet, ring: str, line: str, version: str, begin: int, end: int) -> Progress:
@@ -117,7 +117,7 @@ def progress(fleet: Fleet, ring: str, line: str, version: str, begin: int, end: 
     def slot(moment: ColumnElement[Any]) -> ColumnElement[Any]:
         return case((moment.is_(None), None), (moment <= begin, 0), else_=(moment - begin + step - 1) // step)  # not before it happened
 
-    fault = case((blamed(), 1), else_=0).label("fault")
+    fault = case((failed_by_model(), 1), else_=0).label("fault")
     columns = here.state, fault, slot(here.running_since).label("began"), slot(here.ended_at).label("ended")
     query = select(*columns, func.count().label("count")).where(here.ring == ring, here.line == line, here.version == version)
     size = select(func.count()).select_from(boxes).where(boxes.c.ring == ring, boxes.c.denied_at.is_(None))
@@ -130,7 +130,9 @@ def progress(fleet: Fleet, ring: str, line: str, version: str, begin: int, end: 
     good = sum(row["count"] for row in rows if row["state"] in RUNNING)
     bad = sum(row["count"] for row in rows if row["fault"])
     now = sum(row["count"] for row in rows if row["began"] is not None and row["ended"] is None)
-    return Progress(total, times, [on - off for on, off in zip(began, ended, strict=True)], failed, now, Tally(good + bad, good, bad))
+    return Progress(
+        total, times, [on - off for on, off in zip(began, ended, strict=True)], failed, now, VersionTally(good + bad, good, bad)
+    )
 
 
 def box(fleet: Fleet, box_id: str) -> dict[str, Any] | None:

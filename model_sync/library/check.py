@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass
-class Verified:
+class VerificationResult:
     """What ``verify`` found.
 
     Attributes:
@@ -45,37 +45,39 @@ class Verified:
     valid_until: datetime | None = None
 
     @property
-    def clean(self) -> bool:
+    def is_clean(self) -> bool:
         """Whether nothing is wrong."""
         return not self.problems
 
 
-class _Broken(Exception):  # noqa: N818  (it ends the walk: what follows hangs on what is missing)
+class _CannotContinueError(Exception):
     """A document without which the others cannot be judged."""
 
 
-def verify(public: Path, now: datetime, progress: Progress | None = None, only: Callable[[str], bool] | None = None) -> Verified:
+def verify(
+    public: Path, now: datetime, on_progress: Progress | None = None, only: Callable[[str], bool] | None = None
+) -> VerificationResult:
     """Walk the public tree.
 
     Args:
         public: the folder that holds ``metadata`` and ``targets``.
         now: what expiry is judged by.
-        progress: called with the bytes of targets read and how many there are.
+        on_progress: called with the bytes of targets read and how many there are.
         only: the target paths whose files have to be there; all of them when None.
     """
-    walk = _Walk(public, now)
+    walk = _TreeVerifier(public, now)
     try:
         walk.metadata()
-        walk.files(progress or (lambda _done, _total: None), only or (lambda _path: True))
+        walk.files(on_progress or (lambda _done, _total: None), only or (lambda _path: True))
         walk.documents()
-    except _Broken:
-        assert walk.found.problems
-    return walk.found
+    except _CannotContinueError:
+        assert walk.result.problems
+    return walk.result
 
 
-class _Walk:
+class _TreeVerifier:
     def __init__(self, public: Path, now: datetime) -> None:
-        self.found = Verified()
+        self.result = VerificationResult()
         self._metadata, self._targets, self._now = public / "metadata", public / "targets", now
         self._roles: dict[str, Targets] = {}
 
@@ -94,7 +96,7 @@ class _Walk:
             self._targets_role(top, role, snapshot.signed)
         for name in sorted(snapshot.signed.meta.keys() - {f"{role}.json" for role in self._roles}):
             # Boxes take a role that vanishes from the snapshot for an attack, so that of a line that was ended stays.
-            self.found.notes.append(f"the snapshot names {name}, to which nobody delegates any more: a line that was ended")
+            self.result.notes.append(f"the snapshot names {name}, to which nobody delegates any more: a line that was ended")
         self._delegations(top)
 
     def _roots(self) -> Root:
@@ -152,8 +154,8 @@ class _Walk:
         self._roles[role] = md.signed
 
     def _expiry(self, role: str, expires: datetime) -> None:
-        until = self.found.valid_until
-        self.found.valid_until = expires if until is None else min(until, expires)
+        until = self.result.valid_until
+        self.result.valid_until = expires if until is None else min(until, expires)
         if expires <= self._now:
             self._problem(f"{role} expired on {expires:%Y-%m-%d %H:%M} UTC")
 
@@ -177,18 +179,18 @@ class _Walk:
 
     # --- files --------------------------------------------------------------------------------------------------------
 
-    def files(self, progress: Progress, only: Callable[[str], bool]) -> None:
+    def files(self, on_progress: Progress, only: Callable[[str], bool]) -> None:
         """Hash every target's file."""
         targets = [target for role in self._roles.values() for target in role.targets.values() if only(target.path)]
         total = sum(target.length for target in targets)
         for target in targets:
             self._file(target)
-            self.found.targets += 1
-            self.found.bytes += target.length
-            progress(self.found.bytes, total)
+            self.result.targets += 1
+            self.result.bytes += target.length
+            on_progress(self.result.bytes, total)
         known = {self._where(target) for role in self._roles.values() for target in role.targets.values()}
         if more := sum(1 for path in self._targets.rglob("*") if path.is_file() and path not in known):
-            self.found.notes.append(f"{more} files of earlier states are still there: boxes in the middle of a download may want them")
+            self.result.notes.append(f"{more} files of earlier states are still there: boxes in the middle of a download may want them")
 
     def _where(self, target: TargetFile) -> Path:
         return self._targets / target.get_prefixed_paths()[0]
@@ -228,7 +230,7 @@ class _Walk:
                 if refusal == "unknown":
                     self._problem(f"{path} names {line} {step.version}, which no line role has signed")
                 elif refusal is not None:
-                    self.found.notes.append(f"{path} names {line} {step.version}, which is {refusal}: no box takes it")
+                    self.result.notes.append(f"{path} names {line} {step.version}, which is {refusal}: no box takes it")
 
     def _parse(self, kind: Any, targets: Targets, path: str) -> Any:
         target = targets.targets.get(path)
@@ -265,8 +267,8 @@ class _Walk:
             self._problem(f"{path} is not the file that the version names")
 
     def _problem(self, what: str) -> None:
-        self.found.problems.append(what)
+        self.result.problems.append(what)
 
     def _stop(self, what: str) -> NoReturn:
         self._problem(what)
-        raise _Broken
+        raise _CannotContinueError

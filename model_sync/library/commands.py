@@ -21,7 +21,7 @@ from model_sync.library import console, usb_export
 from model_sync.library import text as library_text
 from model_sync.library.files import CONFIG_NAME, Expiry, LibraryFiles, read_metadata
 from model_sync.library.keys import Holder, generate, load_holder, load_signer, public_path, write_public
-from model_sync.library.library import Library, State, sign_with
+from model_sync.library.library import Library, RoleState, add_signature
 from model_sync.library.roles import ONLINE, ROLE_FIELD, AnyMetadata, delegated
 from model_sync.trust.documents import ROLLOUT_ROLE, FailureBudget
 
@@ -31,7 +31,7 @@ from model_sync.trust.documents import ROLLOUT_ROLE, FailureBudget
 def key_new(arguments: Namespace) -> None:
     """Make an encrypted key file."""
     secret = console.new_secret(
-        arguments.passphrase_file or console.from_env(console.PASSPHRASE_ENV), f"new passphrase for {arguments.file.name}"
+        arguments.passphrase_file or console.file_from_environment(console.PASSPHRASE_ENV), f"new passphrase for {arguments.file.name}"
     )
     key = generate(arguments.file, secret, arguments.name)
     print(f"{arguments.file}: keep it secret and keep it twice; its passphrase opens it")
@@ -41,7 +41,8 @@ def key_new(arguments: Namespace) -> None:
 def key_token(arguments: Namespace) -> None:
     """Write down the public part of a token's key."""
     signer = load_signer(
-        arguments.uri, console.required(console.asker(arguments.passphrase_file, console.PASSPHRASE_ENV), console.PASSPHRASE_ENV)
+        arguments.uri,
+        console.required(console.passphrase_source(arguments.passphrase_file, console.PASSPHRASE_ENV), console.PASSPHRASE_ENV),
     )
     write_public(arguments.file, signer.public_key, arguments.name)
     print(f"{arguments.file}: give this to the library (key id {signer.public_key.keyid[:8]})")
@@ -58,9 +59,9 @@ def init(arguments: Namespace) -> None:
         raise PublishError(f"{arguments.library} is a library already; nothing was changed", hint="choose another directory")
     expiry = _expiry(arguments.expiry)
     files = LibraryFiles(arguments.library)
-    asker = console.asker(arguments.online_passphrase_file, console.ONLINE_ENV)
+    passphrase_source = console.passphrase_source(arguments.online_passphrase_file, console.ONLINE_ENV)
     secret = console.new_secret(
-        arguments.online_passphrase_file or console.from_env(console.ONLINE_ENV), "new passphrase for the online keys"
+        arguments.online_passphrase_file or console.file_from_environment(console.ONLINE_ENV), "new passphrase for the online keys"
     )
     files.create()
     online = {role: _online_key(files.online / f"{role}.pem", secret) for role in ONLINE}
@@ -74,7 +75,7 @@ def init(arguments: Namespace) -> None:
         threshold=arguments.threshold,
         expiry=expiry,
         holders={**holders, **{key.keyid: f"{role} (online)" for role, key in online.items()}},
-        passphrase=asker,
+        passphrase=passphrase_source,
     )
     print(f"{arguments.library} is laid; root and targets wait for {arguments.threshold} signatures each")
     print(f"next: `model-library sign {arguments.library} --key KEY.pem`, once for each holder")
@@ -117,7 +118,7 @@ def end_line(arguments: Namespace) -> None:
     state = library.end_line(arguments.name)
     _say(library, state)
     again = state.role == ROLLOUT_ROLE
-    print("\n".join(library_text.ENDED).replace("LINE", arguments.name))
+    print("\n".join(library_text.END_LINE_NOTES).replace("LINE", arguments.name))
     if again:
         print(f"next: when rollout is public without it, run `model-library end-line {arguments.library} {arguments.name}` again")
 
@@ -162,7 +163,10 @@ def publish(arguments: Namespace) -> None:
     """Publish a bundle."""
     library = _open(arguments)
     state = library.publish(
-        arguments.bundle, deltas=not arguments.no_deltas, minimum_version=arguments.minimum_version, progress=console.Steps().tell
+        arguments.bundle,
+        deltas=not arguments.no_deltas,
+        minimum_version=arguments.minimum_version,
+        on_progress=console.ProgressPrinter().report,
     )
     _say(library, state)
 
@@ -203,7 +207,7 @@ def minimum(arguments: Namespace) -> None:
 
 def _say_rings(library: Library, line: str) -> None:
     """Say which rollouts name what boxes may no longer run, and how each is signed to another version."""
-    found = library_text.dead_ends(library.status()["rings"], library.index(line))
+    found = library_text.rings_on_refused_versions(library.status()["rings"], library.index(line))
     print("\n".join(found).replace(" LIB", f" {library.files.directory}"), end="\n" if found else "")
 
 
@@ -212,7 +216,9 @@ def _say_rings(library: Library, line: str) -> None:
 
 def sign(arguments: Namespace) -> None:
     """Show and sign what waits: in the library, or a lone file on another machine."""
-    asker = console.required(console.asker(arguments.passphrase_file, console.PASSPHRASE_ENV), console.PASSPHRASE_ENV)
+    passphrase_source = console.required(
+        console.passphrase_source(arguments.passphrase_file, console.PASSPHRASE_ENV), console.PASSPHRASE_ENV
+    )
     what, only = arguments.what, None
     if what.is_file() and (what.parent.parent / CONFIG_NAME).is_file() and what.parent.name == "staged":
         what, only = what.parent.parent, what.name.removesuffix(".json")
@@ -221,7 +227,7 @@ def sign(arguments: Namespace) -> None:
     if what.is_dir():
         arguments.library = what
         library = _open(arguments)
-    signer = load_signer(arguments.key, asker, load_holder(arguments.public_key).key if arguments.public_key else None)
+    signer = load_signer(arguments.key, passphrase_source, load_holder(arguments.public_key).key if arguments.public_key else None)
     if what.is_dir():
         _sign_waiting(library, signer, only, arguments.yes)
     else:
@@ -252,7 +258,7 @@ def _sign_file(file: Path, signer: Signer, against: Path | None, yes: bool) -> N
     folders = [file.parent / "targets", *([against / "targets"] if against is not None else [])]
     print("\n".join(library_text.describe(role, md, _before(role, md, against), lambda keyid: keyid[:8], _reader(*folders))))
     console.confirm(f"sign {role} with the key {signer.public_key.keyid[:8]}?", yes)
-    sign_with(md, signer)
+    add_signature(md, signer)
     part = file.with_name(f"{file.name}.part")
     with part.open("wb") as stream:
         stream.write(md.to_bytes())
@@ -329,13 +335,13 @@ def verify(arguments: Namespace) -> int:
     if (directory / MANIFEST_NAME).is_file() or not ((directory / "public").is_dir() or (directory / "metadata").is_dir()):
         return _verify_bundle(directory)
     public = directory / "public" if (directory / "public").is_dir() else directory
-    steps = console.Steps()
-    found = library_check.verify(public, datetime.now(timezone.utc), lambda done, total: steps.tell("reading", done, total))
+    steps = console.ProgressPrinter()
+    found = library_check.verify(public, datetime.now(timezone.utc), lambda done, total: steps.report("reading", done, total))
     for text in found.notes:
         print(f"note: {text}")
     for text in found.problems:
         print(f"problem: {text}", file=sys.stderr)
-    if not found.clean:
+    if not found.is_clean:
         print(f"hint: {public} is not what was signed: restore it from its backup or from the master copy", file=sys.stderr)
         return 1
     until = f", valid until {found.valid_until:%Y-%m-%d %H:%M} UTC" if found.valid_until is not None else ""
@@ -357,14 +363,14 @@ def _verify_bundle(directory: Path) -> int:
 def export_usb(arguments: Namespace) -> None:
     """Write a stick."""
     library = Library.open_library(arguments.library)
-    steps = console.Steps()
+    steps = console.ProgressPrinter()
     with library.files.locked():  # a publication in between would leave the stick with metadata of two states
         done = usb_export.export(
             library.files.public,
             arguments.directory,
             arguments.line,
             arguments.version,
-            progress=lambda now, total: steps.tell("writing", now, total),
+            on_progress=lambda now, total: steps.report("writing", now, total),
         )
     size = f"{done.bytes / 2**20:.1f} MiB"
     print(f"{arguments.directory / usb_export.FOLDER}: {done.files} files written and read back, {size}; {done.removed} old ones removed")
@@ -375,10 +381,10 @@ def export_usb(arguments: Namespace) -> None:
 
 def _open(arguments: Namespace) -> Library:
     file = getattr(arguments, "online_passphrase_file", None)
-    return Library.open_library(arguments.library, console.asker(file, console.ONLINE_ENV))
+    return Library.open_library(arguments.library, console.passphrase_source(file, console.ONLINE_ENV))
 
 
-def _say(library: Library, state: State) -> None:
+def _say(library: Library, state: RoleState) -> None:
     """Say where a role stands and what to do next."""
     if state.published:
         print(f"{state.role} version {state.version} is public ({', '.join(state.signed)})")

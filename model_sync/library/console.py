@@ -15,13 +15,13 @@ ONLINE_ENV = "MODEL_LIBRARY_ONLINE_PASSPHRASE_FILE"
 _YES = ("y", "yes")
 
 
-class Steps:
+class ProgressPrinter:
     """Progress on stderr: one line that moves on a terminal, a few lines elsewhere."""
 
     def __init__(self) -> None:
         self._last: tuple[str, int] = ("", -1)
 
-    def tell(self, what: str, done: int, total: int) -> None:
+    def report(self, what: str, done: int, total: int) -> None:
         """Say how far it is, when that changed enough."""
         terminal = sys.stderr.isatty()
         percent = 100 * done // total if total else 100
@@ -43,24 +43,24 @@ def confirm(question: str, yes: bool) -> None:
         raise PublishError("not confirmed; nothing was signed or dropped", hint="run it again when it is right")
 
 
-def from_env(variable: str) -> Path | None:
+def file_from_environment(variable: str) -> Path | None:
     """Return the file that an environment variable names, or None."""
     return Path(os.environ[variable]) if os.environ.get(variable) else None
 
 
-def asker(file: Path | None, variable: str) -> Passphrase | None:
+def passphrase_source(file: Path | None, variable: str) -> Passphrase | None:
     """Return what gives a passphrase: a file, or a person at the terminal; None when there is neither."""
-    path = file or from_env(variable)
+    path = file or file_from_environment(variable)
     if path is not None:
         return lambda _what: read_secret(path)
     return (lambda what: getpass.getpass(f"{what}: ")) if sys.stdin.isatty() else None
 
 
-def required(asker: Passphrase | None, variable: str) -> Passphrase:
+def required(passphrase_source: Passphrase | None, variable: str) -> Passphrase:
     """Return ``asker``, or say how a passphrase can be given."""
-    if asker is None:
+    if passphrase_source is None:
         raise SettingsError("no passphrase: this is no terminal", hint=f"--passphrase-file FILE, or {variable}=FILE")
-    return asker
+    return passphrase_source
 
 
 def new_secret(file: Path | None, what: str) -> str:

@@ -24,10 +24,10 @@ from model_sync.library import status as library_status
 from model_sync.library.files import CONFIG_NAME, Expiry, LibraryConfig, read_metadata
 from model_sync.library.keys import Passphrase, token_error
 from model_sync.library.promotion import LibraryPromotion
-from model_sync.library.roles import ISSUED_AT, ONLINE, ROLE_FIELD, AnyMetadata, Clock, State, delegated, utc_now
+from model_sync.library.roles import ISSUED_AT, ONLINE, ROLE_FIELD, AnyMetadata, Clock, RoleState, delegated, utc_now
 from model_sync.trust.documents import ROLLOUT_PATTERN, ROLLOUT_ROLE, FailureBudget, LineIndex, line_path, line_patterns
 
-__all__ = ["ISSUED_AT", "ROLE_FIELD", "Library", "State"]
+__all__ = ["ISSUED_AT", "ROLE_FIELD", "Library", "RoleState"]
 _UNCHANGED = "; nothing was changed"
 
 
@@ -73,7 +73,7 @@ class Library(LibraryPromotion):
                         root.add_key(key, role)
             with library.edit_targets() as targets:
                 targets.delegations = Delegations({}, {})
-            library.settle()
+            library.promote_complete()
         return library
 
     @classmethod
@@ -95,7 +95,7 @@ class Library(LibraryPromotion):
 
     # --- signatures ---------------------------------------------------------------------------------------------------
 
-    def sign(self, role: str, signer: Signer, *, shown: AnyMetadata | None = None) -> State:
+    def sign(self, role: str, signer: Signer, *, shown: AnyMetadata | None = None) -> RoleState:
         """Add one signature to a waiting version and promote what is complete then.
 
         Args:
@@ -113,13 +113,13 @@ class Library(LibraryPromotion):
             if shown is not None and shown.signed_bytes != md.signed_bytes:
                 raise PublishError(f"{role} was changed while you read it; nothing was signed", hint="run it again and read it again")
             self._known_key(role, signer.public_key.keyid)
-            sign_with(md, signer)
+            add_signature(md, signer)
             self._check_signature(role, md, signer.public_key.keyid)
             self.files.write(self.files.staged_path(role), md.to_bytes())
-            self.settle()
+            self.promote_complete()
             return self.state(role)
 
-    def merge(self, file: Path) -> State:
+    def merge(self, file: Path) -> RoleState:
         """Take the signatures of a copy of a waiting version that was signed on another machine.
 
         Raises:
@@ -135,7 +135,7 @@ class Library(LibraryPromotion):
                 self._check_signature(role, other, keyid)
             md.signatures = {**other.signatures, **md.signatures}
             self.files.write(self.files.staged_path(role), md.to_bytes())
-            self.settle()
+            self.promote_complete()
             return self.state(role)
 
     def _waiting(self, role: str) -> AnyMetadata:
@@ -188,7 +188,7 @@ class Library(LibraryPromotion):
 
     # --- lines and keys -----------------------------------------------------------------------------------------------
 
-    def add_line(self, name: str, keys: list[Key], threshold: int = 2) -> State:
+    def add_line(self, name: str, keys: list[Key], threshold: int = 2) -> RoleState:
         """Delegate a new model line to ``keys``; its role and ``targets`` wait for their signatures.
 
         A line that was ended goes on where it stopped: a version never changes its content, and what was withdrawn stays so.
@@ -198,21 +198,21 @@ class Library(LibraryPromotion):
         """
         publish.check_line_name(name)
         index = LineIndex(line=name, minimum_version="0.0.0", versions=[])
-        files = {line_path(name): index.to_json()} if self.last(name) is None else {}
+        files = {line_path(name): index.to_json()} if self.latest(name) is None else {}
         return self._delegate(name, keys, threshold, line_patterns(name), files)
 
-    def end_line(self, name: str) -> State:
+    def end_line(self, name: str) -> RoleState:
         """Stage that a line is delegated no more; see ``publish.end_line``."""
         return publish.end_line(self, name)
 
-    def set_rollout_keys(self, keys: list[Key], threshold: int = 1) -> State:
+    def set_rollout_keys(self, keys: list[Key], threshold: int = 1) -> RoleState:
         """Delegate ``rollout/*.json``; given again, the keys replace the old ones."""
         with self.files.locked():
             if self.published(ROLLOUT_ROLE) or self.staged(ROLLOUT_ROLE):
                 return self._change_keys(ROLLOUT_ROLE, keys, threshold)
             return self._delegate(ROLLOUT_ROLE, keys, threshold, [ROLLOUT_PATTERN], {})
 
-    def _delegate(self, name: str, keys: list[Key], threshold: int, patterns: list[str], files: dict[str, bytes]) -> State:
+    def _delegate(self, name: str, keys: list[Key], threshold: int, patterns: list[str], files: dict[str, bytes]) -> RoleState:
         _check_threshold(name, keys, threshold)
         with self.files.locked():
             self._refuse_second_delegator(name, patterns)
@@ -223,7 +223,7 @@ class Library(LibraryPromotion):
                 for key in keys:
                     targets.add_key(key, name)
             self.stage_files(name, files)
-            self.settle()
+            self.promote_complete()
             return self.state(name)
 
     def _refuse_second_delegator(self, name: str, patterns: list[str]) -> None:
@@ -251,7 +251,7 @@ class Library(LibraryPromotion):
                 raise PublishError(f"there is no role {role!r}{_UNCHANGED}", hint="`model-library status` lists the roles")
             current = delegator.get_delegated_role(role)
             if new_key is not None and new_key.keyid in current.keyids and old_keyid is not None and old_keyid not in current.keyids:
-                self.settle()  # it was killed after staging, or is run again: finish it
+                self.promote_complete()  # it was killed after staging, or is run again: finish it
                 return self.staged_roles()
             if old_keyid is not None and old_keyid not in current.keyids:
                 raise PublishError(f"{old_keyid[:8]} is no key of {role}{_UNCHANGED}", hint="`model-library status` lists each role's keys")
@@ -263,7 +263,7 @@ class Library(LibraryPromotion):
             self._change_keys(role, keys + ([new_key] if new_key is not None else []), threshold or current.threshold)
             return self.staged_roles()
 
-    def _change_keys(self, role: str, keys: list[Key], threshold: int) -> State:
+    def _change_keys(self, role: str, keys: list[Key], threshold: int) -> RoleState:
         _check_threshold(role, keys, threshold)
         with self.edit(Root.type if role in TOP_LEVEL_ROLE_NAMES else Targets.type) as delegator:
             assert isinstance(delegator, (Root, Targets))
@@ -273,10 +273,10 @@ class Library(LibraryPromotion):
             for key in keys:
                 delegator.add_key(key, role)
             current.threshold = threshold
-        self.settle()
+        self.promote_complete()
         return self.state(role)
 
-    def renew(self, role: str) -> State:
+    def renew(self, role: str) -> RoleState:
         """Stage an offline role again as it is, with a new expiry; raises PublishError for the others."""
         with self.files.locked():
             if role in ONLINE or role not in self.role_names():
@@ -285,7 +285,7 @@ class Library(LibraryPromotion):
                 )
             with self.edit(role):
                 pass
-            self.settle()
+            self.promote_complete()
             return self.state(role)
 
     # --- models (publish.py) and checks (library_check.py, library_status.py) -----------------------------------------
@@ -296,16 +296,16 @@ class Library(LibraryPromotion):
         *,
         deltas: bool = True,
         minimum_version: str | None = None,
-        progress: publish.Progress | None = None,
-    ) -> State:
+        on_progress: publish.OnProgress | None = None,
+    ) -> RoleState:
         """Stage one version of a line; see ``publish.publish``."""
-        return publish.publish(self, bundle, deltas=deltas, minimum_version=minimum_version, progress=progress)
+        return publish.publish(self, bundle, deltas=deltas, minimum_version=minimum_version, on_progress=on_progress)
 
-    def withdraw(self, line: str, version: str, reason: str) -> State:
+    def withdraw(self, line: str, version: str, reason: str) -> RoleState:
         """Stage the withdrawal of a version; see ``publish.withdraw``."""
         return publish.withdraw(self, line, version, reason)
 
-    def set_minimum(self, line: str, version: str) -> State:
+    def set_minimum(self, line: str, version: str) -> RoleState:
         """Stage a higher oldest version; see ``publish.set_minimum``."""
         return publish.set_minimum(self, line, version)
 
@@ -319,21 +319,21 @@ class Library(LibraryPromotion):
         duration_h: float = 0.0,
         failure_budget: FailureBudget | None = None,
         paused: bool = False,
-    ) -> State:
+    ) -> RoleState:
         """Stage which version a ring's boxes take; see ``publish.rollout``."""
-        choice = publish.Choice(version, percent, start or self.now(), duration_h, failure_budget or FailureBudget(), paused)
+        choice = publish.RolloutPlan(version, percent, start or self.now(), duration_h, failure_budget or FailureBudget(), paused)
         return publish.rollout(self, ring, line, choice)
 
     def status(self) -> dict[str, Any]:
         """Return each role's version, expiry, signatures and keys, and what to do next; see ``library_status.status``."""
         return library_status.status(self)
 
-    def verify(self, progress: Callable[[int, int], None] | None = None) -> library_check.Verified:
+    def verify(self, on_progress: Callable[[int, int], None] | None = None) -> library_check.VerificationResult:
         """Walk the whole public tree; see ``library_check.verify``."""
-        return library_check.verify(self.files.public, self.now(), progress)
+        return library_check.verify(self.files.public, self.now(), on_progress)
 
 
-def sign_with(md: AnyMetadata, signer: Signer) -> None:
+def add_signature(md: AnyMetadata, signer: Signer) -> None:
     """Add a signature; raises SettingsError when the signer (a token) does not sign."""
     try:
         md.sign(signer, append=True)

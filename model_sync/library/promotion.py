@@ -18,17 +18,17 @@ from model_sync.library.roles import ONLINE, AnyMetadata, LibraryRoles, delegate
 class LibraryPromotion(LibraryRoles):
     """Brings staged metadata to the public tree."""
 
-    def settle(self) -> list[str]:
+    def promote_complete(self) -> list[str]:
         """Promote everything that is complete and fits together; returns the roles that became public.
 
         Raises:
             PublishError: something is complete but the online keys are locked; all signatures are kept.
         """
         with self.files.locked():
-            self._drop_finished()
-            self._stage_rotated()
-            self._sign_at_hand()
-            self._next = self._choose()
+            self._remove_finished()
+            self._stage_for_new_keys()
+            self._add_available_signatures()
+            self._next = self._choose_versions()
             if not self._next:
                 return []
             try:
@@ -38,7 +38,7 @@ class LibraryPromotion(LibraryRoles):
                 self._commit(fresh)
             finally:
                 self._next = {}
-            self._drop_finished()
+            self._remove_finished()
             return fresh
 
     def refresh_timestamp(self) -> Timestamp:
@@ -48,11 +48,11 @@ class LibraryPromotion(LibraryRoles):
             PublishError: nothing is published yet, or the online keys are locked.
         """
         with self.files.locked():
-            self.settle()
+            self.promote_complete()
             snapshot = self.published(Snapshot.type)
             if snapshot is None:
                 raise PublishError("nothing is published yet", hint="sign root and targets first: see `model-library status`")
-            self._next = self._choose()
+            self._next = self._choose_versions()
             try:
                 half = timedelta(days=self.files.config().expiry_days.snapshot / 2)
                 self.do_snapshot(force=snapshot.signed.expires - self.now() < half)
@@ -62,7 +62,7 @@ class LibraryPromotion(LibraryRoles):
                 self._next = {}
             return self.timestamp()
 
-    def _stage_rotated(self) -> None:
+    def _stage_for_new_keys(self) -> None:
         """Stage again, unchanged, each role whose public version the waiting delegator would no longer accept."""
         for role in (Targets.type, *delegated(self.targets())):
             public, delegators = self.published(role), self.delegators(role)
@@ -70,16 +70,16 @@ class LibraryPromotion(LibraryRoles):
                 with self.edit(role):
                     pass
 
-    def _sign_at_hand(self) -> None:
+    def _add_available_signatures(self) -> None:
         """Add the signatures of keys that are at hand now and were not when a version was staged."""
         for role in self.staged_roles():
             md = self.staged(role)
-            if md is not None and (signers := self.signers_at_hand(set(self.keys(role)) - md.signatures.keys())):
+            if md is not None and (signers := self.available_signers(set(self.keys(role)) - md.signatures.keys())):
                 for signer in signers:
                     md.sign(signer, append=True)
                 self.files.write(self.files.staged_path(role), md.to_bytes())
 
-    def _choose(self) -> dict[str, AnyMetadata]:
+    def _choose_versions(self) -> dict[str, AnyMetadata]:
         """Return the newest root, targets and delegated roles that accept each other; empty before the first ones do.
 
         A delegated role without any signed version holds its delegator back: a box would take the gap for an attack.
@@ -146,7 +146,7 @@ class LibraryPromotion(LibraryRoles):
             if where != self.files.public_target(target):
                 self.files.move(where, self.files.public_target(target))
 
-    def _drop_finished(self) -> None:
+    def _remove_finished(self) -> None:
         """Forget staged metadata that is public or of nobody, and staged files when nothing waits any more."""
         for role in self.staged_roles():
             staged, public = self.staged(role), self.published(role)

@@ -22,7 +22,7 @@ from model_sync.bundle.manifest import SemVer
 from model_sync.bundle.output_spec import Identifier
 from model_sync.errors import BundleError, PublishError
 from model_sync.library.promotion import LibraryPromotion
-from model_sync.library.roles import State, delegated
+from model_sync.library.roles import RoleState, delegated
 from model_sync.trust.documents import (
     ROLLOUT_ROLE,
     Delta,
@@ -49,10 +49,10 @@ _NOTHING = "; nothing was published"
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
 _TEMPORARY = "tmp"
 _VERSION_HINT = "write it like 1.4.0 or 1.4.0-rc.1, by semver.org"
-Progress = Callable[[str, int, int], None]
+OnProgress = Callable[[str, int, int], None]
 
 
-class Choice(NamedTuple):
+class RolloutPlan(NamedTuple):
     """What a ring's boxes shall do with one line."""
 
     version: str
@@ -83,8 +83,8 @@ def publish(
     *,
     deltas: bool = True,
     minimum_version: str | None = None,
-    progress: Progress | None = None,
-) -> State:
+    on_progress: OnProgress | None = None,
+) -> RoleState:
     """Stage a bundle as the newest version of its line: every file a target, a new index, and the deltas that are worth it.
 
     Args:
@@ -92,28 +92,28 @@ def publish(
         directory: the bundle.
         deltas: whether to look for smaller ways from the versions before.
         minimum_version: raise the oldest version that boxes may run to this.
-        progress: called with what is done, how many steps are, and how many there are.
+        on_progress: called with what is done, how many steps are, and how many there are.
 
     Raises:
         BundleError: the bundle is not whole.
         PublishError: it may not be published; nothing was staged.
     """
     bundle = _check_bundle(directory)
-    manifest, tell = bundle.manifest, progress or (lambda *_: None)
+    manifest, on_progress = bundle.manifest, on_progress or (lambda *_: None)
     with library.files.locked():
         index = library.index(manifest.name)
         if (known := index.release(manifest.version)) is not None and known.digest == bundle.digest:
-            library.settle()  # it was killed after staging, or is run again: finish it
+            library.promote_complete()  # it was killed after staging, or is run again: finish it
             return library.state(manifest.name)
         _check_version(index, manifest.version)
         new_minimum = _minimum(index, minimum_version, manifest.version) if minimum_version is not None else index.minimum_version
         release = Release(version=manifest.version, digest=bundle.digest, published_at=library.now())
         grown = _checked(index.model_copy(update={"versions": [*index.versions, release], "minimum_version": new_minimum}))
-        targets = _stage_bundle(library, bundle, tell)
-        found = _deltas(library, index, bundle, tell) if deltas else []
+        targets = _stage_bundle(library, bundle, on_progress)
+        found = _deltas(library, index, bundle, on_progress) if deltas else []
         index = _checked(grown.model_copy(update={"deltas": [*index.deltas, *(delta for delta, _ in found)]}))
         library.stage_files(manifest.name, {line_path(manifest.name): index.to_json()}, [*targets, *(target for _, target in found)])
-        library.settle()
+        library.promote_complete()
         return library.state(manifest.name)
 
 
@@ -199,13 +199,13 @@ def _minimum(index: LineIndex, wanted: str, newest: str | None) -> str:
     return wanted
 
 
-def _stage_bundle(library: LibraryPromotion, bundle: ModelBundle, tell: Progress) -> list[TargetFile]:
+def _stage_bundle(library: LibraryPromotion, bundle: ModelBundle, on_progress: OnProgress) -> list[TargetFile]:
     """Copy the bundle's files beside the library's other staged ones; what lies there already is not copied again."""
     manifest = bundle.manifest
     files = {**manifest.digests(), MANIFEST_NAME: bundle.digest}
     targets = []
     for number, (file, sha256) in enumerate(sorted(files.items())):
-        tell(f"copying {file}", number, len(files))
+        on_progress(f"copying {file}", number, len(files))
         source = bundle.directory / file
         path = file_path(manifest.name, manifest.version, file)
         target = TargetFile(source.stat().st_size, {"sha256": sha256}, path)
@@ -215,7 +215,7 @@ def _stage_bundle(library: LibraryPromotion, bundle: ModelBundle, tell: Progress
     return targets
 
 
-def _deltas(library: LibraryPromotion, index: LineIndex, bundle: ModelBundle, tell: Progress) -> list[tuple[Delta, TargetFile]]:
+def _deltas(library: LibraryPromotion, index: LineIndex, bundle: ModelBundle, on_progress: OnProgress) -> list[tuple[Delta, TargetFile]]:
     """Make the deltas that are worth their place, from the last versions that boxes may still run."""
     from model_sync.delta import codec as delta_codec  # the encoder needs onnx, which nothing else here does
 
@@ -228,9 +228,9 @@ def _deltas(library: LibraryPromotion, index: LineIndex, bundle: ModelBundle, te
                 pairs[old_sha256, variant.sha256] = (old, bundle.path(variant.file))
     found = []
     for number, ((old_sha256, new_sha256), (old, new)) in enumerate(pairs.items()):
-        tell(f"delta for {new.name}", number, len(pairs))
+        on_progress(f"delta for {new.name}", number, len(pairs))
         encoded = delta_codec.best(old, new)
-        if not delta_codec.worth_publishing(len(encoded.data), new.stat().st_size):
+        if not delta_codec.is_worth_publishing(len(encoded.data), new.stat().st_size):
             continue
         path = delta_path(index.line, old_sha256, new_sha256, encoded.codec)
         entry = Delta(from_sha256=old_sha256, to_sha256=new_sha256, codec=encoded.codec, path=path, length=len(encoded.data))
@@ -254,7 +254,7 @@ def _same_precision(library: LibraryPromotion, line: str, version: str, manifest
     return result
 
 
-def withdraw(library: LibraryPromotion, line: str, version: str, reason: str) -> State:
+def withdraw(library: LibraryPromotion, line: str, version: str, reason: str) -> RoleState:
     """Stage that ``version`` must not read another patient; ``reason`` is shown to clinicians.
 
     Raises:
@@ -274,7 +274,7 @@ def withdraw(library: LibraryPromotion, line: str, version: str, reason: str) ->
         return _stage_index(library, index.model_copy(update={"withdrawn": [*index.withdrawn, entry]}))
 
 
-def set_minimum(library: LibraryPromotion, line: str, version: str) -> State:
+def set_minimum(library: LibraryPromotion, line: str, version: str) -> RoleState:
     """Stage a higher oldest version that boxes may run.
 
     Raises:
@@ -285,9 +285,9 @@ def set_minimum(library: LibraryPromotion, line: str, version: str) -> State:
         return _stage_index(library, index.model_copy(update={"minimum_version": _minimum(index, version, _newest(index))}))
 
 
-def _stage_index(library: LibraryPromotion, index: LineIndex) -> State:
+def _stage_index(library: LibraryPromotion, index: LineIndex) -> RoleState:
     library.stage_files(index.line, {line_path(index.line): _checked(index).to_json()})
-    library.settle()
+    library.promote_complete()
     return library.state(index.line)
 
 
@@ -310,7 +310,7 @@ def _known(index: LineIndex, version: str) -> None:
         raise PublishError(f"{index.line} has no version {version}", hint=f"published versions: {known}")
 
 
-def rollout(library: LibraryPromotion, ring: str, line: str, choice: Choice) -> State:
+def rollout(library: LibraryPromotion, ring: str, line: str, choice: RolloutPlan) -> RoleState:
     """Stage which version of a line a ring's boxes take.
 
     Raises:
@@ -334,11 +334,11 @@ def rollout(library: LibraryPromotion, ring: str, line: str, choice: Choice) -> 
         except ValidationError as error:
             raise _cannot_be("rollout", error, "percent is 0 to 100, times are in hours") from error
         library.stage_files(ROLLOUT_ROLE, {path: document.to_json()})
-        library.settle()
+        library.promote_complete()
         return library.state(ROLLOUT_ROLE)
 
 
-def end_line(library: LibraryPromotion, line: str) -> State:
+def end_line(library: LibraryPromotion, line: str) -> RoleState:
     """Stage that nobody signs for a line any more: first, where rollouts name it, that they name it no more; then targets.
 
     The role of which a version waits is returned: while it is ``rollout``, the same has to be asked again when that is public.
@@ -349,7 +349,7 @@ def end_line(library: LibraryPromotion, line: str) -> State:
     with library.files.locked():
         public = library.published(Targets.type)
         if line not in library.lines() and public is not None and line in delegated(public.signed):
-            library.settle()  # it was killed after staging, or is run again: finish it
+            library.promote_complete()  # it was killed after staging, or is run again: finish it
             return library.state(Targets.type)
         library.index(line)
         _leave_rollouts(library, line)
@@ -363,7 +363,7 @@ def end_line(library: LibraryPromotion, line: str) -> State:
             assert targets.delegations.roles is not None
             del targets.delegations.roles[line]
         library.files.staged_path(line).unlink(missing_ok=True)
-        library.settle()
+        library.promote_complete()
         return library.state(Targets.type)
 
 
@@ -377,7 +377,7 @@ def _leave_rollouts(library: LibraryPromotion, line: str) -> None:
             changed[path] = Rollout(ring=document.ring, issued_at=library.now(), lines=lines).to_json()
     if changed:
         library.stage_files(ROLLOUT_ROLE, changed)
-        library.settle()
+        library.promote_complete()
 
 
 def _rollouts(library: LibraryPromotion, targets: Targets) -> dict[str, Rollout]:

@@ -41,7 +41,7 @@ AnyMetadata: TypeAlias = "Metadata[Any]"
 Clock: TypeAlias = Callable[[], datetime]
 
 
-class State(NamedTuple):
+class RoleState(NamedTuple):
     """Where a role stands.
 
     Attributes:
@@ -130,7 +130,7 @@ class LibraryRoles(Repository):
 
     def open(self, role: str) -> AnyMetadata:
         """Return the newest metadata of a role: being promoted, staged, published, or a first version."""
-        found = self._next.get(role) or self.staged(role) or self.last(role)
+        found = self._next.get(role) or self.staged(role) or self.latest(role)
         if found is not None:
             return found
         if role == Root.type:
@@ -146,7 +146,7 @@ class LibraryRoles(Repository):
 
     def close(self, role: str, md: AnyMetadata) -> None:
         """Number and date a changed role, sign it with the keys at hand, and stage it (online roles: keep it to be promoted)."""
-        before = self.last(role)
+        before = self.latest(role)
         md.signed.version = before.signed.version + 1 if before is not None else 1
         md.signed.expires = self.now() + timedelta(days=self.files.config().expiry_days.days(role))
         if role == Timestamp.type:
@@ -158,7 +158,7 @@ class LibraryRoles(Repository):
                 hint="nothing was published: go on with a new line (`model-library add-line`)",
             )
         keyids = set(self.keys(role)) | set(md.signed.roles[role].keyids if role == Root.type else ())
-        for signer in self.signers_at_hand(keyids):
+        for signer in self.available_signers(keyids):
             md.sign(signer, append=True)
         if role not in ONLINE:
             self.files.write(self.files.staged_path(role), md.to_bytes())
@@ -194,11 +194,11 @@ class LibraryRoles(Repository):
 
     def published(self, role: str) -> AnyMetadata | None:
         """Return what boxes see of a role, or None; nothing of a line that was ended."""
-        if role not in TOP_LEVEL_ROLE_NAMES and ((top := self.last(Targets.type)) is None or role not in delegated(top.signed)):
+        if role not in TOP_LEVEL_ROLE_NAMES and ((top := self.latest(Targets.type)) is None or role not in delegated(top.signed)):
             return None
-        return self.last(role)
+        return self.latest(role)
 
-    def last(self, role: str) -> AnyMetadata | None:
+    def latest(self, role: str) -> AnyMetadata | None:
         """Return the newest public metadata of a role, that of an ended line included: the versions of its name go on from there."""
         if role == Root.type:
             version = 0
@@ -277,12 +277,12 @@ class LibraryRoles(Repository):
         """Return the keys that may sign a role now or after the waiting rotation."""
         return {keyid: signed.get_key(keyid) for signed in self.delegators(role) for keyid in signed.get_delegated_role(role).keyids}
 
-    def signers_at_hand(self, keyids: Iterable[str]) -> list[Signer]:
+    def available_signers(self, keyids: Iterable[str]) -> list[Signer]:
         """Return the signers that this process has of some keys."""
         found = (self.signers.get(keyid) or self.online.signer(keyid) for keyid in sorted(keyids))
         return [signer for signer in found if signer is not None]
 
-    def state(self, role: str) -> State:
+    def state(self, role: str) -> RoleState:
         """Say who has signed a role's newest version and what is missing; raises PublishError for an unknown role."""
         waiting = self.staged(role)
         md = waiting or self.published(role)
@@ -295,7 +295,7 @@ class LibraryRoles(Repository):
         signed = {keyid for result in results for keyid in result.signed}
         missing = {keyid for result in results if result.missing for keyid in result.unsigned}
         name = self.files.config().name
-        return State(
+        return RoleState(
             role=role,
             version=md.signed.version,
             signed=sorted(map(name, signed)),

@@ -15,7 +15,7 @@ from model_sync.trust.documents import LineIndex, Rollout
 Name = Callable[[str], str]
 Read = Callable[[TargetFile], "bytes | None"]
 _MAX_LISTED = 12
-ENDED = (
+END_LINE_NOTES = (
     "boxes keep the model of LINE that they have, and take nothing new of it; nobody can withdraw it there any more",
     "if it must stop reading, add the line again (`model-library add-line`) and withdraw its versions first",
 )
@@ -48,7 +48,7 @@ def status_lines(status: dict[str, Any]) -> list[str]:
     return [*found, "", *(f"next: {text}" for text in status["next"] or ["nothing to do"])]
 
 
-def dead_ends(rings: dict[str, Any], index: LineIndex) -> list[str]:
+def rings_on_refused_versions(rings: dict[str, Any], index: LineIndex) -> list[str]:
     """Say which rings are sent to a version of a line that boxes must not run, and the command that sends each elsewhere."""
     usable = [release.version for release in index.versions if index.refusal(release.version) is None]
     newest = max(usable, key=semver.Version.parse, default=None)

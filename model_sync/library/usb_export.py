@@ -34,10 +34,10 @@ _FAT_FORBIDDEN = re.compile(r'[\x00-\x1f:*?"<>|\\]|[. ]$')
 # FAT gives out whole clusters; 32 KiB is the largest that is common on sticks.
 _CLUSTER_BYTES = 32 * 1024
 _OURS = re.compile(r"^(\d+\.[a-z0-9_-]+\.json|[0-9a-f]{64}\..+)$")
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 
 
-class Exported(NamedTuple):
+class ExportResult(NamedTuple):
     """What was written: ``files`` and ``bytes`` are those that were not on the stick yet."""
 
     files: int
@@ -55,8 +55,8 @@ def export(
     *,
     now: datetime | None = None,
     reserve_bytes: int = 1 << 20,
-    progress: Progress | None = None,
-) -> Exported:
+    on_progress: OnProgress | None = None,
+) -> ExportResult:
     """Write or update ``<directory>/clinic-models``.
 
     Args:
@@ -66,7 +66,7 @@ def export(
         versions: versions to take; every one that boxes may run when None.
         now: what expiry is judged by.
         reserve_bytes: room that stays free.
-        progress: called with the bytes written and how many there are.
+        on_progress: called with the bytes written and how many there are.
 
     Raises:
         SettingsError: the stick is not there, or there is no such line or version.
@@ -74,28 +74,28 @@ def export(
     """
     if not directory.is_dir():
         raise SettingsError(f"{directory} is no folder", hint="mount the stick and give its mount point")
-    chosen, wanted = _choose(library_public, lines, versions)
+    chosen, wanted = _choose_versions(library_public, lines, versions)
     checked = library_check.verify(library_public, now or datetime.now(timezone.utc), None, lambda path: path in wanted)
-    if not checked.clean or checked.valid_until is None:
+    if not checked.is_clean or checked.valid_until is None:
         raise PublishError(
             f"the library is not whole: {'; '.join(checked.problems[:3])}", hint="`model-library verify` says more; nothing was written"
         )
     metadata = _metadata_names(library_public)
     files = [f"targets/{target.get_prefixed_paths()[0]}" for target in wanted.values()]
-    stick = _Stick(library_public, directory / FOLDER, reserve_bytes)
+    stick = _UsbStick(library_public, directory / FOLDER, reserve_bytes)
     try:
         new = stick.missing([*sorted(files), *metadata])
-        stick.check_room(new)
-        stick.write(new, progress or (lambda _done, _total: None))
+        stick.require_free_space(new)
+        stick.write(new, on_progress or (lambda _done, _total: None))
         removed = stick.remove_old({*files, *metadata})
     except OSError as error:
         raise PublishError(
             f"the stick cannot be written: {error.strerror or error}", hint="try again, or another stick; a box refuses half a stick"
         ) from error
-    return Exported(len(new), stick.written, removed, chosen, checked.valid_until)
+    return ExportResult(len(new), stick.written, removed, chosen, checked.valid_until)
 
 
-def _choose(
+def _choose_versions(
     public: Path, lines: Sequence[str] | None, versions: Sequence[str] | None
 ) -> tuple[dict[str, list[str]], dict[str, TargetFile]]:
     """Return the versions of each line, and the targets that they, the indexes and the rollouts need, by path."""
@@ -163,7 +163,7 @@ def _place(public: Path, target: TargetFile) -> Path:
     return public / "targets" / target.get_prefixed_paths()[0]
 
 
-class _Stick:
+class _UsbStick:
     """The folder on the stick, and the library it is filled from."""
 
     def __init__(self, public: Path, folder: Path, reserve_bytes: int) -> None:
@@ -179,7 +179,7 @@ class _Stick:
                 raise PublishError(f"{name} is larger than 4 GiB: FAT cannot hold it", hint="split the weights into several files")
         return [name for name in names if _digest(self._folder / name) != _digest(self._public / name)]
 
-    def check_room(self, names: list[str]) -> None:
+    def require_free_space(self, names: list[str]) -> None:
         """Refuse before anything is written when the stick is too small; what it has already is not counted again."""
         need = sum((self._public / name).stat().st_size + _CLUSTER_BYTES for name in names) + self._reserve_bytes
         free = shutil.disk_usage(self._folder.parent).free
@@ -189,27 +189,27 @@ class _Stick:
                 hint="free some room, take a larger stick, or choose fewer lines or versions",
             )
 
-    def write(self, names: list[str], progress: Progress) -> None:
+    def write(self, names: list[str], on_progress: OnProgress) -> None:
         """Copy files, each read back from the stick; raises PublishError when it is not what was written."""
         total = sum((self._public / name).stat().st_size for name in names)
         for name in names:
             path = self._folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             part = self._folder / _PART
-            digest = self._copy(self._public / name, part, lambda: progress(self.written, total))
+            digest = self._copy(self._public / name, part, lambda: on_progress(self.written, total))
             os.replace(part, path)
             _fsync_directory(path.parent)
             if _digest(path) != digest:
                 raise PublishError(f"the stick does not give back {name} as it was written", hint="take another stick: this one is worn")
 
-    def _copy(self, source: Path, part: Path, tell: Callable[[], None]) -> str:
+    def _copy(self, source: Path, part: Path, on_progress: Callable[[], None]) -> str:
         digest = hashlib.sha256()
         with source.open("rb") as reader, part.open("wb") as writer:
             while chunk := reader.read(_CHUNK_BYTES):
                 digest.update(chunk)
                 writer.write(chunk)
                 self.written += len(chunk)
-                tell()
+                on_progress()
             writer.flush()
             os.fsync(writer.fileno())
             # What is read back shall come from the stick, not from the memory of this machine.

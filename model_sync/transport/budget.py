@@ -67,7 +67,7 @@ class TokenBucket:
 
 
 @functools.cache
-def process_bucket(rate: float | None, clock: Callable[[], float], sleep: Callable[[float], None]) -> TokenBucket:
+def shared_bucket(rate: float | None, clock: Callable[[], float], sleep: Callable[[float], None]) -> TokenBucket:
     """Return the bucket that all transfers of this process share."""
     return TokenBucket(rate, clock, sleep)
 
@@ -96,10 +96,10 @@ class DayBudget:
     def received_bytes(self) -> int:
         """Bytes received today."""
         with self._lock:
-            self._turn()
+            self._start_new_day()
             return self._written + self._uncounted
 
-    def room(self, *, small: bool) -> int | None:
+    def remaining_bytes(self, *, small: bool) -> int | None:
         """Return how many bytes may still be received today, or None when nobody counts.
 
         Args:
@@ -123,17 +123,17 @@ class DayBudget:
             )
         return left
 
-    def begin(self) -> None:
+    def reload(self) -> None:
         """A transfer begins: take in what another process has counted."""
         if self._limit is not None:
             with self._lock:
-                self._turn()
+                self._start_new_day()
                 self._written = self._read()
 
     def add(self, amount: int) -> None:
         """Count received bytes."""
         with self._lock:
-            self._turn()
+            self._start_new_day()
             self._uncounted += amount
             if self._uncounted >= UNCOUNTED_BYTES:
                 self._write()
@@ -144,7 +144,7 @@ class DayBudget:
             if self._uncounted:
                 self._write()
 
-    def _turn(self) -> None:
+    def _start_new_day(self) -> None:
         if (today := self._today()) != self._day:
             self._day, self._written, self._uncounted = today, 0, 0
 
@@ -176,7 +176,7 @@ class DayBudget:
         return None
 
 
-class SpeedGate:
+class SpeedCheck:
     """Gives up an attempt that is slower than the settings allow; only time spent waiting for the server counts.
 
     Args:
@@ -214,7 +214,7 @@ class SpeedGate:
             self._waited_s, self._received = 0.0, 0
 
 
-class Tries:
+class AttemptCounter:
     """The attempts one file may take.
 
     ``attempts`` in a row may bring nothing; one that brings ``PROGRESS_BYTES`` more than ever before starts the row anew, so
@@ -226,16 +226,16 @@ class Tries:
         self._attempts = attempts
         self._left = attempts + length // PROGRESS_BYTES
         self._reached = reached
-        self.row = 0
+        self.failures_in_a_row = 0
 
-    def failed(self, reached: int) -> bool:
+    def may_retry(self, reached: int) -> bool:
         """Count a failed attempt that got as far as ``reached`` bytes; return whether there may be another."""
         self._left -= 1
         if reached - self._reached >= PROGRESS_BYTES:
-            self._reached, self.row = reached, 0
+            self._reached, self.failures_in_a_row = reached, 0
         else:
-            self.row += 1
-        return self.row < self._attempts and self._left > 0
+            self.failures_in_a_row += 1
+        return self.failures_in_a_row < self._attempts and self._left > 0
 
 
 def pause_s(row: int, first_s: float, longest_s: float, retry_after_s: float) -> float:

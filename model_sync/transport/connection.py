@@ -26,7 +26,7 @@ import urllib3
 from requests.adapters import HTTPAdapter
 
 from model_sync.settings import SyncSettings
-from model_sync.transport.budget import DayBudget, SpeedGate, TokenBucket
+from model_sync.transport.budget import DayBudget, SpeedCheck, TokenBucket
 from model_sync.transport.errors import BudgetExhausted, NotTheLibrary, Refused, TooSlow, Unreachable
 
 # An error's body up to this length is read, so that the connection can be used again; a longer one costs the connection.
@@ -49,7 +49,7 @@ class Connection:
         bucket: TokenBucket,
         budget: DayBudget,
         clock: Callable[[], float],
-        may_continue: Callable[[], None],
+        check_stop: Callable[[], None],
         client_certificate: tuple[Path, Path] | None = None,
     ) -> None:
         self.received_bytes = 0
@@ -58,7 +58,7 @@ class Connection:
         self._bucket = bucket
         self._budget = budget
         self._clock = clock
-        self._may_continue = may_continue
+        self._check_stop = check_stop
         self._session = _session(settings, client_certificate)
 
     def close(self) -> None:
@@ -66,7 +66,7 @@ class Connection:
         self._session.close()
 
     @contextmanager
-    def get(self, url: str, headers: dict[str, str], *, small: bool) -> Iterator[Answer]:
+    def get(self, url: str, headers: dict[str, str], *, small: bool) -> Iterator[LibraryResponse]:
         """Send one GET; the answer is usable inside the block and has a status below 300.
 
         Args:
@@ -78,8 +78,8 @@ class Connection:
             Unreachable, TooSlow, Refused, NotTheLibrary, BudgetExhausted: see there.
         """
         host = host_of(url)
-        self._budget.begin()
-        self._budget.room(small=small)
+        self._budget.reload()
+        self._budget.remaining_bytes(small=small)
         with _wrapped(host):
             response = self._session.get(
                 url,
@@ -90,7 +90,7 @@ class Connection:
             )
         try:
             self._note_date(response)
-            answer = Answer(response, host, self._reader(response, host, small))
+            answer = LibraryResponse(response, host, self._reader(response, host, small))
             self._check_status(answer)
             yield answer
         finally:
@@ -102,12 +102,12 @@ class Connection:
         slowest = settings.min_speed_bytes_per_s
         if self._bucket.rate is not None:
             slowest = min(slowest, self._bucket.rate / 2)
-        gate = SpeedGate(slowest, settings.min_speed_window_s, self._clock, host)
+        gate = SpeedCheck(slowest, settings.min_speed_window_s, self._clock, host)
 
         def read(wanted: int) -> bytes:
             """Return up to ``wanted`` bytes as they come; empty at the end of the body."""
-            self._may_continue()
-            room = self._budget.room(small=small)
+            self._check_stop()
+            room = self._budget.remaining_bytes(small=small)
             granted = self._bucket.take(wanted if room is None else min(wanted, room))
             gate.start()
             with _wrapped(host):
@@ -127,7 +127,7 @@ class Connection:
             return
         self.last_server_date = date if date.tzinfo else date.replace(tzinfo=timezone.utc)
 
-    def _check_status(self, answer: Answer) -> None:
+    def _check_status(self, answer: LibraryResponse) -> None:
         status = answer.status
         if 300 <= status < 400:
             raise NotTheLibrary(f"{answer.host} answered with a redirect ({status}), which the library never does")
@@ -144,7 +144,7 @@ class Connection:
             raise NotTheLibrary(f"{answer.host} sent a body encoded as {encoding!r}, which was not asked for")
 
 
-class Answer:
+class LibraryResponse:
     """An answer whose status and encoding are right.
 
     Attributes:
@@ -183,7 +183,7 @@ class Answer:
         return int(text) if re.fullmatch(r"[0-9]{1,18}", text, re.ASCII) else None
 
 
-def _retry_after_s(answer: Answer, server_date: datetime | None) -> float:
+def _retry_after_s(answer: LibraryResponse, server_date: datetime | None) -> float:
     """Return the seconds of Retry-After, given as a number or as a date; 0 when there is none that can be read."""
     text = answer.headers.get("Retry-After", "").strip()
     if re.fullmatch(r"[0-9]{1,9}", text, re.ASCII):

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from tuf.api.exceptions import DownloadError, DownloadHTTPError, DownloadLengthMismatchError, SlowRetrievalError
 
-from model_sync.errors import LibraryUnreachable
+from model_sync.errors import Action, LibraryUnreachable
 
 _SERVER = "the library's web server has to be looked at if this stays; the model in use stays"
 _STRANGER = "the server sends something that is not this library; check the URL"
@@ -30,7 +30,7 @@ _LOGIN = "the network asks for a login, or the URL is wrong: open the library's 
 _AGAIN = "nothing is lost: what has arrived is kept, and the next look at the library goes on from there"
 
 
-class Failure(LibraryUnreachable):
+class DownloadFailure(LibraryUnreachable):
     """Base of the errors of one download.
 
     Attributes:
@@ -42,75 +42,79 @@ class Failure(LibraryUnreachable):
     retry_after_s = 0.0
 
 
-class Unreachable(DownloadError, Failure):
+class Unreachable(DownloadError, DownloadFailure):
     """The library cannot be reached, or the line broke: the attempt may be repeated."""
 
-    def __init__(self, message: str, *, hint: str = _AGAIN, code: str = "sync.unreachable", final: bool = False) -> None:
+    def __init__(
+        self, message: str, *, hint: str = _AGAIN, code: str = "sync.unreachable", final: bool = False, action: Action = Action.RETRY
+    ) -> None:
         """Say what broke."""
-        Failure.__init__(self, message, hint=hint, code=code)
+        DownloadFailure.__init__(self, message, hint=hint, code=code, action=action)
         self.final = final
 
 
-class TooSlow(SlowRetrievalError, Failure):
+class TooSlow(SlowRetrievalError, DownloadFailure):
     """Nothing came for too long, or too little."""
 
     def __init__(self, message: str) -> None:
         """Say what was awaited."""
-        Failure.__init__(self, message, hint=_AGAIN, code="sync.slow")
+        DownloadFailure.__init__(self, message, hint=_AGAIN, code="sync.slow")
 
 
-class Refused(DownloadHTTPError, Failure):
+class Refused(DownloadHTTPError, DownloadFailure):
     """The server answered with an HTTP error; ``status_code`` says which."""
 
     def __init__(self, message: str, status_code: int, *, retry_after_s: float = 0.0, hint: str = _SERVER) -> None:
         """408, 429 and 5xx pass by themselves; any other status is the server's answer."""
         code = "sync.unreachable" if status_code in (403, 404) else "sync.refused"
-        Failure.__init__(self, message, hint=hint, code=code)
+        DownloadFailure.__init__(self, message, hint=hint, code=code)
         self.status_code = status_code
         self.retry_after_s = retry_after_s
         self.final = status_code not in (408, 429) and status_code < 500
 
 
-class TooLong(DownloadLengthMismatchError, Failure):
+class TooLong(DownloadLengthMismatchError, DownloadFailure):
     """Metadata is longer than it may be."""
 
     final = True
 
     def __init__(self, message: str, *, hint: str = _STRANGER) -> None:
         """Say which file and how long it may be."""
-        Failure.__init__(self, message, hint=hint, code="sync.too_long")
+        DownloadFailure.__init__(self, message, hint=hint, code="sync.too_long")
 
 
-class NotTheLibrary(DownloadError, Failure):
+class NotTheLibrary(DownloadError, DownloadFailure):
     """Something answered that is not the library: a login page of the network, a redirect, a proxy's own words."""
 
     final = True
 
     def __init__(self, message: str, *, hint: str = _LOGIN) -> None:
         """Say what answered."""
-        Failure.__init__(self, message, hint=hint, code="sync.not_the_library")
+        DownloadFailure.__init__(self, message, hint=hint, code="sync.not_the_library")
 
 
-class RangeViolation(DownloadError, Failure):
+class RangeViolation(DownloadError, DownloadFailure):
     """The server sent another piece of the file than was asked for, or a file of another length; nothing of it was written."""
 
     def __init__(self, message: str, *, final: bool) -> None:
         """``final`` is true when the whole file was asked for: then there is nothing simpler left to ask."""
-        Failure.__init__(self, message, hint="a proxy or the web server handles ranges wrongly; the part is kept", code="sync.range")
+        DownloadFailure.__init__(
+            self, message, hint="a proxy or the web server handles ranges wrongly; the part is kept", code="sync.range"
+        )
         self.final = final
 
 
-class BudgetExhausted(DownloadError, Failure):
+class BudgetExhausted(DownloadError, DownloadFailure):
     """The bytes that may be received are used up; the part is kept."""
 
     final = True
 
     def __init__(self, message: str, *, hint: str) -> None:
         """Say which budget, and when there is a new one."""
-        Failure.__init__(self, message, hint=hint, code="sync.budget")
+        DownloadFailure.__init__(self, message, hint=hint, code="sync.budget", action=Action.WAIT)
 
 
-class DiskFull(DownloadError, Failure):
+class DiskFull(DownloadError, DownloadFailure):
     """There is no room for the rest of the file; the part is kept.
 
     Attributes:
@@ -121,5 +125,6 @@ class DiskFull(DownloadError, Failure):
 
     def __init__(self, message: str, missing_bytes: int = 0) -> None:
         """Say what did not fit."""
-        Failure.__init__(self, message, hint="free disk space on the box; the download goes on by itself", code="sync.disk_full")
+        hint = "free disk space on the box; the download goes on by itself"
+        DownloadFailure.__init__(self, message, hint=hint, code="sync.disk_full", action=Action.OPERATOR)
         self.missing_bytes = missing_bytes

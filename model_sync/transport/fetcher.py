@@ -23,38 +23,20 @@ from typing import IO, TypeVar
 from tuf.ngclient.fetcher import FetcherInterface
 
 from model_sync.settings import SyncSettings
-from model_sync.transport.budget import DayBudget, Tries, pause_s, process_bucket
+from model_sync.transport.budget import AttemptCounter, DayBudget, pause_s, shared_bucket
 from model_sync.transport.connection import Connection, host_of
-from model_sync.transport.directory_fetcher import LIBRARY_SCHEME, DirectoryFetcher
+from model_sync.transport.directory_fetcher import LIBRARY_SCHEME
 from model_sync.transport.errors import (
     BudgetExhausted,
     DiskFull,
-    Failure,
-    NotTheLibrary,
+    DownloadFailure,
     RangeViolation,
     Refused,
     TooLong,
-    TooSlow,
     Unreachable,
 )
-from model_sync.transport.parts import SYNC_BYTES, Part, check_room, open_part
+from model_sync.transport.parts import SYNC_BYTES, Part, open_part, require_free_space
 from model_sync.transport.transfer import fetch_metadata, fetch_target
-
-__all__ = [
-    "LIBRARY_SCHEME",
-    "BudgetExhausted",
-    "DirectoryFetcher",
-    "DiskFull",
-    "Failure",
-    "Fetcher",
-    "NotTheLibrary",
-    "Progress",
-    "RangeViolation",
-    "Refused",
-    "TooLong",
-    "TooSlow",
-    "Unreachable",
-]
 
 _METADATA = f"{LIBRARY_SCHEME}metadata/"
 BUDGET_NAME = "budget.json"
@@ -62,8 +44,8 @@ BUDGET_NAME = "budget.json"
 MAX_COST = 3
 _SPARE_BYTES = 1024 * 1024
 PROGRESS_S = 0.5
-_NAP_S = 1.0
-_ELSEWHERE_ATTEMPTS = 3
+_STOP_CHECK_S = 1.0
+_ATTEMPTS_ON_OTHER_MIRRORS = 3
 _Result = TypeVar("_Result")
 
 
@@ -103,27 +85,27 @@ class Fetcher(FetcherInterface):
         *,
         urls: Sequence[str] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
-        may_continue: Callable[[], None] | None = None,
+        check_stop: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         client_certificate: tuple[Path, Path] | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
-        on_trouble: Callable[[Failure, float], None] | None = None,
+        on_retry: Callable[[DownloadFailure, float], None] | None = None,
     ) -> None:
         self.restarts = 0
-        self._passed_over: set[str] = set()
+        self._excluded: set[str] = set()
         self._settings = settings
         self._parts_dir = parts_dir
         self._bases = [url if url.endswith("/") else f"{url}/" for url in (settings.urls if urls is None else urls)]
         self._on_progress = on_progress
-        self._on_trouble = on_trouble
-        self._may_continue = may_continue or (lambda: None)
+        self._on_retry = on_retry
+        self._check_stop = check_stop or (lambda: None)
         self._clock = clock
         self._sleep = sleep
-        bucket = process_bucket(settings.rate_limit_bytes_per_s, clock, sleep)
+        bucket = shared_bucket(settings.rate_limit_bytes_per_s, clock, sleep)
         budget = DayBudget(settings.state_dir / BUDGET_NAME, settings.day_budget_bytes, now)
-        self._connection = Connection(settings, bucket, budget, clock, self._may_continue, client_certificate)
-        self._memo: _Memo | None = None
+        self._connection = Connection(settings, bucket, budget, clock, self._check_stop, client_certificate)
+        self._metadata_cache: _MetadataCache | None = None
 
     @property
     def received_bytes(self) -> int:
@@ -139,38 +121,38 @@ class Fetcher(FetcherInterface):
         """Close the kept connections; the fetcher can still be used."""
         self._connection.close()
 
-    def pass_over(self) -> bool:
+    def exclude_last_mirror(self) -> bool:
         """Leave out the base URL that answered last, because its answers were signed wrongly or are old; forget what it said.
 
         Returns False, leaving none out, when no other is left: then it was not the mirror.
         """
-        self._passed_over.update(self._bases[:1])
-        if self._memo is not None:
-            self._memo = _Memo(self._memo.ttl_s, self._clock)
-        if all(base in self._passed_over for base in self._bases):
-            self._passed_over.clear()
+        self._excluded.update(self._bases[:1])
+        if self._metadata_cache is not None:
+            self._metadata_cache = _MetadataCache(self._metadata_cache.ttl_s, self._clock)
+        if all(base in self._excluded for base in self._bases):
+            self._excluded.clear()
             return False
         return True
 
-    def ask_all(self) -> None:
+    def include_all_mirrors(self) -> None:
         """Ask every base URL again."""
-        self._passed_over.clear()
+        self._excluded.clear()
 
     @contextmanager
-    def view(self, ttl_s: float = 300.0) -> Iterator[None]:
+    def cached_metadata(self, ttl_s: float = 300.0) -> Iterator[None]:
         """Remember metadata answers inside the block, so that a fresh Updater per target costs nothing on the wire.
 
         Bodies and "there is none" (403, 404) are remembered for ``ttl_s`` seconds, failures are not. A view inside a view is
         the outer one.
         """
-        if self._memo is not None:
+        if self._metadata_cache is not None:
             yield
             return
-        self._memo = _Memo(ttl_s, self._clock)
+        self._metadata_cache = _MetadataCache(ttl_s, self._clock)
         try:
             yield
         finally:
-            self._memo = None
+            self._metadata_cache = None
 
     def _fetch(self, url: str) -> Iterator[bytes]:
         """Not used: both downloads below know the length, which this door does not pass on."""
@@ -182,20 +164,20 @@ class Fetcher(FetcherInterface):
         Raises:
             Refused, NotTheLibrary, TooLong, TooSlow, Unreachable, BudgetExhausted: all of them tuf's ``DownloadError``.
         """
-        if self._memo is not None and (known := self._memo.get(url)) is not None:
-            return _at_most(known, max_length, url)
+        if self._metadata_cache is not None and (known := self._metadata_cache.get(url)) is not None:
+            return _require_at_most(known, max_length, url)
 
         def attempt(address: str, _base: str) -> bytes:
             return fetch_metadata(self._connection, address, max_length)
 
         try:
-            body = self._repeat(url, self._tries(), attempt)
+            body = self._try_all_mirrors(url, self._attempt_counter(), attempt)
         except Refused as error:
-            if self._memo is not None and error.status_code in (403, 404):
-                self._memo.put(url, error)
+            if self._metadata_cache is not None and error.status_code in (403, 404):
+                self._metadata_cache.put(url, error)
             raise
-        if self._memo is not None:
-            self._memo.put(url, body)
+        if self._metadata_cache is not None:
+            self._metadata_cache.put(url, body)
         return body
 
     @contextmanager
@@ -213,34 +195,34 @@ class Fetcher(FetcherInterface):
             return
         path = url.removeprefix(LIBRARY_SCHEME)
         with open_part(self._parts_dir, path, max_length, self._clock) as part:
-            if not part.complete:
-                self._complete(url, part)
+            if not part.is_complete:
+                self._receive_rest(url, part)
             part.stream.seek(0)
             try:
                 yield part.stream
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    part.drop()
+                    part.delete()
                 raise
             except Exception:
-                part.drop()
+                part.delete()
                 raise
-            part.drop()
+            part.delete()
 
-    def _complete(self, url: str, part: Part) -> None:
+    def _receive_rest(self, url: str, part: Part) -> None:
         """Receive what a part lacks, from whichever base URL has it."""
-        self._check_room(part)
-        watch = _Watch(part, self._on_progress, self._clock)
-        whole_only: set[str] = set()
+        self._require_free_space(part)
+        reporter = _ProgressReporter(part, self._on_progress, self._clock)
+        without_range: set[str] = set()
         limit = self.received_bytes + MAX_COST * part.length + _SPARE_BYTES
         reached = checked = part.size
 
-        def arrived() -> None:
+        def on_chunk_received() -> None:
             nonlocal checked
-            watch.tell()
+            reporter.report()
             if part.size - checked >= SYNC_BYTES:  # somebody else may fill the disk meanwhile
                 checked = part.size
-                self._check_room(part)
+                self._require_free_space(part)
 
         def attempt(address: str, base: str) -> None:
             nonlocal reached
@@ -250,54 +232,56 @@ class Fetcher(FetcherInterface):
                     hint="the line is cut and the server gives no ranges: look at the web server; the next look tries again",
                 )
             try:
-                fetch_target(self._connection, address, part, whole=base in whole_only, on_chunk=arrived)
+                fetch_target(self._connection, address, part, without_range=base in without_range, on_chunk=on_chunk_received)
             except RangeViolation:
-                whole_only.add(base)
+                without_range.add(base)
                 raise
             finally:
                 reached = max(reached, part.size)
 
-        watch.tell(force=True)
+        reporter.report(force=True)
         try:
-            self._repeat(url, self._tries(part.length - part.size, reached), attempt, lambda: reached)
+            self._try_all_mirrors(url, self._attempt_counter(part.length - part.size, reached), attempt, lambda: reached)
         finally:
             self.restarts += part.restarts
         part.sync()
-        watch.tell(force=True)
+        reporter.report(force=True)
 
-    def _check_room(self, part: Part) -> None:
-        check_room(self._parts_dir, part.length - part.size, self._settings.disk_reserve_bytes)
+    def _require_free_space(self, part: Part) -> None:
+        require_free_space(self._parts_dir, part.length - part.size, self._settings.disk_reserve_bytes)
 
-    def _repeat(self, url: str, tries: Tries, attempt: Callable[[str, str], _Result], reached: Callable[[], int] | None = None) -> _Result:
+    def _try_all_mirrors(
+        self, url: str, attempts_left: AttemptCounter, attempt: Callable[[str, str], _Result], reached: Callable[[], int] | None = None
+    ) -> _Result:
         """Try each base URL in turn, and all of them again after a pause; one that gave a final answer is not asked again.
 
         For metadata (nothing is ``reached`` there) a final answer stands: "there is no newer root" must not wait for a mirror that
         is down. A target is worth waiting for as long as any mirror may still have it.
         """
-        answers: dict[str, Failure] = {}
+        answers: dict[str, DownloadFailure] = {}
         while True:
-            failures: list[Failure] = []
+            failures: list[DownloadFailure] = []
             for base in [base for base in self._order(url) if base not in answers]:
-                self._may_continue()
+                self._check_stop()
                 try:
                     result = attempt(base + url.removeprefix(LIBRARY_SCHEME) if base else url, base)
                 except (BudgetExhausted, DiskFull):
                     raise
-                except Failure as error:
+                except DownloadFailure as error:
                     if error.final:
                         answers[base] = error
                     else:
                         failures.append(error)
                 else:
-                    self._prefer(base)
+                    self._move_to_front(base)
                     return result
-            again = tries.failed(reached() if reached else 0)
+            again = attempts_left.may_retry(reached() if reached else 0)
             if not failures or not again or (answers and reached is None):
-                raise _telling([*failures, *answers.values()])
+                raise _most_informative([*failures, *answers.values()])
             asked = max(error.retry_after_s for error in failures)
-            pause = pause_s(tries.row, self._settings.backoff_s, self._settings.max_backoff_s, asked)
-            if self._on_trouble is not None:
-                self._on_trouble(failures[-1], pause)
+            pause = pause_s(attempts_left.failures_in_a_row, self._settings.backoff_s, self._settings.max_backoff_s, asked)
+            if self._on_retry is not None:
+                self._on_retry(failures[-1], pause)
             self._pause(pause)
 
     def _order(self, url: str) -> list[str]:
@@ -306,14 +290,14 @@ class Fetcher(FetcherInterface):
             return [""]
         if not self._bases:
             raise Unreachable("no library URL is set", hint="set `urls` in sync.toml, or import from USB", code="sync.no_url", final=True)
-        return [base for base in self._bases if base not in self._passed_over]
+        return [base for base in self._bases if base not in self._excluded]
 
-    def _tries(self, length: int = 0, reached: int = 0) -> Tries:
+    def _attempt_counter(self, length: int = 0, reached: int = 0) -> AttemptCounter:
         # Those beside a mirror that cannot be believed are asked now, not for half an hour: the alarm must not wait for them.
-        attempts = min(self._settings.attempts, _ELSEWHERE_ATTEMPTS) if self._passed_over else self._settings.attempts
-        return Tries(attempts, length, reached)
+        attempts = min(self._settings.attempts, _ATTEMPTS_ON_OTHER_MIRRORS) if self._excluded else self._settings.attempts
+        return AttemptCounter(attempts, length, reached)
 
-    def _prefer(self, base: str) -> None:
+    def _move_to_front(self, base: str) -> None:
         """Ask the base URL that worked first from now on."""
         if base in self._bases:
             self._bases.remove(base)
@@ -321,13 +305,13 @@ class Fetcher(FetcherInterface):
 
     def _pause(self, seconds: float) -> None:
         while seconds > 0:
-            self._may_continue()
-            nap = min(_NAP_S, seconds)
+            self._check_stop()
+            nap = min(_STOP_CHECK_S, seconds)
             self._sleep(nap)
             seconds -= nap
 
 
-class _Memo:
+class _MetadataCache:
     """Metadata answers of one view."""
 
     def __init__(self, ttl_s: float, clock: Callable[[], float]) -> None:
@@ -349,32 +333,32 @@ class _Memo:
         self._known[url] = (self._clock(), answer)
 
 
-class _Watch:
+class _ProgressReporter:
     """Tells the caller how far a part has come, not more often than every ``PROGRESS_S`` seconds."""
 
     def __init__(self, part: Part, on_progress: Callable[[Progress], None] | None, clock: Callable[[], float]) -> None:
         self._part = part
         self._on_progress = on_progress
         self._clock = clock
-        self._began = self._told = clock()
+        self._began = self._reported_state = clock()
         self._size = part.size
 
-    def tell(self, *, force: bool = False) -> None:
+    def report(self, *, force: bool = False) -> None:
         """Report, if it is time to."""
         now = self._clock()
-        if self._on_progress is None or (not force and now - self._told < PROGRESS_S):
+        if self._on_progress is None or (not force and now - self._reported_state < PROGRESS_S):
             return
-        self._told = now
+        self._reported_state = now
         rate = max(0, self._part.size - self._size) / max(now - self._began, 1e-9)
         self._on_progress(Progress(self._part.name, self._part.size, self._part.length, rate if now > self._began else 0.0))
 
 
-def _telling(failures: list[Failure]) -> Failure:
+def _most_informative(failures: list[DownloadFailure]) -> DownloadFailure:
     """Return the failure that says most: an HTTP answer before anything else, since python-tuf needs its status."""
     return next((error for error in failures if isinstance(error, Refused) and error.final), failures[-1])
 
 
-def _at_most(body: bytes, max_length: int, url: str) -> bytes:
+def _require_at_most(body: bytes, max_length: int, url: str) -> bytes:
     if len(body) > max_length:
         raise TooLong(f"{url} has more than {max_length} bytes")
     return body

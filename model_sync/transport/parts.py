@@ -22,19 +22,20 @@ from pathlib import Path
 from typing import IO
 
 from model_sync import atomic_files
+from model_sync.errors import Action
 from model_sync.transport.errors import DiskFull, Unreachable
 
 SYNC_BYTES = 1024 * 1024
 SYNC_S = 2.0
 # A part that nobody went on with for so long is of a version that is no longer wanted.
-KEEP_S = 30 * 86400.0
+MAX_PART_AGE_S = 30 * 86400.0
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _DIGEST = re.compile(r"^[0-9a-f]{64,128}\.")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
-class Note:
+class PartInfo:
     """What is known of a part.
 
     Attributes:
@@ -63,13 +64,13 @@ class Part:
         restarts: How often bytes that were there had to be thrown away.
     """
 
-    def __init__(self, file: Path, note: Note, clock: Callable[[], float]) -> None:
+    def __init__(self, file: Path, info: PartInfo, clock: Callable[[], float]) -> None:
         self._file = file
-        self._note_file = file.with_name(file.name + ".json")
+        self._info_file = file.with_name(file.name + ".json")
         self._clock = clock
         self._boot_id = boot_id()
-        self._note = self._usable(note)
-        self.length = note.length
+        self._info = self._usable(info)
+        self.length = info.length
         self.restarts = 0
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         self.stream: IO[bytes] = open(descriptor, "r+b", buffering=0)  # noqa: SIM115  (closed by `open_part`)
@@ -78,45 +79,45 @@ class Part:
         self._synced_at = clock()
 
     @property
-    def note(self) -> Note:
+    def info(self) -> PartInfo:
         """What is known of the part."""
-        return self._note
+        return self._info
 
     @property
     def name(self) -> str:
         """The file's name for people, without the digest that consistent snapshots put before it."""
-        return _DIGEST.sub("", self._note.path.rsplit("/", 1)[-1])
+        return _DIGEST.sub("", self._info.path.rsplit("/", 1)[-1])
 
     @property
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether every byte is there."""
         return self.size == self.length
 
     @property
-    def hashed(self) -> bool:
+    def is_content_addressed(self) -> bool:
         """Whether the file's name holds its digest: then a file of that name is that file, on every mirror."""
-        return self.name != self._note.path.rsplit("/", 1)[-1]
+        return self.name != self._info.path.rsplit("/", 1)[-1]
 
-    def _usable(self, fresh: Note) -> Note:
+    def _usable(self, fresh: PartInfo) -> PartInfo:
         """Return the note on the disk when it speaks of the same file, otherwise drop the part and begin anew."""
-        kept = _read_note(self._note_file)
+        kept = _read_info(self._info_file)
         if kept is not None and (kept.path, kept.length) == (fresh.path, fresh.length) and not self._file.is_symlink():
             return kept
-        for file in (self._file, self._note_file):
+        for file in (self._file, self._info_file):
             file.unlink(missing_ok=True)
         return fresh
 
     def _trim(self) -> None:
         """Keep what can be trusted: nothing of a part that is too long, only what was synced when the machine went down."""
         keep = 0 if self.size > self.length else self.size
-        if self._note.boot_id != self._boot_id or not self._boot_id:
-            keep = min(keep, self._note.synced_bytes)
+        if self._info.boot_id != self._boot_id or not self._boot_id:
+            keep = min(keep, self._info.synced_bytes)
         if keep != self.size:
             self.stream.truncate(keep)
             self.size = keep
-        self._note = replace(self._note, synced_bytes=min(self._note.synced_bytes, keep), boot_id=self._boot_id)
+        self._info = replace(self._info, synced_bytes=min(self._info.synced_bytes, keep), boot_id=self._boot_id)
 
-    def begin(self, *, validator: str, host: str, at: int) -> None:
+    def start_at(self, *, validator: str, host: str, at: int) -> None:
         """An answer comes that starts at byte ``at``: cut there, and remember whose validator it carries.
 
         Raises:
@@ -127,10 +128,10 @@ class Part:
             self.stream.truncate(at)
             self.stream.seek(at)
             self.size = at
-            self._note = replace(
-                self._note, validator=validator, host=host, synced_bytes=min(at, self._note.synced_bytes), boot_id=self._boot_id
+            self._info = replace(
+                self._info, validator=validator, host=host, synced_bytes=min(at, self._info.synced_bytes), boot_id=self._boot_id
             )
-            self._write_note()
+            self._write_info()
             atomic_files.sync_directory(self._file.parent)
 
     def write(self, chunk: bytes) -> None:
@@ -146,30 +147,30 @@ class Part:
                 written = self.stream.write(view)
                 self.size += written
                 view = view[written:]
-        if self.size - self._note.synced_bytes >= SYNC_BYTES or self._clock() - self._synced_at >= SYNC_S:
+        if self.size - self._info.synced_bytes >= SYNC_BYTES or self._clock() - self._synced_at >= SYNC_S:
             self.sync()
 
     def sync(self) -> None:
         """Bring all bytes to the disk, then the note that says so."""
-        if self.size > self._note.synced_bytes:
+        if self.size > self._info.synced_bytes:
             with _disk_errors(self._file):
                 os.fdatasync(self.stream.fileno())
-                self._note = replace(self._note, synced_bytes=self.size)
-                self._write_note()
+                self._info = replace(self._info, synced_bytes=self.size)
+                self._write_info()
         self._synced_at = self._clock()
 
-    def _write_note(self) -> None:
-        new = self._note_file.with_name(self._note_file.name + ".new")
+    def _write_info(self) -> None:
+        new = self._info_file.with_name(self._info_file.name + ".new")
         with new.open("wb") as stream:
-            stream.write(json.dumps(asdict(self._note)).encode())
+            stream.write(json.dumps(asdict(self._info)).encode())
             stream.flush()
             os.fdatasync(stream.fileno())
-        os.replace(new, self._note_file)
+        os.replace(new, self._info_file)
 
-    def drop(self) -> None:
+    def delete(self) -> None:
         """Forget the part: its bytes are the caller's now, or are wrong and must not be gone on with."""
         with _disk_errors(self._file):
-            for file in (self._file, self._note_file):
+            for file in (self._file, self._info_file):
                 file.unlink(missing_ok=True)
 
 
@@ -184,7 +185,7 @@ def open_part(directory: Path, path: str, length: int, clock: Callable[[], float
     with _disk_errors(file):
         directory.mkdir(parents=True, exist_ok=True)
         _drop_old(directory, file)
-        part = Part(file, Note(path, length), clock)
+        part = Part(file, PartInfo(path, length), clock)
     with part.stream:
         try:
             yield part
@@ -196,13 +197,13 @@ def open_part(directory: Path, path: str, length: int, clock: Callable[[], float
 
 def _drop_old(directory: Path, keep: Path) -> None:
     """Remove the parts that nobody goes on with; a clock that was set back removes nothing."""
-    limit = time.time() - KEEP_S
+    limit = time.time() - MAX_PART_AGE_S
     for file in directory.glob("*.part*"):
         if not file.name.startswith(keep.name) and file.lstat().st_mtime < limit:
             file.unlink(missing_ok=True)
 
 
-def check_room(directory: Path, needed: int, reserve: int) -> None:
+def require_free_space(directory: Path, needed: int, reserve: int) -> None:
     """Say before anything is received that a file will not fit.
 
     Args:
@@ -234,16 +235,16 @@ def boot_id() -> str:
         return ""
 
 
-def _read_note(file: Path) -> Note | None:
+def _read_info(file: Path) -> PartInfo | None:
     """A missing or damaged note is none: the part is then dropped."""
     try:
-        note = Note(**json.loads(file.read_bytes()))
+        info = PartInfo(**json.loads(file.read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
-    texts = (note.path, note.validator, note.host, note.boot_id)
-    numbers = (note.length, note.synced_bytes)
+    texts = (info.path, info.validator, info.host, info.boot_id)
+    numbers = (info.length, info.synced_bytes)
     valid = all(isinstance(item, str) for item in texts) and all(type(item) is int and item >= 0 for item in numbers)
-    return note if valid else None
+    return info if valid else None
 
 
 @contextmanager
@@ -257,5 +258,6 @@ def _disk_errors(file: Path) -> Iterator[None]:
             f"{file}: {error.strerror or error}",
             hint="check the disk, and that the agent's account may write there",
             code="sync.disk",
+            action=Action.OPERATOR,
             final=True,
         ) from error

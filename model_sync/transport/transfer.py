@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 
-from model_sync.transport.connection import Answer, Connection, host_of
+from model_sync.transport.connection import Connection, LibraryResponse, host_of
 from model_sync.transport.errors import NotTheLibrary, RangeViolation, Refused, TooLong, Unreachable
 from model_sync.transport.parts import Part
 
@@ -41,25 +41,25 @@ def fetch_metadata(connection: Connection, url: str, max_length: int) -> bytes:
         return bytes(body)
 
 
-def fetch_target(connection: Connection, url: str, part: Part, *, whole: bool, on_chunk: Callable[[], None]) -> None:
+def fetch_target(connection: Connection, url: str, part: Part, *, without_range: bool, on_chunk: Callable[[], None]) -> None:
     """Receive what a part lacks.
 
     Args:
         connection: The way to the library.
         url: Where the file is.
         part: Where it goes; complete on return.
-        whole: Do not ask for a range: this server got one wrong.
+        without_range: Request the whole file: this server answered a range wrongly.
         on_chunk: Called when bytes were written.
 
     Raises:
         RangeViolation: another piece, or another length; nothing was written.
         NotTheLibrary, Unreachable, TooSlow, Refused, BudgetExhausted, DiskFull: see there; what had come is kept.
     """
-    headers = {} if whole else _range_headers(part, host_of(url))
+    headers = {} if without_range else _range_headers(part, host_of(url))
     try:
         with connection.get(url, headers, small=part.length <= SMALL_TARGET_BYTES) as answer:
             _begin(answer, part, headers)
-            while not part.complete:
+            while not part.is_complete:
                 wanted = part.length - part.size
                 chunk = answer.read(wanted)
                 if not chunk:
@@ -72,10 +72,10 @@ def fetch_target(connection: Connection, url: str, part: Part, *, whole: bool, o
         raise
 
 
-def _begin(answer: Answer, part: Part, headers: dict[str, str]) -> None:
+def _begin(answer: LibraryResponse, part: Part, headers: dict[str, str]) -> None:
     """Check that the answer is the piece that was asked for, or the whole file, and cut the part where it begins."""
     start, final = 0, not headers
-    if answer.is_page and not part.note.path.endswith((".html", ".htm")):
+    if answer.is_page and not part.info.path.endswith((".html", ".htm")):
         raise NotTheLibrary(f"{answer.host} sent a web page instead of {part.name} (a login page?)")
     if answer.status == 206 and headers:
         start = part.size
@@ -87,10 +87,10 @@ def _begin(answer: Answer, part: Part, headers: dict[str, str]) -> None:
     announced = answer.content_length()
     if announced is not None and announced != part.length - start:
         raise RangeViolation(f"{answer.host} announces {announced} bytes of {part.name} instead of {part.length - start}", final=final)
-    part.begin(validator=answer.validator, host=answer.host, at=start)
+    part.start_at(validator=answer.validator, host=answer.host, at=start)
 
 
-def _of_another_file(answer: Answer, validator: str) -> bool:
+def _of_another_file(answer: LibraryResponse, validator: str) -> bool:
     """Say whether a 206 answer carries another validator of the kind that was sent: the server ignored If-Range."""
     given = answer.etag if validator.startswith('"') else answer.headers.get("Last-Modified", "").strip()
     return validator != "" and given not in ("", validator)
@@ -117,12 +117,12 @@ def _range_headers(part: Part, host: str) -> dict[str, str]:
     A validator speaks for the server that gave it. On another mirror the rest may be asked for without one when the file's name
     holds its digest: a file of that name is that file, and a lie is found when the whole is hashed.
     """
-    note = part.note
+    info = part.info
     if part.size == 0:
         return {}
-    if note.validator and note.host == host:
-        return {"Range": f"bytes={part.size}-", "If-Range": note.validator}
-    return {"Range": f"bytes={part.size}-"} if part.hashed else {}
+    if info.validator and info.host == host:
+        return {"Range": f"bytes={part.size}-", "If-Range": info.validator}
+    return {"Range": f"bytes={part.size}-"} if part.is_content_addressed else {}
 
 
 def is_metadata(body: bytes) -> bool:

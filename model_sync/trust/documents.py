@@ -19,7 +19,7 @@ from typing_extensions import Self
 from model_sync.bundle.input_spec import NonEmpty, Strict
 from model_sync.bundle.manifest import SemVer
 from model_sync.bundle.output_spec import Identifier, RelativePath, Sha256
-from model_sync.errors import TrustError
+from model_sync.errors import Action, TrustError
 
 
 def _in_our_time(moment: datetime) -> datetime:
@@ -59,6 +59,7 @@ class SignedDocument(Strict):
                 f"a signed {cls.__name__} is not valid: {wrong}",
                 hint="update the box, or tell the central team; the model in use stays",
                 code="trust.document",
+                action=Action.OPERATOR,
             ) from error
 
     def to_json(self) -> bytes:

@@ -15,18 +15,17 @@ from tuf.api.metadata import Metadata, Root, Signed, Targets
 from tuf.api.serialization import DeserializationError
 
 from model_sync import atomic_files
-from model_sync.errors import TrustError
+from model_sync.errors import MODEL_STAYS, TrustError
 from model_sync.trust.rollback_protection import AnchoredRoot, Clocks, iso
 
 MAX_METADATA_BYTES = 5_000_000
 MAX_ROOT_BYTES = 512_000
 MAX_ROOTS = 1024
 HISTORY = "root_history"
-KEEP = "the model in use stays"
 _Role = TypeVar("_Role", bound=Signed)
 
 
-def newest_root(metadata: Path, root: bytes) -> AnchoredRoot:
+def load_newest_root(metadata: Path, root: bytes) -> AnchoredRoot:
     """Go from the provisioned root to the newest one on disk, each signed by the one before it and by itself.
 
     Raises:
@@ -109,12 +108,12 @@ def read(metadata: Path, role: str) -> bytes:
         return atomic_files.read(metadata / f"{role}.json", MAX_METADATA_BYTES)
     except FileNotFoundError as error:
         raise missing(f"no {role} metadata is here") from error
-    except atomic_files.NotPlain as error:
+    except atomic_files.NotRegularFileError as error:
         if error.errno != errno.EFBIG:
             raise
         raise TrustError(
             f"the {role} metadata is larger than {MAX_METADATA_BYTES} bytes, which is the most that a box reads",
-            hint=f"tell the central team: it has to sign less in one role; {KEEP}",
+            hint=f"tell the central team: it has to sign less in one role; {MODEL_STAYS}",
             code="trust.metadata",
         ) from error
 
@@ -124,7 +123,7 @@ def listed(kind: type[_Role], metadata: Path, delegator: Root | Targets, role: s
     if meta is None:
         raise TrustError(
             f"{role} is delegated to, but the snapshot does not name it",
-            hint=f"tell the central team: the library is inconsistent; {KEEP}",
+            hint=f"tell the central team: the library is inconsistent; {MODEL_STAYS}",
             code="trust.metadata",
         )
     raw = read(metadata, role)
@@ -136,7 +135,7 @@ def listed(kind: type[_Role], metadata: Path, delegator: Root | Targets, role: s
     if signed.version != meta.version:
         raise TrustError(
             f"the {role} metadata is version {signed.version}, and {meta.version} was announced",
-            hint=f"run `model-sync pull`; {KEEP}",
+            hint=f"run `model-sync pull`; {MODEL_STAYS}",
             code="trust.version",
         )
     return signed
@@ -159,13 +158,13 @@ def verified(kind: type[_Role], raw: bytes, delegator: Root | Targets | None, ro
     except DeserializationError as error:
         raise TrustError(
             f"the {role} metadata is damaged: it cannot be read",
-            hint=f"run `model-sync pull`, which fetches it again; {KEEP}",
+            hint=f"run `model-sync pull`, which fetches it again; {MODEL_STAYS}",
             code="trust.metadata",
         ) from error
     except (RepositoryError, ValueError) as error:
         raise TrustError(
             f"the {role} metadata is not signed by those who may sign it ({error})",
-            hint=f"tell the central team: somebody may be forging models; {KEEP}",
+            hint=f"tell the central team: somebody may be forging models; {MODEL_STAYS}",
             code="trust.signature",
         ) from error
     return cast("_Role", metadata.signed)
@@ -178,14 +177,14 @@ def expired(role: str, at: datetime, clocks: Clocks) -> TrustError:
 
 def missing(what: str) -> TrustError:
     """Return the error for something that was never received, or was lost."""
-    return TrustError(f"{what}", hint=f"run `model-sync pull`; {KEEP}", code="trust.missing")
+    return TrustError(f"{what}", hint=f"run `model-sync pull`; {MODEL_STAYS}", code="trust.missing")
 
 
 def altered(what: str) -> TrustError:
     """Return the error for bytes that are not those which were signed."""
     return TrustError(
         f"{what} is not what was signed: its length or its hash differs",
-        hint=f"run `model-sync pull` again; if it stays, have the disk and the line checked; {KEEP}",
+        hint=f"run `model-sync pull` again; if it stays, have the disk and the line checked; {MODEL_STAYS}",
         code="trust.digest",
     )
 
@@ -193,5 +192,5 @@ def altered(what: str) -> TrustError:
 def ambiguous(what: str, why: str) -> TrustError:
     """Return the error for a target that more than one role could sign."""
     return TrustError(
-        f"{what}: {why}", hint=f"tell the central team: who may sign a line must be beyond doubt; {KEEP}", code="trust.ambiguous"
+        f"{what}: {why}", hint=f"tell the central team: who may sign a line must be beyond doubt; {MODEL_STAYS}", code="trust.ambiguous"
     )

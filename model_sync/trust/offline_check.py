@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from model_sync import atomic_files
-from model_sync.errors import LibraryUnreachable, TrustError
+from model_sync.errors import MODEL_STAYS, LibraryUnreachable, TrustError
 from model_sync.trust import documents
-from model_sync.trust.metadata import HISTORY, KEEP, foreign, missing, read_root
-from model_sync.trust.rollback_protection import FLOOR_FILE, Floors, iso, utc_now
-from model_sync.trust.trusted_metadata import Chain, read_index
+from model_sync.trust.metadata import HISTORY, foreign, missing, read_root
+from model_sync.trust.rollback_protection import ROLLBACK_FILE, RollbackState, iso, utc_now
+from model_sync.trust.trusted_metadata import TrustedMetadata, read_index
 
 CURRENT = "trust"  # a link to the newest whole set of metadata and documents
 
 
 @dataclass(frozen=True)
-class LineFacts:
+class ModelLineFacts:
     """What a line's role signs about its versions."""
 
     index: documents.LineIndex
@@ -46,12 +46,12 @@ class LineFacts:
 
 
 @dataclass(frozen=True)
-class Facts:
+class TrustFacts:
     """What may be believed about every line; ``troubles`` are lines that cannot be believed, and why."""
 
     now: datetime
     valid_until: datetime
-    lines: Mapping[str, LineFacts]
+    lines: Mapping[str, ModelLineFacts]
     troubles: Mapping[str, TrustError]
 
     @property
@@ -71,7 +71,7 @@ class Facts:
         }
 
 
-def check(exchange_dir: Path, root: Path, now: datetime | None = None) -> Facts:
+def check(exchange_dir: Path, root: Path, now: datetime | None = None) -> TrustFacts:
     """Verify what lies in the exchange directory; writes nothing, asks nobody.
 
     Args:
@@ -85,19 +85,19 @@ def check(exchange_dir: Path, root: Path, now: datetime | None = None) -> Facts:
     """
     system = now or utc_now()
     try:
-        floors = Floors.load([exchange_dir / FLOOR_FILE])
-        return _facts(exchange_dir, read_root(root), floors, system)
+        rollback_state = RollbackState.load([exchange_dir / ROLLBACK_FILE])
+        return _facts(exchange_dir, read_root(root), rollback_state, system)
     except OSError as error:
-        raise atomic_files.disk_trouble(error) from error
+        raise atomic_files.disk_error(error) from error
 
 
-def _facts(exchange_dir: Path, root: bytes, floors: Floors, system: datetime) -> Facts:
+def _facts(exchange_dir: Path, root: bytes, rollback_state: RollbackState, system: datetime) -> TrustFacts:
     base = _current(exchange_dir)
     if foreign(base / "metadata", root):
         raise missing("what lies here is of the library that this box followed before; nothing of its new one has been received")
-    chain = Chain.load(base / "metadata", root)
-    chain.refuse_older(floors)
-    return facts_of(chain, base / "documents", chain.clocks(floors, system).effective)
+    trusted = TrustedMetadata.load(base / "metadata", root)
+    trusted.refuse_older(rollback_state)
+    return collect_facts(trusted, base / "documents", trusted.clocks(rollback_state, system).effective)
 
 
 def _current(exchange_dir: Path) -> Path:
@@ -117,17 +117,17 @@ def _current(exchange_dir: Path) -> Path:
     return base
 
 
-def facts_of(chain: Chain, directory: Path, now: datetime) -> Facts:
+def collect_facts(trusted: TrustedMetadata, directory: Path, now: datetime) -> TrustFacts:
     """Read the index of every line whose role is here; a line without one is left out, with the reason."""
-    lines: dict[str, LineFacts] = {}
+    lines: dict[str, ModelLineFacts] = {}
     troubles: dict[str, TrustError] = {}
-    for name in chain.line_names():
+    for name in trusted.line_names():
         try:
-            lines[name] = LineFacts(read_index(chain, directory, name), chain.valid_until(name))
+            lines[name] = ModelLineFacts(read_index(trusted, directory, name), trusted.valid_until(name))
         except TrustError as error:
             troubles[name] = error
-    valid_until = min((line.valid_until for line in lines.values()), default=chain.valid_until())
-    return Facts(now, valid_until, lines, troubles)
+    valid_until = min((line.valid_until for line in lines.values()), default=trusted.valid_until())
+    return TrustFacts(now, valid_until, lines, troubles)
 
 
 def print_check(exchange_dir: Path, root: Path) -> int:
@@ -141,7 +141,7 @@ def print_check(exchange_dir: Path, root: Path) -> int:
             "ok": False,
             "code": "trust.unchecked",
             "message": f"the check met what it cannot reckon with ({type(error).__name__}): nothing is verified",
-            "hint": f"run `model-sync pull`; if it stays, send this line to the central team; {KEEP}",
+            "hint": f"run `model-sync pull`; if it stays, send this line to the central team; {MODEL_STAYS}",
         }
     # In ASCII, which every locale writes alike: in GB18030 a reason in Chinese would be no JSON to whoever reads UTF-8.
     print(json.dumps(facts, sort_keys=True))

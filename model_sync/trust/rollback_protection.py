@@ -27,7 +27,7 @@ from tuf.api.metadata import Root, Snapshot, Timestamp
 from model_sync import atomic_files
 from model_sync.errors import TrustError
 
-FLOOR_FILE = "floor.json"
+ROLLBACK_FILE = "floor.json"
 ISSUED_AT = "x-issued-at"  # signed with the timestamp metadata
 # No package with this line was built earlier: the time is never before it, whatever the clock says.
 BUILT_AT = datetime(2026, 1, 1, tzinfo=timezone.utc)
@@ -59,33 +59,33 @@ class Clocks:
     """What there is to know about the time: the system clock, the floor, and the ``Date`` of the server's last answer."""
 
     system: datetime
-    floor: datetime
+    earliest: datetime
     server: datetime | None = None
 
     @property
     def effective(self) -> datetime:
         """The time that expiry is judged by."""
-        return max(self.system, self.floor)
+        return max(self.system, self.earliest)
 
     @property
-    def plausible(self) -> bool:
+    def is_plausible(self) -> bool:
         """Say whether nothing speaks against the system clock; the server's date is unsigned, so it can only object."""
         return self.server is None or abs(self.system - self.server) < _CLOCKS_AGREE
 
     def describe(self) -> str:
         """Return the three times in words."""
         server = f", the library's server says {iso(self.server)}" if self.server else ""
-        return f"this box's clock says {iso(self.system)}, it is at least {iso(self.floor)}{server}"
+        return f"this box's clock says {iso(self.system)}, it is at least {iso(self.earliest)}{server}"
 
     def hint(self) -> str:
         """Return what to do about metadata that expired: set the clock, or have the central team sign anew."""
-        if not self.plausible or self.system < self.floor:
+        if not self.is_plausible or self.system < self.earliest:
             return "the clock of this box is wrong: set it, then run `model-sync pull`; the model in use stays"
         return "the central team has to sign fresh metadata (`model-library refresh-timestamp`); the model in use stays"
 
 
 @dataclass(frozen=True)
-class RoleFloor:
+class RoleVersion:
     """The highest version of a role that was seen, and the key ids that vouched for it."""
 
     version: int
@@ -93,7 +93,7 @@ class RoleFloor:
 
 
 @dataclass(frozen=True)
-class Floors:
+class RollbackState:
     """The content of ``floor.json``; of several copies the one with the highest ``serial`` holds.
 
     ``anchor`` is the SHA-256 of the provisioned root that they were learnt under; one of before anchors were kept binds itself to
@@ -105,18 +105,20 @@ class Floors:
     system: datetime = _START
     issued: datetime = _START
     clock_keys: Sequence[str] = ()
-    roles: Mapping[str, RoleFloor] = field(default_factory=dict)
+    roles: Mapping[str, RoleVersion] = field(default_factory=dict)
     anchor: str = ""
 
     @classmethod
-    def load(cls, paths: Sequence[Path]) -> Floors:
+    def load(cls, paths: Sequence[Path]) -> RollbackState:
         """Read the newest copy; a damaged or absent one is passed over."""
-        return max((cls._parse(atomic_files.read_json(path)) for path in paths), key=lambda floors: floors.serial, default=cls())
+        return max(
+            (cls._parse(atomic_files.read_json(path)) for path in paths), key=lambda rollback_state: rollback_state.serial, default=cls()
+        )
 
     @classmethod
-    def _parse(cls, value: dict[str, Any]) -> Floors:
+    def _parse(cls, value: dict[str, Any]) -> RollbackState:
         try:
-            roles = {name: RoleFloor(int(role["version"]), tuple(role["keys"])) for name, role in value["roles"].items()}
+            roles = {name: RoleVersion(int(role["version"]), tuple(role["keys"])) for name, role in value["roles"].items()}
             system, issued = (datetime.fromisoformat(value[name]).astimezone(timezone.utc) for name in ("system", "issued"))
             if not all(moment == _START or moment.year in _YEARS for moment in (system, issued)):
                 return cls()
@@ -130,14 +132,14 @@ class Floors:
         value = asdict(self) | {"schema": 1, "system": self.system.isoformat(), "issued": self.issued.isoformat()}
         atomic_files.write_json(path, value)
 
-    def under(self, root: Root) -> Floors:
+    def valid_under(self, root: Root) -> RollbackState:
         """Return what counts under ``root``: nothing, when this was learnt under another provisioned root."""
         anchor = _anchor(root)
-        return Floors(self.serial) if self.anchor and anchor and self.anchor != anchor else self
+        return RollbackState(self.serial) if self.anchor and anchor and self.anchor != anchor else self
 
-    def time(self, root: Root, built_at: datetime = BUILT_AT) -> datetime:
+    def earliest_time(self, root: Root, built_at: datetime = BUILT_AT) -> datetime:
         """Return the earliest that it can be. Times that a replaced timestamp key vouched for no longer count."""
-        if self.under(root) is not self or (self.clock_keys and tuple(self.clock_keys) != _keys(root, Timestamp.type)):
+        if self.valid_under(root) is not self or (self.clock_keys and tuple(self.clock_keys) != _keys(root, Timestamp.type)):
             return built_at
         return max(built_at, self.system, self.issued)
 
@@ -147,7 +149,7 @@ class Floors:
         Raises:
             TrustError: ``trust.rollback``: a role is older than this box has seen it, or is gone from the snapshot.
         """
-        counting = self.under(root)
+        counting = self.valid_under(root)
         if root.version < counting.root:
             raise _rollback(Root.type, root.version, counting.root)
         for name, version in _versions(timestamp, snapshot).items():
@@ -162,16 +164,16 @@ class Floors:
                     code="trust.rollback",
                 )
 
-    def advanced(self, root: Root, timestamp: Timestamp, snapshot: Snapshot, clocks: Clocks, valid_until: datetime) -> Floors:
+    def advance(self, root: Root, timestamp: Timestamp, snapshot: Snapshot, clocks: Clocks, valid_until: datetime) -> RollbackState:
         """Return the floors after metadata that was just verified; the same object when nothing rose."""
         keys = _keys(root, Timestamp.type)
-        same = self.under(root) is self and tuple(self.clock_keys) == keys
+        same = self.valid_under(root) is self and tuple(self.clock_keys) == keys
         before = self if same else replace(self, system=_START, issued=_START)
         last_valid = max(valid_until, BUILT_AT) - timedelta(seconds=1)
-        system = max(before.system, min(clocks.system, last_valid)) if clocks.plausible else before.system
+        system = max(before.system, min(clocks.system, last_valid)) if clocks.is_plausible else before.system
         issued = max(before.issued, min(issued_at(timestamp) or _START, last_valid))
-        roles = {name: RoleFloor(version, _bound(root, name)) for name, version in _versions(timestamp, snapshot).items()}
-        after = Floors(self.serial, root.version, system, issued, keys, roles, _anchor(root))
+        roles = {name: RoleVersion(version, _bound(root, name)) for name, version in _versions(timestamp, snapshot).items()}
+        after = RollbackState(self.serial, root.version, system, issued, keys, roles, _anchor(root))
         # The system clock alone is worth a write once an hour, not at every look.
         if system - self.system < timedelta(hours=1) and replace(after, system=self.system) == self:
             return self

@@ -14,14 +14,24 @@ from tuf.api.exceptions import LengthOrHashMismatchError
 from tuf.api.metadata import Signed, Snapshot, TargetFile, Targets, Timestamp
 
 from model_sync import atomic_files
-from model_sync.errors import TrustError
+from model_sync.errors import MODEL_STAYS, Action, TrustError
 from model_sync.trust import documents
-from model_sync.trust.metadata import KEEP, MAX_METADATA_BYTES, altered, ambiguous, expired, listed, missing, newest_root, read, verified
-from model_sync.trust.rollback_protection import BUILT_AT, AnchoredRoot, Clocks, Floors, issued_at
+from model_sync.trust.metadata import (
+    MAX_METADATA_BYTES,
+    altered,
+    ambiguous,
+    expired,
+    listed,
+    load_newest_root,
+    missing,
+    read,
+    verified,
+)
+from model_sync.trust.rollback_protection import BUILT_AT, AnchoredRoot, Clocks, RollbackState, issued_at
 
 
 @dataclass(frozen=True)
-class Chain:
+class TrustedMetadata:
     """Metadata that hangs together by signatures, versions and hashes; expiry is judged apart, by the caller's clock.
 
     Attributes:
@@ -37,19 +47,19 @@ class Chain:
     troubles: Mapping[str, TrustError] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, metadata: Path, root: bytes) -> Chain:
+    def load(cls, metadata: Path, root: bytes) -> TrustedMetadata:
         """Verify the metadata directory of a python-tuf client, starting from the bytes of the provisioned root.
 
         Raises:
             TrustError: ``trust.missing``, ``trust.signature``, ``trust.version``, ``trust.digest`` or ``trust.metadata``.
             OSError: a file is there and cannot be read.
         """
-        newest = newest_root(metadata, root)
+        newest = load_newest_root(metadata, root)
         timestamp = verified(Timestamp, read(metadata, Timestamp.type), newest, Timestamp.type)
         snapshot = listed(Snapshot, metadata, newest, Snapshot.type, timestamp.snapshot_meta)
         targets = listed(Targets, metadata, newest, Targets.type, snapshot.meta.get("targets.json"))
-        chain = cls(newest, timestamp, snapshot, targets)
-        roles, troubles = chain._delegated(metadata)
+        trusted = cls(newest, timestamp, snapshot, targets)
+        roles, troubles = trusted._delegated(metadata)
         return cls(newest, timestamp, snapshot, targets, roles, troubles)
 
     def _delegated(self, metadata: Path) -> tuple[dict[str, Targets], dict[str, TrustError]]:
@@ -61,7 +71,7 @@ class Chain:
                 if role.delegations is not None:
                     raise ambiguous(f"the role {name} delegates further", "a role has one delegator, which is the targets role")
                 roles[name] = role
-            except atomic_files.NotPlain:
+            except atomic_files.NotRegularFileError:
                 troubles[name] = altered(f"the {name} metadata")
             except TrustError as error:
                 troubles[name] = error
@@ -90,8 +100,9 @@ class Chain:
         if role not in self.delegated_names():
             raise TrustError(
                 f"the library no longer delegates to {role}: whatever its keys sign counts for nothing",
-                hint=f"ask the central team whether the line was ended; {KEEP}",
+                hint=f"ask the central team whether the line was ended; {MODEL_STAYS}",
                 code="trust.revoked",
+                action=Action.NONE,
             )
         if (first := self.role_of(path)) != role or path in self.targets.targets:
             raise ambiguous(f"{path} is not {role}'s alone to sign", f"{first or 'targets'} comes first")
@@ -115,35 +126,38 @@ class Chain:
             if signed.is_expired(clocks.effective):
                 raise expired(name, signed.expires, clocks)
 
-    def refuse_older(self, floors: Floors) -> None:
+    def refuse_older(self, rollback_state: RollbackState) -> None:
         """Compare with what was seen before; raises TrustError ``trust.rollback``."""
-        floors.refuse_older(self.root, self.timestamp, self.snapshot)
+        rollback_state.refuse_older(self.root, self.timestamp, self.snapshot)
 
-    def clocks(self, floors: Floors, system: datetime, server: datetime | None = None, built_at: datetime = BUILT_AT) -> Clocks:
+    def clocks(
+        self, rollback_state: RollbackState, system: datetime, server: datetime | None = None, built_at: datetime = BUILT_AT
+    ) -> Clocks:
         """Return the clocks, the floor raised by the issue time that this very timestamp signs (as far as it is valid)."""
         issued = min(issued_at(self.timestamp) or built_at, self.timestamp.expires)
-        return Clocks(system, max(floors.time(self.root, built_at), issued), server)
+        return Clocks(system, max(rollback_state.earliest_time(self.root, built_at), issued), server)
 
 
-def read_index(chain: Chain, directory: Path, line: str) -> documents.LineIndex:
+def read_index(trusted: TrustedMetadata, directory: Path, line: str) -> documents.LineIndex:
     """Return the index of a line from its verified copy in ``directory``.
 
     Raises:
         TrustError: the role, the copy or the document cannot be believed, or is not here.
     """
-    index = documents.LineIndex.parse(read_document(chain, directory, documents.line_path(line), line))
+    index = documents.LineIndex.parse(read_document(trusted, directory, documents.line_path(line), line))
     if index.line != line:
         raise TrustError(
             f"the index that {line} signs speaks of {index.line}",
-            hint=f"tell the central team: it was signed by mistake or in bad faith; {KEEP}",
+            hint=f"tell the central team: it was signed by mistake or in bad faith; {MODEL_STAYS}",
             code="trust.document",
+            action=Action.OPERATOR,
         )
     return index
 
 
-def read_document(chain: Chain, directory: Path, path: str, role: str) -> bytes:
+def read_document(trusted: TrustedMetadata, directory: Path, path: str, role: str) -> bytes:
     """Return the bytes of a small target from its copy in ``directory``, verified against the chain."""
-    target = chain.target(path, role)
+    target = trusted.target(path, role)
     if target is None:
         raise missing(f"{role} signs no {path}")
     if any((directory / folder).is_symlink() for folder in PurePosixPath(path).parents):
@@ -153,6 +167,6 @@ def read_document(chain: Chain, directory: Path, path: str, role: str) -> bytes:
         target.verify_length_and_hashes(raw)
     except FileNotFoundError as error:
         raise missing(f"{path} has not been received") from error
-    except (LengthOrHashMismatchError, atomic_files.NotPlain) as error:
+    except (LengthOrHashMismatchError, atomic_files.NotRegularFileError) as error:
         raise altered(path) from error
     return raw

@@ -21,10 +21,10 @@ from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
 from model_sync import atomic_files
 from model_sync.errors import LibraryUnreachable, TrustError
+from model_sync.transport.directory_fetcher import LIBRARY_SCHEME
 from model_sync.transport.errors import RangeViolation, Refused, TooLong
-from model_sync.transport.fetcher import LIBRARY_SCHEME
 from model_sync.trust import metadata, trusted_metadata
-from model_sync.trust.rollback_protection import BUILT_AT, Clocks, Floors, utc_now
+from model_sync.trust.rollback_protection import BUILT_AT, Clocks, RollbackState, utc_now
 
 _RETRY = "nothing is wrong with the model in use; the next look goes on where this one stopped"
 
@@ -34,12 +34,12 @@ def received_bytes(fetcher: FetcherInterface) -> int:
     return int(getattr(fetcher, "received_bytes", 0))
 
 
-def of_one_file(error: LibraryUnreachable) -> bool:
+def concerns_one_file(error: LibraryUnreachable) -> bool:
     """Say whether an error is an answer about one file alone, such as a 404: the line and the other files are as good as ever."""
     return isinstance(error, (Refused, TooLong, RangeViolation)) and error.final
 
 
-class _Capped(FetcherInterface):
+class _SizeLimitedFetcher(FetcherInterface):
     """A fetcher that refuses metadata which is announced with more than can be read again: signed or not, it is held in memory."""
 
     def __init__(self, fetcher: FetcherInterface) -> None:
@@ -65,7 +65,7 @@ class _Capped(FetcherInterface):
         return self._fetcher.fetch(url)
 
 
-class Upstream:
+class TufClient:
     """Refreshes the trusted metadata of one library and downloads its targets.
 
     Attributes:
@@ -77,8 +77,8 @@ class Upstream:
         metadata_dir: Path,
         root: bytes,
         fetcher: FetcherInterface,
-        floors: Path,
-        other_floors: Sequence[Path] = (),
+        rollback_state: Path,
+        other_rollback_files: Sequence[Path] = (),
         *,
         metadata_url: str = f"{LIBRARY_SCHEME}metadata/",
         target_url: str = f"{LIBRARY_SCHEME}targets/",
@@ -90,9 +90,9 @@ class Upstream:
         Args:
             metadata_dir: python-tuf's directory.
             root: the bytes of the provisioned root.
-            fetcher: the line.
-            floors: the file of floors that is raised here.
-            other_floors: copies to fall back to when that one is lost.
+            fetcher: how files are fetched.
+            rollback_state: the file of the rollback state, which is updated here.
+            other_rollback_files: copies of it, used when that one is lost.
             metadata_url: where metadata is.
             target_url: where targets are.
             now: the wall clock.
@@ -101,20 +101,20 @@ class Upstream:
         self._metadata_dir = metadata_dir
         self._root = root
         self._fetcher = fetcher
-        self._floor_file = floors
-        self._floor_files = (floors, *other_floors)
+        self._rollback_file = rollback_state
+        self._rollback_files = (rollback_state, *other_rollback_files)
         self._urls = (metadata_url, target_url)
         self._now = now
         self._built_at = built_at
         self._flushed: dict[Path, bytes] = {}
-        self.chain: trusted_metadata.Chain | None = None
+        self.trusted: trusted_metadata.TrustedMetadata | None = None
 
-    def view(self) -> AbstractContextManager[None]:
+    def cached_metadata(self) -> AbstractContextManager[None]:
         """Within it a fresh Updater costs nothing on the wire: answers about metadata are remembered for a while."""
-        view = getattr(self._fetcher, "view", None)
+        view = getattr(self._fetcher, "cached_metadata", None)
         return cast("AbstractContextManager[None]", view()) if view else contextlib.nullcontext()
 
-    def refresh(self) -> trusted_metadata.Chain:
+    def refresh(self) -> trusted_metadata.TrustedMetadata:
         """Bring root, timestamp, snapshot and targets up to date.
 
         A mirror that is behind or damaged is passed over for the next one; only when none does better is it an alarm, and one
@@ -162,14 +162,14 @@ class Upstream:
         with self._guarded():
             updater = self._updater()
             target = updater.get_targetinfo(path)
-        chain = self._accept()
-        if role is not None and chain.target(path, role) != target:
+        trusted = self._accept()
+        if role is not None and trusted.target(path, role) != target:
             raise TrustError(
                 f"{path} is not signed by {role}, which alone may sign it",
                 hint="tell the central team: who may sign a line must be beyond doubt; the model in use stays",
                 code="trust.ambiguous",
             )
-        chain.refuse_expired(self.clocks(), *([role] if role else chain.delegated_names()))
+        trusted.refuse_expired(self.clocks(), *([role] if role else trusted.delegated_names()))
         if target is None:
             return None
         with self._guarded():
@@ -180,10 +180,10 @@ class Upstream:
 
     def clocks(self) -> Clocks:
         """Return what is known about the time, by the metadata as it was last verified."""
-        floors, server = Floors.load(self._floor_files), getattr(self._fetcher, "last_server_date", None)
-        if self.chain is not None:
-            return self.chain.clocks(floors, self._now(), server, self._built_at)
-        return Clocks(self._now(), floors.time(self._newest_root(), self._built_at), server)
+        rollback_state, server = RollbackState.load(self._rollback_files), getattr(self._fetcher, "last_server_date", None)
+        if self.trusted is not None:
+            return self.trusted.clocks(rollback_state, self._now(), server, self._built_at)
+        return Clocks(self._now(), rollback_state.earliest_time(self._newest_root(), self._built_at), server)
 
     def _download(self, updater: Updater, target: TargetFile, to: Path) -> None:
         part = to.with_name(f".{to.name}.part")
@@ -213,11 +213,11 @@ class Upstream:
 
     def _elsewhere(self) -> bool:
         """Pass over the mirror that answered last; returns whether there is another."""
-        pass_over = getattr(self._fetcher, "pass_over", None)
-        return bool(pass_over and pass_over())
+        exclude_last_mirror = getattr(self._fetcher, "exclude_last_mirror", None)
+        return bool(exclude_last_mirror and exclude_last_mirror())
 
     def _ask_all(self) -> None:
-        getattr(self._fetcher, "ask_all", lambda: None)()
+        getattr(self._fetcher, "include_all_mirrors", lambda: None)()
 
     def _updater(self) -> Updater:
         metadata_url, target_url = self._urls
@@ -226,7 +226,7 @@ class Upstream:
             str(self._metadata_dir),
             metadata_url,
             target_base_url=target_url,
-            fetcher=_Capped(self._fetcher),
+            fetcher=_SizeLimitedFetcher(self._fetcher),
             config=UpdaterConfig(
                 app_user_agent="model-sync",
                 snapshot_max_length=metadata.MAX_METADATA_BYTES,
@@ -235,19 +235,19 @@ class Upstream:
             bootstrap=self._root,
         )
 
-    def _accept(self) -> trusted_metadata.Chain:
+    def _accept(self) -> trusted_metadata.TrustedMetadata:
         """Verify what the Updater left, as a whole, against the floors and the effective time; then raise the floors."""
         with self._guarded():
-            chain = trusted_metadata.Chain.load(self._metadata_dir, self._root)
-            floors = Floors.load(self._floor_files)
-            chain.refuse_older(floors)
-            self.chain = chain
+            trusted = trusted_metadata.TrustedMetadata.load(self._metadata_dir, self._root)
+            rollback_state = RollbackState.load(self._rollback_files)
+            trusted.refuse_older(rollback_state)
+            self.trusted = trusted
             clocks = self.clocks()
-            chain.refuse_expired(clocks)
-            raised = floors.advanced(chain.root, chain.timestamp, chain.snapshot, clocks, chain.valid_until())
-            if raised is not floors:
-                raised.save(self._floor_file)
-        return chain
+            trusted.refuse_expired(clocks)
+            raised = rollback_state.advance(trusted.root, trusted.timestamp, trusted.snapshot, clocks, trusted.valid_until())
+            if raised is not rollback_state:
+                raised.save(self._rollback_file)
+        return trusted
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -264,7 +264,7 @@ class Upstream:
         except tuf_errors.RepositoryError as error:
             raise self._untrusted(error) from error
         except OSError as error:
-            raise atomic_files.disk_trouble(error) from error
+            raise atomic_files.disk_error(error) from error
 
     def _flush(self) -> None:
         """Flush the metadata files whose content this process has not flushed yet, and their names.
@@ -272,7 +272,7 @@ class Upstream:
         By content, because python-tuf lays the provisioned root anew each time; that one is never read from there.
         """
         changed = False
-        for file in atomic_files.files_below(self._metadata_dir):
+        for file in atomic_files.iterate_files(self._metadata_dir):
             content = hashlib.sha256(file.read_bytes()).digest()
             if not file.is_symlink() and self._flushed.get(file) != content:
                 atomic_files.sync_file(file)
@@ -283,7 +283,7 @@ class Upstream:
             atomic_files.sync_directory(self._metadata_dir)
 
     def _newest_root(self) -> Root:
-        return metadata.newest_root(self._metadata_dir, self._root)
+        return metadata.load_newest_root(self._metadata_dir, self._root)
 
     def _untrusted(self, error: tuf_errors.RepositoryError) -> TrustError:
         """Return what python-tuf refused, in our words."""

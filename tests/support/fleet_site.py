@@ -38,7 +38,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import NameOID
 from securesystemslib.signer import CryptoSigner
 
-from model_sync.agent.device import make_request
+from model_sync.agent.device import make_certificate_request
 from model_sync.agent.report import StatusReport, sign
 from model_sync.errors import SettingsError
 from model_sync.fleet.accounts import Accounts
@@ -221,7 +221,7 @@ class Box:
 
     def __init__(self, centre: Centre, box_id: str, ring: str = "stable") -> None:
         self.centre, self.box_id, self.ring = centre, box_id, ring
-        self.key, self.csr = make_request(box_id)
+        self.key, self.csr = make_certificate_request(box_id)
         self.file = centre.directory / f"{box_id}-{id(self):x}.pem"
 
     def enrol(self, token: str) -> Box:

@@ -21,7 +21,7 @@ import numpy as np
 from securesystemslib.signer import CryptoSigner
 
 from appliance.models import reference_bundle
-from model_sync.library.library import Library, State
+from model_sync.library.library import Library, RoleState
 from model_sync.trust.documents import FailureBudget
 
 _CAM = 7
@@ -40,14 +40,14 @@ class Site:
     root: Path
     holders: dict[str, list[CryptoSigner]] = field(default_factory=dict)
 
-    def publish(self, bundle: Path, *, deltas: bool = True, minimum_version: str | None = None) -> State:
+    def publish(self, bundle: Path, *, deltas: bool = True, minimum_version: str | None = None) -> RoleState:
         """Publish a bundle; its line is added when it is new."""
         line = json.loads((bundle / "manifest.json").read_text("utf-8"))["name"]
         if line not in self.library.lines():
             self.add_line(line)
         return self.library.publish(bundle, deltas=deltas, minimum_version=minimum_version)
 
-    def add_line(self, line: str) -> State:
+    def add_line(self, line: str) -> RoleState:
         """Add a line with two keys of its own."""
         self._keys(line, 2)
         return self.library.add_line(line, [signer.public_key for signer in self.holders[line]], threshold=2)
@@ -62,11 +62,11 @@ class Site:
         duration_h: float = 0.0,
         failure_budget: FailureBudget | None = None,
         paused: bool = False,
-    ) -> State:
+    ) -> RoleState:
         """Let a ring take a version."""
         return self.library.rollout(ring, line, version, percent, start, duration_h, failure_budget, paused)
 
-    def withdraw(self, line: str, version: str, reason: str = "reads too many healthy children as ill") -> State:
+    def withdraw(self, line: str, version: str, reason: str = "reads too many healthy children as ill") -> RoleState:
         """Withdraw a version."""
         return self.library.withdraw(line, version, reason)
 

@@ -14,7 +14,7 @@ from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, MetaFile, Targets
 
 from model_sync.agent.client import Client
-from model_sync.agent.decision import Pulled
+from model_sync.agent.decision import PullResult
 from model_sync.bundle import ModelBundle
 from model_sync.settings import SyncSettings
 from model_sync.trust import offline_check
@@ -32,10 +32,10 @@ class Box:
     def client(self, **options: Any) -> Client:
         return Client(self.settings, **options)
 
-    def pull(self, on_progress: Callable[[Any], None] | None = None, **options: Any) -> Pulled:
+    def pull(self, on_progress: Callable[[Any], None] | None = None, **options: Any) -> PullResult:
         return self.client(**options).pull(on_progress)
 
-    def facts(self, now: datetime | None = None) -> offline_check.Facts:
+    def facts(self, now: datetime | None = None) -> offline_check.TrustFacts:
         return offline_check.check(self.settings.exchange_dir, self.settings.root, now)
 
     def wants(self, line: str = LINE) -> str | None:

@@ -191,13 +191,13 @@ def test_a_renewal_by_another_authority_is_refused(centre: Centre, tmp_path: Pat
     other = Centre(tmp_path / "other")
     before = (settings.state_dir / "device.pem").read_bytes()
     device = Device(settings.state_dir, settings.box_id)
-    key, _ = device.pending()
+    key, _ = device.pending_request()
     from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
     public: Any = load_pem_private_key(key, None).public_key()
     forged = other.authority.issue(public, settings.box_id, datetime.now(timezone.utc), 30)
     with pytest.raises(DeviceError, match="not signed by the device authority"):
-        device.accept(key, forged.public_bytes(Encoding.PEM).decode(), other.authority.pem, first=False)
+        device.accept_certificate(key, forged.public_bytes(Encoding.PEM).decode(), other.authority.pem, first=False)
     assert (settings.state_dir / "device.pem").read_bytes() == before
     other.close()
 
@@ -372,13 +372,13 @@ def test_r18_the_same_over_the_real_server_and_into_its_database(centre: Centre,
 def test_a_box_report_that_is_no_file_or_too_large_is_not_read(settings: SyncSettings) -> None:
     path = settings.exchange_dir / "box-report.json"
     os.mkfifo(path)
-    assert service.status_of(settings, 1).box_code == "box_report.unreadable"
+    assert service.build_report(settings, 1).box_code == "box_report.unreadable"
     path.unlink()
     tell(settings, b" " * 300_000)
-    assert service.status_of(settings, 1).box_code == "box_report.invalid"
+    assert service.build_report(settings, 1).box_code == "box_report.invalid"
     path.unlink()
     path.symlink_to(settings.state_dir / "device.pem")  # a box account that would like to see the agent's key on the wire
-    assert service.status_of(settings, 1).box_code == "box_report.unreadable"
+    assert service.build_report(settings, 1).box_code == "box_report.unreadable"
 
 
 # -- the loop

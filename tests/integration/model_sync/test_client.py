@@ -68,9 +68,9 @@ def with_settings(box: Box, **values: Any) -> Box:
 
 
 def test_a_pull_brings_the_version_of_the_ring_and_tells_the_box(box: Box) -> None:
-    pulled = box.pull()
-    assert pulled.changed
-    assert pulled.lines[LINE].decision == "ready"
+    result = box.pull()
+    assert result.changed
+    assert result.lines[LINE].decision == "ready"
     assert box.bundles() == {"0.1.0"}
     directives = json.loads((box.settings.exchange_dir / "directives.json").read_text())
     assert directives["serial"] == 1
@@ -85,12 +85,12 @@ def test_a_pull_brings_the_version_of_the_ring_and_tells_the_box(box: Box) -> No
 def test_an_idle_poll_costs_less_than_5_kb_on_the_wire(box: Box, server: BadServer) -> None:
     box.pull()
     server.log.clear()
-    pulled = box.pull()
+    result = box.pull()
     wire = sum(request.sent_bytes + request.received_bytes for request in server.log)
-    assert not pulled.changed
+    assert not result.changed
     assert [request.path for request in server.log] == ["/metadata/2.root.json", "/metadata/timestamp.json"]
     assert wire < 5000, wire
-    print(f"an idle poll: {wire} bytes, {pulled.received_bytes} of them bodies")
+    print(f"an idle poll: {wire} bytes, {result.received_bytes} of them bodies")
 
 
 def test_a_second_version_comes_as_a_delta_and_shares_what_has_not_changed(box: Box, site: Site, server: BadServer) -> None:
@@ -208,8 +208,8 @@ def test_a_delta_from_a_damaged_file_is_no_use_and_no_harm(box: Box, site: Site)
 )
 def test_what_is_not_for_this_box_is_not_downloaded(rollout: Any, decision: str, box: Box, site: Site) -> None:
     site.rollout("stable", LINE, "0.1.0", **rollout)
-    pulled = box.pull()
-    assert pulled.lines[LINE].decision == decision
+    result = box.pull()
+    assert result.lines[LINE].decision == decision
     assert box.bundles() == set()
     assert box.wants() is None
     assert box.status()["lines"][LINE]["decision"].startswith(decision)
@@ -218,8 +218,8 @@ def test_what_is_not_for_this_box_is_not_downloaded(rollout: Any, decision: str,
 
 
 def test_a_ring_without_a_rollout_wants_nothing(box: Box) -> None:
-    pulled = with_settings(box, ring="canary").pull()
-    assert pulled.code == "sync.no_rollout"
+    result = with_settings(box, ring="canary").pull()
+    assert result.code == "sync.no_rollout"
     assert box.status()["state"] == "ok"
     assert box.wants() is None
 
@@ -234,8 +234,8 @@ def test_only_the_lines_of_the_settings_are_followed(tmp_path: Path) -> None:
         assert set(box.pull().lines) == {"other", LINE}
         assert (box.wants("other"), box.wants(LINE)) == ("0.1.0", None)
         unknown = make_box(tmp_path / "box2", site, server.url, lines=["absent", "other"])
-        pulled = unknown.pull()
-    assert pulled.lines["absent"].decision == "unknown"
+        result = unknown.pull()
+    assert result.lines["absent"].decision == "unknown"
     assert (unknown.status()["state"], unknown.status()["code"]) == ("error", "sync.settings")
     assert unknown.wants("other") == "0.1.0"
 
@@ -252,10 +252,10 @@ def test_a_line_that_is_installed_is_asked_about_although_no_rollout_names_it(tm
         report = {"models": [{"line": "embedded", "version": "0.1.0"}, {"line": "never-published"}]}
         (box.settings.exchange_dir / "box-report.json").write_text(json.dumps(report))
         site.withdraw("embedded", "0.1.0")
-        pulled = box.pull()
-    assert pulled.lines["embedded"].decision == "none"
+        result = box.pull()
+    assert result.lines["embedded"].decision == "none"
     assert box.facts().lines["embedded"].index.withdrawal("0.1.0")
-    assert not pulled.problems
+    assert not result.problems
 
 
 def rollout_of(site: Site, change: Any) -> None:
@@ -280,8 +280,8 @@ def test_a_rollout_that_names_what_the_line_never_signed_is_refused_and_other_li
     rollout_of(site, lambda raw: raw.replace(b"0.1.0", b"0.6.6", 1))
     with BadServer(directory=site.public) as server:
         box = make_box(tmp_path / "box", site, server.url)
-        pulled = box.pull()
-    assert code(pulled.problems[LINE]) == "trust.unknown"
+        result = box.pull()
+    assert code(result.problems[LINE]) == "trust.unknown"
     assert box.wants("other") == "0.1.0"
     assert box.status()["state"] == "untrusted"
 
@@ -293,8 +293,8 @@ def test_a_rollout_that_is_signed_and_wrong_stops_no_withdrawal(change: Any, box
     box.pull()
     site.withdraw(LINE, "0.1.0")
     rollout_of(site, change)
-    pulled = box.pull()
-    assert code(pulled.problems["rollout"]) == "trust.document"
+    result = box.pull()
+    assert code(result.problems["rollout"]) == "trust.document"
     assert box.facts().lines[LINE].index.withdrawal("0.1.0")
     assert box.wants() == "0.1.0"
 
@@ -302,15 +302,15 @@ def test_a_rollout_that_is_signed_and_wrong_stops_no_withdrawal(change: Any, box
 def test_a_withdrawn_version_is_refused_and_the_directive_stays(box: Box, site: Site) -> None:
     box.pull()
     site.withdraw(LINE, "0.1.0")
-    pulled = box.pull()
-    assert code(pulled.problems[LINE]) == "trust.withdrawn"
+    result = box.pull()
+    assert code(result.problems[LINE]) == "trust.withdrawn"
     assert box.wants() == "0.1.0", "the box switches it off by the facts"
 
 
 def test_a_version_below_the_minimum_is_refused(box: Box, site: Site) -> None:
     site.publish(tiny_bundle(site.public.parent / "made", "0.2.0", seed=1), minimum_version="0.2.0")
-    pulled = box.pull()
-    assert code(pulled.problems[LINE]) == "trust.below_minimum"
+    result = box.pull()
+    assert code(result.problems[LINE]) == "trust.below_minimum"
     assert box.wants() is None
 
 
@@ -339,8 +339,8 @@ def resign(site: Site, version: str, file: str, data: bytes) -> None:
 
 def test_a_file_that_is_signed_with_another_digest_than_the_manifest_gives(box: Box, site: Site) -> None:
     resign(site, "0.1.0", "gate.json", b"{}")
-    pulled = box.pull()
-    assert code(pulled.problems[LINE]) == "trust.document"
+    result = box.pull()
+    assert code(result.problems[LINE]) == "trust.document"
     assert box.bundles() == set()
 
 
@@ -370,8 +370,8 @@ def test_an_index_that_names_what_is_no_manifest_of_the_version(manifest: str, b
         (site.public / "targets" / "models" / LINE / f"{name}.line.json").write_bytes(text)
 
     forge(site, {LINE: edit})
-    pulled = box.pull()
-    assert code(pulled.problems[LINE]) == "trust.document"
+    result = box.pull()
+    assert code(result.problems[LINE]) == "trust.document"
     assert box.bundles() == set()
 
 
@@ -388,8 +388,8 @@ def test_noise_on_the_line_is_healed_by_one_more_download(box: Box, site: Site, 
 
 def test_wrong_bytes_twice_are_untrusted(box: Box, site: Site, server: BadServer) -> None:
     server.always(model_url(site), Reply(garble=100))
-    pulled = box.pull()
-    assert code(pulled.problems[LINE]) == "trust.digest"
+    result = box.pull()
+    assert code(result.problems[LINE]) == "trust.digest"
     assert box.status()["state"] == "untrusted"
     assert box.bundles() == set()
     server.always(model_url(site), Reply())
@@ -407,8 +407,8 @@ def test_a_line_that_stops_stops_the_others_and_is_no_matter_of_trust(tmp_path: 
         target = newest(site, "a").signed.targets[path].hashes["sha256"]
         server.always(f"/targets/models/a/0.1.0/{target}.model_fp32.onnx", DOWN)
         box = make_box(tmp_path / "box", site, server.url)
-        pulled = box.pull()
-        assert {name: line.decision for name, line in pulled.lines.items()} == {"a": "unreachable", "b": "unreachable"}
+        result = box.pull()
+        assert {name: line.decision for name, line in result.lines.items()} == {"a": "unreachable", "b": "unreachable"}
         assert not any("/models/b/0.1.0" in request.path for request in server.log)
     assert box.status()["state"] == "unreachable"
 
@@ -435,29 +435,29 @@ def strike_once(blow: Any) -> Any:
 
 
 def test_a_rollout_that_is_paused_while_the_bundle_comes_is_obeyed(box: Box, site: Site) -> None:
-    pulled = box.pull(strike_once(lambda: site.rollout("stable", LINE, "0.1.0", paused=True)))
-    assert pulled.lines[LINE].decision == "paused"
+    result = box.pull(strike_once(lambda: site.rollout("stable", LINE, "0.1.0", paused=True)))
+    assert result.lines[LINE].decision == "paused"
     assert box.wants() is None
     assert box.bundles() == {"0.1.0"}
 
 
 def test_a_rollout_that_moves_on_while_the_bundle_comes_is_followed_by_the_next_pull(box: Box, site: Site) -> None:
-    pulled = box.pull(strike_once(lambda: release(site, "0.2.0", seed=1)))
-    assert pulled.lines[LINE].decision == "not_yet"
+    result = box.pull(strike_once(lambda: release(site, "0.2.0", seed=1)))
+    assert result.lines[LINE].decision == "not_yet"
     assert box.wants() is None
     box.pull()
     assert box.wants() == "0.2.0"
 
 
 def test_a_rollout_that_is_broken_while_the_bundle_comes_tells_the_box_nothing(box: Box, site: Site) -> None:
-    pulled = box.pull(strike_once(lambda: rollout_of(site, lambda _raw: b"{}")))
-    assert code(pulled.problems["rollout"]) == "trust.document"
+    result = box.pull(strike_once(lambda: rollout_of(site, lambda _raw: b"{}")))
+    assert code(result.problems["rollout"]) == "trust.document"
     assert box.wants() is None
 
 
 def test_a_file_that_is_signed_anew_while_the_bundle_comes_is_another_bundle(box: Box, site: Site) -> None:
-    pulled = box.pull(strike_once(lambda: resign(site, "0.1.0", "gate.json", b"{}")))
-    assert code(pulled.problems[LINE]) == "trust.document"
+    result = box.pull(strike_once(lambda: resign(site, "0.1.0", "gate.json", b"{}")))
+    assert code(result.problems[LINE]) == "trust.document"
     assert box.wants() is None
 
 
@@ -478,9 +478,9 @@ def test_a_pause_keeps_what_has_come(box: Box, site: Site, server: BadServer) ->
 
 def test_outside_its_window_a_bundle_waits_and_the_facts_come(box: Box, server: BadServer) -> None:
     night = with_settings(box, windows=["22:00-06:00"])
-    pulled = night.pull(local_now=lambda: datetime(2026, 1, 1, 12))
-    assert code(pulled.problems[LINE]) == "sync.window"
-    assert pulled.lines[LINE].decision == "waiting"
+    result = night.pull(local_now=lambda: datetime(2026, 1, 1, 12))
+    assert code(result.problems[LINE]) == "sync.window"
+    assert result.lines[LINE].decision == "waiting"
     assert (box.status()["state"], box.status()["code"]) == ("waiting", "sync.window")
     assert box.facts().lines[LINE]
     assert not any("manifest" in request.path for request in server.log)
@@ -511,20 +511,20 @@ def test_a_pull_that_is_asked_to_stop_stops_and_waits(box: Box) -> None:
         if asked.is_set():
             raise LibraryUnreachable("the agent was stopped", hint="start it", code="sync.stopped")
 
-    pulled = box.pull(lambda _progress: asked.set(), may_continue=stop)
-    assert code(pulled.problems[LINE]) == "sync.stopped"
+    result = box.pull(lambda _progress: asked.set(), check_stop=stop)
+    assert code(result.problems[LINE]) == "sync.stopped"
     assert box.status()["state"] == "waiting"
     assert box.facts().lines
     with pytest.raises(LibraryUnreachable):
-        box.pull(may_continue=stop)
+        box.pull(check_stop=stop)
     assert box.status()["code"] == "sync.stopped"
 
 
 def test_over_its_budget_of_the_day_a_bundle_waits(box: Box, site: Site) -> None:
     release(site, "0.2.0", seed=1, hidden=400)
     poor = with_settings(box, day_budget_bytes=300_000)
-    pulled = poor.pull()
-    assert code(pulled.problems[LINE]) == "sync.budget"
+    result = poor.pull()
+    assert code(result.problems[LINE]) == "sync.budget"
     assert box.status()["state"] == "waiting"
     assert box.wants() is None
     box.pull()
@@ -533,8 +533,8 @@ def test_over_its_budget_of_the_day_a_bundle_waits(box: Box, site: Site) -> None
 
 def test_a_disk_that_cannot_take_the_bundle_is_said_before_the_first_byte(box: Box, server: BadServer) -> None:
     poor = with_settings(box, disk_reserve_bytes=shutil.disk_usage("/").free * 2)
-    pulled = poor.pull()
-    assert code(pulled.problems[LINE]) == "sync.disk_full"
+    result = poor.pull()
+    assert code(result.problems[LINE]) == "sync.disk_full"
     assert box.status()["state"] == "error"
     assert not any(request.path.endswith(".onnx") for request in server.log)
     assert not any(request.path.endswith("gate.json") for request in server.log)
@@ -728,8 +728,8 @@ def test_damaged_directives_are_written_anew(text: str, box: Box) -> None:
 def test_a_report_of_the_box_that_says_nothing_drops_nothing(text: str, box: Box) -> None:
     box.pull()
     (box.settings.exchange_dir / "box-report.json").write_text(text)
-    assert Exchange(box.settings.exchange_dir).reported() is None
-    assert Exchange(box.settings.exchange_dir).drop_old_bundles() == []
+    assert Exchange(box.settings.exchange_dir).reported_models() is None
+    assert Exchange(box.settings.exchange_dir).remove_old_bundles() == []
 
 
 def test_what_is_no_bundle_among_the_bundles_is_passed_over(box: Box) -> None:
@@ -746,8 +746,8 @@ def test_a_file_that_changes_on_the_disk_while_the_rest_comes_is_the_disks_fault
         for path in box.settings.exchange_dir.glob(f"bundles/.*.part/{file}"):
             path.write_bytes(path.read_bytes() + b" ")
 
-    pulled = box.pull(rot)
-    assert code(pulled.problems[LINE]) == "sync.state"
+    result = box.pull(rot)
+    assert code(result.problems[LINE]) == "sync.state"
     assert box.bundles() == set()
     box.pull()
     assert box.wants() == "0.1.0"
@@ -794,8 +794,8 @@ def test_a_line_whose_role_has_signed_no_index_yet_has_no_facts(box: Box, site: 
         targets.targets.clear()
 
     forge(site, {LINE: edit})
-    pulled = box.pull()
-    assert code(pulled.problems[LINE]) == "trust.unknown"
+    result = box.pull()
+    assert code(result.problems[LINE]) == "trust.unknown"
     assert box.facts().troubles[LINE].code == "trust.missing"
 
 
@@ -848,11 +848,11 @@ def test_a_line_that_does_not_fit_on_the_disk_stops_no_other(box: Box, site: Sit
 
 def test_a_second_agent_is_told_who_is_at_work(box: Box) -> None:
     client = box.client()
-    assert client.busy() is None
+    assert client.working_process() is None
     seen = []
 
     def second(_progress: Any) -> None:
-        seen.append(client.busy())
+        seen.append(client.working_process())
         with pytest.raises(LibraryUnreachable, match=str(os.getpid())) as caught:
             box.client().pull()
         assert caught.value.code == "sync.busy"
@@ -869,22 +869,22 @@ def test_somebody_who_only_asks_does_not_stand_in_the_way(box: Box) -> None:
 
     def ask() -> None:
         while not stop.is_set():
-            process_lock.holder(box.settings.state_dir)
+            process_lock.holder_pid(box.settings.state_dir)
 
-    asker = threading.Thread(target=ask)
-    asker.start()
+    passphrase_source = threading.Thread(target=ask)
+    passphrase_source.start()
     try:
         for _ in range(3):
             box.pull()
     finally:
         stop.set()
-        asker.join()
+        passphrase_source.join()
 
 
 def test_a_lock_without_a_number_names_nobody(tmp_path: Path) -> None:
     with process_lock.hold(tmp_path):
         (tmp_path / "lock").write_bytes(b"\xff")
-        assert process_lock.holder(tmp_path) == "unknown"
+        assert process_lock.holder_pid(tmp_path) == "unknown"
 
 
 def test_the_status_says_since_when_and_keeps_the_last_problem(box: Box, server: BadServer) -> None:
@@ -908,7 +908,7 @@ def test_the_history_is_bounded_and_survives_a_torn_line(tmp_path: Path, monkeyp
     status = StatusFile(tmp_path, tmp_path, "b", lambda: datetime(2026, 1, 1, tzinfo=timezone.utc))
     clocks = Clocks(datetime(2026, 1, 1, tzinfo=timezone.utc), datetime(2026, 1, 1, tzinfo=timezone.utc))
     for _ in range(100):
-        status.ended(None, {}, clocks, 7)
+        status.end(None, {}, clocks, 7)
     assert (tmp_path / "history.jsonl").stat().st_size < 3000
     with (tmp_path / "history.jsonl").open("a") as stream:
         stream.write('{"torn')
@@ -918,9 +918,9 @@ def test_the_history_is_bounded_and_survives_a_torn_line(tmp_path: Path, monkeyp
 def test_a_status_that_cannot_be_written_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
     status = StatusFile(tmp_path / "file", tmp_path / "file", "b", lambda: datetime(2026, 1, 1, tzinfo=timezone.utc))
-    status.began()
+    status.begin()
     moment = datetime(2026, 1, 1, tzinfo=timezone.utc)
-    status.ended(TrustError("x", hint="y"), {}, Clocks(moment, moment), 0)
+    status.end(TrustError("x", hint="y"), {}, Clocks(moment, moment), 0)
     assert status.history() == []
     assert "could not be written" in caplog.text
 

@@ -146,8 +146,8 @@ def test_a_terminal_sees_one_line_of_progress(monkeypatch: pytest.MonkeyPatch) -
 
     for stream, expected in ((Terminal(), "\r\x1b[Ka.onnx: 1.0 / 2.0 MiB\r\x1b[K"), (io.StringIO(), "")):
         monkeypatch.setattr(sys, "stderr", stream)
-        with cli_pull.Meter() as meter:
-            meter.show(Progress("a.onnx", 2**20, 2**21))
+        with cli_pull.ProgressLine() as progress_line:
+            progress_line.show(Progress("a.onnx", 2**20, 2**21))
         assert stream.getvalue() == expected
 
 

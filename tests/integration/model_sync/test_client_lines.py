@@ -58,8 +58,8 @@ def state(box: Box) -> tuple[str, str]:
     return box.status()["state"], box.status()["code"]
 
 
-def decisions(pulled: Any) -> dict[str, str]:
-    return {line: outcome.decision for line, outcome in pulled.lines.items()}
+def decisions(result: Any) -> dict[str, str]:
+    return {line: outcome.decision for line, outcome in result.lines.items()}
 
 
 def served(site: Site, role: str, path: str) -> str:
@@ -84,9 +84,9 @@ def test_an_ordinary_withdrawal_is_told_and_raises_no_alarm(box: Box, site: Site
     box.pull()
     site.withdraw(LINE, "1.0.0", "misses effusions")
     release(site, OTHER, "1.1.0")
-    pulled = box.pull()
-    assert decisions(pulled) == {LINE: "withdrawn", OTHER: "ready"}
-    assert pulled.worst is None
+    result = box.pull()
+    assert decisions(result) == {LINE: "withdrawn", OTHER: "ready"}
+    assert result.worst_problem is None
     assert state(box) == ("ok", "sync.ok")
     assert box.status()["last_problem"] is None
     said = box.status()["lines"][LINE]
@@ -111,9 +111,9 @@ def test_a_line_that_the_library_has_ended_is_told_to_the_box_no_more(box: Box, 
     box.pull()
     before = json.loads((box.settings.exchange_dir / "directives.json").read_text())
     forge(site, {"targets": revoke(OTHER)})
-    pulled = box.pull()
-    assert decisions(pulled) == {LINE: "ready", OTHER: "ended"}
-    assert pulled.changed
+    result = box.pull()
+    assert decisions(result) == {LINE: "ready", OTHER: "ended"}
+    assert result.changed
     assert (box.wants(LINE), box.wants(OTHER)) == ("1.0.0", None)
     after = json.loads((box.settings.exchange_dir / "directives.json").read_text())
     assert after["serial"] == before["serial"] + 1
@@ -143,8 +143,8 @@ def test_a_line_that_has_expired_waits_for_its_signatures_and_the_others_go_on(b
     site.withdraw(LINE, "1.0.0")
     release(site, LINE, "1.1.0")
     forge(site, {OTHER: expires(days(-1))})
-    pulled = box.pull()
-    assert decisions(pulled) == {LINE: "ready", OTHER: "expired"}
+    result = box.pull()
+    assert decisions(result) == {LINE: "ready", OTHER: "expired"}
     assert state(box) == ("waiting", "trust.part_expired")
     assert "renew" in box.status()["hint"]
     assert box.wants(LINE) == "1.1.0"
@@ -159,8 +159,8 @@ def test_a_rollout_that_has_expired_stops_no_withdrawal(box: Box, site: Site) ->
     box.pull()
     site.withdraw(LINE, "1.0.0")
     forge(site, {"rollout": expires(days(-1))})
-    pulled = box.pull()
-    assert pulled.lines["rollout"].decision == "expired"
+    result = box.pull()
+    assert result.lines["rollout"].decision == "expired"
     assert state(box) == ("waiting", "trust.part_expired")
     assert box.facts().lines[LINE].index.withdrawal("1.0.0")
 
@@ -169,15 +169,15 @@ def test_a_forged_line_is_the_alarm_whatever_else_there_is_to_say(box: Box, site
     box.pull()
     site.withdraw(LINE, "1.0.0")
     forge(site, {OTHER: lambda _signed: None}, signers={OTHER: site.holders["rollout"]})
-    pulled = box.pull()
-    assert decisions(pulled) == {LINE: "withdrawn", OTHER: "refused"}
+    result = box.pull()
+    assert decisions(result) == {LINE: "withdrawn", OTHER: "refused"}
     assert state(box) == ("untrusted", "trust.signature")
 
 
 def test_a_signed_document_that_is_nonsense_is_an_error_and_no_alarm(box: Box, site: Site) -> None:
     sign(site, OTHER, f"models/{OTHER}/line.json", b"{}")
-    pulled = box.pull()
-    assert decisions(pulled) == {LINE: "ready", OTHER: "refused"}
+    result = box.pull()
+    assert decisions(result) == {LINE: "ready", OTHER: "refused"}
     assert state(box) == ("error", "trust.document")
 
 
@@ -190,9 +190,9 @@ def test_a_line_whose_index_is_missing_stops_neither_updates_nor_withdrawals_of_
     release(site, LINE, "1.1.0")
     site.withdraw(LINE, "1.0.0", "kills")
     server.always(served(site, OTHER, f"models/{OTHER}/line.json"), Reply(status=404))
-    pulled = box.pull()
-    assert decisions(pulled) == {LINE: "ready", OTHER: "unreachable"}
-    assert code(pulled.problems[OTHER]) == "sync.incomplete"
+    result = box.pull()
+    assert decisions(result) == {LINE: "ready", OTHER: "unreachable"}
+    assert code(result.problems[OTHER]) == "sync.incomplete"
     assert state(box) == ("unreachable", "sync.incomplete")
     assert (box.wants(LINE), box.wants(OTHER)) == ("1.1.0", "1.0.0")
     assert box.facts().lines[LINE].index.withdrawal("1.0.0")
@@ -204,8 +204,8 @@ def test_a_line_whose_index_is_missing_stops_neither_updates_nor_withdrawals_of_
 @pytest.mark.parametrize("answer", [Reply(status=404), Reply(status=403), Reply(status=410)])
 def test_a_line_whose_metadata_is_missing_stops_no_other(answer: Reply, box: Box, site: Site, server: BadServer) -> None:
     server.always(f"/metadata/{newest(site, OTHER).signed.version}.{OTHER}.json", answer)
-    pulled = box.pull()
-    assert decisions(pulled) == {LINE: "ready", OTHER: "unreachable"}
+    result = box.pull()
+    assert decisions(result) == {LINE: "ready", OTHER: "unreachable"}
     assert box.wants(LINE) == "1.0.0"
     assert set(box.facts().lines) == {LINE}
 
@@ -215,16 +215,16 @@ def test_a_rollout_that_is_missing_stops_no_withdrawal(box: Box, site: Site, ser
     site.withdraw(LINE, "1.0.0", "kills")
     site.rollout("stable", OTHER, "1.0.0", percent=50)
     server.always(served(site, "rollout", "rollout/stable.json"), Reply(status=404))
-    pulled = box.pull()
-    assert code(pulled.problems["rollout"]) == "sync.incomplete"
+    result = box.pull()
+    assert code(result.problems["rollout"]) == "sync.incomplete"
     assert box.facts().lines[LINE].index.withdrawal("1.0.0")
     assert box.wants(LINE) == "1.0.0"
 
 
 def test_a_line_whose_bundle_is_missing_stops_no_other(box: Box, site: Site, server: BadServer) -> None:
     server.always(served(site, OTHER, f"models/{OTHER}/1.0.0/model_fp32.onnx"), Reply(status=404))
-    pulled = box.pull()
-    assert code(pulled.problems[OTHER]) == "sync.incomplete"
+    result = box.pull()
+    assert code(result.problems[OTHER]) == "sync.incomplete"
     assert box.wants(LINE) == "1.0.0"
 
 
@@ -264,8 +264,8 @@ def test_a_snapshot_that_announces_a_huge_line_stops_that_line_alone(box: Box, s
         signed.meta[f"{OTHER}.json"].length = 5_000_001
 
     forge(site, {"snapshot": boast})
-    pulled = box.pull()
-    assert code(pulled.problems[OTHER]) == "trust.too_large"
+    result = box.pull()
+    assert code(result.problems[OTHER]) == "trust.too_large"
     assert box.wants(LINE) == "1.0.0"
     assert not any(request.path.endswith(f"{OTHER}.json") for request in server.log)
 
@@ -277,8 +277,8 @@ def test_a_document_of_any_length_is_not_downloaded(role: str, box: Box, site: S
     path = "rollout/stable.json" if role == "rollout" else f"models/{OTHER}/line.json"
     sign(site, role, path, b" " * (MAX_DOCUMENT_BYTES + 1))
     server.log.clear()
-    pulled = box.pull()
-    assert code(pulled.problems[role]) == "trust.too_large"
+    result = box.pull()
+    assert code(result.problems[role]) == "trust.too_large"
     assert served(site, role, path) not in [request.path for request in server.log]
     assert box.facts().lines[LINE].index.withdrawal("1.0.0")
 
@@ -370,7 +370,7 @@ def test_a_bundle_is_hashed_again_once_a_day(box: Box) -> None:
     client = box.client(ticks=lambda: ticks[0])
     client.pull()
     good = rot(model_of(box))
-    ticks[0] += verified_bundle_cache.HASH_AGAIN_S - 1
+    ticks[0] += verified_bundle_cache.REVERIFY_INTERVAL_S - 1
     client.pull()
     assert model_of(box).read_bytes() != good
     ticks[0] += 1
@@ -390,7 +390,7 @@ def test_what_nobody_foresaw_is_said_and_goes_on_up(box: Box, site: Site) -> Non
     assert "ZeroDivisionError" in box.status()["message"]
     assert box.status()["hint"]
     assert box.status()["progress"] is None
-    assert box.client().busy() is None
+    assert box.client().working_process() is None
     box.pull()
     assert state(box) == ("ok", "sync.ok")
 
@@ -402,7 +402,7 @@ def test_what_nobody_foresaw_in_a_look_is_said_too(box: Box) -> None:
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        box.pull(may_continue=fail)
+        box.pull(check_stop=fail)
     assert state(box) == ("error", "sync.error")
     assert "MemoryError" in box.status()["message"]
 
@@ -439,7 +439,7 @@ def test_a_pause_before_the_next_attempt_is_told(box: Box, server: BadServer) ->
     patient = Box(box.settings.model_copy(update={"attempts": 3, "backoff_s": 0.01}))
     server.always("/metadata/timestamp.json", DOWN)
     with pytest.raises(LibraryUnreachable):
-        patient.pull(may_continue=look)
+        patient.pull(check_stop=look)
     told = [status["retry"] for status in seen if status["retry"]]
     assert told
     assert {"code", "message", "pause_s", "at"} <= set(told[0])
@@ -452,14 +452,14 @@ def test_a_long_trouble_is_a_state_and_a_short_one_is_not(tmp_path: Path) -> Non
     moment = datetime(2026, 1, 1, tzinfo=timezone.utc)
     ticks = [0.0]
     status = StatusFile(tmp_path, tmp_path, "b", lambda: moment, lambda: ticks[0])
-    status.began()
+    status.begin()
     trouble = LibraryUnreachable("no answer", hint="wait")
-    status.trying_again(trouble, 30.0)
+    status.report_retry(trouble, 30.0)
     written = json.loads((tmp_path / "sync-status.json").read_text())
     assert written["state"] == "ok"
     assert written["retry"] == {"code": "sync.unreachable", "message": "no answer", "pause_s": 30.0, "at": "2026-01-01T00:00:30Z"}
     ticks[0] = 31.0
-    status.trying_again(trouble, 100.0)
+    status.report_retry(trouble, 100.0)
     written = json.loads((tmp_path / "sync-status.json").read_text())
     assert (written["state"], written["code"]) == ("unreachable", "sync.unreachable")
     assert "trying again in 100 s" in written["message"]
@@ -487,10 +487,10 @@ def test_a_box_that_is_given_another_librarys_root_follows_that_one(box: Box, si
         moved = Box(box.settings.model_copy(update={"urls": [server.url]}))
         with pytest.raises(TrustError):
             box.pull()  # the server of the old library, by whose signatures nothing counts any more
-        pulled = moved.pull()
-        assert pulled.lines[LINE].decision == "ready"
+        result = moved.pull()
+        assert result.lines[LINE].decision == "ready"
         assert moved.wants(LINE) == "3.0.0"
         assert set(moved.facts().lines) == {LINE}
-        assert pulled.lines[OTHER].decision == "ended", "the new library does not have it"
+        assert result.lines[OTHER].decision == "ended", "the new library does not have it"
         assert state(moved) == ("ok", "sync.ok")
         assert moved.pull().problems.keys() == {OTHER}

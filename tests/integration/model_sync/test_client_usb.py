@@ -63,9 +63,9 @@ def test_a_stick_brings_the_version_of_the_ring_without_percent_or_start(
         raise AssertionError("no network at all")
 
     monkeypatch.setattr(socket.socket, "connect", no_network)
-    pulled = box.client(local_now=lambda: days(0)).import_usb(usb)
-    assert pulled.changed
-    assert pulled.received_bytes == 0
+    result = box.client(local_now=lambda: days(0)).import_usb(usb)
+    assert result.changed
+    assert result.received_bytes == 0
     assert box.wants() == "0.1.0"
     directives = json.loads((box.settings.exchange_dir / "directives.json").read_text())
     assert directives["lines"][LINE]["source"] == "usb"
@@ -93,20 +93,20 @@ def test_a_pull_that_tries_a_dead_line_again_and_again_makes_way_for_a_stick(box
 
         thread = threading.Thread(target=pull)
         thread.start()
-        while not server.log or patient.busy() is None:
+        while not server.log or patient.working_process() is None:
             assert thread.is_alive()
             time.sleep(0.01)
         box.client().import_usb(stick(site, tmp_path / "usb"))
         thread.join(30)
     assert [code(error) for error in ended] == ["sync.stopped"]
     assert box.wants() == "0.1.0"
-    assert not process_lock.wanted(box.settings.state_dir)
+    assert not process_lock.is_requested(box.settings.state_dir)
 
 
 def test_somebody_who_died_waiting_holds_up_no_pull(box: Box) -> None:
     box.settings.state_dir.mkdir(parents=True, exist_ok=True)
-    (box.settings.state_dir / process_lock.WANTED_FILE).touch()
-    assert not process_lock.wanted(box.settings.state_dir)
+    (box.settings.state_dir / process_lock.REQUEST_FILE).touch()
+    assert not process_lock.is_requested(box.settings.state_dir)
 
 
 def test_a_stick_asks_no_window(box: Box, site: Site, tmp_path: Path) -> None:
@@ -190,8 +190,8 @@ def test_a_stick_that_lacks_what_a_line_has_signed_is_incomplete_for_that_line(m
         path = usb / MARK / "metadata" / f"{newest(site, missing).signed.version}.{missing}.json"
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     box = Box(box.settings.model_copy(update={"lines": [LINE]}))
-    pulled = box.client().import_usb(usb)
-    assert code(pulled.worst) == "usb.incomplete"
+    result = box.client().import_usb(usb)
+    assert code(result.worst_problem) == "usb.incomplete"
     assert box.status()["code"] == "usb.incomplete"
     assert box.wants() is None
 
@@ -199,8 +199,8 @@ def test_a_stick_that_lacks_what_a_line_has_signed_is_incomplete_for_that_line(m
 def test_a_stick_that_lacks_a_file_of_the_bundle_says_which(box: Box, site: Site, tmp_path: Path) -> None:
     usb = stick(site, tmp_path / "usb")
     next((usb / MARK / "targets" / "models" / LINE / "0.1.0").glob("*.model_fp32.onnx")).unlink()
-    pulled = box.client().import_usb(usb)
-    problem = pulled.problems[LINE]
+    result = box.client().import_usb(usb)
+    problem = result.problems[LINE]
     assert code(problem) == "usb.incomplete"
     assert "model_fp32.onnx" in problem.message
     assert box.wants() is None
@@ -253,8 +253,8 @@ def test_a_stick_need_not_carry_every_line(tmp_path: Path) -> None:
     site.rollout("stable", LINE, "0.2.0")
     usb = stick(site, tmp_path / "usb")
     shutil.rmtree(usb / MARK / "targets" / "models" / "other")
-    pulled = box.client().import_usb(usb)
-    assert pulled.lines["other"].decision == "absent"
+    result = box.client().import_usb(usb)
+    assert result.lines["other"].decision == "absent"
     assert box.status()["state"] == "ok"
     assert box.wants(LINE) == "0.2.0"
     assert set(box.facts().lines) == {LINE}

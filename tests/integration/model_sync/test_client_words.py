@@ -75,11 +75,11 @@ def test_pull_says_that_it_tries_again_and_gives_up(box: Box) -> None:
 
 def test_the_agent_in_the_background_keeps_its_patience(box: Box) -> None:
     patient = box.settings.model_copy(update={"attempts": 20, "max_backoff_s": 300.0})
-    waited_for = patient.waited_for()
-    assert (waited_for.attempts, waited_for.max_backoff_s) == (6, 10.0)
+    for_interactive_use = patient.for_interactive_use()
+    assert (for_interactive_use.attempts, for_interactive_use.max_backoff_s) == (6, 10.0)
     assert (patient.attempts, patient.max_backoff_s) == (20, 300.0)
     impatient = box.settings.model_copy(update={"attempts": 2, "max_backoff_s": 3.0})
-    assert impatient.waited_for() == impatient
+    assert impatient.for_interactive_use() == impatient
 
 
 def test_pull_says_the_same_in_chinese(box: Box, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,7 +172,7 @@ def test_the_status_is_not_well_while_the_line_is_tried_again(box: Box, site: Si
         said.append(capsys.readouterr().out)
 
     with pytest.raises(LibraryUnreachable):
-        Client(SyncSettings.load(box.settings.state_dir), on_trouble=look).pull()
+        Client(SyncSettings.load(box.settings.state_dir), on_retry=look).pull()
     (page,) = said
     assert "the line does not answer; it is tried again (the model in use works on)" in page
     assert "Trying again" in page

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tuf.api.exceptions import DownloadError, DownloadHTTPError, LengthOrHashMismatchError
 
 from model_sync.errors import LibraryUnreachable
-from model_sync.transport.errors import Failure, NotTheLibrary, RangeViolation, Refused, TooLong, TooSlow, Unreachable
+from model_sync.transport.errors import DownloadFailure, NotTheLibrary, RangeViolation, Refused, TooLong, TooSlow, Unreachable
 from model_sync.transport.fetcher import Fetcher
 from model_sync.transport.transfer import check_content_range
 from tests.support.bad_server import (
@@ -387,10 +387,10 @@ def test_trouble_is_told_before_each_pause(make: Make, server: BadServer) -> Non
     told: list[tuple[str, float]] = []
     server.script(f"/{NAME}", DOWN, Reply(hang_up=True))
 
-    def on_trouble(error: Failure, pause: float) -> None:
+    def on_retry(error: DownloadFailure, pause: float) -> None:
         told.append((error.message, pause))
 
-    options = {"on_trouble": on_trouble, "sleep": lambda _seconds: None}
+    options = {"on_trouble": on_retry, "sleep": lambda _seconds: None}
     assert fetch(make(options=options, backoff_s=5.0, max_backoff_s=8.0)) == DATA
     assert [("503" in message, 0 <= pause <= 8.0) for message, pause in told] == [(True, True), (False, True)]
 
@@ -442,9 +442,9 @@ def test_an_encoding_that_nobody_asked_for_is_refused(make: Make, server: BadSer
 def test_a_view_remembers_metadata_and_that_there_is_none(make: Make, server: BadServer) -> None:
     now = [0.0]
     fetcher = make(options={"clock": lambda: now[0]})
-    with fetcher.view(ttl_s=60.0):
+    with fetcher.cached_metadata(ttl_s=60.0):
         for _ in range(3):
-            with fetcher.view():
+            with fetcher.cached_metadata():
                 assert fetcher.download_bytes("library:metadata/timestamp.json", 1000) == METADATA
             with pytest.raises(Refused) as caught:
                 fetcher.download_bytes("library:metadata/2.root.json", 1000)
@@ -462,7 +462,7 @@ def test_a_view_remembers_metadata_and_that_there_is_none(make: Make, server: Ba
 def test_a_view_remembers_no_failure(make: Make, server: BadServer) -> None:
     fetcher = make(attempts=1)
     server.script("/metadata/timestamp.json", DOWN)
-    with fetcher.view():
+    with fetcher.cached_metadata():
         with pytest.raises(DownloadHTTPError):
             fetcher.download_bytes("library:metadata/timestamp.json", 1000)
         assert fetcher.download_bytes("library:metadata/timestamp.json", 1000) == METADATA
@@ -506,13 +506,13 @@ def test_cookies_of_a_login_page_are_not_kept(make: Make, server: BadServer) -> 
 def test_stopping_between_two_chunks_keeps_the_part(make: Make, server: BadServer, tmp_path: Path) -> None:
     calls = [0]
 
-    def may_continue() -> None:
+    def check_stop() -> None:
         calls[0] += 1
         if calls[0] > 3:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        fetch(make(options={"may_continue": may_continue}))
+        fetch(make(options={"may_continue": check_stop}))
     kept = part_of(tmp_path).read_bytes()
     assert kept
     assert DATA.startswith(kept)

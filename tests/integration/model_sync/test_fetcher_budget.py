@@ -13,7 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tuf.api.exceptions import DownloadError
 
-from model_sync.transport.budget import PROGRESS_BYTES, UNCOUNTED_BYTES, DayBudget, SpeedGate, TokenBucket, Tries, pause_s, process_bucket
+from model_sync.transport.budget import (
+    PROGRESS_BYTES,
+    UNCOUNTED_BYTES,
+    AttemptCounter,
+    DayBudget,
+    SpeedCheck,
+    TokenBucket,
+    pause_s,
+    shared_bucket,
+)
 from model_sync.transport.errors import BudgetExhausted, DiskFull, TooSlow
 from tests.support.bad_server import BadServer, Reply
 from tests.support.fetcher_site import DATA, METADATA, NAME, SIZE, Make, fetch, make, part_of, server
@@ -101,7 +110,7 @@ def test_no_cap_never_waits_and_one_process_has_one_bucket() -> None:
     assert sum(bucket.take(1 << 30) for _ in range(100)) == 100 * bucket.chunk
     bucket.give_back(5)
     assert clock.slept == 0
-    assert process_bucket(5.0, clock, clock.sleep) is process_bucket(5.0, clock, clock.sleep)
+    assert shared_bucket(5.0, clock, clock.sleep) is shared_bucket(5.0, clock, clock.sleep)
 
 
 @pytest.mark.parametrize("rate", [1_000.0, 50_000.0, 1_000_000.0])
@@ -194,26 +203,26 @@ def test_day_budget_leaves_little_uncounted_when_the_process_dies(tmp_path_facto
 def test_a_damaged_count_begins_the_day_anew(tmp_path: Path, damage: bytes) -> None:
     file = tmp_path / "budget.json"
     file.write_bytes(damage)
-    assert DayBudget(file, 100, lambda: NOON).room(small=True) == 100
-    assert DayBudget(file, 100, lambda: NOON).room(small=False) == 90
+    assert DayBudget(file, 100, lambda: NOON).remaining_bytes(small=True) == 100
+    assert DayBudget(file, 100, lambda: NOON).remaining_bytes(small=False) == 90
 
 
 def test_a_count_that_cannot_be_written_stops_the_download(tmp_path: Path) -> None:
     (tmp_path / "state").write_bytes(b"a file in the way")
     budget = DayBudget(tmp_path / "state" / "budget.json", 1 << 40, lambda: NOON)
     budget.add(UNCOUNTED_BYTES - 1)
-    assert budget.room(small=True)
+    assert budget.remaining_bytes(small=True)
     budget.add(1)
     budget.save()
     with pytest.raises(DiskFull, match="cannot be counted"):
-        budget.room(small=True)
+        budget.remaining_bytes(small=True)
 
 
 def test_two_processes_that_take_turns_add_to_one_count(tmp_path: Path) -> None:
     """The agent that runs, and a pull by hand in between."""
     agent, hand = (DayBudget(tmp_path / "budget.json", 1000, lambda: NOON) for _ in range(2))
     for budget, total in ((agent, 100), (hand, 200), (agent, 300), (hand, 400)):
-        budget.begin()
+        budget.reload()
         budget.add(100)
         budget.save()
         assert budget.received_bytes == total
@@ -229,7 +238,7 @@ def test_without_a_limit_nothing_is_written(make: Make, server: BadServer, tmp_p
 
 def test_only_time_spent_waiting_for_the_server_counts_as_slow() -> None:
     clock = Clock()
-    gate = SpeedGate(100.0, 10.0, clock, "host")
+    gate = SpeedCheck(100.0, 10.0, clock, "host")
     for _ in range(50):
         gate.start()
         clock.now += 1.0
@@ -246,7 +255,7 @@ def test_only_time_spent_waiting_for_the_server_counts_as_slow() -> None:
 
 @given(st.integers(1, 30), st.integers(0, 1 << 24), st.lists(st.integers(0, 1 << 18), max_size=2000))
 def test_attempts_end_and_progress_starts_the_row_anew(attempts: int, length: int, steps: list[int]) -> None:
-    tries = Tries(attempts, length)
+    attempts_left = AttemptCounter(attempts, length)
     reached = used = row = 0
     mark = 0
     for step in [*steps, *[0] * (attempts + 1)]:
@@ -254,7 +263,7 @@ def test_attempts_end_and_progress_starts_the_row_anew(attempts: int, length: in
         row = 0 if reached - mark >= PROGRESS_BYTES else row + 1
         mark = reached if row == 0 else mark
         used += 1
-        if not tries.failed(reached):
+        if not attempts_left.may_retry(reached):
             break
         assert row < attempts
     else:

@@ -22,8 +22,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from tuf.api.exceptions import DownloadError, DownloadHTTPError
 
+from model_sync.transport.directory_fetcher import DirectoryFetcher
 from model_sync.transport.errors import DiskFull, NotTheLibrary, Refused, TooLong, Unreachable
-from model_sync.transport.fetcher import DirectoryFetcher
 from model_sync.transport.parts import SYNC_S, open_part
 from tests.support.bad_server import CAPTIVE_FORBIDDEN, CAPTIVE_PORTAL, CAPTIVE_REDIRECT, GOOD, LOGIN_PAGE, BadServer, Reply
 from tests.support.fetcher_site import (
@@ -66,7 +66,7 @@ def test_a_captive_portal_is_not_the_library(make: Make, server: BadServer, port
     with BadServer() as mirror:
         mirror.always("*", portal)
         fetcher = make([server.url, mirror.url], attempts=20)
-        with fetcher.view():
+        with fetcher.cached_metadata():
             with pytest.raises(NotTheLibrary) as caught:
                 fetcher.download_bytes("library:metadata/timestamp.json", 16384)
             assert (len(server.log), len(mirror.log)) == (1, 1)
@@ -199,16 +199,16 @@ def test_bytes_are_synced_every_megabyte(make: Make, server: BadServer, tmp_path
 def test_bytes_of_a_slow_line_are_synced_every_two_seconds(tmp_path: Path) -> None:
     now = [0.0]
     with open_part(tmp_path, "targets/slow", 1000, lambda: now[0]) as part:
-        part.begin(validator="", host="host", at=0)
+        part.start_at(validator="", host="host", at=0)
         part.write(b"x" * 10)
-        assert part.note.synced_bytes == 0
+        assert part.info.synced_bytes == 0
         now[0] = SYNC_S
         part.write(b"y" * 10)
-        assert part.note.synced_bytes == 20
+        assert part.info.synced_bytes == 20
         part.write(b"z")
-        assert part.note.synced_bytes == 20
+        assert part.info.synced_bytes == 20
     with open_part(tmp_path, "targets/slow", 1000, lambda: now[0]) as part:
-        assert (part.size, part.note.synced_bytes) == (21, 21)
+        assert (part.size, part.info.synced_bytes) == (21, 21)
 
 
 def test_parts_that_nobody_goes_on_with_are_removed_after_a_month(make: Make, server: BadServer, tmp_path: Path) -> None:
@@ -257,7 +257,8 @@ def test_the_reserve_is_kept_while_others_fill_the_disk(make: Make, server: BadS
 FILL = """
 import sys
 from pathlib import Path
-from model_sync.transport.fetcher import DiskFull, Fetcher
+from model_sync.transport.fetcher import Fetcher
+from model_sync.transport.errors import DiskFull
 from tests.support.bad_server import BadServer
 from tests.support.fetcher_site import sync_settings
 disk = Path(sys.argv[1])

@@ -25,7 +25,7 @@ from model_sync.errors import SettingsError
 from model_sync.fleet import cli
 from model_sync.fleet.accounts import Accounts
 from model_sync.fleet.database import Fleet
-from model_sync.fleet.rollout_pause_policy import Brake
+from model_sync.fleet.rollout_pause_policy import RolloutPausePolicy
 from model_sync.fleet.rollouts import Rollouts
 from model_sync.fleet.tables import actions, operators
 from model_sync.fleet.texts import TEXTS
@@ -365,8 +365,8 @@ def test_without_a_key_the_page_shows_commands_that_work(tmp_path: Path) -> None
         until(lambda: "nothing was paused" in centre.log.read_text())
         until(lambda: any(row["action"] == "budget-spent" for row in done(centre)))
         assert not step_of(centre).paused
-        brake = Brake(centre.fleet, Rollouts(centre.site.library.files.directory, centre.fleet))
-        assert brake.check("stable")  # nothing to try again, and said once
+        pause_policy = RolloutPausePolicy(centre.fleet, Rollouts(centre.site.library.files.directory, centre.fleet))
+        assert pause_policy.check("stable")  # nothing to try again, and said once
         assert [row["action"] for row in done(centre)].count("budget-spent") == 1
         somebody = Person(centre)
         somebody.log_in("wang", centre.operator())

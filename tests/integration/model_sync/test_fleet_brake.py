@@ -15,9 +15,9 @@ from securesystemslib.signer import Key
 
 from model_sync.agent.report import StatusReport
 from model_sync.errors import PublishError
-from model_sync.fleet.database import BLAMED
-from model_sync.fleet.pause import Seen
-from model_sync.fleet.rollout_pause_policy import Brake
+from model_sync.fleet.database import MODEL_FAULT_CODES
+from model_sync.fleet.pause import ExpectedRollout
+from model_sync.fleet.rollout_pause_policy import RolloutPausePolicy
 from model_sync.fleet.rollouts import Rollouts
 from model_sync.fleet.tables import boxes
 from model_sync.fleet.views import progress
@@ -73,7 +73,7 @@ def take(centre: Centre, box_id: str, sequence: int, report: dict[str, Any]) -> 
     with centre.fleet.writing() as tx:
         fresh = centre.fleet.insert(boxes).values(box_id=box_id, ring="stable", enrolled_at=1)
         tx.execute(fresh.on_conflict_do_nothing())
-    centre.fleet.take(StatusReport.model_validate_json(status_json(box_id, sequence, box=report)), per_hour=60)
+    centre.fleet.store_report(StatusReport.model_validate_json(status_json(box_id, sequence, box=report)), per_hour=60)
 
 
 # -- a rollout that waits
@@ -84,7 +84,7 @@ def test_a_pause_publishes_nothing_that_waits_and_what_waits_still_can_be_signed
     centre.site.rollout("canary", LINE, "0.1.0")
     by_hand = Library(centre.site.library.files.directory)
     by_hand.rollout("canary", LINE, "0.2.0", 100.0)
-    assert rollouts_of(centre).set_paused("stable", LINE, True, "wang", Seen("0.1.0"))
+    assert rollouts_of(centre).set_paused("stable", LINE, True, "wang", ExpectedRollout("0.1.0"))
     assert (public_step(centre).version, public_step(centre).percent, public_step(centre).paused) == ("0.1.0", 10.0, True)
     assert public_step(centre, "canary").version == "0.1.0"  # nobody has signed the other yet
     assert (staged_step(centre, "canary").version, staged_step(centre).paused) == ("0.2.0", True)
@@ -98,7 +98,7 @@ def test_a_pause_publishes_nothing_that_waits_and_what_waits_still_can_be_signed
 def test_a_waiting_step_of_the_paused_version_is_paused_too_and_another_version_is_not(centre: Centre, version: str, paused: bool) -> None:
     centre.site.rollout("stable", LINE, "0.1.0", 10.0)
     Library(centre.site.library.files.directory).rollout("stable", LINE, version, 100.0)
-    rollouts_of(centre).set_paused("stable", LINE, True, "wang", Seen("0.1.0"))
+    rollouts_of(centre).set_paused("stable", LINE, True, "wang", ExpectedRollout("0.1.0"))
     assert (public_step(centre).version, public_step(centre).percent, public_step(centre).paused) == ("0.1.0", 10.0, True)
     assert (staged_step(centre).version, staged_step(centre).percent, staged_step(centre).paused) == (version, 100.0, paused)
 
@@ -111,7 +111,7 @@ def test_where_one_key_does_not_suffice_what_waits_is_left_as_it_is(centre: Cent
     Library(centre.site.library.files.directory).rollout("stable", LINE, "0.2.0", 100.0)
     before = centre.site.library.files.staged_path(ROLLOUT_ROLE).read_bytes()
     with pytest.raises(PublishError, match="needs more signatures") as caught:
-        rollouts_of(centre).set_paused("stable", LINE, True, "wang", Seen("0.1.0"))
+        rollouts_of(centre).set_paused("stable", LINE, True, "wang", ExpectedRollout("0.1.0"))
     assert "discard" in caught.value.hint
     assert centre.site.library.files.staged_path(ROLLOUT_ROLE).read_bytes() == before
     assert not public_step(centre).paused
@@ -124,7 +124,9 @@ def test_where_the_online_keys_do_not_open_what_waits_is_left_as_it_is(centre: C
     assert centre.rollout_key is not None
     signer = load_signer(str(centre.rollout_key), lambda _what: PASSPHRASE)
     with pytest.raises(PublishError, match="locked"):
-        Rollouts(centre.site.library.files.directory, centre.fleet, signer).set_paused("stable", LINE, True, "wang", Seen("0.1.0"))
+        Rollouts(centre.site.library.files.directory, centre.fleet, signer).set_paused(
+            "stable", LINE, True, "wang", ExpectedRollout("0.1.0")
+        )
     assert centre.site.library.files.staged_path(ROLLOUT_ROLE).read_bytes() == before
     assert not public_step(centre).paused
 
@@ -176,7 +178,7 @@ def test_while_a_command_holds_the_library_reports_are_answered_and_the_pause_fo
         assert centre.get("/healthz").status_code == 200
         assert not public_step(centre).paused
         with pytest.raises(PublishError, match="another model-library command"):
-            rollouts_of(centre).set_paused("stable", LINE, True, "wang", Seen("0.2.0"))
+            rollouts_of(centre).set_paused("stable", LINE, True, "wang", ExpectedRollout("0.2.0"))
     until(lambda: public_step(centre).paused)
 
 
@@ -188,14 +190,14 @@ def test_a_brake_that_failed_tries_again_by_itself_and_ends_when_it_is_closed(ce
     timestamp = centre.site.library.files.metadata_path("timestamp")
     good = timestamp.read_bytes()
     timestamp.write_bytes(b"{")
-    brake = Brake(centre.fleet, rollouts_of(centre), retry_s=0.01)
+    pause_policy = RolloutPausePolicy(centre.fleet, rollouts_of(centre), retry_s=0.01)
     with pytest.raises(PublishError):
-        brake.check("stable")
-    brake.wake("stable")
+        pause_policy.check("stable")
+    pause_policy.schedule_check("stable")
     timestamp.write_bytes(good)
     until(lambda: public_step(centre).paused)
-    brake.close()
-    brake.wake("stable")  # harmless
+    pause_policy.close()
+    pause_policy.schedule_check("stable")  # harmless
 
 
 def test_what_was_changed_since_it_was_seen_is_not_undone_by_a_button(centre: Centre) -> None:
@@ -205,27 +207,32 @@ def test_what_was_changed_since_it_was_seen_is_not_undone_by_a_button(centre: Ce
     centre.site.rollout("stable", LINE, "0.2.0", 100.0)  # by the command line, while a page is open
     before = centre.site.library.published(ROLLOUT_ROLE)
     assert before is not None
-    for paused, seen in ((True, Seen("0.1.0")), (True, Seen("")), (True, Seen("0.2.0", old)), (False, Seen("0.2.0", old))):
+    for paused, seen in (
+        (True, ExpectedRollout("0.1.0")),
+        (True, ExpectedRollout("")),
+        (True, ExpectedRollout("0.2.0", old)),
+        (False, ExpectedRollout("0.2.0", old)),
+    ):
         with pytest.raises(PublishError, match="changed in the meantime"):
             rollouts.set_paused("stable", LINE, paused, "wang", seen)
     after = centre.site.library.published(ROLLOUT_ROLE)
     assert after is not None
     assert after.signed.version == before.signed.version
     centre.site.rollout("canary", LINE, "0.1.0")  # of no concern to who stops a version
-    assert rollouts.set_paused("stable", LINE, True, "wang", Seen("0.2.0"))
+    assert rollouts.set_paused("stable", LINE, True, "wang", ExpectedRollout("0.2.0"))
     assert (public_step(centre).version, public_step(centre).percent, public_step(centre).paused) == ("0.2.0", 100.0, True)
 
 
 # -- what counts, and who lets a version go on
 
 
-@pytest.mark.parametrize("code", sorted(BLAMED))
+@pytest.mark.parametrize("code", sorted(MODEL_FAULT_CODES))
 def test_what_speaks_of_the_model_spends_the_budget(centre: Centre, code: str) -> None:
     centre.site.rollout("stable", LINE, "0.2.0", 50.0)
     for number in range(2):
         take(centre, f"box-{number}", 1, box_report("0.2.0", "failed", code))
     assert centre.fleet.tally("stable", LINE, "0.2.0") == (2, 0, 2)
-    assert Brake(centre.fleet, rollouts_of(centre)).check("stable")
+    assert RolloutPausePolicy(centre.fleet, rollouts_of(centre)).check("stable")
     assert public_step(centre).paused
 
 
@@ -237,7 +244,7 @@ def test_what_speaks_of_a_box_or_of_people_does_not(centre: Centre) -> None:
     assert centre.fleet.tally("stable", LINE, "0.2.0") == (1, 0, 1)
     now = centre.fleet.now()
     assert progress(centre.fleet, "stable", LINE, "0.2.0", now - 3600, now + 1).tally == (1, 0, 1)
-    assert Brake(centre.fleet, rollouts_of(centre)).check("stable")
+    assert RolloutPausePolicy(centre.fleet, rollouts_of(centre)).check("stable")
     assert not public_step(centre).paused
 
 
@@ -245,21 +252,21 @@ def test_what_speaks_of_a_box_or_of_people_does_not(centre: Centre) -> None:
 def test_failures_that_a_human_knew_of_do_not_stop_a_version_again_and_others_do(centre: Centre, by_page: bool) -> None:
     centre.site.rollout("stable", LINE, "0.2.0", 50.0)
     rollouts = rollouts_of(centre)
-    brake = Brake(centre.fleet, rollouts)
+    pause_policy = RolloutPausePolicy(centre.fleet, rollouts)
     failed = box_report("0.2.0", "failed", "model.self_test")
     for number in range(2):
         take(centre, f"box-{number}", 1, failed)
-    brake.check("stable")
+    pause_policy.check("stable")
     assert public_step(centre).paused
     if by_page:
-        assert rollouts.set_paused("stable", LINE, False, "wang", Seen("0.2.0", rollouts.published().serial), "2/2")
+        assert rollouts.set_paused("stable", LINE, False, "wang", ExpectedRollout("0.2.0", rollouts.published().serial), "2/2")
     else:
         centre.site.rollout("stable", LINE, "0.2.0", 50.0)
     for number in range(2, 4):
-        brake.check("stable")
+        pause_policy.check("stable")
         assert not public_step(centre).paused
         take(centre, f"box-{number}", 1, failed)
-    brake.check("stable")
+    pause_policy.check("stable")
     assert public_step(centre).paused  # two more than were known
 
 
@@ -271,11 +278,11 @@ def test_the_way_back_is_never_braked_and_the_next_way_forward_is(centre: Centre
         take(centre, f"box-{number}", 1, box_report("0.1.0", "failed", "activation.latency"))
         take(centre, f"box-{number}", 2, box_report("0.2.0", "failed", "activation.latency", stamp(-30)))
     rollouts = rollouts_of(centre)
-    brake = Brake(centre.fleet, rollouts)
-    brake.check("stable")
-    assert rollouts.is_way_back("stable", LINE)
-    assert not rollouts.is_way_back("canary", LINE)
+    pause_policy = RolloutPausePolicy(centre.fleet, rollouts)
+    pause_policy.check("stable")
+    assert rollouts.is_rollback("stable", LINE)
+    assert not rollouts.is_rollback("canary", LINE)
     assert not public_step(centre).paused
     centre.site.rollout("stable", LINE, "0.2.0")
-    brake.check("stable")
+    pause_policy.check("stable")
     assert public_step(centre).paused

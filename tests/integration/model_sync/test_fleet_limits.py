@@ -41,7 +41,7 @@ def test_a_box_that_invents_versions_fills_nothing_and_what_it_runs_is_kept(flee
         old = {"box_id": "box-1", "line": LINE, "state": "failed", "code": "", "at": 1, "ring": "stable"}
         tx.execute(activations.insert(), [old | {"version": f"9.{number}.0"} for number in range(5_000)])  # of a release before
     for number in range(1, 4):
-        fleet.take(StatusReport.model_validate_json(status_json("box-1", number, box=invented(number))), per_hour=60)
+        fleet.store_report(StatusReport.model_validate_json(status_json("box-1", number, box=invented(number))), per_hour=60)
         with fleet.reading() as tx:
             assert tx.execute(select(func.count()).select_from(activations)).scalar_one() == ACTIVATIONS_PER_BOX
     assert fleet.tally("stable", LINE, "0.1.0").running == 1

@@ -14,7 +14,7 @@ from tuf.api.metadata import Metadata
 
 from model_sync.errors import SettingsError
 from model_sync.library.files import LibraryFiles
-from model_sync.library.library import Library, State
+from model_sync.library.library import Library, RoleState
 from model_sync.trust.documents import LineIndex
 from tests.support.library_follower import Follower, refused
 from tests.support.library_site import Site, make_site, tiny_bundle
@@ -53,13 +53,13 @@ def bare(directory: Path) -> tuple[Library, list[CryptoSigner]]:
 
 def test_nothing_is_public_before_two_of_three_have_signed(tmp_path: Path) -> None:
     library, (alice, bob, _carol) = bare(tmp_path / "lib")
-    assert library.sign("root", alice) == State("root", 1, [library.files.config().name(alice.public_key.keyid)], [
+    assert library.sign("root", alice) == RoleState("root", 1, [library.files.config().name(alice.public_key.keyid)], [
         *sorted(key[:8] for key in library.keys("root") if key != alice.public_key.keyid)], 1, 2, False)  # fmt: skip
     library.sign("targets", alice)
     library.sign("root", bob)
     assert not list((library.files.public / "metadata").iterdir())
     assert library.sign("targets", bob).published
-    assert library.verify().clean
+    assert library.verify().is_clean
     assert library.staged_roles() == []
 
 

@@ -151,14 +151,14 @@ def test_damage_is_found(site: Site, name: str) -> None:
     damage, says = DAMAGE[name]
     damage(site)
     found = site.library.verify()
-    assert not found.clean
+    assert not found.is_clean
     assert any(says in problem for problem in found.problems), found.problems
 
 
 def test_a_whole_tree_is_counted(site: Site) -> None:
     told: list[tuple[int, int]] = []
     found = site.library.verify(lambda done, total: told.append((done, total)))
-    assert found.clean
+    assert found.is_clean
     assert found.targets == len(told) == 15  # six files twice, index, delta, rollout
     assert told[-1] == (found.bytes, found.bytes)
     assert any("earlier states" in note for note in found.notes)

@@ -94,7 +94,7 @@ def adding_a_line(site: Site, _tmp: Path) -> Act:
         library = site.library
         if "ct-lung" not in library.lines() or not (library.staged("ct-lung") or library.published("ct-lung")):
             library.add_line("ct-lung", [key], 1)
-        library.settle()
+        library.promote_complete()
 
     return act
 
@@ -140,7 +140,7 @@ def test_a_killed_init_is_finished_by_a_second_run(tmp_path: Path, after: bool) 
         assert write < 20
     assert write >= 3
     library = Library(tmp_path / "lib", people)
-    library.settle()
+    library.promote_complete()
     assert library.verify().problems == []
 
 

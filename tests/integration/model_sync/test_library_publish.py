@@ -138,10 +138,10 @@ def test_a_bundle_that_changes_while_it_is_copied_is_refused(site: Site, tmp_pat
             flip(bundle)
 
     with refused("changed while"):
-        site.library.publish(bundle, progress=meddle)
+        site.library.publish(bundle, on_progress=meddle)
     assert site.library.staged_roles() == []
     site.publish(tiny_bundle(tmp_path / "good"))
-    assert site.library.verify().clean
+    assert site.library.verify().is_clean
 
 
 def test_every_file_of_a_bundle_is_a_target(site: Site, box: Follower, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_every_file_of_a_bundle_is_a_target(site: Site, box: Follower, tmp_path:
 
 def test_progress_is_told(site: Site, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    site.library.publish(tiny_bundle(tmp_path), progress=lambda *step: told.append(step))
+    site.library.publish(tiny_bundle(tmp_path), on_progress=lambda *step: told.append(step))
     assert told[0] == ("copying MODEL_CARD.md", 0, 6)
     assert [number for _, number, _ in told] == list(range(6))
 
@@ -183,7 +183,7 @@ def test_deltas_lead_from_the_last_three_versions_that_boxes_may_run(site: Site,
         new = bundles[4] / "model_fp32.onnx"
         delta_codec.apply(item.codec, base, tmp_path / "delta", tmp_path / "out", to_sha256=item.to_sha256, to_length=new.stat().st_size)
         assert (tmp_path / "out").read_bytes() == new.read_bytes()
-    assert site.library.verify().clean
+    assert site.library.verify().is_clean
 
 
 def test_a_delta_that_saves_too_little_is_not_published(site: Site, tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_a_rollout_of_a_withdrawn_version_can_still_be_paused_and_status_warns(s
     assert site.rollout("stable", LINE, "0.1.0", paused=True).published
     assert any("withdrawn: no box takes it" in text for text in site.library.status()["warnings"])
     found = site.library.verify()
-    assert found.clean
+    assert found.is_clean
     assert any("withdrawn" in note for note in found.notes)
 
 

@@ -343,18 +343,18 @@ def test_the_server_killed_at_any_moment_of_a_report_loses_nothing_that_it_ackno
             centre.start()
             if attempt == 0:
                 box = centre.box("box-1")
-            acknowledged, bodies = 0, {number: box.report(attempt * 1000 + number) for number in range(1, 120)}
+            acknowledged_failures, bodies = 0, {number: box.report(attempt * 1000 + number) for number in range(1, 120)}
             threading.Timer(0.05 + attempt * 0.06, kill, [centre]).start()
             for number, body in bodies.items():
                 try:
                     assert box.send(body).status_code == 204
                 except requests.exceptions.ConnectionError:
                     break
-                acknowledged = number
-            assert acknowledged < 119
+                acknowledged_failures = number
+            assert acknowledged_failures < 119
             centre.stop(signal.SIGKILL)
             kept = stored(centre, "box-1")["sequence"]
-            assert kept in (attempt * 1000 + acknowledged, attempt * 1000 + acknowledged + 1)
+            assert kept in (attempt * 1000 + acknowledged_failures, attempt * 1000 + acknowledged_failures + 1)
             centre.start()
             body = bodies[max(1, kept - attempt * 1000)]
             assert box.send(body).status_code == 204

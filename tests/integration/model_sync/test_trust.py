@@ -22,8 +22,8 @@ from model_sync import atomic_files
 from model_sync.errors import LibraryUnreachable, TrustError
 from model_sync.transport.fetcher import Fetcher
 from model_sync.trust import metadata, trusted_metadata
-from model_sync.trust.rollback_protection import BUILT_AT, Clocks, Floors, issued_at
-from model_sync.trust.tuf_client import Upstream
+from model_sync.trust.rollback_protection import BUILT_AT, Clocks, RollbackState, issued_at
+from model_sync.trust.tuf_client import TufClient
 from tests.support.bad_server import CAPTIVE_FORBIDDEN, CAPTIVE_PORTAL, DOWN, BadServer, Reply
 from tests.support.library_site import Site, make_site, serve, tiny_bundle
 from tests.support.sync_box import LINE, Box, days, expires, forge, make_box, newest, revoke, write_config
@@ -99,8 +99,8 @@ def test_a_clock_ten_days_ahead_refuses_and_poisons_nothing(box: Box) -> None:
 def test_a_clock_five_days_ahead_does_not_raise_the_floor_past_the_server(box: Box, site: Site) -> None:
     ahead = at_another_time(days(5).strftime("%Y-%m-%d %H:%M:%S"), box)
     assert ahead.returncode == 0, ahead.stderr
-    floors = Floors.load([box.settings.exchange_dir / "floor.json"])
-    assert floors.system < days(1)
+    rollback_state = RollbackState.load([box.settings.exchange_dir / "floor.json"])
+    assert rollback_state.system < days(1)
     forge(site, {"timestamp": expires(days(2))})
     box.pull()
     assert not box.facts().expired
@@ -108,20 +108,20 @@ def test_a_clock_five_days_ahead_does_not_raise_the_floor_past_the_server(box: B
 
 def test_without_a_server_the_floor_rises_only_as_far_as_the_metadata_is_valid(box: Box) -> None:
     box.pull()
-    chain = trusted_metadata.Chain.load(box.metadata, box.settings.root.read_bytes())
+    trusted = trusted_metadata.TrustedMetadata.load(box.metadata, box.settings.root.read_bytes())
     clocks = Clocks(days(300), days(0))
-    raised = Floors().advanced(chain.root, chain.timestamp, chain.snapshot, clocks, chain.valid_until())
-    assert raised.system == chain.valid_until() - timedelta(seconds=1)
-    assert not chain.timestamp.is_expired(raised.time(chain.root))
+    raised = RollbackState().advance(trusted.root, trusted.timestamp, trusted.snapshot, clocks, trusted.valid_until())
+    assert raised.system == trusted.valid_until() - timedelta(seconds=1)
+    assert not trusted.timestamp.is_expired(raised.earliest_time(trusted.root))
 
 
 def test_a_clock_that_never_knew_the_time_is_at_least_at_the_build_and_at_the_signing(box: Box) -> None:
     box.pull()
-    chain = trusted_metadata.Chain.load(box.metadata, box.settings.root.read_bytes())
-    assert Floors().time(chain.root) == BUILT_AT
-    signed = issued_at(chain.timestamp)
+    trusted = trusted_metadata.TrustedMetadata.load(box.metadata, box.settings.root.read_bytes())
+    assert RollbackState().earliest_time(trusted.root) == BUILT_AT
+    signed = issued_at(trusted.timestamp)
     assert signed is not None
-    assert chain.clocks(Floors(), DAWN).effective == signed
+    assert trusted.clocks(RollbackState(), DAWN).effective == signed
 
 
 def test_a_signed_issue_time_that_is_no_time_counts_as_none(box: Box, site: Site) -> None:
@@ -154,7 +154,7 @@ def test_an_issue_time_in_the_future_counts_only_as_far_as_it_is_valid(box: Box,
 
 def test_an_issue_time_without_a_zone_is_utc(box: Box) -> None:
     box.pull()
-    timestamp = trusted_metadata.Chain.load(box.metadata, box.settings.root.read_bytes()).timestamp
+    timestamp = trusted_metadata.TrustedMetadata.load(box.metadata, box.settings.root.read_bytes()).timestamp
     timestamp.unrecognized_fields["x-issued-at"] = "2026-05-01T00:00:00"
     assert issued_at(timestamp) == datetime(2026, 5, 1, tzinfo=timezone.utc)
 
@@ -278,7 +278,7 @@ def test_a_half_written_root_heals_by_itself(box: Box, site: Site) -> None:
     file = box.metadata / "root_history" / "2.root.json"
     file.write_bytes(file.read_bytes()[:100])
     box.pull()
-    assert metadata.newest_root(box.metadata, box.settings.root.read_bytes()).version == 2
+    assert metadata.load_newest_root(box.metadata, box.settings.root.read_bytes()).version == 2
 
 
 def test_what_a_kill_left_in_the_metadata_directory_is_swept(box: Box) -> None:
@@ -291,11 +291,11 @@ def test_what_a_kill_left_in_the_metadata_directory_is_swept(box: Box) -> None:
 def test_a_damaged_floor_is_passed_over_for_its_other_copy(box: Box) -> None:
     box.pull()
     file = box.settings.exchange_dir / "floor.json"
-    whole = Floors.load([file])
+    whole = RollbackState.load([file])
     for damage in (b"", b"{", b"[]", b'{"serial": "x"}', b'{"serial": 1e400, "roles": {}}', b'{"roles": 7}'):
         file.write_bytes(damage)
-        assert Floors.load([box.settings.state_dir / "floor.json", file]) == whole
-        assert Floors.load([file]) == Floors()
+        assert RollbackState.load([box.settings.state_dir / "floor.json", file]) == whole
+        assert RollbackState.load([file]) == RollbackState()
 
 
 # -- roles ----------------------------------------------------------------------------------------------------------------
@@ -304,8 +304,8 @@ def test_a_damaged_floor_is_passed_over_for_its_other_copy(box: Box) -> None:
 def test_a_role_revoked_before_the_look_is_said_and_is_no_fact_any_more(box: Box, site: Site) -> None:
     box.pull()
     forge(site, {"targets": revoke(LINE)})
-    pulled = box.pull()
-    assert getattr(pulled.problems[LINE], "code", "") == "trust.revoked"
+    result = box.pull()
+    assert getattr(result.problems[LINE], "code", "") == "trust.revoked"
     assert box.facts().lines == {}
     assert box.status()["state"] == "ok", "it is the library's own word, rightly signed"
     assert box.wants() is None, "there is nothing new; the model in use stays"
@@ -318,8 +318,8 @@ def test_a_role_revoked_while_its_bundle_comes_is_not_told_to_the_box(box: Box, 
         if not done:
             done.append(forge(site, {"targets": revoke(LINE)}))
 
-    pulled = box.pull(strike)
-    assert getattr(pulled.problems[LINE], "code", "") == "trust.revoked"
+    result = box.pull(strike)
+    assert getattr(result.problems[LINE], "code", "") == "trust.revoked"
     assert box.wants() is None
     assert box.facts().lines == {}
 
@@ -332,8 +332,8 @@ def test_a_role_whose_keys_are_replaced_while_its_bundle_comes_must_sign_anew(bo
         if not done:
             done.append(forge(site, {"targets": replace_keys(LINE, fresh)}, signers={LINE: thief}))
 
-    pulled = box.pull(strike)
-    assert getattr(pulled.problems[LINE], "code", "") == "trust.signature"
+    result = box.pull(strike)
+    assert getattr(result.problems[LINE], "code", "") == "trust.signature"
     assert box.wants() is None
 
 
@@ -354,8 +354,8 @@ def test_a_version_withdrawn_while_its_bundle_comes_is_not_told_to_the_box(box: 
         if not done:
             done.append(site.withdraw(LINE, "0.1.0"))
 
-    pulled = box.pull(strike)
-    assert getattr(pulled.problems[LINE], "code", "") == "trust.withdrawn"
+    result = box.pull(strike)
+    assert getattr(result.problems[LINE], "code", "") == "trust.withdrawn"
     assert box.wants() is None
     assert box.facts().lines[LINE].index.withdrawal("0.1.0")
 
@@ -379,9 +379,9 @@ def test_two_delegators_of_one_role_the_first_alone_counts(tmp_path: Path) -> No
     forge(site, {"greedy": delegate_again([CryptoSigner.generate_ed25519().public_key])})
     with serve(site.public) as url:
         box = make_box(tmp_path / "box", site, url)
-        pulled = box.pull()
+        result = box.pull()
     assert box.wants(LINE) == "0.1.0"
-    assert getattr(pulled.problems["greedy"], "code", "") == "trust.ambiguous"
+    assert getattr(result.problems["greedy"], "code", "") == "trust.ambiguous"
     assert box.wants("greedy") is None
     facts = box.facts()
     assert set(facts.lines) == {LINE}
@@ -397,8 +397,8 @@ def test_a_role_that_stands_before_a_line_and_claims_its_paths_is_refused(box: B
         targets.delegations.roles[LINE] = line
 
     forge(site, {"targets": edit})
-    pulled = box.pull()
-    assert getattr(pulled.problems[LINE], "code", "") == "trust.ambiguous"
+    result = box.pull()
+    assert getattr(result.problems[LINE], "code", "") == "trust.ambiguous"
     assert box.wants() is None
 
 
@@ -425,8 +425,8 @@ def test_a_line_whose_index_speaks_of_another_is_refused(tmp_path: Path) -> None
     forge(site, {"other": place})
     with serve(site.public) as url:
         box = make_box(tmp_path / "box", site, url, lines=[LINE, "other"])
-        pulled = box.pull()
-    assert getattr(pulled.problems["other"], "code", "") == "trust.document"
+        result = box.pull()
+    assert getattr(result.problems["other"], "code", "") == "trust.document"
     assert box.wants() == "0.1.0"
 
 
@@ -473,8 +473,8 @@ def test_metadata_that_expires_between_download_and_activation_is_said_by_check(
 def test_an_expired_line_is_refused_by_the_pull_and_said_by_check(box: Box, site: Site) -> None:
     box.pull()
     forge(site, {LINE: expires(days(-1))})
-    pulled = box.pull()
-    assert getattr(pulled.problems[LINE], "code", "") == "trust.part_expired"
+    result = box.pull()
+    assert getattr(result.problems[LINE], "code", "") == "trust.part_expired"
     assert LINE not in box.facts().lines
 
 
@@ -650,8 +650,8 @@ def test_what_is_delegated_and_not_in_the_snapshot_is_an_inconsistent_library(bo
         targets.delegations.roles["new"] = DelegatedRole("new", [key.keyid], 1, True, ["models/new/*"])
 
     forge(site, {"targets": edit})
-    pulled = Box(box.settings.model_copy(update={"lines": [LINE, "new"]})).pull()
-    assert getattr(pulled.problems["new"], "code", "") == "trust.metadata"
+    result = Box(box.settings.model_copy(update={"lines": [LINE, "new"]})).pull()
+    assert getattr(result.problems["new"], "code", "") == "trust.metadata"
     assert box.wants() == "0.1.0"
 
 
@@ -687,9 +687,9 @@ def test_every_error_of_the_updater_has_its_own_code(error: Exception, code: str
         raise error
 
     monkeypatch.setattr(Updater, "refresh", fail)
-    upstream = Upstream(tmp_path / "m", box.settings.root.read_bytes(), Fetcher(box.settings, tmp_path / "p"), tmp_path / "floor.json")
+    tuf_client = TufClient(tmp_path / "m", box.settings.root.read_bytes(), Fetcher(box.settings, tmp_path / "p"), tmp_path / "floor.json")
     with pytest.raises((LibraryUnreachable, TrustError)) as caught:
-        upstream.refresh()
+        tuf_client.refresh()
     assert caught.value.code == code
     assert isinstance(caught.value, TrustError) == code.startswith("trust.")
     assert "model in use" in caught.value.message + caught.value.hint

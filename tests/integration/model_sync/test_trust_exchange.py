@@ -17,8 +17,8 @@ from tuf.api.metadata import Timestamp
 
 from model_sync import atomic_files
 from model_sync.errors import LibraryUnreachable, TrustError
-from model_sync.trust import metadata, offline_check, trusted_metadata
-from model_sync.trust.rollback_protection import BUILT_AT, AnchoredRoot, Floors, issued_at
+from model_sync.trust import metadata, offline_check, rollback_protection, trusted_metadata
+from model_sync.trust.rollback_protection import BUILT_AT, AnchoredRoot, RollbackState, issued_at
 from tests.support.library_site import Site, make_site, serve, tiny_bundle
 from tests.support.sync_box import LINE, Box, days, expires, forge, make_box, newest
 
@@ -42,7 +42,7 @@ def url(site: Site) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def pulled(tmp_path_factory: pytest.TempPathFactory, site: Site, url: str) -> Path:
+def result(tmp_path_factory: pytest.TempPathFactory, site: Site, url: str) -> Path:
     """What a box has after its first pull; tests take a copy."""
     directory = tmp_path_factory.mktemp("pulled") / "box"
     make_box(directory, site, url).pull()
@@ -50,8 +50,8 @@ def pulled(tmp_path_factory: pytest.TempPathFactory, site: Site, url: str) -> Pa
 
 
 @pytest.fixture
-def box(pulled: Path, tmp_path: Path, site: Site, url: str) -> Box:
-    shutil.copytree(pulled, tmp_path / "box", symlinks=True)
+def box(result: Path, tmp_path: Path, site: Site, url: str) -> Box:
+    shutil.copytree(result, tmp_path / "box", symlinks=True)
     return make_box(tmp_path / "box", site, url)
 
 
@@ -158,14 +158,14 @@ def test_no_more_roots_are_read_than_there_can_be(box: Box, site: Site, monkeypa
     monkeypatch.setattr(metadata, "MAX_ROOTS", 0)
     history = (box.settings.exchange_dir / "trust").resolve() / "metadata" / "root_history"
     os.mkfifo(history / "2.root.json")
-    assert metadata.newest_root(history.parent, site.root.read_bytes()).version == 1
+    assert metadata.load_newest_root(history.parent, site.root.read_bytes()).version == 1
 
 
 def test_whatever_breaks_the_check_it_answers(box: Box, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def break_down(*_: Any) -> None:
         raise RecursionError("too deep")
 
-    monkeypatch.setattr(trusted_metadata.Chain, "refuse_older", break_down)
+    monkeypatch.setattr(trusted_metadata.TrustedMetadata, "refuse_older", break_down)
     code, facts = printed(box, capsys)
     assert (code, facts["ok"], facts["code"]) == (1, False, "trust.unchecked")
     assert "RecursionError" in facts["message"]
@@ -211,23 +211,23 @@ def test_a_floor_whose_time_is_out_of_range_is_damaged(text: str, box: Box, caps
     file = box.settings.exchange_dir / "floor.json"
     for name in ("system", "issued"):
         file.write_text(json.dumps(json.loads(file.read_bytes()) | {name: text}))
-        assert Floors.load([file]) == Floors()
+        assert RollbackState.load([file]) == RollbackState()
         assert printed(box, capsys)[0] == 0
 
 
 def test_every_time_is_printed_with_a_year_of_four_digits() -> None:
     last, first = datetime.max.replace(tzinfo=timezone(timedelta(hours=-10))), datetime.min.replace(tzinfo=timezone(timedelta(hours=14)))
-    assert metadata.iso(last) == "9999-12-31T23:59:59Z"
-    assert metadata.iso(first) == "0001-01-01T00:00:00Z"
-    assert metadata.iso(datetime(2026, 5, 1, 14, 0, 0, 5, timezone(timedelta(hours=2)))) == "2026-05-01T12:00:00Z"
+    assert rollback_protection.iso(last) == "9999-12-31T23:59:59Z"
+    assert rollback_protection.iso(first) == "0001-01-01T00:00:00Z"
+    assert rollback_protection.iso(datetime(2026, 5, 1, 14, 0, 0, 5, timezone(timedelta(hours=2)))) == "2026-05-01T12:00:00Z"
 
 
 def test_metadata_that_expired_in_the_year_one_breaks_nothing(box: Box) -> None:
-    chain = trusted_metadata.Chain.load(box.metadata, box.settings.root.read_bytes())
-    chain.timestamp.expires = datetime.min.replace(tzinfo=timezone.utc)
-    clocks = chain.clocks(Floors(), days(0))
-    raised = Floors().advanced(chain.root, chain.timestamp, chain.snapshot, clocks, chain.valid_until())
-    assert raised.time(chain.root) == BUILT_AT
+    trusted = trusted_metadata.TrustedMetadata.load(box.metadata, box.settings.root.read_bytes())
+    trusted.timestamp.expires = datetime.min.replace(tzinfo=timezone.utc)
+    clocks = trusted.clocks(RollbackState(), days(0))
+    raised = RollbackState().advance(trusted.root, trusted.timestamp, trusted.snapshot, clocks, trusted.valid_until())
+    assert raised.earliest_time(trusted.root) == BUILT_AT
 
 
 # -- lines apart --------------------------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def test_a_box_that_gets_the_first_root_of_a_new_library_follows_it(tmp_path: Pa
     with serve(old.public) as url:
         box = make_box(tmp_path / "box", old, url)
         box.pull()
-    assert Floors.load([box.settings.exchange_dir / "floor.json"]).root == 4
+    assert RollbackState.load([box.settings.exchange_dir / "floor.json"]).root == 4
     with serve(new.public) as url:
         box = follow(box, new, url)
         code, facts = printed(box, capsys)
@@ -323,8 +323,11 @@ def test_a_box_that_gets_the_first_root_of_a_new_library_follows_it(tmp_path: Pa
         assert box.wants() == "3.0.0"
         assert printed(box, capsys)[1]["lines"][LINE]["versions"].keys() == {"3.0.0"}
         assert box.status()["state"] == "ok"
-        floors = Floors.load([box.settings.exchange_dir / "floor.json"])
-        assert (floors.root, floors.anchor) == (1, AnchoredRoot.of(newest(new, "root").signed, new.root.read_bytes()).anchor)
+        rollback_state = RollbackState.load([box.settings.exchange_dir / "floor.json"])
+        assert (rollback_state.root, rollback_state.anchor) == (
+            1,
+            AnchoredRoot.of(newest(new, "root").signed, new.root.read_bytes()).anchor,
+        )
         behind = tmp_path / "behind"
         shutil.copytree(new.public, behind)
         new.publish(tiny_bundle(tmp_path / "more", "3.1.0", seed=1))
@@ -335,18 +338,18 @@ def test_a_box_that_gets_the_first_root_of_a_new_library_follows_it(tmp_path: Pa
 
 
 def test_floors_of_another_root_do_not_count_and_those_of_before_anchors_do(box: Box, site: Site) -> None:
-    chain = trusted_metadata.Chain.load(box.metadata, box.settings.root.read_bytes())
-    known = Floors.load([box.settings.exchange_dir / "floor.json"])
-    assert known.anchor == chain.root.anchor
-    far = Floors(known.serial, 9, days(3000), days(3000), known.clock_keys, known.roles, "0" * 64)
-    chain.refuse_older(far)
-    assert far.time(chain.root) == BUILT_AT
-    raised = far.advanced(chain.root, chain.timestamp, chain.snapshot, chain.clocks(far, days(0)), chain.valid_until())
-    assert (raised.serial, raised.root, raised.anchor) == (far.serial + 1, 1, chain.root.anchor)
+    trusted = trusted_metadata.TrustedMetadata.load(box.metadata, box.settings.root.read_bytes())
+    known = RollbackState.load([box.settings.exchange_dir / "floor.json"])
+    assert known.anchor == trusted.root.anchor
+    far = RollbackState(known.serial, 9, days(3000), days(3000), known.clock_keys, known.roles, "0" * 64)
+    trusted.refuse_older(far)
+    assert far.earliest_time(trusted.root) == BUILT_AT
+    raised = far.advance(trusted.root, trusted.timestamp, trusted.snapshot, trusted.clocks(far, days(0)), trusted.valid_until())
+    assert (raised.serial, raised.root, raised.anchor) == (far.serial + 1, 1, trusted.root.anchor)
     assert raised.system < days(1)
-    before_anchors = Floors(known.serial, 9, known.system, known.issued, known.clock_keys, known.roles)
+    before_anchors = RollbackState(known.serial, 9, known.system, known.issued, known.clock_keys, known.roles)
     with pytest.raises(TrustError) as caught:
-        chain.refuse_older(before_anchors)
+        trusted.refuse_older(before_anchors)
     assert caught.value.code == "trust.rollback"
 
 
@@ -369,15 +372,15 @@ def test_reading_a_plain_file_and_nothing_else(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"12345")
     assert atomic_files.read(file, 5) == b"12345"
-    with pytest.raises(atomic_files.NotPlain):
+    with pytest.raises(atomic_files.NotRegularFileError):
         atomic_files.read(file, 4)
     with pytest.raises(FileNotFoundError):
         atomic_files.read(tmp_path / "absent", 5)
     link = tmp_path / "link"
     link.symlink_to(file)
     assert atomic_files.read(link, 5, follow=True) == b"12345"
-    with pytest.raises(atomic_files.NotPlain):
+    with pytest.raises(atomic_files.NotRegularFileError):
         atomic_files.read(link, 5)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(atomic_files.NotPlain):
+    with pytest.raises(atomic_files.NotRegularFileError):
         atomic_files.read(tmp_path / "pipe", 5)

@@ -142,12 +142,12 @@ def test_a_stick_with_too_little_room_is_refused_before_anything_is_written(site
 def test_a_stick_that_is_full_after_all_keeps_whole_files_only(site: Site, stick: Path) -> None:
     """The disk says no in the middle of a file: here by a limit on the size of files, as a quota or a worn stick would."""
     script = (
-        "import sys, signal, resource\nfrom pathlib import Path\nfrom model_sync import usb\n"
+        "import sys, signal, resource\nfrom pathlib import Path\nfrom model_sync.library import usb_export\n"
         "from model_sync.errors import PublishError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "before = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))\n"
-        "try:\n    usb.export(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+        "try:\n    usb_export.export(Path(sys.argv[1]), Path(sys.argv[2]))\n"
         "except PublishError as error:\n    print(error)\n"
         "finally:\n    resource.setrlimit(resource.RLIMIT_FSIZE, before)\n"
     )
@@ -157,7 +157,7 @@ def test_a_stick_that_is_full_after_all_keeps_whole_files_only(site: Site, stick
     assert all(tree(site.public)[name] == data for name, data in written.items())
     assert "metadata/timestamp.json" not in written
     usb_export.export(site.public, stick)
-    assert library_check.verify(stick / "clinic-models", datetime.now(timezone.utc)).clean
+    assert library_check.verify(stick / "clinic-models", datetime.now(timezone.utc)).is_clean
     assert not (stick / "clinic-models" / "clinic-models.part").exists()
 
 
@@ -183,7 +183,7 @@ def test_no_library_to_export(stick: Path, tmp_path: Path) -> None:
 
 def test_progress_is_told(site: Site, stick: Path) -> None:
     told: list[tuple[int, int]] = []
-    done = usb_export.export(site.public, stick, progress=lambda now, total: told.append((now, total)))
+    done = usb_export.export(site.public, stick, on_progress=lambda now, total: told.append((now, total)))
     assert told[-1] == (done.bytes, done.bytes)
     assert sorted(told) == told
 
@@ -205,7 +205,7 @@ def test_through_a_real_fat_file_system_and_back(site: Site, stick: Path, tmp_pa
     run("fsck.vfat", "-n", image)
     run("mcopy", "-s", "-i", image, "::clinic-models", back)
     assert tree(back / "clinic-models") == tree(stick / "clinic-models")
-    assert library_check.verify(back / "clinic-models", datetime.now(timezone.utc)).clean
+    assert library_check.verify(back / "clinic-models", datetime.now(timezone.utc)).is_clean
     read_by_a_box(site, back / "clinic-models", tmp_path / "box")
 
 

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from model_sync.delta import codec as delta_module
-from model_sync.delta.codec import DeltaError, Encoded, apply, best, encode_with, worth_publishing
+from model_sync.delta.codec import DeltaError, Encoded, apply, best, encode_with, is_worth_publishing
 from model_sync.delta.format import (
     CODES,
     COPY,
@@ -157,9 +157,9 @@ def test_the_same_two_files_give_the_same_delta() -> None:
 
 
 def test_worth_publishing_is_below_70_percent() -> None:
-    assert worth_publishing(699, 1000)
-    assert not worth_publishing(700, 1000)
-    assert not worth_publishing(0, 0)
+    assert is_worth_publishing(699, 1000)
+    assert not is_worth_publishing(700, 1000)
+    assert not is_worth_publishing(0, 0)
 
 
 def test_importing_the_decoder_loads_neither_numpy_nor_onnx() -> None:
@@ -196,8 +196,8 @@ def test_the_parts_made_by_hand_make_a_good_delta(tmp_path: Path) -> None:
     streams = program(narrow) | {CODES[2]: bytes([0b11_10_00_01, 0b11]), ESCAPES: bytes([4, 0])}
     shifted = bytes([255, 1, 3, 255, 2])
     assert rebuilt(tmp_path, "tensor", old, header("tensor", old, shifted) + body(streams), shifted) == shifted
-    lacking = header("tensor", old, shifted) + body({number: data for number, data in streams.items() if number != ESCAPES})
-    _refused(tmp_path, "tensor", lacking, "lacks stream 19", old=old, new=shifted)
+    missing_on_server_error = header("tensor", old, shifted) + body({number: data for number, data in streams.items() if number != ESCAPES})
+    _refused(tmp_path, "tensor", missing_on_server_error, "lacks stream 19", old=old, new=shifted)
     frame = zstd.compress(NEW)
     assert rebuilt(tmp_path, "zstd-prefix", OLD, header("zstd-prefix", OLD, NEW) + segment(0, 0, frame), NEW) == NEW
 

@@ -241,10 +241,10 @@ BAD_TOKENS = {
 def test_a_token_that_does_not_work_is_said_so(token: str, name: str) -> None:
     uri, says, pin = BAD_TOKENS[name]
     done = in_a_process(
-        "from model_sync.library.library import sign_with\n"
+        "from model_sync.library.library import add_signature\n"
         "from tuf.api.metadata import Metadata, Targets\n"
         "try:\n"
-        f"    sign_with(Metadata(Targets()), load_signer({uri!r}, lambda what: {pin!r}))\n"
+        f"    add_signature(Metadata(Targets()), load_signer({uri!r}, lambda what: {pin!r}))\n"
         "except SettingsError as error:\n"
         "    print(error)\n"
     )
