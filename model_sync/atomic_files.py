@@ -1,4 +1,4 @@
-"""Files that are there after a power cut: written beside their name, flushed to the disk, then renamed into place."""
+"""Atomic writes: a file is written beside its place, flushed to the disk, then renamed, so a power cut leaves the old or the new one."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ MAX_JSON_BYTES = 4 << 20
 
 
 class NotRegularFileError(OSError):
-    """What lies there is not the small plain file that belongs there: a link, a pipe, a device, a directory, or too large."""
+    """A path is not the small regular file that is expected: a link, a pipe, a device, a directory, or too large."""
 
 
 def write(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data``, readable by the box's account; a reader sees the old bytes or the new, never a part.
+    """Replace the content of ``path``; a reader sees the old bytes or the new ones, never a part.
 
     Raises:
         OSError: nothing was replaced.
@@ -45,23 +45,23 @@ def write(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace ``path`` by a JSON document, in the same way."""
+    """Replace the content of ``path`` by a JSON document, as :func:`write` does."""
     write(path, (json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n").encode())
 
 
 def read(path: Path, limit: int, *, follow: bool = False) -> bytes:
-    """Return a small plain file that another account may have laid: nothing is waited for, nothing large is read.
+    """Return the content of a small regular file that another account may have written; never blocks on a pipe.
 
     Args:
         path: the file.
-        limit: how many bytes it may have.
-        follow: whether it may be a link; never the case in a directory that another account writes.
+        limit: the largest allowed length in bytes.
+        follow: whether it may be a symbolic link; never in a directory that another account writes.
 
     Raises:
         NotPlain: it is a link, a pipe, a device or a directory (``EINVAL``), or larger (``EFBIG``).
-        OSError: it is not there, or cannot be read.
+        OSError: it is absent or cannot be read.
     """
-    # Without O_NONBLOCK opening a pipe waits for whoever writes to it.
+    # Without O_NONBLOCK opening a pipe waits for its writer.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
         descriptor = os.open(path, flags)
@@ -82,7 +82,7 @@ def read(path: Path, limit: int, *, follow: bool = False) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object; an absent, unreadable or damaged file reads as an empty one."""
+    """Return a JSON object; an empty one when the file is absent, unreadable or damaged."""
     try:
         value = json.loads(read(path, MAX_JSON_BYTES))
     except (OSError, ValueError, RecursionError):
@@ -97,7 +97,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Flush the names in one directory to the disk."""
+    """Flush the entries of one directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -106,7 +106,7 @@ def sync_directory(path: Path) -> None:
 
 
 def sync_tree(root: Path) -> None:
-    """Flush every file and directory below ``root``, and make them readable by the box's account."""
+    """Flush every file and directory below ``root``, and make them readable by other accounts."""
     for directory, _, files in os.walk(root):
         os.chmod(directory, _SHARED_DIRECTORY)
         for name in files:
@@ -124,12 +124,12 @@ def iterate_files(root: Path) -> Iterator[Path]:
 
 
 def remove_tree(root: Path) -> None:
-    """Remove a directory that nobody reads any more; a file that is gone already is no error."""
+    """Remove a directory tree; errors are ignored."""
     shutil.rmtree(root, ignore_errors=True)
 
 
 def disk_error(error: OSError) -> LibraryUnreachable:
-    """Return the error for a disk that takes no more, or a directory that may not be written: no fault of the library's."""
+    """Return the error for a full disk or a directory that cannot be written; the library is not at fault."""
     where = f" ({error.filename})" if error.filename else ""
     if error.errno in _FULL:
         return LibraryUnreachable(

@@ -1,4 +1,4 @@
-"""The centre's server as a box asks it: TLS with the box's certificate, bounded answers, and errors that say whose turn it is."""
+"""The HTTP client of the central server: TLS with the box's certificate, bounded answers, typed errors."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from model_sync.settings import SyncSettings
 
 _ANSWER_BYTES: Final = 64 << 10
 _MAX_DETAIL_CHARS: Final = 300
-KEPT: Final = "nothing is lost: it is asked again with the newest state"
+NOTHING_LOST: Final = "nothing is lost: it is asked again with the newest state"
 
 
 class ReportSequenceError(ModelSyncError):
-    """The centre counts this box's reports otherwise; ``expected`` is the lowest number it takes."""
+    """The centre expects another report number; ``expected`` is the lowest one that it accepts."""
 
     def __init__(self, expected: int) -> None:
-        """Name the number."""
-        super().__init__(f"the centre expects report {expected}", hint=KEPT)
+        """Store the number."""
+        super().__init__(f"the centre expects report {expected}", hint=NOTHING_LOST)
         self.expected = expected
 
 
 def post(settings: SyncSettings, path: str, body: bytes, identity: Identity | None) -> dict[str, Any]:
-    """Ask the centre; returns its JSON, an empty object for 204.
+    """Send one request to the centre; return its JSON, an empty object for 204.
 
     Args:
-        settings: where it is, and how long to wait.
+        settings: address and time limits.
         path: ``enrol``, ``renew`` or ``reports``.
-        body: JSON.
-        identity: who asks, for all but ``enrol``.
+        body: the JSON to send.
+        identity: the identity of this box; None only for ``enrol``.
 
     Raises:
-        LibraryUnreachable: it does not answer, cannot take it now, or something else answers; ``sync.unreachable`` means that
-            the question may have arrived.
-        DeviceError: it refuses this box, or the certificate expired.
+        LibraryUnreachable: it does not answer, is busy, or something else answers; ``sync.unreachable`` means that the
+            request may have arrived.
+        DeviceError: the centre refuses this box, or the certificate expired.
         OtherSequenceError: another report number is expected.
-        ReportError: it does not understand the report.
+        ReportError: the centre does not understand the report.
         SettingsError: there is no https ``report_url``.
     """
     if settings.report_url is None or not settings.report_url.startswith("https://"):
@@ -62,7 +62,7 @@ def post(settings: SyncSettings, path: str, body: bytes, identity: Identity | No
         except (requests.RequestException, OSError) as error:
             if identity is not None and identity.is_expired(datetime.now(timezone.utc)):
                 raise _expired(identity) from error
-            hint = f"check the line, report_url and ca_certificate; {KEPT}"
+            hint = f"check the line, report_url and ca_certificate; {NOTHING_LOST}"
             raise LibraryUnreachable(f"the centre does not answer ({type(error).__name__})", hint=hint) from error
     return _read(answer, content, identity)
 
@@ -76,13 +76,13 @@ def _read(answer: requests.Response, content: bytes, identity: Identity | None) 
         value = None
     kind = answer.headers.get("Content-Type", "").partition(";")[0]
     if not isinstance(value, dict) or kind not in ("application/json", "application/problem+json"):
-        if identity is not None and identity.is_expired(datetime.now(timezone.utc)):  # a proxy says so in words of its own
+        if identity is not None and identity.is_expired(datetime.now(timezone.utc)):  # a proxy answers in its own words
             raise _expired(identity)
-        hint = f"is this the centre's server? A network's login page answers like this; {KEPT}"
+        hint = f"is this the centre's server? A network's login page answers like this; {NOTHING_LOST}"
         raise LibraryUnreachable(f"something else than the centre answered ({answer.status_code})", hint=hint, code="sync.not_the_library")
     if answer.status_code == 200:
         return value
-    code, detail = str(value.get("code", "")), _plain(value.get("detail"))
+    code, detail = str(value.get("code", "")), _printable(value.get("detail"))
     if code == "report.sequence" and isinstance(value.get("expected"), int) and 0 < value["expected"] < 2**53:
         raise ReportSequenceError(value["expected"])
     if code == "report.invalid":
@@ -91,7 +91,7 @@ def _read(answer: requests.Response, content: bytes, identity: Identity | None) 
         raise _expired(identity)
     if answer.status_code in (401, 403, 422) or code.startswith("enrolment."):
         raise DeviceError(code or "device.refused", f"the centre refused: {detail}", hint="ask the central team; the model in use stays")
-    raise LibraryUnreachable(f"the centre cannot take it now ({answer.status_code})", hint=KEPT, code="sync.report")
+    raise LibraryUnreachable(f"the centre cannot take it now ({answer.status_code})", hint=NOTHING_LOST, code="sync.report")
 
 
 def _expired(identity: Identity) -> DeviceError:
@@ -100,6 +100,6 @@ def _expired(identity: Identity) -> DeviceError:
     return DeviceError("device.expired", f"this box's certificate expired on {ended}", hint=hint)
 
 
-def _plain(text: object) -> str:
-    """Return a stranger's words, bounded and without control characters."""
+def _printable(text: object) -> str:
+    """Return text from the network, bounded and without control characters."""
     return "".join(letter for letter in str(text or "without a reason") if letter.isprintable())[:_MAX_DETAIL_CHARS]

@@ -1,9 +1,9 @@
 """The command ``model-sync``: what a technician types, and what the services run.
 
-Exit codes: 0 done; 1 refused or not to be trusted; 2 usage or settings; 3 the library or the disk failed, what came is kept and
-the next look goes on; 4 waiting for a window, a budget or another process; 5 `report` sent nothing, for there is nobody to send it to.
-Errors are caught once, in ``main``. The commands
-import what they need when they run: the box calls ``check`` before it puts a model to work, and must not wait for the rest.
+Exit codes: 0 done; 1 refused or not to be trusted; 2 usage or settings; 3 the library or the disk failed, the
+received part is kept and the next poll continues; 4 waiting for a window, a budget or another process; 5 `report` sent nothing,
+because no server is set or the box is not enrolled. Errors are caught once, in ``main``. The commands import what they need when
+they run: the box calls ``check`` before it activates a model, and must not wait for the rest.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NOTHING_SENT = 5
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command; return the exit code."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
-        # Without a default of its own: one after the command counts, one before it is not overwritten by nothing.
+        # Without a default of its own, so that an absent option does not overwrite one before the command.
         command.add_argument("--config", type=Path, default=argparse.SUPPRESS, help="the same as before the command")
         return command
 

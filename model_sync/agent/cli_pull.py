@@ -1,4 +1,4 @@
-"""What `model-sync pull` and `import-usb` say: how far it is, what goes wrong meanwhile, and what came in the end."""
+"""The commands ``pull`` and ``import-usb``: progress, failed attempts, and the result."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ _MIB = 2**20
 
 
 def pull(settings: SyncSettings) -> int:
-    """Look at the library once, while somebody waits; returns the exit code."""
+    """Poll the library once while a person waits; return the exit code."""
     if settings.urls:
         print(say(PULL, "asking", language()).format(hosts=", ".join(map(host_of, settings.urls))), file=sys.stderr, flush=True)
     try:
         with ProgressLine() as progress_line:
-            result = Client(settings.for_interactive_use(), on_retry=progress_line.trouble).pull(progress_line.show)
+            result = Client(settings.for_interactive_use(), on_retry=progress_line.print_retry).pull(progress_line.show)
     except LibraryUnreachable as error:
-        print(f"error: {_coded(error)}", file=sys.stderr)
-        _say_what_to_do(error)
+        print(f"error: {_with_code(error)}", file=sys.stderr)
+        _print_advice(error)
         return exit_code(error)
-    _say_lines(result)
+    _print_lines(result)
     print(f"{result.received_bytes} bytes received")
-    return _end(result)
+    return _print_problems(result)
 
 
 def import_usb(settings: SyncSettings, directory: Path) -> int:
-    """Take what this box should have from a stick; returns the exit code."""
+    """Import what this box should have from a USB stick; return the exit code."""
     with ProgressLine() as progress_line:
         result = Client(settings).import_usb(directory, progress_line.show)
-    _say_lines(result)
-    code = _end(result)
-    what, names = _taken(result, settings.ring)
+    _print_lines(result)
+    code = _print_problems(result)
+    what, names = _import_result(result, settings.ring)
     print(say(STICK, what, language()).format(what=names))
     return code
 
 
-def _taken(result: PullResult, ring: str) -> tuple[str, str]:
-    """Say what came of an import, and of which models: what is new to the box before what it had."""
+def _import_result(result: PullResult, ring: str) -> tuple[str, str]:
+    """Return the key of the text about an import, and its models: new ones before those that were here."""
     ready = {name: f"{name} {line.version}" for name, line in result.lines.items() if line.decision is Decision.READY}
     if result.new_lines:
         return "taken", ", ".join(ready[name] for name in sorted(result.new_lines))
@@ -55,38 +55,38 @@ def _taken(result: PullResult, ring: str) -> tuple[str, str]:
     return "nothing", ""
 
 
-def _say_lines(result: PullResult) -> None:
+def _print_lines(result: PullResult) -> None:
     for name, line in result.lines.items():
         at = f" ({line.at:%Y-%m-%d %H:%M} UTC)" if line.at else ""
         print(f"{name} {line.version}: {say(DECISIONS, line.decision, language())}{at}")
 
 
-def _end(result: PullResult) -> int:
+def _print_problems(result: PullResult) -> int:
     for name, problem in result.problems.items():
         if problem.action is Action.NONE:
             print(f"{name}: {problem.message}")
         else:
-            print(f"error: {name}: {_coded(problem)}", file=sys.stderr)
+            print(f"error: {name}: {_with_code(problem)}", file=sys.stderr)
     if result.worst_problem is not None:
-        _say_what_to_do(result.worst_problem)
+        _print_advice(result.worst_problem)
     return exit_code(result.worst_problem)
 
 
-def _coded(error: ModelSyncError) -> str:
+def _with_code(error: ModelSyncError) -> str:
     return f"[{error.code}] {error}"
 
 
-def _say_what_to_do(error: ModelSyncError) -> None:
-    """Say of a line that failed what it does not mean, and who does what now."""
+def _print_advice(error: ModelSyncError) -> None:
+    """Print what a failed link means, and what happens now."""
     if error.action is not Action.RETRY:
         return
     advice = CODES.get(error.code)
-    said = [say(PULL, "unreachable", language()), getattr(advice.do, language()) if advice else "", say(PULL, "then", language())]
-    print("\n".join(filter(None, said)), file=sys.stderr)
+    texts = [say(PULL, "unreachable", language()), getattr(advice.do, language()) if advice else "", say(PULL, "then", language())]
+    print("\n".join(filter(None, texts)), file=sys.stderr)
 
 
 class ProgressLine:
-    """One line of progress on a terminal, nothing elsewhere; what goes wrong is said everywhere."""
+    """A progress line on a terminal, nothing elsewhere; failed attempts are printed everywhere."""
 
     def __init__(self) -> None:
         self._shown = False
@@ -95,14 +95,14 @@ class ProgressLine:
         return self
 
     def show(self, progress: Progress) -> None:
-        """Write over the line before."""
+        """Replace the progress line."""
         if sys.stderr.isatty():
             self._shown = True
             done, total = progress.done_bytes / _MIB, progress.total_bytes / _MIB
             print(f"\r\x1b[K{progress.file}: {done:.1f} / {total:.1f} MiB", end="", file=sys.stderr, flush=True)
 
-    def trouble(self, error: LibraryUnreachable, pause_s: float) -> None:
-        """Say what failed, and when it is tried again."""
+    def print_retry(self, error: LibraryUnreachable, pause_s: float) -> None:
+        """Print what failed, and the seconds until the next attempt."""
         self._clear()
         again = say(PULL, "again", language()).format(message=error.message, code=error.code, pause=pause_s)
         print(again, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""``model-sync status``: what runs, what is wanted, since when, what is wrong, and what to do, on one screen."""
+"""The command ``status``: what runs, what is wanted, what is wrong since when, and what to do, on one screen."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MIB = 2**20
 
 
 def show(settings: SyncSettings, as_json: bool) -> int:
-    """Print the status; returns the exit code of its state: 0 well, 1 untrusted, 3 unreachable or broken, 4 waiting."""
+    """Print the status; return the exit code of its state: 0 ok, 1 untrusted, 3 unreachable or error, 4 waiting."""
     client = Client(settings)
     status = client.status()
     exchange = Exchange(settings.exchange_dir)
@@ -31,7 +31,7 @@ def show(settings: SyncSettings, as_json: bool) -> int:
 
 
 def _page(
-    settings: SyncSettings, status: dict[str, Any], models: list[dict[str, Any]] | None, directives: dict[str, Any], busy: str | None
+    settings: SyncSettings, status: dict[str, Any], models: list[dict[str, Any]] | None, directives: dict[str, Any], working_pid: str | None
 ) -> Iterator[str]:
     lang = language()
 
@@ -45,15 +45,15 @@ def _page(
         yield row("state", say(LABELS, "no_status", lang))
         return
     state, code = str(status.get("state")), str(status.get("code"))
-    # A pause that nobody waits in was left behind by a process that was killed; one that somebody waits in is no good health.
-    retry = _dict(status.get("retry")) if busy is not None else {}
+    # A retry entry without a working process was left by a killed one; with a working process it is a failure that lasts.
+    retry = _dict(status.get("retry")) if working_pid is not None else {}
     words = say(LABELS, "retrying", lang) if retry and state == "ok" else say(STATES, state, lang)
     yield row("state", f"{words} ({say(LABELS, 'since', lang)} {status.get('since')})")
     yield row("last_look", str(status["last_attempt_at"]))
     yield row("last_success", str(status.get("last_success_at") or say(LABELS, "never", lang)))
     for name in sorted(set(_dict(status.get("lines"))) | set(directives) | {str(model.get("line")) for model in models or ()}):
         yield row("line", _line(name, status, models, directives, lang))
-    yield from _under_way(status, busy, row, lang)
+    yield from _activity(status, working_pid, row, lang)
     if state not in ("ok", "downloading"):
         advice = CODES.get(code)
         yield row("wrong", f"{getattr(advice.what, lang) if advice else code} [{code}]")
@@ -86,13 +86,13 @@ def _line(name: str, status: dict[str, Any], models: list[dict[str, Any]] | None
     return f"{text}; {about.get('version') or ''} {say(DECISIONS, decision, lang)} {at}".rstrip()
 
 
-def _under_way(status: dict[str, Any], busy: str | None, row: Any, lang: str) -> Iterator[str]:
+def _activity(status: dict[str, Any], working_pid: str | None, row: Any, lang: str) -> Iterator[str]:
     progress = _dict(status.get("progress"))
-    if busy is not None:
-        yield row("working", busy)
+    if working_pid is not None:
+        yield row("working", working_pid)
     if status.get("state") == "downloading" and progress:
         done, total = (_number(progress.get(name)) / _MIB for name in ("done_bytes", "total_bytes"))
-        rest = "" if busy is not None else f" - {say(LABELS, 'interrupted', lang)}"
+        rest = "" if working_pid is not None else f" - {say(LABELS, 'interrupted', lang)}"
         yield row("progress", f"{progress.get('file')}: {done:.1f} / {total:.1f} MiB{rest}")
     yield row("received", str(status.get("received_bytes")))
 

@@ -1,7 +1,7 @@
-"""The box's own identity: a key that never leaves it, and the certificate that the centre gave it for that key.
+"""The identity of the box: a key that never leaves it, and the certificate that the centre issued for that key.
 
-Both stand in one file, so that a renewal replaces both at once. The authority that signed the first certificate is remembered: a
-later one from somebody else is refused.
+Both are in one file, so that a renewal replaces both at once. The authority that signed the first certificate is stored: a later
+certificate from another authority is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from model_sync.errors import CodedError, SettingsError
 IDENTITY: Final = "device.pem"
 PENDING_KEY: Final = "device-pending.key"
 PINNED: Final = "device-ca.pem"
-_ASK_AGAIN: Final = "ask the central team for a new token and run `model-sync enrol`"
+_ENROL_HINT: Final = "ask the central team for a new token and run `model-sync enrol`"
 
 
 def make_certificate_request(box_id: str) -> tuple[bytes, str]:
@@ -41,7 +41,7 @@ def certificate_request(key: EllipticCurvePrivateKey, box_id: str) -> str:
 
 
 def is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
-    """Say whether one certificate is signed by another's key."""
+    """Return whether a certificate is signed by the key of ``authority``."""
     try:
         certificate.verify_directly_issued_by(authority)
     except (ValueError, TypeError, InvalidSignature):
@@ -50,7 +50,7 @@ def is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> 
 
 
 def create_private_file(path: Path, data: bytes) -> None:
-    """Write a file that only this account can read, durably; raises SettingsError when it exists or cannot be written."""
+    """Write and flush a file that only this account can read; raise SettingsError when it exists or cannot be written."""
     try:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as stream:
             stream.write(data)
@@ -63,7 +63,7 @@ def create_private_file(path: Path, data: bytes) -> None:
 
 
 class DeviceError(CodedError):
-    """The centre did not let this box in, or this box has no valid identity.
+    """The centre refused this box, or this box has no valid identity.
 
     Attributes:
         code: ``device.none`` (not enrolled), ``device.expired``, ``device.answer`` (the centre's answer is not for this box), or the
@@ -80,12 +80,12 @@ class Identity:
     certificate: x509.Certificate
 
     def is_renewal_due(self, now: datetime) -> bool:
-        """Say whether half of the certificate's life is over."""
+        """Return whether half of the certificate's validity is over."""
         begin, end = self.certificate.not_valid_before_utc, self.certificate.not_valid_after_utc
         return now >= begin + (end - begin) / 2
 
     def is_expired(self, now: datetime) -> bool:
-        """Say whether the certificate's life is over."""
+        """Return whether the certificate has expired."""
         return now >= self.certificate.not_valid_after_utc
 
 
@@ -93,14 +93,14 @@ class Device:
     """The identity files in the agent's state directory."""
 
     def __init__(self, state_dir: Path, box_id: str) -> None:
-        """Nothing is read or written yet."""
+        """Store the paths; nothing is read or written yet."""
         self._file = state_dir / IDENTITY
         self._pending = state_dir / PENDING_KEY
         self._pinned = state_dir / PINNED
         self._box_id = box_id
 
     def identity(self) -> Identity | None:
-        """Return who this box is, or None before its enrolment.
+        """Return the identity of this box, or None before its enrolment.
 
         Raises:
             DeviceError: ``device.none``: the file is damaged; a new token is needed.
@@ -112,13 +112,16 @@ class Device:
         try:
             key, certificate = load_pem_private_key(pem, None), x509.load_pem_x509_certificate(pem)
         except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-            raise DeviceError("device.none", f"{self._file} is damaged", hint=_ASK_AGAIN) from error
+            raise DeviceError("device.none", f"{self._file} is damaged", hint=_ENROL_HINT) from error
         if not isinstance(key, EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
-            raise DeviceError("device.none", f"{self._file}: key and certificate do not belong together", hint=_ASK_AGAIN)
+            raise DeviceError("device.none", f"{self._file}: key and certificate do not belong together", hint=_ENROL_HINT)
         return Identity(self._file, key, certificate)
 
     def pending_request(self) -> tuple[bytes, str]:
-        """Return the key that waits for a certificate, and its request; made once, so that a lost answer can be asked for again."""
+        """Return the key that waits for a certificate, and its request.
+
+        They are made once, so that the same request can be sent again when an answer was lost.
+        """
         try:
             pem = self._pending.read_bytes()
             key = load_pem_private_key(pem, None)
@@ -128,22 +131,22 @@ class Device:
             pem, csr = make_certificate_request(self._box_id)
             create_private_file(self._pending, pem)
             return pem, csr
-        except ValueError:  # a power cut left a part of it
+        except ValueError:  # a power cut left half a file
             self._pending.unlink()
             return self.pending_request()
         return pem, certificate_request(key, self._box_id)
 
     def accept_certificate(self, key_pem: bytes, certificate_pem: str, authority_pem: str, *, first: bool) -> None:
-        """Take a certificate for ``key_pem`` and put both in place of the old ones, at once and durably.
+        """Replace key and certificate by new ones, at once and flushed to the disk.
 
         Args:
             key_pem: the key that the certificate must be for.
-            certificate_pem: what the centre gave.
-            authority_pem: the authority it names; remembered at an enrolment, compared at a renewal.
+            certificate_pem: the certificate from the centre.
+            authority_pem: the authority from the centre; stored at an enrolment, ignored at a renewal.
             first: whether this is an enrolment.
 
         Raises:
-            DeviceError: ``device.answer``: another key, box or authority; what was there stays.
+            DeviceError: ``device.answer``: another key, box or authority; nothing was changed.
         """
         hint = "ask the central team for a token of this box; nothing was changed"
         try:

@@ -1,7 +1,7 @@
-"""The directory that the agent shares with the box: trusted metadata, complete bundles, and what the box should run.
+"""The exchange directory, which the agent shares with the box: trusted metadata, complete bundles, and the directives for the box.
 
-Metadata and documents are only of use together, and a box may ask at any moment, also in the middle of a refresh that the
-line has cut. So each whole set is laid beside the last one, named after its content, and one link is turned::
+Metadata and documents belong together, and the box may read them at any moment, also during a refresh that the link has
+interrupted. So each complete set is written beside the last one, named by its content, and one symbolic link is replaced::
 
     exchange/trust -> .trust-<hash>/         exchange/metadata -> .trust-<hash>/metadata     exchange/documents -> ...
     exchange/bundles/<digest>/               exchange/directives.json                        exchange/floor.json
@@ -49,30 +49,30 @@ class StagedBundle:
 
 
 class Exchange:
-    """Reads and writes the exchange directory; everything the box may read is complete the moment it gets its name."""
+    """Reads and writes the exchange directory; everything that the box may read is complete from the moment it has its name."""
 
     def __init__(self, directory: Path) -> None:
-        """Take the directory; nothing is created yet."""
+        """Store the path; nothing is created yet."""
         self.directory = directory
         self.bundles_dir = directory / BUNDLES
 
     # -- metadata and documents ---------------------------------------------------------------------------------------
 
-    def publish_metadata(self, metadata: Path, copies: Path, trusted: TrustedMetadata, rollback_state: RollbackState) -> bool:
-        """Lay one whole, verified set of metadata and documents before the box; returns whether it is a new one.
+    def publish_metadata(self, metadata: Path, documents_dir: Path, trusted: TrustedMetadata, rollback_state: RollbackState) -> bool:
+        """Give the box one complete, verified set of metadata and documents; return whether it is a new one.
 
-        The floors follow the set, never lead it: a box must not be told of versions that it has not been given.
+        The rollback state is written after the set, never before it: a box must not know of versions that it does not have.
 
         Raises:
-            OSError: the set that the box has stays.
+            OSError: a file cannot be written; the box keeps the set that it has.
         """
-        files = dict(_set_files(metadata, copies, trusted))
+        files = dict(_set_files(metadata, documents_dir, trusted))
         digest = hashlib.sha256()
         for name in sorted(files):
             digest.update(name.encode() + b"\0" + hashlib.sha256(files[name]).digest())
         name = self._write_set(f"{_SET}{digest.hexdigest()[:32]}", files)
         fresh = _replace_link(self.directory / CURRENT, name)
-        for part in ("metadata", "documents"):  # for people, and for a box that watches these names
+        for part in ("metadata", "documents"):  # for people, and for programs that read these names
             _replace_link(self.directory / part, f"{name}/{part}")
         if fresh:
             os.utime(self.directory / name)
@@ -82,7 +82,10 @@ class Exchange:
         return fresh
 
     def _write_set(self, name: str, files: Mapping[str, bytes]) -> str:
-        """Lay a set and return its name. One that is there is read again: damaged, it is laid beside, so that no reader finds a gap."""
+        """Write a set and return its name.
+
+        A set that exists is read again; when it is damaged, a new one is written beside it, so that a reader always finds one.
+        """
         final = next(path for path in self._names(name) if not os.path.lexists(path) or _has_files(path, files))
         if final.is_dir():
             return final.name
@@ -104,7 +107,7 @@ class Exchange:
             yield self.directory / f"{name}-{number}"
 
     def _remove_old_sets(self, current: str) -> None:
-        """A reader that has followed the link keeps its set for as long as two newer ones are not laid."""
+        """Remove old sets; a reader that has followed the link can use its set until two newer ones exist."""
         sets = sorted((path for path in self.directory.glob(f"{_SET}*") if path.name != current), key=lambda path: -path.stat().st_mtime)
         parts = [path for path in sets if path.suffix == ".part"]
         for path in parts + [path for path in sets if path not in parts][_MAX_SETS - 1 :]:
@@ -113,12 +116,15 @@ class Exchange:
     # -- what the box should run --------------------------------------------------------------------------------------
 
     def directives(self) -> dict[str, dict[str, str]]:
-        """Return what each line should run, as it was last said."""
+        """Return the directive of each model line: the version it should run."""
         lines = atomic_files.read_json(self.directory / DIRECTIVES_FILE).get("lines")
         return lines if isinstance(lines, dict) else {}
 
     def set_directives(self, wanted: Mapping[str, tuple[str, str, Source]], now: datetime) -> bool:
-        """Say what lines should run (version, digest, source); the others are left as they are. Returns whether it is new."""
+        """Write which version model lines should run (version, digest, source); return whether something changed.
+
+        The directives of other model lines stay as they are.
+        """
         before = atomic_files.read_json(self.directory / DIRECTIVES_FILE)
         lines = self.directives()
         for line, (version, digest, source) in wanted.items():
@@ -145,7 +151,7 @@ class Exchange:
         atomic_files.write_json(self.directory / DIRECTIVES_FILE, value)
 
     def reported_models(self) -> list[dict[str, Any]] | None:
-        """Return the models that the box says it has; None when it has said nothing that can be read."""
+        """Return the models of the box's own report; None when there is no readable report."""
         models = atomic_files.read_json(self.directory / REPORT_FILE).get("models")
         if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
             return None
@@ -154,7 +160,7 @@ class Exchange:
     # -- bundles ------------------------------------------------------------------------------------------------------
 
     def bundles(self) -> Iterator[StagedBundle]:
-        """Yield the complete bundles; one whose manifest was damaged on the disk is passed over."""
+        """Yield the complete bundles; one whose manifest was damaged on the disk is skipped."""
         if not self.bundles_dir.is_dir():
             return
         for directory in sorted(self.bundles_dir.iterdir()):
@@ -166,54 +172,54 @@ class Exchange:
                 continue
 
     def known_lines(self) -> set[str]:
-        """Return the lines that this box has anything of: a withdrawal must reach it although no rollout names the line."""
+        """Return the model lines that this box has something of: a withdrawal must reach it although no rollout names the line."""
         reported = {str(model.get("line")) for model in self.reported_models() or ()}
         return set(self.directives()) | {bundle.manifest.name for bundle in self.bundles()} | reported
 
     def remove_old_bundles(self) -> list[StagedBundle]:
-        """Drop bundles that nothing names, beyond the newest three of each line; returns them.
+        """Remove bundles that nothing names, beyond the newest three of each model line; return them.
 
-        A box that has not said which models it has keeps them all.
+        Without a report of the box all bundles are kept.
         """
         reported = self.reported_models()
         if reported is None:
             return []
-        named = {str(model.get("digest")) for model in reported} | {line.get("digest", "") for line in self.directives().values()}
-        dropped = []
+        in_use = {str(model.get("digest")) for model in reported} | {line.get("digest", "") for line in self.directives().values()}
+        removed = []
         by_line: dict[str, list[StagedBundle]] = {}
         for bundle in self.bundles():
             by_line.setdefault(bundle.manifest.name, []).append(bundle)
         for bundles in by_line.values():
             newest_first = sorted(bundles, key=lambda bundle: bundle.directory.stat().st_mtime, reverse=True)
             for bundle in newest_first[MAX_UNUSED_BUNDLES:]:
-                if bundle.digest not in named:
+                if bundle.digest not in in_use:
                     # Renamed first: a reader must never find half a bundle under a digest.
-                    gone = bundle.directory.with_name(f".{bundle.digest}.dropped")
-                    bundle.directory.replace(gone)
-                    atomic_files.remove_tree(gone)
-                    dropped.append(bundle)
-        return dropped
+                    hidden = bundle.directory.with_name(f".{bundle.digest}.dropped")
+                    bundle.directory.replace(hidden)
+                    atomic_files.remove_tree(hidden)
+                    removed.append(bundle)
+        return removed
 
 
-def _set_files(metadata: Path, copies: Path, trusted: TrustedMetadata) -> Iterator[tuple[str, bytes]]:
-    """Yield what one set holds: every root since the provisioned one, the verified roles, the verified documents."""
+def _set_files(metadata: Path, documents_dir: Path, trusted: TrustedMetadata) -> Iterator[tuple[str, bytes]]:
+    """Yield the files of one set: every root since the provisioned one, the verified roles, the verified documents."""
     history = metadata / HISTORY
     yield "metadata/root.json", atomic_files.read(history / f"{trusted.root.version}.root.json", MAX_ROOT_BYTES)
     for version in range(1, trusted.root.version + 1):
-        with contextlib.suppress(FileNotFoundError):  # of before the provisioned one
+        with contextlib.suppress(FileNotFoundError):  # versions before the provisioned root
             yield f"metadata/{HISTORY}/{version}.root.json", atomic_files.read(history / f"{version}.root.json", MAX_ROOT_BYTES)
     for role in ("timestamp", "snapshot", "targets", *trusted.roles):
         yield f"metadata/{role}.json", atomic_files.read(metadata / f"{role}.json", MAX_METADATA_BYTES)
-    rings = [(f"rollout/{file.name}", documents.ROLLOUT_ROLE) for file in (copies / "rollout").glob("*.json")]
+    rings = [(f"rollout/{file.name}", documents.ROLLOUT_ROLE) for file in (documents_dir / "rollout").glob("*.json")]
     for path, role in [*((documents.line_path(line), line) for line in trusted.line_names()), *rings]:
         try:
-            yield f"documents/{path}", read_document(trusted, copies, path, role)
+            yield f"documents/{path}", read_document(trusted, documents_dir, path, role)
         except TrustError:
-            continue  # `check` says by itself which line it knows nothing of, and why
+            continue  # `check` reports by itself which model line is missing, and why
 
 
 def _has_files(directory: Path, files: Mapping[str, bytes]) -> bool:
-    """Say whether every file of a set lies there as it was laid."""
+    """Return whether a directory holds every file of a set, unchanged."""
     try:
         return not directory.is_symlink() and all(atomic_files.read(directory / name, len(data)) == data for name, data in files.items())
     except OSError:
@@ -221,12 +227,12 @@ def _has_files(directory: Path, files: Mapping[str, bytes]) -> bool:
 
 
 def _replace_link(link: Path, to: str) -> bool:
-    """Point a link elsewhere in one step; returns whether it pointed elsewhere, or was none."""
+    """Point a symbolic link to ``to`` in one step; return whether it was absent or pointed elsewhere."""
     if link.is_symlink():
         if os.readlink(link) == to:
             return False
     elif link.is_dir():
-        atomic_files.remove_tree(link)  # whatever it was, it was not laid here, and a link cannot take its name
+        atomic_files.remove_tree(link)  # not ours, and a link cannot replace a directory
     fresh = link.with_name(f".{link.name}.{os.getpid()}.link")
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(to)

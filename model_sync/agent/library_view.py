@@ -1,7 +1,7 @@
-"""A look at the library: what it says at one moment about the ring, and about each line that matters to this box.
+"""The view of the library at one moment: the rollout of the ring, and the index of each model line that matters to this box.
 
-A line whose documents are missing, expired or wrong is a trouble of that line alone: the others are looked at all the same, and
-what was learned, a withdrawal above all, is laid before the box. Only a line, a disk or a library that fails as a whole ends a look.
+A model line whose documents are missing, expired or wrong is a problem of that line alone: the others are read all the same, and
+what was learned, a withdrawal above all, is given to the box. Only a link, a disk or a library that fails as a whole ends a poll.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from model_sync.trust.rollback_protection import RollbackState
 from model_sync.trust.trusted_metadata import TrustedMetadata
 from model_sync.trust.tuf_client import TufClient, concerns_one_file
 
-# More than the fullest index or rollout that `documents` takes; each has to be read whole into memory, here and by `check`.
+# More than the largest index or rollout that `documents` accepts; each is read into memory, here and by `check`.
 MAX_DOCUMENT_BYTES = 2 * 1024 * 1024
-# Up to this length a document may use the disk's reserve: a withdrawal must arrive on a disk that is nearly full as well.
+# Up to this length a document may use the disk reserve: a withdrawal must arrive on a nearly full disk too.
 _SMALL_DOCUMENT_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True)
 class LibraryView:
-    """What the library says at one moment.
+    """The library at one moment.
 
     Attributes:
-        rollout: that of this ring; None when there is none, or none that can be had and believed.
-        indexes: of the lines that could be had and believed.
-        problems: by line (or ``rollout``), why something of it could not.
-        absent: lines that a stick does not carry.
+        trusted: the verified metadata.
+        rollout: the rollout of this ring; None when there is none, or none that could be fetched and verified.
+        indexes: the indexes of the model lines that could be fetched and verified.
+        problems: by model line (or ``rollout``), why its document could not be fetched or verified.
+        absent: model lines that a USB stick does not carry.
     """
 
     trusted: TrustedMetadata
@@ -47,16 +48,16 @@ class LibraryView:
 
 
 class LibraryPoller:
-    """Looks at one library, and lays what it says before the box.
+    """Polls one library, and gives the box what it says.
 
     Args:
-        settings: the agent's.
-        exchange: the box's directory.
-        upstream: the library.
-        source: whether that is a stick.
+        settings: the agent's settings.
+        exchange: the directory shared with the box.
+        tuf_client: the TUF client of the library.
+        source: whether the library is on a USB stick.
         metadata: python-tuf's directory.
-        copies: where verified documents are kept.
-        floor_files: the copies of the floors.
+        documents_dir: where verified documents are stored.
+        rollback_files: the copies of the rollback state.
     """
 
     def __init__(
@@ -66,52 +67,52 @@ class LibraryPoller:
         tuf_client: TufClient,
         source: Source,
         metadata: Path,
-        copies: Path,
+        documents_dir: Path,
         rollback_files: tuple[Path, ...],
     ) -> None:
-        """Prepare; nothing is fetched."""
+        """Store the arguments; nothing is fetched."""
         self._settings = settings
         self._exchange = exchange
         self._tuf_client = tuf_client
         self._source = source
         self._metadata = metadata
-        self._copies = copies
+        self._documents_dir = documents_dir
         self._rollback_files = rollback_files
 
     def poll(self) -> LibraryView:
-        """Refresh, read the rollout and the index of every line that matters here, and lay the whole set before the box.
+        """Refresh, read the rollout and the index of every model line that matters here, and give the complete set to the box.
 
         Raises:
-            LibraryUnreachable: the line, the disk or the state directory failed.
-            TrustError: the library as a whole cannot be believed.
+            LibraryUnreachable: the link, the disk or the state directory failed.
+            TrustError: the library as a whole is not trusted.
         """
         trusted = self._tuf_client.refresh()
         problems: dict[str, ModelSyncError] = {}
         rollout = self._rollout(trusted, problems)
-        asked = set(self._settings.lines or (rollout.lines if rollout else ()))
+        followed = set(self._settings.lines or (rollout.lines if rollout else ()))
         here, known = self._exchange.known_lines(), set(trusted.line_names())
         indexes, absent = {}, set()
-        for line in sorted((asked | here) & known):
+        for line in sorted((followed | here) & known):
             try:
                 index = self._index(line)
             except (TrustError, LibraryUnreachable) as error:
                 if self._source == "usb" and line not in self._settings.lines and _is_absent(error):
-                    absent.add(line)  # a stick need not carry every line; what is not on it stays as it is
+                    absent.add(line)  # a stick need not carry every model line
                 else:
-                    problems[line] = self._of_part(line, error)
+                    problems[line] = self._problem_of_part(line, error)
             else:
                 if index is not None:
                     indexes[line] = index
-        # A line that the box merely reports may never have been the library's: it may have come with the box.
-        told = set(self._exchange.directives()) | {bundle.manifest.name for bundle in self._exchange.bundles()}
-        for line in (asked | told) - known:
-            problems[line] = _ended(line) if line in here or (rollout and line in rollout.lines) else _unknown(line)
+        # A model line that the box only reports may never have been in the library: it may have come with the box.
+        managed = set(self._exchange.directives()) | {bundle.manifest.name for bundle in self._exchange.bundles()}
+        for line in (followed | managed) - known:
+            problems[line] = _ended_error(line) if line in here or (rollout and line in rollout.lines) else _unknown_error(line)
         trusted = self._tuf_client.trusted or trusted
-        self._exchange.publish_metadata(self._metadata, self._copies, trusted, RollbackState.load(self._rollback_files))
+        self._exchange.publish_metadata(self._metadata, self._documents_dir, trusted, RollbackState.load(self._rollback_files))
         return LibraryView(trusted, rollout, indexes, problems, frozenset(absent))
 
     def _rollout(self, trusted: TrustedMetadata, problems: dict[str, ModelSyncError]) -> Rollout | None:
-        """Return this ring's rollout; None when the library has none, or one that cannot be had or believed."""
+        """Return the rollout of this ring; None when there is none, or when it could not be fetched or verified."""
         path, role = documents.rollout_path(self._settings.ring), documents.ROLLOUT_ROLE
         if role not in trusted.delegated_names():
             return None
@@ -126,30 +127,30 @@ class LibraryPoller:
                     action=Action.OPERATOR,
                 )
         except (TrustError, LibraryUnreachable) as error:
-            problems[role] = self._of_part(role, error)
+            problems[role] = self._problem_of_part(role, error)
             return None
         return rollout
 
     def _index(self, line: str) -> LineIndex | None:
         if self._document(documents.line_path(line), line) is None:
             return None
-        return trusted_metadata.read_index(cast("TrustedMetadata", self._tuf_client.trusted), self._copies, line)
+        return trusted_metadata.read_index(cast("TrustedMetadata", self._tuf_client.trusted), self._documents_dir, line)
 
     def _document(self, path: str, role: str) -> bytes | None:
-        (self._copies / path).parent.mkdir(parents=True, exist_ok=True)
-        if self._tuf_client.fetch(path, self._copies / path, role, before=self._require_small) is None:
+        (self._documents_dir / path).parent.mkdir(parents=True, exist_ok=True)
+        if self._tuf_client.fetch(path, self._documents_dir / path, role, before=self._require_small) is None:
             return None
-        return trusted_metadata.read_document(cast("TrustedMetadata", self._tuf_client.trusted), self._copies, path, role)
+        return trusted_metadata.read_document(cast("TrustedMetadata", self._tuf_client.trusted), self._documents_dir, path, role)
 
     def _require_small(self, path: str, length: int) -> None:
-        """Refuse a document that is none, or that would take the disk's reserve, before its first byte."""
+        """Raise before the first byte when a document is too large, or would use up the disk reserve."""
         if length > MAX_DOCUMENT_BYTES:
             raise TrustError(
                 f"{path} is signed with {length} bytes; no document has more than {MAX_DOCUMENT_BYTES}",
                 hint=f"tell the central team: it was signed by mistake or in bad faith; {MODEL_STAYS}",
                 code="trust.too_large",
             )
-        free = shutil.disk_usage(self._copies).free - self._settings.disk_reserve_bytes
+        free = shutil.disk_usage(self._documents_dir).free - self._settings.disk_reserve_bytes
         if length > _SMALL_DOCUMENT_BYTES and length > free:
             raise LibraryUnreachable(
                 f"{path} needs {length} bytes of disk space, and {max(0, free)} are free above the reserve",
@@ -158,8 +159,8 @@ class LibraryPoller:
                 action=Action.OPERATOR,
             )
 
-    def _of_part(self, part: str, error: TrustError | LibraryUnreachable) -> ModelSyncError:
-        """Return what is wrong with one line, or with the rollout, alone; raises what is wrong with everything."""
+    def _problem_of_part(self, part: str, error: TrustError | LibraryUnreachable) -> ModelSyncError:
+        """Return the problem of one model line or of the rollout; raise an error that concerns the whole library."""
         if isinstance(error, LibraryUnreachable):
             if not concerns_one_file(error):
                 raise error
@@ -179,12 +180,12 @@ class LibraryPoller:
 
 
 def is_missing_on_server(error: ModelSyncError) -> bool:
-    """Say whether a server or a stick answered that it has not got a file."""
+    """Return whether a server or a stick answered that it does not have a file."""
     return isinstance(error, Refused) and error.status_code in (403, 404, 410)
 
 
 def missing_on_server_error(part: str, error: ModelSyncError) -> LibraryUnreachable:
-    """Return the error for a file that the library has signed and its server does not have."""
+    """Return the error for a file that is signed and that the library's server does not have."""
     return LibraryUnreachable(
         f"the library's server lacks a file of {part}: {error.message}",
         hint=f"the central team has to look at the web server, or to copy the library there again; it then comes by itself; {MODEL_STAYS}",
@@ -196,7 +197,7 @@ def _is_absent(error: ModelSyncError) -> bool:
     return isinstance(error, LibraryUnreachable) and concerns_one_file(error)
 
 
-def _ended(line: str) -> TrustError:
+def _ended_error(line: str) -> TrustError:
     return TrustError(
         f"the library has ended the line {line}: validly signed, it names the line no more",
         hint=f"nothing: there are no new versions of it; {MODEL_STAYS}",
@@ -205,7 +206,7 @@ def _ended(line: str) -> TrustError:
     )
 
 
-def _unknown(line: str) -> SettingsError:
+def _unknown_error(line: str) -> SettingsError:
     return SettingsError(
         f"the settings follow the line {line}, which the library does not have",
         hint=f"compare `lines` in sync.toml with the central team's list; {MODEL_STAYS}",

@@ -1,7 +1,7 @@
-"""One agent per state directory, by a lock that the kernel lets go of when its holder dies.
+"""One agent per state directory, by a lock that the kernel releases when its holder dies.
 
-A technician with a stick does not wait half an hour for a pull that tries a dead line again and again: who may wait says so by a
-second lock, and the holder, who looks at it between two pieces and during its pauses, makes way.
+A technician with a USB stick does not wait half an hour for a pull that retries a dead link: the waiting process takes a second
+lock, and the holder, which checks it between two chunks and during its pauses, stops.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from model_sync.errors import Action, LibraryUnreachable
 
 LOCK_FILE = "lock"
 REQUEST_FILE = "wanted"
-_TRIES, _PAUSE_S = 3, 0.05  # somebody may be asking just now who holds the lock
+_TRIES, _PAUSE_S = 3, 0.05  # another process may be testing at this moment who holds the lock
 
 
 @contextlib.contextmanager
 def hold(state_dir: Path, wait_s: float = 0.0) -> Iterator[None]:
-    """Hold the state directory; with ``wait_s`` ask whoever holds it to make way, and wait so long.
+    """Hold the state directory; with ``wait_s`` ask its holder to stop, and wait up to so many seconds.
 
     Raises:
         LibraryUnreachable: ``sync.busy``: another process holds it; ``sync.state`` or ``sync.disk_full``: it cannot be written.
@@ -35,18 +35,18 @@ def hold(state_dir: Path, wait_s: float = 0.0) -> Iterator[None]:
     except OSError as error:
         raise atomic_files.disk_error(error) from error
     try:
-        taken = any(_try_lock(descriptor, fcntl.LOCK_EX) for _ in range(_TRIES))
-        if not taken and wait_s:
+        is_held = any(_try_lock(descriptor, fcntl.LOCK_EX) for _ in range(_TRIES))
+        if not is_held and wait_s:
             with _request(state_dir):
-                taken = any(_try_lock(descriptor, fcntl.LOCK_EX) for _ in range(int(wait_s / _PAUSE_S)))
-        if not taken:
+                is_held = any(_try_lock(descriptor, fcntl.LOCK_EX) for _ in range(int(wait_s / _PAUSE_S)))
+        if not is_held:
             raise LibraryUnreachable(
                 f"another model-sync (process {_read_pid(file)}) is at work in {state_dir}",
                 hint="wait until it is done; `model-sync status` shows what it does",
                 code="sync.busy",
                 action=Action.WAIT,
             )
-        with contextlib.suppress(OSError):  # on a full disk the holder has no number; the lock holds all the same
+        with contextlib.suppress(OSError):  # on a full disk the process id is missing; the lock holds all the same
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
@@ -68,7 +68,7 @@ def holder_pid(state_dir: Path) -> str | None:
 
 
 def is_requested(state_dir: Path) -> bool:
-    """Say whether somebody waits for the directory; whoever died waiting does not count."""
+    """Return whether a living process waits for the directory."""
     try:
         descriptor = os.open(state_dir / REQUEST_FILE, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -86,7 +86,7 @@ def _request(state_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise atomic_files.disk_error(error) from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # a second one that asks waits for the first
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # a second waiting process waits for the first
         yield
     finally:
         (state_dir / REQUEST_FILE).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""The agent on the box: looks at the library now and then, tells the centre how it went, and keeps the box's certificate young.
+"""The service of the sync agent: polls the library, reports to the centre, and resummary the box's certificate.
 
-Nothing that goes wrong ends it. It talks to two places only: the library (``model_sync.agent.client``) and, when the settings name one,
-the centre's server. What it tells is ``model_sync.agent.report``'s allow-list; what it signs with never leaves the state directory.
+No error ends it. It connects to two places only: the library (``model_sync.agent.client``) and, when the settings name one, the
+central server. A report holds only what ``model_sync.agent.report`` allows; the key that signs it never leaves the state directory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from securesystemslib.signer import CryptoSigner
 
 from model_sync import atomic_files
-from model_sync.agent.central_client import KEPT, ReportSequenceError, post
+from model_sync.agent.central_client import NOTHING_LOST, ReportSequenceError, post
 from model_sync.agent.client import Client
 from model_sync.agent.device import Device, Identity, make_certificate_request
 from model_sync.agent.exchange import REPORT_FILE
@@ -38,18 +38,18 @@ from model_sync.trust.documents import LineIndex
 logger = logging.getLogger(__name__)
 SENT_FILE: Final = "report.json"
 Sent = Literal["sent", "not_enrolled", "no_server"]
-_LOOK_S: Final = 20.0  # how often the box's own report is looked at for news
+_CHECK_INTERVAL_S: Final = 20.0  # how often the box's own report is checked for changes
 _STOP_S: Final = 0.7
 _DRAW: Final = random.SystemRandom().random
 
 
 def enrol(settings: SyncSettings, token: str) -> None:
-    """Trade a token for this box's certificate.
+    """Get a certificate for this box with a token.
 
-    The key is made here and stays here. When the answer is lost on its way, the same token may be used again from this box.
+    The key is made here and stays here. When the answer is lost, the same token may be used again from this box.
 
     Raises:
-        DeviceError: the token does not work, or is another box's.
+        DeviceError: the token is not valid, or belongs to another box.
         LibraryUnreachable: the server does not answer; nothing was changed.
         SettingsError: there is no https ``report_url``.
     """
@@ -60,10 +60,10 @@ def enrol(settings: SyncSettings, token: str) -> None:
 
 
 def renew_if_due(settings: SyncSettings, *, now: datetime | None = None) -> bool:
-    """Renew the certificate from half of its life on, with a new key. Returns whether that was done.
+    """Renew the certificate, with a new key, after half of its validity; return whether that was done.
 
     Raises:
-        DeviceError: ``device.expired``: too late, a new token is needed; or the centre refuses.
+        DeviceError: ``device.expired``: a new token is needed; or the centre refuses this box.
         LibraryUnreachable: the server does not answer; the certificate in use stays.
     """
     device = Device(settings.state_dir, settings.box_id)
@@ -76,10 +76,10 @@ def renew_if_due(settings: SyncSettings, *, now: datetime | None = None) -> bool
 
 
 def send_report(settings: SyncSettings) -> Sent:
-    """Tell the centre how this box is.
+    """Send the status report to the centre.
 
-    The number of a report is on the disk before the report is on the wire: no number ever stands for two reports. While it is not
-    known whether a report arrived, and nothing has changed, the very same bytes are sent again.
+    The number of a report is on the disk before the report is sent: no number is ever used for two reports. While it is not known
+    whether a report arrived, and nothing has changed, the same bytes are sent again.
 
     Raises:
         LibraryUnreachable: the server does not answer.
@@ -94,16 +94,16 @@ def send_report(settings: SyncSettings) -> Sent:
     outbox = _ReportOutbox(settings)
     body = outbox.next(identity)
     expected = _deliver(settings, body, identity)
-    if expected is not None:  # this box's count is behind: its state was lost or restored
+    if expected is not None:  # the number on this box is too low: its state was lost or restored
         expected = _deliver(settings, outbox.again(identity, expected), identity)
         if expected is not None:
-            raise LibraryUnreachable("the centre counts this box's reports otherwise", hint=KEPT, code="sync.report")
+            raise LibraryUnreachable("the centre counts this box's reports otherwise", hint=NOTHING_LOST, code="sync.report")
     outbox.delivered()
     return "sent"
 
 
 def build_report(settings: SyncSettings, sequence: int) -> StatusReport:
-    """Return what this box has to tell now: the agent's own status, and the box's report as far as the allow-list lets it pass."""
+    """Return the report of this moment: the agent's status, and the allowed part of the box's own report."""
     box, code = _box_report(settings)
     values = {
         "schema": 1, "box_id": settings.box_id, "sequence": sequence, "at": datetime.now(timezone.utc), "agent_version": _version(),
@@ -113,9 +113,9 @@ def build_report(settings: SyncSettings, sequence: int) -> StatusReport:
 
 
 def run(settings: SyncSettings, *, at_once: bool = False) -> int:
-    """Work until SIGTERM or SIGINT; returns 0. A stop takes less than a second, also in the middle of a download.
+    """Work until SIGTERM or SIGINT; return 0. A stop takes less than a second, also in the middle of a download.
 
-    What a stop leaves behind is what a power cut leaves behind, and the next start goes on from there.
+    A stop leaves the same files as a power cut, and the next start continues from there.
     """
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -130,13 +130,13 @@ def run(settings: SyncSettings, *, at_once: bool = False) -> int:
 
 
 class Agent:
-    """The loop: a look at the library about every ``poll_interval_s``, a report when something changed and now and then.
+    """The loop: a pull about every ``poll_interval_s``, a report when something changed and at least every ``report_interval_s``.
 
     Args:
-        settings: the agent's.
-        stop: set from outside to end the loop.
-        pull: one look at the library; by default the client's.
-        draw: a random number in [0, 1): thousands of boxes that start together must not come together.
+        settings: the agent's settings.
+        stop: set by the caller to end the loop.
+        pull: one pull; by default that of a client.
+        draw: returns a random number in [0, 1): thousands of boxes that start together must not poll together.
         ticks: a monotonic clock, in seconds.
     """
 
@@ -155,9 +155,9 @@ class Agent:
         self._report_at = self._retry_at = float("-inf")
 
     def work(self, at_once: bool = False) -> None:
-        """Go on until ``stop`` is set."""
+        """Run until ``stop`` is set."""
         poll_at = self._ticks() + (0.0 if at_once else self._draw() * self._settings.poll_interval_s)
-        while not self._stop.wait(max(0.0, min(poll_at - self._ticks(), _LOOK_S))):
+        while not self._stop.wait(max(0.0, min(poll_at - self._ticks(), _CHECK_INTERVAL_S))):
             if self._ticks() >= poll_at:
                 self._attempt("pull", self._pull)
                 poll_at = self._ticks() + self.pause_s()
@@ -166,11 +166,11 @@ class Agent:
                 self._attempt("report", self._report_if_due)
 
     def pause_s(self) -> float:
-        """Return the time to the next look: the interval, moved at random by up to its jitter either way."""
+        """Return the time to the next poll: the interval, plus or minus a random part of at most its jitter."""
         return self._settings.poll_interval_s * (1 + self._settings.poll_jitter * (2 * self._draw() - 1))
 
     def _require_running(self) -> None:
-        """Stop a look between two pieces of a file, and in a pause before another attempt, when the agent is asked to stop."""
+        """Stop a pull between two chunks of a file, and during a pause, when the agent is asked to stop."""
         if self._stop.is_set():
             raise LibraryUnreachable(
                 "the agent was stopped", hint="it goes on when it is started again", code="sync.stopped", action=Action.WAIT
@@ -179,82 +179,82 @@ class Agent:
     def _report_if_due(self) -> None:
         if self._settings.report_url is None or self._ticks() < self._retry_at:
             return
-        news = self._news()
-        if self._ticks() < self._report_at and news == self._reported_state:
+        summary = self._summary()
+        if self._ticks() < self._report_at and summary == self._reported_state:
             return
         self._retry_at = self._ticks() + min(self._settings.poll_interval_s, self._settings.report_interval_s)
         send_report(self._settings)
-        self._reported_state, self._report_at = news, self._ticks() + self._settings.report_interval_s
+        self._reported_state, self._report_at = summary, self._ticks() + self._settings.report_interval_s
         self._retry_at = float("-inf")
 
-    def _news(self) -> str:
-        """Return what a report is sent early for: states, models and activations; not counts that change all the time."""
+    def _summary(self) -> str:
+        """Return the part of the report whose change is reported at once: states, models and activations, but no counts."""
         report = build_report(self._settings, 1)
         box = report.box
         parts = [report.sync.state, report.sync.code, report.box_code, *(box.models if box else ()), *(box.activations if box else ())]
         return "\n".join(map(repr, parts))
 
     def _attempt(self, what: str, step: Callable[[], object]) -> None:
-        """Do one step; whatever goes wrong is logged, and the next step comes at its time."""
+        """Do one step; an error is logged, and the loop continues."""
         try:
             step()
         except ModelSyncError as error:
             logger.warning("%s: %s", what, error.message)
-        except Exception:  # the top of the loop: an agent that ended would be a box that nobody updates
+        except Exception:  # the top of the loop: without the agent nobody updates this box
             logger.exception("%s failed", what)
 
 
 class _ReportOutbox:
-    """The report under way: its number and bytes on the disk, before the first of them is sent."""
+    """The report being sent: its number and bytes are on the disk before the first byte is sent."""
 
     def __init__(self, settings: SyncSettings) -> None:
         self._settings = settings
         self._file = settings.state_dir / SENT_FILE
-        self._kept = atomic_files.read_json(self._file)
+        self._stored = atomic_files.read_json(self._file)
 
     def next(self, identity: Identity) -> bytes:
-        """Return what to send: the report that may or may not have arrived, when it still holds, or a new one."""
-        last = self._kept.get("sequence", 0)
+        """Return the bytes to send: the last report if it may not have arrived and nothing changed, or a new one."""
+        last = self._stored.get("sequence", 0)
         sequence = (last if isinstance(last, int) and last >= 0 else 0) + 1
         report = build_report(self._settings, sequence)
-        body = self._kept.get("body")
-        if isinstance(body, str) and self._kept.get("content") == _content(report) and self._kept.get("key") == _key_name(identity):
+        body = self._stored.get("body")
+        if isinstance(body, str) and self._stored.get("content") == _content(report) and self._stored.get("key") == _key_name(identity):
             return body.encode()
-        return self._keep(report, identity)
+        return self._store(report, identity)
 
     def again(self, identity: Identity, sequence: int) -> bytes:
-        """Return a new report under a number that the centre asked for."""
-        return self._keep(build_report(self._settings, sequence), identity)
+        """Return a new report under the number that the centre expects."""
+        return self._store(build_report(self._settings, sequence), identity)
 
     def delivered(self) -> None:
-        """Remember that the report arrived."""
-        self._write(self._kept | {"body": None})
+        """Record that the report arrived."""
+        self._write(self._stored | {"body": None})
 
-    def _keep(self, report: StatusReport, identity: Identity) -> bytes:
+    def _store(self, report: StatusReport, identity: Identity) -> bytes:
         if report.box_code:
             logger.warning("the box's own report is not sent: %s", report.box_code)
         body = sign(report, CryptoSigner(identity.key))
-        kept = {"sequence": report.sequence, "content": _content(report), "key": _key_name(identity), "body": body.decode()}
-        self._write(kept)
+        entry = {"sequence": report.sequence, "content": _content(report), "key": _key_name(identity), "body": body.decode()}
+        self._write(entry)
         return body
 
-    def _write(self, kept: dict[str, Any]) -> None:
+    def _write(self, entry: dict[str, Any]) -> None:
         try:
-            atomic_files.write_json(self._file, kept)
+            atomic_files.write_json(self._file, entry)
         except OSError as error:
             raise atomic_files.disk_error(error) from error
-        self._kept = kept
+        self._stored = entry
 
 
 def _deliver(settings: SyncSettings, body: bytes, identity: Identity) -> int | None:
-    """Send one report; returns the number that the centre expects when it is another one."""
+    """Send one report; return the number that the centre expects when it expects another one."""
     for last in (False, True):
         try:
             post(settings, "reports", body, identity)
         except ReportSequenceError as other:
             return other.expected
         except LibraryUnreachable as error:
-            # It may have arrived: the same bytes again cost nothing, another report under this number would be a lie.
+            # It may have arrived: sending the same bytes again is harmless, another report under this number would be wrong.
             if last or error.code != "sync.unreachable":
                 raise
         else:
@@ -267,10 +267,10 @@ def _accept(device: Device, key: bytes, answer: dict[str, Any], *, first: bool) 
 
 
 def _box_report(settings: SyncSettings) -> tuple[BoxReport | None, str]:
-    """Return the box's own report, or why there is none; an invalid one is not sent at all."""
+    """Return the box's own report, or the code why there is none; no part of an invalid one is sent."""
     path = settings.exchange_dir / REPORT_FILE
     try:
-        # Another account's file: no link is followed and no pipe waited for.
+        # A file of another account: follow no link and wait for no pipe.
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
             if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
                 return None, "box_report.unreadable"
@@ -287,7 +287,7 @@ def _box_report(settings: SyncSettings) -> tuple[BoxReport | None, str]:
 
 
 def _signed_versions(settings: SyncSettings) -> dict[str, frozenset[str]]:
-    """Return the lines and versions that the signed library names, as the box was told: only those names may leave the box."""
+    """Return the model lines and versions that the signed library names: only those names may leave the box."""
     known: dict[str, frozenset[str]] = {line: frozenset() for line in settings.lines}
     for path in sorted((settings.exchange_dir / "documents" / "models").glob("*/line.json")):
         try:
@@ -299,8 +299,8 @@ def _signed_versions(settings: SyncSettings) -> dict[str, frozenset[str]]:
 
 
 def _sync_report(settings: SyncSettings) -> SyncReport:
-    kept = atomic_files.read_json(settings.exchange_dir / STATUS_FILE)
-    fields = {name: kept.get(name) for name in SyncReport.model_fields if kept.get(name) is not None}
+    status = atomic_files.read_json(settings.exchange_dir / STATUS_FILE)
+    fields = {name: status.get(name) for name in SyncReport.model_fields if status.get(name) is not None}
     try:
         return SyncReport.model_validate_json(json.dumps({"state": "unknown", "code": ""} | fields))
     except (ValidationError, ValueError):
@@ -308,9 +308,9 @@ def _sync_report(settings: SyncSettings) -> SyncReport:
 
 
 def _content(report: StatusReport) -> str:
-    """Return a digest of what a report tells, its number and moment apart."""
-    told = {name: value for name, value in report.to_dict().items() if name not in ("sequence", "at")}
-    return hashlib.sha256(canonical(told)).hexdigest()
+    """Return a digest of a report without its number and time."""
+    content = {name: value for name, value in report.to_dict().items() if name not in ("sequence", "at")}
+    return hashlib.sha256(canonical(content)).hexdigest()
 
 
 def _key_name(identity: Identity) -> str:

@@ -1,8 +1,8 @@
-"""Bringing one version of one line into the exchange directory: from what is here already, by deltas, or whole.
+"""Staging of one version of a model line in the exchange directory: from files that are here, by deltas, or by full downloads.
 
-A bundle is assembled in a hidden directory that outlives the process, so that a kill costs at most the piece under way; it is
-verified as a whole, flushed, and only then gets the name of its digest. A delta is a wager on fewer bytes: whatever it builds
-must be the signed file, and one that fails is not tried again.
+A bundle is assembled in a hidden directory that outlives the process, so a kill costs at most the current file. The complete
+bundle is verified and flushed, and only then gets its digest as its name. What a delta builds must be the signed file; a delta
+that fails is not tried again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from model_sync.trust.tuf_client import TufClient, concerns_one_file
 
 @dataclass(frozen=True)
 class StagingJob:
-    """What is to be brought: one release of a line, and the deltas that its index offers."""
+    """One release of a model line to stage, and the deltas that its index offers."""
 
     line: str
     release: documents.Release
@@ -39,16 +39,16 @@ class StagingJob:
 
 @dataclass(frozen=True)
 class MissingFile:
-    """One file that has to come over the line; ``delta`` is the smallest that fits a file which is here, or None."""
+    """One file that has to be downloaded; ``delta`` is the smallest one that fits a file which is here, or None."""
 
-    file: str
+    name: str
     target: TargetFile
     delta: documents.Delta | None = None
     base: Path | None = None
 
     @property
     def cost(self) -> int:
-        """Bytes on the wire."""
+        """Bytes to download."""
         return self.delta.length if self.delta else self.target.length
 
 
@@ -56,13 +56,13 @@ class Stager:
     """Assembles bundles in an exchange directory.
 
     Args:
-        upstream: the library.
-        exchange: where bundles go.
-        deltas_dir: where deltas are kept while they are used.
+        tuf_client: downloads targets of the library.
+        exchange: where bundles are staged.
+        deltas_dir: where deltas are stored while they are used.
         reserve_bytes: disk space that stays free.
-        on_progress: told what is under way.
-        note: told what a technician may want to know.
-        whole: what this process has found whole; kept by the caller from pull to pull.
+        on_progress: receives the progress.
+        add_note: receives remarks for a technician.
+        verified: the bundles that this process has verified; the caller keeps it from pull to pull.
     """
 
     def __init__(
@@ -72,21 +72,21 @@ class Stager:
         deltas_dir: Path,
         reserve_bytes: int,
         on_progress: Callable[[Progress], None],
-        note: Callable[[str], None],
+        add_note: Callable[[str], None],
         verified: VerifiedBundleCache,
     ) -> None:
-        """Prepare; nothing is fetched."""
+        """Store the arguments; nothing is fetched."""
         self._tuf_client = tuf_client
         self._exchange = exchange
         self._deltas_dir = deltas_dir
         self._reserve = reserve_bytes
         self._on_progress = on_progress
-        self._info = note
+        self._add_note = add_note
         self._verified = verified
-        self._under_way: Progress | None = None
+        self._progress: Progress | None = None
 
     def is_staged(self, digest: str) -> bool:
-        """Say whether a complete bundle is here; it is hashed when there is reason to, and a damaged one is put away."""
+        """Return whether a complete bundle is here; it is hashed when necessary, and a damaged one is set aside."""
         directory = self._exchange.bundles_dir / digest
         rejected = rejections(self._exchange, digest)
         if not directory.is_dir():
@@ -94,12 +94,12 @@ class Stager:
         if self._verified.is_verified(directory, rejected):
             return True
         try:
-            verified = ModelBundle.load(directory).digest == digest
+            is_intact = ModelBundle.load(directory).digest == digest
         except BundleError as error:
-            verified = False
-            self._info(f"the bundle {digest[:12]} is damaged on the disk ({error.message}); it is fetched again")
-        if not verified:
-            self._put_away(directory)
+            is_intact = False
+            self._add_note(f"the bundle {digest[:12]} is damaged on the disk ({error.message}); it is fetched again")
+        if not is_intact:
+            self._set_aside(directory)
             return False
         self._verified.add(directory, rejected)
         return True
@@ -108,46 +108,46 @@ class Stager:
         """Return the manifest of a complete bundle; raises OSError or BundleError."""
         return Manifest.parse((self._exchange.bundles_dir / digest / MANIFEST_NAME).read_bytes())
 
-    def _put_away(self, directory: Path) -> None:
-        """Take a damaged bundle's name from it; its files that are still right are used again."""
+    def _set_aside(self, directory: Path) -> None:
+        """Rename a damaged bundle to a hidden part; its files that are still right are used again."""
         self._verified.remove(directory)
         part = self._part(directory.name)
         atomic_files.remove_tree(part)
         directory.replace(part)
 
     def stage(self, trusted: TrustedMetadata, job: StagingJob) -> ModelBundle:
-        """Bring one release here, complete and verified.
+        """Stage one release, complete and verified.
 
         Raises:
-            LibraryUnreachable: it stopped on the way; what has come is kept.
-            TrustError: what the library signed does not fit together, or the bytes are not those that were signed.
+            LibraryUnreachable: the download stopped; the received part is kept.
+            TrustError: what the library signed is inconsistent, or the bytes are not the signed ones.
         """
         digest = job.release.digest
         try:
-            part = self._adopt(digest)
+            part = self._take_over_part(digest)
             manifest = self._manifest(trusted, job, part)
-            pieces = self._pieces(trusted, job, manifest, part)
+            missing_files = self._missing_files(trusted, job, manifest, part)
             done = 0
-            total = sum(piece.cost for piece in pieces)
-            for number, piece in enumerate(pieces):
-                self._require_room(pieces[number:])
-                self._under_way = Progress(piece.file, done, total)
+            total = sum(file.cost for file in missing_files)
+            for number, missing in enumerate(missing_files):
+                self._require_room(missing_files[number:])
+                self._progress = Progress(missing.name, done, total)
                 self.report_received(0)
-                self._bring(job, piece, part)
-                done += piece.cost
+                self._fetch_file(job, missing, part)
+                done += missing.cost
             return self._finish(part, job, manifest)
         except OSError as error:
             raise atomic_files.disk_error(error) from error
         finally:
-            self._under_way = None
+            self._progress = None
 
     def report_received(self, file_bytes: int) -> None:
-        """Hear from the fetcher how far the file under way has come."""
-        if self._under_way is not None:
-            self._on_progress(self._under_way._replace(done_bytes=self._under_way.done_bytes + file_bytes))
+        """Report the progress of the current file; the fetcher calls it."""
+        if self._progress is not None:
+            self._on_progress(self._progress._replace(done_bytes=self._progress.done_bytes + file_bytes))
 
     def remove_unwanted(self, wanted: set[str]) -> None:
-        """Remove the remains of bundles that nobody wants any more."""
+        """Remove the parts of bundles whose digest is not ``wanted``."""
         if self._exchange.bundles_dir.is_dir():
             for path in self._exchange.bundles_dir.glob(".*"):
                 if path.name.split(".")[1] not in wanted:
@@ -158,15 +158,15 @@ class Stager:
     def _part(self, digest: str) -> Path:
         return self._exchange.bundles_dir / f".{digest}.{os.getpid()}.part"
 
-    def _adopt(self, digest: str) -> Path:
-        """Take over what an earlier process left of this bundle."""
+    def _take_over_part(self, digest: str) -> Path:
+        """Return the part directory of a bundle, taking over what an earlier process left."""
         part = self._part(digest)
         part.parent.mkdir(parents=True, exist_ok=True)
-        for left in sorted(part.parent.glob(f".{digest}.*.part")):
+        for leftover in sorted(part.parent.glob(f".{digest}.*.part")):
             if not part.exists():
-                left.replace(part)
-            elif left != part:
-                atomic_files.remove_tree(left)
+                leftover.replace(part)
+            elif leftover != part:
+                atomic_files.remove_tree(leftover)
         part.mkdir(exist_ok=True)
         return part
 
@@ -177,46 +177,49 @@ class Stager:
         try:
             manifest = Manifest.parse((part / MANIFEST_NAME).read_bytes())
         except BundleError as error:
-            raise _wrong(job, error.message) from error
+            raise _document_error(job, error.message) from error
         if (manifest.name, manifest.version) != (line, version):
-            raise _wrong(job, f"its manifest speaks of {manifest.name} {manifest.version}")
+            raise _document_error(job, f"its manifest speaks of {manifest.name} {manifest.version}")
         return manifest
 
-    def _pieces(self, trusted: TrustedMetadata, job: StagingJob, manifest: Manifest, part: Path) -> list[MissingFile]:
-        """Return what has to be fetched; files that are here already are put into place."""
-        have = self._files_here()
-        pieces = []
+    def _missing_files(self, trusted: TrustedMetadata, job: StagingJob, manifest: Manifest, part: Path) -> list[MissingFile]:
+        """Return the files that have to be downloaded; files that are here already are linked into place."""
+        here = self._files_here()
+        missing_files = []
         for file, sha256 in sorted(manifest.digests().items()):
             target = _target(trusted, job, file, sha256)
             path = part / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            if _is(path, sha256) or (sha256 in have and _link(have[sha256], path, sha256)):
+            if _has_digest(path, sha256) or (sha256 in here and _link_or_copy(here[sha256], path, sha256)):
                 continue
             path.unlink(missing_ok=True)
-            pieces.append(self._cheapest(job, file, target, sha256, have))
-        return pieces
+            missing_files.append(self._smallest_download(job, file, target, sha256, here))
+        return missing_files
 
-    def _cheapest(self, job: StagingJob, file: str, target: TargetFile, sha256: str, have: Mapping[str, Path]) -> MissingFile:
+    def _smallest_download(self, job: StagingJob, file: str, target: TargetFile, sha256: str, here: Mapping[str, Path]) -> MissingFile:
         fitting = [
             item
             for item in job.deltas
-            if item.to_sha256 == sha256 and item.from_sha256 in have and item.length < target.length and not self._failed(item).exists()
+            if item.to_sha256 == sha256
+            and item.from_sha256 in here
+            and item.length < target.length
+            and not self._failure_mark(item).exists()
         ]
         best = min(fitting, key=lambda item: item.length, default=None)
-        return MissingFile(file, target, best, have[best.from_sha256]) if best else MissingFile(file, target)
+        return MissingFile(file, target, best, here[best.from_sha256]) if best else MissingFile(file, target)
 
     def _files_here(self) -> dict[str, Path]:
-        """Return a file for each digest that the manifests of complete bundles name; what they hold is verified on use."""
+        """Return a file for each digest that the manifests of complete bundles name; the content is verified when it is used."""
         return {
             sha256: bundle.directory / file for bundle in self._exchange.bundles() for file, sha256 in bundle.manifest.digests().items()
         }
 
-    def _require_room(self, pieces: list[MissingFile]) -> None:
-        """Refuse before the first byte, and before each file, when the disk cannot take what is still to come."""
-        largest = max(piece.target.length for piece in pieces)
-        needs = {self._exchange.directory: sum(piece.target.length for piece in pieces), self._deltas_dir.parent: largest}
+    def _require_room(self, missing_files: list[MissingFile]) -> None:
+        """Raise before each file when the disk has too little space for the files still to come."""
+        largest = max(file.target.length for file in missing_files)
+        needs = {self._exchange.directory: sum(file.target.length for file in missing_files), self._deltas_dir.parent: largest}
         if os.stat(self._exchange.directory).st_dev == os.stat(self._deltas_dir.parent).st_dev:
-            # The largest piece is there twice for a moment: as the part that was received and as the file of the bundle.
+            # The largest file exists twice for a moment: as the received part and as the file of the bundle.
             needs = {self._exchange.directory: sum(needs.values())}
         for directory, need in needs.items():
             free = shutil.disk_usage(directory).free - self._reserve
@@ -229,40 +232,44 @@ class Stager:
                     action=Action.OPERATOR,
                 )
 
-    def _bring(self, job: StagingJob, piece: MissingFile, part: Path) -> None:
-        path = part / piece.file
-        if piece.delta is not None and piece.base is not None and self._by_delta(job, piece, piece.delta, piece.base, path):
+    def _fetch_file(self, job: StagingJob, missing: MissingFile, part: Path) -> None:
+        path = part / missing.name
+        if missing.delta is not None and missing.base is not None and self._rebuild(job, missing, missing.delta, missing.base, path):
             return
-        self._tuf_client.fetch(piece.target.path, path, job.line)
+        self._tuf_client.fetch(missing.target.path, path, job.line)
 
-    def _by_delta(self, job: StagingJob, piece: MissingFile, item: documents.Delta, base: Path, path: Path) -> bool:
-        """Rebuild a file from an older one; False when that does not give what was signed, or when the delta is not to be had."""
-        file = self._failed(item).with_suffix("")
+    def _rebuild(self, job: StagingJob, missing: MissingFile, item: documents.Delta, base: Path, path: Path) -> bool:
+        """Rebuild a file from an older one; return False when the delta is missing or does not build the signed file."""
+        delta_file = self._failure_mark(item).with_suffix("")
         built = path.with_name(f".{path.name}.built")
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            if self._tuf_client.fetch(item.path, file, job.line) is None:
+            delta_file.parent.mkdir(parents=True, exist_ok=True)
+            if self._tuf_client.fetch(item.path, delta_file, job.line) is None:
                 raise delta_codec.DeltaError(f"the library does not have {item.path}")
-            delta_codec.apply(item.codec, base, file, built, to_sha256=item.to_sha256, to_length=piece.target.length)
+            delta_codec.apply(item.codec, base, delta_file, built, to_sha256=item.to_sha256, to_length=missing.target.length)
             atomic_files.sync_file(built)
             built.replace(path)
         except (delta_codec.DeltaError, TrustError) as error:
-            self._info(f"{job.line} {job.release.version}: no use of the delta for {piece.file} ({error.message}); the whole is fetched")
-            atomic_files.write(self._failed(item), b"")
+            self._add_note(
+                f"{job.line} {job.release.version}: no use of the delta for {missing.name} ({error.message}); the whole is fetched"
+            )
+            atomic_files.write(self._failure_mark(item), b"")
             return False
         except LibraryUnreachable as error:
-            # A stick need not carry deltas, and a server may have lost one: only a whole file that is missing stops a bundle.
+            # A stick need not carry deltas, and a server may have lost one: only a missing full file stops a bundle.
             if not (concerns_one_file(error) or error.code in ("sync.refused", "sync.usb")):
                 raise
-            self._info(f"{job.line} {job.release.version}: there is no delta for {piece.file} here ({error.message}); the whole is fetched")
+            self._add_note(
+                f"{job.line} {job.release.version}: there is no delta for {missing.name} here ({error.message}); the whole is fetched"
+            )
             return False
         finally:
             built.unlink(missing_ok=True)
-        file.unlink(missing_ok=True)
+        delta_file.unlink(missing_ok=True)
         return True
 
-    def _failed(self, item: documents.Delta) -> Path:
-        """Return the mark of a delta that did not serve; beside it lies the delta itself while it is used."""
+    def _failure_mark(self, item: documents.Delta) -> Path:
+        """Return the mark file of a delta that failed; the delta itself is stored beside it while it is used."""
         return self._deltas_dir / f"{item.to_sha256[:16]}-{item.from_sha256[:16]}-{item.codec}.failed"
 
     def _finish(self, part: Path, job: StagingJob, manifest: Manifest) -> ModelBundle:
@@ -284,7 +291,7 @@ class Stager:
         return ModelBundle(final, bundle.manifest, bundle.digest)
 
     def _changed_on_disk(self, part: Path, job: StagingJob, what: str) -> LibraryUnreachable:
-        """Every file was right when it came: what is wrong now is the disk, so the next pull begins anew."""
+        """Return the error for files that changed after they were verified; the part is removed, so the next pull starts anew."""
         atomic_files.remove_tree(part)
         return LibraryUnreachable(
             f"{job.line} {job.release.version} changed on the disk while it was put together: {what}",
@@ -295,10 +302,10 @@ class Stager:
 
 
 def require_still_signed(trusted: TrustedMetadata, job: StagingJob, manifest: Manifest) -> None:
-    """Check that a role signs every file of a bundle now, and not only when its download began.
+    """Check that the role still signs every file of a bundle after its download.
 
     Raises:
-        TrustError: the role was revoked, or signs another file, or none.
+        TrustError: the role was revoked, or signs another file or none.
     """
     _target(trusted, job, MANIFEST_NAME, job.release.digest)
     for file, sha256 in manifest.digests().items():
@@ -309,11 +316,11 @@ def _target(trusted: TrustedMetadata, job: StagingJob, file: str, sha256: str) -
     path = documents.file_path(job.line, job.release.version, file)
     target = trusted.target(path, job.line)
     if target is None or target.hashes.get("sha256") != sha256:
-        raise _wrong(job, f"{file} is not signed with the digest that the index or the manifest gives")
+        raise _document_error(job, f"{file} is not signed with the digest that the index or the manifest gives")
     return target
 
 
-def _wrong(job: StagingJob, what: str) -> TrustError:
+def _document_error(job: StagingJob, what: str) -> TrustError:
     return TrustError(
         f"{job.line} {job.release.version} was signed, but it is no whole bundle: {what}",
         hint=f"tell the central team, which has to publish it again under a new version; {MODEL_STAYS}",
@@ -322,15 +329,15 @@ def _wrong(job: StagingJob, what: str) -> TrustError:
     )
 
 
-def _is(path: Path, sha256: str) -> bool:
+def _has_digest(path: Path, sha256: str) -> bool:
     return path.is_file() and sha256_of(path) == sha256
 
 
-def _link(source: Path, path: Path, sha256: str) -> bool:
-    """Put a file that is here into the bundle without a second copy where the disk can; False when it is not what it was."""
+def _link_or_copy(source: Path, path: Path, sha256: str) -> bool:
+    """Link a file that is here into the bundle, or copy it; return False when its content is not the expected one."""
     path.unlink(missing_ok=True)
     try:
         os.link(source, path)
     except OSError:
         shutil.copyfile(source, path)
-    return _is(path, sha256)
+    return _has_digest(path, sha256)

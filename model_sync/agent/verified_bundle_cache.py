@@ -1,7 +1,7 @@
-"""Which bundles a process has found whole, so that megabytes are not hashed at every look, and when to look again all the same.
+"""The bundles that this process has verified, so that megabytes are not hashed at every poll.
 
-A disk rots, and another account may write where it should not. A bundle is hashed again when a file of it has another length, time
-or inode than before, when the box has refused it since, and once a day in any case: a rotten sector changes none of these.
+A disk can lose bits, and another account may write where it should not. A bundle is hashed again when the length, time or inode of
+a file changed, when the box has rejected it since, and once a day in any case: a bad sector changes none of these.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Rejections: TypeAlias = frozenset[tuple[str, str]]
 
 @dataclass(frozen=True)
 class _Fingerprint:
-    """What a bundle was like when it was found whole."""
+    """The state of a bundle when it was verified."""
 
     files: tuple[tuple[str, int, int, int], ...]
     rejected: Rejections
@@ -30,46 +30,46 @@ class _Fingerprint:
 
 
 class VerifiedBundleCache:
-    """Remembers bundles that were found whole.
+    """Remembers bundles that were verified.
 
     Args:
         ticks: a monotonic clock, in seconds.
     """
 
     def __init__(self, ticks: Callable[[], float]) -> None:
-        """Know nothing yet."""
+        """Start empty."""
         self._ticks = ticks
-        self._found: dict[str, _Fingerprint] = {}
+        self._fingerprints: dict[str, _Fingerprint] = {}
 
     def is_verified(self, directory: Path, rejected: Rejections) -> bool:
-        """Say whether a bundle needs no hashing; ``refused`` is what the box has against it."""
-        found = self._found.get(directory.name)
-        if found is None or self._ticks() - found.at >= REVERIFY_INTERVAL_S or not rejected <= found.rejected:
+        """Return whether a bundle needs no hashing; ``rejected`` holds the rejections by the box."""
+        fingerprint = self._fingerprints.get(directory.name)
+        if fingerprint is None or self._ticks() - fingerprint.at >= REVERIFY_INTERVAL_S or not rejected <= fingerprint.rejected:
             return False
-        return found.files == _files(directory)
+        return fingerprint.files == _files(directory)
 
     def add(self, directory: Path, rejected: Rejections) -> None:
-        """A bundle was hashed just now, and is whole."""
-        self._found[directory.name] = _Fingerprint(_files(directory), rejected, self._ticks())
+        """Record that a bundle was hashed just now and is intact."""
+        self._fingerprints[directory.name] = _Fingerprint(_files(directory), rejected, self._ticks())
 
     def remove(self, directory: Path) -> None:
-        """A bundle is damaged, or gone."""
-        self._found.pop(directory.name, None)
+        """Forget a bundle that is damaged or was removed."""
+        self._fingerprints.pop(directory.name, None)
 
 
 def rejections(exchange: Exchange, digest: str) -> Rejections:
-    """Return when and why the box has refused a bundle, by its own report."""
+    """Return when and why the box has rejected a bundle, by its own report."""
     activations = atomic_files.read_json(exchange.directory / REPORT_FILE).get("activations")
-    told = [item for item in activations if isinstance(item, dict)] if isinstance(activations, list) else []
+    reported = [item for item in activations if isinstance(item, dict)] if isinstance(activations, list) else []
     return frozenset(
         (str(item.get("at")), str(item.get("code")))
-        for item in told
+        for item in reported
         if item.get("digest") == digest and item.get("state") in _REJECTED_STATES
     )
 
 
 def _files(directory: Path) -> tuple[tuple[str, int, int, int], ...]:
-    """Return name, length, time and inode of each file; a bundle that cannot be read now is like none before."""
+    """Return name, length, time and inode of each file."""
     found = []
     for folder, _, names in os.walk(directory):
         for name in names:

@@ -1,8 +1,8 @@
-"""What the library says about models, each a small signed TUF target: the index of a line, and the rollout of a ring.
+"""The signed documents of the library, each a small TUF target: the index of a model line, and the rollout of a ring.
 
-``models/<line>/line.json`` is signed by the line's own role: which versions exist, which is the oldest a box may run, which
-are withdrawn, and which deltas there are. ``rollout/<ring>.json`` is signed by the rollout role, which can only choose among
-the versions of the index: it cannot bring a model of its own to a box.
+``models/<line>/line.json`` is signed by the role of the model line: which versions exist, which is the oldest that a box may run,
+which are withdrawn, and which deltas exist. ``rollout/<ring>.json`` is signed by the rollout role, which can only choose among the
+versions of the index: it cannot bring a model of its own to a box.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from model_sync.bundle.output_spec import Identifier, RelativePath, Sha256
 from model_sync.errors import Action, TrustError
 
 
-def _in_our_time(moment: datetime) -> datetime:
-    # A signer's slip such as the year 9999 must not break the arithmetic of every box.
+def _plausible_year(moment: datetime) -> datetime:
+    # A typing error such as the year 9999 must not break the date arithmetic of every box.
     if not 2000 <= moment.year < 2200:
         raise ValueError("a time between 2000 and 2200 is needed")
     return moment
 
 
-Moment: TypeAlias = Annotated[AwareDatetime, AfterValidator(_in_our_time)]
+Moment: TypeAlias = Annotated[AwareDatetime, AfterValidator(_plausible_year)]
 Codec: TypeAlias = Literal["zstd-prefix", "tensor"]
 _Document = TypeVar("_Document", bound="SignedDocument")
 # TUF's path patterns match segment by segment: a bundle's files lie at most three folders deep.
@@ -39,15 +39,14 @@ ROLLOUT_PATTERN = "rollout/*.json"
 
 
 class SignedDocument(Strict):
-    """Base of the documents: strict JSON, canonical bytes."""
+    """Base of the signed documents: strict JSON, canonical bytes."""
 
     @classmethod
     def parse(cls: type[_Document], raw: bytes) -> _Document:
         """Read the bytes of a verified target.
 
         Raises:
-            TrustError: signed, but not a document this version understands: the signers made a mistake, or a newer library
-                speaks to an older box.
+            TrustError: ``trust.document``: it is signed and not valid: the signers made a mistake, or the box is too old.
         """
         try:
             return cls.model_validate_json(raw)
@@ -68,7 +67,7 @@ class SignedDocument(Strict):
 
 
 class Release(Strict):
-    """One version of a line: ``digest`` is the SHA-256 of its ``manifest.json``, which names every file of it."""
+    """One version of a model line: ``digest`` is the SHA-256 of its ``manifest.json``, which names every file."""
 
     version: SemVer
     digest: Sha256
@@ -76,7 +75,7 @@ class Release(Strict):
 
 
 class Withdrawal(Strict):
-    """A version that must not read another patient, and why; the reason is shown to clinicians."""
+    """A version that must not analyse another image, and why; the reason is shown to clinicians."""
 
     version: SemVer
     reason: Annotated[NonEmpty, Field(max_length=300)]
@@ -84,7 +83,7 @@ class Withdrawal(Strict):
 
 
 class Delta(Strict):
-    """A way to make one file out of another that a box may have: ``path`` is the target that holds it, ``length`` its bytes."""
+    """A delta that builds one file from another one: ``path`` is the target that holds it, ``length`` its bytes."""
 
     from_sha256: Sha256
     to_sha256: Sha256
@@ -94,7 +93,7 @@ class Delta(Strict):
 
 
 class LineIndex(SignedDocument):
-    """``models/<line>/line.json``."""
+    """The index of a model line, ``models/<line>/line.json``."""
 
     schema_: Annotated[Literal[1], Field(alias="schema")] = 1
     line: Identifier
@@ -117,11 +116,11 @@ class LineIndex(SignedDocument):
         return next((item for item in self.versions if item.version == version), None)
 
     def withdrawal(self, version: str) -> Withdrawal | None:
-        """Return why ``version`` is withdrawn, or None."""
+        """Return the withdrawal of ``version``, or None."""
         return next((item for item in self.withdrawn if item.version == version), None)
 
     def refusal(self, version: str) -> str | None:
-        """Say why a box must not run ``version``: ``unknown``, ``withdrawn`` or ``below_minimum``; None when it may."""
+        """Return why a box must not run ``version``: ``unknown``, ``withdrawn`` or ``below_minimum``; None when it may."""
         if self.release(version) is None:
             return "unknown"
         if self.withdrawal(version) is not None:
@@ -130,14 +129,14 @@ class LineIndex(SignedDocument):
 
 
 class FailureBudget(Strict):
-    """How many failed activations a rollout may cost before it is paused: a share of the boxes that tried, above a minimum."""
+    """How many activations may fail before a rollout is paused: a share of the boxes that tried it, and at least a number."""
 
     max_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
     min_boxes: Annotated[int, Field(ge=1)] = 2
 
 
 class RolloutStep(Strict):
-    """What a ring's boxes do with one line: ``percent`` of them take ``version``, spread over ``duration_h`` from ``start``."""
+    """The rollout of one model line: ``percent`` of the ring's boxes take ``version``, spread over ``duration_h`` from ``start``."""
 
     version: SemVer
     percent: Annotated[float, Field(ge=0, le=100)]
@@ -148,7 +147,7 @@ class RolloutStep(Strict):
 
 
 class Rollout(SignedDocument):
-    """``rollout/<ring>.json``."""
+    """The rollout of a ring, ``rollout/<ring>.json``."""
 
     schema_: Annotated[Literal[1], Field(alias="schema")] = 1
     ring: Identifier
@@ -156,7 +155,7 @@ class Rollout(SignedDocument):
     lines: Annotated[dict[Identifier, RolloutStep], Field(max_length=200)]
 
 
-class Decision(NamedTuple):
+class RolloutTurn(NamedTuple):
     """Whether a box takes a version now; ``code`` says why not: ``paused``, ``not_chosen`` or ``not_yet`` (then ``at``)."""
 
     take: bool
@@ -164,29 +163,29 @@ class Decision(NamedTuple):
     at: datetime | None = None
 
 
-def decide(step: RolloutStep, line: str, box_id: str, now: datetime) -> Decision:
-    """Decide for one box, the same way each time it is asked, and without telling anybody.
+def decide(step: RolloutStep, line: str, box_id: str, now: datetime) -> RolloutTurn:
+    """Return whether one box takes a version now; the result depends only on the arguments.
 
-    A box's place in a rollout is a hash of its name, the line and the version, in [0, 100): those below ``percent`` take part,
-    the lower ones earlier. So a widened rollout only adds boxes, and the canaries of one version are not those of the next.
+    The place of a box in a rollout is a hash of its name, the model line and the version, in [0, 100): places below ``percent``
+    take part, lower ones earlier. So a wider rollout only adds boxes, and the first boxes differ from version to version.
     """
     if step.paused:
-        return Decision(False, "paused")
+        return RolloutTurn(False, "paused")
     draw = hashlib.sha256(f"{line}\n{step.version}\n{box_id}".encode()).digest()
     place = int.from_bytes(draw[:8], "big") / 2**64 * 100
     if place >= step.percent:
-        return Decision(False, "not_chosen")
+        return RolloutTurn(False, "not_chosen")
     at = step.start + timedelta(hours=step.duration_h * place / step.percent)
-    return Decision(True) if now >= at else Decision(False, "not_yet", at)
+    return RolloutTurn(True) if now >= at else RolloutTurn(False, "not_yet", at)
 
 
 def older(version: str, than: str) -> bool:
-    """Say whether ``version`` comes before ``than`` by the precedence of semantic versioning 2.0 (clause 11)."""
+    """Return whether ``version`` precedes ``than`` (Semantic Versioning 2.0, clause 11)."""
     return semver.Version.parse(version).compare(than) < 0
 
 
 def line_path(line: str) -> str:
-    """Return the target path of a line's index."""
+    """Return the target path of a model line's index."""
     return f"models/{line}/line.json"
 
 
@@ -206,10 +205,10 @@ def rollout_path(ring: str) -> str:
 
 
 def line_patterns(line: str) -> list[str]:
-    """Return the path patterns that the targets role delegates to the role of a line."""
+    """Return the path patterns that the targets role delegates to the role of a model line."""
     return [pattern.format(line=line) for pattern in _LINE_PATTERNS]
 
 
 def delta_custom(delta: Delta) -> dict[str, Any]:
-    """Return what a delta's TUF target carries in ``custom``."""
+    """Return the ``custom`` field of a delta's TUF target."""
     return {"from_sha256": delta.from_sha256, "to_sha256": delta.to_sha256, "codec": delta.codec}

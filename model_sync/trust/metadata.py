@@ -1,6 +1,6 @@
-"""Reading what trust hangs on: root by root from the provisioned one, then role by role, each verified as it is read.
+"""Reading of TUF metadata from a directory: root by root from the provisioned one, then role by role, each verified as it is read.
 
-What lies there was written by another account, or by a library: every file is a plain one of bounded size, or it is refused.
+The files were written by another account or came from a library: each must be a regular file of bounded size.
 """
 
 from __future__ import annotations
@@ -26,52 +26,52 @@ _Role = TypeVar("_Role", bound=Signed)
 
 
 def load_newest_root(metadata: Path, root: bytes) -> AnchoredRoot:
-    """Go from the provisioned root to the newest one on disk, each signed by the one before it and by itself.
+    """Return the newest root on the disk; each is signed by the root before it and by itself.
 
     Raises:
-        TrustError: the provisioned root is none.
+        TrustError: the provisioned root is not valid.
     """
     trusted = verified(Root, root, None, Root.type)
     for _ in range(MAX_ROOTS):
         try:
             raw = atomic_files.read(metadata / HISTORY / f"{trusted.version + 1}.root.json", MAX_ROOT_BYTES)
-            following = verified(Root, raw, trusted, Root.type)
+            next_root = verified(Root, raw, trusted, Root.type)
         except (OSError, TrustError):
-            # A half-written file counts as absent, as in python-tuf: the floor knows whether a newer root was seen.
+            # A half-written file counts as absent, as in python-tuf: the rollback state knows whether a newer root was seen.
             break
-        if following.version != trusted.version + 1:
+        if next_root.version != trusted.version + 1:
             break
-        trusted = following
+        trusted = next_root
     return AnchoredRoot.of(trusted, root)
 
 
-def foreign(metadata: Path, root: bytes) -> bool:
-    """Say whether a metadata directory was filled from another provisioned root than ``root``.
+def is_of_other_root(metadata: Path, root: bytes) -> bool:
+    """Return whether a metadata directory was written under another provisioned root than ``root``.
 
-    Every client lays the root it was given there; a file that is absent or damaged speaks for neither.
+    Every client stores its provisioned root there; an absent or damaged file is no evidence of another root.
 
     Raises:
-        TrustError: the provisioned root is none.
+        TrustError: the provisioned root is not valid.
     """
     version = verified(Root, root, None, Root.type).version
     try:
-        laid = atomic_files.read(metadata / HISTORY / f"{version}.root.json", MAX_ROOT_BYTES)
-        return laid != root and verified(Root, laid, None, Root.type).version == version
+        stored = atomic_files.read(metadata / HISTORY / f"{version}.root.json", MAX_ROOT_BYTES)
+        return stored != root and verified(Root, stored, None, Root.type).version == version
     except (OSError, TrustError):
         return False
 
 
 def set_aside(metadata: Path, root: bytes) -> bool:
-    """Put metadata away that was received under another provisioned root; returns whether there was any.
+    """Set aside metadata that was received under another provisioned root; return whether there was any.
 
-    A library that was laid anew may share a key with the one before it: what that one signed must neither count as seen nor as
-    trusted. It is kept beside, as ``<name>.other``, for whoever wants to know what happened; the one before that is dropped.
+    A new library may share a key with the one before it: what the old one signed must count neither as seen nor as trusted. It is
+    renamed to ``<name>.other`` for an investigation; an older directory of that name is removed.
 
     Raises:
-        TrustError: the provisioned root is none.
+        TrustError: the provisioned root is not valid.
         OSError: it cannot be moved.
     """
-    if not foreign(metadata, root):
+    if not is_of_other_root(metadata, root):
         return False
     aside = metadata.with_name(f"{metadata.name}.other")
     atomic_files.remove_tree(aside)
@@ -84,11 +84,11 @@ def read_root(path: Path) -> bytes:
     """Return the bytes of the provisioned root.
 
     Raises:
-        TrustError: ``trust.root``: there is none, so nothing can be trusted.
+        TrustError: ``trust.root``: it is missing, so nothing can be trusted.
         OSError: it cannot be read.
     """
     try:
-        return atomic_files.read(path, MAX_ROOT_BYTES, follow=True)  # whoever provisions may lay a link
+        return atomic_files.read(path, MAX_ROOT_BYTES, follow=True)  # the provisioned file may be a link
     except FileNotFoundError as error:
         raise TrustError(
             f"{path} is missing: without the library's first root.json no signature can be checked",
@@ -101,8 +101,8 @@ def read(metadata: Path, role: str) -> bytes:
     """Return the bytes of a role's metadata.
 
     Raises:
-        TrustError: ``trust.missing``; ``trust.metadata``: it is larger than any box reads.
-        OSError: it is there and cannot be read.
+        TrustError: ``trust.missing``; ``trust.metadata``: it is larger than a box reads.
+        OSError: it exists and cannot be read.
     """
     try:
         return atomic_files.read(metadata / f"{role}.json", MAX_METADATA_BYTES)
@@ -119,7 +119,7 @@ def read(metadata: Path, role: str) -> bytes:
 
 
 def listed(kind: type[_Role], metadata: Path, delegator: Root | Targets, role: str, meta: Any) -> _Role:
-    """Read a role that the metadata before it names with its version, and with hashes if it likes."""
+    """Return a role that other metadata names with its version and optional hashes, after all checks."""
     if meta is None:
         raise TrustError(
             f"{role} is delegated to, but the snapshot does not name it",
@@ -142,10 +142,10 @@ def listed(kind: type[_Role], metadata: Path, delegator: Root | Targets, role: s
 
 
 def verified(kind: type[_Role], raw: bytes, delegator: Root | Targets | None, role: str) -> _Role:
-    """Return what ``raw`` signs, after its signatures; without a delegator a root's own only.
+    """Return the signed part of ``raw`` after a check of its signatures; without a delegator only a root's own.
 
     Raises:
-        TrustError: ``trust.metadata``: it cannot be read; ``trust.signature``: others signed it, or nobody.
+        TrustError: ``trust.metadata``: it cannot be read; ``trust.signature``: it is not signed by the right keys.
     """
     try:
         metadata = Metadata.from_bytes(raw)
@@ -171,17 +171,17 @@ def verified(kind: type[_Role], raw: bytes, delegator: Root | Targets | None, ro
 
 
 def expired(role: str, at: datetime, clocks: Clocks) -> TrustError:
-    """Return the error for metadata that is no longer valid; the clocks say whether it or the box is wrong."""
+    """Return the error for expired metadata; its text and hint depend on the clocks."""
     return TrustError(f"the {role} metadata expired on {iso(at)}: {clocks.describe()}", hint=clocks.hint(), code="trust.expired")
 
 
 def missing(what: str) -> TrustError:
-    """Return the error for something that was never received, or was lost."""
+    """Return the error for a file that was never received, or was lost."""
     return TrustError(f"{what}", hint=f"run `model-sync pull`; {MODEL_STAYS}", code="trust.missing")
 
 
 def altered(what: str) -> TrustError:
-    """Return the error for bytes that are not those which were signed."""
+    """Return the error for a file that is not the signed one."""
     return TrustError(
         f"{what} is not what was signed: its length or its hash differs",
         hint=f"run `model-sync pull` again; if it stays, have the disk and the line checked; {MODEL_STAYS}",

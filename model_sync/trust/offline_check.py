@@ -1,9 +1,8 @@
-"""What this box may believe, from the metadata it has on its disk alone: offline, read-only, from the provisioned root.
+"""The check without a network: which versions are signed and which are withdrawn, from the files on this disk alone.
 
-``check`` is asked right before a model is put to work, by an account that cannot write here: which versions the library's
-line roles have signed, which of them are withdrawn, and until when that holds. It trusts nothing that an earlier pull
-concluded: root by root, then timestamp, snapshot, targets and each line's role, signatures, versions and hashes are checked
-again, with the time and the versions that the floor knows. The refresh (``model_sync.trust.tuf_client``) is checked by the same chain.
+The box calls ``check`` right before it activates a model, from an account that cannot write here. The check trusts nothing that an
+earlier pull concluded: roots, timestamp, snapshot, targets and the role of each model line are verified again, with signatures,
+versions, hashes and the rollback state.
 """
 
 from __future__ import annotations
@@ -20,22 +19,22 @@ from typing import Any
 from model_sync import atomic_files
 from model_sync.errors import MODEL_STAYS, LibraryUnreachable, TrustError
 from model_sync.trust import documents
-from model_sync.trust.metadata import HISTORY, foreign, missing, read_root
+from model_sync.trust.metadata import HISTORY, is_of_other_root, missing, read_root
 from model_sync.trust.rollback_protection import ROLLBACK_FILE, RollbackState, iso, utc_now
 from model_sync.trust.trusted_metadata import TrustedMetadata, read_index
 
-CURRENT = "trust"  # a link to the newest whole set of metadata and documents
+CURRENT = "trust"  # a link to the newest complete set of metadata and documents
 
 
 @dataclass(frozen=True)
 class ModelLineFacts:
-    """What a line's role signs about its versions."""
+    """What the role of a model line signs about its versions."""
 
     index: documents.LineIndex
     valid_until: datetime
 
     def to_dict(self, now: datetime) -> dict[str, Any]:
-        """Return the JSON form; ``expired`` says it of this line alone, whatever has become of the others."""
+        """Return the JSON form; ``expired`` is about this model line alone."""
         return {
             "minimum_version": self.index.minimum_version,
             "withdrawn": {item.version: {"reason": item.reason, "at": iso(item.at)} for item in self.index.withdrawn},
@@ -47,16 +46,16 @@ class ModelLineFacts:
 
 @dataclass(frozen=True)
 class TrustFacts:
-    """What may be believed about every line; ``troubles`` are lines that cannot be believed, and why."""
+    """What is verified about every model line; ``problems`` holds the reason for each line that failed a check."""
 
     now: datetime
     valid_until: datetime
     lines: Mapping[str, ModelLineFacts]
-    troubles: Mapping[str, TrustError]
+    problems: Mapping[str, TrustError]
 
     @property
     def expired(self) -> bool:
-        """Say whether anything has expired: its withdrawals and minimum still hold, nothing new of it may be put to work."""
+        """Whether anything has expired: withdrawals and minimum versions still hold, but nothing new may be activated."""
         return self.now >= self.valid_until
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,12 +66,12 @@ class TrustFacts:
             "valid_until": iso(self.valid_until),
             "expired": self.expired,
             "lines": {name: line.to_dict(self.now) for name, line in self.lines.items()},
-            "troubles": {name: {"code": error.code, "message": error.message} for name, error in self.troubles.items()},
+            "troubles": {name: {"code": error.code, "message": error.message} for name, error in self.problems.items()},
         }
 
 
 def check(exchange_dir: Path, root: Path, now: datetime | None = None) -> TrustFacts:
-    """Verify what lies in the exchange directory; writes nothing, asks nobody.
+    """Verify the files in the exchange directory; write nothing, use no network.
 
     Args:
         exchange_dir: the directory that the agent shares with the box.
@@ -80,7 +79,7 @@ def check(exchange_dir: Path, root: Path, now: datetime | None = None) -> TrustF
         now: the system clock, for tests.
 
     Raises:
-        TrustError: the metadata cannot be believed.
+        TrustError: the metadata failed a check.
         LibraryUnreachable: ``sync.state``: a file cannot be read.
     """
     system = now or utc_now()
@@ -93,7 +92,7 @@ def check(exchange_dir: Path, root: Path, now: datetime | None = None) -> TrustF
 
 def _facts(exchange_dir: Path, root: bytes, rollback_state: RollbackState, system: datetime) -> TrustFacts:
     base = _current(exchange_dir)
-    if foreign(base / "metadata", root):
+    if is_of_other_root(base / "metadata", root):
         raise missing("what lies here is of the library that this box followed before; nothing of its new one has been received")
     trusted = TrustedMetadata.load(base / "metadata", root)
     trusted.refuse_older(rollback_state)
@@ -101,10 +100,12 @@ def _facts(exchange_dir: Path, root: bytes, rollback_state: RollbackState, syste
 
 
 def _current(exchange_dir: Path) -> Path:
-    """Return the newest set. Its link is followed once, so that a pull that ends meanwhile cannot mix two; no other is followed.
+    """Return the directory of the newest set.
+
+    Its link is followed once, so that a pull that ends meanwhile cannot mix two sets; no other link is followed.
 
     Raises:
-        OSError: a link leads out of the exchange directory, or stands where none belongs.
+        OSError: a link leads out of the exchange directory, or replaces a directory.
     """
     link = exchange_dir / CURRENT
     name = os.readlink(link) if link.is_symlink() else CURRENT  # without a link no pull has ended yet
@@ -118,31 +119,31 @@ def _current(exchange_dir: Path) -> Path:
 
 
 def collect_facts(trusted: TrustedMetadata, directory: Path, now: datetime) -> TrustFacts:
-    """Read the index of every line whose role is here; a line without one is left out, with the reason."""
+    """Read the index of every model line whose role is here; the reason is stored for a line without one."""
     lines: dict[str, ModelLineFacts] = {}
-    troubles: dict[str, TrustError] = {}
+    problems: dict[str, TrustError] = {}
     for name in trusted.line_names():
         try:
             lines[name] = ModelLineFacts(read_index(trusted, directory, name), trusted.valid_until(name))
         except TrustError as error:
-            troubles[name] = error
+            problems[name] = error
     valid_until = min((line.valid_until for line in lines.values()), default=trusted.valid_until())
-    return TrustFacts(now, valid_until, lines, troubles)
+    return TrustFacts(now, valid_until, lines, problems)
 
 
 def print_check(exchange_dir: Path, root: Path) -> int:
-    """Print the facts as one JSON object, whatever it meets; returns 0 when they are verified, 1 when not."""
+    """Print one JSON object in every case; return 0 when the facts are verified, 1 when not."""
     try:
         facts = check(exchange_dir, root).to_dict()
     except (TrustError, LibraryUnreachable) as error:
         facts = {"ok": False, "code": error.code, "message": error.message, "hint": error.hint}
-    except Exception as error:  # noqa: BLE001  (whoever asks reads one JSON object: no answer would stop every line, with no reason)
+    except Exception as error:  # noqa: BLE001  (the caller expects one JSON object: no output would stop every model line without a reason)
         facts = {
             "ok": False,
             "code": "trust.unchecked",
             "message": f"the check met what it cannot reckon with ({type(error).__name__}): nothing is verified",
             "hint": f"run `model-sync pull`; if it stays, send this line to the central team; {MODEL_STAYS}",
         }
-    # In ASCII, which every locale writes alike: in GB18030 a reason in Chinese would be no JSON to whoever reads UTF-8.
+    # ASCII is the same in every locale; Chinese text in GB18030 would not be valid JSON for a reader of UTF-8.
     print(json.dumps(facts, sort_keys=True))
     return 0 if facts["ok"] else 1

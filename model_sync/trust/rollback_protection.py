@@ -1,15 +1,15 @@
-"""What this box has seen already and will not go behind: a time, and a version per role.
+"""Protection against rollback: the earliest possible time and the highest version of each role that this box has seen.
 
-A signature says who; only memory says when. python-tuf remembers by the metadata it keeps: emptied or lost, an old library
-would be as good as the new one; and it believes the system clock, which on a box without a battery starts in 1970. So two
-copies of a small file hold the floors, apart from the metadata:
+A signature says who signed, not when. python-tuf compares only with the metadata that it stored: when that is lost, an old library
+would be accepted again. It also trusts the system clock, which starts in 1970 on a box without a clock battery. So two copies of a
+small file hold the rollback state, apart from the metadata:
 
-- *time*: the highest issue time that the timestamp role signed, and the system clock, the latter only as far as metadata
-  that was just verified is valid: a clock that runs ahead for a week cannot make the good metadata of the day after look old.
-- *anchor*: all of it counts for the provisioned root that it was learnt under, and for no other. A library whose root keys are
-  lost or stolen is replaced by a new one, which counts from 1; its first root comes by hand, and with it a new beginning.
-- *versions*: per role, bound to the keys of the roles that vouch for it, as in clause 5.3.11 of the TUF specification: when a
-  trusted root replaces the key of timestamp or snapshot, a central team that recovers from a stolen key may count anew.
+- *time*: the highest issue time that the timestamp role signed, and the highest system time, limited to the validity of the
+  metadata that was just verified: a clock that was ahead for a week cannot make later good metadata look expired.
+- *anchor*: the state is valid only for the provisioned root under which it was recorded. A library whose root keys are lost or
+  stolen is replaced by a new one, which numbers its versions from 1; its first root is installed by a person.
+- *versions*: per role, bound to the keys of the roles that sign for it (TUF specification, clause 5.3.11): when a trusted root
+  replaces the key of timestamp or snapshot, a central team that recovers from a stolen key may restart the numbers.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from model_sync.errors import TrustError
 
 ROLLBACK_FILE = "floor.json"
 ISSUED_AT = "x-issued-at"  # signed with the timestamp metadata
-# No package with this line was built earlier: the time is never before it, whatever the clock says.
+# No package with this constant was built earlier, so the time is never before it.
 BUILT_AT = datetime(2026, 1, 1, tzinfo=timezone.utc)
 _START = datetime(1970, 1, 1, tzinfo=timezone.utc)
-_YEARS = range(2000, 2200)  # what is outside is no time that can be reckoned with
+_YEARS = range(2000, 2200)  # other years are treated as invalid
 _CLOCKS_AGREE = timedelta(hours=12)
 
 
@@ -42,7 +42,7 @@ def utc_now() -> datetime:
 
 
 class AnchoredRoot(Root):
-    """A root that knows where its trust began: ``anchor`` is the SHA-256 of the provisioned root."""
+    """A root with its origin: ``anchor`` is the SHA-256 of the provisioned root from which it was reached."""
 
     anchor: str = ""
 
@@ -56,7 +56,7 @@ class AnchoredRoot(Root):
 
 @dataclass(frozen=True)
 class Clocks:
-    """What there is to know about the time: the system clock, the floor, and the ``Date`` of the server's last answer."""
+    """The system clock, the earliest possible time, and the ``Date`` header of the server's last answer."""
 
     system: datetime
     earliest: datetime
@@ -64,21 +64,21 @@ class Clocks:
 
     @property
     def effective(self) -> datetime:
-        """The time that expiry is judged by."""
+        """The time against which expiry is checked."""
         return max(self.system, self.earliest)
 
     @property
     def is_plausible(self) -> bool:
-        """Say whether nothing speaks against the system clock; the server's date is unsigned, so it can only object."""
+        """Whether the system clock agrees with the server; the server's date is unsigned and never replaces the clock."""
         return self.server is None or abs(self.system - self.server) < _CLOCKS_AGREE
 
     def describe(self) -> str:
-        """Return the three times in words."""
+        """Return a sentence with the three times."""
         server = f", the library's server says {iso(self.server)}" if self.server else ""
         return f"this box's clock says {iso(self.system)}, it is at least {iso(self.earliest)}{server}"
 
     def hint(self) -> str:
-        """Return what to do about metadata that expired: set the clock, or have the central team sign anew."""
+        """Return what to do about expired metadata: set the clock, or have the central team sign anew."""
         if not self.is_plausible or self.system < self.earliest:
             return "the clock of this box is wrong: set it, then run `model-sync pull`; the model in use stays"
         return "the central team has to sign fresh metadata (`model-library refresh-timestamp`); the model in use stays"
@@ -86,7 +86,7 @@ class Clocks:
 
 @dataclass(frozen=True)
 class RoleVersion:
-    """The highest version of a role that was seen, and the key ids that vouched for it."""
+    """The highest version of a role that was seen, and the ids of the keys that signed for it."""
 
     version: int
     keys: Sequence[str]
@@ -94,10 +94,10 @@ class RoleVersion:
 
 @dataclass(frozen=True)
 class RollbackState:
-    """The content of ``floor.json``; of several copies the one with the highest ``serial`` holds.
+    """The content of ``floor.json``; of several copies the one with the highest ``serial`` counts.
 
-    ``anchor`` is the SHA-256 of the provisioned root that they were learnt under; one of before anchors were kept binds itself to
-    the next root that it meets.
+    ``anchor`` is the SHA-256 of the provisioned root under which the state was recorded; an older file without an anchor is bound
+    to the root of the next update.
     """
 
     serial: int = 0
@@ -110,10 +110,8 @@ class RollbackState:
 
     @classmethod
     def load(cls, paths: Sequence[Path]) -> RollbackState:
-        """Read the newest copy; a damaged or absent one is passed over."""
-        return max(
-            (cls._parse(atomic_files.read_json(path)) for path in paths), key=lambda rollback_state: rollback_state.serial, default=cls()
-        )
+        """Read the newest copy; a damaged or absent one is skipped."""
+        return max((cls._parse(atomic_files.read_json(path)) for path in paths), key=lambda state: state.serial, default=cls())
 
     @classmethod
     def _parse(cls, value: dict[str, Any]) -> RollbackState:
@@ -128,36 +126,36 @@ class RollbackState:
             return cls()
 
     def save(self, path: Path) -> None:
-        """Write one copy; raises OSError."""
+        """Write one copy; raise OSError on failure."""
         value = asdict(self) | {"schema": 1, "system": self.system.isoformat(), "issued": self.issued.isoformat()}
         atomic_files.write_json(path, value)
 
     def valid_under(self, root: Root) -> RollbackState:
-        """Return what counts under ``root``: nothing, when this was learnt under another provisioned root."""
+        """Return the part that is valid under ``root``: nothing, when it was recorded under another provisioned root."""
         anchor = _anchor(root)
         return RollbackState(self.serial) if self.anchor and anchor and self.anchor != anchor else self
 
     def earliest_time(self, root: Root, built_at: datetime = BUILT_AT) -> datetime:
-        """Return the earliest that it can be. Times that a replaced timestamp key vouched for no longer count."""
+        """Return the earliest possible time. Times signed by a replaced timestamp key no longer count."""
         if self.valid_under(root) is not self or (self.clock_keys and tuple(self.clock_keys) != _keys(root, Timestamp.type)):
             return built_at
         return max(built_at, self.system, self.issued)
 
     def refuse_older(self, root: Root, timestamp: Timestamp, snapshot: Snapshot) -> None:
-        """Compare what a library says now with what it said before.
+        """Compare the metadata of a library with the versions seen before.
 
         Raises:
-            TrustError: ``trust.rollback``: a role is older than this box has seen it, or is gone from the snapshot.
+            TrustError: ``trust.rollback``: a role is older than a version seen before, or is missing in the snapshot.
         """
-        counting = self.valid_under(root)
-        if root.version < counting.root:
-            raise _rollback(Root.type, root.version, counting.root)
+        valid = self.valid_under(root)
+        if root.version < valid.root:
+            raise _rollback(Root.type, root.version, valid.root)
         for name, version in _versions(timestamp, snapshot).items():
-            known = counting.roles.get(name)
-            if known and tuple(known.keys) == _bound(root, name) and version < known.version:
+            known = valid.roles.get(name)
+            if known and tuple(known.keys) == _keys_for(root, name) and version < known.version:
                 raise _rollback(name, version, known.version)
-        for name, known in counting.roles.items():
-            if name not in _versions(timestamp, snapshot) and tuple(known.keys) == _bound(root, name):
+        for name, known in valid.roles.items():
+            if name not in _versions(timestamp, snapshot) and tuple(known.keys) == _keys_for(root, name):
                 raise TrustError(
                     f"the library's snapshot no longer names the role {name}, which this box knows in version {known.version}",
                     hint="tell the central team: somebody offers an old or forged library; the model in use stays",
@@ -165,23 +163,23 @@ class RollbackState:
                 )
 
     def advance(self, root: Root, timestamp: Timestamp, snapshot: Snapshot, clocks: Clocks, valid_until: datetime) -> RollbackState:
-        """Return the floors after metadata that was just verified; the same object when nothing rose."""
+        """Return the state after metadata that was just verified; the same object when nothing changed."""
         keys = _keys(root, Timestamp.type)
         same = self.valid_under(root) is self and tuple(self.clock_keys) == keys
         before = self if same else replace(self, system=_START, issued=_START)
         last_valid = max(valid_until, BUILT_AT) - timedelta(seconds=1)
         system = max(before.system, min(clocks.system, last_valid)) if clocks.is_plausible else before.system
         issued = max(before.issued, min(issued_at(timestamp) or _START, last_valid))
-        roles = {name: RoleVersion(version, _bound(root, name)) for name, version in _versions(timestamp, snapshot).items()}
+        roles = {name: RoleVersion(version, _keys_for(root, name)) for name, version in _versions(timestamp, snapshot).items()}
         after = RollbackState(self.serial, root.version, system, issued, keys, roles, _anchor(root))
-        # The system clock alone is worth a write once an hour, not at every look.
+        # The system clock alone is written once an hour, not at every poll.
         if system - self.system < timedelta(hours=1) and replace(after, system=self.system) == self:
             return self
         return replace(after, serial=self.serial + 1)
 
 
 def issued_at(timestamp: Timestamp) -> datetime | None:
-    """Return when the timestamp metadata says it was signed, or None; a signed text that is no time of ours counts as none."""
+    """Return the signed issue time of timestamp metadata; None when it is absent or not valid."""
     try:
         moment = datetime.fromisoformat(str(timestamp.unrecognized_fields[ISSUED_AT]).replace("Z", "+00:00"))
         moment = moment.astimezone(timezone.utc) if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
@@ -191,8 +189,8 @@ def issued_at(timestamp: Timestamp) -> datetime | None:
 
 
 def iso(moment: datetime) -> str:
-    """Return a time as ``2026-01-31T12:00:00Z``, whatever its year; a year always has four digits."""
-    with contextlib.suppress(OverflowError):  # the first or the last hours there are, in another zone
+    """Return a time as ``2026-01-31T12:00:00Z``; the year always has four digits."""
+    with contextlib.suppress(OverflowError):  # at the ends of the calendar, in another time zone
         moment = moment.astimezone(timezone.utc)
     return moment.replace(tzinfo=None).isoformat(timespec="seconds") + "Z"
 
@@ -210,7 +208,7 @@ def _keys(root: Root, *roles: str) -> tuple[str, ...]:
     return tuple(sorted({keyid for role in roles for keyid in root.roles[role].keyids}))
 
 
-def _bound(root: Root, role: str) -> tuple[str, ...]:
+def _keys_for(root: Root, role: str) -> tuple[str, ...]:
     return _keys(root, Timestamp.type, Snapshot.type) if role in (Timestamp.type, Snapshot.type) else _keys(root, Snapshot.type)
 
 

@@ -32,11 +32,11 @@ from model_sync.trust.rollback_protection import BUILT_AT, AnchoredRoot, Clocks,
 
 @dataclass(frozen=True)
 class TrustedMetadata:
-    """Metadata that hangs together by signatures, versions and hashes; expiry is judged apart, by the caller's clock.
+    """Metadata whose signatures, versions and hashes are verified; expiry is checked separately, with the caller's clock.
 
     Attributes:
-        roles: the roles that the targets role delegates to, verified, in its order; absent ones are left out.
-        troubles: why a delegated role that is here cannot be believed; the others are not touched by it.
+        roles: the verified roles that the targets role delegates to, in its order; absent ones are left out.
+        problems: why the check of a delegated role failed; the other roles are not affected.
     """
 
     root: AnchoredRoot
@@ -44,7 +44,7 @@ class TrustedMetadata:
     snapshot: Snapshot
     targets: Targets
     roles: Mapping[str, Targets] = field(default_factory=dict)
-    troubles: Mapping[str, TrustError] = field(default_factory=dict)
+    problems: Mapping[str, TrustError] = field(default_factory=dict)
 
     @classmethod
     def load(cls, metadata: Path, root: bytes) -> TrustedMetadata:
@@ -52,19 +52,19 @@ class TrustedMetadata:
 
         Raises:
             TrustError: ``trust.missing``, ``trust.signature``, ``trust.version``, ``trust.digest`` or ``trust.metadata``.
-            OSError: a file is there and cannot be read.
+            OSError: a file exists and cannot be read.
         """
         newest = load_newest_root(metadata, root)
         timestamp = verified(Timestamp, read(metadata, Timestamp.type), newest, Timestamp.type)
         snapshot = listed(Snapshot, metadata, newest, Snapshot.type, timestamp.snapshot_meta)
         targets = listed(Targets, metadata, newest, Targets.type, snapshot.meta.get("targets.json"))
-        trusted = cls(newest, timestamp, snapshot, targets)
-        roles, troubles = trusted._delegated(metadata)
-        return cls(newest, timestamp, snapshot, targets, roles, troubles)
+        unchecked = cls(newest, timestamp, snapshot, targets)
+        roles, problems = unchecked._load_delegated(metadata)
+        return cls(newest, timestamp, snapshot, targets, roles, problems)
 
-    def _delegated(self, metadata: Path) -> tuple[dict[str, Targets], dict[str, TrustError]]:
+    def _load_delegated(self, metadata: Path) -> tuple[dict[str, Targets], dict[str, TrustError]]:
         roles: dict[str, Targets] = {}
-        troubles: dict[str, TrustError] = {}
+        problems: dict[str, TrustError] = {}
         for name in self.delegated_names():
             try:
                 role = listed(Targets, metadata, self.targets, name, self.snapshot.meta.get(f"{name}.json"))
@@ -72,10 +72,10 @@ class TrustedMetadata:
                     raise ambiguous(f"the role {name} delegates further", "a role has one delegator, which is the targets role")
                 roles[name] = role
             except atomic_files.NotRegularFileError:
-                troubles[name] = altered(f"the {name} metadata")
+                problems[name] = altered(f"the {name} metadata")
             except TrustError as error:
-                troubles[name] = error
-        return roles, troubles
+                problems[name] = error
+        return roles, problems
 
     def delegated_names(self) -> list[str]:
         """Return the names of the roles that the targets role delegates to, in its order."""
@@ -87,15 +87,15 @@ class TrustedMetadata:
         return [name for name in self.delegated_names() if name != documents.ROLLOUT_ROLE]
 
     def role_of(self, path: str) -> str | None:
-        """Return the one role that speaks for a target path: the first in order; None when nobody does."""
+        """Return the role that may sign a target path: the first in order; None when there is none."""
         delegations = self.targets.delegations
         return next((name for name, _ in delegations.get_roles_for_target(path)), None) if delegations is not None else None
 
     def target(self, path: str, role: str) -> TargetFile | None:
-        """Return what ``role`` signs at ``path``, or None when it signs nothing there.
+        """Return the target that ``role`` signs at ``path``, or None.
 
         Raises:
-            TrustError: ``trust.revoked``, ``trust.ambiguous``, or what is wrong with the role's metadata.
+            TrustError: ``trust.revoked``, ``trust.ambiguous``, or the problem of the role.
         """
         if role not in self.delegated_names():
             raise TrustError(
@@ -106,8 +106,8 @@ class TrustedMetadata:
             )
         if (first := self.role_of(path)) != role or path in self.targets.targets:
             raise ambiguous(f"{path} is not {role}'s alone to sign", f"{first or 'targets'} comes first")
-        if role in self.troubles:
-            raise self.troubles[role]
+        if role in self.problems:
+            raise self.problems[role]
         return self.roles[role].targets.get(path)
 
     def valid_until(self, *roles: str) -> datetime:
@@ -116,7 +116,7 @@ class TrustedMetadata:
         return min(part.expires for part in (*signed, *(self.roles[name] for name in roles if name in self.roles)))
 
     def refuse_expired(self, clocks: Clocks, *roles: str) -> None:
-        """Judge expiry by the effective time.
+        """Check expiry against the effective time.
 
         Raises:
             TrustError: ``trust.expired``, naming the role and all the clocks.
@@ -127,22 +127,22 @@ class TrustedMetadata:
                 raise expired(name, signed.expires, clocks)
 
     def refuse_older(self, rollback_state: RollbackState) -> None:
-        """Compare with what was seen before; raises TrustError ``trust.rollback``."""
+        """Compare with the versions seen before; raise TrustError ``trust.rollback`` when one is older."""
         rollback_state.refuse_older(self.root, self.timestamp, self.snapshot)
 
     def clocks(
         self, rollback_state: RollbackState, system: datetime, server: datetime | None = None, built_at: datetime = BUILT_AT
     ) -> Clocks:
-        """Return the clocks, the floor raised by the issue time that this very timestamp signs (as far as it is valid)."""
+        """Return the clocks; the issue time of this timestamp metadata raises the earliest possible time."""
         issued = min(issued_at(self.timestamp) or built_at, self.timestamp.expires)
         return Clocks(system, max(rollback_state.earliest_time(self.root, built_at), issued), server)
 
 
 def read_index(trusted: TrustedMetadata, directory: Path, line: str) -> documents.LineIndex:
-    """Return the index of a line from its verified copy in ``directory``.
+    """Return the index of a model line from its copy in ``directory``, after all checks.
 
     Raises:
-        TrustError: the role, the copy or the document cannot be believed, or is not here.
+        TrustError: the role, the copy or the document failed a check, or is not here.
     """
     index = documents.LineIndex.parse(read_document(trusted, directory, documents.line_path(line), line))
     if index.line != line:
