@@ -1,4 +1,4 @@
-"""Files of the library from a directory: the USB stick's way into python-tuf's port for downloads."""
+"""The directory fetcher: python-tuf's ``FetcherInterface`` on a directory, such as a USB stick."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from model_sync.transport.transfer import is_metadata
 
 LIBRARY_SCHEME = "library:"
 _COPY_BYTES = 1024 * 1024
-_WRITE_ANEW = "write the stick anew with `model-library export-usb`; the model in use stays"
+_WRITE_AGAIN_HINT = "write the stick anew with `model-library export-usb`; the model in use stays"
 
 
 class DirectoryFetcher(FetcherInterface):
     """Reads ``library:`` URLs from a directory, such as a USB stick's ``clinic-models``.
 
-    The stick is as little trusted as the network: links and whatever lies outside the directory are refused, lengths hold.
+    The stick is trusted no more than the network: links and paths outside the directory are refused, lengths are checked.
 
     Args:
-        directory: Holds ``metadata`` and ``targets``.
+        directory: The directory with ``metadata`` and ``targets``.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -43,7 +43,9 @@ class DirectoryFetcher(FetcherInterface):
         with self.download_file(url, max_length) as stream:
             body = stream.read(max_length + 1)
         if not is_metadata(body):
-            raise NotTheLibrary(f"{url.removeprefix(LIBRARY_SCHEME)} on the stick is no metadata: the file is damaged", hint=_WRITE_ANEW)
+            raise NotTheLibrary(
+                f"{url.removeprefix(LIBRARY_SCHEME)} on the stick is no metadata: the file is damaged", hint=_WRITE_AGAIN_HINT
+            )
         return body
 
     @contextmanager
@@ -53,22 +55,22 @@ class DirectoryFetcher(FetcherInterface):
         Raises:
             Refused: 404, there is no such file, or it is a link.
             TooLong: it is longer than ``max_length``.
-            Unreachable: the stick cannot be read, or was pulled out.
+            Unreachable: the stick cannot be read, or was removed.
         """
         with self._open(url) as stream:
             if os.fstat(stream.fileno()).st_size > max_length:
-                raise TooLong(f"{url.removeprefix(LIBRARY_SCHEME)} has more than {max_length} bytes", hint=_WRITE_ANEW)
+                raise TooLong(f"{url.removeprefix(LIBRARY_SCHEME)} has more than {max_length} bytes", hint=_WRITE_AGAIN_HINT)
             yield stream
 
     def _open(self, url: str) -> IO[bytes]:
         """Open a file segment by segment, following no link."""
         names = url.removeprefix(LIBRARY_SCHEME).split("/")
         if not url.startswith(LIBRARY_SCHEME) or any(name in ("", ".", "..") or "\0" in name for name in names):
-            raise Refused(f"{url!r} is no file of a library", 404, hint=_WRITE_ANEW)
-        with _reading(str(self._directory), absent=False):
+            raise Refused(f"{url!r} is no file of a library", 404, hint=_WRITE_AGAIN_HINT)
+        with _translated_errors(str(self._directory), absent=False):
             folder = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         path = "/".join(names)
-        with _reading(path):
+        with _translated_errors(path):
             try:
                 for name in names[:-1]:
                     inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
@@ -79,34 +81,34 @@ class DirectoryFetcher(FetcherInterface):
                 os.close(folder)
         if not stat.S_ISREG(os.fstat(file).st_mode):
             os.close(file)
-            raise Refused(f"{path} on the stick is no plain file", 404, hint=_WRITE_ANEW)
+            raise Refused(f"{path} on the stick is no plain file", 404, hint=_WRITE_AGAIN_HINT)
         return io.BufferedReader(_StickFile(file, path))
 
 
 class _StickFile(io.FileIO):
-    """A file on a stick that may be pulled out while the caller reads: that is no error of the caller's own disk."""
+    """A file on a stick that may be removed during the read: that is no error of the caller's own disk."""
 
     def __init__(self, descriptor: int, path: str) -> None:
         self._path = path
         super().__init__(descriptor, "rb")
 
     def readinto(self, buffer: Any) -> int:
-        with _reading(self._path):
+        with _translated_errors(self._path):
             return super().readinto(buffer)
 
     def readall(self) -> bytes:
-        with _reading(self._path):
+        with _translated_errors(self._path):
             return super().readall()
 
 
 @contextmanager
-def _reading(path: str, *, absent: bool = True) -> Iterator[None]:
-    """Turn a failed read into an error of the download; what is not there is a 404 when it may be ``absent``."""
+def _translated_errors(path: str, *, absent: bool = True) -> Iterator[None]:
+    """Translate a failed read to an error of the download; with ``absent`` a missing file is a 404."""
     try:
         yield
     except OSError as error:
         if absent and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR):
-            raise Refused(f"{path} is not on the stick", 404, hint=_WRITE_ANEW) from error
+            raise Refused(f"{path} is not on the stick", 404, hint=_WRITE_AGAIN_HINT) from error
         raise Unreachable(
             f"{path} cannot be read: {error.strerror or error}",
             hint="put the stick in again; if that does not help, write it anew at the library",

@@ -1,11 +1,11 @@
-"""How the agent gets files from the library: python-tuf's port for downloads, with everything that slow, cut-prone lines need.
+"""The HTTP fetcher: python-tuf's ``FetcherInterface`` for slow links that break often.
 
-A file is asked for at each base URL in turn, then again after a pause, until it is there or its budget of attempts is used up.
-Targets survive process death and reboot as parts (:mod:`model_sync.transport.parts`); metadata is small and held in memory. Nothing here
-judges signatures: that is python-tuf's work, and what it finds wrong is dropped and fetched anew.
+A file is requested from each base URL in turn, then again after a pause, until it is complete or the attempts are used up. Targets
+survive process death and reboot as parts (:mod:`model_sync.transport.parts`); metadata is small and held in memory. Signatures are
+python-tuf's work; what it finds wrong is deleted and fetched again.
 
-``download_bytes`` asks for metadata, ``download_file`` for a target of exactly ``max_length`` bytes, as ``tuf.ngclient.Updater``
-does it; a URL ``library:metadata/...`` is metadata either way. The errors are those of :mod:`model_sync.transport.errors`.
+``download_bytes`` fetches metadata, ``download_file`` a target of exactly ``max_length`` bytes, as ``tuf.ngclient.Updater`` calls
+them; a URL ``library:metadata/...`` is metadata in both. The errors are those of :mod:`model_sync.transport.errors`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from model_sync.transport.transfer import fetch_metadata, fetch_target
 
 _METADATA = f"{LIBRARY_SCHEME}metadata/"
 BUDGET_NAME = "budget.json"
-# One file may cost this many times its length before the pull gives up until the next look: servers without ranges exist.
+# A file may cost this many times its length before the pull gives up until the next poll: some servers have no ranges.
 MAX_COST = 3
 _SPARE_BYTES = 1024 * 1024
 PROGRESS_S = 0.5
@@ -51,7 +51,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Progress:
-    """How far one file has come; ``rate_bytes_per_s`` is the mean since this download began."""
+    """Progress of one file; ``rate_bytes_per_s`` is the mean since this download began."""
 
     file: str
     done_bytes: int
@@ -64,18 +64,18 @@ class Fetcher(FetcherInterface):
 
     Args:
         settings: Timeouts, caps and budgets.
-        parts_dir: Where unfinished targets lie; the same after a restart, and on the same disk as what they become.
+        parts_dir: Directory of unfinished targets; the same after a restart, on the same disk as the finished files.
         urls: Base URLs in order, instead of those of the settings.
-        on_progress: Told about twice a second how far a target has come.
-        may_continue: Called between chunks, before each attempt and during pauses; raises to stop, and the part is kept.
+        on_progress: Called about twice a second with the progress of a target.
+        check_stop: Called between chunks, before each attempt and during pauses; raises to stop, and the part is kept.
         clock: A monotonic clock in seconds.
         sleep: Waits some seconds.
         client_certificate: Certificate and key, as PEM files, for libraries that ask for them.
         now: The wall clock, for the day's budget.
-        on_trouble: Told before each pause what went wrong and how many seconds the pause is, for a status that says so.
+        on_retry: Called before each pause with the error and the seconds of the pause.
 
     Attributes:
-        restarts: How often a download had to begin again from its first byte.
+        restarts: How often a download restarted from its first byte.
     """
 
     def __init__(
@@ -114,17 +114,17 @@ class Fetcher(FetcherInterface):
 
     @property
     def last_server_date(self) -> datetime | None:
-        """The Date of the last answer, whoever gave it: a hint about the clock, no proof."""
+        """The Date header of the last response: an unsigned hint about the time."""
         return self._connection.last_server_date
 
     def close(self) -> None:
-        """Close the kept connections; the fetcher can still be used."""
+        """Close the open connections; the fetcher can still be used."""
         self._connection.close()
 
     def exclude_last_mirror(self) -> bool:
-        """Leave out the base URL that answered last, because its answers were signed wrongly or are old; forget what it said.
+        """Exclude the base URL that answered last, because its files were wrongly signed or old; forget its metadata.
 
-        Returns False, leaving none out, when no other is left: then it was not the mirror.
+        Returns False, and includes all of them again, when no other is left: then the mirror was not the reason.
         """
         self._excluded.update(self._bases[:1])
         if self._metadata_cache is not None:
@@ -135,15 +135,15 @@ class Fetcher(FetcherInterface):
         return True
 
     def include_all_mirrors(self) -> None:
-        """Ask every base URL again."""
+        """Use every base URL again."""
         self._excluded.clear()
 
     @contextmanager
     def cached_metadata(self, ttl_s: float = 300.0) -> Iterator[None]:
-        """Remember metadata answers inside the block, so that a fresh Updater per target costs nothing on the wire.
+        """Cache metadata inside the block, so that a new Updater per target downloads nothing again.
 
-        Bodies and "there is none" (403, 404) are remembered for ``ttl_s`` seconds, failures are not. A view inside a view is
-        the outer one.
+        Bodies and "there is none" (403, 404) are cached for ``ttl_s`` seconds, other failures are not. A nested block uses the cache
+        of the outer one.
         """
         if self._metadata_cache is not None:
             yield
@@ -155,7 +155,7 @@ class Fetcher(FetcherInterface):
             self._metadata_cache = None
 
     def _fetch(self, url: str) -> Iterator[bytes]:
-        """Not used: both downloads below know the length, which this door does not pass on."""
+        """Refuse: both downloads below know the length, which this method does not receive."""
         raise Unreachable(f"{host_of(url)}: a download without a length is not supported", hint="use download_file", final=True)
 
     def download_bytes(self, url: str, max_length: int) -> bytes:
@@ -184,8 +184,8 @@ class Fetcher(FetcherInterface):
     def download_file(self, url: str, max_length: int) -> Iterator[IO[bytes]]:
         """Yield one target of exactly ``max_length`` bytes, as an open file.
 
-        The part is gone after the block: its bytes are the caller's, or the caller found them wrong. It is kept when the download
-        itself failed, when the process is stopped, and when the caller had no disk space for his copy.
+        The part is deleted after the block: the caller has copied its bytes or found them wrong. It is kept when the download failed,
+        when the process is stopped, and when the caller had no disk space for the copy.
 
         Raises:
             Refused, NotTheLibrary, RangeViolation, TooSlow, Unreachable, BudgetExhausted, DiskFull: all tuf's ``DownloadError``.
@@ -210,7 +210,7 @@ class Fetcher(FetcherInterface):
             part.delete()
 
     def _receive_rest(self, url: str, part: Part) -> None:
-        """Receive what a part lacks, from whichever base URL has it."""
+        """Receive the missing bytes of a part from any base URL that has them."""
         self._require_free_space(part)
         reporter = _ProgressReporter(part, self._on_progress, self._clock)
         without_range: set[str] = set()
@@ -220,7 +220,7 @@ class Fetcher(FetcherInterface):
         def on_chunk_received() -> None:
             nonlocal checked
             reporter.report()
-            if part.size - checked >= SYNC_BYTES:  # somebody else may fill the disk meanwhile
+            if part.size - checked >= SYNC_BYTES:  # another program may fill the disk meanwhile
                 checked = part.size
                 self._require_free_space(part)
 
@@ -253,10 +253,10 @@ class Fetcher(FetcherInterface):
     def _try_all_mirrors(
         self, url: str, attempts_left: AttemptCounter, attempt: Callable[[str, str], _Result], reached: Callable[[], int] | None = None
     ) -> _Result:
-        """Try each base URL in turn, and all of them again after a pause; one that gave a final answer is not asked again.
+        """Try each base URL in turn, and all of them again after a pause; one that gave a final response is not tried again.
 
-        For metadata (nothing is ``reached`` there) a final answer stands: "there is no newer root" must not wait for a mirror that
-        is down. A target is worth waiting for as long as any mirror may still have it.
+        For metadata (without ``reached``) a final response ends it: "there is no newer root" must not wait for a mirror that is down.
+        For a target the fetcher waits as long as any mirror may still have it.
         """
         answers: dict[str, DownloadFailure] = {}
         while True:
@@ -278,14 +278,14 @@ class Fetcher(FetcherInterface):
             again = attempts_left.may_retry(reached() if reached else 0)
             if not failures or not again or (answers and reached is None):
                 raise _most_informative([*failures, *answers.values()])
-            asked = max(error.retry_after_s for error in failures)
-            pause = pause_s(attempts_left.failures_in_a_row, self._settings.backoff_s, self._settings.max_backoff_s, asked)
+            retry_after_s = max(error.retry_after_s for error in failures)
+            pause = pause_s(attempts_left.failures_in_a_row, self._settings.backoff_s, self._settings.max_backoff_s, retry_after_s)
             if self._on_retry is not None:
                 self._on_retry(failures[-1], pause)
             self._pause(pause)
 
     def _order(self, url: str) -> list[str]:
-        """Return the base URLs for a URL; a plain one is its own (an empty base)."""
+        """Return the base URLs for a URL; an absolute URL has one empty base."""
         if not url.startswith(LIBRARY_SCHEME):
             return [""]
         if not self._bases:
@@ -293,12 +293,12 @@ class Fetcher(FetcherInterface):
         return [base for base in self._bases if base not in self._excluded]
 
     def _attempt_counter(self, length: int = 0, reached: int = 0) -> AttemptCounter:
-        # Those beside a mirror that cannot be believed are asked now, not for half an hour: the alarm must not wait for them.
+        # Beside a mirror with wrong files the others are tried a few times only: the alarm must not wait half an hour for them.
         attempts = min(self._settings.attempts, _ATTEMPTS_ON_OTHER_MIRRORS) if self._excluded else self._settings.attempts
         return AttemptCounter(attempts, length, reached)
 
     def _move_to_front(self, base: str) -> None:
-        """Ask the base URL that worked first from now on."""
+        """Try the base URL that worked first from now on."""
         if base in self._bases:
             self._bases.remove(base)
             self._bases.insert(0, base)
@@ -312,7 +312,7 @@ class Fetcher(FetcherInterface):
 
 
 class _MetadataCache:
-    """Metadata answers of one view."""
+    """The metadata cached in one ``cached_metadata`` block."""
 
     def __init__(self, ttl_s: float, clock: Callable[[], float]) -> None:
         self.ttl_s = ttl_s
@@ -320,7 +320,7 @@ class _MetadataCache:
         self._known: dict[str, tuple[float, bytes | Refused]] = {}
 
     def get(self, url: str) -> bytes | None:
-        """Return what is remembered, or None; a remembered 403 or 404 is raised again."""
+        """Return cached bytes, or None; a cached 403 or 404 is raised again."""
         at, known = self._known.get(url, (float("-inf"), b""))
         if self._clock() - at > self.ttl_s:
             return None
@@ -329,32 +329,32 @@ class _MetadataCache:
         return known
 
     def put(self, url: str, answer: bytes | Refused) -> None:
-        """Remember an answer."""
+        """Cache a response."""
         self._known[url] = (self._clock(), answer)
 
 
 class _ProgressReporter:
-    """Tells the caller how far a part has come, not more often than every ``PROGRESS_S`` seconds."""
+    """Reports the progress of a part, at most every ``PROGRESS_S`` seconds."""
 
     def __init__(self, part: Part, on_progress: Callable[[Progress], None] | None, clock: Callable[[], float]) -> None:
         self._part = part
         self._on_progress = on_progress
         self._clock = clock
-        self._began = self._reported_state = clock()
+        self._began = self._reported_at = clock()
         self._size = part.size
 
     def report(self, *, force: bool = False) -> None:
-        """Report, if it is time to."""
+        """Report when it is time, or always with ``force``."""
         now = self._clock()
-        if self._on_progress is None or (not force and now - self._reported_state < PROGRESS_S):
+        if self._on_progress is None or (not force and now - self._reported_at < PROGRESS_S):
             return
-        self._reported_state = now
+        self._reported_at = now
         rate = max(0, self._part.size - self._size) / max(now - self._began, 1e-9)
         self._on_progress(Progress(self._part.name, self._part.size, self._part.length, rate if now > self._began else 0.0))
 
 
 def _most_informative(failures: list[DownloadFailure]) -> DownloadFailure:
-    """Return the failure that says most: an HTTP answer before anything else, since python-tuf needs its status."""
+    """Return the most informative failure: a final HTTP response first, since python-tuf needs its status."""
     return next((error for error in failures if isinstance(error, Refused) and error.final), failures[-1])
 
 

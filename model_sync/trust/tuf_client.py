@@ -1,8 +1,8 @@
-"""One library as this box follows it: python-tuf's ``Updater``, a fresh one per target, and what it leaves open closed.
+"""The TUF client: python-tuf's ``Updater``, a new one per target, with the checks that it does not make.
 
-The Updater judges expiry by the system clock, remembers versions only by the files it keeps, writes them without flushing,
-and accepts a role it has loaded before for any delegator. So after each operation the metadata directory is flushed, verified
-again as a chain from the provisioned root, and compared with the floors. Its errors, the line's and the disk's come out apart.
+The Updater checks expiry by the system clock, knows earlier versions only from its own files, writes them without flushing, and
+accepts a role that it has loaded before for any delegator. So after each operation the metadata directory is flushed, verified
+again from the provisioned root, and compared with the rollback state. Errors of trust, of the link and of the disk stay separate.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tuf.api.metadata import Root, TargetFile
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
 from model_sync import atomic_files
-from model_sync.errors import LibraryUnreachable, TrustError
+from model_sync.errors import MODEL_STAYS, LibraryUnreachable, TrustError
 from model_sync.transport.directory_fetcher import LIBRARY_SCHEME
 from model_sync.transport.errors import RangeViolation, Refused, TooLong
 from model_sync.trust import metadata, trusted_metadata
@@ -30,23 +30,23 @@ _RETRY = "nothing is wrong with the model in use; the next look goes on where th
 
 
 def received_bytes(fetcher: FetcherInterface) -> int:
-    """Return the bytes that came over the line so far; a stick has none to count."""
+    """Return the bytes received over the link so far; 0 for a USB stick."""
     return int(getattr(fetcher, "received_bytes", 0))
 
 
 def concerns_one_file(error: LibraryUnreachable) -> bool:
-    """Say whether an error is an answer about one file alone, such as a 404: the line and the other files are as good as ever."""
+    """Return whether an error concerns one file alone, such as a 404: the link and the other files are not affected."""
     return isinstance(error, (Refused, TooLong, RangeViolation)) and error.final
 
 
 class _SizeLimitedFetcher(FetcherInterface):
-    """A fetcher that refuses metadata which is announced with more than can be read again: signed or not, it is held in memory."""
+    """A fetcher that refuses metadata announced as too large: it would be held in memory and could not be read again."""
 
     def __init__(self, fetcher: FetcherInterface) -> None:
         self._fetcher = fetcher
 
     def download_bytes(self, url: str, max_length: int) -> bytes:
-        """Return one metadata file; python-tuf asks with the length that the role before it has signed."""
+        """Return one metadata file; ``max_length`` is the length that the role before it has signed."""
         if max_length > metadata.MAX_METADATA_BYTES:
             raise TrustError(
                 f"{url.rpartition('/')[2]} is announced with {max_length} bytes; no metadata has more than {metadata.MAX_METADATA_BYTES}",
@@ -57,7 +57,7 @@ class _SizeLimitedFetcher(FetcherInterface):
 
     @contextlib.contextmanager
     def download_file(self, url: str, max_length: int) -> Iterator[IO[bytes]]:
-        """Pass on a target."""
+        """Open a target with the inner fetcher."""
         with self._fetcher.download_file(url, max_length) as stream:
             yield stream
 
@@ -69,7 +69,7 @@ class TufClient:
     """Refreshes the trusted metadata of one library and downloads its targets.
 
     Attributes:
-        chain: the metadata as it was last verified; None before the first success.
+        trusted: the metadata as it was last verified; None before the first success.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class TufClient:
         now: Callable[[], datetime] = utc_now,
         built_at: datetime = BUILT_AT,
     ) -> None:
-        """Prepare; nothing is fetched.
+        """Store the arguments; nothing is fetched.
 
         Args:
             metadata_dir: python-tuf's directory.
@@ -110,25 +110,25 @@ class TufClient:
         self.trusted: trusted_metadata.TrustedMetadata | None = None
 
     def cached_metadata(self) -> AbstractContextManager[None]:
-        """Within it a fresh Updater costs nothing on the wire: answers about metadata are remembered for a while."""
-        view = getattr(self._fetcher, "cached_metadata", None)
-        return cast("AbstractContextManager[None]", view()) if view else contextlib.nullcontext()
+        """Cache metadata within the block, so that a new Updater per target downloads nothing again."""
+        cached = getattr(self._fetcher, "cached_metadata", None)
+        return cast("AbstractContextManager[None]", cached()) if cached else contextlib.nullcontext()
 
     def refresh(self) -> trusted_metadata.TrustedMetadata:
         """Bring root, timestamp, snapshot and targets up to date.
 
-        A mirror that is behind or damaged is passed over for the next one; only when none does better is it an alarm, and one
-        that is merely behind, while the others do not answer, is none.
+        A mirror that is behind or damaged is skipped for the next one. It is an alarm only when no mirror does better; a mirror that
+        is only behind, while the others do not answer, is no alarm.
 
         Raises:
-            LibraryUnreachable: the line, the disk or the state directory failed.
-            TrustError: what came cannot be believed.
+            LibraryUnreachable: the link, the disk or the state directory failed.
+            TrustError: what was received failed a check.
         """
         first: TrustError | None = None
         try:
             while True:
                 try:
-                    with self._guarded():
+                    with self._flushed_and_translated():
                         self._updater().refresh()
                     return self._accept()
                 except LibraryUnreachable:
@@ -137,29 +137,29 @@ class TufClient:
                     raise
                 except TrustError as error:
                     first = first or error
-                    if not self._elsewhere():
+                    if not self._try_next_mirror():
                         raise first from error
         finally:
-            self._ask_all()
+            self._include_all_mirrors()
 
     def fetch(
         self, path: str, to: Path, role: str | None = None, *, before: Callable[[str, int], None] = lambda _path, _length: None
     ) -> TargetFile | None:
         """Download one target to ``to``, verified and flushed; a file that is right already is not fetched again.
 
-        Returns None when the library has no such target. Wrong bytes are fetched once more: that heals noise on the line.
+        Returns None when the library has no such target. Wrong bytes are fetched once more, because the link may have damaged them.
 
         Args:
             path: the target.
-            to: the file.
-            role: the one role that may sign it, delegated to by the targets role alone; None accepts whom TUF's search finds.
-            before: told the path and the signed length before a download begins; raises to refuse it.
+            to: the file to write.
+            role: the only role that may sign it; None accepts the role that TUF's search finds.
+            before: called with the path and the signed length before a download; raises to refuse it.
 
         Raises:
-            LibraryUnreachable: the line, the disk or the state directory failed.
-            TrustError: what came cannot be believed; ``trust.digest`` when the bytes were wrong twice.
+            LibraryUnreachable: the link, the disk or the state directory failed.
+            TrustError: what was received failed a check; ``trust.digest`` when the bytes were wrong twice.
         """
-        with self._guarded():
+        with self._flushed_and_translated():
             updater = self._updater()
             target = updater.get_targetinfo(path)
         trusted = self._accept()
@@ -172,14 +172,14 @@ class TufClient:
         trusted.refuse_expired(self.clocks(), *([role] if role else trusted.delegated_names()))
         if target is None:
             return None
-        with self._guarded():
+        with self._flushed_and_translated():
             if updater.find_cached_target(target, str(to)) is None:
                 before(path, target.length)
                 self._download(updater, target, to)
         return target
 
     def clocks(self) -> Clocks:
-        """Return what is known about the time, by the metadata as it was last verified."""
+        """Return the clocks, by the metadata as it was last verified."""
         rollback_state, server = RollbackState.load(self._rollback_files), getattr(self._fetcher, "last_server_date", None)
         if self.trusted is not None:
             return self.trusted.clocks(rollback_state, self._now(), server, self._built_at)
@@ -188,35 +188,35 @@ class TufClient:
     def _download(self, updater: Updater, target: TargetFile, to: Path) -> None:
         part = to.with_name(f".{to.name}.part")
         try:
-            if updater.find_cached_target(target, str(part)) is None:  # there when the process was killed before the rename
-                self._download_anew(updater, target, part)
+            if updater.find_cached_target(target, str(part)) is None:  # true when the process was killed before the rename
+                self._download_with_retries(updater, target, part)
             atomic_files.sync_file(part)
             part.replace(to)
         finally:
             part.unlink(missing_ok=True)
         atomic_files.sync_directory(to.parent)
 
-    def _download_anew(self, updater: Updater, target: TargetFile, part: Path) -> None:
-        """Download; wrong bytes, which the fetcher has thrown away, are fetched once more, and then from each other mirror."""
-        once_more = True
+    def _download_with_retries(self, updater: Updater, target: TargetFile, part: Path) -> None:
+        """Download; wrong bytes, which the fetcher has deleted, are fetched once more, and then from each other mirror."""
+        may_repeat = True
         try:
             while True:
                 try:
                     updater.download_target(target, str(part))
                     return
                 except tuf_errors.LengthOrHashMismatchError:
-                    if not once_more and not self._elsewhere():
+                    if not may_repeat and not self._try_next_mirror():
                         raise
-                    once_more = False
+                    may_repeat = False
         finally:
-            self._ask_all()
+            self._include_all_mirrors()
 
-    def _elsewhere(self) -> bool:
-        """Pass over the mirror that answered last; returns whether there is another."""
+    def _try_next_mirror(self) -> bool:
+        """Exclude the mirror that answered last; return whether there is another."""
         exclude_last_mirror = getattr(self._fetcher, "exclude_last_mirror", None)
         return bool(exclude_last_mirror and exclude_last_mirror())
 
-    def _ask_all(self) -> None:
+    def _include_all_mirrors(self) -> None:
         getattr(self._fetcher, "include_all_mirrors", lambda: None)()
 
     def _updater(self) -> Updater:
@@ -236,40 +236,40 @@ class TufClient:
         )
 
     def _accept(self) -> trusted_metadata.TrustedMetadata:
-        """Verify what the Updater left, as a whole, against the floors and the effective time; then raise the floors."""
-        with self._guarded():
+        """Verify the Updater's files, the rollback state and expiry; then update the rollback state."""
+        with self._flushed_and_translated():
             trusted = trusted_metadata.TrustedMetadata.load(self._metadata_dir, self._root)
             rollback_state = RollbackState.load(self._rollback_files)
             trusted.refuse_older(rollback_state)
             self.trusted = trusted
             clocks = self.clocks()
             trusted.refuse_expired(clocks)
-            raised = rollback_state.advance(trusted.root, trusted.timestamp, trusted.snapshot, clocks, trusted.valid_until())
-            if raised is not rollback_state:
-                raised.save(self._rollback_file)
+            updated = rollback_state.advance(trusted.root, trusted.timestamp, trusted.snapshot, clocks, trusted.valid_until())
+            if updated is not rollback_state:
+                updated.save(self._rollback_file)
         return trusted
 
     @contextlib.contextmanager
-    def _guarded(self) -> Iterator[None]:
-        """Flush whatever the operation wrote, and say in our own errors what stopped it."""
+    def _flushed_and_translated(self) -> Iterator[None]:
+        """Flush what the operation wrote, and translate its errors."""
         try:
             try:
                 yield
             finally:
                 self._flush()
         except LibraryUnreachable:
-            raise  # the fetcher's own errors are python-tuf's and ours at once
+            raise  # the fetcher's errors are both python-tuf's and ours
         except tuf_errors.DownloadError as error:
             raise LibraryUnreachable(f"the library cannot be reached: {error}", hint=_RETRY) from error
         except tuf_errors.RepositoryError as error:
-            raise self._untrusted(error) from error
+            raise self._trust_error(error) from error
         except OSError as error:
             raise atomic_files.disk_error(error) from error
 
     def _flush(self) -> None:
-        """Flush the metadata files whose content this process has not flushed yet, and their names.
+        """Flush the metadata files whose content this process has not flushed yet, and their directories.
 
-        By content, because python-tuf lays the provisioned root anew each time; that one is never read from there.
+        The content is compared because python-tuf writes the provisioned root again each time.
         """
         changed = False
         for file in atomic_files.iterate_files(self._metadata_dir):
@@ -285,16 +285,16 @@ class TufClient:
     def _newest_root(self) -> Root:
         return metadata.load_newest_root(self._metadata_dir, self._root)
 
-    def _untrusted(self, error: tuf_errors.RepositoryError) -> TrustError:
-        """Return what python-tuf refused, in our words."""
-        what, stays = str(error), "the model in use stays"
+    def _trust_error(self, error: tuf_errors.RepositoryError) -> TrustError:
+        """Return our error for an error of python-tuf."""
+        what = str(error)
         if isinstance(error, tuf_errors.ExpiredMetadataError):
             clocks = self.clocks()
             return TrustError(f"the library's metadata has expired ({what}): {clocks.describe()}", hint=clocks.hint(), code="trust.expired")
         if isinstance(error, tuf_errors.BadVersionNumberError):
             return TrustError(
                 f"the library offers older metadata than this box has seen ({what})",
-                hint=f"an old copy: use the newest USB stick, or tell the central team that a server is behind; {stays}",
+                hint=f"an old copy: use the newest USB stick, or tell the central team that a server is behind; {MODEL_STAYS}",
                 code="trust.rollback",
             )
         if isinstance(error, tuf_errors.LengthOrHashMismatchError):
@@ -302,11 +302,11 @@ class TufClient:
         if isinstance(error, tuf_errors.UnsignedMetadataError):
             return TrustError(
                 f"metadata is not signed by those who may sign it ({what})",
-                hint=f"tell the central team: somebody may be forging models; {stays}",
+                hint=f"tell the central team: somebody may be forging models; {MODEL_STAYS}",
                 code="trust.signature",
             )
         return TrustError(
             f"the library's metadata cannot be used ({what})",
-            hint=f"tell the central team: the library is inconsistent or damaged; {stays}",
+            hint=f"tell the central team: the library is inconsistent or damaged; {MODEL_STAYS}",
             code="trust.metadata",
         )
