@@ -1,20 +1,20 @@
-"""Deltas between two versions of one file, so that a slow line carries what changed and not the model.
+"""Deltas between two versions of one file, so that a slow link carries the changes and not the complete model.
 
-A delta is an ordinary signed target; the file it rebuilds must still match its own signed digest, so a delta can waste a
-download and never change a model. Even so the decoder trusts no number in it: every length is checked against the signed
-length of the file to build and against the old file before it is used, and nothing is unpacked beyond what was declared.
+A delta is an ordinary signed target; the file that it rebuilds must match its own signed digest, so a bad delta can waste a download
+but never change a model. The decoder trusts no number in it: every length is checked against the signed length of the new file and
+against the old file before it is used, and nothing is decompressed beyond the declared length.
 
 Two codecs share one header (little-endian): magic ``CEAD``, version, codec, lengths and SHA-256 of the old and the new file.
 
 ``zstd-prefix``
-    The new file in segments of 32 MiB, each a zstd frame that has a range of the old file as its prefix. Good when
-    stretches of bytes moved or stayed.
+    The new file in segments of 32 MiB, each a zstd frame with a range of the old file as its prefix. Good when ranges of
+    bytes moved or stayed.
 ``tensor``
     A program of copies from the old file, literal bytes and differences: n elements of 1, 2, 4 or 8 bytes, each the old
     element plus a wrapping difference, zigzag coded, one zstd stream per byte plane. Differences of floats may be grouped
-    by the old element's exponent; those of bytes may be packed into 2 or 4 bits, where the code of all ones goes on in a
-    stream of escapes. Good when every weight moved a little, which no general tool can see. The decoder knows nothing of
-    ONNX: the encoder finds the tensors.
+    by the old element's exponent; those of bytes may be packed into 2 or 4 bits, where the code of all ones continues in a
+    stream of escapes. Good when every weight changed a little, which no general tool detects. The decoder knows nothing
+    about ONNX: the encoder finds the tensors.
 """
 
 from __future__ import annotations
@@ -77,17 +77,17 @@ class Encoded:
 
 
 def is_worth_publishing(delta_length: int, plain_length: int) -> bool:
-    """Say whether a delta of ``delta_length`` bytes saves enough against a plain download: under 70 % of it."""
+    """Return whether a delta saves enough against a full download: it must be under 70 % of it."""
     return delta_length < MAX_RATIO * plain_length
 
 
 def best(old: Path, new: Path) -> Encoded:
-    """Return the smallest delta that makes ``new`` out of ``old``; both are read into memory (central side only).
+    """Return the smallest delta that builds ``new`` from ``old``; both are read into memory (central side only).
 
-    Level 19 with a prefix takes about a second per megabyte, so for large files it is tried only where a fast level, which
-    comes within 30 %, says that it could still win. 30 MB take up to half a minute.
+    Level 19 with a prefix takes about a second per megabyte, so for large files it is tried only when a fast level, whose result
+    is within 30 %, shows that it could be smaller. 30 MB take up to half a minute.
     """
-    from model_sync.delta import encoder as delta_encoder  # with numpy: only where deltas are made
+    from model_sync.delta import encoder as delta_encoder  # needs numpy: imported only where deltas are made
 
     old_bytes, new_bytes = old.read_bytes(), new.read_bytes()
     tensor = encode_with("tensor", old_bytes, new_bytes)
@@ -98,7 +98,7 @@ def best(old: Path, new: Path) -> Encoded:
 
 
 def encode_with(codec: Codec, old: bytes, new: bytes) -> bytes:
-    """Return the delta from ``old`` to ``new`` in one codec, however large it comes out; any two byte strings have one.
+    """Return the delta from ``old`` to ``new`` in one codec, of any size; any two byte strings have one.
 
     Raises:
         DeltaError: the codec is unknown.
@@ -115,13 +115,12 @@ def encode_with(codec: Codec, old: bytes, new: bytes) -> bytes:
 def apply(codec: str, old: Path, delta: Path, out: Path, *, to_sha256: str, to_length: int) -> None:
     """Rebuild into ``out`` the file of ``to_length`` bytes whose SHA-256 is ``to_sha256``; memory stays bounded.
 
-    Files are read and written in pieces; ``out`` is not synced to disk, that is the caller's. A file that lies there is
-    replaced, and when anything fails there is none.
+    Files are read and written in chunks; the caller flushes ``out``. An existing ``out`` is replaced; after an error there is none.
 
     Raises:
         DeltaError: the delta is damaged, of an unknown codec or version, made for another file than ``old``, does not
             build the expected file, or ``old`` or ``delta`` cannot be read.
-        OSError: ``out`` cannot be written, such as on a full disk: that is not the delta's fault.
+        OSError: ``out`` cannot be written, such as on a full disk.
     """
     if out.exists() and any(path.exists() and out.samefile(path) for path in (old, delta)):
         raise DeltaError(f"{out} is one of the files that it would be made of")
@@ -140,7 +139,7 @@ Decode = Callable[[Source, Source, int, Write], None]
 
 
 def _check_header(codec: str, old: Source, delta: Source, to_sha256: str, to_length: int) -> Decode:
-    """Check every field of the header, the old file's digest last because it costs a read; return the codec's decoder."""
+    """Check every field of the header, the old file's digest last because that reads the file; return the decoder."""
     if codec not in _DECODERS:
         raise DeltaError(f"there is no delta codec {codec!r}")
     magic, version, *rest = HEADER.unpack(delta.read(0, HEADER.size))
@@ -225,7 +224,7 @@ def _decode_tensor(old: Source, delta: Source, to_length: int, write: Write) -> 
 
 
 def _open_streams(delta: Source, to_length: int) -> dict[int, Stream]:
-    """Read the table of streams: in order, none longer than the file to build, and together all that the delta holds."""
+    """Read the table of streams: they are in order, none is longer than the new file, and they fill the delta."""
     (count,) = delta.read(HEADER.size, 1)
     table = delta.read(HEADER.size + 1, count * STREAM.size)
     place = HEADER.size + 1 + len(table)
@@ -269,7 +268,7 @@ def _operations(program: bytes) -> Iterator[tuple[int, int, int, int | None]]:
             yield kind, length, 0, None
             continue
         step, at = read_varint(program, at)
-        offset += step >> 1 ^ -(step & 1)  # counted from the end of the last range used
+        offset += step >> 1 ^ -(step & 1)  # relative to the end of the last range used
         if offset < 0:
             raise DeltaError("the delta looks before the start of the old file")
         yield kind, length, offset, shift
@@ -296,7 +295,7 @@ def _narrow(streams: dict[int, Stream], bits: int, count: int) -> bytes:
 
 def _add(old: bytes, planes: list[bytes], shift: int | None) -> bytes:
     """Return the old elements plus the differences given as byte planes, grouped by the old elements where shift is given."""
-    import numpy as np  # the agent needs it for these deltas only
+    import numpy as np  # the agent needs numpy for these deltas only
 
     width = len(planes)
     packed = np.empty((len(planes[0]), width), np.uint8)

@@ -1,6 +1,6 @@
-"""Makes deltas (``model_sync.delta.codec`` has the format): where the central team publishes, never on a box.
+"""The encoder of deltas (``model_sync.delta.codec`` has the format): used when the central team publishes, never on a box.
 
-Measured and left out: a monotone mapping of floats to integers, so that -0 and +0 are neighbours (0.04 % of a delta).
+Measured and not used: a monotone mapping of floats to integers, so that -0 and +0 are neighbours (0.04 % of a delta).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from model_sync.delta.format import (
 from model_sync.delta.onnx_tensors import MIN_TENSOR_BYTES, UNKNOWN, Pair, Tensor, View, pairs, tensors
 
 _LEVEL = 19
-_WINDOW_BYTES = 32  # the shortest run of bytes that is looked for elsewhere in the old file
+_WINDOW_BYTES = 32  # the shortest run of bytes that is searched in the old file
 _SAMPLE_BYTES = 2**18
 _Parameter = zstd.CompressionParameter
 # Almost no matches: Huffman codes in blocks. As small as level 19 for noise with a narrow spread, and 200 times as fast.
@@ -51,7 +51,7 @@ def encode_prefix(old: bytes, new: bytes, level: int = _LEVEL) -> bytes:
     parts = []
     for start in range(0, len(new), SEGMENT_BYTES):
         piece = new[start : start + SEGMENT_BYTES]
-        # The same place in the old file, with the slack on both sides; all of it where it fits.
+        # The same position in the old file with a margin on both sides; the complete file when it fits.
         begin = max(0, min(start - (PREFIX_BYTES - SEGMENT_BYTES) // 2, len(old) - PREFIX_BYTES))
         prefix = old[begin : begin + PREFIX_BYTES]
         options: dict[int, int] = {
@@ -79,7 +79,7 @@ def encode_tensor(old: bytes, new: bytes) -> bytes:
 
 
 class _Plan(NamedTuple):
-    """A range of the new file made from one of the old file: a copy when there is no view, otherwise a difference."""
+    """A range of the new file built from the old file: a copy without a view, otherwise a difference."""
 
     start: int
     length: int
@@ -88,7 +88,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(old: bytes, new: bytes, pair: Pair) -> _Plan | None:
-    """Choose how to write one tensor; None when its own bytes are the shortest."""
+    """Return the smallest way to write one tensor; None when its own bytes are smaller."""
     length = min(pair.old.length, pair.new.length)
     before = old[pair.old.offset : pair.old.offset + length]
     after = new[pair.new.offset : pair.new.offset + length]
@@ -102,7 +102,7 @@ def _plan(old: bytes, new: bytes, pair: Pair) -> _Plan | None:
 
 
 def _coded(before: bytes, after: bytes, view: View) -> dict[int, bytes]:
-    """Return the differences as the decoder wants them: what each stream gets."""
+    """Return the differences as the decoder reads them: the bytes of each stream."""
     dtype, signed = np.dtype(f"<u{view.width}"), np.dtype(f"<i{view.width}")
     olds = np.frombuffer(before, dtype)
     differences = (np.frombuffer(after, dtype) - olds).view(signed)
@@ -118,7 +118,7 @@ def _coded(before: bytes, after: bytes, view: View) -> dict[int, bytes]:
 
 
 def _narrow(zigzag: NDArray[Any], bits: int) -> dict[int, bytes]:
-    """Pack bytes into codes of ``bits`` bits: zstd's Huffman codes spend a whole bit on what is nearly always the same."""
+    """Pack bytes into codes of ``bits`` bits: zstd's Huffman codes use at least one bit for each byte."""
     codes_in_byte, most = 8 // bits, (1 << bits) - 1
     codes = np.zeros(-(-len(zigzag) // codes_in_byte) * codes_in_byte, np.uint8)
     codes[: len(zigzag)] = np.minimum(zigzag, most)
@@ -128,7 +128,7 @@ def _narrow(zigzag: NDArray[Any], bits: int) -> dict[int, bytes]:
 
 
 def _encode(old: bytes, new: bytes, old_tensors: list[Tensor], plans: list[_Plan]) -> bytes:
-    """Write the planned ranges, and between them what can be found elsewhere in the old file, and the rest."""
+    """Write the planned ranges, and between them copies found elsewhere in the old file, and literals."""
     index = _Index(old, old_tensors)
     shortest = _WINDOW_BYTES
     while True:
@@ -149,7 +149,7 @@ def _encode(old: bytes, new: bytes, old_tensors: list[Tensor], plans: list[_Plan
 
 
 class _Index:
-    """Where runs of bytes of the old file are: finely between its tensors, coarsely within them."""
+    """The positions of byte runs in the old file: a fine index between its tensors, a coarse one within them."""
 
     def __init__(self, old: bytes, old_tensors: list[Tensor]) -> None:
         self._old = old
@@ -188,7 +188,7 @@ class _Index:
             start = at = at - back + length
 
     def _common(self, new: bytes, at: int, end: int, place: int) -> int:
-        """Return how many bytes from ``at`` in new, and not beyond ``end``, are those from ``place`` in old."""
+        """Return how many bytes from ``at`` in new, up to ``end``, equal those from ``place`` in old."""
         most = min(end - at, len(self._old) - place)
         same, step = 0, 64
         while step:
@@ -202,7 +202,7 @@ class _Index:
 
 
 class _Writer:
-    """Collects instructions and streams; neighbouring copies, and neighbouring literals, become one."""
+    """Collects instructions and streams; adjacent copies are joined."""
 
     def __init__(self, old: bytes, new: bytes) -> None:
         self._old, self._new = old, new
@@ -210,7 +210,7 @@ class _Writer:
         self._streams: defaultdict[int, bytearray] = defaultdict(bytearray)
 
     def copy(self, offset: int, length: int) -> None:
-        """Take ``length`` bytes of the old file."""
+        """Add a copy of ``length`` bytes of the old file."""
         if self.operations:
             kind, before, at, _ = self.operations[-1]
             if kind == COPY and at + before == offset:
@@ -219,13 +219,13 @@ class _Writer:
         self.operations.append((COPY, length, offset, None))
 
     def literal(self, start: int, end: int) -> None:
-        """Send the bytes of the new file from ``start`` to ``end``."""
+        """Add the bytes of the new file from ``start`` to ``end``."""
         if end > start:
             self.operations.append((LITERAL, end - start, 0, None))
             self._streams[LITERALS] += self._new[start:end]
 
     def plan(self, plan: _Plan) -> None:
-        """Write a planned range; an empty one is nothing."""
+        """Add a planned range; an empty one is ignored."""
         if plan.view:
             width, shift, bits = plan.view
             kind = NARROW + bits if bits < 8 else (DIFFERENCE if shift is None else GROUPED) + width.bit_length() - 1
@@ -273,13 +273,13 @@ def _entropy(data: bytes) -> int:
 
 
 def _pack(data: bytes, window_log: int) -> bytes:
-    """Compress a stream as one frame, a long one at the level that a sample says is best: the slowest is not always."""
-    ways: list[dict[int, int]] = [_ENTROPY_ONLY]
-    ways += [{_Parameter.compression_level: level, _Parameter.window_log: window_log} for level in (_LEVEL - 3, _LEVEL)]
+    """Compress a stream as one frame; for a long one a sample decides the level, as the slowest is not aloptions the best."""
+    options: list[dict[int, int]] = [_ENTROPY_ONLY]
+    options += [{_Parameter.compression_level: level, _Parameter.window_log: window_log} for level in (_LEVEL - 3, _LEVEL)]
     if len(data) > 8 * _SAMPLE_BYTES:
         quarters = [len(data) * part // 4 for part in range(4)]
         sample = b"".join(data[at : at + _SAMPLE_BYTES] for at in quarters)
-        ways = [min(ways, key=lambda way: len(zstd.compress(sample, options=way)))]
-        if ways[0] is not _ENTROPY_ONLY:
-            ways[0][_Parameter.nb_workers] = 2
-    return min((zstd.compress(data, options=way) for way in ways), key=len)
+        options = [min(options, key=lambda option: len(zstd.compress(sample, options=option)))]
+        if options[0] is not _ENTROPY_ONLY:
+            options[0][_Parameter.nb_workers] = 2
+    return min((zstd.compress(data, options=option) for option in options), key=len)

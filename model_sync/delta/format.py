@@ -1,4 +1,4 @@
-"""What the encoder and the decoder of deltas share, and two readers that trust no length (``model_sync.delta.codec`` has the codecs)."""
+"""The format shared by encoder and decoder of deltas, and two readers that check every length."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ VERSION = 1
 HEADER = struct.Struct("<4sBBQQ32s32s")
 CODEC_NUMBERS: dict[str, int] = {"zstd-prefix": 1, "tensor": 2}
 
-# zstd-prefix: what one segment builds, the most it may look back on, and its entry: old offset, old length, frame length.
+# zstd-prefix: bytes of one segment, the largest prefix, and the entry of a segment: old offset, old length, frame length.
 SEGMENT_BYTES = 32 * 2**20
 PREFIX_BYTES = 48 * 2**20
 SEGMENT = struct.Struct("<QII")
 SEGMENT_WINDOW_LOG = 25
 
-# tensor: the program and the byte streams it draws on; an entry of the table is stream number, length, packed length.
+# tensor: the program and its byte streams; an entry of the table is stream number, length, packed length.
 STREAM = struct.Struct("<BQQ")
 PROGRAM, LITERALS, FIRST_PLANE = 0, 1, 2
-CODES = {4: 17, 2: 18}  # narrow differences of that many bits
-ESCAPES = 19  # what is left of those that were too large
+CODES = {4: 17, 2: 18}  # differences of that many bits
+ESCAPES = 19  # the rest of differences that were too large
 STREAM_COUNT = 20
 COPY, LITERAL = 0x00, 0x01
 DIFFERENCE, GROUPED, NARROW = 0x10, 0x20, 0x30  # the first two plus the binary logarithm of the width, the last plus the bits
@@ -54,12 +54,12 @@ class DeltaError(ModelSyncError):
     """A delta is damaged, made for another file, or does not build what was signed: the full file is fetched instead."""
 
     def __init__(self, message: str, *, hint: str = _HINT) -> None:
-        """Take the sentence; what to do is always the same."""
+        """Store the message; the hint is always the same."""
         super().__init__(message, hint=hint)
 
 
 class Source:
-    """A file read at explicit places, every read exact: a file cut short is an error and never a crash, as a mapping's is."""
+    """A file with exact reads at offsets: a file that became shorter is an error, not a crash as with a memory map."""
 
     def __init__(self, name: str, file: BinaryIO) -> None:
         self._name = name
@@ -83,14 +83,14 @@ class Source:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def pieces(self, offset: int, length: int) -> Iterator[bytes]:
-        """Yield ``length`` bytes from ``offset`` in pieces."""
+        """Yield ``length`` bytes from ``offset`` in chunks."""
         for start in range(0, length, PIECE_BYTES):
             yield self.read(offset + start, min(PIECE_BYTES, length - start))
 
 
 @contextmanager
 def source(path: Path) -> Iterator[Source]:
-    """Open a file to be read; DeltaError when it cannot be."""
+    """Open a file for reading; raise DeltaError when it cannot be opened."""
     try:
         file = path.open("rb", buffering=0)
     except OSError as error:
@@ -100,7 +100,7 @@ def source(path: Path) -> Iterator[Source]:
 
 
 class Stream:
-    """One zstd frame inside the delta that unpacks to exactly ``length`` bytes, drawn piece by piece."""
+    """One zstd frame inside the delta that decompresses to exactly ``length`` bytes, read in chunks."""
 
     def __init__(self, delta: Source, offset: int, packed: int, length: int, window_log: int, prefix: bytes = b"") -> None:
         if offset + packed > delta.length:
@@ -112,7 +112,7 @@ class Stream:
         )
 
     def read(self, length: int) -> bytes:
-        """Return exactly ``length`` bytes, which must not be more than are left."""
+        """Return exactly ``length`` bytes; raise DeltaError when fewer are left."""
         if length > self._left:
             raise DeltaError("the delta's program asks for more than its data holds")
         self._left -= length
@@ -128,7 +128,7 @@ class Stream:
         return self.read(self._left)
 
     def finish(self) -> None:
-        """Make sure that nothing is left over, neither declared bytes nor undeclared ones."""
+        """Check that no declared byte is unused and that there are no undeclared bytes."""
         if self._left:
             raise DeltaError("the delta holds data that its program never uses")
         while not self._unpack.eof:
@@ -138,7 +138,7 @@ class Stream:
             raise DeltaError("the delta has bytes after its end")
 
     def _more(self, limit: int) -> bytes:
-        """Return at most ``limit`` bytes; may be empty although there is more to come."""
+        """Return at most ``limit`` bytes; may be empty before the end."""
         if self._unpack.eof:
             raise DeltaError("the delta unpacks to less than it declares")
         data = b""
@@ -152,12 +152,12 @@ class Stream:
 
 
 def as_prefix(content: bytes) -> Any:
-    """Return what zstd takes as ``zstd_dict`` to look back on ``content``; the module refuses fewer than eight bytes."""
+    """Return ``content`` as a prefix for the ``zstd_dict`` parameter; None below eight bytes, which the module refuses."""
     return zstd.ZstdDict(content, is_raw=True).as_prefix if len(content) >= 8 else None
 
 
 def read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """Return a number of the program, and where the next begins."""
+    """Return a number of the program, and the position after it."""
     value = 0
     for place in range(9):
         if at + place >= len(data):
@@ -171,8 +171,8 @@ def read_varint(data: bytes, at: int) -> tuple[int, int]:
 def grouping(before: NDArray[Any], shift: int) -> NDArray[np.intp]:
     """Return the order in which the differences of a block are stored: by the eight bits of the old element above ``shift``.
 
-    For a float those are its exponent, which says how many steps apart two nearby values are. The sort is stable, so it
-    is the same on every machine.
+    For a float those bits are its exponent, which determines the distance of neighbouring values. The sort is stable, so the
+    order is the same on every machine.
     """
     import numpy as np
 

@@ -1,8 +1,7 @@
-"""Finds the tensors of two ONNX files and pairs each with its other version, for the ``tensor`` codec's encoder.
+"""The tensors of two ONNX files, each paired with its other version, for the encoder of the ``tensor`` codec.
 
-ONNX is read as the protobuf it is, because the offsets of the tensors' bytes are what counts and no library tells them.
-Nothing here has to be right about ONNX for a delta to be exact: a missed tensor or a wrong pair only makes it larger. Used
-where deltas are made, never on a box.
+The protobuf is parsed here because the offsets of the tensors' bytes are needed, and no library returns them. A delta is exact even
+when this module is wrong about ONNX: a missed tensor or a wrong pair only makes it larger. Never used on a box.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ UNKNOWN = -1
 
 
 class View(NamedTuple):
-    """A way to take bytes as integers: bytes per element, the shift that groups floats by exponent, bits per difference."""
+    """An interpretation of bytes as integers: bytes per element, the shift that groups floats by exponent, bits per difference."""
 
     width: int
     shift: int | None = None
@@ -31,13 +30,13 @@ class View(NamedTuple):
 
 
 _BYTES = (View(1), View(1, bits=4), View(1, bits=2))
-# Every way to look at bytes of which nothing is known: as integers, and as float16, bfloat16 or float32.
+# All interpretations of bytes of unknown type: integers, float16, bfloat16 and float32.
 _UNKNOWN = (*_BYTES, View(2), View(4), View(2, 10), View(2, 7), View(4, 23))
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor and where its bytes lie in the file; ``dtype`` is ONNX's number, or ``UNKNOWN``."""
+    """One tensor and the range of its bytes in the file; ``dtype`` is ONNX's number, or ``UNKNOWN``."""
 
     name: str
     dtype: int
@@ -47,7 +46,7 @@ class Tensor:
 
     @property
     def views(self) -> tuple[View, ...]:
-        """The ways to look at its elements that are worth trying."""
+        """The interpretations of its elements that are worth trying."""
         if self.dtype == UNKNOWN:
             return tuple(view for view in _UNKNOWN if self.length % view.width == 0)
         width = _WIDTH.get(self.dtype, 1)
@@ -62,7 +61,7 @@ class _NotProtobufError(ValueError):
 
 
 def tensors(data: bytes) -> list[Tensor]:
-    """Return the tensors of an ONNX model in the order of their bytes; none when ``data`` is something else."""
+    """Return the tensors of an ONNX model in the order of their bytes; an empty list when ``data`` is no ONNX model."""
     found: list[Tensor] = []
     try:
         for number, wire, start, end in _fields(data, 0, len(data)):
@@ -90,7 +89,7 @@ def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
 
 
 def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yield field number, wire type, and where the value starts and ends; a varint's value stands in for its start."""
+    """Yield field number, wire type, start and end of the value; for a varint the value itself instead of the start."""
     while at < end:
         tag, at = _varint(data, at, end)
         number, wire = tag >> 3, tag & 7
@@ -146,7 +145,7 @@ def _sparse(data: bytes, start: int, end: int) -> Iterator[Tensor]:
 
 
 def _tensor(data: bytes, start: int, end: int, owner: str = "") -> Iterator[Tensor]:
-    """Yield the tensor when its elements lie in the file one after the other: raw_data, or packed floats."""
+    """Yield the tensor when its elements are contiguous in the file: raw_data, or packed floats."""
     dims, dtype, name, payload = [], 0, owner, (0, 0)
     for number, wire, inner, inner_end in _fields(data, start, end):
         if number == 1 and wire == 0:
@@ -166,19 +165,19 @@ def _tensor(data: bytes, start: int, end: int, owner: str = "") -> Iterator[Tens
 
 
 class Pair(NamedTuple):
-    """A tensor of the new file and the one of the old file that it is written as a difference to."""
+    """A tensor of the new file, and the tensor of the old file against which its difference is written."""
 
     old: Tensor
     new: Tensor
 
 
 def pairs(old: bytes, new: bytes, old_tensors: list[Tensor], new_tensors: list[Tensor]) -> list[Pair]:
-    """Pair each new tensor with an old one, the surest likeness first; what finds none is left out."""
+    """Pair each new tensor with an old one, the most certain match first; tensors without a match are left out."""
     pairing = _Pairing(old_tensors, new_tensors)
     pairing.match(lambda tensor: (tensor.name, tensor.dtype, tensor.dims))
     pairing.match(lambda tensor: (tensor.name, tensor.dtype, tensor.length))  # reshaped
     contents = {_content(old, tensor): tensor for tensor in reversed(old_tensors)}
-    for tensor in pairing.left():  # renamed and unchanged; several may be copies of one
+    for tensor in pairing.left():  # renamed and unchanged; several may be copies of one tensor
         if (same := contents.get(_content(new, tensor))) is not None:
             pairing.add(same, tensor)
     pairing.match(lambda tensor: (tensor.dtype, tensor.dims))  # renamed and changed
@@ -197,12 +196,12 @@ class _Pairing:
         return [tensor for tensor in self._new if tensor.offset not in self._found]
 
     def add(self, old: Tensor, new: Tensor) -> None:
-        """Pair two."""
+        """Add one pair."""
         self._found[new.offset] = Pair(old, new)
         self._taken.add(old.offset)
 
     def match(self, key: Callable[[Tensor], Hashable]) -> None:
-        """Pair those still alone that have the same key, in the order of the files."""
+        """Pair the remaining tensors that have the same key, in the order of the files."""
         waiting: defaultdict[Hashable, list[Tensor]] = defaultdict(list)
         for tensor in reversed(self._old):
             if tensor.offset not in self._taken:

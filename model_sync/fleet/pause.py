@@ -100,7 +100,7 @@ class PausingLibrary(Library):
         try:
             self._refuse_unsigned(pause, waiting)
             self._next[ROLLOUT_ROLE] = pause
-            fresh = [role for role, md in self._next.items() if self._is_new(role, md)]
+            fresh = [role for role, md in self._next.items() if self._is_unpublished(role, md)]
             if waiting is not None:
                 self.files.write(staged, rebase(waiting).to_bytes())
             try:

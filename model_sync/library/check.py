@@ -1,6 +1,6 @@
-"""Whether a public tree is whole: every signature, length, hash and delegation, and whether what is signed agrees with itself.
+"""The check of a public tree: every signature, length, hash and delegation, and the consistency of the signed documents.
 
-It reads plain files only, so the same walk serves the library, a mirror and a USB stick.
+It reads files only, so the same check works for the library, a mirror and a USB stick.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class VerificationResult:
-    """What ``verify`` found.
+    """The result of ``verify``.
 
     Attributes:
-        problems: what a box would refuse, or what no box should be told; empty when the tree is whole.
-        notes: what is no fault but worth knowing.
-        targets: files checked.
-        bytes: their length together.
-        valid_until: when the first role that boxes need expires.
+        problems: what a box would refuse; empty when the tree is intact.
+        notes: remarks that are no problems.
+        targets: number of checked files.
+        bytes: their total length.
+        valid_until: the earliest expiry of a role that boxes need.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -46,33 +46,33 @@ class VerificationResult:
 
     @property
     def is_clean(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there are no problems."""
         return not self.problems
 
 
 class _CannotContinueError(Exception):
-    """A document without which the others cannot be judged."""
+    """A document is wrong without which the others cannot be checked."""
 
 
 def verify(
     public: Path, now: datetime, on_progress: Progress | None = None, only: Callable[[str], bool] | None = None
 ) -> VerificationResult:
-    """Walk the public tree.
+    """Verify the public tree.
 
     Args:
         public: the folder that holds ``metadata`` and ``targets``.
-        now: what expiry is judged by.
-        on_progress: called with the bytes of targets read and how many there are.
-        only: the target paths whose files have to be there; all of them when None.
+        now: the time against which expiry is checked.
+        on_progress: called with the bytes of targets read so far and in all.
+        only: returns whether the file of a target path has to exist; all have to when None.
     """
-    walk = _TreeVerifier(public, now)
+    verifier = _TreeVerifier(public, now)
     try:
-        walk.metadata()
-        walk.files(on_progress or (lambda _done, _total: None), only or (lambda _path: True))
-        walk.documents()
+        verifier.metadata()
+        verifier.files(on_progress or (lambda _done, _total: None), only or (lambda _path: True))
+        verifier.documents()
     except _CannotContinueError:
-        assert walk.result.problems
-    return walk.result
+        assert verifier.result.problems
+    return verifier.result
 
 
 class _TreeVerifier:
@@ -87,15 +87,15 @@ class _TreeVerifier:
         """Check the chain of roots, then timestamp, snapshot, targets and every delegated role."""
         root = self._roots()
         timestamp = self._read("timestamp.json", Timestamp.type)
-        self._signed_by(root, Timestamp.type, timestamp)
-        snapshot = self._described(Snapshot.type, timestamp.signed.snapshot_meta)
-        self._signed_by(root, Snapshot.type, snapshot)
+        self._require_signatures(root, Timestamp.type, timestamp)
+        snapshot = self._read_listed(Snapshot.type, timestamp.signed.snapshot_meta)
+        self._require_signatures(root, Snapshot.type, snapshot)
         self._targets_role(root, Targets.type, snapshot.signed)
         top = self._roles[Targets.type]
         for role in delegated(top):
             self._targets_role(top, role, snapshot.signed)
         for name in sorted(snapshot.signed.meta.keys() - {f"{role}.json" for role in self._roles}):
-            # Boxes take a role that vanishes from the snapshot for an attack, so that of a line that was ended stays.
+            # Boxes treat a role that vanishes from the snapshot as an attack, so the role of an ended model line stays.
             self.result.notes.append(f"the snapshot names {name}, to which nobody delegates any more: a line that was ended")
         self._delegations(top)
 
@@ -128,8 +128,8 @@ class _TreeVerifier:
             self._stop(f"{name} does not say that it is {role}")
         return md
 
-    def _described(self, role: str, info: MetaFile) -> AnyMetadata:
-        """Read a versioned document and hold it against what names it."""
+    def _read_listed(self, role: str, info: MetaFile) -> AnyMetadata:
+        """Read a versioned document and compare it with the metadata that names it."""
         name = f"{info.version}.{role}.json"
         md = self._read(name, role)
         try:
@@ -140,7 +140,7 @@ class _TreeVerifier:
             self._stop(f"{name} is version {md.signed.version}")
         return md
 
-    def _signed_by(self, delegator: Root | Targets, role: str, md: AnyMetadata) -> None:
+    def _require_signatures(self, delegator: Root | Targets, role: str, md: AnyMetadata) -> None:
         if not verifies(delegator, role, md):
             self._stop(f"{role} version {md.signed.version} lacks signatures")
         self._expiry(role, md.signed.expires)
@@ -149,8 +149,8 @@ class _TreeVerifier:
         info = snapshot.meta.get(f"{role}.json")
         if info is None:
             self._stop(f"{role} is delegated but not in the snapshot")
-        md = self._described(role, info)
-        self._signed_by(delegator, role, md)
+        md = self._read_listed(role, info)
+        self._require_signatures(delegator, role, md)
         self._roles[role] = md.signed
 
     def _expiry(self, role: str, expires: datetime) -> None:
@@ -213,7 +213,7 @@ class _TreeVerifier:
     # --- documents ----------------------------------------------------------------------------------------------------
 
     def documents(self) -> None:
-        """Hold indexes, manifests and rollouts against the targets they speak of."""
+        """Compare indexes, manifests and rollouts with the targets that they name."""
         indexes = {}
         for role, targets in self._roles.items():
             if role not in (Targets.type, ROLLOUT_ROLE):
@@ -237,14 +237,14 @@ class _TreeVerifier:
         try:
             return kind.parse(self._where(target).read_bytes()) if target is not None else self._problem(f"{path} is not signed")
         except OSError:
-            return None  # said already, when its file was hashed
+            return None  # reported when its file was hashed
         except TrustError as error:
             return self._problem(f"{path}: {error.message}")
 
     def _index(self, index: LineIndex, targets: Targets) -> None:
         for release in index.versions:
             path = file_path(index.line, release.version, MANIFEST_NAME)
-            self._agrees(targets, path, release.digest)
+            self._check_target(targets, path, release.digest)
             if (target := targets.targets.get(path)) is None or not self._where(target).is_file():
                 continue
             try:
@@ -255,13 +255,13 @@ class _TreeVerifier:
             if (manifest.name, manifest.version) != (index.line, release.version):
                 self._problem(f"{path} is the manifest of {manifest.name} {manifest.version}")
             for file, sha256 in manifest.digests().items():
-                self._agrees(targets, file_path(index.line, release.version, file), sha256)
+                self._check_target(targets, file_path(index.line, release.version, file), sha256)
         whole = {target.hashes.get("sha256") for target in targets.targets.values()}
         for delta in index.deltas:
             if delta.path not in targets.targets or not {delta.from_sha256, delta.to_sha256} <= whole:
                 self._problem(f"{delta.path} leads from or to a file that is not signed")
 
-    def _agrees(self, targets: Targets, path: str, sha256: str) -> None:
+    def _check_target(self, targets: Targets, path: str, sha256: str) -> None:
         target = targets.targets.get(path)
         if target is None or target.hashes.get("sha256") != sha256:
             self._problem(f"{path} is not the file that the version names")

@@ -1,7 +1,7 @@
-"""The central library: what the central team does to it, one signature at a time.
+"""The central library and the operations of the central team.
 
-An edit stages a new version of an offline role; each holder adds a signature, here or on another machine; what is complete becomes
-public by itself (``library_promotion``). How a role is read, numbered and signed is in ``library_roles``.
+An edit stages a new version of an offline role; each key holder adds a signature, here or on another machine; a complete version
+becomes public by itself (``promotion``). How a role is read, numbered and signed is in ``roles``.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ class Library(LibraryPromotion):
         passphrase: Passphrase | None = None,
         clock: Clock = utc_now,
     ) -> Library:
-        """Lay an empty library and stage its first root and targets for their signatures.
+        """Create an empty library and stage its first root and targets for signatures.
 
         Raises:
-            PublishError: there is a library already, or a threshold cannot be met by the keys.
+            PublishError: there is a library already, or the keys cannot meet a threshold.
         """
         roles = {"root": root_keys, "targets": targets_keys, "snapshot": [snapshot_key], "timestamp": [timestamp_key]}
-        needs = {role: 1 if role in ONLINE else threshold for role in roles}
+        thresholds = {role: 1 if role in ONLINE else threshold for role in roles}
         for role, keys in roles.items():
-            _check_threshold(role, keys, needs[role])
+            _check_threshold(role, keys, thresholds[role])
         library = cls(directory, signers, passphrase=passphrase, clock=clock)
         if (directory / CONFIG_NAME).exists() and (library.staged(Targets.type) or library.published(Root.type)) is not None:
             raise PublishError(f"{directory} is a library already{_UNCHANGED}", hint="choose another directory")
@@ -68,7 +68,7 @@ class Library(LibraryPromotion):
             with library.edit_root() as root:
                 for role, keys in roles.items():
                     root.roles[role].keyids.clear()
-                    root.roles[role].threshold = needs[role]
+                    root.roles[role].threshold = thresholds[role]
                     for key in keys:
                         root.add_key(key, role)
             with library.edit_targets() as targets:
@@ -78,7 +78,7 @@ class Library(LibraryPromotion):
 
     @classmethod
     def open_library(cls, directory: Path, passphrase: Passphrase | None = None, *, clock: Clock = utc_now) -> Library:
-        """Open a library; without ``passphrase`` its online keys stay locked: it can stage and collect, not publish.
+        """Open a library; without ``passphrase`` its online keys stay locked: it can stage and collect signatures, but not publish.
 
         Raises:
             SettingsError: this is no library.
@@ -88,7 +88,7 @@ class Library(LibraryPromotion):
         return library
 
     def name_holders(self, names: dict[str, str]) -> None:
-        """Remember who holds which key, for people; nothing of it is signed."""
+        """Store the names of key holders, for people; they are not signed."""
         with self.files.locked():
             config = self.files.config()
             self.files.write_config(config.model_copy(update={"holders": {**config.holders, **names}}))
@@ -96,16 +96,16 @@ class Library(LibraryPromotion):
     # --- signatures ---------------------------------------------------------------------------------------------------
 
     def sign(self, role: str, signer: Signer, *, shown: AnyMetadata | None = None) -> RoleState:
-        """Add one signature to a waiting version and promote what is complete then.
+        """Add one signature to a waiting version and promote every version that is then complete.
 
         Args:
-            role: whose waiting version.
+            role: the role whose version waits.
             signer: one of its keys.
-            shown: what its holder has read and agreed to; nothing else is signed.
+            shown: the version that the key holder has read; only this one is signed.
 
         Raises:
-            PublishError: nothing waits, it is not what was shown, the key is none of the role's, or the online keys are locked
-                (the signature is kept).
+            PublishError: nothing waits, the version is not the shown one, the key does not belong to the role, or the online keys
+                are locked (the signature is kept).
             SettingsError: the token does not sign.
         """
         with self.files.locked():
@@ -120,11 +120,11 @@ class Library(LibraryPromotion):
             return self.state(role)
 
     def merge(self, file: Path) -> RoleState:
-        """Take the signatures of a copy of a waiting version that was signed on another machine.
+        """Merge the signatures of a copy of a waiting version that was signed on another machine.
 
         Raises:
-            PublishError: the copy is of a version that does not wait any more, was changed, or has a signature that is wrong or
-                of an unknown key. Nothing is taken then.
+            PublishError: the copy is of a version that no longer waits, was changed, or has a signature that is wrong or of an
+                unknown key. Then nothing is merged.
         """
         with self.files.locked():
             other = read_metadata(file)
@@ -147,7 +147,7 @@ class Library(LibraryPromotion):
         return md
 
     def _same_payload(self, name: str, role: str, other: AnyMetadata) -> AnyMetadata:
-        """Return the waiting version of which ``other`` is a copy, or say what ``other`` is instead."""
+        """Return the waiting version of which ``other`` is a copy; raise PublishError when there is none."""
         if role not in self.role_names():
             raise PublishError(f"{name} is of no role of this library; nothing was taken", hint="merge a signed copy of a file of staged/")
         again = "copy the file from staged/ again and have that signed; nothing was taken"
@@ -176,12 +176,12 @@ class Library(LibraryPromotion):
             ) from error
 
     def discard(self) -> list[str]:
-        """Drop everything that waits for signatures, with its files; returns the roles that waited."""
+        """Delete everything that waits for signatures, with its files; return the roles that waited."""
         with self.files.locked():
             waiting = self.staged_roles()
             if self.published(Root.type) is None:
                 raise PublishError("the first root and targets cannot be discarded", hint="delete the directory to begin anew")
-            for role in reversed(waiting):  # a line before its delegator
+            for role in reversed(waiting):  # a role before its delegator
                 self.files.staged_path(role).unlink()
             shutil.rmtree(self.files.staged / "targets", ignore_errors=True)
             return waiting
@@ -191,7 +191,7 @@ class Library(LibraryPromotion):
     def add_line(self, name: str, keys: list[Key], threshold: int = 2) -> RoleState:
         """Delegate a new model line to ``keys``; its role and ``targets`` wait for their signatures.
 
-        A line that was ended goes on where it stopped: a version never changes its content, and what was withdrawn stays so.
+        A model line that was ended continues where it stopped: a version never changes its content, and withdrawn versions stay so.
 
         Raises:
             PublishError: the name is taken or not allowed, or the threshold cannot be met.
@@ -202,11 +202,11 @@ class Library(LibraryPromotion):
         return self._delegate(name, keys, threshold, line_patterns(name), files)
 
     def end_line(self, name: str) -> RoleState:
-        """Stage that a line is delegated no more; see ``publish.end_line``."""
+        """Stage the end of a delegation to a model line; see ``publish.end_line``."""
         return publish.end_line(self, name)
 
     def set_rollout_keys(self, keys: list[Key], threshold: int = 1) -> RoleState:
-        """Delegate ``rollout/*.json``; given again, the keys replace the old ones."""
+        """Delegate ``rollout/*.json``; later calls replace the keys."""
         with self.files.locked():
             if self.published(ROLLOUT_ROLE) or self.staged(ROLLOUT_ROLE):
                 return self._change_keys(ROLLOUT_ROLE, keys, threshold)
@@ -229,7 +229,7 @@ class Library(LibraryPromotion):
     def _refuse_second_delegator(self, name: str, patterns: list[str]) -> None:
         for other, role in delegated(self.targets()).items():
             if other == name and self.staged(name) is None and self.published(name) is None:
-                continue  # a command was killed between its two files: do it again
+                continue  # a command was killed between its two files: repeat it
             if other == name or any(role.is_delegated_path(pattern.replace("*", "x")) for pattern in patterns):
                 raise PublishError(
                     f"{name!r} is delegated already: a role has one delegator{_UNCHANGED}",
@@ -237,9 +237,9 @@ class Library(LibraryPromotion):
                 )
 
     def rotate_key(self, role: str, old_keyid: str | None, new_key: Key | None, *, threshold: int | None = None) -> list[str]:
-        """Replace a key of a role (None for old adds, None for new removes); returns the roles that wait for signatures then.
+        """Replace a key of a role (None for old adds, None for new removes); return the roles that then wait for signatures.
 
-        A lost key is replaced the same way: the holders of the others sign. A new root needs the thresholds of the old and of the
+        A lost key is replaced in the same way: the holders of the other keys sign. A new root needs the thresholds of the old and of the
         new root; a role whose signatures no longer suffice is staged again, and becomes public together with its delegator.
 
         Raises:
@@ -251,7 +251,7 @@ class Library(LibraryPromotion):
                 raise PublishError(f"there is no role {role!r}{_UNCHANGED}", hint="`model-library status` lists the roles")
             current = delegator.get_delegated_role(role)
             if new_key is not None and new_key.keyid in current.keyids and old_keyid is not None and old_keyid not in current.keyids:
-                self.promote_complete()  # it was killed after staging, or is run again: finish it
+                self.promote_complete()  # a killed or repeated command: finish it
                 return self.staged_roles()
             if old_keyid is not None and old_keyid not in current.keyids:
                 raise PublishError(f"{old_keyid[:8]} is no key of {role}{_UNCHANGED}", hint="`model-library status` lists each role's keys")
@@ -277,7 +277,7 @@ class Library(LibraryPromotion):
         return self.state(role)
 
     def renew(self, role: str) -> RoleState:
-        """Stage an offline role again as it is, with a new expiry; raises PublishError for the others."""
+        """Stage an offline role again as it is, with a new expiry; raise PublishError for other roles."""
         with self.files.locked():
             if role in ONLINE or role not in self.role_names():
                 raise PublishError(
@@ -288,7 +288,7 @@ class Library(LibraryPromotion):
             self.promote_complete()
             return self.state(role)
 
-    # --- models (publish.py) and checks (library_check.py, library_status.py) -----------------------------------------
+    # --- models (publish.py) and checks (check.py, status.py) -----------------------------------------------------------
 
     def publish(
         self,
@@ -298,7 +298,7 @@ class Library(LibraryPromotion):
         minimum_version: str | None = None,
         on_progress: publish.OnProgress | None = None,
     ) -> RoleState:
-        """Stage one version of a line; see ``publish.publish``."""
+        """Stage one version of a model line; see ``publish.publish``."""
         return publish.publish(self, bundle, deltas=deltas, minimum_version=minimum_version, on_progress=on_progress)
 
     def withdraw(self, line: str, version: str, reason: str) -> RoleState:
@@ -306,7 +306,7 @@ class Library(LibraryPromotion):
         return publish.withdraw(self, line, version, reason)
 
     def set_minimum(self, line: str, version: str) -> RoleState:
-        """Stage a higher oldest version; see ``publish.set_minimum``."""
+        """Stage a higher minimum version; see ``publish.set_minimum``."""
         return publish.set_minimum(self, line, version)
 
     def rollout(
@@ -320,21 +320,21 @@ class Library(LibraryPromotion):
         failure_budget: FailureBudget | None = None,
         paused: bool = False,
     ) -> RoleState:
-        """Stage which version a ring's boxes take; see ``publish.rollout``."""
-        choice = publish.RolloutPlan(version, percent, start or self.now(), duration_h, failure_budget or FailureBudget(), paused)
-        return publish.rollout(self, ring, line, choice)
+        """Stage the version that a ring's boxes take; see ``publish.rollout``."""
+        plan = publish.RolloutPlan(version, percent, start or self.now(), duration_h, failure_budget or FailureBudget(), paused)
+        return publish.rollout(self, ring, line, plan)
 
     def status(self) -> dict[str, Any]:
-        """Return each role's version, expiry, signatures and keys, and what to do next; see ``library_status.status``."""
+        """Return each role's version, expiry, signatures and keys, and what to do next; see ``status.status``."""
         return library_status.status(self)
 
     def verify(self, on_progress: Callable[[int, int], None] | None = None) -> library_check.VerificationResult:
-        """Walk the whole public tree; see ``library_check.verify``."""
+        """Verify the public tree; see ``check.verify``."""
         return library_check.verify(self.files.public, self.now(), on_progress)
 
 
 def add_signature(md: AnyMetadata, signer: Signer) -> None:
-    """Add a signature; raises SettingsError when the signer (a token) does not sign."""
+    """Add a signature; raise SettingsError when the signer (a token) does not sign."""
     try:
         md.sign(signer, append=True)
     except UnsignedMetadataError as error:

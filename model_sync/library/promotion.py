@@ -1,7 +1,7 @@
-"""Promotion: what is signed enough and fits together becomes public, in an order that a kill cannot spoil.
+"""Promotion: versions with enough signatures that fit together become public, in an order that is safe at a kill.
 
-Target files first, then versioned metadata, then the timestamp, which is what makes boxes see the rest. A kill at any point leaves
-the last complete state in public; the next command finishes the work from what still waits under ``staged/``.
+Target files first, then versioned metadata, then the timestamp, which makes the rest visible to boxes. After a kill at any point the
+last complete state is public; the next command finishes the work from the files under ``staged/``.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from model_sync.library.roles import ONLINE, AnyMetadata, LibraryRoles, delegate
 
 
 class LibraryPromotion(LibraryRoles):
-    """Brings staged metadata to the public tree."""
+    """Moves staged metadata to the public tree."""
 
     def promote_complete(self) -> list[str]:
-        """Promote everything that is complete and fits together; returns the roles that became public.
+        """Promote every version that is complete and fits together; return the roles that became public.
 
         Raises:
-            PublishError: something is complete but the online keys are locked; all signatures are kept.
+            PublishError: a version is complete but the online keys are locked; all signatures are kept.
         """
         with self.files.locked():
             self._remove_finished()
@@ -32,7 +32,7 @@ class LibraryPromotion(LibraryRoles):
             if not self._next:
                 return []
             try:
-                fresh = [role for role, md in self._next.items() if self._is_new(role, md)]
+                fresh = [role for role, md in self._next.items() if self._is_unpublished(role, md)]
                 self.do_snapshot()
                 self.do_timestamp()
                 self._commit(fresh)
@@ -42,7 +42,7 @@ class LibraryPromotion(LibraryRoles):
             return fresh
 
     def refresh_timestamp(self) -> Timestamp:
-        """Sign a new timestamp, and a new snapshot when half of its life is over; for cron.
+        """Sign a new timestamp, and a new snapshot after half of its validity; for cron.
 
         Raises:
             PublishError: nothing is published yet, or the online keys are locked.
@@ -63,7 +63,7 @@ class LibraryPromotion(LibraryRoles):
             return self.timestamp()
 
     def _stage_for_new_keys(self) -> None:
-        """Stage again, unchanged, each role whose public version the waiting delegator would no longer accept."""
+        """Stage again, unchanged, each role whose public version the waiting delegator would not accept."""
         for role in (Targets.type, *delegated(self.targets())):
             public, delegators = self.published(role), self.delegators(role)
             if public is not None and self.staged(role) is None and not verifies(delegators[-1], role, public):
@@ -71,7 +71,7 @@ class LibraryPromotion(LibraryRoles):
                     pass
 
     def _add_available_signatures(self) -> None:
-        """Add the signatures of keys that are at hand now and were not when a version was staged."""
+        """Add signatures of keys that are available now and were not when a version was staged."""
         for role in self.staged_roles():
             md = self.staged(role)
             if md is not None and (signers := self.available_signers(set(self.keys(role)) - md.signatures.keys())):
@@ -80,9 +80,9 @@ class LibraryPromotion(LibraryRoles):
                 self.files.write(self.files.staged_path(role), md.to_bytes())
 
     def _choose_versions(self) -> dict[str, AnyMetadata]:
-        """Return the newest root, targets and delegated roles that accept each other; empty before the first ones do.
+        """Return the newest root, targets and delegated roles that accept each other; empty before there are any.
 
-        A delegated role without any signed version holds its delegator back: a box would take the gap for an attack.
+        A delegated role without a signed version stops its delegator: a box would treat the gap as an attack.
         """
         for root in self._candidates(Root.type):
             for targets in self._candidates(Targets.type):
@@ -106,7 +106,7 @@ class LibraryPromotion(LibraryRoles):
                 staged = None
         return [md for md in (staged, public) if md is not None]
 
-    def _is_new(self, role: str, md: AnyMetadata) -> bool:
+    def _is_unpublished(self, role: str, md: AnyMetadata) -> bool:
         public = self.published(role)
         return public is None or bool(public.signed.version != md.signed.version)
 
@@ -124,10 +124,10 @@ class LibraryPromotion(LibraryRoles):
                 self.files.write(self.files.metadata_path(role, version), self._next[role].to_bytes())
 
     def _timestamp_first(self) -> bool:
-        """Say whether a new root has to wait for the new timestamp: a box that comes between the two must accept what it finds.
+        """Return whether the new timestamp is written before the new root: a box that polls between the two must accept both.
 
-        Usually the timestamp is last. When the new root no longer accepts what is public, the new state is signed with the old
-        keys too, where they are at hand: then it goes first. When they are lost, a box that comes between tries again later.
+        Usually the timestamp is last. When the new root does not accept the public metadata, the new state is signed with the old
+        keys too, if they are available: then the timestamp is first. Without them, a box that polls in between tries again.
         """
         root, before = self._next[Root.type].signed, self.published(Root.type)
         roles = (Timestamp.type, Snapshot.type, Targets.type)
@@ -147,11 +147,11 @@ class LibraryPromotion(LibraryRoles):
                 self.files.move(where, self.files.public_target(target))
 
     def _remove_finished(self) -> None:
-        """Forget staged metadata that is public or of nobody, and staged files when nothing waits any more."""
+        """Remove staged metadata that is public or has no delegator, and staged files when nothing waits."""
         for role in self.staged_roles():
             staged, public = self.staged(role), self.published(role)
             done = staged is not None and public is not None and public.signed.version >= staged.signed.version
-            if done or (role not in TOP_LEVEL_ROLE_NAMES and not self.delegators(role)):  # of a line that was ended
+            if done or (role not in TOP_LEVEL_ROLE_NAMES and not self.delegators(role)):  # the model line was ended
                 self.files.staged_path(role).unlink()
         if not self.staged_roles():
             shutil.rmtree(self.files.staged / "targets", ignore_errors=True)
