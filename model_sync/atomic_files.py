@@ -9,7 +9,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from model_sync.errors import Action, LibraryUnreachable
 
@@ -35,8 +35,7 @@ def write(path: Path, data: bytes) -> None:
         with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _SHARED_FILE), "wb") as stream:
             os.fchmod(stream.fileno(), _SHARED_FILE)
             stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+            flush(stream)
         os.replace(part, path)
     except OSError:
         part.unlink(missing_ok=True)
@@ -88,6 +87,24 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def flush(stream: IO[bytes]) -> None:
+    """Flush an open file to the disk."""
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def create(path: Path, data: bytes, mode: int) -> None:
+    """Create a file with its content flushed to the disk.
+
+    Raises:
+        FileExistsError: it exists; it was not changed.
+        OSError: it cannot be written.
+    """
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as stream:
+        stream.write(data)
+        flush(stream)
 
 
 def sync_file(path: Path) -> None:

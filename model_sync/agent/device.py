@@ -6,7 +6,6 @@ certificate from another authority is refused.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +18,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from cryptography.x509.oid import NameOID
 
-from model_sync.atomic_files import sync_directory
+from model_sync import atomic_files
 from model_sync.errors import CodedError, SettingsError
 
 IDENTITY: Final = "device.pem"
@@ -52,10 +51,7 @@ def is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> 
 def create_private_file(path: Path, data: bytes) -> None:
     """Write and flush a file that only this account can read; raise SettingsError when it exists or cannot be written."""
     try:
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+        atomic_files.create(path, data, 0o600)
     except FileExistsError as error:
         raise SettingsError(f"{path} exists already", hint="a key is never overwritten: choose another directory") from error
     except OSError as error:
@@ -171,4 +167,4 @@ def _replace(path: Path, data: bytes) -> None:
     fresh.unlink(missing_ok=True)
     create_private_file(fresh, data)
     fresh.replace(path)
-    sync_directory(path.parent)
+    atomic_files.sync_directory(path.parent)

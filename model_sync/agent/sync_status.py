@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -212,7 +211,6 @@ class StatusFile:
                 atomic_files.write(self._history, tail[tail.find(b"\n") + 1 :])
             with self._history.open("ab") as stream:
                 stream.write((json.dumps(result, ensure_ascii=False, sort_keys=True) + "\n").encode())
-                stream.flush()
-                os.fsync(stream.fileno())
+                atomic_files.flush(stream)
         except OSError as error:
             _log.warning("the history could not be written: %s", error)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from pathlib import Path
 from securesystemslib.signer import Key, Signer
 from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, Root, TargetFile
 
+from model_sync import atomic_files
 from model_sync.bundle import MANIFEST_NAME, ModelBundle
 from model_sync.errors import PublishError, SettingsError
 from model_sync.library import check as library_check
@@ -262,8 +262,7 @@ def _sign_file(file: Path, signer: Signer, against: Path | None, yes: bool) -> N
     part = file.with_name(f"{file.name}.part")
     with part.open("wb") as stream:
         stream.write(md.to_bytes())
-        stream.flush()
-        os.fsync(stream.fileno())
+        atomic_files.flush(stream)
     part.replace(file)
     print(f"{file} is signed; bring it back: `model-library merge LIB {file.name}`")
 

@@ -1,8 +1,8 @@
-"""Writing a USB stick: the public tree as it is, for a box without a line.
+"""Export to a USB stick: the public tree, for a box without a link.
 
-The stick needs no trust: a box checks it as it checks the network. It holds every root version, so that a box that was away for
-years finds its way to the keys of today, and all metadata, but only the model files that were asked for. Names are legal on FAT;
-each file is written beside its place and renamed, and read back from the stick; the timestamp comes last.
+The stick needs no trust: a box verifies it like the network. It holds every root version, so that a box that was off for years can
+verify today's keys, and all metadata, but only the chosen model files. Names are valid on FAT; each file is written beside its place,
+renamed, and read back from the stick; the timestamp is written last.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from tuf.api.metadata import TargetFile
 
+from model_sync import atomic_files
 from model_sync.bundle.manifest import MANIFEST_NAME, Manifest
 from model_sync.errors import PublishError, SettingsError
 from model_sync.library import check as library_check
@@ -31,14 +32,14 @@ _PART = "clinic-models.part"
 _CHUNK_BYTES = 1 << 20
 _FAT_MAX_BYTES = 2**32 - 1
 _FAT_FORBIDDEN = re.compile(r'[\x00-\x1f:*?"<>|\\]|[. ]$')
-# FAT gives out whole clusters; 32 KiB is the largest that is common on sticks.
+# FAT allocates clusters; 32 KiB is the largest common size on sticks.
 _CLUSTER_BYTES = 32 * 1024
-_OURS = re.compile(r"^(\d+\.[a-z0-9_-]+\.json|[0-9a-f]{64}\..+)$")
+_EXPORTED_NAME = re.compile(r"^(\d+\.[a-z0-9_-]+\.json|[0-9a-f]{64}\..+)$")
 OnProgress = Callable[[int, int], None]
 
 
 class ExportResult(NamedTuple):
-    """What was written: ``files`` and ``bytes`` are those that were not on the stick yet."""
+    """The result of an export: ``files`` and ``bytes`` count what was not on the stick yet."""
 
     files: int
     bytes: int
@@ -64,13 +65,13 @@ def export(
         directory: the stick's mount point.
         lines: model lines to take; every line when None.
         versions: versions to take; every one that boxes may run when None.
-        now: what expiry is judged by.
-        reserve_bytes: room that stays free.
-        on_progress: called with the bytes written and how many there are.
+        now: the time against which expiry is checked.
+        reserve_bytes: disk space that stays free.
+        on_progress: called with the bytes written so far and in all.
 
     Raises:
-        SettingsError: the stick is not there, or there is no such line or version.
-        PublishError: the library is not whole, the stick has too little room, or does not give back what was written.
+        SettingsError: the stick is missing, or there is no such model line or version.
+        PublishError: the library is not intact, the stick is too small, or returns other bytes than were written.
     """
     if not directory.is_dir():
         raise SettingsError(f"{directory} is no folder", hint="mount the stick and give its mount point")
@@ -98,7 +99,7 @@ def export(
 def _choose_versions(
     public: Path, lines: Sequence[str] | None, versions: Sequence[str] | None
 ) -> tuple[dict[str, list[str]], dict[str, TargetFile]]:
-    """Return the versions of each line, and the targets that they, the indexes and the rollouts need, by path."""
+    """Return the chosen versions of each model line, and all targets to export, by path."""
     roles = _roles(public)
     known = sorted(set(roles) - {ROLLOUT_ROLE})
     if unknown := set(lines or ()) - set(known):
@@ -130,14 +131,14 @@ def _files(public: Path, index: LineIndex, targets: dict[str, TargetFile], versi
             found[file_path(index.line, version, file)] = targets[file_path(index.line, version, file)]
     hashes = {target.hashes["sha256"] for target in found.values()}
     for delta in index.deltas:
-        # A box with the version before may take the delta; without that version here it would be of no use to it.
+        # A box with the earlier version can use the delta; one without it cannot.
         if {delta.from_sha256, delta.to_sha256} <= hashes:
             found[delta.path] = targets[delta.path]
     return found
 
 
 def _roles(public: Path) -> dict[str, dict[str, TargetFile]]:
-    """Return the targets of every delegated role as they are public now."""
+    """Return the public targets of every delegated role."""
     metadata = public / "metadata"
     timestamp = read_metadata(metadata / "timestamp.json").signed
     snapshot = read_metadata(metadata / f"{timestamp.snapshot_meta.version}.snapshot.json").signed
@@ -149,7 +150,7 @@ def _roles(public: Path) -> dict[str, dict[str, TargetFile]]:
 
 
 def _metadata_names(public: Path) -> list[str]:
-    """Return the metadata a box needs, the timestamp last; every root there ever was, so that no box is cut off."""
+    """Return the metadata that a box needs, the timestamp last; it includes every root version."""
     metadata = public / "metadata"
     timestamp = read_metadata(metadata / "timestamp.json").signed
     snapshot = read_metadata(metadata / f"{timestamp.snapshot_meta.version}.snapshot.json").signed
@@ -164,14 +165,14 @@ def _place(public: Path, target: TargetFile) -> Path:
 
 
 class _UsbStick:
-    """The folder on the stick, and the library it is filled from."""
+    """The folder on the stick, and the library that is copied to it."""
 
     def __init__(self, public: Path, folder: Path, reserve_bytes: int) -> None:
         self._public, self._folder, self._reserve_bytes = public, folder, reserve_bytes
         self.written = 0
 
     def missing(self, names: list[str]) -> list[str]:
-        """Return the files that the stick has not, or has differently, in the order given."""
+        """Return the files that the stick lacks or has with other content, in the given order."""
         for name in names:
             if any(_FAT_FORBIDDEN.search(segment) for segment in name.split("/")):
                 raise PublishError(f"{name} is no name for a USB stick", hint="publish the version again with other file names")
@@ -180,7 +181,7 @@ class _UsbStick:
         return [name for name in names if _digest(self._folder / name) != _digest(self._public / name)]
 
     def require_free_space(self, names: list[str]) -> None:
-        """Refuse before anything is written when the stick is too small; what it has already is not counted again."""
+        """Raise before anything is written when the stick is too small; files that it has are not counted."""
         need = sum((self._public / name).stat().st_size + _CLUSTER_BYTES for name in names) + self._reserve_bytes
         free = shutil.disk_usage(self._folder.parent).free
         if need > free:
@@ -190,7 +191,7 @@ class _UsbStick:
             )
 
     def write(self, names: list[str], on_progress: OnProgress) -> None:
-        """Copy files, each read back from the stick; raises PublishError when it is not what was written."""
+        """Copy files and read each back; raise PublishError when the bytes differ."""
         total = sum((self._public / name).stat().st_size for name in names)
         for name in names:
             path = self._folder / name
@@ -198,7 +199,7 @@ class _UsbStick:
             part = self._folder / _PART
             digest = self._copy(self._public / name, part, lambda: on_progress(self.written, total))
             os.replace(part, path)
-            _fsync_directory(path.parent)
+            _sync_directory(path.parent)
             if _digest(path) != digest:
                 raise PublishError(f"the stick does not give back {name} as it was written", hint="take another stick: this one is worn")
 
@@ -210,19 +211,18 @@ class _UsbStick:
                 writer.write(chunk)
                 self.written += len(chunk)
                 on_progress()
-            writer.flush()
-            os.fsync(writer.fileno())
-            # What is read back shall come from the stick, not from the memory of this machine.
+            atomic_files.flush(writer)
+            # So that the bytes are read back from the stick and not from the page cache.
             os.posix_fadvise(writer.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return digest.hexdigest()
 
     def remove_old(self, wanted: set[str]) -> int:
-        """Remove what an earlier export left and this one does not need; anything that has not our names stays."""
+        """Remove files of earlier exports that are no longer needed; files with other names stay."""
         removed = 0
         for path in sorted(self._folder.rglob("*")):
             name = path.relative_to(self._folder).as_posix()
-            ours = name.startswith(("metadata/", "targets/")) and _OURS.match(path.name) is not None
-            if path.is_file() and ours and name not in wanted:
+            is_exported = name.startswith(("metadata/", "targets/")) and _EXPORTED_NAME.match(path.name) is not None
+            if path.is_file() and is_exported and name not in wanted:
                 path.unlink()
                 removed += 1
         (self._folder / _PART).unlink(missing_ok=True)
@@ -244,12 +244,9 @@ def _digest(path: Path) -> str | None:
     return digest.hexdigest()
 
 
-def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def _sync_directory(path: Path) -> None:
     try:
-        os.fsync(descriptor)
+        atomic_files.sync_directory(path)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some drivers for FAT and exFAT cannot; the file itself is safe
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some FAT and exFAT drivers cannot; the file itself is safe
             raise
-    finally:
-        os.close(descriptor)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import threading
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from secrets import SystemRandom
 
+from model_sync import atomic_files
 from model_sync.transport.errors import BudgetExhausted, DiskFull, TooSlow
 
 MAX_CHUNK_BYTES = 64 * 1024
@@ -165,11 +165,8 @@ class DayBudget:
         if self._limit is None:
             return None
         total = self._written + self._uncounted
-        fresh = self._path.with_suffix(".new")
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            fresh.write_text(json.dumps({"schema": 1, "day": self._day, "received_bytes": total}) + "\n", "utf-8")
-            os.replace(fresh, self._path)
+            atomic_files.write_json(self._path, {"schema": 1, "day": self._day, "received_bytes": total})
         except OSError as error:
             return error
         self._written, self._uncounted = total, 0
