@@ -1,9 +1,8 @@
-"""What a box tells the centre: an allow-list of enumerations, versions, digests and bounded numbers, signed by the box.
+"""The status report of a box to the centre: enumerations, versions, digests and bounded numbers, signed by the box.
 
-There is no free text in it, so no patient's data can be (R18): a coded reason that is not in ``CODES`` becomes ``unlisted``, a
-moment before ``EARLIEST`` becomes the epoch, and a model that the signed library does not name is only counted. What the
-appliance writes (``exchange/box-report.json``) is parsed by the same schema and written anew from it; one unknown key and
-nothing of that file is sent.
+It has no free text, so it cannot contain patient data (R18): a code that is not in ``CODES`` becomes ``unlisted``, a time before
+``EARLIEST`` becomes the epoch, and a model that the signed library does not name is only counted. The appliance's part
+(``exchange/box-report.json``) is parsed by the same schema and written again from it; with one unknown key nothing of it is sent.
 """
 
 from __future__ import annotations
@@ -44,19 +43,19 @@ def _listed(value: object) -> object:
 
 
 def _plausible(moment: datetime) -> datetime:
-    """A clock that is not set stays visible as the epoch; nothing else from before this product can be meant."""
+    """Return the time in whole seconds; an impossible one, such as of a clock that is not set, becomes the epoch."""
     return moment.astimezone(timezone.utc).replace(microsecond=0) if EARLIEST <= moment < _LATEST else EPOCH
 
 
 def instant(moment: datetime) -> str:
-    """Return a moment the way reports write it: UTC, whole seconds."""
+    """Return a time as reports write it: UTC, whole seconds."""
     return moment.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 Code: TypeAlias = Annotated[str, BeforeValidator(_listed)]
 Instant: TypeAlias = Annotated[AwareDatetime, AfterValidator(_plausible), PlainSerializer(instant)]
 BoxId: TypeAlias = Annotated[str, Pattern(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-# A release of ours, not any text that semantic versioning lets pass.
+# A release of this product, not any text that semantic versioning allows.
 RELEASE: Final = r"^\d{1,5}\.\d{1,5}\.\d{1,5}((a|b|rc|\.dev|-(alpha|beta|rc|dev|canary)\.?)\d{1,5})?$"
 Release: TypeAlias = Annotated[str, Pattern(pattern=RELEASE)]
 RuntimeName: TypeAlias = Annotated[
@@ -68,7 +67,7 @@ RuntimeName: TypeAlias = Annotated[
 ]
 Count: TypeAlias = Annotated[int, Field(ge=0, lt=10**6)]
 Bytes: TypeAlias = Annotated[int, Field(ge=0, lt=2**53)]
-# Rounded down: nobody needs the last digits, and a number that means something else does not survive.
+# Rounded down: the last digits are not needed, and could carry other information.
 DiskBytes: TypeAlias = Annotated[Bytes, AfterValidator(lambda value: value // _DISK_STEP_BYTES * _DISK_STEP_BYTES)]
 Version: TypeAlias = Annotated[SemVer, Pattern(max_length=64)]
 Sequence: TypeAlias = Annotated[int, Field(ge=1, lt=2**53)]
@@ -78,12 +77,12 @@ class ReportError(CodedError):
     """A report was refused.
 
     Attributes:
-        code: ``report.invalid`` (not the schema), ``report.signature`` (not this box's).
+        code: ``report.invalid`` (not the schema), ``report.signature`` (not signed by this box).
     """
 
 
 class Allowed(BaseModel):
-    """Base of the schema: nothing unknown, nothing converted, nothing mutable."""
+    """Base of the schema: no unknown keys, no type conversion, immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -100,7 +99,7 @@ class ModelReport(Allowed):
 
 
 class ActivationReport(Allowed):
-    """The latest state of one activation; ``code`` says why it failed or was taken back."""
+    """The latest state of one activation; ``code`` is the reason of a failure or a rollback."""
 
     line: Identifier
     version: Version
@@ -111,7 +110,7 @@ class ActivationReport(Allowed):
 
 
 class Health(Allowed):
-    """Counts of the box; never what was counted."""
+    """Counters of the box."""
 
     waiting_jobs: Count
     failed_jobs_24h: Count
@@ -132,14 +131,14 @@ class BoxReport(Allowed):
 
     @classmethod
     def parse(cls, raw: bytes) -> BoxReport:
-        """Read what the appliance wrote; raises ReportError that names fields only, never their values."""
+        """Parse the appliance's report; raise ReportError that names fields only, never their values."""
         return _validated(cls, load_json(raw, MAX_BOX_REPORT_BYTES))
 
-    def known_to(self, lines: Mapping[str, frozenset[str]]) -> BoxReport:
-        """Return it without models and activations of lines, or with version names, that the signed library does not have.
+    def restricted_to(self, lines: Mapping[str, frozenset[str]]) -> BoxReport:
+        """Return a copy without models and activations that the signed library does not name.
 
-        ``lines`` maps each signed line to its versions. A version of a signed line may also be a plain release number: the model
-        that the box came with is in no index.
+        ``lines`` maps each signed model line to its versions. A version may also be a plain release number: the model that was
+        installed with the box is in no index.
         """
 
         def listed(item: ModelReport | ActivationReport) -> bool:
@@ -151,7 +150,7 @@ class BoxReport(Allowed):
 
 
 class SyncReport(Allowed):
-    """How the way to the library is; ``since`` is when this state began."""
+    """The state of the sync agent; ``since`` is when this state began."""
 
     state: SyncState
     code: Code
@@ -161,7 +160,7 @@ class SyncReport(Allowed):
 
 
 class StatusReport(Allowed):
-    """One report; ``sequence`` rises with each of a box, so that an old one can never stand for a new one."""
+    """One report; ``sequence`` rises with each report of a box, so that an old one is never taken for a new one."""
 
     schema_: Annotated[Literal[1], Field(alias="schema")]
     box_id: BoxId
@@ -179,7 +178,7 @@ class StatusReport(Allowed):
 
 
 def sign(report: StatusReport, signer: CryptoSigner) -> bytes:
-    """Return the envelope that goes over the wire: the report and the box's signature over its canonical JSON."""
+    """Return the envelope to send: the report, and the box's signature over its canonical JSON."""
     signed = report.to_dict()
     signature = signer.sign(canonical(signed))
     return json.dumps({"signed": signed, "signature": signature.to_dict()}, separators=(",", ":"), sort_keys=True).encode()
@@ -199,7 +198,7 @@ def verify(body: bytes, key: SSlibKey) -> StatusReport:
     if set(given) != {"keyid", "sig"} or not all(isinstance(value, str) and len(value) <= 1024 for value in given.values()):
         _invalid("its signature has another form")
     try:
-        # Over what was sent, not over what we understood of it: a default of a newer schema must not break an older box.
+        # Over the received values, not the parsed ones: a default of a newer schema must not break an older box.
         key.verify_signature(Signature(key.keyid, given["sig"]), canonical(envelope["signed"]))
     except UnverifiedSignatureError as error:
         raise ReportError("report.signature", "the signature is not this box's", hint="enrol the box again with a new token") from error
@@ -207,15 +206,15 @@ def verify(body: bytes, key: SSlibKey) -> StatusReport:
 
 
 def canonical(value: Any) -> bytes:
-    """Return the bytes that are signed: canonical JSON; raises FormatError for what has none."""
+    """Return the bytes to sign, as canonical JSON; raise FormatError when there are none."""
     encoded = encode_canonical(value)
-    if encoded is None:  # only when it was given somewhere to write to
+    if encoded is None:  # only when a writer is given
         raise FormatError("no canonical form")
     return encoded.encode()
 
 
 def load_json(raw: bytes, max_bytes: int) -> Any:
-    """Parse JSON of a stranger: bounded, no duplicate key, no fraction, no NaN, no bottomless nesting.
+    """Parse JSON from the network: bounded length, no duplicate key, fraction, NaN or deep nesting.
 
     Raises:
         ReportError: ``report.invalid``.
@@ -262,7 +261,7 @@ def _is_release(version: str) -> bool:
     return all(part.isdigit() and len(part) <= 5 for part in version.split("."))
 
 
-# An error names places of the schema and nothing that somebody wrote into a key.
+# An error names fields of the schema and never a key that was received.
 _FIELDS: Final = frozenset(
     name
     for kind in (ModelReport, ActivationReport, Health, BoxReport, SyncReport, StatusReport)

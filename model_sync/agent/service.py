@@ -280,7 +280,7 @@ def _box_report(settings: SyncSettings) -> tuple[BoxReport | None, str]:
     except OSError:
         return None, "box_report.unreadable"
     try:
-        return BoxReport.parse(raw).known_to(_signed_versions(settings)), ""
+        return BoxReport.parse(raw).restricted_to(_signed_versions(settings)), ""
     except ReportError as error:
         logger.debug("the box's report: %s", error.message)
         return None, "box_report.invalid"

@@ -1,7 +1,6 @@
-"""How a picture becomes the tensor that a model takes: the pixel pipeline of the manifest, step by step.
+"""The input of a model of images: its tensor, and the pixel pipeline of the manifest.
 
-``appliance.preprocess`` follows these steps in their order and knows no other; what a model was trained on is what it
-is fed with.
+The appliance executes these steps in their order and has no others, so that a model gets the same input as in training.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class ToUint8(Strict):
 
 
 class Letterbox(Strict):
-    """Pad with ``fill`` to the aspect ratio of the input, the picture in the centre."""
+    """Pad with ``fill`` to the aspect ratio of the input, the image in the centre."""
 
     step: Literal["letterbox"]
     fill: Annotated[int, Field(ge=0, le=255)]
@@ -83,7 +82,7 @@ Step: TypeAlias = Annotated[_AnyStep, Field(discriminator="step")]
 
 
 class InputSpec(Strict):
-    """The tensor the model takes, and the pixel pipeline that makes it, step by step."""
+    """The input tensor of the model, and the pixel pipeline that produces it."""
 
     name: NonEmpty
     layout: Literal["NCHW"]

@@ -1,7 +1,7 @@
-"""The schema of ``manifest.json``: what a model is for, how it is fed, and from which score on it calls a finding.
+"""The schema of ``manifest.json``: intended use, input, outputs and operating points of a model.
 
-It is read strictly: an unknown field, a duplicate key, a number where a text belongs or a cross-reference that leads
-nowhere is an error, because a box must never guess what a model is for (R28) or where it cuts (R29).
+Parsing is strict: an unknown field, a duplicate key, a wrong type or an invalid reference is an error, because a box must never guess
+what a model is for (R28) or which threshold it uses (R29).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from model_sync.errors import BundleError
 MANIFEST_NAME = "manifest.json"
 REQUIRED_DOCUMENTS = ("MODEL_CARD.md", "gate.json")
 
-# Semantic versioning 2.0, clauses 2, 9 and 10, as strict as the library that compares them.
+# Semantic Versioning 2.0, clauses 2, 9 and 10, as strict as the library that compares versions.
 _NUMBER, _PRE, _BUILD = "(0|[1-9][0-9]*)", "(0|[1-9][0-9]*|[0-9]*[A-Za-z-][0-9A-Za-z-]*)", "[0-9A-Za-z-]+"
 _TAGS = {("input", "NCHW"), ("input", "NCDHW")}
 SemVer: TypeAlias = Annotated[
@@ -59,7 +59,7 @@ class Text(Strict):
 
 
 class Code(Strict):
-    """A coded concept: SNOMED CT (scheme SCT) or RadLex, as it goes into the structured report."""
+    """A coded concept: SNOMED CT (scheme SCT) or RadLex, as used in the structured report."""
 
     scheme: Literal["SCT", "RADLEX"]
     value: NonEmpty
@@ -67,7 +67,7 @@ class Code(Strict):
 
 
 class Label(Strict):
-    """One thing the model looks for."""
+    """One finding that the model detects."""
 
     name: Identifier
     title: Text
@@ -75,7 +75,7 @@ class Label(Strict):
 
 
 class AgeRange(Strict):
-    """Ages in years that the training data supports, and what to do with the others."""
+    """The ages in years that the training data supports, and what to do outside them."""
 
     min_years: Annotated[float, Field(ge=0)]
     max_years: Annotated[float, Field(gt=0, le=150)]
@@ -91,9 +91,9 @@ class AgeRange(Strict):
 
 
 class AppliesTo(Strict):
-    """Which images the model may read, in the terms of the DICOM header, and what to assume when a tag is absent.
+    """The images that the model may analyse, by DICOM attributes, and the assumption when an attribute is absent.
 
-    ``sequence`` is for models of volumes alone: how their series must have been acquired.
+    ``sequence`` is for models of volumes only: how their series must have been acquired.
     """
 
     modality: Annotated[list[CodeString], Field(min_length=1)]
@@ -111,8 +111,8 @@ class AppliesTo(Strict):
     def _assumptions_are_in_scope(self) -> Self:
         if self.when_body_part_absent == "assume" and self.assumed_body_part not in self.body_part:
             raise ValueError("assumed_body_part must be one of body_part")
-        of_no_concern = not self.view_position and not self.assumed_view  # slices have none
-        if self.when_view_absent == "assume" and not of_no_concern and self.assumed_view not in self.view_position:
+        has_no_views = not self.view_position and not self.assumed_view  # slices have no view
+        if self.when_view_absent == "assume" and not has_no_views and self.assumed_view not in self.view_position:
             raise ValueError("assumed_view must be one of view_position")
         return self
 
@@ -121,14 +121,14 @@ class Variant(Strict):
     """The weights in one precision; ``gate`` names the record that shows it agrees with the float model.
 
     Attributes:
-        precision: of its weights and sums.
+        precision: the precision of its weights and sums.
         file: the ONNX file.
         sha256: its digest.
         recipe: how it was made.
-        gate: the record, one of ``documents``.
-        activations: how the activations of int8 are quantized: symmetric for TensorRT, unsigned for CPUs with VNNI; None elsewhere.
-            A bundle may ship both.
-        not_on: runtimes on which this variant failed when it was made; a box does not try them.
+        gate: the gate record, one of ``documents``.
+        activations: how the activations of int8 are quantized: symmetric for TensorRT, unsigned for CPUs with VNNI; None for other
+            precisions. A bundle may contain both.
+        not_on: runtimes on which this variant failed when it was made; a box does not use them.
     """
 
     precision: Precision
@@ -141,7 +141,7 @@ class Variant(Strict):
 
 
 class TrainingSource(Strict):
-    """Where some of the training pictures come from, and under which licence."""
+    """A source of training images, and its licence."""
 
     name: NonEmpty
     n_images: Count
@@ -149,7 +149,7 @@ class TrainingSource(Strict):
 
 
 class TrainingData(Strict):
-    """What the model learned from."""
+    """The training data of the model."""
 
     description: Text
     n_images: Count
@@ -165,16 +165,16 @@ class Registration(Strict):
 
 
 class Watch(Strict):
-    """How long a new version is on trial on a box, and what ends the trial with the version before it (R31).
+    """The trial of a new version on a box, and what rolls it back (R31).
 
     Attributes:
-        trial_cases: images read after which the trial is passed.
-        trial_hours: hours after which it is passed, provided at least one image was read.
-        max_failure_fraction: largest share of failed readings; judged from the third failure on.
+        trial_cases: analysed images after which the trial is passed.
+        trial_hours: hours after which it is passed, if at least one image was analysed.
+        max_failure_fraction: largest share of failed analyses; checked from the third failure on.
         max_latency_ratio: largest median inference time, as a multiple of the self-test's.
-        max_score_drift: largest population stability index between the scores on this box and ``reference_scores``; judged from
-            50 images on, less what chance alone gives. A clinic's share of ill patients differs from any test set's, so the
-            default lets that pass and catches scores that have lost their shape; None judges no drift.
+        max_score_drift: largest population stability index between the scores on this box and ``reference_scores``; checked
+            from 50 images on, minus the expected value of chance. The share of ill patients of a clinic differs from that of any
+            test set, so the default allows that and detects a changed shape of the distribution; None checks no drift.
     """
 
     trial_cases: Annotated[int, Field(ge=1)] = 200
@@ -256,10 +256,10 @@ class Manifest(Strict):
 
     @property
     def image_input(self) -> InputSpec:
-        """The input of a model that reads images.
+        """The input of a model of images.
 
         Raises:
-            BundleError: ``bundle.manifest_invalid``: it reads volumes.
+            BundleError: ``bundle.manifest_invalid``: it is a model of volumes.
         """
         if isinstance(self.input, VolumeSpec):
             raise invalid_manifest("the model reads volumes, not images")
@@ -267,10 +267,10 @@ class Manifest(Strict):
 
     @property
     def volume_input(self) -> VolumeSpec:
-        """The input of a model that reads volumes.
+        """The input of a model of volumes.
 
         Raises:
-            BundleError: ``bundle.manifest_invalid``: it reads images.
+            BundleError: ``bundle.manifest_invalid``: it is a model of images.
         """
         if isinstance(self.input, InputSpec):
             raise invalid_manifest("the model reads images, not volumes")
@@ -285,7 +285,7 @@ class Manifest(Strict):
         }
 
     def runs_on(self, appliance_version: str) -> bool:
-        """Say whether a box with ``appliance_version`` is new enough for this bundle."""
+        """Return whether a box with ``appliance_version`` is new enough for this bundle."""
         return _core(appliance_version) >= _core(self.min_appliance_version)
 
     @model_validator(mode="after")
@@ -296,7 +296,7 @@ class Manifest(Strict):
         for field in ("operating_points", "reference_scores"):
             named = [entry.label for entry in getattr(self, field)]
             _unique(field, named)
-            # A score without its operating point must not exist (R29); the other tasks have no score to cut.
+            # A score without an operating point must not exist (R29); other tasks have no score.
             if self.task in ("classification", "detection") and set(named) != set(labels):
                 raise ValueError(f"{field} must name every label exactly once")
         cams = {output.name for output in self.outputs if output.kind == "cam"}
@@ -342,7 +342,7 @@ class Manifest(Strict):
 
 
 def invalid_manifest(what: str) -> BundleError:
-    """Return the error that says what is wrong with a manifest."""
+    """Return the error for a manifest that is not valid."""
     return BundleError(
         "bundle.manifest_invalid",
         f"{MANIFEST_NAME} is not valid: {what}",
@@ -351,13 +351,13 @@ def invalid_manifest(what: str) -> BundleError:
 
 
 def _where(location: tuple[int | str, ...]) -> str:
-    # The tag of a union of inputs or steps is no field of the file.
+    # The discriminator of a union of inputs or steps is no field of the file.
     parts = [str(part) for part in location]
     return ".".join(part for part, before in zip(parts, ["", *parts], strict=False) if (before, part) not in _TAGS) or "manifest"
 
 
 def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> None:
-    # Two readers that take a different one of two equal keys would see two different models.
+    # With a duplicate key two readers could see two different models.
     _unique("keys", [key for key, _ in pairs])
 
 

@@ -1,10 +1,7 @@
-"""The model bundle: one directory, one version of one model, everything in it named by its digest.
+"""The model bundle: one directory, one version of one model.
 
-``manifest.json`` (schema: ``model_sync.bundle.manifest`` and ``.input_spec``, exported from here) is the one format that all
-rooms share. Each file beside it is listed in it with its SHA-256, so the digest of ``manifest.json`` names the whole
-version.
-
-Neither numpy nor onnx is imported here at module level: the web process reads manifests too and has to stay small.
+``manifest.json`` lists each file beside it with its SHA-256, so the digest of ``manifest.json`` identifies the complete version.
+Neither numpy nor onnx is imported at module level: the web process reads manifests too and has to stay small.
 """
 
 from __future__ import annotations
@@ -30,15 +27,15 @@ if TYPE_CHECKING:
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 _CHUNK_BYTES = 1024 * 1024
 
-# From the most exact to the least: what a caller gets who does not choose.
+# From the most exact to the least: the order for a caller that does not choose.
 _BY_EXACTNESS: tuple[Precision, ...] = ("fp32", "fp16", "mixed", "int8")
 
 
 @dataclass(frozen=True)
 class GoldenCase:
-    """One golden case, read: ``pixels`` uint8 [rows, columns] as displayed, and what the fp32 model answers to it.
+    """A golden case of a model of images: ``pixels`` uint8 [rows, columns] as displayed, and the output of the fp32 model.
 
-    ``expected`` and ``probability`` ([1, labels], float32) say the same; ``cam`` is [1, labels, h, w] or None.
+    ``expected`` and ``probability`` ([1, labels], float32) hold the same values; ``cam`` is [1, labels, h, w] or None.
     """
 
     name: str
@@ -51,10 +48,10 @@ class GoldenCase:
 
 @dataclass(frozen=True)
 class GoldenVolume:
-    """One golden case of a model of volumes, read.
+    """A golden case of a model of volumes.
 
     ``values`` float32 [depth, height, width] in modality units, ``affine`` float64 [4, 4] from those indices to the patient (LPS, mm),
-    ``mask`` uint8 of the same shape: the class of each voxel as the fp32 model sees it. ``expected`` and ``tolerance`` are Dice.
+    ``mask`` uint8 of the same shape: the class of each voxel by the fp32 model. ``expected`` and ``tolerance`` are Dice.
     """
 
     name: str
@@ -81,7 +78,7 @@ class ModelBundle:
 
     @classmethod
     def load(cls, directory: Path | str) -> ModelBundle:
-        """Read and check the bundle in ``directory``; files are hashed in pieces, never held in memory.
+        """Read and check the bundle in ``directory``; files are hashed in chunks, not held in memory.
 
         Raises:
             BundleError: ``bundle.no_manifest``, ``bundle.manifest_invalid``, ``bundle.unsafe_path`` (a link or a
@@ -112,7 +109,7 @@ class ModelBundle:
         """Return the absolute path of a file that the manifest lists.
 
         Raises:
-            BundleError: ``bundle.file_unlisted``: the manifest does not know the file, so nothing vouches for it.
+            BundleError: ``bundle.file_unlisted``: the manifest does not list the file.
         """
         if relative not in self.manifest.digests():
             raise BundleError(
@@ -123,7 +120,7 @@ class ModelBundle:
         return self.directory / relative
 
     def variant(self, precision: str | None = None) -> Variant:
-        """Return the (first) variant in ``precision``, or the most exact one there is.
+        """Return the first variant in ``precision``, or the most exact one.
 
         Raises:
             BundleError: ``bundle.no_variant``: the bundle does not ship that precision.
@@ -139,7 +136,7 @@ class ModelBundle:
         )
 
     def golden_cases(self) -> Iterator[GoldenCase]:
-        """Read the golden cases of a model of images one after the other; each is hashed again as it is read.
+        """Yield the golden cases of a model of images; each is hashed again when it is read.
 
         Raises:
             BundleError: ``bundle.digest_mismatch``, ``bundle.golden_invalid``, or ``bundle.manifest_invalid`` of a model of volumes.
@@ -149,7 +146,7 @@ class ModelBundle:
             yield _read_golden(golden, self._golden_bytes(golden))
 
     def golden_volumes(self) -> Iterator[GoldenVolume]:
-        """Read the golden cases of a model of volumes; arguments and errors as :meth:`golden_cases`."""
+        """Yield the golden cases of a model of volumes; errors as :meth:`golden_cases`."""
         _ = self.manifest.volume_input
         classes = next(len(output.classes) for output in self.manifest.outputs if output.classes is not None)
         for golden in self.manifest.golden:
@@ -200,7 +197,7 @@ def _case_name(golden: Golden) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a regular file in hex, reading it in pieces; a symbolic link is not followed.
+    """Return the SHA-256 of a regular file in hex, read in chunks; a symbolic link is not followed.
 
     Raises:
         OSError: The file is a link or cannot be read.

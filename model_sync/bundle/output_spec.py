@@ -1,4 +1,4 @@
-"""What a model gives back: its output tensors, what its scores mean, and the cases whose answer is known."""
+"""The outputs of a model: tensors, operating points, and golden cases."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BACKGROUND: Final = "background"
 MAX_CLASSES: Final = 256
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8", "mixed"]
-# Each segment starts with a letter or a digit: that alone rules out "..", hidden files and absolute paths.
+# Each segment starts with a letter or a digit, which excludes "..", hidden files and absolute paths.
 _SEGMENT = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 RelativePath: TypeAlias = Annotated[str, StringConstraints(pattern=rf"^{_SEGMENT}(/{_SEGMENT})*$", max_length=200)]
 Sha256: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -24,10 +24,10 @@ Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 
 
 class OutputSpec(Strict):
-    """One output tensor; a text in ``shape`` is a dimension that varies.
+    """One output tensor; a text in ``shape`` is a variable dimension.
 
-    ``classes`` names what stands along axis 1 of segmentation logits, background first: a voxel belongs to the class whose logit is
-    the greatest. A mask keeps a class in one byte, so there are 256 at most.
+    ``classes`` names axis 1 of segmentation logits, background first: a voxel belongs to the class with the largest logit. A mask
+    stores a class in one byte, so there are at most 256.
     """
 
     name: NonEmpty
@@ -55,10 +55,10 @@ class Explain(Strict):
 
 
 class Golden(Strict):
-    """A picture or a volume with a known answer.
+    """A golden case: an image or a volume with a known result.
 
-    ``expected`` is a probability per label; of a volume it is the Dice coefficient against the mask that lies in the file, which is 1
-    for the model that drew it. ``tolerance`` is the largest allowed deviation per precision.
+    ``expected`` is a probability per label; for a volume it is the Dice coefficient against the mask in the file, which is 1 for the
+    model that made it. ``tolerance`` is the largest allowed deviation per precision.
     """
 
     input: RelativePath
@@ -82,7 +82,7 @@ class Interval(Strict):
 
 
 class SourceMeasure(Strict):
-    """The operating point as measured within one source of pictures; None where a class is missing there."""
+    """The operating point as measured within one source of images; None where a class is missing."""
 
     source: NonEmpty
     n_positive: Count
@@ -93,7 +93,7 @@ class SourceMeasure(Strict):
 
 
 class OperatingPoint(Strict):
-    """The score from which on a label is called positive. It belongs to this version alone (R29)."""
+    """The threshold from which a label is positive. It is valid for this version only (R29)."""
 
     label: Identifier
     threshold: Annotated[float, Field(gt=0, lt=1)]
@@ -104,7 +104,7 @@ class OperatingPoint(Strict):
 
 
 class ScoreHistogram(Strict):
-    """How the scores of a label were distributed when the model was made: what drift is measured against (R31)."""
+    """The distribution of a label's scores when the model was made: the reference for drift (R31)."""
 
     label: Identifier
     edges: Annotated[list[float], Field(min_length=2)]

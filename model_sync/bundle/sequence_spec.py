@@ -1,6 +1,6 @@
-"""Which acquisitions a model of volumes may read, beyond what modality and body part say: a T1 model must not read a FLAIR.
+"""The acquisitions that a model of volumes may analyse, beyond modality and body part: a T1 model must not analyse a FLAIR.
 
-Everything here is optional; a manifest without it is the same bytes as before there was any of it.
+Everything here is optional; the bytes of a manifest without it did not change when it was introduced.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Missing: TypeAlias = Literal["assume", "out_of_scope"]
 
 
 class Milliseconds(Strict):
-    """A span of time, both ends within it."""
+    """A range of times, including both ends."""
 
     low: Annotated[float, Field(ge=0)]
     high: Annotated[float, Field(gt=0)]
@@ -30,15 +30,15 @@ class Milliseconds(Strict):
 
 
 class SequenceRule(Strict):
-    """What every image (or frame) of a series must say about how it was acquired (PS3.3 C.8.3.1, C.8.13.5; C.7.6.1.1.2).
+    """The required acquisition attributes of every image (or frame) of a series (PS3.3 C.8.3.1, C.8.13.5; C.7.6.1.1.2).
 
     Attributes:
         echo_time_ms: Echo Time, of enhanced images Effective Echo Time.
         repetition_time_ms: Repetition Time.
         scanning_sequence: the only values that Scanning Sequence may have: SE, IR, GR, EP, RM; none given: any.
         image_type_not: values that Image Type (and Frame Type) must not have: DERIVED, MPR, MIP, ADC.
-        contrast_agent: what to do with a series in which a contrast agent is named; None: nothing.
-        when_absent: what to do where an attribute that is asked for is not in the header.
+        contrast_agent: what to do with a series that names a contrast agent; None: nothing.
+        when_absent: what to do when a required attribute is absent.
     """
 
     echo_time_ms: Milliseconds | None = None
@@ -49,7 +49,7 @@ class SequenceRule(Strict):
     when_absent: Missing = "out_of_scope"
 
     @model_validator(mode="after")
-    def _asks_something(self) -> Self:
+    def _is_not_empty(self) -> Self:
         if not any((self.echo_time_ms, self.repetition_time_ms, self.scanning_sequence, self.image_type_not, self.contrast_agent)):
             raise ValueError("sequence must ask for something, or not be there")
         return self

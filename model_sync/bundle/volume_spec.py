@@ -1,7 +1,7 @@
-"""How the images of one series become the volume that a model takes, step by step.
+"""The input of a model of volumes: its tensor, and the pipeline that builds it from the images of one series.
 
-``appliance.volumes.volume`` follows these steps in their order and knows no other. Axes of a tensor are depth, height, width; ``orient``
-says which way of the patient each of them points.
+The appliance executes these steps in their order and has no others. The axes of a tensor are depth, height, width; ``orient`` gives the
+patient direction of each.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Orientation: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[LRAPSI]{3}
 
 
 class Stack(Strict):
-    """Put the slices in the order of their positions along the normal (PS3.3 C.7.6.2.1.1), never of their numbers.
+    """Sort the slices by their positions along the normal (PS3.3 C.7.6.2.1.1), never by their numbers.
 
     Attributes:
         min_slices: a series of fewer is refused.
-        max_slice_spacing_mm: a series with its slices farther apart is refused: the model never saw so coarse a volume.
+        max_slice_spacing_mm: a series with a larger slice spacing is refused: the model was not trained on it.
     """
 
     step: Literal["stack"]
@@ -48,7 +48,7 @@ class Orient(Strict):
 
 
 class Resample(Strict):
-    """Interpolate linearly to voxels of this size along depth, height and width; a volume sheared by a tilted gantry is straightened."""
+    """Interpolate linearly to voxels of this size along depth, height and width; the shear of a tilted gantry is corrected."""
 
     step: Literal["resample"]
     spacing_mm: Annotated[list[Millimetres], Field(min_length=3, max_length=3)]
@@ -56,7 +56,7 @@ class Resample(Strict):
 
 
 class Clip(Strict):
-    """Cut values off below ``low`` and above ``high``: a window in modality units."""
+    """Clip values to ``low`` and ``high``, in modality units."""
 
     step: Literal["clip"]
     low: float
@@ -70,7 +70,7 @@ class Clip(Strict):
 
 
 class ClipQuantile(Strict):
-    """Cut values off below the ``low`` and above the ``high`` quantile (0 to 1) of the volume."""
+    """Clip values to the ``low`` and ``high`` quantile (0 to 1) of the volume."""
 
     step: Literal["clip_quantile"]
     low: Quantile
@@ -84,7 +84,7 @@ class ClipQuantile(Strict):
 
 
 class MinMax(Strict):
-    """Scale the volume so that its least value becomes ``low`` and its greatest ``high``; rounded to whole numbers if asked."""
+    """Scale the volume so that its least value becomes ``low`` and its greatest ``high``; with ``round`` to integers."""
 
     step: Literal["min_max"]
     low: float
@@ -99,7 +99,7 @@ class MinMax(Strict):
 
 
 class QuantileScale(Strict):
-    """Scale so that the ``low`` quantile of the volume becomes 0 and the ``high`` one 1, without cutting anything off."""
+    """Scale so that the ``low`` quantile of the volume becomes 0 and the ``high`` one 1, without clipping."""
 
     step: Literal["quantile_scale"]
     low: Quantile
@@ -113,7 +113,7 @@ class QuantileScale(Strict):
 
 
 class CropPad(Strict):
-    """Cut or pad every axis to this many voxels, the volume in the middle; new voxels hold ``fill``."""
+    """Crop or pad every axis to this many voxels, the volume in the centre; new voxels hold ``fill``."""
 
     step: Literal["crop_pad"]
     depth: Positive
@@ -124,11 +124,11 @@ class CropPad(Strict):
 
 
 class SlidingWindow(Strict):
-    """Read the volume in overlapping windows of the model's size and blend them; a smaller volume is padded with ``fill``.
+    """Analyse the volume in overlapping windows of the model's size and blend them; a smaller volume is padded with ``fill``.
 
     Attributes:
-        overlap: the share of a window that the next one covers too.
-        weight: what a voxel of a window counts by its distance from the window's middle.
+        overlap: the share of a window that the next one also covers.
+        weight: the weight of a voxel by its distance from the centre of the window.
         fill: value of the voxels outside the volume.
     """
 
@@ -145,9 +145,9 @@ VolumeStep: TypeAlias = Annotated[_AnyVolumeStep, Field(discriminator="step")]
 
 
 class VolumeSpec(Strict):
-    """The tensor that a model of volumes takes, and the pipeline that makes it from one series.
+    """The input tensor of a model of volumes, and the pipeline that builds it from one series.
 
-    ``depth`` x ``height`` x ``width`` is what the model is given at a time: the whole volume, or one window of it.
+    ``depth`` x ``height`` x ``width`` is the input of one inference: the complete volume, or one window.
     """
 
     name: NonEmpty

@@ -1,6 +1,6 @@
-"""The command ``model-library``: what the central team types. What each command does is in ``library_commands``.
+"""The command ``model-library`` of the central team; the commands are in ``library.commands`` and ``fleet.commands``.
 
-Errors are caught once, in ``main``: 1 refused, 2 wrong use; each says what happened, what was kept, and what to do.
+Errors are caught once, in ``main``: exit code 1 means refused, 2 means wrong usage.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from model_sync.errors import ModelSyncError, SettingsError
 from model_sync.library import commands, console
 
 _Add = Callable[..., argparse.ArgumentParser]
-# Commands of the server and its fleet; their libraries are large, and installed only where it runs: no other command waits for them.
+# Commands of the server and its fleet. Their dependencies are large and installed only on the server, so others do not import them.
 _FLEET = {
     "serve": "Serve the library, enrol boxes, and show the fleet.",
     "device-ca": "Make the authority that signs boxes' certificates.",
@@ -31,7 +31,7 @@ _EXTRA = ("sqlalchemy", "psycopg", "pkcs11")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and where to read on."""
+    """Prints a usage error in one line, and a hint."""
 
     def error(self, message: str) -> NoReturn:
         """Print error and hint; exit 2."""
@@ -39,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 done, 1 refused, 2 wrong use)."""
+    """Run one command; return the exit code (0 done, 1 refused, 2 wrong usage)."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     fleet = bool(arguments) and arguments[0] in _FLEET
     try:

@@ -1,4 +1,4 @@
-"""How often somebody may ask: a bucket that fills by the minute."""
+"""A rate limit per client address."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 class RateLimiter:
-    """How much each address may ask: a bucket of ``burst`` that fills by ``per_minute``; in memory, bounded."""
+    """A token bucket per address: ``burst`` tokens, refilled by ``per_minute``; in memory, for at most ``most`` addresses."""
 
     def __init__(self, per_minute: float, burst: int, *, clock: Callable[[], float] = time.monotonic, most: int = 50_000) -> None:
         self._per_s, self._burst, self._clock, self._most = per_minute / 60, burst, clock, most
@@ -16,7 +16,7 @@ class RateLimiter:
         self._lock = threading.Lock()
 
     def allow(self, who: str) -> bool:
-        """Take one from the bucket of ``who``; False when it is empty."""
+        """Take one token of ``who``; return False when there is none."""
         now = self._clock()
         with self._lock:
             left, at = self._left.pop(who, (float(self._burst), now))

@@ -1,7 +1,7 @@
-"""``model-library serve``: the library's files, the door for boxes, and the fleet page, by Flask under gunicorn.
+"""The server of ``model-library serve``: the library's files, the API for boxes, and the fleet page, by Flask under gunicorn.
 
-One process of threads. TLS is 1.2 or newer; a client certificate is optional, because the library's files are for everybody: what is
-in them is signed. Plain http is for this machine alone, where a proxy may end TLS.
+One process with threads. TLS is 1.2 or newer; a client certificate is optional, because the library's files are public and signed.
+Plain http is allowed on loopback only, where a proxy may end TLS.
 """
 
 from __future__ import annotations
@@ -58,18 +58,18 @@ _NO_CHECK_TIME: Final = 0x200000
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """What a server is started with.
+    """The configuration of a server.
 
     Attributes:
         library: the library's directory; its ``public`` is served.
-        db: SQLAlchemy's address of the fleet database.
+        db: the SQLAlchemy URL of the fleet database.
         device_ca: directory of the device authority.
         passphrases: of the device authority, of the rollout key and of the library's online keys.
-        rollout_key: encrypted PKCS#8 file or ``hsm:`` address; None leaves pausing to those who have it.
+        rollout_key: encrypted PKCS#8 file or ``hsm:`` URI; without it the server cannot pause rollouts.
         tls_certificate: PEM of the server, with chain; None serves plain http on loopback.
         tls_key: its key.
-        behind_proxy: believe the proxy's ``X-Client-Certificate`` and ``X-Forwarded-For``.
-        certificate_days: life of a box's certificate.
+        behind_proxy: use the proxy's ``X-Client-Certificate`` and ``X-Forwarded-For``.
+        certificate_days: validity of a box's certificate.
         reports_per_hour: most reports of one box.
         requests_per_minute: most enrolments (and a tenth of it, logins) from one address; ten times it for reports.
         session_idle_s: an operator's session ends after this time without a request.
@@ -93,7 +93,7 @@ class ServerConfig:
 
 
 def create_app(config: ServerConfig, *, clock: Callable[[], float] = time.time) -> Flask:
-    """Put the application together.
+    """Create the application.
 
     Raises:
         SettingsError: a key, the library or the database cannot be opened.
@@ -130,7 +130,7 @@ def create_app(config: ServerConfig, *, clock: Callable[[], float] = time.time) 
         REPORTS_PER_HOUR=config.reports_per_hour,
         STYLE_VERSION=hashlib.sha256(style.read_bytes()).hexdigest()[:12],
     )
-    app.url_map.merge_slashes = False  # an address that is not tidy leads nowhere
+    app.url_map.merge_slashes = False  # a path with empty segments is not found
     app.json.sort_keys = False  # type: ignore[attr-defined]  # the default provider has it, the base class does not
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
     server_problems.init_app(app)
@@ -166,7 +166,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM.
 
     Raises:
-        SettingsError: something would not work; nothing was served.
+        SettingsError: the configuration is not valid; nothing was served.
     """
     os.umask(0o077)
     _start_logging()
@@ -188,10 +188,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def check(config: ServerConfig) -> None:
-    """Refuse what must not be served, before a port is opened.
+    """Check the configuration before a port is opened.
 
     Raises:
-        SettingsError: plain http beyond loopback, half a TLS configuration, or something that does not open.
+        SettingsError: plain http beyond loopback, an incomplete TLS configuration, or a key, library or database that cannot be opened.
     """
     if (config.tls_certificate is None) != (config.tls_key is None):
         raise SettingsError("--tls-certificate and --tls-key belong together", hint="give both or neither")
@@ -210,7 +210,7 @@ def check(config: ServerConfig) -> None:
 
 
 class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
-    """Gunicorn, configured in Python."""
+    """Gunicorn with a configuration in Python."""
 
     def __init__(self, config: ServerConfig) -> None:
         """Serve ``config``."""
@@ -236,22 +236,22 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
                 self.cfg.set(name, value)
 
     def load(self) -> Callable[..., Iterable[bytes]]:
-        """Make the application, in the worker process."""
+        """Create the application in the worker process."""
         app = create_app(self._config)
 
-        def patient(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-            """Bound how long a connection may stand still within a request."""
+        def application(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+            """Limit the silence of a connection within a request."""
             environ["gunicorn.socket"].settimeout(_SILENCE_S)
             return app.wsgi_app(environ, start_response)
 
-        return patient
+        return application
 
 
 class ErrorOnlyLogger:
-    """Gunicorn's errors go to the log; requests are not logged: a million boxes poll."""
+    """Logs gunicorn's errors but no requests: very many boxes poll."""
 
     def __init__(self, _cfg: object) -> None:
-        """Take gunicorn's configuration, which has nothing to say here."""
+        """Ignore gunicorn's configuration."""
         self.error_log = logging.getLogger("gunicorn.error")
         self.error_log.setLevel(logging.WARNING)
         self.access_log = logging.getLogger("gunicorn.access")
@@ -290,11 +290,11 @@ def _start_logging() -> None:
 
 
 def _announce(arbiter: Any) -> None:
-    """Say where the server is, once the port is open."""
+    """Print the address once the port is open."""
     for listener in arbiter.LISTENERS:
-        # Inherited by every connection: who begins a request and falls silent must not hold a thread for ever.
+        # Inherited by every connection: a client that begins a request and stops must not hold a thread for ever.
         listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _REQUEST_START_S, 0))
-        # A connection that says nothing is the kernel's, until it does: it takes no thread.
+        # The kernel holds a connection until it has data: a silent one uses no thread.
         listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, _REQUEST_START_S)
         print(f"Listening on {listener}", flush=True)
 

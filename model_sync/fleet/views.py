@@ -1,4 +1,4 @@
-"""What the fleet page shows, asked of the database in few queries that its indexes answer."""
+"""The queries of the fleet page; each uses an index."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _POINTS: Final = 48
 
 @dataclass(frozen=True)
 class Filters:
-    """What a person asked to see; an empty text asks for everything."""
+    """The filters of the fleet page; an empty text means no filter."""
 
     ring: str = ""
     line: str = ""
@@ -41,13 +41,13 @@ class BoxPage:
 
     @property
     def pages(self) -> int:
-        """How many pages there are; at least one."""
+        """The number of pages; at least one."""
         return max(1, -(-self.total // PAGE_ROWS))
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A rollout over time: at ``times``, in seconds since the epoch, how many of ``total`` boxes ran the version or had failed it."""
+    """A rollout over time: at ``times``, in seconds since the epoch, how many of ``total`` boxes ran the version or had failed."""
 
     total: int
     times: list[int] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Progress:
 
 
 def counts(fleet: Fleet) -> dict[str, int]:
-    """Return how many boxes there are, and how many are in each of ``STATES``."""
+    """Return the number of boxes, in all and in each of ``STATES``."""
     now = fleet.now()
     columns = [func.count().label("total")]
     columns += [func.sum(case((in_state(state, now), 1), else_=0)).label(state) for state in STATES]
@@ -68,7 +68,7 @@ def counts(fleet: Fleet) -> dict[str, int]:
 
 
 def versions(fleet: Fleet) -> list[RowMapping]:
-    """Return how many boxes of each ring run each version of each line."""
+    """Return how many boxes of each ring run each version of each model line."""
     columns = box_models.c.line, box_models.c.version, boxes.c.ring
     query = (
         select(*columns, func.count().label("boxes"))
@@ -88,7 +88,7 @@ def rings(fleet: Fleet) -> dict[str, int]:
         return {ring: int(count) for ring, count in tx.execute(query)}
 
 
-def listing(fleet: Fleet, filters: Filters, page: int) -> BoxPage:
+def list_boxes(fleet: Fleet, filters: Filters, page: int) -> BoxPage:
     """Return one page of boxes, by name."""
     where = _where(fleet, filters)
     wanted = (
@@ -147,15 +147,15 @@ def box(fleet: Fleet, box_id: str) -> dict[str, Any] | None:
 
 
 def latest_actions(fleet: Fleet, limit: int = 15) -> list[RowMapping]:
-    """Return what was done last."""
+    """Return the last actions."""
     with fleet.reading() as tx:
         return list(tx.execute(select(actions).order_by(actions.c.id.desc()).limit(limit)).mappings())
 
 
 def in_state(state: str, now: int) -> ColumnElement[bool]:
-    """Return the condition that a box is in one of ``STATES``; ``attention`` is any that somebody has to look at."""
+    """Return the SQL condition that a box is in one of ``STATES``; ``attention`` covers all that need a person."""
     here = boxes.c
-    let_in = here.denied_at.is_(None)
+    is_allowed = here.denied_at.is_(None)
     each = {
         "failed": here.trouble != "",
         "untrusted": here.sync_state.in_(_TROUBLED_SYNC),
@@ -166,10 +166,12 @@ def in_state(state: str, now: int) -> ColumnElement[bool]:
     if state == "denied":
         return here.denied_at.is_not(None)
     if state == "attention":
-        return and_(let_in, or_(each["failed"], each["untrusted"], each["silent"]))
+        return and_(is_allowed, or_(each["failed"], each["untrusted"], each["silent"]))
     if state == "fine":
-        return and_(let_in, here.last_seen >= now - SILENT_S, here.trouble == "", here.sync_state.not_in((*_TROUBLED_SYNC, "unreachable")))
-    return and_(let_in, each[state])
+        return and_(
+            is_allowed, here.last_seen >= now - SILENT_S, here.trouble == "", here.sync_state.not_in((*_TROUBLED_SYNC, "unreachable"))
+        )
+    return and_(is_allowed, each[state])
 
 
 def _where(fleet: Fleet, filters: Filters) -> list[ColumnElement[bool]]:

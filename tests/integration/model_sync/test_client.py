@@ -796,7 +796,7 @@ def test_a_line_whose_role_has_signed_no_index_yet_has_no_facts(box: Box, site: 
     forge(site, {LINE: edit})
     result = box.pull()
     assert code(result.problems[LINE]) == "trust.unknown"
-    assert box.facts().troubles[LINE].code == "trust.missing"
+    assert box.facts().problems[LINE].code == "trust.missing"
 
 
 TWO_DISKS_SCENARIO = """

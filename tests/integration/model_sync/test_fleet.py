@@ -421,7 +421,7 @@ def test_ten_thousand_boxes_are_shown_by_few_queries(tmp_path: Path, postgres: P
         for _ in range(3):
             begin = time.perf_counter()
             counts = fleet_views.counts(fleet)
-            rows = fleet_views.listing(fleet, fleet_views.Filters(), 150)
+            rows = fleet_views.list_boxes(fleet, fleet_views.Filters(), 150)
             fleet_views.versions(fleet)
             shown = fleet_views.progress(fleet, "stable", LINE, "0.2.0", now - 36_000, now)
             took.append(time.perf_counter() - begin)

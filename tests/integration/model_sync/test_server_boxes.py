@@ -84,7 +84,7 @@ def test_a_box_enrols_and_its_certificate_says_who_it_is_and_nothing_else(centre
     assert certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca is False
     assert list(certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [ExtendedKeyUsageOID.CLIENT_AUTH]
     assert certificate.not_valid_after_utc - certificate.not_valid_before_utc <= timedelta(days=31)
-    assert centre.authority.issued(certificate)
+    assert centre.authority.has_issued(certificate)
 
 
 def test_nothing_that_a_request_asks_for_is_taken_over(centre: Centre) -> None:

@@ -539,9 +539,9 @@ def test_check_leaves_out_a_line_that_was_altered(file: str, code: str, box: Box
     exchange_file(box, file).write_bytes(b"{}")
     facts = box.facts()
     assert facts.lines == {}
-    assert facts.troubles[LINE].code == "trust.digest"
+    assert facts.problems[LINE].code == "trust.digest"
     exchange_file(box, file).unlink()
-    assert box.facts().troubles[LINE].code == "trust.missing"
+    assert box.facts().problems[LINE].code == "trust.missing"
 
 
 def test_check_that_cannot_read_says_so_and_speaks_of_no_trust(box: Box) -> None:

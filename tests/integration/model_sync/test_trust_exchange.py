@@ -273,7 +273,7 @@ def test_a_damaged_set_is_laid_anew_by_the_next_pull(name: str, box: Box) -> Non
     DAMAGE[name]((exchange / "trust").resolve())
     box.pull()
     assert box.facts().lines[LINE]
-    assert box.facts().troubles == {}
+    assert box.facts().problems == {}
     for part in ("metadata", "documents"):
         assert (exchange / part).resolve() == (exchange / "trust").resolve() / part
     before = {str(path): path.lstat().st_mtime_ns for path in exchange.rglob("*") if path.name != "sync-status.json" and path.is_file()}

@@ -105,7 +105,7 @@ def test_r18_no_patient_in_any_place_of_a_box_report_passes() -> None:
     passed = refused = 0
     for raw in poisoned():
         try:
-            told = BoxReport.parse(raw).known_to(KNOWN)
+            told = BoxReport.parse(raw).restricted_to(KNOWN)
         except ReportError as error:
             refused += 1
             assert not TRACES.search(str(error).encode())
@@ -118,16 +118,16 @@ def test_r18_no_patient_in_any_place_of_a_box_report_passes() -> None:
 
 def test_lines_that_the_library_does_not_sign_are_only_counted() -> None:
     told = BoxReport.parse(json.dumps(box_report()).encode())
-    assert told.known_to({}).unlisted == 2
-    assert told.known_to({}).models == []
-    assert told.known_to(KNOWN) == told
+    assert told.restricted_to({}).unlisted == 2
+    assert told.restricted_to({}).models == []
+    assert told.restricted_to(KNOWN) == told
 
 
 def test_a_version_of_a_signed_line_may_be_a_plain_release_or_a_signed_name() -> None:
     odd = BoxReport.parse(json.dumps(box_report("1.0.0-site.7")).encode())
-    assert odd.known_to(KNOWN).unlisted == 2
-    assert odd.known_to({"cxr-pneumonia": frozenset({"1.0.0-site.7"})}).unlisted == 0
-    assert BoxReport.parse(json.dumps(box_report("3.2.1")).encode()).known_to(KNOWN).unlisted == 0
+    assert odd.restricted_to(KNOWN).unlisted == 2
+    assert odd.restricted_to({"cxr-pneumonia": frozenset({"1.0.0-site.7"})}).unlisted == 0
+    assert BoxReport.parse(json.dumps(box_report("3.2.1")).encode()).restricted_to(KNOWN).unlisted == 0
 
 
 def test_an_unknown_reason_is_said_to_be_unlisted() -> None:
@@ -172,7 +172,7 @@ def test_what_the_appliance_really_writes_passes_whole(store: Store) -> None:
                 " VALUES ('cxr-pneumonia', '0.1.0', ?, 'x', 'library', '', ?, ?, 'test', '', '2026-03-01T08:00:00.123Z')",
                 ("cd" * 32, states[number % len(states)], json.dumps({"code": code})),
             )
-        told = BoxReport.parse(json.dumps(written(store)).encode()).known_to(KNOWN)
+        told = BoxReport.parse(json.dumps(written(store)).encode()).restricted_to(KNOWN)
         assert told.activations[0].code == code
         assert (len(told.models), told.unlisted) == (1, 0)
         with store.database.transaction() as tx:
