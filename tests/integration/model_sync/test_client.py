@@ -19,7 +19,7 @@ from tuf.api.metadata import TargetFile
 from model_sync.agent import process_lock, sync_status
 from model_sync.agent.exchange import Exchange
 from model_sync.agent.sync_status import StatusFile
-from model_sync.errors import LibraryUnreachable, ModelSyncError, TrustError
+from model_sync.errors import Action, LibraryUnreachable, ModelSyncError, TrustError
 from model_sync.transport.fetcher import Fetcher
 from model_sync.trust.rollback_protection import Clocks
 from tests.support.bad_server import CAPTIVE_PORTAL, DOWN, BadServer, Reply
@@ -509,7 +509,7 @@ def test_a_pull_that_is_asked_to_stop_stops_and_waits(box: Box) -> None:
 
     def stop() -> None:
         if asked.is_set():
-            raise LibraryUnreachable("the agent was stopped", hint="start it", code="sync.stopped")
+            raise LibraryUnreachable("the agent was stopped", hint="start it", code="sync.stopped", action=Action.WAIT)
 
     result = box.pull(lambda _progress: asked.set(), check_stop=stop)
     assert code(result.problems[LINE]) == "sync.stopped"
@@ -576,7 +576,7 @@ def visible():
     return [ModelBundle.load(path) for path in bundles.glob("[!.]*")] if bundles.is_dir() else []
 def facts():
     try:
-        return bool(trust.check(settings.exchange_dir, settings.root).lines)
+        return bool(offline_check.check(settings.exchange_dir, settings.root).lines)
     except TrustError as error:
         assert error.code == "trust.missing", error
         return False
