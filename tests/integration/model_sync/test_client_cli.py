@@ -17,7 +17,7 @@ import pytest
 from model_sync import cli_texts
 from model_sync.agent import cli, cli_pull
 from model_sync.agent.sync_status import Progress
-from model_sync.errors import Action, BundleError, LibraryUnreachable, PublishError, SettingsError, TrustError
+from model_sync.errors import Action, BundleError, LibraryUnreachable, PublishError, SettingsError, TrustError, UsbIncomplete
 from model_sync.settings import SyncSettings
 from tests.support.bad_server import DOWN, BadServer, Reply
 from tests.support.library_site import Site, make_site, tiny_bundle
@@ -132,7 +132,7 @@ def test_the_exit_code_tells_untrusted_unreachable_and_waiting_apart(box: Box, s
         (LibraryUnreachable("m", hint="h", code="sync.disk_full"), 3),
         (LibraryUnreachable("m", hint="h", code="sync.window", action=Action.WAIT), 4),
         (LibraryUnreachable("m", hint="h", code="sync.busy", action=Action.WAIT), 4),
-        (LibraryUnreachable("m", hint="h", code="usb.incomplete"), 1),
+        (UsbIncomplete("m", hint="h"), 1),
     ],
 )
 def test_every_kind_of_error_has_its_exit_code(error: Any, code: int) -> None:
