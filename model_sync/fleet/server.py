@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import ipaddress
-import json
 import logging
 import os
 import socket
@@ -42,9 +40,11 @@ from model_sync.fleet.limits import RateLimiter
 from model_sync.fleet.rollout_pause_policy import RolloutPausePolicy
 from model_sync.fleet.rollouts import Rollouts
 from model_sync.fleet.tables import sqlite_url
+from model_sync.json_logging import JsonFormatter
 from model_sync.library.console import ONLINE_ENV
 from model_sync.library.files import LibraryFiles
 from model_sync.library.keys import load_signer
+from model_sync.network import is_loopback
 
 DEFAULT_PORT: Final = 8443
 _REQUEST_START_S: Final = 10
@@ -195,10 +195,10 @@ def check(config: ServerConfig) -> None:
     """
     if (config.tls_certificate is None) != (config.tls_key is None):
         raise SettingsError("--tls-certificate and --tls-key belong together", hint="give both or neither")
-    if config.tls_certificate is None and not _is_loopback(config.host):
+    if config.tls_certificate is None and not is_loopback(config.host):
         hint = "give --tls-certificate and --tls-key, or listen on 127.0.0.1 behind a proxy with --behind-proxy"
         raise SettingsError(f"{config.host} needs TLS: plain http is for this machine alone", hint=hint)
-    if config.behind_proxy and (config.tls_certificate is not None or not _is_loopback(config.host)):
+    if config.behind_proxy and (config.tls_certificate is not None or not is_loopback(config.host)):
         raise SettingsError("--behind-proxy is for plain http on 127.0.0.1", hint="others could write the proxy's headers themselves")
     if config.tls_certificate is not None and config.tls_key is not None:
         try:
@@ -270,18 +270,6 @@ class ErrorOnlyLogger:
         """Do nothing: there is no file to close."""
 
 
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line, without the text of exceptions."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the record as a line."""
-        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
-        entry = {"at": at, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
-        if record.exc_info and record.exc_info[0] is not None:
-            entry["exception"] = record.exc_info[0].__name__
-        return json.dumps(entry, ensure_ascii=False)
-
-
 def _start_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
@@ -338,10 +326,3 @@ def _healthz(fleet: Fleet) -> Response:
 
 def _home() -> BaseResponse:
     return redirect(url_for("page.fleet"))
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
