@@ -18,9 +18,10 @@ from securesystemslib.exceptions import FormatError, UnverifiedSignatureError
 from securesystemslib.formats import encode_canonical
 from securesystemslib.signer import CryptoSigner, Signature, SSlibKey
 
+from model_sync.agent.sync_status import SyncState
 from model_sync.bundle.manifest import SemVer
 from model_sync.bundle.output_spec import Identifier, Precision, Sha256
-from model_sync.errors import CodedError
+from model_sync.errors import CodedError, TextEnum
 from model_sync.report_reasons import REASONS
 
 MAX_REPORT_BYTES: Final = 64 << 10
@@ -32,10 +33,29 @@ _LATEST: Final = datetime(2200, 1, 1, tzinfo=timezone.utc)
 _DISK_STEP_BYTES: Final = 64 << 20
 CODES: Final = frozenset(REASONS) | {""}
 
-ActivationState: TypeAlias = Literal["staged", "building", "self-test", "trial", "good", "failed", "rolled-back", "withdrawn"]
-ModelState: TypeAlias = Literal["active", "previous", "retired"] | ActivationState
-SyncState: TypeAlias = Literal["ok", "unreachable", "untrusted", "waiting", "downloading", "error", "unknown"]
 _Report = TypeVar("_Report", bound="Allowed")
+
+
+class ModelState(TextEnum):
+    """The state of a model on a box, as it is stored and reported."""
+
+    ACTIVE = "active"
+    PREVIOUS = "previous"
+    RETIRED = "retired"
+    STAGED = "staged"
+    BUILDING = "building"
+    SELF_TEST = "self-test"
+    TRIAL = "trial"
+    GOOD = "good"
+    FAILED = "failed"
+    ROLLED_BACK = "rolled-back"
+    WITHDRAWN = "withdrawn"
+
+
+ActivationState: TypeAlias = Literal[
+    ModelState.STAGED, ModelState.BUILDING, ModelState.SELF_TEST, ModelState.TRIAL, ModelState.GOOD, ModelState.FAILED,
+    ModelState.ROLLED_BACK, ModelState.WITHDRAWN,
+]  # fmt: skip
 
 
 def _listed(value: object) -> object:

@@ -30,7 +30,7 @@ from model_sync.agent.client import Client
 from model_sync.agent.device import Device, Identity, make_certificate_request
 from model_sync.agent.exchange import REPORT_FILE
 from model_sync.agent.report import MAX_BOX_REPORT_BYTES, RELEASE, BoxReport, ReportError, StatusReport, SyncReport, canonical, sign
-from model_sync.agent.sync_status import STATUS_FILE
+from model_sync.agent.sync_status import STATUS_FILE, SyncState
 from model_sync.errors import Action, LibraryUnreachable, ModelSyncError, TrustError
 from model_sync.settings import SyncSettings
 from model_sync.trust.documents import LineIndex
@@ -304,7 +304,7 @@ def _sync_report(settings: SyncSettings) -> SyncReport:
     try:
         return SyncReport.model_validate_json(json.dumps({"state": "unknown", "code": ""} | fields))
     except (ValidationError, ValueError):
-        return SyncReport(state="unknown", code="")
+        return SyncReport(state=SyncState.UNKNOWN, code="")
 
 
 def _content(report: StatusReport) -> str:

@@ -17,20 +17,20 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, Table, case, delet
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-from model_sync.agent.report import ActivationReport, StatusReport, canonical
+from model_sync.agent.report import ActivationReport, ModelState, StatusReport, canonical
 from model_sync.errors import ModelSyncError, SettingsError
 from model_sync.fleet.tables import SCHEMA, actions, activations, box_models, boxes, certificates, events, meta, metadata, open_engine
 
 # States of a model that analyses images, and of an activation that failed.
-RUNNING: Final = ("active", "trial", "good")
-FAILED: Final = ("failed", "rolled-back")
+RUNNING: Final = (ModelState.ACTIVE.value, ModelState.TRIAL.value, ModelState.GOOD.value)
+FAILED: Final = (ModelState.FAILED.value, ModelState.ROLLED_BACK.value)
 # Codes that show that the version is bad. Other codes (disk full, expired, absent, superseded, rolled back by a person) concern the
 # box, the library or people, and must not stop a rollout.
 MODEL_FAULT_CODES: Final = (
     "activation.crash_loop", "activation.deadline", "activation.drift", "activation.failures", "activation.latency", "activation.memory",
     "activation.reboot_loop", "model.self_test",
 )  # fmt: skip
-IN_PROGRESS: Final = ("staged", "building", "self-test", "trial")
+IN_PROGRESS: Final = tuple(s.value for s in (ModelState.STAGED, ModelState.BUILDING, ModelState.SELF_TEST, ModelState.TRIAL))
 EVENTS_PER_BOX: Final = 60
 ACTIVATIONS_PER_BOX: Final = 64
 _LOCK_KEY: Final = 7_032_316  # a number of our own on a shared PostgreSQL server
@@ -202,7 +202,7 @@ class Fleet:
         clock_offset_s = now - int(report.at.timestamp())  # the offset of this box's clock
         values: dict[str, Any] = {
             "reported_ring": report.ring, "last_seen": now, "sequence": report.sequence, "report_sha256": digest,
-            "report": canonical(report.to_dict()).decode(), "sync_state": report.sync.state, "sync_code": report.sync.code,
+            "report": canonical(report.to_dict()).decode(), "sync_state": report.sync.state.value, "sync_code": report.sync.code,
             "sync_since": min(now, int(report.sync.since.timestamp()) + clock_offset_s) if report.sync.since else None, **window,
         }  # fmt: skip
         if report.box is not None:
@@ -220,7 +220,7 @@ class Fleet:
     def _store_models(self, tx: Connection, report: StatusReport) -> None:
         tx.execute(delete(box_models).where(box_models.c.box_id == report.box_id))
         rows = [
-            item.model_dump() | {"box_id": report.box_id, "position": position, "running": int(item.state in RUNNING)}
+            item.model_dump(mode="json") | {"box_id": report.box_id, "position": position, "running": int(item.state in RUNNING)}
             for position, item in enumerate(report.box.models if report.box else [])
         ]
         if rows:
@@ -235,18 +235,18 @@ class Fleet:
         query = select(here.line, here.version, here.state, here.code).where(here.box_id == box_id)
         latest = {(row.line, row.version): (row.state, row.code) for row in tx.execute(query)}
         for item in reported:
-            said_at, state = int(item.at.timestamp()), (item.state, item.code or "")
+            said_at, state = int(item.at.timestamp()), (item.state.value, item.code or "")
             same = item.state in IN_PROGRESS and latest.get((item.line, item.version)) == state
-            if same or (item.digest, item.state, said_at) in seen:
+            if same or (item.digest, item.state.value, said_at) in seen:
                 continue
-            seen.add((item.digest, item.state, said_at))
+            seen.add((item.digest, item.state.value, said_at))
             latest[item.line, item.version] = state
             self._store_activation(tx, box_id, item, said_at, min(self.now(), said_at + clock_offset_s))
 
     def _store_activation(self, tx: Connection, box_id: str, item: ActivationReport, said_at: int, at: int) -> None:
-        row = {"box_id": box_id, "line": item.line, "version": item.version, "state": item.state, "code": item.code or "", "at": at}
+        row = {"box_id": box_id, "line": item.line, "version": item.version, "state": item.state.value, "code": item.code or "", "at": at}
         tx.execute(events.insert().values(**row, digest=item.digest, said_at=said_at))
-        since, ended = (at if item.state in RUNNING else None), (at if item.state in (*FAILED, "withdrawn") else None)
+        since, ended = (at if item.state in RUNNING else None), (at if item.state in (*FAILED, ModelState.WITHDRAWN.value) else None)
         fresh = self.insert(activations).values(**row, running_since=since, ended_at=ended)
         latest = {name: fresh.excluded[name] for name in ("state", "code", "at", "ended_at")}
         latest["running_since"] = func.coalesce(activations.c.running_since, fresh.excluded.running_since)
@@ -258,7 +258,15 @@ class Fleet:
         here = activations.c
         known = {(row["line"], row["version"]): row for row in tx.execute(select(activations).where(here.box_id == box_id)).mappings()}
         for line, version in running - known.keys():
-            new = {"box_id": box_id, "line": line, "version": version, "state": "good", "code": "", "at": now, "running_since": now}
+            new = {
+                "box_id": box_id,
+                "line": line,
+                "version": version,
+                "state": ModelState.GOOD.value,
+                "code": "",
+                "at": now,
+                "running_since": now,
+            }
             tx.execute(activations.insert().values(**new))
         for (line, version), row in known.items():
             this = here.box_id == box_id, here.line == line, here.version == version

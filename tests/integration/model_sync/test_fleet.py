@@ -589,13 +589,13 @@ def test_every_text_of_the_templates_exists_and_none_is_idle() -> None:
 
 
 def test_every_action_and_state_that_can_be_shown_has_words(centre: Centre) -> None:
-    from typing import get_args
 
-    from model_sync.agent.report import ActivationState, ModelState, SyncState
+    from model_sync.agent.report import ModelState
+    from model_sync.agent.sync_status import SyncState
     from model_sync.fleet.views import STATES
 
-    states = {state for kind in get_args(ModelState) for state in (get_args(kind) or (kind,))} | set(get_args(ActivationState))
+    states = {state.value for state in ModelState}
     assert {f"model.{state}" for state in states} <= set(TEXTS)
-    assert {f"sync.{state}" for state in get_args(SyncState)} <= set(TEXTS)
+    assert {f"sync.{state}" for state in SyncState} <= set(TEXTS)
     assert {f"state.{state}" for state in STATES} <= set(TEXTS)
     assert {f"action.{row['action']}" for row in done(centre)} <= set(TEXTS)
