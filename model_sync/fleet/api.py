@@ -84,7 +84,7 @@ def reports() -> Response:
     if report.box_id != box.box_id:
         raise ReportError("report.signature", "the report is of another box than its certificate", hint="enrol the box again")
     fleet: Fleet = current_app.extensions["fleet"]
-    pause_policy: RolloutPausePolicy = current_app.extensions["brake"]
+    pause_policy: RolloutPausePolicy = current_app.extensions["pause_policy"]
     fleet.store_report(report, per_hour=current_app.config["REPORTS_PER_HOUR"])
     pause_policy.schedule_check(box.ring)
     return Response(status=204)

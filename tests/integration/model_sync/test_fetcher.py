@@ -390,7 +390,7 @@ def test_trouble_is_told_before_each_pause(make: Make, server: BadServer) -> Non
     def on_retry(error: DownloadFailure, pause: float) -> None:
         told.append((error.message, pause))
 
-    options = {"on_trouble": on_retry, "sleep": lambda _seconds: None}
+    options = {"on_retry": on_retry, "sleep": lambda _seconds: None}
     assert fetch(make(options=options, backoff_s=5.0, max_backoff_s=8.0)) == DATA
     assert [("503" in message, 0 <= pause <= 8.0) for message, pause in told] == [(True, True), (False, True)]
 
@@ -512,7 +512,7 @@ def test_stopping_between_two_chunks_keeps_the_part(make: Make, server: BadServe
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        fetch(make(options={"may_continue": check_stop}))
+        fetch(make(options={"check_stop": check_stop}))
     kept = part_of(tmp_path).read_bytes()
     assert kept
     assert DATA.startswith(kept)
