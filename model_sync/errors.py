@@ -1,16 +1,51 @@
-"""What can go wrong between the model library and a box, split by what the box has to do about it.
+"""What can go wrong between the model library and a box, and what the box does about it.
 
 ::
 
     ModelSyncError
-    ├── LibraryUnreachable   keep the model and try again later
-    ├── TrustError           keep the model and raise the alarm
-    ├── BundleError          the files of one model version are not what they say they are
-    ├── PublishError         the central team's publication was refused
+    ├── LibraryUnreachable   the library did not answer: keep the model in use and try again later
+    │   └── UsbIncomplete    the USB stick does not carry what it should
+    ├── TrustError           signed data failed a check: keep the model in use and raise the alarm
+    ├── BundleError          the files of one model version do not match their manifest
+    ├── PublishError         a publication was refused; nothing was signed
     └── SettingsError        a setting or an argument is wrong; nothing was tried
+
+Every error carries an :class:`Action`, from which the state of the agent and the exit code follow, so nobody keeps lists of codes.
 """
 
 from __future__ import annotations
+
+from enum import Enum
+
+MODEL_STAYS = "the model in use stays"
+
+
+class TextEnum(str, Enum):
+    """Base of enums whose members are stored and printed as their text (``enum.StrEnum`` needs Python 3.11)."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+    def __format__(self, format_spec: str) -> str:
+        return format(str(self.value), format_spec)
+
+
+class Action(TextEnum):
+    """What has to happen after an error.
+
+    Attributes:
+        NONE: nothing; the central team wanted it so, such as a withdrawal.
+        RETRY: the program tries again by itself.
+        WAIT: the program goes on by itself when a condition is met, such as a download window.
+        ALARM: somebody may be forging or replaying models; a person must look at it now.
+        OPERATOR: a person has to repair something: the disk, a setting, the program, a document.
+    """
+
+    NONE = "none"
+    RETRY = "retry"
+    WAIT = "wait"
+    ALARM = "alarm"
+    OPERATOR = "operator"
 
 
 class ModelSyncError(Exception):
@@ -19,57 +54,67 @@ class ModelSyncError(Exception):
     Attributes:
         message: What happened, in one sentence.
         hint: What the person who reads it should do now.
+        code: A stable key; texts for people are looked up by it.
+        action: What has to happen now.
     """
 
-    def __init__(self, message: str, *, hint: str) -> None:
-        """Keep the message and the hint apart, so that each edge can lay them out its own way."""
+    code = "sync.settings"
+    action = Action.OPERATOR
+
+    def __init__(self, message: str, *, hint: str, code: str | None = None, action: Action | None = None) -> None:
+        """Store the parts; a code or action of None is that of the class."""
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.code = code or self.code
+        self.action = action or self.action
 
     def __str__(self) -> str:
-        """Return the message followed by the hint, the way a command line shows it."""
+        """Return the message followed by the hint, as a command line shows it."""
         return f"{self.message}\nhint: {self.hint}"
 
 
-class LibraryUnreachable(ModelSyncError):  # noqa: N818  (the name is fixed by the design: it is a state of the line)
-    """The library did not answer, or not with what was asked for: nothing is wrong with the model in use.
+class CodedError(ModelSyncError):
+    """Base of errors that are always raised with a code of their own."""
 
-    Attributes:
-        code: A stable key such as ``sync.unreachable``, ``sync.window``, ``sync.budget``, ``sync.disk_full``.
+    def __init__(self, code: str, message: str, *, hint: str) -> None:
+        """Store the parts."""
+        super().__init__(message, hint=hint, code=code)
+
+
+class LibraryUnreachable(ModelSyncError):  # noqa: N818  (the name is fixed by the design: it is a state of the link)
+    """The library did not answer, or answered with something else; the model in use is not affected.
+
+    Codes: ``sync.unreachable``, ``sync.window``, ``sync.budget``, ``sync.disk_full`` and others that begin with ``sync.``.
     """
 
-    def __init__(self, message: str, *, hint: str, code: str = "sync.unreachable") -> None:
-        """Keep the coded reason beside the sentence."""
-        super().__init__(message, hint=hint)
-        self.code = code
+    code = "sync.unreachable"
+    action = Action.RETRY
+
+
+class UsbIncomplete(LibraryUnreachable):
+    """The USB stick carries no library, or lacks files of it."""
+
+    code = "usb.incomplete"
 
 
 class TrustError(ModelSyncError):
-    """Metadata or a file failed its signature, expiry, version or digest check: somebody has to look.
+    """Metadata or a file failed the check of its signature, expiry, version or digest.
 
-    Attributes:
-        code: A stable key such as ``trust.signature``, ``trust.expired``, ``trust.rollback``, ``trust.digest``,
-            ``trust.revoked``, ``trust.document``.
+    Codes: ``trust.signature``, ``trust.expired``, ``trust.rollback``, ``trust.digest``, ``trust.revoked``, ``trust.document`` and
+    others that begin with ``trust.``.
     """
 
-    def __init__(self, message: str, *, hint: str, code: str = "trust.signature") -> None:
-        """Keep the coded reason beside the sentence."""
-        super().__init__(message, hint=hint)
-        self.code = code
+    code = "trust.signature"
+    action = Action.ALARM
 
 
 class BundleError(ModelSyncError):
-    """A bundle directory is incomplete, altered, or its manifest is not valid.
-
-    Attributes:
-        code: A stable key such as ``bundle.digest_mismatch``; texts for people are looked up by it.
-    """
+    """A bundle directory is incomplete or altered, or its manifest is not valid; codes such as ``bundle.digest_mismatch``."""
 
     def __init__(self, code: str, message: str, hint: str) -> None:
-        """Keep the coded reason beside the sentence."""
-        super().__init__(message, hint=hint)
-        self.code = code
+        """Store the parts."""
+        super().__init__(message, hint=hint, code=code)
 
     def __str__(self) -> str:
         """Return code, message and hint."""
@@ -85,11 +130,11 @@ class SettingsError(ModelSyncError):
 
 
 def exit_code(error: ModelSyncError | None) -> int:
-    """Return the exit code of `model-sync` for an error; None is 0."""
+    """Return the exit code of ``model-sync`` for an error; None is 0."""
     if error is None:
         return 0
     if isinstance(error, SettingsError):
         return 2
-    if isinstance(error, LibraryUnreachable) and not error.code.startswith("usb."):
-        return 4 if error.code in ("sync.window", "sync.budget", "sync.busy", "sync.stopped") else 3
+    if isinstance(error, LibraryUnreachable) and not isinstance(error, UsbIncomplete):
+        return 4 if error.action is Action.WAIT else 3
     return 1

@@ -1,6 +1,6 @@
-"""The sync agent's settings: one TOML file, every key typed, an unknown key is an error.
+"""The settings of the sync agent: one TOML file with typed keys; an unknown key is an error.
 
-The agent runs as an account of its own that cannot read patients' data; it shares with the box only ``exchange_dir``.
+The agent runs as its own account, which cannot read patient data; it shares only ``exchange_dir`` with the box.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ else:
     import tomli as tomllib
 
 FILE_NAME = "sync.toml"
-WAITED_ATTEMPTS = 6
-WAITED_BACKOFF_S = 10.0
+INTERACTIVE_ATTEMPTS = 6
+INTERACTIVE_BACKOFF_S = 10.0
 _WINDOW = re.compile(r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")
 _PATHS = ("state_dir", "exchange_dir", "root", "ca_certificate")
 
@@ -71,7 +71,7 @@ class SyncSettings(BaseModel):
         Raises:
             SettingsError: the file is missing, no TOML, or has an unknown key or a bad value.
         """
-        # Absolute at once: a box has one state, from wherever its settings are named.
+        # Absolute, so that the state directory does not depend on the working directory.
         path = path.absolute()
         file = path / FILE_NAME if path.is_dir() else path
         try:
@@ -84,7 +84,7 @@ class SyncSettings(BaseModel):
 
     @classmethod
     def parse(cls, values: dict[str, Any], base: Path | None = None) -> SyncSettings:
-        """Validate plain values; raises SettingsError that names each bad key."""
+        """Validate plain values; raise SettingsError that names each wrong key."""
         try:
             settings = cls.model_validate(values)
         except ValidationError as error:
@@ -93,13 +93,13 @@ class SyncSettings(BaseModel):
         root = (base or Path.cwd()).resolve()
         return settings.model_copy(update={name: root / value for name in _PATHS if (value := getattr(settings, name)) is not None})
 
-    def waited_for(self) -> SyncSettings:
-        """Return the settings of a look that a person waits for: a minute and not half an hour until it says that nothing answers."""
-        attempts, longest_s = min(self.attempts, WAITED_ATTEMPTS), min(self.max_backoff_s, WAITED_BACKOFF_S)
+    def for_interactive_use(self) -> SyncSettings:
+        """Return a copy for a command that a person waits for: it gives up after a minute, not after half an hour."""
+        attempts, longest_s = min(self.attempts, INTERACTIVE_ATTEMPTS), min(self.max_backoff_s, INTERACTIVE_BACKOFF_S)
         return self.model_copy(update={"attempts": attempts, "max_backoff_s": longest_s})
 
     def in_window(self, local: datetime) -> bool:
-        """Say whether bundles may be fetched at a local time; a window that ends before it begins goes over midnight."""
+        """Return whether bundles may be fetched at a local time; a window that ends before it begins spans midnight."""
         return not self.windows or any(_within(window, local.time()) for window in self.windows)
 
 

@@ -1,6 +1,6 @@
-"""The people of the central team who may see the fleet and pause a rollout: argon2 hashes, lockout, sessions that end here.
+"""Accounts of operators, who may see the fleet and pause a rollout: argon2 hashes, lockout, server-side sessions.
 
-There is no default account: ``model-library operator add NAME`` makes one and prints its password once.
+There is no default account: ``model-library operator add NAME`` creates one and prints its password once.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ MAX_PASSWORD_CHARS: Final = 256
 _NAME: Final = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 # RFC 9106's second recommended option with OWASP's floor of memory: 19 MiB, two passes.
 _HASHER: Final = PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1)
-_NO_ONE: Final = _HASHER.hash(secrets.token_hex(16))
-# Each check takes a core for a moment and 19 MiB: a crowd at the door must not take the server down.
+_DUMMY_HASH: Final = _HASHER.hash(secrets.token_hex(16))
+# Each check uses a core for a moment and 19 MiB: many logins at once must not stop the server.
 _CHECKS: Final = threading.BoundedSemaphore(2)
 _CHECK_WAIT_S: Final = 5.0
 _TOUCH_S: Final = 30
@@ -41,17 +41,17 @@ class Accounts:
         self._idle_s, self._absolute_s = idle_s, absolute_s
 
     def add(self, name: str) -> str:
-        """Make an operator. Returns the password: 80 random bits.
+        """Create an operator; return the password of 80 random bits.
 
         Raises:
-            SettingsError: the name is none, or somebody's already.
+            SettingsError: the name is not valid, or exists already.
         """
         if not _NAME.match(name):
             raise SettingsError(f"{name!r} is no name", hint="letters, digits, dot, dash and underscore; 64 at most")
         password, values = _new_password()
         with self._fleet.writing() as tx:
             new = self._fleet.insert(operators).values(name=name, **values).on_conflict_do_nothing(index_elements=["name"])
-            # What came back, not rowcount: of an INSERT PostgreSQL's driver may not know it.
+            # RETURNING and not rowcount, which PostgreSQL's driver may not know for an INSERT.
             if tx.execute(new.returning(operators.c.name)).first() is None:
                 hint = f"nothing was changed; `model-library operator reset {name}` gives a new password and ends the sessions"
                 raise SettingsError(f"{name} is an operator already", hint=hint)
@@ -59,10 +59,10 @@ class Accounts:
         return password
 
     def reset(self, name: str) -> str:
-        """Give an operator a new password, unlock the account and end its sessions. Returns the password.
+        """Set a new password, unlock the account and end its sessions; return the password.
 
         Raises:
-            SettingsError: there is none of that name.
+            SettingsError: there is no such operator.
         """
         password, values = _new_password()
         with self._fleet.writing() as tx:
@@ -73,7 +73,7 @@ class Accounts:
         return password
 
     def remove(self, name: str) -> None:
-        """Remove an operator; raises SettingsError when there is none of that name."""
+        """Remove an operator; raise SettingsError when there is no such one."""
         with self._fleet.writing() as tx:
             tx.execute(delete(sessions).where(sessions.c.operator == name))
             if not tx.execute(delete(operators).where(operators.c.name == name)).rowcount:
@@ -81,18 +81,18 @@ class Accounts:
             tx.execute(actions.insert().values(at=self._fleet.now(), actor="command line", action="operator-removed", subject=name))
 
     def login(self, name: str, password: str) -> str | None:
-        """Check a password; returns a session's token, or None.
+        """Check a password; return the token of a new session, or None.
 
-        An unknown name, a wrong password and a locked account take the same time and get the same answer.
+        An unknown name, a wrong password and a locked account take the same time and have the same result.
         """
         with self._fleet.reading() as tx:
             row = tx.execute(select(operators).where(operators.c.name == name)).mappings().one_or_none()
-        fits = _verify(row["password_hash"] if row else _NO_ONE, password[:MAX_PASSWORD_CHARS])
+        fits = _verify(row["password_hash"] if row else _DUMMY_HASH, password[:MAX_PASSWORD_CHARS])
         now = self._fleet.now()
         if row is None or row["locked_until"] > now:
             return None
         if not fits:
-            self._failed(name, now)
+            self._count_failure(name, now)
             return None
         token = secrets.token_urlsafe(32)
         with self._fleet.writing() as tx:
@@ -102,7 +102,7 @@ class Accounts:
         return token
 
     def resume(self, token: str) -> str | None:
-        """Return the operator that a session's token belongs to, or None when the session ended."""
+        """Return the operator of a session token, or None when the session has ended."""
         now, digest = self._fleet.now(), _digest(token)
         with self._fleet.reading() as tx:
             row = tx.execute(select(sessions).where(sessions.c.token_sha256 == digest)).mappings().one_or_none()
@@ -118,7 +118,7 @@ class Accounts:
         with self._fleet.writing() as tx:
             tx.execute(delete(sessions).where(sessions.c.token_sha256 == _digest(token)))
 
-    def _failed(self, name: str, now: int) -> None:
+    def _count_failure(self, name: str, now: int) -> None:
         """Count a failure; the fifth locks the account."""
         here = operators.c
         with self._fleet.writing() as tx:
@@ -129,7 +129,7 @@ class Accounts:
 
 
 def _new_password() -> tuple[str, dict[str, Any]]:
-    """Return a password, and what the database keeps of it."""
+    """Return a new password, and the columns that are stored."""
     password = "-".join(secrets.token_hex(2) for _ in range(5))
     return password, {"password_hash": _HASHER.hash(password), "failures": 0, "locked_until": 0}
 

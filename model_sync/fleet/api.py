@@ -1,7 +1,7 @@
-"""What boxes ask of the server: enrolment by token, renewal and reports by client certificate.
+"""The API for boxes: enrolment by token, renewal and reports by client certificate.
 
-The certificate is the TLS connection's own. Behind a proxy that ends TLS it is the one the proxy vouches for in a header, which is
-believed only when the server was told so and listens on this machine alone.
+The certificate is that of the TLS connection. Behind a proxy that ends TLS it comes from a header of the proxy, which is used only
+when the server was started with ``--behind-proxy`` and listens on loopback.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from flask import Blueprint, Response, abort, current_app, jsonify, request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from model_sync.fleet.brake import Brake
+from model_sync.agent.report import MAX_REPORT_BYTES, ReportError, load_json, verify
 from model_sync.fleet.database import Fleet
 from model_sync.fleet.enrolment import MAX_CSR_BYTES, Enrolment, EnrolmentError
-from model_sync.fleet.limits import Allowance
+from model_sync.fleet.limits import RateLimiter
 from model_sync.fleet.problems import problem
-from model_sync.report import MAX_REPORT_BYTES, ReportError, load_json, verify
+from model_sync.fleet.rollout_pause_policy import RolloutPausePolicy
 
 blueprint: Final = Blueprint("api", __name__, url_prefix="/api/v1")
 PROXY_CERTIFICATE: Final = "X-Client-Certificate"
@@ -47,12 +47,12 @@ class RenewRequest(_Strict):
 
 @blueprint.before_request
 def _limit() -> Response | None:
-    """Bound the body, the type and how often one address may ask, before anything is read."""
-    request.max_content_length = _most_bytes() + 1  # a body without a length is cut there: one byte more tells it apart
+    """Limit body size, content type and request rate before the body is read."""
+    request.max_content_length = _most_bytes() + 1  # a body without a length is cut there: one byte more shows that it is too long
     if request.method == "POST" and request.mimetype != "application/json":
         abort(415)
-    allowance: Allowance = current_app.extensions["allowances"]["reports" if request.endpoint == "api.reports" else "enrolments"]
-    if not allowance.take(address()):
+    limiter: RateLimiter = current_app.extensions["rate_limiters"]["reports" if request.endpoint == "api.reports" else "enrolments"]
+    if not limiter.allow(client_address()):
         answer = problem(429, "http.too_many_requests", "Too many requests from this address; wait a minute.")
         answer.headers["Retry-After"] = "60"
         return answer
@@ -61,7 +61,7 @@ def _limit() -> Response | None:
 
 @blueprint.post("/enrol")
 def enrol() -> Response:
-    """Trade a token for a certificate."""
+    """Issue a certificate for a token."""
     body = _body(EnrolRequest)
     certificate, box_id = _enrolment().enrol(body.token, body.csr_pem)
     return _certificate(certificate, box_id)
@@ -69,7 +69,7 @@ def enrol() -> Response:
 
 @blueprint.post("/renew")
 def renew() -> Response:
-    """Trade a certificate for a younger one."""
+    """Issue a new certificate for a valid one."""
     shown = client_certificate()
     _enrolment().identify(shown)
     certificate, box_id = _enrolment().renew(shown or b"", _body(RenewRequest).csr_pem)
@@ -78,20 +78,20 @@ def renew() -> Response:
 
 @blueprint.post("/reports")
 def reports() -> Response:
-    """Keep a box's newest report; whether a rollout has cost too many boxes is seen to behind it."""
+    """Store a box's report, and schedule the check of the failure budget."""
     box = _enrolment().identify(client_certificate())
     report = verify(_raw(), box.key)
     if report.box_id != box.box_id:
         raise ReportError("report.signature", "the report is of another box than its certificate", hint="enrol the box again")
     fleet: Fleet = current_app.extensions["fleet"]
-    brake: Brake = current_app.extensions["brake"]
-    fleet.take(report, per_hour=current_app.config["REPORTS_PER_HOUR"])
-    brake.wake(box.ring)
+    pause_policy: RolloutPausePolicy = current_app.extensions["pause_policy"]
+    fleet.store_report(report, per_hour=current_app.config["REPORTS_PER_HOUR"])
+    pause_policy.schedule_check(box.ring)
     return Response(status=204)
 
 
 def client_certificate() -> bytes | None:
-    """Return the client's certificate in DER, or None; TLS has shown that the client holds its key."""
+    """Return the client certificate in DER, or None; TLS has verified that the client has its key."""
     connection = request.environ.get("gunicorn.socket")
     if isinstance(connection, ssl.SSLSocket):
         return connection.getpeercert(binary_form=True)
@@ -106,10 +106,10 @@ def client_certificate() -> bytes | None:
         raise EnrolmentError("enrolment.certificate", "the device certificate is none", hint="enrol the box with a token") from error
 
 
-def address() -> str:
-    """Return the asker's address; behind a proxy, the one that the proxy itself saw."""
-    if current_app.config["BEHIND_PROXY"] and (chain := request.headers.get("X-Forwarded-For", "")):
-        return chain.rpartition(",")[2].strip()[:64]
+def client_address() -> str:
+    """Return the client's address; behind a proxy, the last one of X-Forwarded-For."""
+    if current_app.config["BEHIND_PROXY"] and (trusted := request.headers.get("X-Forwarded-For", "")):
+        return trusted.rpartition(",")[2].strip()[:64]
     return request.remote_addr or ""
 
 

@@ -1,6 +1,6 @@
-"""The picture of a rollout: where the ring's boxes should be by plan, where they are, and how many failed.
+"""The chart of a rollout: planned boxes, running boxes and failed boxes over time.
 
-Only the geometry is made here, in the coordinates of the SVG; the template draws it and says the same in words.
+Only the geometry is computed here, in SVG coordinates; the template draws it and has the same numbers as text.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from model_sync.documents import RolloutStep
-from model_sync.fleet.database import Tally
+from model_sync.fleet.database import VersionTally
 from model_sync.fleet.views import Progress
+from model_sync.trust.documents import RolloutStep
 
 WIDTH: Final = 720
 HEIGHT: Final = 250
@@ -25,7 +25,7 @@ _SHORTEST_S: Final = 3600
 
 @dataclass(frozen=True)
 class Chart:
-    """Paths and places in SVG coordinates."""
+    """Paths and positions in SVG coordinates."""
 
     plan: str
     actual: str
@@ -38,7 +38,7 @@ class Chart:
 
 
 def span(step: RolloutStep, now: int) -> tuple[int, int]:
-    """Return the time that the picture covers: from the start to the end of the plan, or to now when that is later."""
+    """Return the time range of the chart: from the start to the end of the plan, or to now when that is later."""
     begin = int(step.start.timestamp())
     planned = int((step.start + timedelta(hours=step.duration_h)).timestamp())
     return begin, max(planned, now, begin + _SHORTEST_S)
@@ -69,17 +69,17 @@ def draw(step: RolloutStep, progress: Progress, now: int) -> Chart:
 
 
 def planned_share(step: RolloutStep, at: datetime) -> float:
-    """Return the percentage of the ring's boxes that the plan wants on the version at a time."""
+    """Return the planned percentage of the ring's boxes on the version at a time."""
     passed = (at - step.start).total_seconds() / 3600
     if passed < 0:
         return 0.0
     return step.percent * min(1.0, passed / step.duration_h) if step.duration_h else step.percent
 
 
-def pausing_failures(step: RolloutStep, tally: Tally, known: int = 0) -> int:
-    """Return the number of failed boxes at which the rollout is paused, for the boxes that tried it so far.
+def pausing_failures(step: RolloutStep, tally: VersionTally, known: int = 0) -> int:
+    """Return the number of failed boxes at which the rollout is paused, given the boxes that tried it so far.
 
-    ``known`` failures a human has looked at before they let it go on: they are not counted again.
+    ``known`` failures were acknowledged by a person who resumed the rollout: they are not counted again.
     """
     tried = max(0, tally.tried - known)
     return known + max(step.failure_budget.min_boxes, int(step.failure_budget.max_fraction * tried) + 1)

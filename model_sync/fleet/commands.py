@@ -1,4 +1,4 @@
-"""The central team's commands about the fleet: device authority, tokens, the deny-list, operators."""
+"""The commands of ``model-library`` about the fleet: device authority, tokens, deny-list, operators."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _ACTOR: Final = "command line"
 
 
 def passphrase(*files: Path | None, variable: str = console.PASSPHRASE_ENV) -> str:
-    """Return what the first file that is named holds, the environment variable's file last.
+    """Return the content of the first given file; the file of the environment variable is the last choice.
 
     Raises:
-        SettingsError: none is named, or it cannot be read, or everybody can read it.
+        SettingsError: no file is given, it cannot be read, or every account can read it.
     """
-    for file in (*files, console.from_env(variable)):
+    for file in (*files, console.file_from_environment(variable)):
         if file is not None:
             return console.read_secret(file)
     raise SettingsError("no passphrase was given", hint=f"give --passphrase-file FILE, or {variable}=FILE")
 
 
 def add_commands(commands: Any) -> None:
-    """Add ``device-ca``, ``token``, ``deny``, ``allow``, ``move`` and ``operator``; each sets ``run`` to what does it."""
+    """Add ``device-ca``, ``token``, ``deny``, ``allow``, ``move`` and ``operator``; each sets ``run`` to its function."""
     authority = _command(commands, "device-ca", "Make the authority that signs boxes' certificates.", _make_authority)
     authority.add_argument("directory", type=Path, metavar="DIR", help="where; a directory of its own, kept secret")
     authority.add_argument("--passphrase-file", type=Path, metavar="FILE", help="passphrase of its key; else it is asked for")

@@ -1,7 +1,7 @@
-"""What the centre knows of its boxes: who may report, what each said last, and how its activations went.
+"""The fleet database: boxes, their last reports, and the results of their activations.
 
-SQLAlchemy Core over SQLite (WAL, the default) or PostgreSQL. Moments are whole seconds since the epoch by this server's clock:
-a box's clock may stand anywhere, so what it says about a time is moved by how far its clock is off.
+SQLAlchemy Core on SQLite (WAL, the default) or PostgreSQL. Times are whole seconds since the epoch by this server's clock: the clock
+of a box may be wrong, so the times in its report are corrected by the offset of its clock.
 """
 
 from __future__ import annotations
@@ -17,45 +17,45 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, Table, case, delet
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
+from model_sync.agent.report import ActivationReport, ModelState, StatusReport, canonical
 from model_sync.errors import ModelSyncError, SettingsError
 from model_sync.fleet.tables import SCHEMA, actions, activations, box_models, boxes, certificates, events, meta, metadata, open_engine
-from model_sync.report import ActivationReport, StatusReport, canonical
 
-# States of a model that reads patients, and of an activation that went wrong.
-RUNNING: Final = ("active", "trial", "good")
-FAILED: Final = ("failed", "rolled-back")
-# What says that the version is bad. Anything else that ends an activation (no room, expired, absent, superseded, taken back by hand)
-# speaks of the box, of the library or of people, and must not stop a rollout.
-BLAMED: Final = (
+# States of a model that analyses images, and of an activation that failed.
+RUNNING: Final = (ModelState.ACTIVE.value, ModelState.TRIAL.value, ModelState.GOOD.value)
+FAILED: Final = (ModelState.FAILED.value, ModelState.ROLLED_BACK.value)
+# Codes that show that the version is bad. Other codes (disk full, expired, absent, superseded, rolled back by a person) concern the
+# box, the library or people, and must not stop a rollout.
+MODEL_FAULT_CODES: Final = (
     "activation.crash_loop", "activation.deadline", "activation.drift", "activation.failures", "activation.latency", "activation.memory",
     "activation.reboot_loop", "model.self_test",
 )  # fmt: skip
-UNDER_WAY: Final = ("staged", "building", "self-test", "trial")
+IN_PROGRESS: Final = tuple(s.value for s in (ModelState.STAGED, ModelState.BUILDING, ModelState.SELF_TEST, ModelState.TRIAL))
 EVENTS_PER_BOX: Final = 60
 ACTIVATIONS_PER_BOX: Final = 64
-_LOCK_KEY: Final = 7_032_316  # any number that is ours on a shared PostgreSQL
+_LOCK_KEY: Final = 7_032_316  # a number of our own on a shared PostgreSQL server
 
 
 class SequenceError(ModelSyncError):
-    """A report came with a number that is not above the last one; ``expected`` is the lowest that would be taken."""
+    """The number of a report is not above the last one; ``expected`` is the lowest that would be accepted."""
 
     def __init__(self, expected: int) -> None:
-        """Name the number."""
+        """Store the number."""
         super().__init__(f"the report's sequence must be {expected} or more", hint="send the newest state under that number")
         self.expected = expected
 
 
 class RateError(ModelSyncError):
-    """A box reports too often; ``retry_after_s`` says when it may again."""
+    """A box reports too often; ``retry_after_s`` is the wait in seconds."""
 
     def __init__(self, retry_after_s: int) -> None:
-        """Name the wait."""
+        """Store the wait."""
         super().__init__("the box reports too often", hint=f"wait {retry_after_s} seconds")
         self.retry_after_s = retry_after_s
 
 
-class Tally(NamedTuple):
-    """How a version did on the boxes of a ring: how many finished or began it, run it, and failed it by its own fault."""
+class VersionTally(NamedTuple):
+    """The results of a version on the boxes of a ring: boxes that tried it, run it, and failed it by the fault of the model."""
 
     tried: int
     running: int
@@ -63,27 +63,27 @@ class Tally(NamedTuple):
 
 
 class Fleet:
-    """The fleet's database; its methods are transactions of their own."""
+    """The fleet database; each method is one transaction."""
 
     def __init__(self, url: str, *, clock: Callable[[], float] = time.time) -> None:
-        """Open a database and lay its tables where there are none.
+        """Open a database and create missing tables.
 
         Args:
-            url: SQLAlchemy's, such as ``sqlite:////var/lib/fleet.db`` or ``postgresql+psycopg://user@host/fleet``.
-            clock: seconds since the epoch.
+            url: a URL of SQLAlchemy, such as ``sqlite:////var/lib/fleet.db`` or ``postgresql+psycopg://user@host/fleet``.
+            clock: returns seconds since the epoch.
 
         Raises:
-            SettingsError: the address is wrong, the server does not answer, or the tables are of another version.
+            SettingsError: the URL is wrong, the server does not answer, or the tables are of another version.
             ModuleNotFoundError: PostgreSQL's driver is not installed.
         """
         self._clock = clock
         try:
             self.engine = open_engine(url)
             self._writes = self.engine.execution_options(fleet_writes=True)
-            self._lay_tables()
+            self._create_tables()
         except (ArgumentError, NoSuchModuleError, SQLAlchemyError, ImportError, OSError) as error:
             if isinstance(error, ModuleNotFoundError) and error.name == "psycopg":
-                raise  # the address is right: the command says what to install
+                raise  # the URL is right: the command prints what to install
             hint = "check --db: sqlite:////path/fleet.db or postgresql+psycopg://user@host/database"
             raise SettingsError(f"the fleet database cannot be opened ({type(error).__name__})", hint=hint) from error
 
@@ -108,23 +108,23 @@ class Fleet:
             yield connection
 
     def insert(self, table: Table) -> Any:
-        """Return an INSERT that knows ON CONFLICT, in the dialect of this database."""
+        """Return an INSERT with ON CONFLICT, in the dialect of this database."""
         return postgresql.insert(table) if self.engine.dialect.name == "postgresql" else sqlite.insert(table)
 
     def secret(self) -> str:
-        """Return the key that signs the pages' cookies; made once, the same for every process."""
+        """Return the key that signs the cookies of the pages; created once, the same in every process."""
         with self.writing() as tx:
             tx.execute(self.insert(meta).values(key="secret", value=secrets.token_hex(32)).on_conflict_do_nothing())
             return str(tx.execute(select(meta.c.value).where(meta.c.key == "secret")).scalar_one())
 
     def record(self, actor: str, action: str, *, ring: str = "", line: str = "", subject: str = "", figures: str = "") -> None:
-        """Write down what somebody did."""
+        """Record an action."""
         row = {"at": self.now(), "actor": actor, "action": action, "ring": ring, "line": line, "subject": subject, "figures": figures}
         with self.writing() as tx:
             tx.execute(actions.insert().values(**row))
 
     def record_once(self, actor: str, action: str, *, ring: str, line: str, subject: str, figures: str) -> None:
-        """Write down what cannot be done about a version, unless that stands there already."""
+        """Record an action about a version, unless the same one is recorded already."""
         here = actions.c
         same = here.action == action, here.ring == ring, here.line == line, here.subject == subject
         with self.writing() as tx:
@@ -133,23 +133,23 @@ class Fleet:
                 tx.execute(actions.insert().values(at=self.now(), **row))
 
     def deny(self, box_id: str, actor: str) -> None:
-        """Shut a box out at once: reports, renewals and enrolments; raises SettingsError when there is no such box."""
+        """Deny a box at once: reports, renewals and enrolments; raise SettingsError when there is no such box."""
         self._set_denied(box_id, self.now(), actor, "deny")
 
     def allow(self, box_id: str, actor: str) -> None:
-        """Let a denied box in again; raises SettingsError when there is no such box."""
+        """Allow a denied box again; raise SettingsError when there is no such box."""
         self._set_denied(box_id, None, actor, "allow")
 
     def move(self, box_id: str, ring: str, actor: str) -> None:
-        """Count a box to another ring; raises SettingsError when there is no such box."""
+        """Assign a box to another ring; raise SettingsError when there is no such box."""
         with self.writing() as tx:
             if not tx.execute(update(boxes).where(boxes.c.box_id == box_id).values(ring=ring)).rowcount:
                 raise _no_box(box_id)
-            count_ring(tx, box_id)
+            assign_ring(tx, box_id)
             tx.execute(actions.insert().values(at=self.now(), actor=actor, action="move", ring=ring, subject=box_id))
 
     def deny_serial(self, serial: str, actor: str) -> None:
-        """Revoke one certificate at once, by its serial in hexadecimal; raises SettingsError when none has it."""
+        """Revoke one certificate at once, by its serial in hexadecimal; raise SettingsError when there is none."""
         wanted = serial.lower().replace(":", "").lstrip("0")
         with self.writing() as tx:
             done = tx.execute(update(certificates).where(certificates.c.serial == wanted).values(revoked_at=self.now()))
@@ -157,8 +157,8 @@ class Fleet:
                 raise SettingsError(f"no certificate has the serial {wanted}", hint="take it from the box's page")
             tx.execute(actions.insert().values(at=self.now(), actor=actor, action="deny", subject=wanted))
 
-    def take(self, report: StatusReport, *, per_hour: int) -> bool:
-        """Keep a verified report as the box's newest. Returns False when this very report was taken before.
+    def store_report(self, report: StatusReport, *, per_hour: int) -> bool:
+        """Store a verified report as the newest one of its box; return False when the same report is stored already.
 
         Raises:
             SequenceError: its number is not above the last one and it is another report.
@@ -171,25 +171,25 @@ class Fleet:
                 return False
             if report.sequence <= box["sequence"]:
                 raise SequenceError(box["sequence"] + 1)
-            self._keep(tx, box, report, digest, _window(box, self.now(), per_hour))
+            self._store(tx, box, report, digest, _window(box, self.now(), per_hour))
         return True
 
-    def tally(self, ring: str, line: str, version: str, *, at_least: int = 0) -> Tally:
-        """Count how a version did on the boxes that the centre put into a ring and that follow it.
+    def tally(self, ring: str, line: str, version: str, *, at_least: int = 0) -> VersionTally:
+        """Count the results of a version on the boxes that are assigned to a ring and follow it.
 
-        With fewer failures than ``at_least`` the rest is not counted: with each report somebody asks.
+        With fewer failures than ``at_least`` the running boxes are not counted: this runs after each report.
         """
         here = activations.c
         query = select(func.count()).select_from(activations).where(here.ring == ring, here.line == line, here.version == version)
         with self.reading() as tx:
-            failed = int(tx.execute(query.where(blamed())).scalar_one())
+            failed = int(tx.execute(query.where(failed_by_model())).scalar_one())
             running = int(tx.execute(query.where(here.state.in_(RUNNING))).scalar_one()) if failed >= at_least else 0
-        return Tally(failed + running, running, failed)
+        return VersionTally(failed + running, running, failed)
 
-    def acknowledged(self, ring: str, line: str, version: str) -> int:
-        """Return how many failed boxes a human knew of when they let a version go on; 0 when nobody did.
+    def acknowledged_failures(self, ring: str, line: str, version: str) -> int:
+        """Return the number of failed boxes that was shown when a person resumed a version; 0 when nobody did.
 
-        What the failure budget paused goes on only when a human signed that, here or at the command line: its own count is known too.
+        A rollout paused by the failure budget resumes only by a person's signature, so the count at that pause is included.
         """
         here = actions.c
         same = here.ring == ring, here.line == line, here.subject == version, here.action.in_(("paused", "resumed")), here.figures != ""
@@ -197,66 +197,76 @@ class Fleet:
             figures = tx.execute(select(here.figures).where(*same).order_by(here.id.desc()).limit(1)).scalar_one_or_none()
         return int(figures.partition("/")[0]) if figures else 0
 
-    def _keep(self, tx: Connection, box: RowMapping, report: StatusReport, digest: str, window: Mapping[str, int]) -> None:
+    def _store(self, tx: Connection, box: RowMapping, report: StatusReport, digest: str, window: Mapping[str, int]) -> None:
         now = self.now()
-        off = now - int(report.at.timestamp())  # how far this box's clock is behind
+        clock_offset_s = now - int(report.at.timestamp())  # the offset of this box's clock
         values: dict[str, Any] = {
             "reported_ring": report.ring, "last_seen": now, "sequence": report.sequence, "report_sha256": digest,
-            "report": canonical(report.to_dict()).decode(), "sync_state": report.sync.state, "sync_code": report.sync.code,
-            "sync_since": min(now, int(report.sync.since.timestamp()) + off) if report.sync.since else None, **window,
+            "report": canonical(report.to_dict()).decode(), "sync_state": report.sync.state.value, "sync_code": report.sync.code,
+            "sync_since": min(now, int(report.sync.since.timestamp()) + clock_offset_s) if report.sync.since else None, **window,
         }  # fmt: skip
         if report.box is not None:
-            said = sorted(report.box.activations, key=lambda item: item.at)
-            values |= {"appliance_version": report.box.appliance_version} | _trouble(said)
-            self._keep_models(tx, report)
-            self._keep_activations(tx, report.box_id, said, off)
-            self._settle(tx, report.box_id, {(item.line, item.version) for item in report.box.models if item.state in RUNNING}, now)
+            reported = sorted(report.box.activations, key=lambda item: item.at)
+            values |= {"appliance_version": report.box.appliance_version} | _newest_failure(reported)
+            self._store_models(tx, report)
+            self._store_activations(tx, report.box_id, reported, clock_offset_s)
+            self._reconcile_running(
+                tx, report.box_id, {(item.line, item.version) for item in report.box.models if item.state in RUNNING}, now
+            )
             _trim(tx, report.box_id)
         tx.execute(update(boxes).where(boxes.c.box_id == box["box_id"]).values(**values))
-        count_ring(tx, report.box_id)
+        assign_ring(tx, report.box_id)
 
-    def _keep_models(self, tx: Connection, report: StatusReport) -> None:
+    def _store_models(self, tx: Connection, report: StatusReport) -> None:
         tx.execute(delete(box_models).where(box_models.c.box_id == report.box_id))
         rows = [
-            item.model_dump() | {"box_id": report.box_id, "position": position, "running": int(item.state in RUNNING)}
+            item.model_dump(mode="json") | {"box_id": report.box_id, "position": position, "running": int(item.state in RUNNING)}
             for position, item in enumerate(report.box.models if report.box else [])
         ]
         if rows:
             tx.execute(box_models.insert(), rows)
 
-    def _keep_activations(self, tx: Connection, box_id: str, said: list[ActivationReport], off: int) -> None:
-        """Keep what is new: a report repeats the last activations, and one on trial is touched with every case."""
+    def _store_activations(self, tx: Connection, box_id: str, reported: list[ActivationReport], clock_offset_s: int) -> None:
+        """Store what is new: a report repeats the last activations, and one on trial changes with every case."""
         seen = {
             tuple(row) for row in tx.execute(select(events.c.digest, events.c.state, events.c.said_at).where(events.c.box_id == box_id))
         }
         here = activations.c
         query = select(here.line, here.version, here.state, here.code).where(here.box_id == box_id)
         latest = {(row.line, row.version): (row.state, row.code) for row in tx.execute(query)}
-        for item in said:
-            said_at, state = int(item.at.timestamp()), (item.state, item.code or "")
-            same = item.state in UNDER_WAY and latest.get((item.line, item.version)) == state
-            if same or (item.digest, item.state, said_at) in seen:
+        for item in reported:
+            said_at, state = int(item.at.timestamp()), (item.state.value, item.code or "")
+            same = item.state in IN_PROGRESS and latest.get((item.line, item.version)) == state
+            if same or (item.digest, item.state.value, said_at) in seen:
                 continue
-            seen.add((item.digest, item.state, said_at))
+            seen.add((item.digest, item.state.value, said_at))
             latest[item.line, item.version] = state
-            self._keep_activation(tx, box_id, item, said_at, min(self.now(), said_at + off))
+            self._store_activation(tx, box_id, item, said_at, min(self.now(), said_at + clock_offset_s))
 
-    def _keep_activation(self, tx: Connection, box_id: str, item: ActivationReport, said_at: int, at: int) -> None:
-        row = {"box_id": box_id, "line": item.line, "version": item.version, "state": item.state, "code": item.code or "", "at": at}
+    def _store_activation(self, tx: Connection, box_id: str, item: ActivationReport, said_at: int, at: int) -> None:
+        row = {"box_id": box_id, "line": item.line, "version": item.version, "state": item.state.value, "code": item.code or "", "at": at}
         tx.execute(events.insert().values(**row, digest=item.digest, said_at=said_at))
-        since, ended = (at if item.state in RUNNING else None), (at if item.state in (*FAILED, "withdrawn") else None)
+        since, ended = (at if item.state in RUNNING else None), (at if item.state in (*FAILED, ModelState.WITHDRAWN.value) else None)
         fresh = self.insert(activations).values(**row, running_since=since, ended_at=ended)
         latest = {name: fresh.excluded[name] for name in ("state", "code", "at", "ended_at")}
         latest["running_since"] = func.coalesce(activations.c.running_since, fresh.excluded.running_since)
         keys = ["box_id", "line", "version"]
         tx.execute(fresh.on_conflict_do_update(index_elements=keys, set_=latest))
 
-    def _settle(self, tx: Connection, box_id: str, running: set[tuple[str, str]], now: int) -> None:
-        """Let the activations say what the box really runs: a version may have been there before us, or been replaced since."""
+    def _reconcile_running(self, tx: Connection, box_id: str, running: set[tuple[str, str]], now: int) -> None:
+        """Update the activations to what the box really runs: a version may be older than the fleet, or replaced since."""
         here = activations.c
         known = {(row["line"], row["version"]): row for row in tx.execute(select(activations).where(here.box_id == box_id)).mappings()}
         for line, version in running - known.keys():
-            new = {"box_id": box_id, "line": line, "version": version, "state": "good", "code": "", "at": now, "running_since": now}
+            new = {
+                "box_id": box_id,
+                "line": line,
+                "version": version,
+                "state": ModelState.GOOD.value,
+                "code": "",
+                "at": now,
+                "running_since": now,
+            }
             tx.execute(activations.insert().values(**new))
         for (line, version), row in known.items():
             this = here.box_id == box_id, here.line == line, here.version == version
@@ -270,10 +280,10 @@ class Fleet:
         with self.writing() as tx:
             if not tx.execute(update(boxes).where(boxes.c.box_id == box_id).values(denied_at=at)).rowcount:
                 raise _no_box(box_id)
-            count_ring(tx, box_id)
+            assign_ring(tx, box_id)
             tx.execute(actions.insert().values(at=self.now(), actor=actor, action=action, subject=box_id))
 
-    def _lay_tables(self) -> None:
+    def _create_tables(self) -> None:
         with self.writing() as tx:
             if self.engine.dialect.name == "postgresql":
                 tx.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
@@ -284,13 +294,13 @@ class Fleet:
             raise SettingsError(f"the fleet database has tables of version {found}, this is {SCHEMA}", hint="use the matching release")
 
 
-def blamed() -> ColumnElement[bool]:
-    """Return the condition that an activation failed by the model's own fault."""
-    return activations.c.state.in_(FAILED) & activations.c.code.in_(BLAMED)
+def failed_by_model() -> ColumnElement[bool]:
+    """Return the SQL condition that an activation failed by the fault of the model."""
+    return activations.c.state.in_(FAILED) & activations.c.code.in_(MODEL_FAULT_CODES)
 
 
-def count_ring(tx: Connection, box_id: str) -> None:
-    """Count a box's activations to its ring: when it is let in, and follows the ring that the centre put it into."""
+def assign_ring(tx: Connection, box_id: str) -> None:
+    """Assign a box's activations to its ring, if it is allowed and follows the ring to which it is assigned."""
     here = boxes.c
     counts = here.denied_at.is_(None), here.reported_ring.in_(("", here.ring))
     ring = select(here.ring).where(here.box_id == box_id, *counts).scalar_subquery()
@@ -302,7 +312,7 @@ def _no_box(box_id: str) -> SettingsError:
 
 
 def _window(box: RowMapping, now: int, per_hour: int) -> dict[str, int]:
-    """Count this report into the box's hour."""
+    """Count this report in the current hour of the box."""
     if now - box["window_start"] >= 3600 or now < box["window_start"]:
         return {"window_start": now, "window_count": 1}
     if box["window_count"] >= per_hour:
@@ -310,9 +320,9 @@ def _window(box: RowMapping, now: int, per_hour: int) -> dict[str, int]:
     return {"window_start": box["window_start"], "window_count": box["window_count"] + 1}
 
 
-def _trouble(said: list[ActivationReport]) -> dict[str, str]:
-    """Say what ails a box: a line whose newest activation failed."""
-    newest = {item.line: item for item in said}
+def _newest_failure(reported: list[ActivationReport]) -> dict[str, str]:
+    """Return the columns of a model line whose newest activation failed."""
+    newest = {item.line: item for item in reported}
     bad = next((item for item in reversed(list(newest.values())) if item.state in FAILED), None)
     if bad is None:
         return {"trouble": "", "trouble_line": "", "trouble_version": ""}
@@ -320,7 +330,7 @@ def _trouble(said: list[ActivationReport]) -> dict[str, str]:
 
 
 def _trim(tx: Connection, box_id: str) -> None:
-    """Bound what one box can make the centre keep, and read with each report: what it runs and what it did last stay."""
+    """Limit the rows of one box: the running versions and the last events stay."""
     here = activations.c
     runs = case((here.running_since.is_not(None) & here.ended_at.is_(None), 0), else_=1)
     kept = select(here.line, here.version).where(here.box_id == box_id).order_by(runs, here.at.desc(), here.line, here.version)

@@ -1,7 +1,7 @@
-"""How a box becomes one of the fleet: a token that works once, a request for a certificate, a short-lived certificate.
+"""Enrolment of boxes: a one-time token, a certificate request, a short-lived certificate.
 
-The device authority is the centre's own and vouches for boxes only. A box makes its key itself and keeps it; the certificate says
-which box it is, nothing more, whatever the request asked for. X.509 is ``cryptography``'s.
+The device authority of the centre signs certificates of boxes only. A box creates and keeps its own key; the certificate names the box
+and nothing more, whatever the request contained. X.509 is done by ``cryptography``.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from securesystemslib.signer import SSlibKey
 from sqlalchemy import Connection, RowMapping, select, update
 
-from model_sync.device import create_private, issued_by
-from model_sync.errors import ModelSyncError, SettingsError
-from model_sync.fleet.database import Fleet, count_ring
+from model_sync.agent.device import create_private_file, is_issued_by
+from model_sync.errors import CodedError, SettingsError
+from model_sync.fleet.database import Fleet, assign_ring
 from model_sync.fleet.tables import actions, boxes, certificates, tokens
 
 CERTIFICATE: Final = "device-ca.pem"
@@ -39,31 +39,26 @@ KEY: Final = "device-ca.key"
 MAX_CSR_BYTES: Final = 8 << 10
 MIN_PASSPHRASE: Final = 12
 _AUTHORITY_YEARS: Final = 20
-# A box's clock may be behind; a certificate must not look as if it were from tomorrow.
+# A box's clock may be behind; a certificate must be valid there at once.
 _BACKDATED: Final = timedelta(hours=1)
 
 DeviceKey: TypeAlias = EllipticCurvePublicKey | Ed25519PublicKey
 
 
-class EnrolmentError(ModelSyncError):
-    """A box was not let in.
+class EnrolmentError(CodedError):
+    """A box was refused.
 
     Attributes:
-        code: ``enrolment.token``, ``enrolment.csr``, ``enrolment.denied``, ``enrolment.certificate`` (none, or not ours),
+        code: ``enrolment.token``, ``enrolment.csr``, ``enrolment.denied``, ``enrolment.certificate`` (missing, or of another authority),
             ``enrolment.expired``, ``enrolment.too_early``.
     """
 
-    def __init__(self, code: str, message: str, *, hint: str) -> None:
-        """Keep the coded reason beside the sentence."""
-        super().__init__(message, hint=hint)
-        self.code = code
-
 
 class DeviceAuthority:
-    """The authority that signs boxes' certificates."""
+    """The authority that signs the certificates of boxes."""
 
     def __init__(self, certificate: x509.Certificate, key: EllipticCurvePrivateKey) -> None:
-        """Hold a certificate and its private key; use ``create`` or ``load``."""
+        """Store a certificate and its private key; use ``create`` or ``load``."""
         self.certificate = certificate
         self._key = key
 
@@ -74,7 +69,7 @@ class DeviceAuthority:
 
     @classmethod
     def create(cls, directory: Path, passphrase: str, name: str = "device authority") -> DeviceAuthority:
-        """Make a new authority: ``device-ca.pem`` and, encrypted and for this account only, ``device-ca.key``.
+        """Create an authority: ``device-ca.pem`` and, encrypted and readable by this account only, ``device-ca.key``.
 
         Raises:
             SettingsError: there is one already, or the passphrase is too short; nothing is overwritten.
@@ -92,13 +87,13 @@ class DeviceAuthority:
             .sign(key, SHA256())
         )
         secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(passphrase.encode()))
-        create_private(directory / KEY, secret)
+        create_private_file(directory / KEY, secret)
         (directory / CERTIFICATE).write_bytes(certificate.public_bytes(Encoding.PEM))
         return cls(certificate, key)
 
     @classmethod
     def load(cls, directory: Path, passphrase: str) -> DeviceAuthority:
-        """Open an authority; raises SettingsError when it is not there, does not open, or its parts do not belong together."""
+        """Load an authority; raise SettingsError when it is missing, cannot be decrypted, or its parts do not match."""
         try:
             certificate = x509.load_pem_x509_certificate((directory / CERTIFICATE).read_bytes())
             key = load_pem_private_key((directory / KEY).read_bytes(), passphrase.encode())
@@ -125,14 +120,14 @@ class DeviceAuthority:
             .sign(self._key, SHA256())
         )
 
-    def issued(self, certificate: x509.Certificate) -> bool:
-        """Say whether a certificate is signed by this authority; not whether it is still valid."""
-        return issued_by(certificate, self.certificate)
+    def has_issued(self, certificate: x509.Certificate) -> bool:
+        """Return whether a certificate is signed by this authority; its validity is not checked."""
+        return is_issued_by(certificate, self.certificate)
 
 
 @dataclass(frozen=True)
 class Box:
-    """The box behind a request: its name, ring and the key of the certificate that it proved to hold."""
+    """The box that sent a request: its name, ring and the key of its verified certificate."""
 
     box_id: str
     ring: str
@@ -140,35 +135,35 @@ class Box:
 
 
 class Enrolment:
-    """Who may enter, and with which certificate."""
+    """Enrols boxes, renews their certificates and identifies them."""
 
     def __init__(self, fleet: Fleet, authority: DeviceAuthority, *, certificate_days: float = 30.0) -> None:
-        """Issue certificates of ``certificate_days``."""
+        """Store the parts; certificates are valid for ``certificate_days``."""
         self._fleet = fleet
         self.authority = authority
         self._days = certificate_days
 
     def enrol(self, token: str, csr_pem: str) -> tuple[str, str]:
-        """Trade a token and a request for a certificate: its PEM and the box's name.
+        """Issue a certificate for a token and a request; return its PEM and the box's name.
 
-        A token is used by one device: the first to show it. That device gets the same certificate again when the answer was lost
-        on its way; nobody else gets anything. Certificates that the box's name had before are revoked: a token replaces the box.
+        A token is for one device: the first that sends it. That device gets the same certificate again when the answer was lost;
+        others are refused. Earlier certificates of the box's name are revoked: a token replaces the box.
 
         Raises:
             EnrolmentError: ``enrolment.csr``, ``enrolment.token`` (unknown, used or expired: one answer), ``enrolment.denied``.
         """
         key = check_request(csr_pem)
-        mine, wanted, now = _digest(token.encode()), _fingerprint(key), self._fleet.now()
-        taken = tokens.c.sha256 == mine, tokens.c.used_at.is_(None), tokens.c.expires_at > now
+        token_digest, fingerprint, now = _digest(token.encode()), _fingerprint(key), self._fleet.now()
+        unused = tokens.c.sha256 == token_digest, tokens.c.used_at.is_(None), tokens.c.expires_at > now
         with self._fleet.writing() as tx:
-            # One statement decides between two that race with one token.
-            won = tx.execute(update(tokens).where(*taken).values(used_at=now, key_sha256=wanted)).rowcount
-            token_row = tx.execute(select(tokens).where(tokens.c.sha256 == mine)).mappings().one_or_none()
-            if token_row is None or (not won and (token_row["key_sha256"] != wanted or token_row["expires_at"] <= now)):
+            # One statement decides between two requests with the same token.
+            is_first = tx.execute(update(tokens).where(*unused).values(used_at=now, key_sha256=fingerprint)).rowcount
+            token_row = tx.execute(select(tokens).where(tokens.c.sha256 == token_digest)).mappings().one_or_none()
+            if token_row is None or (not is_first and (token_row["key_sha256"] != fingerprint or token_row["expires_at"] <= now)):
                 hint = "ask the central team for a new token: each works once, and only for a while"
                 raise EnrolmentError("enrolment.token", "the token is unknown, used or expired", hint=hint)
             box_id = token_row["box_id"]
-            if not won:
+            if not is_first:
                 query = select(certificates.c.pem).where(certificates.c.serial == token_row["serial"], certificates.c.revoked_at.is_(None))
                 if (pem := tx.execute(query).scalar_one_or_none()) is None:
                     raise _denied()
@@ -176,9 +171,9 @@ class Enrolment:
             return self._admit(tx, token_row, key, now), box_id
 
     def renew(self, der: bytes, csr_pem: str) -> tuple[str, str]:
-        """Trade a valid certificate, from half of its life on, for a new one: its PEM and the box's name.
+        """Issue a new certificate for one after half of its validity; return its PEM and the box's name.
 
-        The old one stays valid until its end: the answer may be lost on its way.
+        The old certificate stays valid until its end, because the answer may be lost.
 
         Raises:
             EnrolmentError: as ``identify``, ``enrolment.csr`` or ``enrolment.too_early``.
@@ -195,10 +190,10 @@ class Enrolment:
             return self._issue(tx, box.box_id, key, now)[0], box.box_id
 
     def identify(self, der: bytes | None) -> Box:
-        """Return the box behind a client certificate, which TLS has shown the caller to hold the key of.
+        """Return the box of a client certificate; TLS has verified that the client has its key.
 
-        The time is judged here and not by TLS, so that a box is told that its certificate expired; so is the deny-list, which
-        takes effect with the next request.
+        Validity is checked here and not by TLS, so that the box gets an error that names the expiry; the deny-list is checked here
+        too, and takes effect with the next request.
 
         Raises:
             EnrolmentError: ``enrolment.certificate``, ``enrolment.expired``, ``enrolment.denied``.
@@ -211,7 +206,7 @@ class Enrolment:
             key = certificate.public_key()
         except (ValueError, UnsupportedAlgorithm) as error:
             raise EnrolmentError("enrolment.certificate", "the device certificate is none", hint=hint) from error
-        if not self.authority.issued(certificate) or not isinstance(key, (EllipticCurvePublicKey, Ed25519PublicKey)):
+        if not self.authority.has_issued(certificate) or not isinstance(key, (EllipticCurvePublicKey, Ed25519PublicKey)):
             raise EnrolmentError("enrolment.certificate", "the certificate is not of this fleet", hint=hint)
         now = self._fleet.now()
         if now >= certificate.not_valid_after_utc.timestamp():
@@ -239,8 +234,8 @@ class Enrolment:
         new = self._fleet.insert(boxes).values(box_id=box_id, ring=ring, enrolled_at=now)
         tx.execute(new.on_conflict_do_update(index_elements=["box_id"], set_={"ring": ring, "enrolled_at": now}))
         if tx.execute(select(boxes.c.denied_at).where(boxes.c.box_id == box_id)).scalar_one() is not None:
-            raise _denied()  # the transaction ends here: the token is not spent
-        count_ring(tx, box_id)
+            raise _denied()  # the transaction is rolled back: the token stays unused
+        assign_ring(tx, box_id)
         live = certificates.c.box_id == box_id, certificates.c.revoked_at.is_(None)
         tx.execute(update(certificates).where(*live).values(revoked_at=now))
         pem, serial = self._issue(tx, box_id, key, now)
@@ -257,7 +252,7 @@ class Enrolment:
 
 
 def new_token(fleet: Fleet, box_id: str, ring: str, *, hours: float = 72.0, actor: str = "command line") -> str:
-    """Make a token for one box; only its hash is kept, so it can be shown this once.
+    """Create a token for one box; only its hash is stored, so it can be shown only now.
 
     Raises:
         SettingsError: the box is denied.
@@ -273,7 +268,7 @@ def new_token(fleet: Fleet, box_id: str, ring: str, *, hours: float = 72.0, acto
 
 
 def check_request(csr_pem: str) -> DeviceKey:
-    """Return the key of a request whose signature proves that the asker holds it; nothing else of a request is ever used.
+    """Return the key of a request after a check of its signature; nothing else of a request is used.
 
     Raises:
         EnrolmentError: ``enrolment.csr``.

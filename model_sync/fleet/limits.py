@@ -1,4 +1,4 @@
-"""How often somebody may ask: a bucket that fills by the minute."""
+"""A rate limit per client address."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import time
 from collections.abc import Callable
 
 
-class Allowance:
-    """How much each address may ask: a bucket of ``burst`` that fills by ``per_minute``; in memory, bounded."""
+class RateLimiter:
+    """A token bucket per address: ``burst`` tokens, refilled by ``per_minute``; in memory, for at most ``most`` addresses."""
 
     def __init__(self, per_minute: float, burst: int, *, clock: Callable[[], float] = time.monotonic, most: int = 50_000) -> None:
         self._per_s, self._burst, self._clock, self._most = per_minute / 60, burst, clock, most
         self._left: dict[str, tuple[float, float]] = {}
         self._lock = threading.Lock()
 
-    def take(self, who: str) -> bool:
-        """Take one from the bucket of ``who``; False when it is empty."""
+    def allow(self, who: str) -> bool:
+        """Take one token of ``who``; return False when there is none."""
         now = self._clock()
         with self._lock:
             left, at = self._left.pop(who, (float(self._burst), now))

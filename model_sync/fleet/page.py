@@ -1,4 +1,4 @@
-"""The page that the central team watches: rollouts, versions, boxes, and the brake. Works without JavaScript."""
+"""The fleet page of the central team: rollouts, versions, boxes, pause and resume. It needs no JavaScript."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any, Final, TypeVar, cast
 from flask import Blueprint, Response, abort, current_app, flash, g, redirect, render_template, request, session, url_for
 from flask.typing import ResponseReturnValue
 
-from model_sync.documents import RolloutStep, older
 from model_sync.errors import ModelSyncError
 from model_sync.fleet import chart as fleet_chart
 from model_sync.fleet import views as fleet_views
 from model_sync.fleet.accounts import Accounts
-from model_sync.fleet.api import address
+from model_sync.fleet.api import client_address
 from model_sync.fleet.database import RUNNING, Fleet
-from model_sync.fleet.pause import Seen
-from model_sync.fleet.rollouts import Published, Rollouts
+from model_sync.fleet.pause import ExpectedRollout
+from model_sync.fleet.rollouts import PublishedRollouts, Rollouts
 from model_sync.fleet.texts import LANGUAGES, reason, text
+from model_sync.trust.documents import RolloutStep, older
 
 blueprint: Final = Blueprint("page", __name__, template_folder="templates")
 _View = TypeVar("_View", bound=Callable[..., ResponseReturnValue])
@@ -31,7 +31,7 @@ _GIB: Final = 1 << 30
 
 
 def operator_only(view: _View) -> _View:
-    """Let only a logged-in operator in; everybody else is led to the login."""
+    """Require a logged-in operator; redirect everybody else to the login."""
 
     @wraps(view)
     def guarded(*args: Any, **values: Any) -> ResponseReturnValue:
@@ -51,16 +51,16 @@ def _limit() -> None:
 
 @blueprint.route("/fleet/login", methods=["GET", "POST"])
 def login() -> ResponseReturnValue:
-    """Log in; the same words for an unknown name, a wrong password and a locked account."""
+    """Log in; the same text for an unknown name, a wrong password and a locked account."""
     if request.method == "GET":
         return render_template("login.html", failed=False, name="")
-    if not current_app.extensions["allowances"]["logins"].take(address()):
+    if not current_app.extensions["rate_limiters"]["logins"].allow(client_address()):
         abort(429)
     name = request.form.get("name", "").strip()[:64]
     token = _accounts().login(name if name.isprintable() else "", request.form.get("password", ""))
     if token is None:
         return render_template("login.html", failed=True, name=name), 401
-    session.clear()  # nothing of what stood there before is kept
+    session.clear()  # nothing of an earlier session stays
     session["token"] = token
     return redirect(url_for("page.fleet"))
 
@@ -76,7 +76,7 @@ def logout() -> ResponseReturnValue:
 
 @blueprint.post("/fleet/language")
 def language() -> ResponseReturnValue:
-    """Switch the language; remembered in this browser."""
+    """Set the language cookie of this browser."""
     chosen = request.form.get("language", "")
     if chosen not in LANGUAGES:
         abort(400)
@@ -90,7 +90,7 @@ def language() -> ResponseReturnValue:
 
 @blueprint.get("/fleet/style.css")
 def style() -> Response:
-    """The page's only asset."""
+    """Return the style sheet."""
     css = (Path(blueprint.root_path) / "templates" / "fleet.css").read_bytes()
     response = Response(css, content_type="text/css; charset=utf-8")
     response.headers["Cache-Control"] = "public, max-age=31536000, immutable"  # its address changes with it
@@ -100,8 +100,8 @@ def style() -> Response:
 @blueprint.get("/fleet")
 @operator_only
 def fleet() -> ResponseReturnValue:
-    """The whole fleet."""
-    store, broken, published, cards = _fleet(), False, Published({}, {}), list[dict[str, Any]]()
+    """Show the fleet."""
+    store, broken, published, cards = _fleet(), False, PublishedRollouts({}, {}), list[dict[str, Any]]()
     try:
         published = _rollouts().published()
         cards = _cards(store, published)
@@ -109,7 +109,7 @@ def fleet() -> ResponseReturnValue:
         broken = True
     filters = _filters()
     number = request.args.get("page", "1")
-    rows = fleet_views.listing(store, filters, int(number) if number.isdecimal() and len(number) < 7 else 1)
+    rows = fleet_views.list_boxes(store, filters, int(number) if number.isdecimal() and len(number) < 7 else 1)
     return render_template(
         "fleet.html",
         counts=fleet_views.counts(store), states=fleet_views.STATES, rings=fleet_views.rings(store),
@@ -122,7 +122,7 @@ def fleet() -> ResponseReturnValue:
 @blueprint.get("/fleet/box/<box_id>")
 @operator_only
 def box(box_id: str) -> ResponseReturnValue:
-    """One box with everything it said last."""
+    """Show one box with its last report."""
     found = fleet_views.box(_fleet(), box_id) if len(box_id) <= 64 and box_id.isprintable() else None
     if found is None:
         abort(404)
@@ -133,7 +133,7 @@ def box(box_id: str) -> ResponseReturnValue:
 @blueprint.post("/fleet/pause")
 @operator_only
 def pause() -> ResponseReturnValue:
-    """Sign a rollout anew: paused, or going on."""
+    """Pause or resume a rollout by a new signature."""
     ring, line, action = (request.form.get(name, "")[:64] for name in ("ring", "line", "action"))
     if action not in ("pause", "resume"):
         abort(400)
@@ -141,7 +141,7 @@ def pause() -> ResponseReturnValue:
         flash(_t("done.look_first"), "bad")
         return redirect(url_for("page.fleet"))
     try:
-        changed = _rollouts().set_paused(ring, line, action == "pause", g.operator, _seen(action), _known(ring, line, action))
+        changed = _rollouts().set_paused(ring, line, action == "pause", g.operator, _expected(action), _acknowledged(ring, line, action))
     except ModelSyncError as error:
         flash(_t("done.failed", why=f"{error.message}. {error.hint}"), "bad")
     else:
@@ -149,15 +149,15 @@ def pause() -> ResponseReturnValue:
     return redirect(url_for("page.fleet"))
 
 
-def _seen(action: str) -> Seen:
-    """Return what the form says its reader saw: who stops a version stops it whatever else was signed, who lets it go on looks again."""
+def _expected(action: str) -> ExpectedRollout:
+    """Return the rollout that the form showed: a pause applies to any newer one of the version, a resume only to this one."""
     serial = request.form.get("serial", "")
     number = int(serial) if serial.isdecimal() and len(serial) < 10 else 0
-    return Seen(request.form.get("version", "")[:64], None if action == "pause" else number)
+    return ExpectedRollout(request.form.get("version", "")[:64], None if action == "pause" else number)
 
 
-def _known(ring: str, line: str, action: str) -> str:
-    """Return the failed and tried boxes that the reader of the form saw, when they let a version go on: these do not stop it again."""
+def _acknowledged(ring: str, line: str, action: str) -> str:
+    """Return failed/tried boxes as the form showed them, for a resume: these failures do not pause the version again."""
     if action == "pause":
         return ""
     tally = _fleet().tally(ring, line, request.form.get("version", "")[:64])
@@ -175,15 +175,15 @@ def _words() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _cards(store: Fleet, published: Published) -> list[dict[str, Any]]:
-    """Return the rollouts: those under way first, then the youngest."""
+def _cards(store: Fleet, published: PublishedRollouts) -> list[dict[str, Any]]:
+    """Return the cards of all rollouts: running ones first, then the newest."""
     cards = [_card(store, ring, line, step) for ring, rollout in published.rollouts.items() for line, step in rollout.lines.items()]
     order = ("running", "paused", "waiting", "complete")
     return sorted(cards, key=lambda card: (not card["spent"], order.index(card["state"]), -card["starts"], card["ring"], card["line"]))
 
 
 def _card(store: Fleet, ring: str, line: str, step: RolloutStep) -> dict[str, Any]:
-    """Return everything that the card of one rollout shows."""
+    """Return the values of the card of one rollout."""
     now = store.now()
     begin, end = fleet_chart.span(step, now)
     progress = fleet_views.progress(store, ring, line, step.version, begin, end)
@@ -195,15 +195,15 @@ def _card(store: Fleet, ring: str, line: str, step: RolloutStep) -> dict[str, An
     return {
         "ring": ring, "line": line, "step": step, "state": state, "tally": tally, "progress": progress, "running": progress.now,
         "share": _percent(progress.now, progress.total), "planned": f"{fleet_chart.planned_share(step, moment):.0f}",
-        "limit": fleet_chart.pausing_failures(step, tally, store.acknowledged(ring, line, step.version)),
+        "limit": fleet_chart.pausing_failures(step, tally, store.acknowledged_failures(ring, line, step.version)),
         "spent": not step.paused and _rollouts().is_spent(ring, line, step, tally),
         "chart": fleet_chart.draw(step, progress, now), "starts": int(step.start.timestamp()), "begin": begin, "end": end,
         "command": _rollouts().command(ring, line, not step.paused), "table": past[:: max(1, len(past) // 8)] if past else [],
     }  # fmt: skip
 
 
-def _versions(store: Fleet, published: Published) -> list[dict[str, Any]]:
-    """Return the table of versions: per line and version, the boxes of each ring, and whether it may be run at all."""
+def _versions(store: Fleet, published: PublishedRollouts) -> list[dict[str, Any]]:
+    """Return the table of versions: per model line and version, the boxes of each ring, and a mark if it must not run."""
     table: dict[tuple[str, str], dict[str, Any]] = {}
     for row in fleet_views.versions(store):
         index = published.lines.get(row["line"])
@@ -252,7 +252,7 @@ def _ago(moment: int | None) -> str:
 
 
 def _when(moment: int | str | None, form: str = "%Y-%m-%d %H:%M") -> str:
-    """Return a moment in this server's time zone; the page says which."""
+    """Return a time in this server's time zone, which the page names."""
     if moment is None:
         return "–"
     at = datetime.fromisoformat(moment.replace("Z", "+00:00")) if isinstance(moment, str) else datetime.fromtimestamp(moment, timezone.utc)

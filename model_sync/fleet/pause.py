@@ -1,7 +1,7 @@
-"""How the server publishes a pause: on top of what boxes see, never on top of what waits for people's signatures.
+"""Publication of a pause by the server: based on the public rollout, never on one that waits for signatures.
 
-The server holds the rollout key. If a pause were an edit like any other, that key would also sign what somebody prepared for others
-to read. So it is made from the published rollout, and what waits is staged again, unsigned, on top of it.
+The server has the rollout key. If a pause were an ordinary edit, that key would also sign changes that people have not read yet. So the
+pause is made from the public rollout, and a waiting version is staged again, unsigned, with a higher number.
 """
 
 from __future__ import annotations
@@ -12,35 +12,35 @@ from typing import Any, NamedTuple
 
 from tuf.api.metadata import Metadata, TargetFile, Targets
 
-from model_sync.documents import ROLLOUT_ROLE, Rollout, RolloutStep, rollout_path
 from model_sync.errors import ModelSyncError, PublishError
+from model_sync.library.library import Library
 from model_sync.library.roles import AnyMetadata, verifies
-from model_sync.repository import Library
+from model_sync.trust.documents import ROLLOUT_ROLE, Rollout, RolloutStep, rollout_path
 
 
-class Seen(NamedTuple):
-    """What somebody saw before they asked: the step's version, and the number of the rollout role (None: any will do)."""
+class ExpectedRollout(NamedTuple):
+    """The rollout that a person saw: its version, and the version of the rollout role (None accepts any)."""
 
     version: str
     serial: int | None = None
 
 
-class Signed(NamedTuple):
-    """What became of a pause: the step that boxes see now, and whether it had to be signed for that."""
+class PauseResult(NamedTuple):
+    """The result of a pause: the public step, and whether a new version was signed."""
 
     step: RolloutStep
     changed: bool
 
 
 class PausingLibrary(Library):
-    """A library whose rollouts can be paused beside what waits in it."""
+    """A library whose rollouts can be paused while other versions wait for signatures."""
 
-    def set_paused(self, ring: str, line: str, paused: bool, seen: Seen) -> Signed:
-        """Publish the rollout of a ring anew with one line paused, or going on; nothing else of what boxes see changes.
+    def set_paused(self, ring: str, line: str, paused: bool, expected: ExpectedRollout) -> PauseResult:
+        """Publish the rollout of a ring with one model line paused or resumed; nothing else that is public changes.
 
         Raises:
-            PublishError: no such rollout, it is not what was seen, the keys here do not suffice, or another command holds the library;
-                boxes go on with what is public, and what waited waits as before.
+            PublishError: there is no such rollout, it is not the expected one, the keys here do not suffice, or another command
+                holds the library; nothing was changed.
         """
         with self.files.locked():
             public = self.published(ROLLOUT_ROLE)
@@ -49,19 +49,19 @@ class PausingLibrary(Library):
             if public is None or before is None or line not in before.lines:
                 raise PublishError(f"ring {ring} has no rollout of {line}", hint="reload the page")
             step = before.lines[line]
-            if step.version != seen.version or seen.serial not in (None, public.signed.version):
+            if step.version != expected.version or expected.serial not in (None, public.signed.version):
                 raise PublishError(f"the rollout of {line} to {ring} was changed in the meantime", hint="reload the page and look again")
             if step.paused == paused:
-                return Signed(step, False)
+                return PauseResult(step, False)
             after = self._with_step(before, line, step.model_copy(update={"paused": paused}))
             self._publish_beside(self._edited(public, after, 1), lambda waiting: self._rebased(waiting, before, after))
-            return Signed(after.lines[line], True)
+            return PauseResult(after.lines[line], True)
 
     def _with_step(self, before: Rollout, line: str, step: RolloutStep) -> Rollout:
         return Rollout(ring=before.ring, issued_at=self.now(), lines={**before.lines, line: step})
 
     def _edited(self, md: AnyMetadata, document: Rollout, above: int) -> AnyMetadata:
-        """Return a copy with another document of a ring, unsigned, numbered ``above`` what is public."""
+        """Return an unsigned copy with another document of a ring; its version is ``above`` higher than the public one."""
         copy: Metadata[Any] = Metadata.from_bytes(md.to_bytes())
         public = self.published(ROLLOUT_ROLE)
         assert public is not None
@@ -75,7 +75,7 @@ class PausingLibrary(Library):
         return copy
 
     def _rebased(self, waiting: AnyMetadata, before: Rollout, after: Rollout) -> AnyMetadata:
-        """Return what waits, on top of what is about to be public: a step that nobody changed follows, and so does a pause."""
+        """Return the waiting version on top of the new public one: unchanged steps and a pause are taken over."""
         path = rollout_path(after.ring)
         if path not in waiting.signed.targets:
             return self._edited(waiting, after, 2)
@@ -92,15 +92,15 @@ class PausingLibrary(Library):
         return self._edited(waiting, Rollout(ring=after.ring, issued_at=after.issued_at, lines=lines), 2)
 
     def _publish_beside(self, pause: AnyMetadata, rebase: Callable[[AnyMetadata], AnyMetadata]) -> None:
-        """Sign and publish one rollout; what waits is moved above it first, so that a kill between the two loses nothing."""
-        for signer in self.signers_at_hand(self.keys(ROLLOUT_ROLE)):
+        """Sign and publish one rollout; a waiting version gets a higher number first, so that a kill loses nothing."""
+        for signer in self.available_signers(self.keys(ROLLOUT_ROLE)):
             pause.sign(signer, append=True)
         waiting, staged = self.staged(ROLLOUT_ROLE), self.files.staged_path(ROLLOUT_ROLE)
-        self._next = self._choose()
+        self._next = self._choose_versions()
         try:
             self._refuse_unsigned(pause, waiting)
             self._next[ROLLOUT_ROLE] = pause
-            fresh = [role for role, md in self._next.items() if self._is_new(role, md)]
+            fresh = [role for role, md in self._next.items() if self._is_unpublished(role, md)]
             if waiting is not None:
                 self.files.write(staged, rebase(waiting).to_bytes())
             try:
@@ -113,7 +113,7 @@ class PausingLibrary(Library):
             self._commit(fresh)
         finally:
             self._next = {}
-        self._drop_finished()
+        self._remove_finished()
 
     def _refuse_unsigned(self, pause: AnyMetadata, waiting: AnyMetadata | None) -> None:
         if verifies(self._next[Targets.type].signed, ROLLOUT_ROLE, pause):

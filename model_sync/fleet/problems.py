@@ -1,6 +1,6 @@
-"""One table from what can go wrong to what the asker gets: RFC 9457 problem+json, or a page for the fleet's operators.
+"""Responses for errors: RFC 9457 problem+json for boxes, an HTML page for operators.
 
-Outward go a code and what to do, never the particulars of an exception (R25); the last resort is a plain 500.
+A response holds a code and a hint, never details of an exception (R25); the fallback is a plain 500.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import HTTPException, InternalServerError
 from werkzeug.routing import RequestRedirect
 
+from model_sync.agent.report import ReportError
 from model_sync.fleet.database import RateError, SequenceError
 from model_sync.fleet.enrolment import EnrolmentError
-from model_sync.report import ReportError
 
 logger = logging.getLogger(__name__)
 STATUS_OF_CODE: Final = {
@@ -42,7 +42,7 @@ _RETRY_S: Final = 60
 
 
 def init_app(app: Flask) -> None:
-    """Register the handlers, the last resort included, and the headers of every answer."""
+    """Register the error handlers, including the fallback, and the headers of every response."""
     app.register_error_handler(EnrolmentError, _refused)
     app.register_error_handler(ReportError, _refused)
     app.register_error_handler(SequenceError, _sequence)
@@ -54,7 +54,7 @@ def init_app(app: Flask) -> None:
 
 
 def problem(status: int, code: str, detail: str, **more: Any) -> Response:
-    """An ``application/problem+json`` answer; ``code`` is for programs, ``detail`` says what to do."""
+    """Return an ``application/problem+json`` response; ``code`` is for programs, ``detail`` for people."""
     title = HTTPStatus(status).phrase
     answer = jsonify({"type": "about:blank", "status": status, "title": title, "detail": detail, "code": code} | more)
     answer.status_code = status
@@ -80,7 +80,7 @@ def _rate(error: RateError) -> Response:
 
 
 def _database(error: SQLAlchemyError) -> Response:
-    # The kind is logged, never the statement: it holds what was reported.
+    # Only the type is logged: the statement contains reported values.
     logger.error("the fleet database failed: %s", type(error).__name__)
     answer = problem(503, "server.database", _DETAILS[503])
     answer.headers["Retry-After"] = str(_RETRY_S)
@@ -111,7 +111,7 @@ def _http(error: HTTPException) -> ResponseReturnValue:
 
 def _headers(response: Response) -> Response:
     response.headers["X-Content-Type-Options"] = "nosniff"
-    if request.blueprint == "files":  # a poll of a million boxes pays for each byte; programs need no more
+    if request.blueprint == "files":  # polls of very many boxes: no unnecessary bytes
         return response
     response.headers.setdefault("Cache-Control", "no-store")
     response.headers["Referrer-Policy"] = "no-referrer"

@@ -1,7 +1,7 @@
-"""The rollouts as boxes see them now, and how they are stopped: by a newly signed rollout that is paused.
+"""The public rollouts, and their pause by a newly signed rollout.
 
-A pause is no flag in a database, which whoever holds the server could clear: it is signed by the rollout key, so that a box trusts
-it as it trusts the rollout. Without that key the server can only say which command to run.
+A pause is no flag in a database, which anybody with access to the server could clear: it is signed by the rollout key, so a box trusts
+it like the rollout. Without that key the server can only show the command to run.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 from securesystemslib.signer import Signer
 from tuf.api.metadata import Targets
 
-from model_sync.documents import ROLLOUT_ROLE, LineIndex, Rollout, RolloutStep, line_path, older, rollout_path
 from model_sync.errors import PublishError
-from model_sync.fleet.database import Fleet, Tally
-from model_sync.fleet.pause import PausingLibrary, Seen
+from model_sync.fleet.database import Fleet, VersionTally
+from model_sync.fleet.pause import ExpectedRollout, PausingLibrary
 from model_sync.library.files import read_metadata
 from model_sync.library.keys import Passphrase
-from model_sync.repository import Library
+from model_sync.library.library import Library
+from model_sync.trust.documents import ROLLOUT_ROLE, LineIndex, Rollout, RolloutStep, line_path, older, rollout_path
 
 logger = logging.getLogger(__name__)
 _HISTORY = 500
@@ -27,15 +27,15 @@ _LOCK_TIMEOUT_S = 0.5  # a person waits for the page
 
 
 @dataclass(frozen=True)
-class Published:
-    """What is signed and public: the rollout of each ring, the index of each line; ``serial`` numbers the rollout role."""
+class PublishedRollouts:
+    """The public documents: the rollout of each ring, the index of each model line; ``serial`` is the version of the rollout role."""
 
     rollouts: dict[str, Rollout]
     lines: dict[str, LineIndex]
     serial: int = 0
 
     def step(self, ring: str, line: str) -> RolloutStep | None:
-        """Return what a ring does with a line, or None."""
+        """Return the step of a ring and a model line, or None."""
         rollout = self.rollouts.get(ring)
         return rollout.lines.get(line) if rollout is not None else None
 
@@ -44,13 +44,13 @@ class Rollouts:
     """Reads the published rollouts of one library, and pauses them."""
 
     def __init__(self, directory: Path, fleet: Fleet, signer: Signer | None = None, passphrase: Passphrase | None = None) -> None:
-        """Hold a library; ``signer`` is the rollout key, or None, and ``passphrase`` opens the online keys that publish."""
+        """Store the parts; ``signer`` has the rollout key or is None, ``passphrase`` decrypts the online keys."""
         self._directory = directory
         self._fleet = fleet
         self._signer = signer
         self._passphrase = passphrase
-        self._back: dict[tuple[str, str, int], bool] = {}
-        self._cached: tuple[tuple[int, int], Published] | None = None
+        self._is_rollback: dict[tuple[str, str, int], bool] = {}
+        self._cached: tuple[tuple[int, int], PublishedRollouts] | None = None
 
     @property
     def can_sign(self) -> bool:
@@ -58,12 +58,12 @@ class Rollouts:
         return self._signer is not None
 
     def library(self, lock_timeout_s: float = _LOCK_TIMEOUT_S) -> PausingLibrary:
-        """Return the library with the keys that are here."""
+        """Return the library with the available keys."""
         signers = [self._signer] if self._signer is not None else []
         return PausingLibrary(self._directory, signers, passphrase=self._passphrase, lock_timeout_s=lock_timeout_s)
 
-    def published(self) -> Published:
-        """Return what boxes see; read again only when the timestamp changed.
+    def published(self) -> PublishedRollouts:
+        """Return the public documents; they are read again only when the timestamp changed.
 
         Raises:
             ModelSyncError: the library cannot be read.
@@ -72,37 +72,45 @@ class Rollouts:
             facts = (self._directory / "public" / "metadata" / "timestamp.json").stat()
             seen = (facts.st_mtime_ns, facts.st_ino)
             if self._cached is None or seen != self._cached[0]:
-                self._cached = seen, _read(Library(self._directory))  # together: several threads ask
+                self._cached = seen, _read(Library(self._directory))  # one assignment: several threads call this
         except FileNotFoundError:
-            return Published({}, {})
+            return PublishedRollouts({}, {})
         except OSError as error:
-            raise _disk(error) from error
+            raise _disk_error(error) from error
         return self._cached[1]
 
     def set_paused(
-        self, ring: str, line: str, paused: bool, actor: str, seen: Seen, figures: str = "", *, lock_timeout_s: float = _LOCK_TIMEOUT_S
+        self,
+        ring: str,
+        line: str,
+        paused: bool,
+        actor: str,
+        expected: ExpectedRollout,
+        figures: str = "",
+        *,
+        lock_timeout_s: float = _LOCK_TIMEOUT_S,
     ) -> bool:
-        """Sign the rollout of a ring anew, with one line paused or going on. Returns False when it was so already.
+        """Sign the rollout of a ring with one model line paused or resumed; return False when nothing changed.
 
         Args:
-            ring: whose rollout.
-            line: of which model line.
-            paused: or going on.
-            actor: who asked.
-            seen: what they saw of it.
-            figures: failed/tried boxes that they saw.
-            lock_timeout_s: how long to wait for another command.
+            ring: the ring of the rollout.
+            line: the model line.
+            paused: whether to pause or to resume.
+            actor: the person or program, for the record.
+            expected: the rollout that the actor saw.
+            figures: the failed/tried boxes that the actor saw.
+            lock_timeout_s: the longest wait for another command.
 
         Raises:
-            PublishError: no key here, no such rollout or another one than was seen, or the library refused; boxes go on with what
-                is public.
+            PublishError: no key is here, there is no such rollout or it is not the expected one, or the library refused;
+                nothing was changed.
         """
         if not self.can_sign:
             raise PublishError("this server holds no rollout key", hint=self.command(ring, line, paused))
         try:
-            step, changed = self.library(lock_timeout_s).set_paused(ring, line, paused, seen)
+            step, changed = self.library(lock_timeout_s).set_paused(ring, line, paused, expected)
         except OSError as error:
-            raise _disk(error) from error
+            raise _disk_error(error) from error
         if not changed:
             return False
         action = "paused" if paused else "resumed"
@@ -110,35 +118,37 @@ class Rollouts:
         logger.warning("rollout %s: ring %s line %s version %s by %s", action, ring, line, step.version, actor)
         return True
 
-    def is_spent(self, ring: str, line: str, step: RolloutStep, tally: Tally) -> bool:
-        """Say whether a version failed on more boxes than its rollout may cost, and should be stopped for that.
+    def is_spent(self, ring: str, line: str, step: RolloutStep, tally: VersionTally) -> bool:
+        """Return whether the failure budget of a rollout is used up, so that it has to be paused.
 
-        Failures that a human knew of when they let it go on do not count again. The way back is never stopped: boxes that cannot go
-        back stay on what was worse.
+        Failures that a person acknowledged by a resume do not count again. A rollback is never paused: boxes that cannot roll back
+        would keep the worse version.
         """
-        if not spent(step, tally):
+        if not is_budget_spent(step, tally):
             return False
-        return spent(step, tally, self._fleet.acknowledged(ring, line, step.version)) and not self.is_way_back(ring, line)
+        return is_budget_spent(step, tally, self._fleet.acknowledged_failures(ring, line, step.version)) and not self.is_rollback(
+            ring, line
+        )
 
-    def is_way_back(self, ring: str, line: str) -> bool:
-        """Say whether the version that a ring takes is older than the one that was signed for it before.
+    def is_rollback(self, ring: str, line: str) -> bool:
+        """Return whether the version of a ring's rollout is older than the one signed before it.
 
         Raises:
             ModelSyncError: the library cannot be read.
         """
         published = self.published()
         key = ring, line, published.serial
-        if key not in self._back:
+        if key not in self._is_rollback:
             try:
-                found = _is_back(Library(self._directory), ring, line, published)
+                found = _is_older_than_before(Library(self._directory), ring, line, published)
             except OSError as error:
-                raise _disk(error) from error
-            self._back = {known: back for known, back in self._back.items() if known[2] == published.serial} | {key: found}
+                raise _disk_error(error) from error
+            self._is_rollback = {known: back for known, back in self._is_rollback.items() if known[2] == published.serial} | {key: found}
             return found
-        return self._back[key]
+        return self._is_rollback[key]
 
     def command(self, ring: str, line: str, paused: bool) -> str:
-        """Return the commands that do what the button would do, for a machine that has the key."""
+        """Return the commands with the effect of the button, for a machine that has the key."""
         step = self.published().step(ring, line)
         if step is None:
             return ""
@@ -151,14 +161,14 @@ class Rollouts:
         )
 
 
-def spent(step: RolloutStep, tally: Tally, known: int = 0) -> bool:
-    """Say whether a version failed on more boxes than its rollout may cost, beyond those ``known``."""
+def is_budget_spent(step: RolloutStep, tally: VersionTally, known: int = 0) -> bool:
+    """Return whether a version failed on more boxes than its budget allows, not counting ``known`` failures."""
     failed = tally.failed - known
     return failed >= step.failure_budget.min_boxes and failed > step.failure_budget.max_fraction * (tally.tried - known)
 
 
-def _is_back(library: Library, ring: str, line: str, published: Published) -> bool:
-    """Look through the rollouts that were public before, the youngest first, for the version before this one."""
+def _is_older_than_before(library: Library, ring: str, line: str, published: PublishedRollouts) -> bool:
+    """Compare with the last different version among earlier public rollouts, newest first."""
     step, path = published.step(ring, line), rollout_path(ring)
     for serial in range(published.serial - 1, max(0, published.serial - _HISTORY), -1) if step is not None else ():
         file = library.files.metadata_path(ROLLOUT_ROLE, serial)
@@ -173,7 +183,7 @@ def _is_back(library: Library, ring: str, line: str, published: Published) -> bo
     return False
 
 
-def _read(library: Library) -> Published:
+def _read(library: Library) -> PublishedRollouts:
     rollouts, lines = {}, {}
     if (chosen := library.published(ROLLOUT_ROLE)) is not None:
         for path in chosen.signed.targets:
@@ -185,8 +195,8 @@ def _read(library: Library) -> Published:
         role = library.published(line) if line != ROLLOUT_ROLE else None
         if role is not None and line_path(line) in role.signed.targets:
             lines[line] = LineIndex.parse(library.read_target(role.signed, line_path(line)))
-    return Published(rollouts, lines, chosen.signed.version if chosen is not None else 0)
+    return PublishedRollouts(rollouts, lines, chosen.signed.version if chosen is not None else 0)
 
 
-def _disk(error: OSError) -> PublishError:
+def _disk_error(error: OSError) -> PublishError:
     return PublishError(f"the library's disk: {error.strerror}", hint="make room, or mend it; boxes go on with what is public")

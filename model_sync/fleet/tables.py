@@ -1,6 +1,6 @@
-"""The fleet's tables, and the way to them: SQLite in WAL mode or PostgreSQL, by SQLAlchemy Core.
+"""The tables of the fleet database, and its engine: SQLite in WAL mode or PostgreSQL, by SQLAlchemy Core.
 
-Moments are whole seconds since the epoch by this server's clock, unless a column says that the box said it.
+Times are whole seconds since the epoch by this server's clock; ``said_at`` is by the clock of the box.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ tokens: Final = Table(
     Column("created_at", BigInteger, nullable=False),
     Column("expires_at", BigInteger, nullable=False),
     Column("used_at", BigInteger),
-    Column("key_sha256", String(64)),  # of the device that used it: that one may ask again when the answer was lost
+    Column("key_sha256", String(64)),  # of the device that used it, which may repeat the request when the answer was lost
     Column("serial", String(40)),
 )  # fmt: skip
 boxes: Final = Table(
     "boxes", metadata,
     Column("box_id", String(64), primary_key=True),
     Column("ring", String(64), nullable=False),
-    Column("reported_ring", String(64), nullable=False, server_default=""),  # the one that its settings name
+    Column("reported_ring", String(64), nullable=False, server_default=""),  # the ring in its settings
     Column("enrolled_at", BigInteger, nullable=False),
     Column("denied_at", BigInteger),
     Column("last_seen", BigInteger),
@@ -58,7 +58,7 @@ boxes: Final = Table(
     Column("sync_code", String(64), nullable=False, server_default=""),
     Column("sync_since", BigInteger),
     Column("appliance_version", String(40), nullable=False, server_default=""),
-    Column("trouble", String(64), nullable=False, server_default=""),  # coded reason of the newest activation, when that failed
+    Column("trouble", String(64), nullable=False, server_default=""),  # code of the newest activation, when it failed
     Column("trouble_line", String(64), nullable=False, server_default=""),
     Column("trouble_version", String(64), nullable=False, server_default=""),
     Column("window_start", BigInteger, nullable=False, server_default="0"),
@@ -89,7 +89,7 @@ box_models: Final = Table(
     Column("running", Integer, nullable=False),
     Index("models_by_version", "running", "line", "version", "box_id"),
 )  # fmt: skip
-activations: Final = Table(  # one row per box and version: what a rollout is judged by
+activations: Final = Table(  # one row per box and version: the basis of the failure budget
     "activations", metadata,
     Column("box_id", ForeignKey("boxes.box_id"), primary_key=True),
     Column("line", String(64), primary_key=True),
@@ -97,12 +97,12 @@ activations: Final = Table(  # one row per box and version: what a rollout is ju
     Column("state", String(16), nullable=False),
     Column("code", String(64), nullable=False),
     Column("at", BigInteger, nullable=False),
-    Column("ring", String(64), nullable=False, server_default=""),  # the box's, when it is let in and follows it
+    Column("ring", String(64), nullable=False, server_default=""),  # the ring of the box, when it is allowed and follows it
     Column("running_since", BigInteger),
     Column("ended_at", BigInteger),
     Index("activations_by_ring", "ring", "line", "version", "state"),
 )  # fmt: skip
-events: Final = Table(  # what people read about one box: bounded history
+events: Final = Table(  # bounded history of one box, for people
     "events", metadata,
     Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
     Column("box_id", ForeignKey("boxes.box_id"), nullable=False),
@@ -111,7 +111,7 @@ events: Final = Table(  # what people read about one box: bounded history
     Column("digest", String(64), nullable=False),
     Column("state", String(16), nullable=False),
     Column("code", String(64), nullable=False),
-    Column("said_at", BigInteger, nullable=False),  # by the box's clock: tells the same event from a new one
+    Column("said_at", BigInteger, nullable=False),  # by the box's clock: identifies a repeated event
     Column("at", BigInteger, nullable=False),
     UniqueConstraint("box_id", "digest", "state", "said_at"),
     Index("events_by_box", "box_id", "id"),
@@ -130,7 +130,7 @@ sessions: Final = Table(
     Column("created_at", BigInteger, nullable=False),
     Column("seen_at", BigInteger, nullable=False),
 )  # fmt: skip
-actions: Final = Table(  # what people, and the failure budget, did; never deleted
+actions: Final = Table(  # actions of people and of the failure budget; never deleted
     "actions", metadata,
     Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
     Column("at", BigInteger, nullable=False),
@@ -144,7 +144,7 @@ actions: Final = Table(  # what people, and the failure budget, did; never delet
 
 
 def sqlite_url(library: Path) -> str:
-    """Return the address of the database that stands in a library's directory."""
+    """Return the URL of the database in a library's directory."""
     return f"sqlite:///{(library / 'fleet.db').resolve()}"
 
 
@@ -152,8 +152,8 @@ def open_engine(url: str) -> Engine:
     """Return an engine; a transaction of one with the option ``fleet_writes`` takes SQLite's write lock when it begins.
 
     Raises:
-        ArgumentError: the address is none, or of another database.
-        OSError: SQLite's file cannot be made, or kept from others.
+        ArgumentError: the URL is not valid, or of another database.
+        OSError: SQLite's file cannot be created or protected.
     """
     engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
     if engine.dialect.name not in ("sqlite", "postgresql"):
@@ -166,7 +166,7 @@ def open_engine(url: str) -> Engine:
 
 
 def _keep_private(database: str | None) -> None:
-    """Let nobody else read what makes cookies, and the hashes of passwords; SQLite gives its other files the rights of this one."""
+    """Let only the owner read the cookie key and password hashes; SQLite gives its other files the same mode."""
     if not database or database == ":memory:":
         return
     os.close(os.open(database, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
@@ -176,7 +176,7 @@ def _keep_private(database: str | None) -> None:
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
-    connection.isolation_level = None  # transactions are begun by us, not by the first statement that writes
+    connection.isolation_level = None  # this module begins transactions, not the first statement that writes
     for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", f"busy_timeout = {_BUSY_S * 1000}"):
         connection.execute(f"PRAGMA {pragma}").close()
 

@@ -1,4 +1,4 @@
-"""What the fleet page shows, asked of the database in few queries that its indexes answer."""
+"""The queries of the fleet page; each uses an index."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from sqlalchemy import ColumnElement, RowMapping, and_, case, func, or_, select
 
-from model_sync.fleet.database import RUNNING, Fleet, Tally, blamed
+from model_sync.fleet.database import RUNNING, Fleet, VersionTally, failed_by_model
 from model_sync.fleet.tables import actions, activations, box_models, boxes, certificates, events
 
 SILENT_S: Final = 24 * 3600
@@ -21,7 +21,7 @@ _POINTS: Final = 48
 
 @dataclass(frozen=True)
 class Filters:
-    """What a person asked to see; an empty text asks for everything."""
+    """The filters of the fleet page; an empty text means no filter."""
 
     ring: str = ""
     line: str = ""
@@ -31,7 +31,7 @@ class Filters:
 
 
 @dataclass(frozen=True)
-class Rows:
+class BoxPage:
     """One page of boxes."""
 
     boxes: list[RowMapping]
@@ -41,24 +41,24 @@ class Rows:
 
     @property
     def pages(self) -> int:
-        """How many pages there are; at least one."""
+        """The number of pages; at least one."""
         return max(1, -(-self.total // PAGE_ROWS))
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A rollout over time: at ``times``, in seconds since the epoch, how many of ``total`` boxes ran the version or had failed it."""
+    """A rollout over time: at ``times``, in seconds since the epoch, how many of ``total`` boxes ran the version or had failed."""
 
     total: int
     times: list[int] = field(default_factory=list)
     running: list[int] = field(default_factory=list)
     failed: list[int] = field(default_factory=list)
     now: int = 0
-    tally: Tally = Tally(0, 0, 0)  # noqa: RUF009 - immutable
+    tally: VersionTally = VersionTally(0, 0, 0)  # noqa: RUF009 - immutable
 
 
 def counts(fleet: Fleet) -> dict[str, int]:
-    """Return how many boxes there are, and how many are in each of ``STATES``."""
+    """Return the number of boxes, in all and in each of ``STATES``."""
     now = fleet.now()
     columns = [func.count().label("total")]
     columns += [func.sum(case((in_state(state, now), 1), else_=0)).label(state) for state in STATES]
@@ -68,7 +68,7 @@ def counts(fleet: Fleet) -> dict[str, int]:
 
 
 def versions(fleet: Fleet) -> list[RowMapping]:
-    """Return how many boxes of each ring run each version of each line."""
+    """Return how many boxes of each ring run each version of each model line."""
     columns = box_models.c.line, box_models.c.version, boxes.c.ring
     query = (
         select(*columns, func.count().label("boxes"))
@@ -88,7 +88,7 @@ def rings(fleet: Fleet) -> dict[str, int]:
         return {ring: int(count) for ring, count in tx.execute(query)}
 
 
-def listing(fleet: Fleet, filters: Filters, page: int) -> Rows:
+def list_boxes(fleet: Fleet, filters: Filters, page: int) -> BoxPage:
     """Return one page of boxes, by name."""
     where = _where(fleet, filters)
     wanted = (
@@ -105,7 +105,7 @@ def listing(fleet: Fleet, filters: Filters, page: int) -> Rows:
         models: dict[str, list[RowMapping]] = {}
         for model in tx.execute(running.order_by(box_models.c.line)).mappings():
             models.setdefault(model["box_id"], []).append(model)
-    return Rows(found, models, total, page)
+    return BoxPage(found, models, total, page)
 
 
 def progress(fleet: Fleet, ring: str, line: str, version: str, begin: int, end: int) -> Progress:
@@ -117,7 +117,7 @@ def progress(fleet: Fleet, ring: str, line: str, version: str, begin: int, end: 
     def slot(moment: ColumnElement[Any]) -> ColumnElement[Any]:
         return case((moment.is_(None), None), (moment <= begin, 0), else_=(moment - begin + step - 1) // step)  # not before it happened
 
-    fault = case((blamed(), 1), else_=0).label("fault")
+    fault = case((failed_by_model(), 1), else_=0).label("fault")
     columns = here.state, fault, slot(here.running_since).label("began"), slot(here.ended_at).label("ended")
     query = select(*columns, func.count().label("count")).where(here.ring == ring, here.line == line, here.version == version)
     size = select(func.count()).select_from(boxes).where(boxes.c.ring == ring, boxes.c.denied_at.is_(None))
@@ -130,7 +130,9 @@ def progress(fleet: Fleet, ring: str, line: str, version: str, begin: int, end: 
     good = sum(row["count"] for row in rows if row["state"] in RUNNING)
     bad = sum(row["count"] for row in rows if row["fault"])
     now = sum(row["count"] for row in rows if row["began"] is not None and row["ended"] is None)
-    return Progress(total, times, [on - off for on, off in zip(began, ended, strict=True)], failed, now, Tally(good + bad, good, bad))
+    return Progress(
+        total, times, [on - off for on, off in zip(began, ended, strict=True)], failed, now, VersionTally(good + bad, good, bad)
+    )
 
 
 def box(fleet: Fleet, box_id: str) -> dict[str, Any] | None:
@@ -145,15 +147,15 @@ def box(fleet: Fleet, box_id: str) -> dict[str, Any] | None:
 
 
 def latest_actions(fleet: Fleet, limit: int = 15) -> list[RowMapping]:
-    """Return what was done last."""
+    """Return the last actions."""
     with fleet.reading() as tx:
         return list(tx.execute(select(actions).order_by(actions.c.id.desc()).limit(limit)).mappings())
 
 
 def in_state(state: str, now: int) -> ColumnElement[bool]:
-    """Return the condition that a box is in one of ``STATES``; ``attention`` is any that somebody has to look at."""
+    """Return the SQL condition that a box is in one of ``STATES``; ``attention`` covers all that need a person."""
     here = boxes.c
-    let_in = here.denied_at.is_(None)
+    is_allowed = here.denied_at.is_(None)
     each = {
         "failed": here.trouble != "",
         "untrusted": here.sync_state.in_(_TROUBLED_SYNC),
@@ -164,10 +166,12 @@ def in_state(state: str, now: int) -> ColumnElement[bool]:
     if state == "denied":
         return here.denied_at.is_not(None)
     if state == "attention":
-        return and_(let_in, or_(each["failed"], each["untrusted"], each["silent"]))
+        return and_(is_allowed, or_(each["failed"], each["untrusted"], each["silent"]))
     if state == "fine":
-        return and_(let_in, here.last_seen >= now - SILENT_S, here.trouble == "", here.sync_state.not_in((*_TROUBLED_SYNC, "unreachable")))
-    return and_(let_in, each[state])
+        return and_(
+            is_allowed, here.last_seen >= now - SILENT_S, here.trouble == "", here.sync_state.not_in((*_TROUBLED_SYNC, "unreachable"))
+        )
+    return and_(is_allowed, each[state])
 
 
 def _where(fleet: Fleet, filters: Filters) -> list[ColumnElement[bool]]:

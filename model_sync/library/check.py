@@ -1,6 +1,6 @@
-"""Whether a public tree is whole: every signature, length, hash and delegation, and whether what is signed agrees with itself.
+"""The check of a public tree: every signature, length, hash and delegation, and the consistency of the signed documents.
 
-It reads plain files only, so the same walk serves the library, a mirror and a USB stick.
+It reads files only, so the same check works for the library, a mirror and a USB stick.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from typing import Any, NoReturn
 from tuf.api.exceptions import LengthOrHashMismatchError
 from tuf.api.metadata import MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
 
-from model_sync.documents import ROLLOUT_PATTERN, ROLLOUT_ROLE, LineIndex, Rollout, file_path, line_path, line_patterns
+from model_sync.bundle.manifest import MANIFEST_NAME, Manifest
 from model_sync.errors import BundleError, ModelSyncError, TrustError
 from model_sync.library.files import read_metadata
 from model_sync.library.roles import ROLE_FIELD, AnyMetadata, delegated, verifies
-from model_sync.manifest import MANIFEST_NAME, Manifest
+from model_sync.trust.documents import ROLLOUT_PATTERN, ROLLOUT_ROLE, LineIndex, Rollout, file_path, line_path, line_patterns
 
 _CHUNK_BYTES = 1 << 20
 Progress = Callable[[int, int], None]
 
 
 @dataclass
-class Verified:
-    """What ``verify`` found.
+class VerificationResult:
+    """The result of ``verify``.
 
     Attributes:
-        problems: what a box would refuse, or what no box should be told; empty when the tree is whole.
-        notes: what is no fault but worth knowing.
-        targets: files checked.
-        bytes: their length together.
-        valid_until: when the first role that boxes need expires.
+        problems: what a box would refuse; empty when the tree is intact.
+        notes: remarks that are no problems.
+        targets: number of checked files.
+        bytes: their total length.
+        valid_until: the earliest expiry of a role that boxes need.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -45,37 +45,39 @@ class Verified:
     valid_until: datetime | None = None
 
     @property
-    def clean(self) -> bool:
-        """Whether nothing is wrong."""
+    def is_clean(self) -> bool:
+        """Whether there are no problems."""
         return not self.problems
 
 
-class _Broken(Exception):  # noqa: N818  (it ends the walk: what follows hangs on what is missing)
-    """A document without which the others cannot be judged."""
+class _CannotContinueError(Exception):
+    """A document is wrong without which the others cannot be checked."""
 
 
-def verify(public: Path, now: datetime, progress: Progress | None = None, only: Callable[[str], bool] | None = None) -> Verified:
-    """Walk the public tree.
+def verify(
+    public: Path, now: datetime, on_progress: Progress | None = None, only: Callable[[str], bool] | None = None
+) -> VerificationResult:
+    """Verify the public tree.
 
     Args:
         public: the folder that holds ``metadata`` and ``targets``.
-        now: what expiry is judged by.
-        progress: called with the bytes of targets read and how many there are.
-        only: the target paths whose files have to be there; all of them when None.
+        now: the time against which expiry is checked.
+        on_progress: called with the bytes of targets read so far and in all.
+        only: returns whether the file of a target path has to exist; all have to when None.
     """
-    walk = _Walk(public, now)
+    verifier = _TreeVerifier(public, now)
     try:
-        walk.metadata()
-        walk.files(progress or (lambda _done, _total: None), only or (lambda _path: True))
-        walk.documents()
-    except _Broken:
-        assert walk.found.problems
-    return walk.found
+        verifier.metadata()
+        verifier.files(on_progress or (lambda _done, _total: None), only or (lambda _path: True))
+        verifier.documents()
+    except _CannotContinueError:
+        assert verifier.result.problems
+    return verifier.result
 
 
-class _Walk:
+class _TreeVerifier:
     def __init__(self, public: Path, now: datetime) -> None:
-        self.found = Verified()
+        self.result = VerificationResult()
         self._metadata, self._targets, self._now = public / "metadata", public / "targets", now
         self._roles: dict[str, Targets] = {}
 
@@ -85,16 +87,16 @@ class _Walk:
         """Check the chain of roots, then timestamp, snapshot, targets and every delegated role."""
         root = self._roots()
         timestamp = self._read("timestamp.json", Timestamp.type)
-        self._signed_by(root, Timestamp.type, timestamp)
-        snapshot = self._described(Snapshot.type, timestamp.signed.snapshot_meta)
-        self._signed_by(root, Snapshot.type, snapshot)
+        self._require_signatures(root, Timestamp.type, timestamp)
+        snapshot = self._read_listed(Snapshot.type, timestamp.signed.snapshot_meta)
+        self._require_signatures(root, Snapshot.type, snapshot)
         self._targets_role(root, Targets.type, snapshot.signed)
         top = self._roles[Targets.type]
         for role in delegated(top):
             self._targets_role(top, role, snapshot.signed)
         for name in sorted(snapshot.signed.meta.keys() - {f"{role}.json" for role in self._roles}):
-            # Boxes take a role that vanishes from the snapshot for an attack, so that of a line that was ended stays.
-            self.found.notes.append(f"the snapshot names {name}, to which nobody delegates any more: a line that was ended")
+            # Boxes treat a role that vanishes from the snapshot as an attack, so the role of an ended model line stays.
+            self.result.notes.append(f"the snapshot names {name}, to which nobody delegates any more: a line that was ended")
         self._delegations(top)
 
     def _roots(self) -> Root:
@@ -126,8 +128,8 @@ class _Walk:
             self._stop(f"{name} does not say that it is {role}")
         return md
 
-    def _described(self, role: str, info: MetaFile) -> AnyMetadata:
-        """Read a versioned document and hold it against what names it."""
+    def _read_listed(self, role: str, info: MetaFile) -> AnyMetadata:
+        """Read a versioned document and compare it with the metadata that names it."""
         name = f"{info.version}.{role}.json"
         md = self._read(name, role)
         try:
@@ -138,7 +140,7 @@ class _Walk:
             self._stop(f"{name} is version {md.signed.version}")
         return md
 
-    def _signed_by(self, delegator: Root | Targets, role: str, md: AnyMetadata) -> None:
+    def _require_signatures(self, delegator: Root | Targets, role: str, md: AnyMetadata) -> None:
         if not verifies(delegator, role, md):
             self._stop(f"{role} version {md.signed.version} lacks signatures")
         self._expiry(role, md.signed.expires)
@@ -147,13 +149,13 @@ class _Walk:
         info = snapshot.meta.get(f"{role}.json")
         if info is None:
             self._stop(f"{role} is delegated but not in the snapshot")
-        md = self._described(role, info)
-        self._signed_by(delegator, role, md)
+        md = self._read_listed(role, info)
+        self._require_signatures(delegator, role, md)
         self._roles[role] = md.signed
 
     def _expiry(self, role: str, expires: datetime) -> None:
-        until = self.found.valid_until
-        self.found.valid_until = expires if until is None else min(until, expires)
+        until = self.result.valid_until
+        self.result.valid_until = expires if until is None else min(until, expires)
         if expires <= self._now:
             self._problem(f"{role} expired on {expires:%Y-%m-%d %H:%M} UTC")
 
@@ -177,18 +179,18 @@ class _Walk:
 
     # --- files --------------------------------------------------------------------------------------------------------
 
-    def files(self, progress: Progress, only: Callable[[str], bool]) -> None:
+    def files(self, on_progress: Progress, only: Callable[[str], bool]) -> None:
         """Hash every target's file."""
         targets = [target for role in self._roles.values() for target in role.targets.values() if only(target.path)]
         total = sum(target.length for target in targets)
         for target in targets:
             self._file(target)
-            self.found.targets += 1
-            self.found.bytes += target.length
-            progress(self.found.bytes, total)
+            self.result.targets += 1
+            self.result.bytes += target.length
+            on_progress(self.result.bytes, total)
         known = {self._where(target) for role in self._roles.values() for target in role.targets.values()}
         if more := sum(1 for path in self._targets.rglob("*") if path.is_file() and path not in known):
-            self.found.notes.append(f"{more} files of earlier states are still there: boxes in the middle of a download may want them")
+            self.result.notes.append(f"{more} files of earlier states are still there: boxes in the middle of a download may want them")
 
     def _where(self, target: TargetFile) -> Path:
         return self._targets / target.get_prefixed_paths()[0]
@@ -211,7 +213,7 @@ class _Walk:
     # --- documents ----------------------------------------------------------------------------------------------------
 
     def documents(self) -> None:
-        """Hold indexes, manifests and rollouts against the targets they speak of."""
+        """Compare indexes, manifests and rollouts with the targets that they name."""
         indexes = {}
         for role, targets in self._roles.items():
             if role not in (Targets.type, ROLLOUT_ROLE):
@@ -228,21 +230,21 @@ class _Walk:
                 if refusal == "unknown":
                     self._problem(f"{path} names {line} {step.version}, which no line role has signed")
                 elif refusal is not None:
-                    self.found.notes.append(f"{path} names {line} {step.version}, which is {refusal}: no box takes it")
+                    self.result.notes.append(f"{path} names {line} {step.version}, which is {refusal}: no box takes it")
 
     def _parse(self, kind: Any, targets: Targets, path: str) -> Any:
         target = targets.targets.get(path)
         try:
             return kind.parse(self._where(target).read_bytes()) if target is not None else self._problem(f"{path} is not signed")
         except OSError:
-            return None  # said already, when its file was hashed
+            return None  # reported when its file was hashed
         except TrustError as error:
             return self._problem(f"{path}: {error.message}")
 
     def _index(self, index: LineIndex, targets: Targets) -> None:
         for release in index.versions:
             path = file_path(index.line, release.version, MANIFEST_NAME)
-            self._agrees(targets, path, release.digest)
+            self._check_target(targets, path, release.digest)
             if (target := targets.targets.get(path)) is None or not self._where(target).is_file():
                 continue
             try:
@@ -253,20 +255,20 @@ class _Walk:
             if (manifest.name, manifest.version) != (index.line, release.version):
                 self._problem(f"{path} is the manifest of {manifest.name} {manifest.version}")
             for file, sha256 in manifest.digests().items():
-                self._agrees(targets, file_path(index.line, release.version, file), sha256)
+                self._check_target(targets, file_path(index.line, release.version, file), sha256)
         whole = {target.hashes.get("sha256") for target in targets.targets.values()}
         for delta in index.deltas:
             if delta.path not in targets.targets or not {delta.from_sha256, delta.to_sha256} <= whole:
                 self._problem(f"{delta.path} leads from or to a file that is not signed")
 
-    def _agrees(self, targets: Targets, path: str, sha256: str) -> None:
+    def _check_target(self, targets: Targets, path: str, sha256: str) -> None:
         target = targets.targets.get(path)
         if target is None or target.hashes.get("sha256") != sha256:
             self._problem(f"{path} is not the file that the version names")
 
     def _problem(self, what: str) -> None:
-        self.found.problems.append(what)
+        self.result.problems.append(what)
 
     def _stop(self, what: str) -> NoReturn:
         self._problem(what)
-        raise _Broken
+        raise _CannotContinueError

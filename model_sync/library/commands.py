@@ -1,10 +1,9 @@
-"""What the commands of ``model-library`` do: ask for passphrases, show what is to be signed, and say what happened."""
+"""The commands of ``model-library``: ask for passphrases, show what is to be signed, and print the result."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -14,25 +13,25 @@ from pathlib import Path
 from securesystemslib.signer import Key, Signer
 from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, Root, TargetFile
 
-from model_sync import usb
+from model_sync import atomic_files
 from model_sync.bundle import MANIFEST_NAME, ModelBundle
-from model_sync.documents import ROLLOUT_ROLE, FailureBudget
 from model_sync.errors import PublishError, SettingsError
 from model_sync.library import check as library_check
-from model_sync.library import console
+from model_sync.library import console, usb_export
 from model_sync.library import text as library_text
 from model_sync.library.files import CONFIG_NAME, Expiry, LibraryFiles, read_metadata
 from model_sync.library.keys import Holder, generate, load_holder, load_signer, public_path, write_public
+from model_sync.library.library import Library, RoleState, add_signature
 from model_sync.library.roles import ONLINE, ROLE_FIELD, AnyMetadata, delegated
-from model_sync.repository import Library, State, sign_with
+from model_sync.trust.documents import ROLLOUT_ROLE, FailureBudget
 
 # --- keys ---------------------------------------------------------------------------------------------------------------
 
 
 def key_new(arguments: Namespace) -> None:
-    """Make an encrypted key file."""
+    """Create an encrypted key file."""
     secret = console.new_secret(
-        arguments.passphrase_file or console.from_env(console.PASSPHRASE_ENV), f"new passphrase for {arguments.file.name}"
+        arguments.passphrase_file or console.file_from_environment(console.PASSPHRASE_ENV), f"new passphrase for {arguments.file.name}"
     )
     key = generate(arguments.file, secret, arguments.name)
     print(f"{arguments.file}: keep it secret and keep it twice; its passphrase opens it")
@@ -40,9 +39,10 @@ def key_new(arguments: Namespace) -> None:
 
 
 def key_token(arguments: Namespace) -> None:
-    """Write down the public part of a token's key."""
+    """Write the public part of a token's key to a file."""
     signer = load_signer(
-        arguments.uri, console.required(console.asker(arguments.passphrase_file, console.PASSPHRASE_ENV), console.PASSPHRASE_ENV)
+        arguments.uri,
+        console.require_passphrase(console.find_passphrase(arguments.passphrase_file, console.PASSPHRASE_ENV), console.PASSPHRASE_ENV),
     )
     write_public(arguments.file, signer.public_key, arguments.name)
     print(f"{arguments.file}: give this to the library (key id {signer.public_key.keyid[:8]})")
@@ -52,16 +52,16 @@ def key_token(arguments: Namespace) -> None:
 
 
 def init(arguments: Namespace) -> None:
-    """Lay a library and its online keys."""
+    """Create a library and its online keys."""
     root = [load_holder(path) for path in arguments.key]
     targets = [load_holder(path) for path in arguments.targets_key or arguments.key]
     if (arguments.library / CONFIG_NAME).exists() and Library(arguments.library).published(Root.type) is not None:
         raise PublishError(f"{arguments.library} is a library already; nothing was changed", hint="choose another directory")
     expiry = _expiry(arguments.expiry)
     files = LibraryFiles(arguments.library)
-    asker = console.asker(arguments.online_passphrase_file, console.ONLINE_ENV)
+    passphrase_source = console.find_passphrase(arguments.online_passphrase_file, console.ONLINE_ENV)
     secret = console.new_secret(
-        arguments.online_passphrase_file or console.from_env(console.ONLINE_ENV), "new passphrase for the online keys"
+        arguments.online_passphrase_file or console.file_from_environment(console.ONLINE_ENV), "new passphrase for the online keys"
     )
     files.create()
     online = {role: _online_key(files.online / f"{role}.pem", secret) for role in ONLINE}
@@ -75,14 +75,14 @@ def init(arguments: Namespace) -> None:
         threshold=arguments.threshold,
         expiry=expiry,
         holders={**holders, **{key.keyid: f"{role} (online)" for role, key in online.items()}},
-        passphrase=asker,
+        passphrase=passphrase_source,
     )
     print(f"{arguments.library} is laid; root and targets wait for {arguments.threshold} signatures each")
     print(f"next: `model-library sign {arguments.library} --key KEY.pem`, once for each holder")
 
 
 def _online_key(path: Path, secret: str) -> Key:
-    if path.exists():  # an init that was killed is run again: the passphrase has to be the same
+    if path.exists():  # a repeated init after a kill: the passphrase has to be the same
         return load_signer(path, lambda _what: secret, load_holder(path).key).public_key
     return generate(path, secret, path.stem)
 
@@ -108,17 +108,17 @@ def _is_number(text: str) -> bool:
 def add_line(arguments: Namespace) -> None:
     """Add a model line."""
     library = _open(arguments)
-    holders = _remember(library, arguments.key)
-    _say(library, library.add_line(arguments.name, [holder.key for holder in holders], arguments.threshold))
+    holders = _load_and_name_holders(library, arguments.key)
+    _print_state(library, library.add_line(arguments.name, [holder.key for holder in holders], arguments.threshold))
 
 
 def end_line(arguments: Namespace) -> None:
     """End a model line."""
     library = _open(arguments)
     state = library.end_line(arguments.name)
-    _say(library, state)
+    _print_state(library, state)
     again = state.role == ROLLOUT_ROLE
-    print("\n".join(library_text.ENDED).replace("LINE", arguments.name))
+    print("\n".join(library_text.END_LINE_NOTES).replace("LINE", arguments.name))
     if again:
         print(f"next: when rollout is public without it, run `model-library end-line {arguments.library} {arguments.name}` again")
 
@@ -126,8 +126,8 @@ def end_line(arguments: Namespace) -> None:
 def rollout_keys(arguments: Namespace) -> None:
     """Give the rollout role its keys."""
     library = _open(arguments)
-    holders = _remember(library, arguments.key)
-    _say(library, library.set_rollout_keys([holder.key for holder in holders], arguments.threshold))
+    holders = _load_and_name_holders(library, arguments.key)
+    _print_state(library, library.set_rollout_keys([holder.key for holder in holders], arguments.threshold))
 
 
 def rotate_key(arguments: Namespace) -> None:
@@ -135,13 +135,13 @@ def rotate_key(arguments: Namespace) -> None:
     if arguments.old is None and arguments.new is None and arguments.threshold is None:
         raise SettingsError("nothing to rotate", hint="give --old, --new, or both")
     library = _open(arguments)
-    new = _remember(library, [arguments.new])[0].key if arguments.new is not None else None
+    new = _load_and_name_holders(library, [arguments.new])[0].key if arguments.new is not None else None
     old = _keyid(library, arguments.role, arguments.old) if arguments.old is not None else None
     library.rotate_key(arguments.role, old, new, threshold=arguments.threshold)
-    _say(library, library.state(arguments.role))
+    _print_state(library, library.state(arguments.role))
 
 
-def _remember(library: Library, paths: list[Path]) -> list[Holder]:
+def _load_and_name_holders(library: Library, paths: list[Path]) -> list[Holder]:
     holders = [load_holder(path) for path in paths]
     library.name_holders({holder.key.keyid: holder.name for holder in holders})
     return holders
@@ -163,9 +163,12 @@ def publish(arguments: Namespace) -> None:
     """Publish a bundle."""
     library = _open(arguments)
     state = library.publish(
-        arguments.bundle, deltas=not arguments.no_deltas, minimum_version=arguments.minimum_version, progress=console.Steps().tell
+        arguments.bundle,
+        deltas=not arguments.no_deltas,
+        minimum_version=arguments.minimum_version,
+        on_progress=console.ProgressPrinter().report,
     )
-    _say(library, state)
+    _print_state(library, state)
 
 
 def rollout(arguments: Namespace) -> None:
@@ -185,26 +188,26 @@ def rollout(arguments: Namespace) -> None:
         budget,
         arguments.paused,
     )
-    _say(library, state)
+    _print_state(library, state)
 
 
 def withdraw(arguments: Namespace) -> None:
     """Withdraw a version."""
     library = _open(arguments)
-    _say(library, library.withdraw(arguments.line, arguments.version, arguments.reason))
-    _say_rings(library, arguments.line)
+    _print_state(library, library.withdraw(arguments.line, arguments.version, arguments.reason))
+    _print_refused_rings(library, arguments.line)
 
 
 def minimum(arguments: Namespace) -> None:
     """Raise the oldest allowed version."""
     library = _open(arguments)
-    _say(library, library.set_minimum(arguments.line, arguments.version))
-    _say_rings(library, arguments.line)
+    _print_state(library, library.set_minimum(arguments.line, arguments.version))
+    _print_refused_rings(library, arguments.line)
 
 
-def _say_rings(library: Library, line: str) -> None:
-    """Say which rollouts name what boxes may no longer run, and how each is signed to another version."""
-    found = library_text.dead_ends(library.status()["rings"], library.index(line))
+def _print_refused_rings(library: Library, line: str) -> None:
+    """Print the rollouts that name a version which boxes may no longer run, and the command for another one."""
+    found = library_text.rings_on_refused_versions(library.status()["rings"], library.index(line))
     print("\n".join(found).replace(" LIB", f" {library.files.directory}"), end="\n" if found else "")
 
 
@@ -212,8 +215,10 @@ def _say_rings(library: Library, line: str) -> None:
 
 
 def sign(arguments: Namespace) -> None:
-    """Show and sign what waits: in the library, or a lone file on another machine."""
-    asker = console.required(console.asker(arguments.passphrase_file, console.PASSPHRASE_ENV), console.PASSPHRASE_ENV)
+    """Show and sign what waits: in the library, or one file on another machine."""
+    passphrase_source = console.require_passphrase(
+        console.find_passphrase(arguments.passphrase_file, console.PASSPHRASE_ENV), console.PASSPHRASE_ENV
+    )
     what, only = arguments.what, None
     if what.is_file() and (what.parent.parent / CONFIG_NAME).is_file() and what.parent.name == "staged":
         what, only = what.parent.parent, what.name.removesuffix(".json")
@@ -222,7 +227,7 @@ def sign(arguments: Namespace) -> None:
     if what.is_dir():
         arguments.library = what
         library = _open(arguments)
-    signer = load_signer(arguments.key, asker, load_holder(arguments.public_key).key if arguments.public_key else None)
+    signer = load_signer(arguments.key, passphrase_source, load_holder(arguments.public_key).key if arguments.public_key else None)
     if what.is_dir():
         _sign_waiting(library, signer, only, arguments.yes)
     else:
@@ -237,45 +242,44 @@ def _sign_waiting(library: Library, signer: Signer, only: str | None, yes: bool)
         raise PublishError(f"{', '.join(mine)} has this key's signature already", hint="`model-library status` says whose is missing")
     if not fresh:
         raise PublishError("nothing waits for a signature of this key", hint="`model-library status` says whose is missing")
-    read = _reader(library.files.staged / "targets", library.files.public / "targets")
+    read = _target_reader(library.files.staged / "targets", library.files.public / "targets")
     for role in fresh:
         md = library.staged(role)
         if md is None:
-            continue  # published by the signature before, together with its delegator
+            continue  # already published with the signature of its delegator
         print("\n".join(library_text.describe(role, md, library.published(role), library.files.config().name, read)))
         console.confirm(f"sign {role} as {library.files.config().name(keyid)}?", yes)
-        _say(library, library.sign(role, signer, shown=md))
+        _print_state(library, library.sign(role, signer, shown=md))
 
 
 def _sign_file(file: Path, signer: Signer, against: Path | None, yes: bool) -> None:
     md = read_metadata(file)
     role = str(md.signed.unrecognized_fields.get(ROLE_FIELD, file.name.removesuffix(".json")))
     folders = [file.parent / "targets", *([against / "targets"] if against is not None else [])]
-    print("\n".join(library_text.describe(role, md, _before(role, md, against), lambda keyid: keyid[:8], _reader(*folders))))
+    print("\n".join(library_text.describe(role, md, _version_before(role, md, against), lambda keyid: keyid[:8], _target_reader(*folders))))
     console.confirm(f"sign {role} with the key {signer.public_key.keyid[:8]}?", yes)
-    sign_with(md, signer)
+    add_signature(md, signer)
     part = file.with_name(f"{file.name}.part")
     with part.open("wb") as stream:
         stream.write(md.to_bytes())
-        stream.flush()
-        os.fsync(stream.fileno())
+        atomic_files.flush(stream)
     part.replace(file)
     print(f"{file} is signed; bring it back: `model-library merge LIB {file.name}`")
 
 
-def _before(role: str, md: AnyMetadata, against: Path | None) -> AnyMetadata | None:
-    """Return the newest version in somebody's copy of the public folder that is older than what is to be signed."""
+def _version_before(role: str, md: AnyMetadata, against: Path | None) -> AnyMetadata | None:
+    """Return the newest version in a copy of the public folder that is older than the one to sign."""
     if against is None:
         return None
     folder = against / "metadata"
     tops = sorted(folder.glob("*.targets.json"), key=lambda path: int(path.name.split(".")[0]))
     if role not in TOP_LEVEL_ROLE_NAMES and tops and role not in delegated(read_metadata(tops[-1]).signed):
-        return None  # a line that is added again: its new holders have to see all of it
+        return None  # a model line that is added again: its new key holders have to see all of it
     paths = (folder / f"{version}.{role}.json" for version in range(md.signed.version - 1, 0, -1))
     return next((read_metadata(path) for path in paths if path.is_file()), None)
 
 
-def _reader(*folders: Path) -> Callable[[TargetFile], bytes | None]:
+def _target_reader(*folders: Path) -> Callable[[TargetFile], bytes | None]:
     def read(target: TargetFile) -> bytes | None:
         paths = [folder / target.get_prefixed_paths()[0] for folder in folders]
         found = (path.read_bytes() for path in paths if path.is_file() and path.stat().st_size == target.length)
@@ -285,20 +289,20 @@ def _reader(*folders: Path) -> Callable[[TargetFile], bytes | None]:
 
 
 def merge(arguments: Namespace) -> None:
-    """Take signatures from other machines."""
+    """Merge signatures from other machines."""
     library = _open(arguments)
     for file in arguments.file:
-        _say(library, library.merge(file))
+        _print_state(library, library.merge(file))
 
 
 def renew(arguments: Namespace) -> None:
     """Stage a role again."""
     library = _open(arguments)
-    _say(library, library.renew(arguments.role))
+    _print_state(library, library.renew(arguments.role))
 
 
 def discard(arguments: Namespace) -> None:
-    """Drop what waits."""
+    """Delete what waits for signatures."""
     library = _open(arguments)
     waiting = ", ".join(library.staged_roles()) or "nothing"
     console.confirm(f"drop {waiting} with the signatures collected so far?", arguments.yes)
@@ -307,7 +311,7 @@ def discard(arguments: Namespace) -> None:
 
 
 def refresh_timestamp(arguments: Namespace) -> None:
-    """Sign the timestamp anew."""
+    """Sign a new timestamp."""
     library = _open(arguments)
     timestamp = library.refresh_timestamp()
     print(f"timestamp version {timestamp.version} is public, valid until {timestamp.expires:%Y-%m-%d %H:%M} UTC")
@@ -317,7 +321,7 @@ def refresh_timestamp(arguments: Namespace) -> None:
 
 
 def status(arguments: Namespace) -> int:
-    """Show the state; 1 when something has expired."""
+    """Print the state; return 1 when something has expired."""
     found = Library.open_library(arguments.library).status()
     text = json.dumps(found, ensure_ascii=False, indent=2) if arguments.json else "\n".join(library_text.status_lines(found))
     print(text.replace(" LIB", f" {arguments.library}") if not arguments.json else text)
@@ -330,13 +334,13 @@ def verify(arguments: Namespace) -> int:
     if (directory / MANIFEST_NAME).is_file() or not ((directory / "public").is_dir() or (directory / "metadata").is_dir()):
         return _verify_bundle(directory)
     public = directory / "public" if (directory / "public").is_dir() else directory
-    steps = console.Steps()
-    found = library_check.verify(public, datetime.now(timezone.utc), lambda done, total: steps.tell("reading", done, total))
+    steps = console.ProgressPrinter()
+    found = library_check.verify(public, datetime.now(timezone.utc), lambda done, total: steps.report("reading", done, total))
     for text in found.notes:
         print(f"note: {text}")
     for text in found.problems:
         print(f"problem: {text}", file=sys.stderr)
-    if not found.clean:
+    if not found.is_clean:
         print(f"hint: {public} is not what was signed: restore it from its backup or from the master copy", file=sys.stderr)
         return 1
     until = f", valid until {found.valid_until:%Y-%m-%d %H:%M} UTC" if found.valid_until is not None else ""
@@ -356,19 +360,19 @@ def _verify_bundle(directory: Path) -> int:
 
 
 def export_usb(arguments: Namespace) -> None:
-    """Write a stick."""
+    """Write a USB stick."""
     library = Library.open_library(arguments.library)
-    steps = console.Steps()
-    with library.files.locked():  # a publication in between would leave the stick with metadata of two states
-        done = usb.export(
+    steps = console.ProgressPrinter()
+    with library.files.locked():  # a publication meanwhile would leave metadata of two states on the stick
+        done = usb_export.export(
             library.files.public,
             arguments.directory,
             arguments.line,
             arguments.version,
-            progress=lambda now, total: steps.tell("writing", now, total),
+            on_progress=lambda now, total: steps.report("writing", now, total),
         )
     size = f"{done.bytes / 2**20:.1f} MiB"
-    print(f"{arguments.directory / usb.FOLDER}: {done.files} files written and read back, {size}; {done.removed} old ones removed")
+    print(f"{arguments.directory / usb_export.FOLDER}: {done.files} files written and read back, {size}; {done.removed} old ones removed")
     for line, versions in done.versions.items():
         print(f"  {line}: {', '.join(versions) or 'no version'}")
     print(f"  boxes accept it until {done.valid_until:%Y-%m-%d %H:%M} UTC")
@@ -376,11 +380,11 @@ def export_usb(arguments: Namespace) -> None:
 
 def _open(arguments: Namespace) -> Library:
     file = getattr(arguments, "online_passphrase_file", None)
-    return Library.open_library(arguments.library, console.asker(file, console.ONLINE_ENV))
+    return Library.open_library(arguments.library, console.find_passphrase(file, console.ONLINE_ENV))
 
 
-def _say(library: Library, state: State) -> None:
-    """Say where a role stands and what to do next."""
+def _print_state(library: Library, state: RoleState) -> None:
+    """Print the state of a role and the next step."""
     if state.published:
         print(f"{state.role} version {state.version} is public ({', '.join(state.signed)})")
     else:

@@ -1,4 +1,4 @@
-"""Talking to people at a terminal: passphrases, questions, progress; passphrases are never on the command line."""
+"""Dialogue at a terminal: passphrases, questions, progress; passphrases are never on the command line."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ ONLINE_ENV = "MODEL_LIBRARY_ONLINE_PASSPHRASE_FILE"
 _YES = ("y", "yes")
 
 
-class Steps:
-    """Progress on stderr: one line that moves on a terminal, a few lines elsewhere."""
+class ProgressPrinter:
+    """Progress on stderr: one line on a terminal, a few lines elsewhere."""
 
     def __init__(self) -> None:
         self._last: tuple[str, int] = ("", -1)
 
-    def tell(self, what: str, done: int, total: int) -> None:
-        """Say how far it is, when that changed enough."""
+    def report(self, what: str, done: int, total: int) -> None:
+        """Print the progress when it changed enough."""
         terminal = sys.stderr.isatty()
         percent = 100 * done // total if total else 100
         mark = (what, percent if terminal else percent // 25)
@@ -34,7 +34,7 @@ class Steps:
 
 
 def confirm(question: str, yes: bool) -> None:
-    """Ask a question; raises PublishError on no, SettingsError when nobody is there."""
+    """Ask a question; raise PublishError on no, SettingsError without a terminal."""
     if yes:
         return
     if not sys.stdin.isatty():
@@ -43,24 +43,24 @@ def confirm(question: str, yes: bool) -> None:
         raise PublishError("not confirmed; nothing was signed or dropped", hint="run it again when it is right")
 
 
-def from_env(variable: str) -> Path | None:
-    """Return the file that an environment variable names, or None."""
+def file_from_environment(variable: str) -> Path | None:
+    """Return the file named by an environment variable, or None."""
     return Path(os.environ[variable]) if os.environ.get(variable) else None
 
 
-def asker(file: Path | None, variable: str) -> Passphrase | None:
-    """Return what gives a passphrase: a file, or a person at the terminal; None when there is neither."""
-    path = file or from_env(variable)
+def find_passphrase(file: Path | None, variable: str) -> Passphrase | None:
+    """Return a function that reads the passphrase from a file or the terminal; None when there is neither."""
+    path = file or file_from_environment(variable)
     if path is not None:
         return lambda _what: read_secret(path)
     return (lambda what: getpass.getpass(f"{what}: ")) if sys.stdin.isatty() else None
 
 
-def required(asker: Passphrase | None, variable: str) -> Passphrase:
-    """Return ``asker``, or say how a passphrase can be given."""
-    if asker is None:
+def require_passphrase(passphrase_source: Passphrase | None, variable: str) -> Passphrase:
+    """Return ``passphrase_source``; raise SettingsError when it is None."""
+    if passphrase_source is None:
         raise SettingsError("no passphrase: this is no terminal", hint=f"--passphrase-file FILE, or {variable}=FILE")
-    return asker
+    return passphrase_source
 
 
 def new_secret(file: Path | None, what: str) -> str:
@@ -76,7 +76,7 @@ def new_secret(file: Path | None, what: str) -> str:
 
 
 def read_secret(path: Path) -> str:
-    """Read a passphrase file, which not everybody may be able to read."""
+    """Return the content of a passphrase file; raise SettingsError when every account can read it."""
     try:
         if path.stat().st_mode & 0o007:
             raise SettingsError(f"{path} can be read by everybody on this machine", hint=f"chmod 600 {path}")

@@ -1,12 +1,12 @@
-"""The files of a library on disk: where each lies, how it is written so that a power cut leaves it old or new, and the lock.
+"""The files of a library: paths, writes that are safe at a power cut, and the lock.
 
 ::
 
-    LIB/library.json        how long each role's metadata lives, and who holds which key
+    LIB/library.json        validity of each role's metadata, and the names of key holders
     LIB/public/             what is served: metadata/ and targets/
-    LIB/staged/<role>.json  metadata that waits for signatures; LIB/staged/targets/: the files it names, not yet public
+    LIB/staged/<role>.json  metadata that waits for signatures; LIB/staged/targets/: its files, not yet public
     LIB/online/             the encrypted keys of snapshot and timestamp
-    LIB/scratch/            half-written files; emptied at the next start
+    LIB/scratch/            temporary files; emptied at the next start
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from pydantic import Field, ValidationError
 from tuf.api.metadata import Metadata, TargetFile
 from tuf.api.serialization import DeserializationError
 
+from model_sync import atomic_files
+from model_sync.bundle.input_spec import Strict
 from model_sync.errors import PublishError, SettingsError
-from model_sync.input_spec import Strict
 
 CONFIG_NAME = "library.json"
 _CHUNK_BYTES = 1 << 20
@@ -36,7 +37,7 @@ Days = Annotated[float, Field(gt=0, le=3650)]
 
 
 class Expiry(Strict):
-    """How many days each role's metadata is valid from its signing on."""
+    """The validity of each role's metadata, in days from its signing."""
 
     root: Days = 365.0
     targets: Days = 180.0
@@ -46,7 +47,7 @@ class Expiry(Strict):
     timestamp: Days = 7.0
 
     def days(self, role: str) -> float:
-        """Return the days of ``role``; every model line has those of ``lines``."""
+        """Return the days of ``role``; ``lines`` for every model line."""
         return float(getattr(self, role)) if role in Expiry.model_fields else self.lines
 
 
@@ -58,7 +59,7 @@ class LibraryConfig(Strict):
     holders: dict[str, str] = Field(default_factory=dict)
 
     def name(self, keyid: str) -> str:
-        """Return the holder of a key, or the beginning of its id."""
+        """Return the name of a key holder, or the beginning of the key id."""
         return self.holders.get(keyid, keyid[:8])
 
 
@@ -75,7 +76,7 @@ class LibraryFiles:
         self._depth = 0
 
     def create(self) -> None:
-        """Make the empty directories; ``online`` is for its owner alone."""
+        """Create the empty directories; only its owner may read ``online``."""
         try:
             for path in (self.public / "metadata", self.public / "targets", self.staged / "targets", self.scratch):
                 path.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,7 @@ class LibraryFiles:
             raise SettingsError(f"{self.directory}: {error.strerror}", hint="choose a directory that you may write") from error
 
     def config(self) -> LibraryConfig:
-        """Read ``library.json``; raises SettingsError when this is no library or the file is not valid."""
+        """Read ``library.json``; raise SettingsError when this is no library or the file is not valid."""
         path = self.directory / CONFIG_NAME
         try:
             return LibraryConfig.model_validate_json(path.read_bytes())
@@ -106,7 +107,7 @@ class LibraryFiles:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the library's only lock; entering it again in the same object is free.
+        """Hold the lock of the library; the same object may enter it several times.
 
         Raises:
             PublishError: another command holds it for longer than the timeout.
@@ -138,33 +139,31 @@ class LibraryFiles:
                 time.sleep(_LOCK_POLL_S)
                 continue
             try:
-                shutil.rmtree(self.scratch, ignore_errors=True)  # left by a command that was killed
+                shutil.rmtree(self.scratch, ignore_errors=True)  # left by a killed command
                 self.scratch.mkdir(exist_ok=True)
             except OSError as error:
-                os.close(descriptor)  # else nobody could work on the library until this process ends
+                os.close(descriptor)  # otherwise the library stays locked until this process ends
                 raise PublishError(
                     f"{self.scratch}: {error.strerror}", hint="make room, or mend the disk or its rights; nothing was changed"
                 ) from error
             return descriptor
 
     def write(self, path: Path, data: bytes) -> None:
-        """Write a file durably: beside, fsync, rename, fsync of the directory."""
+        """Replace a file atomically by ``data``."""
         part = self.scratch / f"{os.getpid()}.part"
         with part.open("wb") as stream:
             stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+            atomic_files.flush(stream)
         self._place(part, path)
 
     def copy(self, source: Path, path: Path, sha256: str) -> int:
-        """Copy a file durably in bounded memory and return its length; refuses when its bytes are not those of ``sha256``."""
+        """Copy a file atomically in bounded memory and return its length; raise PublishError when its digest differs."""
         part, digest = self.scratch / f"{os.getpid()}.part", hashlib.sha256()
         with source.open("rb") as reader, part.open("wb") as writer:
             while chunk := reader.read(_CHUNK_BYTES):
                 digest.update(chunk)
                 writer.write(chunk)
-            writer.flush()
-            os.fsync(writer.fileno())
+            atomic_files.flush(writer)
             length = writer.tell()
         if digest.hexdigest() != sha256:
             raise PublishError(f"{source.name} changed while it was being published", hint="publish again when nobody writes to the bundle")
@@ -172,12 +171,12 @@ class LibraryFiles:
         return length
 
     def move(self, source: Path, path: Path) -> None:
-        """Bring a finished file to another directory of the library."""
+        """Move a flushed file to another directory of the library."""
         self._place(source, path)
-        fsync_directory(source.parent)
+        atomic_files.sync_directory(source.parent)
 
     def _place(self, source: Path, path: Path) -> None:
-        """Bring a durable file to its place; below ``public`` a web server may read it, whatever the umask of the caller."""
+        """Rename a flushed file to its final path; below ``public`` a web server may read it, whatever the umask."""
         public = path.is_relative_to(self.public)
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,40 +185,31 @@ class LibraryFiles:
                     break
                 if public and parent != self.public:
                     parent.chmod(0o755)
-                fsync_directory(parent.parent)
+                atomic_files.sync_directory(parent.parent)
         if public:
             source.chmod(0o644)
         source.replace(path)
-        fsync_directory(path.parent)
+        atomic_files.sync_directory(path.parent)
 
     def metadata_path(self, role: str, version: int | None = None) -> Path:
-        """Return where a role's published metadata lies; timestamp has no version."""
+        """Return the path of a role's published metadata; timestamp has no version."""
         return self.public / "metadata" / (f"{role}.json" if version is None else f"{version}.{role}.json")
 
     def staged_path(self, role: str) -> Path:
-        """Return where metadata waits for signatures."""
+        """Return the path of metadata that waits for signatures."""
         return self.staged / f"{role}.json"
 
     def find_target(self, target: TargetFile) -> Path | None:
-        """Return where the file of a target lies: public, or still staged; None when it is nowhere."""
+        """Return the path of a target's file, public or staged; None when it is missing."""
         return next((path for path in (self.public_target(target), self.staged_target(target)) if path.is_file()), None)
 
     def public_target(self, target: TargetFile) -> Path:
-        """Return where the file of a target is served: its name begins with its hash (consistent snapshots)."""
+        """Return the public path of a target's file; its name begins with its hash (consistent snapshots)."""
         return self.public / "targets" / target.get_prefixed_paths()[0]
 
     def staged_target(self, target: TargetFile) -> Path:
-        """Return where the file of a target waits until it is signed."""
+        """Return the path of a target's file until it is signed."""
         return self.staged / "targets" / target.get_prefixed_paths()[0]
-
-
-def fsync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_metadata(path: Path) -> Metadata[Any]:

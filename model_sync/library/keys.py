@@ -1,7 +1,7 @@
 """Keys of the library: encrypted PKCS#8 files and PKCS#11 tokens, both as python-tuf signers.
 
-``CryptoSigner``'s own loader cannot open an encrypted file: ``cryptography`` reads it and hands the key over. A token is spoken to
-by securesystemslib's ``HSMSigner``; its module is named by the environment variable ``PYKCS11LIB``.
+``CryptoSigner`` cannot load an encrypted file, so ``cryptography`` decrypts it. Tokens are used through securesystemslib's
+``HSMSigner``; the environment variable ``PYKCS11LIB`` names the PKCS#11 module.
 
 ``KEY.pem`` is secret; ``KEY.pem.pub.json`` beside it is the public part, ``{"name", "keyid", "key"}``, which the ceremony collects.
 """
@@ -27,6 +27,7 @@ from securesystemslib.exceptions import UnsupportedLibraryError
 from securesystemslib.formats import encode_canonical
 from securesystemslib.signer import CryptoSigner, HSMSigner, Key, Signer, SSlibKey
 
+from model_sync import atomic_files
 from model_sync.errors import SettingsError
 
 MIN_PASSPHRASE = 12
@@ -35,14 +36,14 @@ Passphrase = Callable[[str], str]
 
 
 class Holder(NamedTuple):
-    """A public key and the name that people know its holder by."""
+    """A public key and the name of the person or machine that holds it."""
 
     name: str
     key: Key
 
 
 def generate(path: Path, passphrase: str, name: str | None = None) -> Key:
-    """Make an Ed25519 key: ``path`` (encrypted PKCS#8, mode 0600) and ``<path>.pub.json``; nothing is overwritten.
+    """Create an Ed25519 key: ``path`` (encrypted PKCS#8, mode 0600) and ``<path>.pub.json``; nothing is overwritten.
 
     Raises:
         SettingsError: a file is there already, the passphrase is too short, or the directory cannot be written.
@@ -52,7 +53,7 @@ def generate(path: Path, passphrase: str, name: str | None = None) -> Key:
             f"a passphrase needs at least {MIN_PASSPHRASE} characters", hint="take six words drawn by dice; nothing was written"
         )
     signer = CryptoSigner.generate_ed25519()
-    # CryptoSigner keeps its private key to itself, and gives it out only unencrypted: it goes from memory to memory.
+    # CryptoSigner exports its private key only unencrypted; it stays in memory.
     private = load_pem_private_key(signer.private_bytes, None)
     pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(passphrase.encode()))
     for file in (path, public_path(path)):
@@ -64,18 +65,18 @@ def generate(path: Path, passphrase: str, name: str | None = None) -> Key:
 
 
 def public_path(path: Path) -> Path:
-    """Return where the public part of a key file lies."""
+    """Return the path of the public part of a key file."""
     return path.with_name(path.name + ".pub.json")
 
 
 def write_public(path: Path, key: Key, name: str) -> None:
-    """Write a public key for the ceremony; raises SettingsError when the file exists or cannot be written."""
+    """Write a public key file; raise SettingsError when it exists or cannot be written."""
     document = {"name": name, "keyid": key.keyid, "key": key.to_dict()}
     _create(path, (json.dumps(document, indent=2, sort_keys=True) + "\n").encode(), 0o644)
 
 
 def load_holder(path: Path) -> Holder:
-    """Read ``KEY.pem.pub.json`` (or ``KEY.pem``, whose public part lies beside it).
+    """Read ``KEY.pem.pub.json`` (or that beside ``KEY.pem``).
 
     Raises:
         SettingsError: the file is missing, or holds no public key.
@@ -106,8 +107,8 @@ def load_signer(where: Path | str, passphrase: Passphrase, public_key: Key | Non
 
     Args:
         where: a PEM file, or a PKCS#11 URI ``hsm:<id>?label=<token>``.
-        passphrase: asked once, with what it is for: the file's passphrase or the token's PIN.
-        public_key: what the key must be; for a token it is read from there when None.
+        passphrase: called once with a description; returns the file's passphrase or the token's PIN.
+        public_key: the expected key; for a token it is read from the token when None.
 
     Raises:
         SettingsError: no such file or token, a wrong passphrase, an unencrypted file, or another key than ``public_key``.
@@ -152,7 +153,7 @@ def _load_token(uri: str, passphrase: Passphrase, public_key: Key | None) -> Sig
     pin: list[str] = []
 
     def ask(_secret: str) -> str:
-        # HSMSigner asks for every signature; people are asked once.
+        # HSMSigner asks for every signature; a person is asked once.
         if not pin:
             pin.append(passphrase(f"PIN of the token {label or ''}".strip()))
         return pin[0]
@@ -170,7 +171,7 @@ def _load_token(uri: str, passphrase: Passphrase, public_key: Key | None) -> Sig
 
 
 def token_error(what: str, error: BaseException) -> SettingsError:
-    """Return what to tell a person about a key that does not sign."""
+    """Return the error for a key that does not sign."""
     kind = type(error).__name__  # python-pkcs11's errors carry no text of their own
     if kind.startswith("Pin"):
         return SettingsError(f"{what}: the token refuses the PIN ({kind})", hint="take care: a token locks itself after a few wrong PINs")
@@ -179,19 +180,15 @@ def token_error(what: str, error: BaseException) -> SettingsError:
 
 
 def _own_keyid(key: SSlibKey) -> str:
-    """Return the id that securesystemslib gives a key: one key under two ids would count twice towards a threshold."""
+    """Return the key id as securesystemslib computes it: one key under two ids would count twice for a threshold."""
     values = {"keytype": key.keytype, "scheme": key.scheme, "keyval": key.keyval}
     return hashlib.sha256(str(encode_canonical(values)).encode()).hexdigest()
 
 
 def _create(path: Path, data: bytes, mode: int) -> None:
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        atomic_files.create(path, data, mode)
     except FileExistsError as error:
         raise SettingsError(f"{path} exists already", hint="a key is never overwritten: choose another name") from error
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}", hint="choose a directory that exists and that you may write") from error
-    with os.fdopen(descriptor, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())

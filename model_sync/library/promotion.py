@@ -1,7 +1,7 @@
-"""Promotion: what is signed enough and fits together becomes public, in an order that a kill cannot spoil.
+"""Promotion: versions with enough signatures that fit together become public, in an order that is safe at a kill.
 
-Target files first, then versioned metadata, then the timestamp, which is what makes boxes see the rest. A kill at any point leaves
-the last complete state in public; the next command finishes the work from what still waits under ``staged/``.
+Target files first, then versioned metadata, then the timestamp, which makes the rest visible to boxes. After a kill at any point the
+last complete state is public; the next command finishes the work from the files under ``staged/``.
 """
 
 from __future__ import annotations
@@ -16,43 +16,43 @@ from model_sync.library.roles import ONLINE, AnyMetadata, LibraryRoles, delegate
 
 
 class LibraryPromotion(LibraryRoles):
-    """Brings staged metadata to the public tree."""
+    """Moves staged metadata to the public tree."""
 
-    def settle(self) -> list[str]:
-        """Promote everything that is complete and fits together; returns the roles that became public.
+    def promote_complete(self) -> list[str]:
+        """Promote every version that is complete and fits together; return the roles that became public.
 
         Raises:
-            PublishError: something is complete but the online keys are locked; all signatures are kept.
+            PublishError: a version is complete but the online keys are locked; all signatures are kept.
         """
         with self.files.locked():
-            self._drop_finished()
-            self._stage_rotated()
-            self._sign_at_hand()
-            self._next = self._choose()
+            self._remove_finished()
+            self._stage_for_new_keys()
+            self._add_available_signatures()
+            self._next = self._choose_versions()
             if not self._next:
                 return []
             try:
-                fresh = [role for role, md in self._next.items() if self._is_new(role, md)]
+                fresh = [role for role, md in self._next.items() if self._is_unpublished(role, md)]
                 self.do_snapshot()
                 self.do_timestamp()
                 self._commit(fresh)
             finally:
                 self._next = {}
-            self._drop_finished()
+            self._remove_finished()
             return fresh
 
     def refresh_timestamp(self) -> Timestamp:
-        """Sign a new timestamp, and a new snapshot when half of its life is over; for cron.
+        """Sign a new timestamp, and a new snapshot after half of its validity; for cron.
 
         Raises:
             PublishError: nothing is published yet, or the online keys are locked.
         """
         with self.files.locked():
-            self.settle()
+            self.promote_complete()
             snapshot = self.published(Snapshot.type)
             if snapshot is None:
                 raise PublishError("nothing is published yet", hint="sign root and targets first: see `model-library status`")
-            self._next = self._choose()
+            self._next = self._choose_versions()
             try:
                 half = timedelta(days=self.files.config().expiry_days.snapshot / 2)
                 self.do_snapshot(force=snapshot.signed.expires - self.now() < half)
@@ -62,27 +62,27 @@ class LibraryPromotion(LibraryRoles):
                 self._next = {}
             return self.timestamp()
 
-    def _stage_rotated(self) -> None:
-        """Stage again, unchanged, each role whose public version the waiting delegator would no longer accept."""
+    def _stage_for_new_keys(self) -> None:
+        """Stage again, unchanged, each role whose public version the waiting delegator would not accept."""
         for role in (Targets.type, *delegated(self.targets())):
             public, delegators = self.published(role), self.delegators(role)
             if public is not None and self.staged(role) is None and not verifies(delegators[-1], role, public):
                 with self.edit(role):
                     pass
 
-    def _sign_at_hand(self) -> None:
-        """Add the signatures of keys that are at hand now and were not when a version was staged."""
+    def _add_available_signatures(self) -> None:
+        """Add signatures of keys that are available now and were not when a version was staged."""
         for role in self.staged_roles():
             md = self.staged(role)
-            if md is not None and (signers := self.signers_at_hand(set(self.keys(role)) - md.signatures.keys())):
+            if md is not None and (signers := self.available_signers(set(self.keys(role)) - md.signatures.keys())):
                 for signer in signers:
                     md.sign(signer, append=True)
                 self.files.write(self.files.staged_path(role), md.to_bytes())
 
-    def _choose(self) -> dict[str, AnyMetadata]:
-        """Return the newest root, targets and delegated roles that accept each other; empty before the first ones do.
+    def _choose_versions(self) -> dict[str, AnyMetadata]:
+        """Return the newest root, targets and delegated roles that accept each other; empty before there are any.
 
-        A delegated role without any signed version holds its delegator back: a box would take the gap for an attack.
+        A delegated role without a signed version stops its delegator: a box would treat the gap as an attack.
         """
         for root in self._candidates(Root.type):
             for targets in self._candidates(Targets.type):
@@ -106,7 +106,7 @@ class LibraryPromotion(LibraryRoles):
                 staged = None
         return [md for md in (staged, public) if md is not None]
 
-    def _is_new(self, role: str, md: AnyMetadata) -> bool:
+    def _is_unpublished(self, role: str, md: AnyMetadata) -> bool:
         public = self.published(role)
         return public is None or bool(public.signed.version != md.signed.version)
 
@@ -124,10 +124,10 @@ class LibraryPromotion(LibraryRoles):
                 self.files.write(self.files.metadata_path(role, version), self._next[role].to_bytes())
 
     def _timestamp_first(self) -> bool:
-        """Say whether a new root has to wait for the new timestamp: a box that comes between the two must accept what it finds.
+        """Return whether the new timestamp is written before the new root: a box that polls between the two must accept both.
 
-        Usually the timestamp is last. When the new root no longer accepts what is public, the new state is signed with the old
-        keys too, where they are at hand: then it goes first. When they are lost, a box that comes between tries again later.
+        Usually the timestamp is last. When the new root does not accept the public metadata, the new state is signed with the old
+        keys too, if they are available: then the timestamp is first. Without them, a box that polls in between tries again.
         """
         root, before = self._next[Root.type].signed, self.published(Root.type)
         roles = (Timestamp.type, Snapshot.type, Targets.type)
@@ -146,12 +146,12 @@ class LibraryPromotion(LibraryRoles):
             if where != self.files.public_target(target):
                 self.files.move(where, self.files.public_target(target))
 
-    def _drop_finished(self) -> None:
-        """Forget staged metadata that is public or of nobody, and staged files when nothing waits any more."""
+    def _remove_finished(self) -> None:
+        """Remove staged metadata that is public or has no delegator, and staged files when nothing waits."""
         for role in self.staged_roles():
             staged, public = self.staged(role), self.published(role)
             done = staged is not None and public is not None and public.signed.version >= staged.signed.version
-            if done or (role not in TOP_LEVEL_ROLE_NAMES and not self.delegators(role)):  # of a line that was ended
+            if done or (role not in TOP_LEVEL_ROLE_NAMES and not self.delegators(role)):  # the model line was ended
                 self.files.staged_path(role).unlink()
         if not self.staged_roles():
             shutil.rmtree(self.files.staged / "targets", ignore_errors=True)

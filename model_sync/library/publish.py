@@ -1,7 +1,7 @@
-"""What the library says about models: new versions, withdrawals, the oldest allowed version, and rollouts.
+"""Publishing: new versions, withdrawals, minimum versions and rollouts of models.
 
-Each function checks first and stages second: a refused publication leaves no trace. What is staged waits for the signatures of
-its role (``model_sync.repository``).
+Each function checks first and stages second: a refused publication changes nothing. What is staged waits for the signatures of its
+role (``model_sync.library.library``).
 """
 
 from __future__ import annotations
@@ -11,14 +11,19 @@ import json
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import semver
 from pydantic import TypeAdapter, ValidationError
 from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, DelegatedRole, TargetFile, Targets
 
 from model_sync.bundle import MANIFEST_NAME, Manifest, ModelBundle
-from model_sync.documents import (
+from model_sync.bundle.manifest import SemVer
+from model_sync.bundle.output_spec import Identifier
+from model_sync.errors import BundleError, PublishError
+from model_sync.library.promotion import LibraryPromotion
+from model_sync.library.roles import RoleState, delegated
+from model_sync.trust.documents import (
     ROLLOUT_ROLE,
     Delta,
     FailureBudget,
@@ -35,27 +40,20 @@ from model_sync.documents import (
     older,
     rollout_path,
 )
-from model_sync.errors import BundleError, PublishError
-from model_sync.library.roles import delegated
-from model_sync.manifest import SemVer
-from model_sync.output_spec import Identifier
-
-if TYPE_CHECKING:
-    from model_sync.repository import Library, State
 
 DELTA_BASES = 3
 # A file name has 255 characters at most, and a target's begins with its hash: 64 digits and a dot.
 _MAX_NAME = 190
 _NOTHING = "; nothing was published"
-# Names that Windows refuses whatever follows the first dot: a USB stick is often filled or looked at there.
+# Names that Windows refuses, with any suffix: USB sticks are often read there.
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
 _TEMPORARY = "tmp"
 _VERSION_HINT = "write it like 1.4.0 or 1.4.0-rc.1, by semver.org"
-Progress = Callable[[str, int, int], None]
+OnProgress = Callable[[str, int, int], None]
 
 
-class Choice(NamedTuple):
-    """What a ring's boxes shall do with one line."""
+class RolloutPlan(NamedTuple):
+    """The rollout of one model line to a ring."""
 
     version: str
     percent: float
@@ -66,7 +64,7 @@ class Choice(NamedTuple):
 
 
 def check_line_name(name: str) -> None:
-    """Refuse a line that would be taken for a role of TUF or for a half-written file, or that no USB stick can hold."""
+    """Refuse a name of a model line that is also a TUF role or a temporary file, or that no USB stick can store."""
     try:
         TypeAdapter(Identifier).validate_python(name)
     except ValidationError as error:
@@ -80,42 +78,42 @@ def check_line_name(name: str) -> None:
 
 
 def publish(
-    library: Library,
+    library: LibraryPromotion,
     directory: Path,
     *,
     deltas: bool = True,
     minimum_version: str | None = None,
-    progress: Progress | None = None,
-) -> State:
-    """Stage a bundle as the newest version of its line: every file a target, a new index, and the deltas that are worth it.
+    on_progress: OnProgress | None = None,
+) -> RoleState:
+    """Stage a bundle as the newest version of its model line: its files as targets, a new index, and useful deltas.
 
     Args:
-        library: where to.
+        library: the library.
         directory: the bundle.
-        deltas: whether to look for smaller ways from the versions before.
-        minimum_version: raise the oldest version that boxes may run to this.
-        progress: called with what is done, how many steps are, and how many there are.
+        deltas: whether to make deltas from earlier versions.
+        minimum_version: the new minimum version, if it is to be raised.
+        on_progress: called with the name of the step, its number and the number of steps.
 
     Raises:
-        BundleError: the bundle is not whole.
+        BundleError: the bundle is not intact.
         PublishError: it may not be published; nothing was staged.
     """
     bundle = _check_bundle(directory)
-    manifest, tell = bundle.manifest, progress or (lambda *_: None)
+    manifest, on_progress = bundle.manifest, on_progress or (lambda *_: None)
     with library.files.locked():
         index = library.index(manifest.name)
         if (known := index.release(manifest.version)) is not None and known.digest == bundle.digest:
-            library.settle()  # it was killed after staging, or is run again: finish it
+            library.promote_complete()  # a killed or repeated command: finish it
             return library.state(manifest.name)
         _check_version(index, manifest.version)
         new_minimum = _minimum(index, minimum_version, manifest.version) if minimum_version is not None else index.minimum_version
         release = Release(version=manifest.version, digest=bundle.digest, published_at=library.now())
-        grown = _checked(index.model_copy(update={"versions": [*index.versions, release], "minimum_version": new_minimum}))
-        targets = _stage_bundle(library, bundle, tell)
-        found = _deltas(library, index, bundle, tell) if deltas else []
-        index = _checked(grown.model_copy(update={"deltas": [*index.deltas, *(delta for delta, _ in found)]}))
+        grown = _validated(index.model_copy(update={"versions": [*index.versions, release], "minimum_version": new_minimum}))
+        targets = _stage_bundle(library, bundle, on_progress)
+        found = _deltas(library, index, bundle, on_progress) if deltas else []
+        index = _validated(grown.model_copy(update={"deltas": [*index.deltas, *(delta for delta, _ in found)]}))
         library.stage_files(manifest.name, {line_path(manifest.name): index.to_json()}, [*targets, *(target for _, target in found)])
-        library.settle()
+        library.promote_complete()
         return library.state(manifest.name)
 
 
@@ -143,11 +141,11 @@ def _check_bundle(directory: Path) -> ModelBundle:
 
 
 def _check_version_text(directory: Path) -> None:
-    """Say by itself what is wrong with a version: the pattern that a manifest is held against tells people nothing."""
+    """Check the version first, because the error of the manifest's pattern is hard to understand."""
     try:
         version = json.loads((directory / MANIFEST_NAME).read_bytes())["version"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return  # whatever is wrong there is said when the bundle is read as a whole
+        return  # reported when the complete bundle is read
     _parse(str(version))
 
 
@@ -201,13 +199,13 @@ def _minimum(index: LineIndex, wanted: str, newest: str | None) -> str:
     return wanted
 
 
-def _stage_bundle(library: Library, bundle: ModelBundle, tell: Progress) -> list[TargetFile]:
-    """Copy the bundle's files beside the library's other staged ones; what lies there already is not copied again."""
+def _stage_bundle(library: LibraryPromotion, bundle: ModelBundle, on_progress: OnProgress) -> list[TargetFile]:
+    """Copy the bundle's files to the staged ones; existing files are not copied again."""
     manifest = bundle.manifest
     files = {**manifest.digests(), MANIFEST_NAME: bundle.digest}
     targets = []
     for number, (file, sha256) in enumerate(sorted(files.items())):
-        tell(f"copying {file}", number, len(files))
+        on_progress(f"copying {file}", number, len(files))
         source = bundle.directory / file
         path = file_path(manifest.name, manifest.version, file)
         target = TargetFile(source.stat().st_size, {"sha256": sha256}, path)
@@ -217,9 +215,9 @@ def _stage_bundle(library: Library, bundle: ModelBundle, tell: Progress) -> list
     return targets
 
 
-def _deltas(library: Library, index: LineIndex, bundle: ModelBundle, tell: Progress) -> list[tuple[Delta, TargetFile]]:
-    """Make the deltas that are worth their place, from the last versions that boxes may still run."""
-    from model_sync import delta  # the encoder needs onnx, which nothing else here does
+def _deltas(library: LibraryPromotion, index: LineIndex, bundle: ModelBundle, on_progress: OnProgress) -> list[tuple[Delta, TargetFile]]:
+    """Make the useful deltas from the last versions that boxes may run."""
+    from model_sync.delta import codec as delta_codec  # the encoder needs onnx, which nothing else here does
 
     usable = [r.version for r in index.versions if index.refusal(r.version) is None]
     bases = sorted(usable, key=semver.Version.parse)[-DELTA_BASES:]
@@ -230,9 +228,9 @@ def _deltas(library: Library, index: LineIndex, bundle: ModelBundle, tell: Progr
                 pairs[old_sha256, variant.sha256] = (old, bundle.path(variant.file))
     found = []
     for number, ((old_sha256, new_sha256), (old, new)) in enumerate(pairs.items()):
-        tell(f"delta for {new.name}", number, len(pairs))
-        encoded = delta.best(old, new)
-        if not delta.worth_publishing(len(encoded.data), new.stat().st_size):
+        on_progress(f"delta for {new.name}", number, len(pairs))
+        encoded = delta_codec.best(old, new)
+        if not delta_codec.is_worth_publishing(len(encoded.data), new.stat().st_size):
             continue
         path = delta_path(index.line, old_sha256, new_sha256, encoded.codec)
         entry = Delta(from_sha256=old_sha256, to_sha256=new_sha256, codec=encoded.codec, path=path, length=len(encoded.data))
@@ -243,7 +241,7 @@ def _deltas(library: Library, index: LineIndex, bundle: ModelBundle, tell: Progr
     return found
 
 
-def _same_precision(library: Library, line: str, version: str, manifest: Manifest) -> list[tuple[Any, Path, str]]:
+def _same_precision(library: LibraryPromotion, line: str, version: str, manifest: Manifest) -> list[tuple[Any, Path, str]]:
     role = library.targets(line)
     before = Manifest.parse(library.read_target(role, file_path(line, version, MANIFEST_NAME)))
     old = {variant.precision: variant for variant in before.variants}
@@ -256,15 +254,15 @@ def _same_precision(library: Library, line: str, version: str, manifest: Manifes
     return result
 
 
-def withdraw(library: Library, line: str, version: str, reason: str) -> State:
-    """Stage that ``version`` must not read another patient; ``reason`` is shown to clinicians.
+def withdraw(library: LibraryPromotion, line: str, version: str, reason: str) -> RoleState:
+    """Stage the withdrawal of ``version``; ``reason`` is shown to clinicians.
 
     Raises:
         PublishError: no such version, withdrawn already, or no reason.
     """
     with library.files.locked():
         index = library.index(line)
-        _known(index, version)
+        _require_version(index, version)
         if not reason.strip():
             raise PublishError("a withdrawal needs a reason", hint="say in one sentence what is wrong: clinicians read it")
         if index.withdrawal(version) is not None:
@@ -272,48 +270,48 @@ def withdraw(library: Library, line: str, version: str, reason: str) -> State:
         try:
             entry = Withdrawal(version=version, reason=reason.strip(), at=library.now())
         except ValidationError as error:
-            raise _cannot_be("withdrawal", error, "say in one sentence what is wrong: clinicians read it") from error
+            raise _validation_error("withdrawal", error, "say in one sentence what is wrong: clinicians read it") from error
         return _stage_index(library, index.model_copy(update={"withdrawn": [*index.withdrawn, entry]}))
 
 
-def set_minimum(library: Library, line: str, version: str) -> State:
-    """Stage a higher oldest version that boxes may run.
+def set_minimum(library: LibraryPromotion, line: str, version: str) -> RoleState:
+    """Stage a higher minimum version.
 
     Raises:
-        PublishError: lower than the one before, or above every version.
+        PublishError: lower than the current one, or above every version.
     """
     with library.files.locked():
         index = library.index(line)
         return _stage_index(library, index.model_copy(update={"minimum_version": _minimum(index, version, _newest(index))}))
 
 
-def _stage_index(library: Library, index: LineIndex) -> State:
-    library.stage_files(index.line, {line_path(index.line): _checked(index).to_json()})
-    library.settle()
+def _stage_index(library: LibraryPromotion, index: LineIndex) -> RoleState:
+    library.stage_files(index.line, {line_path(index.line): _validated(index).to_json()})
+    library.promote_complete()
     return library.state(index.line)
 
 
-def _checked(index: LineIndex) -> LineIndex:
-    """Return an index as boxes will read it: a copy with changes is checked by nobody else before it is signed."""
+def _validated(index: LineIndex) -> LineIndex:
+    """Return an index after validation: nothing else validates a changed copy before it is signed."""
     try:
         return LineIndex.model_validate(index.model_dump(by_alias=True))
     except ValidationError as error:
-        raise _cannot_be("index", error, "boxes would not read it: go on with a new line (`model-library add-line`)") from error
+        raise _validation_error("index", error, "boxes would not read it: go on with a new line (`model-library add-line`)") from error
 
 
-def _cannot_be(what: str, error: ValidationError, hint: str) -> PublishError:
+def _validation_error(what: str, error: ValidationError, hint: str) -> PublishError:
     wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False)[:5])
     return PublishError(f"this {what} cannot be: {wrong}{_NOTHING}", hint=hint)
 
 
-def _known(index: LineIndex, version: str) -> None:
+def _require_version(index: LineIndex, version: str) -> None:
     if index.release(version) is None:
         known = ", ".join(release.version for release in index.versions) or "none"
         raise PublishError(f"{index.line} has no version {version}", hint=f"published versions: {known}")
 
 
-def rollout(library: Library, ring: str, line: str, choice: Choice) -> State:
-    """Stage which version of a line a ring's boxes take.
+def rollout(library: LibraryPromotion, ring: str, line: str, plan: RolloutPlan) -> RoleState:
+    """Stage the version of a model line that a ring's boxes take.
 
     Raises:
         PublishError: the rollout role has no keys yet, or the version is not public, withdrawn or below the minimum, or a number
@@ -323,38 +321,38 @@ def rollout(library: Library, ring: str, line: str, choice: Choice) -> State:
         if ROLLOUT_ROLE not in library.role_names():
             raise PublishError("the rollout role has no keys yet", hint="give it some with `model-library rollout-keys`")
         index = library.public_index(line)
-        _known(index, choice.version)
-        refusal = index.refusal(choice.version)
-        if refusal is not None and not choice.paused:
+        _require_version(index, plan.version)
+        refusal = index.refusal(plan.version)
+        if refusal is not None and not plan.paused:
             why = {"withdrawn": "is withdrawn", "below_minimum": f"is older than the minimum {index.minimum_version}"}[refusal]
-            raise PublishError(f"{line} {choice.version} {why}", hint="choose a version that boxes may run; nothing was changed")
+            raise PublishError(f"{line} {plan.version} {why}", hint="choose a version that boxes may run; nothing was changed")
         targets, path = library.targets(ROLLOUT_ROLE), rollout_path(ring)
         try:
             before = Rollout.parse(library.read_target(targets, path)).lines if path in targets.targets else {}
-            step = RolloutStep(**choice._asdict())
+            step = RolloutStep(**plan._asdict())
             document = Rollout(ring=ring, issued_at=library.now(), lines={**before, line: step})
         except ValidationError as error:
-            raise _cannot_be("rollout", error, "percent is 0 to 100, times are in hours") from error
+            raise _validation_error("rollout", error, "percent is 0 to 100, times are in hours") from error
         library.stage_files(ROLLOUT_ROLE, {path: document.to_json()})
-        library.settle()
+        library.promote_complete()
         return library.state(ROLLOUT_ROLE)
 
 
-def end_line(library: Library, line: str) -> State:
-    """Stage that nobody signs for a line any more: first, where rollouts name it, that they name it no more; then targets.
+def end_line(library: LibraryPromotion, line: str) -> RoleState:
+    """Stage the end of a model line: first its removal from rollouts, if there are any, then from the targets role.
 
-    The role of which a version waits is returned: while it is ``rollout``, the same has to be asked again when that is public.
+    Returns the state of the role that waits; when it is ``rollout``, call this again after that version is public.
 
     Raises:
-        PublishError: there is no such line.
+        PublishError: there is no such model line.
     """
     with library.files.locked():
         public = library.published(Targets.type)
         if line not in library.lines() and public is not None and line in delegated(public.signed):
-            library.settle()  # it was killed after staging, or is run again: finish it
+            library.promote_complete()  # a killed or repeated command: finish it
             return library.state(Targets.type)
         library.index(line)
-        _leave_rollouts(library, line)
+        _remove_from_rollouts(library, line)
         rollouts = library.published(ROLLOUT_ROLE)
         if rollouts is not None and any(line in document.lines for document in _rollouts(library, rollouts.signed).values()):
             return library.state(ROLLOUT_ROLE)
@@ -365,11 +363,11 @@ def end_line(library: Library, line: str) -> State:
             assert targets.delegations.roles is not None
             del targets.delegations.roles[line]
         library.files.staged_path(line).unlink(missing_ok=True)
-        library.settle()
+        library.promote_complete()
         return library.state(Targets.type)
 
 
-def _leave_rollouts(library: Library, line: str) -> None:
+def _remove_from_rollouts(library: LibraryPromotion, line: str) -> None:
     if ROLLOUT_ROLE not in library.role_names():
         return
     changed = {}
@@ -379,8 +377,8 @@ def _leave_rollouts(library: Library, line: str) -> None:
             changed[path] = Rollout(ring=document.ring, issued_at=library.now(), lines=lines).to_json()
     if changed:
         library.stage_files(ROLLOUT_ROLE, changed)
-        library.settle()
+        library.promote_complete()
 
 
-def _rollouts(library: Library, targets: Targets) -> dict[str, Rollout]:
+def _rollouts(library: LibraryPromotion, targets: Targets) -> dict[str, Rollout]:
     return {path: Rollout.parse(library.read_target(targets, path)) for path in targets.targets}

@@ -1,8 +1,8 @@
 """The roles of a library: their staged and published metadata, their keys, and which signatures they have.
 
-The base of ``model_sync.repository.Library``: python-tuf's ``Repository`` on the files of one directory. Every signed document says
-its role in ``x-role``, so that a signature made for one line cannot be taken for another's; the timestamp says when it was signed
-in ``x-issued-at``, which a box without a working clock can hold on to.
+The base of ``model_sync.library.library.Library``: python-tuf's ``Repository`` on the files of one directory. Every signed document names
+its role in ``x-role``, so that a signature for one model line is not valid for another; the timestamp has its signing time in
+``x-issued-at``, which helps a box without a working clock.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from tuf.api.metadata import (
 )
 from tuf.repository import Repository
 
-from model_sync.documents import ROLLOUT_ROLE, LineIndex, line_path
 from model_sync.errors import PublishError
 from model_sync.library.files import LibraryFiles, read_metadata
 from model_sync.library.keys import Passphrase, load_holder, load_signer, public_path
-from model_sync.trust_files import MAX_METADATA_BYTES
+from model_sync.trust.documents import ROLLOUT_ROLE, LineIndex, line_path
+from model_sync.trust.metadata import MAX_METADATA_BYTES
 
 ISSUED_AT = "x-issued-at"
 ROLE_FIELD = "x-role"
@@ -41,17 +41,17 @@ AnyMetadata: TypeAlias = "Metadata[Any]"
 Clock: TypeAlias = Callable[[], datetime]
 
 
-class State(NamedTuple):
-    """Where a role stands.
+class RoleState(NamedTuple):
+    """The state of a role.
 
     Attributes:
         role: its name.
-        version: of its newest metadata, waiting or published.
-        signed: holders whose signature it has.
-        missing: holders who may still give one that is needed.
-        have: signatures there are; of a rotated root, by the stricter of the old and the new root.
-        need: signatures that are needed.
-        published: whether the newest version is what boxes see.
+        version: the version of its newest metadata, waiting or published.
+        signed: key holders who have signed.
+        missing: key holders who may still sign when a signature is missing.
+        have: number of signatures; for a rotated root the lower count of the old and the new root.
+        need: number of required signatures.
+        published: whether the newest version is public.
     """
 
     role: str
@@ -69,7 +69,7 @@ def utc_now() -> datetime:
 
 
 class OnlineKeys:
-    """The encrypted keys under ``online/``, opened only when one of them has something to sign."""
+    """The encrypted keys under ``online/``, opened only when one of them has to sign."""
 
     def __init__(self, directory: Path, passphrase: Passphrase | None) -> None:
         self._passphrase = passphrase
@@ -78,10 +78,10 @@ class OnlineKeys:
         self.paths = {load_holder(path).key.keyid: path for path in sorted(directory.glob("*.pem")) if public_path(path).is_file()}
 
     def signer(self, keyid: str) -> Signer | None:
-        """Return the signer of a key; None when the key is not here or the library is locked.
+        """Return the signer of a key; None when the key is not here or there is no passphrase.
 
         Raises:
-            SettingsError: the key does not open.
+            SettingsError: the key cannot be decrypted.
         """
         if keyid not in self.paths or self._passphrase is None:
             return None
@@ -90,7 +90,7 @@ class OnlineKeys:
         return self._signers[keyid]
 
     def _ask(self, what: str) -> str:
-        # All online keys share one passphrase: people type it once.
+        # All online keys have the same passphrase: people type it once.
         if self._secret is None and self._passphrase is not None:
             self._secret = self._passphrase(f"online keys ({what})")
         return self._secret or ""
@@ -100,9 +100,9 @@ class LibraryRoles(Repository):
     """Reads and stages the metadata of one library.
 
     Args:
-        directory: of the library.
-        signers: keys that are always at hand.
-        passphrase: opens the keys under ``online/``; None leaves them locked.
+        directory: the directory of the library.
+        signers: signers that are always available.
+        passphrase: decrypts the keys under ``online/``; None leaves them locked.
         clock: returns the time now, with zone.
         lock_timeout_s: how long a command waits for another one.
     """
@@ -126,11 +126,11 @@ class LibraryRoles(Repository):
         """Return the time now in whole seconds, UTC."""
         return self._clock().replace(microsecond=0)
 
-    # --- what python-tuf's Repository asks for -----------------------------------------------------------------------
+    # --- the methods of python-tuf's Repository -----------------------------------------------------------------------
 
     def open(self, role: str) -> AnyMetadata:
         """Return the newest metadata of a role: being promoted, staged, published, or a first version."""
-        found = self._next.get(role) or self.staged(role) or self.last(role)
+        found = self._next.get(role) or self.staged(role) or self.latest(role)
         if found is not None:
             return found
         if role == Root.type:
@@ -145,8 +145,8 @@ class LibraryRoles(Repository):
         return Metadata(fresh)
 
     def close(self, role: str, md: AnyMetadata) -> None:
-        """Number and date a changed role, sign it with the keys at hand, and stage it (online roles: keep it to be promoted)."""
-        before = self.last(role)
+        """Set version and expiry of a changed role, sign it with the available keys, and stage it (online roles: hold it)."""
+        before = self.latest(role)
         md.signed.version = before.signed.version + 1 if before is not None else 1
         md.signed.expires = self.now() + timedelta(days=self.files.config().expiry_days.days(role))
         if role == Timestamp.type:
@@ -158,7 +158,7 @@ class LibraryRoles(Repository):
                 hint="nothing was published: go on with a new line (`model-library add-line`)",
             )
         keyids = set(self.keys(role)) | set(md.signed.roles[role].keyids if role == Root.type else ())
-        for signer in self.signers_at_hand(keyids):
+        for signer in self.available_signers(keyids):
             md.sign(signer, append=True)
         if role not in ONLINE:
             self.files.write(self.files.staged_path(role), md.to_bytes())
@@ -172,12 +172,12 @@ class LibraryRoles(Repository):
 
     @property
     def targets_infos(self) -> dict[str, MetaFile]:
-        """What the snapshot says of each targets role that is about to be public."""
+        """The snapshot's entries of the targets roles that are being promoted."""
         return {f"{role}.json": _metafile(md) for role, md in self._next.items() if isinstance(md.signed, Targets)}
 
     @property
     def snapshot_info(self) -> MetaFile:
-        """What the timestamp says of the snapshot."""
+        """The timestamp's entry of the snapshot."""
         return _metafile(self.open(Snapshot.type))
 
     # --- metadata -----------------------------------------------------------------------------------------------------
@@ -188,18 +188,18 @@ class LibraryRoles(Repository):
         return read_metadata(path) if path.is_file() else None
 
     def staged_roles(self) -> list[str]:
-        """Return the roles with a waiting version, in the order in which they are best signed."""
+        """Return the roles with a waiting version, in the recommended order of signing."""
         names = {path.name.removesuffix(".json") for path in self.files.staged.glob("*.json")}
         return [role for role in (Root.type, Targets.type) if role in names] + sorted(names - {Root.type, Targets.type})
 
     def published(self, role: str) -> AnyMetadata | None:
-        """Return what boxes see of a role, or None; nothing of a line that was ended."""
-        if role not in TOP_LEVEL_ROLE_NAMES and ((top := self.last(Targets.type)) is None or role not in delegated(top.signed)):
+        """Return the public metadata of a role, or None; None also for a model line that was ended."""
+        if role not in TOP_LEVEL_ROLE_NAMES and ((top := self.latest(Targets.type)) is None or role not in delegated(top.signed)):
             return None
-        return self.last(role)
+        return self.latest(role)
 
-    def last(self, role: str) -> AnyMetadata | None:
-        """Return the newest public metadata of a role, that of an ended line included: the versions of its name go on from there."""
+    def latest(self, role: str) -> AnyMetadata | None:
+        """Return the newest public metadata of a role, also of an ended model line, whose version numbers continue."""
         if role == Root.type:
             version = 0
             while self.files.metadata_path(role, version + 1).is_file():
@@ -222,7 +222,7 @@ class LibraryRoles(Repository):
         return [Root.type, Targets.type, *delegated(self.targets()), *ONLINE]
 
     def stage_files(self, role: str, files: dict[str, bytes], extra: Iterable[TargetFile] = ()) -> None:
-        """Stage a new version of a role with small files, and with targets whose files lie in the library already."""
+        """Stage a new version of a role with small files, and with targets whose files are already in the library."""
         with self.edit_targets(role) as targets:
             for path, data in files.items():
                 target = TargetFile.from_data(path, data)
@@ -233,7 +233,7 @@ class LibraryRoles(Repository):
                 targets.targets[target.path] = target
 
     def read_target(self, targets: Targets, path: str) -> bytes:
-        """Return the bytes of a small target file; raises PublishError when the library has lost it."""
+        """Return the bytes of a small target file; raise PublishError when it is missing."""
         target = targets.targets.get(path)
         where = self.files.find_target(target) if target is not None else None
         if where is None:
@@ -247,10 +247,10 @@ class LibraryRoles(Repository):
         return sorted(set(delegated(self.targets())) - {ROLLOUT_ROLE})
 
     def index(self, line: str) -> LineIndex:
-        """Return the newest index of a line, waiting changes included.
+        """Return the newest index of a model line, waiting changes included.
 
         Raises:
-            PublishError: there is no such line.
+            PublishError: there is no such model line.
         """
         if line not in self.lines():
             known = ", ".join(self.lines()) or "none"
@@ -258,7 +258,7 @@ class LibraryRoles(Repository):
         return LineIndex.parse(self.read_target(self.targets(line), line_path(line)))
 
     def public_index(self, line: str) -> LineIndex:
-        """Return the index of a line as boxes see it; raises PublishError while the line waits for its first signatures."""
+        """Return the public index of a model line; raise PublishError while it waits for its first signatures."""
         self.index(line)
         md = self.published(line)
         if md is None:
@@ -268,7 +268,7 @@ class LibraryRoles(Repository):
     # --- keys and signatures ------------------------------------------------------------------------------------------
 
     def delegators(self, role: str) -> list[Root | Targets]:
-        """Return who says which keys a role has: the public delegator, and the one that will follow it."""
+        """Return the delegators that define the keys of a role: the public one, and the waiting one."""
         name = Root.type if role in TOP_LEVEL_ROLE_NAMES else Targets.type
         found = [md.signed for md in (self.published(name), self._next.get(name) or self.staged(name)) if md is not None]
         return [signed for signed in found if role in TOP_LEVEL_ROLE_NAMES or role in delegated(signed)]
@@ -277,25 +277,25 @@ class LibraryRoles(Repository):
         """Return the keys that may sign a role now or after the waiting rotation."""
         return {keyid: signed.get_key(keyid) for signed in self.delegators(role) for keyid in signed.get_delegated_role(role).keyids}
 
-    def signers_at_hand(self, keyids: Iterable[str]) -> list[Signer]:
-        """Return the signers that this process has of some keys."""
+    def available_signers(self, keyids: Iterable[str]) -> list[Signer]:
+        """Return the available signers of some keys."""
         found = (self.signers.get(keyid) or self.online.signer(keyid) for keyid in sorted(keyids))
         return [signer for signer in found if signer is not None]
 
-    def state(self, role: str) -> State:
-        """Say who has signed a role's newest version and what is missing; raises PublishError for an unknown role."""
+    def state(self, role: str) -> RoleState:
+        """Return who has signed a role's newest version and what is missing; raise PublishError for an unknown role."""
         waiting = self.staged(role)
         md = waiting or self.published(role)
         if md is None or not (delegators := self.delegators(role)):
             raise PublishError(f"there is no role {role!r}", hint="`model-library status` lists them")
-        # A root is judged by the root before it and by itself; every other role by the newest who delegates to it.
-        judges = delegators if role == Root.type else delegators[-1:]
-        results = [judge.get_verification_result(role, md.signed_bytes, md.signatures) for judge in judges]
+        # A root is verified by the root before it and by itself; every other role by its newest delegator.
+        verifiers = delegators if role == Root.type else delegators[-1:]
+        results = [verifier.get_verification_result(role, md.signed_bytes, md.signatures) for verifier in verifiers]
         strict = max(results, key=lambda result: result.missing)
         signed = {keyid for result in results for keyid in result.signed}
         missing = {keyid for result in results if result.missing for keyid in result.unsigned}
         name = self.files.config().name
-        return State(
+        return RoleState(
             role=role,
             version=md.signed.version,
             signed=sorted(map(name, signed)),
@@ -313,7 +313,7 @@ def delegated(signed: Any) -> dict[str, DelegatedRole]:
 
 
 def verifies(delegator: Root | Targets, role: str, md: AnyMetadata) -> bool:
-    """Say whether ``delegator`` accepts the signatures of a role's metadata."""
+    """Return whether ``delegator`` accepts the signatures of a role's metadata."""
     try:
         delegator.verify_delegate(role, md.signed_bytes, md.signatures)
     except UnsignedMetadataError:

@@ -1,27 +1,25 @@
-"""What a library needs next: each role's version, expiry, signatures and keys, for people and for monitoring."""
+"""The status of a library: each role's version, expiry, signatures and keys, and the next steps."""
 
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from model_sync.documents import ROLLOUT_ROLE, Rollout
+from model_sync.library.promotion import LibraryPromotion
 from model_sync.library.roles import ONLINE, delegated
-
-if TYPE_CHECKING:
-    from model_sync.repository import Library
+from model_sync.trust.documents import ROLLOUT_ROLE, Rollout
 
 _DAY = timedelta(days=1)
-# A role is due when less than this share of its life is left: for a root of a year, five weeks to bring people together.
+# A role is due when less than this share of its validity is left: five weeks for a root of one year.
 _DUE_SHARE = 0.1
 
 
-def status(library: Library) -> dict[str, Any]:
+def status(library: LibraryPromotion) -> dict[str, Any]:
     """Return the library's state as plain values.
 
     Returns:
-        ``roles``: by name, in the order of signing; ``lines`` and ``rings``: what boxes are told; ``warnings`` and ``next``: what
-        is wrong or soon will be, and what to do, in the order to do it; ``at``.
+        ``roles`` by name, in the order of signing; ``lines`` and ``rings``: the signed documents; ``warnings``: present and coming
+        problems; ``next``: the next steps in their order; ``at``: the time.
     """
     roles = {role: _role(library, role) for role in library.role_names() if library.staged(role) or library.published(role)}
     lines = {line: _line(library, line) for line in library.lines() if library.staged(line) or library.published(line)}
@@ -31,12 +29,12 @@ def status(library: Library) -> dict[str, Any]:
         "roles": roles,
         "lines": lines,
         "rings": rings,
-        "warnings": [*_expiries(roles), *_choices(lines, rings), *_unused(library)],
+        "warnings": [*_expiries(roles), *_withdrawn_rollouts(lines, rings), *_unused_keys(library)],
         "next": _next(roles),
     }
 
 
-def _role(library: Library, role: str) -> dict[str, Any]:
+def _role(library: LibraryPromotion, role: str) -> dict[str, Any]:
     state, staged, public = library.state(role), library.staged(role), library.published(role)
     name = library.files.config().name
     days = library.files.config().expiry_days.days(role)
@@ -58,7 +56,7 @@ def _role(library: Library, role: str) -> dict[str, Any]:
     }
 
 
-def _line(library: Library, line: str) -> dict[str, Any]:
+def _line(library: LibraryPromotion, line: str) -> dict[str, Any]:
     index = library.index(line)
     public = library.published(line)
     known = {release.version for release in library.public_index(line).versions} if public is not None else set()
@@ -71,7 +69,7 @@ def _line(library: Library, line: str) -> dict[str, Any]:
     }
 
 
-def _rings(library: Library) -> dict[str, Any]:
+def _rings(library: LibraryPromotion) -> dict[str, Any]:
     if ROLLOUT_ROLE not in delegated(library.targets()):
         return {}
     targets = library.targets(ROLLOUT_ROLE)
@@ -91,7 +89,7 @@ def _expiries(roles: dict[str, Any]) -> list[str]:
     return found
 
 
-def _choices(lines: dict[str, Any], rings: dict[str, Any]) -> list[str]:
+def _withdrawn_rollouts(lines: dict[str, Any], rings: dict[str, Any]) -> list[str]:
     found = []
     for ring, steps in rings.items():
         for line, step in steps.items():
@@ -100,7 +98,7 @@ def _choices(lines: dict[str, Any], rings: dict[str, Any]) -> list[str]:
     return found
 
 
-def _unused(library: Library) -> list[str]:
+def _unused_keys(library: LibraryPromotion) -> list[str]:
     used = {keyid for role in library.role_names() for keyid in library.keys(role)}
     return [f"{path} is the key of no role any more: destroy it" for keyid, path in library.online.paths.items() if keyid not in used]
 

@@ -1,4 +1,4 @@
-"""The library in words for people: its status as a table, and what exactly a signature would say yes to."""
+"""Texts about a library: its status as a table, and the exact content that a signature approves."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import semver
 from tuf.api.metadata import Root, TargetFile, Targets
 
-from model_sync.documents import LineIndex, Rollout
 from model_sync.library.roles import AnyMetadata, delegated
+from model_sync.trust.documents import LineIndex, Rollout
 
 Name = Callable[[str], str]
 Read = Callable[[TargetFile], "bytes | None"]
 _MAX_LISTED = 12
-ENDED = (
+END_LINE_NOTES = (
     "boxes keep the model of LINE that they have, and take nothing new of it; nobody can withdraw it there any more",
     "if it must stop reading, add the line again (`model-library add-line`) and withdraw its versions first",
 )
@@ -48,8 +48,8 @@ def status_lines(status: dict[str, Any]) -> list[str]:
     return [*found, "", *(f"next: {text}" for text in status["next"] or ["nothing to do"])]
 
 
-def dead_ends(rings: dict[str, Any], index: LineIndex) -> list[str]:
-    """Say which rings are sent to a version of a line that boxes must not run, and the command that sends each elsewhere."""
+def rings_on_refused_versions(rings: dict[str, Any], index: LineIndex) -> list[str]:
+    """Return the rings whose rollout names a version that boxes must not run, and the command for another version."""
     usable = [release.version for release in index.versions if index.refusal(release.version) is None]
     newest = max(usable, key=semver.Version.parse, default=None)
     found = []
@@ -80,19 +80,19 @@ def _table(rows: list[Any]) -> list[str]:
 
 
 def _width(text: str) -> int:
-    """Return the columns a text takes on a terminal: a Chinese name takes two for each character."""
+    """Return the width of a text on a terminal: a Chinese character takes two columns."""
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
 def describe(role: str, new: AnyMetadata, old: AnyMetadata | None, name: Name, read: Read) -> list[str]:
-    """Say what a signature on ``new`` would approve.
+    """Return what a signature on ``new`` would approve, as lines of text.
 
     Args:
-        role: the role that ``new`` says it is.
-        new: what is to be signed.
-        old: what it is compared with, the version that boxes see; None shows everything.
-        name: turns a key id into a holder.
-        read: returns the bytes of a small target whose hash was checked, or None when the file is not at hand.
+        role: the role that ``new`` names.
+        new: the metadata to sign.
+        old: the public version to compare with; None shows everything.
+        name: returns the key holder of a key id.
+        read: returns the verified bytes of a small target, or None when the file is missing.
     """
     signed = new.signed
     before = old.signed if old is not None else None
@@ -103,12 +103,12 @@ def describe(role: str, new: AnyMetadata, old: AnyMetadata | None, name: Name, r
         for each in sorted(signed.roles):
             found += _keys(each, signed.roles[each], before.roles[each] if before is not None else None, name)
     if isinstance(signed, Targets):
-        was, now = delegated(before), delegated(signed)
-        for each in sorted(now):
-            found += _keys(each, now[each], was.get(each), name)
-            if each not in was or was[each].paths != now[each].paths:
-                found.append(f"  {'!' if each in was else '+'} {each} may sign: {', '.join(now[each].paths or [])}")
-        found += [f"  - role {each} is delegated no more" for each in sorted(was.keys() - now.keys())]
+        old_roles, new_roles = delegated(before), delegated(signed)
+        for each in sorted(new_roles):
+            found += _keys(each, new_roles[each], old_roles.get(each), name)
+            if each not in old_roles or old_roles[each].paths != new_roles[each].paths:
+                found.append(f"  {'!' if each in old_roles else '+'} {each} may sign: {', '.join(new_roles[each].paths or [])}")
+        found += [f"  - role {each} is delegated no more" for each in sorted(old_roles.keys() - new_roles.keys())]
         found += _documents(signed, before, read)
         found += _targets(signed, before)
     if len(found) == 2:
@@ -117,7 +117,7 @@ def describe(role: str, new: AnyMetadata, old: AnyMetadata | None, name: Name, r
 
 
 def _documents(new: Targets, old: Targets | None, read: Read) -> list[str]:
-    """Say what changes in the indexes and rollouts, which are what boxes act on."""
+    """Return the changes of indexes and rollouts, on which boxes act."""
     found = []
     for path, target in sorted(new.targets.items()):
         before = old.targets.get(path) if old is not None else None

@@ -1,1 +1,1 @@
-"""Bytes over a slow line that breaks: parts, ranges, budgets, and the USB stick; its face is ``model_sync.fetcher``."""
+"""Downloads over a slow link that breaks: parts, ranges, limits, and files from a USB stick."""

@@ -1,25 +1,25 @@
-"""What a download may cost: bytes per second, bytes per day, seconds of silence, attempts.
+"""The limits of downloads: bytes per second, bytes per day, minimum speed, attempts.
 
-Clocks, sleeps and the date come from outside, so that each rule can be proved without waiting.
+Clocks, sleeps and the date are parameters, so that each rule can be tested without waiting.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 import threading
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from secrets import SystemRandom
 
+from model_sync import atomic_files
 from model_sync.transport.errors import BudgetExhausted, DiskFull, TooSlow
 
 MAX_CHUNK_BYTES = 64 * 1024
-# An attempt counts as progress when it brought this much: a server that gives one byte per connection does not.
+# An attempt counts as progress when it received this much: one byte per connection is no progress.
 PROGRESS_BYTES = 64 * 1024
-# What may be received without being written down yet; a process killed in between has counted too little by at most this.
+# Bytes that may be received before the count is written; a killed process has counted at most this too little.
 UNCOUNTED_BYTES = 256 * 1024
 # The last tenth of a day's budget is for metadata and small documents: a withdrawal must arrive even when a model used up the rest.
 SMALL_SHARE = 10
@@ -27,7 +27,7 @@ _RANDOM = SystemRandom()
 
 
 class TokenBucket:
-    """A bandwidth cap: over any time t no more than ``rate * t + burst`` bytes are let through, by all threads together.
+    """A bandwidth limit: over any time t at most ``rate * t + burst`` bytes pass, for all threads together.
 
     Attributes:
         rate: Bytes per second; None lets everything through.
@@ -46,7 +46,7 @@ class TokenBucket:
         self._filled_at = clock()
 
     def take(self, wanted: int) -> int:
-        """Wait until some bytes may pass, and return how many: at most ``wanted`` and at most ``chunk``, at least one."""
+        """Wait until some bytes may pass, and return their number: at most ``wanted`` and ``chunk``, at least one."""
         amount = max(1, min(wanted, self.chunk))
         if self.rate is None:
             return amount
@@ -61,25 +61,25 @@ class TokenBucket:
         return amount
 
     def give_back(self, amount: int) -> None:
-        """Return what was taken and not used."""
+        """Return tokens that were taken and not used."""
         with self._lock:
             self._tokens = min(self.burst, self._tokens + amount)
 
 
 @functools.cache
-def process_bucket(rate: float | None, clock: Callable[[], float], sleep: Callable[[float], None]) -> TokenBucket:
+def shared_bucket(rate: float | None, clock: Callable[[], float], sleep: Callable[[float], None]) -> TokenBucket:
     """Return the bucket that all transfers of this process share."""
     return TokenBucket(rate, clock, sleep)
 
 
 class DayBudget:
-    """Bytes received per UTC day, kept in a file so that a restart does not begin anew.
+    """Bytes received per UTC day, stored in a file so that a restart does not reset the count.
 
-    The file is read again at each transfer: the agent and a `pull` by hand take turns, and each adds to what the other counted.
+    The file is read again at each transfer: the agent and a manual ``pull`` alternate, and each adds to the count of the other.
 
     Args:
-        path: Where the count is kept.
-        limit: Bytes per day; None neither counts nor refuses.
+        path: The file of the count.
+        limit: Bytes per day; None sets no limit.
         now: The wall clock.
     """
 
@@ -96,18 +96,18 @@ class DayBudget:
     def received_bytes(self) -> int:
         """Bytes received today."""
         with self._lock:
-            self._turn()
+            self._start_new_day()
             return self._written + self._uncounted
 
-    def room(self, *, small: bool) -> int | None:
-        """Return how many bytes may still be received today, or None when nobody counts.
+    def remaining_bytes(self, *, small: bool) -> int | None:
+        """Return how many bytes may still be received today, or None without a limit.
 
         Args:
             small: Metadata and small documents may use the last tenth of the budget, bundles may not.
 
         Raises:
-            BudgetExhausted: none.
-            DiskFull: the count cannot be written down.
+            BudgetExhausted: none may be received.
+            DiskFull: the count cannot be written.
         """
         if self._limit is None:
             return None
@@ -123,28 +123,28 @@ class DayBudget:
             )
         return left
 
-    def begin(self) -> None:
-        """A transfer begins: take in what another process has counted."""
+    def reload(self) -> None:
+        """Read the count of other processes before a transfer."""
         if self._limit is not None:
             with self._lock:
-                self._turn()
+                self._start_new_day()
                 self._written = self._read()
 
     def add(self, amount: int) -> None:
         """Count received bytes."""
         with self._lock:
-            self._turn()
+            self._start_new_day()
             self._uncounted += amount
             if self._uncounted >= UNCOUNTED_BYTES:
                 self._write()
 
     def save(self) -> None:
-        """Write the count down; called at the end of each transfer."""
+        """Write the count; called at the end of each transfer."""
         with self._lock:
             if self._uncounted:
                 self._write()
 
-    def _turn(self) -> None:
+    def _start_new_day(self) -> None:
         if (today := self._today()) != self._day:
             self._day, self._written, self._uncounted = today, 0, 0
 
@@ -152,38 +152,35 @@ class DayBudget:
         return self._now().astimezone(timezone.utc).date().isoformat()
 
     def _read(self) -> int:
-        """A missing or damaged count begins the day anew: a box must never stop updating because of this file."""
+        """Return the stored count; 0 when it is missing or damaged, so that this file never stops updates."""
         try:
-            kept = json.loads(self._path.read_bytes())
-            day, received = kept["day"], kept["received_bytes"]
+            stored = json.loads(self._path.read_bytes())
+            day, received = stored["day"], stored["received_bytes"]
         except (OSError, ValueError, KeyError, TypeError):
             return 0
         return received if day == self._day and type(received) is int and received >= 0 else 0
 
     def _write(self) -> OSError | None:
-        """Write the count down; a full disk must not break a transfer, the count goes on in memory."""
+        """Write the count; return the error of a full disk, with which the count continues in memory."""
         if self._limit is None:
             return None
         total = self._written + self._uncounted
-        fresh = self._path.with_suffix(".new")
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            fresh.write_text(json.dumps({"schema": 1, "day": self._day, "received_bytes": total}) + "\n", "utf-8")
-            os.replace(fresh, self._path)
+            atomic_files.write_json(self._path, {"schema": 1, "day": self._day, "received_bytes": total})
         except OSError as error:
             return error
         self._written, self._uncounted = total, 0
         return None
 
 
-class SpeedGate:
-    """Gives up an attempt that is slower than the settings allow; only time spent waiting for the server counts.
+class SpeedCheck:
+    """Ends an attempt that is slower than the settings allow; only time spent waiting for the server counts.
 
     Args:
         minimum: Bytes per second.
-        window_s: Time over which the speed is judged, in seconds.
+        window_s: Time over which the speed is measured, in seconds.
         clock: A monotonic clock.
-        host: Who is slow, for the message.
+        host: The server, for the message.
     """
 
     def __init__(self, minimum: float, window_s: float, clock: Callable[[], float], host: str) -> None:
@@ -196,11 +193,11 @@ class SpeedGate:
         self._since = 0.0
 
     def start(self) -> None:
-        """A wait for the server begins."""
+        """Start a wait for the server."""
         self._since = self._clock()
 
     def stop(self, received: int) -> None:
-        """The wait brought some bytes.
+        """End a wait that brought ``received`` bytes.
 
         Raises:
             TooSlow: over a whole window the speed was below the minimum.
@@ -214,40 +211,40 @@ class SpeedGate:
             self._waited_s, self._received = 0.0, 0
 
 
-class Tries:
-    """The attempts one file may take.
+class AttemptCounter:
+    """Counts the attempts for one file.
 
-    ``attempts`` in a row may bring nothing; one that brings ``PROGRESS_BYTES`` more than ever before starts the row anew, so
-    that a line cut every megabyte still brings a file of any size. In all there are never more than ``attempts`` plus one for
-    each ``PROGRESS_BYTES`` of the file.
+    ``attempts`` in a row may receive nothing; one that gets ``PROGRESS_BYTES`` further than any before resets the row, so that a link
+    that breaks every megabyte still brings a file of any size. In all there are at most ``attempts`` plus one for each
+    ``PROGRESS_BYTES`` of the file.
     """
 
     def __init__(self, attempts: int, length: int, reached: int = 0) -> None:
         self._attempts = attempts
         self._left = attempts + length // PROGRESS_BYTES
         self._reached = reached
-        self.row = 0
+        self.failures_in_a_row = 0
 
-    def failed(self, reached: int) -> bool:
-        """Count a failed attempt that got as far as ``reached`` bytes; return whether there may be another."""
+    def may_retry(self, reached: int) -> bool:
+        """Count a failed attempt that reached ``reached`` bytes; return whether another one is allowed."""
         self._left -= 1
         if reached - self._reached >= PROGRESS_BYTES:
-            self._reached, self.row = reached, 0
+            self._reached, self.failures_in_a_row = reached, 0
         else:
-            self.row += 1
-        return self.row < self._attempts and self._left > 0
+            self.failures_in_a_row += 1
+        return self.failures_in_a_row < self._attempts and self._left > 0
 
 
 def pause_s(row: int, first_s: float, longest_s: float, retry_after_s: float) -> float:
     """Return the pause before the next attempt: exponential with full jitter, or what the server asked for; never above ``longest_s``.
 
     Args:
-        row: Attempts in a row that brought nothing.
+        row: Attempts in a row that received nothing.
         first_s: Ceiling of the first pause.
         longest_s: Ceiling of any pause.
         retry_after_s: What the server asked for.
 
-    A fleet that lost its library together must not come back together, hence the jitter.
+    The jitter spreads the boxes that lost the library at the same moment.
     """
     ceiling = min(longest_s, first_s * 2.0 ** min(max(0, row - 1), 60))
     return min(longest_s, max(_RANDOM.uniform(0.0, ceiling), retry_after_s))

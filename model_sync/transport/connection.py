@@ -1,7 +1,7 @@
-"""The way to the library: one HTTP session, with the caps, counts and deadlines that all answers share.
+"""The connection to the library: one HTTP session, with the limits, counters and deadlines that all responses share.
 
-Whatever breaks in `requests`, `urllib3` or the socket, before or in the middle of a body, comes out as one of
-:mod:`model_sync.transport.errors`; python-tuf's own fetcher lets some of it through.
+Every error of `requests`, `urllib3` or the socket, before or during a body, is translated to one of
+:mod:`model_sync.transport.errors`; python-tuf's own fetcher does not translate all of them.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ import urllib3
 from requests.adapters import HTTPAdapter
 
 from model_sync.settings import SyncSettings
-from model_sync.transport.budget import DayBudget, SpeedGate, TokenBucket
+from model_sync.transport.budget import DayBudget, SpeedCheck, TokenBucket
 from model_sync.transport.errors import BudgetExhausted, NotTheLibrary, Refused, TooSlow, Unreachable
 
-# An error's body up to this length is read, so that the connection can be used again; a longer one costs the connection.
+# The body of an error is read up to this length, so that the connection can be reused; after a longer one it is closed.
 _ERROR_BODY_BYTES = 4096
 _LOW_LEVEL = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
 _WRONG_URL = (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema, requests.exceptions.InvalidSchema)
 
 
 class Connection:
-    """The connection to the library: one kept-alive session, the caps and counts that all its answers share.
+    """A keep-alive session with the limits and counters that all its responses share.
 
     Attributes:
         received_bytes: Body bytes received so far.
-        last_server_date: What the last answer said the time is.
+        last_server_date: The Date header of the last response.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Connection:
         bucket: TokenBucket,
         budget: DayBudget,
         clock: Callable[[], float],
-        may_continue: Callable[[], None],
+        check_stop: Callable[[], None],
         client_certificate: tuple[Path, Path] | None = None,
     ) -> None:
         self.received_bytes = 0
@@ -58,29 +58,29 @@ class Connection:
         self._bucket = bucket
         self._budget = budget
         self._clock = clock
-        self._may_continue = may_continue
+        self._check_stop = check_stop
         self._session = _session(settings, client_certificate)
 
     def close(self) -> None:
-        """Close the kept connections."""
+        """Close the open connections."""
         self._session.close()
 
     @contextmanager
-    def get(self, url: str, headers: dict[str, str], *, small: bool) -> Iterator[Answer]:
-        """Send one GET; the answer is usable inside the block and has a status below 300.
+    def get(self, url: str, headers: dict[str, str], *, small: bool) -> Iterator[LibraryResponse]:
+        """Send one GET; the response is usable inside the block and has a status below 300.
 
         Args:
             url: An absolute http or https URL.
             headers: Headers beside the usual ones.
-            small: Whether the answer may use the reserve of the day's budget.
+            small: Whether the response may use the reserve of the day's budget.
 
         Raises:
             Unreachable, TooSlow, Refused, NotTheLibrary, BudgetExhausted: see there.
         """
         host = host_of(url)
-        self._budget.begin()
-        self._budget.room(small=small)
-        with _wrapped(host):
+        self._budget.reload()
+        self._budget.remaining_bytes(small=small)
+        with _translated_errors(host):
             response = self._session.get(
                 url,
                 headers=headers,
@@ -90,7 +90,7 @@ class Connection:
             )
         try:
             self._note_date(response)
-            answer = Answer(response, host, self._reader(response, host, small))
+            answer = LibraryResponse(response, host, self._reader(response, host, small))
             self._check_status(answer)
             yield answer
         finally:
@@ -102,15 +102,15 @@ class Connection:
         slowest = settings.min_speed_bytes_per_s
         if self._bucket.rate is not None:
             slowest = min(slowest, self._bucket.rate / 2)
-        gate = SpeedGate(slowest, settings.min_speed_window_s, self._clock, host)
+        gate = SpeedCheck(slowest, settings.min_speed_window_s, self._clock, host)
 
         def read(wanted: int) -> bytes:
             """Return up to ``wanted`` bytes as they come; empty at the end of the body."""
-            self._may_continue()
-            room = self._budget.room(small=small)
+            self._check_stop()
+            room = self._budget.remaining_bytes(small=small)
             granted = self._bucket.take(wanted if room is None else min(wanted, room))
             gate.start()
-            with _wrapped(host):
+            with _translated_errors(host):
                 chunk = bytes(response.raw.read1(granted, decode_content=False) or b"")
             self._bucket.give_back(granted - len(chunk))
             self.received_bytes += len(chunk)
@@ -127,7 +127,7 @@ class Connection:
             return
         self.last_server_date = date if date.tzinfo else date.replace(tzinfo=timezone.utc)
 
-    def _check_status(self, answer: Answer) -> None:
+    def _check_status(self, answer: LibraryResponse) -> None:
         status = answer.status
         if 300 <= status < 400:
             raise NotTheLibrary(f"{answer.host} answered with a redirect ({status}), which the library never does")
@@ -144,14 +144,14 @@ class Connection:
             raise NotTheLibrary(f"{answer.host} sent a body encoded as {encoding!r}, which was not asked for")
 
 
-class Answer:
-    """An answer whose status and encoding are right.
+class LibraryResponse:
+    """A response with a valid status and encoding.
 
     Attributes:
         status: 200, 206 or another status below 300.
         headers: Case-insensitive.
-        host: Who answered, without credentials.
-        read: Returns up to so many bytes as they come; empty at the end of the body.
+        host: The server, without credentials.
+        read: Returns up to so many bytes as they arrive; empty at the end of the body.
     """
 
     def __init__(self, response: requests.Response, host: str, read: Callable[[int], bytes]) -> None:
@@ -162,7 +162,7 @@ class Answer:
 
     @property
     def is_page(self) -> bool:
-        """Whether it calls itself a web page."""
+        """Whether the content type is a web page."""
         kind = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         return kind in ("text/html", "application/xhtml+xml")
 
@@ -174,16 +174,16 @@ class Answer:
 
     @property
     def validator(self) -> str:
-        """What If-Range can be asked with: the strong ETag or the Last-Modified; empty when there is neither."""
+        """The validator for If-Range: the strong ETag or the Last-Modified; empty when there is neither."""
         return self.etag or self.headers.get("Last-Modified", "").strip()
 
     def content_length(self) -> int | None:
-        """The length that the answer announces, or None; garbage counts as none, the bytes themselves are counted anyway."""
+        """Return the announced length; None when it is absent or not readable. The bytes are counted anyway."""
         text = self.headers.get("Content-Length", "").strip()
         return int(text) if re.fullmatch(r"[0-9]{1,18}", text, re.ASCII) else None
 
 
-def _retry_after_s(answer: Answer, server_date: datetime | None) -> float:
+def _retry_after_s(answer: LibraryResponse, server_date: datetime | None) -> float:
     """Return the seconds of Retry-After, given as a number or as a date; 0 when there is none that can be read."""
     text = answer.headers.get("Retry-After", "").strip()
     if re.fullmatch(r"[0-9]{1,9}", text, re.ASCII):
@@ -207,8 +207,8 @@ def host_of(url: str) -> str:
 
 
 @contextmanager
-def _wrapped(host: str) -> Iterator[None]:
-    """Turn whatever the network libraries raise into this package's errors."""
+def _translated_errors(host: str) -> Iterator[None]:
+    """Translate the errors of the network libraries to errors of this package."""
     try:
         yield
     except _WRONG_URL as error:
@@ -226,7 +226,7 @@ def _wrapped(host: str) -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> str:
-    """Return the innermost reason in one line; the layers above it repeat the URL, which may carry a password."""
+    """Return the innermost reason in one line; the outer errors repeat the URL, which may contain a password."""
     innermost: BaseException = error
     for _ in range(10):
         inner = getattr(innermost, "reason", None) or innermost.__cause__ or innermost.__context__
@@ -238,7 +238,7 @@ def _cause(error: BaseException) -> str:
 
 
 class _HeaderDeadline:
-    """The headers of an answer must come within twice the silence allowed: a byte now and then does not keep the box waiting."""
+    """Limits the time for the headers of a response to twice the read timeout, even when single bytes arrive."""
 
     sock: socket.socket | None
     timeout: float | None
@@ -257,7 +257,7 @@ class _HeaderDeadline:
 
 
 def _hang_up(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # closed meanwhile: that is what was wanted
+    with contextlib.suppress(OSError):  # already closed
         socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
@@ -278,9 +278,9 @@ class _SecurePool(urllib3.HTTPSConnectionPool):
 
 
 class _Adapter(HTTPAdapter):
-    """Connections with a deadline for headers, and with a receive buffer that fits the bandwidth cap.
+    """Connections with a deadline for headers, and with a receive buffer that fits the bandwidth limit.
 
-    Without the second, the kernel would take the first megabytes at the line's full speed however slowly they are read.
+    With a larger buffer the kernel would receive the first megabytes at full speed, however slowly they are read.
     """
 
     def __init__(self, rate: float | None) -> None:
@@ -297,7 +297,7 @@ class _Adapter(HTTPAdapter):
 
 def _session(settings: SyncSettings, client_certificate: tuple[Path, Path] | None) -> requests.Session:
     session = requests.Session()
-    session.trust_env = False  # no proxy, netrc or CA bundle that somebody set for another program
+    session.trust_env = False  # no proxy, netrc or CA bundle that was set for another program
     session.headers.clear()
     session.headers.update({"User-Agent": f"model-sync/{_version()}", "Accept-Encoding": "identity"})
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))

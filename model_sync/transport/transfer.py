@@ -1,4 +1,4 @@
-"""One file over one request: the answer is checked before a byte of it is believed; :mod:`model_sync.fetcher` repeats it.
+"""One file by one request: the response is checked before its bytes are used; :mod:`model_sync.transport.fetcher` repeats it.
 
 Ranges are those of RFC 9110 section 14, If-Range its section 13.1.5.
 """
@@ -9,11 +9,11 @@ import json
 import re
 from collections.abc import Callable, Mapping
 
-from model_sync.transport.connection import Answer, Connection, host_of
+from model_sync.transport.connection import Connection, LibraryResponse, host_of
 from model_sync.transport.errors import NotTheLibrary, RangeViolation, Refused, TooLong, Unreachable
 from model_sync.transport.parts import Part
 
-# Documents up to this length may use the reserve of the day's budget, as metadata may.
+# Documents up to this length may use the reserve of the day's budget, like metadata.
 SMALL_TARGET_BYTES = 1024 * 1024
 _CONTENT_RANGE = re.compile(r"(?i:bytes) ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", re.ASCII)
 
@@ -22,7 +22,7 @@ def fetch_metadata(connection: Connection, url: str, max_length: int) -> bytes:
     """Return one metadata file, held in memory.
 
     Raises:
-        NotTheLibrary: it is a page or no TUF metadata at all. What it says is not judged here.
+        NotTheLibrary: it is a web page or no TUF metadata. Its content is not checked here.
         TooLong: more than ``max_length`` bytes.
         Unreachable, TooSlow, Refused, BudgetExhausted: see there.
     """
@@ -41,25 +41,25 @@ def fetch_metadata(connection: Connection, url: str, max_length: int) -> bytes:
         return bytes(body)
 
 
-def fetch_target(connection: Connection, url: str, part: Part, *, whole: bool, on_chunk: Callable[[], None]) -> None:
-    """Receive what a part lacks.
+def fetch_target(connection: Connection, url: str, part: Part, *, without_range: bool, on_chunk: Callable[[], None]) -> None:
+    """Receive the missing bytes of a part.
 
     Args:
-        connection: The way to the library.
-        url: Where the file is.
-        part: Where it goes; complete on return.
-        whole: Do not ask for a range: this server got one wrong.
+        connection: The connection to the library.
+        url: The URL of the file.
+        part: The part to complete.
+        without_range: Request the whole file: this server answered a range wrongly.
         on_chunk: Called when bytes were written.
 
     Raises:
-        RangeViolation: another piece, or another length; nothing was written.
-        NotTheLibrary, Unreachable, TooSlow, Refused, BudgetExhausted, DiskFull: see there; what had come is kept.
+        RangeViolation: another range or another length; nothing was written.
+        NotTheLibrary, Unreachable, TooSlow, Refused, BudgetExhausted, DiskFull: see there; the received bytes are kept.
     """
-    headers = {} if whole else _range_headers(part, host_of(url))
+    headers = {} if without_range else _range_headers(part, host_of(url))
     try:
         with connection.get(url, headers, small=part.length <= SMALL_TARGET_BYTES) as answer:
-            _begin(answer, part, headers)
-            while not part.complete:
+            _start(answer, part, headers)
+            while not part.is_complete:
                 wanted = part.length - part.size
                 chunk = answer.read(wanted)
                 if not chunk:
@@ -72,10 +72,10 @@ def fetch_target(connection: Connection, url: str, part: Part, *, whole: bool, o
         raise
 
 
-def _begin(answer: Answer, part: Part, headers: dict[str, str]) -> None:
-    """Check that the answer is the piece that was asked for, or the whole file, and cut the part where it begins."""
+def _start(answer: LibraryResponse, part: Part, headers: dict[str, str]) -> None:
+    """Check that the response is the requested range or the full file, and truncate the part where it starts."""
     start, final = 0, not headers
-    if answer.is_page and not part.note.path.endswith((".html", ".htm")):
+    if answer.is_page and not part.info.path.endswith((".html", ".htm")):
         raise NotTheLibrary(f"{answer.host} sent a web page instead of {part.name} (a login page?)")
     if answer.status == 206 and headers:
         start = part.size
@@ -87,20 +87,20 @@ def _begin(answer: Answer, part: Part, headers: dict[str, str]) -> None:
     announced = answer.content_length()
     if announced is not None and announced != part.length - start:
         raise RangeViolation(f"{answer.host} announces {announced} bytes of {part.name} instead of {part.length - start}", final=final)
-    part.begin(validator=answer.validator, host=answer.host, at=start)
+    part.start_at(validator=answer.validator, host=answer.host, at=start)
 
 
-def _of_another_file(answer: Answer, validator: str) -> bool:
-    """Say whether a 206 answer carries another validator of the kind that was sent: the server ignored If-Range."""
+def _of_another_file(answer: LibraryResponse, validator: str) -> bool:
+    """Return whether a 206 response has another validator of the kind that was sent: the server ignored If-Range."""
     given = answer.etag if validator.startswith('"') else answer.headers.get("Last-Modified", "").strip()
     return validator != "" and given not in ("", validator)
 
 
 def check_content_range(headers: Mapping[str, str], start: int, length: int) -> None:
-    """Check that a 206 answer carries exactly the bytes from ``start`` to the end of a file of ``length`` bytes.
+    """Check that a 206 response carries exactly the bytes from ``start`` to the end of a file of ``length`` bytes.
 
     Raises:
-        RangeViolation: Content-Range is missing, garbled or says anything else, or there are several pieces.
+        RangeViolation: Content-Range is missing, not readable or different, or there are several ranges.
     """
     kind = headers.get("Content-Type", "").strip().lower()
     text = headers.get("Content-Range", "").strip()
@@ -112,21 +112,21 @@ def check_content_range(headers: Mapping[str, str], start: int, length: int) -> 
 
 
 def _range_headers(part: Part, host: str) -> dict[str, str]:
-    """Return the headers that ask for the rest of a part; none when the whole file has to be asked for.
+    """Return the headers that request the rest of a part; none when the full file has to be requested.
 
-    A validator speaks for the server that gave it. On another mirror the rest may be asked for without one when the file's name
-    holds its digest: a file of that name is that file, and a lie is found when the whole is hashed.
+    A validator is valid only for the server that sent it. On another mirror the rest may be requested without one when the file
+    name contains the digest: it is the same file everywhere, and a wrong one is found when the complete file is hashed.
     """
-    note = part.note
+    info = part.info
     if part.size == 0:
         return {}
-    if note.validator and note.host == host:
-        return {"Range": f"bytes={part.size}-", "If-Range": note.validator}
-    return {"Range": f"bytes={part.size}-"} if part.hashed else {}
+    if info.validator and info.host == host:
+        return {"Range": f"bytes={part.size}-", "If-Range": info.validator}
+    return {"Range": f"bytes={part.size}-"} if part.is_content_addressed else {}
 
 
 def is_metadata(body: bytes) -> bool:
-    """Say whether bytes have the outer form of signed TUF metadata; what is inside, python-tuf judges."""
+    """Return whether bytes have the outer form of signed TUF metadata; python-tuf checks the content."""
     try:
         document = json.loads(body)
     except (ValueError, RecursionError):

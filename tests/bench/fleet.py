@@ -21,10 +21,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from model_sync.client import Client
+from model_sync.agent.client import Client
 from model_sync.settings import SyncSettings
-from tests.fleet_site import ROOT, Centre, Recorder, recorded
-from tests.library_site import tiny_bundle
+from tests.support.fleet_site import ROOT, Centre, Recorder, recorded
+from tests.support.library_site import tiny_bundle
 
 BOXES = 10_000
 _AT_ONCE = 100

@@ -13,7 +13,7 @@ from appliance.service.supervisor import Supervisor, web_address
 from appliance.store.accounts import Accounts, Role
 from appliance.store.store import Store
 from tests.support.activated import activate
-from tests.web_box import PASSWORD, Box, wait_for
+from tests.support.web_box import PASSWORD, Box, wait_for
 
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",

@@ -19,7 +19,7 @@ from tests.browser.app_box import FLAGS, READY, Clinician, RunningBox
 from tests.conftest import SHARED
 from tests.integration.appliance.inference.test_worker import chest
 from tests.support.scans import scan_bytes
-from tests.web_box import PASSWORD
+from tests.support.web_box import PASSWORD
 
 pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("built_viewer")]
 

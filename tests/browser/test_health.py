@@ -11,8 +11,8 @@ from playwright.sync_api import Browser, Playwright, expect
 from appliance.core.settings import Settings
 from appliance.model_queries import OPEN
 from tests.browser.app_box import FLAGS, Clinician, Pages
-from tests.model_journal import journal, tell
-from tests.web_box import Box, in_process
+from tests.support.model_journal import journal, tell
+from tests.support.web_box import Box, in_process
 
 pytestmark = [pytest.mark.browser]
 

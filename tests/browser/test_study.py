@@ -12,7 +12,7 @@ from appliance.core.settings import Settings
 from tests.browser.app_box import FLAGS, READY, Clinician, Pages
 from tests.integration.appliance.inference.test_worker import chest
 from tests.support.scans import scan_bytes
-from tests.web_box import Box, in_process, result
+from tests.support.web_box import Box, in_process, result
 
 pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("built_viewer")]
 

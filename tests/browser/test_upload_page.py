@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Playwright, expect
 from appliance.core.settings import Settings
 from tests.browser.app_box import FLAGS, Clinician, Pages
 from tests.support.scans import scan_bytes
-from tests.web_box import Box, in_process
+from tests.support.web_box import Box, in_process
 
 pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("built_viewer")]
 

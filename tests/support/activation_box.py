@@ -25,13 +25,13 @@ from appliance.lifecycle.journal import Journal, Wanted
 from appliance.lifecycle.journal_queries import PROVING
 from appliance.lifecycle.model_control import Whole
 from appliance.store.store import Store
-from model_sync.report import BoxReport
-from tests.library_site import Site, make_site, serve, tiny_bundle
+from model_sync.agent.report import BoxReport
 from tests.support.activated import activate
+from tests.support.library_site import Site, make_site, serve, tiny_bundle
 from tests.support.processes import children_running
 from tests.support.scans import scan_bytes
-from tests.sync_box import Box as Agent
-from tests.sync_box import make_box
+from tests.support.sync_box import Box as Agent
+from tests.support.sync_box import make_box
 
 LINE = "cxr-pneumonia"
 ENDLESS = 2**62

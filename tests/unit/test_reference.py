@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from appliance.runtime import cpu_features
 from model_sync.bundle import Manifest, ModelBundle
-from model_sync.manifest import Variant
+from model_sync.bundle.manifest import Variant
 from quantize import measures
 from quantize.errors import QuantizeError
 from quantize.pipeline import Made

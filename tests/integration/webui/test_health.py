@@ -18,9 +18,9 @@ from appliance.core.settings import Settings
 from model_sync.cli_texts import CODES
 from model_sync.cli_texts import DECISIONS as AGENT_DECISIONS
 from model_sync.cli_texts import STATES as AGENT_STATES
-from tests.model_journal import journal, rules, tell, told
+from tests.support.model_journal import journal, rules, tell, told
 from tests.support.scans import scan_bytes
-from tests.web_box import Box, in_process, result, row, words
+from tests.support.web_box import Box, in_process, result, row, words
 from webui import messages
 from webui.messages import ACTIVATIONS, LIBRARY
 from webui.models import library_view as library

@@ -10,7 +10,7 @@ from werkzeug.exceptions import ServiceUnavailable
 
 from appliance.core.settings import Settings
 from tests.support.scans import dataset, encode, scan_bytes
-from tests.web_box import PASSWORD, Box, Person, in_process, result
+from tests.support.web_box import PASSWORD, Box, Person, in_process, result
 from webui.study import frame_cache
 
 

@@ -16,7 +16,7 @@ from appliance.login_throttle import LOCKOUT_S, MAX_FAILURES, machine_of
 from appliance.store.accounts import MAX_FAILURES_EVERYWHERE, Accounts
 from appliance.store.store import Store
 from tests.support.scans import scan_bytes
-from tests.web_box import PASSWORD, Box, Person, in_process
+from tests.support.web_box import PASSWORD, Box, Person, in_process
 from webui.auth import pages as auth_pages
 from webui.server.security import CONTENT_SECURITY_POLICY, OPEN_ENDPOINTS, WITHOUT_PATIENTS
 

@@ -14,7 +14,7 @@ from appliance.core.settings import Settings
 from appliance.store.worklist import Worklist
 from tests.bench.page import fill
 from tests.support.scans import scan_bytes
-from tests.web_box import HOSTILE, Box, in_process, result, row, words
+from tests.support.web_box import HOSTILE, Box, in_process, result, row, words
 from webui import formatting, messages
 
 

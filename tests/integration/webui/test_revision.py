@@ -10,7 +10,7 @@ import pytest
 
 from appliance.core.settings import Settings
 from tests.support.scans import scan_bytes
-from tests.web_box import Box, Person, in_process, result, served
+from tests.support.web_box import Box, Person, in_process, result, served
 
 
 @pytest.fixture

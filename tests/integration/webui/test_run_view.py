@@ -17,7 +17,7 @@ from appliance.runtime import Candidate
 from appliance.store.tuning_requests import Tunings
 from appliance.tuning.selection import Row, choose
 from tests.support.scans import scan_bytes
-from tests.web_box import Box, Person, in_process, result
+from tests.support.web_box import Box, Person, in_process, result
 
 DIGEST = "ab" * 32
 

@@ -20,7 +20,7 @@ from appliance.cli.demo import _self_signed
 from appliance.core.errors import ApplianceError
 from appliance.core.settings import Settings
 from tests.support.scans import scan_bytes
-from tests.web_box import ROOT, Served, begin, outcome, send, served, upload, wait_for
+from tests.support.web_box import ROOT, Served, begin, outcome, send, served, upload, wait_for
 from webui import app as app_module
 from webui import create_app
 from webui.server import process

@@ -19,7 +19,7 @@ import requests
 
 from appliance.cli.demo import _self_signed
 from tests.support.scans import scan_bytes
-from tests.web_box import PASSWORD, TUS, Box, Person, Served, begin, outcome, send, served, wait_for
+from tests.support.web_box import PASSWORD, TUS, Box, Person, Served, begin, outcome, send, served, wait_for
 from webui.server import connection_guard
 
 OTHER = "127.0.0.2"  # another machine, as far as the server can tell

@@ -25,7 +25,7 @@ from appliance.core.errors import StoreError
 from appliance.core.settings import Settings
 from appliance.store.store import Store
 from tests.support.scans import scan_bytes
-from tests.web_box import TUS, Box, Person, begin, in_process, metadata, outcome, send, served, upload, wait_for
+from tests.support.web_box import TUS, Box, Person, begin, in_process, metadata, outcome, send, served, upload, wait_for
 from webui.upload import finaliser, upload_store
 from webui.upload.service import UploadService, display_name, parse_form
 from webui.upload.upload_store import UploadStore

@@ -14,7 +14,7 @@ from appliance.core.domain import JobResult, Note, ScanState, Source
 from appliance.core.settings import Settings
 from appliance.ingest.ingest import Ingest
 from tests.support.scans import scan_bytes
-from tests.web_box import HOSTILE, Box, Person, in_process, result, row, words
+from tests.support.web_box import HOSTILE, Box, Person, in_process, result, row, words
 
 BUTTON = re.compile(r'<button class="first" form="read-first" formaction="(/studies/\d+/urgent)"')
 UNDO = re.compile(r'<button class="not-first" form="read-first" formaction="(/studies/\d+/routine)"')

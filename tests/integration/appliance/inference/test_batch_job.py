@@ -27,10 +27,10 @@ from appliance.store.store import Store
 from appliance.store.tuning_requests import Tunings
 from appliance.store.worklist import Worklist
 from quantize.reference.phantom import Phantom, dataset
-from tests.library_site import tiny_bundle
 from tests.support import activation_box
 from tests.support.activated import activate
 from tests.support.activation_box import _constant, end_workers, finish_with, looping, rewire, worker, write_settings
+from tests.support.library_site import tiny_bundle
 from tests.support.scans import scan_bytes
 
 SOURCE = Source("upload", "demo")

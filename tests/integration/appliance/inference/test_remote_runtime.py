@@ -28,15 +28,15 @@ from appliance.store.store import Store
 from appliance.store.tuning_requests import Tunings
 from appliance.store.worklist import JobView, Worklist
 from appliance.tuning.selection import Plan
+from model_sync.agent.report import BoxReport
 from model_sync.bundle import Manifest
-from model_sync.report import BoxReport
 from tests.integration.appliance.inference.test_batch_job import chest, take
 from tests.integration.appliance.inference.test_volume_job import bundle_in
 from tests.integration.appliance.tuning.test_tune_worker import wait_until
-from tests.library_site import tiny_bundle
 from tests.support import series as made_up
 from tests.support.activated import activate
 from tests.support.kserve_server import KserveServer
+from tests.support.library_site import tiny_bundle
 from tests.support.scans import encode
 from tests.support.tune_box import add_variant, wrong
 

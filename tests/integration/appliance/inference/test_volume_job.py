@@ -25,9 +25,8 @@ from appliance.store.store import Store
 from appliance.store.volume_results import VolumeResults
 from appliance.store.worklist import Worklist
 from model_sync.bundle import ModelBundle
-from tests import web_box
 from tests.support import series as made_up
-from tests.support import volume_bundle
+from tests.support import volume_bundle, web_box
 from tests.support.activated import activate
 from tests.support.scans import dataset, encode
 from tests.unit.appliance.imaging.test_volume_segmentation import golden

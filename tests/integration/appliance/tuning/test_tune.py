@@ -28,8 +28,8 @@ from appliance.tuning.selection import SAME_TIME, Choice, Row
 from appliance.tuning.tuner import Limits, Subject, tune
 from model_sync.bundle import ModelBundle
 from tests.integration.appliance.inference.test_batch_job import reader
-from tests.library_site import tiny_bundle
 from tests.support.activation_box import Box, nan_on_pictures, provers
+from tests.support.library_site import tiny_bundle
 from tests.support.processes import children_running
 from tests.support.tune_box import add_junk, add_variant, brief, endless, not_a_number, not_on, slow, table_of, wrong
 

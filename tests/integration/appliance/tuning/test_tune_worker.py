@@ -27,8 +27,8 @@ from appliance.store.worklist import Worklist
 from appliance.tuning.selection import Plan
 from tests.integration.appliance.inference.test_batch_job import chest, reader, take
 from tests.integration.appliance.tuning.test_tune import command
-from tests.library_site import tiny_bundle
 from tests.support.activation_box import Box, end_workers, finish_with, provers, watched, worker, write_settings
+from tests.support.library_site import tiny_bundle
 from tests.support.tune_box import add_variant, wrong
 
 LINE = "cxr-pneumonia"

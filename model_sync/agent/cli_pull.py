@@ -1,0 +1,116 @@
+"""The commands ``pull`` and ``import-usb``: progress, failed attempts, and the result."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from model_sync.agent.client import Client
+from model_sync.agent.decision import Decision, PullResult
+from model_sync.agent.sync_status import Progress
+from model_sync.cli_texts import CODES, DECISIONS, PULL, STICK, language, say
+from model_sync.errors import Action, LibraryUnreachable, ModelSyncError, exit_code
+from model_sync.settings import SyncSettings
+from model_sync.transport.connection import host_of
+
+_MIB = 2**20
+
+
+def pull(settings: SyncSettings) -> int:
+    """Poll the library once while a person waits; return the exit code."""
+    if settings.urls:
+        print(say(PULL, "asking", language()).format(hosts=", ".join(map(host_of, settings.urls))), file=sys.stderr, flush=True)
+    try:
+        with ProgressLine() as progress_line:
+            result = Client(settings.for_interactive_use(), on_retry=progress_line.print_retry).pull(progress_line.show)
+    except LibraryUnreachable as error:
+        print(f"error: {_with_code(error)}", file=sys.stderr)
+        _print_advice(error)
+        return exit_code(error)
+    _print_lines(result)
+    print(f"{result.received_bytes} bytes received")
+    return _print_problems(result)
+
+
+def import_usb(settings: SyncSettings, directory: Path) -> int:
+    """Import what this box should have from a USB stick; return the exit code."""
+    with ProgressLine() as progress_line:
+        result = Client(settings).import_usb(directory, progress_line.show)
+    _print_lines(result)
+    code = _print_problems(result)
+    what, names = _import_result(result, settings.ring)
+    print(say(STICK, what, language()).format(what=names))
+    return code
+
+
+def _import_result(result: PullResult, ring: str) -> tuple[str, str]:
+    """Return the key of the text about an import, and its models: new ones before those that were here."""
+    ready = {name: f"{name} {line.version}" for name, line in result.lines.items() if line.decision is Decision.READY}
+    if result.new_lines:
+        return "taken", ", ".join(ready[name] for name in sorted(result.new_lines))
+    if ready:
+        return "same", ", ".join(ready.values())
+    if all(line.decision is Decision.NONE for line in result.lines.values()):
+        return "no_rollout", ring
+    return "nothing", ""
+
+
+def _print_lines(result: PullResult) -> None:
+    for name, line in result.lines.items():
+        at = f" ({line.at:%Y-%m-%d %H:%M} UTC)" if line.at else ""
+        print(f"{name} {line.version}: {say(DECISIONS, line.decision, language())}{at}")
+
+
+def _print_problems(result: PullResult) -> int:
+    for name, problem in result.problems.items():
+        if problem.action is Action.NONE:
+            print(f"{name}: {problem.message}")
+        else:
+            print(f"error: {name}: {_with_code(problem)}", file=sys.stderr)
+    if result.worst_problem is not None:
+        _print_advice(result.worst_problem)
+    return exit_code(result.worst_problem)
+
+
+def _with_code(error: ModelSyncError) -> str:
+    return f"[{error.code}] {error}"
+
+
+def _print_advice(error: ModelSyncError) -> None:
+    """Print what a failed link means, and what happens now."""
+    if error.action is not Action.RETRY:
+        return
+    advice = CODES.get(error.code)
+    texts = [say(PULL, "unreachable", language()), getattr(advice.do, language()) if advice else "", say(PULL, "then", language())]
+    print("\n".join(filter(None, texts)), file=sys.stderr)
+
+
+class ProgressLine:
+    """A progress line on a terminal, nothing elsewhere; failed attempts are printed everywhere."""
+
+    def __init__(self) -> None:
+        self._shown = False
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def show(self, progress: Progress) -> None:
+        """Replace the progress line."""
+        if sys.stderr.isatty():
+            self._shown = True
+            done, total = progress.done_bytes / _MIB, progress.total_bytes / _MIB
+            print(f"\r\x1b[K{progress.file}: {done:.1f} / {total:.1f} MiB", end="", file=sys.stderr, flush=True)
+
+    def print_retry(self, error: LibraryUnreachable, pause_s: float) -> None:
+        """Print what failed, and the seconds until the next attempt."""
+        self._clear()
+        again = say(PULL, "again", language()).format(message=error.message, code=error.code, pause=pause_s)
+        print(again, file=sys.stderr, flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        if self._shown:
+            self._shown = False
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,62 @@
+"""Import from a USB stick: where the library is on it, and errors worded for the person who holds the stick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tuf.api.metadata import Metadata, Root
+
+from model_sync.errors import Action, ModelSyncError, TrustError, UsbIncomplete
+from model_sync.trust import metadata
+
+FOLDER = "clinic-models"
+_MAKE_AGAIN = "make the stick anew with `model-library export-usb`; the model in use stays"
+_WORDING = {
+    "trust.rollback": "the stick is older than this box",
+    "trust.expired": "the stick has expired",
+    "trust.part_expired": "a part of the stick has expired",
+    "trust.digest": "a file on the stick was altered or damaged",
+    "trust.signature": "the stick cannot be believed",
+    "trust.metadata": "the stick cannot be believed",
+}
+
+
+def find_tree(directory: Path) -> Path:
+    """Return the library's directory on a stick, given the mount point or that directory itself.
+
+    Raises:
+        UsbIncomplete: there is none.
+    """
+    for path in (directory / FOLDER, directory):
+        if (path / "metadata").is_dir():
+            return path
+    raise UsbIncomplete(
+        f"{directory} holds no folder {FOLDER}/metadata",
+        hint="point to the stick itself, which is made with `model-library export-usb`; the model in use stays",
+    )
+
+
+def reword_error(error: ModelSyncError, stick: Path, root: Path) -> ModelSyncError:
+    """Return an error of an import in words for the technician; an error of the box's own disk is returned unchanged."""
+    if isinstance(error, TrustError) and error.code in ("trust.signature", "trust.metadata") and _is_from_other_library(stick, root):
+        return TrustError(
+            "the stick is of another library: its root.json is not the one this box was installed with",
+            hint="use a stick of your own central team; the model in use stays",
+            code="trust.foreign_root",
+        )
+    if isinstance(error, TrustError) and error.code in _WORDING:
+        hint = error.hint if "clock of this box is wrong" in error.hint else _MAKE_AGAIN
+        return TrustError(f"{_WORDING[error.code]}: {error.message}", hint=hint, code=error.code, action=error.action)
+    if error.action is Action.RETRY:
+        return UsbIncomplete(f"the stick is incomplete: {error.message}", hint=_MAKE_AGAIN)
+    return error
+
+
+def _is_from_other_library(stick: Path, root: Path) -> bool:
+    """Return whether the stick carries another root than the provisioned one under the same version number."""
+    raw = metadata.read_root(root)
+    file = stick / "metadata" / f"{Metadata[Root].from_bytes(raw).signed.version}.root.json"
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:  # not trusted: read no more than the comparison needs
+        return stream.read(len(raw) + 1) != raw

@@ -1,0 +1,163 @@
+"""Atomic writes: a file is written beside its place, flushed to the disk, then renamed, so a power cut leaves the old or the new one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from model_sync.errors import Action, LibraryUnreachable
+
+_SHARED_FILE, _SHARED_DIRECTORY = 0o644, 0o755
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_FILE = (errno.ELOOP, errno.ENXIO)  # a link, a socket
+MAX_JSON_BYTES = 4 << 20
+
+
+class NotRegularFileError(OSError):
+    """A path is not the small regular file that is expected: a link, a pipe, a device, a directory, or too large."""
+
+
+def write(path: Path, data: bytes) -> None:
+    """Replace the content of ``path``; a reader sees the old bytes or the new ones, never a part.
+
+    Raises:
+        OSError: nothing was replaced.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _SHARED_FILE), "wb") as stream:
+            os.fchmod(stream.fileno(), _SHARED_FILE)
+            stream.write(data)
+            flush(stream)
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace the content of ``path`` by a JSON document, as :func:`write` does."""
+    write(path, (json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n").encode())
+
+
+def read(path: Path, limit: int, *, follow: bool = False) -> bytes:
+    """Return the content of a small regular file that another account may have written; never blocks on a pipe.
+
+    Args:
+        path: the file.
+        limit: the largest allowed length in bytes.
+        follow: whether it may be a symbolic link; never in a directory that another account writes.
+
+    Raises:
+        NotPlain: it is a link, a pipe, a device or a directory (``EINVAL``), or larger (``EFBIG``).
+        OSError: it is absent or cannot be read.
+    """
+    # Without O_NONBLOCK opening a pipe waits for its writer.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
+        raise NotRegularFileError(errno.EINVAL, "it is no plain file", str(path)) from error
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise NotRegularFileError(errno.EINVAL, "it is no plain file", str(path))
+        with open(descriptor, "rb", closefd=False) as stream:
+            data = stream.read(limit + 1)
+    finally:
+        os.close(descriptor)
+    if len(data) > limit:
+        raise NotRegularFileError(errno.EFBIG, f"it is larger than {limit} bytes", str(path))
+    return data
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object; an empty one when the file is absent, unreadable or damaged."""
+    try:
+        value = json.loads(read(path, MAX_JSON_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def flush(stream: IO[bytes]) -> None:
+    """Flush an open file to the disk."""
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def create(path: Path, data: bytes, mode: int) -> None:
+    """Create a file with its content flushed to the disk.
+
+    Raises:
+        FileExistsError: it exists; it was not changed.
+        OSError: it cannot be written.
+    """
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as stream:
+        stream.write(data)
+        flush(stream)
+
+
+def sync_file(path: Path) -> None:
+    """Flush one file to the disk."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Flush the entries of one directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(root: Path) -> None:
+    """Flush every file and directory below ``root``, and make them readable by other accounts."""
+    for directory, _, files in os.walk(root):
+        os.chmod(directory, _SHARED_DIRECTORY)
+        for name in files:
+            os.chmod(Path(directory, name), _SHARED_FILE)
+            sync_file(Path(directory, name))
+        sync_directory(Path(directory))
+
+
+def iterate_files(root: Path) -> Iterator[Path]:
+    """Yield every regular file below ``root``; nothing when there is no such directory."""
+    for directory, _, files in os.walk(root):
+        for name in files:
+            if (path := Path(directory, name)).is_file():
+                yield path
+
+
+def remove_tree(root: Path) -> None:
+    """Remove a directory tree; errors are ignored."""
+    shutil.rmtree(root, ignore_errors=True)
+
+
+def disk_error(error: OSError) -> LibraryUnreachable:
+    """Return the error for a full disk or a directory that cannot be written; the library is not at fault."""
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in _FULL:
+        return LibraryUnreachable(
+            f"the disk is full{where}; what was received is kept, the model in use stays",
+            hint="free some disk space; the update goes on by itself where it stopped",
+            code="sync.disk_full",
+            action=Action.OPERATOR,
+        )
+    return LibraryUnreachable(
+        f"a file of the sync agent cannot be read or written{where}: {error.strerror or error}; the model in use stays",
+        hint="check that the disk is healthy and that the agent's account owns state_dir and exchange_dir",
+        code="sync.state",
+        action=Action.OPERATOR,
+    )
