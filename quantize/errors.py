@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 
 class QuantizeError(Exception):
     """A bundle cannot be made from what was given.
@@ -22,3 +24,11 @@ class QuantizeError(Exception):
     def __str__(self) -> str:
         """Return the message followed by the hint, the way a command line shows it."""
         return f"{self.message}\nhint: {self.hint}"
+
+
+def print_os_error(error: OSError) -> int:
+    """Print which path could not be read or written, why, and what to do; return the exit code 1."""
+    where = f": {error.filename}" if error.filename else ""
+    print(f"quantize: {error.strerror or 'reading or writing failed'}{where}", file=sys.stderr)
+    print("hint: check the path, its permissions and the space on the disk", file=sys.stderr)
+    return 1

@@ -3,11 +3,12 @@
 read and check -> clean up, activation map -> float scores, operating points -> fp16 and every int8 recipe, each before the gate on
 every runtime here, each in a process that may die -> layers back to float where no int8 passes -> times -> what is shipped -> golden
 cases, histograms, ``gate.json``, model card, manifest -> checked as a box checks it, put in place in one go. A run that was
-interrupted goes on where it was: see ``quantize.resume``.
+interrupted goes on where it was: see ``quantize.work_directory``.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,23 +17,27 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from model_sync.errors import BundleError
-from quantize import assemble, card, checks, golden, mixed, modelopt, prepare, proofs, scoring, selection
-from quantize.assemble import Documents, Measured
-from quantize.candidates import Maker, Source, all_makers, calibration
+from quantize.bundle import assembly, golden_cases, model_card
+from quantize.bundle.assembly import Documents, Measured
 from quantize.draft import MODEL_CARD, Draft
 from quantize.errors import QuantizeError
-from quantize.gate import Limits
+from quantize.gate import gate_runs, mixed_precision, predictions, preparation, selection
+from quantize.gate.gate_runs import Ground
+from quantize.gate.selection import Tried
+from quantize.gate.verdicts import Limits
+from quantize.graph import model_checks
 from quantize.progress import Progress
-from quantize.proofs import Ground
-from quantize.record import record
-from quantize.resume import Work
-from quantize.selection import Tried
+from quantize.recipes import modelopt
+from quantize.recipes.variant_makers import Maker, Source, all_makers, calibration
+from quantize.report import html_report
+from quantize.report.run_record import record
+from quantize.work_directory import Work
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from model_sync.bundle import Manifest
-    from quantize.data import PictureSet
+    from quantize.gate.image_sets import PictureSet
 
 _WEIGHTS: Final = {
     "model": 2.0,
@@ -125,7 +130,7 @@ def run(recipe: BundleRecipe, progress: Progress | None = None) -> Made:
     """
     if recipe.out.exists() and not recipe.replace:
         raise QuantizeError(f"{recipe.out} is there already", hint="name another directory, or allow it with --replace", code="out.exists")
-    checks.need_file(recipe.model)
+    model_checks.need_file(recipe.model)
     draft = Draft.load(recipe.draft)
     with Work(recipe.out.with_name(recipe.out.name + ".work")) as work:
         progress = progress or Progress({})
@@ -138,25 +143,25 @@ def run(recipe: BundleRecipe, progress: Progress | None = None) -> Made:
 
 
 def _run(recipe: BundleRecipe, draft: Draft, work: Work, progress: Progress) -> Made:
-    found = prepare.read_float(recipe.model, draft, work, progress.begin("model", "checking and cleaning up the float model"))
+    found = preparation.read_float(recipe.model, draft, work, progress.begin("model", "checking and cleaning up the float model"))
     found = replace(found, notes=(*found.notes, *modelopt.remark(recipe.optimizer)))
-    calibrating, evaluation = prepare.read_sets(found, recipe.calibration, recipe.evaluation, recipe.calibration_limit, work, progress)
-    places, absent = scoring.places()
+    calibrating, evaluation = preparation.read_sets(found, recipe.calibration, recipe.evaluation, recipe.calibration_limit, work, progress)
+    places, absent = predictions.places()
     told = progress.begin("float", "the float model's answers")
-    reference = proofs.reference_answers(found, evaluation, work, told)
+    reference = gate_runs.reference_answers(found, evaluation, work, told)
     ground = Ground(found, evaluation, recipe.limits, places, absent, work, reference)
-    ground.thresholds = assemble.thresholds(evaluation, reference, _aims(draft))
+    ground.thresholds = assembly.thresholds(evaluation, reference, _aims(draft))
     tried, source = _try_all(recipe, ground, calibrating, progress)
     selection.refuse_failed(tried)
     _need_float(tried)
     selection.best_calibration(tried)
-    proofs.measure(tried, ground, progress.begin("speed", "measuring the speed of what passed"))
+    gate_runs.measure(tried, ground, progress.begin("speed", "measuring the speed of what passed"))
     selection.refuse_slow(tried, absent)
     selection.keep_fastest(tried, one_int8=recipe.one_int8)
     for entry in tried:
         if entry.refused is None and entry.precision == "int8":
             told = progress.begin("layers", f"what each layer of {entry.name} costs")
-            entry.layers = mixed.shown(mixed.costs(entry, source, ground, told))
+            entry.layers = mixed_precision.shown(mixed_precision.costs(entry, source, ground, told))
     manifest, measured = _assemble(recipe, ground, tried, progress)
     return Made(manifest, tuple(tried), record(ground, tried, measured, calibrating, manifest))
 
@@ -181,10 +186,12 @@ def _try_all(recipe: BundleRecipe, ground: Ground, calibrating: PictureSet, prog
 
 def _try_mixed(tried: Sequence[Tried], source: Source, ground: Ground, calibrating: PictureSet, progress: Progress) -> list[Tried]:
     more = []
-    for entry in mixed.nearest(tried):
-        found = mixed.costs(entry, source, ground, progress.begin(f"layers {entry.name}", f"what each layer of {entry.name} costs"))
-        entry.layers = mixed.shown(found)
-        for maker in mixed.makers(entry, found):
+    for entry in mixed_precision.nearest(tried):
+        found = mixed_precision.costs(
+            entry, source, ground, progress.begin(f"layers {entry.name}", f"what each layer of {entry.name} costs")
+        )
+        entry.layers = mixed_precision.shown(found)
+        for maker in mixed_precision.makers(entry, found):
             more.append(_try(maker, source, ground, calibrating, progress))
             if more[-1].passed:
                 break
@@ -209,14 +216,14 @@ def _source(ground: Ground, calibrating: PictureSet, progress: Progress) -> Sour
 
 
 def _try(maker: Maker, source: Source, ground: Ground, calibrating: PictureSet, progress: Progress) -> Tried:
-    entry = proofs.make(maker, source, ground, calibrating.digest, progress.begin(f"make {maker.name}", f"making {maker.name}"))
+    entry = gate_runs.make(maker, source, ground, calibrating.digest, progress.begin(f"make {maker.name}", f"making {maker.name}"))
     _prove(entry, ground, progress)
     return entry
 
 
 def _prove(entry: Tried, ground: Ground, progress: Progress) -> None:
     where = ", ".join(place.title for place in ground.places)
-    proofs.prove(entry, ground, progress.begin(f"gate {entry.name}", f"{entry.name} before the gate on {where}"))
+    gate_runs.prove(entry, ground, progress.begin(f"gate {entry.name}", f"{entry.name} before the gate on {where}"))
 
 
 def _need_float(tried: Sequence[Tried]) -> None:
@@ -234,13 +241,13 @@ def _assemble(recipe: BundleRecipe, ground: Ground, tried: Sequence[Tried], prog
     named = recipe.measured_on or recipe.evaluation.resolve().name
     measured = Measured.of(ground, named)
     results = Results(ground, measured, kept)
-    gate = assemble.gate_record(ground, tried, kept, _sized(named, ground))
+    gate = assembly.gate_record(ground, tried, kept, _sized(named, ground))
     if recipe.more is not None:
         gate |= recipe.more(results)
     documents = Documents(_card(recipe, results), gate)
     recipe.out.resolve().parent.mkdir(parents=True, exist_ok=True)
     try:
-        return assemble.write(ground, kept, measured, _golden(recipe, ground), documents, recipe.out, told), measured
+        return assembly.write(ground, kept, measured, _golden(recipe, ground), documents, recipe.out, told), measured
     except BundleError as error:
         raise QuantizeError(f"what was made is no bundle: {error.message}", hint=error.hint, code="bundle.invalid") from error
 
@@ -255,12 +262,29 @@ def _card(recipe: BundleRecipe, results: Results) -> str:
     own = recipe.draft.with_name(MODEL_CARD)
     if own.is_file():
         return own.read_text(encoding="utf-8")
-    return card.card(results.ground.found.draft, results.measured, card.gate_chapter(results.ground, results.kept))
+    return model_card.card(results.ground.found.draft, results.measured, model_card.gate_chapter(results.ground, results.kept))
 
 
 def _golden(recipe: BundleRecipe, ground: Ground) -> dict[str, NDArray[np.uint8]]:
     spec = ground.found.draft.input
     if recipe.golden is not None:
-        return golden.given_pictures(recipe.golden, spec)
+        return golden_cases.given_pictures(recipe.golden, spec)
     score = ground.reference.score[:, 0] if ground.reference.score.size else np.zeros(len(ground.evaluation))
-    return golden.averaged_pictures(ground.evaluation, score, spec)
+    return golden_cases.averaged_pictures(ground.evaluation, score, spec)
+
+
+def write_report(made: Made, out: Path) -> None:
+    """Write the record and the HTML report of a finished run beside the bundle; print one line per variant.
+
+    Raises:
+        QuantizeError: ``report.matplotlib``: matplotlib is not installed.
+    """
+    record_path, page = out.with_name(out.name + ".report.json"), out.with_name(out.name + ".report.html")
+    record_path.write_text(json.dumps(made.record, ensure_ascii=False), encoding="utf-8")
+    html_report.write(made.record, page)
+    print(f"{made.manifest.name} {made.manifest.version}: {out}")
+    for entry in made.tried:
+        times = ", ".join(f"{place.title} {timed.median_ms:.2f} ms" for place, timed in entry.timed.items())
+        said = "shipped" if entry.refused is None else f"left out: {entry.refused.code}: {entry.refused.detail}"
+        print(f"  {entry.name}: {said}" + (f" ({times})" if times and entry.refused is None else ""))
+    print(f"report: {page}")

@@ -24,15 +24,17 @@ from PIL import Image
 
 from appliance.preprocess import from_display
 from model_sync.bundle import InputSpec, SourceMeasure
-from quantize import measures, modelopt, plots
-from quantize.candidates import all_makers
-from quantize.card import gate_chapter
+from quantize.bundle.model_card import gate_chapter
 from quantize.draft import Draft
-from quantize.errors import QuantizeError
-from quantize.pipeline import BundleRecipe, Made, Results, run
+from quantize.errors import QuantizeError, print_os_error
+from quantize.gate import roc_statistics
+from quantize.pipeline import BundleRecipe, Made, Results, run, write_report
 from quantize.progress import Progress
-from quantize.reference import card, measure
+from quantize.recipes import modelopt
+from quantize.recipes.variant_makers import all_makers
+from quantize.reference import model_card, training_set
 from quantize.reference.phantom import Opacity, Phantom, display
+from quantize.report import plots
 
 DRAFT: Final = Path(__file__).with_name("draft.toml")
 _WRITTEN: Final = Draft.load(DRAFT)
@@ -96,7 +98,7 @@ def lay_out(shared: Path, directory: Path) -> None:
     Raises:
         QuantizeError: The pictures are not there.
     """
-    pictures = measure.TrainingSet.load(shared / "data" / "cxr_train_224.npz")
+    pictures = training_set.TrainingSet.load(shared / "data" / "cxr_train_224.npz")
     held_out = pictures.held_out()
     others = np.flatnonzero(~held_out)
     drawn = np.sort(np.random.default_rng(CALIBRATION_SEED).choice(others, CALIBRATION, replace=False))
@@ -109,7 +111,7 @@ def lay_out(shared: Path, directory: Path) -> None:
             Image.fromarray(display(phantom)).save(golden / f"{name}.png")
 
 
-def _lay_out(pictures: measure.TrainingSet, indices: NDArray[np.intp], directory: Path) -> None:
+def _lay_out(pictures: training_set.TrainingSet, indices: NDArray[np.intp], directory: Path) -> None:
     part = directory.with_name(directory.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -133,7 +135,7 @@ def build(
         shared: directory with ``data`` and ``models``.
         out: the bundle's directory.
         progress: where it is shown how far it is.
-        only: names of the candidates to try (``quantize.candidates.all_makers``); all when empty.
+        only: names of the candidates to try (``quantize.recipes.variant_makers.all_makers``); all when empty.
         optimizer: the nvidia-modelopt whose variants are tried too, or why there is none.
 
     Raises:
@@ -143,14 +145,14 @@ def build(
     reference = Reference.open(weights)
     sets = out.with_name(out.name + ".sets")
     lay_out(shared, sets)
-    apart = measure.independent(shared / "data", reference.score)
+    apart = training_set.independent(shared / "data", reference.score)
 
     def independent(results: Results) -> list[SourceMeasure]:
-        return measures.per_source(apart, results.ground.thresholds[0]) if apart else []
+        return roc_statistics.per_source(apart, results.ground.thresholds[0]) if apart else []
 
     def write_card(results: Results) -> str:
         point = results.measured.points[0]
-        return card.card(VERSION, point, independent(results), gate_chapter(results.ground, results.kept))
+        return model_card.card(VERSION, point, independent(results), gate_chapter(results.ground, results.kept))
 
     makers = tuple(maker for maker in (*all_makers(), *modelopt.makers(optimizer)) if maker.name in only) if only else None
     recipe = BundleRecipe(
@@ -177,17 +179,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     modelopt.add_options(parser)
     parser.add_argument("--report", type=Path, help="directory for the report and its record; that of --out otherwise")
     options = parser.parse_args(argv)
-    from quantize.cli import finish, say_os_error
-
     try:
         plots.require()
         made = build(options.shared, options.out, only=options.only, optimizer=modelopt.asked(options))
-        finish(made, options.out if options.report is None else options.report / options.out.name)
+        write_report(made, options.out if options.report is None else options.report / options.out.name)
     except QuantizeError as error:
         print(error, file=sys.stderr)
         return 1
     except OSError as error:
-        return say_os_error(error)
+        return print_os_error(error)
     point = made.manifest.operating_point(LABEL)
     print(f"threshold {point.threshold:.4f}")
     print(f"  sensitivity {point.sensitivity.value:.4f} ({point.sensitivity.low:.4f} to {point.sensitivity.high:.4f})")

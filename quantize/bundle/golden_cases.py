@@ -1,0 +1,111 @@
+"""Golden cases: a few pictures with the float model's answer, which every box holds each candidate against.
+
+They are shipped to every box, so no picture of a patient may be among them. Where nobody gives pictures that are free to go
+(phantoms), each case is the average of many evaluation pictures, in which no patient can be seen, taken along the range of scores.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from PIL import Image
+
+from model_sync.bundle import Golden, Precision
+from quantize.errors import QuantizeError
+from quantize.gate.image_files import UnreadableError, displayed, find
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from model_sync.bundle import InputSpec
+    from quantize.gate.image_sets import PictureSet
+    from quantize.gate.predictions import Answers
+
+CASES: Final = 6
+AVERAGED: Final = 12
+# Least tolerance per precision: runtimes and processors that were not at hand differ by so much. fp32 in the sixth digit, and in the
+# third where a GPU computes in TF32.
+FLOOR: Final[dict[Precision, float]] = {"fp32": 0.002, "fp16": 0.01, "mixed": 0.05, "int8": 0.05}
+MARGIN: Final = 2.0
+_DIGITS: Final = 5
+_MAP_DIGITS: Final = 4
+
+
+def given_pictures(directory: Path, spec: InputSpec) -> dict[str, NDArray[np.uint8]]:
+    """Read the golden pictures that somebody chose, uint8 [rows, columns] by name.
+
+    Raises:
+        QuantizeError: ``golden.empty``, ``golden.unreadable``.
+    """
+    found = {}
+    for path in find(directory):
+        try:
+            found[path.stem.lower()] = displayed(path, 0, spec)
+        except UnreadableError as error:
+            raise QuantizeError(
+                f"the golden picture {path.name} cannot be read: {error}",
+                hint="give PNG or DICOM files without patients",
+                code="golden.unreadable",
+            ) from error
+    if not found:
+        raise QuantizeError(f"there is no picture in {directory}", hint="a bundle needs golden cases", code="golden.empty")
+    return found
+
+
+def averaged_pictures(pictures: PictureSet, score: NDArray[np.float64], spec: InputSpec) -> dict[str, NDArray[np.uint8]]:
+    """Make golden pictures of a set: averages of pictures that lie beside each other in the order of their score.
+
+    Args:
+        pictures: the evaluation set.
+        score: of each of its pictures, [n].
+        spec: the model's input; the pictures come in its size.
+    """
+    order = np.argsort(score, kind="stable")
+    found = {}
+    for number, part in enumerate(np.array_split(order, CASES)):
+        if not len(part):
+            continue
+        chosen = part[np.linspace(0, len(part) - 1, min(AVERAGED, len(part))).astype(int)]
+        whole = np.zeros((spec.height, spec.width), np.float64)
+        for index in chosen:
+            row = pictures.rows[int(index)]
+            picture = Image.fromarray(displayed(row.path, row.index, spec))
+            whole += np.asarray(picture.resize((spec.width, spec.height), Image.Resampling.BILINEAR), np.float64)
+        found[f"average-{number}"] = np.rint(whole / len(chosen)).astype(np.uint8)
+    return found
+
+
+def case_file(pixels: NDArray[np.uint8], answers: Answers) -> tuple[bytes, list[float]]:
+    """Return the npz of one case and its probabilities, as ``answers`` (of one picture) has them.
+
+    Probabilities and map are rounded where float noise between processors begins.
+    """
+    buffer = io.BytesIO()
+    probability = np.round(answers.score, _DIGITS).astype(np.float32)
+    arrays = {"pixels": pixels, "probability": probability}
+    if answers.cam is not None:
+        arrays["cam"] = np.round(answers.cam, _MAP_DIGITS)
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # its stub takes no keywords of mixed dtype
+    return buffer.getvalue(), [round(float(value), _DIGITS) for value in probability[0]]
+
+
+def tolerance(precision: Precision, measured: Iterable[float]) -> float:
+    """The tolerance of a precision: twice the largest difference measured on any runtime here, and at least the floor.
+
+    Args:
+        precision: the variant's.
+        measured: differences of its golden cases, as the box computes them (``appliance.golden``).
+    """
+    wanted = MARGIN * max(measured, default=0.0)
+    # Cut up to two digits after the point, so that noise in the sixth does not change the bundle.
+    return max(FLOOR[precision], math.ceil(wanted * 100 - 1e-6) / 100 if wanted > FLOOR[precision] else 0.0)
+
+
+def entry(name: str, digest: str, labels: Iterable[str], expected: Iterable[float], tolerances: dict[Precision, float]) -> Golden:
+    """The case as the manifest lists it."""
+    return Golden(input=name, sha256=digest, expected=dict(zip(labels, expected, strict=True)), tolerance=tolerances)

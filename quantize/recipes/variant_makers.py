@@ -1,0 +1,107 @@
+"""The variants that are tried: what each is called, how it is made, and what its making depends on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+
+from quantize.recipes import fp16, int8
+from quantize.recipes.int8 import Calibration, Recipe
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from model_sync.bundle import Precision
+    from quantize.work_directory import Work
+
+Activations: TypeAlias = Literal["symmetric", "unsigned"] | None
+Told = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What variants are made from: the cleaned float model, and what is measured of it on the calibration set.
+
+    Attributes:
+        model: the cleaned model.
+        tensors: the calibration set, float32 [n, ...].
+        measured: the calibration; called when it is first needed, because a run that goes on may not need it any more.
+    """
+
+    model: Any
+    tensors: NDArray[np.float32]
+    measured: Callable[[], Calibration]
+
+
+@dataclass(frozen=True)
+class Maker:
+    """One variant to try.
+
+    Attributes:
+        name: in one word.
+        precision: as in the manifest.
+        activations: as in the manifest.
+        recipe: how it is made, in words for the manifest.
+        make: writes the ONNX file; raises QuantizeError where it cannot be made.
+        family: makers of one family differ in calibration alone; "" is alone.
+        depends: what else its making depends on, JSON types.
+    """
+
+    name: str
+    precision: Precision
+    activations: Activations
+    recipe: str
+    make: Callable[[Source, Path, Told], None]
+    family: str = ""
+    depends: Any = None
+
+
+def all_makers() -> tuple[Maker, ...]:
+    """fp16, and every int8 recipe."""
+    fp16 = Maker("fp16", "fp16", None, "quantize.half: float16, what overflows kept float32", _make_half)
+    return (fp16, *(quantized(recipe) for recipe in int8.recipes()))
+
+
+def quantized(recipe: Recipe, words: str = "") -> Maker:
+    """The maker of an int8 or mixed variant."""
+
+    def make(source: Source, out: Path, told: Told) -> None:
+        int8.quantize(source.model, recipe, source.measured(), out, told=told)
+
+    name = f"{recipe.precision}-{recipe.name}"
+    family = name.removesuffix(f"-{recipe.method}") if recipe.precision == "int8" else ""
+    said = words or f"quantize.ptq: Q/DQ, {recipe.activations} activations, {recipe.method} ranges, on {', '.join(recipe.op_types)}"
+    return Maker(name, recipe.precision, recipe.activations, said, make, family, [*recipe.op_types, *sorted(recipe.keep)])
+
+
+def _make_half(source: Source, out: Path, told: Told) -> None:
+    import onnx
+
+    onnx.save(fp16.to_half(source.model, [source.tensors], told=told), out)
+
+
+def calibration(work: Work, model: Any, tensors: NDArray[np.float32], inputs: Any, told: Told) -> Calibration:
+    """Measure the model on the calibration set, or read what an interrupted run has measured."""
+
+    def make(directory: Path) -> None:
+        measured = int8.calibrate(model, [tensors], told=told)
+        names = sorted(measured.extremes)
+        (directory / "extremes.json").write_text(json.dumps({name: list(map(float, measured.extremes[name])) for name in names}))
+        (directory / "names.json").write_text(json.dumps(sorted(measured.histograms)))
+        np.savez(directory / "histograms.npz", *(measured.histograms[name] for name in sorted(measured.histograms)))
+
+    directory, _ = work.step("calibration", inputs, make)
+    extremes = {name: (low, high) for name, (low, high) in json.loads((directory / "extremes.json").read_text()).items()}
+    with np.load(directory / "histograms.npz", allow_pickle=False) as arrays:
+        histograms = {name: arrays[f"arr_{i}"] for i, name in enumerate(json.loads((directory / "names.json").read_text()))}
+    return Calibration(extremes, histograms)
+
+
+def named(makers: Sequence[Maker], name: str) -> Maker:
+    """The maker called ``name``."""
+    return next(maker for maker in makers if maker.name == name)
