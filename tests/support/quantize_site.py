@@ -12,8 +12,10 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from quantize.draft import Draft
+from quantize.gate import predictions
+from quantize.gate.predictions import REFERENCE, Place
 from quantize.gate.verdicts import Limits
-from quantize.pipeline import BundleRecipe
+from quantize.pipeline import BundleRecipe, run
 from quantize.recipes import int8
 from quantize.recipes.variant_makers import Maker, all_makers, quantized
 
@@ -159,6 +161,17 @@ def write_site(directory: Path) -> Path:
     write_set(directory / "calibration", 40, seed=1, labels=False)
     write_set(directory / "evaluation", 150, seed=2)
     return directory
+
+
+def only_onnxruntime() -> tuple[list[Place], dict[str, str]]:
+    """Stand in for ``predictions.places`` where a second runtime proves nothing more."""
+    return [REFERENCE], dict.fromkeys(("openvino", "tensorrt", "triton"), "left out by the test")
+
+
+def run_with_only_onnxruntime(site: Path, out: Path, *makers: Maker) -> None:
+    """Make a bundle in a process of its own that may be killed."""
+    predictions.places = only_onnxruntime
+    run(recipe(site, out, *makers))
 
 
 def recipe(site: Path, out: Path, *makers: Maker, **more: Any) -> BundleRecipe:

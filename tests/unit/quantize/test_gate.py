@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.runtime import CPU
+from quantize import work_directory
 from quantize.bundle import golden_cases
 from quantize.errors import QuantizeError
 from quantize.gate import roc_statistics, selection
@@ -310,7 +311,8 @@ def test_a_finished_step_is_not_done_again_and_a_failed_one_leaves_nothing(tmp_p
     assert not (tmp_path / "w").exists()
 
 
-def test_two_runs_do_not_share_a_work_directory(tmp_path: Path) -> None:
+def test_two_runs_do_not_share_a_work_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work_directory, "_PATIENCE_S", 0.2)
     with Work(tmp_path / "w"), pytest.raises(QuantizeError) as caught:
         Work(tmp_path / "w")
     assert caught.value.code == "work.busy"

@@ -17,7 +17,7 @@ from quantize.errors import QuantizeError
 from quantize.graph.class_activation_map import add_cam
 from quantize.graph.onnx_graph import clean_up, consumers, initializers, producers
 from quantize.recipes import calibration, int8
-from quantize.recipes.int8 import Recipe, calibrate, quantizable, quantize, recipes
+from quantize.recipes.int8 import Calibration, Recipe, calibrate, quantizable, quantize, recipes
 from tests.support.quantize_networks import Net, dense, images, random_network, residual, run, unet
 
 BY_NAME = {recipe.name: recipe for recipe in recipes()}
@@ -31,12 +31,19 @@ def few_bins() -> Iterator[None]:
         yield
 
 
+# The calibration of each network: entropy ranges take seconds, and every recipe reads the same ones.
+MEASURED: dict[tuple[bytes, int], Calibration] = {}
+
+
 QDQ = ("QuantizeLinear", "DequantizeLinear")
 
 
 def quantized(model: Any, recipe: Recipe, directory: Path, count: int = 16) -> Any:
     out = directory / "int8.onnx"
-    quantize(model, recipe, [images(count)], out)
+    key = model.SerializeToString(deterministic=True), count
+    if key not in MEASURED:
+        MEASURED[key] = calibrate(model, [images(count)])
+    quantize(model, recipe, MEASURED[key], out)
     return onnx.load(out)
 
 

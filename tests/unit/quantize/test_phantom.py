@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from io import BytesIO
+from contextlib import redirect_stdout
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ def test_the_same_phantom_is_drawn_the_same() -> None:
     assert not np.array_equal(phantom.display(SMALL), phantom.display(Phantom(256, 256, seed=2)))
 
 
-@pytest.mark.parametrize(("rows", "cols"), [(64, 64), (301, 200), (200, 301), (1500, 1200), (2049, 1023)])
+@pytest.mark.parametrize(("rows", "cols"), [(64, 64), (301, 200), (200, 301), (2049, 1023)])
 def test_any_size_is_drawn(rows: int, cols: int) -> None:
     pixels = phantom.display(Phantom(rows, cols))
     assert pixels.shape == (rows, cols)
@@ -98,10 +99,18 @@ def test_uids_are_those_of_a_uuid_and_never_change() -> None:
     assert phantom.uid("01-normal", "study") != uid
 
 
-def test_the_sample_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert phantom.main([str(tmp_path / "new" / "samples")]) == 0
-    written = sorted((tmp_path / "new" / "samples").iterdir())
-    assert capsys.readouterr().out.split() == [str(path) for path in written]
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], str]:
+    """The sample set, drawn once, and what the command printed."""
+    out, printed = tmp_path_factory.mktemp("phantoms") / "new" / "samples", StringIO()
+    with redirect_stdout(printed):
+        assert phantom.main([str(out)]) == 0
+    return sorted(out.iterdir()), printed.getvalue()
+
+
+def test_the_sample_set(samples: tuple[list[Path], str]) -> None:
+    written, printed = samples
+    assert printed.split() == [str(path) for path in written]
     assert [path.name for path in written] == [sample.name for sample in SAMPLES]
     headers = [pydicom.dcmread(path, stop_before_pixels=True) for path in written if path.suffix == ".dcm"]
     assert [ds.ViewPosition for ds in headers] == ["PA", "PA", "LL", "PA"]
@@ -111,8 +120,9 @@ def test_the_sample_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert picture.mode == "L"
 
 
-def test_the_sample_set_is_the_same_bytes_each_time(tmp_path: Path) -> None:
-    small = tuple(sample for sample in SAMPLES if sample.name.startswith(("01", "05")))
-    once, again = (phantom.write_samples(tmp_path / name, small) for name in ("a", "b"))
-    for first, second in zip(once, again, strict=True):
+def test_the_sample_set_is_the_same_bytes_each_time(samples: tuple[list[Path], str], tmp_path: Path) -> None:
+    again = phantom.write_samples(tmp_path, tuple(sample for sample in SAMPLES if sample.name.startswith(("01", "05"))))
+    first_time = {path.name: path for path in samples[0]}
+    for second in again:
+        first = first_time[second.name]
         assert hashlib.sha256(first.read_bytes()).digest() == hashlib.sha256(second.read_bytes()).digest()

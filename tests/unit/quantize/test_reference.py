@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from model_sync.bundle import Manifest, ModelBundle
 from quantize.errors import QuantizeError
-from quantize.gate import roc_statistics
+from quantize.gate import predictions, roc_statistics
 from quantize.reference import build, phantom, train, training_set
+from tests.support.quantize_site import only_onnxruntime
 
 BUNDLE = Path(__file__).resolve().parents[3] / "appliance" / "bundles" / build.NAME
 THRESHOLD = 0.3664
@@ -125,7 +127,7 @@ def rebuilt(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_committed_manifest_is_what_the_script_computes(rebuilt: Path, bundle: ModelBundle) -> None:
     ours, made = bundle.manifest, ModelBundle.load(rebuilt).manifest
@@ -148,6 +150,39 @@ def test_the_committed_manifest_is_what_the_script_computes(rebuilt: Path, bundl
     for one_variant, other_variant in zip(ours.variants, made.variants, strict=True):
         assert other_variant.model_dump(exclude={"sha256"}) == one_variant.model_dump(exclude={"sha256"})
     assert made.variants[0].sha256 == ours.variants[0].sha256  # fp32 is shipped byte for byte
+
+
+def subset(pictures: training_set.TrainingSet, indices: NDArray[np.intp]) -> training_set.TrainingSet:
+    files = [pictures.blob[pictures.offsets[i] : pictures.offsets[i + 1]] for i in indices.tolist()]
+    offsets = np.concatenate([[0], np.cumsum([len(raw) for raw in files])])
+    columns = (column[indices] for column in (pictures.positive, pictures.source, pictures.patient))
+    return training_set.TrainingSet(b"".join(files), offsets, *columns)
+
+
+@pytest.mark.slow
+def test_a_build_from_few_pictures_agrees_with_the_committed_manifest(
+    shared: Path, bundle: ModelBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The short form of the whole build above: 80 held-out pictures, 32 for calibration, fp16 alone, on ONNX Runtime."""
+    everything = training_set.TrainingSet.load(shared / "data" / "cxr_train_224.npz")
+    held_out = everything.held_out()
+    ill, well = (np.flatnonzero(held_out & (everything.positive == flag))[:40] for flag in (True, False))
+    few = subset(everything, np.sort(np.concatenate([ill, well, np.flatnonzero(~held_out)[:40]])))
+    # The split is drawn from all patients: with few of them it would be another one.
+    monkeypatch.setattr(training_set.TrainingSet, "held_out", lambda pictures: np.isin(pictures.patient, everything.patient[held_out]))
+    monkeypatch.setattr(training_set.TrainingSet, "load", lambda _: few)
+    monkeypatch.setattr(build, "CALIBRATION", 32)
+    monkeypatch.setattr(training_set, "independent", lambda *_: None)
+    monkeypatch.setattr(predictions, "places", only_onnxruntime)
+    build.build(shared, tmp_path / "bundle", only=("fp16",))
+    ours, made = bundle.manifest, ModelBundle.load(tmp_path / "bundle").manifest
+    for one_case, other_case in zip(ours.golden, made.golden, strict=True):
+        assert other_case.expected[build.LABEL] == pytest.approx(one_case.expected[build.LABEL], abs=one_case.tolerance["fp32"])
+    measured = {"operating_points", "reference_scores", "golden", "documents", "variants"}
+    assert made.model_dump(exclude=measured) == ours.model_dump(exclude=measured)
+    assert [(variant.precision, variant.recipe) for variant in made.variants] == [(v.precision, v.recipe) for v in ours.variants[:2]]
+    assert made.variants[0].sha256 == ours.variants[0].sha256  # fp32 is shipped byte for byte
+    assert sum(source.n_positive for source in made.operating_point(build.LABEL).per_source) == 40
 
 
 def test_the_held_out_patients_took_no_part_in_training(shared: Path) -> None:
