@@ -116,7 +116,7 @@ def _run(options: argparse.Namespace) -> int:
     recipe = BundleRecipe(
         options.model, options.manifest, options.calibration, options.evaluation, options.out, golden=options.golden,
         limits=_given_limits(options), calibration_limit=options.calibration_limit, one_int8=options.one_int8, replace=options.replace,
-        keep_work=options.keep_work, optimizer=modelopt.asked(options),
+        keep_work=options.keep_work, optimizer=modelopt.find_from_options(options),
     )  # fmt: skip
     write_report(run(recipe), options.out)
     return DONE
@@ -125,10 +125,10 @@ def _run(options: argparse.Namespace) -> int:
 def _calibrate(options: argparse.Namespace) -> int:
     from quantize.standalone import calibrate
 
-    found = modelopt.asked(options)
-    for name, words in calibrate(options.model, options.manifest, options.calibration, options.out, found):
+    optimizer = modelopt.find_from_options(options)
+    for name, words in calibrate(options.model, options.manifest, options.calibration, options.out, optimizer):
         print(f"{name}: {words}")
-    for words in modelopt.remark(found):
+    for words in modelopt.explain_absence(optimizer):
         print(words)
     return DONE
 

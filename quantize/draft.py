@@ -36,21 +36,21 @@ else:
 MODEL_CARD = "MODEL_CARD.md"
 
 
-class Aim(Strict):
+class SensitivityTarget(Strict):
     """What the threshold of a label is chosen for: the highest one that finds at least this share of the positives."""
 
     label: Identifier
     sensitivity: Annotated[float, Field(gt=0, le=1)] = 0.95
 
 
-class Registered(Strict):
+class DraftRegistration(Strict):
     """The registration; TOML has no null, so what is left out is None."""
 
     number: str | None = None
     device_class: str | None = None
     pccp_id: str | None = None
 
-    def filled(self) -> Registration:
+    def to_manifest(self) -> Registration:
         """As the manifest has it."""
         return Registration(number=self.number, device_class=self.device_class, pccp_id=self.pccp_id)
 
@@ -65,11 +65,11 @@ class Draft(Strict):
     labels: Annotated[list[Label], Field(min_length=1)]
     applies_to: AppliesTo
     intended_use: Text
-    registration: Registered = Registered()
+    registration: DraftRegistration = DraftRegistration()
     change_kind: Literal["algorithm", "data"]
     input: InputSpec
     outputs: Annotated[list[OutputSpec], Field(min_length=1)]
-    operating_points: list[Aim] = Field(default_factory=list)
+    operating_points: list[SensitivityTarget] = Field(default_factory=list)
     training_data: TrainingData
     licence: NonEmpty
     min_appliance_version: SemVer

@@ -17,12 +17,12 @@ from quantize.draft import Draft
 from quantize.errors import QuantizeError
 from quantize.gate import image_sets, predictions, preparation
 from quantize.gate import verdicts as gates
-from quantize.gate.predictions import REFERENCE, Heads, Place, answers
+from quantize.gate.predictions import REFERENCE, Heads, RuntimeTarget, predict
 from quantize.graph import model_checks
 from quantize.progress import Progress
 from quantize.recipes import modelopt, variant_makers
 from quantize.recipes.variant_makers import Source, all_makers
-from quantize.work_directory import Work
+from quantize.work_directory import WorkDirectory
 
 if TYPE_CHECKING:
     from quantize.gate.verdicts import Limits
@@ -43,19 +43,23 @@ def calibrate(
     Raises:
         QuantizeError: the model, the draft or the pictures are wrong.
     """
-    model_checks.need_file(model)
+    model_checks.require_file(model)
     draft = Draft.load(draft_path)
     progress = Progress({"model": 1, "calibration set": 2, "calibration": 10})
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="quantize.") as directory, Work(Path(directory)) as work:
-        found = preparation.read_float(model, draft, work, progress.begin("model", "checking and cleaning up the float model"))
-        told = progress.begin("calibration set", "reading the calibration pictures")
-        pictures = image_sets.read_calibration(
-            calibration, draft.input, draft.applies_to.modality, work.directory / "tensors", told=lambda done, of: told(done / of)
+    with tempfile.TemporaryDirectory(prefix="quantize.") as directory, WorkDirectory(Path(directory)) as work:
+        result = preparation.read_float(model, draft, work, progress.begin("model", "checking and cleaning up the float model"))
+        on_progress = progress.begin("calibration set", "reading the calibration pictures")
+        images = image_sets.read_calibration(
+            calibration,
+            draft.input,
+            draft.applies_to.modality,
+            work.directory / "tensors",
+            on_progress=lambda done, of: on_progress(done / of),
         )
         told_ranges = progress.begin("calibration", "measuring the ranges of the activations")
-        measured = variant_makers.calibration(work, found.clean, pictures.tensors, [pictures.digest], told_ranges)
-        source = Source(found.clean, pictures.tensors, lambda: measured)
+        measured = variant_makers.measure_calibration(work, result.clean, images.tensors, [images.digest], told_ranges)
+        source = Source(result.clean, images.tensors, lambda: measured)
         for maker in (*all_makers(), *modelopt.makers(optimizer)):
             name = f"{draft.name.replace('-', '_')}_{maker.name}.onnx"
             try:
@@ -81,20 +85,24 @@ def gate(bundle_path: Path, evaluation: Path, limits: Limits) -> tuple[dict[str,
     thresholds = [manifest.operating_point(label).threshold for label in labels]
     heads = _heads(manifest)
     reference = bundle.variant("fp32")
-    here, absent = predictions.places()
-    found: dict[str, Any] = {"not_measured_here": absent, "variants": {}}
+    targets, unavailable = predictions.runtime_targets()
+    result: dict[str, Any] = {"not_measured_here": unavailable, "variants": {}}
     passed = True
     with tempfile.TemporaryDirectory(prefix="quantize.") as directory:
-        pictures = image_sets.read_evaluation(evaluation, spec, manifest.applies_to.modality, labels, Path(directory))
-        right = _answers(bundle, reference, REFERENCE, spec, pictures.tensors, heads)
-        if isinstance(right, gates.Verdict):
-            raise QuantizeError(f"fp32 does not run: {right.reasons[0].detail}", hint="check the bundle", code="model.runs")
-        for variant, place in _pairs(manifest, here):
-            said = _answers(bundle, variant, place, spec, pictures.tensors, heads)
-            verdict = said if isinstance(said, gates.Verdict) else gates.judge(right, said, pictures, labels, thresholds, limits)
-            found["variants"].setdefault(variant.file, {})[place.title] = verdict.to_json()
+        images = image_sets.read_evaluation(evaluation, spec, manifest.applies_to.modality, labels, Path(directory))
+        reference_predictions = _predict(bundle, reference, REFERENCE, spec, images.tensors, heads)
+        if isinstance(reference_predictions, gates.Verdict):
+            raise QuantizeError(f"fp32 does not run: {reference_predictions.reasons[0].detail}", hint="check the bundle", code="model.runs")
+        for variant, target in _pairs(manifest, targets):
+            predictions_of_variant = _predict(bundle, variant, target, spec, images.tensors, heads)
+            verdict = (
+                predictions_of_variant
+                if isinstance(predictions_of_variant, gates.Verdict)
+                else gates.judge(reference_predictions, predictions_of_variant, images, labels, thresholds, limits)
+            )
+            result["variants"].setdefault(variant.file, {})[target.title] = verdict.to_json()
             passed &= verdict.passed
-    return found, passed
+    return result, passed
 
 
 def bench(bundle_path: Path) -> list[dict[str, Any]]:
@@ -104,17 +112,17 @@ def bench(bundle_path: Path) -> list[dict[str, Any]]:
         QuantizeError: there is no bundle, or a variant does not run where the manifest says that it may.
     """
     bundle, spec = _bundle(bundle_path)
-    here, _ = predictions.places()
-    pairs = list(_pairs(bundle.manifest, here))
+    targets, _ = predictions.runtime_targets()
+    pairs = list(_pairs(bundle.manifest, targets))
     tensor = np.random.default_rng(0).random((1, *spec.shape), np.float32)
-    runs = [(bundle.path(variant.file), place.candidate(variant.file, variant.precision)) for variant, place in pairs]
+    runs = [(bundle.path(variant.file), target.candidate(variant.file, variant.precision)) for variant, target in pairs]
     try:
-        times = predictions.interleaved(runs, spec, tensor)
+        times = predictions.measure_interleaved(runs, spec, tensor)
     except InferenceError as error:
         raise QuantizeError(f"a variant does not run: {error}", hint=error.hint, code="speed.failed") from error
     rows = [
-        {"file": variant.file, "precision": variant.precision, "place": place.title, **asdict(timed)}
-        for (variant, place), timed in zip(pairs, times, strict=True)
+        {"file": variant.file, "precision": variant.precision, "place": target.title, **asdict(timing)}
+        for (variant, target), timing in zip(pairs, times, strict=True)
     ]
     return sorted(rows, key=lambda row: float(row["median_ms"]))
 
@@ -134,15 +142,15 @@ def _heads(manifest: Manifest) -> Heads:
     return Heads(names.get("probability"), names.get("cam"), names.get("segmentation_logits"))
 
 
-def _pairs(manifest: Manifest, here: list[Place]) -> Iterator[tuple[Variant, Place]]:
+def _pairs(manifest: Manifest, targets: list[RuntimeTarget]) -> Iterator[tuple[Variant, RuntimeTarget]]:
     for variant in manifest.variants:
-        yield from ((variant, place) for place in here if place.runtime not in variant.not_on)
+        yield from ((variant, target) for target in targets if target.runtime not in variant.not_on)
 
 
-def _answers(
-    bundle: ModelBundle, variant: Variant, place: Place, spec: InputSpec, tensors: Any, heads: Heads
-) -> predictions.Answers | gates.Verdict:
+def _predict(
+    bundle: ModelBundle, variant: Variant, target: RuntimeTarget, spec: InputSpec, tensors: Any, heads: Heads
+) -> predictions.Predictions | gates.Verdict:
     try:
-        return answers(bundle.path(variant.file), spec, place.candidate(variant.file, variant.precision, 1), tensors, heads)
+        return predict(bundle.path(variant.file), spec, target.candidate(variant.file, variant.precision, 1), tensors, heads)
     except InferenceError as error:
-        return gates.failed(error.code, error.detail)
+        return gates.failed_verdict(error.code, error.detail)

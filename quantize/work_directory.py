@@ -34,7 +34,7 @@ def _code() -> str:
     return whole.hexdigest()
 
 
-class Work:
+class WorkDirectory:
     """The finished steps of a run, in ``directory`` (made if need be); one process at a time, until ``close``.
 
     Raises:

@@ -30,43 +30,43 @@ from quantize.bundle import golden_cases
 from quantize.draft import MODEL_CARD
 from quantize.errors import QuantizeError
 from quantize.gate import roc_statistics
-from quantize.gate.predictions import LOAD_S, REFERENCE, Answers, Place, answers
+from quantize.gate.predictions import LOAD_S, REFERENCE, Predictions, RuntimeTarget, predict
 from quantize.gate.verdicts import Verdict
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from quantize.gate.gate_runs import Ground
-    from quantize.gate.image_sets import PictureSet
-    from quantize.gate.selection import Tried
+    from quantize.gate.gate_runs import GateContext
+    from quantize.gate.image_sets import ImageSet
+    from quantize.gate.selection import VariantResult
 
 GATE: Final = "gate.json"
 _BINS: Final = 20
 # A tolerance of 1 lets everything pass: what the cases are measured with before the real ones are known.
 _ANY: Final = 1.0
 
-Told = Callable[[float], None]
+OnProgress = Callable[[float], None]
 
 
 @dataclass(frozen=True)
-class Measured:
+class OperatingPoints:
     """What belongs to this version alone: chosen and counted on the float model's scores (R29, R31)."""
 
     points: tuple[OperatingPoint, ...]
     histograms: tuple[ScoreHistogram, ...]
 
     @classmethod
-    def of(cls, ground: Ground, measured_on: str) -> Measured:
+    def of(cls, context: GateContext, measured_on: str) -> OperatingPoints:
         """Measure the operating points at the thresholds of ``ground``, and count the scores.
 
         Args:
-            ground: the float model's answers and thresholds.
+            context: the float model's answers and thresholds.
             measured_on: names the set.
         """
         points, histograms = [], []
         edges = [round(i / _BINS, 4) for i in range(_BINS + 1)]
-        for i, label in enumerate(ground.found.draft.label_names):
-            scored, threshold = ground.evaluation.scored(i, ground.reference.score[:, i]), ground.thresholds[i]
+        for i, label in enumerate(context.float_model.draft.label_names):
+            scored, threshold = context.evaluation.scored(i, context.reference.score[:, i]), context.thresholds[i]
             sensitivity, specificity = roc_statistics.sensitivity_of(scored, threshold), roc_statistics.specificity_of(scored, threshold)
             if sensitivity is None or specificity is None:
                 raise QuantizeError("an operating point needs positive and negative pictures", hint="check the labels of the set")
@@ -87,7 +87,7 @@ class Measured:
         return cls(tuple(points), tuple(histograms))
 
 
-def thresholds(evaluation: PictureSet, reference: Answers, sensitivities: Sequence[float]) -> list[float]:
+def thresholds(evaluation: ImageSet, reference: Predictions, sensitivities: Sequence[float]) -> list[float]:
     """Choose the threshold of each label: the highest that finds at least its share of the positives.
 
     Raises:
@@ -120,9 +120,14 @@ class Documents:
 
 
 def write(
-    ground: Ground, kept: Sequence[Tried], measured: Measured, pictures: Mapping[str, NDArray[np.uint8]], documents: Documents, out: Path,
-    told: Told,
-) -> Manifest:  # fmt: skip
+    context: GateContext,
+    shipped: Sequence[VariantResult],
+    operating: OperatingPoints,
+    images: Mapping[str, NDArray[np.uint8]],
+    documents: Documents,
+    out: Path,
+    on_progress: OnProgress,
+) -> Manifest:
     """Write the bundle beside ``out``, check it as the box does, and put it in the place of ``out`` in one go.
 
     Raises:
@@ -132,56 +137,56 @@ def write(
     staging = out.with_name(out.name + ".new")
     shutil.rmtree(staging, ignore_errors=True)
     (staging / "golden").mkdir(parents=True)
-    files = {entry.name: _copy_variant(entry, ground, staging) for entry in kept}
-    loose: dict[Precision, float] = {entry.precision: _ANY for entry in kept}
-    cases = _golden(ground, pictures, loose, staging)
+    files = {entry.name: _copy_variant(entry, context, staging) for entry in shipped}
+    loose: dict[Precision, float] = {entry.precision: _ANY for entry in shipped}
+    cases = _golden(context, images, loose, staging)
     gate = documents.gate
-    draft_manifest = _manifest(ground, kept, files, measured, cases, _documents(staging, documents.card, gate))
+    draft_manifest = _manifest(context, shipped, files, operating, cases, _documents(staging, documents.card, gate))
     _put(staging, MANIFEST_NAME, draft_manifest.to_json())
-    differences = _try_cases(ModelBundle.load(staging), ground, kept, files, told)
-    tolerances = _tolerances(kept, differences)
-    for entry in kept:
+    differences = _try_cases(ModelBundle.load(staging), context, shipped, files, on_progress)
+    tolerances = _tolerances(shipped, differences)
+    for entry in shipped:
         record = gate["variants"][entry.precision]["files"][files[entry.name]]
-        record["golden"] = {place.title: round(worst, 3) for place, worst in differences[entry.name].items()}
+        record["golden"] = {target.title: round(worst, 3) for target, worst in differences[entry.name].items()}
     cases = [case.model_copy(update={"tolerance": dict(tolerances)}) for case in cases]
-    manifest = _manifest(ground, kept, files, measured, cases, _documents(staging, documents.card, gate))
+    manifest = _manifest(context, shipped, files, operating, cases, _documents(staging, documents.card, gate))
     _put(staging, MANIFEST_NAME, manifest.to_json())
     ModelBundle.load(staging)
     _replace(staging, out)
     return manifest
 
 
-def file_name(entry: Tried, name: str) -> str:
+def file_name(entry: VariantResult, name: str) -> str:
     """The name of a variant's file in the bundle."""
     kind = f"_{entry.activations}" if entry.activations else ""
     return f"{name.replace('-', '_')}_{entry.precision}{kind}.onnx"
 
 
-def _copy_variant(entry: Tried, ground: Ground, staging: Path) -> str:
+def _copy_variant(entry: VariantResult, context: GateContext, staging: Path) -> str:
     assert entry.path is not None
-    name = file_name(entry, ground.found.draft.name)
+    name = file_name(entry, context.float_model.draft.name)
     shutil.copyfile(entry.path, staging / name)
     return name
 
 
-def _golden(ground: Ground, pictures: Mapping[str, NDArray[np.uint8]], loose: dict[Precision, float], staging: Path) -> list[Golden]:
+def _golden(context: GateContext, images: Mapping[str, NDArray[np.uint8]], loose: dict[Precision, float], staging: Path) -> list[Golden]:
     from appliance.preprocess import from_display
 
-    found, cases = ground.found, []
-    tensors = np.concatenate([from_display(pixels, found.draft.input).tensor for pixels in pictures.values()])
-    candidate = REFERENCE.candidate(found.path.name, "fp32", threads=1)
-    said = answers(found.path, found.draft.input, candidate, tensors, found.heads)
-    for i, (name, pixels) in enumerate(pictures.items()):
-        one = Answers(said.score[i : i + 1], None if said.cam is None else said.cam[i : i + 1], None, {})
+    result, cases = context.float_model, []
+    tensors = np.concatenate([from_display(pixels, result.draft.input).tensor for pixels in images.values()])
+    candidate = REFERENCE.candidate(result.path.name, "fp32", threads=1)
+    message = predict(result.path, result.draft.input, candidate, tensors, result.heads)
+    for i, (name, pixels) in enumerate(images.items()):
+        one = Predictions(message.score[i : i + 1], None if message.cam is None else message.cam[i : i + 1], None, {})
         raw, expected = golden_cases.case_file(pixels, one)
         digest = _put(staging, f"golden/{name}.npz", raw)
-        cases.append(golden_cases.entry(f"golden/{name}.npz", digest, found.draft.label_names, expected, loose))
+        cases.append(golden_cases.golden_entry(f"golden/{name}.npz", digest, result.draft.label_names, expected, loose))
     return cases
 
 
 def _try_cases(
-    bundle: ModelBundle, ground: Ground, kept: Sequence[Tried], files: Mapping[str, str], told: Told
-) -> dict[str, dict[Place, float]]:
+    bundle: ModelBundle, context: GateContext, shipped: Sequence[VariantResult], files: Mapping[str, str], on_progress: OnProgress
+) -> dict[str, dict[RuntimeTarget, float]]:
     """The largest difference of each variant's golden cases on each runtime where it passed the gate, as the box computes it.
 
     Raises:
@@ -190,35 +195,37 @@ def _try_cases(
     from appliance.golden import cases
 
     prepared = cases(bundle)
-    found: dict[str, dict[Place, float]] = {}
-    for number, entry in enumerate(kept):
-        found[entry.name] = {}
+    result: dict[str, dict[RuntimeTarget, float]] = {}
+    for number, entry in enumerate(shipped):
+        result[entry.name] = {}
         path = bundle.path(files[entry.name])
-        for place in entry.passed:
+        for target in entry.passed:
             try:
-                with Attempt(path, ground.found.draft.input, place.candidate(path.name, entry.precision), deadline_s=LOAD_S) as attempt:
+                with Attempt(
+                    path, context.float_model.draft.input, target.candidate(path.name, entry.precision), deadline_s=LOAD_S
+                ) as attempt:
                     attempt.load()
                     worst = max(case.difference(attempt.infer) for case in prepared)
             except InferenceError as error:
                 raise QuantizeError(
-                    f"{entry.name} on {place.title}, golden cases: {error}", hint=error.hint, code="bundle.golden"
+                    f"{entry.name} on {target.title}, golden cases: {error}", hint=error.hint, code="bundle.golden"
                 ) from error
             if not worst < _ANY:
                 raise QuantizeError(
-                    f"{entry.name} on {place.title} is off by {worst:.3g} on a golden case",
+                    f"{entry.name} on {target.title} is off by {worst:.3g} on a golden case",
                     hint="choose golden pictures that look like the evaluation set's",
                     code="bundle.golden",
                 )
-            found[entry.name][place] = worst
-        told((number + 1) / len(kept))
-    return found
+            result[entry.name][target] = worst
+        on_progress((number + 1) / len(shipped))
+    return result
 
 
-def _tolerances(kept: Sequence[Tried], differences: Mapping[str, Mapping[Place, float]]) -> dict[Precision, float]:
-    measured: dict[Precision, list[float]] = {}
-    for entry in kept:
-        measured.setdefault(entry.precision, []).extend(differences[entry.name].values())
-    return {precision: golden_cases.tolerance(precision, values) for precision, values in measured.items()}
+def _tolerances(shipped: Sequence[VariantResult], differences: Mapping[str, Mapping[RuntimeTarget, float]]) -> dict[Precision, float]:
+    operating: dict[Precision, list[float]] = {}
+    for entry in shipped:
+        operating.setdefault(entry.precision, []).extend(differences[entry.name].values())
+    return {precision: golden_cases.tolerance(precision, values) for precision, values in operating.items()}
 
 
 def _documents(staging: Path, card: str, gate: dict[str, Any]) -> list[Document]:
@@ -227,9 +234,14 @@ def _documents(staging: Path, card: str, gate: dict[str, Any]) -> list[Document]
 
 
 def _manifest(
-    ground: Ground, kept: Sequence[Tried], files: Mapping[str, str], measured: Measured, cases: list[Golden], documents: list[Document]
+    context: GateContext,
+    shipped: Sequence[VariantResult],
+    files: Mapping[str, str],
+    operating: OperatingPoints,
+    cases: list[Golden],
+    documents: list[Document],
 ) -> Manifest:
-    draft = ground.found.draft
+    draft = context.float_model.draft
     cam = draft.output("cam")
     return Manifest(
         schema=1,
@@ -240,15 +252,15 @@ def _manifest(
         labels=draft.labels,
         applies_to=draft.applies_to,
         intended_use=draft.intended_use,
-        registration=draft.registration.filled(),
+        registration=draft.registration.to_manifest(),
         change_kind=draft.change_kind,
         input=draft.input,
         outputs=draft.outputs,
         explain=None if cam is None else Explain(output=cam, kind="cam"),
-        operating_points=list(measured.points),
-        variants=[_variant(entry, files[entry.name]) for entry in kept],
+        operating_points=list(operating.points),
+        variants=[_variant(entry, files[entry.name]) for entry in shipped],
         golden=cases,
-        reference_scores=list(measured.histograms),
+        reference_scores=list(operating.histograms),
         training_data=draft.training_data,
         licence=draft.licence,
         min_appliance_version=draft.min_appliance_version,
@@ -257,7 +269,7 @@ def _manifest(
     )
 
 
-def _variant(entry: Tried, file: str) -> Variant:
+def _variant(entry: VariantResult, file: str) -> Variant:
     path = entry.path
     assert path is not None
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -270,48 +282,50 @@ def _variant(entry: Tried, file: str) -> Variant:
     return Variant(precision=entry.precision, file=file, sha256=digest, recipe=entry.recipe, gate=GATE, **more)
 
 
-def gate_record(ground: Ground, tried: Sequence[Tried], kept: Sequence[Tried], measured_on: str) -> dict[str, Any]:
+def gate_record(
+    context: GateContext, variants: Sequence[VariantResult], shipped: Sequence[VariantResult], measured_on: str
+) -> dict[str, Any]:
     """``gate.json``: what each shipped variant answered on each runtime, and what was left out and why.
 
     Times are not in it: they belong to the machine that measured, and a second run has to write the same bytes.
     """
     from dataclasses import asdict
 
-    variants: dict[str, Any] = {}
-    for entry in kept:
-        record = variants.setdefault(entry.precision, {"passed": True, "files": {}})
-        record["files"][file_name(entry, ground.found.draft.name)] = {
+    records: dict[str, Any] = {}
+    for entry in shipped:
+        record = records.setdefault(entry.precision, {"passed": True, "files": {}})
+        record["files"][file_name(entry, context.float_model.draft.name)] = {
             "recipe": entry.recipe,
             "not_on": entry.not_on,
-            "runtimes": {place.title: _runtime(place, verdict) for place, verdict in entry.verdicts.items()},
+            "runtimes": {target.title: _runtime(target, verdict) for target, verdict in entry.verdicts.items()},
         }
     return {
         "schema": 1,
         "reference": "fp32",
         "dataset": measured_on,
-        "limits": asdict(ground.limits),
+        "limits": asdict(context.limits),
         "note": "Held against the float model's answers by ONNX Runtime on a CPU. Compare an AUC only within one source.",
-        "variants": variants,
+        "variants": records,
         "not_measured_here": {
-            "runtimes": dict(ground.absent),
+            "runtimes": dict(context.unavailable),
             "note": "On these the golden cases decide, on the box.",
         },
         "refused": [
             {"name": entry.name, "precision": entry.precision, "activations": entry.activations, **_refusal(entry)}
-            for entry in tried
+            for entry in variants
             if entry.refused is not None
         ],
     }
 
 
-def _refusal(entry: Tried) -> dict[str, str]:
+def _refusal(entry: VariantResult) -> dict[str, str]:
     assert entry.refused is not None
-    timed = entry.refused.code.startswith("speed.")
-    return {"code": entry.refused.code, "detail": "" if timed else entry.refused.detail}
+    timing = entry.refused.code.startswith("speed.")
+    return {"code": entry.refused.code, "detail": "" if timing else entry.refused.detail}
 
 
-def _runtime(place: Place, verdict: Verdict) -> dict[str, Any]:
-    return {"version": place.version, **verdict.to_json()}
+def _runtime(target: RuntimeTarget, verdict: Verdict) -> dict[str, Any]:
+    return {"version": target.version, **verdict.to_json()}
 
 
 def _put(directory: Path, relative: str, raw: bytes) -> str:

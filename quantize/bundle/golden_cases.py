@@ -17,14 +17,14 @@ from PIL import Image
 
 from model_sync.bundle import Golden, Precision
 from quantize.errors import QuantizeError
-from quantize.gate.image_files import UnreadableError, displayed, find
+from quantize.gate.image_files import UnreadableError, find_image_files, read_displayed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from model_sync.bundle import InputSpec
-    from quantize.gate.image_sets import PictureSet
-    from quantize.gate.predictions import Answers
+    from quantize.gate.image_sets import ImageSet
+    from quantize.gate.predictions import Predictions
 
 CASES: Final = 6
 AVERAGED: Final = 12
@@ -36,60 +36,60 @@ _DIGITS: Final = 5
 _MAP_DIGITS: Final = 4
 
 
-def given_pictures(directory: Path, spec: InputSpec) -> dict[str, NDArray[np.uint8]]:
+def read_golden_images(directory: Path, spec: InputSpec) -> dict[str, NDArray[np.uint8]]:
     """Read the golden pictures that somebody chose, uint8 [rows, columns] by name.
 
     Raises:
         QuantizeError: ``golden.empty``, ``golden.unreadable``.
     """
-    found = {}
-    for path in find(directory):
+    result = {}
+    for path in find_image_files(directory):
         try:
-            found[path.stem.lower()] = displayed(path, 0, spec)
+            result[path.stem.lower()] = read_displayed(path, 0, spec)
         except UnreadableError as error:
             raise QuantizeError(
                 f"the golden picture {path.name} cannot be read: {error}",
                 hint="give PNG or DICOM files without patients",
                 code="golden.unreadable",
             ) from error
-    if not found:
+    if not result:
         raise QuantizeError(f"there is no picture in {directory}", hint="a bundle needs golden cases", code="golden.empty")
-    return found
+    return result
 
 
-def averaged_pictures(pictures: PictureSet, score: NDArray[np.float64], spec: InputSpec) -> dict[str, NDArray[np.uint8]]:
+def average_images(images: ImageSet, score: NDArray[np.float64], spec: InputSpec) -> dict[str, NDArray[np.uint8]]:
     """Make golden pictures of a set: averages of pictures that lie beside each other in the order of their score.
 
     Args:
-        pictures: the evaluation set.
+        images: the evaluation set.
         score: of each of its pictures, [n].
         spec: the model's input; the pictures come in its size.
     """
     order = np.argsort(score, kind="stable")
-    found = {}
+    result = {}
     for number, part in enumerate(np.array_split(order, CASES)):
         if not len(part):
             continue
         chosen = part[np.linspace(0, len(part) - 1, min(AVERAGED, len(part))).astype(int)]
         whole = np.zeros((spec.height, spec.width), np.float64)
         for index in chosen:
-            row = pictures.rows[int(index)]
-            picture = Image.fromarray(displayed(row.path, row.index, spec))
-            whole += np.asarray(picture.resize((spec.width, spec.height), Image.Resampling.BILINEAR), np.float64)
-        found[f"average-{number}"] = np.rint(whole / len(chosen)).astype(np.uint8)
-    return found
+            row = images.rows[int(index)]
+            image = Image.fromarray(read_displayed(row.path, row.index, spec))
+            whole += np.asarray(image.resize((spec.width, spec.height), Image.Resampling.BILINEAR), np.float64)
+        result[f"average-{number}"] = np.rint(whole / len(chosen)).astype(np.uint8)
+    return result
 
 
-def case_file(pixels: NDArray[np.uint8], answers: Answers) -> tuple[bytes, list[float]]:
+def case_file(pixels: NDArray[np.uint8], predictions: Predictions) -> tuple[bytes, list[float]]:
     """Return the npz of one case and its probabilities, as ``answers`` (of one picture) has them.
 
     Probabilities and map are rounded where float noise between processors begins.
     """
     buffer = io.BytesIO()
-    probability = np.round(answers.score, _DIGITS).astype(np.float32)
+    probability = np.round(predictions.score, _DIGITS).astype(np.float32)
     arrays = {"pixels": pixels, "probability": probability}
-    if answers.cam is not None:
-        arrays["cam"] = np.round(answers.cam, _MAP_DIGITS)
+    if predictions.cam is not None:
+        arrays["cam"] = np.round(predictions.cam, _MAP_DIGITS)
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # its stub takes no keywords of mixed dtype
     return buffer.getvalue(), [round(float(value), _DIGITS) for value in probability[0]]
 
@@ -106,6 +106,6 @@ def tolerance(precision: Precision, measured: Iterable[float]) -> float:
     return max(FLOOR[precision], math.ceil(wanted * 100 - 1e-6) / 100 if wanted > FLOOR[precision] else 0.0)
 
 
-def entry(name: str, digest: str, labels: Iterable[str], expected: Iterable[float], tolerances: dict[Precision, float]) -> Golden:
+def golden_entry(name: str, digest: str, labels: Iterable[str], expected: Iterable[float], tolerances: dict[Precision, float]) -> Golden:
     """The case as the manifest lists it."""
     return Golden(input=name, sha256=digest, expected=dict(zip(labels, expected, strict=True)), tolerance=tolerances)

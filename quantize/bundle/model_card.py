@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from model_sync.bundle import Interval, OperatingPoint, SourceMeasure
 
 if TYPE_CHECKING:
-    from quantize.bundle.assembly import Measured
+    from quantize.bundle.assembly import OperatingPoints
     from quantize.draft import Draft
-    from quantize.gate.gate_runs import Ground
-    from quantize.gate.selection import Tried
+    from quantize.gate.gate_runs import GateContext
+    from quantize.gate.selection import VariantResult
 
 _CARD = """\
 # {name} {version}
@@ -44,7 +44,7 @@ _CARD = """\
 """
 
 
-def card(draft: Draft, measured: Measured, gate: str) -> str:
+def write_card(draft: Draft, operating: OperatingPoints, gate: str) -> str:
     """Return ``MODEL_CARD.md``; ``gate`` is :func:`gate_chapter`."""
     training = draft.training_data
     return _CARD.format(
@@ -58,13 +58,13 @@ def card(draft: Draft, measured: Measured, gate: str) -> str:
         training_zh=training.description.zh,
         training_en=training.description.en,
         sources="\n".join(f"- {source.name}: {source.n_images} ({source.licence})" for source in training.sources),
-        points="\n\n".join(_point(point) for point in measured.points) or "–",
+        points="\n\n".join(_point(point) for point in operating.points) or "–",
         gate=gate,
         licence=draft.licence,
     )
 
 
-def gate_chapter(ground: Ground, kept: Sequence[Tried]) -> str:
+def gate_chapter(context: GateContext, shipped: Sequence[VariantResult]) -> str:
     """What the gate found, variant by variant and runtime by runtime, as a chapter of the card."""
     lines = [
         "## 量化与验收 / Precision variants and the gate",
@@ -75,20 +75,20 @@ def gate_chapter(ground: Ground, kept: Sequence[Tried]) -> str:
         "| 变体 variant | 运行时 runtime | AUC 差 difference | 灵敏度 sensitivity | 特异度 specificity | 最大变化 largest change |",
         "|---|---|---|---|---|---|",
     ]
-    for entry in kept:
-        for place in entry.passed:
-            for label in entry.verdicts[place].figures.get("labels", {}).values():
+    for entry in shipped:
+        for target in entry.passed:
+            for label in entry.verdicts[target].figures.get("labels", {}).values():
                 rates = (label["sensitivity"]["value"], label["specificity"]["value"])
                 cells = (
                     _kind(entry),
-                    place.title,
+                    target.title,
                     f"{label['auc_difference']:.4f}",
                     *(f"{rate:.3f}" for rate in rates),
                     label["max_abs_delta"],
                 )
                 lines.append(f"| {' | '.join(map(str, cells))} |")
-    if ground.absent:
-        lines += ["", f"未测 / not measured here: {', '.join(sorted(ground.absent))}"]
+    if context.unavailable:
+        lines += ["", f"未测 / not measured here: {', '.join(sorted(context.unavailable))}"]
     return "\n".join(lines)
 
 
@@ -97,20 +97,20 @@ def interval(value: Interval | None) -> str:
     return "–" if value is None else f"{value.value:.3f} ({value.low:.3f}–{value.high:.3f})"
 
 
-def table(found: Sequence[SourceMeasure]) -> str:
+def table(measures: Sequence[SourceMeasure]) -> str:
     """The measures per source, as a Markdown table."""
     lines = [
         "| 来源 source | 阳性 positive | 阴性 negative | 灵敏度 sensitivity | 特异度 specificity | AUC |",
         "|---|---|---|---|---|---|",
     ]
-    for one in found:
+    for one in measures:
         area = "–" if one.auc is None else f"{one.auc:.3f}"
         cells = (one.source, one.n_positive, one.n_negative, interval(one.sensitivity), interval(one.specificity), area)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
-def _kind(entry: Tried) -> str:
+def _kind(entry: VariantResult) -> str:
     return f"{entry.precision} {entry.activations}" if entry.activations else entry.precision
 
 

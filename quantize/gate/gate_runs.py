@@ -14,17 +14,17 @@ from appliance.errors import InferenceError
 from model_sync.bundle import sha256_of
 from quantize.errors import QuantizeError
 from quantize.gate import verdicts
-from quantize.gate.predictions import REFERENCE, Answers, Place, answers, interleaved
-from quantize.gate.selection import Tried
-from quantize.gate.verdicts import Limits, Reason, Verdict
+from quantize.gate.predictions import REFERENCE, Predictions, RuntimeTarget, measure_interleaved, predict
+from quantize.gate.selection import VariantResult
+from quantize.gate.verdicts import Limits, RefusalReason, Verdict
 
 if TYPE_CHECKING:
-    from quantize.gate.image_sets import PictureSet
-    from quantize.gate.preparation import Float
+    from quantize.gate.image_sets import ImageSet
+    from quantize.gate.preparation import FloatModel
     from quantize.recipes.variant_makers import Maker, Source
-    from quantize.work_directory import Work
+    from quantize.work_directory import WorkDirectory
 
-Told = Callable[[float], None]
+OnProgress = Callable[[float], None]
 
 # Not remembered for the next try: another moment may have the memory or the time.
 _PASSING: Final = ("runtime.memory", "runtime.deadline")
@@ -39,147 +39,156 @@ class _NotKeptError(Exception):
 
 
 @dataclass
-class Ground:
+class GateContext:
     """What the variants are held against.
 
     Attributes:
-        found: the float model.
+        float_model: the float model.
         evaluation: the labelled set.
         limits: of the gate.
-        places: where variants run here.
-        absent: runtimes that cannot run here, and why.
+        targets: where variants run here.
+        unavailable: runtimes that cannot run here, and why.
         work: the finished steps.
         reference: the float model's answers.
         thresholds: one per scored label.
         scores: (variant, place) -> its answers' scores, for the report.
     """
 
-    found: Float
-    evaluation: PictureSet
+    float_model: FloatModel
+    evaluation: ImageSet
     limits: Limits
-    places: Sequence[Place]
-    absent: dict[str, str]
-    work: Work
-    reference: Answers
+    targets: Sequence[RuntimeTarget]
+    unavailable: dict[str, str]
+    work: WorkDirectory
+    reference: Predictions
     thresholds: Sequence[float] = ()
-    scores: dict[tuple[str, Place], np.ndarray[Any, Any]] = field(default_factory=dict)
-    described: dict[tuple[str, Place], dict[str, Any]] = field(default_factory=dict)
+    scores: dict[tuple[str, RuntimeTarget], np.ndarray[Any, Any]] = field(default_factory=dict)
+    described: dict[tuple[str, RuntimeTarget], dict[str, Any]] = field(default_factory=dict)
 
 
-def reference_answers(found: Float, evaluation: PictureSet, work: Work, told: Told) -> Answers:
+def predict_reference(float_model: FloatModel, evaluation: ImageSet, work: WorkDirectory, on_progress: OnProgress) -> Predictions:
     """The float model's answers: ONNX Runtime on one thread, so that sums are always added alike.
 
     Raises:
         QuantizeError: ``model.output``: an output of kind probability leaves 0 to 1; ``model.runs``: it does not run.
     """
 
-    def make(directory: Path) -> dict[str, Any]:
-        candidate = REFERENCE.candidate(found.path.name, "fp32", threads=1)
+    def make_variant(directory: Path) -> dict[str, Any]:
+        candidate = REFERENCE.candidate(float_model.path.name, "fp32", threads=1)
         try:
-            said = answers(found.path, found.draft.input, candidate, evaluation.tensors, found.heads, told)
+            predictions = predict(float_model.path, float_model.draft.input, candidate, evaluation.tensors, float_model.heads, on_progress)
         except InferenceError as error:
             raise QuantizeError(f"the float model does not run: {error}", hint=error.hint, code="model.runs") from error
-        _save(directory, said)
-        return dict(said.describe)
+        _save(directory, predictions)
+        return dict(predictions.describe)
 
-    directory, described = work.step("reference", [sha256_of(found.path), evaluation.digest], make)
-    said = _load(directory, described)
-    labels = found.draft.label_names
-    if labels and said.score.shape[1] != len(labels):
-        message = f"{found.heads.probability!r} has {said.score.shape[1]} values, the draft has {len(labels)} labels"
+    directory, described = work.step("reference", [sha256_of(float_model.path), evaluation.digest], make_variant)
+    predictions = _load(directory, described)
+    labels = float_model.draft.label_names
+    if labels and predictions.score.shape[1] != len(labels):
+        message = f"{float_model.heads.probability!r} has {predictions.score.shape[1]} values, the draft has {len(labels)} labels"
         raise QuantizeError(message, hint="list the labels in the order of the output", code="model.output")
-    if said.score.size and not (said.score.min() >= 0 and said.score.max() <= 1):
-        message = f"{found.heads.probability!r} goes from {said.score.min():.3g} to {said.score.max():.3g}: no probability"
+    if predictions.score.size and not (predictions.score.min() >= 0 and predictions.score.max() <= 1):
+        message = (
+            f"{float_model.heads.probability!r} goes from {predictions.score.min():.3g} to {predictions.score.max():.3g}: no probability"
+        )
         raise QuantizeError(message, hint="export the model with its sigmoid or softmax", code="model.output")
-    return said
+    return predictions
 
 
-def make(maker: Maker, source: Source, ground: Ground, calibration_digest: str, told: Told) -> Tried:
+def make_variant(maker: Maker, source: Source, context: GateContext, calibration_digest: str, on_progress: OnProgress) -> VariantResult:
     """Make one variant; one that cannot be made is refused with the reason."""
-    tried = Tried(maker.name, maker.precision, maker.activations, None, maker.recipe, maker.family)
+    result = VariantResult(maker.name, maker.precision, maker.activations, None, maker.recipe, maker.family)
 
     def write(directory: Path) -> None:
-        maker.make(source, directory / "model.onnx", told)
+        maker.make(source, directory / "model.onnx", on_progress)
 
-    inputs = [ground.found.digest, sha256_of(ground.found.path), calibration_digest, maker.recipe, maker.depends]
+    inputs = [context.float_model.digest, sha256_of(context.float_model.path), calibration_digest, maker.recipe, maker.depends]
     try:
-        directory, _ = ground.work.step(maker.name, inputs, write)
+        directory, _ = context.work.step(maker.name, inputs, write)
     except QuantizeError as error:
-        tried.refused = Reason("make.failed", error.message)
-        return tried
-    tried.path = directory / "model.onnx"
-    return tried
+        result.refused = RefusalReason("make.failed", error.message)
+        return result
+    result.path = directory / "model.onnx"
+    return result
 
 
-def prove(tried: Tried, ground: Ground, told: Told) -> None:
+def run_gate(result: VariantResult, context: GateContext, on_progress: OnProgress) -> None:
     """Put a variant before the gate on every place; whatever its process dies of is its verdict."""
-    if tried.path is None:
+    if result.path is None:
         return
-    for number, place in enumerate(ground.places):
-        start, share = number / len(ground.places), 1 / len(ground.places)
-        tried.verdicts[place] = _prove(tried, place, ground, lambda part, a=start, b=share: told(a + b * part))  # type: ignore[misc]
+    for number, target in enumerate(context.targets):
+        start, share = number / len(context.targets), 1 / len(context.targets)
+        result.verdicts[target] = _run_gate_on(result, target, context, lambda part, a=start, b=share: on_progress(a + b * part))  # type: ignore[misc]
 
 
-def _prove(tried: Tried, place: Place, ground: Ground, told: Told) -> Verdict:
-    assert tried.path is not None
-    path, found = tried.path, ground.found
+def _run_gate_on(result: VariantResult, target: RuntimeTarget, context: GateContext, on_progress: OnProgress) -> Verdict:
+    assert result.path is not None
+    path, float_model = result.path, context.float_model
     inputs = [
-        sha256_of(path), sha256_of(found.path), ground.evaluation.digest, asdict(place), asdict(ground.limits), list(ground.thresholds),
-    ]  # fmt: skip
+        sha256_of(path),
+        sha256_of(float_model.path),
+        context.evaluation.digest,
+        asdict(target),
+        asdict(context.limits),
+        list(context.thresholds),
+    ]
 
-    def make(directory: Path) -> dict[str, Any]:
-        candidate = place.candidate(path.name, tried.precision, threads=1)
+    def make_variant(directory: Path) -> dict[str, Any]:
+        candidate = target.candidate(path.name, result.precision, threads=1)
         try:
-            said = answers(path, found.draft.input, candidate, ground.evaluation.tensors, found.heads, told)
+            predictions = predict(path, float_model.draft.input, candidate, context.evaluation.tensors, float_model.heads, on_progress)
         except InferenceError as error:
-            verdict = verdicts.failed(error.code, error.detail)
+            verdict = verdicts.failed_verdict(error.code, error.detail)
             if error.code in _PASSING:
                 raise _NotKeptError(verdict) from error
             return {"verdict": verdict.to_json(), "describe": {}}
         except KeyError as error:
-            return {"verdict": verdicts.failed("gate.output", f"it has no output {error}").to_json(), "describe": {}}
-        _save(directory, said)
-        verdict = verdicts.judge(ground.reference, said, ground.evaluation, found.draft.label_names, ground.thresholds, ground.limits)
-        return {"verdict": verdict.to_json(), "describe": dict(said.describe)}
+            return {"verdict": verdicts.failed_verdict("gate.output", f"it has no output {error}").to_json(), "describe": {}}
+        _save(directory, predictions)
+        verdict = verdicts.judge(
+            context.reference, predictions, context.evaluation, float_model.draft.label_names, context.thresholds, context.limits
+        )
+        return {"verdict": verdict.to_json(), "describe": dict(predictions.describe)}
 
     try:
-        directory, remembered = ground.work.step(f"gate-{tried.name}-{place.runtime}", inputs, make)
+        directory, remembered = context.work.step(f"gate-{result.name}-{target.runtime}", inputs, make_variant)
     except _NotKeptError as error:
         return error.verdict
     if (directory / "answers.npz").is_file():
-        ground.scores[tried.name, place] = _load(directory, {}).score
-    ground.described[tried.name, place] = remembered["describe"]
+        context.scores[result.name, target] = _load(directory, {}).score
+    context.described[result.name, target] = remembered["describe"]
     figures = dict(remembered["verdict"])
     passed, reasons = figures.pop("passed"), figures.pop("reasons")
-    return Verdict(passed, tuple(Reason(**reason) for reason in reasons), figures)
+    return Verdict(passed, tuple(RefusalReason(**reason) for reason in reasons), figures)
 
 
-def measure(tried: Iterable[Tried], ground: Ground, told: Told) -> None:
+def measure_speed(result: Iterable[VariantResult], context: GateContext, on_progress: OnProgress) -> None:
     """Time everything that is left on every place where it passed, all of it in turns: times of different runtimes compare too.
 
     Raises:
         QuantizeError: ``speed.failed``: something that ran before does not load any more.
     """
-    tensor = np.ascontiguousarray(ground.evaluation.tensors[:1])
-    runs = [(entry, place) for entry in tried if entry.refused is None for place in entry.passed]
-    pairs = [(entry.path, place.candidate(entry.path.name, entry.precision)) for entry, place in runs if entry.path is not None]
+    tensor = np.ascontiguousarray(context.evaluation.tensors[:1])
+    runs = [(entry, target) for entry in result if entry.refused is None for target in entry.passed]
+    pairs = [(entry.path, target.candidate(entry.path.name, entry.precision)) for entry, target in runs if entry.path is not None]
     try:
-        times = interleaved(pairs, ground.found.draft.input, tensor, told=told)
+        times = measure_interleaved(pairs, context.float_model.draft.input, tensor, on_progress=on_progress)
     except InferenceError as error:
         raise QuantizeError(f"a variant failed while it was timed: {error}", hint="start the command again", code="speed.failed") from error
-    for (entry, place), timed in zip(runs, times, strict=True):
-        entry.timed[place] = timed
+    for (entry, target), timing in zip(runs, times, strict=True):
+        entry.timing[target] = timing
 
 
-def _save(directory: Path, said: Answers) -> None:
-    arrays = {"score": said.score, "cam": said.cam, "mask": said.mask}
+def _save(directory: Path, predictions: Predictions) -> None:
+    arrays = {"score": predictions.score, "cam": predictions.cam, "mask": predictions.mask}
     np.savez(directory / "answers.npz", **{name: value for name, value in arrays.items() if value is not None})  # type: ignore[arg-type]
 
 
-def _load(directory: Path, described: dict[str, Any]) -> Answers:
+def _load(directory: Path, described: dict[str, Any]) -> Predictions:
     try:
         with np.load(directory / "answers.npz", allow_pickle=False) as arrays:
-            return Answers(arrays["score"], arrays.get("cam"), arrays.get("mask"), described)
+            return Predictions(arrays["score"], arrays.get("cam"), arrays.get("mask"), described)
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise QuantizeError(
             f"the work directory {directory.parent} is damaged", hint="remove it and start again", code="work.damaged"

@@ -29,7 +29,7 @@ class UnreadableError(Exception):
 
 
 @dataclass(frozen=True)
-class Picture:
+class LoadedImage:
     """A picture, read.
 
     Attributes:
@@ -45,14 +45,14 @@ class Picture:
     source: str = ""
 
 
-def find(directory: Path) -> Iterator[Path]:
+def find_image_files(directory: Path) -> Iterator[Path]:
     """Yield every picture file below ``directory``, by name; a file without a suffix counts when it is DICOM (PS3.10 7.1)."""
     for path in sorted(directory.rglob("*")):
         if path.is_file() and not path.name.startswith(".") and (path.suffix.lower() in SUFFIXES or (not path.suffix and _is_dicom(path))):
             yield path
 
 
-def count(path: Path) -> int:
+def count_images(path: Path) -> int:
     """How many pictures a file holds.
 
     Raises:
@@ -64,7 +64,7 @@ def count(path: Path) -> int:
     return 1 if pixels.ndim == 2 else len(pixels)
 
 
-def read(path: Path, index: int, spec: InputSpec) -> Picture:
+def read_image(path: Path, index: int, spec: InputSpec) -> LoadedImage:
     """Read one picture as the box would.
 
     Raises:
@@ -74,14 +74,14 @@ def read(path: Path, index: int, spec: InputSpec) -> Picture:
 
     suffix = path.suffix.lower()
     if suffix in _PICTURES:
-        return Picture(from_display(_displayed(path), spec).tensor)
+        return LoadedImage(from_display(_read_grey_file(path), spec).tensor)
     if suffix == ".npz":
         pixels = _npz(path)
-        return Picture(from_display(pixels if pixels.ndim == 2 else pixels[index], spec).tensor)
+        return LoadedImage(from_display(pixels if pixels.ndim == 2 else pixels[index], spec).tensor)
     return _dicom(path, spec)
 
 
-def displayed(path: Path, index: int, spec: InputSpec) -> NDArray[np.uint8]:
+def read_displayed(path: Path, index: int, spec: InputSpec) -> NDArray[np.uint8]:
     """One picture as displayed, uint8 [rows, columns].
 
     Raises:
@@ -89,7 +89,7 @@ def displayed(path: Path, index: int, spec: InputSpec) -> NDArray[np.uint8]:
     """
     suffix = path.suffix.lower()
     if suffix in _PICTURES:
-        return _displayed(path)
+        return _read_grey_file(path)
     if suffix == ".npz":
         pixels = _npz(path)
         return pixels if pixels.ndim == 2 else np.ascontiguousarray(pixels[index])
@@ -102,7 +102,7 @@ def displayed(path: Path, index: int, spec: InputSpec) -> NDArray[np.uint8]:
         raise UnreadableError(error.code) from error
 
 
-def _displayed(path: Path) -> NDArray[np.uint8]:
+def _read_grey_file(path: Path) -> NDArray[np.uint8]:
     from appliance.pictures.capture import grey_values
 
     try:
@@ -125,7 +125,7 @@ def _npz(path: Path) -> NDArray[np.uint8]:
     return pixels
 
 
-def _dicom(path: Path, spec: InputSpec) -> Picture:
+def _dicom(path: Path, spec: InputSpec) -> LoadedImage:
     from appliance.pictures.pixels import frame_count
     from appliance.preprocess import to_tensor
 
@@ -139,7 +139,7 @@ def _dicom(path: Path, spec: InputSpec) -> Picture:
         raise UnreadableError(error.code) from error
     except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:  # header values pydicom cannot make out
         raise UnreadableError(f"the header makes no sense ({type(error).__name__})") from error
-    return Picture(tensor, texts[0], texts[1], " ".join(texts[2:]).strip())
+    return LoadedImage(tensor, texts[0], texts[1], " ".join(texts[2:]).strip())
 
 
 def _dataset(path: Path) -> Dataset:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from quantize.errors import QuantizeError
-from quantize.gate.image_files import SUFFIXES, UnreadableError, count, find, read
+from quantize.gate.image_files import SUFFIXES, UnreadableError, count_images, find_image_files, read_image
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -35,7 +35,7 @@ _KNOWN_COLUMNS: Final = ("file", "source", "patient", "index")
 _SHOWN: Final = 5
 _FORMATS: Final = "DICOM (.dcm or without a suffix), " + ", ".join(sorted(SUFFIXES - {".dcm", ".dicom"}))
 
-Told = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 """Called with how many pictures are read, and of how many."""
 
 
@@ -59,7 +59,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class PictureSet:
+class ImageSet:
     """A set, read.
 
     Attributes:
@@ -92,8 +92,8 @@ class PictureSet:
 
 
 def read_calibration(
-    directory: Path, spec: InputSpec, modalities: Sequence[str], work: Path, *, limit: int = 256, told: Told | None = None
-) -> PictureSet:
+    directory: Path, spec: InputSpec, modalities: Sequence[str], work: Path, *, limit: int = 256, on_progress: OnProgress | None = None
+) -> ImageSet:
     """Read what the activations' ranges are measured on.
 
     Args:
@@ -102,13 +102,13 @@ def read_calibration(
         modalities: what the model applies to; a DICOM file of another modality is an error.
         work: directory for the tensors.
         limit: more pictures than this are thinned evenly: ranges do not change any more, time does.
-        told: called as it goes.
+        on_progress: called as it goes.
 
     Raises:
         QuantizeError: ``data.missing``, ``data.empty``, ``data.too_few``, ``data.modality``, ``data.unreadable``, ``data.labels``.
     """
     table = directory / LABELS_FILE
-    rows = _labelled(directory, table, ()) if table.is_file() else [Row(path, i) for path, i in _pictures(directory)]
+    rows = _labelled(directory, table, ()) if table.is_file() else [Row(path, i) for path, i in _list_images(directory)]
     if len(rows) < MIN_CALIBRATION:
         raise QuantizeError(
             f"the calibration set holds {len(rows)} pictures, at least {MIN_CALIBRATION} are needed",
@@ -117,12 +117,12 @@ def read_calibration(
         )
     if len(rows) > limit:
         rows = [rows[round(i * (len(rows) - 1) / (limit - 1))] for i in range(limit)]
-    return _read(directory, rows, spec, modalities, work / "calibration.npy", told)
+    return _read(directory, rows, spec, modalities, work / "calibration.npy", on_progress)
 
 
 def read_evaluation(
-    directory: Path, spec: InputSpec, modalities: Sequence[str], labels: Sequence[str], work: Path, *, told: Told | None = None
-) -> PictureSet:
+    directory: Path, spec: InputSpec, modalities: Sequence[str], labels: Sequence[str], work: Path, *, on_progress: OnProgress | None = None
+) -> ImageSet:
     """Read the labelled set of the gate.
 
     Args:
@@ -131,14 +131,14 @@ def read_evaluation(
         modalities: what the model applies to.
         labels: names of the model's labels; none (segmentation) means that no ``labels.csv`` is needed.
         work: directory for the tensors.
-        told: called as it goes.
+        on_progress: called as it goes.
 
     Raises:
         QuantizeError: as :func:`read_calibration`, and ``data.one_class`` for a label without positive or negative pictures.
     """
     table = directory / LABELS_FILE
     labelled = labels or table.is_file()
-    rows = _labelled(directory, table, labels) if labelled else [Row(path, i) for path, i in _pictures(directory)]
+    rows = _labelled(directory, table, labels) if labelled else [Row(path, i) for path, i in _list_images(directory)]
     for number, label in enumerate(labels):
         positive = sum(row.labels[number] for row in rows)
         if positive in (0, len(rows)):
@@ -147,10 +147,10 @@ def read_evaluation(
                 hint="sensitivity and specificity need both: add pictures with and without the finding",
                 code="data.one_class",
             )
-    return _read(directory, rows, spec, modalities, work / "evaluation.npy", told)
+    return _read(directory, rows, spec, modalities, work / "evaluation.npy", on_progress)
 
 
-def check_disjoint(calibration: PictureSet, evaluation: PictureSet) -> None:
+def check_disjoint(calibration: ImageSet, evaluation: ImageSet) -> None:
     """Refuse a picture or a patient that is in both sets: the gate would measure what the ranges were fitted to.
 
     Raises:
@@ -167,16 +167,16 @@ def check_disjoint(calibration: PictureSet, evaluation: PictureSet) -> None:
         raise QuantizeError(message, hint=hint, code="data.overlap")
 
 
-def _keys(pictures: PictureSet) -> list[tuple[str, int]]:
-    return [(digest, row.index) for row, digest in zip(pictures.rows, pictures.digests, strict=True)]
+def _keys(images: ImageSet) -> list[tuple[str, int]]:
+    return [(digest, row.index) for row, digest in zip(images.rows, images.digests, strict=True)]
 
 
-def _pictures(directory: Path) -> Iterator[tuple[Path, int]]:
+def _list_images(directory: Path) -> Iterator[tuple[Path, int]]:
     _check_directory(directory)
     bad = []
-    for path in find(directory):
+    for path in find_image_files(directory):
         try:
-            yield from ((path, i) for i in range(count(path)))
+            yield from ((path, i) for i in range(count_images(path)))
         except UnreadableError as error:
             bad.append(f"{path.relative_to(directory)} ({error})")
     _refuse_unreadable(bad)
@@ -185,7 +185,7 @@ def _pictures(directory: Path) -> Iterator[tuple[Path, int]]:
 def _check_directory(directory: Path) -> None:
     if not directory.is_dir():
         raise QuantizeError(f"{directory} is no directory", hint="name the directory that holds the pictures", code="data.missing")
-    if not any(True for _ in find(directory)):
+    if not any(True for _ in find_image_files(directory)):
         raise QuantizeError(f"there is no picture in {directory}", hint=f"what can be read: {_FORMATS}", code="data.empty")
 
 
@@ -209,7 +209,7 @@ def _labelled(directory: Path, table: Path, labels: Sequence[str]) -> list[Row]:
     if twice := sorted({_shown(row) for row in rows if times[row.path, row.index] > 1}):
         raise _bad_labels(f"{LABELS_FILE} names a picture twice: {_some(twice)}", "leave one line per picture")
     named = {row.path for row in rows}
-    if unnamed := [str(path.relative_to(directory)) for path in find(directory) if path not in named]:
+    if unnamed := [str(path.relative_to(directory)) for path in find_image_files(directory) if path not in named]:
         raise _bad_labels(f"{LABELS_FILE} does not name {_some(unnamed)}", "add them, or take them out of the directory")
     return rows
 
@@ -239,39 +239,41 @@ def _row(directory: Path, line: int, record: dict[str | Any, Any], labels: Seque
         if values[label] not in ("0", "1"):
             raise _bad_labels(f"{where}: {label} is {values[label]!r}", "a label is 0 or 1")
     index = values.get("index") or "0"
-    if not index.isdecimal() or int(index) >= _count(path, where):
+    if not index.isdecimal() or int(index) >= _count_images(path, where):
         raise _bad_labels(f"{where}: the file has no picture {index}", "index counts from 0")
     return Row(path, int(index), tuple(values[label] == "1" for label in labels), values.get("source", ""), values.get("patient", ""))
 
 
-def _count(path: Path, where: str) -> int:
+def _count_images(path: Path, where: str) -> int:
     try:
-        return count(path)
+        return count_images(path)
     except UnreadableError as error:
         raise QuantizeError(
             f"{where}: {path.name} cannot be read: {error}", hint=f"what can be read: {_FORMATS}", code="data.unreadable"
         ) from error
 
 
-def _read(directory: Path, rows: list[Row], spec: InputSpec, modalities: Sequence[str], target: Path, told: Told | None) -> PictureSet:
+def _read(
+    directory: Path, rows: list[Row], spec: InputSpec, modalities: Sequence[str], target: Path, on_progress: OnProgress | None
+) -> ImageSet:
     target.parent.mkdir(parents=True, exist_ok=True)
     shape = (len(rows), *spec.shape)
     tensors: NDArray[np.float32] = np.lib.format.open_memmap(target, mode="w+", dtype=np.float32, shape=shape)
-    bad, foreign, found, digests = [], [], [], []
+    bad, foreign, rows_read, digests = [], [], [], []
     for number, row in enumerate(rows):
         try:
-            picture = read(row.path, row.index, spec)
+            image = read_image(row.path, row.index, spec)
         except UnreadableError as error:
             bad.append(f"{_shown(row, directory)} ({error})")
             continue
         finally:
-            if told is not None:
-                told(number + 1, len(rows))
-        if picture.modality is not None and picture.modality not in modalities:
-            foreign.append(f"{_shown(row, directory)} ({picture.modality or 'none'})")
-        tensors[number] = picture.tensor[0]
+            if on_progress is not None:
+                on_progress(number + 1, len(rows))
+        if image.modality is not None and image.modality not in modalities:
+            foreign.append(f"{_shown(row, directory)} ({image.modality or 'none'})")
+        tensors[number] = image.tensor[0]
         digests.append(hashlib.sha256(row.path.read_bytes()).hexdigest())
-        found.append(Row(row.path, row.index, row.labels, row.source or picture.source, row.patient or picture.patient))
+        rows_read.append(Row(row.path, row.index, row.labels, row.source or image.source, row.patient or image.patient))
     _refuse_unreadable(bad)
     if foreign:
         raise QuantizeError(
@@ -279,7 +281,7 @@ def _read(directory: Path, rows: list[Row], spec: InputSpec, modalities: Sequenc
             hint="take them out, or let applies_to.modality name them if the model is for them",
             code="data.modality",
         )
-    return PictureSet(directory, tuple(found), tensors, tuple(digests), _digest(found, digests, spec))
+    return ImageSet(directory, tuple(rows_read), tensors, tuple(digests), _digest(rows_read, digests, spec))
 
 
 def _digest(rows: Sequence[Row], digests: Sequence[str], spec: InputSpec) -> str:

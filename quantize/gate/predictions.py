@@ -25,7 +25,7 @@ INFER_S: Final = 120.0
 # Further digits are noise between processors; without them a second run writes the same bytes.
 _DIGITS: Final = 6
 
-Told = Callable[[float], None]
+OnProgress = Callable[[float], None]
 """Called with the part (0 to 1) that is done."""
 
 
@@ -39,7 +39,7 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class Answers:
+class Predictions:
     """What one variant said on one runtime.
 
     Attributes:
@@ -56,7 +56,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Place:
+class RuntimeTarget:
     """Where a variant can run here: a runtime and its provider."""
 
     runtime: RuntimeName
@@ -73,25 +73,25 @@ class Place:
         return Candidate(self.runtime, file, precision, self.provider, threads)
 
 
-REFERENCE: Final = Place("onnxruntime", CPU)
+REFERENCE: Final = RuntimeTarget("onnxruntime", CPU)
 
 
-def places() -> tuple[list[Place], dict[str, str]]:
+def runtime_targets() -> tuple[list[RuntimeTarget], dict[str, str]]:
     """Where variants can run here, and for each runtime that cannot run here why not."""
     from appliance.runtime.available import available
 
-    found: list[Place] = []
-    absent: dict[str, str] = {}
+    targets: list[RuntimeTarget] = []
+    unavailable: dict[str, str] = {}
     for entry in available():
-        found += [Place(entry.runtime, provider, entry.version or "") for provider in entry.providers]
+        targets += [RuntimeTarget(entry.runtime, provider, entry.version or "") for provider in entry.providers]
         if not entry.providers:
-            absent[entry.runtime] = entry.why
-    return found, absent
+            unavailable[entry.runtime] = entry.why
+    return targets, unavailable
 
 
-def answers(
-    model: Path, spec: TensorSpec, candidate: Candidate, tensors: NDArray[np.float32], heads: Heads, told: Told | None = None
-) -> Answers:
+def predict(
+    model: Path, spec: TensorSpec, candidate: Candidate, tensors: NDArray[np.float32], heads: Heads, on_progress: OnProgress | None = None
+) -> Predictions:
     """Run every picture through a variant, one at a time.
 
     Args:
@@ -100,40 +100,40 @@ def answers(
         candidate: how it is run.
         tensors: float32 [n, ...].
         heads: the outputs to keep.
-        told: called as it goes.
+        on_progress: called as it goes.
 
     Raises:
         InferenceError: it does not load, died, or gave no numbers.
     """
-    kept: dict[str, list[NDArray[Any]]] = {"score": [], "cam": [], "mask": []}
+    arrays: dict[str, list[NDArray[Any]]] = {"score": [], "cam": [], "mask": []}
     with Attempt(model, spec, candidate, deadline_s=LOAD_S) as attempt:
         described = attempt.load()
         for number in range(len(tensors)):
             outputs = attempt.infer(np.ascontiguousarray(tensors[number : number + 1]))
-            _keep(kept, outputs, heads)
-            if told is not None:
-                told((number + 1) / len(tensors))
-    score = np.concatenate(kept["score"]) if kept["score"] else np.zeros((len(tensors), 0))
-    return Answers(
+            _append_outputs(arrays, outputs, heads)
+            if on_progress is not None:
+                on_progress((number + 1) / len(tensors))
+    score = np.concatenate(arrays["score"]) if arrays["score"] else np.zeros((len(tensors), 0))
+    return Predictions(
         np.round(score.astype(np.float64), _DIGITS),
-        np.concatenate(kept["cam"]) if kept["cam"] else None,
-        np.concatenate(kept["mask"]) if kept["mask"] else None,
+        np.concatenate(arrays["cam"]) if arrays["cam"] else None,
+        np.concatenate(arrays["mask"]) if arrays["mask"] else None,
         described,
     )
 
 
-def _keep(kept: dict[str, list[NDArray[Any]]], outputs: dict[str, NDArray[np.float32]], heads: Heads) -> None:
+def _append_outputs(arrays: dict[str, list[NDArray[Any]]], outputs: dict[str, NDArray[np.float32]], heads: Heads) -> None:
     if heads.probability is not None:
         value = outputs[heads.probability]
-        kept["score"].append(value.reshape(len(value), -1))
+        arrays["score"].append(value.reshape(len(value), -1))
     if heads.cam is not None:
-        kept["cam"].append(outputs[heads.cam])
+        arrays["cam"].append(outputs[heads.cam])
     if heads.segmentation is not None:
-        kept["mask"].append(outputs[heads.segmentation].argmax(axis=1).astype(np.uint8))
+        arrays["mask"].append(outputs[heads.segmentation].argmax(axis=1).astype(np.uint8))
 
 
 @dataclass(frozen=True)
-class Timed:
+class Timing:
     """How fast one candidate was.
 
     Attributes:
@@ -149,10 +149,10 @@ class Timed:
     peak_rss_bytes: int
 
 
-def interleaved(
+def measure_interleaved(
     candidates: Sequence[tuple[Path, Candidate]], spec: TensorSpec, tensor: NDArray[np.float32], *, rounds: int = 9, repeat: int = 5,
-    told: Told | None = None,
-) -> list[Timed]:  # fmt: skip
+    on_progress: OnProgress | None = None,
+) -> list[Timing]:  # fmt: skip
     """Time candidates against each other: a few calls of each, round after round, so that a busy moment hits all of them.
 
     Args:
@@ -161,7 +161,7 @@ def interleaved(
         tensor: one picture, float32 [1, ...].
         rounds: how often each has its turn.
         repeat: calls per turn.
-        told: called as it goes.
+        on_progress: called as it goes.
 
     Raises:
         InferenceError: one of them does not load any more.
@@ -175,9 +175,9 @@ def interleaved(
         for turn in range(rounds):
             for number, attempt in enumerate(attempts):
                 samples[number] += attempt.time(tensor, repeat)
-                if told is not None:
-                    told((turn * len(attempts) + number + 1) / (rounds * len(attempts)))
+                if on_progress is not None:
+                    on_progress((turn * len(attempts) + number + 1) / (rounds * len(attempts)))
         return [
-            Timed(float(np.median(values)), min(values), attempt.load_ms, attempt.peak_rss_bytes)
+            Timing(float(np.median(values)), min(values), attempt.load_ms, attempt.peak_rss_bytes)
             for values, attempt in zip(samples, attempts, strict=True)
         ]

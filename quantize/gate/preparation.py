@@ -20,9 +20,9 @@ from quantize.graph.model_checks import read_model
 from quantize.graph.onnx_graph import clean_up, input_name, output_names, session, shape_of
 
 if TYPE_CHECKING:
-    from quantize.gate.image_sets import PictureSet
+    from quantize.gate.image_sets import ImageSet
     from quantize.progress import Progress
-    from quantize.work_directory import Work
+    from quantize.work_directory import WorkDirectory
 
 CAM: Final = "cam"
 # How far the cleaned graph may be from the one that was given, in a probability: sums are added in another order.
@@ -31,7 +31,7 @@ _TRIED: Final = 8
 
 
 @dataclass(frozen=True)
-class Float:
+class FloatModel:
     """The float model.
 
     Attributes:
@@ -51,7 +51,7 @@ class Float:
     notes: tuple[str, ...]
 
 
-def read_float(model_path: Path, draft: Draft, work: Work, told: Callable[[float], None]) -> Float:
+def read_float(model_path: Path, draft: Draft, work: WorkDirectory, on_progress: Callable[[float], None]) -> FloatModel:
     """Check the float model, clean it up and give it a class activation map where it can have one.
 
     Raises:
@@ -60,31 +60,31 @@ def read_float(model_path: Path, draft: Draft, work: Work, told: Callable[[float
     import onnx
 
     model = read_model(model_path, draft.input, draft.outputs)
-    told(0.2)
+    on_progress(0.2)
     digest = sha256_of(model_path.resolve())
     notes: list[str] = []
 
     def make(directory: Path) -> list[str]:
         cleaned = clean_up(model)
-        told(0.6)
-        said: list[str] = []
+        on_progress(0.6)
+        notes_of_step: list[str] = []
         if wanted := _missing_cam(draft, cleaned):
-            cleaned, said = _with_cam(cleaned, draft, wanted)
+            cleaned, notes_of_step = _with_cam(cleaned, draft, wanted)
         _check_same(model, cleaned, draft)
         onnx.save(cleaned, directory / "clean.onnx")
         # As it was validated, byte for byte, where nothing had to be added.
-        if not said and _is_plain(model_path):
+        if not notes_of_step and _is_plain(model_path):
             shutil.copyfile(model_path, directory / "fp32.onnx")
         else:
             onnx.save(cleaned, directory / "fp32.onnx")
-        return said
+        return notes_of_step
 
-    directory, said = work.step("float", [digest, draft.model_dump(mode="json")], make)
-    notes += said
+    directory, notes_of_step = work.step("float", [digest, draft.model_dump(mode="json")], make)
+    notes += notes_of_step
     clean = onnx.load(directory / "clean.onnx")
     draft = _with_cam_output(draft, clean)
     heads = Heads(draft.output("probability"), draft.output("cam"), draft.output("segmentation_logits"))
-    return Float(draft, clean, directory / "fp32.onnx", digest, heads, tuple(notes))
+    return FloatModel(draft, clean, directory / "fp32.onnx", digest, heads, tuple(notes))
 
 
 def _missing_cam(draft: Draft, model: Any) -> str:
@@ -136,22 +136,27 @@ def _check_same(model: Any, cleaned: Any, draft: Draft) -> None:
 
 
 def read_sets(
-    found: Float, calibration: Path, evaluation: Path, limit: int, work: Work, progress: Progress
-) -> tuple[PictureSet, PictureSet]:
+    float_model: FloatModel, calibration: Path, evaluation: Path, limit: int, work: WorkDirectory, progress: Progress
+) -> tuple[ImageSet, ImageSet]:
     """Read both sets and see that they have nothing in common.
 
     Raises:
         QuantizeError: see ``quantize.gate.image_sets``.
     """
-    draft = found.draft
+    draft = float_model.draft
     directory = work.directory / "tensors"
-    told = progress.begin("calibration set", f"reading the calibration pictures in {calibration}")
+    on_progress = progress.begin("calibration set", f"reading the calibration pictures in {calibration}")
     one = image_sets.read_calibration(
-        calibration, draft.input, draft.applies_to.modality, directory, limit=limit, told=lambda done, of: told(done / of)
+        calibration, draft.input, draft.applies_to.modality, directory, limit=limit, on_progress=lambda done, of: on_progress(done / of)
     )
-    told = progress.begin("evaluation set", f"reading the labelled pictures in {evaluation}")
+    on_progress = progress.begin("evaluation set", f"reading the labelled pictures in {evaluation}")
     other = image_sets.read_evaluation(
-        evaluation, draft.input, draft.applies_to.modality, draft.label_names, directory, told=lambda done, of: told(done / of)
+        evaluation,
+        draft.input,
+        draft.applies_to.modality,
+        draft.label_names,
+        directory,
+        on_progress=lambda done, of: on_progress(done / of),
     )
     image_sets.check_disjoint(one, other)
     return one, other

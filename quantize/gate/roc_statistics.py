@@ -54,16 +54,16 @@ def auc(positive: Flags, score: Scores) -> float | None:
 
 def threshold_for(positive: Flags, score: Scores, sensitivity: float) -> float:
     """Return the highest threshold, cut to four digits, that finds at least ``sensitivity`` of the positives."""
-    found = np.sort(score[positive])
-    allowed_misses = len(found) - math.ceil(sensitivity * len(found))
+    result = np.sort(score[positive])
+    allowed_misses = len(result) - math.ceil(sensitivity * len(result))
     # Cut, not rounded: rounding up could miss the very picture that decides.
-    return math.floor(float(found[allowed_misses]) * 1e4) / 1e4
+    return math.floor(float(result[allowed_misses]) * 1e4) / 1e4
 
 
 def sensitivity_of(scored: Scored, threshold: float) -> Interval | None:
     """Return the share of positives at or above ``threshold``."""
-    found = scored.score[scored.positive] >= threshold
-    return wilson(int(found.sum()), len(found)) if len(found) else None
+    result = scored.score[scored.positive] >= threshold
+    return wilson(int(result.sum()), len(result)) if len(result) else None
 
 
 def specificity_of(scored: Scored, threshold: float) -> Interval | None:
@@ -76,8 +76,8 @@ def per_source(scored: Scored, threshold: float) -> list[SourceMeasure]:
     """Measure within each source by itself: across sources a model can win by telling the sources apart."""
     measures = []
     for name in np.unique(scored.source):
-        here = scored.source == name
-        part = Scored(scored.positive[here], scored.source[here], scored.score[here])
+        targets = scored.source == name
+        part = Scored(scored.positive[targets], scored.source[targets], scored.score[targets])
         measures.append(
             SourceMeasure(
                 source=str(name),
@@ -96,10 +96,10 @@ def roc(positive: Flags, score: Scores) -> tuple[Scores, Scores]:
     order = np.argsort(-score, kind="stable")
     ill = positive[order]
     last = np.append(np.flatnonzero(np.diff(score[order])), len(score) - 1)
-    found, alarms = np.cumsum(ill)[last], np.cumsum(~ill)[last]
+    result, alarms = np.cumsum(ill)[last], np.cumsum(~ill)[last]
     return (
         np.concatenate([[0.0], alarms / max(1, int((~positive).sum()))]),
-        np.concatenate([[0.0], found / max(1, int(positive.sum()))]),
+        np.concatenate([[0.0], result / max(1, int(positive.sum()))]),
     )
 
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from quantize.gate.verdicts import Reason, Verdict
+from quantize.gate.verdicts import RefusalReason, Verdict
 
 if TYPE_CHECKING:
     from model_sync.bundle import Precision
-    from quantize.gate.predictions import Place, Timed
+    from quantize.gate.predictions import RuntimeTarget, Timing
     from quantize.recipes.variant_makers import Activations
 
 EXACTNESS: Final[tuple[Precision, ...]] = ("fp32", "fp16", "mixed", "int8")
@@ -34,7 +34,7 @@ class LayerError:
 
 
 @dataclass
-class Tried:
+class VariantResult:
     """One variant that was made: what the gate said on each place, and how fast it was there.
 
     Attributes:
@@ -45,7 +45,7 @@ class Tried:
         recipe: how it was made, in words for the manifest.
         family: variants of one family differ in calibration alone.
         verdicts: place -> what the gate found.
-        timed: place -> how fast it was; only where it passed.
+        timing: place -> how fast it was; only where it passed.
         refused: why it is not shipped; None where it is.
         layers: what quantizing each of its layers alone costs; empty where nobody measured.
     """
@@ -56,102 +56,102 @@ class Tried:
     path: Path | None
     recipe: str
     family: str = ""
-    verdicts: dict[Place, Verdict] = field(default_factory=dict)
-    timed: dict[Place, Timed] = field(default_factory=dict)
-    refused: Reason | None = None
+    verdicts: dict[RuntimeTarget, Verdict] = field(default_factory=dict)
+    timing: dict[RuntimeTarget, Timing] = field(default_factory=dict)
+    refused: RefusalReason | None = None
     layers: tuple[LayerError, ...] = ()
 
     @property
-    def passed(self) -> list[Place]:
+    def passed(self) -> list[RuntimeTarget]:
         """Where it passed the gate."""
-        return [place for place, verdict in self.verdicts.items() if verdict.passed]
+        return [target for target, verdict in self.verdicts.items() if verdict.passed]
 
     @property
     def not_on(self) -> list[str]:
         """Runtimes on which it passed nowhere, in the manifest's order."""
-        return sorted({place.runtime for place in self.verdicts} - {place.runtime for place in self.passed})
+        return sorted({target.runtime for target in self.verdicts} - {target.runtime for target in self.passed})
 
     @property
     def change(self) -> float:
         """The mean change of a score where it passed, the largest over the places: what tells recipes of one speed apart."""
         changes = [
-            float(label["mean_abs_delta"]) for place in self.passed for label in self.verdicts[place].figures.get("labels", {}).values()
+            float(label["mean_abs_delta"]) for target in self.passed for label in self.verdicts[target].figures.get("labels", {}).values()
         ]
-        masks = [1 - value for place in self.passed for value in self.verdicts[place].figures.get("dice", {}).values()]
+        masks = [1 - value for target in self.passed for value in self.verdicts[target].figures.get("dice", {}).values()]
         return max([*changes, *masks], default=0.0)
 
 
-def refuse_failed(tried: Iterable[Tried]) -> None:
+def refuse_failed(variants: Iterable[VariantResult]) -> None:
     """Refuse what passed nowhere, with the reason of every place."""
-    for entry in tried:
+    for entry in variants:
         if entry.refused is None and not entry.passed:
-            said = {place.title: verdict.reasons for place, verdict in entry.verdicts.items()}
-            text = "; ".join(f"{place}: {' | '.join(reason.detail for reason in reasons)}" for place, reasons in said.items())
-            first = next((reason.code for reasons in said.values() for reason in reasons), "gate.untested")
-            entry.refused = Reason(first, text or "it ran nowhere")
+            message = {target.title: verdict.reasons for target, verdict in entry.verdicts.items()}
+            text = "; ".join(f"{target}: {' | '.join(reason.detail for reason in reasons)}" for target, reasons in message.items())
+            first = next((reason.code for reasons in message.values() for reason in reasons), "gate.untested")
+            entry.refused = RefusalReason(first, text or "it ran nowhere")
 
 
-def best_calibration(tried: Sequence[Tried]) -> None:
+def keep_best_calibration(variants: Sequence[VariantResult]) -> None:
     """Of recipes that differ in calibration alone, keep the one that passes on most places and changes scores least.
 
     Their graphs are the same but for the numbers in it, so they are equally fast.
     """
-    for family in sorted({entry.family for entry in tried} - {""}):
-        same = [entry for entry in tried if entry.family == family and entry.refused is None]
+    for family in sorted({entry.family for entry in variants} - {""}):
+        same = [entry for entry in variants if entry.family == family and entry.refused is None]
         if len(same) < 2:
             continue
         best = min(same, key=lambda entry: (-len(entry.passed), entry.change, entry.name))
         for entry in same:
             if entry is not best:
                 mine, its = (f"{one.change:.5f} on {len(one.passed)} runtimes" for one in (entry, best))
-                entry.refused = Reason("calibration.other_better", f"mean change of a score {mine}; {best.name}: {its}")
+                entry.refused = RefusalReason("calibration.other_better", f"mean change of a score {mine}; {best.name}: {its}")
 
 
-def refuse_slow(tried: Sequence[Tried], absent: Mapping[str, str]) -> None:
+def refuse_slow(variants: Sequence[VariantResult], unavailable: Mapping[str, str]) -> None:
     """Refuse what gains no time over a more exact variant on any runtime that it is made for.
 
     Args:
-        tried: all variants, timed where they passed.
-        absent: runtimes that cannot run here; what is made for one of them is left to the clock of the box.
+        variants: all variants, timed where they passed.
+        unavailable: runtimes that cannot run here; what is made for one of them is left to the clock of the box.
     """
-    for entry in sorted(tried, key=lambda entry: EXACTNESS.index(entry.precision)):
+    for entry in sorted(variants, key=lambda entry: EXACTNESS.index(entry.precision)):
         if entry.refused is not None or entry.precision == "fp32":
             continue
-        if entry.activations != "unsigned" and _ACCELERATOR in absent:
+        if entry.activations != "unsigned" and _ACCELERATOR in unavailable:
             continue
         more_exact = [
-            other for other in tried if other.refused is None and EXACTNESS.index(other.precision) < EXACTNESS.index(entry.precision)
+            other for other in variants if other.refused is None and EXACTNESS.index(other.precision) < EXACTNESS.index(entry.precision)
         ]
-        behind = [_behind(entry, place, more_exact) for place in entry.passed]
+        behind = [_behind(entry, target, more_exact) for target in entry.passed]
         if all(behind):
-            entry.refused = Reason("speed.slower", "; ".join(behind))
+            entry.refused = RefusalReason("speed.slower", "; ".join(behind))
 
 
-def _behind(entry: Tried, place: Place, more_exact: Sequence[Tried]) -> str:
+def _behind(entry: VariantResult, target: RuntimeTarget, more_exact: Sequence[VariantResult]) -> str:
     """In words why ``entry`` is pointless on ``place``; empty where it is the fastest so far."""
-    if place not in entry.timed:
+    if target not in entry.timing:
         return ""
-    mine = entry.timed[place].median_ms
+    mine = entry.timing[target].median_ms
     for other in more_exact:
-        if place in other.timed and other.timed[place].median_ms <= mine:
-            return f"{place.title}: {mine:.2f} ms, the more exact {other.name} {other.timed[place].median_ms:.2f} ms"
+        if target in other.timing and other.timing[target].median_ms <= mine:
+            return f"{target.title}: {mine:.2f} ms, the more exact {other.name} {other.timing[target].median_ms:.2f} ms"
     return ""
 
 
-def keep_fastest(tried: Sequence[Tried], *, one_int8: bool = False) -> None:
+def keep_fastest(variants: Sequence[VariantResult], *, one_int8: bool = False) -> None:
     """Keep one variant per precision and kind of activations, as a manifest allows: the fastest over the places here.
 
     Where a variant did not pass, the float model's time stands for it, because that is what runs there instead. Of variants that
     are equally fast, it is the one that changes scores least.
 
     Args:
-        tried: all variants, timed where they passed.
+        variants: all variants, timed where they passed.
         one_int8: keep one int8 or mixed variant of any activations, for a bundle that has to be small.
     """
-    baseline = {place: timed.median_ms for entry in tried if entry.precision == "fp32" for place, timed in entry.timed.items()}
-    kinds: dict[object, list[Tried]] = {}
-    for entry in tried:
-        if entry.refused is None and entry.timed:
+    baseline = {target: timing.median_ms for entry in variants if entry.precision == "fp32" for target, timing in entry.timing.items()}
+    kinds: dict[object, list[VariantResult]] = {}
+    for entry in variants:
+        if entry.refused is None and entry.timing:
             small = one_int8 and entry.precision in ("int8", "mixed")
             kinds.setdefault("int8" if small else (entry.precision, entry.activations), []).append(entry)
     for same in kinds.values():
@@ -161,13 +161,13 @@ def keep_fastest(tried: Sequence[Tried], *, one_int8: bool = False) -> None:
         for entry in same:
             if entry is not best:
                 detail = f"{_times(entry)}, change {entry.change:.5f}; {best.name}: {_times(best)}, change {best.change:.5f}"
-                entry.refused = Reason("speed.other_better", detail)
+                entry.refused = RefusalReason("speed.other_better", detail)
 
 
-def _pace(entry: Tried, baseline: Mapping[Place, float]) -> float:
+def _pace(entry: VariantResult, baseline: Mapping[RuntimeTarget, float]) -> float:
     """The mean logarithm of its times: a variant twice as fast on one runtime may be twice as slow on another."""
-    return float(np.mean([np.log(entry.timed[place].median_ms if place in entry.timed else ms) for place, ms in baseline.items()]))
+    return float(np.mean([np.log(entry.timing[target].median_ms if target in entry.timing else ms) for target, ms in baseline.items()]))
 
 
-def _times(entry: Tried) -> str:
-    return ", ".join(f"{place.title} {timed.median_ms:.2f} ms" for place, timed in entry.timed.items())
+def _times(entry: VariantResult) -> str:
+    return ", ".join(f"{target.title} {timing.median_ms:.2f} ms" for target, timing in entry.timing.items())

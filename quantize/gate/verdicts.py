@@ -18,8 +18,8 @@ from quantize.gate.roc_statistics import Scored
 
 if TYPE_CHECKING:
     from model_sync.bundle import Interval
-    from quantize.gate.image_sets import PictureSet
-    from quantize.gate.predictions import Answers
+    from quantize.gate.image_sets import ImageSet
+    from quantize.gate.predictions import Predictions
 
 _ROUNDING = 1e-9
 
@@ -44,7 +44,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Reason:
+class RefusalReason:
     """Why something did not pass: a code (texts: ``quantize.report_texts``) and its particulars in figures."""
 
     code: str
@@ -62,7 +62,7 @@ class Verdict:
     """
 
     passed: bool
-    reasons: tuple[Reason, ...] = ()
+    reasons: tuple[RefusalReason, ...] = ()
     figures: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -70,31 +70,31 @@ class Verdict:
         return {"passed": self.passed, "reasons": [asdict(reason) for reason in self.reasons], **self.figures}
 
 
-def failed(code: str, detail: str) -> Verdict:
+def failed_verdict(code: str, detail: str) -> Verdict:
     """The verdict on a variant that did not come so far as to be measured: it does not load, or its process died."""
-    return Verdict(False, (Reason(code, detail),))
+    return Verdict(False, (RefusalReason(code, detail),))
 
 
 def judge(
-    reference: Answers, variant: Answers, pictures: PictureSet, labels: Sequence[str], thresholds: Sequence[float], limits: Limits
+    reference: Predictions, variant: Predictions, images: ImageSet, labels: Sequence[str], thresholds: Sequence[float], limits: Limits
 ) -> Verdict:
     """Hold a variant against the float model.
 
     Args:
         reference: what the float model answered to ``pictures``.
         variant: what the variant answered.
-        pictures: the labelled set.
+        images: the labelled set.
         labels: the model's scored labels, in the order of the scores.
         thresholds: the operating point of each.
         limits: what passes.
     """
-    if found := _not_finite(variant):
-        return failed("gate.not_finite", found)
-    reasons: list[Reason] = []
+    if result := _not_finite(variant):
+        return failed_verdict("gate.not_finite", result)
+    reasons: list[RefusalReason] = []
     figures: dict[str, Any] = {}
     if len(labels):
         figures["labels"] = {
-            name: _label(pictures.scored(i, reference.score[:, i]), variant.score[:, i], name, thresholds[i], limits, reasons)
+            name: _label(images.scored(i, reference.score[:, i]), variant.score[:, i], name, thresholds[i], limits, reasons)
             for i, name in enumerate(labels)
         }
         figures["max_abs_delta"] = max(entry["max_abs_delta"] for entry in figures["labels"].values())
@@ -105,16 +105,16 @@ def judge(
     return Verdict(not reasons, tuple(reasons), figures)
 
 
-def _not_finite(answers: Answers) -> str:
+def _not_finite(answers: Predictions) -> str:
     for name, value in (("probability", answers.score), ("activation map", answers.cam)):
         if value is not None and not np.isfinite(value).all():
-            pictures = int((~np.isfinite(value)).reshape(len(value), -1).any(axis=1).sum())
-            return f"{name}: NaN or Inf in {pictures} of {len(value)} pictures"
+            images = int((~np.isfinite(value)).reshape(len(value), -1).any(axis=1).sum())
+            return f"{name}: NaN or Inf in {images} of {len(value)} pictures"
     return ""
 
 
 def _label(
-    scored: Scored, score: roc_statistics.Scores, name: str, threshold: float, limits: Limits, reasons: list[Reason]
+    scored: Scored, score: roc_statistics.Scores, name: str, threshold: float, limits: Limits, reasons: list[RefusalReason]
 ) -> dict[str, Any]:
     other = Scored(scored.positive, scored.source, score)
     before, after = roc_statistics.auc(scored.positive, scored.score), roc_statistics.auc(other.positive, other.score)
@@ -125,7 +125,7 @@ def _label(
         _compare_rate(name, kind, measure(scored, threshold), measure(other, threshold), reasons)
     delta = np.abs(other.score - scored.score)
     if delta.max() > limits.score + _ROUNDING:
-        reasons.append(Reason("gate.score", f"{name}: a score changes by {delta.max():.4f}, allowed {limits.score:g}"))
+        reasons.append(RefusalReason("gate.score", f"{name}: a score changes by {delta.max():.4f}, allowed {limits.score:g}"))
     return {
         "threshold": threshold,
         "auc": after,
@@ -140,48 +140,50 @@ def _label(
     }
 
 
-def _sources(scored: Scored, other: Scored, name: str, threshold: float, limits: Limits, reasons: list[Reason]) -> list[dict[str, Any]]:
-    found = []
+def _sources(
+    scored: Scored, other: Scored, name: str, threshold: float, limits: Limits, reasons: list[RefusalReason]
+) -> list[dict[str, Any]]:
+    result = []
     for before, after in zip(roc_statistics.per_source(scored, threshold), roc_statistics.per_source(other, threshold), strict=True):
         gated = min(before.n_positive, before.n_negative) >= limits.class_minimum
         if gated and before.auc is not None and after.auc is not None:
             _compare_auc(name, before.source, before.auc, after.auc, limits, reasons)
-        found.append({**after.model_dump(), "auc_float": before.auc, "gated": gated})
-    return found
+        result.append({**after.model_dump(), "auc_float": before.auc, "gated": gated})
+    return result
 
 
-def _compare_auc(name: str, where: str, before: float, after: float, limits: Limits, reasons: list[Reason]) -> None:
+def _compare_auc(name: str, where: str, before: float, after: float, limits: Limits, reasons: list[RefusalReason]) -> None:
     if abs(after - before) > limits.auc + _ROUNDING:
         detail = f"{name}, {where}: AUC {after:.4f}, float {before:.4f}, allowed difference {limits.auc:g}"
-        reasons.append(Reason("gate.auc", detail))
+        reasons.append(RefusalReason("gate.auc", detail))
 
 
-def _compare_rate(name: str, kind: str, before: Interval | None, after: Interval | None, reasons: list[Reason]) -> None:
+def _compare_rate(name: str, kind: str, before: Interval | None, after: Interval | None, reasons: list[RefusalReason]) -> None:
     if before is not None and after is not None and not before.low <= after.value <= before.high:
         detail = f"{name}: {kind} {after.value:.4f}, float {before.value:.4f} ({before.low:.4f} to {before.high:.4f})"
-        reasons.append(Reason(f"gate.{kind}", detail))
+        reasons.append(RefusalReason(f"gate.{kind}", detail))
 
 
-def _cam(before: Any, after: Any, limits: Limits, reasons: list[Reason]) -> float:
+def _cam(before: Any, after: Any, limits: Limits, reasons: list[RefusalReason]) -> float:
     flat, other = (np.asarray(value).reshape(len(value), -1) for value in (before, after))
     span = np.maximum(np.ptp(flat, axis=1), np.finfo(np.float32).eps)
     difference = round(float((np.abs(other - flat).mean(axis=1) / span).mean()), 5)
     if difference > limits.cam:
-        reasons.append(Reason("gate.cam", f"the activation map changes by {difference:.4f} of its range, allowed {limits.cam:g}"))
+        reasons.append(RefusalReason("gate.cam", f"the activation map changes by {difference:.4f} of its range, allowed {limits.cam:g}"))
     return difference
 
 
-def _masks(before: Any, after: Any, limits: Limits, reasons: list[Reason]) -> dict[str, float]:
+def _masks(before: Any, after: Any, limits: Limits, reasons: list[RefusalReason]) -> dict[str, float]:
     """Dice per class over the whole set; class 0 is the background and does not count."""
-    found = {}
+    result = {}
     for value in range(1, 1 + int(max(before.max(), after.max()))):
         overlap = roc_statistics.dice(before, after, value)
         if overlap is None:
             continue
-        found[str(value)] = round(overlap, 5)
+        result[str(value)] = round(overlap, 5)
         if overlap < limits.dice:
-            reasons.append(Reason("gate.dice", f"class {value}: Dice {overlap:.4f} against float, at least {limits.dice:g} needed"))
-    return found
+            reasons.append(RefusalReason("gate.dice", f"class {value}: Dice {overlap:.4f} against float, at least {limits.dice:g} needed"))
+    return result
 
 
 def _json(interval: Interval | None) -> dict[str, float] | None:

@@ -51,9 +51,9 @@ def add_cam(model: Model, probability_output: str, cam_output: str = "cam") -> M
     return _with_map(mapped, features, shape, weight, cam_output)
 
 
-def _refuse(found: str) -> QuantizeError:
+def _refuse(result: str) -> QuantizeError:
     return QuantizeError(
-        f"no class activation map can be added: {found}",
+        f"no class activation map can be added: {result}",
         hint="the head must be global average pooling and one linear layer; leave 'explain' out of the draft manifest, or export a map",
     )
 

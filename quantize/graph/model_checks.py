@@ -69,14 +69,14 @@ def read_model(path: Path, input_spec: Input | None = None, outputs: Sequence[Ou
     return model
 
 
-def need_file(path: Path) -> None:
+def require_file(path: Path) -> None:
     """Raise QuantizeError when there is no model at all at ``path``: known before anything is begun."""
     if not path.is_file():
         raise QuantizeError(f"there is no model at {path}", hint="give the path of the float model's .onnx file")
 
 
 def _load(path: Path) -> Model:
-    need_file(path)
+    require_file(path)
     _check_size(path.stat().st_size)
     try:
         model = onnx.load(path, load_external_data=False)
@@ -177,9 +177,9 @@ def _say(node: Node) -> str:
 def _check_precision(model: Model) -> None:
     kinds = {onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.BFLOAT16: "bfloat16", onnx.TensorProto.DOUBLE: "float64"}
     value = next(value for value in model.graph.input if value.name == input_name(model)) if _inputs(model) else None
-    found = [(value.name, value.type.tensor_type.elem_type)] if value is not None else []
-    found += [(name, tensor.data_type) for name, tensor in _tensors(model) if tensor.data_type != onnx.TensorProto.DOUBLE]
-    for name, kind in found:
+    tensors = [(value.name, value.type.tensor_type.elem_type)] if value is not None else []
+    tensors += [(name, tensor.data_type) for name, tensor in _tensors(model) if tensor.data_type != onnx.TensorProto.DOUBLE]
+    for name, kind in tensors:
         if kind in kinds:
             raise QuantizeError(
                 f"the model is not the float one: {name!r} is {kinds[kind]}",
@@ -220,10 +220,10 @@ def _with_fixed_axes(model: Model, spec: Input | None) -> Model:
     value = _inputs(model)[0]
     axes = list(value.type.tensor_type.shape.dim)
     sizes = (None, *(spec.shape if spec is not None else [None] * (len(axes) - 1)))
-    said = [axis.dim_value if axis.HasField("dim_value") else axis.dim_param or "?" for axis in axes]
+    text = [axis.dim_value if axis.HasField("dim_value") else axis.dim_param or "?" for axis in axes]
     if len(axes) != len(sizes):
         raise QuantizeError(
-            f"the model's input {value.name!r} is {said}, the manifest's one image or volume is {list(sizes[1:])}",
+            f"the model's input {value.name!r} is {text}, the manifest's one image or volume is {list(sizes[1:])}",
             hint="correct the draft manifest's input, or export the model for it",
         )
     for index, (axis, size) in enumerate(zip(axes, sizes, strict=True)):
@@ -232,12 +232,12 @@ def _with_fixed_axes(model: Model, spec: Input | None) -> Model:
         if axis.HasField("dim_value"):
             if size not in (None, axis.dim_value):
                 raise QuantizeError(
-                    f"the model's input {value.name!r} is {said}, the manifest says {list(sizes[1:])}",
+                    f"the model's input {value.name!r} is {text}, the manifest says {list(sizes[1:])}",
                     hint="correct the draft manifest's input, or export the model for it",
                 )
         elif size is None:
             raise QuantizeError(
-                f"axis {index} of the input {value.name!r} is dynamic ({said[index]}), and nothing fixes it",
+                f"axis {index} of the input {value.name!r} is dynamic ({text[index]}), and nothing fixes it",
                 hint="give its size in the draft manifest's input; only the batch may vary",
             )
         else:
@@ -266,10 +266,10 @@ def _check_runs(model: Model) -> None:
     try:
         session(model, optimised=False).run(None, {value.name: np.zeros(shape, np.float32)})
     except Exception as error:  # port wrapper: the exceptions of ONNX Runtime have no public base
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+        text = (str(error).splitlines() or [type(error).__name__])[0]
         for node in model.graph.node:
-            if "NOT_IMPLEMENTED" in said and f"{node.op_type}(" in said:
+            if "NOT_IMPLEMENTED" in text and f"{node.op_type}(" in text:
                 raise _unsupported(node) from error
         raise QuantizeError(
-            f"ONNX Runtime cannot run the model: {said[:300]}", hint="correct the draft manifest's input, or export the model again"
+            f"ONNX Runtime cannot run the model: {text[:300]}", hint="correct the draft manifest's input, or export the model again"
         ) from error

@@ -75,11 +75,11 @@ def producers(model: Model) -> dict[str, Node]:
 
 def consumers(model: Model) -> dict[str, list[Node]]:
     """Return which nodes take each tensor, in the order of the graph."""
-    found: dict[str, list[Node]] = {}
+    readers_by_tensor: dict[str, list[Node]] = {}
     for node in model.graph.node:
         for name in dict.fromkeys(filter(None, node.input)):
-            found.setdefault(name, []).append(node)
-    return found
+            readers_by_tensor.setdefault(name, []).append(node)
+    return readers_by_tensor
 
 
 def output_names(model: Model) -> list[str]:
@@ -113,13 +113,13 @@ def float_tensors(model: Model) -> list[str]:
     return [name for node in model.graph.node for name in node.output if kinds.get(name) == onnx.TensorProto.FLOAT]
 
 
-def exposing(model: Model, names: Iterable[str]) -> Model:
+def with_outputs(model: Model, names: Iterable[str]) -> Model:
     """Return a copy of ``model`` that returns the tensors ``names`` beside its own outputs."""
-    shown = copy_of(model)
-    known = {value.name: value for value in shown.graph.value_info}
-    present = set(output_names(shown))
-    shown.graph.output.extend(known[name] for name in dict.fromkeys(names) if name not in present and name in known)
-    return shown
+    extended = copy_of(model)
+    known = {value.name: value for value in extended.graph.value_info}
+    present = set(output_names(extended))
+    extended.graph.output.extend(known[name] for name in dict.fromkeys(names) if name not in present and name in known)
+    return extended
 
 
 def session(model: Model, *, optimised: bool = True, threads: int = 0) -> Any:
@@ -139,12 +139,12 @@ def session(model: Model, *, optimised: bool = True, threads: int = 0) -> Any:
 def drop_unused(model: Model) -> None:
     """Remove nodes and initializers that lead to no output, and imports of domains that no node uses."""
     wanted = set(output_names(model))
-    kept = []
+    remaining = []
     for node in reversed(model.graph.node):
         if wanted.intersection(node.output):
-            kept.append(node)
+            remaining.append(node)
             wanted.update(_inputs_of(node))
-    replace_all(model.graph.node, list(reversed(kept)))
+    replace_all(model.graph.node, list(reversed(remaining)))
     replace_all(model.graph.initializer, [tensor for tensor in model.graph.initializer if tensor.name in wanted])
     used = {node.domain for node in model.graph.node} | {""}
     replace_all(model.opset_import, [entry for entry in model.opset_import if entry.domain in used])
@@ -152,7 +152,7 @@ def drop_unused(model: Model) -> None:
 
 def sort_nodes(model: Model) -> None:
     """Bring the nodes into an order in which each tensor is made before it is read, as ONNX demands."""
-    made = producers(model)
+    producer_of = producers(model)
     done: set[str] = set()
     ordered: list[Node] = []
     stack = [(node, False) for node in reversed(model.graph.node)]
@@ -165,7 +165,7 @@ def sort_nodes(model: Model) -> None:
             ordered.append(node)
             continue
         stack.append((node, True))
-        stack.extend((made[name], False) for name in node.input if name in made and made[name].name not in done)
+        stack.extend((producer_of[name], False) for name in node.input if name in producer_of and producer_of[name].name not in done)
     replace_all(model.graph.node, ordered)
 
 
@@ -223,33 +223,33 @@ def _name_nodes(model: Model) -> None:
 
 
 def _constants_to_initializers(model: Model) -> None:
-    kept = []
+    remaining = []
     for node in model.graph.node:
         value = attribute(node, "value") if node.op_type == "Constant" else None
         if value is None or node.output[0] in output_names(model):
-            kept.append(node)
+            remaining.append(node)
             continue
         tensor = onnx.TensorProto()
         tensor.CopyFrom(value)
         tensor.name = node.output[0]
         model.graph.initializer.append(tensor)
-    replace_all(model.graph.node, kept)
+    replace_all(model.graph.node, remaining)
 
 
 def _fold_batch_norms(model: Model) -> None:
     """Fold each BatchNormalization that is the only reader of a Conv, ConvTranspose or Gemm into that node's weights."""
-    made, taken, weights = producers(model), consumers(model), initializers(model)
+    producer_of, taken, weights = producers(model), consumers(model), initializers(model)
     outputs = set(output_names(model))
     folded = []
     for norm in [node for node in model.graph.node if node.op_type == "BatchNormalization"]:
-        node = made.get(norm.input[0])
+        node = producer_of.get(norm.input[0])
         alone = len(taken.get(norm.input[0], ())) == 1 and norm.input[0] not in outputs
         if node is None or not alone or attribute(norm, "training_mode", 0) or len(list(filter(None, norm.output))) != 1:
             continue
         parts = [weights.get(name) for name in (*node.input[1:], *norm.input[1:])]
         if node.op_type in _WITH_NORM and all(part is not None for part in parts):
             _fold(model, node, norm, weights)
-            made[norm.output[0]] = node
+            producer_of[norm.output[0]] = node
             folded.append(norm.name)
     replace_all(model.graph.node, [node for node in model.graph.node if node.name not in folded])
 

@@ -20,7 +20,7 @@ from quantize.graph.onnx_graph import Model, float_tensors, input_name
 
 Method: TypeAlias = Literal["minmax", "percentile", "entropy"]
 Tensors: TypeAlias = Sequence[NDArray[np.float32]]
-Told: TypeAlias = Callable[[float], None]
+OnProgress: TypeAlias = Callable[[float], None]
 Range: TypeAlias = tuple[float, float]
 
 METHODS: Final[tuple[Method, ...]] = ("minmax", "percentile", "entropy")
@@ -60,11 +60,11 @@ class Calibration:
             edges = np.linspace(-reach, reach, len(counts) + 1, dtype=np.float32)
             collector.histogram_dict[name] = (counts, edges, np.float32(low), np.float32(high), np.float32(reach))
         with contextlib.redirect_stdout(io.StringIO()):  # it prints how it is getting on
-            found = collector.compute_collection_result()
-        return {name: (float(value[0]), float(value[1])) for name, value in found.items()}
+            result = collector.compute_collection_result()
+        return {name: (float(value[0]), float(value[1])) for name, value in result.items()}
 
 
-def calibrate(model: Model, tensors: Tensors, *, told: Told | None = None) -> Calibration:
+def calibrate(model: Model, tensors: Tensors, *, on_progress: OnProgress | None = None) -> Calibration:
     """Measure every float tensor of ``model`` over the calibration tensors, once for all recipes.
 
     Two passes: the extremes first, because a histogram whose range is known never has to grow.
@@ -72,7 +72,7 @@ def calibrate(model: Model, tensors: Tensors, *, told: Told | None = None) -> Ca
     Args:
         model: a cleaned float model (``graph.clean_up``).
         tensors: calibration tensors, float32 [n, ...] each, the size the model takes.
-        told: called with the part (0 to 1) that is done.
+        on_progress: called with the part (0 to 1) that is done.
 
     Raises:
         QuantizeError: There are no tensors, one of them does not fit the model, or the model computes NaN or Inf on one.
@@ -81,13 +81,13 @@ def calibrate(model: Model, tensors: Tensors, *, told: Told | None = None) -> Ca
         raise QuantizeError("the calibration set is empty", hint="give a directory with scans like those the clinics make")
     step = images_per_step(model)
     batches = [tensor[start : start + step] for tensor in tensors for start in range(0, len(tensor), step)]
-    extremes = _extremes(model, batches, part_of(told, 0.0, 0.4))
-    return Calibration(extremes, _histograms(model, batches, extremes, part_of(told, 0.4, 1.0)))
+    extremes = _extremes(model, batches, scale_progress(on_progress, 0.0, 0.4))
+    return Calibration(extremes, _histograms(model, batches, extremes, scale_progress(on_progress, 0.4, 1.0)))
 
 
-def part_of(told: Told | None, start: float, end: float) -> Told | None:
+def scale_progress(on_progress: OnProgress | None, start: float, end: float) -> OnProgress | None:
     """Return what tells the part done of a step that is the stretch ``start`` to ``end`` of the whole."""
-    return None if told is None else lambda part: told(start + (end - start) * part)
+    return None if on_progress is None else lambda part: on_progress(start + (end - start) * part)
 
 
 class _Reader:
@@ -111,7 +111,9 @@ def images_per_step(model: Model) -> int:
     return max(1, min(16, _STEP_BYTES // (4 * max(cells, 1))))
 
 
-def _collect(kind: str, model: Model, batches: list[NDArray[np.float32]], prepare: Callable[[Any], None], told: Told | None) -> Any:
+def _collect(
+    kind: str, model: Model, batches: list[NDArray[np.float32]], prepare: Callable[[Any], None], on_progress: OnProgress | None
+) -> Any:
     """Run one of ONNX Runtime's calibrators over the batches, telling after each."""
     from onnxruntime.quantization import CalibrationMethod
     from onnxruntime.quantization.calibrate import create_calibrator
@@ -139,14 +141,14 @@ def _collect(kind: str, model: Model, batches: list[NDArray[np.float32]], prepar
                     f"the model does not run on a calibration tensor of shape {list(batch.shape)}: {str(error).splitlines()[0][:200]}",
                     hint="the tensors must be float32 and of the size that the manifest's input says",
                 ) from error
-            if told is not None:
-                told((index + 1) / len(batches))
+            if on_progress is not None:
+                on_progress((index + 1) / len(batches))
         return calibrator
 
 
-def _extremes(model: Model, batches: list[NDArray[np.float32]], told: Told | None) -> dict[str, Range]:
-    found = _collect("MinMax", model, batches, lambda _: None, told).compute_data()
-    extremes = {name: (float(np.min(value.lowest)), float(np.max(value.highest))) for name, value in found.items()}
+def _extremes(model: Model, batches: list[NDArray[np.float32]], on_progress: OnProgress | None) -> dict[str, Range]:
+    result = _collect("MinMax", model, batches, lambda _: None, on_progress).compute_data()
+    extremes = {name: (float(np.min(value.lowest)), float(np.max(value.highest))) for name, value in result.items()}
     for name in [input_name(model), *float_tensors(model)]:
         if not np.isfinite(extremes.get(name, (0.0, 0.0))).all():
             raise QuantizeError(f"the model computes NaN or Inf in {name!r}", hint="it overflows in float32; it cannot be trusted at all")
@@ -154,7 +156,7 @@ def _extremes(model: Model, batches: list[NDArray[np.float32]], told: Told | Non
 
 
 def _histograms(
-    model: Model, batches: list[NDArray[np.float32]], extremes: dict[str, Range], told: Told | None
+    model: Model, batches: list[NDArray[np.float32]], extremes: dict[str, Range], on_progress: OnProgress | None
 ) -> dict[str, NDArray[np.int64]]:
     from onnxruntime.quantization.calibrate import HistogramCollector
 
@@ -166,5 +168,5 @@ def _histograms(
             edges = np.linspace(-reach, reach, _BINS + 1, dtype=np.float32)
             calibrator.collector.histogram_dict[name] = (np.zeros(_BINS, np.int64), edges, np.float32(low), np.float32(high), reach)
 
-    calibrator = _collect("Entropy", model, batches, seed, told)
+    calibrator = _collect("Entropy", model, batches, seed, on_progress)
     return {name: value[0] for name, value in calibrator.collector.histogram_dict.items()}

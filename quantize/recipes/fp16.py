@@ -22,7 +22,6 @@ from quantize.graph.onnx_graph import (
     consumers,
     copy_of,
     drop_unused,
-    exposing,
     float_tensors,
     initializers,
     input_name,
@@ -30,11 +29,12 @@ from quantize.graph.onnx_graph import (
     replace_all,
     session,
     sort_nodes,
+    with_outputs,
     with_shapes,
 )
 
 Tensors: TypeAlias = Sequence[NDArray[np.float32]]
-Told: TypeAlias = Callable[[float], None]
+OnProgress: TypeAlias = Callable[[float], None]
 
 FLOAT16_MAX: Final = float(np.finfo(np.float16).max)
 # A patient's picture may reach further than any of the calibration set.
@@ -47,26 +47,26 @@ _SUMS: Final = ("GlobalAveragePool", "AveragePool", "ReduceMean", "ReduceSum", "
 _SQUARES: Final = ("InstanceNormalization", "LayerNormalization", "GroupNormalization", "ReduceL2", "ReduceSumSquare", "Pow")
 
 
-def to_half(model: Model, tensors: Tensors, *, told: Told | None = None) -> Model:
+def convert_to_fp16(model: Model, tensors: Tensors, *, on_progress: OnProgress | None = None) -> Model:
     """Return ``model`` in half precision: weights and tensors float16, inputs and outputs float32, what would overflow float32.
 
     Args:
         model: a cleaned float model (``graph.clean_up``); it is not changed.
         tensors: calibration tensors, float32 [n, ...], of the size the model takes.
-        told: called with the part (0 to 1) that is done.
+        on_progress: called with the part (0 to 1) that is done.
 
     Raises:
         QuantizeError: A tensor of the half-precision model still holds NaN or Inf on a calibration tensor; it is named.
     """
-    kept = out_of_range(model, tensors, told=None if told is None else lambda part: told(0.6 * part))
-    half = convert(model, kept)
-    _verify(half, _spread(tensors))
-    if told is not None:
-        told(1.0)
-    return half
+    float_nodes = find_out_of_range_nodes(model, tensors, on_progress=None if on_progress is None else lambda part: on_progress(0.6 * part))
+    fp16_model = convert(model, float_nodes)
+    _verify(fp16_model, _spread(tensors))
+    if on_progress is not None:
+        on_progress(1.0)
+    return fp16_model
 
 
-def out_of_range(model: Model, tensors: Tensors, *, told: Told | None = None) -> frozenset[str]:
+def find_out_of_range_nodes(model: Model, tensors: Tensors, *, on_progress: OnProgress | None = None) -> frozenset[str]:
     """Return the names of the nodes that half precision cannot compute.
 
     A node is kept in float32 where a tensor that it reads or writes, a weight, or a sum inside it exceeds the range of float16
@@ -76,21 +76,21 @@ def out_of_range(model: Model, tensors: Tensors, *, told: Told | None = None) ->
     Raises:
         QuantizeError: A tensor of the float model itself holds NaN or Inf on a calibration tensor; it is named.
     """
-    watched = float_tensors(model)
-    largest, rounding = dict.fromkeys(watched, 0.0), dict.fromkeys(watched, 0.0)
-    for part, name, value in _computed(model, tensors, watched):
+    names = float_tensors(model)
+    largest, rounding = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    for part, name, value in _computed(model, tensors, names):
         if not np.isfinite(value).all():
             raise QuantizeError(
                 f"the float model computes NaN or Inf in {name!r}", hint="the model overflows in float32; it cannot be trusted at all"
             )
         largest[name] = max(largest[name], float(np.abs(value).max(initial=0.0)))
-        if told is not None:
-            told(0.8 * part)
-    for _, name, value in _computed(model, _spread(tensors), watched):
+        if on_progress is not None:
+            on_progress(0.8 * part)
+    for _, name, value in _computed(model, _spread(tensors), names):
         rounding[name] = max(rounding[name], _rounding_error(value))
-    if told is not None:
-        told(1.0)
-    bad = {name for name in watched if largest[name] * HEADROOM > FLOAT16_MAX or rounding[name] > MAX_ROUNDING_ERROR}
+    if on_progress is not None:
+        on_progress(1.0)
+    bad = {name for name in names if largest[name] * HEADROOM > FLOAT16_MAX or rounding[name] > MAX_ROUNDING_ERROR}
     for name, weight in initializers(model).items():
         if weight.dtype == np.float32 and (
             float(np.abs(weight).max(initial=0.0)) > FLOAT16_MAX or _rounding_error(weight) > MAX_ROUNDING_ERROR
@@ -100,23 +100,23 @@ def out_of_range(model: Model, tensors: Tensors, *, told: Told | None = None) ->
     return frozenset(sums | {node.name for node in model.graph.node if bad.intersection((*node.input, *node.output))})
 
 
-def convert(model: Model, kept: frozenset[str]) -> Model:
+def convert(model: Model, float_nodes: frozenset[str]) -> Model:
     """Return ``model`` in half precision but for the nodes named ``kept``, its inputs and its outputs; nothing is measured.
 
     Operators that ONNX Runtime does not compute in half precision stay float32 as well.
     """
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    half = convert_float_to_float16(copy_of(model), keep_io_types=True, node_block_list=sorted(kept), disable_shape_infer=True)
-    _join_kept_neighbours(half)
-    sort_nodes(half)
-    drop_unused(half)
-    return with_shapes(half)
+    fp16_model = convert_float_to_float16(copy_of(model), keep_io_types=True, node_block_list=sorted(float_nodes), disable_shape_infer=True)
+    _join_kept_neighbours(fp16_model)
+    sort_nodes(fp16_model)
+    drop_unused(fp16_model)
+    return with_shapes(fp16_model)
 
 
 def _computed(model: Model, tensors: Tensors, names: list[str]) -> Iterator[tuple[float, str, NDArray[Any]]]:
     """Run image by image, since all tensors are held at once; yields the part done, each tensor's name and its value."""
-    shown = exposing(model, names)
+    shown = with_outputs(model, names)
     opened = session(shown, optimised=False)
     outputs = [item.name for item in opened.get_outputs()]
     count = sum(len(tensor) for tensor in tensors)
@@ -187,11 +187,11 @@ def _spread(tensors: Tensors) -> Tensors:
     return [tensor[:: max(1, len(tensor) * len(tensors) // _FEW)] for tensor in tensors]
 
 
-def _verify(half: Model, tensors: Tensors) -> None:
+def _verify(fp16_model: Model, tensors: Tensors) -> None:
     """Every tensor of the half-precision model, as it is stored between nodes, must be a number."""
     kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
-    names = [value.name for value in half.graph.value_info if value.type.tensor_type.elem_type in kinds]
-    for _, name, value in _computed(half, tensors, names):
+    names = [value.name for value in fp16_model.graph.value_info if value.type.tensor_type.elem_type in kinds]
+    for _, name, value in _computed(fp16_model, tensors, names):
         if not np.isfinite(value).all():
             raise QuantizeError(
                 f"in half precision {name!r} becomes NaN or Inf", hint="leave the fp16 variant out, or retrain with smaller activations"

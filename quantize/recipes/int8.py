@@ -41,7 +41,7 @@ from quantize.graph.onnx_graph import (
     sort_nodes,
     with_shapes,
 )
-from quantize.recipes.calibration import METHODS, Calibration, Method, Range, Tensors, Told, calibrate, part_of
+from quantize.recipes.calibration import METHODS, Calibration, Method, OnProgress, Range, Tensors, calibrate, scale_progress
 
 __all__ = ["CHAINED", "EVERYTHING", "METHODS", "WEIGHTED", "Calibration", "Recipe", "calibrate", "quantizable", "quantize", "recipes"]
 
@@ -97,7 +97,9 @@ def recipes() -> tuple[Recipe, ...]:
     return tuple(made)
 
 
-def quantize(model: Model, recipe: Recipe, tensors: Tensors | Calibration, out: Path, *, told: Told | None = None) -> frozenset[str]:
+def quantize(
+    model: Model, recipe: Recipe, tensors: Tensors | Calibration, out: Path, *, on_progress: OnProgress | None = None
+) -> frozenset[str]:
     """Write ``model`` quantized by ``recipe`` to ``out``; inputs and outputs stay float32 and keep their names.
 
     Args:
@@ -105,7 +107,7 @@ def quantize(model: Model, recipe: Recipe, tensors: Tensors | Calibration, out: 
         recipe: how.
         tensors: what to calibrate on, or the ``Calibration`` of this very model, which saves measuring it again.
         out: the ONNX file to write.
-        told: called with the part (0 to 1) that is done.
+        on_progress: called with the part (0 to 1) that is done.
 
     Returns:
         The names of the nodes that are quantized.
@@ -113,7 +115,9 @@ def quantize(model: Model, recipe: Recipe, tensors: Tensors | Calibration, out: 
     Raises:
         QuantizeError: See ``calibrate``; or the recipe leaves nothing quantized, or a tensor it quantizes was not calibrated.
     """
-    calibration = tensors if isinstance(tensors, Calibration) else calibrate(model, tensors, told=part_of(told, 0.0, 0.9))
+    calibration = (
+        tensors if isinstance(tensors, Calibration) else calibrate(model, tensors, on_progress=scale_progress(on_progress, 0.0, 0.9))
+    )
     chosen = quantizable(model, recipe)
     if not chosen:
         raise QuantizeError(
@@ -130,8 +134,8 @@ def quantize(model: Model, recipe: Recipe, tensors: Tensors | Calibration, out: 
     drop_unused(quantized)
     onnx.checker.check_model(quantized)
     onnx.save(quantized, out)
-    if told is not None:
-        told(1.0)
+    if on_progress is not None:
+        on_progress(1.0)
     return chosen
 
 
@@ -212,11 +216,11 @@ def _free_ends(model: Model, ends: frozenset[str]) -> None:
     readers = consumers(model)
     gone: set[str] = set()
     for node in [node for node in model.graph.node if node.name in ends]:
-        whole = next(reader for reader in readers[node.output[0]] if reader.op_type == "QuantizeLinear")
-        back = readers[whole.output[0]][0]
-        gone.update((whole.name, back.name))
+        quantize_node = next(reader for reader in readers[node.output[0]] if reader.op_type == "QuantizeLinear")
+        dequantize_node = readers[quantize_node.output[0]][0]
+        gone.update((quantize_node.name, dequantize_node.name))
         # The name of what was dequantized stays, because it may be an output of the graph.
-        node.output[0] = back.output[0]
+        node.output[0] = dequantize_node.output[0]
     replace_all(model.graph.node, [node for node in model.graph.node if node.name not in gone])
 
 
@@ -252,12 +256,12 @@ def _insert_pair(model: Model, reader: Node, tensor: str, limits: Range) -> None
     names = [f"{tensor}_shortcut_scale", f"{tensor}_shortcut_zero_point"]
     model.graph.initializer.append(numpy_helper.from_array(np.array(scale, np.float32), names[0]))
     model.graph.initializer.append(numpy_helper.from_array(np.array(0, np.int8), names[1]))
-    whole, back = f"{tensor}_shortcut_quantized", f"{tensor}_shortcut_dequantized"
+    quantize_node, dequantize_node = f"{tensor}_shortcut_quantized", f"{tensor}_shortcut_dequantized"
     pair = [
-        helper.make_node("QuantizeLinear", [tensor, *names], [whole], name=f"{tensor}_shortcut_QuantizeLinear"),
-        helper.make_node("DequantizeLinear", [whole, *names], [back], name=f"{tensor}_shortcut_DequantizeLinear"),
+        helper.make_node("QuantizeLinear", [tensor, *names], [quantize_node], name=f"{tensor}_shortcut_QuantizeLinear"),
+        helper.make_node("DequantizeLinear", [quantize_node, *names], [dequantize_node], name=f"{tensor}_shortcut_DequantizeLinear"),
     ]
     at = next(index for index, node in enumerate(model.graph.node) if node.name == reader.name)
     for node in reversed(pair):
         model.graph.node.insert(at, node)
-    reader.input[:] = [back if name == tensor else name for name in reader.input]
+    reader.input[:] = [dequantize_node if name == tensor else name for name in reader.input]

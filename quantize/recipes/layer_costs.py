@@ -24,7 +24,7 @@ from quantize.recipes.calibration import Calibration, images_per_step
 from quantize.recipes.int8 import WEIGHTED, Recipe, quantizable, quantize
 
 Tensors: TypeAlias = Sequence[NDArray[np.float32]]
-Told: TypeAlias = Callable[[float], None]
+OnProgress: TypeAlias = Callable[[float], None]
 
 # A model with more than half of its layers in float is no int8 model: it gains next to nothing and carries the Q/DQ between them.
 MAX_KEPT_PART: Final = 0.5
@@ -68,8 +68,8 @@ def layers(model: Model, recipe: Recipe) -> dict[str, frozenset[str]]:
     return {name: frozenset(nodes) for name, nodes in groups.items()}
 
 
-def layer_costs(
-    model: Model, recipe: Recipe, calibration: Calibration, tensors: Tensors, *, told: Told | None = None
+def measure_layer_costs(
+    model: Model, recipe: Recipe, calibration: Calibration, tensors: Tensors, *, on_progress: OnProgress | None = None
 ) -> tuple[LayerCost, ...]:
     """Measure what each layer of ``model`` costs when it alone is quantized by ``recipe``, the dearest first.
 
@@ -78,7 +78,7 @@ def layer_costs(
         recipe: how it is quantized.
         calibration: of this model (``ptq.calibrate``).
         tensors: a few images, float32 [n, ...] each, that calibration did not see.
-        told: called with the part (0 to 1) that is done.
+        on_progress: called with the part (0 to 1) that is done.
 
     Raises:
         QuantizeError: There are no tensors, or the recipe quantizes nothing.
@@ -88,19 +88,19 @@ def layer_costs(
         raise QuantizeError("there is nothing to measure layers with", hint="give images, and a recipe that quantizes something")
     kinds = {node.name: node.op_type for node in model.graph.node}
     everything = quantizable(model, recipe)
-    right = _outputs(model, tensors)
+    reference = _outputs(model, tensors)
     costs = []
     with tempfile.TemporaryDirectory(prefix="quantize.") as directory:
         path = Path(directory, "layer.onnx")
         for index, (name, nodes) in enumerate(groups.items()):
             quantize(model, recipe.keeping(everything - nodes), calibration, path)
-            costs.append(LayerCost(name, kinds[name], nodes, _change(right, _outputs(onnx.load(path), tensors))))
-            if told is not None:
-                told((index + 1) / len(groups))
+            costs.append(LayerCost(name, kinds[name], nodes, _change(reference, _outputs(onnx.load(path), tensors))))
+            if on_progress is not None:
+                on_progress((index + 1) / len(groups))
     return tuple(sorted(costs, key=lambda cost: -cost.cost))
 
 
-def relaxed(recipe: Recipe, costs: Sequence[LayerCost]) -> Iterator[tuple[int, Recipe]]:
+def relax(recipe: Recipe, costs: Sequence[LayerCost]) -> Iterator[tuple[int, Recipe]]:
     """Yield how many layers are put back to float, and ``recipe`` with those: the dearest first, ever more, up to ``MAX_KEPT_PART``.
 
     The first that passes the gate is the one to ship; where none does, int8 has nothing to give.
@@ -125,9 +125,9 @@ def _outputs(model: Model, tensors: Tensors) -> list[NDArray[np.float64]]:
     return [np.concatenate(value).astype(np.float64) for value in zip(*values, strict=True)]
 
 
-def _change(right: list[NDArray[np.float64]], now: list[NDArray[np.float64]]) -> float:
+def _change(reference: list[NDArray[np.float64]], actual: list[NDArray[np.float64]]) -> float:
     changes = [
         float(np.sqrt(np.mean((new - old) ** 2)) / max(float(old.std()), np.finfo(np.float32).tiny))
-        for old, new in zip(right, now, strict=True)
+        for old, new in zip(reference, actual, strict=True)
     ]
     return float(np.mean(changes))

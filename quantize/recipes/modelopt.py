@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from quantize.recipes.variant_makers import Maker, Source
 
-    Told = Callable[[float], None]
+    OnProgress = Callable[[float], None]
 
 METHODS: Final = ("max", "entropy")
 HINT: Final = "pip install 'clinic-edge-appliance[modelopt]', here or in an environment of its own (docs/quantize.md)"
@@ -57,23 +57,23 @@ class Optimizer:
     limit_s: float = _LIMIT_S
 
 
-def find(python: Path | None = None) -> Optimizer | str:
+def find_optimizer(python: Path | None = None) -> Optimizer | str:
     """Look for nvidia-modelopt in the environment of ``python``, this one by default; where there is none, return why, in words."""
     given = Path(sys.executable) if python is None else python
     # Absolute, because the child starts elsewhere; not resolved, because an environment's Python is a link to one that knows nothing of it.
-    asked = Path(shutil.which(given) or given).absolute()
+    find_from_options = Path(shutil.which(given) or given).absolute()
     try:
         answer = subprocess.run(
-            [asked, "-I", _CHILD, "--version"], capture_output=True, timeout=_ASK_S, stdin=subprocess.DEVNULL, check=False
+            [find_from_options, "-I", _CHILD, "--version"], capture_output=True, timeout=_ASK_S, stdin=subprocess.DEVNULL, check=False
         )  # fmt: skip
     except OSError as error:
-        return f"{asked} does not start: {error.strerror}"
+        return f"{find_from_options} does not start: {error.strerror}"
     except subprocess.TimeoutExpired:
-        return f"{asked} does not say its version within {_ASK_S:g} s"
+        return f"{find_from_options} does not say its version within {_ASK_S:g} s"
     version = answer.stdout.decode(errors="replace").strip()
     if answer.returncode == 0 and re.fullmatch(r"[0-9][0-9A-Za-z.+-]{0,40}", version):
-        return Optimizer(asked, version)
-    return "not installed" if answer.returncode == 0 and not version else f"{asked} {_reason(answer.returncode, answer.stderr)}"
+        return Optimizer(find_from_options, version)
+    return "not installed" if answer.returncode == 0 and not version else f"{find_from_options} {_reason(answer.returncode, answer.stderr)}"
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -85,7 +85,7 @@ def add_options(parser: ArgumentParser) -> None:
     either.add_argument("--no-modelopt", action="store_true", help="leave nvidia-modelopt out")
 
 
-def asked(options: Namespace) -> Optimizer | str:
+def find_from_options(options: Namespace) -> Optimizer | str:
     """Return the nvidia-modelopt to be tried, or why none is.
 
     Raises:
@@ -93,33 +93,35 @@ def asked(options: Namespace) -> Optimizer | str:
     """
     if options.no_modelopt:
         return "left out by --no-modelopt"
-    found = find(options.modelopt)
-    if isinstance(found, str) and options.modelopt is not None:
-        raise QuantizeError(f"no nvidia-modelopt in the environment of {options.modelopt}: {found}", hint=HINT, code="modelopt.absent")
-    return found
+    optimizer = find_optimizer(options.modelopt)
+    if isinstance(optimizer, str) and options.modelopt is not None:
+        raise QuantizeError(f"no nvidia-modelopt in the environment of {options.modelopt}: {optimizer}", hint=HINT, code="modelopt.absent")
+    return optimizer
 
 
-def remark(found: Optimizer | str) -> tuple[str, ...]:
+def explain_absence(optimizer: Optimizer | str) -> tuple[str, ...]:
     """What the report says of an nvidia-modelopt that is not tried; nothing where nobody looked for one."""
-    return () if isinstance(found, Optimizer) or not found else (f"未试 nvidia-modelopt；nvidia-modelopt was not tried: {found}",)
+    return (
+        () if isinstance(optimizer, Optimizer) or not optimizer else (f"未试 nvidia-modelopt；nvidia-modelopt was not tried: {optimizer}",)
+    )
 
 
-def makers(found: Optimizer | str) -> tuple[Maker, ...]:
+def makers(optimizer: Optimizer | str) -> tuple[Maker, ...]:
     """The variants that it makes, one per calibration; none where it is not there."""
-    return () if isinstance(found, str) else tuple(_maker(found, method) for method in METHODS)
+    return () if isinstance(optimizer, str) else tuple(_maker(optimizer, method) for method in METHODS)
 
 
 def _maker(optimizer: Optimizer, method: str) -> Maker:
     from quantize.recipes.variant_makers import Maker
 
-    def make(source: Source, out: Path, told: Told) -> None:
-        quantize(source.model, source.tensors, method, optimizer, out, told=told)
+    def make(source: Source, out: Path, on_progress: OnProgress) -> None:
+        quantize(source.model, source.tensors, method, optimizer, out, on_progress=on_progress)
 
     words = f"nvidia-modelopt {optimizer.version}: Q/DQ as it places them for TensorRT, {method} ranges"
     return Maker(f"int8-modelopt-{method}", "int8", "symmetric", words, make, "int8-modelopt", optimizer.version)
 
 
-def quantize(model: Any, tensors: Any, method: str, optimizer: Optimizer, out: Path, *, told: Told | None = None) -> None:
+def quantize(model: Any, tensors: Any, method: str, optimizer: Optimizer, out: Path, *, on_progress: OnProgress | None = None) -> None:
     """Write ``model`` quantized by nvidia-modelopt to ``out``, its weights stored in 8 bits.
 
     Args:
@@ -128,7 +130,7 @@ def quantize(model: Any, tensors: Any, method: str, optimizer: Optimizer, out: P
         method: one of ``METHODS``.
         optimizer: which nvidia-modelopt.
         out: the ONNX file to write.
-        told: called with the part (0 to 1) that is done, as far as anybody knows.
+        on_progress: called with the part (0 to 1) that is done, as far as anybody knows.
 
     Raises:
         QuantizeError: its process failed, or what it wrote is not what was asked for; the message has the reason.
@@ -136,22 +138,22 @@ def quantize(model: Any, tensors: Any, method: str, optimizer: Optimizer, out: P
     import numpy as np
     import onnx
 
-    from quantize.recipes.modelopt_graph import taken_over
+    from quantize.recipes.modelopt_graph import load_quantized
 
     with tempfile.TemporaryDirectory(prefix="quantize.") as name:
         directory = Path(name)
         onnx.save(model, directory / "float.onnx")
         np.save(directory / "calibration.npy", tensors, allow_pickle=False)
-        _run(optimizer, [directory, method, os.getpid()], directory, told)
-        onnx.save(taken_over(directory / "made.onnx", model), out)
+        _run(optimizer, [directory, method, os.getpid()], directory, on_progress)
+        onnx.save(load_quantized(directory / "made.onnx", model), out)
 
 
-def _run(optimizer: Optimizer, arguments: list[object], directory: Path, told: Told | None) -> None:
+def _run(optimizer: Optimizer, arguments: list[object], directory: Path, on_progress: OnProgress | None) -> None:
     """Run the child to its end; QuantizeError with its reason where it does not end well."""
-    said = directory / "said"
+    output = directory / "said"
     # Temporary files of its own go away with the directory; without a GPU in sight it calibrates the same everywhere.
     environment = os.environ | {"TMPDIR": str(directory), "CUDA_VISIBLE_DEVICES": ""}
-    with said.open("wb") as stream:
+    with output.open("wb") as stream:
         try:
             process = subprocess.Popen(
                 [optimizer.python, "-I", _CHILD, *map(str, arguments)], cwd=directory, env=environment, start_new_session=True,
@@ -160,7 +162,7 @@ def _run(optimizer: Optimizer, arguments: list[object], directory: Path, told: T
         except OSError as error:
             raise _failed(f"{optimizer.python} does not start: {error.strerror}") from error
     try:
-        code = _wait(process, optimizer.limit_s, told)
+        code = _wait(process, optimizer.limit_s, on_progress)
     finally:
         if process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
@@ -169,26 +171,26 @@ def _run(optimizer: Optimizer, arguments: list[object], directory: Path, told: T
     if code is None:
         raise _failed(f"its process was ended after {optimizer.limit_s:g} s")
     if code != 0:
-        raise _failed(f"its process {_reason(code, said.read_bytes()[-_TAIL_BYTES:])}")
+        raise _failed(f"its process {_reason(code, output.read_bytes()[-_TAIL_BYTES:])}")
 
 
-def _wait(process: subprocess.Popen[bytes], limit_s: float, told: Told | None) -> int | None:
+def _wait(process: subprocess.Popen[bytes], limit_s: float, on_progress: OnProgress | None) -> int | None:
     """The exit code; None when it is late."""
     start = time.monotonic()
     while (passed := time.monotonic() - start) < limit_s:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(_POLL_S)
-        if told is not None:
-            told(passed / limit_s)
+        if on_progress is not None:
+            on_progress(passed / limit_s)
     return None
 
 
-def _reason(code: int, said: bytes) -> str:
+def _reason(code: int, output: bytes) -> str:
     """In words how a process ended, with the last line that it printed."""
     if code < 0:
         names = {int(entry): entry.name for entry in signal.Signals}
         return f"was killed by {names.get(-code, f'signal {-code}')}"
-    lines = [line for line in said.decode(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
+    lines = [line for line in output.decode(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
     last = "".join(letter if letter.isprintable() else " " for letter in lines[-1])[:_REASON_CHARS] if lines else "said nothing"
     return f"ended with exit code {code}: {last}"
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 
 
-def taken_over(path: Path, source: Model) -> Model:
+def load_quantized(path: Path, source: Model) -> Model:
     """Read what was made of ``source``; returns it with 8-bit weights, as any recipe's.
 
     It writes float weights with a QuantizeLinear behind each: a file four times as large, and ONNX Runtime quantizes them again for
@@ -86,18 +86,18 @@ def _shrink_weights(model: Model) -> int:
         How many weights there were.
     """
     held = initializers(model)
-    kept: list[Node] = []
+    remaining: list[Node] = []
     for node in model.graph.node:
         if node.op_type != "QuantizeLinear" or node.input[0] not in held:
-            kept.append(node)
+            remaining.append(node)
             continue
         weight, scale = held[node.input[0]], held[node.input[1]]
         axis = attribute(node, "axis", 1)
         shape = [-1 if number == axis % weight.ndim else 1 for number in range(weight.ndim)] if scale.ndim else []
-        whole: NDArray[np.float32] = np.rint(weight / scale.reshape(shape))
-        model.graph.initializer.append(numpy_helper.from_array(np.clip(whole, -128, 127).astype(np.int8), node.output[0]))
-    count = len(model.graph.node) - len(kept)
-    replace_all(model.graph.node, kept)
+        rounded: NDArray[np.float32] = np.rint(weight / scale.reshape(shape))
+        model.graph.initializer.append(numpy_helper.from_array(np.clip(rounded, -128, 127).astype(np.int8), node.output[0]))
+    count = len(model.graph.node) - len(remaining)
+    replace_all(model.graph.node, remaining)
     return count
 
 

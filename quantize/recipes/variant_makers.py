@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from model_sync.bundle import Precision
-    from quantize.work_directory import Work
+    from quantize.work_directory import WorkDirectory
 
 Activations: TypeAlias = Literal["symmetric", "unsigned"] | None
-Told = Callable[[float], None]
+OnProgress = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Source:
     Attributes:
         model: the cleaned model.
         tensors: the calibration set, float32 [n, ...].
-        measured: the calibration; called when it is first needed, because a run that goes on may not need it any more.
+        calibration: the calibration; called when it is first needed, because a run that goes on may not need it any more.
     """
 
     model: Any
     tensors: NDArray[np.float32]
-    measured: Callable[[], Calibration]
+    calibration: Callable[[], Calibration]
 
 
 @dataclass(frozen=True)
@@ -56,44 +56,46 @@ class Maker:
     precision: Precision
     activations: Activations
     recipe: str
-    make: Callable[[Source, Path, Told], None]
+    make: Callable[[Source, Path, OnProgress], None]
     family: str = ""
     depends: Any = None
 
 
 def all_makers() -> tuple[Maker, ...]:
     """fp16, and every int8 recipe."""
-    fp16 = Maker("fp16", "fp16", None, "quantize.half: float16, what overflows kept float32", _make_half)
-    return (fp16, *(quantized(recipe) for recipe in int8.recipes()))
+    fp16 = Maker("fp16", "fp16", None, "quantize.half: float16, what overflows kept float32", _make_fp16)
+    return (fp16, *(int8_maker(recipe) for recipe in int8.recipes()))
 
 
-def quantized(recipe: Recipe, words: str = "") -> Maker:
+def int8_maker(recipe: Recipe, words: str = "") -> Maker:
     """The maker of an int8 or mixed variant."""
 
-    def make(source: Source, out: Path, told: Told) -> None:
-        int8.quantize(source.model, recipe, source.measured(), out, told=told)
+    def make(source: Source, out: Path, on_progress: OnProgress) -> None:
+        int8.quantize(source.model, recipe, source.calibration(), out, on_progress=on_progress)
 
     name = f"{recipe.precision}-{recipe.name}"
     family = name.removesuffix(f"-{recipe.method}") if recipe.precision == "int8" else ""
-    said = words or f"quantize.ptq: Q/DQ, {recipe.activations} activations, {recipe.method} ranges, on {', '.join(recipe.op_types)}"
-    return Maker(name, recipe.precision, recipe.activations, said, make, family, [*recipe.op_types, *sorted(recipe.keep)])
+    words_of_recipe = (
+        words or f"quantize.ptq: Q/DQ, {recipe.activations} activations, {recipe.method} ranges, on {', '.join(recipe.op_types)}"
+    )
+    return Maker(name, recipe.precision, recipe.activations, words_of_recipe, make, family, [*recipe.op_types, *sorted(recipe.keep)])
 
 
-def _make_half(source: Source, out: Path, told: Told) -> None:
+def _make_fp16(source: Source, out: Path, on_progress: OnProgress) -> None:
     import onnx
 
-    onnx.save(fp16.to_half(source.model, [source.tensors], told=told), out)
+    onnx.save(fp16.convert_to_fp16(source.model, [source.tensors], on_progress=on_progress), out)
 
 
-def calibration(work: Work, model: Any, tensors: NDArray[np.float32], inputs: Any, told: Told) -> Calibration:
+def measure_calibration(work: WorkDirectory, model: Any, tensors: NDArray[np.float32], inputs: Any, on_progress: OnProgress) -> Calibration:
     """Measure the model on the calibration set, or read what an interrupted run has measured."""
 
     def make(directory: Path) -> None:
-        measured = int8.calibrate(model, [tensors], told=told)
-        names = sorted(measured.extremes)
-        (directory / "extremes.json").write_text(json.dumps({name: list(map(float, measured.extremes[name])) for name in names}))
-        (directory / "names.json").write_text(json.dumps(sorted(measured.histograms)))
-        np.savez(directory / "histograms.npz", *(measured.histograms[name] for name in sorted(measured.histograms)))
+        calibration = int8.calibrate(model, [tensors], on_progress=on_progress)
+        names = sorted(calibration.extremes)
+        (directory / "extremes.json").write_text(json.dumps({name: list(map(float, calibration.extremes[name])) for name in names}))
+        (directory / "names.json").write_text(json.dumps(sorted(calibration.histograms)))
+        np.savez(directory / "histograms.npz", *(calibration.histograms[name] for name in sorted(calibration.histograms)))
 
     directory, _ = work.step("calibration", inputs, make)
     extremes = {name: (low, high) for name, (low, high) in json.loads((directory / "extremes.json").read_text()).items()}

@@ -13,19 +13,21 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from model_sync.bundle import Manifest
-    from quantize.bundle.assembly import Measured
-    from quantize.gate.gate_runs import Ground
-    from quantize.gate.image_sets import PictureSet
-    from quantize.gate.predictions import Place
-    from quantize.gate.selection import Tried
+    from quantize.bundle.assembly import OperatingPoints
+    from quantize.gate.gate_runs import GateContext
+    from quantize.gate.image_sets import ImageSet
+    from quantize.gate.predictions import RuntimeTarget
+    from quantize.gate.selection import VariantResult
 
 _LIBRARIES: Final = ("numpy", "onnx", "onnxruntime", "openvino", "tensorrt", "tritonclient")
 _DIGITS: Final = 4
 
 
-def record(ground: Ground, tried: Sequence[Tried], measured: Measured, calibrating: PictureSet, manifest: Manifest) -> dict[str, Any]:
+def make_record(
+    context: GateContext, variants: Sequence[VariantResult], operating: OperatingPoints, calibration_set: ImageSet, manifest: Manifest
+) -> dict[str, Any]:
     """Return the record of a finished run."""
-    draft = ground.found.draft
+    draft = context.float_model.draft
     return {
         "schema": 1,
         "name": draft.name,
@@ -34,17 +36,17 @@ def record(ground: Ground, tried: Sequence[Tried], measured: Measured, calibrati
         "made_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "environment": environment(),
         "labels": [{"name": label, "title": draft.labels[i].title.model_dump()} for i, label in enumerate(draft.label_names)],
-        "notes": list(ground.found.notes),
-        "limits": asdict(ground.limits),
-        "thresholds": list(ground.thresholds),
-        "points": [point.model_dump() for point in measured.points],
-        "positive": ground.evaluation.positive.astype(int).tolist(),
-        "reference": ground.reference.score.round(_DIGITS).tolist(),
-        "calibration": _set(calibrating),
-        "evaluation": _set(ground.evaluation),
-        "places": [_place(place) for place in ground.places],
-        "absent": dict(ground.absent),
-        "variants": [_variant(entry, ground) for entry in tried],
+        "notes": list(context.float_model.notes),
+        "limits": asdict(context.limits),
+        "thresholds": list(context.thresholds),
+        "points": [point.model_dump() for point in operating.points],
+        "positive": context.evaluation.positive.astype(int).tolist(),
+        "reference": context.reference.score.round(_DIGITS).tolist(),
+        "calibration": _set(calibration_set),
+        "evaluation": _set(context.evaluation),
+        "places": [_place(target) for target in context.targets],
+        "absent": dict(context.unavailable),
+        "variants": [_variant(entry, context) for entry in variants],
         "tolerance": dict(manifest.golden[0].tolerance),
         "files": {variant.file: [variant.precision, variant.activations] for variant in manifest.variants},
     }
@@ -52,14 +54,14 @@ def record(ground: Ground, tried: Sequence[Tried], measured: Measured, calibrati
 
 def environment() -> dict[str, str]:
     """The machine and the libraries that measured."""
-    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", "processor": _processor()}
-    found["cores"] = str(len(os.sched_getaffinity(0)))
+    result = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", "processor": _processor()}
+    result["cores"] = str(len(os.sched_getaffinity(0)))
     for name in _LIBRARIES:
         try:
-            found[name] = version(name)
+            result[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "–"
-    return found
+            result[name] = "–"
+    return result
 
 
 def _processor() -> str:
@@ -71,23 +73,23 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or "unknown"
 
 
-def _set(pictures: PictureSet) -> dict[str, Any]:
-    positive = pictures.positive
+def _set(images: ImageSet) -> dict[str, Any]:
+    positive = images.positive
     return {
-        "directory": pictures.directory.name,
-        "n": len(pictures),
-        "digest": pictures.digest,
+        "directory": images.directory.name,
+        "n": len(images),
+        "digest": images.digest,
         "positive": positive.sum(axis=0).tolist() if positive.size else [],
-        "sources": dict(Counter(row.source or "–" for row in pictures.rows)),
-        "with_patient": sum(bool(row.patient) for row in pictures.rows),
+        "sources": dict(Counter(row.source or "–" for row in images.rows)),
+        "with_patient": sum(bool(row.patient) for row in images.rows),
     }
 
 
-def _place(place: Place) -> dict[str, str]:
-    return {"title": place.title, "runtime": place.runtime, "provider": place.provider, "version": place.version}
+def _place(target: RuntimeTarget) -> dict[str, str]:
+    return {"title": target.title, "runtime": target.runtime, "provider": target.provider, "version": target.version}
 
 
-def _variant(entry: Tried, ground: Ground) -> dict[str, Any]:
+def _variant(entry: VariantResult, context: GateContext) -> dict[str, Any]:
     return {
         "name": entry.name,
         "precision": entry.precision,
@@ -97,15 +99,15 @@ def _variant(entry: Tried, ground: Ground) -> dict[str, Any]:
         "refused": None if entry.refused is None else asdict(entry.refused),
         "not_on": entry.not_on,
         "layers": [asdict(layer) for layer in entry.layers],
-        "places": {place.title: _on(entry, place, ground) for place in entry.verdicts},
+        "places": {target.title: _on(entry, target, context) for target in entry.verdicts},
     }
 
 
-def _on(entry: Tried, place: Place, ground: Ground) -> dict[str, Any]:
-    score = ground.scores.get((entry.name, place))
+def _on(entry: VariantResult, target: RuntimeTarget, context: GateContext) -> dict[str, Any]:
+    score = context.scores.get((entry.name, target))
     return {
-        **entry.verdicts[place].to_json(),
+        **entry.verdicts[target].to_json(),
         "scores": None if score is None else score.round(_DIGITS).tolist(),
-        "describe": ground.described.get((entry.name, place), {}),
-        "timed": asdict(entry.timed[place]) if place in entry.timed else None,
+        "describe": context.described.get((entry.name, target), {}),
+        "timed": asdict(entry.timing[target]) if target in entry.timing else None,
     }

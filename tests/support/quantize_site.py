@@ -13,18 +13,18 @@ from PIL import Image
 
 from quantize.draft import Draft
 from quantize.gate import predictions
-from quantize.gate.predictions import REFERENCE, Place
+from quantize.gate.predictions import REFERENCE, RuntimeTarget
 from quantize.gate.verdicts import Limits
 from quantize.pipeline import BundleRecipe, run
 from quantize.recipes import int8
-from quantize.recipes.variant_makers import Maker, all_makers, quantized
+from quantize.recipes.variant_makers import Maker, all_makers, int8_maker
 
 SIDE = 32
 CHANNELS = 12
 RIDGE = 0.02
 
 FP16 = all_makers()[0]
-INT8 = quantized(next(recipe for recipe in int8.recipes() if recipe.name == "unsigned-chained-percentile"))
+INT8 = int8_maker(next(recipe for recipe in int8.recipes() if recipe.name == "unsigned-chained-percentile"))
 # The small model needs tens of microseconds per image: whether int8 is faster on it is chance, and not what these tests check.
 NO_SCORE_LIMIT = Limits(score=1.0)
 
@@ -146,9 +146,9 @@ def _model(weights: dict[str, Any]) -> Any:
 
 
 def _run(model: Any, output: str, tensor: NDArray[np.float32]) -> NDArray[np.float32]:
-    from quantize.graph.onnx_graph import exposing, session, with_shapes
+    from quantize.graph.onnx_graph import session, with_outputs, with_shapes
 
-    found: NDArray[np.float32] = session(exposing(with_shapes(model), [output])).run([output], {"image": tensor})[0]
+    found: NDArray[np.float32] = session(with_outputs(with_shapes(model), [output])).run([output], {"image": tensor})[0]
     return found
 
 
@@ -163,14 +163,14 @@ def write_site(directory: Path) -> Path:
     return directory
 
 
-def only_onnxruntime() -> tuple[list[Place], dict[str, str]]:
-    """Stand in for ``predictions.places`` where a second runtime proves nothing more."""
+def only_onnxruntime() -> tuple[list[RuntimeTarget], dict[str, str]]:
+    """Stand in for ``predictions.runtime_targets`` where a second runtime proves nothing more."""
     return [REFERENCE], dict.fromkeys(("openvino", "tensorrt", "triton"), "left out by the test")
 
 
 def run_with_only_onnxruntime(site: Path, out: Path, *makers: Maker) -> None:
     """Make a bundle in a process of its own that may be killed."""
-    predictions.places = only_onnxruntime
+    predictions.runtime_targets = only_onnxruntime
     run(recipe(site, out, *makers))
 
 

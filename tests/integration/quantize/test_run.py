@@ -23,9 +23,9 @@ from quantize import cli, standalone
 from quantize.errors import QuantizeError
 from quantize.gate import mixed_precision, predictions
 from quantize.gate.predictions import REFERENCE
-from quantize.gate.selection import Tried
+from quantize.gate.selection import VariantResult
 from quantize.gate.verdicts import Limits, Verdict
-from quantize.pipeline import BundleRecipe, Made, run
+from quantize.pipeline import BundleRecipe, RunResult, run
 from quantize.recipes import modelopt
 from quantize.recipes.variant_makers import Maker, Source
 from quantize.report import html_report
@@ -39,7 +39,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(site: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Made, Path]:
+def made(site: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunResult, Path]:
     out = tmp_path_factory.mktemp("made") / "bundle"
     return run(recipe(site, out, FP16, INT8)), out
 
@@ -47,7 +47,7 @@ def made(site: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Made, Pa
 @pytest.fixture
 def only_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other runtimes are left out: each costs a process per variant and step, and ``made`` has shown them."""
-    monkeypatch.setattr(predictions, "places", quantize_site.only_onnxruntime)
+    monkeypatch.setattr(predictions, "runtime_targets", quantize_site.only_onnxruntime)
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -58,7 +58,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
 # --- the bundle -----------------------------------------------------------------------------------------------------
 
 
-def test_a_bundle_is_made_and_is_one_for_the_box(made: tuple[Made, Path]) -> None:
+def test_a_bundle_is_made_and_is_one_for_the_box(made: tuple[RunResult, Path]) -> None:
     bundle = ModelBundle.load(made[1])
     manifest = bundle.manifest
     assert {"fp32", "fp16"} <= {variant.precision for variant in manifest.variants}
@@ -75,16 +75,16 @@ def test_a_second_run_writes_the_same_bytes_and_an_absent_nvidia_modelopt_is_onl
     second = run(recipe(site, tmp_path / "second", FP16, optimizer="not installed"))
     assert first.manifest == second.manifest
     assert files_of(tmp_path / "first") == files_of(tmp_path / "second")
-    assert [entry.name for entry in second.tried] == ["fp32", "fp16"]
+    assert [entry.name for entry in second.variants] == ["fp32", "fp16"]
     assert "nvidia-modelopt was not tried: not installed" in html_report.render(second.record)
     assert not any(b"modelopt" in raw for raw in files_of(tmp_path / "second").values())
 
 
-def test_every_variant_was_tried_on_every_runtime_here(made: tuple[Made, Path]) -> None:
+def test_every_variant_was_tried_on_every_runtime_here(made: tuple[RunResult, Path]) -> None:
     here = {entry.runtime for entry in available() if entry.providers}
     absent = {entry.runtime for entry in available() if not entry.providers}
     gate = json.loads((made[1] / "gate.json").read_text(encoding="utf-8"))
-    for entry in made[0].tried:
+    for entry in made[0].variants:
         assert {place.runtime for place in entry.verdicts} == here
     for variant in ModelBundle.load(made[1]).manifest.variants:
         assert gate["variants"][variant.precision]["passed"]
@@ -93,13 +93,13 @@ def test_every_variant_was_tried_on_every_runtime_here(made: tuple[Made, Path]) 
     assert set(gate["not_measured_here"]["runtimes"]) == absent
 
 
-def test_what_was_left_out_is_named_with_its_reason(made: tuple[Made, Path]) -> None:
+def test_what_was_left_out_is_named_with_its_reason(made: tuple[RunResult, Path]) -> None:
     gate = json.loads((made[1] / "gate.json").read_text(encoding="utf-8"))
-    refused = {entry.name: entry.refused for entry in made[0].tried if entry.refused is not None}
+    refused = {entry.name: entry.refused for entry in made[0].variants if entry.refused is not None}
     assert {entry["name"]: entry["code"] for entry in gate["refused"]} == {name: reason.code for name, reason in refused.items()}
 
 
-def test_no_picture_of_a_patient_is_in_the_bundle(made: tuple[Made, Path], site: Path) -> None:
+def test_no_picture_of_a_patient_is_in_the_bundle(made: tuple[RunResult, Path], site: Path) -> None:
     from PIL import Image
 
     pictures = {np.asarray(Image.open(path)).tobytes() for path in (site / "evaluation").glob("*.png")}
@@ -113,8 +113,8 @@ def test_no_picture_of_a_patient_is_in_the_bundle(made: tuple[Made, Path], site:
 def _slow_int8() -> Maker:
     """The real int8 model with two wide convolutions beside it whose result counts for nothing."""
 
-    def make(source: Source, out: Path, told: Any) -> None:
-        INT8.make(source, out, told)
+    def make(source: Source, out: Path, fractions: Any) -> None:
+        INT8.make(source, out, fractions)
         model = onnx.load(out)
         rng = np.random.default_rng(0)
         shapes = {"slow_w1": (96, 1, 7, 7), "slow_w2": (96, 96, 7, 7)}
@@ -145,8 +145,8 @@ def _slow_int8() -> Maker:
 def _wrong_fp16() -> Maker:
     """The real fp16 model with the weights of its linear layer bent."""
 
-    def make(source: Source, out: Path, told: Any) -> None:
-        FP16.make(source, out, told)
+    def make(source: Source, out: Path, fractions: Any) -> None:
+        FP16.make(source, out, fractions)
         model = onnx.load(out)
         linear = next(node for node in model.graph.node if node.op_type == "Gemm")
         weight = next(tensor for tensor in model.graph.initializer if tensor.name == linear.input[1])
@@ -161,10 +161,10 @@ def _wrong_fp16() -> Maker:
 @pytest.mark.usefixtures("only_onnxruntime")
 def test_a_slow_int8_and_a_wrong_fp16_are_both_left_out_for_the_right_reason(site: Path, tmp_path: Path) -> None:
     made = run(recipe(site, tmp_path / "bundle", _wrong_fp16(), _slow_int8(), limits=Limits()))
-    wrong, slow = (next(entry for entry in made.tried if entry.name == name) for name in ("fp16-wrong", "int8-slow"))
+    wrong, slow = (next(entry for entry in made.variants if entry.name == name) for name in ("fp16-wrong", "int8-slow"))
     assert wrong.refused is not None
     assert wrong.refused.code in ("gate.auc", "gate.sensitivity", "gate.specificity", "gate.score")
-    assert not wrong.timed  # what is wrong is not even timed
+    assert not wrong.timing  # what is wrong is not even timed
     assert slow.passed, "the slow one is right"
     assert slow.refused is not None
     assert slow.refused.code == "speed.slower"
@@ -181,7 +181,7 @@ def test_a_variant_that_dies_in_a_compiler_is_left_out_with_the_reason(site: Pat
         out.write_bytes(b"no model")
 
     made = run(recipe(site, tmp_path / "bundle", Maker("int8-broken", "int8", "unsigned", "broken", make)))
-    broken = made.tried[-1]
+    broken = made.variants[-1]
     assert broken.refused is not None
     assert broken.refused.code in ("job.error", "runtime.crashed", "runtime.build")
     assert [variant.precision for variant in made.manifest.variants] == ["fp32"]
@@ -191,11 +191,11 @@ def test_a_variant_that_dies_in_a_compiler_is_left_out_with_the_reason(site: Pat
 def test_where_no_int8_passes_layers_go_back_to_float(site: Path, tmp_path: Path) -> None:
     strict = Limits(score=0.0005)
     made = run(recipe(site, tmp_path / "bundle", INT8, limits=strict))
-    int8 = next(entry for entry in made.tried if entry.precision == "int8")
+    int8 = next(entry for entry in made.variants if entry.precision == "int8")
     assert int8.refused is not None
     assert int8.refused.code.startswith("gate.")
     assert int8.layers
-    assert any(entry.precision == "mixed" for entry in made.tried)
+    assert any(entry.precision == "mixed" for entry in made.variants)
 
 
 @pytest.mark.usefixtures("only_onnxruntime")
@@ -205,7 +205,7 @@ def test_an_nvidia_modelopt_that_dies_is_a_row_with_its_reason(site: Path, tmp_p
     python.chmod(0o755)
     makers = modelopt.makers(modelopt.Optimizer(python, "0.47.0"))
     made = run(recipe(site, tmp_path / "bundle", INT8, *makers))
-    for entry in made.tried[-2:]:
+    for entry in made.variants[-2:]:
         assert entry.refused is not None
         assert entry.refused.code == "make.failed"
         assert entry.refused.detail.endswith("ended with exit code 1: ImportError: no torch here")
@@ -220,27 +220,27 @@ def test_layers_are_put_back_in_what_has_a_recipe(site: Path, tmp_path: Path) ->
     theirs = next(iter(modelopt.makers(modelopt.Optimizer(Path("python"), "0.47.0"))))
     figures = {"labels": {"spot": {"mean_abs_delta": 0.1}}}
     far, near = (
-        Tried(name, "int8", "symmetric", None, "", verdicts={REFERENCE: Verdict(False, (), figures)})
+        VariantResult(name, "int8", "symmetric", None, "", verdicts={REFERENCE: Verdict(False, (), figures)})
         for name in ("int8-symmetric-minmax", theirs.name)
     )
-    assert mixed_precision.nearest([near, far]) == [far]
-    assert mixed_precision.nearest([near]) == []
+    assert mixed_precision.find_nearest([near, far]) == [far]
+    assert mixed_precision.find_nearest([near]) == []
 
 
 @pytest.mark.slow
 def test_nvidia_modelopt_itself_goes_the_way_of_every_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize_site, "CHANNELS", 16)  # it leaves convolutions with fewer in float
     given = os.environ.get("MODELOPT_PYTHON")
-    found = modelopt.find(Path(given) if given else None)
+    found = modelopt.find_optimizer(Path(given) if given else None)
     if isinstance(found, str):
         pytest.skip(f"nvidia-modelopt: {found} (the extra [modelopt]; MODELOPT_PYTHON names the Python of another environment)")
     made = run(recipe(write_site(tmp_path / "site"), tmp_path / "bundle", *modelopt.makers(found)))
-    for entry in made.tried[1:3]:
+    for entry in made.variants[1:3]:
         assert entry.activations == "symmetric"
         assert f"nvidia-modelopt {found.version}" in entry.recipe
         assert {place.runtime for place in entry.verdicts} == {entry.runtime for entry in available() if entry.providers}
         assert set(entry.passed) == set(entry.verdicts), entry.verdicts
-    assert {entry.refused.code for entry in made.tried[1:3] if entry.refused} >= {"calibration.other_better"}
+    assert {entry.refused.code for entry in made.variants[1:3] if entry.refused} >= {"calibration.other_better"}
 
 
 # --- interruption ---------------------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def test_a_killed_run_leaves_no_half_bundle_and_goes_on_where_it_was(site: Path,
     assert ModelBundle.load(out).manifest == made.manifest
 
 
-def test_a_bundle_that_is_there_is_not_overwritten_unasked(site: Path, made: tuple[Made, Path]) -> None:
+def test_a_bundle_that_is_there_is_not_overwritten_unasked(site: Path, made: tuple[RunResult, Path]) -> None:
     with pytest.raises(QuantizeError, match="--replace"):
         run(recipe(site, made[1]))
 
@@ -291,7 +291,7 @@ def test_wrong_input_leaves_nothing(site: Path, tmp_path: Path) -> None:
 # --- the commands ---------------------------------------------------------------------------------------------------
 
 
-def test_the_report_asks_nothing_of_anybody(made: tuple[Made, Path], tmp_path: Path) -> None:
+def test_the_report_asks_nothing_of_anybody(made: tuple[RunResult, Path], tmp_path: Path) -> None:
     record = tmp_path / "record.json"
     record.write_text(json.dumps(made[0].record), encoding="utf-8")
     page = tmp_path / "report.html"
@@ -352,7 +352,7 @@ def test_a_place_that_cannot_be_written_is_no_traceback(capsys: pytest.CaptureFi
 
 
 @pytest.mark.usefixtures("only_onnxruntime")
-def test_gate_on_its_own(made: tuple[Made, Path], site: Path, tmp_path: Path) -> None:
+def test_gate_on_its_own(made: tuple[RunResult, Path], site: Path, tmp_path: Path) -> None:
     out = tmp_path / "gate.json"
     arguments = ["gate", "--bundle", str(made[1]), "--evaluation", str(site / "evaluation"), "--out", str(out)]
     assert cli.main([*arguments, "--score", "1"]) == 0
@@ -362,7 +362,7 @@ def test_gate_on_its_own(made: tuple[Made, Path], site: Path, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("only_onnxruntime")
-def test_bench_on_its_own(made: tuple[Made, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_on_its_own(made: tuple[RunResult, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "--bundle", str(made[1]), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert rows == sorted(rows, key=lambda row: row["median_ms"])

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from quantize.errors import QuantizeError
-from quantize.graph.onnx_graph import clean_up, exposing
-from quantize.recipes.fp16 import convert, out_of_range, to_half
+from quantize.graph.onnx_graph import clean_up, with_outputs
+from quantize.recipes.fp16 import convert, convert_to_fp16, find_out_of_range_nodes
 from tests.support.quantize_networks import Net, dense, images, random_network, residual, run, unet
 
 
@@ -35,7 +35,7 @@ def loud(gain: float = 3e5) -> Any:
 @pytest.mark.parametrize("net", [residual, unet, dense])
 def test_half_precision_is_near_float_and_takes_half_the_space(net: Any) -> None:
     model = clean_up(net())
-    half = to_half(model, [images()])
+    half = convert_to_fp16(model, [images()])
     onnx.checker.check_model(half, full_check=True)
     assert types(half) == {"FLOAT16"}
     assert {value.type.tensor_type.elem_type for value in (*half.graph.input, *half.graph.output)} == {onnx.TensorProto.FLOAT}
@@ -47,24 +47,24 @@ def test_half_precision_is_near_float_and_takes_half_the_space(net: Any) -> None
 
 def test_what_overflows_is_found_and_its_neighbours_with_it() -> None:
     model = loud()
-    kept = out_of_range(model, [images()])
+    kept = find_out_of_range_nodes(model, [images()])
     kinds = {node.name: node.op_type for node in model.graph.node}
     assert sorted(kinds[name] for name in kept) == ["Mul", "Mul", "Mul", "Relu"]
 
 
 def test_an_intermediate_that_overflows_is_kept_in_float32_and_right() -> None:
     model = loud()
-    half = to_half(model, [images()])
+    half = convert_to_fp16(model, [images()])
     np.testing.assert_allclose(run(half, images())[0], run(model, images())[0], atol=5e-3)
     # What is written between kept neighbours never passes through half precision, whatever a runtime makes of the graph.
     names = [value.name for value in half.graph.value_info]
-    assert all(np.isfinite(value).all() for value in run(exposing(half, names), images(), optimised=False))
+    assert all(np.isfinite(value).all() for value in run(with_outputs(half, names), images(), optimised=False))
 
 
 def test_without_the_keep_list_the_same_net_overflows() -> None:
     half = convert(loud(), frozenset())
     names = [value.name for value in half.graph.value_info]
-    values = run(exposing(half, names), images(), optimised=False)
+    values = run(with_outputs(half, names), images(), optimised=False)
     assert not all(np.isfinite(value).all() for value in values)
 
 
@@ -73,16 +73,16 @@ def test_a_weight_beyond_half_precision_is_kept() -> None:
     small = net.add("Mul", "image", net.weight(np.float32(1e-6)), channels=1)
     net.add("Mul", small, net.weight(np.float32(1e6)), to="y")
     model = net.model("y")
-    assert out_of_range(model, [images()]) == {"Mul_0", "Mul_1"}
-    np.testing.assert_allclose(run(to_half(model, [images()]), images())[0], images(), rtol=1e-3, atol=1e-3)
+    assert find_out_of_range_nodes(model, [images()]) == {"Mul_0", "Mul_1"}
+    np.testing.assert_allclose(run(convert_to_fp16(model, [images()]), images())[0], images(), rtol=1e-3, atol=1e-3)
 
 
 def test_a_tensor_of_tiny_values_is_kept() -> None:
     net = Net()
     net.add("Mul", net.relu(net.conv("image", 2)), net.weight(np.float32(1e-7)), to="small")
     model = clean_up(net.model("small"))
-    assert [node.op_type for node in model.graph.node if node.name in out_of_range(model, [images()])] == ["Mul"]
-    half = to_half(model, [images()])
+    assert [node.op_type for node in model.graph.node if node.name in find_out_of_range_nodes(model, [images()])] == ["Mul"]
+    half = convert_to_fp16(model, [images()])
     np.testing.assert_allclose(run(half, images())[0], run(model, images())[0], rtol=1e-2, atol=1e-10)
 
 
@@ -91,37 +91,37 @@ def test_a_mean_whose_sum_overflows_is_kept() -> None:
     loud = net.add("Mul", "image", net.weight(np.float32(200)), channels=1)
     net.add("GlobalAveragePool", loud, to="y")
     # The tensor itself reaches 200, its sum over 1024 cells 100 000.
-    assert out_of_range(clean_up(net.model("y")), [images(side=32)]) == {"GlobalAveragePool_1"}
+    assert find_out_of_range_nodes(clean_up(net.model("y")), [images(side=32)]) == {"GlobalAveragePool_1"}
 
 
 def test_a_model_that_overflows_in_float_is_refused() -> None:
     net = Net()
     net.add("Exp", net.add("Mul", "image", net.weight(np.float32(1000)), channels=1), to="y")
     with pytest.raises(QuantizeError, match="float model computes NaN or Inf in 'y'"):
-        to_half(net.model("y"), [images()])
+        convert_to_fp16(net.model("y"), [images()])
 
 
 def test_half_precision_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import quantize.recipes.fp16
 
-    monkeypatch.setattr(quantize.recipes.fp16, "out_of_range", lambda *_, **__: frozenset())
+    monkeypatch.setattr(quantize.recipes.fp16, "find_out_of_range_nodes", lambda *_, **__: frozenset())
     with pytest.raises(QuantizeError, match=r"in half precision .* becomes NaN or Inf"):
-        to_half(loud(), [images()])
+        convert_to_fp16(loud(), [images()])
 
 
 def test_a_kept_node_whose_output_is_the_graphs_keeps_its_name_and_precision() -> None:
     net = Net()
     net.add("Mul", net.add("Mul", "image", net.weight(np.float32(1e6)), channels=1), net.weight(np.float32(2)), to="y")
     model = net.model("y")
-    half = to_half(model, [images()])
+    half = convert_to_fp16(model, [images()])
     np.testing.assert_allclose(run(half, images())[0], run(model, images())[0], rtol=1e-6)
 
 
 def test_the_part_done_is_told_up_to_one() -> None:
-    told: list[float] = []
-    to_half(clean_up(residual()), [images(2), images(1)], told=told.append)
-    assert told == sorted(told)
-    assert told[-1] == 1.0
+    fractions: list[float] = []
+    convert_to_fp16(clean_up(residual()), [images(2), images(1)], on_progress=fractions.append)
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -18,32 +18,32 @@ from quantize import work_directory
 from quantize.bundle import golden_cases
 from quantize.errors import QuantizeError
 from quantize.gate import roc_statistics, selection
-from quantize.gate.image_sets import PictureSet, Row
-from quantize.gate.predictions import Answers, Place, Timed
-from quantize.gate.selection import Tried
-from quantize.gate.verdicts import Limits, Reason, Verdict, failed, judge
+from quantize.gate.image_sets import ImageSet, Row
+from quantize.gate.predictions import Predictions, RuntimeTarget, Timing
+from quantize.gate.selection import VariantResult
+from quantize.gate.verdicts import Limits, RefusalReason, Verdict, failed_verdict, judge
 from quantize.progress import Progress
 from quantize.report_texts import REASON_TEXTS, WORDS
-from quantize.work_directory import Work
+from quantize.work_directory import WorkDirectory
 
 N = 400
 RNG = np.random.default_rng(3)
 POSITIVE = np.arange(N) % 2 == 0
 SCORE = np.round(np.clip(0.5 + 0.25 * np.where(POSITIVE, 1, -1) + 0.2 * RNG.standard_normal(N), 0, 1), 6)
 CAM = RNG.standard_normal((N, 1, 3, 3)).astype(np.float32)
-ORT, VINO = Place("onnxruntime", CPU), Place("openvino", "CPU")
+ORT, VINO = RuntimeTarget("onnxruntime", CPU), RuntimeTarget("openvino", "CPU")
 
 
-def pictures(sources: list[str] | None = None) -> PictureSet:
+def pictures(sources: list[str] | None = None) -> ImageSet:
     rows = tuple(Row(Path("x"), i, (bool(POSITIVE[i]),), (sources or ["one"] * N)[i]) for i in range(N))
-    return PictureSet(Path(), rows, np.zeros((N, 1, 1, 1), np.float32), ("",) * N, "digest")
+    return ImageSet(Path(), rows, np.zeros((N, 1, 1, 1), np.float32), ("",) * N, "digest")
 
 
-def said(score: Any = SCORE, cam: Any = CAM, mask: Any = None) -> Answers:
-    return Answers(np.asarray(score, np.float64).reshape(N, -1), cam, mask, {})
+def said(score: Any = SCORE, cam: Any = CAM, mask: Any = None) -> Predictions:
+    return Predictions(np.asarray(score, np.float64).reshape(N, -1), cam, mask, {})
 
 
-def verdict(variant: Answers, limits: Limits | None = None, **how: Any) -> Verdict:
+def verdict(variant: Predictions, limits: Limits | None = None, **how: Any) -> Verdict:
     return judge(said(mask=how.get("mask")), variant, pictures(how.get("sources")), ("ill",), [0.5], limits or Limits())
 
 
@@ -159,15 +159,17 @@ def test_the_roc_curve_encloses_the_auc(pairs: list[tuple[bool, int]]) -> None:
 GOOD = Verdict(True, (), {"labels": {"ill": {"mean_abs_delta": 0.001}}})
 
 
-def timed(ms: float) -> Timed:
-    return Timed(ms, ms, 100.0, 1)
+def timed(ms: float) -> Timing:
+    return Timing(ms, ms, 100.0, 1)
 
 
-def tried(name: str, precision: Any, ms: tuple[float, float], activations: Any = None, family: str = "", change: float = 0.001) -> Tried:
-    entry = Tried(name, precision, activations, Path(name), "recipe", family)
+def tried(
+    name: str, precision: Any, ms: tuple[float, float], activations: Any = None, family: str = "", change: float = 0.001
+) -> VariantResult:
+    entry = VariantResult(name, precision, activations, Path(name), "recipe", family)
     passing = replace(GOOD, figures={"labels": {"ill": {"mean_abs_delta": change}}})
     entry.verdicts = dict.fromkeys((ORT, VINO), passing)
-    entry.timed = {ORT: timed(ms[0]), VINO: timed(ms[1])}
+    entry.timing = {ORT: timed(ms[0]), VINO: timed(ms[1])}
     return entry
 
 
@@ -175,15 +177,15 @@ FP32 = ("fp32", "fp32", (10.0, 10.0))
 
 
 def test_a_variant_that_passed_nowhere_is_left_out_with_every_reason() -> None:
-    entry = Tried("int8", "int8", "unsigned", Path("x"), "recipe")
-    entry.verdicts = {ORT: failed("gate.auc", "AUC 0.5"), VINO: failed("runtime.crashed", "SIGSEGV in load")}
+    entry = VariantResult("int8", "int8", "unsigned", Path("x"), "recipe")
+    entry.verdicts = {ORT: failed_verdict("gate.auc", "AUC 0.5"), VINO: failed_verdict("runtime.crashed", "SIGSEGV in load")}
     selection.refuse_failed([entry])
-    assert entry.refused == Reason("gate.auc", "onnxruntime: AUC 0.5; openvino: SIGSEGV in load")
+    assert entry.refused == RefusalReason("gate.auc", "onnxruntime: AUC 0.5; openvino: SIGSEGV in load")
     assert entry.not_on == ["onnxruntime", "openvino"]
 
 
 def test_a_variant_that_no_runtime_tried_does_not_pass() -> None:
-    entry = Tried("int8", "int8", "unsigned", Path("x"), "recipe")
+    entry = VariantResult("int8", "int8", "unsigned", Path("x"), "recipe")
     selection.refuse_failed([entry])
     assert entry.refused is not None
     assert entry.refused.code == "gate.untested"
@@ -191,7 +193,7 @@ def test_a_variant_that_no_runtime_tried_does_not_pass() -> None:
 
 def test_a_runtime_on_which_it_failed_is_named_for_the_box() -> None:
     entry = tried("int8", "int8", (5, 5), "unsigned")
-    entry.verdicts[VINO] = failed("runtime.crashed", "SIGSEGV in load")
+    entry.verdicts[VINO] = failed_verdict("runtime.crashed", "SIGSEGV in load")
     selection.refuse_failed([entry])
     assert entry.refused is None
     assert entry.not_on == ["openvino"]
@@ -200,7 +202,7 @@ def test_a_runtime_on_which_it_failed_is_named_for_the_box() -> None:
 def test_of_calibrations_the_most_exact_is_kept() -> None:
     one, other = tried("a", "int8", (5, 5), "unsigned", "f", 0.004), tried("b", "int8", (5, 5), "unsigned", "f", 0.002)
     apart = tried("c", "int8", (5, 5), "symmetric", "g", 0.009)
-    selection.best_calibration([one, other, apart])
+    selection.keep_best_calibration([one, other, apart])
     assert one.refused is not None
     assert one.refused.code == "calibration.other_better"
     assert other.refused is apart.refused is None
@@ -260,7 +262,7 @@ def test_averages_hide_every_single_picture(tmp_path: Path) -> None:
     for i in range(60):
         Image.fromarray(RNG.integers(0, 255, (40, 40), np.uint8)).save(tmp_path / f"{i}.png")
         rows.append(Row(tmp_path / f"{i}.png", 0))
-    found = golden_cases.averaged_pictures(PictureSet(tmp_path, tuple(rows), np.zeros(0, np.float32), (), ""), np.arange(60.0), INPUT)
+    found = golden_cases.average_images(ImageSet(tmp_path, tuple(rows), np.zeros(0, np.float32), (), ""), np.arange(60.0), INPUT)
     assert len(found) == golden_cases.CASES
     for pixels in found.values():
         assert pixels.shape == (224, 224)
@@ -271,10 +273,10 @@ def test_golden_pictures_that_are_missing_or_broken_are_refused(tmp_path: Path) 
     from quantize.reference.build import INPUT
 
     with pytest.raises(QuantizeError, match="no picture"):
-        golden_cases.given_pictures(tmp_path, INPUT)
+        golden_cases.read_golden_images(tmp_path, INPUT)
     (tmp_path / "a.png").write_bytes(b"x")
     with pytest.raises(QuantizeError, match=r"a\.png"):
-        golden_cases.given_pictures(tmp_path, INPUT)
+        golden_cases.read_golden_images(tmp_path, INPUT)
 
 
 @pytest.mark.parametrize("texts", [REASON_TEXTS, WORDS])
@@ -297,13 +299,13 @@ def test_a_finished_step_is_not_done_again_and_a_failed_one_leaves_nothing(tmp_p
         (directory / "half").write_text("h")
         raise QuantizeError("no", hint="no")
 
-    with Work(tmp_path / "w") as work:
+    with WorkDirectory(tmp_path / "w") as work:
         assert work.step("a", [1], make)[1] == work.step("a", [1], make)[1] == {"n": 1}
         assert work.step("a", [2], make)[1] == {"n": 2}
         with pytest.raises(QuantizeError):
             work.step("b", [], fail)
         (tmp_path / "w" / "c-123.part").mkdir()
-    with Work(tmp_path / "w") as work:
+    with WorkDirectory(tmp_path / "w") as work:
         assert {path.name[0] for path in (tmp_path / "w").iterdir()} == {"a"}
         assert work.step("a", [1], make)[1] == {"n": 1}
         assert work.reused == ["a"]
@@ -313,8 +315,8 @@ def test_a_finished_step_is_not_done_again_and_a_failed_one_leaves_nothing(tmp_p
 
 def test_two_runs_do_not_share_a_work_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work_directory, "_PATIENCE_S", 0.2)
-    with Work(tmp_path / "w"), pytest.raises(QuantizeError) as caught:
-        Work(tmp_path / "w")
+    with WorkDirectory(tmp_path / "w"), pytest.raises(QuantizeError) as caught:
+        WorkDirectory(tmp_path / "w")
     assert caught.value.code == "work.busy"
 
 

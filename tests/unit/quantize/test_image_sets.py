@@ -40,11 +40,11 @@ def labelled(directory: Path, rows: str, header: str = "file,pneumonia,source,pa
     return directory
 
 
-def calibration(directory: Path, work: Path) -> image_sets.PictureSet:
+def calibration(directory: Path, work: Path) -> image_sets.ImageSet:
     return image_sets.read_calibration(directory, SPEC, CHEST, work)
 
 
-def evaluation(directory: Path, work: Path) -> image_sets.PictureSet:
+def evaluation(directory: Path, work: Path) -> image_sets.ImageSet:
     return image_sets.read_evaluation(directory, SPEC, CHEST, ("pneumonia",), work)
 
 
@@ -162,12 +162,12 @@ def test_an_npz_of_floats_is_refused(tmp_path: Path) -> None:
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=300), st.sampled_from([".png", ".jpg", ".npz", ".dcm"]))
 def test_no_bytes_get_past_the_reader(tmp_path: Path, content: bytes, suffix: str) -> None:
-    from quantize.gate.image_files import UnreadableError, read
+    from quantize.gate.image_files import UnreadableError, read_image
 
     path = tmp_path / f"x{suffix}"
     path.write_bytes(content)
     with pytest.raises(UnreadableError):
-        read(path, 0, SPEC)
+        read_image(path, 0, SPEC)
 
 
 # --- bad labels -----------------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ DRAFT = build.DRAFT.read_text(encoding="utf-8")
 def test_the_draft_of_the_reference_bundle_is_read() -> None:
     draft = Draft.parse(DRAFT.encode())
     assert draft.label_names == ("pneumonia",)
-    assert draft.registration.filled().number is None
+    assert draft.registration.to_manifest().number is None
     assert (draft.output("probability"), draft.output("cam"), draft.output("segmentation_logits")) == ("probability", "cam", None)
 
 

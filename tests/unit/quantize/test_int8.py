@@ -283,11 +283,11 @@ def test_a_calibration_tensor_that_makes_the_model_overflow(value: float, kind: 
 def test_the_part_done_is_told_and_nothing_is_printed_or_logged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    told: list[float] = []
+    fractions: list[float] = []
     before = logging.getLogger().level
-    quantize(clean_up(residual()), BY_NAME["unsigned-chained-entropy"], [images(4)], tmp_path / "x.onnx", told=told.append)
-    assert told == sorted(told)
-    assert told[-1] == 1.0
+    quantize(clean_up(residual()), BY_NAME["unsigned-chained-entropy"], [images(4)], tmp_path / "x.onnx", on_progress=fractions.append)
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0
     assert capsys.readouterr() == ("", "")
     assert not caplog.records
     assert logging.getLogger().level == before

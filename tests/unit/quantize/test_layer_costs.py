@@ -12,7 +12,7 @@ from quantize.errors import QuantizeError
 from quantize.graph.onnx_graph import clean_up
 from quantize.recipes import calibration as calibrating
 from quantize.recipes.int8 import WEIGHTED, Calibration, Recipe, calibrate, quantizable, quantize, recipes
-from quantize.recipes.layer_costs import LayerCost, layer_costs, layers, relaxed
+from quantize.recipes.layer_costs import LayerCost, layers, measure_layer_costs, relax
 from tests.support.quantize_networks import Net, dense, images, residual, run, unet
 
 BY_NAME = {recipe.name: recipe for recipe in recipes()}
@@ -49,7 +49,7 @@ def error(model: Any, path: Path) -> float:
 def ruined() -> tuple[Any, Recipe, Calibration, tuple[LayerCost, ...]]:
     model = fragile()
     calibration = calibrate(model, [images(16)])
-    return model, SYMMETRIC, calibration, layer_costs(model, SYMMETRIC, calibration, [images(4, seed=5)])
+    return model, SYMMETRIC, calibration, measure_layer_costs(model, SYMMETRIC, calibration, [images(4, seed=5)])
 
 
 def weighted(model: Any) -> list[str]:
@@ -88,7 +88,7 @@ def test_the_dearest_layers_go_back_to_float_until_the_model_is_right(tmp_path: 
     out = tmp_path / "model.onnx"
     quantize(model, recipe, calibration, out)
     before = error(model, out)
-    count, attempt = next(relaxed(recipe, costs))
+    count, attempt = next(relax(recipe, costs))
     quantize(model, attempt, calibration, out)
     assert count == 1
     assert attempt.precision == "mixed"
@@ -100,24 +100,24 @@ def test_at_most_half_of_the_layers_go_back_in_few_steps() -> None:
     def costs(count: int) -> list[LayerCost]:
         return [LayerCost(str(index), "Conv", frozenset({str(index)}), float(index)) for index in range(count)]
 
-    assert [count for count, _ in relaxed(SYMMETRIC, costs(8))] == [1, 2, 3, 4]
-    assert [sorted(attempt.keep) for _, attempt in relaxed(SYMMETRIC, costs(4))] == [["3"], ["2", "3"]]
-    assert [count for count, _ in relaxed(SYMMETRIC, costs(120))] == [8, 16, 24, 32, 40, 48, 56]
-    assert not list(relaxed(SYMMETRIC, costs(1)))
+    assert [count for count, _ in relax(SYMMETRIC, costs(8))] == [1, 2, 3, 4]
+    assert [sorted(attempt.keep) for _, attempt in relax(SYMMETRIC, costs(4))] == [["3"], ["2", "3"]]
+    assert [count for count, _ in relax(SYMMETRIC, costs(120))] == [8, 16, 24, 32, 40, 48, 56]
+    assert not list(relax(SYMMETRIC, costs(1)))
 
 
 def test_costs_need_images_and_something_quantized() -> None:
     model = clean_up(residual())
     calibration = calibrate(model, [images(2)])
     with pytest.raises(QuantizeError, match="nothing to measure"):
-        layer_costs(model, SYMMETRIC, calibration, [])
+        measure_layer_costs(model, SYMMETRIC, calibration, [])
     with pytest.raises(QuantizeError, match="nothing to measure"):
-        layer_costs(model, SYMMETRIC.keeping(quantizable(model, SYMMETRIC)), calibration, [images(2)])
+        measure_layer_costs(model, SYMMETRIC.keeping(quantizable(model, SYMMETRIC)), calibration, [images(2)])
 
 
 def test_the_part_measured_is_told() -> None:
     model = clean_up(residual())
-    told: list[float] = []
-    layer_costs(model, SYMMETRIC, calibrate(model, [images(2)]), [images(2)], told=told.append)
-    assert told == sorted(told)
-    assert told[-1] == 1.0
+    fractions: list[float] = []
+    measure_layer_costs(model, SYMMETRIC, calibrate(model, [images(2)]), [images(2)], on_progress=fractions.append)
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0

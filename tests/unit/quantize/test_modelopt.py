@@ -24,7 +24,7 @@ from quantize.errors import QuantizeError
 from quantize.graph.onnx_graph import clean_up, initializers, producers
 from quantize.recipes import modelopt
 from quantize.recipes.modelopt import Optimizer
-from quantize.recipes.modelopt_graph import taken_over
+from quantize.recipes.modelopt_graph import load_quantized
 from tests.processes import children_running, has_ended
 from tests.support.quantize_networks import Net, images, residual, run, unet
 
@@ -60,7 +60,7 @@ def environment(tmp_path: Path) -> Environment:
         described = packages / "nvidia_modelopt-0.47.9.dist-info"
         described.mkdir()
         (described / "METADATA").write_text("Metadata-Version: 2.1\nName: nvidia-modelopt\nVersion: 0.47.9\n")
-        found = modelopt.find(directory / "bin" / "python")
+        found = modelopt.find_optimizer(directory / "bin" / "python")
         assert isinstance(found, Optimizer)
         return found
 
@@ -81,25 +81,25 @@ def test_an_environment_says_its_version(environment: Environment) -> None:
 def test_an_environment_is_named_from_where_one_stands(environment: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = environment("raise RuntimeError('it was started')").python
     monkeypatch.chdir(tmp_path)
-    here = modelopt.find(python.relative_to(tmp_path))
+    here = modelopt.find_optimizer(python.relative_to(tmp_path))
     assert isinstance(here, Optimizer)
     assert "it was started" in failing(here, tmp_path / "int8.onnx")
     monkeypatch.setenv("PATH", str(python.parent))
-    named = modelopt.find(Path("python"))
+    named = modelopt.find_optimizer(Path("python"))
     assert isinstance(named, Optimizer)
     assert "it was started" in failing(named, tmp_path / "int8.onnx")
 
 
 def test_an_environment_without_it(tmp_path: Path) -> None:
     venv.create(tmp_path / "bare", symlinks=True)
-    assert modelopt.find(tmp_path / "bare" / "bin" / "python") == "not installed"
+    assert modelopt.find_optimizer(tmp_path / "bare" / "bin" / "python") == "not installed"
 
 
 @pytest.mark.parametrize(
     ("python", "why"), [("/nowhere/python", "does not start"), ("/bin/false", "ended with exit code 1"), ("/bin/true", "not installed")]
 )
 def test_what_is_no_python(python: str, why: str) -> None:
-    found = modelopt.find(Path(python))
+    found = modelopt.find_optimizer(Path(python))
     assert isinstance(found, str)
     assert why in found
 
@@ -170,9 +170,9 @@ def test_it_gets_what_every_recipe_gets_and_leaves_nothing_behind(environment: E
     open({str(kept / "asked.json")!r}, "w").write(json.dumps(asked))
     """
     model, tensors = clean_up(residual()), images(6)
-    told: list[float] = []
+    fractions: list[float] = []
     with pytest.raises(QuantizeError, match="without Q/DQ"):
-        modelopt.quantize(model, tensors, "entropy", environment(body.strip()), tmp_path / "int8.onnx", told=told.append)
+        modelopt.quantize(model, tensors, "entropy", environment(body.strip()), tmp_path / "int8.onnx", on_progress=fractions.append)
     assert np.array_equal(np.load(kept / "given.npy"), tensors)
     assert onnx.load(kept / "given.onnx") == model
     asked = json.loads((kept / "asked.json").read_text())
@@ -181,7 +181,7 @@ def test_it_gets_what_every_recipe_gets_and_leaves_nothing_behind(environment: E
     assert not Path(asked.pop("beside")).exists()
     assert asked["calibration_method"] == "entropy"
     assert asked["calibration_eps"] == ["cpu"]
-    assert all(0 <= part <= 1 for part in told)
+    assert all(0 <= part <= 1 for part in fractions)
 
 
 _ORPHAN = """
@@ -235,7 +235,7 @@ def with_float_weights(model: Any, path: Path) -> Any:
 def test_weights_are_stored_in_8_bits_and_nothing_else_changes(net: Any, tmp_path: Path) -> None:
     model = clean_up(net())
     made = with_float_weights(model, tmp_path / "made.onnx")
-    small = taken_over(tmp_path / "made.onnx", model)
+    small = load_quantized(tmp_path / "made.onnx", model)
     assert len(small.SerializeToString()) < len(made.SerializeToString())
     held, sources = initializers(small), producers(small)
     for node in small.graph.node:
@@ -261,7 +261,7 @@ def test_a_weight_outside_the_range_of_its_scale_is_cut_off(tmp_path: Path) -> N
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.save(model, tmp_path / "made.onnx")
-    assert initializers(taken_over(tmp_path / "made.onnx", model))["q"].tolist() == [-128, 10, 30, 50, 127]
+    assert initializers(load_quantized(tmp_path / "made.onnx", model))["q"].tolist() == [-128, 10, 30, 50, 127]
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------
@@ -279,9 +279,9 @@ def test_asking_for_one_that_is_not_there_is_an_error_at_once(tmp_path: Path, ca
 
 def test_what_is_said_of_one_that_is_not_tried() -> None:
     assert modelopt.makers("not installed") == ()
-    assert modelopt.remark("not installed") == ("未试 nvidia-modelopt；nvidia-modelopt was not tried: not installed",)
-    assert modelopt.remark("") == ()
-    assert modelopt.remark(Optimizer(Path("python"), "0.47.0")) == ()
+    assert modelopt.explain_absence("not installed") == ("未试 nvidia-modelopt；nvidia-modelopt was not tried: not installed",)
+    assert modelopt.explain_absence("") == ()
+    assert modelopt.explain_absence(Optimizer(Path("python"), "0.47.0")) == ()
     names = [maker.name for maker in modelopt.makers(Optimizer(Path("python"), "0.47.0"))]
     assert names == ["int8-modelopt-max", "int8-modelopt-entropy"]
 
@@ -292,7 +292,7 @@ def test_what_is_said_of_one_that_is_not_tried() -> None:
 @pytest.fixture
 def real() -> Optimizer:
     given = os.environ.get("MODELOPT_PYTHON")
-    found = modelopt.find(Path(given) if given else None)
+    found = modelopt.find_optimizer(Path(given) if given else None)
     if isinstance(found, str):
         pytest.skip(f"nvidia-modelopt: {found} (the extra [modelopt]; MODELOPT_PYTHON names the Python of another environment)")
     return found

@@ -173,7 +173,7 @@ def test_a_build_from_few_pictures_agrees_with_the_committed_manifest(
     monkeypatch.setattr(training_set.TrainingSet, "load", lambda _: few)
     monkeypatch.setattr(build, "CALIBRATION", 32)
     monkeypatch.setattr(training_set, "independent", lambda *_: None)
-    monkeypatch.setattr(predictions, "places", only_onnxruntime)
+    monkeypatch.setattr(predictions, "runtime_targets", only_onnxruntime)
     build.build(shared, tmp_path / "bundle", only=("fp16",))
     ours, made = bundle.manifest, ModelBundle.load(tmp_path / "bundle").manifest
     for one_case, other_case in zip(ours.golden, made.golden, strict=True):
