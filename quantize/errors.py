@@ -1,4 +1,4 @@
-"""What can go wrong when a bundle is made."""
+"""The error that every step of the quantizer raises."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 class QuantizeError(Exception):
-    """A bundle cannot be made from what was given.
+    """A bundle cannot be made from the given files and options.
 
     Attributes:
         message: What happened, in one sentence.
@@ -15,7 +15,7 @@ class QuantizeError(Exception):
     """
 
     def __init__(self, message: str, *, hint: str, code: str = "quantize.failed") -> None:
-        """Keep the message and the hint apart, so that each edge can lay them out its own way."""
+        """Store message and hint separately, so that each command and page can format them."""
         super().__init__(message)
         self.message = message
         self.hint = hint

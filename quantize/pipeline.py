@@ -2,8 +2,8 @@
 
 read and check -> clean up, activation map -> float scores, operating points -> fp16 and every int8 recipe, each before the gate on
 every runtime here, each in a process that may die -> layers back to float where no int8 passes -> times -> what is shipped -> golden
-cases, histograms, ``gate.json``, model card, manifest -> checked as a box checks it, put in place in one go. A run that was
-interrupted goes on where it was: see ``quantize.work_directory``.
+cases, histograms, ``gate.json``, model card, manifest -> checked as a box checks it, put in place in one go. An
+interrupted run resumes: see ``quantize.work_directory``.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _MAKE, _GATE = 2.0, 8.0
 
 @dataclass(frozen=True)
 class CardInputs:
-    """What a card or an addition to ``gate.json`` may be written from.
+    """The data from which a model card or an addition to ``gate.json`` is written.
 
     Attributes:
         context: the float model, its answers, the sets.
@@ -68,7 +68,7 @@ class CardInputs:
 
 @dataclass(frozen=True)
 class BundleRecipe:
-    """What a bundle is made of.
+    """The input files and options of a run.
 
     Attributes:
         model: the float ONNX file.
@@ -123,7 +123,7 @@ class RunResult:
 
 
 def run(recipe: BundleRecipe, progress: Progress | None = None) -> RunResult:
-    """Make a bundle; either it is whole and checked in the place of ``recipe.out``, or nothing is there.
+    """Make a bundle and put it at ``recipe.out`` only after it is complete and checked.
 
     Raises:
         QuantizeError: something that was given is wrong, or nothing can be shipped; it says what to do.

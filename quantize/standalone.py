@@ -1,4 +1,4 @@
-"""Parts of the pipeline on their own: candidates without a gate, a gate without a bundle, times without either."""
+"""Single steps of the pipeline as commands: make variants without a gate, run the gate on a bundle, measure the speed of a bundle."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def calibrate(
 
 
 def gate(bundle_path: Path, evaluation: Path, limits: Limits) -> tuple[dict[str, Any], bool]:
-    """Hold every variant of a bundle against its fp32, on every runtime here that the manifest does not exclude.
+    """Compare every variant of a bundle with its fp32, on every runtime of this computer that the manifest does not exclude.
 
     Returns:
         Variant file -> place -> verdict, and whether all passed.

@@ -1,7 +1,7 @@
-"""The work directory of a run: finished steps are kept under the digest of what they were made from, so that a killed run goes on.
+"""The work directory of a run: each finished step is stored under the digest of its inputs, so that an interrupted run can resume.
 
-A step writes into a directory of its own that gets its final name only when everything is in it; what has its name is whole. A step
-whose inputs changed has another name and is done again.
+A step writes into its own directory, which is renamed to its final name only when complete. When the inputs of a step change, its name
+changes, and the step runs again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PATIENCE_S: Final = 3.0
 
 @functools.cache
 def _code() -> str:
-    """A digest of the quantizer itself, part of every step's name: another version of it computes something else."""
+    """Return a digest of the quantizer's source code: part of every step's name, because another version computes other results."""
     whole = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         whole.update(path.read_bytes())
@@ -50,15 +50,15 @@ class WorkDirectory:
             shutil.rmtree(half_done)
 
     def step(self, name: str, inputs: Any, make: Callable[[Path], Any]) -> tuple[Path, Any]:
-        """Do a step, unless it is done.
+        """Run a step, unless its result is stored already.
 
         Args:
             name: what it is, as a file name.
             inputs: everything it depends on, JSON types; digests stand for files.
-            make: does it, given the directory to write into; returns what is to be remembered, JSON types.
+            make: runs the step in the given directory; returns a value to store, JSON types only.
 
         Returns:
-            The step's directory and what was remembered. Whatever ``make`` raises is passed on, and nothing is kept.
+            The step's directory and the stored value. When ``make`` raises, the error is passed on and nothing is stored.
         """
         key = hashlib.sha256(json.dumps([_code(), name, inputs], sort_keys=True).encode()).hexdigest()[:16]
         final = self.directory / f"{name}-{key}"
@@ -80,11 +80,11 @@ class WorkDirectory:
         return final, json.loads(json.dumps(remembered))
 
     def remove(self) -> None:
-        """Remove everything, once the bundle stands."""
+        """Remove all stored steps, after the bundle was written."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def close(self) -> None:
-        """Let another run in."""
+        """Release the lock, so that another run can start."""
         os.close(self._lock)
 
     def __enter__(self) -> Self:
@@ -97,7 +97,7 @@ class WorkDirectory:
 def _locked(directory: Path) -> int:
     """Lock a directory; the kernel drops the lock when the process ends, however it ends.
 
-    A child of a killed run holds the lock for the moment that it takes to become another program, hence the patience.
+    A child process of a killed run holds the lock until it executes its program, so wait a few seconds before refusing.
     """
     descriptor = os.open(directory, os.O_RDONLY)
     limit = time.monotonic() + _PATIENCE_S

@@ -50,7 +50,7 @@ OnProgress = Callable[[float], None]
 
 @dataclass(frozen=True)
 class OperatingPoints:
-    """What belongs to this version alone: chosen and counted on the float model's scores (R29, R31)."""
+    """Operating points and score histograms of this model version, measured on the float model's scores (R29, R31)."""
 
     points: tuple[OperatingPoint, ...]
     histograms: tuple[ScoreHistogram, ...]
@@ -157,7 +157,7 @@ def write(
 
 
 def file_name(entry: VariantResult, name: str) -> str:
-    """The name of a variant's file in the bundle."""
+    """Return the name of a variant's file in the bundle."""
     kind = f"_{entry.activations}" if entry.activations else ""
     return f"{name.replace('-', '_')}_{entry.precision}{kind}.onnx"
 

@@ -1,4 +1,4 @@
-"""Golden cases: a few pictures with the float model's answer, which every box holds each candidate against.
+"""Golden cases: a few images with the float model's outputs. Every box compares each candidate with them in its self-test.
 
 They are shipped to every box, so no picture of a patient may be among them. Where nobody gives pictures that are free to go
 (phantoms), each case is the average of many evaluation pictures, in which no patient can be seen, taken along the range of scores.
@@ -37,7 +37,7 @@ _MAP_DIGITS: Final = 4
 
 
 def read_golden_images(directory: Path, spec: InputSpec) -> dict[str, NDArray[np.uint8]]:
-    """Read the golden pictures that somebody chose, uint8 [rows, columns] by name.
+    """Read the given golden images, uint8 [rows, columns] by name.
 
     Raises:
         QuantizeError: ``golden.empty``, ``golden.unreadable``.
@@ -107,5 +107,5 @@ def tolerance(precision: Precision, measured: Iterable[float]) -> float:
 
 
 def golden_entry(name: str, digest: str, labels: Iterable[str], expected: Iterable[float], tolerances: dict[Precision, float]) -> Golden:
-    """The case as the manifest lists it."""
+    """Return the case in the form of the manifest."""
     return Golden(input=name, sha256=digest, expected=dict(zip(labels, expected, strict=True)), tolerance=tolerances)

@@ -1,4 +1,4 @@
-"""Making the variants and putting each before the gate on every runtime here; each step is kept, so that a killed run goes on."""
+"""Make the variants and run the gate for each on every runtime here. Each step is stored, so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PASSING: Final = ("runtime.memory", "runtime.deadline")
 
 
 class _NotKeptError(Exception):
-    """A verdict that is right for this moment only."""
+    """A verdict that must not be stored, because another try may give another result."""
 
     def __init__(self, verdict: Verdict) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class _NotKeptError(Exception):
 
 @dataclass
 class GateContext:
-    """What the variants are held against.
+    """The float model, the evaluation set and the limits that every variant is compared with.
 
     Attributes:
         float_model: the float model.
@@ -67,7 +67,7 @@ class GateContext:
 
 
 def predict_reference(float_model: FloatModel, evaluation: ImageSet, work: WorkDirectory, on_progress: OnProgress) -> Predictions:
-    """The float model's answers: ONNX Runtime on one thread, so that sums are always added alike.
+    """Return the float model's predictions, computed by ONNX Runtime on one thread so that they are reproducible.
 
     Raises:
         QuantizeError: ``model.output``: an output of kind probability leaves 0 to 1; ``model.runs``: it does not run.
@@ -114,7 +114,7 @@ def make_variant(maker: Maker, source: Source, context: GateContext, calibration
 
 
 def run_gate(result: VariantResult, context: GateContext, on_progress: OnProgress) -> None:
-    """Put a variant before the gate on every place; whatever its process dies of is its verdict."""
+    """Run the gate for a variant on every runtime target; when its process dies, the reason is the verdict."""
     if result.path is None:
         return
     for number, target in enumerate(context.targets):
@@ -164,7 +164,7 @@ def _run_gate_on(result: VariantResult, target: RuntimeTarget, context: GateCont
 
 
 def measure_speed(result: Iterable[VariantResult], context: GateContext, on_progress: OnProgress) -> None:
-    """Time everything that is left on every place where it passed, all of it in turns: times of different runtimes compare too.
+    """Measure the speed of every remaining variant on every target where it passed, in turns, so that all times are comparable.
 
     Raises:
         QuantizeError: ``speed.failed``: something that ran before does not load any more.

@@ -1,4 +1,4 @@
-"""One picture of a set, whatever file it is in, as the tensor that the model takes."""
+"""Read one image of a set from DICOM, PNG, JPEG or npz as the tensor that the model takes."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _MAGIC_AT: Final = 128
 
 
 class UnreadableError(Exception):
-    """A picture that cannot be read; the text says why."""
+    """An image cannot be read; the text gives the reason."""
 
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """A picture, read.
+    """One image as the model takes it.
 
     Attributes:
         tensor: float32 [1, channels, height, width].
@@ -53,7 +53,7 @@ def find_image_files(directory: Path) -> Iterator[Path]:
 
 
 def count_images(path: Path) -> int:
-    """How many pictures a file holds.
+    """Return the number of images in a file.
 
     Raises:
         UnreadableError: it is no npz with pictures.
@@ -65,7 +65,7 @@ def count_images(path: Path) -> int:
 
 
 def read_image(path: Path, index: int, spec: InputSpec) -> LoadedImage:
-    """Read one picture as the box would.
+    """Read one image with the preprocessing of the box.
 
     Raises:
         UnreadableError: it is damaged, or nothing that a box reads.
@@ -82,7 +82,7 @@ def read_image(path: Path, index: int, spec: InputSpec) -> LoadedImage:
 
 
 def read_displayed(path: Path, index: int, spec: InputSpec) -> NDArray[np.uint8]:
-    """One picture as displayed, uint8 [rows, columns].
+    """Return one image as displayed, uint8 [rows, columns].
 
     Raises:
         UnreadableError: as :func:`read`.

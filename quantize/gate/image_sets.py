@@ -1,8 +1,8 @@
 """Calibration and evaluation sets: directories of DICOM, PNG, JPEG or npz files, read by the box's own preprocessing.
 
-A DICOM file takes the clinic's whole way (decode, display, letterbox, resize: ``appliance.preprocess.to_tensor``); PNG and JPEG are
+A DICOM file is processed as on the box (decode, display, letterbox, resize: ``appliance.preprocess.to_tensor``); PNG and JPEG are
 pictures as displayed, read as the box reads an upload; an npz holds ``pixels``, uint8 [rows, columns] or [n, rows, columns], as
-displayed. So the gate sees exactly what the clinic will. Tensors lie on disk, not in memory: sets are large.
+displayed. So the gate sees the same tensors as a clinic. Tensors are stored on disk, because sets are large.
 
 An evaluation set has a ``labels.csv`` beside its pictures: the column ``file``, one column of 0 and 1 per label of the model, and
 optionally ``source``, ``patient`` and ``index`` (which picture of an npz, from 0).
@@ -60,7 +60,7 @@ class Row:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A set, read.
+    """The images of one directory as tensors.
 
     Attributes:
         directory: where it was.
@@ -94,7 +94,7 @@ class ImageSet:
 def read_calibration(
     directory: Path, spec: InputSpec, modalities: Sequence[str], work: Path, *, limit: int = 256, on_progress: OnProgress | None = None
 ) -> ImageSet:
-    """Read what the activations' ranges are measured on.
+    """Read the calibration set, on which the ranges of the activations are measured.
 
     Args:
         directory: of the pictures; a ``labels.csv`` in it names patients and sources where they are known.
@@ -151,7 +151,7 @@ def read_evaluation(
 
 
 def check_disjoint(calibration: ImageSet, evaluation: ImageSet) -> None:
-    """Refuse a picture or a patient that is in both sets: the gate would measure what the ranges were fitted to.
+    """Refuse an image or a patient that is in both sets, because the gate must not measure on calibration data.
 
     Raises:
         QuantizeError: ``data.overlap``. It names files, never patients.

@@ -1,4 +1,4 @@
-"""Layers back to float where no int8 variant passes the gate, the costliest first; and what each layer costs, for the report."""
+"""Put layers back to float, the most expensive first, when no int8 variant passes the gate; list the cost of each layer for the report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OnProgress = Callable[[float], None]
 
 
 def find_recipe(entry: VariantResult) -> Recipe | None:
-    """The int8 recipe that a variant was made by."""
+    """Return the int8 recipe of a variant; None for variants made by other means."""
     return next((recipe for recipe in int8.recipes() if entry.name == int8_maker(recipe).name), None)
 
 
@@ -44,7 +44,7 @@ def measure_costs(entry: VariantResult, source: Source, context: GateContext, on
 
 
 def to_layer_errors(costs_of_layers: Sequence[LayerCost]) -> tuple[LayerError, ...]:
-    """The costs as the report shows them."""
+    """Return the costs in the form that the report shows."""
     return tuple(LayerError(cost.layer, cost.op_type, cost.cost) for cost in costs_of_layers)
 
 

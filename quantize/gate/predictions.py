@@ -1,4 +1,4 @@
-"""What a variant answers to every picture of a set, on one runtime, in a process that may die of it; and how fast it is."""
+"""Run a variant on every image of a set, on one runtime, in a process of its own that may crash; and measure its speed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What one variant said on one runtime.
+    """The outputs of one variant on one runtime.
 
     Attributes:
         score: probabilities, float64 [n, labels]; [n, 0] without any.
@@ -57,7 +57,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class RuntimeTarget:
-    """Where a variant can run here: a runtime and its provider."""
+    """A runtime and its provider on which a variant can run on this computer."""
 
     runtime: RuntimeName
     provider: str
@@ -65,7 +65,7 @@ class RuntimeTarget:
 
     @property
     def title(self) -> str:
-        """In one word, for tables: the CPU of ONNX Runtime and OpenVINO goes without saying."""
+        """The name for tables: the runtime, with the provider when it is not the CPU."""
         return self.runtime if self.provider in (CPU, "CPU") else f"{self.runtime} {self.provider}"
 
     def candidate(self, file: str, precision: str, threads: int = 0) -> Candidate:
@@ -77,7 +77,7 @@ REFERENCE: Final = RuntimeTarget("onnxruntime", CPU)
 
 
 def runtime_targets() -> tuple[list[RuntimeTarget], dict[str, str]]:
-    """Where variants can run here, and for each runtime that cannot run here why not."""
+    """Return where variants can run on this computer, and for each unavailable runtime the reason."""
     from appliance.runtime.available import available
 
     targets: list[RuntimeTarget] = []
@@ -134,7 +134,7 @@ def _append_outputs(arrays: dict[str, list[NDArray[Any]]], outputs: dict[str, ND
 
 @dataclass(frozen=True)
 class Timing:
-    """How fast one candidate was.
+    """The measured times of one candidate.
 
     Attributes:
         median_ms: of all its calls.
@@ -153,7 +153,7 @@ def measure_interleaved(
     candidates: Sequence[tuple[Path, Candidate]], spec: TensorSpec, tensor: NDArray[np.float32], *, rounds: int = 9, repeat: int = 5,
     on_progress: OnProgress | None = None,
 ) -> list[Timing]:  # fmt: skip
-    """Time candidates against each other: a few calls of each, round after round, so that a busy moment hits all of them.
+    """Measure the speed of all candidates in turns, a few calls each, so that a busy moment of the computer affects all of them alike.
 
     Args:
         candidates: model file and how it is run; each has to load.

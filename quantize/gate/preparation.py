@@ -1,4 +1,4 @@
-"""The beginning of a run: the model checked and cleaned up, its activation map, and the two sets."""
+"""Prepare a run: check and clean up the model, add its class activation map, and read both image sets."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def _check_same(model: Any, cleaned: Any, draft: Draft) -> None:
 def read_sets(
     float_model: FloatModel, calibration: Path, evaluation: Path, limit: int, work: WorkDirectory, progress: Progress
 ) -> tuple[ImageSet, ImageSet]:
-    """Read both sets and see that they have nothing in common.
+    """Read both sets and check that they share no image and no patient.
 
     Raises:
         QuantizeError: see ``quantize.gate.image_sets``.

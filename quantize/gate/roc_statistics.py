@@ -1,4 +1,4 @@
-"""The statistics of the gate and of the operating points: plain numpy, nothing of a training framework."""
+"""The statistics of the gate and of the operating points: computed with numpy only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which variants are shipped: pure rules over what the gate and the clock said. Every variant left out has its reason."""
+"""Select the variants to ship: pure rules over verdicts and times. Every variant that is left out gets a reason."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class LayerError:
 
 @dataclass
 class VariantResult:
-    """One variant that was made: what the gate said on each place, and how fast it was there.
+    """One variant, with its verdict and speed on each runtime target.
 
     Attributes:
         name: the recipe in one word: ``int8-unsigned-entropy``.
@@ -63,7 +63,7 @@ class VariantResult:
 
     @property
     def passed(self) -> list[RuntimeTarget]:
-        """Where it passed the gate."""
+        """The runtime targets on which it passed the gate."""
         return [target for target, verdict in self.verdicts.items() if verdict.passed]
 
     @property
@@ -82,7 +82,7 @@ class VariantResult:
 
 
 def refuse_failed(variants: Iterable[VariantResult]) -> None:
-    """Refuse what passed nowhere, with the reason of every place."""
+    """Refuse the variants that passed on no runtime, with the reason of each runtime."""
     for entry in variants:
         if entry.refused is None and not entry.passed:
             message = {target.title: verdict.reasons for target, verdict in entry.verdicts.items()}
@@ -128,7 +128,7 @@ def refuse_slow(variants: Sequence[VariantResult], unavailable: Mapping[str, str
 
 
 def _behind(entry: VariantResult, target: RuntimeTarget, more_exact: Sequence[VariantResult]) -> str:
-    """In words why ``entry`` is pointless on ``place``; empty where it is the fastest so far."""
+    """Return why ``entry`` has no advantage on ``target``; empty when it is the fastest so far."""
     if target not in entry.timing:
         return ""
     mine = entry.timing[target].median_ms

@@ -1,8 +1,8 @@
 """The gate: a variant against the float model, on a labelled set, on one runtime.
 
-A variant passes where nobody could tell by its answers that it is not the float model: AUC over all pictures and within each large
-source, sensitivity and specificity at the float model's threshold, the largest change of a score, the map that explains it, and for
-masks Dice's coefficient. What is too small to be judged is listed with its size and does not count.
+A variant passes when its results agree with the float model's within ``Limits``: AUC over all images and within each large source,
+sensitivity and specificity at the float model's threshold, the largest change of a score, the class activation map, and Dice's
+coefficient for masks. A source with too few images is listed, but not judged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Limits:
-    """What the gate lets pass.
+    """The largest differences that the gate allows.
 
     Attributes:
         auc: largest difference of an AUC, either way: one that gains is another model too.
@@ -45,7 +45,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class RefusalReason:
-    """Why something did not pass: a code (texts: ``quantize.report_texts``) and its particulars in figures."""
+    """Why a variant was refused: a code (texts: ``quantize.report_texts``) and its particulars in figures."""
 
     code: str
     detail: str
@@ -53,7 +53,7 @@ class RefusalReason:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate found.
+    """The result of the gate for one variant on one runtime.
 
     Attributes:
         passed: whether the variant may be shipped for this runtime.
@@ -71,14 +71,14 @@ class Verdict:
 
 
 def failed_verdict(code: str, detail: str) -> Verdict:
-    """The verdict on a variant that did not come so far as to be measured: it does not load, or its process died."""
+    """Return the verdict for a variant that could not be measured, because it does not load or its process died."""
     return Verdict(False, (RefusalReason(code, detail),))
 
 
 def judge(
     reference: Predictions, variant: Predictions, images: ImageSet, labels: Sequence[str], thresholds: Sequence[float], limits: Limits
 ) -> Verdict:
-    """Hold a variant against the float model.
+    """Compare a variant with the float model.
 
     Args:
         reference: what the float model answered to ``pictures``.

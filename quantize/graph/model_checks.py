@@ -1,4 +1,4 @@
-"""What a float model must be before it is quantized; each thing that is wrong with it is said in words, with what to do about it."""
+"""Check a float model before it is quantized. Each error names the problem and what to do about it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _QUANTIZED: Final = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinea
 
 
 class Input(Protocol):
-    """What is asked of the manifest's ``input``."""
+    """The properties of the manifest's ``input`` that the checks need."""
 
     @property
     def name(self) -> str:
@@ -34,7 +34,7 @@ class Input(Protocol):
 
 
 class Output(Protocol):
-    """What is asked of each of the manifest's ``outputs``."""
+    """The properties of the manifest's ``outputs`` that the checks need."""
 
     @property
     def name(self) -> str:
@@ -46,7 +46,7 @@ class Output(Protocol):
 
 
 def read_model(path: Path, input_spec: Input | None = None, outputs: Sequence[Output] = ()) -> Model:
-    """Read the float model at ``path``, external data inlined, every axis but the batch of a known size.
+    """Read the float model at ``path``; inline its external data and fix the size of every axis except the batch.
 
     Args:
         path: the ONNX file.
@@ -70,7 +70,7 @@ def read_model(path: Path, input_spec: Input | None = None, outputs: Sequence[Ou
 
 
 def require_file(path: Path) -> None:
-    """Raise QuantizeError when there is no model at all at ``path``: known before anything is begun."""
+    """Raise QuantizeError when ``path`` is no file. Called before any slow step starts."""
     if not path.is_file():
         raise QuantizeError(f"there is no model at {path}", hint="give the path of the float model's .onnx file")
 
@@ -104,7 +104,7 @@ def _check_size(size: int) -> None:
 
 
 def _tensors(model: Model) -> Iterator[tuple[str, Any]]:
-    """Every constant of the main graph with the name that tells it: initializers, and the values of Constant nodes."""
+    """Yield every constant of the main graph with its name: initializers, and the values of Constant nodes."""
     for tensor in model.graph.initializer:
         yield tensor.name, tensor
     for node in model.graph.node:
@@ -114,7 +114,7 @@ def _tensors(model: Model) -> Iterator[tuple[str, Any]]:
 
 
 def _inline(model: Model, path: Path) -> None:
-    """Read what lies in files beside the model into it."""
+    """Load external data, stored in files beside the model, into the model."""
     outside = [(name, tensor) for name, tensor in _tensors(model) if external_data_helper.uses_external_data(tensor)]
     for name, tensor in outside:
         entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -156,7 +156,7 @@ def _check_operators(model: Model) -> None:
 
 
 def _unknown_operator(model: Model) -> QuantizeError | None:
-    """Name the first operator that is not ONNX's own: no other runtime than the one it was written for would know it."""
+    """Return an error that names the first operator outside the ONNX standard, which other runtimes cannot run; None without one."""
     for node in model.graph.node:
         known = node.domain in STANDARD_DOMAINS and onnx.defs.has(node.op_type, _opset(model), "")
         if not known:
@@ -216,7 +216,7 @@ def _check_signature(model: Model, spec: Input | None, outputs: Sequence[Output]
 
 
 def _with_fixed_axes(model: Model, spec: Input | None) -> Model:
-    """The model with every axis of its input but the first at its size; shapes inside are inferred anew."""
+    """Return the model with a fixed size for every input axis except the batch, and with all shapes inferred again."""
     value = _inputs(model)[0]
     axes = list(value.type.tensor_type.shape.dim)
     sizes = (None, *(spec.shape if spec is not None else [None] * (len(axes) - 1)))
@@ -246,7 +246,7 @@ def _with_fixed_axes(model: Model, spec: Input | None) -> Model:
 
 
 def _with_true_outputs(model: Model) -> Model:
-    """Axes of outputs that only had a name get the size that follows from the input's."""
+    """Return the model with output sizes that are inferred from its input size."""
     for value in model.graph.output:
         for axis in list(value.type.tensor_type.shape.dim)[1:]:
             axis.ClearField("value")
@@ -260,7 +260,7 @@ def _with_true_outputs(model: Model) -> Model:
 
 
 def _check_runs(model: Model) -> None:
-    """ONNX Runtime is the runtime every box has: what it cannot load, or not run on one black image, is of no use."""
+    """Check that ONNX Runtime, which every box has, can load the model and run it on one black image."""
     value = _inputs(model)[0]
     shape = [axis.dim_value or 1 for axis in value.type.tensor_type.shape.dim]
     try:

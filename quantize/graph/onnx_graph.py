@@ -1,4 +1,4 @@
-"""Clean-up of a float ONNX graph before anything is measured or quantized: one opset, constants folded, BatchNorm gone, stable names.
+"""Clean-up of a float ONNX graph before anything is measured or quantized: one opset, folded constants, folded BatchNorm, stable names.
 
 Constants, identities and duplicate casts are folded by ONNX Runtime's own offline optimisation at the level ``basic``, which writes
 standard operators only. BatchNormalization is folded here, because ONNX Runtime folds it behind Conv alone, not behind
@@ -69,12 +69,12 @@ def initializers(model: Model) -> dict[str, Array]:
 
 
 def producers(model: Model) -> dict[str, Node]:
-    """Return which node makes each tensor."""
+    """Return the node that produces each tensor, by tensor name."""
     return {output: node for node in model.graph.node for output in node.output if output}
 
 
 def consumers(model: Model) -> dict[str, list[Node]]:
-    """Return which nodes take each tensor, in the order of the graph."""
+    """Return the nodes that read each tensor, by tensor name, in the order of the graph."""
     readers_by_tensor: dict[str, list[Node]] = {}
     for node in model.graph.node:
         for name in dict.fromkeys(filter(None, node.input)):
@@ -114,7 +114,7 @@ def float_tensors(model: Model) -> list[str]:
 
 
 def with_outputs(model: Model, names: Iterable[str]) -> Model:
-    """Return a copy of ``model`` that returns the tensors ``names`` beside its own outputs."""
+    """Return a copy of ``model`` with the tensors ``names`` as additional outputs."""
     extended = copy_of(model)
     known = {value.name: value for value in extended.graph.value_info}
     present = set(output_names(extended))
@@ -151,7 +151,7 @@ def drop_unused(model: Model) -> None:
 
 
 def sort_nodes(model: Model) -> None:
-    """Bring the nodes into an order in which each tensor is made before it is read, as ONNX demands."""
+    """Sort the nodes so that each tensor is produced before it is read, as ONNX requires."""
     producer_of = producers(model)
     done: set[str] = set()
     ordered: list[Node] = []
@@ -170,7 +170,7 @@ def sort_nodes(model: Model) -> None:
 
 
 def replace_all(field: Any, items: list[Any]) -> None:
-    """Make ``items`` the content of a repeated field; they may be parts of that very field."""
+    """Set a repeated protobuf field to ``items``, which may be elements of the same field."""
     # Copies, because clearing the field would empty the messages it lent.
     copies = []
     for item in items:
@@ -182,7 +182,7 @@ def replace_all(field: Any, items: list[Any]) -> None:
 
 
 def _inputs_of(node: Node) -> Iterator[str]:
-    """What a node needs, what the bodies of its loops and branches need from outside included."""
+    """Yield the tensors that a node reads, including those that the bodies of its loops and branches read from outside."""
     yield from filter(None, node.input)
     for item in node.attribute:
         for graph in (*item.graphs, *([item.g] if item.HasField("g") else [])):
@@ -210,7 +210,7 @@ def _at_opset(model: Model) -> Model:
 
 
 def _name_nodes(model: Model) -> None:
-    """Give every node a name of its own: what a recipe keeps in float is told by name."""
+    """Give every node a unique name, because recipes list the nodes that stay float by name."""
     taken = Counter(node.name for node in model.graph.node)
     seen: set[str] = set()
     for index, node in enumerate(model.graph.node):
@@ -255,7 +255,7 @@ def _fold_batch_norms(model: Model) -> None:
 
 
 def _fold(model: Model, node: Node, norm: Node, weights: dict[str, Array]) -> None:
-    """``norm(node(x)) = node'(x)``: the weights are scaled per output channel, the bias takes what is left."""
+    """Fold ``norm`` into ``node``: scale the weights per output channel and put the remaining terms into the bias."""
     scale, shift, mean, variance = (weights[name].astype(np.float64) for name in norm.input[1:5])
     factor = scale / np.sqrt(variance + attribute(norm, "epsilon", 1e-5))
     weight = _scaled(node, weights[node.input[1]].astype(np.float64), factor)
@@ -277,7 +277,7 @@ _WITH_NORM: Final = ("Conv", "ConvTranspose", "Gemm")
 
 
 def _scaled(node: Node, weight: NDArray[np.float64], factor: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The weights times ``factor`` per output channel, whose axis differs by operator."""
+    """Return the weights multiplied by ``factor`` per output channel; the axis depends on the operator."""
     if node.op_type == "Conv":
         return weight * factor.reshape(-1, *([1] * (weight.ndim - 1)))
     if node.op_type == "Gemm":
@@ -289,7 +289,7 @@ def _scaled(node: Node, weight: NDArray[np.float64], factor: NDArray[np.float64]
 
 
 def _basic_optimisations(model: Model) -> Model:
-    """The graph as ONNX Runtime writes it after its basic optimisations; as it was, if those wrote an operator of its own."""
+    """Return the graph after the basic optimisations of ONNX Runtime; the unchanged graph, if they wrote a non-standard operator."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()

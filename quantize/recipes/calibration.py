@@ -1,4 +1,4 @@
-"""What the tensors of a model reach over the calibration set, measured once for all recipes, by ONNX Runtime's own calibrators."""
+"""Measure the value ranges of a model's tensors over the calibration set, once for all recipes, with the calibrators of ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _STEP_BYTES: Final = 256 * 2**20
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured of each float tensor over the calibration set.
+    """The measured values of each float tensor over the calibration set.
 
     Attributes:
         extremes: the lowest and highest value.
@@ -86,12 +86,12 @@ def calibrate(model: Model, tensors: Tensors, *, on_progress: OnProgress | None 
 
 
 def scale_progress(on_progress: OnProgress | None, start: float, end: float) -> OnProgress | None:
-    """Return what tells the part done of a step that is the stretch ``start`` to ``end`` of the whole."""
+    """Return a progress callback for a step that covers the fractions ``start`` to ``end`` of its parent."""
     return None if on_progress is None else lambda part: on_progress(start + (end - start) * part)
 
 
 class _Reader:
-    """One batch, once, in the shape the calibrators ask for (``CalibrationDataReader``)."""
+    """Yield one batch once, with the interface of ONNX Runtime's ``CalibrationDataReader``."""
 
     def __init__(self, name: str, batch: NDArray[np.float32]) -> None:
         self._feeds: Iterator[dict[str, NDArray[np.float32]]] = iter([{name: batch}])
@@ -114,7 +114,7 @@ def images_per_step(model: Model) -> int:
 def _collect(
     kind: str, model: Model, batches: list[NDArray[np.float32]], prepare: Callable[[Any], None], on_progress: OnProgress | None
 ) -> Any:
-    """Run one of ONNX Runtime's calibrators over the batches, telling after each."""
+    """Run one of ONNX Runtime's calibrators over the batches; report progress after each."""
     from onnxruntime.quantization import CalibrationMethod
     from onnxruntime.quantization.calibrate import create_calibrator
 

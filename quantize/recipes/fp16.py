@@ -1,4 +1,4 @@
-"""Half precision written in the ONNX itself, so that every runtime computes the same; what half precision cannot hold stays float32.
+"""Write half precision into the ONNX file, so that every runtime computes the same. What overflows in half precision stays float32.
 
 Which nodes those are is measured, not guessed: the float model runs on calibration tensors with every intermediate tensor exposed.
 The conversion is ONNX Runtime's ``float16`` module. Two neighbours kept in float32 it joins by a cast to half precision and back, in
@@ -67,7 +67,7 @@ def convert_to_fp16(model: Model, tensors: Tensors, *, on_progress: OnProgress |
 
 
 def find_out_of_range_nodes(model: Model, tensors: Tensors, *, on_progress: OnProgress | None = None) -> frozenset[str]:
-    """Return the names of the nodes that half precision cannot compute.
+    """Return the names of the nodes that float16 cannot compute accurately.
 
     A node is kept in float32 where a tensor that it reads or writes, a weight, or a sum inside it exceeds the range of float16
     (65504, with ``HEADROOM``), or where rounding to float16 costs more than ``MAX_ROUNDING_ERROR``, because most of its values are
@@ -115,7 +115,7 @@ def convert(model: Model, float_nodes: frozenset[str]) -> Model:
 
 
 def _computed(model: Model, tensors: Tensors, names: list[str]) -> Iterator[tuple[float, str, NDArray[Any]]]:
-    """Run image by image, since all tensors are held at once; yields the part done, each tensor's name and its value."""
+    """Run the images one by one to limit memory; yield the fraction done, the name of each tensor and its value."""
     shown = with_outputs(model, names)
     opened = session(shown, optimised=False)
     outputs = [item.name for item in opened.get_outputs()]
@@ -137,7 +137,7 @@ def _rounding_error(value: NDArray[Any]) -> float:
 
 
 def _sum_inside(model: Model, node: Node, largest: dict[str, float]) -> float:
-    """An upper bound of what a node sums up on its way, given the largest magnitude of each tensor; 0 for other operators."""
+    """Return an upper bound of the sum inside a node, given the largest magnitude of each tensor; 0 for operators that do not sum."""
     if node.op_type not in (*_SUMS, *_SQUARES):
         return 0.0
     value = largest.get(node.input[0], 0.0)
@@ -147,7 +147,7 @@ def _sum_inside(model: Model, node: Node, largest: dict[str, float]) -> float:
 
 
 def _cells(model: Model, node: Node) -> float:
-    """How many values of its input a node sums up for one of its output; the batch does not count."""
+    """Return how many input values a node adds for one output value, without the batch axis."""
     sizes = []
     shapes = {value.name: value.type.tensor_type.shape.dim for value in (*model.graph.value_info, *model.graph.input, *model.graph.output)}
     for name in (node.input[0], node.output[0]):
@@ -156,7 +156,7 @@ def _cells(model: Model, node: Node) -> float:
 
 
 def _join_kept_neighbours(model: Model) -> None:
-    """Let a kept node read what a kept node wrote, without half precision between them; write each cast once."""
+    """Connect neighbouring float32 nodes directly, without a cast to float16 between them; write each cast once."""
     unique = {node.name: node for node in model.graph.node if node.op_type == "Cast"}
     replace_all(model.graph.node, [node for node in model.graph.node if unique.pop(node.name, None) or node.op_type != "Cast"])
     made = producers(model)
@@ -183,12 +183,12 @@ def _to(node: Node) -> int:
 
 
 def _spread(tensors: Tensors) -> Tensors:
-    """A few images from the whole set: rounding hardly differs between images, and half precision is slow on a CPU."""
+    """Return a few images from the whole set: rounding errors are similar for all images, and float16 is slow on a CPU."""
     return [tensor[:: max(1, len(tensor) * len(tensors) // _FEW)] for tensor in tensors]
 
 
 def _verify(fp16_model: Model, tensors: Tensors) -> None:
-    """Every tensor of the half-precision model, as it is stored between nodes, must be a number."""
+    """Check that no tensor of the float16 model holds NaN or Inf."""
     kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
     names = [value.name for value in fp16_model.graph.value_info if value.type.tensor_type.elem_type in kinds]
     for _, name, value in _computed(fp16_model, tensors, names):

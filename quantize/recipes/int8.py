@@ -1,4 +1,4 @@
-"""Post-training quantization to int8 as explicit Q/DQ in the ONNX, by recipes that are tried rather than believed.
+"""Post-training quantization to int8 as explicit Q/DQ in the ONNX, by a list of recipes that are all tried and measured.
 
 The base is ``onnxruntime.quantization``: its calibrators measure, its ``QDQQuantizer`` writes. ``quantize_static``, which joins the
 two, is not called, because it would calibrate again for every recipe; here calibration is done once per model (``calibrate``) and read
@@ -58,7 +58,7 @@ EVERYTHING: Final = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to quantize.
+    """The options of one quantization.
 
     Attributes:
         name: tells it in reports, such as ``unsigned-chained-minmax``.
@@ -78,12 +78,12 @@ class Recipe:
     keep: frozenset[str] = frozenset()
 
     def keeping(self, nodes: frozenset[str]) -> Recipe:
-        """Return this recipe with more nodes left in float: it is then called mixed."""
+        """Return this recipe with more nodes in float; its precision is then ``mixed``."""
         return replace(self, precision="mixed", keep=self.keep | nodes)
 
 
 def recipes() -> tuple[Recipe, ...]:
-    """Return the recipes to be tried, those that were best most often first.
+    """Return the recipes to try; those that won most often come first.
 
     One kind of activations is not derived from the other: the best placement differs by graph and engine, and so does the best
     calibration.
@@ -147,7 +147,7 @@ def quantizable(model: Model, recipe: Recipe) -> frozenset[str]:
 
 
 def _multiplying(model: Model, recipe: Recipe) -> set[str]:
-    """The nodes with weights among what a recipe quantizes."""
+    """Return the nodes with weights that a recipe quantizes."""
     held = initializers(model)
     chosen = set()
     for node in model.graph.node:
@@ -161,7 +161,7 @@ def _multiplying(model: Model, recipe: Recipe) -> set[str]:
 
 
 def _behind_the_last(model: Model, multiplying: set[str]) -> set[str]:
-    """The nodes whose outputs no quantized node with weights takes, neither directly nor through others."""
+    """Return the nodes from whose outputs no path leads to a quantized node with weights."""
     taken: set[str] = set()
     behind = set()
     for node in reversed(model.graph.node):
@@ -173,7 +173,7 @@ def _behind_the_last(model: Model, multiplying: set[str]) -> set[str]:
 
 
 def _written(model: Model, recipe: Recipe, chosen: frozenset[str], ranges: dict[str, Range]) -> Model:
-    """The model with the Q/DQ that ONNX Runtime's quantizer writes for the chosen nodes."""
+    """Return the model with the Q/DQ pairs that ONNX Runtime's quantizer writes for the chosen nodes."""
     from onnxruntime.quantization import CalibrationMethod, QuantType
     from onnxruntime.quantization.calibrate import TensorData, TensorsData
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -201,7 +201,7 @@ def _written(model: Model, recipe: Recipe, chosen: frozenset[str], ranges: dict[
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """ONNX Runtime's quantizer warns through the root logger of things that are meant here."""
+    """Silence the warnings of ONNX Runtime's quantizer about options that are intended here; it uses the root logger."""
     root = logging.getLogger()
     before = root.level
     root.setLevel(logging.ERROR)
@@ -212,7 +212,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _free_ends(model: Model, ends: frozenset[str]) -> None:
-    """Take the Q/DQ behind the nodes ``ends`` away."""
+    """Remove the Q/DQ pairs after the nodes ``ends``."""
     readers = consumers(model)
     gone: set[str] = set()
     for node in [node for node in model.graph.node if node.name in ends]:
@@ -243,7 +243,7 @@ def _quantize_shortcuts(model: Model, chosen: frozenset[str], ranges: dict[str, 
 
 
 def _depth(made: dict[str, Node], tensor: str, limit: int = 8) -> int:
-    """How many convolutions lie one behind the other in front of a tensor, back to the next Add."""
+    """Count the convolutions in the chain before a tensor, back to the previous Add."""
     depth = 0
     while depth < limit and (node := made.get(tensor)) is not None and node.op_type != "Add":
         depth += node.op_type == "Conv"

@@ -1,8 +1,8 @@
-"""Which layers pay for int8, and what to do about it: the dearest go back to float, a few more each time, until the gate passes.
+"""Measure how much accuracy int8 costs per layer, and put the most expensive layers back to float until the gate passes.
 
-A layer is a node with weights and what hangs on it (activation, residual sum, pooling) up to the next node with weights. What a layer
-costs is measured with that layer alone quantized: as many small runs as there are layers, on a few images, instead of as many full
-evaluations; the sum over layers overstates what they cost together, the order is what counts.
+A layer is a node with weights and the nodes after it (activation, residual sum, pooling) up to the next node with weights. The cost of a
+layer is measured with only that layer quantized, on a few images. The sum over all layers is larger than their common cost; only the
+order of the layers is used.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TRANSPOSED: Final = ("ConvTranspose",)
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What one layer costs.
+    """The accuracy cost of one layer.
 
     Attributes:
         layer: the name of its node with weights.
@@ -117,7 +117,7 @@ def relax(recipe: Recipe, costs: Sequence[LayerCost]) -> Iterator[tuple[int, Rec
 
 
 def _outputs(model: Model, tensors: Tensors) -> list[NDArray[np.float64]]:
-    """Each output of the model over all images, one after the other."""
+    """Return each output of the model over all images."""
     opened = session(model)
     step = images_per_step(model)
     parts = [tensor[start : start + step] for tensor in tensors for start in range(0, len(tensor), step)]

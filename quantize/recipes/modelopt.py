@@ -1,4 +1,4 @@
-"""nvidia-modelopt as one more way to int8: it places Q/DQ by its own rules for TensorRT, and calibrates by its own code.
+"""Make int8 variants with nvidia-modelopt, which places Q/DQ by its own rules for TensorRT and has its own calibration.
 
 It is an extra. It brings torch, and its own ``[onnx]`` extra puts onnxruntime-gpu over onnxruntime; so it may lie in an environment of
 its own, named by that environment's Python. Wherever it lies, it runs in a process of its own, which may die, hang or write anything:
@@ -44,7 +44,7 @@ _REASON_CHARS: Final = 300
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Where nvidia-modelopt is.
+    """An installed nvidia-modelopt.
 
     Attributes:
         python: the Python of its environment.
@@ -77,7 +77,7 @@ def find_optimizer(python: Path | None = None) -> Optimizer | str:
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """Add what asks for nvidia-modelopt or leaves it out to a command."""
+    """Add the options ``--modelopt`` and ``--no-modelopt`` to a command."""
     either = parser.add_mutually_exclusive_group()
     either.add_argument(
         "--modelopt", type=Path, metavar="PYTHON", help="Python of an environment with nvidia-modelopt; this one's is tried otherwise"
@@ -100,14 +100,14 @@ def find_from_options(options: Namespace) -> Optimizer | str:
 
 
 def explain_absence(optimizer: Optimizer | str) -> tuple[str, ...]:
-    """What the report says of an nvidia-modelopt that is not tried; nothing where nobody looked for one."""
+    """Return the remark of the report on why nvidia-modelopt was not tried; empty when it was tried or not searched for."""
     return (
         () if isinstance(optimizer, Optimizer) or not optimizer else (f"未试 nvidia-modelopt；nvidia-modelopt was not tried: {optimizer}",)
     )
 
 
 def makers(optimizer: Optimizer | str) -> tuple[Maker, ...]:
-    """The variants that it makes, one per calibration; none where it is not there."""
+    """Return one maker per calibration method; none when nvidia-modelopt is not available."""
     return () if isinstance(optimizer, str) else tuple(_maker(optimizer, method) for method in METHODS)
 
 
@@ -186,7 +186,7 @@ def _wait(process: subprocess.Popen[bytes], limit_s: float, on_progress: OnProgr
 
 
 def _reason(code: int, output: bytes) -> str:
-    """In words how a process ended, with the last line that it printed."""
+    """Describe how a process ended, with the last line that it printed."""
     if code < 0:
         names = {int(entry): entry.name for entry in signal.Signals}
         return f"was killed by {names.get(-code, f'signal {-code}')}"

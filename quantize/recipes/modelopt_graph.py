@@ -1,4 +1,4 @@
-"""What nvidia-modelopt wrote, held against what was asked for, and its weights stored in 8 bits."""
+"""Check the model that nvidia-modelopt wrote, and store its weights in 8 bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The variants that are tried: what each is called, how it is made, and what its making depends on."""
+"""The variants to try: name, function that writes the ONNX file, and the inputs that the file depends on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OnProgress = Callable[[float], None]
 
 @dataclass(frozen=True)
 class Source:
-    """What variants are made from: the cleaned float model, and what is measured of it on the calibration set.
+    """The input of every variant: the cleaned float model and its calibration.
 
     Attributes:
         model: the cleaned model.
@@ -62,13 +62,13 @@ class Maker:
 
 
 def all_makers() -> tuple[Maker, ...]:
-    """fp16, and every int8 recipe."""
+    """Return the makers of fp16 and of every int8 recipe."""
     fp16 = Maker("fp16", "fp16", None, "quantize.half: float16, what overflows kept float32", _make_fp16)
     return (fp16, *(int8_maker(recipe) for recipe in int8.recipes()))
 
 
 def int8_maker(recipe: Recipe, words: str = "") -> Maker:
-    """The maker of an int8 or mixed variant."""
+    """Return the maker of an int8 or mixed variant."""
 
     def make(source: Source, out: Path, on_progress: OnProgress) -> None:
         int8.quantize(source.model, recipe, source.calibration(), out, on_progress=on_progress)
@@ -88,7 +88,7 @@ def _make_fp16(source: Source, out: Path, on_progress: OnProgress) -> None:
 
 
 def measure_calibration(work: WorkDirectory, model: Any, tensors: NDArray[np.float32], inputs: Any, on_progress: OnProgress) -> Calibration:
-    """Measure the model on the calibration set, or read what an interrupted run has measured."""
+    """Measure the model on the calibration set, or load the stored result of an interrupted run."""
 
     def make(directory: Path) -> None:
         calibration = int8.calibrate(model, [tensors], on_progress=on_progress)
@@ -105,5 +105,5 @@ def measure_calibration(work: WorkDirectory, model: Any, tensors: NDArray[np.flo
 
 
 def named(makers: Sequence[Maker], name: str) -> Maker:
-    """The maker called ``name``."""
+    """Return the maker with the name ``name``."""
     return next(maker for maker in makers if maker.name == name)

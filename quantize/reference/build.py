@@ -60,7 +60,7 @@ GOLDEN: Final[dict[str, Phantom]] = {
 
 @dataclass(frozen=True)
 class Reference:
-    """The float model, run the plain way: one session on the CPU, one thread, so that sums are always added alike."""
+    """The float model in one ONNX Runtime session on the CPU with one thread, so that results are reproducible."""
 
     session: Any
 

@@ -1,4 +1,4 @@
-"""The report of a run as one HTML file that asks nothing of anybody: styles and drawings are in it, both languages too."""
+"""The report of a run as one HTML file without external references: styles, plots and both languages are inside."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MIB: Final = 1 << 20
 
 
 def write(record: dict[str, Any], path: Path) -> None:
-    """Draw the report of a run's record.
+    """Write the HTML report of a run.
 
     Raises:
         QuantizeError: matplotlib is not installed.
@@ -124,7 +124,7 @@ def _speed_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _summary(record: dict[str, Any], shipped: Sequence[dict[str, Any]]) -> list[Pair]:
-    """What a reader who stops here has to know."""
+    """Return the summary: the most important results of the run."""
     sizes = ", ".join(f"{_kind(entry)} {entry['bytes'] / _MIB:.1f} MiB" for entry in shipped)
     tried, left = len(record["variants"]), len(record["variants"]) - len(shipped)
     said = [(f"随包发布：{sizes}。共试 {tried} 种，{left} 种未采用。", f"Shipped: {sizes}. {tried} variants were tried, {left} left out.")]

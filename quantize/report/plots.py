@@ -1,4 +1,4 @@
-"""The plots of the report as SVG: drawn by matplotlib, put into the page as they are.
+"""The plots of the report, drawn by matplotlib and embedded in the page as SVG.
 
 Text in them is figures and names in ASCII, drawn by the browser; what is for people to read, in Chinese above all, stands in the HTML.
 """

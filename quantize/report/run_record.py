@@ -1,4 +1,4 @@
-"""The record of a run: everything the report shows, as JSON. No patient and no picture is in it; scores stand without names."""
+"""The record of a run: all data of the report as JSON, without patients, images or file names."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def make_record(
 
 
 def environment() -> dict[str, str]:
-    """The machine and the libraries that measured."""
+    """Return the processor, the system and the library versions of this computer."""
     result = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", "processor": _processor()}
     result["cores"] = str(len(os.sched_getaffinity(0)))
     for name in _LIBRARIES:
