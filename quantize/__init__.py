@@ -1,1 +1,1 @@
-"""From a float model and representative scans to a gated bundle; the reference model is made in ``reference``."""
+"""Make a gated model bundle from a float ONNX model and sets of images; ``reference`` makes the reference model."""

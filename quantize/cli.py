@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from quantize import modelopt
-from quantize.errors import QuantizeError
+from quantize.errors import QuantizeError, print_os_error
+from quantize.recipes import modelopt
 
 DONE, FAILED, USAGE, GATE_FAILED = 0, 1, 2, 3
 _EPILOG: Final = "Exit codes: 0 done, 1 failed (the reason and what to do are said), 2 wrong use, 3 a variant did not pass the gate."
@@ -34,21 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command(options)
     except OSError as error:
-        return say_os_error(error)
+        return print_os_error(error)
     except QuantizeError as error:
         print(f"quantize: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("quantize: interrupted; the same command goes on where it was", file=sys.stderr)
         return _INTERRUPTED
-
-
-def say_os_error(error: OSError) -> int:
-    """A path that cannot be read or written: which, why, and what to do; returns the exit code."""
-    where = f": {error.filename}" if error.filename else ""
-    print(f"quantize: {error.strerror or 'reading or writing failed'}{where}", file=sys.stderr)
-    print("hint: check the path, its permissions and the space on the disk", file=sys.stderr)
-    return FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,7 +94,7 @@ def _run_parser(commands: Any) -> None:
 
 
 def _limits(parser: argparse.ArgumentParser) -> None:
-    from quantize.gate import Limits
+    from quantize.gate.verdicts import Limits
 
     usual = Limits()
     parser.add_argument("--auc", type=float, default=usual.auc, help=f"largest difference of an AUC ({usual.auc:g})")
@@ -111,53 +103,38 @@ def _limits(parser: argparse.ArgumentParser) -> None:
 
 
 def _given_limits(options: argparse.Namespace) -> Any:
-    from quantize.gate import Limits
+    from quantize.gate.verdicts import Limits
 
     return Limits(auc=options.auc, score=options.score, dice=options.dice)
 
 
 def _run(options: argparse.Namespace) -> int:
-    from quantize import plots
-    from quantize.pipeline import BundleRecipe, run
+    from quantize.pipeline import BundleRecipe, run, write_report
+    from quantize.report import plots
 
     plots.require()
     recipe = BundleRecipe(
         options.model, options.manifest, options.calibration, options.evaluation, options.out, golden=options.golden,
         limits=_given_limits(options), calibration_limit=options.calibration_limit, one_int8=options.one_int8, replace=options.replace,
-        keep_work=options.keep_work, optimizer=modelopt.asked(options),
+        keep_work=options.keep_work, optimizer=modelopt.find_from_options(options),
     )  # fmt: skip
-    return finish(run(recipe), options.out)
-
-
-def finish(made: Any, out: Path) -> int:
-    """Write the report of a finished run beside the bundle, and say what came of every candidate."""
-    from quantize import report
-
-    record, page = out.with_name(out.name + ".report.json"), out.with_name(out.name + ".report.html")
-    record.write_text(json.dumps(made.record, ensure_ascii=False), encoding="utf-8")
-    report.write(made.record, page)
-    print(f"{made.manifest.name} {made.manifest.version}: {out}")
-    for entry in made.tried:
-        times = ", ".join(f"{place.title} {timed.median_ms:.2f} ms" for place, timed in entry.timed.items())
-        said = "shipped" if entry.refused is None else f"left out: {entry.refused.code}: {entry.refused.detail}"
-        print(f"  {entry.name}: {said}" + (f" ({times})" if times and entry.refused is None else ""))
-    print(f"report: {page}")
+    write_report(run(recipe), options.out)
     return DONE
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from quantize.alone import calibrate
+    from quantize.standalone import calibrate
 
-    found = modelopt.asked(options)
-    for name, words in calibrate(options.model, options.manifest, options.calibration, options.out, found):
+    optimizer = modelopt.find_from_options(options)
+    for name, words in calibrate(options.model, options.manifest, options.calibration, options.out, optimizer):
         print(f"{name}: {words}")
-    for words in modelopt.remark(found):
+    for words in modelopt.explain_absence(optimizer):
         print(words)
     return DONE
 
 
 def _gate(options: argparse.Namespace) -> int:
-    from quantize.alone import gate
+    from quantize.standalone import gate
 
     verdicts, passed = gate(options.bundle, options.evaluation, _given_limits(options))
     text = json.dumps(verdicts, ensure_ascii=False, indent=2) + "\n"
@@ -169,15 +146,15 @@ def _gate(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from quantize import report
+    from quantize.report import html_report
 
-    report.write(report.load_record(options.record), options.out)
+    html_report.write(html_report.load_record(options.record), options.out)
     print(options.out)
     return DONE
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from quantize.alone import bench
+    from quantize.standalone import bench
 
     rows = bench(options.bundle)
     if options.json:

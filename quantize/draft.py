@@ -1,7 +1,7 @@
-"""``draft.toml``: the part of the manifest that people write; the pipeline computes the rest.
+"""``draft.toml``: the part of the manifest that people write. The pipeline computes the other fields.
 
-It is read as strictly as the manifest itself: an unknown or missing field, or a value of the wrong kind, is named. Operating points
-are not written by hand: ``[[operating_points]]`` says per label which sensitivity is aimed at, the threshold is chosen by measuring.
+Parsing is as strict as for the manifest: the error names each unknown field, missing field or value of the wrong type. People do not
+write thresholds: ``[[operating_points]]`` gives the wanted sensitivity per label, and the pipeline chooses the threshold from measurements.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ else:
 MODEL_CARD = "MODEL_CARD.md"
 
 
-class Aim(Strict):
-    """What the threshold of a label is chosen for: the highest one that finds at least this share of the positives."""
+class SensitivityTarget(Strict):
+    """The wanted sensitivity of a label. The pipeline chooses the highest threshold that reaches it."""
 
     label: Identifier
     sensitivity: Annotated[float, Field(gt=0, le=1)] = 0.95
 
 
-class Registered(Strict):
-    """The registration; TOML has no null, so what is left out is None."""
+class DraftRegistration(Strict):
+    """The registration. TOML has no null: a missing field is None."""
 
     number: str | None = None
     device_class: str | None = None
     pccp_id: str | None = None
 
-    def filled(self) -> Registration:
-        """As the manifest has it."""
+    def to_manifest(self) -> Registration:
+        """Return the registration in the form of the manifest."""
         return Registration(number=self.number, device_class=self.device_class, pccp_id=self.pccp_id)
 
 
@@ -66,11 +66,11 @@ class Draft(Strict):
     labels: Annotated[list[Label], Field(min_length=1)]
     applies_to: AppliesTo
     intended_use: Text
-    registration: Registered = Registered()
+    registration: DraftRegistration = DraftRegistration()
     change_kind: Literal["algorithm", "data"]
     input: InputSpec
     outputs: Annotated[list[OutputSpec], Field(min_length=1)]
-    operating_points: list[Aim] = Field(default_factory=list)
+    operating_points: list[SensitivityTarget] = Field(default_factory=list)
     training_data: TrainingData
     licence: NonEmpty
     min_appliance_version: SemVer

@@ -1,10 +1,12 @@
-"""What can go wrong when a bundle is made."""
+"""The error that every step of the quantizer raises."""
 
 from __future__ import annotations
 
+import sys
+
 
 class QuantizeError(Exception):
-    """A bundle cannot be made from what was given.
+    """A bundle cannot be made from the given files and options.
 
     Attributes:
         message: What happened, in one sentence.
@@ -13,7 +15,7 @@ class QuantizeError(Exception):
     """
 
     def __init__(self, message: str, *, hint: str, code: str = "quantize.failed") -> None:
-        """Keep the message and the hint apart, so that each edge can lay them out its own way."""
+        """Store message and hint separately, so that each command and page can format them."""
         super().__init__(message)
         self.message = message
         self.hint = hint
@@ -22,3 +24,11 @@ class QuantizeError(Exception):
     def __str__(self) -> str:
         """Return the message followed by the hint, the way a command line shows it."""
         return f"{self.message}\nhint: {self.hint}"
+
+
+def print_os_error(error: OSError) -> int:
+    """Print which path could not be read or written, why, and what to do; return the exit code 1."""
+    where = f": {error.filename}" if error.filename else ""
+    print(f"quantize: {error.strerror or 'reading or writing failed'}{where}", file=sys.stderr)
+    print("hint: check the path, its permissions and the space on the disk", file=sys.stderr)
+    return 1

@@ -2,12 +2,13 @@
 
 read and check -> clean up, activation map -> float scores, operating points -> fp16 and every int8 recipe, each before the gate on
 every runtime here, each in a process that may die -> layers back to float where no int8 passes -> times -> what is shipped -> golden
-cases, histograms, ``gate.json``, model card, manifest -> checked as a box checks it, put in place in one go. A run that was
-interrupted goes on where it was: see ``quantize.resume``.
+cases, histograms, ``gate.json``, model card, manifest -> checked as a box checks it, put in place in one go. An
+interrupted run resumes: see ``quantize.work_directory``.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,23 +17,27 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from model_sync.errors import BundleError
-from quantize import assemble, card, checks, golden, mixed, modelopt, prepare, proofs, scoring, selection
-from quantize.assemble import Documents, Measured
-from quantize.candidates import Maker, Source, all_makers, calibration
+from quantize.bundle import assembly, golden_cases, model_card
+from quantize.bundle.assembly import Documents, OperatingPoints
 from quantize.draft import MODEL_CARD, Draft
 from quantize.errors import QuantizeError
-from quantize.gate import Limits
+from quantize.gate import gate_runs, mixed_precision, predictions, preparation, selection
+from quantize.gate.gate_runs import GateContext
+from quantize.gate.selection import VariantResult
+from quantize.gate.verdicts import Limits
+from quantize.graph import model_checks
 from quantize.progress import Progress
-from quantize.proofs import Ground
-from quantize.record import record
-from quantize.resume import Work
-from quantize.selection import Tried
+from quantize.recipes import modelopt
+from quantize.recipes.variant_makers import Maker, Source, all_makers, measure_calibration
+from quantize.report import html_report
+from quantize.report.run_record import make_record
+from quantize.work_directory import WorkDirectory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from model_sync.bundle import Manifest
-    from quantize.data import PictureSet
+    from quantize.gate.image_sets import ImageSet
 
 _WEIGHTS: Final = {
     "model": 2.0,
@@ -43,27 +48,27 @@ _WEIGHTS: Final = {
     "speed": 10.0,
     "bundle": 4.0,
 }
-_MAKE, _PROVE = 2.0, 8.0
+_MAKE, _GATE = 2.0, 8.0
 
 
 @dataclass(frozen=True)
-class Results:
-    """What a card or an addition to ``gate.json`` may be written from.
+class CardInputs:
+    """The data from which a model card or an addition to ``gate.json`` is written.
 
     Attributes:
-        ground: the float model, its answers, the sets.
-        measured: operating points and histograms.
-        kept: what is shipped.
+        context: the float model, its answers, the sets.
+        operating: operating points and histograms.
+        shipped: what is shipped.
     """
 
-    ground: Ground
-    measured: Measured
-    kept: Sequence[Tried]
+    context: GateContext
+    operating: OperatingPoints
+    shipped: Sequence[VariantResult]
 
 
 @dataclass(frozen=True)
 class BundleRecipe:
-    """What a bundle is made of.
+    """The input files and options of a run.
 
     Attributes:
         model: the float ONNX file.
@@ -98,36 +103,36 @@ class BundleRecipe:
     measured_on: str = ""
     makers: tuple[Maker, ...] | None = None
     optimizer: modelopt.Optimizer | str = ""
-    write_card: Callable[[Results], str] | None = None
-    more: Callable[[Results], dict[str, Any]] | None = None
+    write_card: Callable[[CardInputs], str] | None = None
+    more: Callable[[CardInputs], dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
-class Made:
+class RunResult:
     """A finished run.
 
     Attributes:
         manifest: of the bundle.
-        tried: every variant, shipped or not.
+        variants: every variant, shipped or not.
         record: what the report is drawn from.
     """
 
     manifest: Manifest
-    tried: tuple[Tried, ...]
+    variants: tuple[VariantResult, ...]
     record: dict[str, Any]
 
 
-def run(recipe: BundleRecipe, progress: Progress | None = None) -> Made:
-    """Make a bundle; either it is whole and checked in the place of ``recipe.out``, or nothing is there.
+def run(recipe: BundleRecipe, progress: Progress | None = None) -> RunResult:
+    """Make a bundle and put it at ``recipe.out`` only after it is complete and checked.
 
     Raises:
         QuantizeError: something that was given is wrong, or nothing can be shipped; it says what to do.
     """
     if recipe.out.exists() and not recipe.replace:
         raise QuantizeError(f"{recipe.out} is there already", hint="name another directory, or allow it with --replace", code="out.exists")
-    checks.need_file(recipe.model)
+    model_checks.require_file(recipe.model)
     draft = Draft.load(recipe.draft)
-    with Work(recipe.out.with_name(recipe.out.name + ".work")) as work:
+    with WorkDirectory(recipe.out.with_name(recipe.out.name + ".work")) as work:
         progress = progress or Progress({})
         progress.expect(_WEIGHTS)
         made = _run(recipe, draft, work, progress)
@@ -137,28 +142,30 @@ def run(recipe: BundleRecipe, progress: Progress | None = None) -> Made:
     return made
 
 
-def _run(recipe: BundleRecipe, draft: Draft, work: Work, progress: Progress) -> Made:
-    found = prepare.read_float(recipe.model, draft, work, progress.begin("model", "checking and cleaning up the float model"))
-    found = replace(found, notes=(*found.notes, *modelopt.remark(recipe.optimizer)))
-    calibrating, evaluation = prepare.read_sets(found, recipe.calibration, recipe.evaluation, recipe.calibration_limit, work, progress)
-    places, absent = scoring.places()
-    told = progress.begin("float", "the float model's answers")
-    reference = proofs.reference_answers(found, evaluation, work, told)
-    ground = Ground(found, evaluation, recipe.limits, places, absent, work, reference)
-    ground.thresholds = assemble.thresholds(evaluation, reference, _aims(draft))
-    tried, source = _try_all(recipe, ground, calibrating, progress)
-    selection.refuse_failed(tried)
-    _need_float(tried)
-    selection.best_calibration(tried)
-    proofs.measure(tried, ground, progress.begin("speed", "measuring the speed of what passed"))
-    selection.refuse_slow(tried, absent)
-    selection.keep_fastest(tried, one_int8=recipe.one_int8)
-    for entry in tried:
+def _run(recipe: BundleRecipe, draft: Draft, work: WorkDirectory, progress: Progress) -> RunResult:
+    float_model = preparation.read_float(recipe.model, draft, work, progress.begin("model", "checking and cleaning up the float model"))
+    float_model = replace(float_model, notes=(*float_model.notes, *modelopt.explain_absence(recipe.optimizer)))
+    calibration_set, evaluation = preparation.read_sets(
+        float_model, recipe.calibration, recipe.evaluation, recipe.calibration_limit, work, progress
+    )
+    targets, unavailable = predictions.runtime_targets()
+    on_progress = progress.begin("float", "the float model's answers")
+    reference = gate_runs.predict_reference(float_model, evaluation, work, on_progress)
+    context = GateContext(float_model, evaluation, recipe.limits, targets, unavailable, work, reference)
+    context.thresholds = assembly.thresholds(evaluation, reference, _aims(draft))
+    variants, source = _try_all(recipe, context, calibration_set, progress)
+    selection.refuse_failed(variants)
+    _need_float(variants)
+    selection.keep_best_calibration(variants)
+    gate_runs.measure_speed(variants, context, progress.begin("speed", "measuring the speed of what passed"))
+    selection.refuse_slow(variants, unavailable)
+    selection.keep_fastest(variants, one_int8=recipe.one_int8)
+    for entry in variants:
         if entry.refused is None and entry.precision == "int8":
-            told = progress.begin("layers", f"what each layer of {entry.name} costs")
-            entry.layers = mixed.shown(mixed.costs(entry, source, ground, told))
-    manifest, measured = _assemble(recipe, ground, tried, progress)
-    return Made(manifest, tuple(tried), record(ground, tried, measured, calibrating, manifest))
+            on_progress = progress.begin("layers", f"what each layer of {entry.name} costs")
+            entry.layers = mixed_precision.to_layer_errors(mixed_precision.measure_costs(entry, source, context, on_progress))
+    manifest, operating = _assemble(recipe, context, variants, progress)
+    return RunResult(manifest, tuple(variants), make_record(context, variants, operating, calibration_set, manifest))
 
 
 def _aims(draft: Draft) -> list[float]:
@@ -166,26 +173,32 @@ def _aims(draft: Draft) -> list[float]:
     return [aims[label] for label in draft.label_names]
 
 
-def _try_all(recipe: BundleRecipe, ground: Ground, calibrating: PictureSet, progress: Progress) -> tuple[list[Tried], Source]:
+def _try_all(
+    recipe: BundleRecipe, context: GateContext, calibration_set: ImageSet, progress: Progress
+) -> tuple[list[VariantResult], Source]:
     makers = (*all_makers(), *modelopt.makers(recipe.optimizer)) if recipe.makers is None else recipe.makers
-    progress.expect({f"make {maker.name}": _MAKE for maker in makers} | {f"gate {name}": _PROVE for name in _names(makers)})
-    source = _source(ground, calibrating, progress)
-    tried = [Tried("fp32", "fp32", None, ground.found.path, "the float model as given")]
-    _prove(tried[0], ground, progress)
+    progress.expect({f"make {maker.name}": _MAKE for maker in makers} | {f"gate {name}": _GATE for name in _names(makers)})
+    source = _source(context, calibration_set, progress)
+    variants = [VariantResult("fp32", "fp32", None, context.float_model.path, "the float model as given")]
+    _run_gate(variants[0], context, progress)
     for maker in makers:
-        tried.append(_try(maker, source, ground, calibrating, progress))
-    if not any(entry.passed for entry in tried if entry.precision == "int8"):
-        tried += _try_mixed(tried, source, ground, calibrating, progress)
-    return tried, source
+        variants.append(_try(maker, source, context, calibration_set, progress))
+    if not any(entry.passed for entry in variants if entry.precision == "int8"):
+        variants += _try_mixed(variants, source, context, calibration_set, progress)
+    return variants, source
 
 
-def _try_mixed(tried: Sequence[Tried], source: Source, ground: Ground, calibrating: PictureSet, progress: Progress) -> list[Tried]:
+def _try_mixed(
+    variants: Sequence[VariantResult], source: Source, context: GateContext, calibration_set: ImageSet, progress: Progress
+) -> list[VariantResult]:
     more = []
-    for entry in mixed.nearest(tried):
-        found = mixed.costs(entry, source, ground, progress.begin(f"layers {entry.name}", f"what each layer of {entry.name} costs"))
-        entry.layers = mixed.shown(found)
-        for maker in mixed.makers(entry, found):
-            more.append(_try(maker, source, ground, calibrating, progress))
+    for entry in mixed_precision.find_nearest(variants):
+        costs = mixed_precision.measure_costs(
+            entry, source, context, progress.begin(f"layers {entry.name}", f"what each layer of {entry.name} costs")
+        )
+        entry.layers = mixed_precision.to_layer_errors(costs)
+        for maker in mixed_precision.make_mixed(entry, costs):
+            more.append(_try(maker, source, context, calibration_set, progress))
             if more[-1].passed:
                 break
     return more
@@ -195,72 +208,95 @@ def _names(makers: Sequence[Maker]) -> list[str]:
     return ["fp32", *(maker.name for maker in makers)]
 
 
-def _source(ground: Ground, calibrating: PictureSet, progress: Progress) -> Source:
+def _source(context: GateContext, calibration_set: ImageSet, progress: Progress) -> Source:
     held: list[Any] = []
 
-    def measured() -> Any:
+    def calibrate() -> Any:
         if not held:
-            told = progress.begin("calibration", "measuring the ranges of the activations")
-            inputs = [ground.found.digest, calibrating.digest]
-            held.append(calibration(ground.work, ground.found.clean, calibrating.tensors, inputs, told))
+            on_progress = progress.begin("calibration", "measuring the ranges of the activations")
+            inputs = [context.float_model.digest, calibration_set.digest]
+            held.append(measure_calibration(context.work, context.float_model.clean, calibration_set.tensors, inputs, on_progress))
         return held[0]
 
-    return Source(ground.found.clean, calibrating.tensors, measured)
+    return Source(context.float_model.clean, calibration_set.tensors, calibrate)
 
 
-def _try(maker: Maker, source: Source, ground: Ground, calibrating: PictureSet, progress: Progress) -> Tried:
-    entry = proofs.make(maker, source, ground, calibrating.digest, progress.begin(f"make {maker.name}", f"making {maker.name}"))
-    _prove(entry, ground, progress)
+def _try(maker: Maker, source: Source, context: GateContext, calibration_set: ImageSet, progress: Progress) -> VariantResult:
+    entry = gate_runs.make_variant(
+        maker, source, context, calibration_set.digest, progress.begin(f"make {maker.name}", f"making {maker.name}")
+    )
+    _run_gate(entry, context, progress)
     return entry
 
 
-def _prove(entry: Tried, ground: Ground, progress: Progress) -> None:
-    where = ", ".join(place.title for place in ground.places)
-    proofs.prove(entry, ground, progress.begin(f"gate {entry.name}", f"{entry.name} before the gate on {where}"))
+def _run_gate(entry: VariantResult, context: GateContext, progress: Progress) -> None:
+    where = ", ".join(target.title for target in context.targets)
+    gate_runs.run_gate(entry, context, progress.begin(f"gate {entry.name}", f"{entry.name} before the gate on {where}"))
 
 
-def _need_float(tried: Sequence[Tried]) -> None:
-    if tried[0].refused is not None:
+def _need_float(variants: Sequence[VariantResult]) -> None:
+    if variants[0].refused is not None:
         raise QuantizeError(
-            f"the float model itself does not pass on ONNX Runtime: {tried[0].refused.detail}",
+            f"the float model itself does not pass on ONNX Runtime: {variants[0].refused.detail}",
             hint="report this with the model: the reference cannot differ from itself",
             code="model.runs",
         )
 
 
-def _assemble(recipe: BundleRecipe, ground: Ground, tried: Sequence[Tried], progress: Progress) -> tuple[Manifest, Measured]:
-    told = progress.begin("bundle", "golden cases, manifest, last check")
-    kept = [entry for entry in tried if entry.refused is None]
+def _assemble(
+    recipe: BundleRecipe, context: GateContext, variants: Sequence[VariantResult], progress: Progress
+) -> tuple[Manifest, OperatingPoints]:
+    on_progress = progress.begin("bundle", "golden cases, manifest, last check")
+    shipped = [entry for entry in variants if entry.refused is None]
     named = recipe.measured_on or recipe.evaluation.resolve().name
-    measured = Measured.of(ground, named)
-    results = Results(ground, measured, kept)
-    gate = assemble.gate_record(ground, tried, kept, _sized(named, ground))
+    operating = OperatingPoints.of(context, named)
+    results = CardInputs(context, operating, shipped)
+    gate = assembly.gate_record(context, variants, shipped, _sized(named, context))
     if recipe.more is not None:
         gate |= recipe.more(results)
     documents = Documents(_card(recipe, results), gate)
     recipe.out.resolve().parent.mkdir(parents=True, exist_ok=True)
     try:
-        return assemble.write(ground, kept, measured, _golden(recipe, ground), documents, recipe.out, told), measured
+        return assembly.write(context, shipped, operating, _golden(recipe, context), documents, recipe.out, on_progress), operating
     except BundleError as error:
         raise QuantizeError(f"what was made is no bundle: {error.message}", hint=error.hint, code="bundle.invalid") from error
 
 
-def _sized(named: str, ground: Ground) -> str:
-    return f"{named}: {len(ground.evaluation)} pictures"
+def _sized(named: str, context: GateContext) -> str:
+    return f"{named}: {len(context.evaluation)} pictures"
 
 
-def _card(recipe: BundleRecipe, results: Results) -> str:
+def _card(recipe: BundleRecipe, results: CardInputs) -> str:
     if recipe.write_card is not None:
         return recipe.write_card(results)
     own = recipe.draft.with_name(MODEL_CARD)
     if own.is_file():
         return own.read_text(encoding="utf-8")
-    return card.card(results.ground.found.draft, results.measured, card.gate_chapter(results.ground, results.kept))
+    return model_card.write_card(
+        results.context.float_model.draft, results.operating, model_card.gate_chapter(results.context, results.shipped)
+    )
 
 
-def _golden(recipe: BundleRecipe, ground: Ground) -> dict[str, NDArray[np.uint8]]:
-    spec = ground.found.draft.input
+def _golden(recipe: BundleRecipe, context: GateContext) -> dict[str, NDArray[np.uint8]]:
+    spec = context.float_model.draft.input
     if recipe.golden is not None:
-        return golden.given_pictures(recipe.golden, spec)
-    score = ground.reference.score[:, 0] if ground.reference.score.size else np.zeros(len(ground.evaluation))
-    return golden.averaged_pictures(ground.evaluation, score, spec)
+        return golden_cases.read_golden_images(recipe.golden, spec)
+    score = context.reference.score[:, 0] if context.reference.score.size else np.zeros(len(context.evaluation))
+    return golden_cases.average_images(context.evaluation, score, spec)
+
+
+def write_report(made: RunResult, out: Path) -> None:
+    """Write the record and the HTML report of a finished run beside the bundle; print one line per variant.
+
+    Raises:
+        QuantizeError: ``report.matplotlib``: matplotlib is not installed.
+    """
+    record_path, page = out.with_name(out.name + ".report.json"), out.with_name(out.name + ".report.html")
+    record_path.write_text(json.dumps(made.record, ensure_ascii=False), encoding="utf-8")
+    html_report.write(made.record, page)
+    print(f"{made.manifest.name} {made.manifest.version}: {out}")
+    for entry in made.variants:
+        times = ", ".join(f"{target.title} {timing.median_ms:.2f} ms" for target, timing in entry.timing.items())
+        outcome = "shipped" if entry.refused is None else f"left out: {entry.refused.code}: {entry.refused.detail}"
+        print(f"  {entry.name}: {outcome}" + (f" ({times})" if times and entry.refused is None else ""))
+    print(f"report: {page}")

@@ -1,4 +1,4 @@
-"""What a run is doing, for a person who waits: a bar with a rough rest time on a terminal, plain lines elsewhere."""
+"""Progress of a run: a bar with the estimated time left on a terminal, plain text lines in a log."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Progress:
     Hand-written because it is 60 lines, and a library of its own would come along for nothing else.
 
     Args:
-        weights: roughly how long each step takes, in any unit; steps done sooner or never simply move the bar on.
-        stream: where it is shown; standard error by default, so that standard output stays for results.
+        weights: roughly how long each step takes, in any unit.
+        stream: where to write; standard error by default, because standard output is for results.
     """
 
     def __init__(self, weights: dict[str, float], stream: TextIO | None = None) -> None:
@@ -32,7 +32,7 @@ class Progress:
         self._terminal = self._stream.isatty()
 
     def begin(self, step: str, title: str) -> Callable[[float], None]:
-        """Begin a step; returns what to call with the part (0 to 1) of it that is done."""
+        """Begin a step; return a function to call with the fraction (0 to 1) of the step that is done."""
         self._done += self._weight
         self._weight = self._weights.pop(step, 0.0)
         self._now = title
@@ -40,11 +40,11 @@ class Progress:
         return self._show
 
     def expect(self, weights: dict[str, float]) -> None:
-        """More steps are to come than was known at first."""
+        """Add steps that were not known at the start."""
         self._weights |= weights
 
     def end(self) -> None:
-        """Everything is done."""
+        """Show that all steps are done."""
         self._weights.clear()
         self._now = "done"
         self._show(1.0, force=True)

@@ -1,4 +1,4 @@
-"""The words of the report, in Chinese and English; codes of reasons are those of ``quantize.gate`` and ``quantize.selection``."""
+"""Texts of the report in Chinese and English; the reason codes come from ``quantize.gate`` (``verdicts``, ``selection``)."""
 
 from __future__ import annotations
 

@@ -28,15 +28,17 @@ from PIL import Image
 from appliance.imaging.preprocessing import from_display
 from appliance.runtime import cpu_features
 from model_sync.bundle import InputSpec, SourceMeasure
-from quantize import measures, modelopt, plots
-from quantize.candidates import Maker, all_makers
-from quantize.card import gate_chapter
+from quantize.bundle.model_card import gate_chapter
 from quantize.draft import Draft
-from quantize.errors import QuantizeError
-from quantize.pipeline import BundleRecipe, Made, Results, run
+from quantize.errors import QuantizeError, print_os_error
+from quantize.gate import roc_statistics
+from quantize.pipeline import BundleRecipe, CardInputs, RunResult, run, write_report
 from quantize.progress import Progress
-from quantize.reference import card, measure
+from quantize.recipes import modelopt
+from quantize.recipes.variant_makers import Maker, all_makers
+from quantize.reference import model_card, training_set
 from quantize.reference.phantom import Opacity, Phantom, display
+from quantize.report import plots
 
 DRAFT: Final = Path(__file__).with_name("draft.toml")
 _WRITTEN: Final = Draft.load(DRAFT)
@@ -62,7 +64,7 @@ GOLDEN: Final[dict[str, Phantom]] = {
 
 @dataclass(frozen=True)
 class Reference:
-    """The float model, run the plain way: one session on the CPU, one thread, so that sums are always added alike."""
+    """The float model in one ONNX Runtime session on the CPU with one thread, so that results are reproducible."""
 
     session: Any
 
@@ -92,7 +94,7 @@ class Reference:
         return round(float(self(from_display(pixels, INPUT).tensor)[0][0, 0]), 6)
 
 
-def lay_out(shared: Path, directory: Path) -> None:
+def write_image_sets(shared: Path, directory: Path) -> None:
     """Write calibration, evaluation and golden pictures below ``directory``, as any team would give them.
 
     The JPEG files are those of the training set, byte for byte; a set that is there already is left.
@@ -100,12 +102,12 @@ def lay_out(shared: Path, directory: Path) -> None:
     Raises:
         QuantizeError: The pictures are not there.
     """
-    pictures = measure.TrainingSet.load(shared / "data" / "cxr_train_224.npz")
-    held_out = pictures.held_out()
+    images = training_set.TrainingSet.load(shared / "data" / "cxr_train_224.npz")
+    held_out = images.held_out()
     others = np.flatnonzero(~held_out)
     drawn = np.sort(np.random.default_rng(CALIBRATION_SEED).choice(others, CALIBRATION, replace=False))
     for name, indices in (("evaluation", np.flatnonzero(held_out)), ("calibration", drawn)):
-        _lay_out(pictures, indices, directory / name)
+        _write_image_set(images, indices, directory / name)
     golden = directory / "golden"
     if not golden.is_dir():
         golden.mkdir(parents=True)
@@ -113,7 +115,7 @@ def lay_out(shared: Path, directory: Path) -> None:
             Image.fromarray(display(phantom)).save(golden / f"{name}.png")
 
 
-def _lay_out(pictures: measure.TrainingSet, indices: NDArray[np.intp], directory: Path) -> None:
+def _write_image_set(images: training_set.TrainingSet, indices: NDArray[np.intp], directory: Path) -> None:
     part = directory.with_name(directory.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -122,22 +124,22 @@ def _lay_out(pictures: measure.TrainingSet, indices: NDArray[np.intp], directory
         writer.writerow(["file", LABEL, "source", "patient"])
         for index in indices.tolist():
             name = f"{index:05d}.jpg"
-            (part / name).write_bytes(pictures.blob[pictures.offsets[index] : pictures.offsets[index + 1]])
-            writer.writerow([name, int(pictures.positive[index]), pictures.source[index], pictures.patient[index]])
+            (part / name).write_bytes(images.blob[images.offsets[index] : images.offsets[index + 1]])
+            writer.writerow([name, int(images.positive[index]), images.source[index], images.patient[index]])
     shutil.rmtree(directory, ignore_errors=True)
     part.rename(directory)
 
 
 def build(
     shared: Path, out: Path, progress: Progress | None = None, *, only: Sequence[str] = (), optimizer: modelopt.Optimizer | str = ""
-) -> Made:
+) -> RunResult:
     """Write the bundle into ``out``, replacing what is there; a build that was interrupted goes on where it was.
 
     Args:
         shared: directory with ``data`` and ``models``.
         out: the bundle's directory.
         progress: where it is shown how far it is.
-        only: names of the candidates to try (``quantize.candidates.all_makers``); all when empty.
+        only: names of the candidates to try (``quantize.recipes.variant_makers.all_makers``); all when empty.
         optimizer: the nvidia-modelopt whose variants are tried too, or why there is none.
 
     Raises:
@@ -149,24 +151,24 @@ def build(
     weights = shared / "models" / "cxr_pneumonia" / WEIGHTS
     reference = Reference.open(weights)
     sets = out.with_name(out.name + ".sets")
-    lay_out(shared, sets)
-    apart = measure.independent(shared / "data", reference.score)
+    write_image_sets(shared, sets)
+    apart = training_set.independent(shared / "data", reference.score)
 
-    def independent(results: Results) -> list[SourceMeasure]:
-        return measures.per_source(apart, results.ground.thresholds[0]) if apart else []
+    def independent(results: CardInputs) -> list[SourceMeasure]:
+        return roc_statistics.per_source(apart, results.context.thresholds[0]) if apart else []
 
-    def write_card(results: Results) -> str:
-        point = results.measured.points[0]
-        return card.card(VERSION, point, independent(results), gate_chapter(results.ground, results.kept))
+    def write_card(results: CardInputs) -> str:
+        point = results.operating.points[0]
+        return model_card.card(VERSION, point, independent(results), gate_chapter(results.context, results.shipped))
 
     recipe = BundleRecipe(
         weights, DRAFT, sets / "calibration", sets / "evaluation", out, golden=sets / "golden", one_int8=True, replace=True,
         measured_on=HELD_OUT, makers=makers, optimizer=optimizer, write_card=write_card,
         more=lambda results: {"independent": [entry.model_dump() for entry in independent(results)]},
     )  # fmt: skip
-    made = run(recipe, progress)
+    result = run(recipe, progress)
     shutil.rmtree(sets)
-    return made
+    return result
 
 
 def need_vnni(makers: Sequence[Maker]) -> None:
@@ -193,22 +195,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     modelopt.add_options(parser)
     parser.add_argument("--report", type=Path, help="directory for the report and its record; that of --out otherwise")
     options = parser.parse_args(argv)
-    from quantize.cli import finish, say_os_error
-
     try:
         plots.require()
-        made = build(options.shared, options.out, only=options.only, optimizer=modelopt.asked(options))
-        finish(made, options.out if options.report is None else options.report / options.out.name)
+        result = build(options.shared, options.out, only=options.only, optimizer=modelopt.find_from_options(options))
+        write_report(result, options.out if options.report is None else options.report / options.out.name)
     except QuantizeError as error:
         print(error, file=sys.stderr)
         return 1
     except OSError as error:
-        return say_os_error(error)
-    point = made.manifest.operating_point(LABEL)
+        return print_os_error(error)
+    point = result.manifest.operating_point(LABEL)
     print(f"threshold {point.threshold:.4f}")
     print(f"  sensitivity {point.sensitivity.value:.4f} ({point.sensitivity.low:.4f} to {point.sensitivity.high:.4f})")
     print(f"  specificity {point.specificity.value:.4f} ({point.specificity.low:.4f} to {point.specificity.high:.4f})")
-    for case in made.manifest.golden:
+    for case in result.manifest.golden:
         print(f"  {case.input}: {case.expected[LABEL]:.5f}")
     return 0
 

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ComputedRadiographyImageStorage, ExplicitVRLittleEndian
 
+from quantize.errors import print_os_error
 from quantize.reference import anatomy
 from quantize.reference.anatomy import Opacity
 
@@ -214,9 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         written = write_samples(options.out)
     except OSError as error:
-        from quantize.cli import say_os_error
-
-        return say_os_error(error)
+        return print_os_error(error)
     for path in written:
         print(path)
     return 0

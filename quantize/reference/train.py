@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantize.measures import Flags, Scored, auc, per_source
-from quantize.reference.measure import TrainingSet
+from quantize.gate.roc_statistics import Flags, Scored, auc, per_source
+from quantize.reference.training_set import TrainingSet
 
 if TYPE_CHECKING:
     import torch

@@ -132,19 +132,20 @@ def _variants(room: Path, shape: tuple[int, ...]) -> list[Variant]:
     """The float network and what the quantizer's recipes make of it; entropy and percentile change the accuracy, not the time."""
     import onnx
 
-    from quantize import graph, half, ptq
+    from quantize.graph import onnx_graph
+    from quantize.recipes import fp16, int8
 
-    model = graph.clean_up(onnx.load(room / "fp32.onnx"))
+    model = onnx_graph.clean_up(onnx.load(room / "fp32.onnx"))
     tensors = [*pictures(shape, _CALIBRATION, seed=1)[:, None]]
-    measured = ptq.calibrate(model, tensors)
+    measured = int8.calibrate(model, tensors)
     variants = [Variant("fp32", "fp32.onnx")]
     if not no_gpu():  # on a CPU it is the float model with casts
-        onnx.save(half.convert(model, frozenset()), room / "fp16.onnx")
+        onnx.save(fp16.convert(model, frozenset()), room / "fp16.onnx")
         variants.append(Variant("fp16", "fp16.onnx"))
-    for recipe in ptq.recipes():
+    for recipe in int8.recipes():
         if recipe.method == "minmax":
             file = f"{recipe.name}.onnx"
-            ptq.quantize(model, recipe, measured, room / file)
+            int8.quantize(model, recipe, measured, room / file)
             variants.append(Variant(recipe.precision, file))
     return variants
 

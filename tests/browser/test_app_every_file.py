@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, Playwright, expect
 
 from tests.browser.app_box import FLAGS, Clinician, RunningBox
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.usefixtures("built_viewer")]
+pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("built_viewer")]
 
 
 @pytest.fixture(scope="module")

@@ -115,7 +115,6 @@ def test_a_server_that_is_away_fails(client: TufClient, server: BadServer) -> No
     assert client.run("refresh") == 1
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_public_suite_passes_whole() -> None:
     checkout = os.environ.get("TUF_CONFORMANCE")

@@ -235,7 +235,6 @@ def place() -> Iterator[Path]:
     shutil.rmtree(directory)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_signed_life_of_a_model_from_the_first_key_to_the_usb_stick(place: Path) -> None:
     central = Central(place / "central")

@@ -87,7 +87,6 @@ class Browser:
                 return list(answer.json()["outcomes"])
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_kill_9_of_worker_and_web_loses_and_doubles_nothing(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LONGEST_BACKOFF_S", 0.3)

@@ -33,7 +33,6 @@ HEAD = SHARED / "data" / "series" / "mr_t1_uih"
 MODELS = SHARED / "models"
 pytestmark = [
     pytest.mark.skipif(not HEAD.is_dir(), reason="the shared series and models are not here"),
-    pytest.mark.slow,
     pytest.mark.timeout(900),
 ]
 

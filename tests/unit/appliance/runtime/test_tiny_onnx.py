@@ -44,7 +44,6 @@ def test_without_a_gpu_the_checks_say_so() -> None:
     assert "runtime.unavailable" in done.stderr
 
 
-@pytest.mark.slow
 def test_checks_on_stand_ins(tmp_path: Path) -> None:
     """So that the checks themselves are right the day a GPU is at hand; what takes a real one (speed, its memory) is not shown by this."""
     trt_stand_in.lay(tmp_path, trt_stand_in.VERSIONS[0], capacity=64 << 20)

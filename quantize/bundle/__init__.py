@@ -1,0 +1,1 @@
+"""The bundle of a run: golden cases, model card, gate record and manifest."""

@@ -1,0 +1,344 @@
+"""The bundle itself: files, golden cases with their tolerances, gate record, manifest; checked as a box checks it, then put in place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from appliance.core.errors import InferenceError
+from appliance.tuning.candidate_process import Attempt
+from model_sync.bundle import (
+    MANIFEST_NAME,
+    Document,
+    Explain,
+    Golden,
+    Manifest,
+    ModelBundle,
+    OperatingPoint,
+    Precision,
+    ScoreHistogram,
+    Variant,
+)
+from quantize.bundle import golden_cases
+from quantize.draft import MODEL_CARD
+from quantize.errors import QuantizeError
+from quantize.gate import roc_statistics
+from quantize.gate.predictions import LOAD_S, REFERENCE, Predictions, RuntimeTarget, predict
+from quantize.gate.verdicts import Verdict
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from quantize.gate.gate_runs import GateContext
+    from quantize.gate.image_sets import ImageSet
+    from quantize.gate.selection import VariantResult
+
+GATE: Final = "gate.json"
+_BINS: Final = 20
+# A tolerance of 1 lets everything pass: what the cases are measured with before the real ones are known.
+_ANY: Final = 1.0
+
+OnProgress = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class OperatingPoints:
+    """Operating points and score histograms of this model version, measured on the float model's scores (R29, R31)."""
+
+    points: tuple[OperatingPoint, ...]
+    histograms: tuple[ScoreHistogram, ...]
+
+    @classmethod
+    def of(cls, context: GateContext, measured_on: str) -> OperatingPoints:
+        """Measure the operating points at the thresholds of ``ground``, and count the scores.
+
+        Args:
+            context: the float model's answers and thresholds.
+            measured_on: names the set.
+        """
+        points, histograms = [], []
+        edges = [round(i / _BINS, 4) for i in range(_BINS + 1)]
+        for i, label in enumerate(context.float_model.draft.label_names):
+            scored, threshold = context.evaluation.scored(i, context.reference.score[:, i]), context.thresholds[i]
+            sensitivity, specificity = roc_statistics.sensitivity_of(scored, threshold), roc_statistics.specificity_of(scored, threshold)
+            if sensitivity is None or specificity is None:
+                raise QuantizeError("an operating point needs positive and negative pictures", hint="check the labels of the set")
+            size = f"{measured_on}: {len(scored.score)} pictures, {int(scored.positive.sum())} positive"
+            per_source = roc_statistics.per_source(scored, threshold)
+            points.append(
+                OperatingPoint(
+                    label=label,
+                    threshold=threshold,
+                    sensitivity=sensitivity,
+                    specificity=specificity,
+                    measured_on=size,
+                    per_source=per_source,
+                )
+            )
+            counts, _ = np.histogram(scored.score, bins=edges)
+            histograms.append(ScoreHistogram(label=label, edges=edges, counts=counts.tolist(), measured_on=measured_on))
+        return cls(tuple(points), tuple(histograms))
+
+
+def thresholds(evaluation: ImageSet, reference: Predictions, sensitivities: Sequence[float]) -> list[float]:
+    """Choose the threshold of each label: the highest that finds at least its share of the positives.
+
+    Raises:
+        QuantizeError: ``model.threshold``: only a threshold of 0 would.
+    """
+    chosen = []
+    for i, sensitivity in enumerate(sensitivities):
+        threshold = roc_statistics.threshold_for(evaluation.positive[:, i], reference.score[:, i], sensitivity)
+        if not 0 < threshold < 1:
+            raise QuantizeError(
+                f"no threshold between 0 and 1 finds {sensitivity:g} of the positives of label {i + 1}; it would be {threshold:g}",
+                hint="the model does not separate them; aim lower, or look at the labels and the outputs",
+                code="model.threshold",
+            )
+        chosen.append(threshold)
+    return chosen
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The texts of a bundle.
+
+    Attributes:
+        card: ``MODEL_CARD.md``.
+        gate: ``gate.json``, all but what the golden cases add.
+    """
+
+    card: str
+    gate: dict[str, Any]
+
+
+def write(
+    context: GateContext,
+    shipped: Sequence[VariantResult],
+    operating: OperatingPoints,
+    images: Mapping[str, NDArray[np.uint8]],
+    documents: Documents,
+    out: Path,
+    on_progress: OnProgress,
+) -> Manifest:
+    """Write the bundle beside ``out``, check it as the box does, and put it in the place of ``out`` in one go.
+
+    Raises:
+        QuantizeError: ``bundle.golden``: a variant does not pass its own golden cases.
+        BundleError: it is no bundle.
+    """
+    staging = out.with_name(out.name + ".new")
+    shutil.rmtree(staging, ignore_errors=True)
+    (staging / "golden").mkdir(parents=True)
+    files = {entry.name: _copy_variant(entry, context, staging) for entry in shipped}
+    loose: dict[Precision, float] = {entry.precision: _ANY for entry in shipped}
+    cases = _golden(context, images, loose, staging)
+    gate = documents.gate
+    draft_manifest = _manifest(context, shipped, files, operating, cases, _documents(staging, documents.card, gate))
+    _put(staging, MANIFEST_NAME, draft_manifest.to_json())
+    differences = _try_cases(ModelBundle.load(staging), context, shipped, files, on_progress)
+    tolerances = _tolerances(shipped, differences)
+    for entry in shipped:
+        record = gate["variants"][entry.precision]["files"][files[entry.name]]
+        record["golden"] = {target.title: round(worst, 3) for target, worst in differences[entry.name].items()}
+    cases = [case.model_copy(update={"tolerance": dict(tolerances)}) for case in cases]
+    manifest = _manifest(context, shipped, files, operating, cases, _documents(staging, documents.card, gate))
+    _put(staging, MANIFEST_NAME, manifest.to_json())
+    ModelBundle.load(staging)
+    _replace(staging, out)
+    return manifest
+
+
+def file_name(entry: VariantResult, name: str) -> str:
+    """Return the name of a variant's file in the bundle."""
+    kind = f"_{entry.activations}" if entry.activations else ""
+    return f"{name.replace('-', '_')}_{entry.precision}{kind}.onnx"
+
+
+def _copy_variant(entry: VariantResult, context: GateContext, staging: Path) -> str:
+    assert entry.path is not None
+    name = file_name(entry, context.float_model.draft.name)
+    shutil.copyfile(entry.path, staging / name)
+    return name
+
+
+def _golden(context: GateContext, images: Mapping[str, NDArray[np.uint8]], loose: dict[Precision, float], staging: Path) -> list[Golden]:
+    from appliance.imaging.preprocessing import from_display
+
+    result, cases = context.float_model, []
+    tensors = np.concatenate([from_display(pixels, result.draft.input).tensor for pixels in images.values()])
+    candidate = REFERENCE.candidate(result.path.name, "fp32", threads=1)
+    message = predict(result.path, result.draft.input, candidate, tensors, result.heads)
+    for i, (name, pixels) in enumerate(images.items()):
+        one = Predictions(message.score[i : i + 1], None if message.cam is None else message.cam[i : i + 1], None, {})
+        raw, expected = golden_cases.case_file(pixels, one)
+        digest = _put(staging, f"golden/{name}.npz", raw)
+        cases.append(golden_cases.golden_entry(f"golden/{name}.npz", digest, result.draft.label_names, expected, loose))
+    return cases
+
+
+def _try_cases(
+    bundle: ModelBundle, context: GateContext, shipped: Sequence[VariantResult], files: Mapping[str, str], on_progress: OnProgress
+) -> dict[str, dict[RuntimeTarget, float]]:
+    """The largest difference of each variant's golden cases on each runtime where it passed the gate, as the box computes it.
+
+    Raises:
+        QuantizeError: ``bundle.golden``.
+    """
+    from appliance.imaging.golden_cases import cases
+
+    prepared = cases(bundle)
+    result: dict[str, dict[RuntimeTarget, float]] = {}
+    for number, entry in enumerate(shipped):
+        result[entry.name] = {}
+        path = bundle.path(files[entry.name])
+        for target in entry.passed:
+            try:
+                with Attempt(
+                    path, context.float_model.draft.input, target.candidate(path.name, entry.precision), deadline_s=LOAD_S
+                ) as attempt:
+                    attempt.load()
+                    worst = max(case.difference(attempt.infer) for case in prepared)
+            except InferenceError as error:
+                raise QuantizeError(
+                    f"{entry.name} on {target.title}, golden cases: {error}", hint=error.hint, code="bundle.golden"
+                ) from error
+            if not worst < _ANY:
+                raise QuantizeError(
+                    f"{entry.name} on {target.title} is off by {worst:.3g} on a golden case",
+                    hint="choose golden pictures that look like the evaluation set's",
+                    code="bundle.golden",
+                )
+            result[entry.name][target] = worst
+        on_progress((number + 1) / len(shipped))
+    return result
+
+
+def _tolerances(shipped: Sequence[VariantResult], differences: Mapping[str, Mapping[RuntimeTarget, float]]) -> dict[Precision, float]:
+    operating: dict[Precision, list[float]] = {}
+    for entry in shipped:
+        operating.setdefault(entry.precision, []).extend(differences[entry.name].values())
+    return {precision: golden_cases.tolerance(precision, values) for precision, values in operating.items()}
+
+
+def _documents(staging: Path, card: str, gate: dict[str, Any]) -> list[Document]:
+    texts = {MODEL_CARD: card, GATE: json.dumps(gate, ensure_ascii=False, indent=2) + "\n"}
+    return [Document(file=name, sha256=_put(staging, name, text.encode())) for name, text in texts.items()]
+
+
+def _manifest(
+    context: GateContext,
+    shipped: Sequence[VariantResult],
+    files: Mapping[str, str],
+    operating: OperatingPoints,
+    cases: list[Golden],
+    documents: list[Document],
+) -> Manifest:
+    draft = context.float_model.draft
+    cam = draft.output("cam")
+    return Manifest(
+        schema=1,
+        name=draft.name,
+        version=draft.version,
+        task=draft.task,
+        title=draft.title,
+        labels=draft.labels,
+        applies_to=draft.applies_to,
+        intended_use=draft.intended_use,
+        registration=draft.registration.to_manifest(),
+        change_kind=draft.change_kind,
+        input=draft.input,
+        outputs=draft.outputs,
+        explain=None if cam is None else Explain(output=cam, kind="cam"),
+        operating_points=list(operating.points),
+        variants=[_variant(entry, files[entry.name]) for entry in shipped],
+        golden=cases,
+        reference_scores=list(operating.histograms),
+        training_data=draft.training_data,
+        licence=draft.licence,
+        min_appliance_version=draft.min_appliance_version,
+        documents=documents,
+        **({"watch": draft.watch} if "watch" in draft.model_fields_set else {}),
+    )
+
+
+def _variant(entry: VariantResult, file: str) -> Variant:
+    path = entry.path
+    assert path is not None
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    # What says nothing is left out, so that an appliance of an earlier version reads the manifest too.
+    more: dict[str, Any] = {}
+    if entry.activations is not None:
+        more["activations"] = entry.activations
+    if entry.not_on:
+        more["not_on"] = entry.not_on
+    return Variant(precision=entry.precision, file=file, sha256=digest, recipe=entry.recipe, gate=GATE, **more)
+
+
+def gate_record(
+    context: GateContext, variants: Sequence[VariantResult], shipped: Sequence[VariantResult], measured_on: str
+) -> dict[str, Any]:
+    """``gate.json``: what each shipped variant answered on each runtime, and what was left out and why.
+
+    Times are not in it: they belong to the machine that measured, and a second run has to write the same bytes.
+    """
+    from dataclasses import asdict
+
+    records: dict[str, Any] = {}
+    for entry in shipped:
+        record = records.setdefault(entry.precision, {"passed": True, "files": {}})
+        record["files"][file_name(entry, context.float_model.draft.name)] = {
+            "recipe": entry.recipe,
+            "not_on": entry.not_on,
+            "runtimes": {target.title: _runtime(target, verdict) for target, verdict in entry.verdicts.items()},
+        }
+    return {
+        "schema": 1,
+        "reference": "fp32",
+        "dataset": measured_on,
+        "limits": asdict(context.limits),
+        "note": "Held against the float model's answers by ONNX Runtime on a CPU. Compare an AUC only within one source.",
+        "variants": records,
+        "not_measured_here": {
+            "runtimes": dict(context.unavailable),
+            "note": "On these the golden cases decide, on the box.",
+        },
+        "refused": [
+            {"name": entry.name, "precision": entry.precision, "activations": entry.activations, **_refusal(entry)}
+            for entry in variants
+            if entry.refused is not None
+        ],
+    }
+
+
+def _refusal(entry: VariantResult) -> dict[str, str]:
+    assert entry.refused is not None
+    timing = entry.refused.code.startswith("speed.")
+    return {"code": entry.refused.code, "detail": "" if timing else entry.refused.detail}
+
+
+def _runtime(target: RuntimeTarget, verdict: Verdict) -> dict[str, Any]:
+    return {"version": target.version, **verdict.to_json()}
+
+
+def _put(directory: Path, relative: str, raw: bytes) -> str:
+    """Write a file and return its SHA-256."""
+    (directory / relative).write_bytes(raw)
+    return hashlib.sha256(raw).hexdigest()
+
+
+def _replace(staging: Path, out: Path) -> None:
+    """Put ``staging`` in the place of ``out``; a kill in between leaves the old bundle whole under ``.old``, never half a one."""
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    staging.rename(out)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""ONNX graphs: read and check a float model, clean it up, add a class activation map."""

@@ -1,0 +1,156 @@
+"""Single steps of the pipeline as commands: make variants without a gate, run the gate on a bundle, measure the speed of a bundle."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from appliance.core.errors import InferenceError
+from model_sync.bundle import InputSpec, Manifest, ModelBundle, Variant
+from model_sync.errors import BundleError
+from quantize.draft import Draft
+from quantize.errors import QuantizeError
+from quantize.gate import image_sets, predictions, preparation
+from quantize.gate import verdicts as gates
+from quantize.gate.predictions import REFERENCE, Heads, RuntimeTarget, predict
+from quantize.graph import model_checks
+from quantize.progress import Progress
+from quantize.recipes import modelopt, variant_makers
+from quantize.recipes.variant_makers import Source, all_makers
+from quantize.work_directory import WorkDirectory
+
+if TYPE_CHECKING:
+    from quantize.gate.verdicts import Limits
+
+
+def calibrate(
+    model: Path, draft_path: Path, calibration: Path, out: Path, optimizer: modelopt.Optimizer | str = ""
+) -> Iterator[tuple[str, str]]:
+    """Write every candidate of a model into ``out``; yields its file name and how it was made, or why it could not be.
+
+    Args:
+        model: the float ONNX file.
+        draft_path: ``draft.toml``.
+        calibration: directory of pictures.
+        out: the directory to write into.
+        optimizer: the nvidia-modelopt whose variants are made too, or why there is none.
+
+    Raises:
+        QuantizeError: the model, the draft or the pictures are wrong.
+    """
+    model_checks.require_file(model)
+    draft = Draft.load(draft_path)
+    progress = Progress({"model": 1, "calibration set": 2, "calibration": 10})
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="quantize.") as directory, WorkDirectory(Path(directory)) as work:
+        result = preparation.read_float(model, draft, work, progress.begin("model", "checking and cleaning up the float model"))
+        on_progress = progress.begin("calibration set", "reading the calibration pictures")
+        images = image_sets.read_calibration(
+            calibration,
+            draft.input,
+            draft.applies_to.modality,
+            work.directory / "tensors",
+            on_progress=lambda done, of: on_progress(done / of),
+        )
+        told_ranges = progress.begin("calibration", "measuring the ranges of the activations")
+        measured = variant_makers.measure_calibration(work, result.clean, images.tensors, [images.digest], told_ranges)
+        source = Source(result.clean, images.tensors, lambda: measured)
+        for maker in (*all_makers(), *modelopt.makers(optimizer)):
+            name = f"{draft.name.replace('-', '_')}_{maker.name}.onnx"
+            try:
+                maker.make(source, out / name, lambda _: None)
+            except QuantizeError as error:
+                yield name, f"not made: {error.message}"
+                continue
+            yield name, maker.recipe
+
+
+def gate(bundle_path: Path, evaluation: Path, limits: Limits) -> tuple[dict[str, Any], bool]:
+    """Compare every variant of a bundle with its fp32, on every runtime of this computer that the manifest does not exclude.
+
+    Returns:
+        Variant file -> place -> verdict, and whether all passed.
+
+    Raises:
+        QuantizeError: there is no bundle, it has no fp32, or the pictures are wrong.
+    """
+    bundle, spec = _bundle(bundle_path)
+    manifest = bundle.manifest
+    labels = [label.name for label in manifest.labels] if manifest.operating_points else []
+    thresholds = [manifest.operating_point(label).threshold for label in labels]
+    heads = _heads(manifest)
+    reference = bundle.variant("fp32")
+    targets, unavailable = predictions.runtime_targets()
+    result: dict[str, Any] = {"not_measured_here": unavailable, "variants": {}}
+    passed = True
+    with tempfile.TemporaryDirectory(prefix="quantize.") as directory:
+        images = image_sets.read_evaluation(evaluation, spec, manifest.applies_to.modality, labels, Path(directory))
+        reference_predictions = _predict(bundle, reference, REFERENCE, spec, images.tensors, heads)
+        if isinstance(reference_predictions, gates.Verdict):
+            raise QuantizeError(f"fp32 does not run: {reference_predictions.reasons[0].detail}", hint="check the bundle", code="model.runs")
+        for variant, target in _pairs(manifest, targets):
+            predictions_of_variant = _predict(bundle, variant, target, spec, images.tensors, heads)
+            verdict = (
+                predictions_of_variant
+                if isinstance(predictions_of_variant, gates.Verdict)
+                else gates.judge(reference_predictions, predictions_of_variant, images, labels, thresholds, limits)
+            )
+            result["variants"].setdefault(variant.file, {})[target.title] = verdict.to_json()
+            passed &= verdict.passed
+    return result, passed
+
+
+def bench(bundle_path: Path) -> list[dict[str, Any]]:
+    """Time every variant of a bundle on every runtime here, interleaved; the fastest first.
+
+    Raises:
+        QuantizeError: there is no bundle, or a variant does not run where the manifest says that it may.
+    """
+    bundle, spec = _bundle(bundle_path)
+    targets, _ = predictions.runtime_targets()
+    pairs = list(_pairs(bundle.manifest, targets))
+    tensor = np.random.default_rng(0).random((1, *spec.shape), np.float32)
+    runs = [(bundle.path(variant.file), target.candidate(variant.file, variant.precision)) for variant, target in pairs]
+    try:
+        times = predictions.measure_interleaved(runs, spec, tensor)
+    except InferenceError as error:
+        raise QuantizeError(f"a variant does not run: {error}", hint=error.hint, code="speed.failed") from error
+    rows = [
+        {"file": variant.file, "precision": variant.precision, "place": target.title, **asdict(timing)}
+        for (variant, target), timing in zip(pairs, times, strict=True)
+    ]
+    return sorted(rows, key=lambda row: float(row["median_ms"]))
+
+
+def _bundle(path: Path) -> tuple[ModelBundle, InputSpec]:
+    try:
+        bundle = ModelBundle.load(path)
+        return bundle, bundle.manifest.image_input
+    except BundleError as error:
+        raise QuantizeError(error.message, hint=error.hint, code=error.code) from error
+
+
+def _heads(manifest: Manifest) -> Heads:
+    names: dict[str, str] = {}
+    for output in manifest.outputs:
+        names.setdefault(output.kind, output.name)
+    return Heads(names.get("probability"), names.get("cam"), names.get("segmentation_logits"))
+
+
+def _pairs(manifest: Manifest, targets: list[RuntimeTarget]) -> Iterator[tuple[Variant, RuntimeTarget]]:
+    for variant in manifest.variants:
+        yield from ((variant, target) for target in targets if target.runtime not in variant.not_on)
+
+
+def _predict(
+    bundle: ModelBundle, variant: Variant, target: RuntimeTarget, spec: InputSpec, tensors: Any, heads: Heads
+) -> predictions.Predictions | gates.Verdict:
+    try:
+        return predict(bundle.path(variant.file), spec, target.candidate(variant.file, variant.precision, 1), tensors, heads)
+    except InferenceError as error:
+        return gates.failed_verdict(error.code, error.detail)
