@@ -177,7 +177,7 @@ class Served:
         told = json.loads(address.read_text())
         box = Box(self.settings, f"{told['scheme']}://127.0.0.1:{told['port']}", Store(self.settings))
         if told["scheme"] == "http":
-            wait_for(lambda: requests.get(box.base + "/healthz", timeout=10).ok, 60)
+            wait_for(lambda: requests.get(box.base + "/healthz", timeout=60).ok, 60)
         return box
 
     def kill(self) -> None:

@@ -220,7 +220,7 @@ def test_what_is_no_request_gets_a_plain_answer_and_is_not_quoted_in_the_log(sit
             assert b"CANARY" not in answer
     log = server.log.read_text()
     assert "CANARY" not in log
-    assert "not a request" in log
+    assert "invalid request" in log
     for entry in log.splitlines():
         assert entry.startswith("Listening on ") or json.loads(entry)
 
