@@ -179,7 +179,7 @@ def test_a_line_that_stays_broken_is_said_and_continue_works(clinician: Clinicia
     page.goto(f"{clinician.app.url}/upload")
     page.route("**/api/v1/tus/*", lambda route: route.fulfill(status=401) if route.request.method == "PATCH" else route.continue_())
     page.set_input_files("#files", str(large))
-    expect(page.locator("#trouble")).to_contain_text("You have been logged out")
+    expect(page.locator("#trouble")).to_contain_text("You have been logged out", timeout=30_000)
     page.reload()
     page.unroute("**/api/v1/tus/*")
     page.route("**/outcome*", lambda route: route.fulfill(status=404, body="{}"))
