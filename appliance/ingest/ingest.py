@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import struct
 import time
 import uuid
 import zlib
@@ -19,14 +18,13 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Final
 
 import pydicom
-from pydicom import config as pydicom_config
 from pydicom.dataelem import RawDataElement
-from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.filereader import read_partial
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from appliance.core.domain import Note, Patient, PictureForm, Scan, Source, Stored, age_years
 from appliance.core.errors import ApplianceError, IngestError, StoreError
+from appliance.imaging.dicom_files import PARSE_ERRORS, accept_invalid_values
 from appliance.imaging.pixels import PixelCaps, check_structure
 from appliance.store.store import Store
 
@@ -37,9 +35,6 @@ if TYPE_CHECKING:
     from pydicom.tag import BaseTag
 
 logger = logging.getLogger(__name__)
-
-# Real files break the value rules of PS3.5 all the time; what matters here is checked below, by name.
-pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE
 
 MAX_ELEMENTS: Final = 50_000
 MAX_ITEMS: Final = 200_000
@@ -55,11 +50,6 @@ _PRIORITY: Final = 0x00401003
 _PRIORITIES: Final = ("STAT", "HIGH", "ROUTINE", "MEDIUM", "LOW")
 _MAX_SHORT_BYTES: Final = 64  # a SH of 16 characters in any character set
 _PIXEL_TAGS: Final = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10", b"\xe0\x7f\x08\x00", b"\xe0\x7f\x09\x00")
-# What pydicom is known to raise on hostile bytes.
-PARSE_ERRORS: Final = (
-    InvalidDicomError, BytesLengthException, EOFError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError,
-    NotImplementedError, OverflowError, RecursionError, AssertionError, struct.error, zlib.error,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -158,6 +148,7 @@ class Ingest:
         end = meta_end(data)
         try:
             self._check_deflated(data, end)
+            accept_invalid_values()
             dataset = read_partial(BytesIO(data), stop_when=_element_counter())
         except IngestError:
             raise

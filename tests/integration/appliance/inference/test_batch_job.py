@@ -123,10 +123,10 @@ def test_a_batch_says_what_each_image_says_alone(store: Store) -> None:
 
 def reader_of_one(store: Store, digest: str) -> Any:
     """The model as it runs without batches."""
-    from appliance.inference.model_session import Loaded
+    from appliance.inference.model_session import ModelSession
     from appliance.tuning.selection import Plan
 
-    return Loaded(store.settings, digest, Plan("fp32"))
+    return ModelSession(store.settings, digest, Plan("fp32"))
 
 
 def test_stat_goes_before_the_queue_alone_and_keeps_no_company(store: Store, tiny: str) -> None:

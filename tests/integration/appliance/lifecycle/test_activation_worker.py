@@ -199,7 +199,7 @@ def test_switch_under_load_keeps_no_scan_waiting(box: Box) -> None:
 
 def worker_here(box: Box) -> Worker:
     """A worker in this process, without an alarm."""
-    made = Worker(box.store, on_deadline=lambda _seconds: None)
+    made = Worker(box.store, set_deadline=lambda _seconds: None)
     made.prepare()
     return made
 
@@ -260,14 +260,14 @@ def test_the_old_model_is_let_go_when_no_job_names_it(box: Box) -> None:
     wait_for(lambda: here.step() or box.state(number) == "trial", 60)
     new = box.active()
     assert old is not None and new is not None
-    assert set(here._loaded) == {old, new}
-    here._next_drop = 0.0
+    assert set(here.models.sessions) == {old, new}
+    here.models._next_drop = 0.0
     here.step()
-    assert old in here._loaded
+    assert old in here.models.sessions
     assert here.run_once()
-    here._next_drop = 0.0
+    here.models._next_drop = 0.0
     here.step()
-    assert set(here._loaded) == {new}
+    assert set(here.models.sessions) == {new}
     here.activator.stop()
 
 

@@ -17,7 +17,7 @@ import pytest
 from appliance.core import device_profile
 from appliance.core.domain import PENDING_STATES, Note, ScanState
 from appliance.core.errors import ActivationError
-from appliance.inference.model_session import Loaded
+from appliance.inference.model_session import ModelSession
 from appliance.inference.worker import Worker
 from appliance.lifecycle.model_control import activate, rollback, tune
 from appliance.runtime import Candidate
@@ -295,7 +295,7 @@ def test_a_plain_way_that_was_wrong_does_not_take_over(store: Store, digest: str
 def test_a_worker_that_fell_over_the_chosen_way_loads_the_plain_one(store: Store, digest: str) -> None:
     chosen(store, digest, runtime="openvino", provider="CPU")
     made = Worker(store, lambda _seconds: None)
-    made.distrust([digest])
+    made.models.skip_tuned_runtime([digest])
     made.prepare()
     image = take(store, chest())
     assert made.run_once()
@@ -305,7 +305,7 @@ def test_a_worker_that_fell_over_the_chosen_way_loads_the_plain_one(store: Store
 
 def test_an_engine_measured_on_another_device_is_not_built_in_front_of_the_patients(store: Store, digest: str) -> None:
     candidate = Candidate("tensorrt", "model_fp32.onnx", "fp32", "GPU:0")
-    loaded = Loaded(store.settings, digest, Plan("fp32", candidate, Note("choice.measured"), None, "another GPU"))
+    loaded = ModelSession(store.settings, digest, Plan("fp32", candidate, Note("choice.measured"), None, "another GPU"))
     assert loaded.fallback is not None
     assert "choice.other_device" in loaded.fallback.detail
     assert loaded.describe()["runtime"] == "onnxruntime"
@@ -314,7 +314,7 @@ def test_an_engine_measured_on_another_device_is_not_built_in_front_of_the_patie
 
 def test_what_is_shown_is_the_precision_of_the_file_whatever_was_stored(store: Store, digest: str) -> None:
     candidate = Candidate("onnxruntime", "model_fp32.onnx", "fp16")
-    loaded = Loaded(store.settings, digest, Plan("fp16", candidate, Note("choice.measured"), None, device_profile.profile()))
+    loaded = ModelSession(store.settings, digest, Plan("fp16", candidate, Note("choice.measured"), None, device_profile.profile()))
     assert (loaded.fallback, loaded.candidate.precision, loaded.describe()["precision"]) == (None, "fp32", "fp32")
     loaded.runtime.close()
 
