@@ -110,7 +110,7 @@ class Finaliser:
         """The sender's explicit end: what these outcomes stored is complete and can be read; tells the worker."""
         series = {outcome["series_id"] for outcome in outcomes if outcome["series_id"]}
         if series:
-            self._store.close_series(sorted(series))
+            self._store.planner.close_series(sorted(series))
             wake(self._settings)
 
     def stop(self) -> None:

@@ -15,10 +15,10 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from appliance.core.domain import Note
-from appliance.core.run_summary import Running, name_of
+from appliance.core.run_summary import RuntimeStatus, name_of
 from appliance.lifecycle.trial_monitor import allowed_latency_ms
 from appliance.store.store import Store
-from appliance.store.tuning_requests import Tuning, Tunings
+from appliance.store.tuning_requests import TuningRequest, TuningRequests
 from model_sync.bundle import Watch
 
 # The way of every version; each may end in one of TROUBLE instead.
@@ -42,7 +42,7 @@ class Model:
     activated_at: str
     title: Mapping[str, str]
     watch: Watch
-    running: Running
+    running: RuntimeStatus
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Line:
     mended: bool
     minimum_version: str
     withdrawn: tuple[tuple[str, str], ...]
-    tuning: Tuning | None = None
+    tuning: TuningRequest | None = None
 
     @property
     def under_way(self) -> tuple[Activation, ...]:
@@ -139,7 +139,7 @@ def lines(store: Store) -> list[Line]:
     )
     names = sorted({row["name"] for row in (*models, *journal)} | set(rules))
     known = {row["digest"]: _model(row) for row in models}
-    tunings = Tunings(database)
+    tunings = TuningRequests(database)
     found = [
         _line(
             name,
@@ -202,7 +202,7 @@ def _model(row: sqlite3.Row) -> Model:
         activated_at=row["activated_at"],
         title=title if isinstance(title, dict) and {"zh", "en"} <= title.keys() else {},
         watch=watch,
-        running=Running.of(row["self_test"]),
+        running=RuntimeStatus.of(row["self_test"]),
     )
 
 

@@ -89,17 +89,17 @@ def _back(study_id: int, done: _Outcome) -> ResponseReturnValue:
 
 
 def _told(study_id: int, done: _Outcome) -> ResponseReturnValue:
-    why = the_box().store.urgency_of(study_id)
+    why = the_box().store.queue.urgency_of(study_id)
     return jsonify(study=study_id, outcome=done.outcome, jobs=done.jobs, message=done.message, urgent=asdict(why) if why else None)
 
 
 def _read_first(study_id: int) -> _Outcome:
     """Raises StoreError ``store.missing``."""
     box = the_box()
-    before = box.store.urgency_of(study_id)
-    jobs = box.store.make_urgent(study_id, current_user.account.username)
+    before = box.store.queue.urgency_of(study_id)
+    jobs = box.store.queue.make_urgent(study_id, current_user.account.username)
     wake(box.settings)
-    standing = box.store.standing_of(study_id)
+    standing = box.store.queue.study_progress(study_id)
     if jobs or (before is None and standing == "waits"):
         return _Outcome("first", jobs)
     if standing == "waits":
@@ -109,7 +109,7 @@ def _read_first(study_id: int) -> _Outcome:
 
 def _no_longer_first(study_id: int) -> _Outcome:
     """Raises StoreError ``store.missing``."""
-    jobs = the_box().store.make_routine(study_id, current_user.account.username)
+    jobs = the_box().store.queue.make_routine(study_id, current_user.account.username)
     return _Outcome("was_not_first") if jobs is None else _Outcome("no_longer_first", jobs)
 
 

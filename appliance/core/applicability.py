@@ -17,7 +17,7 @@ class Verdict:
     notes: tuple[Note, ...] = ()
 
 
-def reads_volumes(manifest: Manifest) -> bool:
+def is_volume_model(manifest: Manifest) -> bool:
     """Whether a model reads whole series and not single images."""
     return isinstance(manifest.input, VolumeSpec)
 

@@ -41,7 +41,7 @@ class Child:
 
     Attributes:
         output: what it has said, as far as nobody took it.
-        babbled: whether it was ended for saying too much.
+        exceeded_output: whether it was ended for saying too much.
 
     Raises:
         OSError: it could not be started.
@@ -58,7 +58,7 @@ class Child:
         self._limit = time.monotonic() + deadline_s
         self._limit_bytes = limit_bytes
         self._said = 0
-        self.babbled = False
+        self.exceeded_output = False
         self.output = bytearray()
         with suppress(OSError):  # more than 64 KiB in one go where the system allows it
             fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, 16 * _CHUNK_BYTES)
@@ -83,7 +83,7 @@ class Child:
             self._said += len(data)
             self.output += data
             if self._said > self._limit_bytes:  # nothing of ours says so much
-                self.babbled = True
+                self.exceeded_output = True
                 self.end()
                 return True
         return False

@@ -32,7 +32,7 @@ class ScanState(str, Enum):
 
 
 PENDING_STATES = (ScanState.WAITING, ScanState.QUEUED, ScanState.RUNNING)
-READ_STATES = (ScanState.AI_READY, ScanState.REVIEWING, ScanState.SIGNED, ScanState.OVERRIDDEN)
+ANALYSED_STATES = (ScanState.AI_READY, ScanState.REVIEWING, ScanState.SIGNED, ScanState.OVERRIDDEN)
 
 # Of several images in one study the state that needs a person most is the one shown.
 STATE_URGENCY = (
@@ -146,7 +146,7 @@ class Scan:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredImage:
     """The store's answer to a scan that is durable now."""
 
     instance_id: int

@@ -70,7 +70,7 @@ def limit_memory(limit_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
 
 
-def give_back_memory() -> None:
+def release_memory() -> None:
     """Return freed heap to the system (malloc_trim, glibc): loading a model leaves tens of megabytes of it behind."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # musl has none
@@ -107,7 +107,7 @@ class Lock:
         self._file.close()
 
 
-def held_by_another(data_dir: Path, role: str) -> bool:
+def is_held_by_another(data_dir: Path, role: str) -> bool:
     """Whether another process holds a role's lock, found without touching the lock: whoever is about to take it must get it.
 
     Reads ``/proc/locks``; where that cannot be read nobody seems to hold it.

@@ -18,7 +18,7 @@ _NAMES: Final = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tensorr
 
 
 @dataclass(frozen=True)
-class Ran:
+class RunSummary:
     """What ran one model.
 
     Attributes:
@@ -41,7 +41,7 @@ class Ran:
         return self.code == FALLBACK
 
     @classmethod
-    def of(cls, stored: Mapping[str, Any]) -> Ran | None:
+    def of(cls, stored: Mapping[str, Any]) -> RunSummary | None:
         """What a job kept in ``runtime``; None where nothing ran."""
         if not stored.get("runtime"):
             return None
@@ -52,7 +52,7 @@ class Ran:
 
 
 @dataclass(frozen=True)
-class Way:
+class CandidateSummary:
     """One line of the table of what was measured; see :class:`appliance.tuning.selection.Row`."""
 
     runtime: str
@@ -70,7 +70,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Running:
+class RuntimeStatus:
     """How a model at work is run: what was chosen and why, all that was tried, and what the worker says that runs.
 
     Attributes:
@@ -87,9 +87,9 @@ class Running:
     """
 
     reason: Note | None
-    chosen: Way | None
-    table: tuple[Way, ...]
-    now: Ran | None
+    chosen: CandidateSummary | None
+    table: tuple[CandidateSummary, ...]
+    now: RunSummary | None
     since: str
     fallback: Note | None
     other: Note | None
@@ -98,12 +98,12 @@ class Running:
     profile: str
 
     @classmethod
-    def of(cls, self_test: str | None) -> Running:
+    def of(cls, self_test: str | None) -> RuntimeStatus:
         """Read a stored self-test."""
         report = _object(self_test)
         reason, fallback = _note(report.get("reason")), _object(report.get("fallback"))
         runs = _object(report.get("runs")) or fallback | {"reason": fallback}  # an older version told of a fallback only
-        now, why = Ran.of(runs), _note(runs.get("reason"))
+        now, why = RunSummary.of(runs), _note(runs.get("reason"))
         differs = why is not None and why.code not in (FALLBACK, reason.code if reason else why.code)
         table = report.get("table")
         ways = sorted((way for way in map(_way, table if isinstance(table, list) else []) if way), key=_order)
@@ -133,19 +133,19 @@ def _note(value: Any) -> Note | None:
     return Note(str(note["code"]), str(note.get("detail", ""))) if "code" in note else None
 
 
-def _order(way: Way) -> tuple[bool, bool, float]:
+def _order(way: CandidateSummary) -> tuple[bool, bool, float]:
     """The chosen first, then by time, then what has none."""
     return (way.state != "chosen", way.median_ms is None, way.median_ms or 0.0)
 
 
-def _way(row: Any) -> Way | None:
+def _way(row: Any) -> CandidateSummary | None:
     row = _object(row)
     candidate, layers = _object(row.get("candidate")), _object(row.get("layers"))
     if not candidate or "state" not in row:
         return None
     there = bool(candidate.get("file"))
     counted = ((str(name), int(count)) for name, count in layers.items() if isinstance(count, int))
-    return Way(
+    return CandidateSummary(
         runtime=name_of(str(candidate.get("runtime", ""))),
         provider=str(candidate.get("provider", "")),
         precision=str(candidate.get("precision", "")),

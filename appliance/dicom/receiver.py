@@ -101,7 +101,7 @@ class Receiver:
         with self._guard:
             series = self._touched.pop(id(event.assoc), set())
         if series:
-            self._store.close_series(sorted(series))
+            self._store.planner.close_series(sorted(series))
             wake(self._settings)
 
 

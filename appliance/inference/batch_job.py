@@ -57,7 +57,7 @@ class BatchJob:
         pending = [(image, None if outputs is None else _select(outputs, index)) for index, image in enumerate(images)]
         while pending:
             self._run_urgent()
-            urgent = self._store.urgent_among([image.job.id for image, _ in pending])
+            urgent = self._store.queue.urgent_among([image.job.id for image, _ in pending])
             image, one = pending.pop(next((index for index, (item, _) in enumerate(pending) if item.job.id in urgent), 0))
             self._guard(image.job, partial(self._finish, image, one, run, batch_size))
 
@@ -74,7 +74,7 @@ class BatchJob:
     def _run_urgent_first(self, waiting: list[Job], images: list[PreparedImage]) -> bool:
         """Run urgent jobs of the queue, then those of this batch; returns whether any image still has to be prepared."""
         self._run_urgent()
-        while urgent := self._store.urgent_among([job.id for job in waiting] + [image.job.id for image in images]):
+        while urgent := self._store.queue.urgent_among([job.id for job in waiting] + [image.job.id for image in images]):
             for job in [job for job in waiting if job.id in urgent]:
                 waiting.remove(job)
                 self._run_alone(job)

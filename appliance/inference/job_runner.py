@@ -75,17 +75,17 @@ class JobRunner:
         except InterruptedJobError:
             raise
         except MemoryError:
-            self._store.fail_job(job, Note("job.memory"))
+            self._store.queue.fail_job(job, Note("job.memory"))
         except StoreError as error:
             if error.code not in ("store.missing", "store.tampered"):
                 raise
-            self._store.finish_job(job, JobResult(ScanState.NOT_ANALYSED, Note(error.code, error.detail)))
+            self._store.queue.finish_job(job, JobResult(ScanState.NOT_ANALYSED, Note(error.code, error.detail)))
         except ApplianceError as error:
             logger.warning("job failed", extra={"job": job.id, "code": error.code})
-            self._store.fail_job(job, Note(error.code, error.detail))
+            self._store.queue.fail_job(job, Note(error.code, error.detail))
         except Exception as error:  # top of the worker loop: one bad scan never stops the queue
             logger.exception("job failed", extra={"job": job.id})
-            self._store.fail_job(job, Note("job.error", type(error).__name__))
+            self._store.queue.fail_job(job, Note("job.error", type(error).__name__))
         finally:
             self._set_deadline(0)
         return None
@@ -132,8 +132,8 @@ def commit(store: Store, job: Job, result: JobResult, timer: Timer, started: flo
         started: ``time.perf_counter()`` at its start; None where other jobs ran in between, and only its own parts count.
     """
     with timer.part("store"):
-        is_committed = store.finish_job(job, result)
+        is_committed = store.queue.finish_job(job, result)
     if is_committed:
         timer.ms["total"] = timer.total_ms() if started is None else (time.perf_counter() - started) * 1000
-        store.record_store_time(job, timer.ms)
+        store.queue.record_store_time(job, timer.ms)
         logger.info("job done", extra={"job": job.id, "state": result.state.value, "seconds": round(timer.ms["total"] / 1000, 3)})

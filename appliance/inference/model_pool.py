@@ -15,12 +15,12 @@ from typing import Final
 
 from appliance.core.domain import JobState, Note
 from appliance.core.errors import ActivationError, ApplianceError, InferenceError
-from appliance.core.process import give_back_memory
+from appliance.core.process import release_memory
 from appliance.inference.model_session import RETRY_S, ModelSession
 from appliance.inference.remote_runtime import REMOTE_RUNTIMES
 from appliance.lifecycle.background_loader import Load, Loading
 from appliance.store.store import Store
-from appliance.store.tuning_requests import Tunings
+from appliance.store.tuning_requests import TuningRequests
 from appliance.tuning.selection import Plan
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class ModelPool:
 
     def __init__(self, store: Store, request_tuning: Callable[[str], None], wait_s: float = CONNECT_WAIT_S) -> None:
         self._store, self._request_tuning, self._wait_s = store, request_tuning, wait_s
-        self._tunings = Tunings(store.database)
+        self._tunings = TuningRequests(store.database)
         self.sessions: dict[str, ModelSession] = {}
         self._loading: dict[str, Loading] = {}
         self._failures: dict[str, _Failure] = {}
@@ -90,7 +90,7 @@ class ModelPool:
                 continue
             with suppress(ApplianceError):  # recorded and logged; its jobs fail with this reason, the other models go on
                 self.get(digest)
-            give_back_memory()
+            release_memory()
 
     def update(self) -> None:
         """Collect the models that were loaded in the background, retry remote runtimes, close unused models. Never waits."""
@@ -120,7 +120,7 @@ class ModelPool:
             lost.close(wait=True)  # else its unloading could hit the model that is loaded anew on the server
             return ModelSession(self._store.settings, digest, plan)
 
-        self._tunings.cannot_run(lost.digest, Note(error.code, error.detail))
+        self._tunings.record_cannot_run(lost.digest, Note(error.code, error.detail))
         self._load_in_background(lost.digest, load)
 
     def _collect_loaded(self) -> None:
@@ -154,7 +154,7 @@ class ModelPool:
             return
         for digest in set(self.sessions) - active - self._queued():
             self.sessions.pop(digest).close()
-            give_back_memory()
+            release_memory()
 
     # -- loading -----------------------------------------------------------------------------------------------------
 
@@ -207,16 +207,16 @@ class ModelPool:
         """Record that nothing runs a model, and have it measured: another candidate may run."""
         logger.error("model not ready", extra={"code": error.code})
         self._failures[digest] = _Failure(error, retry_at)
-        self._tunings.cannot_run(digest, Note(error.code, error.detail))
+        self._tunings.record_cannot_run(digest, Note(error.code, error.detail))
         self._request_tuning(digest)
 
     def _record(self, session: ModelSession) -> None:
         """Store what runs a model; where that is not what was chosen, have it measured again, or retry its remote runtime."""
         self._recorded[session.digest] = session.fallback
         if session.fallback is None:
-            self._tunings.runs_as_chosen(session.digest, session.describe())
+            self._tunings.record_chosen(session.digest, session.describe())
             return
-        self._tunings.fell_back(session.digest, session.fallback, session.describe())
+        self._tunings.record_fallback(session.digest, session.fallback, session.describe())
         if not session.is_remote:
             self._request_tuning(session.digest)
 

@@ -69,8 +69,8 @@ class Preemption:
                 raise InterruptedJobError
             if is_stopping:
                 return
-            self._store.close_idle_series(urgent=True)  # its sender may keep the association open and never signal the end
-            job = self._store.claim_job(self._owner, self._runner.lease_s(), self._held(), urgent=True, volumes=not is_volume)
+            self._store.planner.close_idle_series(urgent=True)  # its sender may keep the association open and never signal the end
+            job = self._store.queue.claim_job(self._owner, self._runner.lease_s(), self._held(), urgent=True, volumes=not is_volume)
             if job is None:
                 return
             self.run(job)

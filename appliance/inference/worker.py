@@ -81,12 +81,12 @@ class Worker:
 
     def run_once(self) -> bool:
         """Run one job, or a batch of jobs. Returns False when there was none."""
-        job = self._store.claim_job(self._owner, self._runner.lease_s(), self._held())
+        job = self._store.queue.claim_job(self._owner, self._runner.lease_s(), self._held())
         if job is None:
             return False
         model = self.models.sessions.get(job.model_digest)
         size = model.candidate.batch if model is not None else 1
-        others = self._store.claim_company(job, size - 1, self._runner.lease_s(size)) if size > 1 else []
+        others = self._store.queue.claim_batch(job, size - 1, self._runner.lease_s(size)) if size > 1 else []
         try:
             if model is not None and others:
                 batch = BatchJob(self._store, model, self._runner.guard, self._preemption.run, partial(self._preemption.run_urgent, job))
@@ -94,7 +94,7 @@ class Worker:
             else:
                 self._preemption.run(job)
         except InterruptedJobError:
-            self._store.give_back([job, *others])
+            self._store.queue.return_jobs([job, *others])
         self.models.record_changes()
         return True
 
@@ -140,7 +140,7 @@ def _recover(store: Store, worker: Worker) -> None:
     """Clean up after the previous worker, load the models, then clear the crash marker."""
     store.content.sweep()
     at_work = worker.activator.journal.at_work()
-    store.recover_jobs()
+    store.queue.recover_jobs()
     worker.models.skip_tuned_runtime(worker.activator.recover(at_work))
     worker.prepare()
     worker.activator.ready()
@@ -150,12 +150,12 @@ def _loop(store: Store, worker: Worker, wakeup: Wakeup, is_stopping: Callable[[]
     planned_at = 0.0
     while not is_stopping():
         if time.monotonic() - planned_at > _PLAN_INTERVAL_S:  # under load too: an idle series must not wait for an empty queue
-            store.close_idle_series()
+            store.planner.close_idle_series()
             planned_at = time.monotonic()
         worker.step()
         if worker.run_once():
             continue
-        if store.close_idle_series() or (until_idle and _close_all_series(store)):
+        if store.planner.close_idle_series() or (until_idle and _close_all_series(store)):
             continue
         is_busy = worker.activator.busy or worker.models.is_loading
         if until_idle and not is_busy:
@@ -166,7 +166,7 @@ def _loop(store: Store, worker: Worker, wakeup: Wakeup, is_stopping: Callable[[]
 
 def _close_all_series(store: Store) -> int:
     """Close every open series: without a receiver no further image can arrive."""
-    return store.close_series([row["id"] for row in store.database.query("SELECT id FROM series WHERE open = 1")])
+    return store.planner.close_series([row["id"] for row in store.database.query("SELECT id FROM series WHERE open = 1")])
 
 
 def _stop_on_signal() -> Callable[[], bool]:

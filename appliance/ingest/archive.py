@@ -20,7 +20,7 @@ from typing import Final
 from appliance.core.domain import PictureForm, Source
 from appliance.core.errors import ApplianceError, IngestError
 from appliance.core.settings import Settings
-from appliance.ingest.ingest import Accepted, Ingest
+from appliance.ingest.ingest import AcceptedScan, Ingest
 
 _ZIP_MAGIC: Final = (b"PK\x03\x04", b"PK\x05\x06")
 _PICTURE_MAGIC: Final = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
@@ -50,7 +50,7 @@ class Outcome:
     """What became of one file: the durable scan, or the coded reason why not."""
 
     name: str
-    accepted: Accepted | None
+    accepted: AcceptedScan | None
     code: str = ""
     detail: str = ""
 

@@ -22,7 +22,7 @@ from pydicom.dataelem import RawDataElement
 from pydicom.filereader import read_partial
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from appliance.core.domain import Note, Patient, PictureForm, Scan, Source, Stored, age_years
+from appliance.core.domain import Note, Patient, PictureForm, Scan, Source, StoredImage, age_years
 from appliance.core.errors import ApplianceError, IngestError, StoreError
 from appliance.imaging.dicom_files import PARSE_ERRORS, accept_invalid_values
 from appliance.imaging.pixels import PixelCaps, check_structure
@@ -53,10 +53,10 @@ _PIXEL_TAGS: Final = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10", b"\xe0\x7f\x08\x
 
 
 @dataclass(frozen=True)
-class Accepted:
+class AcceptedScan:
     """A scan that is durable: where it stands in the store, and what the door read from it."""
 
-    stored: Stored
+    stored: StoredImage
     scan: Scan
 
 
@@ -68,7 +68,7 @@ class Ingest:
         self._caps = PixelCaps()
         self._hashing = ThreadPoolExecutor(2, thread_name_prefix="hash")
 
-    def accept(self, data: bytes, source: Source, started: float | None = None) -> Accepted:
+    def accept(self, data: bytes, source: Source, started: float | None = None) -> AcceptedScan:
         """Take one DICOM file.
 
         Args:
@@ -82,7 +82,7 @@ class Ingest:
         """
         return self._take(data, source, started, ())
 
-    def accept_picture(self, data: bytes, form: PictureForm, source: Source) -> Accepted:
+    def accept_picture(self, data: bytes, form: PictureForm, source: Source) -> AcceptedScan:
         """Take a PNG or JPEG as a Secondary Capture (PS3.3 A.8); the same picture and form give the same UIDs.
 
         Raises:
@@ -100,7 +100,7 @@ class Ingest:
             raise
         return self._take(encoded, source, started, (Note("caution.view_from_form", form.view),) if form.view else ())
 
-    def _take(self, data: bytes, source: Source, started: float | None, notes: tuple[Note, ...]) -> Accepted:
+    def _take(self, data: bytes, source: Source, started: float | None, notes: tuple[Note, ...]) -> AcceptedScan:
         started = time.perf_counter() if started is None else started
         try:
             dataset = self._parse(data)
@@ -109,7 +109,7 @@ class Ingest:
             del dataset
             # Hashing leaves the interpreter free: it goes on beside the writing.
             digest = self._hashing.submit(content_digest, data, scan)
-            return Accepted(self._store.add_instance(scan, digest.result, data, source, started), scan)
+            return AcceptedScan(self._store.add_instance(scan, digest.result, data, source, started), scan)
         except MemoryError as error:  # the process's memory cap: no fault of the scan's, which may be sent again later
             busy = StoreError("ingest.memory")
             self.record_refusal(source, len(data), busy.code, "")

@@ -29,7 +29,7 @@ _CHUNK_BYTES: Final = 1 << 20
 _ABANDONED_S: Final = 3600.0
 
 
-class ContentFiles:
+class EncryptedFiles:
     """The encrypted files below one data directory.
 
     Args:

@@ -19,7 +19,7 @@ from appliance.store.planning import next_revision
 Origin = Literal["person", "cli", "sender"]
 
 # What becomes of the images of a study: some wait, all have a result of a model, or nothing waits and some have none.
-Standing = Literal["waits", "read", "unread"]
+StudyProgress = Literal["waits", "read", "unread"]
 
 # Of the defined terms of Requested Procedure Priority (0040,1003), PS3.3 Table C.4-11.
 URGENT_TERMS: Final = ("STAT", "HIGH")

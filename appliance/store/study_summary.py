@@ -8,7 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from appliance.core.run_summary import Ran
+from appliance.core.run_summary import RunSummary
 
 if TYPE_CHECKING:
     from appliance.store.database import Database
@@ -18,16 +18,16 @@ RECALLED: Final = ("model.withdrawn", "activation.rolled_back")
 
 
 @dataclass(frozen=True)
-class StudyFacts:
+class StudySummary:
     """Of one study; see :class:`appliance.store.worklist.StudyRow`."""
 
     recalled: bool = False
     scored: bool = False
     measured: tuple[tuple[str, str, float], ...] = ()
-    ran: tuple[Ran, ...] = ()
+    ran: tuple[RunSummary, ...] = ()
 
 
-def study_facts(database: Database, ids: str) -> dict[int, StudyFacts]:
+def study_summaries(database: Database, ids: str) -> dict[int, StudySummary]:
     """Facts by study, of the studies whose ids (a JSON list) are given."""
     recalled = {row["study_id"] for row in _recalled(database, ids)}
     scored = {row["study_id"] for row in _scored(database, ids)}
@@ -35,10 +35,10 @@ def study_facts(database: Database, ids: str) -> dict[int, StudyFacts]:
     for row in _measured(database, ids):
         measured[row["study_id"]].append((row["title_zh"], row["title_en"], row["value"]))
     for row in _ran(database, ids):
-        if way := Ran.of(dict(row)):
+        if way := RunSummary.of(dict(row)):
             ran[row["study_id"]].append(way)
     return {
-        study: StudyFacts(study in recalled, study in scored, tuple(measured[study]), tuple(dict.fromkeys(ran[study])))
+        study: StudySummary(study in recalled, study in scored, tuple(measured[study]), tuple(dict.fromkeys(ran[study])))
         for study in {*recalled, *scored, *measured, *ran}
     }
 

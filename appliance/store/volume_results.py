@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from appliance.core.domain import Measurement, Note
 from appliance.core.errors import StoreError
-from appliance.core.run_summary import Ran
+from appliance.core.run_summary import RunSummary
 from appliance.store.store import Store
 from appliance.store.study_summary import RECALLED
 
@@ -43,7 +43,7 @@ class VolumeView:
     runtime: str
     planes: tuple[str, ...]
     recall: Note | None
-    ran: Ran | None
+    ran: RunSummary | None
 
     def to_json(self) -> dict[str, Any]:
         """The result as ``appliance analyze --json`` prints it; the mask stays in the store."""
@@ -76,7 +76,7 @@ class VolumeResults:
 
     def _view(self, row: dict[str, Any]) -> VolumeView:
         geometry, notes = json.loads(row.pop("geometry")), json.loads(row.pop("notes"))
-        ran = Ran.of(json.loads(row.pop("ran") or "{}"))
+        ran = RunSummary.of(json.loads(row.pop("ran") or "{}"))
         measured = self._db.query("SELECT * FROM measurements WHERE job_id = ? ORDER BY id", row["job_id"])
         planes = self._db.query("SELECT plane FROM key_pictures WHERE job_id = ? ORDER BY plane", row["job_id"])
         return VolumeView(

@@ -14,11 +14,11 @@ from typing import Any, Final
 
 from appliance.core.domain import PENDING_STATES, STATE_URGENCY, Finding, JobKind, Note, ScanState, Status
 from appliance.core.errors import StoreError
-from appliance.core.run_summary import Ran
+from appliance.core.run_summary import RunSummary
 from appliance.store.priority import Urgency
-from appliance.store.series_jobs import TAKEABLE
+from appliance.store.series_jobs import CLAIMABLE
 from appliance.store.store import Store
-from appliance.store.study_summary import RECALLED, StudyFacts, study_facts
+from appliance.store.study_summary import RECALLED, StudySummary, study_summaries
 
 PAGE_SIZE: Final = 50
 _MAX_CHANGES: Final = 200
@@ -57,7 +57,7 @@ class StudyRow:
     patient_mismatch: bool
     conflict: bool
     recalled: bool
-    ran: tuple[Ran, ...] = ()
+    ran: tuple[RunSummary, ...] = ()
     pending: bool = False
     urgent: Urgency | None = None
 
@@ -114,9 +114,9 @@ class InstanceView:
         """Whether a model drew in the series of this image: its result is the series'."""
         return any(job.kind == JobKind.VOLUME.value and job.outcome is ScanState.AI_READY for job in self.jobs)
 
-    def ran(self, finding: Finding) -> Ran | None:
+    def ran(self, finding: Finding) -> RunSummary | None:
         """What ran the model that made this finding."""
-        return next((Ran.of(job.runtime) for job in self.jobs if job.id == finding.job_id), None)
+        return next((RunSummary.of(job.runtime) for job in self.jobs if job.id == finding.job_id), None)
 
     @property
     def status(self) -> Status:
@@ -260,7 +260,7 @@ class Worklist:
             " GROUP BY s.study_id, f.label, f.title_zh, f.title_en ORDER BY score DESC",
             ids,
         )
-        facts = study_facts(self._db, ids)
+        facts = study_summaries(self._db, ids)
         queue = self._queue_positions() if any(row["state"] == ScanState.QUEUED.value for row in instances) else {}
         return [
             _study_row(
@@ -268,7 +268,7 @@ class Worklist:
                 [i for i in instances if i["study_id"] == row["id"]],
                 [p for p in positive if p["study_id"] == row["id"]],
                 queue,
-                facts.get(row["id"], StudyFacts()),
+                facts.get(row["id"], StudySummary()),
             )
             for row in studies
         ]
@@ -276,7 +276,7 @@ class Worklist:
     def _queue_positions(self) -> dict[int, int]:
         """Place in the queue of every queued image, 1 = next."""
         rows = self._db.query(
-            f"SELECT instance_id FROM jobs WHERE state = 'queued' AND {TAKEABLE} ORDER BY priority DESC, id LIMIT 10000"  # noqa: S608
+            f"SELECT instance_id FROM jobs WHERE state = 'queued' AND {CLAIMABLE} ORDER BY priority DESC, id LIMIT 10000"  # noqa: S608
         )
         return {row["instance_id"]: place for place, row in reversed(list(enumerate(rows, start=1)))}
 
@@ -331,7 +331,7 @@ def _notes(text: str) -> tuple[Note, ...]:
 
 
 def _study_row(
-    row: sqlite3.Row, instances: list[sqlite3.Row], positive: list[sqlite3.Row], queue: dict[int, int], facts: StudyFacts
+    row: sqlite3.Row, instances: list[sqlite3.Row], positive: list[sqlite3.Row], queue: dict[int, int], facts: StudySummary
 ) -> StudyRow:
     worst = min(instances, key=lambda item: STATE_URGENCY.index(ScanState(item["state"])))
     places = [queue[item["id"]] for item in instances if item["id"] in queue]

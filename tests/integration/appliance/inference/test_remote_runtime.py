@@ -16,7 +16,7 @@ from appliance.cli.main import main
 from appliance.core import device_profile
 from appliance.core.domain import ScanState, Source
 from appliance.core.errors import InferenceError
-from appliance.core.run_summary import Running
+from appliance.core.run_summary import RuntimeStatus
 from appliance.inference import model_pool, model_session, remote_runtime
 from appliance.inference.model_session import ModelSession
 from appliance.inference.worker import Worker
@@ -27,7 +27,7 @@ from appliance.lifecycle.model_control import activate
 from appliance.lifecycle.retuning import Retuner
 from appliance.runtime import Candidate
 from appliance.store.store import Store
-from appliance.store.tuning_requests import Tuning, Tunings
+from appliance.store.tuning_requests import TuningRequest, TuningRequests
 from appliance.store.worklist import JobView, Worklist
 from appliance.tuning.selection import Plan
 from model_sync.bundle import Manifest
@@ -74,7 +74,7 @@ def choose(
     store: Store, digest: str, table: list[dict[str, Any]] | None = None, profile: str = "", line: str = LINE, **changes: Any
 ) -> None:
     """Store a choice, as a measuring on a device would."""
-    tunings, report = Tunings(store.database), json.loads(store.model(digest)["self_test"])
+    tunings, report = TuningRequests(store.database), json.loads(store.model(digest)["self_test"])
     report["choice"] |= changes
     report |= {"reason": {"code": "choice.measured", "detail": ""}, "table": table or [], "profile": profile or device_profile.profile()}
     tunings.done(tunings.ask(digest, line, "test"), report)
@@ -117,10 +117,10 @@ def read_all(made: Worker) -> None:
         settle(made)
 
 
-def requested_tuning(made: Worker, store: Store, digest: str) -> Tuning:
+def requested_tuning(made: Worker, store: Store, digest: str) -> TuningRequest:
     """The measuring of a model that was requested. An idle worker starts it at once: it is stopped, and returns to the queue, before."""
     made.activator.stop()
-    tuning = Tunings(store.database).of(digest)
+    tuning = TuningRequests(store.database).of(digest)
     assert tuning is not None
     return tuning
 
@@ -210,7 +210,7 @@ def test_a_hub_that_goes_down_costs_no_scan_and_reads_again_when_it_is_back(
         assert job_of(box, image).runtime["runtime"] == "onnxruntime"
     assert attempts(box) == {1}
     assert json.loads(box.model(digest)["self_test"])["fallback"]["code"] == "choice.fallback"
-    known = Tunings(box.database).of(digest)
+    known = TuningRequests(box.database).of(digest)
     assert known is not None
     assert known.state == "done"  # it is waited for, not replaced
     again = KserveServer(int(hub.address.rpartition(":")[2]))
@@ -299,7 +299,7 @@ def test_a_hub_that_stays_away_has_the_box_measure_what_it_has_of_its_own(
     made = reader(box)
     take(box, chest())  # a scan waits: what is asked for is not begun yet
     limit = time.monotonic() + 60
-    while (known := Tunings(box.database).of(digest)) is None or known.state != "asked":
+    while (known := TuningRequests(box.database).of(digest)) is None or known.state != "asked":
         assert time.monotonic() < limit
         made.step()
         time.sleep(0.02)
@@ -390,7 +390,7 @@ def test_where_the_plain_way_is_wrong_a_hub_that_dies_is_said_and_reached_for_un
     hub.close()
     image = take(box, chest(2))
     assert made.run_once()
-    running = Running.of(box.model(digest)["self_test"])
+    running = RuntimeStatus.of(box.model(digest)["self_test"])
     assert (running.now, running.stopped.code if running.stopped else "") == (None, "runtime.unavailable")
     assert told_centre(box)[0] == "none"
     read_all(made)
@@ -402,7 +402,7 @@ def test_where_the_plain_way_is_wrong_a_hub_that_dies_is_said_and_reached_for_un
     again = KserveServer(int(hub.address.rpartition(":")[2]))
     try:
         wait_until(lambda: made.step() or digest in made.models.sessions)  # with no scan that asks for it
-        running = Running.of(box.model(digest)["self_test"])
+        running = RuntimeStatus.of(box.model(digest)["self_test"])
         assert (running.now.runtime if running.now else "", running.stopped) == ("Triton", None)
         later = take(box, chest(3))
         read_all(made)
@@ -547,7 +547,7 @@ def test_results_of_a_batch_say_what_answered_it_and_not_what_runs_the_model_by_
         answered = sum(path.endswith("/infer") for _, path, _, _ in hub.seen) > before
         if seconds and images and answered and not urgent:  # at the first result
             urgent.append(take(box, chest(9)))
-            box.make_urgent(Worklist(box).study_of(urgent[0]), "wang")
+            box.queue.make_urgent(Worklist(box).study_of(urgent[0]), "wang")
             hub.close()
 
     made = Worker(box, cut, wait_s=60)
@@ -577,7 +577,7 @@ def test_a_series_is_read_whole_by_one_way_and_says_that_it_left_the_box(
         if dies:
             hub.fault, hub.dies_at = "lies", hub.inferences + 4
         stored = [Ingest(box).accept(encode(item), Source("cli", "test")).stored for item in made_up.slices(20)]
-        box.close_series({image.series_id for image in stored})
+        box.planner.close_series({image.series_id for image in stored})
         read_all(here)
     jobs = [dict(row) for row in box.database.query("SELECT runtime, outcome FROM jobs WHERE kind = 'volume' ORDER BY id")]
     ran = [json.loads(job["runtime"]) for job in jobs]

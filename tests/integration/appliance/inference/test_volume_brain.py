@@ -97,7 +97,7 @@ def box(bundle: ModelBundle, tmp_path_factory: pytest.TempPathFactory) -> Store:
 def take(store: Store, files: list[Path]) -> None:
     ingest = Ingest(store)
     accepted = [ingest.accept(path.read_bytes(), Source("cli", "test", path.name)) for path in files]
-    store.close_series(sorted({item.stored.series_id for item in accepted}))
+    store.planner.close_series(sorted({item.stored.series_id for item in accepted}))
 
 
 def test_a_series_is_one_job_and_all_its_images_share_the_result(box: Store) -> None:
@@ -106,7 +106,7 @@ def test_a_series_is_one_job_and_all_its_images_share_the_result(box: Store) -> 
     assert len(study.instances) == 160
     assert {item.state for item in study.instances} == {ScanState.AI_READY}
     assert all(item.measured and not item.findings for item in study.instances)
-    assert box.pending_jobs() == 0
+    assert box.queue.pending_jobs() == 0
 
 
 def test_white_and_grey_matter_are_in_the_order_of_magnitude_known(box: Store) -> None:
