@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from appliance.core.applicability import Verdict, together
+from appliance.core.applicability import Verdict, combine_verdicts
 from appliance.core.domain import Note
 from appliance.imaging.greyscale import frame_value, numbers
 from appliance.imaging.pixels import frame_count
@@ -92,7 +92,7 @@ def _pulses(ds: Dataset) -> tuple[str, ...]:
 
 def applies_to_sequence(rule: SequenceRule, frames: Sequence[Acquired]) -> Verdict:
     """Hold a series against its model's rule: all of its frames but scout views must agree, as with the rest of ``applies_to``."""
-    return together([_applies(rule, frame) for frame in dict.fromkeys(frames) if not frame.localizer])
+    return combine_verdicts([_applies(rule, frame) for frame in dict.fromkeys(frames) if not frame.localizer])
 
 
 def _applies(rule: SequenceRule, frame: Acquired) -> Verdict:
