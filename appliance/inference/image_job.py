@@ -12,7 +12,7 @@ from appliance.core.errors import InferenceError, PixelError
 from appliance.imaging.dicom_files import PARSE_ERRORS, read_dataset
 from appliance.imaging.pixels import decode_frame
 from appliance.imaging.postprocessing import ScoredLabel, classify
-from appliance.imaging.preprocessing import Prepared, quality, to_tensor
+from appliance.imaging.preprocessing import PreparedInput, check_quality, to_tensor
 from appliance.lifecycle.trial_monitor import BEFORE_MODEL
 from appliance.store.store import Store
 
@@ -55,7 +55,7 @@ class PreparedImage:
     """An image that is ready for its model, and how long that took so far."""
 
     job: Job
-    prepared: Prepared
+    prepared: PreparedInput
     timer: Timer
 
 
@@ -84,7 +84,7 @@ def prepare_image(store: Store, job: Job, spec: InputSpec, timer: Timer) -> Prep
             return JobResult(ScanState.QUALITY_REJECTED, note, timing_ms=timer.ms)
         with timer.part("preprocess"):
             prepared = to_tensor(dataset, spec, pixels=frame)
-            verdict = quality(prepared.display)
+            verdict = check_quality(prepared.display)
     except PixelError as error:
         return JobResult(ScanState.NOT_ANALYSED, Note(error.code, error.detail), timing_ms=timer.ms)
     except MemoryError as error:

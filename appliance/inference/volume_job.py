@@ -15,9 +15,9 @@ import numpy as np
 from appliance.core.domain import Job, JobResult, Measurement, Note, ScanState, VolumeResult
 from appliance.core.errors import InferenceError, PixelError, VolumeError
 from appliance.imaging.dicom_files import PARSE_ERRORS, read_dataset
-from appliance.imaging.volumes.acquisition import acquired, applies_to_sequence
-from appliance.imaging.volumes.key_images import key_pictures
-from appliance.imaging.volumes.limits import check_room, cut_off
+from appliance.imaging.volumes.acquisition import acquisitions, applies_to_sequence
+from appliance.imaging.volumes.key_images import draw_key_images
+from appliance.imaging.volumes.limits import check_memory, cropped_tissue_note
 from appliance.imaging.volumes.segmentation import Segmentation, segment
 from appliance.imaging.volumes.volume import PreparedVolume, Series, prepare, read_series
 from appliance.lifecycle.trial_monitor import BEFORE_MODEL
@@ -90,17 +90,17 @@ def _prepare(
         job.id,
     )
     spec, files = model.manifest.volume_input, _Files(store, [row["id"] for row in rows], on_step)
-    check_memory = partial(
-        check_room, manifest=model.manifest, batch=model.candidate.batch, memory_bytes=store.settings.process_memory_max_bytes
+    check_shape = partial(
+        check_memory, manifest=model.manifest, batch=model.candidate.batch, memory_bytes=store.settings.process_memory_max_bytes
     )
     with timer.part("decode"):
         notes = _check_acquisition(model.manifest, files, {row["modality"] for row in rows})
-        series = read_series(files.sources(), spec, on_step, check_memory)
+        series = read_series(files.sources(), spec, on_step, check_shape)
     on_step()
     with timer.part("preprocess"):
         prepared = prepare(series, spec)
-        check_memory(prepared.grid.shape)
-        cut = cut_off(series, prepared, spec)
+        check_shape(prepared.grid.shape)
+        cut = cropped_tissue_note(series, prepared, spec)
     on_step()
     empty = np.empty((0, 0, 0), series.values.dtype)  # the stored slices are not needed any more, but their memory is
     series = replace(series, values=empty, notes=(*notes, *series.notes, *([cut] if cut else [])))
@@ -136,7 +136,7 @@ def _check_acquisition(manifest: Manifest, files: _Files, modalities: set[str]) 
     rule = manifest.applies_to.sequence
     if rule is None:
         return (Note("caution.sequence_unverified"),) if "MR" in modalities else ()
-    verdict = applies_to_sequence(rule, [frame for header in files.headers() for frame in acquired(header)])
+    verdict = applies_to_sequence(rule, [frame for header in files.headers() for frame in acquisitions(header)])
     if verdict.refusal is not None:
         raise VolumeError(verdict.refusal.code, verdict.refusal.detail)
     return verdict.notes
@@ -192,6 +192,6 @@ def _build_volume_result(
     }  # fmt: skip
     return VolumeResult(
         measurements, manifest.name, manifest.version, model.digest, run["precision"],
-        f"{run['runtime']} {run['version']} {run['provider']}", key_pictures(prepared.values, found.drawn, prepared.grid),
+        f"{run['runtime']} {run['version']} {run['provider']}", draw_key_images(prepared.values, found.voxel_classes, prepared.grid),
         zlib.compress(found.mask.tobytes(), 1), geometry,
     )  # fmt: skip

@@ -16,7 +16,7 @@ import appliance.ingest.ingest  # noqa: F401 - sets how pydicom reads
 from appliance.core.domain import ScanState, Source
 from appliance.core.errors import VolumeError
 from appliance.core.settings import Settings
-from appliance.imaging.volumes.acquisition import acquired, applies_to_sequence
+from appliance.imaging.volumes.acquisition import acquisitions, applies_to_sequence
 from appliance.imaging.volumes.segmentation import dice, segment
 from appliance.imaging.volumes.volume import Series, mask_on_slices, prepare, read_series
 from appliance.inference.worker import Worker
@@ -141,7 +141,7 @@ def test_the_head_is_a_t1_as_the_model_wants_it_and_the_proton_density_series_is
     assert rule is not None
     for directory, code in ((HEAD, None), (HEAD.parent / "mr_pd_ge_bigendian", "scope.image_type")):
         headers = [pydicom.dcmread(path, stop_before_pixels=True) for path in directory.iterdir()]
-        refusal = applies_to_sequence(rule, [frame for header in headers for frame in acquired(header)]).refusal
+        refusal = applies_to_sequence(rule, [frame for header in headers for frame in acquisitions(header)]).refusal
         assert (refusal.code if refusal else None) == code
     assert "sequence" not in box.database.query("SELECT notes FROM jobs")[0]["notes"]
 
