@@ -1,6 +1,6 @@
-"""The reading side of the store: what the pages, the live list and the JSON of ``appliance analyze`` show.
+"""Queries for the pages, the worklist and ``appliance analyze --json``.
 
-Only reads; every row is a frozen dataclass, so that no page sees SQL.
+Every row is a frozen dataclass, so that no page contains SQL.
 """
 
 from __future__ import annotations
@@ -26,12 +26,17 @@ _MAX_CHANGES: Final = 200
 
 @dataclass(frozen=True)
 class StudyRow:
-    """One line of the worklist.
+    """One row of the worklist.
 
-    ``position`` is the place in the queue (1 = next) of a queued study; ``positive`` holds title (zh, en) and highest score of
-    each label above its threshold, ``scored`` says whether any label was held against one at all, ``measured`` holds title (zh, en) and
-    millilitres of what was drawn in a series; ``recalled`` says that a model version that was taken back made a finding of it;
-    ``ran`` is how its models were run; ``pending`` says whether anything of it waits, ``urgent`` why it is read first.
+    Attributes:
+        position: place in the queue of a queued study, 1 = next.
+        positive: title (zh, en) and highest score of each label above its threshold.
+        scored: whether any label was compared with a threshold.
+        measured: title (zh, en) and volume (ml) of each label of a volume model.
+        recalled: whether a model version that was withdrawn or rolled back made one of its findings.
+        ran: what ran its models.
+        pending: whether any of its images waits.
+        urgent: who made it urgent.
     """
 
     id: int
@@ -64,7 +69,7 @@ class StudyRow:
 
 @dataclass(frozen=True)
 class JobView:
-    """What one job did, for the study page and the JSON output."""
+    """One job, for the study page and the JSON output."""
 
     id: int
     state: str
@@ -105,13 +110,13 @@ class InstanceView:
     findings: tuple[Finding, ...]
 
     def recall(self, finding: Finding) -> Note | None:
-        """Why the model version that made this finding was taken back; None while it stands."""
+        """Why the model version of this finding was withdrawn or rolled back; None where it was not."""
         notes = (note for job in self.jobs if job.id == finding.job_id for note in job.notes)
         return next((note for note in notes if note.code in RECALLED), None)
 
     @property
     def measured(self) -> bool:
-        """Whether a model drew in the series of this image: its result is the series'."""
+        """Whether a volume model analysed the series of this image."""
         return any(job.kind == JobKind.VOLUME.value and job.outcome is ScanState.AI_READY for job in self.jobs)
 
     def ran(self, finding: Finding) -> RunSummary | None:
@@ -120,7 +125,7 @@ class InstanceView:
 
     @property
     def status(self) -> Status:
-        """The state as the five words of ``appliance analyze``; a pending image counts as failed (it got no answer)."""
+        """The state in the words of ``appliance analyze``; a pending image counts as failed, since it has no result."""
         words: dict[ScanState, Status] = {
             ScanState.AI_READY: "analysed",
             ScanState.OUT_OF_SCOPE: "out_of_scope",
@@ -146,7 +151,7 @@ class Worklist:
         self._db = store.database
 
     def revision(self) -> int:
-        """The number of the last change a person can see; rises by one with each."""
+        """The number of the last change that a person can see; increases with each."""
         row = self._db.one("SELECT value FROM meta WHERE key = 'revision'")
         return int(row["value"]) if row else 0
 
@@ -155,9 +160,9 @@ class Worklist:
 
         Args:
             before: only studies with a smaller id (the last id of the page before).
-            search: parts of the patient's name, ID or the accession number, as they are shown or as they came: neither case nor
-                width nor blanks nor what DICOM puts between the parts of a name matter, and the parts may stand in any order.
-            limit: most rows to return.
+            search: parts of the patient's name, ID or the accession number, in any order. Case, character width, blanks and the
+                delimiters of DICOM names are ignored.
+            limit: maximum number of rows.
         """
         where: list[str] = ["1"]
         values: list[str | int] = []
@@ -165,21 +170,21 @@ class Worklist:
             where.append("id < ?")
             values.append(before)
         if search.strip():
-            condition, wanted = self._found(search)
+            condition, wanted = self._search_condition(search)
             where.append(condition)
             values += wanted
         rows = self._db.query(f"SELECT * FROM studies WHERE {' AND '.join(where)} ORDER BY id DESC LIMIT ?", *values, limit)  # noqa: S608
         return self._rows(rows)
 
-    def _found(self, search: str) -> tuple[str, list[str]]:
-        """The condition of a search and its values."""
-        parts = [part for word in search.split() if (part := _folded(word)).strip(_SIGN)]
-        if not parts:  # nothing but signs: taken as they are
+    def _search_condition(self, search: str) -> tuple[str, list[str]]:
+        """The SQL condition of a search and its values."""
+        parts = [part for word in search.split() if (part := _folded(word)).strip(_SEPARATOR)]
+        if not parts:  # only punctuation: searched literally
             pattern = "%" + search.strip().replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
             return "(patient_name LIKE ?1 ESCAPE '\\' OR patient_id LIKE ?1 ESCAPE '\\' OR accession_number LIKE ?1 ESCAPE '\\')", [pattern]
 
         def fits(*columns: str) -> bool:
-            known = _SIGN.join(map(_folded, columns))
+            known = _SEPARATOR.join(map(_folded, columns))
             return all(part in known for part in parts)
 
         self._db.connection().create_function("fits", 3, fits, deterministic=True)
@@ -196,7 +201,7 @@ class Worklist:
         return int(row["n"]) if row else 0
 
     def queue_length(self) -> int:
-        """How many jobs wait or run."""
+        """The number of queued and running jobs."""
         row = self._db.one("SELECT count(*) AS n FROM jobs WHERE state IN ('queued', 'running')")
         return int(row["n"]) if row else 0
 
@@ -235,7 +240,7 @@ class Worklist:
         return self.study_of(row["instance_id"])
 
     def heatmap(self, finding_id: int) -> bytes:
-        """A finding's heat map: 8-bit grey PNG over exactly the image's extent; raises StoreError ``store.missing``."""
+        """The heat map of a finding: 8-bit grey PNG that covers exactly the image; raises StoreError ``store.missing``."""
         row = self._db.one("SELECT heatmap_png FROM findings WHERE id = ?", finding_id)
         if row is None or not row["heatmap_png"]:
             raise StoreError("store.missing", f"heat map {finding_id}")
@@ -309,14 +314,14 @@ class Worklist:
         )
 
 
-# Stands between texts that are searched together; no folded text holds it.
-_SIGN: Final = "|"
+# Separates texts that are searched together; no folded text contains it.
+_SEPARATOR: Final = "|"
 
 
 @lru_cache(maxsize=1 << 16)
 def _folded(text: str) -> str:
-    """A text as searches compare it: one width (NFKC), one case, letters and digits alone; the groups of a name stay apart."""
-    return _SIGN.join("".join(filter(str.isalnum, unicodedata.normalize("NFKC", group).casefold())) for group in text.split("="))
+    """Normalise a text for searches: NFKC, one case, letters and digits only; the groups of a name stay separate."""
+    return _SEPARATOR.join("".join(filter(str.isalnum, unicodedata.normalize("NFKC", group).casefold())) for group in text.split("="))
 
 
 _INSTANCES: Final = "SELECT i.*, s.series_instance_uid FROM instances i JOIN series s ON s.id = i.series_id"
