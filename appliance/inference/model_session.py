@@ -209,33 +209,19 @@ class ModelSession:
         try:
             return self._remote.infer(inputs)
         except InferenceError as error:
-            logger.warning("the remote runtime does not answer", extra={"code": error.code})
-            return self._infer_with_baseline(inputs, error)
+            self._replace_remote(self._remote, error)
+        return self._infer(inputs)  # at once, so that the scan loses no attempt
 
-    def _infer_with_baseline(self, inputs: Tensors, error: InferenceError) -> Tensors:
-        """Compute the answer on this box after the remote runtime failed with ``error``, so that the scan loses no attempt."""
-        is_remote_fault = error.code.startswith("runtime.")  # any other error may be the fault of this scan
+    def _replace_remote(self, remote: RemoteRuntime, error: InferenceError) -> None:
+        """Fall back to the baseline; raises ``error`` where that must not take over."""
         try:
             baseline = self._open_baseline(error)
         except InferenceError:
-            if is_remote_fault:
+            if error.code.startswith("runtime."):  # any other error may be the fault of this scan
                 self.lost = error
             raise error from None
-        try:
-            outputs = _infer_one_by_one(baseline, inputs)
-        except InferenceError:
-            if not is_remote_fault:  # neither of them can analyse this scan: the remote runtime is not to blame
-                baseline.close()
-                raise
-            self._replace_remote(baseline, error)
-            raise
-        self._replace_remote(baseline, error)
-        return outputs
-
-    def _replace_remote(self, baseline: Runtime, error: InferenceError) -> None:
-        assert self._remote is not None
         self._fall_back(baseline, error)
-        self._remote.disconnect()  # a server that was restarted must answer the golden cases before it is used again
+        remote.disconnect()  # a server that was restarted must answer the golden cases before it is used again
 
     def _fall_back(self, baseline: Runtime, error: InferenceError) -> None:
         """Let the baseline answer from now on."""

@@ -379,21 +379,9 @@ def _job_view(row: sqlite3.Row) -> JobView:
 
 def _finding(row: sqlite3.Row) -> Finding:
     same = (
-        "id",
-        "job_id",
-        "label",
-        "code",
-        "title_zh",
-        "title_en",
-        "score",
-        "threshold",
-        "measured_on",
-        "model",
-        "model_version",
-        "model_digest",
-        "precision",
-        "runtime",
-    )
+        "id", "job_id", "label", "code", "title_zh", "title_en", "score", "threshold", "measured_on", "model", "model_version",
+        "model_digest", "precision", "runtime",
+    )  # fmt: skip
     outline = tuple(tuple((x, y) for x, y in polygon) for polygon in json.loads(row["outline"]))
     return Finding(
         **{name: row[name] for name in same},
