@@ -12,10 +12,10 @@ import onnxruntime as ort
 import pydicom
 import pytest
 
-import appliance.ingest.ingest  # noqa: F401 - sets how pydicom reads
 from appliance.core.domain import ScanState, Source
 from appliance.core.errors import VolumeError
 from appliance.core.settings import Settings
+from appliance.imaging.dicom_files import accept_invalid_values
 from appliance.imaging.volumes.acquisition import acquisitions, applies_to_sequence
 from appliance.imaging.volumes.segmentation import dice, segment
 from appliance.imaging.volumes.volume import Series, mask_on_slices, prepare, read_series
@@ -36,6 +36,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
 ]
+
+accept_invalid_values()
 
 # One window holds the head: 256 x 256 x 160 mm around it.
 WINDOW = (160, 256, 240)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydicom.uid import DeflatedExplicitVRLittleEndian, generate_uid
 
-from appliance import ingest as module
+from appliance.ingest import ingest as module
 from appliance.core.domain import PictureForm, Source
 from appliance.core.errors import ApplianceError, IngestError, StoreError
 from appliance.core.settings import Settings
