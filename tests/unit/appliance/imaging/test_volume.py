@@ -204,7 +204,7 @@ def test_what_is_too_large_is_refused_by_its_headers_before_any_pixel_is_decoded
 
     asked: list[tuple[int, int, int]] = []
     with pytest.raises(VolumeError, match=detail) as caught:
-        read_series(made_up.sources(made), spec(), fits=fits)
+        read_series(made_up.sources(made), spec(), check_shape=fits)
     assert caught.value.code == "volume.too_large"
     assert len(asked) == (0 if limit else 1)
 
@@ -217,7 +217,7 @@ def test_headers_tell_the_shape_that_the_prepared_volume_will_have(orientation: 
     if last:
         steps |= {"depth": 9, "height": 8, "width": 7}
     rule, asked = VolumeSpec.model_validate(steps), []
-    series = read_series(made_up.sources(made_up.slices(30, rows=36, columns=40, orientation=orientation)), rule, fits=asked.append)
+    series = read_series(made_up.sources(made_up.slices(30, rows=36, columns=40, orientation=orientation)), rule, check_shape=asked.append)
     assert asked == [prepare(series, rule).values.shape]
 
 
@@ -473,5 +473,5 @@ def test_headers_tell_the_shape_after_the_last_crop() -> None:
     crops = [{"step": "crop_pad", "depth": side, "height": side, "width": side, "fill": 0.0, "align": "center"} for side in (200, 24)]
     told: list[tuple[int, int, int]] = []
     wanted = spec(scale=[crops[0], *PLAIN, crops[1]])
-    series = read_series(made_up.sources(made_up.slices()), wanted, fits=told.append)
+    series = read_series(made_up.sources(made_up.slices()), wanted, check_shape=told.append)
     assert told == [(24, 24, 24)] == [prepare(series, wanted).grid.shape]

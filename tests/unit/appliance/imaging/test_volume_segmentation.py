@@ -88,7 +88,7 @@ def test_windows_come_in_batches_and_progress_is_told() -> None:
         sizes.append(len(batch))
         return np.repeat(batch, 2, axis=1)
 
-    slide(np.zeros((16, 16, 16), np.float32), (8, 8, 8), infer, classes=2, overlap=0.0, batch=3, told=told.append)
+    slide(np.zeros((16, 16, 16), np.float32), (8, 8, 8), infer, classes=2, overlap=0.0, batch=3, on_progress=told.append)
     assert sizes == [3, 3, 2] and told == [3 / 8, 6 / 8, 1.0]
 
 
