@@ -15,10 +15,10 @@ from typing import Any, Final, Literal
 from pydantic import ValidationError
 
 from appliance.core.domain import Note
-from appliance.core.run_summary import Running, name_of
+from appliance.core.run_summary import RuntimeStatus, name_of
 from appliance.lifecycle.trial_monitor import allowed_latency_ms
 from appliance.store.store import Store
-from appliance.store.tuning_requests import Tuning, Tunings
+from appliance.store.tuning_requests import TuningRequest, TuningRequests
 from model_sync.bundle import Watch
 
 # The states of an activation in their order; each may end in one of FAILURES instead.
@@ -42,7 +42,7 @@ class ModelVersion:
     activated_at: str
     title: Mapping[str, str]
     watch: Watch
-    running: Running
+    running: RuntimeStatus
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class ModelLine:
     is_problem_resolved: bool
     minimum_version: str
     withdrawn: tuple[tuple[str, str], ...]
-    tuning: Tuning | None = None
+    tuning: TuningRequest | None = None
 
     @property
     def unfinished(self) -> tuple[Activation, ...]:
@@ -154,7 +154,7 @@ def model_lines(store: Store) -> list[ModelLine]:
     )
     names = sorted({row["name"] for row in (*models, *journal)} | set(rules))
     versions = {row["digest"]: _version(row) for row in models}
-    tunings = Tunings(database)
+    tunings = TuningRequests(database)
     lines = [
         _line(
             name,
@@ -219,7 +219,7 @@ def _version(row: sqlite3.Row) -> ModelVersion:
         activated_at=row["activated_at"],
         title=title if isinstance(title, dict) and {"zh", "en"} <= title.keys() else {},
         watch=watch,
-        running=Running.of(row["self_test"]),
+        running=RuntimeStatus.of(row["self_test"]),
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from flask_babel import gettext
 
 from appliance.core.domain import Note, ScanState
-from appliance.core.run_summary import Ran
+from appliance.core.run_summary import RunSummary
 from webui.formatting import format_age, format_sex
 from webui.messages import STATES, reason_hint, reason_text
 
@@ -52,7 +52,7 @@ class RunView:
     is_fallback: bool
 
     @classmethod
-    def of(cls, ran: Ran | None) -> RunView | None:
+    def of(cls, ran: RunSummary | None) -> RunView | None:
         """The words of a run; None where nothing was run."""
         if ran is None:
             return None

@@ -106,7 +106,7 @@ def analyse(
         if len(outcomes) % 50 == 0:
             progress(f"{len(outcomes)} files taken in")
     accepted = [outcome.accepted for outcome in outcomes if outcome.accepted]
-    store.close_series(sorted({item.stored.series_id for item in accepted}))
+    store.planner.close_series(sorted({item.stored.series_id for item in accepted}))
     _work(store, [item.stored.instance_id for item in accepted], progress, given or store.settings.data_dir)
     worklist = Worklist(store)
     drawn = {item: tuple(VolumeResults(store).of_series(item)) for item in {item.stored.series_id for item in accepted}}

@@ -238,10 +238,10 @@ def _urgent(arguments: argparse.Namespace) -> int:
 
     store = open_box(arguments.data_dir)
     try:
-        studies = store.studies_named(arguments.study)
-        change = store.make_routine if arguments.undo else store.make_urgent
+        studies = store.queue.find_studies(arguments.study)
+        change = store.queue.make_routine if arguments.undo else store.queue.make_urgent
         concerned = sum(change(number, "cli", "cli") or 0 for number in studies)
-        standing = {store.standing_of(number) for number in studies}
+        standing = {store.queue.study_progress(number) for number in studies}
         wake(store.settings)
     finally:
         store.close()

@@ -12,11 +12,11 @@ from typing import Any, Final
 
 from appliance import reasons
 from appliance.core.errors import ActivationError
-from appliance.core.run_summary import Running
+from appliance.core.run_summary import RuntimeStatus
 from appliance.reasons import Language
 from appliance.store.open_store import open_box
 from appliance.store.store import Store
-from appliance.store.tuning_requests import Tuning
+from appliance.store.tuning_requests import TuningRequest
 
 EXIT_OK: Final = 0
 _BAR_WIDTH: Final = 24
@@ -81,7 +81,7 @@ class _Progress:
         self._said: dict[str, str] = {}
         self._live = sys.stderr.isatty()
 
-    def __call__(self, tuning: Tuning) -> None:
+    def __call__(self, tuning: TuningRequest) -> None:
         """Tell one measuring."""
         if not tuning.open:
             return
@@ -115,7 +115,7 @@ def _print(row: sqlite3.Row, language: Language) -> None:
         print(f"{'注意' if zh else 'WARNING'}: {reasons.text('choice.fallback', language)} ({fallback['detail']})")
         print(f"{'提示' if zh else 'hint'}: {reasons.hint('choice.fallback', language)}")
     else:
-        _print_other(Running.of(row["self_test"]), language)
+        _print_other(RuntimeStatus.of(row["self_test"]), language)
     if not report.get("table"):
         print(reasons.hint("choice.untuned", language))
         return
@@ -130,7 +130,7 @@ def _print(row: sqlite3.Row, language: Language) -> None:
         print("  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def _print_other(running: Running, language: Language) -> None:
+def _print_other(running: RuntimeStatus, language: Language) -> None:
     """What the worker says that runs, where it is not just what was chosen."""
     note = running.other or running.stopped
     if note is None:

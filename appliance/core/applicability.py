@@ -1,4 +1,4 @@
-"""Does a model's manifest apply to this image? Pure; the manifest decides what an absent tag means."""
+"""Whether a model applies to an image or a series. Pure functions; the manifest decides what an absent attribute means."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ class AgeOutside:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Either why the model does not apply (``refusal``), or what was assumed and what to be careful with (``notes``)."""
+    """Why the model does not apply (``refusal``), else the assumptions and cautions (``notes``)."""
 
     refusal: Note | None = None
     notes: tuple[Note, ...] = ()
 
 
-def reads_volumes(manifest: Manifest) -> bool:
-    """Whether a model reads whole series and not single images."""
+def is_volume_model(manifest: Manifest) -> bool:
+    """Whether a model analyses a series and not single images."""
     return isinstance(manifest.input, VolumeSpec)
 
 
 def applies_to_series(rule: AppliesTo, scans: Sequence[Scan]) -> Verdict:
-    """Hold a series against ``applies_to``: all of its images must agree; one that does not belong makes it another volume."""
-    return together([applies(rule, scan, frames=True) for scan in scans])
+    """Check a series against ``applies_to``; all of its images must pass."""
+    return combine_verdicts([applies(rule, scan, frames=True) for scan in scans])
 
 
-def together(verdicts: Sequence[Verdict]) -> Verdict:
-    """What holds of a whole series by what holds of each of its images."""
+def combine_verdicts(verdicts: Sequence[Verdict]) -> Verdict:
+    """Combine the verdicts on the images of a series: refused where any image is."""
     refusals = [verdict.refusal for verdict in verdicts if verdict.refusal is not None]
     if refusals and len(refusals) == len(verdicts):
         return Verdict(refusals[0])
@@ -62,12 +62,12 @@ def together(verdicts: Sequence[Verdict]) -> Verdict:
 
 
 def applies(rule: AppliesTo, scan: Scan, *, frames: bool = False) -> Verdict:
-    """Hold one image against ``applies_to``: modality, SOP class, body part, view, frames, age, in that order.
+    """Check one image against ``applies_to``: modality, SOP class, frames, body part, view, age, in that order.
 
     Args:
         rule: of the model.
         scan: the image.
-        frames: the model reads volumes, for which an image may have many frames.
+        frames: accept a multi-frame image, as volume models do.
     """
     if scan.modality not in rule.modality:
         return Verdict(Note("scope.modality", scan.modality or ABSENT))

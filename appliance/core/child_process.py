@@ -1,6 +1,6 @@
-"""A child process of our own package whose output is read without ever waiting for it.
+"""A child process of this package whose output is read without blocking.
 
-Nothing runs between fork and exec (threads of the worker may hold any lock at that moment); the child sets its own limits.
+Nothing runs between fork and exec, since threads of the worker may hold any lock at that moment; the child sets its own limits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CHUNK_BYTES: Final = 1 << 16
 _MAX_OUTPUT_BYTES: Final = 4 << 20
 _READS_AT_ONCE: Final = 64
 _REAP_S: Final = 1.0
-# Whatever the box's locale (GB18030 is legal in China): what it says is UTF-8, and a character that is none becomes a question mark.
+# The output is UTF-8 whatever the locale of the box (GB18030 is legal in China); what cannot be encoded becomes a question mark.
 ENVIRONMENT: Final = {
     "OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1", "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:replace",
 }  # fmt: skip
@@ -27,21 +27,21 @@ _CONTROL: Final = dict.fromkeys([*range(32), *range(127, 160)], " ")
 
 
 def plain(text: object, limit: int) -> str:
-    """A text of another process as it may be kept and shown: whole characters, none that controls anything, no more than ``limit``."""
+    """Sanitise a text of another process: valid characters, no control characters, at most ``limit`` of them."""
     return str(text)[:limit].encode("utf-8", "replace").decode().translate(_CONTROL)
 
 
 class Child:
-    """A process of our own package whose standard output is read as it comes.
+    """A process of this package whose standard output is read while it runs.
 
     Args:
         arguments: of ``python -m``.
         deadline_s: how long it may run; see :meth:`late`.
-        limit_bytes: how much it may say; one that says more is ended.
+        limit_bytes: how much it may write; a process that writes more is killed.
 
     Attributes:
-        output: what it has said, as far as nobody took it.
-        babbled: whether it was ended for saying too much.
+        output: what it has written; the reader removes what it has processed.
+        exceeded_output: whether it was killed because it wrote too much.
 
     Raises:
         OSError: it could not be started.
@@ -57,22 +57,22 @@ class Child:
         os.set_blocking(self._fd, False)
         self._limit = time.monotonic() + deadline_s
         self._limit_bytes = limit_bytes
-        self._said = 0
-        self.babbled = False
+        self._bytes_read = 0
+        self.exceeded_output = False
         self.output = bytearray()
         with suppress(OSError):  # more than 64 KiB in one go where the system allows it
             fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, 16 * _CHUNK_BYTES)
 
     @property
     def pid(self) -> int:
-        """Its process number."""
+        """Its process id."""
         return self._process.pid
 
     def listen(self) -> bool:
-        """Take what it has said since, at most 4 MiB at a time; returns whether it has ended and said everything."""
+        """Append new output to ``output``, at most 4 MiB at a time; returns whether the process has ended and all output was read."""
         if self._process.stdout is None or self._process.stdout.closed:
             return True
-        ended = self._process.poll() is not None  # before the reading: what it said last is in the pipe then
+        ended = self._process.poll() is not None  # checked before reading: its last output is in the pipe then
         for _ in range(_READS_AT_ONCE):
             try:
                 data = os.read(self._fd, _CHUNK_BYTES)
@@ -80,20 +80,20 @@ class Child:
                 return ended
             if not data:
                 return ended
-            self._said += len(data)
+            self._bytes_read += len(data)
             self.output += data
-            if self._said > self._limit_bytes:  # nothing of ours says so much
-                self.babbled = True
+            if self._bytes_read > self._limit_bytes:  # no program of this package writes so much
+                self.exceeded_output = True
                 self.end()
                 return True
         return False
 
     def text(self) -> str:
-        """What it has said, as text; what is no UTF-8 is replaced."""
+        """The output as text; invalid UTF-8 is replaced."""
         return self.output.decode("utf-8", "replace")
 
     def late(self) -> bool:
-        """Whether its time is over."""
+        """Whether the deadline has passed."""
         return time.monotonic() > self._limit
 
     @property
@@ -102,16 +102,16 @@ class Child:
         return self._process.poll()
 
     def end(self) -> None:
-        """Kill it and everything it started, and take back its number; what it was writing is swept later."""
+        """Kill the process and everything it started, and reap it; its unfinished files are removed later."""
         if self._process.poll() is None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            with suppress(subprocess.TimeoutExpired):  # stuck in the kernel, on a disk that hangs: it is reaped when it comes out
+            with suppress(subprocess.TimeoutExpired):  # blocked in the kernel by a disk that hangs: it is reaped when that ends
                 self._process.wait(_REAP_S)
         if self._process.stdout is not None:
             self._process.stdout.close()
 
     def __del__(self) -> None:
-        """A child that nobody listens to any more does not go on."""
+        """Kill a process whose output nobody reads any more."""
         if self._process.poll() is None:
             self.end()

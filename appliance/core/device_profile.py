@@ -1,7 +1,8 @@
-"""What makes this box this box to a model: processor, GPU and its driver, runtimes, appliance version. A failed self-test belongs to all.
+"""The device profile: everything about this box that a self-test or a measurement depends on.
 
-A model that failed is not tried again on the same device; a new processor, GPU, driver, runtime or appliance is another device. All of
-it is read from files in milliseconds: no library of a runtime is loaded and no GPU is woken.
+It consists of processor, GPUs with driver, runtimes and appliance version. A model that failed is not tried again on the same device; a
+new processor, GPU, driver, runtime or appliance makes another device. All of it is read from files in milliseconds: no runtime library
+is loaded and no GPU is initialised.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Final
 
 from appliance import __version__
 
-# A runtime, and the packages it may come in: TensorRT's wheels are named for the CUDA they are for.
+# A runtime, and the packages that may contain it: the names of TensorRT's wheels contain the CUDA version.
 _RUNTIMES: Final = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "openvino": ("openvino",),
@@ -23,15 +24,15 @@ _RUNTIMES: Final = {
     "tritonclient": ("tritonclient",),
 }
 _CPU_INFO: Final = Path("/proc/cpuinfo")
-_BOARD: Final = Path("/proc/device-tree/model")  # a Jetson names itself here
+_BOARD: Final = Path("/proc/device-tree/model")  # the name of a Jetson
 _DRIVER: Final = Path("/proc/driver/nvidia/version")
 _GPUS: Final = Path("/proc/driver/nvidia/gpus")
-_TEGRA: Final = Path("/etc/nv_tegra_release")  # a Jetson's driver is that of its Jetson Linux
+_TEGRA: Final = Path("/etc/nv_tegra_release")  # a Jetson's driver belongs to its Jetson Linux release
 _MAX_CHARS: Final = 1 << 16
 
 
 def profile() -> str:
-    """The device in words: processor, GPUs with their driver, runtimes with their versions, appliance version; no serial numbers."""
+    """The device profile as text: processor, GPUs, driver, runtimes with versions, appliance version; no serial numbers."""
     gpus = [f"GPU {name}" for name in gpu_names()]
     driver = gpu_driver()
     runtimes = [f"{name} {found}" for name, packages in _RUNTIMES.items() if (found := _version(packages))]
@@ -39,22 +40,22 @@ def profile() -> str:
 
 
 def digest() -> str:
-    """What stands for the device in the journal: 16 hex digits."""
+    """The identifier of the device in the journal: 16 hex digits."""
     return hashlib.sha256(profile().encode()).hexdigest()[:16]
 
 
 def gpu_names() -> list[str]:
-    """The NVIDIA GPUs that the driver knows, in the order of their places; empty where there are none (a Jetson is its board)."""
+    """The NVIDIA GPUs that the driver lists, ordered by bus address; empty where there are none, and on a Jetson."""
     try:
-        places = sorted(_GPUS.iterdir())
+        directories = sorted(_GPUS.iterdir())
     except OSError:
         return []
-    named = (re.search(r"^Model:\s*(.+)$", _read(place / "information"), re.MULTILINE) for place in places)
-    return [found[1].strip() for found in named if found]
+    matches = (re.search(r"^Model:\s*(.+)$", _read(directory / "information"), re.MULTILINE) for directory in directories)
+    return [match[1].strip() for match in matches if match]
 
 
 def gpu_driver() -> str:
-    """The version of NVIDIA's driver ("580.65.06"), or of Jetson Linux ("R36.4.3"); empty where there is none."""
+    """The version of the NVIDIA driver ("580.65.06") or of Jetson Linux ("R36.4.3"); empty where there is neither."""
     found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)", _read(_DRIVER))
     if found:
         return found[1]
@@ -63,7 +64,7 @@ def gpu_driver() -> str:
 
 
 def _processor() -> str:
-    """The processor's name, without what changes from start to start."""
+    """The name of the board or processor, without values that change at each start."""
     if board := _read(_BOARD).strip("\0\n "):
         return board
     named = re.search(r"^model name\s*:\s*(.+)$", _read(_CPU_INFO), re.MULTILINE)
@@ -71,7 +72,7 @@ def _processor() -> str:
 
 
 def _read(path: Path) -> str:
-    """A small file of the system; empty when it is not there."""
+    """Read a small system file; empty where it does not exist."""
     try:
         with open(path, errors="replace") as file:
             return file.read(_MAX_CHARS)

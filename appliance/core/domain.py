@@ -16,7 +16,7 @@ Point = tuple[float, float]
 
 
 class ScanState(str, Enum):
-    """What a person is told about an image; distinct in word and icon (requirement R37)."""
+    """The state of an image as people see it; distinct in word and icon (requirement R37)."""
 
     WAITING = "waiting"
     QUEUED = "queued"
@@ -32,9 +32,9 @@ class ScanState(str, Enum):
 
 
 PENDING_STATES = (ScanState.WAITING, ScanState.QUEUED, ScanState.RUNNING)
-READ_STATES = (ScanState.AI_READY, ScanState.REVIEWING, ScanState.SIGNED, ScanState.OVERRIDDEN)
+ANALYSED_STATES = (ScanState.AI_READY, ScanState.REVIEWING, ScanState.SIGNED, ScanState.OVERRIDDEN)
 
-# Of several images in one study the state that needs a person most is the one shown.
+# A study of several images shows the state that needs a person most.
 STATE_URGENCY = (
     ScanState.FAILED,
     ScanState.NOT_ANALYSED,
@@ -42,7 +42,7 @@ STATE_URGENCY = (
     ScanState.QUEUED,
     ScanState.WAITING,
     ScanState.QUALITY_REJECTED,
-    ScanState.OUT_OF_SCOPE,  # before what was read: one image without a result, and the study must not look negative
+    ScanState.OUT_OF_SCOPE,  # before the analysed ones: a study with an image without a result must not look negative
     ScanState.AI_READY,
     ScanState.REVIEWING,
     ScanState.OVERRIDDEN,
@@ -51,7 +51,7 @@ STATE_URGENCY = (
 
 
 class JobState(str, Enum):
-    """The life of a job; FAILED is the poison state that the queue never picks up again by itself."""
+    """States of a job; a FAILED job is not retried unless a person asks for it."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -60,7 +60,7 @@ class JobState(str, Enum):
 
 
 class JobKind(str, Enum):
-    """INFER runs one model on one image, VOLUME on a whole series; CHECK only proves that pixels no model reads can be decoded."""
+    """INFER runs a model on one image, VOLUME on a series; CHECK only decodes the pixels of an image that no model applies to."""
 
     INFER = "infer"
     VOLUME = "volume"
@@ -75,13 +75,13 @@ class Note:
     detail: str = ""
 
     def to_json(self) -> dict[str, str]:
-        """The note as stored and as shown in the JSON of ``appliance analyze``."""
+        """The note as stored, and as printed by ``appliance analyze --json``."""
         return {"code": self.code, "detail": self.detail}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Who brought a scan: the way it came, the account or AE title, and the file's name as the person knows it."""
+    """Where an image came from: the interface, the account or AE title, and the file name as the person knows it."""
 
     kind: Literal["upload", "dimse", "cli"]
     actor: str
@@ -90,7 +90,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Patient:
-    """The patient module as received, decoded to Unicode; every field may be empty."""
+    """The Patient Module as received, decoded to Unicode; every field may be empty."""
 
     patient_id: str = ""
     patient_name: str = ""
@@ -99,14 +99,14 @@ class Patient:
 
     @property
     def key(self) -> str:
-        """What tells two patients apart under one Study Instance UID: ID, name (however it is punctuated) and birth date."""
+        """Distinguishes patients under one Study Instance UID: ID, name without punctuation, and birth date."""
         name = "".join(char for char in self.patient_name.casefold() if char.isalnum())
         return f"{self.patient_id}|{name}|{self.patient_birth_date}"
 
 
 @dataclass(frozen=True)
 class PictureForm:
-    """What a person says about a PNG or JPEG.
+    """What a person entered about a PNG or JPEG.
 
     ``patient_age`` is a DICOM age (``034Y``) or empty; ``view`` is PA, AP, LL, RL or empty (frontal is assumed and stated).
     """
@@ -121,7 +121,7 @@ class PictureForm:
 
 @dataclass(frozen=True)
 class Scan:
-    """One image as the door read it: everything the store indexes and the scope rule asks for."""
+    """The attributes of one image that the store indexes and that decide which models apply."""
 
     study_instance_uid: str
     series_instance_uid: str
@@ -146,8 +146,8 @@ class Scan:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """The store's answer to a scan that is durable now."""
+class StoredImage:
+    """Row ids of an image that is stored durably."""
 
     instance_id: int
     series_id: int
@@ -157,7 +157,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Finding:
-    """What one model says about one label of one image (requirement R38)."""
+    """The result of one model for one label of one image (requirement R38)."""
 
     label: str
     code: str
@@ -196,7 +196,7 @@ Plane = Literal["axial", "coronal", "sagittal"]
 
 @dataclass(frozen=True)
 class Measurement:
-    """How much there is of one label in a series."""
+    """The volume of one label in a series."""
 
     label: str
     code: str
@@ -212,13 +212,13 @@ class Measurement:
 
 @dataclass(frozen=True)
 class VolumeResult:
-    """What one model drew in one series.
+    """The segmentation of one series by one model.
 
     Attributes:
         measurements: one per label of the model, in its order.
-        pictures: PNG per plane, with the outlines.
-        mask: zlib of uint8 [slices, rows, columns] on the series' own pixels.
-        geometry: where the mask is, which image and frame each slice is, and the classes' names; JSON types.
+        pictures: one PNG per plane, with the outlines.
+        mask: zlib-compressed uint8 [slices, rows, columns] in the pixel grid of the series.
+        geometry: affine of the mask, image and frame of each slice, names of the classes; JSON types.
     """
 
     measurements: tuple[Measurement, ...]
@@ -234,7 +234,12 @@ class VolumeResult:
 
 @dataclass(frozen=True)
 class Job:
-    """A claimed job: what the worker needs to do it, under a lease; ``priority`` above 0 is urgent, ``tried``: not the first time."""
+    """A job that is leased to a worker.
+
+    Attributes:
+        priority: above 0 is urgent.
+        tried: whether an earlier attempt failed or was abandoned.
+    """
 
     id: int
     kind: JobKind
@@ -250,7 +255,7 @@ class Job:
 
 @dataclass(frozen=True)
 class JobResult:
-    """How a job ended: the state the image gets, why, what was found, what ran and how long each part took (ms)."""
+    """The result of a job: the state of the image and its reason, findings, what ran, and the duration of each part in ms."""
 
     state: ScanState
     reason: Note | None = None
@@ -262,7 +267,7 @@ class JobResult:
 
 
 def utc_now() -> str:
-    """The moment as ISO 8601 in UTC with its zone, to the millisecond."""
+    """The current time as ISO 8601 in UTC with zone and milliseconds."""
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
@@ -270,7 +275,7 @@ _AGE_UNIT_YEARS = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0}
 
 
 def age_years(patient_age: str, birth_date: str, study_date: str) -> float | None:
-    """Age in years from Patient's Age (VR AS, PS3.5 6.2: ``nnnD|W|M|Y``), else from the two dates; None when unknown."""
+    """Age in years from Patient's Age (VR AS, PS3.5 6.2: ``nnnD|W|M|Y``), else from the two dates; None where unknown."""
     match = re.fullmatch(r"(\d{1,3})([DWMY])", patient_age.strip().upper())
     if match:
         return int(match[1]) * _AGE_UNIT_YEARS[match[2]]
@@ -281,7 +286,7 @@ def age_years(patient_age: str, birth_date: str, study_date: str) -> float | Non
 
 
 def _date(value: str) -> date | None:
-    """A DICOM DA value as a date, or None when it is empty or no date."""
+    """Parse a DICOM DA value; None where it is empty or invalid."""
     try:
         return datetime.strptime(value.strip(), "%Y%m%d").date()
     except ValueError:

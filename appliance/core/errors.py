@@ -1,12 +1,12 @@
-"""What can go wrong on the box, split by where it is mended.
+"""The errors of the box, divided by where they are remedied.
 
     ApplianceError
-    ├── IngestError       a scan was refused at the door; the sender still has it
-    │   └── PixelError    a stored scan whose pixels cannot be read
+    ├── IngestError       an image was refused by ingest; the sender still has it
+    │   └── PixelError    the pixels of a stored image cannot be decoded
     ├── StoreError        the disk or the database failed; nothing was acknowledged
-    ├── VolumeError       a series is no volume: slices are missing or do not fit together
-    ├── InferenceError    a job failed; it is retried, then poisoned
-    ├── ActivationError   a model was not put to work; the one before it still reads
+    ├── VolumeError       a series is not a volume: slices are missing or do not fit together
+    ├── InferenceError    a job failed; it is retried, then marked as failed
+    ├── ActivationError   a model was not activated; the previous one stays active
     └── ReportError       a result object could not be written
 
 Each carries a ``code`` (a key of :mod:`appliance.reasons`, where its text in Chinese and English stands) and a ``hint``
@@ -35,28 +35,28 @@ class ApplianceError(Exception):
 
 
 class IngestError(ApplianceError):
-    """A scan is refused at the door; nothing of it was kept."""
+    """Ingest refused an image; nothing of it was stored."""
 
 
 class PixelError(IngestError):
-    """A frame's pixels cannot be decoded or are not what the header says."""
+    """The pixels of a frame cannot be decoded, or contradict the header."""
 
 
 class StoreError(ApplianceError):
-    """The durable store failed; nothing was acknowledged and nothing half-written is visible."""
+    """The store failed; nothing was acknowledged and nothing incomplete is visible."""
 
 
 class VolumeError(ApplianceError):
-    """The images of a series cannot be read as one volume; each of them is kept and can be viewed."""
+    """The images of a series do not form a volume; each of them is stored and can be viewed."""
 
 
 class InferenceError(ApplianceError):
-    """A job could not be done; the scan is kept and the job retried or shown as failed."""
+    """A job failed; the image is stored, and the job is retried or shown as failed."""
 
 
 class ActivationError(ApplianceError):
-    """A model was refused; the model before it goes on reading."""
+    """A model was refused; the previous model stays active."""
 
 
 class ReportError(ApplianceError):
-    """A result object could not be made."""
+    """A result object could not be written."""

@@ -1,4 +1,4 @@
-"""What every process of the box does to itself: log as JSON, hold a lock, keep under its memory cap, die with its parent."""
+"""What every process of the box sets up: JSON logging, its lock, its memory limit, its end with its parent."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _FIELDS: Final = ("job", "code", "role", "exit_code", "state", "seconds", "peer"
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; only fields on the allow-list, so that no patient data slips into a log."""
+    """Writes one JSON object per line, with the fields of an allow-list only, so that no patient data gets into a log."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record with its message, allowed extras, and the place (never the values) of an exception."""
+        """Format message, allowed extra fields, and the source line (never the values) of an exception."""
         entry: dict[str, object] = {"at": utc_now(), "level": record.levelname, "logger": record.name, "message": record.getMessage()}
         entry |= {name: value for name in _FIELDS if (value := getattr(record, name, None)) is not None}
         if record.exc_info and record.exc_info[0] is not None:
@@ -40,10 +40,10 @@ class JsonFormatter(logging.Formatter):
 
 
 def start_logging(level: int | str = logging.INFO) -> None:
-    """Send the box's log to standard error as JSON lines.
+    """Log to standard error as JSON lines.
 
     Args:
-        level: a level or its name; with a name that logging does not know it is INFO, and that is said.
+        level: a level or its name; an unknown name is reported and INFO is used.
     """
     number = logging.getLevelName(level.upper()) if isinstance(level, str) else level
     if not isinstance(number, int):
@@ -59,31 +59,31 @@ def start_logging(level: int | str = logging.INFO) -> None:
 
 
 def make_data_dir(path: Path) -> None:
-    """Make a data directory, for its own account alone; raises OSError when that cannot be, or nothing can be written there."""
+    """Create a data directory that only its owner can access; raises OSError where that fails or it is not writable."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not os.access(path, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def limit_memory(limit_bytes: int) -> None:
-    """Cap this process's private memory (RLIMIT_DATA): a hostile file gets a MemoryError, not the machine."""
+    """Limit the private memory of this process (RLIMIT_DATA), so that a hostile file causes a MemoryError and not a full machine."""
     resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
 
 
-def give_back_memory() -> None:
-    """Return freed heap to the system (malloc_trim, glibc): loading a model leaves tens of megabytes of it behind."""
+def release_memory() -> None:
+    """Return freed heap to the system (malloc_trim, glibc), which is tens of megabytes after loading a model."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # musl has none
         trim(0)
 
 
 def die_with_parent(signal_number: int = signal.SIGTERM) -> None:
-    """Ask the kernel for a signal when the parent dies, so that a killed supervisor leaves no orphans on the ports."""
+    """Let the kernel signal this process when its parent dies, so that no orphan keeps a port after the supervisor was killed."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal_number)
 
 
 class Lock:
-    """An exclusive lock on one role of a data directory; the kernel drops it when the process dies, however it dies.
+    """An exclusive lock on one role of a data directory; the kernel releases it when the process ends, however it ends.
 
     Raises:
         ApplianceError: ``box.busy`` when another process holds it.
@@ -103,14 +103,15 @@ class Lock:
         self._file.flush()
 
     def release(self) -> None:
-        """Let go of the lock."""
+        """Release the lock."""
         self._file.close()
 
 
-def held_by_another(data_dir: Path, role: str) -> bool:
-    """Whether another process holds a role's lock, found without touching the lock: whoever is about to take it must get it.
+def is_held_by_another(data_dir: Path, role: str) -> bool:
+    """Whether another process holds the lock of a role.
 
-    Reads ``/proc/locks``; where that cannot be read nobody seems to hold it.
+    Reads ``/proc/locks`` and does not try the lock, which could make a process fail that takes it at this moment. False where that file
+    cannot be read.
     """
     try:
         inode = (data_dir / "run" / f"{role}.lock").stat().st_ino

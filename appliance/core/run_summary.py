@@ -1,6 +1,6 @@
-"""How a model was run, as people are told it: the runtime, the precision and why that way, out of what the worker kept.
+"""How a model is run, as people see it: runtime, precision and reason, from the JSON that the worker stored.
 
-Pure reading of stored JSON; what another version of the appliance wrote is told as far as it is understood.
+Parsing only; fields that another version of the appliance wrote are used as far as they are known.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Any, Final
 from appliance.core.domain import Note
 
 FALLBACK: Final = "choice.fallback"
-# As their makers write them.
+# The product names.
 _NAMES: Final = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tensorrt": "TensorRT", "triton": "Triton"}
 
 
 @dataclass(frozen=True)
-class Ran:
+class RunSummary:
     """What ran one model.
 
     Attributes:
-        runtime: by its maker's name.
+        runtime: product name.
         precision: of the variant's file.
-        code: why that way; empty when unknown.
-        detail: more of the reason.
-        ran_in: what its layers with weights really ran in, where the runtime tells and it is something else; else empty.
+        code: the reason for this candidate; empty where unknown.
+        detail: of the reason.
+        ran_in: the precision of the layers with weights, where the runtime reports another one; else empty.
     """
 
     runtime: str
@@ -37,12 +37,12 @@ class Ran:
 
     @property
     def fallback(self) -> bool:
-        """Whether it is not what was chosen."""
+        """Whether it is a fallback."""
         return self.code == FALLBACK
 
     @classmethod
-    def of(cls, stored: Mapping[str, Any]) -> Ran | None:
-        """What a job kept in ``runtime``; None where nothing ran."""
+    def of(cls, stored: Mapping[str, Any]) -> RunSummary | None:
+        """Parse the ``runtime`` column of a job; None where nothing ran."""
         if not stored.get("runtime"):
             return None
         reason = _object(stored.get("reason"))
@@ -52,8 +52,8 @@ class Ran:
 
 
 @dataclass(frozen=True)
-class Way:
-    """One line of the table of what was measured; see :class:`appliance.tuning.selection.Row`."""
+class CandidateSummary:
+    """One row of the table of measured candidates; see :class:`appliance.tuning.selection.Row`."""
 
     runtime: str
     provider: str
@@ -70,26 +70,26 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Running:
-    """How a model at work is run: what was chosen and why, all that was tried, and what the worker says that runs.
+class RuntimeStatus:
+    """How an active model is run: the chosen candidate and why, all measured candidates, and what runs now.
 
     Attributes:
-        reason: why that way was chosen.
-        chosen: the way that was.
-        table: all that was tried.
-        now: what runs it, as a result would say; None where no worker has said so, or where nothing does.
-        since: when the worker found that.
-        fallback: why the plain way runs in place of the chosen one.
-        other: why it runs as it does, where that is neither a fallback nor why it was chosen: it was measured on another device.
-        stopped: why nothing can run it.
+        reason: why the candidate was chosen.
+        chosen: the chosen candidate.
+        table: all measured candidates.
+        now: what runs the model, as in a result; None where no worker has reported it, or where nothing runs it.
+        since: since when.
+        fallback: why the baseline runs in place of the chosen candidate.
+        other: the reason for what runs now, where it is neither a fallback nor ``reason``: measured on another device.
+        stopped: why nothing can run the model.
         tuned_at: when it was measured.
-        profile: the device it was measured on.
+        profile: of the device it was measured on.
     """
 
     reason: Note | None
-    chosen: Way | None
-    table: tuple[Way, ...]
-    now: Ran | None
+    chosen: CandidateSummary | None
+    table: tuple[CandidateSummary, ...]
+    now: RunSummary | None
     since: str
     fallback: Note | None
     other: Note | None
@@ -98,12 +98,12 @@ class Running:
     profile: str
 
     @classmethod
-    def of(cls, self_test: str | None) -> Running:
-        """Read a stored self-test."""
+    def of(cls, self_test: str | None) -> RuntimeStatus:
+        """Parse a stored self-test report."""
         report = _object(self_test)
         reason, fallback = _note(report.get("reason")), _object(report.get("fallback"))
-        runs = _object(report.get("runs")) or fallback | {"reason": fallback}  # an older version told of a fallback only
-        now, why = Ran.of(runs), _note(runs.get("reason"))
+        runs = _object(report.get("runs")) or fallback | {"reason": fallback}  # an older version stored a fallback only
+        now, why = RunSummary.of(runs), _note(runs.get("reason"))
         differs = why is not None and why.code not in (FALLBACK, reason.code if reason else why.code)
         table = report.get("table")
         ways = sorted((way for way in map(_way, table if isinstance(table, list) else []) if way), key=_order)
@@ -122,30 +122,30 @@ class Running:
 
 
 def name_of(runtime: str) -> str:
-    """A runtime by its maker's name; a version behind it stays."""
+    """The product name of a runtime; a version after the name is kept."""
     first, _, rest = runtime.partition(" ")
     return f"{_NAMES.get(first, first)} {rest}".strip()
 
 
 def _note(value: Any) -> Note | None:
-    """A stored note; None where it is none."""
+    """Parse a stored note; None where it is not one."""
     note = _object(value)
     return Note(str(note["code"]), str(note.get("detail", ""))) if "code" in note else None
 
 
-def _order(way: Way) -> tuple[bool, bool, float]:
-    """The chosen first, then by time, then what has none."""
+def _order(way: CandidateSummary) -> tuple[bool, bool, float]:
+    """Sort key: the chosen candidate, then by duration, then those without one."""
     return (way.state != "chosen", way.median_ms is None, way.median_ms or 0.0)
 
 
-def _way(row: Any) -> Way | None:
+def _way(row: Any) -> CandidateSummary | None:
     row = _object(row)
     candidate, layers = _object(row.get("candidate")), _object(row.get("layers"))
     if not candidate or "state" not in row:
         return None
     there = bool(candidate.get("file"))
     counted = ((str(name), int(count)) for name, count in layers.items() if isinstance(count, int))
-    return Way(
+    return CandidateSummary(
         runtime=name_of(str(candidate.get("runtime", ""))),
         provider=str(candidate.get("provider", "")),
         precision=str(candidate.get("precision", "")),
@@ -166,7 +166,7 @@ def _number(value: Any) -> float | None:
 
 
 def _object(value: Any) -> dict[str, Any]:
-    """A JSON object, or the text of one; empty when it is none."""
+    """Parse a JSON object or its text; empty where it is not one."""
     if isinstance(value, str):
         try:
             value = json.loads(value)

@@ -27,13 +27,13 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    data_dir: Path = Field(description="Directory that holds everything the box keeps.")
+    data_dir: Path = Field(description="Directory that holds all data of the box.")
     language: str = Field("zh", pattern="^(zh|en)$", description="Language a page opens in before the person chooses.")
     ae_title: str = Field("CLINICBOX", pattern=r"^[!-\[\]-~]{1,16}$", description="AE title of the DICOM receiver.")
     dicom_host: str = Field("127.0.0.1", description="Address the DICOM receiver listens on.")
     dicom_port: int = Field(11112, ge=0, le=65535, description="Port of the DICOM receiver.")
     dicom_max_associations: int = Field(20, ge=1, description="Senders served at the same time.")
-    web_host: str = Field("127.0.0.1", description="Address the web page listens on; other than loopback needs TLS.")
+    web_host: str = Field("127.0.0.1", description="Address the web page listens on; any but loopback needs TLS.")
     web_port: int = Field(8080, ge=0, le=65535, description="Port of the web page.")
     web_threads: int = Field(24, ge=2, description="Requests served at the same time.")
     tls_certificate: Path | None = Field(None, description="PEM certificate; with it the page is served over TLS.")
@@ -42,35 +42,35 @@ class Settings(BaseModel):
     max_archive_bytes: int = Field(2 * 2**30, ge=1, description="Largest total that one archive may unpack to.")
     max_archive_files: int = Field(5000, ge=1, description="Most entries that one archive may hold.")
     disk_reserve_bytes: int = Field(512 * 2**20, ge=0, description="Free disk space below which scans are refused.")
-    series_idle_s: float = Field(5.0, gt=0, description="Silence after which a series counts as complete.")
+    series_idle_s: float = Field(5.0, gt=0, description="Time without a new image after which a series counts as complete.")
     job_deadline_s: float = Field(60.0, gt=0, description="Longest a job may run before it is stopped.")
-    job_max_attempts: int = Field(3, ge=1, description="Attempts before a job is poisoned and shown as failed.")
+    job_max_attempts: int = Field(3, ge=1, description="Attempts before a job is shown as failed.")
     process_memory_max_bytes: int = Field(1400 * 2**20, ge=2**28, description="Memory cap of each process of the box.")
     worker_threads: int = Field(0, ge=0, description="Threads for inference; 0 takes the number of cores.")
     exchange_dir: Path | None = Field(None, description="Directory shared with the sync agent: bundles in, status out.")
-    library_root: Path | None = Field(None, description="The library's first root.json; with it only signed models are put to work.")
-    activation_deadline_s: float = Field(1800.0, gt=0, description="Longest a new model may take to build and prove itself.")
-    tune_at_activation: bool = Field(True, description="Measure every way this box has of running a new model, and take the fastest.")
+    library_root: Path | None = Field(None, description="The library's first root.json; with it only signed models are activated.")
+    activation_deadline_s: float = Field(1800.0, gt=0, description="Longest that the self-test of a new model may take.")
+    tune_at_activation: bool = Field(True, description="Measure every candidate of a new model on this box, and take the fastest.")
     tune_measuring_s: float = Field(60.0, gt=0, description="Longest that measuring may take, engine builds apart.")
     triton_url: str = Field(
         "", pattern=r"^(?:(?:https?://)?(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._\-]+)(?::\d{1,5})?(?:/[A-Za-z0-9._~/\-]*)?)?$",
         description="Triton server of the county hub (https://host:port). Empty: nothing is sent. With it only the prepared tensor leaves "
         "the box: pixels, no name, no number, no tag of the scan.",
     )  # fmt: skip
-    session_idle_s: float = Field(30 * 60.0, gt=0, description="Silence after which a person is logged out.")
+    session_idle_s: float = Field(30 * 60.0, gt=0, description="Inactivity after which a person is logged out.")
     session_absolute_s: float = Field(12 * 3600.0, gt=0, description="Longest a login lasts.")
 
     @classmethod
     def load(cls, path: Path, **overrides: Any) -> Settings:
-        """Read one TOML file; relative paths in it are relative to the file.
+        """Load a TOML file; relative paths in it are relative to the file.
 
         Args:
             path: the TOML file, or a data directory that holds one (a data directory without one gets the defaults).
             **overrides: values that win over the file's.
 
         Raises:
-            ApplianceError: ``settings.missing``: there is nothing there; ``settings.invalid``: it is no TOML, or has an unknown key or
-                a bad value.
+            ApplianceError: ``settings.missing``: the path does not exist; ``settings.invalid``: no valid TOML, an unknown key or a bad
+                value.
         """
         values: dict[str, Any] = {}
         if path.is_dir():

@@ -1,6 +1,6 @@
-"""Telling the worker at once that there is work: a FIFO in the data directory.
+"""Wake the worker when there is work: a FIFO in the data directory.
 
-A lost wake-up costs a moment, never a job: the worker also looks by itself every half second.
+A lost wakeup delays a job and never loses it: the worker also polls the queue every half second.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ def _path(settings: Settings) -> Path:
 
 
 def wake(settings: Settings) -> None:
-    """Wake the worker if one is there; never blocks and never fails for want of a worker."""
+    """Wake the worker if one is running; never blocks, and does nothing where no worker runs."""
     try:
         fifo = os.open(_path(settings), os.O_WRONLY | os.O_NONBLOCK)
     except OSError as error:
-        if error.errno in (errno.ENXIO, errno.ENOENT):  # nobody listens: the worker looks for work when it starts
+        if error.errno in (errno.ENXIO, errno.ENOENT):  # no worker: it polls the queue when it starts
             return
         raise
-    with suppress(BlockingIOError):  # full: it has been told often enough
+    with suppress(BlockingIOError):  # full: enough wakeups are pending
         os.write(fifo, b"!")
     os.close(fifo)
 
 
-class Bell:
+class Wakeup:
     """The worker's end of the FIFO."""
 
     def __init__(self, settings: Settings) -> None:
@@ -39,15 +39,15 @@ class Bell:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with suppress(FileExistsError):
             os.mkfifo(path, 0o600)
-        # Read and write, so that the last sender's closing does not make it readable for ever.
+        # Opened for writing too: else the FIFO would stay readable at its end after the last sender closed it.
         self._fifo = os.open(path, os.O_RDWR | os.O_NONBLOCK)
 
     def wait(self, timeout_s: float) -> None:
-        """Sleep until somebody rings or the time is over."""
+        """Sleep until :func:`wake` is called or the timeout is over."""
         ready, _, _ = select.select([self._fifo], [], [], timeout_s)
         if ready:
             os.read(self._fifo, 4096)
 
     def close(self) -> None:
-        """Stop listening."""
+        """Close the FIFO."""
         os.close(self._fifo)

@@ -1,7 +1,7 @@
-"""C-STORE and C-ECHO receiver (PS3.4 Annex B and A): success is told only for what is durable.
+"""C-STORE and C-ECHO receiver (PS3.4 Annex B and A): success is returned only for images that are stored durably.
 
-The handler takes the encoded data set as it came off the wire and hands it to the door; it never decodes pixels. The web and
-the accelerator live in other processes, so that parallel senders share this interpreter with nobody.
+The handler gives the encoded data set as received to :mod:`appliance.ingest.ingest`; it never decodes pixels. The web server and the
+worker are other processes, so that parallel senders have this interpreter for themselves.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STATUS: Final = {
     "store.failed": OUT_OF_RESOURCES,
 }
 
-# What the decoders of appliance.imaging.pixels can read; a sender that offers only others is told so while it can still transcode.
+# The syntaxes that appliance.imaging.pixels decodes; a sender that offers only others learns it in the negotiation and can transcode.
 TRANSFER_SYNTAXES: Final = [
     "1.2.840.10008.1.2.1", "1.2.840.10008.1.2", "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.4.50",
     "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70", "1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81",
@@ -46,18 +46,18 @@ TRANSFER_SYNTAXES: Final = [
 
 
 class Receiver:
-    """The DICOM receiver of one box.
+    """The DICOM receiver of a box.
 
     Args:
-        settings: AE title, address, port and the number of senders served at once.
+        settings: AE title, address, port and maximum number of associations.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._store = Store(settings)
         self._ingest = Ingest(self._store)
-        self._touched: dict[int, set[int]] = {}
-        self._guard = threading.Lock()
+        self._open_series: dict[int, set[int]] = {}
+        self._open_series_lock = threading.Lock()
         self._ae = AE(ae_title=settings.ae_title)
         self._ae.maximum_associations = settings.dicom_max_associations
         self._ae.maximum_pdu_size = 0
@@ -66,7 +66,7 @@ class Receiver:
             self._ae.add_supported_context(str(context.abstract_syntax), TRANSFER_SYNTAXES)
 
     def start(self) -> int:
-        """Listen in the background; returns the port (the chosen one when the setting is 0)."""
+        """Listen in the background; returns the port, which the system chooses where the setting is 0."""
         handlers: list[Any] = [
             (evt.EVT_C_STORE, self._on_store), (evt.EVT_C_ECHO, lambda _event: SUCCESS), (evt.EVT_RELEASED, self._on_end),
             (evt.EVT_ABORTED, self._on_end), (evt.EVT_CONN_CLOSE, self._on_end),
@@ -76,11 +76,11 @@ class Receiver:
         return int(server.server_address[1])
 
     def stop(self) -> None:
-        """Stop listening; associations in progress are aborted and their senders send again."""
+        """Stop listening; open associations are aborted, and their senders send again."""
         self._ae.shutdown()
 
     def _on_store(self, event: Any) -> int:
-        """Hand one composite instance to the door (PS3.7 9.1.1); anything but success leaves the scan with its sender."""
+        """Store one composite instance (PS3.7 9.1.1); after any other status than success the sender keeps it."""
         peer = str(event.assoc.requestor.ae_title)
         try:
             accepted = self._ingest.accept(event.encoded_dataset(), Source("dimse", peer))
@@ -89,24 +89,24 @@ class Receiver:
         except StoreError as error:
             logger.error("scan not stored", extra={"code": error.code})
             return STATUS.get(error.code, NOT_STORED)
-        except Exception as error:  # port wrapper: pynetdicom would answer 0xC211 and say nothing in our log
+        except Exception as error:  # pynetdicom would answer 0xC211 without an entry in our log
             logger.exception("scan not stored")
             raise StoreError("store.failed", type(error).__name__) from error
-        with self._guard:
-            self._touched.setdefault(id(event.assoc), set()).add(accepted.stored.series_id)
+        with self._open_series_lock:
+            self._open_series.setdefault(id(event.assoc), set()).add(accepted.stored.series_id)
         return SUCCESS
 
     def _on_end(self, event: Any) -> None:
-        """The sender is done (or gone): its series are complete as far as it is concerned."""
-        with self._guard:
-            series = self._touched.pop(id(event.assoc), set())
+        """Close the series of an association that ended."""
+        with self._open_series_lock:
+            series = self._open_series.pop(id(event.assoc), set())
         if series:
-            self._store.close_series(sorted(series))
+            self._store.planner.close_series(sorted(series))
             wake(self._settings)
 
 
 def run(settings: Settings) -> None:
-    """The receiver's life: until SIGTERM."""
+    """Run the receiver until SIGTERM."""
     lock = Lock(settings.data_dir, "receiver")
     receiver = Receiver(settings)
     done = threading.Event()

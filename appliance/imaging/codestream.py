@@ -1,13 +1,13 @@
-"""Compressed frames looked at before a decoder sees them: their headers, and for JPEG every bit of them.
+"""Check compressed frames before they are decoded: the headers of all syntaxes, and all codes of JPEG.
 
-A decoder allocates what the codestream's own header says, whatever the DICOM header said: a forged header is refused here,
-before anything is allocated. And libjpeg only warns about garbage: it paints grey and goes on, and the grey would be scored.
-So each JPEG frame is decoded once by simplejpeg, whose strict mode turns each of libjpeg's warnings into an error. simplejpeg
-takes 8 bits only; but Huffman codes are the same for every sample precision (ITU-T T.81 F.1.2, H.1.2.2), so that check reads a
-copy whose header says 8 bits. Of frames of a chest X-ray with 340 bytes overwritten it finds 98 of 100, and each frame cut
-short. JPEG-LS checks itself while decoding; JPEG 2000 and RLE carry no redundancy, only cut or unparsable data is found there.
+A decoder allocates what the header of the codestream says, whatever the DICOM header says: a forged header is refused here, before
+anything is allocated. libjpeg only warns about damaged data: it fills the rest with grey, which a model would score. So each JPEG frame
+is decoded once by simplejpeg, whose strict mode turns libjpeg's warnings into errors. simplejpeg supports 8 bits only, but Huffman
+codes are the same for every sample precision (ITU-T T.81 F.1.2, H.1.2.2), so the check decodes a copy whose header says 8 bits. It
+finds 98 of 100 chest X-ray frames with 340 bytes overwritten, and every truncated frame. JPEG-LS decoders check the data themselves;
+JPEG 2000 and RLE contain no redundancy, so that only truncated or unparsable data is found.
 
-The headers are parsed here by hand: what pydicom reads of them (precision, component identifiers) leaves out the sizes.
+The headers are parsed here because pydicom reads precision and component identifiers but not the sizes.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ _SOF_JPEG_LS: Final = 0xF7
 _SOF_ALL: Final = frozenset({*range(0xC0, 0xD0), _SOF_JPEG_LS} - {0xC4, 0xC8, 0xCC})
 _SOS: Final = 0xDA
 _EOI: Final = 0xD9
-# A scan costs a pass over the whole picture but only a dozen bytes; three components need three.
+# Each JPEG scan costs a pass over the image but only a dozen bytes in the file; three components need three scans.
 _MAX_SCANS: Final = 16
-# OpenJPEG keeps some 9 KB per tile before it reads the first one; 8192 x 8192 pixels in tiles of 128 are 4096.
+# OpenJPEG allocates about 9 KB per tile before it decodes the first; 8192 x 8192 pixels in tiles of 128 are 4096 tiles.
 _MAX_TILES: Final = 4096
 _SIZ: Final = struct.Struct(">HHIIIIIIIIH")
 
 
 @dataclass(frozen=True)
 class FrameShape:
-    """What a frame must be, as the DICOM header says it."""
+    """The size and sample format of a frame by the DICOM header."""
 
     rows: int
     columns: int
@@ -66,7 +66,7 @@ class FrameShape:
 
 @dataclass(frozen=True)
 class _Header:
-    """What a codestream says of itself; ``precision_at`` is where a JPEG header keeps its sample precision."""
+    """The header of a codestream; ``precision_at`` is the offset of the sample precision in a JPEG header."""
 
     rows: int
     columns: int
@@ -81,10 +81,10 @@ def check_header(syntax: UID, data: bytes, shape: FrameShape) -> None:
     Args:
         syntax: the transfer syntax, one of ``COMPRESSED``.
         data: the frame, or at least its first 64 KiB.
-        shape: what it must be.
+        shape: the expected size and format.
 
     Raises:
-        PixelError: ``pixel.corrupt`` when there is no sane header, ``ingest.absurd_dimensions`` or
+        PixelError: ``pixel.corrupt`` when there is no valid header, ``ingest.absurd_dimensions`` or
             ``ingest.pixel_attributes`` when it contradicts the DICOM header.
     """
     if syntax == RLELossless:
@@ -105,10 +105,10 @@ def check_header(syntax: UID, data: bytes, shape: FrameShape) -> None:
 
 
 def check_frame(syntax: UID, data: bytes, shape: FrameShape) -> None:
-    """Check one whole compressed frame: its header, and of JPEG each code.
+    """Check one complete compressed frame: its header, and for JPEG all codes.
 
     Raises:
-        PixelError: as ``check_header``; ``pixel.corrupt`` too when the coded data is damaged or cut short.
+        PixelError: as ``check_header``; ``pixel.corrupt`` too when the coded data is damaged or truncated.
     """
     check_header(syntax, data, shape)
     if syntax in JPEG:
@@ -170,7 +170,7 @@ def _sof(marker: int, segment: bytes, at: int) -> _Header:
 
 
 def _checked_scan(header: _Header | None, marker: int, segment: bytes) -> _Header:
-    """Refuse scans that are no scans of their process: decoders differ in what they make of them (T.81 B.2.3)."""
+    """Refuse scans that are invalid for their JPEG process, since decoders handle them differently (T.81 B.2.3)."""
     if header is None:
         raise _corrupt("JPEG scan without a frame header")
     if len(segment) < 4 or len(segment) != 4 + 2 * segment[0]:
@@ -202,7 +202,7 @@ def _jpeg_2000_header(data: bytes) -> _Header:
 
 
 def _check_rle(data: bytes, shape: FrameShape) -> None:
-    """The RLE header names one segment per byte of a pixel, in rising order (PS3.5 G.5)."""
+    """Check that the RLE header has one segment per byte of a pixel, in ascending order (PS3.5 G.5)."""
     if len(data) < 64:
         raise _corrupt("RLE header cut short")
     count, *offsets = struct.unpack("<16I", data[:64])

@@ -1,4 +1,4 @@
-"""Which decoder reads which compressed pixels: imagecodecs as a plugin of pydicom, and what stands in where it is absent.
+"""The decoder of each compressed transfer syntax: imagecodecs as a plugin of pydicom, and the alternatives where it is absent.
 
 Measured in milliseconds per frame of 2048 x 2048 pixels of a real chest X-ray (12 bits in 16, or the upper 8), the best of 12
 through pydicom 3.0.2 on two busy cores of an AMD EPYC; "check" is what ``codestream.check_frame`` adds:
@@ -13,9 +13,9 @@ through pydicom 3.0.2 on two busy cores of an AMD EPYC; "check" is what ``codest
 | JPEG 2000 | imagecodecs (OpenJPEG, 2 threads) 203 to 334 | 0 | GDCM 274, Pillow 381, pylibjpeg-openjpeg 378 |
 | HTJ2K | imagecodecs (OpenJPEG, 2 threads) 33 to 50 | 0 | pylibjpeg-openjpeg 49 |
 
-With the second core free GDCM is nowhere the fastest, and pydicom imports it wherever it is installed (18 MB in every process):
-better without it.
-OpenJPH (imagecodecs, 21 ms) is not used for HTJ2K: it returned a picture for 22 of 30 frames cut short, OpenJPEG for none.
+With the second core free GDCM is never the fastest, and pydicom imports it wherever it is installed (18 MB in every process), so it
+is not installed.
+OpenJPH (imagecodecs, 21 ms) is not used for HTJ2K: it returned an image for 22 of 30 truncated frames, OpenJPEG for none.
 pylibjpeg-libjpeg is not used because it is GPL-3.0 and this project is Apache-2.0. DCT decoders may differ by one grey level
 (ITU-T T.83, PS3.5 8.2.1); libjpeg-turbo's and pylibjpeg-libjpeg's do.
 
@@ -42,12 +42,12 @@ if TYPE_CHECKING:
     from pydicom.pixels.decoders.base import DecodeRunner
 
 _PLUGIN: Final = "imagecodecs"
-# pydicom's own plugins, the fastest first; only one is ever asked, because a second opinion on damaged data is a guess.
+# Plugins of pydicom, the fastest first. Only one is tried: the output of a second decoder for damaged data would be a guess.
 _PREFERENCE: Final = (_PLUGIN, "pylibjpeg", "pyjpegls", "gdcm", "pillow", "pydicom")
 # More threads than this gain nothing on a chest X-ray and multiply OpenJPEG's buffers.
 _MAX_THREADS: Final = 4
 
-DECODER_DEPENDENCIES: Final = dict.fromkeys(COMPRESSED, ("imagecodecs",))  # pydicom asks its plugins for this name
+DECODER_DEPENDENCIES: Final = dict.fromkeys(COMPRESSED, ("imagecodecs",))  # pydicom reads this name from its plugins
 
 
 def is_available(uid: str) -> bool:
@@ -57,25 +57,25 @@ def is_available(uid: str) -> bool:
 
 @functools.cache
 def register_decoders() -> None:
-    """Make imagecodecs known to pydicom, once per process."""
+    """Register imagecodecs with pydicom, once per process."""
     for syntax in COMPRESSED:
         get_decoder(syntax).add_plugin(_PLUGIN, (__name__, "decode_with_imagecodecs"))
-    # pydicom logs a traceback for each frame that a plugin refuses; ours is reported once, as a PixelError.
+    # pydicom logs a traceback for each frame that a plugin refuses; here it is reported once, as a PixelError.
     logging.getLogger("pydicom.pixels.decoders.base").setLevel(logging.CRITICAL)
 
 
 def best_plugin(syntax: UID) -> str:
-    """The name of the fastest plugin at hand for a compressed transfer syntax; empty when there is none."""
+    """The name of the fastest plugin available for a compressed transfer syntax; empty where there is none."""
     register_decoders()
     available = get_decoder(syntax).available_plugins
     return next((name for name in _PREFERENCE if name in available), "")
 
 
 def decode_with_imagecodecs(src: bytes, runner: DecodeRunner) -> memoryview:
-    """Decode one frame, as pydicom asks its plugins to (pydicom's guide "Decoding plugins").
+    """Decode one frame; called by pydicom (see its guide "Decoding plugins").
 
     Raises:
-        ValueError: the picture is not of the size that the DICOM header says; the codecs raise errors of their own.
+        ValueError: the size differs from the DICOM header; the codecs raise errors of their own.
     """
     syntax = runner.transfer_syntax
     if syntax == RLELossless:
@@ -85,7 +85,7 @@ def decode_with_imagecodecs(src: bytes, runner: DecodeRunner) -> memoryview:
         PhotometricInterpretation.YBR_ICT,
         PhotometricInterpretation.YBR_RCT,
     ):
-        runner.set_option("photometric_interpretation", PhotometricInterpretation.RGB)  # OpenJPEG undoes the transform
+        runner.set_option("photometric_interpretation", PhotometricInterpretation.RGB)  # OpenJPEG reverses the transform
     runner.set_option("bits_allocated", array.dtype.itemsize * 8)
     return _checked(array, runner)
 
@@ -95,7 +95,7 @@ def _decode(syntax: UID, src: bytes, samples: int) -> NDArray[np.generic]:
 
     array: Any
     if syntax in JPEG:
-        # The same colour space in and out leaves the components as they are coded: pydicom knows what they mean.
+        # The same colour space in and out leaves the components as they are coded; pydicom converts them.
         colour = "RGB" if samples == 3 else None
         array = imagecodecs.jpeg8_decode(src, colorspace=colour, outcolorspace=colour)
     elif syntax in JPEG_LS:

@@ -1,4 +1,4 @@
-"""One frame as the web viewer draws it: the values a window is applied to, and the header that says how."""
+"""One frame for the web viewer: the values that a window is applied to, and how to apply it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class DisplayFrame:
         pixels: grey: [rows, columns], stored values as (u)int8, (u)int16 or float32 (modality values where the header has a
             Modality LUT); colour: uint8 RGB [rows, columns, 3].
         photometric: MONOCHROME1 (low is white), MONOCHROME2 or RGB.
-        slope: what stored values are multiplied with before the window is applied.
-        intercept: what is added then.
-        windows: what a person can choose from, the first is shown first; one at least for grey, none for colour. A VOI LUT
-            is offered as the window that spans its input.
+        slope: factor for stored values before the window is applied.
+        intercept: added after the factor.
+        windows: the windows to choose from, the default first; at least one for grey, none for colour. A VOI LUT is offered as the
+            window that spans its input.
         bits_stored: Bits Stored.
         signed: stored values can be negative.
-        spacing: mm between rows and between columns, or None: the viewer then measures in pixels.
+        spacing: mm between rows and between columns; None: the viewer measures in pixels.
         minimum: the lowest stored value in the frame.
         maximum: the highest.
     """
@@ -52,7 +52,7 @@ def display_frame(ds: Dataset, index: int = 0) -> DisplayFrame:
     """Decode one frame for the viewer; palette colour becomes RGB, more than 8 bits per colour become 8.
 
     Raises:
-        PixelError: the frame cannot be decoded or its header makes no sense.
+        PixelError: the frame cannot be decoded or its header is invalid.
         IndexError: there is no such frame.
     """
     pixels = decode_frame(ds, index)
@@ -67,7 +67,7 @@ def display_frame(ds: Dataset, index: int = 0) -> DisplayFrame:
     slope, intercept = header.slope, header.intercept
     if header.modality_lut is not None:
         pixels, slope, intercept = header.modality(pixels.astype(np.float64)), 1.0, 0.0
-    if pixels.dtype.itemsize > 2 or pixels.dtype.kind == "f":  # what WebGL textures and browsers' typed arrays take
+    if pixels.dtype.itemsize > 2 or pixels.dtype.kind == "f":  # supported by WebGL textures and typed arrays
         pixels = pixels.astype(np.float32)
     return DisplayFrame(
         pixels, "MONOCHROME1" if header.inverse else "MONOCHROME2", slope, intercept, windows,
@@ -91,7 +91,7 @@ def _default_window(pixels: NDArray[Any], header: GreyHeader, bits_stored: int) 
 
 
 def palette_rgb(ds: Dataset, values: NDArray[Any]) -> NDArray[Any]:
-    """Palette indices as RGB of 8 or 16 bits (PS3.3 C.7.9).
+    """Convert palette indices to RGB of 8 or 16 bits (PS3.3 C.7.9).
 
     Raises:
         PixelError: ``ingest.pixel_attributes``: the palette cannot be read.
@@ -105,7 +105,7 @@ def palette_rgb(ds: Dataset, values: NDArray[Any]) -> NDArray[Any]:
 
 
 def eight_bits(colour: NDArray[Any], bits: int) -> NDArray[np.uint8]:
-    """RGB of ``bits`` bits in 8."""
+    """Reduce RGB of ``bits`` bits to 8 bits."""
     if colour.dtype == np.uint8:
         return colour
     reduced: NDArray[np.uint8] = (np.clip(colour, 0, None) >> max(bits - 8, 0)).clip(0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""The golden cases of a bundle as a runtime has to answer them: the real way, from the displayed picture to the probability and its map."""
+"""The golden cases of a bundle, checked through the whole pipeline: from the display image to the probability and its map."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ Infer: TypeAlias = "Callable[[NDArray[np.float32]], dict[str, NDArray[np.float32
 
 @dataclass(frozen=True)
 class Case:
-    """One case with a known answer.
+    """One prepared golden case.
 
     Attributes:
-        name: for the reason.
-        tensor: what the model is given, float32 [1, ...]; the times are measured with it too.
-        difference: given what runs the model on a tensor [1, ...], how far it is from the known answer; NaN is as wrong as can be.
+        name: of the case.
+        tensor: the input of the model, float32 [1, ...]; durations are measured with it too.
+        difference: takes a function that runs the model on a tensor [1, ...]; returns the difference to the known answer, NaN where
+            there is no valid one.
         tolerance: precision -> the largest difference allowed.
     """
 
@@ -34,14 +35,14 @@ class Case:
 
 
 def cases(bundle: ModelBundle) -> list[Case]:
-    """The golden cases, prepared; raises BundleError."""
+    """Prepare the golden cases of a bundle; raises BundleError."""
     if bundle.manifest.input.layout == "NCDHW":
         return [_volume_case(bundle.manifest, volume) for volume in bundle.golden_volumes()]
     return [_case(bundle.manifest, golden) for golden in bundle.golden_cases()]
 
 
 def _volume_case(manifest: Manifest, golden: GoldenVolume) -> Case:
-    """The difference is that of the label whose Dice coefficient is off the most."""
+    """The difference is the largest deviation of a label's Dice coefficient."""
     from appliance.imaging.volumes.segmentation import golden_tensor
 
     tensor, difference = golden_tensor(golden, manifest)
@@ -51,7 +52,7 @@ def _volume_case(manifest: Manifest, golden: GoldenVolume) -> Case:
 
 
 def _case(manifest: Manifest, golden: GoldenCase) -> Case:
-    """The difference is the largest of its probabilities', and of its activation map's relative to the map's range."""
+    """The difference is the largest of the probabilities, and of the activation map relative to the range of its values."""
     import numpy as np
 
     from appliance.imaging.postprocessing import classify

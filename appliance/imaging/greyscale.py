@@ -1,11 +1,11 @@
-"""From stored values to the picture a person would see: 8 bits, black is low (PS3.3 C.11.1, C.11.2, C.7.6.3.1.2).
+"""Convert stored values to the display image: 8 bits, low is black (PS3.3 C.11.1, C.11.2, C.7.6.3.1.2).
 
 Stored values pass the Modality LUT (or rescale), the VOI LUT (or the first window) and one inversion where MONOCHROME1 asks
-for it. All of it is worked out once for each value that can occur and then looked up, which is as exact as pixel by pixel
-and takes 3 ms instead of 60 for 2048 x 2048 pixels.
+for it. This is computed once for each value that can occur and then looked up, which gives the same result as pixel by pixel and takes
+3 ms instead of 60 for 2048 x 2048 pixels.
 
-Windows and LUTs are applied here and not by pydicom, whose functions take the range of their result from header fields that
-are often wrong (here it is 0 to 1) and whose look-up wraps around in 8-bit LUTs of more than 256 entries.
+Windows and LUTs are applied here and not by pydicom, whose functions take the range of the result from header fields that
+are often wrong (here it is 0 to 1) and whose lookup wraps around in 8-bit LUTs of more than 256 entries.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 VoiFunction: TypeAlias = Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"]
 VoiDefault: TypeAlias = Literal["minmax", "percentile"]
 
-# Rows at a time: small enough for the processor's cache, which makes the look-up twice as fast.
+# Rows processed at a time: few enough for the processor's cache, which makes the lookup twice as fast.
 _ROWS: Final = 32
 _PERCENTILES: Final = (1.0, 99.0)
 _PERCENTILE_SAMPLES: Final = 1_000_000
@@ -57,7 +57,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Lut:
-    """A look-up table: ``first`` is the value mapped to its first entry; values outside take the nearest (PS3.3 C.11.1.1.1)."""
+    """A lookup table: ``first`` is the input of its first entry; inputs outside take the nearest entry (PS3.3 C.11.1.1.1)."""
 
     first: int
     entries: Values
@@ -75,14 +75,14 @@ class Lut:
 
 @dataclass(frozen=True)
 class GreyHeader:
-    """What the header says about the meaning of a frame's values.
+    """The attributes of the header that define the meaning of grey values.
 
     Attributes:
-        slope: Rescale Slope; not used beside ``modality_lut``.
-        intercept: Rescale Intercept; not used beside ``modality_lut``.
+        slope: Rescale Slope; ignored where there is a ``modality_lut``.
+        intercept: Rescale Intercept; ignored where there is a ``modality_lut``.
         windows: the usable windows, in the order of the header.
-        padding: lowest and highest stored value that is no image (Pixel Padding Value, PS3.3 C.7.5.1.1.2), or None.
-        inverse: low values are white (MONOCHROME1, or Presentation LUT Shape INVERSE; both together still invert once).
+        padding: lowest and highest stored value of the padding (Pixel Padding Value, PS3.3 C.7.5.1.1.2), or None.
+        inverse: low values are white (MONOCHROME1 or Presentation LUT Shape INVERSE; both together invert only once).
         modality_lut: the first item of the Modality LUT Sequence, or None.
         voi_lut: the first item of the VOI LUT Sequence, or None.
     """
@@ -96,14 +96,14 @@ class GreyHeader:
     voi_lut: Lut | None = None
 
     def modality(self, stored: Values) -> Values:
-        """Stored values in modality units."""
+        """Convert stored values to modality units."""
         if self.modality_lut is not None:
             return self.modality_lut.apply(stored)
         return stored * self.slope + self.intercept
 
 
 def frame_value(ds: Dataset, frame: int, group: str, keyword: str) -> Any:
-    """A value that enhanced images keep per frame or shared in a functional group (PS3.3 C.7.6.16), others at the top."""
+    """Read a value from the functional groups of an enhanced image (PS3.3 C.7.6.16), else from the top level."""
     per_frame, shared = ds.get("PerFrameFunctionalGroupsSequence") or [], ds.get("SharedFunctionalGroupsSequence") or []
     for item in (*per_frame[frame : frame + 1], *shared[:1]):
         for inner in (item.get(group) or [])[:1]:
@@ -113,7 +113,7 @@ def frame_value(ds: Dataset, frame: int, group: str, keyword: str) -> Any:
 
 
 def numbers(value: Any) -> list[float]:
-    """The numbers of a value of any multiplicity; text that is no number becomes NaN."""
+    """Convert a value of any multiplicity to numbers; text that is not a number becomes NaN."""
     if value is None or isinstance(value, (str, int, float)):
         value = [] if value is None or value == "" else [value]
     result = []
@@ -159,7 +159,7 @@ def grey_header(ds: Dataset, frame: int = 0) -> GreyHeader:
 
 
 def _windows(ds: Dataset, frame: int) -> tuple[Window, ...]:
-    """The windows a person could choose; those without a sane width are dropped, as if they were absent."""
+    """The windows of the header; those with an invalid width are ignored."""
     group = "FrameVOILUTSequence"
     centers = numbers(frame_value(ds, frame, group, "WindowCenter"))
     widths = numbers(frame_value(ds, frame, group, "WindowWidth"))
@@ -180,14 +180,14 @@ def _padding(ds: Dataset) -> tuple[float, float] | None:
         return None
     limit = numbers(ds.get("PixelPaddingRangeLimit"))
     ends = [value[0], limit[0] if limit and math.isfinite(limit[0]) else value[0]]
-    if ds.get("PixelRepresentation") == 1:  # often written unsigned beside signed pixels
+    if ds.get("PixelRepresentation") == 1:  # often written unsigned although the pixels are signed
         half = 1 << (int(ds.BitsAllocated) - 1)
         ends = [end - 2 * half if end >= half else end for end in ends]
     return min(ends), max(ends)
 
 
 def _lut(ds: Dataset, keyword: str) -> Lut | None:
-    """The first LUT of a sequence; its data are 16-bit words, or bytes where there are only as many (PS3.3 C.11.1.1)."""
+    """The first LUT of a sequence; its data are 16-bit words, or bytes where there is only one per entry (PS3.3 C.11.1.1)."""
     items = ds.get(keyword)
     if not items:
         return None
@@ -211,17 +211,17 @@ def _lut(ds: Dataset, keyword: str) -> Lut | None:
 
 
 def display_grey(frame: NDArray[Any], header: GreyHeader, default: VoiDefault, bits_stored: int = 16) -> tuple[NDArray[np.uint8], str]:
-    """The frame as displayed: 8 bits, black is low, padding black.
+    """Convert a frame to the display image: 8 bits, low is black, padding is black.
 
     Args:
         frame: stored values [rows, columns], integers of up to 32 bits or floats.
-        header: what they mean.
+        header: meaning of the values.
         default: the range to show where the header has neither VOI LUT nor window. Images of up to 8 bits without either are
             ready for display and are shown as they are.
         bits_stored: Bits Stored.
 
     Returns:
-        uint8 [rows, columns], and in words which VOI transformation was used.
+        uint8 [rows, columns], and a description of the VOI transformation.
     """
     voi, named = _voi(frame, header, default, bits_stored)
 
@@ -235,7 +235,7 @@ def display_grey(frame: NDArray[Any], header: GreyHeader, default: VoiDefault, b
         return np.where(hidden, 0.0, np.rint(255.0 * unit)).astype(np.uint8)
 
     with np.errstate(invalid="ignore", over="ignore"):
-        return _mapped(frame, shown), named
+        return _apply(frame, shown), named
 
 
 def _voi(frame: NDArray[Any], header: GreyHeader, default: VoiDefault, bits_stored: int) -> tuple[Callable[[Values], Values], str]:
@@ -254,7 +254,7 @@ def _voi(frame: NDArray[Any], header: GreyHeader, default: VoiDefault, bits_stor
 
 
 def display_extent(frame: NDArray[Any], header: GreyHeader, default: VoiDefault) -> tuple[float, float]:
-    """The range of modality values to show where the header says nothing, padding left out; 0 to 0 when there is no other value."""
+    """The range of modality values to display where the header has no window, without padding; (0, 0) where all is padding."""
     values = frame
     if default == "percentile":
         step = max(1, math.isqrt(frame.size // _PERCENTILE_SAMPLES))
@@ -266,14 +266,14 @@ def display_extent(frame: NDArray[Any], header: GreyHeader, default: VoiDefault)
     if not values.size:
         return 0.0, 0.0
     stored = np.percentile(values, _PERCENTILES) if default == "percentile" else np.array([values.min(), values.max()], np.float64)
-    if header.modality_lut is not None:  # it need not rise: look at every value in between
+    if header.modality_lut is not None:  # it may not be monotonic: convert every value in between
         stored = np.arange(stored[0], stored[1] + 1)
     shown = header.modality(np.asarray(stored, np.float64))
     return float(shown.min()), float(shown.max())
 
 
-def _mapped(frame: NDArray[Any], function: Callable[[Values], NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Apply a function of single values to a frame: looked up where few values can occur, block by block otherwise."""
+def _apply(frame: NDArray[Any], function: Callable[[Values], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Apply a function of single values to a frame: by a lookup table where few values can occur, else block by block."""
     result = np.empty(frame.shape, np.uint8)
     table = None
     if frame.dtype.kind in "iu" and frame.dtype.itemsize <= 2:
@@ -290,7 +290,7 @@ def _mapped(frame: NDArray[Any], function: Callable[[Values], NDArray[np.uint8]]
 
 
 def pixel_spacing(ds: Dataset, frame: int = 0) -> tuple[float, float] | None:
-    """The distance between rows and between columns in mm, or None where the header has no sane value (0 is not one)."""
+    """The distance between rows and between columns in mm; None where the header has no valid value (0 is invalid)."""
     for group, keyword in (
         ("PixelMeasuresSequence", "PixelSpacing"),
         ("", "ImagerPixelSpacing"),
@@ -309,4 +309,4 @@ def pixel_aspect(ds: Dataset, frame: int = 0) -> float:
         ratio = numbers(ds.get("PixelAspectRatio"))  # vertical, then horizontal; PS3.3 C.7.6.3.1.7
         spacing = (ratio[0], ratio[1]) if len(ratio) == 2 and all(math.isfinite(v) and v > 0 for v in ratio) else (1.0, 1.0)
     aspect = spacing[0] / spacing[1]
-    return aspect if 0.2 <= aspect <= 5 else 1.0  # beyond that it is a typing error, not a pixel
+    return aspect if 0.2 <= aspect <= 5 else 1.0  # beyond that the header is wrong

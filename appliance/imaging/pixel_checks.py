@@ -1,8 +1,8 @@
-"""The door's look at a scan's pixels without decoding them: is what the header says possible, and is it all there.
+"""Check the pixel data of an image at ingest without decoding it: is the header valid, and is the data complete.
 
-What passes here can be given to a decoder without fear for memory: sizes are within ``PixelCaps``, uncompressed pixel data
-has the length its header implies to the byte, and the first compressed frame says of itself what the DICOM header says of it
-(the other frames are held to that when they are decoded). Attributes: Image Pixel Module, PS3.3 C.7.6.3; encapsulation:
+An image that passes can be decoded within the memory limit: sizes are within ``PixelCaps``, uncompressed pixel data has exactly the
+length that its header implies, and the header of the first compressed frame agrees with the DICOM header (the other frames are
+checked when they are decoded). Attributes: Image Pixel Module, PS3.3 C.7.6.3; encapsulation:
 PS3.5 A.4.
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 NATIVE: Final = frozenset({ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian})
 PIXEL_KEYWORDS: Final = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
-# What reading a damaged value of a data element raises in pydicom.
+# The exceptions of pydicom for damaged values of data elements.
 VALUE_ERRORS: Final = (
     ValueError, TypeError, AttributeError, LookupError, NotImplementedError, OverflowError, EOFError, struct.error,
     OSError, BytesLengthException,
@@ -42,14 +42,14 @@ _PHOTOMETRIC: Final = {
     3: ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"),
 }
 _BITS_ALLOCATED: Final = {"PixelData": (1, 8, 16, 32), "FloatPixelData": (32,), "DoubleFloatPixelData": (64,)}
-# Some devices pad the end of the pixel data; a whole row too many means that Rows or Columns are wrong.
+# Some devices pad the end of the pixel data; a complete extra row means that Rows or Columns are wrong.
 _MAX_PADDING_BYTES: Final = 1024
 _HEADER_BYTES: Final = 64 * 1024
 
 
 @dataclass(frozen=True)
 class PixelCaps:
-    """The most that one image may ask of the box.
+    """The largest image that is accepted.
 
     The largest real frames are those of stitched spines and of mammography, some 60 MB. Frames of ``max_frame_bytes`` were
     decoded and prepared for a model in a process of their own, which then took at most 1.1 GB (RGB in JPEG 2000, or YBR).
@@ -62,7 +62,7 @@ class PixelCaps:
 
 @dataclass(frozen=True)
 class Layout:
-    """The Image Pixel Module of an image, checked: what its pixel data must look like."""
+    """The checked Image Pixel Module of an image."""
 
     keyword: str
     rows: int
@@ -74,7 +74,7 @@ class Layout:
 
     @property
     def frame_shape(self) -> FrameShape:
-        """The part of it that a compressed frame repeats in its own header."""
+        """The attributes that a compressed frame repeats in its own header."""
         return FrameShape(self.rows, self.columns, self.samples, self.bits_allocated)
 
     @property
@@ -85,16 +85,16 @@ class Layout:
 
 
 def check_structure(ds: Dataset, caps: PixelCaps | None = None) -> None:
-    """Refuse an image whose pixels cannot be what its header says; no pixel is decoded, little memory is used.
+    """Raise an error where the pixel data contradicts the header; decodes no pixel and uses little memory.
 
     Args:
         ds: the image as read by pydicom, with its file meta group.
-        caps: the most it may ask for; ``PixelCaps()`` when absent.
+        caps: the limits; ``PixelCaps()`` when absent.
 
     Raises:
         IngestError: ``ingest.no_pixel_data``, ``ingest.unsupported_syntax``, ``ingest.absurd_dimensions``,
             ``ingest.truncated``, ``ingest.pixel_representation`` or ``ingest.pixel_attributes``.
-        PixelError: ``pixel.corrupt``: the encapsulation or the first frame's header makes no sense.
+        PixelError: ``pixel.corrupt``: the encapsulation or the header of the first frame is invalid.
     """
     keywords = [keyword for keyword in PIXEL_KEYWORDS if keyword in ds]
     if not keywords:
@@ -158,7 +158,7 @@ def _check_sample(ds: Dataset, bits_allocated: int) -> None:
 
 
 def _integer(ds: Dataset, keyword: str, default: int | None = None) -> int:
-    """A value that must be one integer; ``default`` where it is absent or empty."""
+    """Read a value that must be one integer; ``default`` where it is absent or empty."""
     try:
         value = ds.get(keyword)
         if value is None or value == "":
@@ -184,7 +184,7 @@ def _pixel_bytes(ds: Dataset, keyword: str) -> bytes:
 
 
 def _check_native(layout: Layout, data: bytes) -> None:
-    """Uncompressed pixel data has exactly the length that the header implies, and a little padding at most."""
+    """Check that uncompressed pixel data has the length that the header implies, apart from a little padding."""
     expected = -(-layout.rows * layout.row_bits * layout.frames // 8)
     if len(data) < expected:
         code = "ingest.truncated" if len(data) * 8 > expected else "ingest.absurd_dimensions"
@@ -212,7 +212,7 @@ def _check_encapsulated(ds: Dataset, syntax: UID, layout: Layout, data: bytes) -
 
 
 def _check_offsets(ds: Dataset, layout: Layout, offsets: list[int], fragments: list[int]) -> None:
-    """Offset tables must point to fragments, in order: a decoder follows them blindly."""
+    """Check that offset tables point to fragments in order: decoders do not check them."""
     tables = [offsets]
     if "ExtendedOffsetTable" in ds:
         extended, lengths = bytes(ds.ExtendedOffsetTable), bytes(ds.get("ExtendedOffsetTableLengths") or b"")

@@ -1,10 +1,10 @@
-"""Pixels of an image, one frame at a time: checked, decoded by the fastest decoder at hand, or refused.
+"""Decode the pixels of an image, one frame at a time, after checks, with the fastest decoder available.
 
 The values are those of pydicom's ``pixel_array``: stored values as they are (before any modality or VOI transformation) for
-grey and palette images; YBR_FULL and YBR_FULL_422 converted to RGB. ``structure`` holds the check at the door, ``codestream``
-that of compressed frames, ``decoders`` the choice of decoders and what they were measured at.
+grey and palette images; YBR_FULL and YBR_FULL_422 converted to RGB. ``pixel_checks`` checks the header at ingest, ``codestream`` the
+compressed frames; ``decoders`` chooses the decoder and lists their measured times.
 
-Nothing heavy is imported before the first frame is decoded: the web process looks at headers only.
+Nothing large is imported before the first frame is decoded: the web process mostly reads headers.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ Frame: TypeAlias = "NDArray[Any]"
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-# One frame at a time in a process: it bounds the memory, and pydicom's remarks are silenced through process-wide state.
+# One frame at a time per process: it limits the memory, and warnings are silenced through process-wide state.
 _LOCK: Final = threading.Lock()
 
 
 def frame_count(ds: Dataset) -> int:
-    """The number of frames that the header states and the pixel data was checked against."""
+    """The number of frames in the header, which the pixel data was checked against."""
     return int(ds.get("NumberOfFrames") or 1)
 
 
@@ -64,8 +64,8 @@ def decode_frame(ds: Dataset, index: int = 0) -> Frame:
         view of uncompressed pixel data.
 
     Raises:
-        PixelError: ``pixel.corrupt`` when the coded data is damaged, ``pixel.undecodable`` when no decoder takes it, or what
-            ``check_structure`` says of the frame's header.
+        PixelError: ``pixel.corrupt`` when the coded data is damaged, ``pixel.undecodable`` when no decoder supports it, or an error of
+            ``check_structure``.
         IndexError: there is no such frame.
     """
     if not 0 <= index < frame_count(ds):
@@ -74,11 +74,11 @@ def decode_frame(ds: Dataset, index: int = 0) -> Frame:
 
 
 def iter_frames(ds: Dataset, *, only: int | None = None) -> Iterator[Frame]:
-    """Decode all frames, one after the other, never two in memory.
+    """Decode all frames one after the other, with only one in memory.
 
     Args:
         ds: the image, with its file meta group.
-        only: decode but this frame.
+        only: decode only this frame.
 
     Raises:
         PixelError: as ``decode_frame``, or when frames are missing.
@@ -94,7 +94,7 @@ def iter_frames(ds: Dataset, *, only: int | None = None) -> Iterator[Frame]:
 
 
 def _layout(ds: Dataset) -> tuple[Layout, UID]:
-    """What the header says, checked anew: a stored image may have been written by an older version's rules."""
+    """Read the header and check it again: an older version with other rules may have stored the image."""
     keyword = next((keyword for keyword in PIXEL_KEYWORDS if keyword in ds), None)
     if keyword is None:
         raise PixelError("ingest.no_pixel_data")
@@ -112,7 +112,7 @@ def _native_frames(ds: Dataset, syntax: UID, layout: Layout, only: int | None) -
 
 
 def _view(decoder: Decoder, ds: Dataset, layout: Layout, index: int) -> Frame | None:
-    """Grey pixels as they lie in the file, without a copy; None where bits above Bits Stored hold something else (overlays)."""
+    """Return the grey pixels of the file without a copy; None where bits above Bits Stored hold other data (overlays)."""
     if layout.samples != 1 or layout.bits_allocated < 8 or layout.keyword != "PixelData":
         return None
     frame = _decode(decoder, ds, index=index, allow_excess_frames=False, view_only=True, correct_unused_bits=False)
@@ -121,7 +121,7 @@ def _view(decoder: Decoder, ds: Dataset, layout: Layout, index: int) -> Frame | 
 
 
 def _compressed_frames(ds: Dataset, syntax: UID, layout: Layout, only: int | None) -> Iterator[Frame]:
-    """Check each coded frame, then have pydicom decode it as an image of one frame."""
+    """Check each coded frame, then let pydicom decode it as an image of one frame."""
     plugin = best_plugin(syntax)
     if not plugin:
         raise PixelError("pixel.undecodable", f"no decoder for {syntax.name} is installed")
@@ -142,7 +142,7 @@ def _extended_offsets(ds: Dataset) -> tuple[bytes, bytes] | None:
 
 
 def _options(ds: Dataset, layout: Layout) -> dict[str, Any]:
-    """What pydicom must know of a frame that comes without its data set."""
+    """Options for pydicom to decode a frame without its data set."""
     return {
         "rows": layout.rows,
         "columns": layout.columns,
@@ -162,7 +162,7 @@ def _decode(decoder: Decoder, source: Dataset | bytes, **options: Any) -> Frame:
 
 
 def _guarded(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """Call pydicom or a decoder: silent about what it repaired, one PixelError for whatever it refuses."""
+    """Call pydicom or a decoder without warnings; every error becomes a PixelError."""
     with _LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -1,8 +1,8 @@
-"""From the model's outputs to findings: probability against threshold, and where in the image it comes from.
+"""Convert the outputs of a model to findings: probability, threshold, and location in the image.
 
 The class activation map (CAM) is the logit before the sigmoid, cell by cell: its mean plus a bias is the logit of the
-probability. What is above zero in it speaks for the label. A cell covers ``input / cells`` pixels of the model's input, so its
-value belongs to the middle of that square; maps are enlarged and mapped back to the image with that in mind.
+probability. Values above zero are evidence for the label. A cell covers ``input / cells`` pixels of the model's input, and its value
+belongs to the centre of that square; enlarging the map and mapping it to the image take that into account.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ if TYPE_CHECKING:
     Box: TypeAlias = tuple[float, float, float, float]
 
 HEATMAP_SIDE: Final = 256
-# The outline encloses where the map is above this share of its maximum.
+# The outline encloses the area where the map is above this share of its maximum.
 OUTLINE_FRACTION: Final = 0.5
-# Finer outlines would only be longer: a cell of the map spans 9 of these steps or more.
+# A finer grid would only make the outline longer: one cell of the map spans at least 9 of these steps.
 _OUTLINE_SIDE: Final = 64
-# The map of a negative finding is fainter, so that it never looks like a mark; 128 levels still show where its maximum is.
+# The map of a negative finding is fainter, so that it never looks like a lesion mark; 128 levels still show its maximum.
 _NEGATIVE_STRENGTH: Final = 0.5
 _ROUNDING: Final = 1e-9
 
 
 @dataclass(frozen=True)
 class Localisation:
-    """Where in the image a score comes from.
+    """The location in the image that a score is based on.
 
     Coordinates are (x, y) in pixels of the image, the origin at its top left corner; the centre of the first pixel is
     (0.5, 0.5).
 
     Attributes:
-        peak: the centre of the map's strongest cell, moved to the image's edge where the cell reaches into the padding.
-        outline: closed polygons around what is above ``OUTLINE_FRACTION`` of the map's maximum; empty for a negative finding.
-        heatmap_png: 8-bit grey PNG, longest side ``HEATMAP_SIDE``, of exactly the image's extent; 0 is nothing, the
-            maximum is 255 for a positive finding and 128 for a negative one.
+        peak: the centre of the strongest cell of the map, clipped to the image where the cell extends into the padding.
+        outline: closed polygons around the area above ``OUTLINE_FRACTION`` of the maximum; empty for a negative finding.
+        heatmap_png: 8-bit grey PNG, longest side ``HEATMAP_SIDE``, covering exactly the image; 0 is no evidence, the maximum is 255 for
+            a positive finding and 128 for a negative one.
     """
 
     peak: Point
@@ -58,7 +58,7 @@ class Localisation:
 
 @dataclass(frozen=True)
 class ScoredLabel:
-    """One label's probability against its operating point."""
+    """The probability of one label at its operating point."""
 
     label: str
     score: float
@@ -73,10 +73,10 @@ def classify(outputs: dict[str, NDArray[np.float32]], manifest: Manifest, geomet
     Args:
         outputs: output name -> array with a batch of one, probabilities [1, labels], CAM [1, labels, h, w].
         manifest: names the outputs, the labels and their thresholds; a score of exactly the threshold is positive.
-        geometry: how the image lies in the model's input.
+        geometry: maps the image to the model's input.
 
     Raises:
-        InferenceError: ``job.error``: an output is missing, or not what the manifest says.
+        InferenceError: ``job.error``: an output is missing or contradicts the manifest.
     """
     labels = len(manifest.labels)
     name = next((output.name for output in manifest.outputs if output.kind == "probability"), "")
@@ -87,8 +87,8 @@ def classify(outputs: dict[str, NDArray[np.float32]], manifest: Manifest, geomet
     result = []
     for index, label in enumerate(manifest.labels):
         score, threshold = float(scores[index]), manifest.operating_point(label.name).threshold
-        place = None if cams is None else localise(cams[index], geometry, score, threshold)
-        result.append(ScoredLabel(label.name, score, threshold, score >= threshold, place))
+        location = None if cams is None else localise(cams[index], geometry, score, threshold)
+        result.append(ScoredLabel(label.name, score, threshold, score >= threshold, location))
     return result
 
 
@@ -102,7 +102,7 @@ def _output(outputs: dict[str, NDArray[np.float32]], name: str, shape: tuple[int
 
 
 def localise(cam: Map, geometry: Geometry, score: float, threshold: float) -> Localisation:
-    """Find where a score comes from; ``cam`` is float [h, w]."""
+    """Locate the evidence for a score; ``cam`` is float [h, w]."""
     part, box = _on_image(cam, geometry)
     positive = score >= threshold
     evidence = _evidence(part)
@@ -112,7 +112,7 @@ def localise(cam: Map, geometry: Geometry, score: float, threshold: float) -> Lo
 
 
 def _on_image(cam: Map, geometry: Geometry) -> tuple[Map, Box]:
-    """The cells that have a part of the image in them, and the image's extent (left, top, right, bottom) in those cells."""
+    """Return the cells that overlap the image, and the extent of the image (left, top, right, bottom) in units of these cells."""
     cell_w, cell_h = geometry.input_w / cam.shape[1], geometry.input_h / cam.shape[0]
     left, top = geometry.to_input(0, 0)
     right, bottom = geometry.to_input(geometry.columns, geometry.rows)
@@ -123,22 +123,22 @@ def _on_image(cam: Map, geometry: Geometry) -> tuple[Map, Box]:
 
 
 def _cells(start: float, end: float, count: int) -> tuple[int, int]:
-    """The range of whole cells around an extent; a billionth of a cell is rounding, not image."""
+    """The range of whole cells that covers an extent; differences up to a billionth of a cell are rounding errors."""
     first = min(max(math.floor(start + _ROUNDING), 0), count - 1)
     return first, min(max(math.ceil(end - _ROUNDING), first + 1), count)
 
 
 def _evidence(cam: Map) -> Map:
-    """The map from 0 to 1. Where nothing speaks for the label it shows what speaks against it least."""
+    """Scale the map to 0..1. Without evidence for the label the least evidence against it is scaled."""
     low = 0.0 if cam.max() > 0 else float(cam.min())
     span = float(cam.max()) - low
     return np.asarray(np.clip(cam - low, 0.0, None) / (span or 1.0), np.float32)
 
 
 def _enlarged(evidence: Map, geometry: Geometry, box: Box, side: int) -> Map:
-    """The map on the image's extent: [h, w] with the longer one ``side``, interpolated linearly between the cells' nodes.
+    """Enlarge the map to the extent of the image: [h, w], the longer of them ``side``, by linear interpolation.
 
-    Linear, because that has its maximum where the cells have theirs; cubic interpolation overshoots between two lesser cells.
+    Linear interpolation keeps the maximum at its cell; cubic interpolation overshoots between two lower cells.
     """
     longest = max(geometry.columns, geometry.rows)
     width, height = (max(1, round(side * length / longest)) for length in (geometry.columns, geometry.rows))
@@ -148,19 +148,19 @@ def _enlarged(evidence: Map, geometry: Geometry, box: Box, side: int) -> Map:
 
 
 def _nodes(start: float, end: float, cells: int) -> NDArray[np.float64]:
-    """Where the values of a row of cells belong: their middle, or the image's edge where that lies in the padding."""
+    """Coordinates of the values of a row of cells: their centres, clipped to the image."""
     return np.clip(np.arange(cells) + 0.5, start, end)
 
 
 def _weights(pixels: int, start: float, end: float, cells: int) -> NDArray[np.float64]:
-    """What each cell contributes to each pixel: [pixels, cells]."""
+    """The weight of each cell for each pixel: [pixels, cells]."""
     at = start + (np.arange(pixels) + 0.5) * (end - start) / pixels
     nodes = _nodes(start, end, cells)
     return np.stack([np.interp(at, nodes, own) for own in np.eye(cells)], axis=1)
 
 
 def _peak(cam: Map, geometry: Geometry, box: Box) -> Point:
-    """The node of the strongest cell in image pixels."""
+    """The coordinates of the strongest cell in image pixels."""
     row, column = np.unravel_index(int(np.argmax(cam)), cam.shape)
     x = (_nodes(box[0], box[2], cam.shape[1])[column] - box[0]) / (box[2] - box[0]) * geometry.columns
     y = (_nodes(box[1], box[3], cam.shape[0])[row] - box[1]) / (box[3] - box[1]) * geometry.rows

@@ -1,10 +1,10 @@
-"""An image's pixels as the tensor that a model takes: pure, driven step by step by the manifest's ``InputSpec``.
+"""Convert the pixels of an image to the input tensor of a model, by the steps of the manifest's ``InputSpec``. Pure functions.
 
-The reference is the plain way a model card describes (display picture, pad to a square, resize by Pillow, divide by 255); the
-steps give the same numbers and are fast because values are looked up, not computed (see ``greyscale``), and because pixels
-stay 8 bits until the picture is as small as the model's input. 2048 x 2048 pixels of 16 bits take 12 ms on one core.
+The reference is the pipeline that a model card describes (display image, pad to a square, resize by Pillow, divide by 255). These steps
+give the same numbers. They are fast because values are looked up, not computed (see ``greyscale``), and because pixels have 8 bits
+until the image is as small as the input of the model: 2048 x 2048 pixels of 16 bits take 12 ms on one core.
 
-Pixels that are not square are padded and resized so that they are square in the tensor: a chest keeps its shape.
+Images with non-square pixels are padded and resized so that pixels are square in the tensor and anatomy keeps its shape.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _FILTERS: Final = {
     "antialias_bicubic": Image.Resampling.BICUBIC,
     "area": Image.Resampling.BOX,
 }
-# Of pixels this close to square no model sees the difference.
+# Pixels this close to square are treated as square.
 _SQUARE: Final = 0.01
 
-# The input gate, see `quality`.
+# Limits of `check_quality`.
 _QUALITY_SIDE: Final = 128
 _MIN_SIDE: Final = 100
 _MIN_RANGE: Final = 8.0
@@ -47,7 +47,7 @@ _MAX_ROUGHNESS: Final = 0.6
 
 @dataclass(frozen=True)
 class Geometry:
-    """How pixels of the image lie in the model's input; both ways exact.
+    """The exact mapping between pixels of the image and of the model's input.
 
     Coordinates are (x, y) with the origin at the top left corner: the centre of the first pixel is (0.5, 0.5).
     ``x_input = x_image * scale_x + pad_x``, and the same for y.
@@ -63,24 +63,24 @@ class Geometry:
     input_w: int
 
     def to_input(self, x: float, y: float) -> tuple[float, float]:
-        """A point of the image in the model's input."""
+        """Map a point of the image to the model's input."""
         return x * self.scale_x + self.pad_x, y * self.scale_y + self.pad_y
 
     def to_image(self, x: float, y: float) -> tuple[float, float]:
-        """A point of the model's input in the image; it lies outside the image where it was in the padding."""
+        """Map a point of the model's input to the image; a point of the padding lies outside the image."""
         return (x - self.pad_x) / self.scale_x, (y - self.pad_y) / self.scale_y
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """An image ready for a model.
+class PreparedInput:
+    """An image prepared for a model.
 
     Attributes:
         tensor: float32 [1, channels, height, width].
-        display: uint8 [rows, columns], the picture as displayed, in the image's own pixels.
-        geometry: where the image's pixels are in the tensor.
-        steps: what was done, in words, for the record.
-        assumptions: coded remarks that a person must see.
+        display: uint8 [rows, columns], the display image in the original pixel grid.
+        geometry: mapping between image and tensor.
+        steps: description of the steps, for the record.
+        assumptions: notes that a person must see.
     """
 
     tensor: NDArray[np.float32]
@@ -90,37 +90,37 @@ class Prepared:
     assumptions: tuple[Note, ...] = ()
 
 
-def to_tensor(ds: Dataset, input_spec: InputSpec, frame: int = 0, pixels: NDArray[Any] | None = None) -> Prepared:
+def to_tensor(ds: Dataset, input_spec: InputSpec, frame: int = 0, pixels: NDArray[Any] | None = None) -> PreparedInput:
     """Prepare one frame of an image.
 
     Args:
         ds: the image.
         input_spec: the manifest's pixel pipeline.
         frame: which frame.
-        pixels: the frame's values when they are decoded already.
+        pixels: the values of the frame where it is decoded already.
 
     Raises:
-        PixelError: the frame cannot be decoded, or its header makes no sense.
+        PixelError: the frame cannot be decoded, or its header is invalid.
     """
     values = decode_frame(ds, frame) if pixels is None else pixels
-    display, shown = display_picture(ds, values, input_spec, frame)
+    display, shown = display_image(ds, values, input_spec, frame)
     aspect = pixel_aspect(ds, frame)
     return _prepare(display, input_spec, 1.0 if abs(aspect - 1) < _SQUARE else aspect, shown)
 
 
-def from_display(pixels: NDArray[np.uint8], input_spec: InputSpec) -> Prepared:
-    """Prepare a picture as displayed (uint8 [rows, columns], MONOCHROME2, square pixels): golden cases enter here."""
+def from_display(pixels: NDArray[np.uint8], input_spec: InputSpec) -> PreparedInput:
+    """Prepare a display image (uint8 [rows, columns], MONOCHROME2, square pixels), as golden cases contain it."""
     return _prepare(pixels, input_spec, 1.0, ())
 
 
-def display_picture(ds: Dataset, values: NDArray[Any], input_spec: InputSpec, frame: int = 0) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
-    """The frame as a person would see it, by the display steps of the pipeline.
+def display_image(ds: Dataset, values: NDArray[Any], input_spec: InputSpec, frame: int = 0) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """Convert a frame to the image that a person would see, by the display steps of the pipeline.
 
     Returns:
-        uint8 [rows, columns], and in words what was done.
+        uint8 [rows, columns], and a description of the steps.
 
     Raises:
-        PixelError: the header's transformations make no sense, or the palette cannot be read.
+        PixelError: the transformations in the header are invalid, or the palette cannot be read.
     """
     voi_step = _display_steps(input_spec)
     if str(ds.get("PhotometricInterpretation")).strip() == "PALETTE COLOR":
@@ -134,7 +134,7 @@ def display_picture(ds: Dataset, values: NDArray[Any], input_spec: InputSpec, fr
 
 
 def _display_steps(spec: InputSpec) -> Voi:
-    """The VOI step of a pipeline that begins with the display picture; another beginning would be read wrongly, so it is refused."""
+    """Return the VOI step of a pipeline; raises InferenceError where the pipeline does not start with the four display steps."""
     match spec.pipeline[:4]:
         case [ModalityLut(), Voi() as voi, Monochrome2(), ToUint8()]:
             return voi
@@ -142,11 +142,11 @@ def _display_steps(spec: InputSpec) -> Voi:
 
 
 def _luminance(colour: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """RGB as grey by ITU-R BT.601, on which the YBR photometric interpretations are built too."""
+    """Convert RGB to grey by ITU-R BT.601, as the YBR photometric interpretations do."""
     return np.asarray(Image.fromarray(colour).convert("L"))
 
 
-def _prepare(display: NDArray[np.uint8], spec: InputSpec, aspect: float, shown: tuple[str, ...]) -> Prepared:
+def _prepare(display: NDArray[np.uint8], spec: InputSpec, aspect: float, shown: tuple[str, ...]) -> PreparedInput:
     _display_steps(spec)
     rows, columns = display.shape
     picture: NDArray[Any] = display
@@ -161,7 +161,7 @@ def _prepare(display: NDArray[np.uint8], spec: InputSpec, aspect: float, shown: 
             picture = _resize(picture, step)
             steps.append(f"resize {step.width}x{step.height} {step.filter}")
         elif isinstance(step, (Scale, Normalise)):
-            picture = _normalised(picture, step)
+            picture = _normalise(picture, step)
             steps.append(step.step)
         else:
             raise InferenceError("job.error", f"the model's pipeline has {step.step} after to_uint8")
@@ -169,12 +169,12 @@ def _prepare(display: NDArray[np.uint8], spec: InputSpec, aspect: float, shown: 
     tensor = np.empty((1, spec.channels, spec.height, spec.width), np.float32)
     tensor[:] = picture
     geometry = Geometry(rows, columns, scale_x, scale_y, pad_x * scale_x, pad_y * scale_y, spec.height, spec.width)
-    return Prepared(tensor, display, geometry, tuple(steps))
+    return PreparedInput(tensor, display, geometry, tuple(steps))
 
 
 def _letterbox(picture: NDArray[Any], ratio: float, fill: int) -> tuple[NDArray[Any], int, int]:
-    """Pad to ``ratio`` (columns / rows), the picture in the centre; returns the columns and rows before it too."""
-    _flat(picture)
+    """Pad to ``ratio`` (columns / rows) with the image in the centre; returns also the columns and rows added before it."""
+    _check_two_dimensional(picture)
     rows, columns = picture.shape
     width, height = max(columns, round(rows * ratio)), max(rows, round(columns / ratio))
     left, top = (width - columns) // 2, (height - rows) // 2
@@ -186,17 +186,17 @@ def _letterbox(picture: NDArray[Any], ratio: float, fill: int) -> tuple[NDArray[
 
 
 def _resize(picture: NDArray[Any], step: Resize) -> NDArray[Any]:
-    _flat(picture)
+    _check_two_dimensional(picture)
     return np.asarray(Image.fromarray(picture).resize((step.width, step.height), _FILTERS[step.filter]))
 
 
-def _flat(picture: NDArray[Any]) -> None:
+def _check_two_dimensional(picture: NDArray[Any]) -> None:
     if picture.ndim != 2:
         raise InferenceError("job.error", "the model's pipeline must letterbox and resize before it normalises")
 
 
-def _normalised(picture: NDArray[Any], step: Scale | Normalise) -> NDArray[np.float32]:
-    """Grey values as floats; ``normalise`` makes one plane per channel of them."""
+def _normalise(picture: NDArray[Any], step: Scale | Normalise) -> NDArray[np.float32]:
+    """Convert grey values to scaled floats; ``Normalise`` makes one plane per channel."""
     values: NDArray[np.float32] = picture.astype(np.float32)
     if isinstance(step, Scale):
         scaled: NDArray[np.float32] = values / np.float32(step.divide_by)
@@ -208,18 +208,18 @@ def _normalised(picture: NDArray[Any], step: Scale | Normalise) -> NDArray[np.fl
 
 @dataclass(frozen=True)
 class QualityVerdict:
-    """Whether a picture can be read at all; ``code`` is the coded reason when not, ``measures`` what was measured."""
+    """Whether the quality of an image allows an analysis; ``code`` is the reason where not, ``measures`` the measured values."""
 
     ok: bool
     code: str | None
     measures: dict[str, float]
 
 
-def quality(display: NDArray[np.uint8]) -> QualityVerdict:
-    """Say whether a picture is blank, saturated or too small to be read.
+def check_quality(display: NDArray[np.uint8]) -> QualityVerdict:
+    """Check whether an image is blank, saturated or too small for an analysis.
 
-    Measured on a copy of at least 128 pixels a side, averaged down, so that noise does not pass for a picture. The thresholds
-    leave a wide margin to real pictures: of 6,769 training and 139 test chest X-rays the smallest spread between the 2nd and
+    It is measured on a copy reduced by averaging to at least 128 pixels a side, so that noise is not taken for content. The thresholds
+    leave a wide margin to real images: of 6,769 training and 139 test chest X-rays the smallest spread between the 2nd and
     the 98th percentile is 55 grey levels, the greatest roughness 0.19, the largest share of black and white pixels 0.59.
 
     Args:

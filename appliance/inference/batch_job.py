@@ -1,7 +1,7 @@
-"""Reading several images with one model at once, where the box measured that to be faster: each of them as safe as alone.
+"""Analyse several images in one inference, where tuning found that to be faster; each of them is as safe as alone.
 
-Before and after the model every image has its own deadline and its own faults; what is urgent goes first between any two steps. When
-the model cannot answer to all of them, each is given to it alone, so that one that breaks it costs the others nothing.
+Before and after the inference every image has its own deadline and its own errors, and urgent jobs go first between any two steps. When
+the inference of the batch fails, each image is inferred alone, so that one bad image does not cost the others an attempt.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from appliance.core.domain import Job, JobResult
 from appliance.core.errors import InferenceError
-from appliance.inference.image_job import Film, Timer, conclude, prepare
-from appliance.inference.model_session import Loaded
+from appliance.inference.image_job import PreparedImage, Timer, build_result, prepare_image
+from appliance.inference.job_runner import commit
+from appliance.inference.model_session import ModelSession
 from appliance.store.store import Store
 
 if TYPE_CHECKING:
@@ -24,100 +25,97 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Guarded = Callable[[Job, Callable[[], Any]], Any]
-"""Does one step of a job under its deadline; what goes wrong ends that job alone, and gives None."""
+StepGuard = Callable[[Job, Callable[[], Any]], Any]
+"""See :meth:`appliance.inference.job_runner.JobRunner.guard`."""
 
 
-class Batch:
-    """One reading of several jobs of one model.
+class BatchJob:
+    """Several jobs of one model whose images are inferred together.
 
     Args:
         store: the box's store.
         model: the model of all of them.
-        guarded: does one step of one job.
-        alone: does all of one job.
-        urgent_first: called between two steps.
+        guard: runs one step of a job under its deadline.
+        run_alone: runs one job without the batch.
+        run_urgent: runs the urgent jobs that wait; called between two steps.
     """
 
     def __init__(
-        self, store: Store, model: Loaded, guarded: Guarded, alone: Callable[[Job], None], urgent_first: Callable[[], None]
+        self, store: Store, model: ModelSession, guard: StepGuard, run_alone: Callable[[Job], None], run_urgent: Callable[[], None]
     ) -> None:
-        self._store, self._model, self._guarded, self._alone, self._urgent_first = store, model, guarded, alone, urgent_first
+        self._store, self._model, self._guard, self._run_alone, self._run_urgent = store, model, guard, run_alone, run_urgent
 
-    def read(self, jobs: Sequence[Job]) -> None:
-        """Do these jobs, which are all leased to this worker."""
-        waiting, films = list(jobs), list[Film]()
-        while self._bring_forward(waiting, films):
-            job = waiting.pop(0)
-            film = self._guarded(job, partial(self._prepare, job))
-            if isinstance(film, Film):
-                films.append(film)
-        if not films:
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Run these jobs, which are all leased to this worker; raises InterruptedJobError as ``run_urgent`` does."""
+        images = self._prepare_all(jobs)
+        if not images:
             return
-        sent = self._model.goes_out
-        answered = self._guarded(films[0].job, lambda: self._infer(films))
-        left = [(film, None if answered is None else _of(answered[0], index)) for index, film in enumerate(films)]
-        ran = {"leaves_box": True} if answered is None and sent else {} if answered is None else answered[1]
-        together = len(films) if self._model.candidate.batch > 1 else 1  # what reads now may not be what reads in batches
-        while left:
-            self._urgent_first()
-            urgent = self._store.urgent_among([film.job.id for film, _ in left])
-            film, answer = left.pop(next((index for index, (item, _) in enumerate(left) if item.job.id in urgent), 0))
-            self._guarded(film.job, partial(self._conclude, film, answer, ran, together))
+        was_sent = self._model.sends_to_remote
+        answer = self._guard(images[0].job, lambda: self._infer(images))
+        outputs, run = answer if answer is not None else (None, {"leaves_box": True} if was_sent else {})
+        batch_size = len(images) if self._model.candidate.batch > 1 else 1  # a fallback takes one image at a time
+        pending = [(image, None if outputs is None else _select(outputs, index)) for index, image in enumerate(images)]
+        while pending:
+            self._run_urgent()
+            urgent = self._store.queue.urgent_among([image.job.id for image, _ in pending])
+            image, one = pending.pop(next((index for index, (item, _) in enumerate(pending) if item.job.id in urgent), 0))
+            self._guard(image.job, partial(self._finish, image, one, run, batch_size))
 
-    def _bring_forward(self, waiting: list[Job], films: list[Film]) -> bool:
-        """Do what has become urgent, elsewhere and here, before anything else; returns whether any image still has to be prepared."""
-        self._urgent_first()
-        while urgent := self._store.urgent_among([job.id for job in waiting] + [film.job.id for film in films]):
+    def _prepare_all(self, jobs: Sequence[Job]) -> list[PreparedImage]:
+        """Prepare the images one by one; jobs that end before the inference, or become urgent, are not among those returned."""
+        waiting, images = list(jobs), list[PreparedImage]()
+        while self._run_urgent_first(waiting, images):
+            job = waiting.pop(0)
+            image = self._guard(job, partial(self._prepare, job))
+            if isinstance(image, PreparedImage):
+                images.append(image)
+        return images
+
+    def _run_urgent_first(self, waiting: list[Job], images: list[PreparedImage]) -> bool:
+        """Run urgent jobs of the queue, then those of this batch; returns whether any image still has to be prepared."""
+        self._run_urgent()
+        while urgent := self._store.queue.urgent_among([job.id for job in waiting] + [image.job.id for image in images]):
             for job in [job for job in waiting if job.id in urgent]:
                 waiting.remove(job)
-                self._alone(job)
-            for film in [film for film in films if film.job.id in urgent]:
-                films.remove(film)
-                self._guarded(film.job, partial(self._conclude, film, None, {}, 1))
-            self._urgent_first()
+                self._run_alone(job)
+            for image in [image for image in images if image.job.id in urgent]:
+                images.remove(image)
+                self._guard(image.job, partial(self._finish, image, None, {}, 1))
+            self._run_urgent()
         return bool(waiting)
 
-    def _prepare(self, job: Job) -> Film | None:
+    def _prepare(self, job: Job) -> PreparedImage | None:
         timer = Timer()
-        film = prepare(self._store, job, self._model.manifest.image_input, timer)
-        if isinstance(film, JobResult):
-            self._finish(job, film, timer)
+        image = prepare_image(self._store, job, self._model.manifest.image_input, timer)
+        if isinstance(image, JobResult):
+            commit(self._store, job, image, timer)
             return None
-        return film
+        return image
 
-    def _infer(self, films: Sequence[Film]) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]] | None:
-        """All of them at once, and what ran; None when that cannot be, which is not yet anybody's fault."""
+    def _infer(self, images: Sequence[PreparedImage]) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]] | None:
+        """Infer all images at once; None when that fails, which no single image is blamed for."""
         import numpy as np
 
         started = time.perf_counter()
         try:
-            stacked = np.concatenate([film.prepared.tensor for film in films])
-            answered = self._model.ask(stacked)
+            answer = self._model.infer(np.concatenate([image.prepared.tensor for image in images]))
         except (InferenceError, MemoryError) as error:
-            logger.warning("a batch is read one by one", extra={"code": getattr(error, "code", "job.memory"), "count": len(films)})
+            logger.warning("a batch is inferred one by one", extra={"code": getattr(error, "code", "job.memory"), "count": len(images)})
             return None
-        for film in films:
-            film.timer.ms["infer"] = (time.perf_counter() - started) * 1000 / len(films)
-        return answered
+        for image in images:
+            image.timer.ms["infer"] = (time.perf_counter() - started) * 1000 / len(images)
+        return answer
 
-    def _conclude(self, film: Film, answer: dict[str, NDArray[np.float32]] | None, ran: dict[str, Any], together: int) -> None:
-        if answer is None:
-            together = 1
-            with film.timer.part("infer"):
-                answer, now = self._model.ask(film.prepared.tensor)
-            ran = now | ran  # where it was sent before, in the batch
-        self._finish(film.job, conclude(self._model, film, answer, ran, together), film.timer)
-
-    def _finish(self, job: Job, result: JobResult, timer: Timer) -> None:
-        with timer.part("store"):
-            kept = self._store.finish_job(job, result)
-        if kept:
-            timer.ms["total"] = sum(timer.ms.values())
-            self._store.record_store_time(job, timer.ms)
-            logger.info("job done", extra={"job": job.id, "state": result.state.value, "seconds": round(timer.ms["total"] / 1000, 3)})
+    def _finish(self, image: PreparedImage, outputs: dict[str, NDArray[np.float32]] | None, run: dict[str, Any], batch_size: int) -> None:
+        """Commit the result of one image, which is inferred alone where the batch gave no outputs."""
+        if outputs is None:
+            batch_size = 1
+            with image.timer.part("infer"):
+                outputs, own_run = self._model.infer(image.prepared.tensor)
+            run = own_run | run  # keeps that the tensor left the box with the batch
+        commit(self._store, image.job, build_result(self._model, image, outputs, run, batch_size), image.timer)
 
 
-def _of(answers: dict[str, NDArray[np.float32]], index: int) -> dict[str, NDArray[np.float32]]:
-    """The answer to one image of several."""
-    return {name: value[index : index + 1] for name, value in answers.items()}
+def _select(outputs: dict[str, NDArray[np.float32]], index: int) -> dict[str, NDArray[np.float32]]:
+    """The outputs for one image of the batch, with a batch axis of 1."""
+    return {name: value[index : index + 1] for name, value in outputs.items()}

@@ -1,4 +1,4 @@
-"""Reading one image with one model, in its steps: what stands before the model, and what is made of its answer."""
+"""The steps of a job that analyses one image: decode and preprocess it, and turn the model's outputs into findings."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-import pydicom
-from pydicom.filebase import DicomBytesIO
-
 from appliance.core.domain import Finding, Job, JobResult, Note, ScanState
 from appliance.core.errors import InferenceError, PixelError
+from appliance.imaging.dicom_files import PARSE_ERRORS, read_dataset
 from appliance.imaging.pixels import decode_frame
 from appliance.imaging.postprocessing import ScoredLabel, classify
-from appliance.imaging.preprocessing import Prepared, quality, to_tensor
-from appliance.ingest.ingest import PARSE_ERRORS
+from appliance.imaging.preprocessing import PreparedInput, check_quality, to_tensor
 from appliance.lifecycle.trial_monitor import BEFORE_MODEL
 from appliance.store.store import Store
 
@@ -24,11 +21,12 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
+    from pydicom.dataset import FileDataset
 
-    from appliance.inference.model_session import Loaded
+    from appliance.inference.model_session import ModelSession
     from model_sync.bundle import InputSpec
 
-# No radiograph is five times as long as wide; letterboxing one that claims so would cost gigabytes.
+# No radiograph is five times as long as wide, and letterboxing such an image would cost gigabytes.
 _MAX_ASPECT: Final = 5.0
 
 
@@ -47,31 +45,38 @@ class Timer:
         finally:
             self.ms[name] = self.ms.get(name, 0.0) + (time.perf_counter() - started) * 1000
 
+    def total_ms(self) -> float:
+        """All parts together."""
+        return sum(self.ms.values())
+
 
 @dataclass(frozen=True)
-class Film:
-    """An image ready for its model, and how long that took so far."""
+class PreparedImage:
+    """An image that is ready for its model, and how long that took so far."""
 
     job: Job
-    prepared: Prepared
+    prepared: PreparedInput
     timer: Timer
 
 
-def dataset_of(store: Store, job: Job, timer: Timer) -> pydicom.Dataset:
-    """The image's data set, as it came."""
+def read_image(store: Store, job: Job, timer: Timer) -> FileDataset:
+    """Read the stored data set of the job's image."""
     with timer.part("decode"):
-        return pydicom.dcmread(DicomBytesIO(store.read_instance(job.instance_id)))
+        return read_dataset(store.read_instance(job.instance_id))
 
 
-def prepare(store: Store, job: Job, spec: InputSpec, timer: Timer) -> Film | JobResult:
-    """Everything before the model; a result where the image cannot or must not be read.
+def prepare_image(store: Store, job: Job, spec: InputSpec, timer: Timer) -> PreparedImage | JobResult:
+    """Decode, check and preprocess the image of a job.
+
+    Returns:
+        The prepared image; the job's result where the image cannot be decoded or its quality does not allow an analysis.
 
     Raises:
-        InferenceError: ``job.memory``; no fault of the scan's, nor of the model's: retried, then shown as failed.
-        StoreError: the file is gone.
+        InferenceError: ``job.memory``; neither the image nor the model is to blame: retried, then shown as failed.
+        StoreError: the file is missing or was tampered with.
     """
     try:
-        dataset = dataset_of(store, job, timer)
+        dataset = read_image(store, job, timer)
         with timer.part("decode"):
             frame = decode_frame(dataset, 0)
         if max(frame.shape[:2]) > _MAX_ASPECT * min(frame.shape[:2]):
@@ -79,7 +84,7 @@ def prepare(store: Store, job: Job, spec: InputSpec, timer: Timer) -> Film | Job
             return JobResult(ScanState.QUALITY_REJECTED, note, timing_ms=timer.ms)
         with timer.part("preprocess"):
             prepared = to_tensor(dataset, spec, pixels=frame)
-            verdict = quality(prepared.display)
+            verdict = check_quality(prepared.display)
     except PixelError as error:
         return JobResult(ScanState.NOT_ANALYSED, Note(error.code, error.detail), timing_ms=timer.ms)
     except MemoryError as error:
@@ -88,29 +93,40 @@ def prepare(store: Store, job: Job, spec: InputSpec, timer: Timer) -> Film | Job
         return JobResult(ScanState.NOT_ANALYSED, Note("pixel.undecodable", type(error).__name__), timing_ms=timer.ms)
     if verdict.code is not None:
         return JobResult(ScanState.QUALITY_REJECTED, Note(verdict.code), timing_ms=timer.ms)
-    return Film(job, prepared, timer)
+    return PreparedImage(job, prepared, timer)
 
 
-def conclude(model: Loaded, film: Film, outputs: dict[str, NDArray[np.float32]], ran: dict[str, Any], together: int = 1) -> JobResult:
-    """What the model's answer to one image [1, ...] means; ``ran`` is what gave it, ``together`` how many images it read at once."""
-    with film.timer.part("postprocess"):
-        scored = classify(outputs, model.manifest, film.prepared.geometry)
-        findings = tuple(_finding(model, ran, label) for label in scored)
-    ran = ran | ({"together": together} if together > 1 else {})
-    return JobResult(ScanState.AI_READY, None, findings, film.prepared.assumptions, film.timer.ms, ran)
+def build_result(
+    model: ModelSession, image: PreparedImage, outputs: dict[str, NDArray[np.float32]], run: dict[str, Any], batch_size: int = 1
+) -> JobResult:
+    """Turn the outputs for one image [1, ...] into findings.
+
+    Args:
+        model: the model.
+        image: the image.
+        outputs: of the model, by name.
+        run: what computed them, see :meth:`appliance.inference.model_session.ModelSession.infer`.
+        batch_size: how many images were in the batch.
+    """
+    with image.timer.part("postprocess"):
+        scored = classify(outputs, model.manifest, image.prepared.geometry)
+        findings = tuple(_finding(model, run, label) for label in scored)
+    run = run | ({"together": batch_size} if batch_size > 1 else {})
+    return JobResult(ScanState.AI_READY, None, findings, image.prepared.assumptions, image.timer.ms, run)
 
 
-def _finding(model: Loaded, ran: dict[str, Any], scored: ScoredLabel) -> Finding:
+def _finding(model: ModelSession, run: dict[str, Any], scored: ScoredLabel) -> Finding:
     manifest = model.manifest
     label = manifest.label(scored.label)
     point = manifest.operating_point(scored.label)
-    interval: Any = lambda value: (value.value, value.low, value.high)  # noqa: E731 - three numbers of one interval, used twice here
-    place = scored.localisation
+    interval: Any = lambda value: (value.value, value.low, value.high)  # noqa: E731 - used twice, only here
+    localisation = scored.localisation
     return Finding(
         label=scored.label, code=f"{label.code.scheme}:{label.code.value}", title_zh=label.title.zh, title_en=label.title.en,
         score=scored.score, threshold=scored.threshold, positive=scored.positive,
         sensitivity=interval(point.sensitivity), specificity=interval(point.specificity), measured_on=point.measured_on,
         model=manifest.name, model_version=manifest.version, model_digest=model.digest,
-        precision=ran["precision"], runtime=f"{ran['runtime']} {ran['version']} {ran['provider']}",
-        peak=place.peak if place else None, outline=place.outline if place else (), heatmap_png=place.heatmap_png if place else b"",
+        precision=run["precision"], runtime=f"{run['runtime']} {run['version']} {run['provider']}",
+        peak=localisation.peak if localisation else None, outline=localisation.outline if localisation else (),
+        heatmap_png=localisation.heatmap_png if localisation else b"",
     )  # fmt: skip

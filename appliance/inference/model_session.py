@@ -1,18 +1,21 @@
-"""A model ready to read, run the way that was chosen for this box; the plain way only where that cannot be, and never silently."""
+"""A model that is ready for inference: the runtime that was chosen for this box, or the baseline as its fallback, never silently."""
 
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from appliance.core import device_profile
 from appliance.core.domain import Note
-from appliance.core.errors import InferenceError
+from appliance.core.errors import ApplianceError, InferenceError
 from appliance.core.settings import Settings
-from appliance.inference.remote_runtime import ELSEWHERE, Away
+from appliance.inference.remote_runtime import MIN_ANSWER_S, REMOTE_RUNTIMES, RemoteRuntime
 from appliance.lifecycle import model_files
 from appliance.runtime import Candidate, Runtime, open_runtime, plain_candidate
+from appliance.runtime.batch_split import in_pieces
 from appliance.tuning.selection import Plan, plain_variant
 from model_sync.errors import BundleError
 
@@ -22,124 +25,147 @@ if TYPE_CHECKING:
 
     from model_sync.bundle import Manifest, ModelBundle, Variant
 
+    Tensors = dict[str, NDArray[np.float32]]
+
 logger = logging.getLogger(__name__)
 
-# These build an engine where none fits: minutes in which nothing would be read. That is for the measuring, in its own process.
-_BUILDERS: Final = ("tensorrt",)
+# Time between two attempts to reach a remote runtime that did not answer.
+RETRY_S: Final = 60.0
+# These build an engine where none fits, which takes minutes. Only tuning does that, in its own process.
+_ENGINE_BUILDERS: Final = ("tensorrt",)
 _DETAIL: Final = 400
 
 
-class Loaded:
-    """A model ready to read: verified on disk, session open, warmed up.
+class ModelSession:
+    """A model that is verified on disk, open and warmed up.
 
-    A choice that was measured on another device than this has become, or on other runtimes, answers the golden cases here before it
-    reads, alone and not in batches; so does, always, what runs on a machine that is not this box's.
+    A candidate that was measured on another device, or with other runtime versions, must answer the golden cases on this box before it
+    is used, and then runs without batches. A remote runtime must do so for every new connection.
+
+    A session with a remote runtime is in one of three states: the remote runtime answers (``fallback`` is None); the baseline answers
+    and the remote runtime is tried again by :meth:`retry_remote`; nothing answers (``lost``), because the baseline is known to be wrong.
 
     Args:
-        settings: where the box's own copies are, how many threads an inference gets, and which hub may be sent anything.
-        digest: which model.
-        plan: what was chosen to run it.
-        distrust: why the chosen way must not be tried now; None when it may.
-        wait_s: how long what is not on this box may take before the plain way begins, and it is reached for beside the reading; None: as
-            long as it takes, for nobody waits. Where the plain way must not take over it is waited for in any case.
+        settings: location of the box's model files, number of threads, address of the remote runtime.
+        digest: of the model.
+        plan: the candidate that was chosen.
+        skip_reason: why the chosen candidate must not be tried; None when it may.
+        wait_s: how long to wait for a remote runtime before the baseline takes over; None: without a limit. Where the baseline must not
+            take over there is no limit either.
 
     Attributes:
-        reason: why it runs this way, a code of ``choice.*``.
-        fallback: why the chosen way does not run; None when it does.
-        away: what runs it, where that is not on this box: it may be there again by itself.
+        fallback: why the chosen candidate does not run; None when it does.
+        lost: why nothing runs the model any more; None while something does.
 
     Raises:
-        ActivationError: the copy is damaged.
-        InferenceError: neither the chosen nor the plain way can be loaded, or the plain one was wrong when it was measured.
+        ActivationError: the model files are damaged.
+        InferenceError: neither the chosen candidate nor the baseline can be opened, or the baseline was wrong when it was measured.
     """
 
-    def __init__(self, settings: Settings, digest: str, plan: Plan, distrust: Note | None = None, *, wait_s: float | None = None) -> None:
-        self._settings, self._wait_s = settings, wait_s
+    def __init__(
+        self, settings: Settings, digest: str, plan: Plan, skip_reason: Note | None = None, *, wait_s: float | None = None
+    ) -> None:
+        self._settings = settings
         self._bundle: ModelBundle = model_files.own_copy(settings.data_dir, digest)
         self.manifest: Manifest = self._bundle.manifest
         self.digest = digest
         self.plan = plan
+        self._is_other_device = plan.candidate is not None and plan.profile != device_profile.profile()
+        requested = plan.precision if plan.candidate is None or plan.reason.code == "choice.by_hand" else None
+        self._baseline = plain_candidate(_baseline_variant(self._bundle, requested), settings.worker_threads)
+        self._chosen, self._chosen_reason = self._chosen_candidate()
+        self._local: Runtime | None = None
+        self._remote: RemoteRuntime | None = None
+        self._fallback_at = self._retry_at = 0.0
         self.fallback: Note | None = None
-        self.away: Away | None = None
-        self._other_device = plan.candidate is not None and plan.profile != device_profile.profile()
-        by_hand = plan.precision if plan.candidate is None or plan.reason.code == "choice.by_hand" else None
-        self._plain = plain_candidate(_variant(self._bundle, by_hand), settings.worker_threads)
-        self._chosen, self._why = self._as_chosen()
-        self.candidate, self.reason = self._chosen, self._why
-        self.runtime: Runtime = self._run(distrust)
+        self.lost: InferenceError | None = None
+        self._open_session(skip_reason, wait_s)
 
-    def _as_chosen(self) -> tuple[Candidate, Note]:
-        """What runs it if all goes well, and why."""
-        chosen, reason = self.plan.candidate or self._plain, self.plan.reason
+    def _chosen_candidate(self) -> tuple[Candidate, Note]:
+        """Return the candidate to run and the reason to record with each result."""
+        chosen, reason = self.plan.candidate or self._baseline, self.plan.reason
         declared = [variant.precision for variant in self.manifest.variants if variant.file == chosen.file]
         chosen = replace(chosen, precision=declared[0] if declared else chosen.precision)
-        if self._other_device and reason.code != "choice.untuned":
+        if self._is_other_device and reason.code != "choice.untuned":
             return replace(chosen, batch=1), Note("choice.other_device", f"{reason.code}: {self.plan.profile}"[:_DETAIL])
         return chosen, reason
 
-    def _run(self, distrust: Note | None) -> Runtime:
-        chosen, plain = self._chosen, self._plain
-        is_plain = (chosen.runtime, chosen.provider, chosen.file) == (plain.runtime, plain.provider, plain.file)
-        if is_plain:
-            return self._open(chosen)
-        try:
-            self._may_run(distrust)
-            return self._open_away() if chosen.runtime in ELSEWHERE else self._open(chosen)
-        except InferenceError as error:
-            if self.away is not None:  # it has tried the plain way as well
-                raise
-            local = self._open_plain(error)
-            self._fell(error)
-            return local
+    @property
+    def candidate(self) -> Candidate:
+        """The candidate that runs now."""
+        return self._chosen if self.fallback is None else self._baseline
 
-    def _may_run(self, distrust: Note | None) -> None:
-        """Whether the chosen way may be tried at all; nothing leaves this box but to the hub that is configured now."""
-        chosen, hub = self._chosen, self._settings.triton_url
-        if distrust is not None:
-            raise InferenceError(distrust.code, distrust.detail)
-        if chosen.runtime in ELSEWHERE and (not hub or chosen.provider != hub):
-            raise InferenceError(
-                "runtime.unavailable", "the hub is not configured any more" if not hub else "another hub is configured now"
-            )
-        if chosen.runtime in _BUILDERS and self._other_device:
+    @property
+    def runtime(self) -> Runtime | RemoteRuntime | None:
+        """What answers now; another object after each change."""
+        return self._local or self._remote
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the chosen candidate runs on another machine, though the baseline may answer now."""
+        return self._remote is not None
+
+    @property
+    def sends_to_remote(self) -> bool:
+        """Whether the next tensor is sent to another machine."""
+        return self._remote is not None and self._local is None
+
+    # -- opening -----------------------------------------------------------------------------------------------------
+
+    def _open_session(self, skip_reason: Note | None, wait_s: float | None) -> None:
+        chosen, baseline = self._chosen, self._baseline
+        if (chosen.runtime, chosen.provider, chosen.file) == (baseline.runtime, baseline.provider, baseline.file):
+            self._local = self._open(chosen)
+            return
+        try:
+            self._check_allowed(skip_reason)
+            if chosen.runtime not in REMOTE_RUNTIMES:
+                self._local = self._open(chosen)
+                return
+        except InferenceError as error:
+            self._fall_back(self._open_baseline(error), error)
+            return
+        self._open_remote(wait_s)
+
+    def _check_allowed(self, skip_reason: Note | None) -> None:
+        """Raise InferenceError where the chosen candidate must not be tried; a tensor is only sent to the server configured now."""
+        chosen, configured = self._chosen, self._settings.triton_url
+        if skip_reason is not None:
+            raise InferenceError(skip_reason.code, skip_reason.detail)
+        if chosen.runtime in REMOTE_RUNTIMES and (not configured or chosen.provider != configured):
+            detail = "another hub is configured now" if configured else "the hub is not configured any more"
+            raise InferenceError("runtime.unavailable", detail)
+        if chosen.runtime in _ENGINE_BUILDERS and self._is_other_device:
             raise InferenceError("choice.other_device", "it was measured on another device than this has become")
 
-    def _open_away(self) -> Runtime:
-        self.away = Away(lambda: self._open(self._chosen), self._local, self._fell)
-        self.away.reach()
+    def _open_remote(self, wait_s: float | None) -> None:
+        self._remote = RemoteRuntime(partial(self._open, self._chosen))
         try:
-            if not self.away.reached(self._wait_s):
-                raise InferenceError("runtime.deadline", f"not there in {self._wait_s:g} s; reached for while images are read")
-        except InferenceError as error:
-            self._open_fallen(self.away, error)
-        return self.away
-
-    def _open_fallen(self, away: Away, error: InferenceError) -> None:
+            if self._remote.wait_connected(wait_s):
+                return
+            error = InferenceError("runtime.deadline", f"not there in {wait_s:g} s; reached for while images are read")
+        except InferenceError as failed:
+            error = failed
         try:
-            away.fall(error)
-        except InferenceError as barred:
-            if not away.reaching:
-                raise (error if self.plan.plain_barred is not None else barred) from error
-            away.reached(None)  # nobody else can read
+            self._fall_back(self._open_baseline(error), error)
+        except InferenceError:
+            if not self._remote.is_connecting:
+                raise
+            self._remote.wait_connected(None)  # nothing else can run the model
 
-    def _open_plain(self, error: InferenceError) -> Runtime:
+    def _open_baseline(self, error: InferenceError) -> Runtime:
+        """Open the baseline; raises ``error`` where the baseline is known to be wrong, InferenceError where it proves to be wrong now."""
         if self.plan.plain_barred is not None:
             raise error
-        return self._local()
-
-    def _local(self) -> Runtime:
-        """The plain way; raises InferenceError where it is known to be wrong, or is found to be now."""
-        if self.plan.plain_barred is not None:
-            raise InferenceError(self.plan.plain_barred.code, self.plan.plain_barred.detail)
-        return self._open(self._plain)
+        return self._open(self._baseline)
 
     def _open(self, candidate: Candidate) -> Runtime:
         try:
             path, cache = self._bundle.path(candidate.file), model_files.engines(self._settings.data_dir)
             runtime = open_runtime(path, self.manifest.input, candidate, cache=cache)
             try:
-                if self._other_device or candidate.runtime in ELSEWHERE:
-                    self._check(runtime, candidate.precision)
+                if self._is_other_device or candidate.runtime in REMOTE_RUNTIMES:
+                    self._check_golden_cases(runtime, candidate.precision)
             except BaseException:
                 runtime.close()
                 raise
@@ -147,8 +173,8 @@ class Loaded:
             raise InferenceError("job.error", error.message) from error
         return runtime
 
-    def _check(self, runtime: Runtime, precision: str) -> None:
-        """The golden cases, as when it was measured."""
+    def _check_golden_cases(self, runtime: Runtime, precision: str) -> None:
+        """Compare the runtime's answers with the golden cases; raises InferenceError ``tune.wrong``."""
         from appliance.imaging.golden_cases import cases
 
         for case in cases(self._bundle):
@@ -156,55 +182,111 @@ class Loaded:
             if not difference <= case.tolerance[precision]:  # also true for NaN
                 raise InferenceError("tune.wrong", f"{case.name}: off by {difference:.4g}, allowed {case.tolerance[precision]:g}")
 
-    def _fell(self, error: InferenceError) -> None:
-        """The plain way runs it now."""
-        self.fallback = Note("choice.fallback", f"{_way(self._chosen)}: {error.code}: {error.detail}"[:_DETAIL])
-        logger.error("the model is run another way than chosen", extra={"code": error.code})
-        self.reason, self.candidate = self.fallback, self._plain
+    # -- inference ---------------------------------------------------------------------------------------------------
 
-    def reach_again(self) -> Loaded:
-        """Reach for what was lost, as long as that takes; returns itself, ready. Raises what goes wrong, such as InferenceError."""
-        assert self.away is not None
-        self.away.reach()
-        self.away.reached(None)
-        return self
-
-    def come_back(self) -> None:
-        """What was chosen was reached again, and runs it from now on."""
-        self.fallback, self.reason, self.candidate = None, self._why, self._chosen
-
-    @property
-    def goes_out(self) -> bool:
-        """Whether the next tensor is put to what is not on this box."""
-        return self.away is not None and self.away.elsewhere
-
-    @property
-    def turns(self) -> int:
-        """Another number when something else has come to run it."""
-        return self.away.turns if self.away is not None else 0
-
-    def ask(self, tensor: NDArray[np.float32]) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]]:
-        """Run the model over one or several images [n, ...]; raises InferenceError.
+    def infer(self, tensor: NDArray[np.float32]) -> tuple[Tensors, dict[str, Any]]:
+        """Run the model over one or several images [n, ...].
 
         Returns:
-            The outputs, and what ran and why, which belongs to them: something else may run the model before the result is written.
-            ``leaves_box`` is there for whatever was put to a hub, also where that did not answer and this box did.
+            The outputs, and a description of what computed them and why (``run``). It belongs to these outputs: something else may run
+            the model before the result is stored. ``leaves_box`` is set when the tensor was sent to a remote runtime, also where that
+            did not answer and the baseline did.
+
+        Raises:
+            InferenceError: nothing could compute an answer.
         """
-        sent = self.goes_out
-        outputs = self.runtime.infer({self.manifest.input.name: tensor})
-        return outputs, self.describe() | ({"leaves_box": True} if sent else {})
+        was_sent = self.sends_to_remote
+        outputs = self._infer({self.manifest.input.name: tensor})
+        return outputs, self.describe() | ({"leaves_box": True} if was_sent else {})
+
+    def _infer(self, inputs: Tensors) -> Tensors:
+        if self.lost is not None:
+            raise InferenceError(self.lost.code, self.lost.detail)
+        if self._local is not None:
+            return self._local.infer(inputs) if self.fallback is None else _infer_one_by_one(self._local, inputs)
+        if self._remote is None:
+            raise InferenceError("job.error", "the runtime is closed")
+        try:
+            return self._remote.infer(inputs)
+        except InferenceError as error:
+            self._replace_remote(self._remote, error)
+        return self._infer(inputs)  # at once, so that the scan loses no attempt
+
+    def _replace_remote(self, remote: RemoteRuntime, error: InferenceError) -> None:
+        """Fall back to the baseline; raises ``error`` where that must not take over."""
+        try:
+            baseline = self._open_baseline(error)
+        except InferenceError:
+            if error.code.startswith("runtime."):  # any other error may be the fault of this scan
+                self.lost = error
+            raise error from None
+        self._fall_back(baseline, error)
+        remote.disconnect()  # a server that was restarted must answer the golden cases before it is used again
+
+    def _fall_back(self, baseline: Runtime, error: InferenceError) -> None:
+        """Let the baseline answer from now on."""
+        chosen = f"{self._chosen.runtime} {self._chosen.provider} {self._chosen.precision}"
+        logger.error("the model falls back to the baseline", extra={"code": error.code})
+        self._fallback_at = time.monotonic()
+        self._retry_at = self._fallback_at + RETRY_S
+        self.fallback = Note("choice.fallback", f"{chosen}: {error.code}: {error.detail}"[:_DETAIL])
+        self._local = baseline
+
+    # -- failover ----------------------------------------------------------------------------------------------------
+
+    @property
+    def fallback_s(self) -> float:
+        """For how many seconds the baseline has answered in place of a remote runtime; 0 where that answers."""
+        return time.monotonic() - self._fallback_at if self.is_remote and self.fallback is not None else 0.0
+
+    def retry_remote(self) -> None:
+        """Between two jobs, without waiting: try the remote runtime again when it is time, and use it as soon as it is connected."""
+        remote = self._remote
+        if remote is None or self.fallback is None:
+            return
+        if not remote.is_connecting:
+            if time.monotonic() >= self._retry_at:
+                remote.connect()
+            return
+        try:
+            is_connected = remote.wait_connected(0.0)
+        except (ApplianceError, OSError, MemoryError) as error:
+            logger.info("the remote runtime still fails", extra={"code": getattr(error, "code", type(error).__name__)})
+            self._retry_at = time.monotonic() + RETRY_S
+            return
+        if is_connected:
+            baseline, self._local, self.fallback = self._local, None, None
+            if baseline is not None:
+                baseline.close()
 
     def describe(self) -> dict[str, Any]:
-        """What runs it now and why."""
-        return self.runtime.describe() | {"reason": self.reason.to_json()}
+        """Describe what runs the model now, and why: ``Runtime.describe`` and ``reason``."""
+        reason = self.fallback or self._chosen_reason
+        return (self.runtime.describe() if self.runtime is not None else {}) | {"reason": reason.to_json()}
+
+    def close(self, *, wait: bool = False) -> None:
+        """Free the runtimes.
+
+        Args:
+            wait: until a remote runtime is closed too; else that is waited for only where it answered until now, and not for long.
+        """
+        local, remote = self._local, self._remote
+        self._local = self._remote = None
+        if local is not None:
+            local.close()
+        if remote is not None:
+            answers = local is None and self.lost is None
+            remote.disconnect(None if wait else MIN_ANSWER_S if answers else 0.0)
 
 
-def _variant(bundle: ModelBundle, precision: str | None) -> Variant:
+def _baseline_variant(bundle: ModelBundle, precision: str | None) -> Variant:
     try:
         return plain_variant(bundle, precision)
     except BundleError as error:
         raise InferenceError("job.error", error.message) from error
 
 
-def _way(candidate: Candidate) -> str:
-    return f"{candidate.runtime} {candidate.provider} {candidate.precision}"
+def _infer_one_by_one(runtime: Runtime, inputs: Tensors) -> Tensors:
+    """Run the baseline with one image at a time, however many the remote runtime takes at once."""
+    ((name, value),) = inputs.items()
+    return in_pieces(value, 1, True, lambda piece: runtime.infer({name: piece}))

@@ -1,7 +1,7 @@
-"""What people drop: a DICOM file, a picture, a ZIP of them, a folder. One outcome for every file, none skipped in silence.
+"""Accept files of any kind that people have: a DICOM file, a PNG or JPEG, a ZIP of them, a folder. Every file gets one outcome.
 
-An entry is read into memory under the caps of the settings and handed to the door; nothing of an archive is ever written to
-the disk by its own name, so a path in it can do no harm (it is refused all the same, and said).
+An archive entry is read into memory within the limits of the settings and given to :mod:`appliance.ingest.ingest`. Nothing of an archive
+is written to the disk under its own name, so a path in it can do no harm; an unsafe path is refused anyway.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Final
 from appliance.core.domain import PictureForm, Source
 from appliance.core.errors import ApplianceError, IngestError
 from appliance.core.settings import Settings
-from appliance.ingest.ingest import Accepted, Ingest
+from appliance.ingest.ingest import AcceptedScan, Ingest
 
 _ZIP_MAGIC: Final = (b"PK\x03\x04", b"PK\x05\x06")
 _PICTURE_MAGIC: Final = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
@@ -36,33 +36,33 @@ _ZIP_ERRORS: Final = (
 )  # fmt: skip
 _END: Final = struct.Struct("<4s4H2LH")  # end of central directory record (APPNOTE 4.3.16)
 _END_MAGIC: Final = b"PK\x05\x06"
-_END64: Final = struct.Struct("<4sQ2H2L4Q")  # its Zip64 form (4.3.14), which a locator of 20 bytes follows
+_END64: Final = struct.Struct("<4sQ2H2L4Q")  # its Zip64 form (4.3.14), followed by a locator of 20 bytes
 _END64_MAGIC: Final = b"PK\x06\x06"
 _LOCATOR_BYTES: Final = 20
 _LONGEST_COMMENT: Final = 0xFFFF
 _LARGEST_SIZE: Final = 2**63 - 1
-# An entry takes 46 bytes and its name in the central directory; one far beyond that is a directory that lies about its count.
+# An entry takes 46 bytes plus its name in the central directory; a directory far larger than that states a wrong count.
 _DIRECTORY_BYTES_PER_FILE: Final = 1024
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one file: the durable scan, or the coded reason why not."""
+    """The outcome of one file: the stored image, or the code of the refusal."""
 
     name: str
-    accepted: Accepted | None
+    accepted: AcceptedScan | None
     code: str = ""
     detail: str = ""
 
 
 def shown_name(path: str | Path) -> str:
-    """A file's name as its maker typed it: UTF-8, else the GBK that Chinese Windows and old USB sticks leave behind.
+    """Decode a file name as a person typed it: UTF-8, else GBK as written by Chinese Windows and on old USB sticks.
 
-    Python holds bytes that are no UTF-8 as lone surrogates, which no database, JSON file or terminal takes.
+    Python represents invalid UTF-8 as lone surrogates, which no database, JSON file or terminal accepts.
     """
     try:
         return _decode_name(os.fsencode(path))
-    except UnicodeEncodeError:  # surrogates that stand for no byte: not from a file system
+    except UnicodeEncodeError:  # surrogates that represent no byte: not from a file system
         return str(path).encode("utf-8", "replace").decode()
 
 
@@ -74,9 +74,9 @@ def _decode_name(name: bytes) -> str:
 
 
 def files_below(path: Path) -> list[tuple[Path, str]]:
-    """The file itself, or everything below a folder in a stable order, each with the code of its refusal or ``""``.
+    """List the file itself, or all files below a folder in a stable order, each with the code of its refusal or ``""``.
 
-    Links are not followed: they lead elsewhere, or in a circle.
+    Links are not followed: they may lead out of the folder or form a loop.
     """
     if not path.is_dir():
         return [(path, "")]
@@ -97,7 +97,7 @@ def files_below(path: Path) -> list[tuple[Path, str]]:
 
 
 def accept_below(ingest: Ingest, settings: Settings, path: Path, source: Source, form: PictureForm | None = None) -> Iterator[Outcome]:
-    """Take the file, or every file below the folder; arguments as for :func:`accept_file`. Yields one outcome for each."""
+    """Accept the file, or every file below the folder; arguments as for :func:`accept_file`. Yields one outcome for each."""
     for item, code in files_below(path):
         if code:
             detail = "link" if code == "ingest.skipped" else "folder"
@@ -109,15 +109,15 @@ def accept_below(ingest: Ingest, settings: Settings, path: Path, source: Source,
 def accept_file(
     ingest: Ingest, settings: Settings, path: Path, name: str, source: Source, form: PictureForm | None = None
 ) -> Iterator[Outcome]:
-    """Take one file of any kind that people bring.
+    """Accept one file of any kind.
 
     Args:
-        ingest: the door.
-        settings: its caps.
-        path: where the bytes are.
-        name: the name the person knows it by.
-        source: who brought it; its name is replaced by the entry's.
-        form: what was said about pictures; pictures without a form are taken for frontal chest films, and that is stated.
+        ingest: accepts the images.
+        settings: the limits.
+        path: of the file.
+        name: the file name as the person knows it.
+        source: who brought it; its name is replaced by that of the entry.
+        form: what was entered about a PNG or JPEG; without it a frontal chest image is assumed, which is stated.
 
     Yields:
         One outcome for the file, or one per entry of an archive.
@@ -147,9 +147,9 @@ def accept_file(
 
 
 def _refusal(ingest: Ingest, source: Source, name: str, size: int, code: str, detail: str) -> Outcome:
-    """A refusal before the door: recorded as the door records its own; what is no scan at all is only said."""
+    """Refuse a file before ingest parses it, and record that, unless it is not an image at all."""
     if code != "ingest.skipped":
-        # The size may be what a hostile header says, and a column holds 63 bits.
+        # The size may come from a hostile header, and a column holds 63 bits.
         ingest.record_refusal(Source(source.kind, source.actor, name), min(size, _LARGEST_SIZE), code, detail)
     return Outcome(name, None, code, detail)
 
@@ -169,7 +169,7 @@ def _accept_bytes(ingest: Ingest, data: bytes, name: str, source: Source, form: 
 
 
 def _is_foreign(data: bytes, name: str) -> bool:
-    """What lies beside scans on every disc. The content counts before the name: a scan may be called ``version`` or ``.x``."""
+    """Whether a file only accompanies images on a disc. Content counts before the name: an image may be called ``version``."""
     if data[128:132] == b"DICM":
         return _MEDIA_DIRECTORY in data[132:512]  # a DICOMDIR is DICOM, but a table of contents
     inner = PurePosixPath(name.replace("\\", "/"))
@@ -179,7 +179,7 @@ def _is_foreign(data: bytes, name: str) -> bool:
 def _accept_archive(
     ingest: Ingest, settings: Settings, path: Path, name: str, source: Source, form: PictureForm | None
 ) -> Iterator[Outcome]:
-    """Each entry by itself: a bad one never stops the rest; after a bomb the rest is refused unopened."""
+    """Accept each entry by itself: a bad one does not stop the others; after an archive bomb the rest is refused unread."""
     size = path.stat().st_size
     try:
         _check_directory(path, settings)
@@ -220,7 +220,7 @@ def _accept_entries(
         except IngestError as error:
             if error.code == "ingest.archive_bomb":
                 bomb = error.detail
-            unpacked += _spent(error.code, info, settings)
+            unpacked += _unpacked_bytes(error.code, info, settings)
             yield _refusal(ingest, source, label, info.file_size, error.code, error.detail)
             continue
         unpacked += len(data)
@@ -230,33 +230,33 @@ def _accept_entries(
             yield _accept_bytes(ingest, data, label, source, form)
 
 
-def _spent(code: str, info: zipfile.ZipInfo, settings: Settings) -> int:
-    """What a failed entry cost: as much as was unpacked of it, at most; one refused unopened cost nothing."""
+def _unpacked_bytes(code: str, info: zipfile.ZipInfo, settings: Settings) -> int:
+    """Bytes that were unpacked of a failed entry, at most; 0 where it was refused unread."""
     if code == "ingest.too_large":
         return settings.max_upload_bytes
     return min(info.file_size, settings.max_upload_bytes) if code == "ingest.archive_corrupt" else 0
 
 
 def _check_directory(path: Path, settings: Settings) -> None:
-    """Refuse a huge directory by what the archive's end says of it, before zipfile makes an object of every entry."""
+    """Refuse a huge central directory by the record at the end of the archive, before zipfile makes an object of each entry."""
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - _END.size - _LONGEST_COMMENT - _LOCATOR_BYTES - _END64.size))
         tail = file.read()
-    plain = tail[-_END.size :]
-    at = len(tail) - _END.size if plain.startswith(_END_MAGIC) and plain.endswith(b"\0\0") else tail.rfind(_END_MAGIC)
+    last = tail[-_END.size :]
+    at = len(tail) - _END.size if last.startswith(_END_MAGIC) and last.endswith(b"\0\0") else tail.rfind(_END_MAGIC)
     if at < 0 or len(tail) - at < _END.size:
         raise IngestError("ingest.archive_corrupt", "no end record")
     _, _, _, _, count, length, _, _ = _END.unpack_from(tail, at)
     at64 = at - _LOCATOR_BYTES - _END64.size
     if at64 >= 0 and tail.startswith(_END64_MAGIC, at64):
-        # zipfile believes this record wherever it stands, and so must the check.
+        # zipfile uses this record wherever it is, and so must the check.
         count, length = _END64.unpack_from(tail, at64)[7:9]
     if count > settings.max_archive_files or length > _LONGEST_COMMENT + settings.max_archive_files * _DIRECTORY_BYTES_PER_FILE:
         raise IngestError("ingest.too_many_files", f"{count} > {settings.max_archive_files}")
 
 
 def _entry_name(info: zipfile.ZipInfo) -> str:
-    """The entry's name as its maker typed it: Chinese Windows writes GBK without saying so, and zipfile reads that as CP437."""
+    """Decode the name of an entry: Chinese Windows writes GBK without a flag, which zipfile decodes as CP437."""
     if info.flag_bits & _UTF8_FLAG:
         return shown_name(info.filename)
     try:
@@ -266,7 +266,7 @@ def _entry_name(info: zipfile.ZipInfo) -> str:
 
 
 def _read_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo, settings: Settings, budget_bytes: int) -> bytes:
-    """One entry's bytes, never more than the caps whatever its header says."""
+    """Read one entry, never more than the limits, whatever its header says."""
     parts = PurePosixPath(info.filename.replace("\\", "/"))
     if parts.is_absolute() or ".." in parts.parts or ":" in "".join(parts.parts[:1]) or "\0" in info.filename:
         raise IngestError("ingest.archive_unsafe")

@@ -1,7 +1,7 @@
-"""The only door for scans, whatever brought them: parse, check caps, validate UIDs, make durable, or refuse with a reason.
+"""The only way for images into the box: parse, check limits, validate UIDs, store durably, or refuse with a reason.
 
-``accept`` takes DICOM (PS3.10 files), ``accept_picture`` a PNG or JPEG that becomes a Secondary Capture. Either returns only
-when the scan is durable, or raises with a coded reason; a refusal is recorded so that nobody wonders where a file went.
+``accept`` takes DICOM (PS3.10 files), ``accept_picture`` a PNG or JPEG that becomes a Secondary Capture. Both return only after the image
+is durable, or raise an error with a code. A refusal is recorded, so that people can see what became of a file.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import struct
 import time
 import uuid
 import zlib
@@ -19,14 +18,13 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Final
 
 import pydicom
-from pydicom import config as pydicom_config
 from pydicom.dataelem import RawDataElement
-from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.filereader import read_partial
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from appliance.core.domain import Note, Patient, PictureForm, Scan, Source, Stored, age_years
+from appliance.core.domain import Note, Patient, PictureForm, Scan, Source, StoredImage, age_years
 from appliance.core.errors import ApplianceError, IngestError, StoreError
+from appliance.imaging.dicom_files import PARSE_ERRORS, accept_invalid_values
 from appliance.imaging.pixels import PixelCaps, check_structure
 from appliance.store.store import Store
 
@@ -37,9 +35,6 @@ if TYPE_CHECKING:
     from pydicom.tag import BaseTag
 
 logger = logging.getLogger(__name__)
-
-# Real files break the value rules of PS3.5 all the time; what matters here is checked below, by name.
-pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE
 
 MAX_ELEMENTS: Final = 50_000
 MAX_ITEMS: Final = 200_000
@@ -55,50 +50,45 @@ _PRIORITY: Final = 0x00401003
 _PRIORITIES: Final = ("STAT", "HIGH", "ROUTINE", "MEDIUM", "LOW")
 _MAX_SHORT_BYTES: Final = 64  # a SH of 16 characters in any character set
 _PIXEL_TAGS: Final = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10", b"\xe0\x7f\x08\x00", b"\xe0\x7f\x09\x00")
-# What pydicom is known to raise on hostile bytes.
-PARSE_ERRORS: Final = (
-    InvalidDicomError, BytesLengthException, EOFError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError,
-    NotImplementedError, OverflowError, RecursionError, AssertionError, struct.error, zlib.error,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Accepted:
-    """A scan that is durable: where it stands in the store, and what the door read from it."""
+class AcceptedScan:
+    """An image that is stored durably: its row ids and its attributes."""
 
-    stored: Stored
+    stored: StoredImage
     scan: Scan
 
 
 class Ingest:
-    """The door of one box."""
+    """Accepts images into the store of a box."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._caps = PixelCaps()
         self._hashing = ThreadPoolExecutor(2, thread_name_prefix="hash")
 
-    def accept(self, data: bytes, source: Source, started: float | None = None) -> Accepted:
-        """Take one DICOM file.
+    def accept(self, data: bytes, source: Source, started: float | None = None) -> AcceptedScan:
+        """Accept one DICOM file.
 
         Args:
             data: the whole file (PS3.10: preamble, file meta group, data set).
             source: who brought it.
-            started: ``time.perf_counter()`` at its last byte; now, when absent.
+            started: ``time.perf_counter()`` when its last byte arrived; default now.
 
         Raises:
-            IngestError: refused with a coded reason; nothing was kept but the record of the refusal.
+            IngestError: refused; nothing was stored but the record of the refusal.
             StoreError: the store failed; nothing was acknowledged.
         """
-        return self._take(data, source, started, ())
+        return self._accept(data, source, started, ())
 
-    def accept_picture(self, data: bytes, form: PictureForm, source: Source) -> Accepted:
-        """Take a PNG or JPEG as a Secondary Capture (PS3.3 A.8); the same picture and form give the same UIDs.
+    def accept_picture(self, data: bytes, form: PictureForm, source: Source) -> AcceptedScan:
+        """Accept a PNG or JPEG as a Secondary Capture (PS3.3 A.8); the same file and form give the same UIDs.
 
         Raises:
             IngestError: ``ingest.unsupported_image`` and the reasons of ``accept``.
         """
-        from appliance.ingest.secondary_capture import secondary_capture  # heavy, and most boxes never see a picture
+        from appliance.ingest.secondary_capture import secondary_capture  # large import that most boxes never need
 
         started = time.perf_counter()
         try:
@@ -108,19 +98,19 @@ class Ingest:
         except ApplianceError as error:
             self.record_refusal(source, len(data), error.code, error.detail)
             raise
-        return self._take(encoded, source, started, (Note("caution.view_from_form", form.view),) if form.view else ())
+        return self._accept(encoded, source, started, (Note("caution.view_from_form", form.view),) if form.view else ())
 
-    def _take(self, data: bytes, source: Source, started: float | None, notes: tuple[Note, ...]) -> Accepted:
+    def _accept(self, data: bytes, source: Source, started: float | None, notes: tuple[Note, ...]) -> AcceptedScan:
         started = time.perf_counter() if started is None else started
         try:
             dataset = self._parse(data)
             scan = self._describe(dataset, notes)
             self._check(dataset)
             del dataset
-            # Hashing leaves the interpreter free: it goes on beside the writing.
+            # Hashing releases the interpreter lock, so it runs while the file is written.
             digest = self._hashing.submit(content_digest, data, scan)
-            return Accepted(self._store.add_instance(scan, digest.result, data, source, started), scan)
-        except MemoryError as error:  # the process's memory cap: no fault of the scan's, which may be sent again later
+            return AcceptedScan(self._store.add_instance(scan, digest.result, data, source, started), scan)
+        except MemoryError as error:  # the memory limit of the process: the image may be sent again later
             busy = StoreError("ingest.memory")
             self.record_refusal(source, len(data), busy.code, "")
             raise busy from error
@@ -129,7 +119,7 @@ class Ingest:
             raise
 
     def _check(self, dataset: FileDataset) -> None:
-        """Hold the pixels against the header; a value that cannot even be read makes the file unreadable."""
+        """Check the pixel data against the header; a value that cannot be parsed makes the file unreadable."""
         try:
             check_structure(dataset, self._caps)
         except ApplianceError:
@@ -138,15 +128,15 @@ class Ingest:
             raise IngestError("ingest.unreadable", type(error).__name__) from error
 
     def record_refusal(self, source: Source, size: int, code: str, detail: str) -> None:
-        """Record that something was refused, here or by whoever unpacked it; never fails."""
+        """Record a refusal, by this module or by the one that unpacked the file; never fails."""
         logger.warning("scan refused", extra={"code": code})
         try:
             self._store.add_rejection(source, size, code, detail)
-        except StoreError:  # the disk that refused the scan may refuse its record too; the sender still gets the reason
+        except StoreError:  # a full disk may refuse the record too; the sender still gets the reason
             logger.exception("refusal not recorded", extra={"code": code})
 
     def _parse(self, data: bytes) -> FileDataset:
-        """Read the whole file, bounded in size and number of elements."""
+        """Parse the complete file, within limits of size and number of elements."""
         if not data:
             raise IngestError("ingest.empty")
         if len(data) > self._store.settings.max_upload_bytes:
@@ -158,6 +148,7 @@ class Ingest:
         end = meta_end(data)
         try:
             self._check_deflated(data, end)
+            accept_invalid_values()
             dataset = read_partial(BytesIO(data), stop_when=_element_counter())
         except IngestError:
             raise
@@ -167,13 +158,13 @@ class Ingest:
         return dataset
 
     def _check_deflated(self, data: bytes, end: int) -> None:
-        """A deflated data set must not unpack to more than a scan may have (wherever the file says that it is deflated)."""
+        """Check that a deflated data set does not inflate beyond the size limit (wherever the file states the transfer syntax)."""
         if DeflatedExplicitVRLittleEndian.encode() not in data:
             return
         unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
         try:
             unpacker.decompress(data[end:], self._store.settings.max_upload_bytes)
-        except zlib.error:  # not deflated after all, or damaged: the parser says which
+        except zlib.error:  # not deflated, or damaged: the parser reports which
             return
         if unpacker.unconsumed_tail:
             raise IngestError("ingest.too_large", "deflated")
@@ -190,7 +181,7 @@ class Ingest:
 
 
 def _element_counter() -> Callable[[BaseTag, str | None, int], bool]:
-    """A ``stop_when`` that refuses files made of countless elements (each costs far more memory than its bytes)."""
+    """Make a ``stop_when`` that refuses files with too many elements (each takes far more memory than its bytes)."""
     count = 0
 
     def stop_when(_tag: BaseTag, _vr: str | None, _length: int) -> bool:
@@ -204,10 +195,10 @@ def _element_counter() -> Callable[[BaseTag, str | None, int], bool]:
 
 
 def _check_complete(dataset: FileDataset, data: bytes) -> None:
-    """Pydicom reads a cut file without a word: find elements that say they are longer than the file."""
+    """Find elements that extend beyond the end of the file: pydicom parses a truncated file without an error."""
     if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
-        cut = "Rows" in dataset and any(tag in data for tag in _PIXEL_TAGS)
-        raise IngestError("ingest.truncated" if cut else "ingest.no_pixel_data")
+        is_truncated = "Rows" in dataset and any(tag in data for tag in _PIXEL_TAGS)
+        raise IngestError("ingest.truncated" if is_truncated else "ingest.no_pixel_data")
     if dataset.file_meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
         return
     for element in dataset._dict.values():
@@ -216,13 +207,13 @@ def _check_complete(dataset: FileDataset, data: bytes) -> None:
 
 
 def meta_end(data: bytes) -> int:
-    """Where the data set begins: the end of group 0002, which is always Explicit VR Little Endian (PS3.10 7.1).
+    """The offset of the data set: the end of group 0002, which is always Explicit VR Little Endian (PS3.10 7.1).
 
-    A group in another encoding counts as part of the data set. What comes after decides whether two images are the same one, so
-    nothing of the data set may hide in the group.
+    A group in another encoding counts as part of the data set. The data set decides whether two images are the same, so nothing of it
+    may be hidden in the group.
 
     Raises:
-        IngestError: an element of the group has no length of its own, or reaches beyond the file.
+        IngestError: an element of the group has undefined length, or extends beyond the file.
     """
     position = _PREAMBLE_BYTES
     while data[position : position + 2] == b"\x02\x00":
@@ -240,20 +231,20 @@ def meta_end(data: bytes) -> int:
 
 
 def content_digest(data: bytes, scan: Scan) -> str:
-    """SHA-256 of transfer syntax, SOP Instance UID and data set: the same image is the same, whoever wrote the meta group around it."""
+    """SHA-256 of transfer syntax, SOP Instance UID and data set; independent of the rest of the file meta group."""
     digest = hashlib.sha256(f"{scan.transfer_syntax_uid}\0{scan.sop_instance_uid}\0".encode())
     digest.update(memoryview(data)[meta_end(data) :])
     return digest.hexdigest()
 
 
 def describe(dataset: FileDataset, notes: tuple[Note, ...] = ()) -> Scan:
-    """What the store indexes and the scope rule asks for.
+    """Extract the attributes that the store indexes and that decide which models apply.
 
-    An image without Study or Series Instance UID gets ones that derive from its own (2.25 + UUID, PS3.5 B.2), and a note that says
-    so: it must not be lost, nor fall into another's study.
+    An image without Study or Series Instance UID gets UIDs derived from its own (2.25 + UUID, PS3.5 B.2) and a note about it, so that it
+    is neither lost nor assigned to another study.
 
     Raises:
-        IngestError: no SOP Instance UID, a hostile UID, or no Transfer Syntax UID.
+        IngestError: no SOP Instance UID, an invalid UID, or no Transfer Syntax UID.
     """
     meta = dataset.file_meta
     if not meta.get("TransferSyntaxUID"):
@@ -293,7 +284,7 @@ def describe(dataset: FileDataset, notes: tuple[Note, ...] = ()) -> Scan:
 
 
 def _uid(keyword: str, value: object) -> str:
-    """A UID as PS3.5 9.1 allows it: digits and dots, at most 64 characters."""
+    """Validate a UID by PS3.5 9.1: digits and dots, at most 64 characters."""
     text = str(value or "").strip("\0 ")
     if not text:
         raise IngestError("ingest.missing_uid", keyword)
@@ -303,10 +294,10 @@ def _uid(keyword: str, value: object) -> str:
 
 
 def _text(dataset: Dataset, keyword: str) -> str:
-    """A text value as one line of Unicode without control characters; empty when absent.
+    """A text value as one line of Unicode without control characters; empty where absent.
 
     Raises:
-        IngestError: the value is absurdly long (splitting it would take minutes).
+        IngestError: the value is too long (splitting it would take minutes).
     """
     if keyword not in dataset:
         return ""
@@ -316,16 +307,16 @@ def _text(dataset: Dataset, keyword: str) -> str:
     value = dataset.get(keyword)
     values = [str(item) for item in value] if isinstance(value, (list, pydicom.multival.MultiValue)) else [str(value)]
     text = "" if value is None else " ".join(values)
-    # The ideographic space stands in Chinese names, and Python does not call it printable.
+    # Chinese names contain the ideographic space, which Python does not count as printable.
     return "".join(char for char in text if char.isprintable() or char == "\u3000").strip()[:256]
 
 
 def _priority(dataset: Dataset) -> str:
     """Requested Procedure Priority (0040,1003) as one of its defined terms (PS3.3 Table C.4-11); empty for anything else.
 
-    The attribute belongs to the worklist: no image IOD has it, and the Request Attributes Macro (PS3.3 10.6) leaves it out. Modalities that
-    pass it on put it at the top level of the image, as a Standard Extended SOP Class may (PS3.2). Priority (0000,0700) of a C-STORE
-    request is that of the transfer (PS3.7 9.1.1.1), not the patient's. An odd value says nothing and refuses no image.
+    The attribute belongs to the modality worklist: no image IOD contains it, nor does the Request Attributes Macro (PS3.3 10.6). Modalities
+    that copy it put it at the top level of the image, as a Standard Extended SOP Class may (PS3.2). Priority (0000,0700) of a C-STORE
+    request concerns the transfer (PS3.7 9.1.1.1), not the patient. An unknown value is ignored.
     """
     item = dataset.get_item(_PRIORITY) if _PRIORITY in dataset else None
     value = item.value if item is not None else None
@@ -344,7 +335,7 @@ def _body_part(dataset: Dataset) -> str:
 
 
 def _view(dataset: Dataset) -> str:
-    """View Position; else View Code Sequence, Patient Orientation (a row that runs A-P is lateral), or a telling description."""
+    """View Position; else from View Code Sequence, Patient Orientation (rows along A-P are lateral) or a description."""
     view = _text(dataset, "ViewPosition").upper()
     if view:
         return view
@@ -360,6 +351,6 @@ def _view(dataset: Dataset) -> str:
 
 
 def _photograph(dataset: Dataset) -> tuple[Note, ...]:
-    """Digitised film, scans and video captures (Conversion Type, PS3.3 C.8.6.1) are less exact than the original."""
+    """Return a caution for digitised film and captures (Conversion Type, PS3.3 C.8.6.1), which are less exact than the original."""
     kind = _text(dataset, "ConversionType").upper()
     return (Note("caution.photograph", kind),) if kind in ("DF", "SI", "SD", "DV", "WSD") else ()

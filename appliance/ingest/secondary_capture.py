@@ -1,4 +1,4 @@
-"""A PNG or JPEG as a DICOM Secondary Capture (PS3.3 A.8), written by highdicom."""
+"""Convert a PNG or JPEG to a DICOM Secondary Capture (PS3.3 A.8) with highdicom."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_PIXELS: Final = 100_000_000
 MAX_SIDE: Final = 0xFFFF  # Rows and Columns are unsigned shorts
 _FORMATS: Final = ("PNG", "JPEG")
 _SEXES: Final = ("M", "F", "O")
-# What Pillow is known to raise on damaged pictures and damaged EXIF.
+# The exceptions of Pillow for damaged files and damaged EXIF.
 _PICTURE_ERRORS: Final = (
     UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, OverflowError, MemoryError,
     struct.error,
@@ -31,10 +31,10 @@ _PICTURE_ERRORS: Final = (
 
 
 def secondary_capture(data: bytes, form: PictureForm) -> bytes:
-    """The picture as a complete DICOM file, MONOCHROME2 with 8 or 16 bits, upright as its EXIF orientation says.
+    """Convert to a complete DICOM file, MONOCHROME2 with 8 or 16 bits, upright by the EXIF orientation.
 
-    The UIDs derive from picture and form (2.25 + UUID, PS3.5 B.2), so that the same upload again is the same image. One picture
-    is one study: two pictures never become one patient's by accident.
+    The UIDs derive from file and form (2.25 + UUID, PS3.5 B.2), so that a repeated upload is the same image. Each file is a study of its
+    own, so that two files never become images of one patient by accident.
 
     Raises:
         IngestError: ``ingest.unsupported_image``, ``ingest.absurd_dimensions``.
@@ -44,7 +44,7 @@ def secondary_capture(data: bytes, form: PictureForm) -> bytes:
     pixels = grey_values(data)
     seed = hashlib.sha256(repr(form).encode() + b"\0" + data).digest()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # highdicom remarks on names of one component, which people do type
+        warnings.simplefilter("ignore")  # highdicom warns about names of one component, which people do type
         image = SCImage(
             pixel_array=pixels, photometric_interpretation="MONOCHROME2", bits_allocated=pixels.itemsize * 8, coordinate_system="PATIENT",
             study_instance_uid=_uid(seed, "study"), series_instance_uid=_uid(seed, "series"), sop_instance_uid=_uid(seed, "instance"),
@@ -59,7 +59,7 @@ def secondary_capture(data: bytes, form: PictureForm) -> bytes:
 
 
 def _describe(image: Any, form: PictureForm, conversion: Any) -> None:
-    """Add what the form says; a film photographed is RG/DF, a picture exported from a workstation CR/WSD."""
+    """Add the values of the form; a photographed film is RG/DF, an image exported from a workstation CR/WSD."""
     image.Modality = "RG" if form.photographed else "CR"
     image.ConversionType = (conversion.DF if form.photographed else conversion.WSD).value
     image.BodyPartExamined = "CHEST"
@@ -69,7 +69,7 @@ def _describe(image: Any, form: PictureForm, conversion: Any) -> None:
         if form.view in ("LL", "RL"):
             image.PatientOrientation = ["A", "F"]
     clocks = ("InstanceCreationDate", "InstanceCreationTime", "ContentDate", "ContentTime", "SeriesDate", "SeriesTime")
-    # A clock in the object would make the same picture another content tomorrow.
+    # With a time in the object a repeated upload would have another content.
     for name in (*clocks, "DateOfSecondaryCapture", "TimeOfSecondaryCapture"):
         if name in image:
             del image[name]
@@ -78,14 +78,14 @@ def _describe(image: Any, form: PictureForm, conversion: Any) -> None:
 
 
 def grey_values(data: bytes) -> NDArray[np.uint8] | NDArray[np.uint16]:
-    """Rows x columns of grey values of a PNG or JPEG, upright; 16-bit PNGs keep their depth.
+    """Decode a PNG or JPEG to grey values [rows, columns], upright; a 16-bit PNG keeps its depth.
 
     Raises:
         IngestError: ``ingest.unsupported_image``, ``ingest.absurd_dimensions``.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on damaged EXIF
+            warnings.simplefilter("ignore")  # Pillow's warnings about damaged EXIF
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = Image.open(BytesIO(data), formats=_FORMATS)
             if picture.width * picture.height > MAX_PIXELS or max(picture.size) > MAX_SIDE:
@@ -97,18 +97,18 @@ def grey_values(data: bytes) -> NDArray[np.uint8] | NDArray[np.uint16]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise IngestError("ingest.absurd_dimensions", "too many pixels") from error
     except _PICTURE_ERRORS as error:
-        raise IngestError("ingest.unsupported_image", _said(error)) from error
+        raise IngestError("ingest.unsupported_image", _describe_error(error)) from error
 
 
-def _said(error: Exception) -> str:
-    """What is wrong with a picture, in words: Pillow tells the commonest case, a copy that broke off, by its text alone."""
+def _describe_error(error: Exception) -> str:
+    """Describe a decoding error: Pillow reports a truncated file only by its text."""
     if isinstance(error, MemoryError):
         return "not enough memory"
     return "cut short" if isinstance(error, OSError) and "truncated" in str(error) else "damaged"
 
 
 def _flatten(picture: Image.Image) -> Image.Image:
-    """Colour to grey by luminance; what is transparent is black, as the film's border is."""
+    """Convert colour to grey by luminance; transparent pixels become black, like the border of a film."""
     if picture.mode in ("LA", "RGBA", "PA") or "transparency" in picture.info:
         rgba = picture.convert("RGBA")
         black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))

@@ -95,7 +95,7 @@ class Check(Child):
                 return None
             self.end()
             return Facts(ok=False, code="trust.unchecked", message=f"the check took more than {CHECK_DEADLINE_S:.0f} s")
-        if self.babbled:
+        if self.exceeded_output:
             facts = Facts(ok=False, code="trust.unchecked", message=f"the check said more than {_MAX_FACTS_BYTES >> 20} MiB")
         else:
             try:

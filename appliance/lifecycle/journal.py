@@ -165,7 +165,7 @@ class Journal(Ledger):
             ended = None if state == "trial" else utc_now()
             self._set(tx, number, state=state, attempts=0, progress=0.0, trial=json.dumps(start), ended_at=ended)
             if replaces and row["purpose"] == "rollback":
-                self._store.hand_over(tx, current["digest"], row["digest"], Note("activation.by_hand"))
+                self._store.planner.hand_over(tx, current["digest"], row["digest"], Note("activation.by_hand"))
 
     def _leave(self, tx: sqlite3.Connection, row: sqlite3.Row, current: sqlite3.Row) -> bool:
         """What becomes of the model that is replaced; returns whether it must not be fallen back to."""
@@ -245,7 +245,7 @@ class Journal(Ledger):
             self._end(tx, row, "withdrawn", note, marked=0)
             if model["state"] != "active":  # its successor reads already
                 now = tx.execute("SELECT digest FROM models WHERE name = ? AND state = 'active'", (model["name"],)).fetchone()
-                self._store.hand_over(tx, digest, now["digest"] if now else None, note)
+                self._store.planner.hand_over(tx, digest, now["digest"] if now else None, note)
                 tx.execute("UPDATE models SET state = 'retired' WHERE digest = ?", (digest,))
             else:
                 self._replace(tx, model["name"], digest, successor, note)
@@ -289,12 +289,12 @@ class Journal(Ledger):
             self._store.resume_within(tx, successor)
         else:
             Database.audit(tx, db.SECURITY_ALERT, "worker", "U", f"line:{name}", 12, **_CONFIGURATION, code=note.code, model="none")
-        self._store.hand_over(tx, digest, successor, note)
+        self._store.planner.hand_over(tx, digest, successor, note)
 
     def _mark(self, tx: sqlite3.Connection, number: int, digest: str, state: str, note: Note) -> None:
         """Notes on findings, as many as one transaction may take without keeping a scan waiting."""
         what = note if state == "withdrawn" else Note("activation.rolled_back", note.code)
-        if self._store.note_findings(tx, digest, what, MARK_AT_ONCE) < MARK_AT_ONCE:
+        if self._store.planner.note_findings(tx, digest, what, MARK_AT_ONCE) < MARK_AT_ONCE:
             tx.execute("UPDATE activations SET marked = 1 WHERE id = ?", (number,))
 
     def _entry(self, tx: sqlite3.Connection, model: sqlite3.Row) -> sqlite3.Row:

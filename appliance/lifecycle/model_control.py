@@ -18,7 +18,7 @@ from typing import Final
 
 from appliance.core.domain import Note
 from appliance.core.errors import ActivationError, ApplianceError
-from appliance.core.process import Lock, held_by_another
+from appliance.core.process import Lock, is_held_by_another
 from appliance.core.wakeup import wake
 from appliance.lifecycle import model_files
 from appliance.lifecycle.activation import Activator
@@ -29,7 +29,7 @@ from appliance.lifecycle.library_follower import learn
 from appliance.lifecycle.trust_facts import Facts
 from appliance.store.database import SECURITY_ALERT
 from appliance.store.store import Store
-from appliance.store.tuning_requests import Tuning, Tunings
+from appliance.store.tuning_requests import TuningRequest, TuningRequests
 from appliance.tuning.selection import Plan
 from model_sync.bundle import MANIFEST_NAME, BundleError, Manifest, ModelBundle
 
@@ -164,7 +164,7 @@ def drive(store: Store, number: int, told: Told | None = None) -> str:
     return str(row["digest"])
 
 
-def tune(store: Store, name: str | None, actor: str, told: Callable[[Tuning], None] | None = None) -> list[str]:
+def tune(store: Store, name: str | None, actor: str, told: Callable[[TuningRequest], None] | None = None) -> list[str]:
     """Measure again how the models at work run best on this box, and run them so; nothing stops reading meanwhile.
 
     Args:
@@ -183,7 +183,7 @@ def tune(store: Store, name: str | None, actor: str, told: Callable[[Tuning], No
     rows = [row for row in store.models() if row["state"] == "active" and name in (None, row["name"])]
     if not rows:
         raise ActivationError("model.unknown", f"{name}: no model is active" if name else "no model is active")
-    tunings, say = Tunings(store.database), told or (lambda _tuning: None)
+    tunings, say = TuningRequests(store.database), told or (lambda _tuning: None)
     for row in sorted(rows, key=lambda row: str(row["name"])):
         tunings.ask(row["digest"], row["name"], actor)
 
@@ -237,7 +237,7 @@ def _do_here(store: Store, done: Callable[[], bool]) -> None:
 
 def _box_runs(store: Store) -> bool:
     """Whether a supervisor looks after this data directory: its worker does the work, now or as soon as it has been started again."""
-    return held_by_another(store.settings.data_dir, "supervisor")
+    return is_held_by_another(store.settings.data_dir, "supervisor")
 
 
 def _runs_as_asked(current: sqlite3.Row | None, digest: str, precision: str | None) -> bool:

@@ -21,7 +21,7 @@ from appliance.lifecycle.background_loader import Load, Loading
 from appliance.lifecycle.journal import Journal
 from appliance.lifecycle.self_test_process import Proof, order
 from appliance.store.store import Store
-from appliance.store.tuning_requests import Tuning, Tunings
+from appliance.store.tuning_requests import TuningRequest, TuningRequests
 from appliance.tuning.selection import Plan
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ _LOOK_EVERY_S: Final = 0.25
 class _UnderWay:
     """A measuring that goes on now."""
 
-    tuning: Tuning
+    tuning: TuningRequest
     proof: Proof | None
     report: dict[str, Any] | None = None
     loading: Loading | None = None
@@ -55,7 +55,7 @@ class Retuner:
         self, store: Store, journal: Journal, load: Load, take: Callable[[Any], None], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._store, self._journal, self._load, self._take, self._clock = store, journal, load, take, clock
-        self.tunings = Tunings(store.database)
+        self.tunings = TuningRequests(store.database)
         self._now: _UnderWay | None = None
         self._next = 0.0
         self._asked: set[str] = set()
@@ -113,7 +113,7 @@ class Retuner:
                 under_way.proof.end()
             self.tunings.pause(under_way.tuning)
 
-    def _begin(self, tuning: Tuning) -> None:
+    def _begin(self, tuning: TuningRequest) -> None:
         row = self._store.database.one("SELECT * FROM models WHERE digest = ?", tuning.digest)
         if row is None or row["state"] != "active":
             self.tunings.fail(tuning, Note("activation.superseded", "it reads no more"))

@@ -1,7 +1,7 @@
 """People and their logins: argon2 hashes, lockout after failed attempts, sessions that end on the server (R1-R5).
 
-No default account exists; the first one is made by ``appliance user add`` (or the demo) with a one-time password that must
-be changed at the first login.
+There is no default account; ``appliance user add`` (or the demo) creates the first one with a one-time password that must be changed at
+the first login.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MIN_PASSWORD_CHARS: Final = 8
 # RFC 9106's second recommended option scaled to a small box: 19 MiB, two passes (OWASP's floor).
 _HASHER: Final = PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1)
 _NO_ONE: Final = _HASHER.hash(secrets.token_hex(16))
-# Without the letters and digits that people mistake for one another on a printed slip.
+# Without the letters and digits that people confuse on a printed slip.
 _SLIP_ALPHABET: Final = "abcdefghjkmnpqrstuvwxyz23456789"
 
 
@@ -58,7 +58,7 @@ class Accounts:
         self._throttle = LoginThrottle(self._clock)
 
     def add(self, username: str, role: Role, actor: str) -> str:
-        """Make an account, or give an existing one a new one-time password. Returns the password."""
+        """Create an account, or give an existing one a new one-time password. Returns the password."""
         password = "-".join("".join(secrets.choice(_SLIP_ALPHABET) for _ in range(4)) for _ in range(3))
         with self._db.transaction() as tx:
             tx.execute(
@@ -81,7 +81,7 @@ class Accounts:
         return password
 
     def find(self, username: str) -> Account | None:
-        """The account of that name, letters' case ignored."""
+        """The account of that name, ignoring case."""
         row = self._db.one("SELECT * FROM users WHERE username = ?", username)
         return Account(row["id"], row["username"], row["role"], bool(row["must_change"])) if row else None
 
@@ -141,9 +141,9 @@ class Accounts:
         return str(row["password_hash"]) if row else ""
 
     def resume(self, token: str, *, touch: bool = True) -> Account | None:
-        """The account a session token belongs to, or None when the session ended (logout, idle, too old).
+        """The account of a session token; None where the session has ended (logout, idle, too old).
 
-        ``touch`` says whether a person is behind the request; a page that refreshes itself must not keep a session alive.
+        ``touch``: a person made the request; a page that refreshes itself must not keep a session open.
         """
         now = self._clock()
         row = self._db.one(
@@ -157,7 +157,7 @@ class Accounts:
             or now - row["session_at"] > self._settings.session_absolute_s
         ):
             return None
-        if touch and now - row["seen_at"] > 30:  # one durable write per half minute is enough to know that somebody is there
+        if touch and now - row["seen_at"] > 30:  # one durable write per half minute is enough
             with self._db.transaction() as tx:
                 tx.execute("UPDATE sessions SET seen_at = ? WHERE token_sha256 = ?", (now, row["token_sha256"]))
         return Account(row["id"], row["username"], row["role"], bool(row["must_change"]))

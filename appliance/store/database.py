@@ -56,7 +56,7 @@ def _statements(script: str) -> list[str]:
 
 
 def store_error(error: sqlite3.Error | OSError) -> StoreError:
-    """The StoreError that tells a full disk from any other failure of the database or the file system."""
+    """Convert an error of the database or the file system to a StoreError, with a code of its own for a full disk."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     full = full or (isinstance(error, sqlite3.Error) and "full" in str(error))
     return StoreError("ingest.disk_full" if full else "store.failed", str(error))
@@ -75,10 +75,10 @@ class Database:
 
     Args:
         path: the database file; created, with its schema, when absent.
-        audit_key: seals the audit's last entry, so that cutting off its end is found too.
+        audit_key: seals the last entry of the audit, so that removing entries at its end is detected too.
 
     Raises:
-        StoreError: the file is no database, or a newer appliance wrote it.
+        StoreError: the file is not a database, or a newer appliance wrote it.
     """
 
     def __init__(self, path: Path, audit_key: bytes) -> None:
@@ -99,7 +99,7 @@ class Database:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
-            # Not a method: SQLite's hold on it would keep this object, and so the connection, for ever.
+            # Not a method: SQLite would reference this object for ever, and so keep the connection open.
             connection.create_function("audit_seal", 1, partial(_seal, self._audit_key), deterministic=True)
             self._local.connection = connection
         return connection
@@ -112,14 +112,14 @@ class Database:
             self._local.connection = None
 
     def query(self, sql: str, *values: Any) -> list[sqlite3.Row]:
-        """All rows of a read."""
+        """All rows of a query."""
         try:
             return self.connection().execute(sql, values).fetchall()
         except sqlite3.Error as error:
             raise store_error(error) from error
 
     def one(self, sql: str, *values: Any) -> sqlite3.Row | None:
-        """The first row of a read, or None."""
+        """The first row of a query, or None."""
         rows = self.query(sql, *values)
         return rows[0] if rows else None
 
@@ -128,11 +128,11 @@ class Database:
         """One write: BEGIN IMMEDIATE, COMMIT with fsync, ROLLBACK on any error.
 
         Args:
-            durable: False for what a power cut may forget (never for what somebody was told): it survives the death of the process,
-                and the next durable commit makes it durable too.
+            durable: False for data that a power cut may lose (never for what was acknowledged): it survives a crash of the process, and
+                the next durable commit makes it durable too.
 
         Raises:
-            StoreError: nothing of the transaction was kept.
+            StoreError: the transaction was rolled back.
         """
         connection = self.connection()
         try:
@@ -194,7 +194,7 @@ class Database:
             event: event identifier (PS3.15 A.5.3): code value and meaning.
             actor: account, AE title or program that did it.
             action: C, R, U, D or E (EventActionCode).
-            obj: what it was done to, by the box's own number (``instance:12``), never a patient's name.
+            obj: the object, by its number on the box (``instance:12``), never a patient's name.
             outcome: EventOutcomeIndicator, 0 success, 4 minor, 8 serious, 12 major failure.
             **detail: further particulars.
         """
@@ -220,10 +220,10 @@ class Database:
         connection.execute("INSERT OR REPLACE INTO meta VALUES ('audit_head', audit_seal(?))", (f"{seq} {digest}",))
 
     def verify_audit(self) -> int:
-        """Walk the whole chain; returns the number of entries.
+        """Verify the hash chain; returns the number of entries.
 
         Raises:
-            StoreError: code ``audit.broken`` with the first entry that does not fit.
+            StoreError: ``audit.broken`` with the first entry that does not match.
         """
         previous, expected = _GENESIS, 1
         for row in self.connection().execute("SELECT seq, entry, digest FROM audit ORDER BY seq"):
@@ -237,10 +237,10 @@ class Database:
 
 
 def _seal(key: bytes, head: str) -> str:
-    """The head with a MAC that only the holder of the key can make."""
+    """The head of the chain with a MAC by the audit key."""
     return f"{head} {hmac.new(key, head.encode(), 'sha256').hexdigest()}"
 
 
 def chain(previous: str, entry: str) -> str:
-    """The digest of an entry: SHA-256 over the digest before it and the entry's canonical JSON."""
+    """The digest of an entry: SHA-256 over the previous digest and the canonical JSON of the entry."""
     return hashlib.sha256(f"{previous}\n{entry}".encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""Scans on disk: one AES-256-GCM file each, on the platter before anybody is told so.
+"""Images on disk: one AES-256-GCM file each, durable before it is acknowledged.
 
-A file is written under ``incoming/``, fsynced, renamed to its place under ``content/`` and the directory fsynced; a crash
-leaves either nothing or a whole file. Its name is the scan's digest, so that a repeated write is the same file; the name is also
-the last thing encrypted, so that no two files can be exchanged.
+A file is written under ``incoming/``, fsynced, renamed to its place under ``content/``, and the directory is fsynced; a crash leaves
+either nothing or a complete file. Its name is the digest of the image, so that a repeated write gives the same file. The name is also
+encrypted at the end of the file, so that files cannot be exchanged for one another.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _CHUNK_BYTES: Final = 1 << 20
 _ABANDONED_S: Final = 3600.0
 
 
-class ContentFiles:
+class EncryptedFiles:
     """The encrypted files below one data directory.
 
     Args:
-        data_dir: the box's data directory; ``keys``, ``incoming`` and ``content`` are made in it.
+        data_dir: the data directory; ``keys``, ``incoming`` and ``content`` are created in it.
     """
 
     def __init__(self, data_dir: Path) -> None:
@@ -53,11 +53,11 @@ class ContentFiles:
         """Make ``data`` durable and return its name.
 
         Args:
-            data: what to keep.
-            digest: gives the name, 64 hex digits; asked only when the data is written, so that hashing may go on meanwhile.
+            data: the content.
+            digest: returns the name, 64 hex digits; called only after the data is written, so that hashing can run in parallel.
 
         Raises:
-            StoreError: nothing was kept; code ``ingest.disk_full`` when the disk is full.
+            StoreError: nothing was stored; code ``ingest.disk_full`` when the disk is full.
         """
         temporary = self._incoming / f"{secrets.token_hex(8)}.part"
         try:
@@ -66,14 +66,14 @@ class ContentFiles:
                 encryptor = Cipher(algorithms.AES(self._key), modes.GCM(nonce)).encryptor()
                 file.write(_MAGIC + nonce)
                 view = memoryview(data)
-                for start in range(0, len(view), _CHUNK_BYTES):  # in chunks, so that a large scan is not held twice
+                for start in range(0, len(view), _CHUNK_BYTES):  # in chunks, so that a large image is not in memory twice
                     file.write(encryptor.update(view[start : start + _CHUNK_BYTES]))
                 name = digest()
                 file.write(encryptor.update(bytes.fromhex(name)) + encryptor.finalize() + encryptor.tag)
                 file.flush()
                 os.fsync(file.fileno())
             target = self._path(name)
-            if self.holds(name):  # the same scan came by another way: what was acknowledged is never replaced
+            if self.holds(name):  # an acknowledged file is never replaced
                 temporary.unlink()
             else:
                 os.replace(temporary, target)
@@ -84,7 +84,7 @@ class ContentFiles:
         return name
 
     def holds(self, name: str) -> bool:
-        """Whether the file of that name is there and whole."""
+        """Whether the file of that name exists and is intact."""
         if not self._path(name).exists():
             return False
         try:
@@ -94,10 +94,10 @@ class ContentFiles:
         return True
 
     def read(self, name: str) -> bytes:
-        """The bytes as they came.
+        """Decrypt a file.
 
         Raises:
-            StoreError: ``store.missing``, or ``store.tampered`` when the file was changed on disk or is another scan's.
+            StoreError: ``store.missing``, or ``store.tampered`` where the file was changed on disk or belongs to another name.
         """
         try:
             blob = memoryview(self._path(name).read_bytes())
@@ -115,24 +115,24 @@ class ContentFiles:
         return plain
 
     def sweep(self) -> int:
-        """Remove what a crash left half-written under ``incoming/``; it was never acknowledged. Returns how many.
+        """Remove incomplete files that a crash left under ``incoming/``; they were never acknowledged. Returns how many.
 
-        Only what is an hour old: younger ones may be growing in another process at this moment.
+        Only files older than an hour: another process may be writing a younger one.
         """
-        swept = 0
+        removed = 0
         for part in self._incoming.glob("*.part"):
             with suppress(FileNotFoundError):
                 if time.time() - part.stat().st_mtime > _ABANDONED_S:
                     part.unlink()
-                    swept += 1
-        return swept
+                    removed += 1
+        return removed
 
     def _path(self, name: str) -> Path:
         return self._content / name[:2] / name
 
 
 def fsync_directory(directory: Path) -> None:
-    """Make a rename in this directory survive a power cut."""
+    """Make renames in this directory durable."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -141,7 +141,7 @@ def fsync_directory(directory: Path) -> None:
 
 
 def load_key(directory: Path, name: str) -> bytes:
-    """One of the box's 256-bit keys, made on first use; readable by its owner only."""
+    """Load a 256-bit key of the box, which is created on first use and readable by its owner only."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = directory / name
     if not path.exists():
@@ -151,7 +151,7 @@ def load_key(directory: Path, name: str) -> bytes:
             file.flush()
             os.fsync(file.fileno())
         try:
-            os.link(fresh, path)  # fails when another process was first: its key is the box's key then
+            os.link(fresh, path)  # fails where another process was first: its key is used then
         except FileExistsError:
             pass
         finally:

@@ -1,7 +1,7 @@
-"""The queue: which model reads which image, who does it under a lease, and what a finished job leaves behind.
+"""The job queue: leases, retries, results and urgency.
 
-A lease that runs out gives the job back; after ``job_max_attempts`` it is poisoned and shown as failed, and never blocks the ones
-behind it. What is queued at all is decided in :mod:`appliance.store.planning`.
+An expired lease returns the job to the queue. After ``job_max_attempts`` the job is marked as failed and shown, and never blocks the
+jobs behind it. Which jobs exist is decided in :mod:`appliance.store.planning`.
 """
 
 from __future__ import annotations
@@ -12,35 +12,45 @@ import time
 from collections.abc import Collection
 from dataclasses import fields
 
-from appliance.core.domain import PENDING_STATES, READ_STATES, Finding, Job, JobKind, JobResult, JobState, Note, ScanState, utc_now
+from appliance.core.domain import ANALYSED_STATES, PENDING_STATES, Finding, Job, JobKind, JobResult, JobState, Note, ScanState, utc_now
 from appliance.core.errors import StoreError
+from appliance.core.settings import Settings
 from appliance.store import database as db
 from appliance.store import priority, series_jobs
 from appliance.store.database import Database
-from appliance.store.planning import Planning, notes_json, read_notes
-from appliance.store.priority import Origin, Standing, Urgency
+from appliance.store.planning import Planner, notes_json, read_notes
+from appliance.store.priority import Origin, StudyProgress, Urgency
 
 
-class JobQueue(Planning):
-    """Leasing and ending of jobs over one database; :class:`appliance.store.store.Store` is the whole."""
+class JobQueue:
+    """Leases jobs to workers and commits their results.
+
+    Args:
+        settings: of the box.
+        database: of the box.
+        planner: updates the states of the images.
+    """
+
+    def __init__(self, settings: Settings, database: Database, planner: Planner) -> None:
+        self._settings, self._database, self._planner = settings, database, planner
 
     def claim_job(
         self, owner: str, lease_s: float, held: Collection[str] = (), *, urgent: bool = False, volumes: bool = True
     ) -> Job | None:
-        """Take the next job under a lease: urgent first, then oldest. Expired leases go back to the queue before.
+        """Lease the next job: urgent jobs first, then the oldest. Jobs whose lease expired return to the queue before.
 
         Args:
-            owner: who takes it.
-            lease_s: for how long.
-            held: digests of models that must not read now; their jobs wait.
-            urgent: take an urgent one or none; expired leases are left alone.
-            volumes: take series too; not in the middle of another one, two of which no process can hold.
+            owner: the worker.
+            lease_s: duration of the lease.
+            held: digests of models whose jobs must wait.
+            urgent: only an urgent job; expired leases are not touched.
+            volumes: volume jobs too; False inside another volume job, because the memory does not suffice for two.
 
         Returns:
             None when the queue is empty.
         """
         now = time.time()
-        waiting = self.database.one(
+        waiting = self._database.one(
             "SELECT EXISTS (SELECT 1 FROM jobs WHERE state = 'queued' AND priority > ?)"
             " OR EXISTS (SELECT 1 FROM jobs WHERE state = 'running' AND lease_until < ?) AS n",
             0 if urgent else -1,
@@ -48,31 +58,31 @@ class JobQueue(Planning):
         )
         if waiting is None or not waiting["n"]:
             return None
-        with self.database.transaction(durable=False) as tx:  # a claim that a power cut forgets is a job still queued
+        with self._database.transaction(durable=False) as tx:  # a claim that a power cut forgets is a job still queued
             if not urgent:
                 self._release(tx, tx.execute("SELECT * FROM jobs WHERE state = 'running' AND lease_until < ?", (now,)).fetchall(), now)
             row = tx.execute(
                 "SELECT * FROM jobs WHERE state = 'queued' AND priority > ? AND model_digest NOT IN (SELECT value FROM json_each(?))"  # noqa: S608
-                f" AND (kind != ? OR ?) AND {series_jobs.TAKEABLE} ORDER BY priority DESC, id LIMIT 1",
+                f" AND (kind != ? OR ?) AND {series_jobs.CLAIMABLE} ORDER BY priority DESC, id LIMIT 1",
                 (0 if urgent else -1, json.dumps(list(held)), JobKind.VOLUME.value, volumes),
             ).fetchone()
             return None if row is None else self._lease(tx, row, owner, now, now + lease_s)
 
-    def claim_company(self, job: Job, most: int, lease_s: float) -> list[Job]:
-        """Take more jobs of the model of a claimed one, to be read together with it; its own lease becomes theirs.
+    def claim_batch(self, job: Job, most: int, lease_s: float) -> list[Job]:
+        """Lease more jobs of the same model, to run in one batch with a job that was claimed just now.
 
-        Only what is queued now is taken, never waited for. What is urgent, or was tried before (whoever may have ended the worker must
-        not do so to others), is read alone; and while something urgent waits, nobody gathers company.
+        Only jobs that are queued now are leased. An urgent job runs alone, and so does a job that was tried before: it may have crashed
+        the worker and must not do so to others. While an urgent job waits there are no batches.
 
         Args:
-            job: a job claimed just now.
-            most: how many more at most.
-            lease_s: for how long, for all of them.
+            job: the claimed job; its lease is extended too.
+            most: how many more jobs at most.
+            lease_s: duration of the lease of all of them.
         """
-        if job.kind is not JobKind.INFER or job.tried or job.priority > 0 or self.settings.job_max_attempts < 2:
+        if job.kind is not JobKind.INFER or job.tried or job.priority > 0 or self._settings.job_max_attempts < 2:
             return []
         now = time.time()
-        with self.database.transaction(durable=False) as tx:
+        with self._database.transaction(durable=False) as tx:
             if tx.execute("SELECT 1 FROM jobs WHERE state = 'queued' AND priority > 0 LIMIT 1").fetchone():
                 return []
             rows = tx.execute(
@@ -89,7 +99,7 @@ class JobQueue(Planning):
             "UPDATE jobs SET state = 'running', attempts = attempts + 1, lease_owner = ?, lease_until = ?, claimed_at = ? WHERE id = ?",
             (owner, until, now, row["id"]),
         )
-        self._settle(tx, row["instance_id"])
+        self._planner.update_state(tx, row["instance_id"])
         return Job(
             row["id"],
             JobKind(row["kind"]),
@@ -103,9 +113,9 @@ class JobQueue(Planning):
             row["attempts"] > 0 or row["reason"] is not None,
         )
 
-    def studies_named(self, which: str) -> list[int]:
-        """The studies that a person means: by accession number, Study Instance UID or number; raises StoreError ``store.missing``."""
-        rows = self.database.query(
+    def find_studies(self, which: str) -> list[int]:
+        """Find studies by accession number, Study Instance UID or row number; raises StoreError ``store.missing``."""
+        rows = self._database.query(
             "SELECT id FROM studies WHERE (accession_number != '' AND accession_number = ?1) OR study_instance_uid = ?1"
             " OR CAST(id AS TEXT) = ?1",
             which,
@@ -115,92 +125,92 @@ class JobQueue(Planning):
         return [int(row["id"]) for row in rows]
 
     def make_urgent(self, study_id: int, actor: str, origin: Origin = "person") -> int:
-        """STAT: what waits of a study is read before everything else, and waits for no batch. Returns how many jobs that concerns.
+        """Make a study urgent (STAT): its jobs run before all others and wait for no batch. Returns the number of jobs concerned.
 
-        What was taken into a batch already and has no result yet is among them: the batch brings it forward. Images of the study that are
-        not planned yet are planned at once, and those that come later are as urgent. A series that is still coming, and that a model of
-        volumes reads whole, is never cut short: it is read first as soon as it is complete. Safe to repeat.
+        Jobs in a running batch that have no result yet are included: the batch runs them first. Images of the study that are not planned
+        yet are planned at once, and images that arrive later are urgent too. A series that is still arriving and that a volume model
+        applies to is not cut short: it runs first as soon as it is complete. Safe to repeat.
 
         Raises:
             StoreError: ``store.missing``, there is no such study.
         """
-        if self.database.one("SELECT 1 FROM studies WHERE id = ?", study_id) is None:
+        if self._database.one("SELECT 1 FROM studies WHERE id = ?", study_id) is None:
             raise StoreError("store.missing", f"study {study_id}")
-        self.close_single_images(study_id)
-        with self.database.transaction() as tx:
+        self._planner.close_single_images(study_id)
+        with self._database.transaction() as tx:
             return priority.mark(tx, study_id, origin, actor)
 
     def make_routine(self, study_id: int, actor: str, origin: Origin = "person") -> int | None:
-        """Take back what :meth:`make_urgent` did, see :func:`appliance.store.priority.unmark`.
+        """Undo :meth:`make_urgent`, see :func:`appliance.store.priority.unmark`.
 
         Returns:
-            How many jobs wait in their turn again; None where the study was not urgent.
+            How many jobs have normal priority again; None where the study was not urgent.
 
         Raises:
             StoreError: ``store.missing``, there is no such study.
         """
-        if self.database.one("SELECT 1 FROM studies WHERE id = ?", study_id) is None:
+        if self._database.one("SELECT 1 FROM studies WHERE id = ?", study_id) is None:
             raise StoreError("store.missing", f"study {study_id}")
-        with self.database.transaction() as tx:
+        with self._database.transaction() as tx:
             return priority.unmark(tx, study_id, origin, actor)
 
-    def standing_of(self, study_id: int) -> Standing:
-        """What becomes of a study's images. One that failed, was rejected or was not analysed is not read, though nothing of it waits."""
-        rows = self.database.query(
+    def study_progress(self, study_id: int) -> StudyProgress:
+        """Whether a study waits, is analysed, or ended with an image that failed, was rejected or was not analysed."""
+        rows = self._database.query(
             "SELECT DISTINCT i.state FROM instances i JOIN series s ON s.id = i.series_id WHERE s.study_id = ?", study_id
         )
         states = {ScanState(row["state"]) for row in rows}
         if states & set(PENDING_STATES):
             return "waits"
-        return "read" if states and states <= set(READ_STATES) else "unread"
+        return "read" if states and states <= set(ANALYSED_STATES) else "unread"
 
     def urgency_of(self, study_id: int) -> Urgency | None:
-        """Who wanted a study read first; None of one that is not urgent."""
-        row = self.database.one("SELECT urgent FROM studies WHERE id = ?", study_id)
+        """Who made a study urgent; None where it is not urgent."""
+        row = self._database.one("SELECT urgent FROM studies WHERE id = ?", study_id)
         return Urgency.of(row["urgent"]) if row else None
 
     def urgent_among(self, jobs: Collection[int]) -> set[int]:
-        """Which of these jobs have become urgent since they were taken."""
-        rows = self.database.query(
+        """Which of these jobs have become urgent since they were claimed."""
+        rows = self._database.query(
             "SELECT id FROM jobs WHERE priority > 0 AND id IN (SELECT value FROM json_each(?))", json.dumps(list(jobs))
         )
         return {row["id"] for row in rows}
 
     def recover_jobs(self) -> int:
-        """Give back every running job, whatever its lease: for the one worker that holds the worker lock, at its start."""
-        rows = self.database.query("SELECT * FROM jobs WHERE state = 'running'")
+        """Return every running job to the queue, whatever its lease: for the worker that holds the worker lock, at its start."""
+        rows = self._database.query("SELECT * FROM jobs WHERE state = 'running'")
         if rows:
-            with self.database.transaction() as tx:
+            with self._database.transaction() as tx:
                 self._release(tx, tx.execute("SELECT * FROM jobs WHERE state = 'running'").fetchall(), time.time())
         return len(rows)
 
-    def give_back(self, jobs: Collection[Job]) -> None:
-        """Put jobs that were taken, and that nothing was wrong with, back as if they never had been. A lost lease changes nothing."""
-        with self.database.transaction(durable=False) as tx:
+    def return_jobs(self, jobs: Collection[Job]) -> None:
+        """Return leased jobs to the queue without counting an attempt. Does nothing for a job whose lease was lost."""
+        with self._database.transaction(durable=False) as tx:
             for job in jobs:
                 if self._leased(tx, job) is not None:
                     tx.execute(
                         "UPDATE jobs SET state = 'queued', attempts = attempts - 1, lease_owner = '', lease_until = 0 WHERE id = ?",
                         (job.id,),
                     )
-                    self._settle(tx, job.instance_id)
+                    self._planner.update_state(tx, job.instance_id)
 
     def _release(self, tx: sqlite3.Connection, rows: list[sqlite3.Row], now: float) -> None:
-        """Put abandoned jobs back, or poison those whose attempts are used up."""
+        """Return abandoned jobs to the queue, or mark those as failed whose attempts are used up."""
         for row in rows:
-            late = now - row["claimed_at"] >= self.settings.job_deadline_s
-            self._retry_or_poison(tx, row, Note("job.deadline" if late else "job.crashed"))
+            late = now - row["claimed_at"] >= self._settings.job_deadline_s
+            self._retry_or_fail(tx, row, Note("job.deadline" if late else "job.crashed"))
 
-    def _retry_or_poison(self, tx: sqlite3.Connection, row: sqlite3.Row, reason: Note) -> None:
-        poisoned = row["attempts"] >= self.settings.job_max_attempts
-        state = JobState.FAILED if poisoned else JobState.QUEUED
+    def _retry_or_fail(self, tx: sqlite3.Connection, row: sqlite3.Row, reason: Note) -> None:
+        is_final = row["attempts"] >= self._settings.job_max_attempts
+        state = JobState.FAILED if is_final else JobState.QUEUED
         tx.execute(
             "UPDATE jobs SET state = ?, lease_owner = '', lease_until = 0, reason = ?, outcome = ?, finished_at = ? WHERE id = ?",
             (
                 state.value,
                 json.dumps(reason.to_json()),
-                ScanState.FAILED.value if poisoned else None,
-                utc_now() if poisoned else None,
+                ScanState.FAILED.value if is_final else None,
+                utc_now() if is_final else None,
                 row["id"],
             ),
         )
@@ -210,25 +220,25 @@ class JobQueue(Planning):
             "worker",
             "E",
             f"job:{row['id']}",
-            8 if poisoned else 4,
+            8 if is_final else 4,
             reason=reason.code,
             attempts=row["attempts"],
         )
-        self._settle(tx, row["instance_id"])
+        self._planner.update_state(tx, row["instance_id"])
 
     def fail_job(self, job: Job, reason: Note) -> None:
-        """An attempt failed: back to the queue, or poisoned after ``job_max_attempts``. A lost lease changes nothing."""
-        with self.database.transaction() as tx:
+        """Record a failed attempt: the job is retried, or failed after ``job_max_attempts``. Does nothing where the lease was lost."""
+        with self._database.transaction() as tx:
             row = self._leased(tx, job)
             if row is not None:
-                self._retry_or_poison(tx, row, reason)
+                self._retry_or_fail(tx, row, reason)
 
     def finish_job(self, job: Job, result: JobResult) -> bool:
-        """Commit a job's outcome, its findings and the image's state at once.
+        """Commit the result of a job, its findings and the state of its image in one transaction.
 
-        Returns False, keeping nothing, when the lease was lost meanwhile: another attempt owns the job then.
+        Returns False, and stores nothing, when the lease was lost: the job belongs to another attempt then.
         """
-        with self.database.transaction() as tx:
+        with self._database.transaction() as tx:
             if self._leased(tx, job) is None:
                 return False
             tx.execute(
@@ -248,21 +258,21 @@ class JobQueue(Planning):
             for finding in result.findings:
                 self._insert_finding(tx, job, finding)
             if result.volume is not None:
-                series_jobs.keep(tx, job, result.volume)
+                series_jobs.save_result(tx, job, result.volume)
             Database.audit(
                 tx, db.APPLICATION_ACTIVITY, "worker", "E", f"job:{job.id}", outcome_state=result.state.value, model=job.model_digest[:12]
             )
-            self._settle(tx, job.instance_id)
+            self._planner.update_state(tx, job.instance_id)
         return True
 
     def record_store_time(self, job: Job, timing_ms: dict[str, float]) -> None:
-        """Write the times again once the commit that ended the job has been measured too."""
-        with self.database.transaction(durable=False) as tx:
+        """Store the durations again, with that of the commit that ended the job."""
+        with self._database.transaction(durable=False) as tx:
             tx.execute("UPDATE jobs SET timing_ms = ? WHERE id = ?", (json.dumps(timing_ms), job.id))
 
     def retry(self, instance_id: int, actor: str) -> bool:
-        """A person asks for another try of an image's failed jobs, its series' among them. Returns whether there was one."""
-        with self.database.transaction() as tx:
+        """Queue the failed jobs of an image and of its series again. Returns whether there was one."""
+        with self._database.transaction() as tx:
             failed = tx.execute(
                 "SELECT id, instance_id FROM jobs WHERE state = 'failed' AND"
                 " (instance_id = ?1 OR series_id = (SELECT series_id FROM instances WHERE id = ?1))",
@@ -270,14 +280,14 @@ class JobQueue(Planning):
             ).fetchall()
             for row in failed:
                 tx.execute("UPDATE jobs SET state = 'queued', attempts = 0, outcome = NULL, finished_at = NULL WHERE id = ?", (row["id"],))
-                self._settle(tx, row["instance_id"])
+                self._planner.update_state(tx, row["instance_id"])
             if failed:
                 Database.audit(tx, db.APPLICATION_ACTIVITY, actor, "E", f"instance:{instance_id}", retried=len(failed))
         return bool(failed)
 
     def pending_jobs(self) -> int:
-        """How many images still wait for their result."""
-        row = self.database.one(
+        """How many jobs and unplanned images wait for a result."""
+        row = self._database.one(
             "SELECT (SELECT count(*) FROM jobs WHERE state = 'queued') + (SELECT count(*) FROM jobs WHERE state = 'running')"
             " + (SELECT count(*) FROM instances WHERE state = 'waiting') AS n"
         )

@@ -1,4 +1,4 @@
-"""A box that is there already: opened by the commands that look at one or change it, which never lay a new one by mistake."""
+"""Open the store of an existing box, for commands that must not create a new one by mistake."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def open_box(path: Path) -> Store:
         path: its data directory, or a settings file that names it.
 
     Raises:
-        ApplianceError: ``settings.missing``, ``settings.invalid``; ``box.none``: no box was ever laid there. Nothing is written then.
+        ApplianceError: ``settings.missing``, ``settings.invalid``; ``box.none``: there is no box. Nothing is written in these cases.
     """
     settings = Settings.load(path)
     if not (settings.data_dir / DATABASE_NAME).is_file():

@@ -1,6 +1,6 @@
-"""Jobs that read a whole series: planned once for all of its images, and begun anew when more of them come.
+"""Jobs that analyse a whole series: planned once for all of its images, and restarted when more images arrive.
 
-Such a job hangs on the first image of its series, which stands for all; every image of the series shows what came of it.
+Such a job refers to the first image of its series; every image of the series shows its result.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
     from appliance.core.domain import Scan
     from model_sync.bundle import Manifest
 
-# Of a job: it may be taken from the queue. Not while its series is open, that is, while more images of it may come.
-TAKEABLE: Final = "NOT EXISTS (SELECT 1 FROM series s WHERE s.id = jobs.series_id AND s.open = 1)"
+# SQL condition on a job: its series is not open, that is, no more images of it are expected.
+CLAIMABLE: Final = "NOT EXISTS (SELECT 1 FROM series s WHERE s.id = jobs.series_id AND s.open = 1)"
 
 
 def verdict_of(manifest: Manifest, scans: list[Scan]) -> Verdict:
-    """Whether a model of volumes may read a series of these images."""
+    """Decide whether a volume model applies to a series of these images."""
     return applies_to_series(manifest.applies_to, scans)
 
 
-def images(tx: sqlite3.Connection, series_id: int) -> list[sqlite3.Row]:
-    """Every image of a series, the first received first."""
+def images_of(tx: sqlite3.Connection, series_id: int) -> list[sqlite3.Row]:
+    """Every image of a series in the order received."""
     return tx.execute("SELECT * FROM instances WHERE series_id = ? ORDER BY id", (series_id,)).fetchall()
 
 
-def concerned(tx: sqlite3.Connection, instance_id: int) -> list[int]:
-    """The images whose state a job on this image decides: all of its series where one of its jobs reads that, else itself."""
+def affected_images(tx: sqlite3.Connection, instance_id: int) -> list[int]:
+    """The images whose state the jobs of this image decide: its series where one of them analyses that, else itself."""
     rows = tx.execute(
         "SELECT i.id FROM instances i WHERE i.series_id IN (SELECT series_id FROM jobs WHERE instance_id = ?1 AND series_id IS NOT NULL)"
         " UNION SELECT ?1",
@@ -44,12 +44,12 @@ def concerned(tx: sqlite3.Connection, instance_id: int) -> list[int]:
 
 
 def add(tx: sqlite3.Connection, series_id: int, digest: str, notes: Iterable[Note]) -> None:
-    """Queue a series for a model; one that was read without its newest images is read again, and what was drawn then is gone."""
-    first = images(tx, series_id)[0]["id"]
+    """Queue a series for a model. A series that was analysed without its newest images is analysed again; that result is deleted."""
+    first = images_of(tx, series_id)[0]["id"]
     text = json.dumps([note.to_json() for note in dict.fromkeys(notes)], ensure_ascii=False)
     known = tx.execute("SELECT id FROM jobs WHERE series_id = ? AND model_digest = ?", (series_id, digest)).fetchone()
     if known is not None:
-        _begin_anew(tx, known["id"], text)
+        _restart(tx, known["id"], text)
         return
     Database.insert(
         tx, "jobs", kind=JobKind.VOLUME.value, instance_id=first, series_id=series_id, model_digest=digest, state="queued", scope_code="",
@@ -57,8 +57,8 @@ def add(tx: sqlite3.Connection, series_id: int, digest: str, notes: Iterable[Not
     )  # fmt: skip
 
 
-def _begin_anew(tx: sqlite3.Connection, job_id: int, notes: str) -> None:
-    forget(tx, job_id)
+def _restart(tx: sqlite3.Connection, job_id: int, notes: str) -> None:
+    delete_result(tx, job_id)
     tx.execute(
         "UPDATE jobs SET state = 'queued', attempts = 0, outcome = NULL, reason = NULL, notes = ?, scope_code = '', finished_at = NULL,"
         " lease_owner = '', lease_until = 0, timing_ms = NULL, runtime = NULL WHERE id = ?",
@@ -66,20 +66,20 @@ def _begin_anew(tx: sqlite3.Connection, job_id: int, notes: str) -> None:
     )
 
 
-def grown(tx: sqlite3.Connection, series_id: int) -> None:
-    """One more image of a series came: what was drawn in fewer, or is being drawn now, is none of its result; all of it waits again.
+def restart_all(tx: sqlite3.Connection, series_id: int) -> None:
+    """Restart the jobs of a series after another image arrived: a result without that image is not valid, so all images wait again.
 
-    A job of an open series is in the queue, but nobody takes it; planning has the last word on it when the series is complete.
+    A job of an open series is queued but cannot be claimed; planning decides about it when the series is complete.
     """
     jobs = tx.execute("SELECT id FROM jobs WHERE series_id = ?", (series_id,)).fetchall()
     for job in jobs:
-        _begin_anew(tx, job["id"], "[]")
+        _restart(tx, job["id"], "[]")
     if jobs:
         tx.execute("UPDATE instances SET state = 'waiting', reason = NULL WHERE series_id = ?", (series_id,))
 
 
-def keep_only(tx: sqlite3.Connection, series_id: int, digests: Iterable[str]) -> None:
-    """Take a series that was planned anew from the queues of all models but these: it grew into one that they may not read."""
+def delete_other_models(tx: sqlite3.Connection, series_id: int, digests: Iterable[str]) -> None:
+    """Delete the queued jobs of a series for all models but these: with its new images the others do not apply any more."""
     left = tx.execute(
         "SELECT id FROM jobs WHERE series_id = ? AND state = 'queued' AND model_digest NOT IN (SELECT value FROM json_each(?))",
         (series_id, json.dumps(list(digests))),
@@ -89,7 +89,7 @@ def keep_only(tx: sqlite3.Connection, series_id: int, digests: Iterable[str]) ->
 
 
 def inherit_urgency(tx: sqlite3.Connection, series_id: int) -> None:
-    """What is planned of an urgent study is urgent as well, whatever became of its other images."""
+    """Make the queued jobs of a series urgent where its study is urgent."""
     tx.execute(
         "UPDATE jobs SET priority = 1 WHERE state = 'queued' AND priority < 1"
         " AND instance_id IN (SELECT id FROM instances WHERE series_id = ?1)"
@@ -98,16 +98,16 @@ def inherit_urgency(tx: sqlite3.Connection, series_id: int) -> None:
     )
 
 
-def forget(tx: sqlite3.Connection, job_id: int) -> None:
-    """Remove what a job drew."""
+def delete_result(tx: sqlite3.Connection, job_id: int) -> None:
+    """Delete the volume result of a job."""
     for table in ("key_pictures", "measurements", "volumes"):
         tx.execute(f"DELETE FROM {table} WHERE job_id = ?", (job_id,))  # noqa: S608
 
 
-def keep(tx: sqlite3.Connection, job: Job, result: VolumeResult) -> None:
-    """Write what a job drew, in the transaction that ends it."""
+def save_result(tx: sqlite3.Connection, job: Job, result: VolumeResult) -> None:
+    """Store the volume result of a job in the transaction that ends the job."""
     series_id = tx.execute("SELECT series_id FROM jobs WHERE id = ?", (job.id,)).fetchone()["series_id"]
-    forget(tx, job.id)
+    delete_result(tx, job.id)
     Database.insert(
         tx, "volumes", job_id=job.id, series_id=series_id, model=result.model, model_version=result.model_version,
         model_digest=result.model_digest, precision=result.precision, runtime=result.runtime,

@@ -1,7 +1,7 @@
-"""The one place where scans, jobs, findings and models live: durable before acknowledged, and nothing lost or doubled.
+"""The durable state of a box: images and models, with its job queue and its planner.
 
-Every change and its audit entry share one transaction. The same image twice is one image; the same SOP Instance UID with
-other content is kept beside the first and flagged. One job per (image, model): a repeat can add nothing.
+Every change and its audit entry share one transaction. An image that arrives twice is stored once; an image with the same SOP Instance
+UID and other content is stored as well, and both are flagged.
 """
 
 from __future__ import annotations
@@ -13,25 +13,30 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Final
 
-from appliance.core.domain import Scan, ScanState, Source, Stored, utc_now
+from appliance.core.domain import Scan, ScanState, Source, StoredImage, utc_now
 from appliance.core.errors import StoreError
 from appliance.core.settings import Settings
 from appliance.store import database as db
 from appliance.store import priority, series_jobs
 from appliance.store.database import Database, store_error
-from appliance.store.encrypted_files import ContentFiles, load_key
+from appliance.store.encrypted_files import EncryptedFiles, load_key
 from appliance.store.job_queue import JobQueue
-from appliance.store.planning import next_revision, notes_json, touch_study
-from model_sync.bundle import Manifest
+from appliance.store.planning import Planner, next_revision, notes_json, touch_study
 
 DATABASE_NAME: Final = "box.sqlite3"
 
 
-class Store(JobQueue):
+class Store:
     """The durable state of one box.
 
     Args:
-        settings: where the data directory is, and its limits.
+        settings: data directory and limits.
+
+    Attributes:
+        content: the encrypted files.
+        database: the database.
+        planner: creates jobs.
+        queue: leases jobs and commits their results.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -40,9 +45,10 @@ class Store(JobQueue):
             settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise store_error(error) from error
-        self.content = ContentFiles(settings.data_dir)
+        self.content = EncryptedFiles(settings.data_dir)
         self.database = Database(settings.data_dir / DATABASE_NAME, load_key(settings.data_dir / "keys", "audit.key"))
-        self._manifests: dict[str, Manifest] = {}
+        self.planner = Planner(settings, self.database)
+        self.queue = JobQueue(settings, self.database, self.planner)
 
     def close(self) -> None:
         """Close this thread's database connection."""
@@ -51,33 +57,33 @@ class Store(JobQueue):
     # -- scans -------------------------------------------------------------------------------------------------------
 
     def check_space(self, incoming_bytes: int) -> None:
-        """Refuse before anything is written when the disk would fall below the reserve; nothing is ever deleted for room."""
+        """Raise StoreError ``ingest.disk_full`` where the free space would fall below the reserve; nothing is ever deleted instead."""
         free = shutil.disk_usage(self.settings.data_dir).free
         if free - incoming_bytes < self.settings.disk_reserve_bytes:
             raise StoreError("ingest.disk_full", f"{free >> 20} MiB free")
 
-    def add_instance(self, scan: Scan, digest: Callable[[], str], data: bytes, source: Source, started: float) -> Stored:
-        """Make one scan durable: encrypted file, fsync, rename, fsync; then row and audit entry in one transaction.
+    def add_instance(self, scan: Scan, digest: Callable[[], str], data: bytes, source: Source, started: float) -> StoredImage:
+        """Store one image durably: encrypted file, fsync, rename, fsync; then row and audit entry in one transaction.
 
         Args:
-            scan: what the door read from it.
-            digest: gives the digest of transfer syntax and data set (64 hex digits), which may still be on its way.
+            scan: its attributes.
+            digest: returns the digest of transfer syntax and data set (64 hex digits); may still be computing it.
             data: the DICOM file, byte for byte.
             source: who brought it.
             started: ``time.perf_counter()`` when its last byte arrived, for the ingest time.
 
         Raises:
-            StoreError: nothing was kept and nothing may be acknowledged.
+            StoreError: nothing was stored and nothing may be acknowledged.
         """
-        namesake = self.database.one("SELECT 1 FROM instances WHERE sop_instance_uid = ?", scan.sop_instance_uid) is not None
-        if namesake and (known := self._find(self.database.connection(), scan, digest())) and self.content.holds(digest()):
+        is_uid_known = self.database.one("SELECT 1 FROM instances WHERE sop_instance_uid = ?", scan.sop_instance_uid) is not None
+        if is_uid_known and (known := self._find(self.database.connection(), scan, digest())) and self.content.holds(digest()):
             return known
         self.check_space(len(data))
         content_sha256 = self.content.write(data, digest)
         with self.database.transaction() as tx:
-            if known := self._find(tx, scan, content_sha256):  # the same scan came by another way meanwhile
+            if known := self._find(tx, scan, content_sha256):  # the same image arrived by another way meanwhile
                 return known
-            conflict = self._flag_namesakes(tx, scan.sop_instance_uid)
+            conflict = self._flag_uid_conflict(tx, scan.sop_instance_uid)
             study_id = self._study(tx, scan)
             series_id = self._series(tx, scan, study_id)
             instance_id = self._insert_instance(tx, scan, series_id, content_sha256, len(data), source, conflict, started)
@@ -92,24 +98,24 @@ class Store(JobQueue):
                 bytes=len(data),
                 conflict=conflict,
             )
-            series_jobs.grown(tx, series_id)
+            series_jobs.restart_all(tx, series_id)
             if scan.requested_procedure_priority in priority.URGENT_TERMS:
                 priority.mark(tx, study_id, "sender", source.actor, scan.requested_procedure_priority)
-            return Stored(instance_id, series_id, study_id, "conflict" if conflict else "stored")
+            return StoredImage(instance_id, series_id, study_id, "conflict" if conflict else "stored")
 
     @staticmethod
-    def _find(tx: sqlite3.Connection, scan: Scan, content_sha256: str) -> Stored | None:
-        """The same scan, when it is here already."""
+    def _find(tx: sqlite3.Connection, scan: Scan, content_sha256: str) -> StoredImage | None:
+        """The same image, where it is stored already."""
         row = tx.execute(
             "SELECT i.id, i.series_id, s.study_id FROM instances i JOIN series s ON s.id = i.series_id"
             " WHERE i.sop_instance_uid = ? AND i.content_sha256 = ?",
             (scan.sop_instance_uid, content_sha256),
         ).fetchone()
-        return Stored(row["id"], row["series_id"], row["study_id"], "duplicate") if row else None
+        return StoredImage(row["id"], row["series_id"], row["study_id"], "duplicate") if row else None
 
     @staticmethod
     def _series(tx: sqlite3.Connection, scan: Scan, study_id: int) -> int:
-        """The row of the scan's series; reopened for planning."""
+        """Insert or reopen the series of the image; returns its row id."""
         tx.execute(
             "INSERT INTO series (study_id, series_instance_uid, modality, series_description, last_received_at) VALUES (?, ?, ?, ?, ?)"
             " ON CONFLICT (study_id, series_instance_uid) DO UPDATE SET last_received_at = excluded.last_received_at, open = 1",
@@ -152,8 +158,8 @@ class Store(JobQueue):
         )  # fmt: skip
 
     @staticmethod
-    def _flag_namesakes(tx: sqlite3.Connection, sop_instance_uid: str) -> bool:
-        """Flag every other image of that UID, of whichever patient, and show the change; returns whether there is one."""
+    def _flag_uid_conflict(tx: sqlite3.Connection, sop_instance_uid: str) -> bool:
+        """Flag every other image with that UID, of whichever patient; returns whether there is one."""
         rows = tx.execute("SELECT id FROM instances WHERE sop_instance_uid = ?", (sop_instance_uid,)).fetchall()
         for row in rows:
             tx.execute("UPDATE instances SET conflict = 1 WHERE id = ?", (row["id"],))
@@ -161,7 +167,7 @@ class Store(JobQueue):
         return bool(rows)
 
     def add_rejection(self, source: Source, size: int, code: str, detail: str) -> None:
-        """Record that a file was refused, so that nobody wonders where it went; its content is not kept."""
+        """Record that a file was refused, so that people can see what became of it; its content is not stored."""
         with self.database.transaction() as tx:
             cursor = tx.execute(
                 "INSERT INTO rejections (at, source_kind, source_actor, name, bytes, code, detail) VALUES (?,?,?,?,?,?,?)",
@@ -170,7 +176,7 @@ class Store(JobQueue):
             Database.audit(tx, db.DATA_IMPORT, source.actor, "C", f"rejection:{cursor.lastrowid}", 4, source=source.kind, code=code)
 
     def read_instance(self, instance_id: int) -> bytes:
-        """The DICOM file of one image, byte for byte as it came; raises StoreError."""
+        """The DICOM file of one image, byte for byte as received; raises StoreError."""
         row = self.database.one("SELECT content_sha256 FROM instances WHERE id = ?", instance_id)
         if row is None:
             raise StoreError("store.missing", f"instance {instance_id}")
@@ -190,23 +196,23 @@ class Store(JobQueue):
         return row
 
     def switch_model(self, values: dict[str, str], actor: str) -> None:
-        """Make a model the active one of its name, without a word of how it was proven (:mod:`appliance.lifecycle.journal` is).
+        """Make a model the active one of its name, without an entry in :mod:`appliance.lifecycle.journal`.
 
         Args:
             values: the columns of ``models`` except ``state`` and ``activated_at``.
-            actor: who asked for it.
+            actor: who requested it.
         """
         with self.database.transaction() as tx:
             self.switch_within(tx, values, actor)
 
     def switch_within(self, tx: sqlite3.Connection, values: dict[str, str], actor: str, *, keep_previous: bool = False) -> None:
-        """Pointer, the model before it, and audit, inside the caller's transaction.
+        """Change the active model and write the audit entry, inside the caller's transaction.
 
         Args:
             tx: the open transaction.
             values: the columns of ``models`` except ``state`` and ``activated_at``.
-            actor: who asked for it.
-            keep_previous: the model that is replaced must not be fallen back to: the one before it stays the previous one.
+            actor: who requested it.
+            keep_previous: never roll back to the model that is replaced now; the one before it stays the previous model.
         """
         name, digest = values["name"], values["digest"]
         if keep_previous:
@@ -220,15 +226,15 @@ class Store(JobQueue):
             " activated_at = excluded.activated_at, precision = excluded.precision, runtime = excluded.runtime",
             **values, state="active", activated_at=utc_now(),
         )  # fmt: skip
-        self._replan_unread(tx, digest)
+        self.planner.replan_unanalysed(tx, digest)
         self._audit_switch(tx, digest, name, values["version"], actor)
 
     def resume_within(self, tx: sqlite3.Connection, digest: str) -> None:
-        """Put a model to work again that read patients before, inside the caller's transaction; no other of its name is active."""
+        """Activate a model again that was active before, inside the caller's transaction; no other of its name is active."""
         row = tx.execute(
             "UPDATE models SET state = 'active', activated_at = ? WHERE digest = ? RETURNING *", (utc_now(), digest)
         ).fetchone()
-        self._replan_unread(tx, digest)
+        self.planner.replan_unanalysed(tx, digest)
         self._audit_switch(tx, digest, row["name"], row["version"], "worker")
 
     @staticmethod
@@ -237,6 +243,6 @@ class Store(JobQueue):
         Database.audit(tx, db.SECURITY_ALERT, actor, "U", f"model:{digest[:12]}", **software, name=name, version=version)
 
     def record(self, event: tuple[str, str], actor: str, action: str, obj: str, outcome: int = 0, **detail: Any) -> None:
-        """Append an audit entry that goes with no other change (a look at a study, a failed self-test)."""
+        """Append an audit entry that belongs to no other change (a study was viewed, a self-test failed)."""
         with self.database.transaction() as tx:
             Database.audit(tx, event, actor, action, obj, outcome, **detail)

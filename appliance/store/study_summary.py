@@ -1,4 +1,4 @@
-"""What a line of the worklist tells beside a study's state: what was measured in it, how, and whether that still stands."""
+"""Results of a study for its worklist row: findings, measurements, what ran, and whether a model was withdrawn since."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from appliance.core.run_summary import Ran
+from appliance.core.run_summary import RunSummary
 
 if TYPE_CHECKING:
     from appliance.store.database import Database
 
-# Notes on a job whose model version was taken back after it had read the image.
+# Notes on a job whose model version was withdrawn or rolled back after the analysis.
 RECALLED: Final = ("model.withdrawn", "activation.rolled_back")
 
 
 @dataclass(frozen=True)
-class StudyFacts:
-    """Of one study; see :class:`appliance.store.worklist.StudyRow`."""
+class StudySummary:
+    """The summary of one study; attributes as in :class:`appliance.store.worklist.StudyRow`."""
 
     recalled: bool = False
     scored: bool = False
     measured: tuple[tuple[str, str, float], ...] = ()
-    ran: tuple[Ran, ...] = ()
+    ran: tuple[RunSummary, ...] = ()
 
 
-def study_facts(database: Database, ids: str) -> dict[int, StudyFacts]:
-    """Facts by study, of the studies whose ids (a JSON list) are given."""
+def study_summaries(database: Database, ids: str) -> dict[int, StudySummary]:
+    """Summaries by study id; ``ids`` is a JSON list of study ids."""
     recalled = {row["study_id"] for row in _recalled(database, ids)}
     scored = {row["study_id"] for row in _scored(database, ids)}
     measured, ran = defaultdict(list), defaultdict(list)
     for row in _measured(database, ids):
         measured[row["study_id"]].append((row["title_zh"], row["title_en"], row["value"]))
     for row in _ran(database, ids):
-        if way := Ran.of(dict(row)):
-            ran[row["study_id"]].append(way)
+        if run := RunSummary.of(dict(row)):
+            ran[row["study_id"]].append(run)
     return {
-        study: StudyFacts(study in recalled, study in scored, tuple(measured[study]), tuple(dict.fromkeys(ran[study])))
+        study: StudySummary(study in recalled, study in scored, tuple(measured[study]), tuple(dict.fromkeys(ran[study])))
         for study in {*recalled, *scored, *measured, *ran}
     }
 

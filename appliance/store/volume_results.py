@@ -1,4 +1,4 @@
-"""What models drew in series, as the pages and the JSON of ``appliance analyze`` show it. Only reads."""
+"""Queries for the results of volume models, for the pages and ``appliance analyze --json``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from appliance.core.domain import Measurement, Note
 from appliance.core.errors import StoreError
-from appliance.core.run_summary import Ran
+from appliance.core.run_summary import RunSummary
 from appliance.store.store import Store
 from appliance.store.study_summary import RECALLED
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-# Okabe and Ito's colours, which people who see red and green alike can tell apart; the outline of each label in the key pictures.
+# The colours of Okabe and Ito, which colour-blind people can distinguish; for the outline of each label in the key images.
 COLOURS: Final = ("#56b4e9", "#e69f00", "#009e73", "#f0e442", "#d55e00", "#cc79a7")
 _COLUMNS: Final = ("label", "code", "title_zh", "title_en", "value", "unit")
 
@@ -27,8 +27,8 @@ _COLUMNS: Final = ("label", "code", "title_zh", "title_en", "value", "unit")
 class VolumeView:
     """One model's result on one series.
 
-    ``planes`` are the names of its key pictures; ``recall`` says why the model version was taken back, None while it stands;
-    ``ran`` is how the model was run, and why that way.
+    ``planes`` are the names of its key images; ``recall`` is why the model version was withdrawn, None where it was not; ``ran`` is what
+    ran the model, and why.
     """
 
     job_id: int
@@ -43,7 +43,7 @@ class VolumeView:
     runtime: str
     planes: tuple[str, ...]
     recall: Note | None
-    ran: Ran | None
+    ran: RunSummary | None
 
     def to_json(self) -> dict[str, Any]:
         """The result as ``appliance analyze --json`` prints it; the mask stays in the store."""
@@ -58,7 +58,7 @@ class VolumeResults:
         self._db = store.database
 
     def of_study(self, study_id: int) -> list[VolumeView]:
-        """Every volume of a study, in the order read."""
+        """Every volume of a study, in the order of analysis."""
         return self._views("SELECT id FROM series WHERE study_id = ?", study_id)
 
     def of_series(self, series_id: int) -> list[VolumeView]:
@@ -76,7 +76,7 @@ class VolumeResults:
 
     def _view(self, row: dict[str, Any]) -> VolumeView:
         geometry, notes = json.loads(row.pop("geometry")), json.loads(row.pop("notes"))
-        ran = Ran.of(json.loads(row.pop("ran") or "{}"))
+        ran = RunSummary.of(json.loads(row.pop("ran") or "{}"))
         measured = self._db.query("SELECT * FROM measurements WHERE job_id = ? ORDER BY id", row["job_id"])
         planes = self._db.query("SELECT plane FROM key_pictures WHERE job_id = ? ORDER BY plane", row["job_id"])
         return VolumeView(
@@ -90,7 +90,7 @@ class VolumeResults:
         )
 
     def picture(self, job_id: int, plane: str) -> bytes:
-        """A key picture, PNG; raises StoreError ``store.missing``."""
+        """A key image as PNG; raises StoreError ``store.missing``."""
         row = self._db.one("SELECT png FROM key_pictures WHERE job_id = ? AND plane = ?", job_id, plane)
         if row is None:
             raise StoreError("store.missing", f"key picture {job_id} {plane}")
@@ -104,7 +104,7 @@ class VolumeResults:
         return int(row["study_id"])
 
     def mask(self, job_id: int) -> tuple[NDArray[np.uint8], dict[str, Any]]:
-        """The mask, uint8 [slices, rows, columns], and where it is: ``affine``, ``classes`` and ``slices`` (SOP Instance UID, frame).
+        """The mask, uint8 [slices, rows, columns], and its ``affine``, ``classes`` and ``slices`` (SOP Instance UID, frame).
 
         Raises:
             StoreError: ``store.missing``.

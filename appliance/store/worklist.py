@@ -1,6 +1,6 @@
 """Queries over the store: what the pages and the JSON of ``appliance analyze`` show.
 
-Only reads; every row is a frozen dataclass, so that no page sees SQL.
+Every row is a frozen dataclass, so that no page contains SQL.
 """
 
 from __future__ import annotations
@@ -14,23 +14,28 @@ from typing import Any, Final
 
 from appliance.core.domain import PENDING_STATES, STATE_URGENCY, Finding, JobKind, Note, ScanState, Status
 from appliance.core.errors import StoreError
-from appliance.core.run_summary import Ran
+from appliance.core.run_summary import RunSummary
 from appliance.store.priority import Urgency
-from appliance.store.series_jobs import TAKEABLE
+from appliance.store.series_jobs import CLAIMABLE
 from appliance.store.store import Store
-from appliance.store.study_summary import RECALLED, StudyFacts, study_facts
+from appliance.store.study_summary import RECALLED, StudySummary, study_summaries
 
 PAGE_SIZE: Final = 50
 
 
 @dataclass(frozen=True)
 class StudyRow:
-    """One line of the worklist.
+    """One row of the worklist.
 
-    ``position`` is the place in the queue (1 = next) of a queued study; ``positive`` holds title (zh, en) and highest score of
-    each label above its threshold, ``scored`` says whether any label was held against one at all, ``measured`` holds title (zh, en) and
-    millilitres of what was drawn in a series; ``recalled`` says that a model version that was taken back made a finding of it;
-    ``ran`` is how its models were run; ``pending`` says whether anything of it waits, ``urgent`` why it is read first.
+    Attributes:
+        position: place in the queue of a queued study, 1 = next.
+        positive: title (zh, en) and highest score of each label above its threshold.
+        scored: whether any label was compared with a threshold.
+        measured: title (zh, en) and volume (ml) of each label of a volume model.
+        recalled: whether a model version that was withdrawn or rolled back made one of its findings.
+        ran: what ran its models.
+        pending: whether any of its images waits.
+        urgent: who made it urgent.
     """
 
     id: int
@@ -56,14 +61,14 @@ class StudyRow:
     patient_mismatch: bool
     conflict: bool
     recalled: bool
-    ran: tuple[Ran, ...] = ()
+    ran: tuple[RunSummary, ...] = ()
     pending: bool = False
     urgent: Urgency | None = None
 
 
 @dataclass(frozen=True)
 class JobView:
-    """What one job did, for the study page and the JSON output."""
+    """One job, for the study page and the JSON output."""
 
     id: int
     state: str
@@ -104,22 +109,22 @@ class InstanceView:
     findings: tuple[Finding, ...]
 
     def recall(self, finding: Finding) -> Note | None:
-        """Why the model version that made this finding was taken back; None while it stands."""
+        """Why the model version of this finding was withdrawn or rolled back; None where it was not."""
         notes = (note for job in self.jobs if job.id == finding.job_id for note in job.notes)
         return next((note for note in notes if note.code in RECALLED), None)
 
     @property
     def measured(self) -> bool:
-        """Whether a model drew in the series of this image: its result is the series'."""
+        """Whether a volume model analysed the series of this image."""
         return any(job.kind == JobKind.VOLUME.value and job.outcome is ScanState.AI_READY for job in self.jobs)
 
-    def ran(self, finding: Finding) -> Ran | None:
+    def ran(self, finding: Finding) -> RunSummary | None:
         """What ran the model that made this finding."""
-        return next((Ran.of(job.runtime) for job in self.jobs if job.id == finding.job_id), None)
+        return next((RunSummary.of(job.runtime) for job in self.jobs if job.id == finding.job_id), None)
 
     @property
     def status(self) -> Status:
-        """The state as the five words of ``appliance analyze``; a pending image counts as failed (it got no answer)."""
+        """The state in the words of ``appliance analyze``; a pending image counts as failed, since it has no result."""
         words: dict[ScanState, Status] = {
             ScanState.AI_READY: "analysed",
             ScanState.OUT_OF_SCOPE: "out_of_scope",
@@ -145,7 +150,7 @@ class Worklist:
         self._db = store.database
 
     def revision(self) -> int:
-        """The number of the last change a person can see; rises by one with each."""
+        """The number of the last change that a person can see; increases with each."""
         row = self._db.one("SELECT value FROM meta WHERE key = 'revision'")
         return int(row["value"]) if row else 0
 
@@ -154,9 +159,9 @@ class Worklist:
 
         Args:
             before: only studies with a smaller id (the last id of the page before).
-            search: parts of the patient's name, ID or the accession number, as they are shown or as they came: neither case nor
-                width nor blanks nor what DICOM puts between the parts of a name matter, and the parts may stand in any order.
-            limit: most rows to return.
+            search: parts of the patient's name, ID or the accession number, in any order. Case, character width, blanks and the
+                delimiters of DICOM names are ignored.
+            limit: maximum number of rows.
         """
         where: list[str] = ["1"]
         values: list[str | int] = []
@@ -164,21 +169,21 @@ class Worklist:
             where.append("id < ?")
             values.append(before)
         if search.strip():
-            condition, wanted = self._found(search)
+            condition, wanted = self._search_condition(search)
             where.append(condition)
             values += wanted
         rows = self._db.query(f"SELECT * FROM studies WHERE {' AND '.join(where)} ORDER BY id DESC LIMIT ?", *values, limit)  # noqa: S608
         return self._rows(rows)
 
-    def _found(self, search: str) -> tuple[str, list[str]]:
-        """The condition of a search and its values."""
-        parts = [part for word in search.split() if (part := _folded(word)).strip(_SIGN)]
-        if not parts:  # nothing but signs: taken as they are
+    def _search_condition(self, search: str) -> tuple[str, list[str]]:
+        """The SQL condition of a search and its values."""
+        parts = [part for word in search.split() if (part := _folded(word)).strip(_SEPARATOR)]
+        if not parts:  # only punctuation: searched literally
             pattern = "%" + search.strip().replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
             return "(patient_name LIKE ?1 ESCAPE '\\' OR patient_id LIKE ?1 ESCAPE '\\' OR accession_number LIKE ?1 ESCAPE '\\')", [pattern]
 
         def fits(*columns: str) -> bool:
-            known = _SIGN.join(map(_folded, columns))
+            known = _SEPARATOR.join(map(_folded, columns))
             return all(part in known for part in parts)
 
         self._db.connection().create_function("fits", 3, fits, deterministic=True)
@@ -190,7 +195,7 @@ class Worklist:
         return int(row["n"]) if row else 0
 
     def queue_length(self) -> int:
-        """How many jobs wait or run."""
+        """The number of queued and running jobs."""
         row = self._db.one("SELECT count(*) AS n FROM jobs WHERE state IN ('queued', 'running')")
         return int(row["n"]) if row else 0
 
@@ -229,7 +234,7 @@ class Worklist:
         return self.study_of(row["instance_id"])
 
     def heatmap(self, finding_id: int) -> bytes:
-        """A finding's heat map: 8-bit grey PNG over exactly the image's extent; raises StoreError ``store.missing``."""
+        """The heat map of a finding: 8-bit grey PNG that covers exactly the image; raises StoreError ``store.missing``."""
         row = self._db.one("SELECT heatmap_png FROM findings WHERE id = ?", finding_id)
         if row is None or not row["heatmap_png"]:
             raise StoreError("store.missing", f"heat map {finding_id}")
@@ -254,7 +259,7 @@ class Worklist:
             " GROUP BY s.study_id, f.label, f.title_zh, f.title_en ORDER BY score DESC",
             ids,
         )
-        facts = study_facts(self._db, ids)
+        facts = study_summaries(self._db, ids)
         queue = self._queue_positions() if any(row["state"] == ScanState.QUEUED.value for row in instances) else {}
         return [
             _study_row(
@@ -262,7 +267,7 @@ class Worklist:
                 [i for i in instances if i["study_id"] == row["id"]],
                 [p for p in positive if p["study_id"] == row["id"]],
                 queue,
-                facts.get(row["id"], StudyFacts()),
+                facts.get(row["id"], StudySummary()),
             )
             for row in studies
         ]
@@ -270,7 +275,7 @@ class Worklist:
     def _queue_positions(self) -> dict[int, int]:
         """Place in the queue of every queued image, 1 = next."""
         rows = self._db.query(
-            f"SELECT instance_id FROM jobs WHERE state = 'queued' AND {TAKEABLE} ORDER BY priority DESC, id LIMIT 10000"  # noqa: S608
+            f"SELECT instance_id FROM jobs WHERE state = 'queued' AND {CLAIMABLE} ORDER BY priority DESC, id LIMIT 10000"  # noqa: S608
         )
         return {row["instance_id"]: place for place, row in reversed(list(enumerate(rows, start=1)))}
 
@@ -303,14 +308,14 @@ class Worklist:
         )
 
 
-# Stands between texts that are searched together; no folded text holds it.
-_SIGN: Final = "|"
+# Separates texts that are searched together; no folded text contains it.
+_SEPARATOR: Final = "|"
 
 
 @lru_cache(maxsize=1 << 16)
 def _folded(text: str) -> str:
-    """A text as searches compare it: one width (NFKC), one case, letters and digits alone; the groups of a name stay apart."""
-    return _SIGN.join("".join(filter(str.isalnum, unicodedata.normalize("NFKC", group).casefold())) for group in text.split("="))
+    """Normalise a text for searches: NFKC, one case, letters and digits only; the groups of a name stay separate."""
+    return _SEPARATOR.join("".join(filter(str.isalnum, unicodedata.normalize("NFKC", group).casefold())) for group in text.split("="))
 
 
 _INSTANCES: Final = "SELECT i.*, s.series_instance_uid FROM instances i JOIN series s ON s.id = i.series_id"
@@ -325,7 +330,7 @@ def _notes(text: str) -> tuple[Note, ...]:
 
 
 def _study_row(
-    row: sqlite3.Row, instances: list[sqlite3.Row], positive: list[sqlite3.Row], queue: dict[int, int], facts: StudyFacts
+    row: sqlite3.Row, instances: list[sqlite3.Row], positive: list[sqlite3.Row], queue: dict[int, int], facts: StudySummary
 ) -> StudyRow:
     worst = min(instances, key=lambda item: STATE_URGENCY.index(ScanState(item["state"])))
     places = [queue[item["id"]] for item in instances if item["id"] in queue]
@@ -368,21 +373,9 @@ def _job_view(row: sqlite3.Row) -> JobView:
 
 def _finding(row: sqlite3.Row) -> Finding:
     same = (
-        "id",
-        "job_id",
-        "label",
-        "code",
-        "title_zh",
-        "title_en",
-        "score",
-        "threshold",
-        "measured_on",
-        "model",
-        "model_version",
-        "model_digest",
-        "precision",
-        "runtime",
-    )
+        "id", "job_id", "label", "code", "title_zh", "title_en", "score", "threshold", "measured_on", "model", "model_version",
+        "model_digest", "precision", "runtime",
+    )  # fmt: skip
     outline = tuple(tuple((x, y) for x, y in polygon) for polygon in json.loads(row["outline"]))
     return Finding(
         **{name: row[name] for name in same},

@@ -145,9 +145,9 @@ def measure(directory: Path, encode: Callable[[int, pydicom.Dataset], bytes], si
         floor_ms.append((time.perf_counter() - started) * 1000)
         started = time.perf_counter()
         accepted = ingest.accept(data, source, started)
-        store.close_series([accepted.stored.series_id])
+        store.planner.close_series([accepted.stored.series_id])
         _wake(settings)
-        while store.pending_jobs():
+        while store.queue.pending_jobs():
             time.sleep(_POLL_S)
         ours_ms.append((time.perf_counter() - started) * 1000)
     worker.terminate()
@@ -161,10 +161,10 @@ def measure(directory: Path, encode: Callable[[int, pydicom.Dataset], bytes], si
     started = time.perf_counter()
     for data in many:  # as on the box: the door takes in while the worker reads
         accepted = ingest.accept(data, source)
-        store.close_series([accepted.stored.series_id])
+        store.planner.close_series([accepted.stored.series_id])
         _wake(settings)
     door_s = time.perf_counter() - started
-    while store.pending_jobs():
+    while store.queue.pending_jobs():
         time.sleep(_POLL_S)
     ours_s = time.perf_counter() - started
     worker.terminate()

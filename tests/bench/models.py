@@ -71,8 +71,8 @@ def switch_over(directory: Path, scans: int = 60) -> dict[str, Any]:
                                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
         accepted = ingest.accept(_scan(number), source)
         started = time.perf_counter()
-        store.close_series([accepted.stored.series_id])
-        while store.pending_jobs():
+        store.planner.close_series([accepted.stored.series_id])
+        while store.queue.pending_jobs():
             time.sleep(_POLL_S)
         waits.append(time.perf_counter() - started)
         row = store.database.one("SELECT model_version FROM findings ORDER BY id DESC LIMIT 1")

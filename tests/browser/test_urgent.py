@@ -66,7 +66,7 @@ def test_a_study_is_put_first_from_the_worklist_and_another_from_its_page(box: B
     page.get_by_role("button", name=press).focus()
     place = "第 3 位" if language == "zh" else "no. 3"
     expect(page.locator(".state-word")).to_contain_text(place)
-    box.store.make_urgent(box.take(scan_bytes()).study_id, "another")
+    box.store.queue.make_urgent(box.take(scan_bytes()).study_id, "another")
     expect(page.locator(".state-word")).to_contain_text(place.replace("3", "4"), timeout=60_000)  # the pane is another one
     expect(page.get_by_role("button", name=press)).to_be_focused()
     page.keyboard.press("Enter")
@@ -108,7 +108,7 @@ def test_it_works_without_any_script_and_after_a_search(box: Box, browser: Brows
     page.goto(f"{box.base}/studies/{studies[0]}")
     page.get_by_role("button", name=press).click()
     expect(page.locator(".banner", has_text=done)).to_be_visible()
-    assert [bool(box.store.urgency_of(study)) for study in studies] == [True, True, False]
+    assert [bool(box.store.queue.urgency_of(study)) for study in studies] == [True, True, False]
     context.close()
     someone.clean()
     someone.context.close()
@@ -124,7 +124,7 @@ def test_the_focus_stays_on_the_button_when_the_list_changes(box: Box, browser: 
     box.take(scan_bytes(PatientName="Later^One"))
     expect(page.locator("tbody tr")).to_have_count(4, timeout=60_000)
     expect(page.locator(f"#study-{study} .first")).to_be_focused()
-    box.store.make_urgent(study, "another")
+    box.store.queue.make_urgent(study, "another")
     expect(page.locator(f"#study-{study} .tone-urgent")).to_be_visible(timeout=60_000)
     expect(page.locator(f"#study-{study} .row-link")).to_be_focused()
     someone.clean()

@@ -198,12 +198,12 @@ class Box:
     def scan(self, series: str = "1") -> int:
         """A scan at the door, planned; the image's number."""
         accepted = Ingest(self.store).accept(scan_bytes(), Source("upload", "test", series))
-        self.store.close_series([accepted.stored.series_id])
+        self.store.planner.close_series([accepted.stored.series_id])
         return accepted.stored.instance_id
 
     def work(self, score: float = 0.5, ms: float = 1.0) -> str:
         """Do the next job as a worker would, with this score after so many milliseconds; the digest of the model it was for."""
-        job = self.store.claim_job("test", 60)
+        job = self.store.queue.claim_job("test", 60)
         assert job is not None
         model = self.store.model(job.model_digest)
         finding = Finding(
@@ -211,15 +211,15 @@ class Box:
             positive=score >= 0.4, sensitivity=(0.9, 0.8, 1.0), specificity=(0.9, 0.8, 1.0), measured_on="x", model=model["name"],
             model_version=model["version"], model_digest=job.model_digest, precision="fp32", runtime="onnxruntime",
         )  # fmt: skip
-        assert self.store.finish_job(job, JobResult(ScanState.AI_READY, None, (finding,), (), {"infer": ms}))
+        assert self.store.queue.finish_job(job, JobResult(ScanState.AI_READY, None, (finding,), (), {"infer": ms}))
         return job.model_digest
 
     def fail(self) -> None:
         """Fail the next job for good."""
         for _ in range(self.store.settings.job_max_attempts):
-            job = self.store.claim_job("test", 60)
+            job = self.store.queue.claim_job("test", 60)
             assert job is not None
-            self.store.fail_job(job, Note("job.error"))
+            self.store.queue.fail_job(job, Note("job.error"))
 
     def activator(self, **options: Any) -> Activator:
         """The state machine in this process, for a test that steps it."""

@@ -93,7 +93,7 @@ class Box:
     def take(self, data: bytes, name: str = "scan.dcm") -> Any:
         """Bring one scan through the door and close its series."""
         accepted = Ingest(self.store).accept(data, Source("upload", "test", name))
-        self.store.close_series([accepted.stored.series_id])
+        self.store.planner.close_series([accepted.stored.series_id])
         return accepted.stored
 
     def activate(self) -> Manifest:
@@ -112,16 +112,16 @@ class Box:
 
     def work(self, result: JobResult | Callable[[], JobResult]) -> None:
         """Do the next job as a worker would."""
-        job = self.store.claim_job("test", 60)
+        job = self.store.queue.claim_job("test", 60)
         assert job
-        assert self.store.finish_job(job, result() if callable(result) else result)
+        assert self.store.queue.finish_job(job, result() if callable(result) else result)
 
     def fail(self, code: str = "job.error") -> None:
         """Fail the next job for good."""
         for _ in range(self.settings.job_max_attempts):
-            job = self.store.claim_job("test", 60)
+            job = self.store.queue.claim_job("test", 60)
             assert job
-            self.store.fail_job(job, Note(code))
+            self.store.queue.fail_job(job, Note(code))
 
 
 def result(score: float = 0.9, notes: tuple[Note, ...] = ()) -> JobResult:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from flask_babel import gettext
 
 from appliance.core.domain import Note
-from appliance.core.run_summary import Running, Way
+from appliance.core.run_summary import CandidateSummary, RuntimeStatus
 from webui.formatting import format_count, format_difference, format_milliseconds, format_time
 from webui.messages import reason_hint, reason_text
 from webui.view_models import DASH, NoteView
@@ -33,7 +33,7 @@ class CandidateRow:
     detail: str
 
     @classmethod
-    def of(cls, candidate: Way) -> CandidateRow:
+    def of(cls, candidate: CandidateSummary) -> CandidateRow:
         """The row of a candidate; a dash stands for what was not measured."""
         is_usable, per_image_ms = candidate.threads >= 0, candidate.per_image_ms
         return cls(
@@ -72,7 +72,7 @@ class CandidateTable:
     rows: tuple[CandidateRow, ...]
 
     @classmethod
-    def of(cls, running: Running) -> CandidateTable:
+    def of(cls, running: RuntimeStatus) -> CandidateTable:
         """The table of a model."""
         has_untimed = any(candidate.code == "tune.no_time" for candidate in running.table)
         return cls(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from dataclasses import replace
-from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final
 
 from flask import Flask, current_app
@@ -71,15 +70,13 @@ class FrameCache:
 
     def _dataset(self, instance_id: int) -> Dataset:
         """The parsed file, cached because a viewer asks for the frames of one image one by one."""
-        from pydicom import dcmread
-
-        import appliance.ingest.ingest  # noqa: F401 - configures how pydicom parses invalid values
+        from appliance.imaging.dicom_files import read_dataset
 
         if instance_id in self._files:
             self._files.move_to_end(instance_id)
             return self._files[instance_id][1]
         data = self._store.read_instance(instance_id)
-        dataset = dcmread(BytesIO(data))
+        dataset = read_dataset(data)
         _put(self._files, instance_id, (len(data), dataset), lambda item: item[0], _MAX_FILE_BYTES)
         return dataset
 

@@ -41,7 +41,7 @@ def retry(study_id: int) -> ResponseReturnValue:
     """Put the images of a study whose analysis failed into the queue again."""
     box = current_box()
     failed = [item.id for item in box.worklist.study(study_id).instances if item.state == ScanState.FAILED]
-    retried = [instance_id for instance_id in failed if box.store.retry(instance_id, current_user.account.username)]
+    retried = [instance_id for instance_id in failed if box.store.queue.retry(instance_id, current_user.account.username)]
     if retried:
         wake(box.settings)
         flash(gettext("The image is in the queue again."))

@@ -110,7 +110,7 @@ class Finaliser:
         """Close the series of these outcomes, at the sender's explicit end, so that the worker can analyse them."""
         series = {outcome["series_id"] for outcome in outcomes if outcome["series_id"]}
         if series:
-            self._store.close_series(sorted(series))
+            self._store.planner.close_series(sorted(series))
             wake(self._settings)
 
     def stop(self) -> None:

@@ -86,7 +86,7 @@ def _redirect_back(study_id: int, outcome: _Outcome) -> ResponseReturnValue:
 
 
 def _answer(study_id: int, outcome: _Outcome) -> ResponseReturnValue:
-    urgency = current_box().store.urgency_of(study_id)
+    urgency = current_box().store.queue.urgency_of(study_id)
     urgent = asdict(urgency) if urgency else None
     return jsonify(study=study_id, outcome=outcome.outcome, jobs=outcome.jobs, message=outcome.message, urgent=urgent)
 
@@ -94,10 +94,10 @@ def _answer(study_id: int, outcome: _Outcome) -> ResponseReturnValue:
 def _make_urgent(study_id: int) -> _Outcome:
     """Raises StoreError ``store.missing``."""
     box = current_box()
-    before = box.store.urgency_of(study_id)
-    jobs = box.store.make_urgent(study_id, current_user.account.username)
+    before = box.store.queue.urgency_of(study_id)
+    jobs = box.store.queue.make_urgent(study_id, current_user.account.username)
     wake(box.settings)
-    standing = box.store.standing_of(study_id)
+    standing = box.store.queue.study_progress(study_id)
     if jobs or (before is None and standing == "waits"):
         return _Outcome("first", jobs)
     if standing == "waits":
@@ -107,5 +107,5 @@ def _make_urgent(study_id: int) -> _Outcome:
 
 def _make_routine(study_id: int) -> _Outcome:
     """Raises StoreError ``store.missing``."""
-    jobs = current_box().store.make_routine(study_id, current_user.account.username)
+    jobs = current_box().store.queue.make_routine(study_id, current_user.account.username)
     return _Outcome("was_not_first") if jobs is None else _Outcome("no_longer_first", jobs)

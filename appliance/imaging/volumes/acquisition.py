@@ -1,8 +1,7 @@
-"""How a series was acquired, and whether the model was made for that: held against ``applies_to.sequence``. Pure.
+"""How a series was acquisitions, checked against ``applies_to.sequence`` of a model. Pure functions.
 
-Modality and body part do not tell a T1 from a FLAIR, a diffusion map or a projection of vessels; echo time, repetition time, the kind
-of pulse sequence and the image type do. Attributes are looked up where plain images keep them and where enhanced ones do
-(PS3.3 C.8.3.1 and C.8.13.5).
+Modality and body part do not distinguish a T1 from a FLAIR, a diffusion map or a vessel projection; echo time, repetition time, scanning
+sequence and image type do. Attributes are read from classic and from enhanced images (PS3.3 C.8.3.1 and C.8.13.5).
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from appliance.core.applicability import Verdict, together
+from appliance.core.applicability import Verdict, combine_verdicts
 from appliance.core.domain import Note
 from appliance.imaging.greyscale import frame_value, numbers
 from appliance.imaging.pixels import frame_count
@@ -23,15 +22,15 @@ if TYPE_CHECKING:
     from model_sync.bundle import Milliseconds, SequenceRule
 
 _FRAME_TYPES: Final = ("MRImageFrameTypeSequence", "CTImageFrameTypeSequence", "PETFrameTypeSequence")
-# Enhanced images say in flags and words what Scanning Sequence says in codes (PS3.3 C.8.13.4).
+# Enhanced images have flags and words in place of the codes of Scanning Sequence (PS3.3 C.8.13.4).
 _PULSES: Final = {"SPIN": ("SE",), "GRADIENT": ("GR",), "BOTH": ("SE", "GR")}
 _NO_AGENT: Final = {"NONE", "NO", "N"}
 _FLAGS: Final = {"InversionRecovery": "IR", "EchoPlanarPulseSequence": "EP"}
 
 
 @dataclass(frozen=True)
-class Acquired:
-    """What one frame's header says about its acquisition; None and empty where it says nothing."""
+class Acquisition:
+    """The acquisition attributes of one frame; None and empty where absent."""
 
     echo_time_ms: float | None
     repetition_time_ms: float | None
@@ -40,26 +39,26 @@ class Acquired:
     contrast_agent: bool
 
     @property
-    def localizer(self) -> bool:
-        """Whether it is a scout view, which is left out of the volume anyway."""
+    def is_localizer(self) -> bool:
+        """Whether it is a scout view, which is not part of the volume."""
         return "LOCALIZER" in self.image_type
 
 
-def acquired(ds: Dataset) -> list[Acquired]:
-    """How the frames of an image were acquired, each way once; reads no pixels.
+def acquisitions(ds: Dataset) -> list[Acquisition]:
+    """The distinct acquisitions of the frames of an image; reads no pixels.
 
     Raises:
-        PixelError: the number of frames makes no sense.
+        PixelError: the number of frames is invalid.
     """
     per_frame = ds.get("PerFrameFunctionalGroupsSequence") or []
     frames = min(frame_count(ds), len(per_frame)) or 1
     return list(dict.fromkeys(_frame(ds, frame) for frame in range(frames)))
 
 
-def _frame(ds: Dataset, frame: int) -> Acquired:
+def _frame(ds: Dataset, frame: int) -> Acquisition:
     types = [frame_value(ds, frame, group, "FrameType") for group in _FRAME_TYPES]
     echo = frame_value(ds, frame, "MREchoSequence", "EffectiveEchoTime")
-    return Acquired(
+    return Acquisition(
         _milliseconds(ds.get("EchoTime") if echo is None else echo),
         _milliseconds(frame_value(ds, frame, "MRTimingAndRelatedParametersSequence", "RepetitionTime")),
         _words([ds.get("ScanningSequence")]) or _pulses(ds),
@@ -69,13 +68,13 @@ def _frame(ds: Dataset, frame: int) -> Acquired:
 
 
 def _milliseconds(value: object) -> float | None:
-    """A time that is one; several echoes in one image are none."""
+    """Parse one duration; None for several values, such as the echoes of one image."""
     found = numbers(value)
     return found[0] if len(found) == 1 and math.isfinite(found[0]) and found[0] >= 0 else None
 
 
 def _words(values: Iterable[object]) -> tuple[str, ...]:
-    """The values of code strings, in capitals, each once."""
+    """The distinct values of code strings, in capitals."""
     words: list[str] = []
     for value in values:
         several = [value] if value is None or isinstance(value, str) or not isinstance(value, Sequence) else value
@@ -84,18 +83,18 @@ def _words(values: Iterable[object]) -> tuple[str, ...]:
 
 
 def _pulses(ds: Dataset) -> tuple[str, ...]:
-    """Scanning Sequence of an enhanced image; empty where it does not say of which kind its echoes are."""
+    """The Scanning Sequence codes of an enhanced image; empty where Echo Pulse Sequence is absent."""
     echoes = _PULSES.get(str(ds.get("EchoPulseSequence") or "").strip().upper(), ())
     flags = tuple(code for keyword, code in _FLAGS.items() if str(ds.get(keyword) or "").strip().upper() == "YES")
     return (*echoes, *flags) if echoes else ()
 
 
-def applies_to_sequence(rule: SequenceRule, frames: Sequence[Acquired]) -> Verdict:
-    """Hold a series against its model's rule: all of its frames but scout views must agree, as with the rest of ``applies_to``."""
-    return together([_applies(rule, frame) for frame in dict.fromkeys(frames) if not frame.localizer])
+def applies_to_sequence(rule: SequenceRule, frames: Sequence[Acquisition]) -> Verdict:
+    """Check the frames of a series against the rule of a model; all frames but scout views must pass."""
+    return combine_verdicts([_applies(rule, frame) for frame in dict.fromkeys(frames) if not frame.is_localizer])
 
 
-def _applies(rule: SequenceRule, frame: Acquired) -> Verdict:
+def _applies(rule: SequenceRule, frame: Acquisition) -> Verdict:
     absent = []
     if rule.image_type_not and not frame.image_type:
         absent.append("ImageType")

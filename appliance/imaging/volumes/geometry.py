@@ -1,8 +1,8 @@
-"""Where the slices of a series lie in the patient, and whether they make one volume (PS3.3 C.7.6.2, C.7.6.16.2.3 and .4). Pure.
+"""The position of slices in the patient, and whether they form one volume (PS3.3 C.7.6.2, C.7.6.16.2.3 and .4). Pure functions.
 
-Coordinates are the patient's in millimetres (LPS: x to the left, y to the back, z to the head). A volume is indexed (slice, row,
-column); its affine maps indices of voxel centres to the patient. Slices are ordered by their position along the normal, because
-numbers in headers are those of a protocol, not of a place.
+Coordinates are patient coordinates in mm (LPS: x to the left, y to posterior, z to the head). A volume is indexed (slice, row, column);
+its affine maps indices of voxel centres to the patient. Slices are ordered by their position along the normal, because instance numbers
+follow the protocol and not the position.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ if TYPE_CHECKING:
     Vector: TypeAlias = NDArray[np.float64]
     Matrix: TypeAlias = NDArray[np.float64]
 
-# Headers round positions to a tenth of a millimetre and cosines to six digits: what is closer than this is meant to be the same.
+# Headers round positions to a tenth of a millimetre and cosines to six digits: values closer than this count as equal.
 _SAME_COSINE: Final = 1e-3
 _SAME_SPACING: Final = 1e-3
 _EVEN_SHARE: Final = 0.05
 _EVEN_MM: Final = 0.02
-# Slices that drift sideways by less of a pixel than this, over the whole stack, are straight.
+# A stack counts as straight where its slices drift sideways by less than this many pixels in total.
 _STRAIGHT_PIXELS: Final = 0.1
-# No gantry tilts farther than 30 degrees.
+# Gantries tilt by at most 30 degrees.
 _MAX_TILT: Final = 35.0
 _SAME_TILT: Final = 2.0
 _SIDES: Final = (("L", "R"), ("P", "A"), ("S", "I"))
-# The patient's axes turned by a hair: what lies at 45 degrees is nearer to one of them, whichever way the array is laid out.
-_HAIR: Final = np.eye(3) + 1e-6 * np.array([[0.0, 1.0, -0.7], [-1.0, 0.0, 0.4], [0.7, -0.4, 0.0]])
+# The axes of the patient, rotated slightly: a direction at 45 degrees is then closer to one of them in any array layout.
+_TIE_BREAK: Final = np.eye(3) + 1e-6 * np.array([[0.0, 1.0, -0.7], [-1.0, 0.0, 0.4], [0.7, -0.4, 0.0]])
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """A lattice of voxels in the patient: ``affine`` float64 [4, 4] maps indices of voxel centres to LPS millimetres.
+    """A grid of voxels in the patient: ``affine`` float64 [4, 4] maps indices of voxel centres to LPS coordinates in mm.
 
-    ``through`` is the axis that runs from slice to slice: the one that may be no right angle to the others.
+    ``through`` is the axis from slice to slice, the only one that may not be orthogonal to the others.
     """
 
     shape: tuple[int, int, int]
@@ -54,49 +54,49 @@ class Grid:
 
     @property
     def steps(self) -> Matrix:
-        """The vectors (columns, mm) from a voxel to the next along each axis."""
+        """The vectors (columns, mm) from one voxel to the next along each axis."""
         return self.affine[:3, :3]
 
     @property
     def spacing(self) -> Vector:
-        """Millimetres from a voxel to the next along each axis."""
+        """The distance (mm) from one voxel to the next along each axis."""
         return np.asarray(np.linalg.norm(self.steps, axis=0))
 
     @property
     def voxel_ml(self) -> float:
-        """The volume of one voxel in millilitres: the determinant, which a shear does not change."""
+        """The volume of one voxel in ml: the determinant, which a shear does not change."""
         return abs(float(np.linalg.det(self.steps))) / 1000.0
 
     @property
     def axes(self) -> str:
-        """The side of the patient that each axis points to most: ``LIA``."""
+        """The side of the patient that each axis points to: ``LIA``."""
         order = closest_axes(self.steps)
         return "".join(_SIDES[world][int(self.steps[world, axis] < 0)] for axis, world in enumerate(order))
 
     def to_patient(self, index: Any) -> Vector:
-        """Indices [..., 3] as LPS millimetres."""
+        """Convert indices [..., 3] to LPS coordinates in mm."""
         return np.asarray(np.asarray(index, np.float64) @ self.steps.T + self.affine[:3, 3])
 
     def to_index(self, point: Any) -> Vector:
-        """LPS millimetres [..., 3] as (fractional) indices."""
+        """Convert LPS coordinates [..., 3] in mm to (fractional) indices."""
         return np.asarray((np.asarray(point, np.float64) - self.affine[:3, 3]) @ np.linalg.inv(self.steps).T)
 
 
 def closest_axes(steps: Matrix) -> tuple[int, int, int]:
-    """Which axis of the patient (0: L, 1: P, 2: S) each column of ``steps`` runs along; each once.
+    """Assign each column of ``steps`` the closest axis of the patient (0: L, 1: P, 2: S), each axis once.
 
-    A direction gets the same axis in whatever order and sense the columns stand, at 45 degrees too.
+    The assignment does not depend on the order and sign of the columns, at 45 degrees too.
     """
-    cosines = np.abs(_HAIR @ steps) / np.linalg.norm(steps, axis=0)
+    cosines = np.abs(_TIE_BREAK @ steps) / np.linalg.norm(steps, axis=0)
     best = max(permutations(range(3)), key=lambda order: float(sum(cosines[world, axis] for axis, world in enumerate(order))))
     return best[0], best[1], best[2]
 
 
 def orientation_to(grid: Grid, axes: str) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
-    """How to turn a volume so that it is oriented like ``axes``.
+    """How to permute and flip the axes of a volume to orient it like ``axes``.
 
     Returns:
-        For each new axis the old one it is, and whether that has to be reversed.
+        For each new axis the index of the old one, and whether that has to be reversed.
     """
     runs_along = closest_axes(grid.steps)
     order, flips = [], []
@@ -108,8 +108,8 @@ def orientation_to(grid: Grid, axes: str) -> tuple[tuple[int, int, int], tuple[b
     return (order[0], order[1], order[2]), (flips[0], flips[1], flips[2])
 
 
-def turned(array: NDArray[Any], grid: Grid, axes: str) -> tuple[NDArray[Any], Grid]:
-    """A view of the volume oriented like ``axes``, and its grid; nothing is copied or interpolated."""
+def reorient(array: NDArray[Any], grid: Grid, axes: str) -> tuple[NDArray[Any], Grid]:
+    """Return a view of the volume oriented like ``axes``, and its grid; nothing is copied or interpolated."""
     order, flips = orientation_to(grid, axes)
     affine = grid.affine.copy()
     affine[:3, :3] = grid.steps[:, order]
@@ -124,16 +124,16 @@ def turned(array: NDArray[Any], grid: Grid, axes: str) -> tuple[NDArray[Any], Gr
 
 @dataclass(frozen=True)
 class Plane:
-    """One slice as its header says (Image Plane Module, PS3.3 C.7.6.2; of enhanced images from the functional groups).
+    """The plane of one slice (Image Plane Module, PS3.3 C.7.6.2; in enhanced images from the functional groups).
 
     Attributes:
         position: Image Position (Patient): the centre of the first pixel.
-        along_row: direction in which the column index rises.
-        along_column: direction in which the row index rises.
+        along_row: direction of increasing column index.
+        along_column: direction of increasing row index.
         spacing: between rows and between columns, mm.
         shape: rows and columns.
         frame_of_reference: Frame of Reference UID.
-        kind: the first three values of Image Type (or Frame Type): original or derived, primary or secondary, what it shows.
+        kind: the first three values of Image Type (or Frame Type): original or derived, primary or secondary, kind of image.
         tilt: Gantry/Detector Tilt in degrees; 0 where there is none.
     """
 
@@ -148,20 +148,20 @@ class Plane:
 
     @property
     def normal(self) -> Vector:
-        """The unit vector out of the plane."""
+        """The unit normal of the plane."""
         return np.asarray(np.cross(self.along_row, self.along_column))
 
     @property
-    def localizer(self) -> bool:
-        """Whether it is a scout view, which only shows where the others were planned (PS3.3 C.8.2.1.1.1)."""
+    def is_localizer(self) -> bool:
+        """Whether it is a scout view, which shows the planning of the others (PS3.3 C.8.2.1.1.1)."""
         return "LOCALIZER" in self.kind
 
 
 def plane_of(ds: Dataset, frame: int = 0) -> Plane:
-    """Read where a frame lies.
+    """Read the plane of a frame.
 
     Raises:
-        VolumeError: ``volume.no_position``: position, orientation or spacing are absent or make no sense.
+        VolumeError: ``volume.no_position``: position, orientation or spacing are absent or invalid.
     """
     position = numbers(frame_value(ds, frame, "PlanePositionSequence", "ImagePositionPatient"))
     cosines = numbers(frame_value(ds, frame, "PlaneOrientationSequence", "ImageOrientationPatient"))
@@ -200,7 +200,7 @@ def _kind(ds: Dataset, frame: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Slices in order: ``order`` are their places in the list given, ``tilt`` the angle (degrees) by which the stack is sheared."""
+    """Sorted slices: ``order`` are their indices in the input, ``tilt`` is the shear angle of the stack in degrees."""
 
     order: tuple[int, ...]
     grid: Grid
@@ -208,14 +208,14 @@ class Stack:
 
 
 def stack(planes: Sequence[Plane], min_slices: int, max_spacing_mm: float) -> Stack:
-    """Put slices in the order of their positions and give them one affine, or say why they are no volume.
+    """Sort slices by position and compute their common affine; raises VolumeError where they do not form a volume.
 
-    A stack sheared by a tilted gantry keeps its shear in the affine, by which it is straightened when it is resampled.
+    The affine of a stack from a tilted gantry contains the shear, which resampling removes.
 
     Args:
         planes: the slices, in any order, without localizers.
-        min_slices: the fewest.
-        max_spacing_mm: the farthest apart.
+        min_slices: minimum number of slices.
+        max_spacing_mm: maximum distance between slices.
 
     Raises:
         VolumeError: ``volume.too_few_slices``, ``volume.mixed_orientation``, ``volume.mixed_size``, ``volume.mixed_kind``,
@@ -248,7 +248,7 @@ def stack(planes: Sequence[Plane], min_slices: int, max_spacing_mm: float) -> St
 
 
 def _check_alike(planes: Sequence[Plane]) -> None:
-    """One frame of reference, one orientation, one size, one kind of image."""
+    """Check that all slices have the same frame of reference, orientation, size and kind of image."""
     reference = planes[0]
     for plane in planes:
         cosines = np.array([*plane.along_row, *plane.along_column]) - np.array([*reference.along_row, *reference.along_column])
@@ -274,7 +274,7 @@ def _size(plane: Plane) -> str:
 
 
 def _check_spacing(along: Vector, max_spacing_mm: float) -> float:
-    """The distance between slices (mm), when it is the same everywhere; ``along`` is sorted."""
+    """Return the distance between slices (mm), which must be constant; ``along`` is sorted."""
     steps = np.diff(along)
     apart = steps[steps > _EVEN_MM]
     if not len(apart):
@@ -295,12 +295,12 @@ def _check_spacing(along: Vector, max_spacing_mm: float) -> float:
 
 
 def _tilt(plane: Plane, step: Vector, normal: Vector) -> float:
-    """By how many degrees the stack is sheared; a header that says another tilt than the positions is not guessed at."""
+    """The shear angle of the stack in degrees; raises VolumeError where the tilt in the header contradicts the positions."""
     sheared = math.degrees(math.acos(min(1.0, abs(float(step @ normal)) / float(np.linalg.norm(step)))))
     if sheared > _MAX_TILT:
         raise VolumeError("volume.tilt", f"sheared by {sheared:.0f} degrees")
-    said = abs(plane.tilt)
-    # A reformatted stack still carries the tilt of the scan it was made from (PS3.3 C.8.2.1, Image Type value 1).
-    if "DERIVED" not in plane.kind[:1] and said > _SAME_TILT and abs(said - sheared) > _SAME_TILT:
-        raise VolumeError("volume.tilt", f"the header says {said:g} degrees, the positions {sheared:.1f}")
+    header_tilt = abs(plane.tilt)
+    # A reformatted stack still has the tilt of its source in the header (PS3.3 C.8.2.1, Image Type value 1).
+    if "DERIVED" not in plane.kind[:1] and header_tilt > _SAME_TILT and abs(header_tilt - sheared) > _SAME_TILT:
+        raise VolumeError("volume.tilt", f"the header says {header_tilt:g} degrees, the positions {sheared:.1f}")
     return sheared

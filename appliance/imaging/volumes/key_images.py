@@ -1,7 +1,6 @@
-"""Three planes through the middle of what a model drew, with its outline.
+"""Key images: three planes through the centre of a segmentation, with its outline.
 
-They lie as a doctor is used to see them: the patient's right on the left of the picture, front or head up. Letters at the edges say so
-on the picture itself.
+They have the usual orientation: the patient's right on the left of the image, anterior or head at the top. Letters at the edges state it.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from PIL import Image, ImageDraw
 
-from appliance.imaging.volumes.geometry import Grid, turned
+from appliance.imaging.volumes.geometry import Grid, reorient
 from appliance.store.volume_results import COLOURS
 
 if TYPE_CHECKING:
@@ -20,31 +19,31 @@ if TYPE_CHECKING:
 
     from appliance.core.domain import Plane
 
-# Where the axes of a plane run: through it, down the picture, to its right; and what stands at its left, right, top and bottom edge.
+# Directions of the axes of a plane: through it, down, to the right; and the letters at its left, right, top and bottom edge.
 _PLANES: Final[dict[Plane, tuple[str, str]]] = {"axial": ("SPL", "RLAP"), "coronal": ("PIL", "RLSI"), "sagittal": ("LIP", "APSI")}
 PICTURE_SIDE: Final = 480
 _LETTER: Final = "#ffffff"
 
 
-def key_pictures(values: NDArray[np.float32], mask: NDArray[np.uint8], grid: Grid) -> dict[Plane, bytes]:
-    """Draw the planes.
+def draw_key_images(values: NDArray[np.float32], mask: NDArray[np.uint8], grid: Grid) -> dict[Plane, bytes]:
+    """Draw the three planes.
 
     Args:
-        values: [depth, height, width], the volume as the model was given it.
+        values: [depth, height, width], the input volume of the model.
         mask: uint8 of the same shape; class n is drawn in ``COLOURS[n - 1]``.
-        grid: where both are.
+        grid: of both.
 
     Returns:
         Plane -> PNG, its longer side ``PICTURE_SIDE``.
     """
     low, high = (float(value) for value in np.percentile(values[::2, ::2, ::2], (1, 99.5)))
     grey = np.clip((values - low) * np.float32(255 / max(high - low, 1e-6)), 0, 255).astype(np.uint8)
-    middle = _middle(mask)
+    middle = _centre(mask)
     return {plane: _draw(grey, mask, grid, middle, axes, letters) for plane, (axes, letters) in _PLANES.items()}
 
 
-def _middle(mask: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """The centre of what was drawn, as an index; the volume's own where nothing was."""
+def _centre(mask: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """The index of the centre of the segmentation; the centre of the volume where it is empty."""
     drawn = mask > 0
     if not drawn.any():
         return (np.array(mask.shape) - 1) / 2
@@ -53,8 +52,8 @@ def _middle(mask: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 
 def _draw(grey: NDArray[np.uint8], mask: NDArray[np.uint8], grid: Grid, middle: NDArray[np.float64], axes: str, letters: str) -> bytes:
-    pictured, at = turned(grey, grid, axes)
-    drawn, _ = turned(mask, grid, axes)
+    pictured, at = reorient(grey, grid, axes)
+    drawn, _ = reorient(mask, grid, axes)
     place = int(np.clip(np.rint(at.to_index(grid.to_patient(middle))[0]), 0, len(pictured) - 1))
     height, width = np.array(pictured.shape[1:]) * at.spacing[1:]
     scale = PICTURE_SIDE / max(height, width)
@@ -64,12 +63,12 @@ def _draw(grey: NDArray[np.uint8], mask: NDArray[np.uint8], grid: Grid, middle: 
     classes = np.asarray(Image.fromarray(np.ascontiguousarray(drawn[place])).resize(size, Image.Resampling.NEAREST))
     for value in np.unique(classes[classes > 0]):
         colour = COLOURS[(int(value) - 1) % len(COLOURS)]
-        shown[_rim(classes == value)] = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        shown[_border(classes == value)] = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
     return _png(Image.fromarray(shown), letters)
 
 
-def _rim(inside: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The pixels of a region that touch what is not of it."""
+def _border(inside: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The pixels of a region that have a neighbour outside it."""
     framed = np.pad(inside, 1)
     core = framed[:-2, 1:-1] & framed[2:, 1:-1] & framed[1:-1, :-2] & framed[1:-1, 2:]
     return inside & ~core

@@ -1,8 +1,8 @@
-"""Values and masks from one grid of voxels to another: trilinear and nearest, in numpy.
+"""Resample values (trilinear) and masks (nearest neighbour) from one grid of voxels to another, in numpy.
 
-SciPy's ``affine_transform`` would do the same at 35 MB more on every box. Between grids whose axes are parallel, which is the rule, a
-trilinear interpolation is three linear ones, faster than the general case; a sheared stack (tilted gantry) takes the general way.
-Both work slab by slab, so that little more than the result is held in memory.
+SciPy's ``affine_transform`` would do the same and need 35 MB more on every box. Between grids with parallel axes, which is the usual
+case, trilinear interpolation is three linear ones and faster; a sheared stack (tilted gantry) takes the general algorithm. Both work
+slab by slab, so that memory holds little more than the result.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
 
     Values: TypeAlias = NDArray[np.float32]
 
-# A voxel reaches half its size beyond its centre; what is farther out is outside, up to rounding.
+# A voxel extends half its size beyond its centre; positions farther out are outside, apart from rounding.
 _EDGE: Final = 0.5 + 1e-6
 _PARALLEL: Final = 1e-6
 
 
-def straight_grid(grid: Grid, spacing_mm: tuple[float, float, float]) -> Grid:
-    """The grid of that spacing with right angles that covers ``grid``, around the same middle.
+def rectangular_grid(grid: Grid, spacing_mm: tuple[float, float, float]) -> Grid:
+    """A grid with right angles and the given spacing that covers ``grid`` around the same centre.
 
-    Its axes are those of ``grid``; of a sheared one the two within the slices stay, the one from slice to slice becomes normal to them.
+    Its axes are those of ``grid``. Of a sheared grid the two axes within the slices stay, and the third becomes normal to them.
     """
     directions = grid.steps / grid.spacing
-    # Which angles are right is no guide: under a tilted gantry two pairs are, of which rounding would choose.
+    # The right angles do not tell which axis is sheared: a tilted gantry leaves two of them, and rounding would decide.
     third = grid.through
     first, second = (axis for axis in range(3) if axis != third)
     normal = np.cross(directions[:, first], directions[:, second])
     directions = directions.copy()
     directions[:, third] = normal / np.linalg.norm(normal) * np.sign(normal @ directions[:, third])
-    # How far the box of voxels reaches along each direction: the sum of its edges' projections.
+    # The extent of the box of voxels along each direction: the sum of the projections of its edges.
     extent = np.abs(directions.T @ (grid.steps * np.array(grid.shape))).sum(axis=1)
     shape = np.maximum(1, np.rint(extent / np.array(spacing_mm))).astype(int)
     affine = np.eye(4)
@@ -45,17 +45,17 @@ def straight_grid(grid: Grid, spacing_mm: tuple[float, float, float]) -> Grid:
     return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine, third)
 
 
-def linear(values: NDArray[Any], source: Grid, target: Grid, fill: float) -> Values:
+def resample_linear(values: NDArray[Any], source: Grid, target: Grid, fill: float) -> Values:
     """Interpolate trilinearly.
 
     Args:
         values: [source.shape] of any number type.
-        source: where they are; its axes run like the target's, as far as they are parallel at all.
-        target: where they are wanted.
+        source: grid of the values; parallel axes are in the same order as those of the target.
+        target: grid of the result.
         fill: value outside the source.
 
     Returns:
-        float32 [target.shape]; within half a voxel of the source's edge the edge's values go on.
+        float32 [target.shape]; up to half a voxel outside the source the values at its edge are repeated.
     """
     matrix = np.linalg.inv(source.affine) @ target.affine
     diagonal = np.diag(np.diag(matrix[:3, :3]))
@@ -65,7 +65,7 @@ def linear(values: NDArray[Any], source: Grid, target: Grid, fill: float) -> Val
 
 
 def _taps(count: int, scale: float, offset: float, size: int) -> tuple[NDArray[np.intp], NDArray[np.intp], Values, NDArray[np.bool_]]:
-    """For each of ``count`` places along an axis of ``size`` voxels: its two neighbours, the second's weight, and whether it is inside."""
+    """For ``count`` positions on an axis of ``size`` voxels: the two neighbours, the weight of the second, and whether it is inside."""
     at = np.arange(count) * scale + offset
     inside = (at >= -_EDGE) & (at <= size - 1 + _EDGE)
     at = np.clip(at, 0, size - 1)
@@ -82,7 +82,7 @@ def _separable(values: NDArray[Any], scale: Any, offset: Any, shape: tuple[int, 
     cached: dict[int, Values] = {}
 
     def plane(index: int) -> Values:
-        """One plane of the source, interpolated within itself; two neighbours are needed at a time."""
+        """One plane of the source, interpolated in its two axes; two neighbouring planes are needed at a time."""
         if index not in cached:
             source = np.ascontiguousarray(values[index], np.float32)
             rows = source[low_h] * (1 - part_h)[:, None] + source[high_h] * part_h[:, None]
@@ -123,18 +123,18 @@ def _general(values: NDArray[Any], matrix: NDArray[np.float64], shape: tuple[int
 
 
 def _plane_places(matrix: NDArray[np.float64], shape: tuple[int, int, int]) -> NDArray[np.float64]:
-    """Where the voxels of the first plane of a grid are in the other one's indices: [3, rows, columns]."""
+    """The voxels of the first plane of a grid in the indices of the other grid: [3, rows, columns]."""
     h, w = np.arange(shape[1])[:, None], np.arange(shape[2])[None, :]
     return np.stack([matrix[axis, 1] * h + matrix[axis, 2] * w + matrix[axis, 3] for axis in range(3)])
 
 
-def nearest(mask: NDArray[np.uint8], source: Grid, target: Grid) -> NDArray[np.uint8]:
-    """A mask on another grid: each voxel of the target takes the class of the source's voxel it lies in, 0 outside.
+def resample_nearest(mask: NDArray[np.uint8], source: Grid, target: Grid) -> NDArray[np.uint8]:
+    """Resample a mask: each voxel of the target gets the class of the source voxel that contains its centre, 0 outside.
 
     Args:
         mask: uint8 [source.shape].
-        source: where it is.
-        target: where it is wanted; axes may run any way.
+        source: grid of the mask.
+        target: grid of the result; its axes may have any order and direction.
     """
     matrix = np.linalg.inv(source.affine) @ target.affine
     order = closest_axes(matrix[:3, :3])
@@ -148,7 +148,7 @@ def nearest(mask: NDArray[np.uint8], source: Grid, target: Grid) -> NDArray[np.u
 def _nearest_parallel(
     mask: NDArray[np.uint8], matrix: NDArray[np.float64], order: tuple[int, int, int], shape: tuple[int, int, int]
 ) -> NDArray[np.uint8]:
-    """Where each axis of the target runs along one of the source's, indices are looked up axis by axis."""
+    """Resample between grids with parallel axes: one index lookup per axis."""
     places, inside = [], []
     for axis, along in enumerate(order):
         at = np.floor(np.arange(shape[axis]) * matrix[along, axis] + matrix[along, 3] + 0.5).astype(np.intp)

@@ -1,8 +1,8 @@
-"""What the headers of a series' slices say, and whether they speak of one volume: place, values, and how the values came about.
+"""The headers of the slices of a series, and whether they belong to one volume: position, meaning of the values, and acquisition.
 
-Positions alone cannot tell a second echo, a scan after contrast or another reconstruction from more slices of the same one, and a
-volume of both looks like one. So everything that changes what a grey value means has to be the same in every slice. What healthy
-series vary (tube current, acquisition number, window, trigger time) is not looked at.
+Positions alone do not distinguish a second echo, a scan after contrast or another reconstruction from further slices of the same volume.
+So every attribute that changes the meaning of a grey value must be the same in all slices. Attributes that vary within normal series
+(tube current, acquisition number, window, trigger time) are ignored.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ Numbers: TypeAlias = tuple[float, ...]
 MAX_FRAMES: Final = 4096
 # A table of 65,536 entries takes half a megabyte.
 _MAX_LUTS: Final = 128
-# Of 64,000 images no number is believed; nor are holes that would be more than what is there.
+# Image counts and numbers above this are not plausible; neither are gaps larger than the number of images present.
 _MAX_NUMBER: Final = 64_000
 
 _RESCALE: Final = "PixelValueTransformationSequence"
-# Values of these mean something however they are to be displayed: HU, activity, counts. PET is customarily shown black on white.
+# Modalities whose values have a unit however they are displayed: HU, activity, counts. PET is usually displayed black on white.
 _WITH_UNIT: Final = frozenset({"CT", "PT", "NM"})
-# Rescale Slope and Intercept are type 1 in both (PS3.3 C.8.2.1, C.8.9.4): without them the stored values are no HU and no Bq/ml.
+# Rescale Slope and Intercept are type 1 in both (PS3.3 C.8.2.1, C.8.9.4): without them the stored values are not HU or Bq/ml.
 _RESCALED: Final = frozenset({"CT", "PT"})
 _NO_UNIT: Final = frozenset({"", "US", "UNSPECIFIED", "NORMALIZED", "NONE", "1"})
 
-# Text that has to be the same: keyword, and the functional group that holds it in enhanced images (PS3.3 C.7.6.16, C.8.13, C.8.15).
+# Texts that must be the same: keyword, and its functional group in enhanced images (PS3.3 C.7.6.16, C.8.13, C.8.15).
 _TEXTS: Final = (
     ("EchoNumbers", ""),
     ("ContrastBolusAgent", ""),
@@ -49,8 +49,8 @@ _TEXTS: Final = (
     ("AcquisitionContrast", "MRImageFrameTypeSequence"),
     ("ComplexImageComponent", "MRImageFrameTypeSequence"),
 )
-# Numbers that have to be the same up to a share of them or an absolute difference (ms, s/mm2): scanners round, and a repetition that
-# waits for heart or breath varies a little.
+# Numbers that must be the same within a relative or an absolute tolerance (ms, s/mm2): scanners round, and a repetition time that is
+# triggered by heart or breath varies a little.
 _NUMBERS: Final = (
     ("EchoTime", "", 0.02, 0.05),
     ("EffectiveEchoTime", "MREchoSequence", 0.02, 0.05),
@@ -59,7 +59,7 @@ _NUMBERS: Final = (
     ("InversionTimes", "MRModifierSequence", 0.05, 5.0),
     ("DiffusionBValue", "MRDiffusionSequence", 0.05, 5.0),
 )
-# Of Image Type from its fourth value on, the words that say what a pixel shows; scanners write filters and the like there too.
+# Values of Image Type from the fourth on that define what a pixel shows; scanners write filters there too.
 _SHOWS: Final = frozenset({
     "WATER", "FAT", "W", "F", "IP", "OP", "IN_PHASE", "OUT_PHASE", "OPP_PHASE", "OPPOSED_PHASE", "FAT_FRACTION", "WATER_FAT", "M", "P",
     "R", "I", "MAGNITUDE", "PHASE", "PHASE MAP", "REAL", "IMAGINARY", "ADC", "EADC", "FA", "TRACEW", "TRACE", "DIFFUSION", "T1 MAP",
@@ -70,17 +70,17 @@ _SHOWS: Final = frozenset({
 
 @dataclass(frozen=True)
 class Units:
-    """What a stored value means: the same for all slices of a volume.
+    """The meaning of stored values, which must be the same for all slices of a volume.
 
     Attributes:
         slope: whether there is a Rescale Slope.
         intercept: whether there is a Rescale Intercept.
         lut: whether there is a Modality LUT.
-        unit: Rescale Type, Modality LUT Type, Units (PET) or the unit of the Real World Value Mapping; empty where it is none.
+        unit: Rescale Type, Modality LUT Type, Units (PET) or the unit of the Real World Value Mapping; empty where there is none.
         photometric: Photometric Interpretation.
         inverse: low values are displayed white.
         signed: Pixel Representation is 1.
-        turned_in: Bits Stored, in whose range the values are turned round; 0 where they are not, which have a unit or are not inverse.
+        inverted_bits: Bits StoredImage where the values have to be inverted in that range; 0 where they have a unit or are not inverse.
     """
 
     slope: bool
@@ -90,31 +90,31 @@ class Units:
     photometric: str
     inverse: bool
     signed: bool
-    turned_in: int
+    inverted_bits: int
 
     def named(self) -> dict[str, object]:
-        """Each by the standard's name."""
+        """The attributes by the names of the standard."""
         return {
             "Rescale Slope": self.slope, "Rescale Intercept": self.intercept, "Modality LUT": self.lut, "Rescale Type": self.unit,
             "Photometric Interpretation": self.photometric, "Presentation LUT Shape": self.inverse, "Pixel Representation": self.signed,
-            "Bits Stored": self.turned_in,
+            "Bits Stored": self.inverted_bits,
         }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class SliceHeader:
-    """One frame.
+    """The header of one frame.
 
     Attributes:
-        frame: which of the images it is in, and which frame of that.
-        plane: where it lies.
-        grey: rescale, padding and Modality LUT; nothing of how it is displayed.
-        units: what its values mean.
+        frame: index of its image, and of the frame in that.
+        plane: its position.
+        grey: rescale, padding and Modality LUT, without display attributes.
+        units: the meaning of its values.
         modality: Modality.
-        shows: the words of Image Type from its fourth value on that say what a pixel shows.
+        shows: the values of Image Type from the fourth on that define what a pixel shows.
         texts: values of the attributes of ``_TEXTS``.
         figures: values of the attributes of ``_NUMBERS``.
-        least_bytes: what one of its pixels takes once it is decoded, at the least.
+        least_bytes: minimum size of one decoded pixel.
     """
 
     frame: tuple[int, int]
@@ -129,8 +129,8 @@ class SliceHeader:
 
 
 @dataclass(frozen=True)
-class Counted:
-    """What an image says of how many there are: its Instance Number (0: none), and the greatest number of images named; its frames."""
+class ImageCount:
+    """Instance Number of an image (0: none), the number of images that its header states (``said``), and its number of frames."""
 
     number: int
     said: int
@@ -138,15 +138,15 @@ class Counted:
 
 
 def slice_headers(number: int, ds: Dataset, luts: dict[bytes, Lut]) -> list[SliceHeader]:
-    """The headers of an image's frames.
+    """Read the headers of the frames of an image.
 
     Args:
-        number: which of the images it is.
-        ds: the image; its pixels are not looked at.
-        luts: the Modality LUTs of the series so far, which images share; changed.
+        number: index of the image.
+        ds: the image; its pixels are not read.
+        luts: the Modality LUTs of the series so far, shared by its images; extended here.
 
     Raises:
-        VolumeError: ``volume.mixed_units``: it is not grey; ``volume.too_large``; ``volume.no_position``.
+        VolumeError: ``volume.mixed_units``: the image is not grey; ``volume.too_large``; ``volume.no_position``.
         PixelError: ``ingest.pixel_attributes``.
     """
     if int(ds.get("SamplesPerPixel") or 1) != 1 or not str(ds.get("PhotometricInterpretation") or "").startswith("MONOCHROME"):
@@ -154,7 +154,7 @@ def slice_headers(number: int, ds: Dataset, luts: dict[bytes, Lut]) -> list[Slic
     frames = frame_count(ds)
     if frames > MAX_FRAMES:
         raise VolumeError("volume.too_large", f"{frames} frames")
-    grey = replace(grey_header(ds), windows=(), voi_lut=None)  # what only serves display is large and not needed
+    grey = replace(grey_header(ds), windows=(), voi_lut=None)  # display attributes are large and not needed
     if grey.modality_lut is not None:
         grey = replace(grey, modality_lut=_one_of(luts, grey.modality_lut))
     modality = _text(ds.get("Modality"))
@@ -162,7 +162,7 @@ def slice_headers(number: int, ds: Dataset, luts: dict[bytes, Lut]) -> list[Slic
 
 
 def _one_of(luts: dict[bytes, Lut], lut: Lut) -> Lut:
-    """The same table, held once."""
+    """Return the equal table that is already stored, so that it is kept once."""
     key = hashlib.sha256(lut.first.to_bytes(8, "little", signed=True) + lut.entries.tobytes()).digest()
     if len(luts) >= _MAX_LUTS and key not in luts:
         raise VolumeError("volume.too_large", f"more than {_MAX_LUTS} look-up tables")
@@ -180,19 +180,19 @@ def _header(frame: tuple[int, int], ds: Dataset, shared: GreyHeader, modality: s
 
 
 def _least_bytes(ds: Dataset) -> int:
-    """Of floating-point pixels their own size; else that of the bits stored, for a decoder may leave out those that are not."""
+    """The size of floating-point pixels, else that of Bits StoredImage, since a decoder may drop the other bits."""
     bits = next((bits for bits, keyword in ((32, "FloatPixelData"), (64, "DoubleFloatPixelData")) if keyword in ds), 0)
     return next(size for size in (1, 2, 4, 8) if 8 * size >= min(64, bits or int(ds.get("BitsStored") or 1)))
 
 
 def _text(value: Any) -> str:
-    """A value of any multiplicity as one text; absent and empty are the same."""
+    """Convert a value of any multiplicity to one text; absent and empty are the same."""
     values = [value] if value is None or isinstance(value, (str, int, float)) else list(value)
     return "\\".join("" if item is None else str(item).strip().upper() for item in values)
 
 
 def _figures(ds: Dataset, keyword: str, frame: int = 0, group: str = "") -> Numbers:
-    """The numbers of an attribute; what cannot be read is as if it were absent."""
+    """The numbers of an attribute; an unreadable value counts as absent."""
     try:
         found = numbers(frame_value(ds, frame, group, keyword))
     except VALUE_ERRORS:
@@ -201,7 +201,7 @@ def _figures(ds: Dataset, keyword: str, frame: int = 0, group: str = "") -> Numb
 
 
 def _shows(ds: Dataset, frame: int) -> frozenset[str]:
-    """Frame Type of enhanced images defines its fourth value (PS3.3 C.8.16.1.4); in Image Type anything may stand there."""
+    """The value 4 of Frame Type (PS3.3 C.8.16.1.4), else the known values of Image Type, where scanners write anything."""
     for group in ("MRImageFrameTypeSequence", "CTImageFrameTypeSequence", "PETFrameTypeSequence"):
         if value := frame_value(ds, frame, group, "FrameType"):
             return frozenset(_text(value).split("\\")[3:4])
@@ -209,7 +209,7 @@ def _shows(ds: Dataset, frame: int) -> frozenset[str]:
 
 
 def _units(ds: Dataset, frame: int, grey: GreyHeader, modality: str) -> Units:
-    """What the values mean."""
+    """Read the meaning of the values of a frame."""
     slope, intercept = (bool(_figures(ds, name, frame, _RESCALE)) for name in ("RescaleSlope", "RescaleIntercept"))
     unit = _unit(ds, frame, modality)
     turned = grey.inverse and not unit and modality not in _WITH_UNIT
@@ -220,13 +220,13 @@ def _units(ds: Dataset, frame: int, grey: GreyHeader, modality: str) -> Units:
 
 
 def _unit(ds: Dataset, frame: int, modality: str) -> str:
-    """The unit that the header names; empty where it names none, or says that there is none."""
+    """The unit in the header; empty where there is none."""
     named = [
         frame_value(ds, frame, _RESCALE, "RescaleType"),
         next((item.get("ModalityLUTType") for item in (ds.get("ModalityLUTSequence") or [])[:1]), None),
         ds.get("Units"),
     ]
-    if modality not in _WITH_UNIT:  # elsewhere a mapping goes beside the unit that the values have anyway
+    if modality not in _WITH_UNIT:  # with a unit such a mapping is an additional one
         group = "RealWorldValueMappingSequence"
         codes = frame_value(ds, frame, group, "MeasurementUnitsCodeSequence")
         codes = codes or next((item.get("MeasurementUnitsCodeSequence") for item in (ds.get(group) or [])[:1]), None)
@@ -238,10 +238,10 @@ def _unit(ds: Dataset, frame: int, modality: str) -> str:
 
 
 def check_contrast(slices: Sequence[SliceHeader]) -> None:
-    """Every slice is of the same modality and came about in the same way; asked before positions, for it says more than they do.
+    """Check that all slices have the same modality and acquisition; done before positions, since its errors say more.
 
     Raises:
-        VolumeError: ``volume.mixed_kind`` or ``volume.mixed_acquisition``; the detail names attributes, and of values numbers only.
+        VolumeError: ``volume.mixed_kind`` or ``volume.mixed_acquisition``; the detail names attributes, and only numbers as values.
     """
     if len({item.modality for item in slices}) > 1:
         raise VolumeError("volume.mixed_kind", "slices differ in Modality")
@@ -264,10 +264,10 @@ def _check_same(keyword: str, found: set[Numbers], share: float, least: float) -
 
 
 def check_units(slices: Sequence[SliceHeader]) -> None:
-    """Stored values mean the same in every slice, up to the figures of the rescale, and have the unit that their modality stands for.
+    """Check that stored values have the same meaning in all slices, apart from the rescale numbers, and the unit of their modality.
 
     Raises:
-        VolumeError: ``volume.no_units``: a CT or PET without both halves of its rescale, or a CT in another unit than HU; or
+        VolumeError: ``volume.no_units``: a CT or PET without Rescale Slope or Intercept, or a CT in another unit than HU; or
             ``volume.mixed_units``.
     """
     first = slices[0].units
@@ -286,18 +286,18 @@ def _check_unit(modality: str, units: Units) -> None:
         raise VolumeError("volume.no_units", "a CT that is not in HU")
 
 
-def counted(ds: Dataset) -> Counted:
-    """What an image says of how many there are: Instance Number, Images in Acquisition, and Number of Slices (PET)."""
+def image_count(ds: Dataset) -> ImageCount:
+    """Read Instance Number, Images in Acquisition and Number of Slices (PET)."""
     said = (number for key in ("ImagesInAcquisition", "NumberOfSlices") for number in _figures(ds, key) if number <= _MAX_NUMBER)
     numbered = (number for number in _figures(ds, "InstanceNumber") if number <= _MAX_NUMBER)
-    return Counted(int(next(numbered, 0.0)), int(max(said, default=0.0)), frame_count(ds))
+    return ImageCount(int(next(numbered, 0.0)), int(max(said, default=0.0)), frame_count(ds))
 
 
-def incomplete(images: Sequence[Counted]) -> Note | None:
-    """A note that images seem to be missing, which positions cannot tell of a slice at either end; no proof, hence no refusal.
+def missing_images_note(images: Sequence[ImageCount]) -> Note | None:
+    """Return a note where images seem to be missing. It is not certain, so the series is not refused.
 
-    Instance Numbers count when no two images share one: holes among them, and a beginning above 1 that is less than the number of
-    images. A series that begins higher is a later part of something longer, as scanners number phases and echoes.
+    Positions do not show a missing slice at either end. Where Instance Numbers are unique, gaps in them count as missing, and so do
+    numbers before the first, unless these would be at least as many as the images: scanners number phases and echoes consecutively.
     """
     have = sum(image.frames for image in images)
     expected = max(image.said for image in images)

@@ -216,8 +216,8 @@ class Box:
                 film(number),
                 Source("cli", "story"),
             )
-            store.close_series([accepted.stored.series_id])
-            wait_for(f"scan {number} on {self.name}", lambda: not store.pending_jobs())
+            store.planner.close_series([accepted.stored.series_id])
+            wait_for(f"scan {number} on {self.name}", lambda: not store.queue.pending_jobs())
             made = store.database.one("SELECT model_version FROM findings WHERE instance_id = ?", accepted.stored.instance_id)
             state = store.database.one("SELECT state FROM instances WHERE id = ?", accepted.stored.instance_id)
             assert state is not None

@@ -32,7 +32,7 @@ def in_state(box: Box, state: ScanState) -> int:
     elif state == ScanState.FAILED:
         box.fail("job.deadline")
     elif state == ScanState.RUNNING:
-        box.store.claim_job("test", 60)
+        box.store.queue.claim_job("test", 60)
     elif state != ScanState.QUEUED:
         code = {"quality_rejected": "quality.blank", "out_of_scope": "scope.view", "not_analysed": "pixel.corrupt"}.get(state.value)
         with box.store.database.transaction() as tx:  # signed and the like come with a later issue; their words are here already

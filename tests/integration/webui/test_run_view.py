@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from appliance.core.domain import Note
-from appliance.core.run_summary import Ran, Running, name_of
+from appliance.core.run_summary import RunSummary, RuntimeStatus, name_of
 from appliance.core.settings import Settings
 from appliance.runtime import Candidate
-from appliance.store.tuning_requests import Tunings
+from appliance.store.tuning_requests import TuningRequests
 from appliance.tuning.selection import Row, choose
 from tests.support.scans import scan_bytes
 from tests.support.web_box import Box, Person, in_process, result
@@ -190,7 +190,7 @@ def test_a_result_of_an_older_version_is_shown_without_a_reason(box: Box) -> Non
 
 def test_a_measuring_under_way_and_one_that_failed_are_told(box: Box) -> None:
     store_choice(box, measured())
-    tunings = Tunings(box.store.database)
+    tunings = TuningRequests(box.store.database)
     tunings.ask(DIGEST, "cxr-pneumonia", "worker")
     person = box.person("tech", "technician")
     page = person.open("/health")
@@ -227,7 +227,7 @@ def test_an_untuned_model_says_how_to_measure(box: Box) -> None:
     "stored", ["", "no JSON", "[]", '{"table": 3, "reason": 4, "fallback": [], "runs": 7}', '{"table": [1, {}, {"candidate": 2}]}']
 )
 def test_whatever_was_stored_is_told_as_far_as_it_is_understood(stored: str) -> None:
-    running = Running.of(stored)
+    running = RuntimeStatus.of(stored)
     assert (running.reason, running.chosen, running.table, running.fallback) == (None, None, (), None)
     assert (running.now, running.other, running.stopped) == (None, None, None)
 
@@ -236,7 +236,7 @@ def test_names_are_their_makers() -> None:
     assert name_of("onnxruntime 1.31.1") == "ONNX Runtime 1.31.1"
     assert name_of("openvino") == "OpenVINO"
     assert name_of("another 2") == "another 2"
-    assert Ran.of({}) is None
-    assert Ran.of({"runtime": "tensorrt", "precision": "fp16"}) == Ran("TensorRT", "fp16")
-    assert Ran.of({"runtime": "openvino", "precision": "int8", "ran": "int8"}) == Ran("OpenVINO", "int8")
-    assert Ran.of({"runtime": "openvino", "precision": "fp16", "ran": "fp32"}) == Ran("OpenVINO", "fp16", ran_in="fp32")
+    assert RunSummary.of({}) is None
+    assert RunSummary.of({"runtime": "tensorrt", "precision": "fp16"}) == RunSummary("TensorRT", "fp16")
+    assert RunSummary.of({"runtime": "openvino", "precision": "int8", "ran": "int8"}) == RunSummary("OpenVINO", "int8")
+    assert RunSummary.of({"runtime": "openvino", "precision": "fp16", "ran": "fp32"}) == RunSummary("OpenVINO", "fp16", ran_in="fp32")

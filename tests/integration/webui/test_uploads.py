@@ -180,7 +180,7 @@ def test_the_end_of_a_batch_queues_it_at_once(box: Box, person: Person) -> None:
             begin(person, "a.dcm", len(data), headers={"Content-Type": "application/offset+octet-stream"}, data=data).headers["Location"]
         )
         outcome(person, paths[-1])
-    assert box.store.pending_jobs() == 3
+    assert box.store.queue.pending_jobs() == 3
     assert not box.store.database.query("SELECT 1 FROM jobs")
     ids = [path.rsplit("/", 1)[1] for path in paths]
     assert person.post("/api/v1/uploads/close", json={"uploads": [*ids, "nonsense", 7, "0" * 32]}).status_code == 204

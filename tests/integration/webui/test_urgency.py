@@ -68,7 +68,7 @@ def test_the_button_of_the_study_page(box: Box, language: str, press: str, badge
     person.post(f"/studies/{study}/urgent")
     assert again in words(person.open(f"/studies/{study}"))
     assert len(audited(box)) == 1
-    job = box.store.claim_job("test", 60)
+    job = box.store.queue.claim_job("test", 60)
     assert job
     assert box.store.database.query("SELECT id FROM instances WHERE id = ?", job.instance_id)[0]["id"] != before.instance_id
 
@@ -116,7 +116,7 @@ def test_what_is_read_has_no_button_and_says_that_nothing_waits(box: Box) -> Non
     assert audited(box) == [("doctor", {"urgent": 0, "origin": "person"})]
     box.take(scan_bytes())
     later = box.take(scan_bytes(StudyInstanceUID="1.2.3"))
-    job = box.store.claim_job("test", 60)
+    job = box.store.queue.claim_job("test", 60)
     assert job
     assert (job.instance_id, job.priority) == (later.instance_id, 1)
 
@@ -178,7 +178,7 @@ def test_the_button_that_takes_it_back(box: Box, language: str, press: str, done
     assert 'data-urgent="0"' in line(person, study)
     person.post(f"/studies/{study}/routine")
     assert not_done in words(person.open(f"/studies/{study}"))
-    job = box.store.claim_job("test", 60)
+    job = box.store.queue.claim_job("test", 60)
     assert job
     assert (job.instance_id, job.priority) == (before.instance_id, 0)
 
@@ -193,7 +193,7 @@ def test_the_command_line_marks_and_takes_back(box: Box, capsys: pytest.CaptureF
     assert "1 will be read first" in said()
     assert "it is first already" in said()
     assert "1 no longer first" in said("--undo")
-    assert box.store.urgency_of(study) is None
+    assert box.store.queue.urgency_of(study) is None
     box.work(JobResult(ScanState.NOT_ANALYSED, Note("pixel.undecodable")))
     assert "nothing waits; that does not mean that it was analysed" in said()
 
@@ -239,7 +239,7 @@ def test_neither_strangers_nor_technicians_nor_other_sites(box: Box) -> None:
         assert box.person("tech", "technician").post(path).status_code == 403
         assert box.person("auditor", "auditor").post(path).status_code == 403
     assert audited(box) == []
-    assert box.store.urgency_of(study) is None
+    assert box.store.queue.urgency_of(study) is None
 
 
 def test_an_open_page_notices_it(box: Box) -> None:
@@ -253,7 +253,7 @@ def test_an_open_page_notices_it(box: Box) -> None:
 @pytest.mark.parametrize(("language", "words_of"), [("en", "Marked STAT by its sender"), ("zh", "发送方已标明 STAT")])
 def test_the_study_page_says_that_its_sender_wanted_it(box: Box, language: str, words_of: str) -> None:
     accepted = Ingest(box.store).accept(scan_bytes(RequestedProcedurePriority="STAT"), Source("dimse", HOSTILE))
-    box.store.close_series([accepted.stored.series_id])
+    box.store.planner.close_series([accepted.stored.series_id])
     person = box.person(language=language)
     page = person.get(f"/studies/{accepted.stored.study_id}").text
     assert words_of in words(page)
@@ -264,7 +264,7 @@ def test_the_study_page_says_that_its_sender_wanted_it(box: Box, language: str, 
 
 def test_the_study_page_says_that_it_was_asked_for_at_the_box_itself(box: Box) -> None:
     study = box.take(scan_bytes()).study_id
-    box.store.make_urgent(study, "cli", "cli")
+    box.store.queue.make_urgent(study, "cli", "cli")
     assert "Asked for on the box's command line" in words(box.person().get(f"/studies/{study}").text)
     with box.store.database.transaction() as tx:  # from before it was written down
         tx.execute("UPDATE studies SET urgent = json_set(urgent, '$.at', '') WHERE id = ?", (study,))

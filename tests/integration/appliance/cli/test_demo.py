@@ -129,7 +129,7 @@ def test_r18_no_patient_data_in_the_log(running: tuple[subprocess.Popen[str], li
     odd = dataset(**canary, Rows=60000, Columns=60000, PixelData=b"\0\0")
     assert send(port, good, broken, odd)[0] == 0
     store = Store(Settings.load(box))
-    wait_for(lambda: store.pending_jobs() == 0, 120)
+    wait_for(lambda: store.queue.pending_jobs() == 0, 120)
     store.close()
     log = (box / "box.log").read_text()
     assert "refused" in log

@@ -179,6 +179,6 @@ def test_stat_of_the_modality_is_heard(settings: Settings, store: Store) -> None
         wait_for(lambda: len(store.database.query("SELECT id FROM jobs")) == 3)
     told = [row.urgent and (row.urgent.origin, row.urgent.actor, row.urgent.term) for row in reversed(Worklist(store).page())]
     assert told == [None, ("sender", "MODALITY", "STAT"), None]
-    job = store.claim_job("test", 60)
+    job = store.queue.claim_job("test", 60)
     assert job
     assert Worklist(store).study_of(job.instance_id) == 2

@@ -24,7 +24,7 @@ from appliance.inference.worker import Worker
 from appliance.ingest.ingest import Ingest
 from appliance.lifecycle.model_control import reference_bundle
 from appliance.store.store import Store
-from appliance.store.tuning_requests import Tunings
+from appliance.store.tuning_requests import TuningRequests
 from appliance.store.worklist import Worklist
 from quantize.reference.phantom import Phantom, dataset
 from tests.support import activation_box
@@ -38,7 +38,7 @@ SOURCE = Source("upload", "demo")
 
 def in_batches(store: Store, digest: str, size: int) -> None:
     """Have a model run in batches, as a measuring would that found it faster."""
-    tunings, report = Tunings(store.database), json.loads(store.model(digest)["self_test"])
+    tunings, report = TuningRequests(store.database), json.loads(store.model(digest)["self_test"])
     report["choice"] |= {"batch": size}
     tunings.done(tunings.ask(digest, "cxr-pneumonia", "test"), report | {"reason": {"code": "choice.measured", "detail": ""}})
 
@@ -46,7 +46,7 @@ def in_batches(store: Store, digest: str, size: int) -> None:
 def take(store: Store, data: bytes) -> int:
     """Take a scan in and plan it; the image's number."""
     accepted = Ingest(store).accept(data, SOURCE)
-    store.close_series([accepted.stored.series_id])
+    store.planner.close_series([accepted.stored.series_id])
     return accepted.stored.instance_id
 
 
@@ -124,17 +124,17 @@ def test_a_batch_says_what_each_image_says_alone(store: Store) -> None:
 
 def reader_of_one(store: Store, digest: str) -> Any:
     """The model as it runs without batches."""
-    from appliance.inference.model_session import Loaded
+    from appliance.inference.model_session import ModelSession
     from appliance.tuning.selection import Plan
 
-    return Loaded(store.settings, digest, Plan("fp32"))
+    return ModelSession(store.settings, digest, Plan("fp32"))
 
 
 def test_stat_goes_before_the_queue_alone_and_keeps_no_company(store: Store, tiny: str) -> None:
     images = [take(store, chest(seed)) for seed in range(6)]
     study = Worklist(store).study_of(images[4])
-    assert store.make_urgent(study, "demo") == 1
-    assert store.make_urgent(study, "demo") == 0
+    assert store.queue.make_urgent(study, "demo") == 1
+    assert store.queue.make_urgent(study, "demo") == 0
     made = reader(store)
     assert made.run_once()
     assert order(store) == [images[4]]
@@ -152,7 +152,7 @@ def test_stat_that_comes_in_the_middle_of_a_batch_does_not_wait_for_its_end(stor
         steps += bool(seconds)
         if steps == 3 and not urgent:  # the third image of the batch is being decoded
             urgent.append(take(store, chest(9)))
-            store.make_urgent(Worklist(store).study_of(urgent[0]), "demo")
+            store.queue.make_urgent(Worklist(store).study_of(urgent[0]), "demo")
 
     images = [take(store, chest(seed)) for seed in range(4)]
     assert reader(store, comes).run_once()
@@ -208,7 +208,7 @@ def test_an_image_of_the_batch_that_becomes_urgent_before_its_turn_is_brought_fo
         nonlocal steps
         steps += bool(seconds)
         if steps == 1 and not said:  # the first image of the batch is being decoded, the last is leased and waits
-            said.append(store.make_urgent(Worklist(store).study_of(images[3]), "demo"))
+            said.append(store.queue.make_urgent(Worklist(store).study_of(images[3]), "demo"))
 
     assert reader(store, comes).run_once()
     assert said == [1]
@@ -227,7 +227,7 @@ def test_one_that_becomes_urgent_when_it_is_prepared_or_answered_comes_next(stor
         nonlocal steps
         steps += bool(seconds)
         if seconds and steps == step:
-            assert store.make_urgent(Worklist(store).study_of(images[1]), "demo") == 1
+            assert store.queue.make_urgent(Worklist(store).study_of(images[1]), "demo") == 1
 
     assert reader(store, comes).run_once()
     assert order(store) == ([images[1], images[0], *images[2:]] if step < 6 else images)
@@ -242,7 +242,7 @@ def test_an_urgent_one_that_cannot_be_decoded_costs_the_batch_nothing(store: Sto
 
     def comes(seconds: float) -> None:
         if seconds and not asked:
-            asked.append(store.make_urgent(Worklist(store).study_of(blank), "demo"))
+            asked.append(store.queue.make_urgent(Worklist(store).study_of(blank), "demo"))
 
     assert reader(store, comes).run_once()
     assert asked == [1]
@@ -336,13 +336,13 @@ def test_a_version_that_is_withdrawn_in_the_middle_of_a_burst_reads_nothing_more
 
 def test_a_lost_lease_is_not_given_back(store: Store, tiny: str) -> None:
     image = take(store, chest())
-    first = store.claim_job("first", -1.0)
-    second = store.claim_job("second", 60)
+    first = store.queue.claim_job("first", -1.0)
+    second = store.queue.claim_job("second", 60)
     assert first
     assert second
-    store.give_back([first])
+    store.queue.return_jobs([first])
     assert Worklist(store).instance(image).state is ScanState.RUNNING
-    store.give_back([second])
+    store.queue.return_jobs([second])
     assert Worklist(store).instance(image).state is ScanState.QUEUED
 
 
@@ -354,7 +354,7 @@ def of_study(number: int, patient: str = "U") -> bytes:
 def test_images_of_an_urgent_study_that_come_later_are_urgent_too(store: Store, tiny: str) -> None:
     waiting = [take(store, chest(seed)) for seed in range(3)]
     first = take(store, of_study(1))
-    assert store.make_urgent(Worklist(store).study_of(first), "demo") == 1
+    assert store.queue.make_urgent(Worklist(store).study_of(first), "demo") == 1
     made = reader(store)
     assert made.run_once()
     assert order(store) == [first]
@@ -370,7 +370,7 @@ def test_a_study_that_was_read_already_makes_what_comes_urgent_and_says_that_not
     first = take(store, of_study(1))
     made = reader(store)
     assert made.run_once()
-    assert store.make_urgent(Worklist(store).study_of(first), "demo") == 0
+    assert store.queue.make_urgent(Worklist(store).study_of(first), "demo") == 0
     take(store, chest())
     later = take(store, of_study(2))
     assert made.run_once()
@@ -379,18 +379,18 @@ def test_a_study_that_was_read_already_makes_what_comes_urgent_and_says_that_not
 
 def test_while_stat_waits_nobody_gathers_company(store: Store, tiny: str) -> None:
     images = [take(store, chest(seed)) for seed in range(3)]
-    job = store.claim_job("test", 60)
+    job = store.queue.claim_job("test", 60)
     assert job is not None
-    store.make_urgent(Worklist(store).study_of(images[2]), "demo")
-    assert store.claim_company(job, 3, 60) == []
-    assert store.claim_job("test", 60, urgent=True)
-    assert store.claim_job("test", 60, urgent=True) is None
-    assert [item.instance_id for item in store.claim_company(job, 3, 60)] == [images[1]]
+    store.queue.make_urgent(Worklist(store).study_of(images[2]), "demo")
+    assert store.queue.claim_batch(job, 3, 60) == []
+    assert store.queue.claim_job("test", 60, urgent=True)
+    assert store.queue.claim_job("test", 60, urgent=True) is None
+    assert [item.instance_id for item in store.queue.claim_batch(job, 3, 60)] == [images[1]]
 
 
 def test_what_was_tried_before_is_read_alone(store: Store, tiny: str) -> None:
     images = [take(store, chest(seed)) for seed in range(4)]
-    job = store.claim_job("test", -1.0)  # a lease that is over at once: the worker fell
+    job = store.queue.claim_job("test", -1.0)  # a lease that is over at once: the worker fell
     assert job is not None
     made = reader(store)
     assert made.run_once()
@@ -405,10 +405,10 @@ def test_one_attempt_only_means_no_company(store: Store, tiny: str) -> None:
     once = Store(store.settings.model_copy(update={"job_max_attempts": 1}))
     for seed in range(3):
         take(once, chest(seed))
-    job = once.claim_job("test", 60)
+    job = once.queue.claim_job("test", 60)
     assert job is not None
     assert job.kind is JobKind.INFER
-    assert once.claim_company(job, 3, 60) == []
+    assert once.queue.claim_batch(job, 3, 60) == []
     once.close()
 
 

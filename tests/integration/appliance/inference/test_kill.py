@@ -128,7 +128,7 @@ def test_kill_9_of_worker_and_web_loses_and_doubles_nothing(settings: Settings, 
             _look_after(supervisor, 0.1)
         thread.join()
         assert not failures
-        wait_for(lambda: supervisor.tick() or store.pending_jobs() == 0, 120)
+        wait_for(lambda: supervisor.tick() or store.queue.pending_jobs() == 0, 120)
     finally:
         supervisor.stop()
     assert len(acknowledged) == SCANS

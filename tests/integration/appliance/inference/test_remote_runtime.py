@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,17 @@ from appliance.cli.main import main
 from appliance.core import device_profile
 from appliance.core.domain import ScanState, Source
 from appliance.core.errors import InferenceError
-from appliance.core.run_summary import Running
-from appliance.inference import remote_retry, remote_runtime
-from appliance.inference.model_session import Loaded
+from appliance.core.run_summary import RuntimeStatus
+from appliance.inference import model_pool, model_session, remote_runtime
+from appliance.inference.model_session import ModelSession
 from appliance.inference.worker import Worker
 from appliance.ingest.ingest import Ingest
-from appliance.lifecycle import background_loader, trial_monitor
+from appliance.lifecycle import trial_monitor
 from appliance.lifecycle.exchange import box_report
 from appliance.lifecycle.retuning import Retuner
 from appliance.runtime import Candidate
 from appliance.store.store import Store
-from appliance.store.tuning_requests import Tunings
+from appliance.store.tuning_requests import TuningRequest, TuningRequests
 from appliance.store.worklist import JobView, Worklist
 from appliance.tuning.selection import Plan
 from model_sync.agent.report import BoxReport
@@ -53,7 +54,7 @@ def reader(store: Store, wait_s: float = 60.0) -> Worker:
 
 def settle(made: Worker) -> None:
     """Between jobs, until nothing is loaded beside the reading."""
-    wait_until(lambda: made.step() or not made.loading)
+    wait_until(lambda: made.step() or not made.models.is_loading)
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def choose(
     store: Store, digest: str, table: list[dict[str, Any]] | None = None, profile: str = "", line: str = LINE, **changes: Any
 ) -> None:
     """Store a choice, as a measuring on a device would."""
-    tunings, report = Tunings(store.database), json.loads(store.model(digest)["self_test"])
+    tunings, report = TuningRequests(store.database), json.loads(store.model(digest)["self_test"])
     report["choice"] |= changes
     report |= {"reason": {"code": "choice.measured", "detail": ""}, "table": table or [], "profile": profile or device_profile.profile()}
     tunings.done(tunings.ask(digest, line, "test"), report)
@@ -112,14 +113,22 @@ def attempts(store: Store) -> set[int]:
 
 def read_all(made: Worker) -> None:
     """Until nothing is left, and nothing waits for a model that is being loaded."""
-    while made.run_once() or made.loading:
+    while made.run_once() or made.models.is_loading:
         settle(made)
+
+
+def requested_tuning(made: Worker, store: Store, digest: str) -> TuningRequest:
+    """The measuring of a model that was requested. An idle worker starts it at once: it is stopped, and returns to the queue, before."""
+    made.activator.stop()
+    tuning = TuningRequests(store.database).of(digest)
+    assert tuning is not None
+    return tuning
 
 
 def step_until_reached(made: Worker, digest: str) -> None:
     """Between jobs, until the hub runs the model again."""
     limit = time.monotonic() + 60
-    while made._loaded[digest].fallback is not None:
+    while made.models.sessions[digest].fallback is not None:
         assert time.monotonic() < limit
         made.step()
         time.sleep(0.02)
@@ -135,19 +144,18 @@ def test_a_hub_that_is_configured_no_more_is_sent_nothing(store: Store, digest: 
     assert Worklist(box).instance(image).state is ScanState.AI_READY
     reason = reason_of(box, image)
     assert (reason["code"], "configured" in reason["detail"]) == ("choice.fallback", True)
-    asked = Tunings(box.database).of(digest)
-    assert asked is not None
+    asked = requested_tuning(made, box, digest)
     assert (asked.state, asked.actor) == ("asked", "worker")
-    assert made._loaded[digest].away is None  # nothing is reached for
+    assert not made.models.sessions[digest].is_remote  # nothing is reached for
     box.close()
 
 
 def test_a_choice_with_no_address_at_all_is_no_hub(store: Store, digest: str) -> None:
     choose(store, digest, runtime="triton", provider="")
-    loaded = Loaded(store.settings, digest, Plan.of(None, json.loads(store.model(digest)["self_test"])))
+    loaded = ModelSession(store.settings, digest, Plan.of(None, json.loads(store.model(digest)["self_test"])))
     assert loaded.fallback is not None
     assert "not configured any more" in loaded.fallback.detail
-    loaded.runtime.close()
+    loaded.close()
 
 
 def test_where_the_plain_way_is_wrong_a_hub_that_is_gone_means_no_reading_but_a_measuring(store: Store, digest: str) -> None:
@@ -156,12 +164,11 @@ def test_where_the_plain_way_is_wrong_a_hub_that_is_gone_means_no_reading_but_a_
     choose(store, digest, rows, runtime="triton")
     box = set_up(store, "")
     image = take(box, chest())
-    read_all(reader(box))
+    made = reader(box)
+    read_all(made)
     view = Worklist(box).instance(image)
     assert (view.state, view.reason.code if view.reason else "") == (ScanState.FAILED, "runtime.unavailable")
-    asked = Tunings(box.database).of(digest)
-    assert asked is not None
-    assert asked.state == "asked"
+    assert requested_tuning(made, box, digest).state == "asked"
     runs = json.loads(box.model(digest)["self_test"])["runs"]
     assert (runs["runtime"], runs["reason"]["code"]) == ("", "runtime.unavailable")  # nothing does
     said = [json.loads(row["entry"]) for row in box.database.query("SELECT entry FROM audit")]
@@ -185,7 +192,7 @@ def test_a_hub_that_is_configured_anew_is_measured(store: Store, digest: str, hu
 def test_a_hub_that_goes_down_costs_no_scan_and_reads_again_when_it_is_back(
     store: Store, digest: str, hub: KserveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote_retry, "RETRY_S", 0.1)
+    monkeypatch.setattr(model_session, "RETRY_S", 0.1)
     box = set_up(store, hub.address)
     made = reader(box)
     first = take(box, chest(1))
@@ -203,7 +210,7 @@ def test_a_hub_that_goes_down_costs_no_scan_and_reads_again_when_it_is_back(
         assert job_of(box, image).runtime["runtime"] == "onnxruntime"
     assert attempts(box) == {1}
     assert json.loads(box.model(digest)["self_test"])["fallback"]["code"] == "choice.fallback"
-    known = Tunings(box.database).of(digest)
+    known = TuningRequests(box.database).of(digest)
     assert known is not None
     assert known.state == "done"  # it is waited for, not replaced
     again = KserveServer(int(hub.address.rpartition(":")[2]))
@@ -215,7 +222,7 @@ def test_a_hub_that_goes_down_costs_no_scan_and_reads_again_when_it_is_back(
         assert reason_of(box, image) == {"code": "choice.measured", "detail": ""}
         assert "fallback" not in json.loads(box.model(digest)["self_test"])
     finally:
-        made._loaded[digest].runtime.close()
+        made.models.sessions[digest].close()
         again.close()
     box.close()
 
@@ -225,7 +232,7 @@ def test_a_hub_that_lost_the_model_answers_the_golden_cases_before_it_reads_agai
     store: Store, digest: str, hub: KserveServer, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """What runs there now may answer otherwise: this box reads that scan itself, at once."""
-    monkeypatch.setattr(remote_retry, "RETRY_S", 0.1)
+    monkeypatch.setattr(model_session, "RETRY_S", 0.1)
     box = set_up(store, hub.address)
     made = reader(box)
     if how == "started anew":
@@ -245,14 +252,14 @@ def test_a_hub_that_lost_the_model_answers_the_golden_cases_before_it_reads_agai
         assert "does not have the model" in reason_of(box, image)["detail"]
         assert not any(path.endswith("/load") for _, path, _, _ in now.seen)
         wait_until(lambda: made.step() or any(path.endswith("/unload") for _, path, _, _ in now.seen))  # its golden cases are wrong
-        assert made._loaded[digest].fallback is not None
+        assert made.models.sessions[digest].fallback is not None
         now.fault = ""
         step_until_reached(made, digest)
         later = take(box, chest(3))
         read_all(made)
         assert job_of(box, later).runtime["runtime"] == "triton"
     finally:
-        made._loaded[digest].runtime.close()
+        made.models.sessions[digest].close()
         now.close()
     box.close()
 
@@ -260,7 +267,7 @@ def test_a_hub_that_lost_the_model_answers_the_golden_cases_before_it_reads_agai
 def test_a_hub_that_is_down_at_the_start_is_waited_for(
     store: Store, digest: str, hub: KserveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote_retry, "RETRY_S", 0.1)
+    monkeypatch.setattr(model_session, "RETRY_S", 0.1)
     box = set_up(store, hub.address)
     hub.close()
     made = reader(box)
@@ -277,7 +284,7 @@ def test_a_hub_that_is_down_at_the_start_is_waited_for(
         assert (runs["runtime"], runs["provider"], runs["reason"]["code"]) == ("triton", again.address, "choice.measured")
         assert told_centre(box) == ("triton", "fp32")
     finally:
-        made._loaded[digest].runtime.close()
+        made.models.sessions[digest].close()
         again.close()
     box.close()
 
@@ -285,19 +292,19 @@ def test_a_hub_that_is_down_at_the_start_is_waited_for(
 def test_a_hub_that_stays_away_has_the_box_measure_what_it_has_of_its_own(
     store: Store, digest: str, hub: KserveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote_retry, "RETRY_S", 0.05)
-    monkeypatch.setattr(remote_retry, "_PATIENCE", 2)
+    monkeypatch.setattr(model_session, "RETRY_S", 0.05)
+    monkeypatch.setattr(model_pool, "MEASURE_AFTER_S", 0.1)
     box = set_up(store, hub.address)
     hub.close()
     made = reader(box)
     take(box, chest())  # a scan waits: what is asked for is not begun yet
     limit = time.monotonic() + 60
-    while (known := Tunings(box.database).of(digest)) is None or known.state != "asked":
+    while (known := TuningRequests(box.database).of(digest)) is None or known.state != "asked":
         assert time.monotonic() < limit
         made.step()
         time.sleep(0.02)
     assert known.actor == "worker"
-    made._loaded[digest].runtime.close()
+    made.models.sessions[digest].close()
     box.close()
 
 
@@ -315,13 +322,13 @@ def test_a_hub_that_takes_the_line_and_hangs_holds_no_scan_at_the_start(store: S
     assert json.loads(box.model(digest)["self_test"])["runs"]["reason"] == reason
     assert attempts(box) == {1}
     made.step()
-    assert made._loaded[digest].fallback is not None
+    assert made.models.sessions[digest].fallback is not None
     hub.speak()
     step_until_reached(made, digest)
     later = take(box, chest(2))
     read_all(made)
     assert job_of(box, later).runtime["runtime"] == "triton"
-    made._loaded[digest].runtime.close()
+    made.models.sessions[digest].close()
     box.close()
 
 
@@ -346,11 +353,11 @@ def test_a_hub_that_hangs_holds_no_scan_of_another_model_and_loses_none_of_its_o
     made.prepare()
     hub.speak()
     read_all(made)
-    loaded = made._loaded[digest]
+    loaded = made.models.sessions[digest]
     assert (loaded.fallback, loaded.describe()["runtime"]) == (None, "triton")
     assert Worklist(box).instance(image).state is ScanState.AI_READY
     assert attempts(box) == {1}
-    loaded.runtime.close()
+    loaded.close()
     box.close()
 
 
@@ -364,10 +371,10 @@ def test_hubs_that_hang_share_one_waiting_time(tmp_path: Path, store: Store, dig
     made.prepare()
     wait_until(lambda: hub.silent == 3)  # none waits for another
     settle(made)
-    assert {loaded.describe()["runtime"] for loaded in made._loaded.values()} == {"onnxruntime"}
+    assert {loaded.describe()["runtime"] for loaded in made.models.sessions.values()} == {"onnxruntime"}
     hub.speak()
-    for loaded in made._loaded.values():
-        loaded.runtime.close()
+    for loaded in made.models.sessions.values():
+        loaded.close()
     box.close()
 
 
@@ -383,26 +390,26 @@ def test_where_the_plain_way_is_wrong_a_hub_that_dies_is_said_and_reached_for_un
     hub.close()
     image = take(box, chest(2))
     assert made.run_once()
-    running = Running.of(box.model(digest)["self_test"])
+    running = RuntimeStatus.of(box.model(digest)["self_test"])
     assert (running.now, running.stopped.code if running.stopped else "") == (None, "runtime.unavailable")
     assert told_centre(box)[0] == "none"
     read_all(made)
     assert Worklist(box).instance(image).state is ScanState.FAILED
-    known = Tunings(box.database).of(digest)
-    assert known is not None
+    known = requested_tuning(made, box, digest)
     assert (known.state, known.actor) == ("asked", "worker")  # perhaps there is another way
-    monkeypatch.setattr(made._beside, "_clock", lambda: time.monotonic() + 2 * background_loader.AGAIN_S)
+    failures = made.models._failures
+    failures[digest] = replace(failures[digest], retry_at=0.0)  # the minute is over
     again = KserveServer(int(hub.address.rpartition(":")[2]))
     try:
-        wait_until(lambda: made.step() or digest in made._loaded)  # with no scan that asks for it
-        running = Running.of(box.model(digest)["self_test"])
+        wait_until(lambda: made.step() or digest in made.models.sessions)  # with no scan that asks for it
+        running = RuntimeStatus.of(box.model(digest)["self_test"])
         assert (running.now.runtime if running.now else "", running.stopped) == ("Triton", None)
         later = take(box, chest(3))
         read_all(made)
         assert job_of(box, later).runtime["runtime"] == "triton"
     finally:
         made.activator.stop()
-        made._loaded[digest].runtime.close()
+        made.models.sessions[digest].close()
         again.close()
     box.close()
 
@@ -416,7 +423,7 @@ def test_where_the_plain_way_is_wrong_a_hub_that_was_started_anew_loses_no_scan(
     images = [take(box, chest(seed)) for seed in range(3)]
     read_all(made)
     assert {job_of(box, image).runtime["runtime"] for image in images} == {"triton"}
-    made._loaded[digest].runtime.close()
+    made.models.sessions[digest].close()
     assert not hub.models
     box.close()
 
@@ -425,13 +432,13 @@ def test_a_hub_whose_last_warming_up_fails_is_left_nothing(store: Store, digest:
     box = set_up(store, hub.address)
     made = reader(box)
     asked = hub.inferences
-    made._loaded[digest].runtime.close()
+    made.models.sessions[digest].close()
     hub.dies_at = 2 * asked
     made = reader(box)
     assert hub.inferences == 2 * asked
-    assert made._loaded[digest].fallback is not None
+    assert made.models.sessions[digest].fallback is not None
     wait_until(lambda: not hub.models)
-    made._loaded[digest].runtime.close()
+    made.models.sessions[digest].close()
     box.close()
 
 
@@ -439,8 +446,8 @@ def test_a_model_that_was_replaced_while_its_hub_hung_leaves_nothing_there(store
     box = set_up(store, hub.address)
     hub.fault = "silent"
     made = reader(box, wait_s=0.2)
-    loaded = made._loaded[digest]
-    loaded.runtime.close()  # as when another took its place: nobody waits for the hub
+    loaded = made.models.sessions[digest]
+    loaded.close()  # as when another took its place: nobody waits for the hub
     wait_until(lambda: hub.silent == 1)
     hub.speak()
     wait_until(lambda: any(path.endswith("/unload") for _, path, _, _ in hub.seen) and not hub.models)
@@ -451,13 +458,13 @@ def test_a_version_that_takes_over_where_nothing_reads_does_not_wait_for_its_hub
     box = set_up(store, hub.address)
     hub.fault = "silent"
     made = Worker(box, lambda _seconds: None, wait_s=0.2)
-    loaded = made._load_now(digest, Plan.of(None, json.loads(box.model(digest)["self_test"])))
+    loaded = made.models.load_successor(digest, Plan.of(None, json.loads(box.model(digest)["self_test"])))
     assert loaded.describe()["runtime"] == "onnxruntime"
     wait_until(lambda: hub.silent == 1)
-    made._take(loaded)
+    made.models.use(loaded)
     hub.speak()
     step_until_reached(made, digest)
-    loaded.runtime.close()
+    loaded.close()
     box.close()
 
 
@@ -465,9 +472,9 @@ def test_a_version_measured_anew_waits_for_its_hub_while_the_one_before_reads(st
     box = set_up(store, hub.address)
     made = reader(box)
     hub.fault = "silent"
-    done: list[Loaded] = []
+    done: list[ModelSession] = []
     plan = Plan.of(None, json.loads(box.model(digest)["self_test"]) | {"profile": "another device"})
-    beside = threading.Thread(target=lambda: done.append(made._load(digest, plan)))
+    beside = threading.Thread(target=lambda: done.append(made.models.load(digest, plan)))
     beside.start()
     wait_until(lambda: hub.silent == 1)
     image = take(box, chest())
@@ -475,8 +482,8 @@ def test_a_version_measured_anew_waits_for_its_hub_while_the_one_before_reads(st
     beside.join(60)
     read_all(made)
     assert (done[0].fallback, job_of(box, image).runtime["runtime"]) == (None, "triton")
-    for loaded in (done[0], made._loaded[digest]):
-        loaded.runtime.close()
+    for loaded in (done[0], made.models.sessions[digest]):
+        loaded.close()
     box.close()
 
 
@@ -491,7 +498,7 @@ def test_a_hub_that_answers_badly_is_read_without(store: Store, digest: str, hub
     assert reason_of(box, image)["code"] == "choice.fallback"
     assert attempts(box) == {1}
     hub.fault = ""
-    made._loaded[digest].runtime.close()
+    made.models.sessions[digest].close()
     box.close()
 
 
@@ -499,7 +506,7 @@ def test_a_hub_that_says_nothing_at_all_is_given_up_soon(
     store: Store, digest: str, hub: KserveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when its power fails or the line is cut: no connection is refused, and nothing ever comes."""
-    monkeypatch.setattr(remote_runtime, "LEAST_S", 0.5)
+    monkeypatch.setattr(remote_runtime, "MIN_ANSWER_S", 0.5)
     box = set_up(store, hub.address)
     made = reader(box)
     hub.fault, hub.slow_s = "slow", 25.0
@@ -511,7 +518,7 @@ def test_a_hub_that_says_nothing_at_all_is_given_up_soon(
         reason = reason_of(box, image)
         assert (reason["code"], "runtime.deadline" in reason["detail"]) == ("choice.fallback", True)
     hub.fault = ""
-    made._loaded[digest].runtime.close()
+    made.models.sessions[digest].close()
     box.close()
 
 
@@ -526,7 +533,7 @@ def test_a_batch_that_the_hub_does_not_answer_is_read_here_image_by_image(store:
         job = job_of(box, image)
         assert (job.outcome, job.runtime.get("together", 1)) == (ScanState.AI_READY, 1)
     assert attempts(box) == {1}
-    assert made._loaded[digest].candidate.batch == 1
+    assert made.models.sessions[digest].candidate.batch == 1
     box.close()
 
 
@@ -540,7 +547,7 @@ def test_results_of_a_batch_say_what_answered_it_and_not_what_runs_the_model_by_
         answered = sum(path.endswith("/infer") for _, path, _, _ in hub.seen) > before
         if seconds and images and answered and not urgent:  # at the first result
             urgent.append(take(box, chest(9)))
-            box.make_urgent(Worklist(box).study_of(urgent[0]), "wang")
+            box.queue.make_urgent(Worklist(box).study_of(urgent[0]), "wang")
             hub.close()
 
     made = Worker(box, cut, wait_s=60)
@@ -570,7 +577,7 @@ def test_a_series_is_read_whole_by_one_way_and_says_that_it_left_the_box(
         if dies:
             hub.fault, hub.dies_at = "lies", hub.inferences + 4
         stored = [Ingest(box).accept(encode(item), Source("cli", "test")).stored for item in made_up.slices(20)]
-        box.close_series({image.series_id for image in stored})
+        box.planner.close_series({image.series_id for image in stored})
         read_all(here)
     jobs = [dict(row) for row in box.database.query("SELECT runtime, outcome FROM jobs WHERE kind = 'volume' ORDER BY id")]
     ran = [json.loads(job["runtime"]) for job in jobs]
@@ -581,7 +588,7 @@ def test_a_series_is_read_whole_by_one_way_and_says_that_it_left_the_box(
     assert (whole["runtime"].split()[0], again["runtime"].split()[0]) == ("triton", "onnxruntime")
     assert whole["mask"] == again["mask"]
     hub.fault = ""
-    here._loaded[made].runtime.close()
+    here.models.sessions[made].close()
     box.close()
 
 
@@ -626,7 +633,7 @@ def test_what_was_measured_on_another_device_answers_the_golden_cases_before_it_
     reason = reason_of(store, image)
     assert (reason["code"], "Some Xeon" in reason["detail"]) == ("choice.other_device", True)
     assert job_of(store, image).runtime["runtime"] == "openvino"
-    assert made._loaded[digest].candidate.batch == 1  # no batch has been proven on this device
+    assert made.models.sessions[digest].candidate.batch == 1  # no batch has been proven on this device
     runs = json.loads(store.model(digest)["self_test"])["runs"]
     assert (runs["runtime"], runs["reason"]) == ("openvino", reason)  # as the result says, for the status page
     assert main(["tune", "--show", "--data-dir", str(store.settings.data_dir)]) == 0
@@ -652,15 +659,15 @@ def test_what_is_wrong_on_this_device_is_fallen_back_from(tmp_path: Path, store:
 def test_on_another_device_the_plain_way_is_held_against_the_golden_cases_too(tmp_path: Path, store: Store) -> None:
     made = activate(store, tiny_bundle(tmp_path / "bundles", "1.0.0"), "test")
     report = json.loads(store.model(made)["self_test"])
-    lying = Loaded._check
+    lying = ModelSession._check_golden_cases
 
-    def off(self: Loaded, runtime: Any, precision: str) -> None:
+    def off(self: ModelSession, runtime: Any, precision: str) -> None:
         raise InferenceError("tune.wrong", "golden-1: off by 1")
 
-    Loaded._check = off  # type: ignore[method-assign]
+    ModelSession._check_golden_cases = off  # type: ignore[method-assign]
     try:
         with pytest.raises(InferenceError, match=r"tune\.wrong"):
-            Loaded(store.settings, made, Plan.of(None, report | {"profile": "another device"}))
-        Loaded(store.settings, made, Plan.of(None, report)).runtime.close()  # measured here: not asked again
+            ModelSession(store.settings, made, Plan.of(None, report | {"profile": "another device"}))
+        ModelSession(store.settings, made, Plan.of(None, report)).close()  # measured here: not asked again
     finally:
-        Loaded._check = lying  # type: ignore[method-assign]
+        ModelSession._check_golden_cases = lying  # type: ignore[method-assign]

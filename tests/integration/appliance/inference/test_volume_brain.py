@@ -12,11 +12,11 @@ import onnxruntime as ort
 import pydicom
 import pytest
 
-import appliance.ingest.ingest  # noqa: F401 - sets how pydicom reads
 from appliance.core.domain import ScanState, Source
 from appliance.core.errors import VolumeError
 from appliance.core.settings import Settings
-from appliance.imaging.volumes.acquisition import acquired, applies_to_sequence
+from appliance.imaging.dicom_files import accept_invalid_values
+from appliance.imaging.volumes.acquisition import acquisitions, applies_to_sequence
 from appliance.imaging.volumes.segmentation import dice, segment
 from appliance.imaging.volumes.volume import Series, mask_on_slices, prepare, read_series
 from appliance.inference.worker import Worker
@@ -35,6 +35,8 @@ pytestmark = [
     pytest.mark.skipif(not HEAD.is_dir(), reason="the shared series and models are not here"),
     pytest.mark.timeout(900),
 ]
+
+accept_invalid_values()
 
 # One window holds the head: 256 x 256 x 160 mm around it.
 WINDOW = (160, 256, 240)
@@ -96,7 +98,7 @@ def box(bundle: ModelBundle, tmp_path_factory: pytest.TempPathFactory) -> Store:
 def take(store: Store, files: list[Path]) -> None:
     ingest = Ingest(store)
     accepted = [ingest.accept(path.read_bytes(), Source("cli", "test", path.name)) for path in files]
-    store.close_series(sorted({item.stored.series_id for item in accepted}))
+    store.planner.close_series(sorted({item.stored.series_id for item in accepted}))
 
 
 def test_a_series_is_one_job_and_all_its_images_share_the_result(box: Store) -> None:
@@ -105,7 +107,7 @@ def test_a_series_is_one_job_and_all_its_images_share_the_result(box: Store) -> 
     assert len(study.instances) == 160
     assert {item.state for item in study.instances} == {ScanState.AI_READY}
     assert all(item.measured and not item.findings for item in study.instances)
-    assert box.pending_jobs() == 0
+    assert box.queue.pending_jobs() == 0
 
 
 def test_white_and_grey_matter_are_in_the_order_of_magnitude_known(box: Store) -> None:
@@ -140,7 +142,7 @@ def test_the_head_is_a_t1_as_the_model_wants_it_and_the_proton_density_series_is
     assert rule is not None
     for directory, code in ((HEAD, None), (HEAD.parent / "mr_pd_ge_bigendian", "scope.image_type")):
         headers = [pydicom.dcmread(path, stop_before_pixels=True) for path in directory.iterdir()]
-        refusal = applies_to_sequence(rule, [frame for header in headers for frame in acquired(header)]).refusal
+        refusal = applies_to_sequence(rule, [frame for header in headers for frame in acquisitions(header)]).refusal
         assert (refusal.code if refusal else None) == code
     assert "sequence" not in box.database.query("SELECT notes FROM jobs")[0]["notes"]
 

@@ -81,7 +81,7 @@ def store(tmp_path: Path, bundle: ModelBundle) -> Iterator[Store]:
 
 def take(store: Store, made: list[Any]) -> list[int]:
     accepted = [Ingest(store).accept(encode(one), Source("cli", "test")).stored for one in made]
-    store.close_series(sorted({item.series_id for item in accepted}))
+    store.planner.close_series(sorted({item.series_id for item in accepted}))
     return [item.instance_id for item in accepted]
 
 
@@ -99,9 +99,9 @@ def test_series_is_one_job_whose_result_all_images_share(store: Store) -> None:
     take(store, made_up.slices(20, orientation=made_up.OBLIQUE))
     assert states(store) == {("queued", None)}
     assert [tuple(row) for row in store.database.query("SELECT kind, series_id FROM jobs")] == [("volume", 1)]
-    job = store.claim_job("somebody", 30)
+    job = store.queue.claim_job("somebody", 30)
     assert job is not None and states(store) == {("running", None)}
-    store.fail_job(job, Note("job.memory"))
+    store.queue.fail_job(job, Note("job.memory"))
     assert states(store) == {("queued", None)}
     work(store)
     assert states(store) == {("ai_ready", None)}
@@ -116,13 +116,13 @@ def test_series_is_one_job_whose_result_all_images_share(store: Store) -> None:
 def test_failed_series_is_tried_again_from_any_of_its_images(store: Store) -> None:
     ids = take(store, made_up.slices())
     for _ in range(store.settings.job_max_attempts):
-        job = store.claim_job("somebody", 30)
+        job = store.queue.claim_job("somebody", 30)
         assert job is not None
-        store.fail_job(job, Note("job.error"))
+        store.queue.fail_job(job, Note("job.error"))
     assert {state for state, _reason in states(store)} == {"failed"}
-    assert store.retry(ids[7], "doctor")
+    assert store.queue.retry(ids[7], "doctor")
     assert {state for state, _reason in states(store)} == {"queued"}
-    assert not store.retry(ids[0], "doctor")
+    assert not store.queue.retry(ids[0], "doctor")
     work(store)
     assert states(store) == {("ai_ready", None)}
 
@@ -174,7 +174,7 @@ def test_series_of_a_slow_sender_is_waited_for_and_not_read_after_each_slice(sto
     def silent_for(seconds: float) -> int:
         with store.database.transaction() as tx:
             tx.execute("UPDATE series SET last_received_at = ?", (time.time() - seconds,))
-        return store.close_idle_series()
+        return store.planner.close_idle_series()
 
     for one in made[:12]:
         Ingest(store).accept(encode(one), Source("cli", "test"))
@@ -212,17 +212,17 @@ def test_urgent_never_cuts_short_a_series_that_is_still_coming(store: Store) -> 
     made = made_up.slices(20)
     for count in (8, 12, 16):
         come(store, made[count - 8 if count == 8 else count - 4 : count])
-        store.make_urgent(1, "doctor")
+        store.queue.make_urgent(1, "doctor")
         work(store)
         assert store.database.query("SELECT 1 FROM jobs") == [] and states(store) == {("waiting", None)} and drawn(store) == []
     come(store, made[16:])
     take(store, made_up.slices(20))
     silent(store)
-    assert store.close_idle_series(urgent=True) == 1
-    job = store.claim_job("test", 60)
+    assert store.planner.close_idle_series(urgent=True) == 1
+    job = store.queue.claim_job("test", 60)
     assert job is not None and job.priority == 1
     assert [tuple(row) for row in store.database.query("SELECT series_id FROM jobs WHERE id = ?", job.id)] == [(1,)]
-    store.fail_job(job, Note("job.error"))
+    store.queue.fail_job(job, Note("job.error"))
     work(store)
     assert drawn(store) == [20]
 
@@ -230,11 +230,11 @@ def test_urgent_never_cuts_short_a_series_that_is_still_coming(store: Store) -> 
 def test_series_of_a_sender_that_says_stat_is_read_whole_when_the_sender_is_done(store: Store) -> None:
     made = made_up.slices(20)
     come(store, made[:10], RequestedProcedurePriority="STAT")
-    assert store.close_idle_series(urgent=True) == 0
+    assert store.planner.close_idle_series(urgent=True) == 0
     work(store)
     assert drawn(store) == []
     come(store, made[10:], RequestedProcedurePriority="STAT")
-    assert store.close_series([1]) == 1
+    assert store.planner.close_series([1]) == 1
     work(store)
     assert drawn(store) == [20] and states(store) == {("ai_ready", None)}
 
@@ -248,12 +248,12 @@ def test_series_that_grows_shows_no_millilitres_of_its_part(store: Store) -> Non
     (row,) = Worklist(store).page()
     assert (row.state, row.measured, row.position, row.ran) == (ScanState.WAITING, (), None, ()) and drawn(store) == []
     assert states(store) == {("waiting", None)} and not Worklist(store).study(1).instances[0].measured
-    store.make_urgent(1, "doctor")  # it was planned once: what is in the queue of it is not taken either
+    store.queue.make_urgent(1, "doctor")  # it was planned once: what is in the queue of it is not taken either
     work(store)
     assert drawn(store) == []
     come(store, made[12:])
     silent(store, 6.1)
-    assert store.close_idle_series() == 1
+    assert store.planner.close_idle_series() == 1
     work(store)
     assert drawn(store) == [20] and states(store) == {("ai_ready", None)}
 
@@ -265,7 +265,7 @@ def test_images_that_come_while_their_series_is_read_are_not_taken_for_read(stor
     assert work_until(store, at, lambda: come(store, made[19:])) == []
     assert states(store) == {("waiting", None)} and drawn(store) == []
     silent(store, 6.1)
-    assert store.close_idle_series() == 1
+    assert store.planner.close_idle_series() == 1
     work(store)
     assert drawn(store) == [20] and states(store) == {("ai_ready", None)}
 
@@ -362,7 +362,7 @@ def test_new_version_reads_what_waited_for_the_one_before(store: Store, tmp_path
     before = store.database.query("SELECT digest FROM models WHERE state = 'active'")[0]["digest"]
     activate(store, newer.directory, "test")
     with store.database.transaction() as tx:
-        store.hand_over(tx, before, newer.digest, Note("model.withdrawn"))
+        store.planner.hand_over(tx, before, newer.digest, Note("model.withdrawn"))
     assert [tuple(row) for row in store.database.query("SELECT model_digest, kind FROM jobs")] == [(newer.digest, "volume")]
     work(store)
     assert VolumeResults(store).of_study(1)[0].model_version == "1.1.0"
@@ -372,12 +372,12 @@ def test_model_taken_back_leaves_its_series_not_analysed_until_another_comes(sto
     take(store, made_up.slices())
     before = store.database.query("SELECT digest FROM models WHERE state = 'active'")[0]["digest"]
     with store.database.transaction() as tx:
-        store.hand_over(tx, before, None, Note("model.withdrawn"))
+        store.planner.hand_over(tx, before, None, Note("model.withdrawn"))
     ((state, reason),) = states(store)
     assert state == "not_analysed" and json.loads(str(reason))["code"] == "model.withdrawn"
     activate(store, bundle_in(tmp_path / "newer", "1.1.0").directory, "test")
     assert states(store) == {("waiting", None)}
-    store.close_series([1])
+    store.planner.close_series([1])
     work(store)
     assert states(store) == {("ai_ready", None)}
 
@@ -433,7 +433,7 @@ def test_urgent_image_does_not_wait_for_a_whole_series(store: Store, at: int) ->
 
     def come() -> None:
         take(store, [dataset()])
-        assert store.make_urgent(2, "doctor") == 1
+        assert store.queue.make_urgent(2, "doctor") == 1
 
     assert work_until(store, at, come) == ["check", "volume 1"]
     assert {row["state"] for row in store.database.query("SELECT state FROM jobs")} == {"done"}
@@ -478,7 +478,7 @@ def test_urgent_series_is_not_begun_within_another(store: Store) -> None:
 
     def come() -> None:
         take(store, made_up.slices(30, rows=36, columns=40))
-        assert store.make_urgent(3, "doctor") == 1
+        assert store.queue.make_urgent(3, "doctor") == 1
 
     assert work_until(store, 67, come) == ["volume 1", "volume 3", "volume 2"]
 

@@ -63,7 +63,7 @@ def work(settings: Settings) -> int:
 def take(store: Store, data: bytes) -> int:
     """Take a scan in and plan it; the image's number."""
     accepted = Ingest(store).accept(data, SOURCE)
-    store.close_series([accepted.stored.series_id])
+    store.planner.close_series([accepted.stored.series_id])
     return accepted.stored.instance_id
 
 
@@ -102,7 +102,7 @@ def test_a_scan_that_hangs_the_worker_is_stopped_and_poisoned_and_the_next_is_re
     assert worklist.instance(good).state is ScanState.AI_READY
     path.unlink()
     path.with_suffix(".whole").rename(path)
-    assert store.retry(hung, "demo")
+    assert store.queue.retry(hung, "demo")
     assert work(settings) == 0
     assert worklist.instance(hung).state is ScanState.AI_READY
 
@@ -236,7 +236,7 @@ def test_a_damaged_model_fails_its_jobs_with_the_reason_and_does_not_stop_the_wo
     view = Worklist(store).instance(number)
     assert (view.state, view.reason.code if view.reason else "") == (ScanState.FAILED, "model.invalid")
     weights.write_bytes(whole)
-    assert store.retry(number, "demo")
+    assert store.queue.retry(number, "demo")
     assert work(settings) == 0
     assert Worklist(store).instance(number).state is ScanState.AI_READY
 

@@ -376,5 +376,5 @@ def test_the_copy_that_is_fallen_back_to_must_be_whole(box: Box) -> None:
     assert {(row["state"], json.loads(row["reason"])["code"]) for row in rows} == {("not_analysed", "activation.failures")}
     assert activate(box.store, box.bundles / "cxr-pneumonia-1.0.0", "test") == old
     assert box.store.model(new)["state"] == "retired"
-    box.store.close_series([row["id"] for row in box.store.database.query("SELECT id FROM series WHERE open = 1")])
+    box.store.planner.close_series([row["id"] for row in box.store.database.query("SELECT id FROM series WHERE open = 1")])
     assert [box.work() for _ in waiting] == [old] * 4  # what nobody could read meanwhile is read now

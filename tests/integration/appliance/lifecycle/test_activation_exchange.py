@@ -56,7 +56,7 @@ def test_r18_the_report_says_nothing_of_a_patient(clinic: Clinic) -> None:
     canary = "CANARY-7391"
     data = scan_bytes(PatientID=canary, PatientName=canary, AccessionNumber=canary, StudyInstanceUID="1.2.7391.1")
     accepted = Ingest(clinic.box.store).accept(data, Source("upload", canary, canary))
-    clinic.box.store.close_series([accepted.stored.series_id])
+    clinic.box.store.planner.close_series([accepted.stored.series_id])
     clinic.box.work()
     clinic.settle()
     raw = (clinic.exchange / "box-report.json").read_text()

@@ -170,7 +170,7 @@ def test_a_withdrawn_model_is_switched_off_and_its_pending_results_are_marked(bo
     activator = box.activator()
     activator.tick()
     assert activator.held == {new}
-    assert box.store.claim_job("test", 60, activator.held) is None  # from the first moment on it reads nothing more
+    assert box.store.queue.claim_job("test", 60, activator.held) is None  # from the first moment on it reads nothing more
     box.settle(activator)
     assert (box.last(), box.active(), activator.held) == (("withdrawn", "model.withdrawn"), old, set())
     view = Worklist(box.store).instance(read)
@@ -193,12 +193,12 @@ def test_a_withdrawn_model_with_nothing_before_it_leaves_images_not_analysed_and
     view = Worklist(store).instance(waiting)
     assert (view.state.value, view.reason.code if view.reason else "") == ("not_analysed", "model.withdrawn")
     later = box.scan("later")
-    job = store.claim_job("test", 60)
+    job = store.queue.claim_job("test", 60)
     assert job
     assert (job.instance_id, job.kind.value, job.scope_code) == (later, "check", "scope.no_model")
-    store.recover_jobs()
+    store.queue.recover_jobs()
     new = activate(store, box.bundle("1.1.0"), "test")
-    store.close_series([row["id"] for row in store.database.query("SELECT id FROM series")])
+    store.planner.close_series([row["id"] for row in store.database.query("SELECT id FROM series")])
     assert box.work() == new
     assert Worklist(store).instance(waiting).state.value == "ai_ready"
 
@@ -315,16 +315,16 @@ def more_scans(box: Box, count: int) -> None:
     for number in range(count):
         names = {"SOPInstanceUID": f"1.2.3.{number}", "SeriesInstanceUID": f"1.2.4.{number}"}
         accepted = Ingest(box.store).accept(scan_bytes(**names), Source("upload", "test", "x"))
-        box.store.close_series([accepted.stored.series_id])
+        box.store.planner.close_series([accepted.stored.series_id])
 
 
 def test_films_that_fail_before_the_model_saw_them_are_no_fault_of_it(box: Box) -> None:
     new = on_trial(box)
     more_scans(box, 3)
     for _ in range(3 * box.store.settings.job_max_attempts):
-        job = box.store.claim_job("test", 60)
+        job = box.store.queue.claim_job("test", 60)
         assert job
-        box.store.fail_job(job, Note("job.memory", trial_monitor.BEFORE_MODEL))
+        box.store.queue.fail_job(job, Note("job.memory", trial_monitor.BEFORE_MODEL))
     box.settle(box.activator())
     assert (box.last(), box.active()) == (("trial", ""), new)
     assert json.loads(box.journal.history(1)[0]["trial"])["failures"] == 0
@@ -373,8 +373,8 @@ def test_what_a_withdrawn_version_left_waits_for_its_own_line(box: Box) -> None:
         manifest["applies_to"].update(body_part=["HAND"], assumed_body_part="HAND")
 
     activate(box.store, change_manifest(box.bundle("3.0.0", line="hand"), of_hands), "test")
-    box.store.close_series([row["id"] for row in box.store.database.query("SELECT id FROM series WHERE open = 1")])
+    box.store.planner.close_series([row["id"] for row in box.store.database.query("SELECT id FROM series WHERE open = 1")])
     assert box.store.database.one("SELECT state, reason FROM instances WHERE id = ?", image) == left  # another line says nothing of it
     new = activate(box.store, box.bundle("1.1.0"), "test")
-    box.store.close_series([row["id"] for row in box.store.database.query("SELECT id FROM series WHERE open = 1")])
+    box.store.planner.close_series([row["id"] for row in box.store.database.query("SELECT id FROM series WHERE open = 1")])
     assert box.work() == new

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from appliance.core.domain import ScanState, Source
-from appliance.core.process import Lock, held_by_another
+from appliance.core.process import Lock, is_held_by_another
 from appliance.core.settings import Settings
 from appliance.core.wakeup import wake
 from appliance.inference.worker import Worker
@@ -61,7 +61,7 @@ def scan(box: Box, seed: int, columns: int = 512) -> int:
     buffer = io.BytesIO()
     made.save_as(buffer, enforce_file_format=True)
     accepted = Ingest(box.store).accept(buffer.getvalue(), Source("upload", "test"))
-    box.store.close_series([accepted.stored.series_id])
+    box.store.planner.close_series([accepted.stored.series_id])
     wake(box.store.settings)
     return accepted.stored.instance_id
 
@@ -173,7 +173,7 @@ def test_switch_under_load_keeps_no_scan_waiting(box: Box) -> None:
             taken.append(scan(sender, seed=len(taken)))
         store.close()
 
-    wait_for(lambda: held_by_another(box.store.settings.data_dir, "worker"), 60)
+    wait_for(lambda: is_held_by_another(box.store.settings.data_dir, "worker"), 60)
     thread = threading.Thread(target=send)
     thread.start()
     try:
@@ -185,7 +185,7 @@ def test_switch_under_load_keeps_no_scan_waiting(box: Box) -> None:
     finally:
         stop.set()
         thread.join()
-    wait_for(lambda: box.store.pending_jobs() == 0, 120)
+    wait_for(lambda: box.store.queue.pending_jobs() == 0, 120)
     process.terminate()
     assert process.wait(30) == 0
     jobs = box.store.database.query("SELECT * FROM jobs ORDER BY finished_at")
@@ -199,7 +199,7 @@ def test_switch_under_load_keeps_no_scan_waiting(box: Box) -> None:
 
 def worker_here(box: Box) -> Worker:
     """A worker in this process, without an alarm."""
-    made = Worker(box.store, on_deadline=lambda _seconds: None)
+    made = Worker(box.store, set_deadline=lambda _seconds: None)
     made.prepare()
     return made
 
@@ -260,14 +260,14 @@ def test_the_old_model_is_let_go_when_no_job_names_it(box: Box) -> None:
     wait_for(lambda: here.step() or box.state(number) == "trial", 60)
     new = box.active()
     assert old is not None and new is not None
-    assert set(here._loaded) == {old, new}
-    here._next_drop = 0.0
+    assert set(here.models.sessions) == {old, new}
+    here.models._next_drop = 0.0
     here.step()
-    assert old in here._loaded
+    assert old in here.models.sessions
     assert here.run_once()
-    here._next_drop = 0.0
+    here.models._next_drop = 0.0
     here.step()
-    assert set(here._loaded) == {new}
+    assert set(here.models.sessions) == {new}
     here.activator.stop()
 
 
@@ -299,7 +299,7 @@ def test_by_hand_beside_a_running_worker(box: Box) -> None:
     """The command asks the worker, shows how far it is, and ends when the model is at work."""
     old = box.active()
     process = worker(box.store.settings)
-    wait_for(lambda: held_by_another(box.store.settings.data_dir, "worker"), 60)
+    wait_for(lambda: is_held_by_another(box.store.settings.data_dir, "worker"), 60)
     settings = box.store.settings
     done = command(settings, "activate", looping(box.bundle("1.1.0"), **SLOW))
     assert (done.returncode, "active: cxr-pneumonia 1.1.0" in done.stdout) == (0, True), done.stderr
@@ -321,7 +321,7 @@ def test_by_hand_beside_a_box_whose_worker_is_just_down_waits_for_it(box: Box) -
     line = [sys.executable, "-m", "appliance", "models", "activate", str(box.bundle("1.1.0")), "--data-dir", str(settings.data_dir)]
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as asking:
         wait_for(lambda: box.journal.coming() is not None, 60)
-        assert not held_by_another(settings.data_dir, "worker")
+        assert not is_held_by_another(settings.data_dir, "worker")
         finish(box)
         assert asking.wait(30) == 0
     lock.release()

@@ -23,7 +23,7 @@ from appliance.lifecycle.model_control import activate, reference_bundle
 from appliance.runtime import CPU, Candidate
 from appliance.runtime.availability import Availability, available
 from appliance.store.store import Store
-from appliance.store.tuning_requests import Tunings
+from appliance.store.tuning_requests import TuningRequests
 from appliance.tuning.selection import SAME_TIME, Choice, Row
 from appliance.tuning.tuner import Limits, Subject, tune
 from model_sync.bundle import ModelBundle
@@ -236,7 +236,7 @@ def test_a_worker_goes_on_with_a_record_of_a_measuring_that_cannot_be_read(store
         tx.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"tuning:{digest}", text))
     worker = reader(store)
     worker.step()
-    assert Tunings(store.database).next() is None
+    assert TuningRequests(store.database).next() is None
 
 
 # -- by hand ---------------------------------------------------------------------------------------------------------

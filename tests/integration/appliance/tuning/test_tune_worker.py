@@ -17,12 +17,12 @@ import pytest
 from appliance.core import device_profile
 from appliance.core.domain import PENDING_STATES, Note, ScanState
 from appliance.core.errors import ActivationError
-from appliance.inference.model_session import Loaded
+from appliance.inference.model_session import ModelSession
 from appliance.inference.worker import Worker
 from appliance.lifecycle.model_control import activate, rollback, tune
 from appliance.runtime import Candidate
 from appliance.store.store import Store
-from appliance.store.tuning_requests import Tuning, Tunings
+from appliance.store.tuning_requests import TuningRequest, TuningRequests
 from appliance.store.worklist import Worklist
 from appliance.tuning.selection import Plan
 from tests.integration.appliance.inference.test_batch_job import chest, reader, take
@@ -58,7 +58,7 @@ def report_of(store: Store, digest: str) -> dict[str, Any]:
 
 def chosen(store: Store, digest: str, table: list[dict[str, Any]] | None = None, **changes: Any) -> None:
     """Store another choice, as a measuring would."""
-    tunings, report = Tunings(store.database), report_of(store, digest)
+    tunings, report = TuningRequests(store.database), report_of(store, digest)
     report["choice"] |= changes
     report |= {"reason": {"code": "choice.measured", "detail": ""}, "table": table or []}
     tunings.done(tunings.ask(digest, LINE, "test"), report)
@@ -149,7 +149,7 @@ def test_after_a_fallback_the_box_measures_again_by_itself(
 @pytest.mark.timeout(900)
 def test_another_device_is_measured_again_once(store: Store, digest: str) -> None:
     settings = write_settings(store.settings, tune_at_activation=True, worker_threads=1, tune_measuring_s=10.0)
-    tunings, report = Tunings(store.database), report_of(store, digest)
+    tunings, report = TuningRequests(store.database), report_of(store, digest)
     measured = report | {"profile": "another processor", "reason": {"code": "choice.measured", "detail": ""}}
     tunings.done(tunings.ask(digest, LINE, "test"), measured)
     process = worker(settings)
@@ -235,14 +235,14 @@ def test_a_measuring_that_fails_leaves_the_model_as_it_was(store: Store, digest:
     with pytest.raises(ActivationError, match=r"model\.invalid"):
         tune(store, LINE, "test")
     assert report_of(store, digest) == before
-    tuning = Tunings(store.database).of(digest)
+    tuning = TuningRequests(store.database).of(digest)
     assert tuning is not None
     assert (tuning.state, tuning.reason.code if tuning.reason else "") == ("failed", "model.invalid")
     model.write_bytes(whole)
 
 
 def test_a_measuring_that_keeps_dying_is_given_up(store: Store, digest: str) -> None:
-    tunings = Tunings(store.database)
+    tunings = TuningRequests(store.database)
     tunings.ask(digest, LINE, "test")
     for _ in range(3):
         asked = tunings.next()
@@ -257,7 +257,7 @@ def test_a_measuring_that_keeps_dying_is_given_up(store: Store, digest: str) -> 
 
 
 def test_one_that_makes_way_costs_no_attempt(store: Store, digest: str) -> None:
-    tunings = Tunings(store.database)
+    tunings = TuningRequests(store.database)
     first = tunings.ask(digest, LINE, "test")
     assert tunings.begin(first)
     begun = tunings.of(digest)
@@ -266,12 +266,12 @@ def test_one_that_makes_way_costs_no_attempt(store: Store, digest: str) -> None:
     assert tunings.next() == tunings.of(digest)
     assert (tunings.ask(digest, LINE, "other").actor, begun.attempts) == ("test", 1)
     paused = tunings.of(digest)
-    assert isinstance(paused, Tuning)
+    assert isinstance(paused, TuningRequest)
     assert (paused.state, paused.attempts) == ("asked", 0)
 
 
 def test_what_nobody_waits_for_lets_scans_go_first(store: Store, digest: str) -> None:
-    tunings = Tunings(store.database)
+    tunings = TuningRequests(store.database)
     tunings.ask(digest, LINE, "worker")
     assert tunings.next()
     take(store, chest())
@@ -295,7 +295,7 @@ def test_a_plain_way_that_was_wrong_does_not_take_over(store: Store, digest: str
 def test_a_worker_that_fell_over_the_chosen_way_loads_the_plain_one(store: Store, digest: str) -> None:
     chosen(store, digest, runtime="openvino", provider="CPU")
     made = Worker(store, lambda _seconds: None)
-    made.distrust([digest])
+    made.models.skip_tuned_runtime([digest])
     made.prepare()
     image = take(store, chest())
     assert made.run_once()
@@ -305,7 +305,7 @@ def test_a_worker_that_fell_over_the_chosen_way_loads_the_plain_one(store: Store
 
 def test_an_engine_measured_on_another_device_is_not_built_in_front_of_the_patients(store: Store, digest: str) -> None:
     candidate = Candidate("tensorrt", "model_fp32.onnx", "fp32", "GPU:0")
-    loaded = Loaded(store.settings, digest, Plan("fp32", candidate, Note("choice.measured"), None, "another GPU"))
+    loaded = ModelSession(store.settings, digest, Plan("fp32", candidate, Note("choice.measured"), None, "another GPU"))
     assert loaded.fallback is not None
     assert "choice.other_device" in loaded.fallback.detail
     assert loaded.describe()["runtime"] == "onnxruntime"
@@ -314,7 +314,7 @@ def test_an_engine_measured_on_another_device_is_not_built_in_front_of_the_patie
 
 def test_what_is_shown_is_the_precision_of_the_file_whatever_was_stored(store: Store, digest: str) -> None:
     candidate = Candidate("onnxruntime", "model_fp32.onnx", "fp16")
-    loaded = Loaded(store.settings, digest, Plan("fp16", candidate, Note("choice.measured"), None, device_profile.profile()))
+    loaded = ModelSession(store.settings, digest, Plan("fp16", candidate, Note("choice.measured"), None, device_profile.profile()))
     assert (loaded.fallback, loaded.candidate.precision, loaded.describe()["precision"]) == (None, "fp32", "fp32")
     loaded.runtime.close()
 
@@ -326,7 +326,7 @@ def test_a_slower_way_after_a_fallback_is_not_held_against_a_trial(tmp_path: Pat
     new = activate(store, box.bundle("1.1.0"), "test")
     rows = [{"candidate": Candidate("onnxruntime", "model_fp32.onnx", "fp32").to_json(), "state": "right", "code": "", "median_ms": 400.0}]
     chosen(store, new, rows, runtime="openvino", provider="CPU")
-    Tunings(store.database).fell_back(new, Note("choice.fallback", "openvino: gone"), {"runtime": "onnxruntime"})
+    TuningRequests(store.database).record_fallback(new, Note("choice.fallback", "openvino: gone"), {"runtime": "onnxruntime"})
     for number in range(6):
         box.scan(str(number))
         assert box.work(ms=450.0) == new
@@ -351,7 +351,7 @@ def test_what_it_took_to_read_the_old_way_is_not_held_against_the_new_one(tmp_pa
         assert trial["failures"] == 0
         return trial["latency_ms"]  # type: ignore[no-any-return]
 
-    tunings = Tunings(store.database)
+    tunings = TuningRequests(store.database)
     assert read(4, 400.0) == 400.0
     tunings.done(tunings.ask(new, "cxr-pneumonia", "test"), report_of(store, new) | {"median_ms": 10.0})
     assert read(4, 61.0) is None  # four tell nothing yet

@@ -82,5 +82,5 @@ def test_every_runtime_counts(bare: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_cheap_and_without_the_runtimes_themselves() -> None:
     heavy = ("onnxruntime", "openvino", "tensorrt", "cuda")
-    check = f"import sys; from appliance import device; device.digest(); print({set(heavy)!r} & set(sys.modules))"
+    check = f"import sys; from appliance.core import device_profile; device_profile.digest(); print({set(heavy)!r} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout.strip() == "set()"

@@ -19,7 +19,7 @@ from pydicom.uid import ExplicitVRBigEndian
 from appliance.core.errors import InferenceError, PixelError
 from appliance.imaging.greyscale import Window, grey_header, pixel_aspect, pixel_spacing
 from appliance.imaging.pixels import decode_frame
-from appliance.imaging.preprocessing import Prepared, from_display, quality, to_tensor
+from appliance.imaging.preprocessing import PreparedInput, check_quality, from_display, to_tensor
 from model_sync.bundle import (
     InputSpec,
     Letterbox,
@@ -177,7 +177,7 @@ def test_signed_padding_written_unsigned() -> None:
 def test_nothing_but_padding_is_black() -> None:
     picture = shown(np.full((64, 48), 7), PixelPaddingValue=7)
     assert not picture.any()
-    assert quality(np.zeros((200, 200), np.uint8)).code == "quality.blank"
+    assert check_quality(np.zeros((200, 200), np.uint8)).code == "quality.blank"
 
 
 def lut_item(count: int, first: int, bits: int, data: Any, vr: str = "US") -> Dataset:
@@ -334,7 +334,7 @@ def test_geometry_there_and_back(rows: int, columns: int, aspect: float, across:
     assert -1e-6 <= there[1] <= geometry.input_h + 1e-6
 
 
-def prepared_blank(rows: int, columns: int, aspect: float = 1.0) -> Prepared:
+def prepared_blank(rows: int, columns: int, aspect: float = 1.0) -> PreparedInput:
     values = np.full((rows, columns), 200, np.uint8)
     eight = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7, "PixelSpacing": [aspect, 1.0]}
     return to_tensor(dataset(Rows=rows, Columns=columns, PixelData=values.tobytes(), **eight), SPEC, pixels=values)
@@ -447,12 +447,12 @@ def test_pipeline_that_would_be_read_wrongly_is_refused(spec: InputSpec) -> None
 
 def test_real_pictures_pass_the_gate(shared: Path) -> None:
     for path in sorted((shared / "data" / "cxr").glob("*.png")):
-        assert quality(np.asarray(Image.open(path).convert("L"))).ok, path.name
+        assert check_quality(np.asarray(Image.open(path).convert("L"))).ok, path.name
     scans = sorted((shared / "data" / "dicom").glob("CR_*.dcm"))
     assert len(scans) == 3
     for path in scans:
         ds = pydicom.dcmread(path)
-        verdict = quality(to_tensor(ds, PERCENTILE, pixels=decode_frame(ds)).display)
+        verdict = check_quality(to_tensor(ds, PERCENTILE, pixels=decode_frame(ds)).display)
         assert verdict.ok, (path.name, verdict)
 
 
@@ -483,11 +483,11 @@ def mostly(value: int, share: float = 0.97) -> np.ndarray[Any, Any]:
     ],
 )
 def test_unreadable_pictures_do_not_pass_the_gate(picture: np.ndarray[Any, Any], code: str) -> None:
-    verdict = quality(picture)
+    verdict = check_quality(picture)
     assert (verdict.ok, verdict.code) == (False, code)
 
 
 def test_raw_noise_stretched_to_the_full_range_is_blank() -> None:
     """A detector read out without exposure: min-max stretching makes it look busy."""
     values = np.random.default_rng(1).normal(300, 4, (600, 600)).astype(np.int64)
-    assert quality(shown(values)).code == "quality.blank"
+    assert check_quality(shown(values)).code == "quality.blank"

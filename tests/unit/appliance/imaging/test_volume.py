@@ -15,8 +15,8 @@ from pydicom.dataset import FileDataset
 
 from appliance import reasons
 from appliance.core.errors import PixelError, VolumeError
-from appliance.imaging.volumes.geometry import Grid, turned
-from appliance.imaging.volumes.resampling import linear, nearest, straight_grid
+from appliance.imaging.volumes.geometry import Grid, reorient
+from appliance.imaging.volumes.resampling import rectangular_grid, resample_linear, resample_nearest
 from appliance.imaging.volumes.volume import crop_pad, mask_on_slices, prepare, read_series
 from appliance.volume_reasons import VOLUME_REASONS
 from model_sync.bundle import VolumeSpec
@@ -105,7 +105,7 @@ def test_two_enhanced_images_are_one_volume() -> None:
 
 def test_oblique_stack_keeps_its_own_axes() -> None:
     series = read(made_up.slices(orientation=made_up.OBLIQUE))
-    grid = straight_grid(series.grid, (2.0, 2.0, 2.0))
+    grid = rectangular_grid(series.grid, (2.0, 2.0, 2.0))
     assert np.allclose(grid.steps / grid.spacing, series.grid.steps / series.grid.spacing, atol=1e-6)
 
 
@@ -204,7 +204,7 @@ def test_what_is_too_large_is_refused_by_its_headers_before_any_pixel_is_decoded
 
     asked: list[tuple[int, int, int]] = []
     with pytest.raises(VolumeError, match=detail) as caught:
-        read_series(made_up.sources(made), spec(), fits=fits)
+        read_series(made_up.sources(made), spec(), check_shape=fits)
     assert caught.value.code == "volume.too_large"
     assert len(asked) == (0 if limit else 1)
 
@@ -217,7 +217,7 @@ def test_headers_tell_the_shape_that_the_prepared_volume_will_have(orientation: 
     if last:
         steps |= {"depth": 9, "height": 8, "width": 7}
     rule, asked = VolumeSpec.model_validate(steps), []
-    series = read_series(made_up.sources(made_up.slices(30, rows=36, columns=40, orientation=orientation)), rule, fits=asked.append)
+    series = read_series(made_up.sources(made_up.slices(30, rows=36, columns=40, orientation=orientation)), rule, check_shape=asked.append)
     assert asked == [prepare(series, rule).values.shape]
 
 
@@ -385,7 +385,7 @@ def test_quantile_scale_maps_the_quantiles_to_0_and_1() -> None:
 
 @st.composite
 def grids(draw: st.DrawFn) -> Grid:
-    """Any lattice: turned, anisotropic, sheared a little, maybe left-handed."""
+    """Any lattice: reorient, anisotropic, sheared a little, maybe left-handed."""
     number = st.floats(-1, 1).map(lambda value: round(value, 3))
     steps = np.array([[draw(number) for _ in range(3)] for _ in range(3)])
     q, _upper = np.linalg.qr(steps + 0.1 * np.eye(3))
@@ -406,13 +406,13 @@ HALF_WAY = Grid((2, 2, 2), np.array([[0.5, 0.5, 0, 0], [0.5, -0.5, 0, 0], [0, 0,
 @given(grids(), st.sampled_from(["LIA", "RAS", "LPS", "ASR", "IPL"]))
 def test_turning_and_turning_back_loses_nothing(grid: Grid, axes: str) -> None:
     values = np.arange(np.prod(grid.shape)).reshape(grid.shape)
-    there, at = turned(values, grid, axes)
+    there, at = reorient(values, grid, axes)
     assert at.axes == axes
     index = np.array([[1, 0, 1], [0, 1, 1]])
     for i in index:
         where = np.rint(grid.to_index(at.to_patient(i))).astype(int)
         assert there[tuple(i)] == values[tuple(where)]
-    back, home = turned(there, at, grid.axes)
+    back, home = reorient(there, at, grid.axes)
     assert np.array_equal(back, values) and np.allclose(home.affine, grid.affine)
 
 
@@ -427,8 +427,8 @@ def test_patient_and_index_are_each_others_inverse(grid: Grid, index: list[float
 @given(grids(), st.sampled_from(["LIA", "RAS", "IPL"]), st.randoms(use_true_random=False))
 def test_mask_comes_back_exactly_from_any_orientation(grid: Grid, axes: str, random: Any) -> None:
     mask = np.array([random.randrange(3) for _ in range(int(np.prod(grid.shape)))], np.uint8).reshape(grid.shape)
-    there, at = turned(mask, grid, axes)
-    assert np.array_equal(nearest(np.ascontiguousarray(there), at, grid), mask)
+    there, at = reorient(mask, grid, axes)
+    assert np.array_equal(resample_nearest(np.ascontiguousarray(there), at, grid), mask)
 
 
 @settings(deadline=None, max_examples=40)
@@ -437,8 +437,8 @@ def test_both_ways_of_interpolating_agree(grid: Grid) -> None:
     """The quick way between parallel axes gives what the general one gives, and a linear function is kept."""
     points = grid.to_patient(np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), axis=-1))
     values = points @ [1.0, -2.0, 0.5] + 7
-    target = straight_grid(grid, (0.75, 1.0, 1.25))
-    quick = linear(values, grid, target, -1e6)
+    target = rectangular_grid(grid, (0.75, 1.0, 1.25))
+    quick = resample_linear(values, grid, target, -1e6)
     from appliance.imaging.volumes.resampling import _general
 
     slow = _general(values, np.linalg.inv(grid.affine) @ target.affine, target.shape, -1e6)
@@ -473,5 +473,5 @@ def test_headers_tell_the_shape_after_the_last_crop() -> None:
     crops = [{"step": "crop_pad", "depth": side, "height": side, "width": side, "fill": 0.0, "align": "center"} for side in (200, 24)]
     told: list[tuple[int, int, int]] = []
     wanted = spec(scale=[crops[0], *PLAIN, crops[1]])
-    series = read_series(made_up.sources(made_up.slices()), wanted, fits=told.append)
+    series = read_series(made_up.sources(made_up.slices()), wanted, check_shape=told.append)
     assert told == [(24, 24, 24)] == [prepare(series, wanted).grid.shape]

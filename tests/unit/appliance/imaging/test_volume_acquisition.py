@@ -14,7 +14,7 @@ from pydicom.sequence import Sequence as Items
 
 from appliance.core.applicability import Verdict
 from appliance.core.domain import Note
-from appliance.imaging.volumes.acquisition import acquired, applies_to_sequence
+from appliance.imaging.volumes.acquisition import acquisitions, applies_to_sequence
 from appliance.reasons import REASONS
 from appliance.sequence_reasons import SEQUENCE_REASONS
 from model_sync.bundle import BundleError, Manifest, SequenceRule
@@ -36,7 +36,7 @@ def header(**changes: Any) -> Dataset:
 
 
 def verdict(*headers: Dataset, **rule: Any) -> Verdict:
-    return applies_to_sequence(RULE.model_copy(update=rule), [frame for one in headers for frame in acquired(one)])
+    return applies_to_sequence(RULE.model_copy(update=rule), [frame for one in headers for frame in acquisitions(one)])
 
 
 def parse(value: dict[str, Any]) -> Manifest:

@@ -11,7 +11,7 @@ import pytest
 from appliance.core.domain import Note
 from appliance.core.errors import VolumeError
 from appliance.imaging.volumes.geometry import Grid
-from appliance.imaging.volumes.limits import check_room, cut_off, needed_bytes
+from appliance.imaging.volumes.limits import check_memory, cropped_tissue_note, needed_bytes
 from appliance.imaging.volumes.volume import Series, prepare
 from model_sync.bundle import Manifest
 from tests.support import volume_bundle
@@ -41,10 +41,10 @@ def manifest(classes: int = 3, side: int = 64, cut: int | None = None) -> Manife
 )
 def test_a_volume_with_more_classes_than_memory_holds_is_refused(shape: tuple[int, int, int], classes: int, fits: bool) -> None:
     if fits:
-        check_room(shape, manifest(classes), 1, CAP)
+        check_memory(shape, manifest(classes), 1, CAP)
         return
     with pytest.raises(VolumeError) as caught:
-        check_room(shape, manifest(classes), 1, CAP)
+        check_memory(shape, manifest(classes), 1, CAP)
     assert caught.value.code == "volume.too_large" and f"{classes} classes" in caught.value.detail
 
 
@@ -75,9 +75,9 @@ def test_only_tissue_that_was_cut_off_is_said(cut: int, note: Note | None, slope
     """8 ml of tissue: a field of 10 mm takes one of them, one of 24 mm cuts nothing but noise."""
     series = scanned((body() * slope).astype(np.int16), slope)
     model = manifest(cut=cut)
-    assert cut_off(series, prepare(series, model.volume_input), model.volume_input) == note
+    assert cropped_tissue_note(series, prepare(series, model.volume_input), model.volume_input) == note
 
 
 def test_a_pipeline_that_cuts_nothing_off_has_nothing_to_say() -> None:
     series, model = scanned(body()), manifest(side=8)
-    assert cut_off(series, prepare(series, model.volume_input), model.volume_input) is None
+    assert cropped_tissue_note(series, prepare(series, model.volume_input), model.volume_input) is None

@@ -16,9 +16,9 @@ from PIL import Image
 from appliance.core.domain import Plane
 from appliance.core.errors import InferenceError
 from appliance.imaging.volumes.geometry import Grid
-from appliance.imaging.volumes.key_images import key_pictures
+from appliance.imaging.volumes.key_images import draw_key_images
 from appliance.imaging.volumes.segmentation import classify_voxels, dice, golden_tensor, segment, volumes_ml
-from appliance.imaging.volumes.sliding_window import padded, slide, starts, unpadded, weights, windows
+from appliance.imaging.volumes.sliding_window import crop, pad, slide, starts, weights, windows
 from appliance.imaging.volumes.volume import prepare, read_series
 from appliance.store.volume_results import COLOURS
 from model_sync.bundle import GoldenVolume, Manifest
@@ -88,7 +88,7 @@ def test_windows_come_in_batches_and_progress_is_told() -> None:
         sizes.append(len(batch))
         return np.repeat(batch, 2, axis=1)
 
-    slide(np.zeros((16, 16, 16), np.float32), (8, 8, 8), infer, classes=2, overlap=0.0, batch=3, told=told.append)
+    slide(np.zeros((16, 16, 16), np.float32), (8, 8, 8), infer, classes=2, overlap=0.0, batch=3, on_progress=told.append)
     assert sizes == [3, 3, 2] and told == [3 / 8, 6 / 8, 1.0]
 
 
@@ -102,7 +102,7 @@ def test_weights_are_greatest_in_the_middle_and_never_nothing() -> None:
 @given(st.tuples(SIDES, SIDES, SIDES), st.tuples(SIDES, SIDES, SIDES))
 def test_padding_comes_off_again(shape: Any, window: Any) -> None:
     volume = np.arange(1, np.prod(shape) + 1, dtype=np.float32).reshape(shape)
-    assert np.array_equal(unpadded(padded(volume, window, 0.0)[None], shape)[0], volume)
+    assert np.array_equal(crop(pad(volume, window, 0.0)[None], shape)[0], volume)
 
 
 def test_answer_of_another_shape_is_refused() -> None:
@@ -209,8 +209,8 @@ def test_key_pictures_lie_as_a_doctor_is_used_to(plane: Plane, right: Any, down:
     series = read_series(made_up.sources(made_up.slices(60, rows=70, columns=84, spacing=(1.5, 1.25), apart=1.5)), manifest().volume_input)
     prepared = prepare(series, manifest().volume_input)
     found = segment(prepared, series.grid, manifest(), by_brightness)
-    only_mark = np.where(found.drawn == 1, found.drawn, 0).astype(np.uint8)
-    picture = Image.open(io.BytesIO(key_pictures(prepared.values, only_mark, prepared.grid)[plane]))
+    only_mark = np.where(found.voxel_classes == 1, found.voxel_classes, 0).astype(np.uint8)
+    picture = Image.open(io.BytesIO(draw_key_images(prepared.values, only_mark, prepared.grid)[plane]))
     assert max(picture.size) == 480 and picture.mode == "RGB"
     colour = [int(COLOURS[0][i : i + 2], 16) for i in (1, 3, 5)]
     y, x = np.nonzero((np.asarray(picture) == colour).all(axis=-1))
@@ -223,5 +223,5 @@ def test_key_pictures_lie_as_a_doctor_is_used_to(plane: Plane, right: Any, down:
 
 def test_pictures_of_an_empty_mask_show_the_middle() -> None:
     values = np.random.default_rng(4).normal(size=(6, 7, 8)).astype(np.float32)
-    pictures = key_pictures(values, np.zeros(values.shape, np.uint8), Grid((6, 7, 8), np.eye(4)))
+    pictures = draw_key_images(values, np.zeros(values.shape, np.uint8), Grid((6, 7, 8), np.eye(4)))
     assert set(pictures) == {"axial", "coronal", "sagittal"}

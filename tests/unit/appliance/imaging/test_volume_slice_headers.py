@@ -17,9 +17,9 @@ from pydicom.sequence import Sequence as Items
 
 from appliance import reasons
 from appliance.core.errors import VolumeError
-from appliance.imaging.volumes.geometry import turned
-from appliance.imaging.volumes.resampling import straight_grid
-from appliance.imaging.volumes.slice_headers import Counted, incomplete
+from appliance.imaging.volumes.geometry import reorient
+from appliance.imaging.volumes.resampling import rectangular_grid
+from appliance.imaging.volumes.slice_headers import ImageCount, missing_images_note
 from appliance.imaging.volumes.volume import Series, prepare, read_series
 from model_sync.bundle import VolumeSpec
 from tests.support import series as made_up
@@ -338,8 +338,8 @@ def test_tilted_and_oblique_stack_keeps_the_plane_of_its_slices(degrees: float, 
     shear = oblique @ table - np.cross(*planes) * 3.0
     made = made_up.slices(10, rows=8, columns=8, orientation=planes, shear=shear)
     series = read(made)
-    _values, grid = turned(series.values, series.grid, axes)
-    straight = straight_grid(grid, (2.0, 2.0, 2.0))
+    _values, grid = reorient(series.values, series.grid, axes)
+    straight = rectangular_grid(grid, (2.0, 2.0, 2.0))
     directions = straight.steps / straight.spacing
     assert np.abs(directions.T @ np.cross(*planes)).max() == pytest.approx(1, abs=1e-4)
     assert straight.through == grid.through and abs(directions[:, grid.through] @ np.cross(*planes)) == pytest.approx(1, abs=1e-4)
@@ -371,9 +371,9 @@ def test_images_that_seem_to_be_missing_are_noted(values: dict[str, Any], kept: 
     assert "not analysed" not in reasons.hint("volume.incomplete", "en")
 
 
-@given(st.lists(st.builds(Counted, st.integers(-5, 10**6), st.integers(-5, 64_000), st.integers(1, 5)), min_size=1, max_size=40))
-def test_whatever_headers_count_is_at_most_a_note(images: list[Counted]) -> None:
-    note = incomplete(images)
+@given(st.lists(st.builds(ImageCount, st.integers(-5, 10**6), st.integers(-5, 64_000), st.integers(1, 5)), min_size=1, max_size=40))
+def test_whatever_headers_count_is_at_most_a_note(images: list[ImageCount]) -> None:
+    note = missing_images_note(images)
     have = sum(image.frames for image in images)
     assert note is None or int(note.detail.split(" / ")[1]) > have
 

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydicom.uid import DeflatedExplicitVRLittleEndian, generate_uid
 
-from appliance import ingest as module
 from appliance.core.domain import PictureForm, Source
 from appliance.core.errors import ApplianceError, IngestError, StoreError
 from appliance.core.settings import Settings
+from appliance.ingest import ingest as module
 from appliance.ingest.archive import Outcome, accept_file, files_below
 from appliance.ingest.ingest import Ingest, content_digest, meta_end
 from appliance.store.store import Store

@@ -118,7 +118,7 @@ def test_a_child_that_says_much_is_heard_and_one_that_says_too_much_is_ended(tmp
         while not child.listen():
             assert not child.late()
             time.sleep(0.001)
-        assert child.babbled is not whole
+        assert child.exceeded_output is not whole
         if whole:
             assert json.loads(child.text()) == ["漏" * 1000] * 3000
         child.end()

@@ -26,7 +26,7 @@ ROOM = Source("dimse", "CR_ROOM1")
 def take(store: Store, data: bytes, source: Source = ROOM) -> Any:
     """Bring one scan through the door and close its series."""
     accepted = Ingest(store).accept(data, source)
-    store.close_series([accepted.stored.series_id])
+    store.planner.close_series([accepted.stored.series_id])
     return accepted.stored
 
 
@@ -57,7 +57,7 @@ def entries(store: Store, study: int) -> list[dict[str, Any]]:
 def order(store: Store) -> list[int]:
     """Images in the order in which a worker would take them."""
     taken = []
-    while (job := store.claim_job("test", 60)) is not None:
+    while (job := store.queue.claim_job("test", 60)) is not None:
         taken.append(job.instance_id)
     return taken
 
@@ -125,9 +125,9 @@ def test_a_sender_that_marks_everything_breaks_nothing_and_the_oldest_goes_first
     routine = take(store, scan_bytes())
     marked = [take(store, with_priority("STAT")) for _ in range(5)]
     again = take(store, with_priority("STAT", StudyInstanceUID="1.2.3"))
-    assert store.make_urgent(again.study_id, "doctor") == 0
+    assert store.queue.make_urgent(again.study_id, "doctor") == 0
     assert [item["actor"] for item in entries(store, again.study_id)] == ["CR_ROOM1"]
-    assert store.make_urgent(routine.study_id, "doctor") == 1  # among what is urgent the oldest is first
+    assert store.queue.make_urgent(routine.study_id, "doctor") == 1  # among what is urgent the oldest is first
     assert order(store) == [item.instance_id for item in (routine, *marked, again)]
     store.database.verify_audit()
 
@@ -143,40 +143,40 @@ def test_the_same_image_again_changes_nothing(store: Store) -> None:
 
 def test_who_asked_first_stays_on_record(store: Store) -> None:
     stored = take(store, scan_bytes(StudyInstanceUID="1.2.3"))
-    assert store.make_urgent(stored.study_id, "wang") == 1
+    assert store.queue.make_urgent(stored.study_id, "wang") == 1
     take(store, with_priority("STAT", StudyInstanceUID="1.2.3"))
-    told = store.urgency_of(stored.study_id)
+    told = store.queue.urgency_of(stored.study_id)
     assert told
     assert (told.origin, told.actor, told.term) == ("person", "wang", "")
     assert [item["actor"] for item in entries(store, stored.study_id)] == ["wang"]
-    assert store.standing_of(stored.study_id) == "waits"
+    assert store.queue.study_progress(stored.study_id) == "waits"
 
 
 def test_an_urgent_job_that_failed_is_urgent_when_it_is_tried_again(store: Store) -> None:
     stored, other = take(store, with_priority("STAT")), take(store, scan_bytes())
     for _ in range(store.settings.job_max_attempts):
-        job = store.claim_job("test", 60)
+        job = store.queue.claim_job("test", 60)
         assert job
         assert job.instance_id == stored.instance_id
-        store.fail_job(job, Note("job.error"))
-    assert store.standing_of(stored.study_id) == "unread"
-    assert store.retry(stored.instance_id, "wang")
+        store.queue.fail_job(job, Note("job.error"))
+    assert store.queue.study_progress(stored.study_id) == "unread"
+    assert store.queue.retry(stored.instance_id, "wang")
     assert order(store) == [stored.instance_id, other.instance_id]
 
 
 def test_a_study_that_is_not_here_cannot_be_urgent(store: Store) -> None:
     with pytest.raises(StoreError, match=r"store\.missing"):
-        store.make_urgent(17, "doctor")
+        store.queue.make_urgent(17, "doctor")
     with pytest.raises(StoreError, match=r"store\.missing"):
-        store.make_routine(17, "doctor")
-    assert store.urgency_of(17) is None
+        store.queue.make_routine(17, "doctor")
+    assert store.queue.urgency_of(17) is None
 
 
 def test_the_mark_can_be_taken_back_and_what_waits_waits_in_its_turn(store: Store) -> None:
     routine, stat = take(store, scan_bytes()), take(store, with_priority("STAT", StudyInstanceUID="1.2.3"))
     revision = Worklist(store).revision()
-    assert store.make_routine(stat.study_id, "wang") == 1
-    assert store.make_routine(stat.study_id, "wang") is None
+    assert store.queue.make_routine(stat.study_id, "wang") == 1
+    assert store.queue.make_routine(stat.study_id, "wang") is None
     assert why(store, stat.study_id) is None
     assert [row.id for row in Worklist(store).page() if row.revision > revision] == [stat.study_id]
     rows = [json.loads(row["entry"]) for row in store.database.query("SELECT entry FROM audit ORDER BY seq")]
@@ -190,11 +190,11 @@ def test_the_mark_can_be_taken_back_and_what_waits_waits_in_its_turn(store: Stor
 
 def test_a_person_may_make_it_urgent_once_more(store: Store) -> None:
     routine, stat = take(store, scan_bytes()), take(store, with_priority("STAT", StudyInstanceUID="1.2.3"))
-    store.make_routine(stat.study_id, "wang")
-    assert store.make_urgent(stat.study_id, "li") == 1
+    store.queue.make_routine(stat.study_id, "wang")
+    assert store.queue.make_urgent(stat.study_id, "li") == 1
     assert order(store) == [stat.instance_id, routine.instance_id]
-    assert store.make_routine(stat.study_id, "cli", "cli") == 1  # what is taken and has no result yet counts, as at the way in
-    store.make_urgent(stat.study_id, "li")
+    assert store.queue.make_routine(stat.study_id, "cli", "cli") == 1  # what is taken and has no result yet counts, as at the way in
+    store.queue.make_urgent(stat.study_id, "li")
     told = why(store, stat.study_id)
     assert told
     assert (told.origin, told.actor) == ("person", "li")
@@ -206,9 +206,9 @@ def test_idle_series_of_urgent_studies_are_planned_alone(store: Store) -> None:
     stat = door.accept(with_priority("STAT"), ROOM).stored
     with store.database.transaction() as tx:
         tx.execute("UPDATE series SET last_received_at = last_received_at - 1000")
-    assert store.close_idle_series(urgent=True) == 1
+    assert store.planner.close_idle_series(urgent=True) == 1
     assert order(store) == [stat.instance_id]
-    assert store.close_idle_series() == 1
+    assert store.planner.close_idle_series() == 1
     assert order(store) == [routine.instance_id]
 
 

@@ -178,24 +178,24 @@ def test_disk_full_at_any_write_keeps_nothing_half_written(tmp_path: Path, room_
 def test_planning_one_job_per_image_and_model_however_often(store: Store) -> None:
     put_model(store)
     stored = [add(store, number) for number in range(3)]
-    assert store.close_series([stored[0].series_id]) == 3
-    assert store.close_series([stored[0].series_id]) == 0
-    assert store.pending_jobs() == 3
+    assert store.planner.close_series([stored[0].series_id]) == 3
+    assert store.planner.close_series([stored[0].series_id]) == 0
+    assert store.queue.pending_jobs() == 3
 
 
 def test_a_late_image_of_a_closed_series_is_planned_too(store: Store) -> None:
     put_model(store)
-    store.close_series([add(store, 1).series_id])
-    assert store.close_series([add(store, 2).series_id]) == 1
+    store.planner.close_series([add(store, 1).series_id])
+    assert store.planner.close_series([add(store, 2).series_id]) == 1
 
 
 def test_idle_series_are_planned_without_anybody_saying_so(settings: Settings) -> None:
     store = Store(settings.model_copy(update={"series_idle_s": 0.05}))
     add(store)
-    assert store.close_idle_series() == 0
+    assert store.planner.close_idle_series() == 0
     time.sleep(0.1)
-    assert store.close_idle_series() == 1
-    assert store.close_idle_series() == 0
+    assert store.planner.close_idle_series() == 1
+    assert store.planner.close_idle_series() == 0
 
 
 def test_a_series_from_the_future_is_not_kept_waiting(store: Store) -> None:
@@ -203,12 +203,12 @@ def test_a_series_from_the_future_is_not_kept_waiting(store: Store) -> None:
     add(store)
     with store.database.transaction() as tx:
         tx.execute("UPDATE series SET last_received_at = ?", (time.time() + 1e6,))
-    assert store.close_idle_series() == 1
+    assert store.planner.close_idle_series() == 1
 
 
 def claimed(store: Store, owner: str = "w", lease_s: float = 60.0) -> Job:
     """Claim a job that must be there."""
-    job = store.claim_job(owner, lease_s)
+    job = store.queue.claim_job(owner, lease_s)
     assert job is not None
     return job
 
@@ -216,16 +216,16 @@ def claimed(store: Store, owner: str = "w", lease_s: float = 60.0) -> Job:
 def test_job_from_claim_to_finding(store: Store) -> None:
     put_model(store)
     stored = add(store)
-    store.close_series([stored.series_id])
+    store.planner.close_series([stored.series_id])
     worklist = Worklist(store)
     assert worklist.page()[0].position == 1
     job = claimed(store)
     assert worklist.page()[0].state is ScanState.RUNNING
-    assert store.claim_job("w", 60) is None
-    assert store.finish_job(
+    assert store.queue.claim_job("w", 60) is None
+    assert store.queue.finish_job(
         job, JobResult(ScanState.AI_READY, None, (FINDING,), (Note("caution.age_unknown"),), {"infer": 1.0}, {"name": "x"})
     )
-    store.record_store_time(job, {"infer": 1.0, "store": 2.0})
+    store.queue.record_store_time(job, {"infer": 1.0, "store": 2.0})
     view = worklist.study(stored.study_id)
     assert view.row.state is ScanState.AI_READY
     assert view.row.positive == (("肺炎", "Pneumonia", 0.9),)
@@ -234,40 +234,40 @@ def test_job_from_claim_to_finding(store: Store) -> None:
     assert worklist.heatmap(finding.id) == b"png"
     assert view.instances[0].jobs[0].timing_ms["store"] == 2.0
     assert view.instances[0].jobs[0].notes == (Note("caution.age_unknown"),)
-    assert not store.finish_job(job, JobResult(ScanState.AI_READY, None, (FINDING,)))
+    assert not store.queue.finish_job(job, JobResult(ScanState.AI_READY, None, (FINDING,)))
 
 
 def test_nothing_is_kept_of_a_job_whose_lease_was_lost(store: Store) -> None:
     put_model(store)
-    store.close_series([add(store).series_id])
+    store.planner.close_series([add(store).series_id])
     slow = claimed(store, "slow", -1.0)
     quick = claimed(store, "quick")
     assert quick.id == slow.id
-    assert not store.finish_job(slow, JobResult(ScanState.AI_READY, None, (FINDING,)))
-    store.fail_job(slow, Note("job.error"))
-    assert store.finish_job(quick, JobResult(ScanState.AI_READY, None, (FINDING,)))
+    assert not store.queue.finish_job(slow, JobResult(ScanState.AI_READY, None, (FINDING,)))
+    store.queue.fail_job(slow, Note("job.error"))
+    assert store.queue.finish_job(quick, JobResult(ScanState.AI_READY, None, (FINDING,)))
     assert len(Worklist(store).instance(1).findings) == 1
 
 
 def test_a_job_that_keeps_failing_is_poisoned_and_the_next_goes_on(store: Store) -> None:
     put_model(store)
-    store.close_series([add(store, 1).series_id])
-    store.close_series([add(store, 2).series_id])
+    store.planner.close_series([add(store, 1).series_id])
+    store.planner.close_series([add(store, 2).series_id])
     seen = []
     for _ in range(6):
-        job = store.claim_job("w", 60)
+        job = store.queue.claim_job("w", 60)
         if job is None:
             break
         seen.append(job.instance_id)
         if job.instance_id == 1:
-            store.fail_job(job, Note("job.error", "ValueError"))
+            store.queue.fail_job(job, Note("job.error", "ValueError"))
         else:
-            store.finish_job(job, JobResult(ScanState.AI_READY, None, (FINDING,)))
+            store.queue.finish_job(job, JobResult(ScanState.AI_READY, None, (FINDING,)))
     assert seen == [1, 1, 1, 2]
     view = Worklist(store).instance(1)
     assert (view.state, view.reason, view.status) == (ScanState.FAILED, Note("job.error", "ValueError"), "failed")
-    assert store.retry(1, "demo")
-    assert not store.retry(2, "demo")
+    assert store.queue.retry(1, "demo")
+    assert not store.queue.retry(2, "demo")
     assert Worklist(store).instance(1).state is ScanState.QUEUED
     assert claimed(store).attempts == 1
 
@@ -276,11 +276,11 @@ def test_recovery_tells_a_deadline_from_a_crash(settings: Settings) -> None:
     store = Store(settings.model_copy(update={"job_deadline_s": 0.05, "job_max_attempts": 1}))
     put_model(store)
     for number, wait_s in ((1, 0.0), (2, 0.1)):
-        store.close_series([add(store, number).series_id])
+        store.planner.close_series([add(store, number).series_id])
         claimed(store)
         time.sleep(wait_s)
-        assert store.recover_jobs() == 1
-    assert store.recover_jobs() == 0
+        assert store.queue.recover_jobs() == 1
+    assert store.queue.recover_jobs() == 0
     reasons = [view.reason.code for view in Worklist(store).study(1).instances if view.reason]
     assert reasons == ["job.crashed", "job.deadline"]
 
@@ -365,11 +365,11 @@ def test_sweeping_leaves_what_another_process_is_writing(store: Store, settings:
 
 def test_a_model_that_comes_later_reads_what_waited_for_one(store: Store) -> None:
     stored = add(store)
-    store.close_series([stored.series_id])
-    store.finish_job(claimed(store), JobResult(ScanState.NOT_ANALYSED, Note("scope.no_model")))
+    store.planner.close_series([stored.series_id])
+    store.queue.finish_job(claimed(store), JobResult(ScanState.NOT_ANALYSED, Note("scope.no_model")))
     put_model(store)
     assert Worklist(store).instance(stored.instance_id).state is ScanState.WAITING
-    store.close_series([stored.series_id])
+    store.planner.close_series([stored.series_id])
     assert claimed(store).model_digest == "d" * 64
 
 
@@ -442,38 +442,38 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(again=st.booleans())
     def arrive(self, again: bool) -> None:
         self.images += 0 if again and self.images else 1
-        self.store.close_series([add(self.store, self.images).series_id])
+        self.store.planner.close_series([add(self.store, self.images).series_id])
 
     @rule(target=jobs)
     def claim(self) -> Any:
-        return self.store.claim_job("w", 60)
+        return self.store.queue.claim_job("w", 60)
 
     @rule(target=jobs)
     def claim_with_a_lease_that_is_over(self) -> Any:
-        return self.store.claim_job("w", -1)
+        return self.store.queue.claim_job("w", -1)
 
     @rule(job=jobs)
     def finish(self, job: Job | None) -> None:
         if job:
-            self.store.finish_job(job, JobResult(ScanState.AI_READY, None, (FINDING,)))
+            self.store.queue.finish_job(job, JobResult(ScanState.AI_READY, None, (FINDING,)))
 
     @rule(job=consumes(jobs))
     def fail(self, job: Job | None) -> None:
         if job:
-            self.store.fail_job(job, Note("job.error"))
+            self.store.queue.fail_job(job, Note("job.error"))
 
     @rule()
     def restart(self) -> None:
-        self.store.recover_jobs()
+        self.store.queue.recover_jobs()
 
     @invariant()
     def never_two_findings(self) -> None:
         assert not self.store.database.query("SELECT 1 FROM findings GROUP BY instance_id, model_digest HAVING count(*) > 1")
 
     def teardown(self) -> None:
-        self.store.recover_jobs()
-        while job := self.store.claim_job("last", 60):
-            assert self.store.finish_job(job, JobResult(ScanState.AI_READY, None, (FINDING,)))
+        self.store.queue.recover_jobs()
+        while job := self.store.queue.claim_job("last", 60):
+            assert self.store.queue.finish_job(job, JobResult(ScanState.AI_READY, None, (FINDING,)))
         rows = self.store.database.query("SELECT count(*) AS n FROM findings")
         assert rows[0]["n"] == self.images
         self.store.database.verify_audit()
@@ -490,6 +490,6 @@ def test_a_store_that_nobody_holds_leaves_no_file_open(settings: Settings) -> No
         return sum(file.path.startswith(str(settings.data_dir)) for file in psutil.Process().open_files())
 
     for _ in range(5):
-        assert Store(settings).pending_jobs() == 0
+        assert Store(settings).queue.pending_jobs() == 0
     gc.collect()
     assert open_files() == 0

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from appliance.core.domain import utc_now
 from appliance.store.database import Database
 from appliance.store.store import Store
-from appliance.store.tuning_requests import Tuning, Tunings
+from appliance.store.tuning_requests import TuningRequest, TuningRequests
 
 DIGEST = "0" * 64
-KNOWN = Tuning(DIGEST, "cxr", "asked", "doctor", utc_now(), utc_now())
+KNOWN = TuningRequest(DIGEST, "cxr", "asked", "doctor", utc_now(), utc_now())
 
 
 def note(database: Database, text: str) -> None:
@@ -48,7 +48,7 @@ UNREADABLE = {
 @pytest.mark.parametrize("text", UNREADABLE.values(), ids=UNREADABLE)
 def test_what_cannot_be_read_counts_as_none_and_is_said(store: Store, text: str) -> None:
     note(store.database, text)
-    tunings = Tunings(store.database)
+    tunings = TuningRequests(store.database)
     assert tunings.next() is None
     read = tunings.of(DIGEST)
     assert read is not None
@@ -60,7 +60,7 @@ def test_what_cannot_be_read_counts_as_none_and_is_said(store: Store, text: str)
 
 def test_a_field_of_a_newer_appliance_is_left_out(store: Store) -> None:
     note(store.database, changed(eta_s=3))
-    assert Tunings(store.database).of(DIGEST) == KNOWN
+    assert TuningRequests(store.database).of(DIGEST) == KNOWN
 
 
 JSON: st.SearchStrategy[Any] = st.recursive(
@@ -73,6 +73,6 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = dict.fromkeys(json.loads(KNOWN.to_js
 
 @given(st.text() | JSON.map(json.dumps) | st.fixed_dictionaries({}, optional=FIELDS).map(lambda fields: changed(**fields)))
 def test_reading_never_raises(text: str) -> None:
-    read = Tuning.from_json(DIGEST, text)
+    read = TuningRequest.from_json(DIGEST, text)
     assert (read.digest, read.state in ("asked", "measuring", "done", "failed")) == (DIGEST, True)
-    assert Tuning.from_json(DIGEST, read.to_json()).state == read.state
+    assert TuningRequest.from_json(DIGEST, read.to_json()).state == read.state

@@ -1,0 +1,139 @@
+"""Run one job: load what it needs, infer, and commit its result; whatever goes wrong ends this job alone."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from appliance.core.domain import Job, JobKind, JobResult, Note, ScanState
+from appliance.core.errors import ApplianceError, PixelError, StoreError
+from appliance.imaging.pixels import iter_frames
+from appliance.inference.image_job import PreparedImage, Timer, build_result, prepare_image, read_image
+from appliance.inference.model_pool import ModelPool
+from appliance.inference.volume_job import analyse_volume
+from appliance.store.store import Store
+
+logger = logging.getLogger(__name__)
+
+_LEASE_MARGIN_S: Final = 30.0
+_CHECK_SHARE: Final = 0.3
+
+T = TypeVar("T")
+
+
+class InterruptedJobError(Exception):
+    """The job must not go on now, through no fault of its own: it returns to the queue."""
+
+
+class JobRunner:
+    """Runs jobs that are leased to this worker.
+
+    Args:
+        store: the box's store.
+        models: the models.
+        set_deadline: kills the process after so many seconds; 0 cancels that.
+    """
+
+    def __init__(self, store: Store, models: ModelPool, set_deadline: Callable[[float], object]) -> None:
+        self._store, self._models, self._set_deadline = store, models, set_deadline
+
+    def start_deadline(self) -> None:
+        """Give the current step of a job the whole deadline of a job."""
+        self._set_deadline(self._store.settings.job_deadline_s)
+
+    def lease_s(self, images: int = 1) -> float:
+        """The lease for a batch: before, in and after the model each image has the whole deadline, as it has alone."""
+        return (3 * images - 2) * self._store.settings.job_deadline_s + _LEASE_MARGIN_S
+
+    def run(self, job: Job, on_step: Callable[[], object]) -> None:
+        """Run one job from its image to the commit.
+
+        Args:
+            job: leased to this worker.
+            on_step: called after each step of a volume job, which takes minutes.
+
+        Raises:
+            InterruptedJobError: raised by ``on_step``.
+        """
+        self.guard(job, lambda: self._run(job, on_step))
+
+    def guard(self, job: Job, step: Callable[[], T]) -> T | None:
+        """Run one step of a job under its deadline.
+
+        Returns:
+            What the step returns; None when it failed, which has ended or re-queued the job.
+
+        Raises:
+            InterruptedJobError: the job must not go on now.
+            StoreError: the disk failed; the lease returns the job to the queue when it works again.
+        """
+        self.start_deadline()
+        try:
+            return step()
+        except InterruptedJobError:
+            raise
+        except MemoryError:
+            self._store.queue.fail_job(job, Note("job.memory"))
+        except StoreError as error:
+            if error.code not in ("store.missing", "store.tampered"):
+                raise
+            self._store.queue.finish_job(job, JobResult(ScanState.NOT_ANALYSED, Note(error.code, error.detail)))
+        except ApplianceError as error:
+            logger.warning("job failed", extra={"job": job.id, "code": error.code})
+            self._store.queue.fail_job(job, Note(error.code, error.detail))
+        except Exception as error:  # top of the worker loop: one bad scan never stops the queue
+            logger.exception("job failed", extra={"job": job.id})
+            self._store.queue.fail_job(job, Note("job.error", type(error).__name__))
+        finally:
+            self._set_deadline(0)
+        return None
+
+    def _run(self, job: Job, on_step: Callable[[], object]) -> None:
+        timer, started = Timer(), time.perf_counter()
+        result = self._check(job, timer) if job.kind is JobKind.CHECK else self._analyse(job, timer, on_step)
+        commit(self._store, job, result, timer, started)
+
+    def _check(self, job: Job, timer: Timer) -> JobResult:
+        """Decode the frames of an image that no model applies to, so that damaged pixels are found."""
+        state = ScanState.NOT_ANALYSED if job.scope_code == "scope.no_model" else ScanState.OUT_OF_SCOPE
+        try:
+            dataset = read_image(self._store, job, timer)
+            with timer.part("decode"):
+                end = time.perf_counter() + self._store.settings.job_deadline_s * _CHECK_SHARE
+                for _frame in iter_frames(dataset):
+                    if time.perf_counter() > end:  # a long cine: the frames so far are undamaged, and no model waits for the rest
+                        break
+        except PixelError as error:
+            return JobResult(ScanState.NOT_ANALYSED, Note(error.code, error.detail), timing_ms=timer.ms)
+        return JobResult(state, job.notes[0], timing_ms=timer.ms)
+
+    def _analyse(self, job: Job, timer: Timer, on_step: Callable[[], object]) -> JobResult:
+        model = self._models.get(job.model_digest)
+        if job.kind is JobKind.VOLUME:
+            return analyse_volume(self._store, model, job, timer, on_step)
+        image = prepare_image(self._store, job, model.manifest.image_input, timer)
+        if not isinstance(image, PreparedImage):
+            return image
+        with timer.part("infer"):
+            outputs, run = model.infer(image.prepared.tensor)
+        return build_result(model, image, outputs, run)
+
+
+def commit(store: Store, job: Job, result: JobResult, timer: Timer, started: float | None = None) -> None:
+    """Commit a job's result; changes nothing when the lease was lost meanwhile.
+
+    Args:
+        store: the box's store.
+        job: leased to this worker.
+        result: of the job.
+        timer: the duration of its parts.
+        started: ``time.perf_counter()`` at its start; None where other jobs ran in between, and only its own parts count.
+    """
+    with timer.part("store"):
+        is_committed = store.queue.finish_job(job, result)
+    if is_committed:
+        timer.ms["total"] = timer.total_ms() if started is None else (time.perf_counter() - started) * 1000
+        store.queue.record_store_time(job, timer.ms)
+        logger.info("job done", extra={"job": job.id, "state": result.state.value, "seconds": round(timer.ms["total"] / 1000, 3)})
