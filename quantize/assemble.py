@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from appliance.core.errors import InferenceError
-from appliance.tuning.candidate_process import Attempt
+from appliance.tuning.candidate_process import CandidateProcess
 from model_sync.bundle import (
     MANIFEST_NAME,
     Document,
@@ -195,7 +195,9 @@ def _try_cases(
         path = bundle.path(files[entry.name])
         for place in entry.passed:
             try:
-                with Attempt(path, ground.found.draft.input, place.candidate(path.name, entry.precision), deadline_s=LOAD_S) as attempt:
+                with CandidateProcess(
+                    path, ground.found.draft.input, place.candidate(path.name, entry.precision), deadline_s=LOAD_S
+                ) as attempt:
                     attempt.load()
                     worst = max(case.difference(attempt.infer) for case in prepared)
             except InferenceError as error:

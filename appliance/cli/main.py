@@ -85,8 +85,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str, *, data_dir: bool = True) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, *, data_dir: bool = True, aliases: Sequence[str] = ()
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
+        for alias in aliases:  # deprecated names: accepted, but not listed in the help
+            commands.choices[alias] = sub
         if data_dir:
             sub.add_argument("--data-dir", type=Path, required=True, help="the box's data directory")
         sub.set_defaults(run=run)
@@ -105,7 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     worker.add_argument("--until-idle", action="store_true", help="stop when nothing is left to do")
     command("receive", _receive, "Run the DICOM receiver alone.")
     model_commands.add_arguments(command("models", _models, "List the models of this box, put one to work, go back, or see what happened."))
-    model_commands.add_prove_arguments(command("prove", model_commands.prove, "Prove a model to the box (started by the box itself)."))
+    self_test = command("self-test", model_commands.run_self_test, "Self-test a model (started by the box itself).", aliases=("prove",))
+    model_commands.add_self_test_arguments(self_test)
     tune_commands.add_arguments(command("tune", _tune, "Measure how the models at work run best on this box, or show what was measured."))
     urgent = command("urgent", _urgent, "STAT: have what waits of a study read before everything else.")
     urgent.add_argument("study", help="the study's accession number, Study Instance UID or number on this box")

@@ -16,7 +16,6 @@ from appliance.imaging.pixels import decode_frame
 from appliance.imaging.postprocessing import ScoredLabel, classify
 from appliance.imaging.preprocessing import Prepared, quality, to_tensor
 from appliance.ingest.ingest import PARSE_ERRORS
-from appliance.lifecycle.trial_monitor import BEFORE_MODEL
 from appliance.store.store import Store
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ def prepare(store: Store, job: Job, spec: InputSpec, timer: Timer) -> Film | Job
     except PixelError as error:
         return JobResult(ScanState.NOT_ANALYSED, Note(error.code, error.detail), timing_ms=timer.ms)
     except MemoryError as error:
-        raise InferenceError("job.memory", BEFORE_MODEL) from error
+        raise InferenceError("job.memory_input") from error
     except PARSE_ERRORS as error:
         return JobResult(ScanState.NOT_ANALYSED, Note("pixel.undecodable", type(error).__name__), timing_ms=timer.ms)
     if verdict.code is not None:

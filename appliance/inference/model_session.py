@@ -12,8 +12,8 @@ from appliance.core.errors import InferenceError
 from appliance.core.settings import Settings
 from appliance.inference.remote_runtime import ELSEWHERE, Away
 from appliance.lifecycle import model_files
-from appliance.runtime import Candidate, Runtime, open_runtime, plain_candidate
-from appliance.tuning.selection import Plan, plain_variant
+from appliance.runtime import Candidate, Runtime, baseline_candidate, open_runtime
+from appliance.tuning.selection import Plan, baseline_variant
 from model_sync.errors import BundleError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Loaded:
 
     def __init__(self, settings: Settings, digest: str, plan: Plan, distrust: Note | None = None, *, wait_s: float | None = None) -> None:
         self._settings, self._wait_s = settings, wait_s
-        self._bundle: ModelBundle = model_files.own_copy(settings.data_dir, digest)
+        self._bundle: ModelBundle = model_files.load_copy(settings.data_dir, digest)
         self.manifest: Manifest = self._bundle.manifest
         self.digest = digest
         self.plan = plan
@@ -63,7 +63,7 @@ class Loaded:
         self.away: Away | None = None
         self._other_device = plan.candidate is not None and plan.profile != device_profile.profile()
         by_hand = plan.precision if plan.candidate is None or plan.reason.code == "choice.by_hand" else None
-        self._plain = plain_candidate(_variant(self._bundle, by_hand), settings.worker_threads)
+        self._plain = baseline_candidate(_variant(self._bundle, by_hand), settings.worker_threads)
         self._chosen, self._why = self._as_chosen()
         self.candidate, self.reason = self._chosen, self._why
         self.runtime: Runtime = self._run(distrust)
@@ -119,23 +119,23 @@ class Loaded:
             away.fall(error)
         except InferenceError as barred:
             if not away.reaching:
-                raise (error if self.plan.plain_barred is not None else barred) from error
+                raise (error if self.plan.baseline_refusal is not None else barred) from error
             away.reached(None)  # nobody else can read
 
     def _open_plain(self, error: InferenceError) -> Runtime:
-        if self.plan.plain_barred is not None:
+        if self.plan.baseline_refusal is not None:
             raise error
         return self._local()
 
     def _local(self) -> Runtime:
         """The plain way; raises InferenceError where it is known to be wrong, or is found to be now."""
-        if self.plan.plain_barred is not None:
-            raise InferenceError(self.plan.plain_barred.code, self.plan.plain_barred.detail)
+        if self.plan.baseline_refusal is not None:
+            raise InferenceError(self.plan.baseline_refusal.code, self.plan.baseline_refusal.detail)
         return self._open(self._plain)
 
     def _open(self, candidate: Candidate) -> Runtime:
         try:
-            path, cache = self._bundle.path(candidate.file), model_files.engines(self._settings.data_dir)
+            path, cache = self._bundle.path(candidate.file), model_files.engine_dir(self._settings.data_dir)
             runtime = open_runtime(path, self.manifest.input, candidate, cache=cache)
             try:
                 if self._other_device or candidate.runtime in ELSEWHERE:
@@ -201,7 +201,7 @@ class Loaded:
 
 def _variant(bundle: ModelBundle, precision: str | None) -> Variant:
     try:
-        return plain_variant(bundle, precision)
+        return baseline_variant(bundle, precision)
     except BundleError as error:
         raise InferenceError("job.error", error.message) from error
 

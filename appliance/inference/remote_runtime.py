@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from appliance.core.errors import InferenceError
-from appliance.runtime.batch_split import in_pieces
+from appliance.runtime.batch_split import run_in_pieces
 
 if TYPE_CHECKING:
     import numpy as np
@@ -234,4 +234,4 @@ def _answer(asked: queue.SimpleQueue[_Question | None]) -> None:
 def _one_by_one(runtime: Runtime, inputs: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
     """The plain way reads one image at a time, however many the other took together."""
     ((name, value),) = inputs.items()
-    return in_pieces(value, 1, True, lambda piece: runtime.infer({name: piece}))
+    return run_in_pieces(value, 1, True, lambda piece: runtime.infer({name: piece}))

@@ -22,7 +22,6 @@ from appliance.imaging.volumes.limits import check_room, cut_off
 from appliance.imaging.volumes.segmentation import Segmentation, segment
 from appliance.imaging.volumes.volume import PreparedVolume, Series, prepare, read_series
 from appliance.ingest.ingest import PARSE_ERRORS
-from appliance.lifecycle.trial_monitor import BEFORE_MODEL
 from appliance.store.store import Store
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def read_volume(store: Store, model: Loaded, job: Job, timer: Timer, alive: Call
         state = _STATES.get(error.code.split(".")[0], ScanState.NOT_ANALYSED)
         return JobResult(state, Note(error.code, error.detail), timing_ms=timer.ms)
     except MemoryError as error:
-        raise InferenceError("job.memory", BEFORE_MODEL) from error
+        raise InferenceError("job.memory_input") from error
     except PARSE_ERRORS as error:
         return JobResult(ScanState.NOT_ANALYSED, Note("pixel.undecodable", type(error).__name__), timing_ms=timer.ms)
     series, prepared, sop_uids = read

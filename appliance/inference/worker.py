@@ -8,7 +8,6 @@ process whatever holds the interpreter, the supervisor starts a new one, and the
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -22,6 +21,7 @@ from typing import Final, TypeVar
 from appliance.core.domain import Job, JobKind, JobResult, Note, ScanState
 from appliance.core.errors import ActivationError, ApplianceError, InferenceError, PixelError, StoreError
 from appliance.core.process import Lock, give_back_memory
+from appliance.core.self_test_report import SelfTestReport
 from appliance.core.settings import Settings
 from appliance.core.wakeup import Bell
 from appliance.imaging.pixels import iter_frames
@@ -85,7 +85,7 @@ class Worker:
         self._said: dict[str, Note | None] = {}
         self._beside = Beside()
         self.activator = Activator(store, self._load, self._take, load_now=self._load_now)
-        self._comeback = Comeback(self.activator.retuner.want)
+        self._comeback = Comeback(self.activator.retuner.request)
 
     def distrust(self, digests: list[str]) -> None:
         """The worker before this one fell while it loaded these: this one loads them the plain way, and has them measured again."""
@@ -145,7 +145,7 @@ class Worker:
 
     def _plan(self, digest: str) -> Plan:
         row = self._store.model(digest)
-        return Plan.of(row["precision"], json.loads(row["self_test"]))
+        return Plan.of(row["precision"], SelfTestReport.from_json(row["self_test"]))
 
     def _runs_elsewhere(self, digest: str) -> bool:
         """Whether loading it may have to wait for another machine."""
@@ -190,7 +190,7 @@ class Worker:
     def _cannot(self, digest: str, error: ApplianceError) -> None:
         """Nothing runs a model: say so, and measure, for perhaps there is another way."""
         self.activator.retuner.tunings.cannot_run(digest, Note(error.code, error.detail))
-        self.activator.retuner.want(digest)
+        self.activator.retuner.request(digest)
 
     def _load(self, digest: str, plan: Plan) -> Loaded:
         """A model beside the one that reads, in a thread of the activator's."""
@@ -221,7 +221,7 @@ class Worker:
         else:
             self.activator.retuner.tunings.fell_back(loaded.digest, loaded.fallback, loaded.describe())
             if loaded.away is None:
-                self.activator.retuner.want(loaded.digest)
+                self.activator.retuner.request(loaded.digest)
 
     def _say_changes(self) -> None:
         """What ran elsewhere does not answer any more, or answers again: that can come with every inference."""
@@ -269,7 +269,7 @@ class Worker:
         """
         series = under_way.kind is JobKind.VOLUME
         for overtaken in count():
-            self.activator.look()
+            self.activator.check_withdrawals()
             stop = self._stopping()
             if under_way.model_digest in self.activator.held or (not series and (stop or overtaken == _MOST_FIRST)):
                 raise _MakeWayError
@@ -375,13 +375,13 @@ def run(settings: Settings, *, until_idle: bool = False) -> None:
     worker = Worker(store, stopping=stop)
     try:
         store.content.sweep()
-        at_work = worker.activator.journal.at_work()
+        at_work = worker.activator.journal.running_digests()
         store.recover_jobs()
         worker.distrust(worker.activator.recover(at_work))
         worker.prepare()
-        worker.activator.ready()
+        worker.activator.confirm_loaded()
         if not until_idle:
-            worker.activator.retuner.look()
+            worker.activator.retuner.request_outdated()
         logger.info("worker ready")
         planned = 0.0
         while not stop():
@@ -393,7 +393,7 @@ def run(settings: Settings, *, until_idle: bool = False) -> None:
                 continue
             if store.close_idle_series() or (until_idle and _close_all(store)):
                 continue
-            busy = worker.activator.busy or worker.loading
+            busy = worker.activator.is_busy or worker.loading
             if until_idle and not busy:
                 break
             worker.prepare()
