@@ -151,13 +151,14 @@ def _order(item: Mapping[str, Any]) -> tuple[int, float]:
 
 def _cells(item: Mapping[str, Any], language: Language) -> tuple[str, ...]:
     candidate = item["candidate"]
-    has_file = bool(candidate["file"])
+    is_run = bool(candidate["file"])
     code, detail = item["code"], item["detail"]
     verdict = (reasons.text(code, language) if code in reasons.REASONS else code) + (f" ({detail})" if detail else "")
     layers = ", ".join(f"{name} {count}" for name, count in sorted(item["layers"].items(), key=lambda pair: -pair[1]))
     return (
-        _MARK if item["state"] == CandidateState.CHOSEN else "", candidate["runtime"], candidate["provider"] or "-", candidate["precision"] or "-",
-        str(candidate["threads"] or ("全部" if language == "zh" else "all")) if has_file else "-", str(candidate["batch"]) if has_file else "-",
+        _MARK if item["state"] == CandidateState.CHOSEN else "",
+        candidate["runtime"], candidate["provider"] or "-", candidate["precision"] or "-",
+        str(candidate["threads"] or ("全部" if language == "zh" else "all")) if is_run else "-", str(candidate["batch"]) if is_run else "-",
         _number(item["median_ms"], ".2f"), _number(item["per_image_ms"], ".2f"), _number(item["max_difference"], ".2g"),
         layers or "-", verdict,
     )  # fmt: skip

@@ -103,7 +103,7 @@ class Runtime(Protocol):
 
         The keys are ``runtime``, ``version``, ``provider``, ``precision`` (of the variant), ``threads``, ``batch``, and if the runtime
         reports it: ``layers`` (precision -> number of layers) and ``ran``, the precisions of the layers with weights as the manifest
-        names them, the most frequent first: "fp32" for an fp16 file on a CPU, "int8 + fp32" if some ran in float; empty if none has weights.
+        names them, the most frequent first: "fp32" for an fp16 file on a CPU, "int8 + fp32" if some ran in float; empty without weights.
         """
         ...
 

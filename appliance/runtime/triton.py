@@ -275,7 +275,7 @@ class _Model:
             raise InferenceError("job.error", f"the model reads {self.batch} image at once, not {batch}")
 
     def config(self) -> str:
-        """Return the complete configuration, so that the server guesses nothing: ONNX Runtime as backend, inputs and outputs of the file."""
+        """Return the complete configuration (backend ONNX Runtime, inputs, outputs), so that the server guesses nothing."""
         drop = 1 if self.dynamic else 0  # with max_batch_size the dimensions do not include the batch
 
         def tensors(items: list[tuple[str, str, list[int]]]) -> list[dict[str, Any]]:

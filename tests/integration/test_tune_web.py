@@ -33,7 +33,8 @@ def measured(**changes: Any) -> dict[str, Any]:
     """A stored self-test with a table of every kind of line."""
     rows = select(
         [
-            CandidateResult(Candidate("onnxruntime", "fp32.onnx", "fp32"), "right", "", median_ms=13.5, max_difference=5e-6, layers={"f32": 27}),
+            CandidateResult(Candidate("onnxruntime", "fp32.onnx", "fp32"), "right", "", median_ms=13.5, max_difference=5e-6,
+                layers={"f32": 27}),
             CandidateResult(Candidate("openvino", "int8.onnx", "int8", "CPU", 2), "right", "", median_ms=3.1, max_difference=0.004,
                 layers={"u8": 20, "f32": 6}),
             CandidateResult(Candidate("openvino", "int8.onnx", "int8", "CPU", 2, 4), "right", "", median_ms=3.15, per_image_ms=2.2),

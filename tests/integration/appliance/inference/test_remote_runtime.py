@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -652,7 +653,7 @@ def test_what_is_wrong_on_this_device_is_fallen_back_from(tmp_path: Path, store:
 
 def test_on_another_device_the_plain_way_is_held_against_the_golden_cases_too(tmp_path: Path, store: Store) -> None:
     made = activate(store, tiny_bundle(tmp_path / "bundles", "1.0.0"), "test")
-    report = json.loads(store.model(made)["self_test"])
+    report = SelfTestReport.from_json(store.model(made)["self_test"])
     lying = Loaded._check
 
     def off(self: Loaded, runtime: Any, precision: str) -> None:
@@ -661,7 +662,7 @@ def test_on_another_device_the_plain_way_is_held_against_the_golden_cases_too(tm
     Loaded._check = off  # type: ignore[method-assign]
     try:
         with pytest.raises(InferenceError, match=r"tune\.wrong"):
-            Loaded(store.settings, made, Plan.of(None, report | {"profile": "another device"}))
+            Loaded(store.settings, made, Plan.of(None, replace(report, profile="another device")))
         Loaded(store.settings, made, Plan.of(None, report)).runtime.close()  # measured here: not asked again
     finally:
         Loaded._check = lying  # type: ignore[method-assign]

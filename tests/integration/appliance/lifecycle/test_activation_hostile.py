@@ -163,7 +163,10 @@ def test_a_group_without_a_number_here_keeps_no_report_from_being_written(clinic
     if subprocess.run([*apart, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no user namespaces here")
     os.chown(clinic.exchange, 0, 65533)
-    code = "import sys, pathlib; from appliance.lifecycle.exchange import _write_file; _write_file(pathlib.Path(sys.argv[1]), 'box-report.json', b'{}')"
+    code = (
+        "import sys, pathlib; from appliance.lifecycle.exchange import _write_file;"
+        " _write_file(pathlib.Path(sys.argv[1]), 'box-report.json', b'{}')"
+    )
     done = subprocess.run([*apart, sys.executable, "-c", code, str(clinic.exchange)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (clinic.exchange / "box-report.json").read_text() == "{}"

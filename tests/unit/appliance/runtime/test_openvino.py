@@ -16,7 +16,7 @@ import pytest
 
 from appliance.core.errors import InferenceError
 from appliance.lifecycle import model_files
-from appliance.lifecycle.self_test_child import BuildRequest, _sweep_engines
+from appliance.lifecycle.self_test_child import SelfTestRequest, _sweep_engines
 from appliance.runtime import Candidate, open_runtime, openvino_cache
 from appliance.runtime.engine_cache import pack, sweep, unpack
 from appliance.runtime.openvino import OpenVinoRuntime, import_openvino
@@ -216,7 +216,7 @@ def test_a_proof_sweeps_what_was_built_for_models_that_are_gone(tmp_path: Path) 
     for digest in (kept, "0" * 64):
         for suffix in ("engine", "compiled"):
             (cache / f"{digest[:16]}-{'1' * 16}.{suffix}").write_bytes(b"x")
-    _sweep_engines(BuildRequest(tmp_path, source.directory, source.digest, None, 1, 1 << 30, ["f" * 64], 1))
+    _sweep_engines(SelfTestRequest(tmp_path, source.directory, source.digest, None, 1, 1 << 30, ["f" * 64], 1))
     assert {path.name[:16] for path in cache.iterdir()} == {kept[:16]}
 
 

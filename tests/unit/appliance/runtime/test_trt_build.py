@@ -213,10 +213,10 @@ def test_disk_that_is_full(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_noise_on_the_builders_pipe_is_no_message() -> None:
-    ear = trt_build._Ear(None)
+    ear = trt_build._BuilderMessages(None)
     for line in (b"", b"malloc(): corrupted", b"[1, 2]", b"3", b"null", b'{"other": 1}', b"\xff\xfe", b'{"failed": {"code": "nonsense"}}'):
-        ear.line(line)
-    assert (ear.notes, ear.last_words) == (None, "")
+        ear.handle(line)
+    assert (ear.notes, ear.last_message) == (None, "")
 
 
 def test_builder_dies_with_its_parent(yard: Yard) -> None:

@@ -103,8 +103,8 @@ def test_only_later_versions_have_a_progress_monitor() -> None:
     assert seam_of("8.6.0").monitor(print) is None
     assert seam_of("10.3.0").monitor(print) is not None
     assert seam_of("11.4.0.106").has_progress
-    assert seam_of("8.6.0").words == "TensorRT 8.6.0, precision by builder flags, no progress monitor"
-    assert seam_of("11.4.0.106").words == "TensorRT 11.4.0.106, strongly typed, progress monitor"
+    assert seam_of("8.6.0").title == "TensorRT 8.6.0, precision by builder flags, no progress monitor"
+    assert seam_of("11.4.0.106").title == "TensorRT 11.4.0.106, strongly typed, progress monitor"
 
 
 def test_progress_of_nested_phases() -> None:
