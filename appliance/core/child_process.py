@@ -26,7 +26,7 @@ ENVIRONMENT: Final = {
 _CONTROL: Final = dict.fromkeys([*range(32), *range(127, 160)], " ")
 
 
-def plain(text: object, limit: int) -> str:
+def printable_text(text: object, limit: int) -> str:
     """A text of another process as it may be kept and shown: whole characters, none that controls anything, no more than ``limit``."""
     return str(text)[:limit].encode("utf-8", "replace").decode().translate(_CONTROL)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from appliance.core.child_process import Child, plain
+from appliance.core.child_process import Child, printable_text
 from appliance.core.errors import ActivationError
 from appliance.core.self_test_report import SelfTestReport
 from appliance.core.states import ActivationState
@@ -78,7 +78,7 @@ class SelfTestProcess(Child):
         while self._unhandled:
             message = self._unhandled[0]
             if "failed" in message:
-                raise ActivationError(message["failed"]["code"], plain(message["failed"]["detail"], _DETAIL_CHARS))
+                raise ActivationError(message["failed"]["code"], printable_text(message["failed"]["detail"], _DETAIL_CHARS))
             if "result" in message:
                 return SelfTestReport.from_json(message["result"])
             on_progress(ActivationState(message["state"]), float(message["progress"]))

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, TypeAlias
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, StringConstraints, TypeAdapter, ValidationError
 
 from appliance import reasons
-from appliance.core.child_process import plain
+from appliance.core.child_process import printable_text
 from appliance.core.domain import Note
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
@@ -21,7 +21,7 @@ _SEMVER: Final = rf"^{_NUMBER}\.{_NUMBER}\.{_NUMBER}(-{_PRE}(\.{_PRE})*)?(\+{_BU
 Version: TypeAlias = Annotated[str, StringConstraints(pattern=_SEMVER, max_length=64)]
 Digest: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 LineName: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
-Text: TypeAlias = Annotated[str, BeforeValidator(lambda value: plain(value, _LONGEST_TEXT))]
+Text: TypeAlias = Annotated[str, BeforeValidator(lambda value: printable_text(value, _LONGEST_TEXT))]
 _LINE_NAME: Final[TypeAdapter[str]] = TypeAdapter(LineName)
 
 
@@ -83,13 +83,13 @@ class TrustFacts(BaseModel):
         lines, troubles = (_mapping(value.pop(name, {})) for name in ("lines", "troubles"))
         facts = cls.model_validate(value)
         for name, item in troubles.items():
-            facts.troubles[plain(name, _LONGEST_TEXT)] = _trouble(item)
+            facts.troubles[printable_text(name, _LONGEST_TEXT)] = _trouble(item)
         for name, item in lines.items():
             try:
                 facts.lines[_LINE_NAME.validate_python(name)] = LineFacts.model_validate(item)
             except ValidationError as error:
                 fields = "; ".join(".".join(map(str, problem["loc"])) for problem in error.errors(include_url=False)[:3])
-                facts.troubles[plain(name, _LONGEST_TEXT)] = TrustTrouble(code="trust.document", message=f"does not fit: {fields}")
+                facts.troubles[printable_text(name, _LONGEST_TEXT)] = TrustTrouble(code="trust.document", message=f"does not fit: {fields}")
         return facts
 
     def find_refusal(self, name: str, version: str, digest: str) -> Note | None:

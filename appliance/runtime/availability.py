@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from appliance.core.child_process import ENVIRONMENT, plain
+from appliance.core.child_process import ENVIRONMENT, printable_text
 from appliance.core.errors import InferenceError
 from appliance.core.process import die_with_parent
 from appliance.runtime import CPU, RUNTIMES, RuntimeName
@@ -91,8 +91,10 @@ def _parse_answer(runtime: RuntimeName, output: bytes, exit_code: int) -> Availa
     """Parse the last line of the output; libraries may print lines before it."""
     try:
         answer = json.loads(output.strip().rsplit(b"\n", 1)[-1])
-        providers = tuple(plain(provider, _REASON_CHARS) for provider in answer["providers"])
-        return Availability(runtime, plain(answer["version"], _REASON_CHARS), providers, plain(answer["why"], _REASON_CHARS))
+        providers = tuple(printable_text(provider, _REASON_CHARS) for provider in answer["providers"])
+        return Availability(
+            runtime, printable_text(answer["version"], _REASON_CHARS), providers, printable_text(answer["why"], _REASON_CHARS)
+        )
     except (ValueError, KeyError, TypeError, RecursionError):
         return Availability(runtime, "", (), f"crashes when it is imported (exit code {exit_code})")
 

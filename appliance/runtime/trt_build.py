@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from appliance.core.child_process import Child, plain
+from appliance.core.child_process import Child, printable_text
 from appliance.core.errors import ApplianceError, InferenceError
 from appliance.core.process import die_with_parent, limit_memory
 from appliance.runtime import engine_cache
@@ -184,11 +184,11 @@ class _BuilderMessages:
             if self._on_progress is not None:
                 self._on_progress(min(1.0, float(message["progress"])))
         elif isinstance(failed := message.get("failed"), dict) and failed.get("code") in _CODES:
-            raise InferenceError(failed["code"], plain(failed.get("detail", ""), 500))
+            raise InferenceError(failed["code"], printable_text(failed.get("detail", ""), 500))
         elif isinstance(message.get("built"), dict):
             self.notes = message["built"]
         elif "said" in message:
-            self.last_message = plain(message["said"], 300)
+            self.last_message = printable_text(message["said"], 300)
 
 
 def _parse(line: bytes) -> dict[str, Any]:

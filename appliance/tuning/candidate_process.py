@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from appliance.core.child_process import ENVIRONMENT, plain
+from appliance.core.child_process import ENVIRONMENT, printable_text
 from appliance.core.errors import InferenceError
 from appliance.reasons import REASONS
 from appliance.runtime import Candidate, OnProgress, TensorSpec
@@ -161,7 +161,7 @@ class CandidateProcess:
         code, detail = (error.get("code"), error.get("detail")) if isinstance(error, dict) else (None, None)
         if not isinstance(code, str) or code not in REASONS:
             return self._end("runtime.crashed", f"invalid response in {where}")
-        text = plain(detail or "", _DETAIL_CHARS)
+        text = printable_text(detail or "", _DETAIL_CHARS)
         if where == "load" or code == "runtime.memory":  # a partly loaded model is not used
             return self._end(code, text)
         return InferenceError(code, text)
@@ -239,7 +239,7 @@ class CandidateProcess:
             return self._end("runtime.crashed", f"closed its pipe in {where}")
         self._read_printed()
         text = self._printed.decode("utf-8", "replace").strip()
-        last = plain(text.rsplit("\n", 1)[-1].strip(), _LAST_LINE_CHARS)
+        last = printable_text(text.rsplit("\n", 1)[-1].strip(), _LAST_LINE_CHARS)
         detail = f"{ending} in {where}" + (f": {last}" if last else "")
         if ending == "SIGKILL":  # sent by the kernel when memory runs out
             return self._end("runtime.memory", f"killed from outside, {detail}")

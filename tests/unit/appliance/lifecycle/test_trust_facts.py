@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appliance.core.child_process import Child, plain
+from appliance.core.child_process import Child, printable_text
 from appliance.lifecycle.journal import Journal
 from appliance.lifecycle.journal_queries import PERMANENT_FAILURES
 from appliance.lifecycle.library_follower import apply_facts
@@ -125,8 +125,8 @@ def test_a_child_that_says_much_is_heard_and_one_that_says_too_much_is_ended(tmp
 
 
 def test_text_of_another_process_is_whole_and_short() -> None:
-    assert plain("\ud800漏\n\x1b", 10) == "?漏  "
-    assert plain("x" * 10, 3) == "xxx"
+    assert printable_text("\ud800漏\n\x1b", 10) == "?漏  "
+    assert printable_text("x" * 10, 3) == "xxx"
     assert "trust.document" not in PERMANENT_FAILURES  # once its line is mended the version is taken
 
 

@@ -64,9 +64,9 @@ def old_yard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Yard:
 
 
 def test_builds_with_progress_of_the_monitor(yard: Yard) -> None:
-    on_progress: list[float] = []
-    notes = yard.build(on_progress=on_progress.append)
-    assert 0.5 in on_progress
+    parts: list[float] = []
+    notes = yard.build(on_progress=parts.append)
+    assert 0.5 in parts
     assert notes.pop("build_s") > 0
     assert notes == {"batch": 4, "dynamic": True, "workspace_bytes": 2 << 30, "progress": "monitor", "timings": "new"}
     made = yard.engine()
@@ -76,11 +76,11 @@ def test_builds_with_progress_of_the_monitor(yard: Yard) -> None:
 
 
 def test_on_86_progress_is_the_time_that_is_over_and_said_to_be(old_yard: Yard) -> None:
-    on_progress: list[float] = []
-    notes = old_yard.build(on_progress=on_progress.append, takes_s=0.8, deadline_s=40)
+    parts: list[float] = []
+    notes = old_yard.build(on_progress=parts.append, takes_s=0.8, deadline_s=40)
     assert notes["progress"] == "elapsed"
-    assert on_progress == sorted(on_progress)
-    assert 0 < on_progress[-1] < 0.99
+    assert parts == sorted(parts)
+    assert 0 < parts[-1] < 0.99
     made = old_yard.engine()
     assert (made["network"], made["flags"]) == (0b1, ["FP16"])
 
@@ -173,7 +173,7 @@ def test_out_of_gpu_memory_for_a_fixed_batch(yard: Yard) -> None:
 
 def test_second_try_may_fail_for_another_reason(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [InferenceError("runtime.memory", "too much"), InferenceError("runtime.build", "assertion")]
-    monkeypatch.setattr(trt_build, "_attempt", lambda *_, **__: (_ for _ in ()).throw(answers.pop(0)))
+    monkeypatch.setattr(trt_build, "_run_builder", lambda *_, **__: (_ for _ in ()).throw(answers.pop(0)))
     with pytest.raises(InferenceError, match="assertion"):
         yard.build()
 
