@@ -193,8 +193,8 @@ def test_what_a_killed_build_left_goes_with_the_next_and_at_the_next_sweep(tmp_p
     """A deadline or a power cut: the directory stays, with hundreds of megabytes in it."""
     code = (
         "import os, signal, sys, pathlib\n"
-        "from appliance.runtime import engines\n"
-        "with engines.build_directory(pathlib.Path(sys.argv[1])) as own:\n"
+        "from appliance.runtime import engine_cache\n"
+        "with engine_cache.build_directory(pathlib.Path(sys.argv[1])) as own:\n"
         "    (own / 'engine').write_bytes(b'half')\n"
         "    print(own.name, flush=True)\n"
         "    sys.stdin.read() or os.kill(os.getpid(), signal.SIGKILL)\n"
