@@ -268,7 +268,7 @@ def test_adapter_and_builder_together(yard: Yard) -> None:
 
 
 def said(*texts: tuple[str, str]) -> Any:
-    return SimpleNamespace(said=list(texts), errors=lambda: [text for severity, text in texts if severity != "WARNING"])
+    return SimpleNamespace(kept=list(texts), errors=lambda: [text for severity, text in texts if severity != "WARNING"])
 
 
 @pytest.mark.parametrize(
