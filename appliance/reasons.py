@@ -161,6 +161,9 @@ REASONS: Final[dict[str, Reason]] = {
     "job.deadline": Reason("分析超时，已中止", "The analysis took too long and was stopped", _RETRY_ZH, _RETRY_EN),
     "job.crashed": Reason("分析程序异常退出", "The analysis program stopped unexpectedly", _RETRY_ZH, _RETRY_EN),
     "job.memory": Reason("内存不足，分析中止", "Not enough memory; the analysis was stopped", _RETRY_ZH, _RETRY_EN),
+    "job.memory_input": Reason(
+        "内存不足，影像未能解码", "Not enough memory to decode or prepare the image; the model did not run", _RETRY_ZH, _RETRY_EN
+    ),
     "job.error": Reason("分析失败", "The analysis failed", _RETRY_ZH, _RETRY_EN),
     "store.failed": Reason(
         "存储失败",

@@ -1,6 +1,6 @@
-"""``appliance analyze``: the main job without a server, by the same door, queue, worker and store as the box.
+"""``appliance analyze``: analyse files without a server, with the same ingest, queue, worker and store as the box.
 
-The worker is a child process, as on the box: a scan that crashes or hangs it costs that scan its result, not the run.
+The worker is a child process, as on the box: a scan that crashes or hangs the worker has no result, but the other scans have theirs.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from appliance import reasons
-from appliance.core.domain import Note, PictureForm, Source, Status
+from appliance.core.domain import Note, PictureForm, ScanState, Source, Status
 from appliance.core.errors import ApplianceError
 from appliance.core.process import Lock, die_with_parent
+from appliance.core.states import ModelState
 from appliance.core.wakeup import wake
 from appliance.ingest.archive import Outcome, accept_below
 from appliance.ingest.ingest import Ingest
@@ -37,7 +38,7 @@ _TIMINGS: Final = ("ingest", "decode", "preprocess", "infer", "postprocess", "st
 
 @dataclass(frozen=True)
 class Analysed:
-    """One input file: its outcome at the door and, when it came in, the image and what was drawn in its series as the store has it now."""
+    """One input file: the outcome of its ingest and, if it was accepted, the stored image and the volume results of its series."""
 
     outcome: Outcome
     view: InstanceView | None
@@ -46,29 +47,29 @@ class Analysed:
 
     @property
     def status(self) -> Status:
-        """One of the five words; a file the door refused is ``rejected``."""
+        """One of the five words; a file that the ingest refused is ``rejected``."""
         if self.view is not None:
             return self.view.status
         return "failed" if self.outcome.code in ("store.failed", "ingest.disk_full", "ingest.memory") else "rejected"
 
     @property
     def notes(self) -> tuple[Note, ...]:
-        """Assumptions and cautions that go with the result."""
+        """Assumptions and cautions of the result."""
         if self.view is None:
             return ()
-        read = (note for job in self.view.jobs if job.model_digest for note in job.notes)
-        return tuple(dict.fromkeys((*self.view.notes, *read)))
+        notes = (note for job in self.view.jobs if job.model_digest for note in job.notes)
+        return tuple(dict.fromkeys((*self.view.notes, *notes)))
 
     @property
     def reason(self) -> Note | None:
-        """Why there is no result, when there is none."""
+        """Why there is no result; None when there is one."""
         if self.view is not None:
-            unread = Note("job.crashed") if self.view.status == "failed" else None
-            return self.view.reason or unread
+            crash = Note("job.crashed") if self.view.status == "failed" else None
+            return self.view.reason or crash
         return Note(self.outcome.code, self.outcome.detail)
 
     def to_json(self) -> dict[str, Any]:
-        """The object of ``--json``."""
+        """Return the object of ``--json``."""
         view, reason = self.view, self.reason
         return {
             "path": self.outcome.name,
@@ -88,16 +89,16 @@ class Analysed:
 def analyse(
     store: Store, paths: Iterable[Path], form: PictureForm, progress: Callable[[str], None], given: Path | None = None
 ) -> list[Analysed]:
-    """Take every file below ``paths`` in, have it read, and return one entry per file in the order given.
+    """Ingest and analyse every file below ``paths``; returns one entry per file in the order given.
 
     Args:
-        store: the box to use; without an active model the embedded reference bundle is activated first.
+        store: of the box; without an active model the reference bundle is activated first.
         paths: files, folders, ZIP archives.
-        form: what holds for PNG and JPEG.
-        progress: told a line now and then.
-        given: the settings file or data directory as it was given, for the worker; the data directory when None.
+        form: the metadata of PNG and JPEG files.
+        progress: called with a line of text from time to time.
+        given: the settings file or data directory from the command line, for the worker; the data directory when None.
     """
-    if not any(row["state"] == "active" for row in store.models()):
+    if not any(row["state"] == ModelState.ACTIVE for row in store.models()):
         activate(store, reference_bundle(), "cli")
     ingest = Ingest(store)
     outcomes: list[Outcome] = []
@@ -107,7 +108,7 @@ def analyse(
             progress(f"{len(outcomes)} files taken in")
     accepted = [outcome.accepted for outcome in outcomes if outcome.accepted]
     store.planner.close_series(sorted({item.stored.series_id for item in accepted}))
-    _work(store, [item.stored.instance_id for item in accepted], progress, given or store.settings.data_dir)
+    _wait_for_results(store, [item.stored.instance_id for item in accepted], progress, given or store.settings.data_dir)
     worklist = Worklist(store)
     drawn = {item: tuple(VolumeResults(store).of_series(item)) for item in {item.stored.series_id for item in accepted}}
     return [
@@ -123,66 +124,69 @@ def analyse(
     ]
 
 
-def _work(store: Store, instance_ids: list[int], progress: Callable[[str], None], given: Path) -> None:
-    """Have these images read: by the box's own worker where one runs, else by a child that is started again when it falls.
+def _wait_for_results(store: Store, instance_ids: list[int], progress: Callable[[str], None], given: Path) -> None:
+    """Wait until these images are analysed: by the worker of the box if one runs, else by child processes.
 
-    A child that falls costs the scan it read an attempt, which is progress of a kind: that scan ends as failed. One that falls
-    without even that (a damaged model) will do so for ever, and is given up.
+    A worker that crashes during a scan uses up an attempt of that scan, which counts as progress, and is started again. A worker that
+    crashes without progress (a damaged model) would do so for ever: it is given up after some starts.
     """
-    reading, idle_starts = Reading(store, instance_ids, progress), 0
-    while reading.left():
+    tracker, idle_starts = ResultTracker(store, instance_ids, progress), 0
+    while tracker.count_pending():
         try:
             Lock(store.settings.data_dir, "worker").release()
-        except ApplianceError:  # a box serves this directory: its worker does the work
+        except ApplianceError:  # the box runs: its worker does the work
             wake(store.settings)
             time.sleep(_POLL_S)
             continue
-        before = reading.mark()
-        code = _run_worker(reading, given)
-        idle_starts = 0 if reading.mark() != before else idle_starts + 1
+        before = tracker.progress_state()
+        code = _run_worker(tracker, given)
+        idle_starts = 0 if tracker.progress_state() != before else idle_starts + 1
         if idle_starts >= _IDLE_STARTS:
-            progress(f"error: the worker stops at once (exit code {code}); {reading.left()} scans were taken in but not read")
+            progress(f"error: the worker stops at once (exit code {code}); {tracker.count_pending()} scans were taken in but not read")
             return
 
 
-class Reading:
-    """How far the reading of some images has come; tells a line for every 25."""
+class ResultTracker:
+    """Counts the images that still wait for their result; reports a line for every 25."""
 
     def __init__(self, store: Store, instance_ids: list[int], progress: Callable[[str], None]) -> None:
         self._database = store.database
         self._ids = json.dumps(instance_ids)
         self._progress = progress
-        self._told = len(instance_ids)
+        self._reported = len(instance_ids)
 
-    def left(self) -> int:
-        """How many of the images still wait for their result; whatever else the box has to do does not count."""
-        left = self.mark()[0]
-        if left <= self._told - 25:
-            self._told = left
-            self._progress(f"{left} to go")
-        return left
+    def count_pending(self) -> int:
+        """Return how many of these images have no result yet."""
+        pending = self.progress_state()[0]
+        if pending <= self._reported - 25:
+            self._reported = pending
+            self._progress(f"{pending} to go")
+        return pending
 
-    def mark(self) -> tuple[int, int]:
-        """Images left and attempts made for them: what changes whenever the worker does anything for them."""
+    def progress_state(self) -> tuple[int, int]:
+        """Return the number of pending images and of attempts: it changes whenever the worker makes progress with them."""
         row = self._database.one(
             "SELECT count(DISTINCT i.id) AS pending, coalesce(sum(j.attempts), 0) AS attempts"
             " FROM instances i LEFT JOIN jobs j ON j.instance_id = i.id"
-            " WHERE i.state IN ('waiting', 'queued', 'running') AND i.id IN (SELECT value FROM json_each(?))",
+            " WHERE i.state IN (?, ?, ?) AND i.id IN (SELECT value FROM json_each(?))",
+            ScanState.WAITING.value,
+            ScanState.QUEUED.value,
+            ScanState.RUNNING.value,
             self._ids,
         )
         return (int(row["pending"]), int(row["attempts"])) if row else (0, 0)
 
 
-def _run_worker(reading: Reading, given: Path) -> int:
-    """One life of a worker; returns its exit code."""
+def _run_worker(tracker: ResultTracker, given: Path) -> int:
+    """Run one worker until nothing is left to do; returns its exit code."""
     command = [sys.executable, "-m", "appliance", "worker", "--until-idle", "--data-dir", str(given)]
     environment = os.environ | {"APPLIANCE_LOG_LEVEL": "WARNING", "ORT_DISABLE_TELEMETRY": "1"}
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, preexec_fn=die_with_parent) as worker:
         while worker.poll() is None:
             time.sleep(_POLL_S)
-            reading.left()
+            tracker.count_pending()
     if worker.returncode:
-        logger.error("worker fell", extra={"exit_code": worker.returncode})
+        logger.error("worker crashed", extra={"exit_code": worker.returncode})
     return worker.returncode
 
 
@@ -191,7 +195,7 @@ def _reason_json(note: Note) -> dict[str, str]:
 
 
 def _timing(view: InstanceView) -> dict[str, float]:
-    """Milliseconds per part over all jobs of the image; ``total`` is door and jobs together, without the time in the queue."""
+    """Milliseconds per part over all jobs of the image; ``total`` is ingest and jobs without the time in the queue."""
     sums = dict.fromkeys(_TIMINGS, 0.0)
     for job in view.jobs:
         for name, value in job.timing_ms.items():

@@ -1,4 +1,4 @@
-"""``make demo``: a whole box on this machine, from an empty folder to a finding on the page."""
+"""``make demo``: a complete box on this machine, from an empty folder to a finding on the page."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from appliance.store.store import Store
 USERNAME: Final = "demo"
 _READY_S: Final = 60.0
 _TICK_S: Final = 0.1
-_NOTHING: Final = 4  # the exit code of `analyze --require-analysed` when no scan was analysed
+_NOTHING_ANALYSED: Final = 4  # exit code of `analyze --require-analysed`
 _WEB_PORT: Final = 8080
 _DICOM_PORT: Final = 11112
 
 
 def run(data_dir: Path, samples: Path, own: Path | None, *, once: bool, lan: bool, new_password: bool) -> int:
-    """Lay the box, start it, read the scans, say where everything is; returns the exit code of the reading.
+    """Create the box, start it, print its addresses and analyse the scans; returns the exit code of ``appliance analyze``.
 
     Args:
-        data_dir: the demo box; kept between runs.
-        samples: scans drawn for the demo.
-        own: the user's own scans, read first.
-        once: stop once the scans are read.
+        data_dir: data directory of the demo box; it is kept between runs.
+        samples: folder of synthetic scans.
+        own: folder of the user's own scans, which are analysed first.
+        once: stop when the scans are analysed.
         lan: listen on every address over TLS.
         new_password: give the account a new one-time password.
     """
-    stop = _asked_to_stop()
+    stop = _stop_on_signal()
     make_data_dir(data_dir)
-    lock = _lock(data_dir.resolve())  # before the settings of a box that runs could be overwritten
+    lock = _lock(data_dir.resolve())  # acquired first: the settings of a running box must not be overwritten
     settings = _configure(data_dir.resolve(), lan=lan)
     log = settings.data_dir / "box.log"
     supervisor = Supervisor(settings, log, lock=lock)
@@ -53,8 +53,8 @@ def run(data_dir: Path, samples: Path, own: Path | None, *, once: bool, lan: boo
         supervisor.start()
         _wait_until_ready(supervisor, settings, stop)
         if not stop():
-            _say_where(settings, password, log)
-            code = _read_scans(supervisor, settings, [path for path in (own, samples) if path], stop)
+            _print_addresses(settings, password, log)
+            code = _analyse_scans(supervisor, settings, [path for path in (own, samples) if path], stop)
         if not once and not stop():
             print("The box is running. Press Ctrl-C to stop it.", flush=True)
             supervisor.run(stop)
@@ -64,15 +64,15 @@ def run(data_dir: Path, samples: Path, own: Path | None, *, once: bool, lan: boo
     return code
 
 
-def _asked_to_stop() -> Callable[[], bool]:
-    asked: list[bool] = []
+def _stop_on_signal() -> Callable[[], bool]:
+    signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: asked.append(True))
-    return lambda: bool(asked)
+        signal.signal(number, lambda number, _frame: signals.append(number))
+    return lambda: bool(signals)
 
 
 def _lock(data_dir: Path) -> Lock:
-    """The supervisor's lock; raises ApplianceError ``box.busy`` with the address of the box that holds it."""
+    """Acquire the supervisor's lock; raises ApplianceError ``box.busy`` with the address of the running box."""
     try:
         return Lock(data_dir, "supervisor")
     except ApplianceError as error:
@@ -82,8 +82,8 @@ def _lock(data_dir: Path) -> Lock:
 
 
 def _configure(data_dir: Path, *, lan: bool) -> Settings:
-    """Write the demo's box.toml: usual ports where they are free, others where not."""
-    host = "0.0.0.0" if lan else "127.0.0.1"  # noqa: S104 - a port may be free on the one and taken on the other
+    """Write ``box.toml`` of the demo, with the usual ports if they are free, else with any free ports."""
+    host = "0.0.0.0" if lan else "127.0.0.1"  # noqa: S104 - a port may be free on one address and in use on another
     web_port, dicom_port = _free_port(_WEB_PORT, host), _free_port(_DICOM_PORT, host)
     lines = [f"web_port = {web_port}", f"dicom_port = {dicom_port}"]
     if lan:
@@ -94,7 +94,7 @@ def _configure(data_dir: Path, *, lan: bool) -> Settings:
 
 
 def _free_port(wanted: int, host: str) -> int:
-    """The port wanted, or any free one when somebody has it on that address."""
+    """Return the wanted port, or any free one if it is in use on that address."""
     for port in (wanted, 0):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -107,8 +107,8 @@ def _free_port(wanted: int, host: str) -> int:
 
 
 def _prepare(settings: Settings, *, new_password: bool) -> str:
-    """Activate the embedded model by the real way and make the account. Returns its one-time password, or ''."""
-    # The first finding does not wait for a measuring: the worker measures by itself as soon as it has nothing to read.
+    """Activate the embedded model and create the account; returns its one-time password, or an empty text."""
+    # The first finding must not wait for a measurement: the worker measures when it is idle.
     store = Store(settings.model_copy(update={"tune_at_activation": False}))
     activate(store, reference_bundle(), "demo")
     accounts = Accounts(store)
@@ -129,7 +129,7 @@ def _wait_until_ready(supervisor: Supervisor, settings: Settings, stop: Callable
         time.sleep(0.05)
 
 
-def _say_where(settings: Settings, password: str, log: Path) -> None:
+def _print_addresses(settings: Settings, password: str, log: Path) -> None:
     address = web_address(settings) or {"scheme": "http", "port": settings.web_port}
     host = "127.0.0.1" if settings.web_host != "0.0.0.0" else _lan_address()  # noqa: S104 - compared, not bound
     port = (
@@ -151,8 +151,8 @@ def _say_where(settings: Settings, password: str, log: Path) -> None:
     print(flush=True)
 
 
-def _read_scans(supervisor: Supervisor, settings: Settings, folders: list[Path], stop: Callable[[], bool]) -> int:
-    """Have the running box read folders of scans, as ``appliance analyze`` does; prints what was found.
+def _analyse_scans(supervisor: Supervisor, settings: Settings, folders: list[Path], stop: Callable[[], bool]) -> int:
+    """Analyse folders of scans on the running box with ``appliance analyze``, which prints the findings.
 
     Returns:
         0; the exit code of ``analyze`` when something failed or nothing at all was analysed; 0 when asked to stop.
@@ -160,32 +160,32 @@ def _read_scans(supervisor: Supervisor, settings: Settings, folders: list[Path],
     codes = []
     for folder in folders:
         print(f"Reading the scans in {folder}:", flush=True)
-        codes.append(_read_folder(supervisor, settings, folder, stop))
+        codes.append(_analyse_folder(supervisor, settings, folder, stop))
         if stop():
             return 0
-    if all(code == _NOTHING for code in codes):
+    if all(code == _NOTHING_ANALYSED for code in codes):
         print("Nothing was found: no scan in these folders could be analysed.", flush=True)
-        return _NOTHING
-    return max(code for code in codes if code != _NOTHING)
+        return _NOTHING_ANALYSED
+    return max(code for code in codes if code != _NOTHING_ANALYSED)
 
 
-def _read_folder(supervisor: Supervisor, settings: Settings, folder: Path, stop: Callable[[], bool]) -> int:
-    """One folder, with an eye on the box meanwhile; returns the exit code of ``analyze``."""
+def _analyse_folder(supervisor: Supervisor, settings: Settings, folder: Path, stop: Callable[[], bool]) -> int:
+    """Analyse one folder while the supervisor runs; returns the exit code of ``appliance analyze``."""
     command = [sys.executable, "-m", "appliance", "analyze", str(folder), "--require-analysed", "--data-dir", str(settings.data_dir)]
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_parent, env=os.environ | {"PYTHONUNBUFFERED": "1"}
-    ) as reader:  # own session: Ctrl-C reaches this process alone, which ends the reading in order
-        while reader.poll() is None:
+    ) as process:  # own session: Ctrl-C reaches only this process, which ends the analysis
+        while process.poll() is None:
             if stop():
-                reader.terminate()
+                process.terminate()
                 break
             supervisor.tick()
             time.sleep(_TICK_S)
-    return reader.returncode
+    return process.returncode
 
 
 def _lan_address() -> str:
-    """This machine's address on its network: what the kernel would send from (nothing is sent)."""
+    """Return the LAN address of this machine: the source address that the kernel would use (nothing is sent)."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))
@@ -195,7 +195,7 @@ def _lan_address() -> str:
 
 
 def _self_signed(directory: Path) -> None:
-    """A certificate of the box's own for its names and addresses, one year, kept between runs."""
+    """Create a self-signed certificate for the names and addresses of this machine, valid for one year, unless there is one."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec

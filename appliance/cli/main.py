@@ -1,4 +1,4 @@
-"""The command ``appliance``: analyze, demo, serve and the technician's tools. Errors are caught once, in ``main``."""
+"""The command ``appliance``: analyze, demo, serve and the tools of the technician. Errors are handled once, in ``main``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EXIT_ERROR: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_FAILED: Final = 3
 EXIT_NOTHING: Final = 4
-_WRONG_USE: Final = ("settings.invalid", "settings.missing", "box.busy", "box.none", "model.precision")
+_USAGE_CODES: Final = ("settings.invalid", "settings.missing", "box.busy", "box.none", "model.precision")
 _DISK_ZH: Final = "请检查路径、权限和磁盘空间。"
 _DISK_EN: Final = "Check the path, its permissions and the space on the disk."
 _VIEWS: Final = {"frontal": "", "PA": "PA", "AP": "AP", "lateral": "LL"}
@@ -40,35 +40,35 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 1 error, 2 usage, 3 some scan failed, 4 nothing found or analysed)."""
     arguments = _parser().parse_args(argv)
     start_logging(os.environ.get("APPLIANCE_LOG_LEVEL", "INFO"))
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows a question mark in its place
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal cannot show becomes a question mark
         sys.stdout.reconfigure(errors="replace")
-    os.umask(0o077)  # what the box writes holds patients' data: for the account it runs under, nobody else
+    os.umask(0o077)  # files with patient data must be readable by the owner only
     command: Callable[[argparse.Namespace], int] = arguments.run
     try:
         return command(arguments)
     except ApplianceError as error:
-        return _say_error(error)
+        return _print_error(error)
     except BrokenPipeError:
         return EXIT_ERROR
     except OSError as error:
-        return _say_os_error(error)
+        return _print_os_error(error)
     except KeyboardInterrupt:
         return 130
 
 
-def _say_error(error: ApplianceError) -> int:
-    """A coded error: what happened and what to do, for somebody at a command line, who sends nothing."""
+def _print_error(error: ApplianceError) -> int:
+    """Print a coded error with its hint; returns the exit code. ``store.failed`` has a hint for the command line, where nothing is sent."""
     language = _language()
     hint = reasons.hint(error.code, language) if language == "zh" else error.hint
     if error.code == "store.failed" and error.hint == reasons.hint(error.code, "en"):
         hint = _DISK_ZH if language == "zh" else _DISK_EN
     print(f"error: {reasons.text(error.code, language)}" + (f" ({error.detail})" if error.detail else ""), file=sys.stderr)
     print(f"hint: {hint}", file=sys.stderr)
-    return EXIT_USAGE if error.code in _WRONG_USE else EXIT_ERROR
+    return EXIT_USAGE if error.code in _USAGE_CODES else EXIT_ERROR
 
 
-def _say_os_error(error: OSError) -> int:
-    """A path that cannot be used: which, why, and what to do."""
+def _print_os_error(error: OSError) -> int:
+    """Print an error of the operating system with a hint; returns the exit code."""
     zh = _language() == "zh"
     what = f"{error.strerror or type(error).__name__}" + (f": {error.filename}" if error.filename else "")
     print(f"{'错误' if zh else 'error'}: {what}", file=sys.stderr)
@@ -85,14 +85,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str, *, data_dir: bool = True) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, *, data_dir: bool = True, aliases: Sequence[str] = ()
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
+        for alias in aliases:  # deprecated names: accepted, but not listed in the help
+            commands.choices[alias] = sub
         if data_dir:
             sub.add_argument("--data-dir", type=Path, required=True, help="the box's data directory")
         sub.set_defaults(run=run)
         return sub
 
-    analyze = command("analyze", _analyze, "Read files, folders or ZIP archives without a server.", data_dir=False)
+    analyze = command("analyze", _analyze, "Analyse files, folders or ZIP archives without a server.", data_dir=False)
     analyze.add_argument("paths", nargs="+", type=Path, metavar="PATH")
     analyze.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
     analyze.add_argument("--data-dir", type=Path, help="keep everything in this data directory (default: a temporary one)")
@@ -104,33 +108,34 @@ def _parser() -> argparse.ArgumentParser:
     worker = command("worker", _worker, "Run the worker alone.")
     worker.add_argument("--until-idle", action="store_true", help="stop when nothing is left to do")
     command("receive", _receive, "Run the DICOM receiver alone.")
-    model_commands.add_arguments(command("models", _models, "List the models of this box, put one to work, go back, or see what happened."))
-    model_commands.add_prove_arguments(command("prove", model_commands.prove, "Prove a model to the box (started by the box itself)."))
-    tune_commands.add_arguments(command("tune", _tune, "Measure how the models at work run best on this box, or show what was measured."))
-    urgent = command("urgent", _urgent, "STAT: have what waits of a study read before everything else.")
+    model_commands.add_arguments(command("models", _models, "List the models of this box, activate one, roll back, or show the history."))
+    self_test = command("self-test", model_commands.run_self_test, "Self-test a model (started by the box itself).", aliases=("prove",))
+    model_commands.add_self_test_arguments(self_test)
+    tune_commands.add_arguments(command("tune", _tune, "Measure the candidates of the active models, or show the last measurement."))
+    urgent = command("urgent", _urgent, "STAT: analyse the waiting images of a study before everything else.")
     urgent.add_argument("study", help="the study's accession number, Study Instance UID or number on this box")
-    urgent.add_argument("--undo", action="store_true", help="take it back: the study is no longer first")
-    user = command("user", _user, "Make an account, or give an existing one a new one-time password.")
+    urgent.add_argument("--undo", action="store_true", help="cancel it: the study is no longer first")
+    user = command("user", _user, "Create an account, or give an existing one a new one-time password.")
     user.add_argument("username")
     user.add_argument("--role", choices=("clinician", "technician", "administrator", "auditor"), default="clinician")
     audit = command("audit", _audit, "Check the audit's hash chain, or print it.")
     audit.add_argument("action", choices=("verify", "show"))
     command("settings", _settings, "Print every setting with its value and meaning.")
-    demo = command("demo", _demo, "Lay a demo box, start it and read sample scans.")
+    demo = command("demo", _demo, "Create a demo box, start it and analyse sample scans.")
     demo.add_argument("--samples", type=Path, required=True, help="folder of sample scans")
-    demo.add_argument("--data", type=Path, help="a folder of your own scans, read first")
-    demo.add_argument("--once", action="store_true", help="stop the box and exit once the scans are read")
+    demo.add_argument("--data", type=Path, help="a folder of your own scans, analysed first")
+    demo.add_argument("--once", action="store_true", help="stop the box and exit when the scans are analysed")
     demo.add_argument("--lan", action="store_true", help="serve the local network over TLS with a self-signed certificate")
     demo.add_argument("--new-password", action="store_true", help="give the demo account a new one-time password")
     return parser
 
 
 def _analyze(arguments: argparse.Namespace) -> int:
-    if _say_missing(arguments.paths, "nothing was analysed", "未作任何分析"):
+    if _print_missing(arguments.paths, "nothing was analysed", "未作任何分析"):
         return EXIT_USAGE
-    logging.getLogger().setLevel(logging.ERROR)  # refusals are in the result; the log would say them twice
-    kept = arguments.data_dir
-    with nullcontext(kept) if kept else tempfile.TemporaryDirectory(prefix="appliance-") as data_dir:
+    logging.getLogger().setLevel(logging.ERROR)  # refusals are in the result; the log would repeat them
+    data = arguments.data_dir
+    with nullcontext(data) if data else tempfile.TemporaryDirectory(prefix="appliance-") as data_dir:
         results = _analyse_in(arguments, Path(data_dir))
     if arguments.json:
         print(json.dumps([item.to_json() for item in results], ensure_ascii=False, indent=1))
@@ -145,8 +150,8 @@ def _analyze(arguments: argparse.Namespace) -> int:
     return EXIT_FAILED if any(item.status == "failed" for item in results) else EXIT_OK
 
 
-def _say_missing(paths: Sequence[Path], so_en: str, so_zh: str) -> bool:
-    """Say which of these paths are not there, and what was therefore not done; returns whether any is missing."""
+def _print_missing(paths: Sequence[Path], so_en: str, so_zh: str) -> bool:
+    """Print which of these paths do not exist, and what was not done; returns whether any is missing."""
     missing = ", ".join(str(path) for path in paths if not path.exists())
     if missing and _language() == "zh":
         print(f"错误：没有这个文件或文件夹：{missing}\nhint: 请检查路径；{so_zh}。", file=sys.stderr)
@@ -160,9 +165,9 @@ def _analyse_in(arguments: argparse.Namespace, data_dir: Path) -> list[Analysed]
     from appliance.core.domain import PictureForm
     from appliance.store.store import Store
 
-    if not data_dir.is_file():  # a settings file names its data directory itself
+    if not data_dir.is_file():  # a settings file contains the path of its data directory
         make_data_dir(data_dir)
-    # Who only wants these files read does not wait for a measuring; a box that is started here later measures by itself.
+    # These files must not wait for a measurement; a box that is started here later measures when it is idle.
     settings = Settings.load(data_dir, tune_at_activation=False)
     limit_memory(settings.process_memory_max_bytes)
     store = Store(settings)
@@ -174,14 +179,14 @@ def _analyse_in(arguments: argparse.Namespace, data_dir: Path) -> list[Analysed]
 
 
 def print_table(results: list[Analysed], language: Language) -> None:
-    """One block per file: its status, every score against its threshold, the reason and the remarks."""
+    """Print one block per file: its status, every score with its threshold, the reason and the notes."""
     zh = language == "zh"
     words = {
         "analysed": ("已分析", "analysed"), "out_of_scope": ("不在适用范围", "out of scope"),
         "quality_rejected": ("质量不合格", "quality rejected"),
         "rejected": ("已拒绝", "rejected"), "failed": ("失败", "FAILED"),
     }  # fmt: skip
-    told: set[int] = set()
+    printed: set[int] = set()
     for item in results:
         print(f"{item.outcome.name}: {words[item.status][0 if zh else 1]}")
         for finding in item.view.findings if item.view else ():
@@ -189,8 +194,8 @@ def print_table(results: list[Analysed], language: Language) -> None:
             print(f"  {finding.title_zh if zh else finding.title_en}: {finding.score:.3f} ({above} {finding.threshold:.3f})"
                   f"  {finding.model} {finding.model_version} {finding.precision} {finding.runtime}")  # fmt: skip
         for volume in item.volumes:
-            if volume.job_id not in told:  # once, not for every slice
-                told.add(volume.job_id)
+            if volume.job_id not in printed:  # once, not for every slice
+                printed.add(volume.job_id)
                 ml = ", ".join(
                     f"{label.title_zh if zh else label.title_en} {label.value:.0f} {label.unit}" for label in volume.measurements
                 )
@@ -288,7 +293,7 @@ def _settings(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    if _say_missing([path for path in (arguments.data, arguments.samples) if path], "nothing was started", "未启动任何程序"):
+    if _print_missing([path for path in (arguments.data, arguments.samples) if path], "nothing was started", "未启动任何程序"):
         return EXIT_USAGE
     from appliance.cli.demo import run
 

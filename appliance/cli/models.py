@@ -1,4 +1,4 @@
-"""``appliance models``: list, activate, rollback and history, as tables for people or as JSON."""
+"""``appliance models``: list, activate, roll back and history, as tables or as JSON; and the hidden ``appliance self-test``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from appliance import reasons
 from appliance.core.domain import Note
 from appliance.core.errors import ApplianceError
 from appliance.core.settings import Settings
+from appliance.core.states import PENDING_STATES, ActivationState, ModelState
 from appliance.reasons import Language
 from appliance.store.open_store import open_box
 from appliance.store.store import Store
@@ -27,28 +28,28 @@ _BAR_WIDTH: Final = 24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``appliance models``."""
+    """Add the arguments of ``appliance models``."""
     parser.add_argument("action", choices=("list", "activate", "rollback", "history"))
     parser.add_argument(
         "which", nargs="?",
         help="with activate: a bundle directory, a digest or version of this box, or 'reference' for the embedded one;"
         " with rollback: the model line",
     )  # fmt: skip
-    parser.add_argument("--again", action="store_true", help="with activate: try it though it failed on this box before")
+    parser.add_argument("--again", action="store_true", help="with activate: try a model that failed on this box before")
     parser.add_argument(
         "--precision", metavar="PRECISION",
-        help="with activate: this precision and no other from now on, whatever is faster; 'any' takes that back and measures all of them",
+        help="with activate: always use this precision, even if another one is faster; 'any' cancels that and measures all of them",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def run(arguments: argparse.Namespace, language: Language) -> int:
-    """Run one of the commands; returns the exit code."""
-    wrong = _wrong_use(arguments)
-    if wrong:
-        print(f"error: {wrong[0]}\nhint: {wrong[1]}", file=sys.stderr)
+    """Run one action; returns the exit code."""
+    misuse = _find_misuse(arguments)
+    if misuse:
+        print(f"error: {misuse[0]}\nhint: {misuse[1]}", file=sys.stderr)
         return EXIT_USAGE
-    # Only `activate` may be the first thing that is ever done in a folder.
+    # Only `activate` may create a data directory.
     store = Store(Settings.load(arguments.data_dir)) if arguments.action == "activate" else open_box(arguments.data_dir)
     try:
         if arguments.action == "list":
@@ -62,7 +63,8 @@ def run(arguments: argparse.Namespace, language: Language) -> int:
     return EXIT_OK
 
 
-def _wrong_use(arguments: argparse.Namespace) -> tuple[str, str] | None:
+def _find_misuse(arguments: argparse.Namespace) -> tuple[str, str] | None:
+    """Find arguments that do not go together; returns the error and a hint."""
     if arguments.action == "activate" and not arguments.which:
         return (
             "activate needs a bundle directory, or a digest or version of this box",
@@ -78,15 +80,15 @@ def _wrong_use(arguments: argparse.Namespace) -> tuple[str, str] | None:
 
 
 def _change(store: Store, arguments: argparse.Namespace, language: Language) -> None:
-    """Put a model to work, or go back; tells how far it is while a terminal looks on."""
-    from appliance.lifecycle.model_control import activate, find, rollback
+    """Activate a model or roll back, with the progress on standard error; prints the model that is active then."""
+    from appliance.lifecycle.model_control import activate, find, roll_back
 
     progress = _Progress(language)
     try:
         if arguments.action == "activate":
-            digest = activate(store, find(store, arguments.which), "cli", arguments.precision, again=arguments.again, told=progress)
+            digest = activate(store, find(store, arguments.which), "cli", arguments.precision, again=arguments.again, on_progress=progress)
         else:
-            digest = rollback(store, arguments.which, "cli", progress)
+            digest = roll_back(store, arguments.which, "cli", progress)
     finally:
         progress.end()
     (model,) = (item for item in _models(store) if item["digest"] == digest)
@@ -97,42 +99,43 @@ def _change(store: Store, arguments: argparse.Namespace, language: Language) -> 
 
 
 class _Progress:
-    """One line that is written over; on a file or a pipe, one line per state."""
+    """Prints the progress: one line that is overwritten on a terminal; one line per state in a file or pipe."""
 
     _WORDS: Final = {
-        "staged": ("复制并校验", "copying and checking"), "building": ("构建", "building"), "self-test": ("自检", "self-test"),
+        ActivationState.STAGED: ("复制并校验", "copying and checking"), ActivationState.BUILDING: ("构建", "building"),
+        ActivationState.SELF_TEST: ("自检", "self-test"),
     }  # fmt: skip
 
     def __init__(self, language: Language) -> None:
         self._language = language
-        self._said = ""
-        self._live = sys.stderr.isatty()
+        self._last_state = ""
+        self._is_terminal = sys.stderr.isatty()
 
     def __call__(self, row: sqlite3.Row) -> None:
-        """Tell one entry of the journal."""
-        words = self._WORDS.get(row["state"])
-        if words is None:
+        """Print the progress of an activation."""
+        if row["state"] not in PENDING_STATES:
             return
+        words = self._WORDS[ActivationState(row["state"])]
         word = words[0 if self._language == "zh" else 1]
-        if self._live:
+        if self._is_terminal:
             filled = round(row["progress"] * _BAR_WIDTH)
             line = f"{row['name']} {row['version']}: {word} [{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {row['progress']:4.0%}"
             print(f"\r{line:<78}", end="", file=sys.stderr, flush=True)
-        elif row["state"] != self._said:
+        elif row["state"] != self._last_state:
             print(f"{row['name']} {row['version']}: {word}", file=sys.stderr, flush=True)
-        self._said = row["state"]
+        self._last_state = row["state"]
 
     def end(self) -> None:
-        """Leave the line as it is."""
-        if self._live and self._said:
+        """End the line."""
+        if self._is_terminal and self._last_state:
             print(file=sys.stderr)
 
 
 def _models(store: Store) -> list[dict[str, Any]]:
-    order = {"active": 0, "previous": 1, "retired": 2}
-    rows = sorted(store.models(), key=lambda row: (row["name"], order[row["state"]]))
-    same = ("state", "version", "digest", "precision", "runtime")
-    return [{"line": row["name"], "since": row["activated_at"]} | {name: row[name] for name in same} for row in rows]
+    order = list(ModelState)
+    rows = sorted(store.models(), key=lambda row: (row["name"], order.index(row["state"])))
+    columns = ("state", "version", "digest", "precision", "runtime")
+    return [{"line": row["name"], "since": row["activated_at"]} | {name: row[name] for name in columns} for row in rows]
 
 
 def _history(store: Store, language: Language) -> list[dict[str, Any]]:
@@ -145,20 +148,20 @@ def _history(store: Store, language: Language) -> list[dict[str, Any]]:
             {
                 "number": row["id"], "state": row["state"], "line": row["name"], "version": row["version"], "digest": row["digest"],
                 "source": row["source"], "by": row["actor"], "since": row["updated_at"], "attempts": row["attempts"],
-                "code": note.code if note else None, "reason": _say(note, language) if note else "",
+                "code": note.code if note else None, "reason": _text(note, language) if note else "",
                 "self_test": json.loads(row["self_test"] or "null"), "trial": json.loads(row["trial"] or "null"),
             }
         )  # fmt: skip
     return items
 
 
-def _say(note: Note, language: Language) -> str:
+def _text(note: Note, language: Language) -> str:
     text = reasons.text(note.code, language) if note.code in reasons.REASONS else note.code
     return text + (f" ({note.detail})" if note.detail else "")
 
 
 def _print(items: Sequence[dict[str, Any]], columns: Sequence[str], as_json: bool) -> None:
-    """A table whose columns are as wide as what stands in them; the last one as long as it is."""
+    """Print items as JSON or as an aligned table."""
     if as_json:
         print(json.dumps(items, ensure_ascii=False, indent=1))
         return
@@ -179,32 +182,32 @@ def _cell(column: str, value: Any) -> str:
     return str(value)
 
 
-def prove(arguments: argparse.Namespace) -> int:
-    """``appliance prove``: the proof of a model, started by the box itself."""
-    from appliance.lifecycle.self_test_child import Order
-    from appliance.lifecycle.self_test_child import run as run_proof
+def run_self_test(arguments: argparse.Namespace) -> int:
+    """Run ``appliance self-test``, which the box itself starts; returns the exit code."""
+    from appliance.lifecycle.self_test_child import SelfTestRequest
+    from appliance.lifecycle.self_test_child import run as run_child
 
     if arguments.parent <= 1:
-        raise ApplianceError("settings.invalid", "`appliance prove` is started by the box itself")
+        raise ApplianceError("settings.invalid", "`appliance self-test` is started by the box itself")
     keep = [digest for digest in arguments.keep.split(",") if digest]
-    order = Order(
+    request = SelfTestRequest(
         arguments.data_dir, arguments.origin, arguments.digest, arguments.precision, arguments.threads, arguments.memory_bytes, keep,
         arguments.parent, arguments.reserve_bytes, arguments.tune, arguments.deadline_s, arguments.measuring_s, arguments.triton_url,
     )  # fmt: skip
-    return run_proof(order)
+    return run_child(request)
 
 
-def add_prove_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``appliance prove``."""
+def add_self_test_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``appliance self-test``."""
     parser.add_argument("--origin", type=Path, required=True, help="the bundle's directory")
-    parser.add_argument("--digest", required=True, help="which model it has to be")
+    parser.add_argument("--digest", required=True, help="the digest that the bundle must have")
     parser.add_argument("--precision", help="the variant (default: the most exact)")
     parser.add_argument("--threads", type=int, default=0, help="threads of one inference (default: all cores)")
-    parser.add_argument("--memory-bytes", type=int, required=True, help="cap of private memory")
-    parser.add_argument("--reserve-bytes", type=int, default=0, help="room that stays free on the disk, for scans")
+    parser.add_argument("--memory-bytes", type=int, required=True, help="limit of private memory")
+    parser.add_argument("--reserve-bytes", type=int, default=0, help="free disk space to keep for scans")
     parser.add_argument("--keep", default="", help="digests whose copies stay, separated by commas")
-    parser.add_argument("--tune", action="store_true", help="measure every way this box has of running it")
-    parser.add_argument("--deadline-s", type=float, default=1800.0, help="for all of it")
-    parser.add_argument("--measuring-s", type=float, default=60.0, help="of that for measuring, engine builds apart")
+    parser.add_argument("--tune", action="store_true", help="measure every candidate of this box")
+    parser.add_argument("--deadline-s", type=float, default=1800.0, help="for the whole self-test")
+    parser.add_argument("--measuring-s", type=float, default=60.0, help="for measuring, without building engines")
     parser.add_argument("--triton-url", default="", help="address of a Triton server")
-    parser.add_argument("--parent", type=int, required=True, help="number of the process to die with")
+    parser.add_argument("--parent", type=int, required=True, help="number of the parent process")

@@ -1,4 +1,4 @@
-"""``appliance tune``: measure again how the models at work run best on this box, or show what was measured."""
+"""``appliance tune``: measure the candidates of active models again, or show the last measurement."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import json
 import sqlite3
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from appliance import reasons
 from appliance.core.errors import ActivationError
 from appliance.core.run_summary import RuntimeStatus
+from appliance.core.self_test_report import NOT_MEASURED, SelfTestReport
+from appliance.core.states import ActivationState, CandidateState, ModelState
 from appliance.reasons import Language
 from appliance.store.open_store import open_box
 from appliance.store.store import Store
@@ -25,16 +27,16 @@ _HEAD: Final[dict[Language, tuple[str, ...]]] = {
     "zh": ("", "引擎", "运行于", "精度", "线程", "批量", "毫秒", "批量毫秒/幅", "最大误差", "各层精度", "结论"),
     "en": ("", "runtime", "on", "precision", "threads", "batch", "ms", "ms/image", "difference", "layers ran in", "verdict"),
 }
-_STEPS: Final = {
-    "": ("等待空闲", "waiting"), "staged": ("校验", "checking"), "building": ("构建并核对标准病例", "building and checking golden cases"),
-    "self-test": ("计时", "timing"),
+_STEPS: Final[dict[str, tuple[str, str]]] = {
+    "": ("等待空闲", "waiting"), ActivationState.STAGED: ("校验", "checking"),
+    ActivationState.BUILDING: ("构建并核对标准病例", "building and checking golden cases"), ActivationState.SELF_TEST: ("计时", "timing"),
 }  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``appliance tune``."""
+    """Add the arguments of ``appliance tune``."""
     parser.add_argument("name", nargs="?", help="the model line; every line when left out")
-    parser.add_argument("--show", action="store_true", help="only show the table that was measured last")
+    parser.add_argument("--show", action="store_true", help="only show the table of the last measurement")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -44,14 +46,14 @@ def run(arguments: argparse.Namespace, language: Language) -> int:
 
     store = open_box(arguments.data_dir)
     try:
-        _wanted(store, arguments.name)  # said before anything is measured
+        _active_models(store, arguments.name)  # an unknown name is an error before anything is measured
         if not arguments.show:
             progress = _Progress(language)
             try:
                 tune(store, arguments.name, "cli", progress)
             finally:
                 progress.end()
-        rows = _wanted(store, arguments.name)
+        rows = _active_models(store, arguments.name)
         if arguments.json:
             print(json.dumps([_as_json(row) for row in rows], ensure_ascii=False, indent=1))
         else:
@@ -62,9 +64,9 @@ def run(arguments: argparse.Namespace, language: Language) -> int:
     return EXIT_OK
 
 
-def _wanted(store: Store, name: str | None) -> list[sqlite3.Row]:
-    """The models at work that are meant, by line; raises ActivationError ``model.unknown`` that says which lines there are."""
-    active = sorted((row for row in store.models() if row["state"] == "active"), key=lambda row: str(row["name"]))
+def _active_models(store: Store, name: str | None) -> list[sqlite3.Row]:
+    """Return the active models, of one model line or of all; raises ActivationError ``model.unknown`` that lists the lines."""
+    active = sorted((row for row in store.models() if row["state"] == ModelState.ACTIVE), key=lambda row: str(row["name"]))
     rows = [row for row in active if name in (None, row["name"])]
     if not rows:
         known = ", ".join(row["name"] for row in active) or "none"
@@ -74,96 +76,98 @@ def _wanted(store: Store, name: str | None) -> list[sqlite3.Row]:
 
 
 class _Progress:
-    """One line that is written over; on a file or a pipe, one line per step."""
+    """Prints the progress: one line that is overwritten on a terminal; one line per step in a file or pipe."""
 
     def __init__(self, language: Language) -> None:
         self._zh = language == "zh"
-        self._said: dict[str, str] = {}
-        self._live = sys.stderr.isatty()
+        self._last_step: dict[str, str] = {}
+        self._is_terminal = sys.stderr.isatty()
 
     def __call__(self, tuning: TuningRequest) -> None:
-        """Tell one measuring."""
+        """Print the progress of a measurement."""
         if not tuning.open:
             return
         word = _STEPS.get(tuning.step, (tuning.step, tuning.step))[0 if self._zh else 1]
-        if self._live:
+        if self._is_terminal:
             filled = round(tuning.progress * _BAR_WIDTH)
             line = f"{tuning.name}: {word} [{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {tuning.progress:4.0%}"
             print(f"\r{line:<78}", end="", file=sys.stderr, flush=True)
-        elif self._said.get(tuning.name) != tuning.step:
+        elif self._last_step.get(tuning.name) != tuning.step:
             print(f"{tuning.name}: {word}", file=sys.stderr, flush=True)
-        self._said[tuning.name] = tuning.step
+        self._last_step[tuning.name] = tuning.step
 
     def end(self) -> None:
-        """Leave the line as it is."""
-        if self._live and self._said:
+        """End the line."""
+        if self._is_terminal and self._last_step:
             print(file=sys.stderr)
 
 
 def _as_json(row: sqlite3.Row) -> dict[str, Any]:
-    report = json.loads(row["self_test"])
-    same = ("choice", "reason", "runs", "fallback", "table", "median_ms", "tuned_at", "profile")
-    return {"line": row["name"], "version": row["version"], "digest": row["digest"]} | {name: report.get(name) for name in same}
+    report = SelfTestReport.from_json(row["self_test"]).to_json()
+    names = ("choice", "reason", "runs", "fallback", "table", "median_ms", "tuned_at", "profile")
+    return {"line": row["name"], "version": row["version"], "digest": row["digest"]} | {name: report.get(name) for name in names}
 
 
 def _print(row: sqlite3.Row, language: Language) -> None:
-    report = json.loads(row["self_test"])
+    report = SelfTestReport.from_json(row["self_test"])
     zh = language == "zh"
-    reason = (report.get("reason") or {}).get("code", "choice.untuned")
+    reason = report.reason.code if report.reason else NOT_MEASURED
     print(f"{row['name']} {row['version']}: {row['runtime']} · {row['precision']} · {reasons.text(reason, language)}")
-    if fallback := report.get("fallback"):
+    if fallback := report.fallback:
         print(f"{'注意' if zh else 'WARNING'}: {reasons.text('choice.fallback', language)} ({fallback['detail']})")
         print(f"{'提示' if zh else 'hint'}: {reasons.hint('choice.fallback', language)}")
     else:
         _print_other(RuntimeStatus.of(row["self_test"]), language)
-    if not report.get("table"):
-        print(reasons.hint("choice.untuned", language))
+    if not report.table:
+        print(reasons.hint(NOT_MEASURED, language))
         return
-    print(f"{'测量于' if zh else 'measured'} {report.get('tuned_at', '')} · {report.get('profile', '')}")
-    if holes := sum(item["code"] == "tune.no_time" for item in report["table"]):
-        of = len(report["table"])
-        print(f"注意: 表格不完整，{of} 行中 {holes} 行未测量" if zh else f"WARNING: incomplete, {holes} of {of} rows were not measured")
+    print(f"{'测量于' if zh else 'measured'} {report.tuned_at} · {report.profile}")
+    if missing := sum(item["code"] == "tune.no_time" for item in report.table):
+        total = len(report.table)
+        text = f"WARNING: incomplete, {missing} of {total} rows were not measured"
+        print(f"注意: 表格不完整，{total} 行中 {missing} 行未测量" if zh else text)
         print(f"{'提示' if zh else 'hint'}: {reasons.hint('tune.no_time', language)}")
-    lines = [_HEAD[language], *(_cells(item, language) for item in sorted(report["table"], key=_order))]
+    lines = [_HEAD[language], *(_cells(item, language) for item in sorted(report.table, key=_order))]
     widths = [max(_width(line[index]) for line in lines) for index in range(len(lines[0]))]
     for line in lines:
         print("  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def _print_other(running: RuntimeStatus, language: Language) -> None:
-    """What the worker says that runs, where it is not just what was chosen."""
+    """Print what runs now according to the worker, when it is not the choice."""
     note = running.other or running.stopped
     if note is None:
         return
-    what = f"{running.now.runtime} · {running.now.precision}" if running.now else ("无法运行" if language == "zh" else "nothing")
+    current = f"{running.now.runtime} · {running.now.precision}" if running.now else ("无法运行" if language == "zh" else "nothing")
     detail = f" ({note.detail})" if note.detail else ""
-    print(f"{'现在运行' if language == 'zh' else 'runs now'}: {what} · {reasons.text(note.code, language)}{detail}")
+    print(f"{'现在运行' if language == 'zh' else 'runs now'}: {current} · {reasons.text(note.code, language)}{detail}")
     print(f"{'提示' if language == 'zh' else 'hint'}: {reasons.hint(note.code, language)}")
 
 
-def _order(item: dict[str, Any]) -> tuple[int, float]:
-    """The chosen first, then by time, then what has none."""
-    return (0 if item["state"] == "chosen" else 1 if item["median_ms"] is not None else 2, item["median_ms"] or 0.0)
+def _order(item: Mapping[str, Any]) -> tuple[int, float]:
+    """Sort key: the choice, then by time, then the candidates without a time."""
+    return (0 if item["state"] == CandidateState.CHOSEN else 1 if item["median_ms"] is not None else 2, item["median_ms"] or 0.0)
 
 
-def _cells(item: dict[str, Any], language: Language) -> tuple[str, ...]:
+def _cells(item: Mapping[str, Any], language: Language) -> tuple[str, ...]:
     candidate = item["candidate"]
-    there = bool(candidate["file"])
+    is_run = bool(candidate["file"])
     code, detail = item["code"], item["detail"]
     verdict = (reasons.text(code, language) if code in reasons.REASONS else code) + (f" ({detail})" if detail else "")
     layers = ", ".join(f"{name} {count}" for name, count in sorted(item["layers"].items(), key=lambda pair: -pair[1]))
     return (
-        _MARK if item["state"] == "chosen" else "", candidate["runtime"], candidate["provider"] or "-", candidate["precision"] or "-",
-        str(candidate["threads"] or ("全部" if language == "zh" else "all")) if there else "-", str(candidate["batch"]) if there else "-",
+        _MARK if item["state"] == CandidateState.CHOSEN else "",
+        candidate["runtime"], candidate["provider"] or "-", candidate["precision"] or "-",
+        str(candidate["threads"] or ("全部" if language == "zh" else "all")) if is_run else "-", str(candidate["batch"]) if is_run else "-",
         _number(item["median_ms"], ".2f"), _number(item["per_image_ms"], ".2f"), _number(item["max_difference"], ".2g"),
         layers or "-", verdict,
     )  # fmt: skip
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
 
 
 def _width(text: Sequence[str]) -> int:
-    """Columns on a terminal: a Chinese character takes two."""
+    """Return the columns of a text on a terminal; a Chinese character takes two."""
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)

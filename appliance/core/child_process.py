@@ -26,7 +26,7 @@ ENVIRONMENT: Final = {
 _CONTROL: Final = dict.fromkeys([*range(32), *range(127, 160)], " ")
 
 
-def plain(text: object, limit: int) -> str:
+def printable_text(text: object, limit: int) -> str:
     """Sanitise a text of another process: valid characters, no control characters, at most ``limit`` of them."""
     return str(text)[:limit].encode("utf-8", "replace").decode().translate(_CONTROL)
 

@@ -13,7 +13,6 @@ from appliance.imaging.dicom_files import PARSE_ERRORS, read_dataset
 from appliance.imaging.pixels import decode_frame
 from appliance.imaging.postprocessing import ScoredLabel, classify
 from appliance.imaging.preprocessing import PreparedInput, check_quality, to_tensor
-from appliance.lifecycle.trial_monitor import BEFORE_MODEL
 from appliance.store.store import Store
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ def prepare_image(store: Store, job: Job, spec: InputSpec, timer: Timer) -> Prep
     except PixelError as error:
         return JobResult(ScanState.NOT_ANALYSED, Note(error.code, error.detail), timing_ms=timer.ms)
     except MemoryError as error:
-        raise InferenceError("job.memory", BEFORE_MODEL) from error
+        raise InferenceError("job.memory_input") from error
     except PARSE_ERRORS as error:
         return JobResult(ScanState.NOT_ANALYSED, Note("pixel.undecodable", type(error).__name__), timing_ms=timer.ms)
     if verdict.code is not None:

@@ -5,7 +5,6 @@ The store is told what runs each model and why, so that pages and the report to 
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Collection
@@ -16,6 +15,7 @@ from typing import Final
 from appliance.core.domain import JobState, Note
 from appliance.core.errors import ActivationError, ApplianceError, InferenceError
 from appliance.core.process import release_memory
+from appliance.core.self_test_report import SelfTestReport
 from appliance.inference.model_session import RETRY_S, ModelSession
 from appliance.inference.remote_runtime import REMOTE_RUNTIMES
 from appliance.lifecycle.background_loader import Load, Loading
@@ -224,7 +224,7 @@ class ModelPool:
 
     def _plan(self, digest: str) -> Plan:
         row = self._store.model(digest)
-        return Plan.of(row["precision"], json.loads(row["self_test"]))
+        return Plan.of(row["precision"], SelfTestReport.from_json(row["self_test"]))
 
     def _is_remote(self, digest: str) -> bool:
         """Whether loading the model may have to wait for another machine."""

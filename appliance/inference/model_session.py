@@ -14,9 +14,9 @@ from appliance.core.errors import ApplianceError, InferenceError
 from appliance.core.settings import Settings
 from appliance.inference.remote_runtime import MIN_ANSWER_S, REMOTE_RUNTIMES, RemoteRuntime
 from appliance.lifecycle import model_files
-from appliance.runtime import Candidate, Runtime, open_runtime, plain_candidate
-from appliance.runtime.batch_split import in_pieces
-from appliance.tuning.selection import Plan, plain_variant
+from appliance.runtime import Candidate, Runtime, baseline_candidate, open_runtime
+from appliance.runtime.batch_split import run_in_pieces
+from appliance.tuning.selection import Plan, baseline_variant
 from model_sync.errors import BundleError
 
 if TYPE_CHECKING:
@@ -66,13 +66,13 @@ class ModelSession:
         self, settings: Settings, digest: str, plan: Plan, skip_reason: Note | None = None, *, wait_s: float | None = None
     ) -> None:
         self._settings = settings
-        self._bundle: ModelBundle = model_files.own_copy(settings.data_dir, digest)
+        self._bundle: ModelBundle = model_files.load_copy(settings.data_dir, digest)
         self.manifest: Manifest = self._bundle.manifest
         self.digest = digest
         self.plan = plan
         self._is_other_device = plan.candidate is not None and plan.profile != device_profile.profile()
         requested = plan.precision if plan.candidate is None or plan.reason.code == "choice.by_hand" else None
-        self._baseline = plain_candidate(_baseline_variant(self._bundle, requested), settings.worker_threads)
+        self._baseline = baseline_candidate(_baseline_variant(self._bundle, requested), settings.worker_threads)
         self._chosen, self._chosen_reason = self._chosen_candidate()
         self._local: Runtime | None = None
         self._remote: RemoteRuntime | None = None
@@ -155,13 +155,13 @@ class ModelSession:
 
     def _open_baseline(self, error: InferenceError) -> Runtime:
         """Open the baseline; raises ``error`` where the baseline is known to be wrong, InferenceError where it proves to be wrong now."""
-        if self.plan.plain_barred is not None:
+        if self.plan.baseline_refusal is not None:
             raise error
         return self._open(self._baseline)
 
     def _open(self, candidate: Candidate) -> Runtime:
         try:
-            path, cache = self._bundle.path(candidate.file), model_files.engines(self._settings.data_dir)
+            path, cache = self._bundle.path(candidate.file), model_files.engine_dir(self._settings.data_dir)
             runtime = open_runtime(path, self.manifest.input, candidate, cache=cache)
             try:
                 if self._is_other_device or candidate.runtime in REMOTE_RUNTIMES:
@@ -281,7 +281,7 @@ class ModelSession:
 
 def _baseline_variant(bundle: ModelBundle, precision: str | None) -> Variant:
     try:
-        return plain_variant(bundle, precision)
+        return baseline_variant(bundle, precision)
     except BundleError as error:
         raise InferenceError("job.error", error.message) from error
 
@@ -289,4 +289,4 @@ def _baseline_variant(bundle: ModelBundle, precision: str | None) -> Variant:
 def _infer_one_by_one(runtime: Runtime, inputs: Tensors) -> Tensors:
     """Run the baseline with one image at a time, however many the remote runtime takes at once."""
     ((name, value),) = inputs.items()
-    return in_pieces(value, 1, True, lambda piece: runtime.infer({name: piece}))
+    return run_in_pieces(value, 1, True, lambda piece: runtime.infer({name: piece}))

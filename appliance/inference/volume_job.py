@@ -20,7 +20,6 @@ from appliance.imaging.volumes.key_images import draw_key_images
 from appliance.imaging.volumes.limits import check_memory, cropped_tissue_note
 from appliance.imaging.volumes.segmentation import Segmentation, segment
 from appliance.imaging.volumes.volume import PreparedVolume, Series, prepare, read_series
-from appliance.lifecycle.trial_monitor import BEFORE_MODEL
 from appliance.store.store import Store
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def analyse_volume(store: Store, model: ModelSession, job: Job, timer: Timer, on
         state = _STATES.get(error.code.split(".")[0], ScanState.NOT_ANALYSED)
         return JobResult(state, Note(error.code, error.detail), timing_ms=timer.ms)
     except MemoryError as error:
-        raise InferenceError("job.memory", BEFORE_MODEL) from error
+        raise InferenceError("job.memory_input") from error
     except PARSE_ERRORS as error:
         return JobResult(ScanState.NOT_ANALYSED, Note("pixel.undecodable", type(error).__name__), timing_ms=timer.ms)
     windows = _WindowInference(model, on_step)

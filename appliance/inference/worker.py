@@ -59,7 +59,7 @@ class Worker:
         self._store = store
         self._owner = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._set_deadline = set_deadline or (lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds))
-        self.models = ModelPool(store, lambda digest: self.activator.retuner.want(digest), wait_s)
+        self.models = ModelPool(store, lambda digest: self.activator.retuner.request(digest), wait_s)
         self.activator = Activator(store, self.models.load, self.models.use, load_now=self.models.load_successor)
         self._runner = JobRunner(store, self.models, self._set_deadline)
         self._preemption = Preemption(
@@ -104,7 +104,7 @@ class Worker:
 
     def _withdrawn(self) -> set[str]:
         """Digests of the models that must not be used any more, as of now."""
-        self.activator.look()
+        self.activator.check_withdrawals()
         return self.activator.held
 
 
@@ -126,7 +126,7 @@ def run(settings: Settings, *, until_idle: bool = False) -> None:
     try:
         _recover(store, worker)
         if not until_idle:
-            worker.activator.retuner.look()
+            worker.activator.retuner.request_outdated()
         logger.info("worker ready")
         _loop(store, worker, wakeup, is_stopping, until_idle=until_idle)
         worker.activator.stop()
@@ -139,11 +139,11 @@ def run(settings: Settings, *, until_idle: bool = False) -> None:
 def _recover(store: Store, worker: Worker) -> None:
     """Clean up after the previous worker, load the models, then clear the crash marker."""
     store.content.sweep()
-    at_work = worker.activator.journal.at_work()
+    at_work = worker.activator.journal.running_digests()
     store.queue.recover_jobs()
     worker.models.skip_tuned_runtime(worker.activator.recover(at_work))
     worker.prepare()
-    worker.activator.ready()
+    worker.activator.confirm_loaded()
 
 
 def _loop(store: Store, worker: Worker, wakeup: Wakeup, is_stopping: Callable[[], bool], *, until_idle: bool) -> None:
@@ -157,7 +157,7 @@ def _loop(store: Store, worker: Worker, wakeup: Wakeup, is_stopping: Callable[[]
             continue
         if store.planner.close_idle_series() or (until_idle and _close_all_series(store)):
             continue
-        is_busy = worker.activator.busy or worker.models.is_loading
+        is_busy = worker.activator.is_busy or worker.models.is_loading
         if until_idle and not is_busy:
             return
         worker.prepare()

@@ -1,1 +1,1 @@
-"""The life of a model on the box: self-test, activation, trial, rollback, withdrawal."""
+"""The lifecycle of models on the box: self-test, activation, trial, rollback, withdrawal."""

@@ -1,7 +1,7 @@
-"""The directory shared with the sync agent: what it wants the box to run comes in, what the box runs goes out.
+"""The directory shared with the sync agent: the agent writes what the box should run, the box writes what it runs.
 
-Nothing in it is believed but for what ``model-sync check``, in a process of its own, verifies from the library's first root to be
-signed: the facts. The agent is another account and may be broken or broken into; whatever it writes, the box keeps its model.
+The box trusts nothing in it except the facts that ``model-sync check``, in a process of its own, verifies with the provisioned root. The
+agent is another account, may be faulty, or may be controlled by an attacker; whatever it writes, the box keeps its model.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from appliance import __version__
 from appliance.core.child_process import Child
-from appliance.core.domain import utc_now
-from appliance.lifecycle.trust_facts import Digest, Facts, Line, Version
+from appliance.core.domain import JobState, ScanState, utc_now
+from appliance.core.self_test_report import SelfTestReport
+from appliance.core.states import ModelState
+from appliance.lifecycle.trust_facts import Digest, LineName, TrustFacts, Version
 from appliance.store import database as db
 from appliance.store.database import Database
 from appliance.store.store import Store
@@ -38,19 +40,19 @@ BOX_REPORT: Final = "box-report.json"
 TRUST: Final = "trust"
 CHECK_DEADLINE_S: Final = 60.0
 _MAX_BYTES: Final = 1 << 20
-# One line's index, at its longest, makes 0.7 MB of it.
+# The index of one model line takes up to 0.7 MB of it.
 _MAX_FACTS_BYTES: Final = 32 << 20
-_MOST_NAMES: Final = 1000
+_MAX_NAMES: Final = 1000
 _REPORTED_ACTIVATIONS: Final = 20
 _REPORTED_MODELS: Final = 64
 _MODEL_KEYS: Final = ("version", "digest", "state", "precision", "runtime")
-_TROUBLE: Final = {"untrusted": 8, "error": 4, "unreachable": 4}
+_SEVERITY: Final = {"untrusted": 8, "error": 4, "unreachable": 4}
 
-_Read = TypeVar("_Read", bound=BaseModel)
+_ModelT = TypeVar("_ModelT", bound=BaseModel)
 
 
 class Directive(BaseModel):
-    """What the agent wants one line to run."""
+    """The version of one model line that the sync agent requests."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -60,16 +62,16 @@ class Directive(BaseModel):
 
 
 class Directives(BaseModel):
-    """``directives.json``."""
+    """The file ``directives.json``."""
 
     model_config = ConfigDict(frozen=True)
 
     schema_: Literal[1] = Field(alias="schema")
-    lines: dict[Line, Directive]
+    lines: dict[LineName, Directive]
 
 
 class SyncStatus(BaseModel):
-    """What the box needs of ``sync-status.json``."""
+    """The fields of ``sync-status.json`` that the box uses."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -77,119 +79,121 @@ class SyncStatus(BaseModel):
     code: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_.-]{0,64}$")] = ""
 
 
-class Check(Child):
-    """``model-sync check`` as a child.
+class TrustCheck(Child):
+    """``model-sync check`` as a child process.
 
     Args:
         exchange_dir: the shared directory.
-        root: the library's first root.json, as it was provisioned.
+        root: the provisioned ``root.json`` of the library.
     """
 
     def __init__(self, exchange_dir: Path, root: Path) -> None:
         super().__init__(["model_sync", "check", "--exchange", str(exchange_dir), "--root", str(root)], CHECK_DEADLINE_S, _MAX_FACTS_BYTES)
 
-    def facts(self) -> Facts | None:
-        """The facts once it has ended; None while it runs. One that dies, hangs or babbles has verified nothing."""
+    def poll(self) -> TrustFacts | None:
+        """Return the facts once the check has ended; None while it runs. A check that crashes, hangs or writes too much fails."""
         if not self.listen():
             if not self.late():
                 return None
             self.end()
-            return Facts(ok=False, code="trust.unchecked", message=f"the check took more than {CHECK_DEADLINE_S:.0f} s")
+            return TrustFacts(ok=False, code="trust.unchecked", message=f"the check took more than {CHECK_DEADLINE_S:.0f} s")
         if self.exceeded_output:
-            facts = Facts(ok=False, code="trust.unchecked", message=f"the check said more than {_MAX_FACTS_BYTES >> 20} MiB")
+            facts = TrustFacts(ok=False, code="trust.unchecked", message=f"the check said more than {_MAX_FACTS_BYTES >> 20} MiB")
         else:
             try:
-                facts = Facts.parse(self.text())
+                facts = TrustFacts.parse(self.text())
             except ValueError:
-                facts = Facts(ok=False, code="trust.unchecked", message=f"the check ended with {self.exit_code} and no answer")
+                facts = TrustFacts(ok=False, code="trust.unchecked", message=f"the check ended with {self.exit_code} and no answer")
         self.end()
         return facts
 
 
 class Exchange:
-    """The box's end of the shared directory.
+    """The access of the box to the shared directory.
 
     Args:
-        store: the box's store.
+        store: of the box.
         directory: the shared directory.
     """
 
     def __init__(self, store: Store, directory: Path) -> None:
         self._store = store
-        self._silent = False
+        self._write_failed = False
         self.directory = directory
-        _sweep(directory)
+        _remove_old_temporaries(directory)
 
     def has_metadata(self) -> bool:
-        """Whether the agent has laid anything that can be checked; a directory that cannot be read has nothing."""
+        """Whether there is metadata to check; False when the directory cannot be read."""
         return os.path.isdir(self.directory / "metadata")
 
-    def mark(self) -> tuple[object, ...]:
-        """What changes when the agent has written something that a check may answer differently: each pull turns the link ``trust``.
+    def version(self) -> tuple[object, ...]:
+        """Return a value that changes whenever a check may have another result: each pull replaces the link ``trust``.
 
-        Always a handful of names, however many the agent has laid.
+        It looks at a few names only, however many files the agent has written.
         """
-        places = (self.directory / name for name in (DIRECTIVES, TRUST, "metadata", "documents", "bundles", "floor.json"))
-        return (_target(self.directory / TRUST), *(_stamp(place) for place in places))
+        paths = (self.directory / name for name in (DIRECTIVES, TRUST, "metadata", "documents", "bundles", "floor.json"))
+        return (_target(self.directory / TRUST), *(_stamp(path) for path in paths))
 
-    def status_mark(self) -> tuple[int, int, int]:
-        """What changes when the agent has told how it is."""
+    def status_version(self) -> tuple[int, int, int]:
+        """Return a value that changes whenever the sync agent has written its status."""
         return _stamp(self.directory / SYNC_STATUS)
 
     def directives(self) -> Directives | None:
-        """What the agent wants; None when it wants nothing, or nothing that can be understood."""
+        """Read the requests of the sync agent; None when there are none or they are invalid."""
         return _read(self.directory / DIRECTIVES, Directives)
 
     def bundle(self, digest: str) -> Path:
-        """Where the agent puts the verified bundle of a digest."""
+        """Return the directory where the sync agent puts the verified bundle of a digest."""
         return self.directory / "bundles" / digest
 
-    def note_status(self) -> bool:
-        """Write a change of the agent's state into the audit, once: untrusted is an alarm, unreachable never is. Returns whether it did."""
+    def record_status(self) -> bool:
+        """Audit a change of the agent's state once: ``untrusted`` is an alarm, ``unreachable`` never is. Returns whether it changed."""
         status = _read(self.directory / SYNC_STATUS, SyncStatus)
         if status is None:
             return False
-        now = status.state if status.state in _TROUBLE else "ok"
-        mark = f"{now} {status.code if now != 'ok' else ''}"
+        now = status.state if status.state in _SEVERITY else "ok"
+        value = f"{now} {status.code if now != 'ok' else ''}"
         known = self._store.database.one("SELECT value FROM meta WHERE key = 'sync_state'")
-        if (known["value"] if known else "ok ") == mark:
+        if (known["value"] if known else "ok ") == value:
             return False
         event = db.SECURITY_ALERT if now == "untrusted" else db.APPLICATION_ACTIVITY
         with self._store.database.transaction() as tx:
-            tx.execute("INSERT OR REPLACE INTO meta VALUES ('sync_state', ?)", (mark,))
-            Database.audit(tx, event, "model-sync", "E", "library", _TROUBLE.get(now, 0), state=now, code=status.code)
+            tx.execute("INSERT OR REPLACE INTO meta VALUES ('sync_state', ?)", (value,))
+            Database.audit(tx, event, "model-sync", "E", "library", _SEVERITY.get(now, 0), state=now, code=status.code)
         return True
 
     def write_report(self) -> None:
-        """Write ``box-report.json``: versions, digests, states, codes and counts, and nothing of a patient (requirement R18)."""
+        """Write ``box-report.json``: versions, digests, states, codes and counts, but no patient data (requirement R18)."""
         try:
-            _put(self.directory, BOX_REPORT, json.dumps(box_report(self._store), sort_keys=True).encode())
+            _write_file(self.directory, BOX_REPORT, json.dumps(box_report(self._store), sort_keys=True).encode())
         except OSError as error:
-            if not self._silent:
+            if not self._write_failed:
                 logger.error("the report to the sync agent cannot be written", extra={"code": "exchange.invalid", "status": error.errno})
-            self._silent = True
+            self._write_failed = True
         else:
-            self._silent = False
+            self._write_failed = False
 
 
 def box_report(store: Store) -> dict[str, Any]:
-    """What the box tells the centre, by an allow-list (``model_sync.agent.report`` holds it against the same schema)."""
+    """Build the report to the central team from an allow-list; ``model_sync`` validates it against the same schema."""
     database = store.database
     day_ago = (datetime.now(timezone.utc) - timedelta(days=1)).isoformat(timespec="milliseconds")
-    # By model, so that the index on model and time serves and not every job is looked at.
+    # By model, so that the index on model and time is used and not every job is read.
     ended = database.one(
-        "SELECT coalesce(sum(outcome = 'failed'), 0) AS failed, coalesce(sum(outcome = 'ai_ready'), 0) AS analysed FROM jobs"
+        "SELECT coalesce(sum(outcome = ?), 0) AS failed, coalesce(sum(outcome = ?), 0) AS analysed FROM jobs"
         " WHERE model_digest IN (SELECT digest FROM models) AND finished_at > ?",
+        ScanState.FAILED.value,
+        ScanState.AI_READY.value,
         day_ago,
     )
-    waiting = database.one("SELECT count(*) AS n FROM jobs WHERE state IN ('queued', 'running')")
+    waiting = database.one("SELECT count(*) AS n FROM jobs WHERE state IN (?, ?)", JobState.QUEUED.value, JobState.RUNNING.value)
     models = database.query("SELECT * FROM models ORDER BY activated_at DESC LIMIT ?", _REPORTED_MODELS)
     activations = database.query("SELECT * FROM activations ORDER BY id DESC LIMIT ?", _REPORTED_ACTIVATIONS)
     return {
         "schema": 1,
         "at": utc_now(),
         "appliance_version": __version__,
-        "models": [{"line": row["name"]} | {key: row[key] for key in _MODEL_KEYS} | _as_it_runs(row) for row in models],
+        "models": [{"line": row["name"]} | {key: row[key] for key in _MODEL_KEYS} | _running_as(row) for row in models],
         "activations": [
             {"line": row["name"]} | {key: row[key] for key in ("version", "digest", "state")}
             | {"code": json.loads(row["reason"])["code"] if row["reason"] else None, "at": row["updated_at"]}
@@ -204,12 +208,12 @@ def box_report(store: Store) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _as_it_runs(row: sqlite3.Row) -> dict[str, str]:
-    """Precision and runtime of a model at work as the worker last said, which need not be what was chosen; a server has no version.
+def _running_as(row: sqlite3.Row) -> dict[str, str]:
+    """Return precision and runtime as the worker last reported them, which may be the fallback; a remote runtime has no version.
 
-    The runtime is ``none`` where the worker said that nothing can run it.
+    The runtime is ``none`` when the worker reported that nothing can run the model.
     """
-    runs = (json.loads(row["self_test"]).get("runs") or {}) if row["state"] == "active" else {}
+    runs = (SelfTestReport.from_json(row["self_test"]).runs or {}) if row["state"] == ModelState.ACTIVE else {}
     precision, runtime = row["precision"], row["runtime"]
     if runs.get("runtime"):
         precision, runtime = runs["precision"], f"{runs['runtime']} {runs['version']}"
@@ -219,44 +223,44 @@ def _as_it_runs(row: sqlite3.Row) -> dict[str, str]:
     return {"precision": precision, "runtime": runtime if re.fullmatch(r"[\d.]+", version) else name}
 
 
-def _put(directory: Path, name: str, data: bytes) -> None:
-    """Lay a file that the agent's group may read, in place of the last. In a directory where another account may lay anything.
+def _write_file(directory: Path, name: str, data: bytes) -> None:
+    """Replace a file that the agent's group may read, in a directory where another account may create anything.
 
-    A name that nobody can guess, which must not exist: nothing is followed, waited for, or written into but a file of our own.
+    The temporary name cannot be guessed and must not exist, so that no link is followed and no other file or pipe is opened.
 
     Raises:
-        OSError: it was not laid.
+        OSError: the file was not written; an earlier one is untouched.
     """
     folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    fresh = f".{name}.{secrets.token_hex(8)}"
+    temporary = f".{name}.{secrets.token_hex(8)}"
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with open(os.open(fresh, flags, 0o640, dir_fd=folder), "wb") as file:
+        with open(os.open(temporary, flags, 0o640, dir_fd=folder), "wb") as file:
             _give_to_group(file.fileno(), os.fstat(folder).st_gid)
             file.write(data)
-        os.replace(fresh, name, src_dir_fd=folder, dst_dir_fd=folder)
+        os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
     except OSError:
         with suppress(OSError):
-            os.unlink(fresh, dir_fd=folder)
+            os.unlink(temporary, dir_fd=folder)
         raise
     finally:
         os.close(folder)
 
 
 def _give_to_group(descriptor: int, group: int) -> None:
-    """Let the agent read a file by the group that the shared directory has, whatever the umask and the box's own group."""
+    """Give a file the group of the shared directory, whatever the umask and the group of the box, so that the agent can read it."""
     if os.fstat(descriptor).st_gid != group:
-        # The box is not in that group, or the group has no number in this user namespace: the agent's status says that it cannot read
-        # the report, which is there all the same.
+        # The box is not in that group, or the group does not exist in this user namespace. The report is written all the same; the
+        # status of the agent says that it cannot read it.
         with suppress(OSError):
             os.fchown(descriptor, -1, group)
     os.fchmod(descriptor, 0o640)
 
 
-def _sweep(directory: Path) -> None:
-    """Remove reports of processes that were killed over them, as far as the first names of the directory go."""
+def _remove_old_temporaries(directory: Path) -> None:
+    """Remove the temporary files of killed processes among the first names of the directory."""
     with suppress(OSError), os.scandir(directory) as entries:
-        for entry in islice(entries, _MOST_NAMES):
+        for entry in islice(entries, _MAX_NAMES):
             if entry.name.startswith(f".{BOX_REPORT}."):
                 with suppress(OSError):
                     os.unlink(entry.path)
@@ -277,8 +281,8 @@ def _stamp(path: Path) -> tuple[int, int, int]:
     return (status.st_mtime_ns, status.st_size, status.st_ino)
 
 
-def _read(path: Path, kind: type[_Read]) -> _Read | None:
-    """One small plain file of another account's: no link is followed, no pipe waited for, nothing larger than 1 MiB read."""
+def _read(path: Path, kind: type[_ModelT]) -> _ModelT | None:
+    """Read a small regular file of another account: follows no link, waits for no pipe, reads at most 1 MiB."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             raw = file.read(_MAX_BYTES + 1) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""
@@ -288,5 +292,5 @@ def _read(path: Path, kind: type[_Read]) -> _Read | None:
     except FileNotFoundError:
         return None
     except (OSError, ValidationError, RecursionError) as error:
-        logger.warning("a file of the sync agent cannot be understood", extra={"code": "exchange.invalid", "status": type(error).__name__})
+        logger.warning("invalid file of the sync agent", extra={"code": "exchange.invalid", "status": type(error).__name__})
         return None

@@ -1,32 +1,33 @@
-"""The models of a box, by hand: put one to work, go back to the one before, and see what happened.
+"""The commands of a person on the models of a box: activate one, roll back, measure again.
 
-The way is the same as the library's: an entry in the journal, a proof in a process of its own, one transaction at the switch. Where
-a worker runs it does all that; where none does, this process takes the worker's lock and does it itself.
+They work like the requests of the library: an activation in the journal, a self-test in a process of its own, one transaction at the
+switch. The worker of the box does the steps; where none runs, this process takes the worker's lock and does them itself.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from appliance.core.domain import Note
 from appliance.core.errors import ActivationError, ApplianceError
 from appliance.core.process import Lock, is_held_by_another
+from appliance.core.self_test_report import SelfTestReport
+from appliance.core.states import IN_USE_STATES, PENDING_STATES, ModelState, TuningState
 from appliance.core.wakeup import wake
 from appliance.lifecycle import model_files
 from appliance.lifecycle.activation import Activator
-from appliance.lifecycle.exchange import Check
-from appliance.lifecycle.journal import Journal, Wanted
-from appliance.lifecycle.journal_queries import LASTING, PROVING
-from appliance.lifecycle.library_follower import learn
-from appliance.lifecycle.trust_facts import Facts
+from appliance.lifecycle.exchange import TrustCheck
+from appliance.lifecycle.journal import ActivationRequest, Journal, Source
+from appliance.lifecycle.journal_queries import PERMANENT_FAILURES, reason_of
+from appliance.lifecycle.library_follower import apply_facts
+from appliance.lifecycle.trust_facts import TrustFacts
 from appliance.store.database import SECURITY_ALERT
 from appliance.store.store import Store
 from appliance.store.tuning_requests import TuningRequest, TuningRequests
@@ -36,100 +37,100 @@ from model_sync.bundle import MANIFEST_NAME, BundleError, Manifest, ModelBundle
 REFERENCE_BUNDLE: Final = "cxr-pneumonia"
 ANY_PRECISION: Final = "any"
 _POLL_S: Final = 0.02
-_ASK_WORKER_S: Final = 0.1
+_WORKER_POLL_S: Final = 0.1
+_CONFIGURATION: Final[dict[str, Any]] = {"type": "110131", "type_meaning": "Software Configuration"}
 
-Told = Callable[[sqlite3.Row], None]
+OnProgress = Callable[[sqlite3.Row], None]
+"""Called with the row of the activation whenever it was polled."""
 
 
 @dataclass(frozen=True)
-class Whole:
-    """A model that is whole on the disk; enough to put it to work where no worker runs that could load it."""
+class VerifiedModel:
+    """A model whose files were verified; enough to activate it in a process that analyses nothing."""
 
     manifest: Manifest
     digest: str
 
 
 def reference_bundle() -> Path:
-    """The reference bundle that ships inside the package."""
+    """Return the directory of the reference bundle that is part of the package."""
     return Path(str(resources.files("appliance") / "bundles" / REFERENCE_BUNDLE))
 
 
-def installed(store: Store, digest: str) -> ModelBundle:
-    """The box's own copy of a model it knows, its digests checked; raises ActivationError or StoreError ``model.unknown``."""
-    store.model(digest)
-    return model_files.own_copy(store.settings.data_dir, digest)
-
-
 def activate(
-    store: Store, directory: Path, actor: str, precision: str | None = None, *, again: bool = False, told: Told | None = None
-) -> str:
-    """Make a bundle the active model of its name.
+    store: Store, directory: Path, actor: str, precision: str | None = None, *, again: bool = False,
+    on_progress: OnProgress | None = None,
+) -> str:  # fmt: skip
+    """Make a bundle the active model of its model line.
 
     Args:
-        store: the box's store.
-        directory: the bundle.
+        store: of the box.
+        directory: of the bundle.
         actor: who asked for it, for the audit.
-        precision: variant to run from now on, whatever is faster; ``any`` takes that back. With None it stays as it was for a model
-            that is active already, else what is measured to be fastest is taken, or the most exact.
-        again: try it though it failed on this device before.
-        told: called with the journal's entry as it goes on.
+        precision: variant to run from now on even if another one is faster; ``any`` cancels that. When None, an active model keeps its
+            precision, and any other model gets the fastest measured one or the most exact one.
+        again: try a model that failed on this device before.
+        on_progress: called with the activation while it goes on.
 
     Returns:
-        The model's digest. A model that is active already is verified and left as it is; when the box's copy of it is damaged,
-        that copy is moved aside and the bundle installed again.
+        The digest of the model. A model that is active already is verified and left as it is; if the box's copy is damaged, it is renamed
+        and the bundle is installed again.
 
     Raises:
-        ActivationError: the bundle is invalid, too new for this appliance, forbidden or not known to the signed library, failed here
-            before, or fails its self-test; the model before it stays.
+        ActivationError: the bundle is invalid, too new for this appliance, forbidden or unknown to the signed library, failed on this
+            device before, or fails its self-test; the active model stays active.
     """
     journal = Journal(store)
     try:
         bundle = model_files.load(directory)
-        _refuse_if_absent(bundle, precision)
-        same = _runs_as_asked(journal.active(bundle.manifest.name), bundle.digest, precision)
-        if same and model_files.is_whole(store.settings.data_dir, bundle.digest):
+        _check_precision(bundle, precision)
+        is_active = _is_active_as_requested(journal.active(bundle.manifest.name), bundle.digest, precision)
+        if is_active and model_files.is_intact(store.settings.data_dir, bundle.digest):
             return bundle.digest
-        wanted = _wanted(bundle, actor, None if precision == ANY_PRECISION else precision)
-        _refuse_if_forbidden(store, journal, wanted, again=again or same)
+        request = _request(bundle, actor, None if precision == ANY_PRECISION else precision)
+        _check_permission(store, journal, request, again=again or is_active)
     except ApplianceError as error:
-        store.record(SECURITY_ALERT, actor, "U", "model", 8, type="110131", type_meaning="Software Configuration", code=error.code)
+        store.record(SECURITY_ALERT, actor, "U", "model", 8, **_CONFIGURATION, code=error.code)
         raise
-    return drive(store, journal.enter(wanted), told)
+    return wait_for_activation(store, journal.start(request), on_progress)
 
 
-def rollback(store: Store, name: str | None, actor: str, told: Told | None = None) -> str:
-    """Go back to the model before; returns its digest.
+def roll_back(store: Store, name: str | None, actor: str, on_progress: OnProgress | None = None) -> str:
+    """Go back to the best earlier model of a line; returns its digest.
 
     Args:
-        store: the box's store.
-        name: the line; may be left out where the box has one.
-        actor: who asked for it.
-        told: called with the journal's entry as it goes on.
+        store: of the box.
+        name: of the model line; may be None on a box with one active model.
+        actor: who asked for it, for the audit.
+        on_progress: called with the activation while it goes on.
 
     Raises:
-        ActivationError: ``model.no_previous``, or why the one before must not read again (``model.withdrawn``,
-            ``model.below_minimum``) or cannot (its copy is damaged, it fails its self-test); the model at work stays.
+        ActivationError: ``model.no_previous``; or why the previous model is forbidden (``model.withdrawn``, ``model.below_minimum``) or
+            cannot be activated (damaged copy, failed self-test). The active model stays active.
     """
     journal = Journal(store)
-    current = _line(store, name)
+    current = _active_model(store, name)
     successors = journal.successors(current["name"], current["digest"])
     if not successors:
-        previous = store.database.one("SELECT * FROM models WHERE name = ? AND state = 'previous'", current["name"])
-        barred = journal.barred(previous["name"], previous["version"]) if previous else None
-        note = barred or Note("model.no_previous", current["name"])
-        store.record(SECURITY_ALERT, actor, "U", "model", 8, type="110131", type_meaning="Software Configuration", code=note.code)
+        previous = store.database.one(
+            "SELECT * FROM models WHERE name = ? AND state = ?", current["name"], ModelState.PREVIOUS.value
+        )  # fmt: skip
+        restriction = journal.find_restriction(previous["name"], previous["version"]) if previous else None
+        note = restriction or Note("model.no_previous", current["name"])
+        store.record(SECURITY_ALERT, actor, "U", "model", 8, **_CONFIGURATION, code=note.code)
         raise ActivationError(note.code, note.detail)
-    to = successors[0]
-    origin = model_files.place(store.settings.data_dir, to["digest"])
-    chosen = Plan.of(to["precision"], json.loads(to["self_test"]))
-    by_hand = chosen.candidate is None or chosen.reason.code == "choice.by_hand" or not store.settings.tune_at_activation
-    precision = to["precision"] if by_hand else None  # what was measured then is measured again: the box may have changed since
-    wanted = Wanted(to["name"], to["version"], to["digest"], "hand", origin, actor, precision, "rollback")
-    return drive(store, journal.enter(wanted), told)
+    best = successors[0]
+    origin = model_files.model_dir(store.settings.data_dir, best["digest"])
+    report = SelfTestReport.from_json(best["self_test"])
+    has_plan = Plan.of(best["precision"], report).candidate is not None
+    keep_precision = not has_plan or report.is_fixed_by_user or not store.settings.tune_at_activation
+    precision = best["precision"] if keep_precision else None  # else measure again: the box may have changed since
+    request = ActivationRequest(best["name"], best["version"], best["digest"], "hand", origin, actor, precision, "rollback")
+    return wait_for_activation(store, journal.start(request), on_progress)
 
 
 def find(store: Store, which: str) -> Path:
-    """The directory that a person means: ``reference``, a bundle's directory, or a digest (its beginning) or version on this box.
+    """Find a bundle: ``reference``, a directory, or the version or the first digits of the digest of a model of this box.
 
     Raises:
         ActivationError: ``model.unknown``: none, or more than one.
@@ -141,123 +142,127 @@ def find(store: Store, which: str) -> Path:
     rows = [row for row in store.models() if row["version"] == which or (len(which) >= 4 and row["digest"].startswith(which))]
     if len(rows) != 1:
         raise ActivationError("model.unknown", f"{which}: {len(rows)} models of this box fit")
-    return model_files.place(store.settings.data_dir, rows[0]["digest"])
+    return model_files.model_dir(store.settings.data_dir, rows[0]["digest"])
 
 
-def drive(store: Store, number: int, told: Told | None = None) -> str:
-    """See an activation through to the switch: by the box's worker where one runs, else here; returns the model's digest.
+def wait_for_activation(store: Store, number: int, on_progress: OnProgress | None = None) -> str:
+    """Wait until an activation reached its switch, or do its steps where no worker runs; returns the digest of the model.
 
     Raises:
         ActivationError: it failed, with the coded reason.
     """
-    journal, say = Journal(store), told or (lambda _row: None)
+    journal = Journal(store)
 
-    def done() -> bool:
+    def is_done() -> bool:
         row = journal.row(number)
-        say(row)
-        return row["state"] not in PROVING
+        if on_progress is not None:
+            on_progress(row)
+        return row["state"] not in PENDING_STATES
 
-    _see_through(store, done)
+    _wait(store, is_done)
     row = journal.row(number)
-    if row["state"] not in ("trial", "good"):
-        raise ActivationError(*journal.reason(row))
+    if row["state"] not in IN_USE_STATES:
+        reason = reason_of(row)
+        raise ActivationError(reason.code, reason.detail)
     return str(row["digest"])
 
 
-def tune(store: Store, name: str | None, actor: str, told: Callable[[TuningRequest], None] | None = None) -> list[str]:
-    """Measure again how the models at work run best on this box, and run them so; nothing stops reading meanwhile.
+def tune(store: Store, name: str | None, actor: str, on_progress: Callable[[TuningRequest], None] | None = None) -> list[str]:
+    """Measure the candidates of active models again and run each model with the best one; the models go on working meanwhile.
 
     Args:
-        store: the box's store.
-        name: the line; all lines when None.
-        actor: who asked for it.
-        told: called with each measuring as it goes on.
+        store: of the box.
+        name: of the model line; all lines when None.
+        actor: who asked for it, for the audit.
+        on_progress: called with each measurement while it goes on.
 
     Returns:
         The digests of the models.
 
     Raises:
-        ActivationError: ``model.unknown``: no model is active, or none of that line; or why a measuring failed, in which case the
-            model is run as before.
+        ActivationError: ``model.unknown``: no model is active, or none of that line; or why a measurement failed, after which the
+            model runs as before.
     """
-    rows = [row for row in store.models() if row["state"] == "active" and name in (None, row["name"])]
+    rows = [row for row in store.models() if row["state"] == ModelState.ACTIVE and name in (None, row["name"])]
     if not rows:
         raise ActivationError("model.unknown", f"{name}: no model is active" if name else "no model is active")
-    tunings, say = TuningRequests(store.database), told or (lambda _tuning: None)
+    tunings = TuningRequests(store.database)
     for row in sorted(rows, key=lambda row: str(row["name"])):
         tunings.ask(row["digest"], row["name"], actor)
 
-    def done() -> bool:
+    def is_done() -> bool:
         known = [item for row in rows if (item := tunings.of(row["digest"])) is not None]
         for item in known:
-            say(item)
+            if on_progress is not None:
+                on_progress(item)
         return not any(item.open for item in known)
 
-    _see_through(store, done)
+    _wait(store, is_done)
     for row in rows:
         item = tunings.of(row["digest"])
-        if item is not None and item.state == "failed":
+        if item is not None and item.state == TuningState.FAILED:
             raise ActivationError(item.reason.code if item.reason else "model.self_test", item.reason.detail if item.reason else "")
     return [str(row["digest"]) for row in rows]
 
 
-def _see_through(store: Store, done: Callable[[], bool]) -> None:
-    """Wait until something is done: by the box's worker where one runs, else by doing it here."""
-    while not done():
+def _wait(store: Store, is_done: Callable[[], bool]) -> None:
+    """Wait until something is done: by the worker of the box where one runs, else in this process."""
+    while not is_done():
         try:
             lock = None if _box_runs(store) else Lock(store.settings.data_dir, "worker")
-        except ApplianceError:  # a worker without a supervisor: it does the work, and if it dies, the next one or we
+        except ApplianceError:  # a worker without a supervisor does the work; if it dies, the next worker or this process goes on
             lock = None
         if lock is None:
             wake(store.settings)
-            time.sleep(_ASK_WORKER_S)
+            time.sleep(_WORKER_POLL_S)
             continue
         try:
-            _do_here(store, done)
+            _run_activator(store, is_done)
         finally:
             lock.release()
 
 
-def _do_here(store: Store, done: Callable[[], bool]) -> None:
+def _run_activator(store: Store, is_done: Callable[[], bool]) -> None:
     data_dir = store.settings.data_dir
 
-    def whole(digest: str, _plan: Plan) -> Whole:
-        return Whole(model_files.own_copy(data_dir, digest).manifest, digest)
+    def load(digest: str, _plan: Plan) -> VerifiedModel:
+        return VerifiedModel(model_files.load_copy(data_dir, digest).manifest, digest)
 
-    activator = Activator(store, whole, follow=False)
+    activator = Activator(store, load, follow=False)
     try:
-        while not done():
+        while not is_done():
             activator.tick()
             time.sleep(_POLL_S)
-            if _box_runs(store):  # it was started meanwhile: its worker needs the lock more, scans may wait
+            if _box_runs(store):  # the box was started meanwhile and scans may wait: its worker needs the lock
                 return
     finally:
         activator.stop()
 
 
 def _box_runs(store: Store) -> bool:
-    """Whether a supervisor looks after this data directory: its worker does the work, now or as soon as it has been started again."""
+    """Whether a supervisor runs: its worker does the work, now or after its restart."""
     return is_held_by_another(store.settings.data_dir, "supervisor")
 
 
-def _runs_as_asked(current: sqlite3.Row | None, digest: str, precision: str | None) -> bool:
-    """Whether the active model is this one, and its precision is, or is not, chosen by hand just as it is wanted now."""
+def _is_active_as_requested(current: sqlite3.Row | None, digest: str, precision: str | None) -> bool:
+    """Whether the active model is this one and its precision is, or is not, fixed by a person just as it is requested now."""
     if current is None or current["digest"] != digest:
         return False
-    by_hand = Plan.of(current["precision"], json.loads(current["self_test"])).reason.code == "choice.by_hand"
+    is_fixed = SelfTestReport.from_json(current["self_test"]).is_fixed_by_user
     if precision is None:
         return True
-    return not by_hand if precision == ANY_PRECISION else by_hand and current["precision"] == precision
+    return not is_fixed if precision == ANY_PRECISION else is_fixed and current["precision"] == precision
 
 
-def _wanted(bundle: ModelBundle, actor: str, precision: str | None) -> Wanted:
+def _request(bundle: ModelBundle, actor: str, precision: str | None) -> ActivationRequest:
     manifest = bundle.manifest
-    embedded = hashlib.sha256((reference_bundle() / MANIFEST_NAME).read_bytes()).hexdigest() == bundle.digest
-    return Wanted(manifest.name, manifest.version, bundle.digest, "embedded" if embedded else "hand", bundle.directory, actor, precision)
+    is_embedded = hashlib.sha256((reference_bundle() / MANIFEST_NAME).read_bytes()).hexdigest() == bundle.digest
+    source: Source = "embedded" if is_embedded else "hand"
+    return ActivationRequest(manifest.name, manifest.version, bundle.digest, source, bundle.directory, actor, precision)
 
 
-def _refuse_if_absent(bundle: ModelBundle, precision: str | None) -> None:
-    """A precision that the bundle does not have is said before anything is begun."""
+def _check_precision(bundle: ModelBundle, precision: str | None) -> None:
+    """Refuse a precision that the bundle does not have before anything is begun; raises ActivationError ``model.precision``."""
     if precision == ANY_PRECISION:
         return
     try:
@@ -266,35 +271,35 @@ def _refuse_if_absent(bundle: ModelBundle, precision: str | None) -> None:
         raise ActivationError("model.precision", error.message) from error
 
 
-def _refuse_if_forbidden(store: Store, journal: Journal, wanted: Wanted, *, again: bool) -> None:
-    """Before anything is begun: the library's word, and what this device went through with it before."""
-    facts = _facts(store) if wanted.source != "embedded" and store.settings.library_root is not None else None
+def _check_permission(store: Store, journal: Journal, request: ActivationRequest, *, again: bool) -> None:
+    """Refuse what the library forbids or does not know, and what failed on this device before; raises ActivationError."""
+    facts = _check_trust(store) if request.source != "embedded" and store.settings.library_root is not None else None
     if facts is not None:
-        facts = learn(store, journal, facts)
-    note = journal.barred(wanted.name, wanted.version)
+        facts = apply_facts(store, journal, facts)
+    note = journal.find_restriction(request.name, request.version)
     if note is None and facts is not None:
-        note = facts.refusal(wanted.name, wanted.version, wanted.digest)
+        note = facts.find_refusal(request.name, request.version, request.digest)
     if note is not None:
         raise ActivationError(note.code, note.detail)
-    failed = journal.remembered(wanted.digest)
-    if failed is not None and failed.code in LASTING and not again:
+    failed = journal.find_blocking_failure(request.digest)
+    if failed is not None and failed.code in PERMANENT_FAILURES and not again:
         raise ActivationError("activation.failed_before", failed.code)
 
 
-def _facts(store: Store) -> Facts:
-    """What the signed library says now, waited for: this is a person's command, not the worker."""
+def _check_trust(store: Store) -> TrustFacts:
+    """Run the check of the library's metadata and wait for it: this is a command of a person, not the worker."""
     settings = store.settings
     if settings.exchange_dir is None or settings.library_root is None:
-        return Facts(ok=False, code="model.not_signed", message="library_root is set but exchange_dir is not")
-    check = Check(settings.exchange_dir, settings.library_root)
-    while (facts := check.facts()) is None:
+        return TrustFacts(ok=False, code="model.not_signed", message="library_root is set but exchange_dir is not")
+    check = TrustCheck(settings.exchange_dir, settings.library_root)
+    while (facts := check.poll()) is None:
         time.sleep(_POLL_S)
     return facts
 
 
-def _line(store: Store, name: str | None) -> sqlite3.Row:
-    """The active model of the line that is meant."""
-    active = [row for row in store.models() if row["state"] == "active" and name in (None, row["name"])]
+def _active_model(store: Store, name: str | None) -> sqlite3.Row:
+    """Return the active model of a model line, or the only active one; raises ActivationError ``model.unknown``."""
+    active = [row for row in store.models() if row["state"] == ModelState.ACTIVE and name in (None, row["name"])]
     if len(active) != 1:
         known = ", ".join(sorted(row["name"] for row in active)) or "none"
         raise ActivationError("model.unknown", f"{name}: no model is active" if name else f"active: {known}; say which line")

@@ -1,4 +1,4 @@
-"""What ``model-sync check`` verified, line by line: what one line says that cannot be understood is that line's trouble alone."""
+"""The result of ``model-sync check``. Invalid facts of one model line become a trouble of that line; the other lines stay valid."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, TypeAlias
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, StringConstraints, TypeAdapter, ValidationError
 
 from appliance import reasons
-from appliance.core.child_process import plain
+from appliance.core.child_process import printable_text
 from appliance.core.domain import Note
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
@@ -20,42 +20,42 @@ _NUMBER, _PRE, _BUILD = "(0|[1-9][0-9]*)", "(0|[1-9][0-9]*|[0-9]*[A-Za-z-][0-9A-
 _SEMVER: Final = rf"^{_NUMBER}\.{_NUMBER}\.{_NUMBER}(-{_PRE}(\.{_PRE})*)?(\+{_BUILD}(\.{_BUILD})*)?$"
 Version: TypeAlias = Annotated[str, StringConstraints(pattern=_SEMVER, max_length=64)]
 Digest: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Line: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
-Text: TypeAlias = Annotated[str, BeforeValidator(lambda value: plain(value, _LONGEST_TEXT))]
-_LINE: Final[TypeAdapter[str]] = TypeAdapter(Line)
+LineName: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+Text: TypeAlias = Annotated[str, BeforeValidator(lambda value: printable_text(value, _LONGEST_TEXT))]
+_LINE_NAME: Final[TypeAdapter[str]] = TypeAdapter(LineName)
 
 
-class Withdrawn(BaseModel):
-    """Why a version must not read another patient."""
+class WithdrawnVersion(BaseModel):
+    """Why a version must not analyse scans any more."""
 
     reason: Text
 
 
-class Trouble(BaseModel):
-    """Why metadata cannot be believed."""
+class TrustTrouble(BaseModel):
+    """Why metadata cannot be trusted."""
 
     code: Text
     message: Text = ""
 
     def note(self) -> Note:
-        """As a coded reason; one that this version does not know is said as not checked."""
+        """Return the trouble as a coded reason; an unknown code becomes ``trust.unchecked``."""
         return Note(self.code if self.code in reasons.REASONS else "trust.unchecked", self.message)
 
 
 class LineFacts(BaseModel):
-    """What the signed index of one line says, and until when that may put anything new to work."""
+    """The signed index of one model line, and until when new activations may rely on it."""
 
     minimum_version: Version
-    withdrawn: dict[Version, Withdrawn] = {}
+    withdrawn: dict[Version, WithdrawnVersion] = {}
     versions: dict[Version, Digest]
     valid_until: AwareDatetime | None = None
     expired: bool | None = None
 
 
-class Facts(BaseModel):
-    """What ``model-sync check`` verified; without ``ok`` nothing of it holds but the code that says why.
+class TrustFacts(BaseModel):
+    """The verified facts; without ``ok`` only ``code`` and ``message`` are valid: they say why the check failed.
 
-    ``now`` is the time it judged by, which is never behind what the library has signed, whatever the box's clock says.
+    ``now`` is the time that the check used. It is never before a time that the library signed, whatever the clock of the box says.
     """
 
     ok: bool
@@ -65,14 +65,14 @@ class Facts(BaseModel):
     code: Text = ""
     message: Text = ""
     lines: dict[str, LineFacts] = {}
-    troubles: dict[str, Trouble] = {}
+    troubles: dict[str, TrustTrouble] = {}
 
     @classmethod
-    def parse(cls, text: str) -> Facts:
-        """Read what a check said; a line that does not fit becomes a trouble of its own, and the others are learnt.
+    def parse(cls, text: str) -> TrustFacts:
+        """Parse the output of a check; invalid facts of a model line become a trouble of that line.
 
         Raises:
-            ValueError: it is no answer at all.
+            ValueError: the text is not the output of a check.
         """
         try:
             value = json.loads(text)
@@ -80,22 +80,22 @@ class Facts(BaseModel):
             raise ValueError("nested too deep") from error
         if not isinstance(value, dict):
             raise ValueError("no object")
-        given, told = (_mapping(value.pop(name, {})) for name in ("lines", "troubles"))
+        lines, troubles = (_mapping(value.pop(name, {})) for name in ("lines", "troubles"))
         facts = cls.model_validate(value)
-        for name, item in told.items():
-            facts.troubles[plain(name, _LONGEST_TEXT)] = _trouble(item)
-        for name, item in given.items():
+        for name, item in troubles.items():
+            facts.troubles[printable_text(name, _LONGEST_TEXT)] = _trouble(item)
+        for name, item in lines.items():
             try:
-                facts.lines[_LINE.validate_python(name)] = LineFacts.model_validate(item)
+                facts.lines[_LINE_NAME.validate_python(name)] = LineFacts.model_validate(item)
             except ValidationError as error:
-                what = "; ".join(".".join(map(str, problem["loc"])) for problem in error.errors(include_url=False)[:3])
-                facts.troubles[plain(name, _LONGEST_TEXT)] = Trouble(code="trust.document", message=f"does not fit: {what}")
+                fields = "; ".join(".".join(map(str, problem["loc"])) for problem in error.errors(include_url=False)[:3])
+                facts.troubles[printable_text(name, _LONGEST_TEXT)] = TrustTrouble(code="trust.document", message=f"does not fit: {fields}")
         return facts
 
-    def refusal(self, name: str, version: str, digest: str) -> Note | None:
-        """Why a model may not newly be put to work by what is signed; None when it may."""
+    def find_refusal(self, name: str, version: str, digest: str) -> Note | None:
+        """Find why the signed metadata does not allow a new activation of a model; None when it does."""
         if not self.ok:
-            return Trouble(code=self.code, message=self.message).note()
+            return TrustTrouble(code=self.code, message=self.message).note()
         line = self.lines.get(name)
         if line is None and name in self.troubles:
             return self.troubles[name].note()
@@ -116,8 +116,8 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value
 
 
-def _trouble(value: Any) -> Trouble:
+def _trouble(value: Any) -> TrustTrouble:
     try:
-        return Trouble.model_validate(value)
+        return TrustTrouble.model_validate(value)
     except ValidationError:
-        return Trouble(code="trust.unchecked")
+        return TrustTrouble(code="trust.unchecked")

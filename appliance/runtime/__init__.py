@@ -1,7 +1,7 @@
-"""The port to whatever runs a model: one protocol, one adapter per runtime, opened by ``open_runtime``.
+"""The interface to the runtimes: one protocol, one adapter per runtime, opened by :func:`open_runtime`.
 
-What an adapter reports (``provider``, ``describe``) is what the runtime says it got, never what was asked for; asking for something
-it did not get is an error, never a silent fallback.
+An adapter reports what the runtime really uses (``provider``, ``describe``), never what was requested. A request that the runtime does
+not fulfil is an error; there is no silent fallback.
 """
 
 from __future__ import annotations
@@ -14,46 +14,46 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from appliance.core.errors import InferenceError
-from appliance.runtime.candidate import CPU, RUNTIMES, Candidate, RuntimeName, plain_candidate
+from appliance.runtime.candidate import CPU, RUNTIMES, Candidate, RuntimeName, baseline_candidate
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["CPU", "RUNTIMES", "Candidate", "Runtime", "RuntimeName", "TensorSpec", "Told", "open_runtime", "plain_candidate"]
+__all__ = ["CPU", "RUNTIMES", "Candidate", "OnProgress", "Runtime", "RuntimeName", "TensorSpec", "baseline_candidate", "open_runtime"]
 
-# ONNX Runtime reports home unless it is told not to before it is imported. Nothing ever leaves this box.
+# ONNX Runtime sends telemetry unless this is set before its import. Nothing may leave this box.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-# So does OpenVINO, if `openvino_telemetry` is installed, which comes with it: on nothing more than `import openvino` it makes up an
-# identifier, keeps it in the home directory and sends it to an analytics service. A module that is None cannot be imported.
+# OpenVINO installs `openvino_telemetry`, which on `import openvino` creates an identifier, stores it in the home directory and sends it
+# to an analytics service. A module that is None in sys.modules cannot be imported.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
-Told = Callable[[float], None]
-"""Called with the part (0 to 1) of a long load, an engine being built, that is done."""
+OnProgress = Callable[[float], None]
+"""Called with the part (0 to 1) of a long load, such as building an engine, that is done."""
 
 
 class TensorSpec(Protocol):
-    """What a runtime needs to know of a manifest's input, of pictures and of volumes: its name and the shape of one image's tensor."""
+    """The input of a model as a runtime needs it, for images and volumes: its name and the shape of one image's tensor."""
 
     @property
     def name(self) -> str:
-        """The input's name in the graph."""
+        """Name of the input in the graph."""
         ...
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """One image's tensor without the batch: [channels, height, width] or [channels, depth, height, width]."""
+        """Shape of one image's tensor without the batch: [channels, height, width] or [channels, depth, height, width]."""
         ...
 
 
 class Runtime(Protocol):
-    """An adapter to one runtime; made with a :class:`Candidate`, it holds nothing until ``load``.
+    """An adapter to one runtime, constructed with a :class:`Candidate`; it uses no resources before ``load``.
 
     Attributes:
-        name: the runtime, as in the finding: "onnxruntime".
-        version: its version.
-        precision: the precision of the variant it runs.
-        provider: where it runs, as the runtime reports it once loaded.
+        name: of the runtime, as in the findings: "onnxruntime".
+        version: of the runtime.
+        precision: of the variant.
+        provider: the device or server that runs the model, as the runtime reports it after ``load``.
     """
 
     name: str
@@ -61,23 +61,23 @@ class Runtime(Protocol):
     precision: str
     provider: str
 
-    def load(self, model_path: Path, input_spec: TensorSpec, *, cache: Path | None = None, told: Told | None = None) -> None:
-        """Load a model and hold its input against the manifest's; build an engine first where the runtime needs one.
+    def load(self, model_path: Path, input_spec: TensorSpec, *, cache: Path | None = None, on_progress: OnProgress | None = None) -> None:
+        """Load a model and compare its input with the manifest; build an engine first if the runtime needs one.
 
         Args:
             model_path: the ONNX file of the variant.
-            input_spec: what the manifest says the model takes.
-            cache: directory for engines and timing caches; none is kept when None.
-            told: called as a long load goes on.
+            input_spec: the input according to the manifest.
+            cache: directory for engines and timing caches; nothing is kept when None.
+            on_progress: called during a long load.
 
         Raises:
-            InferenceError: ``job.error`` (it cannot be loaded, does not take that input, or would run elsewhere than asked),
+            InferenceError: ``job.error`` (the model cannot be loaded, has another input, or would run on another provider than requested),
                 ``runtime.unavailable`` (the runtime is not on this box), ``runtime.memory``, ``runtime.build`` (no engine).
         """
         ...
 
     def warm_up(self) -> None:
-        """Run it once, with the candidate's batch, so that the first patient does not wait for it.
+        """Run the model once with the batch size of the candidate, so that the first scan does not wait for it.
 
         Raises:
             InferenceError: as ``infer``.
@@ -88,37 +88,37 @@ class Runtime(Protocol):
         """Run the model.
 
         Args:
-            inputs: input name -> float32 array [n, ...] of the shape that the manifest says; any n from 1 to the candidate's batch.
+            inputs: input name -> float32 array [n, ...] with the shape of the manifest; n from 1 to the batch size of the candidate.
 
         Returns:
             Output name -> array [n, ...]; every value is finite.
 
         Raises:
-            InferenceError: ``job.error``: wrong input, a failure of the runtime, or an output that is no number.
+            InferenceError: ``job.error``: wrong input, a failure of the runtime, or an output that is not finite.
         """
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What ran, for the result and the health page; JSON types only.
+        """Describe what runs, for the results and the health page; JSON types only.
 
-        ``runtime``, ``version``, ``provider``, ``precision`` (the variant's), ``threads``, ``batch``, and where the runtime tells,
-        ``layers``: how many layers ran in which precision, and ``ran``: the precisions of those with weights in the manifest's words,
-        the most frequent first, "fp32" for an fp16 file on a CPU, "int8 + fp32" where some ran in float; empty where none has weights.
+        The keys are ``runtime``, ``version``, ``provider``, ``precision`` (of the variant), ``threads``, ``batch``, and if the runtime
+        reports it: ``layers`` (precision -> number of layers) and ``ran``, the precisions of the layers with weights as the manifest
+        names them, the most frequent first: "fp32" for an fp16 file on a CPU, "int8 + fp32" if some ran in float; empty without weights.
         """
         ...
 
     def close(self) -> None:
-        """Free the model; the object cannot be used afterwards."""
+        """Free the model; the adapter cannot be used afterwards."""
         ...
 
 
 def open_runtime(
-    model_path: Path, input_spec: TensorSpec, candidate: Candidate, *, cache: Path | None = None, told: Told | None = None
+    model_path: Path, input_spec: TensorSpec, candidate: Candidate, *, cache: Path | None = None, on_progress: OnProgress | None = None
 ) -> Runtime:
-    """Load a model the candidate's way and warm it up; arguments and errors as :meth:`Runtime.load`."""
+    """Load a model as the candidate says and warm it up; arguments and errors as :meth:`Runtime.load`."""
     runtime = _adapter(candidate)
     try:
-        runtime.load(model_path, input_spec, cache=cache, told=told)
+        runtime.load(model_path, input_spec, cache=cache, on_progress=on_progress)
         runtime.warm_up()
     except ImportError as error:
         runtime.close()
@@ -138,7 +138,7 @@ _ADAPTERS: Final[dict[RuntimeName, tuple[str, str]]] = {
 
 
 def _adapter(candidate: Candidate) -> Runtime:
-    """The adapter, not loaded: its module and the library behind it are imported only now."""
+    """Create the adapter of a candidate; its module and the library of the runtime are imported only now."""
     module, name = _ADAPTERS[candidate.runtime]
     try:
         adapter: Runtime = getattr(importlib.import_module(module), name)(candidate)

@@ -1,4 +1,4 @@
-"""A batch in pieces, for a runtime that takes fewer images at once, or always the same number."""
+"""Runs a batch in smaller batches, for a runtime with a smaller limit or a fixed batch size."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 Run = Callable[["NDArray[np.float32]"], "dict[str, NDArray[Any]]"]
 
 
-def in_pieces(value: NDArray[np.float32], largest: int, dynamic: bool, run: Run) -> dict[str, NDArray[Any]]:
+def run_in_pieces(value: NDArray[np.float32], largest: int, dynamic: bool, run: Run) -> dict[str, NDArray[Any]]:
     """Run a batch of any size.
 
     Args:
         value: float32 [n, ...].
-        largest: how many images ``run`` takes at once.
-        dynamic: whether it takes fewer as well; else the last piece is filled up with zeros, whose answers are dropped.
-        run: runs one piece; gives every output as [number of images in the piece, ...].
+        largest: largest batch that ``run`` takes.
+        dynamic: whether ``run`` takes smaller batches too; else the last batch is padded with zeros, whose outputs are dropped.
+        run: runs one batch [m, ...]; returns output name -> array [m, ...].
     """
     n = len(value)
     if n == largest or (dynamic and n < largest):

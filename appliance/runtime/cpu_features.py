@@ -1,8 +1,8 @@
-"""What the processor can do, as far as a runtime's results depend on it.
+"""Features of the CPU that change the results of a runtime.
 
 Without VNNI, x86 multiplies 8-bit numbers in pairs into 16-bit sums that saturate (VPMADDUBSW): two products of 255 x 127 do not fit, and
-the sum is clipped without a word. What a gate found on a processor with VNNI is then not what runs. ONNX Runtime has a slower way that
-does not saturate, which is taken there; OpenVINO has none, so int8 is refused on it.
+the sum is clipped silently. Then the results differ from those that the gate measured on a processor with VNNI. ONNX Runtime has a
+slower mode that does not saturate, which is used there; OpenVINO has none, so int8 is refused on it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _VNNI: Final = frozenset({"avx512_vnni", "avx_vnni"})
 
 
 def instructions() -> frozenset[str]:
-    """The processor's flags; empty where the kernel does not tell."""
+    """Return the flags of the processor; empty if the kernel does not report them."""
     try:
         found = re.search(r"^flags\s*:\s*(.*)$", _CPU_INFO.read_text(errors="replace"), re.MULTILINE)
     except OSError:

@@ -1,7 +1,7 @@
-"""CUDA by NVIDIA's own Python bindings (``cuda-bindings``), with every return code looked at.
+"""CUDA through NVIDIA's Python bindings (``cuda-bindings``), with a check of every return code.
 
-``cuda.bindings.runtime`` is what the package is called since 12.6; older ones on a Jetson have ``cuda.cudart``. Both give every call
-back as a tuple of the error and its values; here an error is raised, and a wrapper exists only for what needs more than that.
+The module is ``cuda.bindings.runtime`` since 12.6, and ``cuda.cudart`` in older versions on a Jetson. Both return every call as a tuple
+of the error and its values; here an error is raised. Only calls that need more than that have a wrapper.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _MODULES: Final = ("cuda.bindings.runtime", "cuda.cudart")
 _MEMORY: Final = ("cudaErrorMemoryAllocation",)
-# The box has no GPU, or none that this process may use: nothing of the model's.
+# The box has no GPU, or none that this process may use; the model is not the reason.
 _UNAVAILABLE: Final = (
     "cudaErrorNoDevice", "cudaErrorInsufficientDriver", "cudaErrorInvalidDevice", "cudaErrorDevicesUnavailable", "cudaErrorStubLibrary",
     "cudaErrorInitializationError", "cudaErrorSystemDriverMismatch", "cudaErrorCompatNotSupportedOnDevice", "cudaErrorSystemNotReady",
@@ -34,7 +34,7 @@ _NON_BLOCKING: Final = 1  # cudaStreamNonBlocking
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as CUDA knows it: its name, compute capability ("8.7") and the newest CUDA its driver can run ("12.2")."""
+    """A GPU according to CUDA: its name, compute capability ("8.7") and the newest CUDA its driver can run ("12.2")."""
 
     index: int
     name: str
@@ -46,7 +46,7 @@ class Cuda:
     """The CUDA runtime of this process.
 
     Args:
-        runtime: the bindings' module; found by itself when None.
+        runtime: module of the bindings; searched when None.
 
     Raises:
         InferenceError: ``runtime.unavailable``: the bindings are not installed.
@@ -56,14 +56,14 @@ class Cuda:
         self._runtime = runtime or _bindings()
         kinds = self._runtime.cudaMemcpyKind
         self.to_device, self.to_host = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
-        # Only this thread's own calls end a capture: another thread may go on using CUDA meanwhile.
+        # Thread-local: CUDA calls of other threads do not break a capture.
         self.capture_mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Call a function of the CUDA runtime by its name.
 
         Returns:
-            None, its one value, or a tuple of its values.
+            None, its only value, or a tuple of its values.
 
         Raises:
             InferenceError: ``runtime.memory``, ``runtime.unavailable`` (no GPU), or ``job.error``.
@@ -74,11 +74,11 @@ class Cuda:
         return values[0] if len(values) == 1 else tuple(values) or None
 
     def clear_error(self) -> None:
-        """Forget an error that was dealt with, so that nobody who asks for the last one finds it."""
+        """Clear the last error of CUDA after it was handled."""
         self._runtime.cudaGetLastError()
 
     def gpu(self, index: int) -> Gpu:
-        """Make a GPU this thread's current one and say which it is."""
+        """Make a GPU the current one of this thread and describe it."""
         count = self.call("cudaGetDeviceCount")
         if index >= count:
             raise InferenceError("runtime.unavailable", f"there is no GPU:{index}, only {count}")
@@ -89,29 +89,29 @@ class Cuda:
         return Gpu(index, name.strip("\0 "), f"{properties.major}.{properties.minor}", f"{newest // 1000}.{newest % 1000 // 10}")
 
     def free_bytes(self) -> int:
-        """How much memory of the current GPU is free."""
+        """Return the free memory of the current GPU."""
         return int(self.call("cudaMemGetInfo")[0])
 
     def stream(self) -> Any:
-        """A new stream that does not wait for the default one."""
+        """Create a stream that does not wait for the default one."""
         return self.call("cudaStreamCreateWithFlags", _NON_BLOCKING)
 
     def instantiate(self, graph: Any) -> Any:
         """Make a captured graph ready to launch."""
         try:
             return self.call("cudaGraphInstantiate", graph, 0)
-        except TypeError:  # CUDA 11's had a place for an error log
+        except TypeError:  # CUDA 11 has arguments for an error log
             return self.call("cudaGraphInstantiate", graph, b"", 0)[0]
 
 
 @dataclass
 class Transfer:
-    """A tensor's two memories: page-locked on the host, and on the GPU.
+    """The buffers of a tensor: page-locked memory on the host, and memory on the GPU.
 
     Attributes:
-        host: the host's, as an array of the tensor's largest shape, [n, ...].
-        device: address of the GPU's.
-        pinned: address of the host's.
+        host: the host buffer as an array with the largest shape of the tensor, [n, ...].
+        device: address of the GPU buffer.
+        pinned: address of the host buffer.
     """
 
     host: NDArray[Any]
@@ -119,23 +119,23 @@ class Transfer:
     pinned: int
 
 
-class Holding:
-    """What is held on the GPU, freed in the reverse order of its making, and each only once."""
+class GpuResources:
+    """Resources on the GPU, each freed once, in the reverse order of creation."""
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
-        self._held: list[tuple[str, Any]] = []
+        self._handles: list[tuple[str, Any]] = []
 
     def keep(self, freed_by: str, handle: Any) -> Any:
-        """Note a handle and the function that frees it."""
-        self._held.append((freed_by, handle))
+        """Register a handle with the function that frees it; returns the handle."""
+        self._handles.append((freed_by, handle))
         return handle
 
     def transfer(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Transfer:
-        """Memory for a tensor on both sides.
+        """Allocate the buffers of a tensor.
 
         Raises:
-            InferenceError: ``runtime.memory``; what was got of it is freed with the rest.
+            InferenceError: ``runtime.memory``; a buffer that was allocated is freed with the other resources.
         """
         import numpy as np
 
@@ -148,21 +148,21 @@ class Holding:
 
     def drop(self, handle: Any) -> None:
         """Free one handle now."""
-        for index, (freed_by, held) in enumerate(self._held):
+        for index, (freed_by, held) in enumerate(self._handles):
             if held is handle:
-                del self._held[index]
+                del self._handles[index]
                 self._free(freed_by, held)
                 return
 
     def release(self) -> None:
-        """Free everything; what cannot be freed is logged, and the rest is freed all the same."""
-        while self._held:
-            self._free(*self._held.pop())
+        """Free everything; an error is logged and the rest is freed all the same."""
+        while self._handles:
+            self._free(*self._handles.pop())
 
     def _free(self, freed_by: str, handle: Any) -> None:
         try:
             self._cuda.call(freed_by, handle)
-        except InferenceError as error:  # after a fault on the GPU every call fails until the process ends
+        except InferenceError as error:  # after a GPU fault every call fails until the process ends
             logger.warning("%s: %s", freed_by, error.detail)
 
 
@@ -182,5 +182,5 @@ def _failure(name: str, error: str) -> InferenceError:
 
 
 def _words(error: str) -> str:
-    """A CUDA error's name in words: ``cudaErrorMemoryAllocation`` is a memory allocation."""
+    """Convert the name of a CUDA error: ``cudaErrorMemoryAllocation`` becomes "memory allocation"."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", error.removeprefix("cudaError")).lower()

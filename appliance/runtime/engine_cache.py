@@ -1,9 +1,9 @@
-"""Engines kept on the box: what TensorRT built here, for this GPU, this driver and this TensorRT, and for no other.
+"""Cache of the engines that TensorRT built on this box; each belongs to one GPU, one driver and one version of TensorRT.
 
-A file is eight bytes of magic, the length of a JSON header, the header, the SHA-256 of header and engine, and the engine. It is named
-for the model and the way it was built; whether it fits this box stands in its header. Anything that does not fit (another GPU, driver
-or TensorRT), is cut short or was changed is built again, and the reason goes to the result and the log: TensorRT itself does not
-survive reading an engine that is not whole. Timings that a build measured are kept in the same kind of file.
+A file has eight bytes of magic, the length of a JSON header, the header, the SHA-256 of header and engine, and the engine. Its name
+comes from the model and the build settings; the header says which box it is for. An engine for another GPU, driver or TensorRT, and an
+incomplete or changed file, is built again, and the reason goes to the result and the log: TensorRT crashes when it reads an incomplete
+engine. The timings of a build are kept in files of the same format.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import re
-import secrets
 import shutil
 import tempfile
 import time
@@ -23,6 +22,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
+
+from appliance.core.files import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -36,28 +37,28 @@ _TIMINGS: Final = ".timings"
 _NAME: Final = re.compile(r"([0-9a-f]{16})-[0-9a-f]{16}\.(?:engine|compiled)")
 _PART: Final = re.compile(r".*\.part")
 _BUILD: Final = re.compile(r"build-\w+")
-_ABANDONED_S: Final = 3600.0  # no writing may take so long: what is younger may be somebody's at work
-_MAKING_S: Final = 60.0  # a build's directory may be there a moment before it is held
-# What an engine is bound to, as a person is told that it changed.
-_BOUND: Final = {
+_ABANDONED_S: Final = 3600.0  # no write takes this long: a younger file may still be written
+_LOCK_GRACE_S: Final = 60.0  # a build directory exists for a moment before it is locked
+# Names of the profile's fields in messages.
+_TITLES: Final = {
     "gpu": "GPU", "compute_capability": "compute capability", "tensorrt": "TensorRT", "driver": "driver", "precision": "precision",
     "batch": "batch profile", "shape": "input shape", "level": "optimisation level", "onnx_sha256": "model",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class DeviceProfile:
-    """All that an engine depends on.
+class EngineProfile:
+    """Everything that an engine depends on.
 
     Attributes:
-        gpu: name of the GPU, as CUDA says it.
+        gpu: name of the GPU according to CUDA.
         compute_capability: of the GPU: "8.7".
         tensorrt: version of TensorRT.
         driver: version of the GPU's driver.
         precision: of the variant.
-        batch: the largest batch of its profile, which reaches from 1 to this.
+        batch: largest batch of the optimisation profile, which starts at 1.
         shape: of one image's tensor.
-        level: the builder's optimisation level.
+        level: optimisation level of the builder.
         onnx_sha256: digest of the ONNX file.
     """
 
@@ -73,42 +74,42 @@ class DeviceProfile:
 
     @property
     def key(self) -> str:
-        """The engine cache's key: 64 hex digits over everything."""
+        """Cache key: SHA-256 over all fields, as 64 hex digits."""
         return _digest(asdict(self))
 
     @property
     def file_name(self) -> str:
-        """The engine's file: model first, then the way it was built; the box is not in it, so that one of an old driver is replaced."""
-        way = _digest({"precision": self.precision, "batch": self.batch, "shape": self.shape, "level": self.level})
-        return f"{self.onnx_sha256[:16]}-{way[:16]}{_ENGINE}"
+        """File name from model and build settings but not from the box, so that the engine of an old driver is replaced."""
+        settings = _digest({"precision": self.precision, "batch": self.batch, "shape": self.shape, "level": self.level})
+        return f"{self.onnx_sha256[:16]}-{settings[:16]}{_ENGINE}"
 
     @property
     def timings_name(self) -> str:
-        """The file of timings, which are the GPU's and TensorRT's, whatever was built."""
+        """File name of the timings, which depend on GPU and TensorRT but not on the model."""
         box = {"gpu": self.gpu, "capability": self.compute_capability, "tensorrt": self.tensorrt, "driver": self.driver}
         return f"{_digest(box)[:16]}{_TIMINGS}"
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in a header."""
+        """The profile as it is stored in a header."""
         return asdict(self) | {"shape": list(self.shape)}
 
     @classmethod
-    def from_json(cls, value: Any) -> DeviceProfile:
-        """Read what ``to_json`` wrote; raises ValueError when it is none."""
+    def from_json(cls, value: Any) -> EngineProfile:
+        """Read what ``to_json`` wrote; raises ValueError when the value is no profile."""
         if not isinstance(value, dict) or set(value) != {item.name for item in fields(cls)}:
-            raise ValueError("no device profile")
+            raise ValueError("no engine profile")
         shape = value["shape"]
         numbers = [value["batch"], value["level"], *(shape if isinstance(shape, list) else [None])]
         if not all(type(number) is int for number in numbers):
-            raise ValueError("no device profile")
+            raise ValueError("no engine profile")
         words = {name: value[name] for name in value if name not in ("batch", "level", "shape")}
         if not all(isinstance(word, str) for word in words.values()):
-            raise ValueError("no device profile")
+            raise ValueError("no engine profile")
         return cls(**words, batch=value["batch"], level=value["level"], shape=tuple(shape))
 
-    def changed(self, before: DeviceProfile) -> str:
-        """What differs from the profile of an engine that was built earlier, in words; empty when nothing does."""
-        for name, title in _BOUND.items():
+    def describe_change(self, before: EngineProfile) -> str:
+        """Describe the first difference from the profile of an earlier engine; empty when there is none."""
+        for name, title in _TITLES.items():
             old, new = getattr(before, name), getattr(self, name)
             if old != new:
                 return f"{title} changed" if name == "onnx_sha256" else f"{title} {old} -> {new}"
@@ -116,13 +117,13 @@ class DeviceProfile:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the cache had: the engine, or why there is none for this box.
+class CacheEntry:
+    """The result of a look-up: the engine, or why there is none for this box.
 
     Attributes:
-        data: the engine; empty when there is none that fits.
-        why: why it has to be built (again); empty when there was no file at all, or when it fits.
-        notes: what the builder noted with the engine.
+        data: the engine; empty when there is none for this box.
+        why: why it must be built again; empty when the engine is valid or there was no file.
+        notes: what the builder stored with the engine.
     """
 
     data: bytes
@@ -130,39 +131,38 @@ class Found:
     notes: dict[str, Any] | None = None
 
 
-def read(cache: Path, profile: DeviceProfile) -> Found:
-    """Look for this box's engine of a model; never raises for what a file holds.
+def read(cache: Path, profile: EngineProfile) -> CacheEntry:
+    """Look up the engine of a model for this box; never raises an error because of the content of a file.
 
     Args:
         cache: the directory.
-        profile: what the engine has to be for.
+        profile: what the engine must have been built for.
     """
     path = cache / profile.file_name
     try:
         header, data = unpack(path)
-        before = DeviceProfile.from_json(header.get("profile"))
+        before = EngineProfile.from_json(header.get("profile"))
     except FileNotFoundError:
-        return Found(b"")
+        return CacheEntry(b"")
     except (ValueError, OSError) as error:
-        return _rejected(path, f"the stored engine is damaged ({error})")
-    changed = profile.changed(before)
-    if changed:
-        return _rejected(path, changed)
+        return _reject(path, f"the stored engine is damaged ({error})")
+    if change := profile.describe_change(before):
+        return _reject(path, change)
     notes = header.get("notes")
-    return Found(data, notes=notes if isinstance(notes, dict) else {})
+    return CacheEntry(data, notes=notes if isinstance(notes, dict) else {})
 
 
-def write(cache: Path, profile: DeviceProfile, engine: bytes, notes: dict[str, Any]) -> Path:
-    """Keep an engine: written beside, fsynced, renamed over what was there.
+def write(cache: Path, profile: EngineProfile, engine: bytes, notes: dict[str, Any]) -> Path:
+    """Store an engine atomically.
 
     Raises:
-        OSError: the disk refused; what was there before is untouched.
+        OSError: the disk failed; an earlier engine is untouched.
     """
     return pack(cache / profile.file_name, {"profile": profile.to_json(), "notes": notes}, engine)
 
 
-def read_timings(cache: Path, profile: DeviceProfile) -> bytes:
-    """The timings of earlier builds on this GPU; empty when there are none that are whole."""
+def read_timings(cache: Path, profile: EngineProfile) -> bytes:
+    """Read the timings of earlier builds on this GPU; empty when there are no complete ones."""
     try:
         return unpack(cache / profile.timings_name)[1]
     except FileNotFoundError:
@@ -172,19 +172,19 @@ def read_timings(cache: Path, profile: DeviceProfile) -> bytes:
         return b""
 
 
-def write_timings(cache: Path, profile: DeviceProfile, timings: bytes) -> None:
-    """Keep the timings of a build; raises OSError."""
+def write_timings(cache: Path, profile: EngineProfile, timings: bytes) -> None:
+    """Store the timings of a build; raises OSError."""
     pack(cache / profile.timings_name, {}, timings)
 
 
 @contextmanager
-def workplace(cache: Path) -> Iterator[Path]:
-    """A directory beside the engines for one build, held by this process for as long as it is used.
+def build_directory(cache: Path) -> Iterator[Path]:
+    """Create a directory in the cache for one build, locked by this process while it is used.
 
-    What builds left whose process was killed, hundreds of megabytes each, is removed first: their locks went with them.
+    Directories of killed builds, hundreds of megabytes each, are removed first: their locks were released with their processes.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the disk failed.
     """
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     for path in sorted(cache.iterdir()):
@@ -201,8 +201,8 @@ def workplace(cache: Path) -> Iterator[Path]:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether it is a build's directory that nobody holds."""
-    if not _BUILD.fullmatch(path.name) or time.time() - path.lstat().st_mtime < _MAKING_S:
+    """Whether a path is a build directory that no process has locked."""
+    if not _BUILD.fullmatch(path.name) or time.time() - path.lstat().st_mtime < _LOCK_GRACE_S:
         return False
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -215,30 +215,30 @@ def _is_abandoned(path: Path) -> bool:
 
 
 def sweep(cache: Path, keep_onnx: Collection[str]) -> list[str]:
-    """Remove the engines of models that are not installed any more, and what a build that was killed left half-written.
+    """Remove the engines of models that are not installed any more, and incomplete files of killed builds.
 
     Args:
         cache: the directory.
         keep_onnx: SHA-256 of the ONNX files of the models that stay.
 
     Returns:
-        The names of the files that were removed. Timings stay: they are of the GPU, not of a model.
+        The names of the removed files. Timings stay: they belong to the GPU, not to a model.
     """
     kept = {digest[:16] for digest in keep_onnx}
     removed = []
     for path in sorted(cache.iterdir()) if cache.is_dir() else []:
-        named = _NAME.fullmatch(path.name)
-        with suppress(OSError):  # the next sweep finds it again
-            half = _PART.fullmatch(path.name) and time.time() - path.stat().st_mtime > _ABANDONED_S
-            if half or (named and named[1] not in kept) or _is_abandoned(path):
+        match = _NAME.fullmatch(path.name)
+        with suppress(OSError):  # the next sweep tries again
+            is_partial = _PART.fullmatch(path.name) and time.time() - path.stat().st_mtime > _ABANDONED_S
+            if is_partial or (match and match[1] not in kept) or _is_abandoned(path):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
                 removed.append(path.name)
     return removed
 
 
-def _rejected(path: Path, why: str) -> Found:
+def _reject(path: Path, why: str) -> CacheEntry:
     logger.warning("engine %s is built again: %s", path.name, why)
-    return Found(b"", why)
+    return CacheEntry(b"", why)
 
 
 def _digest(value: Any) -> str:
@@ -246,29 +246,17 @@ def _digest(value: Any) -> str:
 
 
 def pack(path: Path, header: dict[str, Any], data: bytes) -> Path:
-    """Write header and data with their digest: beside, fsynced, renamed over what was there; raises OSError when the disk refuses."""
+    """Write header and data with their digest atomically; raises OSError when the disk failed."""
     head = json.dumps(header, sort_keys=True).encode()
     digest = hashlib.sha256(head)
     digest.update(data)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
-            file.write(_MAGIC + len(head).to_bytes(_LENGTH_BYTES, "big") + head + digest.digest())
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    _fsync_directory(path.parent)
+    replace_file(path, _MAGIC + len(head).to_bytes(_LENGTH_BYTES, "big") + head + digest.digest(), data)
     return path
 
 
 def unpack(path: Path) -> tuple[dict[str, Any], bytes]:
-    """Header and data of a file; raises ValueError when it is not whole, OSError when it cannot be read."""
+    """Read header and data of a file; raises ValueError when it is incomplete or changed, OSError when it cannot be read."""
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         if os.fstat(file.fileno()).st_size > _MAX_ENGINE_BYTES:
             raise ValueError("too large")
@@ -276,13 +264,13 @@ def unpack(path: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def parse(content: bytes) -> tuple[dict[str, Any], bytes]:
-    """Take a file apart.
+    """Parse the content of a file.
 
     Returns:
-        The header and the engine.
+        The header and the data.
 
     Raises:
-        ValueError: it is not one of ours, cut short, or not what was written.
+        ValueError: the content has another format, is incomplete, or was changed.
     """
     start = len(_MAGIC) + _LENGTH_BYTES
     if content[: len(_MAGIC)] != _MAGIC or len(content) < start:
@@ -303,12 +291,3 @@ def parse(content: bytes) -> tuple[dict[str, Any], bytes]:
     if not isinstance(header, dict):
         raise ValueError("no header")
     return header, content[end + _DIGEST_BYTES :]
-
-
-def _fsync_directory(directory: Path) -> None:
-    # appliance.store.encrypted_files has one too, and cryptography with it, which a bare GPU machine need not have.
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,13 +1,13 @@
 """ONNX Runtime: the adapter that every box has.
 
-Set for a small, quiet process: no memory arena (an arena keeps its high-water mark for ever) and no spinning threads (they
-would burn the core that the web process needs); neither costs time at one scan after another: 16 ms for the reference model
-on one core of an AMD EPYC with or without. Measured resident memory of a bare process with the reference model: 101 MB.
+The settings are for a small process: no memory arena (it never shrinks) and no spinning threads (they would use the core that the web
+process needs). Neither makes single scans slower: 16 ms for the reference model on one core of an AMD EPYC with or without. Measured
+resident memory of a process with the reference model: 101 MB.
 
-What ran is read from ONNX Runtime's own profile of the warm-up, not from the file: it tells each kernel, what it took and where it ran.
-A Q/DQ graph whose pattern its fuser does not know runs in float around conversions, and nothing else says so. The profile costs 3 ms
-once; afterwards the session is as fast as one that never had it. A float file that is called int8 is refused by it; a Q/DQ graph that runs
-in float is not, as its numbers are those that were gated and this is what every box falls back to: it says so in ``ran``.
+What ran is taken from the profile that ONNX Runtime writes of the warm-up, not from the file: the profile lists each kernel with its
+types and provider. A Q/DQ graph with a pattern that cannot be fused runs in float between conversions, and only the profile shows that.
+It costs 3 ms once. With it a float file that is labelled int8 is refused. A Q/DQ graph that runs in float is accepted, because its
+results are those of the gate and it is the fallback of every box; ``ran`` shows it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 import onnxruntime as ort
 
 from appliance.core.errors import InferenceError
-from appliance.runtime import CPU, Candidate, TensorSpec, Told
+from appliance.runtime import CPU, Candidate, OnProgress, TensorSpec
 from appliance.runtime.cpu_features import avoid_saturation
 from appliance.runtime.tensors import (
     Layer,
@@ -39,22 +39,22 @@ from appliance.runtime.tensors import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_MOST_PROFILE_BYTES: Final = 16 << 20
+_MAX_PROFILE_BYTES: Final = 16 << 20
 _LOG_ERRORS_ONLY: Final = 3
 _KERNEL: Final = "_kernel_time"
-# What moves or converts tensors is no layer of the model.
+# Operators that only move or convert tensors are not counted as layers.
 _NO_LAYER: Final = frozenset({
     "Cast", "DequantizeLinear", "Flatten", "Identity", "MemcpyFromHost", "MemcpyToHost", "QuantizeLinear", "ReorderInput", "ReorderOutput",
     "Reshape", "Shape", "Squeeze", "Transpose", "Unsqueeze",
 })  # fmt: skip
 _QUANTIZED: Final = frozenset({"DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear"})
-_DYNAMIC: Final = "DynamicQuantize"  # takes float32 and multiplies in 8 bits
+_DYNAMIC: Final = "DynamicQuantize"  # has float32 input and multiplies in 8 bits
 _HEAVY: Final = ("Conv", "Gemm", "MatMul", "Attention", "LSTM", "GRU")
 _PRECISIONS: Final = {
     "float": "f32", "float16": "f16", "bfloat16": "bf16", "double": "f64", "uint8": "u8", "int8": "i8", "int32": "i32", "int64": "i64",
 }  # fmt: skip
 
-# On a GPU since Ampere, float32 is otherwise multiplied in TF32, with 10 bits of mantissa and without a word; and the memory taken doubles.
+# Otherwise GPUs since Ampere multiply float32 silently in TF32, with 10 bits of mantissa, and each allocation doubles the arena.
 _OPTIONS: Final = {"CUDAExecutionProvider": {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}}
 
 
@@ -75,9 +75,9 @@ class OnnxRuntime:
         self._ran: list[Layer] = []
         self._profile: TemporaryDirectory[str] | None = None
 
-    def load(self, model_path: Path, input_spec: TensorSpec, *, cache: Path | None = None, told: Told | None = None) -> None:
-        """Load; see ``Runtime.load``. It builds nothing, so nothing is cached and nothing is told."""
-        del cache, told
+    def load(self, model_path: Path, input_spec: TensorSpec, *, cache: Path | None = None, on_progress: OnProgress | None = None) -> None:
+        """Load the model; see ``Runtime.load``. It builds nothing: there is no cache and no progress."""
+        del cache, on_progress
         self._shape = input_spec.shape
         self._input = input_spec.name
         self._session = self._open(model_path, self._candidate.provider)
@@ -91,7 +91,7 @@ class OnnxRuntime:
         self._outputs = [item.name for item in self._session.get_outputs()]
 
     def warm_up(self) -> None:
-        """Run once and see what ran; see ``Runtime.warm_up``."""
+        """Run once and read from the profile what ran; see ``Runtime.warm_up``."""
         try:
             self.infer({self._input: np.zeros((self._candidate.batch, *self._shape), np.float32)})
         finally:
@@ -114,13 +114,13 @@ class OnnxRuntime:
         options.log_severity_level = _LOG_ERRORS_ONLY
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         avoid_saturation(options)
-        with suppress(OSError):  # no room for a profile: then nothing tells what ran
+        with suppress(OSError):  # no disk space for a profile: then it is unknown what ran
             self._profile = TemporaryDirectory(prefix="appliance-ort-")
             options.profile_file_prefix = str(Path(self._profile.name) / "profile")
             options.enable_profiling = True
         try:
             return ort.InferenceSession(str(model_path), options, providers=[provider], provider_options=[_OPTIONS.get(provider, {})])
-        except Exception as error:  # port wrapper: the exceptions of ONNX Runtime have no public base
+        except Exception as error:  # the exceptions of ONNX Runtime have no public base class
             raise failure("the model cannot be loaded", _first_line(error), error) from error
 
     def infer(self, inputs: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
@@ -130,14 +130,14 @@ class OnnxRuntime:
         value = checked_input(inputs, self._input, self._shape)
         try:
             values = self._session.run(self._outputs, {self._input: value})
-        except Exception as error:  # port wrapper, as above
+        except Exception as error:  # as above
             raise failure("ONNX Runtime", _first_line(error), error) from error
         outputs = dict(zip(self._outputs, values, strict=True))
         check_outputs(outputs, len(value))
         return outputs
 
     def describe(self) -> dict[str, Any]:
-        """What ran; see ``Runtime.describe``. ``layers`` and ``ran`` are there once it is warm, and where there was room for a profile."""
+        """Describe what ran; see ``Runtime.describe``. ``layers`` and ``ran`` need the warm-up and its profile."""
         layers = counted(precision for _, precision in self._ran)
         return {
             "runtime": self.name,
@@ -154,7 +154,7 @@ class OnnxRuntime:
         self._session = None
 
     def _end_profile(self) -> list[dict[str, Any]]:
-        """End the profile and return its kernels; none when there was no profile, or nothing can be read from it."""
+        """End the profile and return its kernels; empty when there was no profile or it cannot be read."""
         profile, self._profile = self._profile, None
         if profile is None:
             return []
@@ -163,26 +163,26 @@ class OnnxRuntime:
                 return []
             with suppress(OSError, ValueError):
                 path = Path(self._session.end_profiling())
-                if path.stat().st_size <= _MOST_PROFILE_BYTES:  # a loop writes down every round: not worth a box's memory
+                if path.stat().st_size <= _MAX_PROFILE_BYTES:  # a loop in the model lists every iteration: too much for the memory of a box
                     return kernels_of(json.loads(path.read_bytes()))
             return []
 
 
 def kernels_of(events: object) -> list[dict[str, Any]]:
-    """The kernels in ONNX Runtime's profile: ``op_name``, ``provider``, ``input_type_shape`` and more of each that ran."""
-    of_nodes = [event for event in events if isinstance(event, dict)] if isinstance(events, list) else []
-    return [event["args"] for event in of_nodes if str(event.get("name", "")).endswith(_KERNEL) and isinstance(event.get("args"), dict)]
+    """Extract the kernels from a profile of ONNX Runtime: each has ``op_name``, ``provider``, ``input_type_shape`` and more."""
+    entries = [event for event in events if isinstance(event, dict)] if isinstance(events, list) else []
+    return [event["args"] for event in entries if str(event.get("name", "")).endswith(_KERNEL) and isinstance(event.get("args"), dict)]
 
 
 def layers_of(kernels: Iterable[dict[str, Any]]) -> list[Layer]:
-    """Operator and precision of each layer that ran, in OpenVINO's words: that of its first input; ``f32``, ``f16``, ``u8``, ``i8``."""
-    found = []
+    """List operator and precision (of the first input: ``f32``, ``f16``, ``u8``, ``i8``) of each layer that ran."""
+    layers = []
     for kernel in kernels:
         first = next(iter(kernel.get("input_type_shape") or [{}]))
         operator, kind = str(kernel.get("op_name")), next(iter(first), None)
         if operator not in _NO_LAYER and kind is not None:
-            found.append((operator, "u8" if operator.startswith(_DYNAMIC) else _PRECISIONS.get(kind, kind)))
-    return found
+            layers.append((operator, "u8" if operator.startswith(_DYNAMIC) else _PRECISIONS.get(kind, kind)))
+    return layers
 
 
 def _heavy(ran: Iterable[Layer]) -> list[str]:
@@ -194,24 +194,26 @@ def _is_heavy(operator: str) -> bool:
 
 
 def check_placement(kernels: Sequence[dict[str, Any]], provider: str) -> None:
-    """Look where the layers of a model ran; light ones may run on the CPU, where shapes are worked out on purpose.
+    """Check that the heavy layers ran on the requested provider; light ones, such as shape computations, may run on the CPU.
 
     Raises:
-        InferenceError: a heavy layer did not run where it should (``job.error``: ONNX Runtime itself moves it to the CPU without a word),
-            or nothing tells where any ran, and it should not be the CPU (``runtime.unavailable``: no room for a profile).
+        InferenceError: ``job.error``: a heavy layer ran on another provider (ONNX Runtime moves it to the CPU silently);
+            ``runtime.unavailable``: it is unknown where the layers ran (no profile), and the provider is not the CPU.
     """
     if provider == CPU:
         return
     if not kernels:
-        raise InferenceError("runtime.unavailable", f"asked for {provider}, and where the layers ran cannot be told: there is no profile")
-    elsewhere = [kernel for kernel in kernels if kernel.get("provider") != provider and _is_heavy(str(kernel.get("op_name")))]
-    if elsewhere:
-        first = elsewhere[0]
         raise InferenceError(
-            "job.error", f"asked for {provider}, {len(elsewhere)} layers ran on {first.get('provider')} (the first: {first.get('op_name')})"
+            "runtime.unavailable", f"asked for {provider}, and where the layers ran cannot be on_progress: there is no profile"
+        )
+    misplaced = [kernel for kernel in kernels if kernel.get("provider") != provider and _is_heavy(str(kernel.get("op_name")))]
+    if misplaced:
+        first = misplaced[0]
+        raise InferenceError(
+            "job.error", f"asked for {provider}, {len(misplaced)} layers ran on {first.get('provider')} (the first: {first.get('op_name')})"
         )
 
 
 def _first_line(error: Exception) -> str:
-    """The message without what ONNX Runtime adds below."""
+    """Return the first line of the message, without the details that ONNX Runtime adds."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,17 +1,17 @@
 """OpenVINO on the CPU.
 
-The precision is always forced to f32. As it comes, OpenVINO runs a float32 model in bfloat16 wherever the CPU can, without a word: twice as
-fast, with 8 bits of mantissa, in a precision that no gate of ours has seen. What was quantized runs in 8 bits all the same, because that
-stands in the graph. The hint does not tell what ran (f16 runs bf16), so every layer's precision is read from the compiled model, and a
-candidate that is not what it says is refused with ``runtime.precision``: an int8 or mixed file without one layer in 8 bits would be shown
-as int8 and be no faster than the float model, which is the better choice then. The same look, and not the file's name, tells whether 8-bit
-sums would be clipped on a processor without VNNI.
+The precision is always forced to f32. By default OpenVINO silently runs a float32 model in bfloat16 on CPUs that support it: twice as
+fast, with 8 bits of mantissa, in a precision that no gate has tested. Quantized layers still run in 8 bits, because the graph says so.
+The hint does not show what ran (f16 runs as bf16), so the precision of every layer is read from the compiled model, and a candidate with
+another precision than its label is refused with ``runtime.precision``: an int8 or mixed file without any layer in 8 bits would be shown
+as int8 without being faster than the float model. The precision of the layers also decides whether 8-bit sums may be clipped on a
+processor without VNNI.
 
-Models are compiled for a fixed shape: with the batch left open the reference model takes up to half as long again, for ops that are not
-fused. One is compiled for a single image, which is what nearly always waits, and one for the candidate's batch; any other number is read
-as full batches and single images, as a batch gains little on a CPU.
+Models are compiled for a fixed shape: with a dynamic batch the reference model takes up to 1.5 times as long, because some operators
+are not fused. One model is compiled for a single image, the most frequent case, and one for the batch size of the candidate; any other
+number of images is run as full batches and single images, as a batch gains little on a CPU.
 
-Threads are not pinned: the box's web process needs a core too, and a pinned thread would wait for it. With a cache directory, compiled
+Threads are not pinned: the web process needs a core too, and a pinned thread would have to wait for it. With a cache directory compiled
 models are kept; see :mod:`appliance.runtime.openvino_cache`.
 """
 
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from appliance.core.errors import InferenceError
-from appliance.runtime import Candidate, TensorSpec, Told, openvino_cache
+from appliance.runtime import Candidate, OnProgress, TensorSpec, openvino_cache
 from appliance.runtime.cpu_features import saturates
 from appliance.runtime.tensors import (
     Layer,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What moves or converts tensors is no layer of the model.
+# Operators that only move or convert tensors are not counted as layers.
 _NO_LAYER: Final = frozenset({"Input", "Output", "Parameter", "Result", "Const", "Constant", "Reorder", "Reshape", "ShapeOf", "Transpose"})
 _HEAVY: Final = frozenset({
     "Convolution", "Deconvolution", "FullyConnected", "MatMul", "MHA", "RNNCell", "RNNSeq", "ScaledDotProductAttention",
@@ -57,10 +57,10 @@ _NOISE: Final = ("Exception from ", "Check '", "While validating", "FrontEnd API
 
 
 def import_openvino() -> ModuleType:
-    """OpenVINO without its model converter, which costs 90 ms and is what brings the telemetry in.
+    """Import OpenVINO without its model converter, which takes 90 ms and imports the telemetry.
 
     Raises:
-        ImportError: it is not installed, or cannot run here.
+        ImportError: it is not installed, or cannot run on this machine.
     """
     tools = "openvino.tools"
     if "openvino" not in sys.modules:
@@ -75,7 +75,7 @@ def import_openvino() -> ModuleType:
 
 
 def version() -> str:
-    """OpenVINO's version, without its build."""
+    """Return the version of OpenVINO without the build number."""
     return str(import_openvino().get_version()).split("-", 1)[0]
 
 
@@ -97,8 +97,8 @@ class OpenVinoRuntime:
         self._ran: dict[int, list[Layer]] = {}
         self._threads = candidate.cores
 
-    def load(self, model_path: Path, input_spec: TensorSpec, *, cache: Path | None = None, told: Told | None = None) -> None:
-        """Compile, for one image and for the candidate's batch; see ``Runtime.load``."""
+    def load(self, model_path: Path, input_spec: TensorSpec, *, cache: Path | None = None, on_progress: OnProgress | None = None) -> None:
+        """Compile the model for one image and for the batch size of the candidate; see ``Runtime.load``."""
         self._spec_name, self._shape = input_spec.name, tuple(input_spec.shape)
         core = self._ov.Core()
         if self.provider not in core.available_devices:
@@ -106,34 +106,34 @@ class OpenVinoRuntime:
         sizes = sorted({1, self._candidate.batch})
         try:
             for done, size in enumerate(sizes):
-                model = self._kept_or_compiled(core, model_path, size, cache)
+                model = self._load_or_compile(core, model_path, size, cache)
                 self._requests[size], self._ran[size] = model.create_infer_request(), layers_of(model)
-                if told is not None:
-                    told((done + 1) / len(sizes))
-        except (RuntimeError, MemoryError, TypeError, ValueError, OSError) as error:  # what its bindings raise
+                if on_progress is not None:
+                    on_progress((done + 1) / len(sizes))
+        except (RuntimeError, MemoryError, TypeError, ValueError, OSError) as error:  # the exceptions of its bindings
             raise failure("the model cannot be loaded", _last_line(error), error) from error
         self.provider = ", ".join(model.get_property("EXECUTION_DEVICES"))
         self._outputs = [output_name(output) for output in model.outputs]
-        self._threads = int(model.get_property("INFERENCE_NUM_THREADS"))  # fewer than asked for where two share a core
+        self._threads = int(model.get_property("INFERENCE_NUM_THREADS"))  # fewer than requested if two threads share a core
         for ran in self._ran.values():
-            self._look_at(ran)
+            self._check_layers(ran)
 
-    def _kept_or_compiled(self, core: Any, model_path: Path, size: int, cache: Path | None) -> Any:
-        """The model for one number of images, from the cache where it is there."""
+    def _load_or_compile(self, core: Any, model_path: Path, size: int, cache: Path | None) -> Any:
+        """Return the model for one batch size, from the cache if it is there."""
         if cache is None:
             return self._compile(core, model_path, size)
-        way = {"openvino": self.provider, "shape": [size, *self._shape], "input": self._spec_name, **self._settings()}
+        settings = {"openvino": self.provider, "shape": [size, *self._shape], "input": self._spec_name, **self._settings()}
         box = {"version": str(self._ov.get_version()), "processor": str(core.get_property(self.provider, "FULL_DEVICE_NAME"))}
-        kept = openvino_cache.of_file(model_path, way, box)
-        if kept is not None and (data := kept.read(cache)):
+        entry = openvino_cache.of_file(model_path, settings, box)
+        if entry is not None and (data := entry.read(cache)):
             try:
                 return core.import_model(data, self.provider, self._settings())
             except RuntimeError as error:
-                logger.warning("compiled model %s is made again: %s", kept.file_name, _last_line(error))
+                logger.warning("compiled model %s is compiled again: %s", entry.file_name, _last_line(error))
         model = self._compile(core, model_path, size)
-        if kept is not None:
+        if entry is not None:
             exported = model.export_model()
-            kept.write(cache, exported if isinstance(exported, bytes) else exported.getvalue())  # bytes up to 2025
+            entry.write(cache, exported if isinstance(exported, bytes) else exported.getvalue())  # bytes up to 2025
         return model
 
     def _compile(self, core: Any, model_path: Path, size: int) -> Any:
@@ -149,15 +149,15 @@ class OpenVinoRuntime:
     def _settings(self) -> dict[str, Any]:
         return {
             "INFERENCE_PRECISION_HINT": "f32",
-            "EXECUTION_MODE_HINT": "ACCURACY",  # nothing is quantized on the fly that is not quantized in the graph
+            "EXECUTION_MODE_HINT": "ACCURACY",  # no quantization that is not in the graph
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": "1",
             "INFERENCE_NUM_THREADS": self._candidate.cores,
             "ENABLE_CPU_PINNING": False,
         }
 
-    def _look_at(self, ran: list[Layer]) -> None:
-        """Refuse what is not the variant's precision, or not what was gated."""
+    def _check_layers(self, ran: list[Layer]) -> None:
+        """Refuse layers with another precision than the variant's, or with results that differ from the gate; raises InferenceError."""
         rounded = sum(precision == "bf16" for _, precision in ran)
         if rounded:
             raise InferenceError("runtime.precision", f"{rounded} layers run in bf16 though f32 was asked for")
@@ -194,16 +194,16 @@ class OpenVinoRuntime:
 
     def _run(self, value: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         request = self._requests[len(value)]
-        value = value if value.flags.writeable else value.copy()  # its Tensor shares no memory that it may not write to
+        value = value if value.flags.writeable else value.copy()  # an OpenVINO Tensor cannot share read-only memory
         request.set_input_tensor(self._ov.Tensor(value, shared_memory=True))
         request.infer()
-        # Copied: the next inference writes into the same memory.
+        # Copied: the next inference overwrites the memory.
         return {name: request.get_output_tensor(index).data.copy() for index, name in enumerate(self._outputs)}
 
     def describe(self) -> dict[str, Any]:
-        """What ran; see ``Runtime.describe``. ``layers`` and ``ran`` are of the model for one image, which reads nearly every patient.
+        """Describe what ran; see ``Runtime.describe``. ``layers`` and ``ran`` describe the model for one image, the most frequent case.
 
-        ``layers_batch`` is there where the one for the batch runs otherwise.
+        ``layers_batch`` is added if the model for the batch runs in other precisions.
         """
         ran, of_batch = (self._ran.get(size, []) for size in (1, self._candidate.batch))
         layers, layers_batch = (counted(precision for _, precision in each) for each in (ran, of_batch))
@@ -224,9 +224,9 @@ class OpenVinoRuntime:
 
 
 def output_name(output: Any) -> str:
-    """An output's name in the ONNX graph, that of its Result; the tensor may have been given others by fused casts."""
-    named = _SINK.sub("", output.get_node().get_friendly_name())
-    return named if named in output.get_names() else str(output.get_any_name())
+    """Return the name of an output in the ONNX graph, from its Result node; fused casts may have renamed the tensor."""
+    name = _SINK.sub("", output.get_node().get_friendly_name())
+    return name if name in output.get_names() else str(output.get_any_name())
 
 
 def _heavy(ran: list[Layer]) -> list[str]:
@@ -234,13 +234,13 @@ def _heavy(ran: list[Layer]) -> list[str]:
 
 
 def layers_of(model: Any) -> list[Layer]:
-    """Kind and precision of each layer that a compiled model runs (``runtimePrecision`` of its runtime model), conversions left out."""
-    told = [op.get_rt_info() for op in model.get_runtime_model().get_ordered_ops()]
-    layers = [(info["layerType"].astype(str), info["runtimePrecision"].astype(str)) for info in told]
+    """List kind and precision (``runtimePrecision`` of the runtime model) of each layer of a compiled model, without conversions."""
+    infos = [op.get_rt_info() for op in model.get_runtime_model().get_ordered_ops()]
+    layers = [(info["layerType"].astype(str), info["runtimePrecision"].astype(str)) for info in infos]
     return [(kind, precision) for kind, precision in layers if kind not in _NO_LAYER]
 
 
 def _last_line(error: BaseException) -> str:
-    """The line of a message of OpenVINO that says something: the last, below places in its sources and what was checked there."""
+    """Return the informative line of a message: the last one that is no source location and no failed assertion."""
     lines = [line.strip() for line in str(error).splitlines()]
     return next((line for line in reversed(lines) if line and not line.startswith(_NOISE)), type(error).__name__)

@@ -1,8 +1,8 @@
-"""Models that OpenVINO compiled, kept on the box: read in a third of the time, and without the compiler that may crash.
+"""Cache of the models that OpenVINO compiled: loaded in a third of the time, and without the compiler, which may crash.
 
-The file is one of :mod:`appliance.runtime.engine_cache`: its digest is checked before OpenVINO sees it, and it goes when its model goes.
-Compiled by another OpenVINO, for another processor or with other settings it is made again. Tuning compiles a model for many numbers of
-threads and images, most of which nobody wants again: of one file no more than the four that were used last are kept.
+The files have the format of :mod:`appliance.runtime.engine_cache`: the digest is verified before OpenVINO reads the file, and the file is
+removed with its model. For another OpenVINO version, processor or settings the model is compiled again. Tuning compiles a model for many
+numbers of threads and images; of each ONNX file only the four compiled models that were used last are kept.
 """
 
 from __future__ import annotations
@@ -24,74 +24,74 @@ logger = logging.getLogger(__name__)
 
 _SUFFIX: Final = ".compiled"
 _MOST_KEPT: Final = 4
-# The key and the tag before it of an external tensor's file (onnx.proto: TensorProto.external_data, StringStringEntryProto).
+# Protobuf bytes of the key "location", which names the file of an external tensor (onnx.proto, TensorProto.external_data).
 _EXTERNAL: Final = b"\x0a\x08location\x12"
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """What a compiled model depends on.
+class CompiledModelEntry:
+    """The cache entry of one compiled model, with everything that it depends on.
 
     Attributes:
-        onnx_sha256: digest of the model's file.
-        way: how it is compiled: shape, threads, settings.
-        box: what it is compiled for: OpenVINO's version, the processor and what it can do.
+        onnx_sha256: digest of the ONNX file.
+        settings: of the compilation: shape, threads, OpenVINO's settings.
+        box: version of OpenVINO, and the processor with its features.
     """
 
     onnx_sha256: str
-    way: dict[str, Any]
+    settings: dict[str, Any]
     box: dict[str, Any]
 
     @property
     def file_name(self) -> str:
-        """Named for the model and the way, not the box: what an older OpenVINO left is replaced."""
-        return f"{self.onnx_sha256[:16]}-{_digest(self.way)[:16]}{_SUFFIX}"
+        """File name from model and settings but not from the box, so that the file of an older OpenVINO is replaced."""
+        return f"{self.onnx_sha256[:16]}-{_digest(self.settings)[:16]}{_SUFFIX}"
 
     def read(self, cache: Path) -> bytes:
-        """The compiled model; empty when there is none that is whole and for this box."""
+        """Read the compiled model; empty when there is none that is complete and for this box."""
         path = cache / self.file_name
         try:
             header, data = engine_cache.unpack(path)
         except FileNotFoundError:
             return b""
         except (ValueError, OSError) as error:
-            logger.warning("compiled model %s is made again: %s", path.name, error)
+            logger.warning("compiled model %s is compiled again: %s", path.name, error)
             return b""
         if header != self._header():
-            logger.warning("compiled model %s is made again: it is for another box or OpenVINO", path.name)
+            logger.warning("compiled model %s is compiled again: it is for another box or OpenVINO", path.name)
             return b""
-        with suppress(OSError):  # it counts as used
+        with suppress(OSError):  # mark it as used
             os.utime(path)
         return data
 
     def write(self, cache: Path, data: bytes) -> None:
-        """Keep it; a disk that refuses costs time at the next load and nothing else."""
+        """Write the compiled model; a disk error only costs time at the next load."""
         try:
             engine_cache.pack(cache / self.file_name, self._header(), data)
         except OSError as error:
             logger.warning("compiled model %s is not kept: %s", self.file_name, error.strerror)
             return
-        with suppress(OSError):  # another process tidies up, too
+        with suppress(OSError):  # another process may remove old entries at the same time
             kept = sorted(cache.glob(f"{self.onnx_sha256[:16]}-*{_SUFFIX}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
             for path in kept[_MOST_KEPT:]:
                 path.unlink()
 
     def _header(self) -> dict[str, Any]:
-        return {"onnx_sha256": self.onnx_sha256, "way": self.way, "box": self.box}
+        return {"onnx_sha256": self.onnx_sha256, "way": self.settings, "box": self.box}
 
 
-def of_file(model_path: Path, way: dict[str, Any], box: dict[str, Any]) -> Compiled | None:
-    """What a compiled model of a file would be kept as; None when its weights stand in other files, which no digest covers here.
+def of_file(model_path: Path, settings: dict[str, Any], box: dict[str, Any]) -> CompiledModelEntry | None:
+    """Return the cache entry of a model; None when its weights are in other files, which the digest does not cover.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is empty.
+        OSError: the file cannot be read.
+        ValueError: the file is empty.
     """
     with model_path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         if content.find(_EXTERNAL) >= 0:
             return None
         digest = hashlib.sha256(content).hexdigest()
-    return Compiled(digest, way, box | {"instructions": _digest(sorted(instructions()))[:16]})
+    return CompiledModelEntry(digest, settings, box | {"instructions": _digest(sorted(instructions()))[:16]})
 
 
 def _digest(value: Any) -> str:

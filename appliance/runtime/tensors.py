@@ -1,4 +1,4 @@
-"""What every adapter does alike: hold inputs and outputs against what they must be, count the layers that ran, word a failure."""
+"""Functions that all adapters share: check inputs and outputs, count the layers that ran, convert exceptions."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _DETAIL_CHARS: Final = 200
 _DIRECTORY: Final = re.compile(r"(?<![\w./])/(?:[^\s/\"']+/)+")
 _OUT_OF_MEMORY: Final = ("bad_alloc", "bad allocation", "failed to allocate memory", "cannot allocate memory", "out of memory")
 _EIGHT_BITS: Final = frozenset({"i8", "u8"})
-# The runtimes' words for a layer's precision in the manifest's.
-_IN_WORDS: Final = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "f64": "fp64", "i8": "int8", "u8": "int8"}
+# Precision of a layer as the runtimes name it -> as the manifest names it.
+_MANIFEST_NAMES: Final = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "f64": "fp64", "i8": "int8", "u8": "int8"}
 
 Layer = tuple[str, str]
-"""A layer that ran: its kind, in its runtime's words, and its precision (``f32``, ``f16``, ``bf16``, ``u8``, ``i8``)."""
+"""A layer that ran: its kind as the runtime names it, and its precision (``f32``, ``f16``, ``bf16``, ``u8``, ``i8``)."""
 
 
 def checked_input(inputs: dict[str, NDArray[np.float32]], name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """The one tensor of a model's inputs, contiguous.
+    """Return the only input tensor, contiguous.
 
     Args:
-        inputs: what the caller gave.
+        inputs: input name -> tensor.
         name: the input's name.
         shape: of one image's tensor.
 
     Raises:
-        InferenceError: ``job.error``: it is not float32 [n, *shape] with n of 1 or more, or it is not alone.
+        InferenceError: ``job.error``: the tensor is not float32 [n, *shape] with n of 1 or more, or there are other inputs.
     """
     value = inputs.get(name)
     if value is None or len(inputs) != 1 or value.dtype != np.float32 or value.shape[1:] != shape or not len(value):
@@ -43,7 +43,7 @@ def checked_input(inputs: dict[str, NDArray[np.float32]], name: str, shape: tupl
 
 
 def check_outputs(outputs: dict[str, NDArray[Any]], n: int) -> None:
-    """Raise InferenceError, ``job.error``, when an output is not of ``n`` images, or holds what is no number."""
+    """Raise InferenceError ``job.error`` if an output does not have ``n`` rows or contains values that are not finite."""
     for name, output in outputs.items():
         if output.shape[:1] != (n,):
             raise InferenceError("job.error", f"output {name!r} has the shape {output.shape}")
@@ -52,18 +52,18 @@ def check_outputs(outputs: dict[str, NDArray[Any]], n: int) -> None:
 
 
 def check_signature(name: str, shape: Iterable[int | None], kind: str, spec_name: str, spec_shape: tuple[int, ...], batch: int) -> None:
-    """Hold a model's input against the manifest's; a number in its shape must be the manifest's, what is open may be anything.
+    """Compare the input of a model with the manifest: fixed dimensions must be equal.
 
     Args:
-        name: the input's name in the model, or its names when it has several.
-        shape: its shape; None where it is open.
-        kind: its type in the runtime's words.
-        spec_name: the name in the manifest.
-        spec_shape: one image's tensor in the manifest.
-        batch: how many images are to be read at once.
+        name: of the input in the model, or all names when it has several.
+        shape: of the input in the model; None for a dynamic dimension.
+        kind: data type as the runtime names it.
+        spec_name: name in the manifest.
+        spec_shape: shape of one image's tensor in the manifest.
+        batch: batch size of the candidate.
 
     Raises:
-        InferenceError: ``job.error``: the model takes something else, or fewer images at once.
+        InferenceError: ``job.error``: the model has another input, or a smaller fixed batch size.
     """
     dims = list(shape)
     if name != spec_name:
@@ -76,30 +76,30 @@ def check_signature(name: str, shape: Iterable[int | None], kind: str, spec_name
 
 
 def counted(precisions: Iterable[str]) -> dict[str, int]:
-    """How many layers ran in which precision, the most frequent first."""
+    """Count the layers per precision, the most frequent first."""
     return dict(Counter(precisions).most_common())
 
 
 def in_eight_bits(precisions: Iterable[str]) -> int:
-    """How many layers ran in 8 bits."""
+    """Count the layers that ran in 8 bits."""
     return sum(precision in _EIGHT_BITS for precision in precisions)
 
 
 def ran_in(precisions: Iterable[str]) -> str:
-    """The precisions that layers ran in, in the manifest's words, the most frequent first: "fp32", "int8 + fp32"; empty for none."""
-    return " + ".join(counted(_IN_WORDS.get(precision, precision) for precision in precisions))
+    """List the precisions of layers as the manifest names them, the most frequent first: "fp32", "int8 + fp32"; empty for none."""
+    return " + ".join(counted(_MANIFEST_NAMES.get(precision, precision) for precision in precisions))
 
 
 def check_precision(precision: str, heavy: Sequence[str], *, quantized: bool = False) -> None:
-    """Hold what a file is called against what its layers with weights run in.
+    """Compare the precision of a variant with the precisions that its layers with weights run in.
 
     Args:
-        precision: the variant's, as the manifest says.
-        heavy: the precision of each layer that has weights; nothing is known when empty.
-        quantized: the file is known to be quantized: its numbers are what was gated even where they are multiplied in float.
+        precision: of the variant, as in the manifest.
+        heavy: precision of each layer with weights; empty when unknown.
+        quantized: whether the file is known to be quantized: then its results are those of the gate even if layers run in float.
 
     Raises:
-        InferenceError: ``runtime.precision``: a float file that is called int8 or mixed, or a quantized one that is called float.
+        InferenceError: ``runtime.precision``: a float file is labelled int8 or mixed, or a quantized one is labelled float.
     """
     eight = in_eight_bits(heavy)
     if precision in ("int8", "mixed") and heavy and not eight and not quantized:
@@ -111,14 +111,14 @@ def check_precision(precision: str, heavy: Sequence[str], *, quantized: bool = F
 
 
 def failure(what: str, text: str, error: BaseException) -> InferenceError:
-    """A runtime's own exception in our words: ``runtime.memory`` when it says so, else ``job.error``.
+    """Convert an exception of a runtime: ``runtime.memory`` if its message says so, else ``job.error``.
 
     Args:
         what: what was being done.
-        text: the part of its message that says something; directories of this machine are taken out.
+        text: the informative part of the message; directories of this machine are removed.
         error: the exception.
     """
-    whole = str(error).lower()
-    if isinstance(error, MemoryError) or any(words in whole for words in _OUT_OF_MEMORY):
+    message = str(error).lower()
+    if isinstance(error, MemoryError) or any(words in message for words in _OUT_OF_MEMORY):
         return InferenceError("runtime.memory", what)
     return InferenceError("job.error", f"{what}: {_DIRECTORY.sub('', text)[:_DETAIL_CHARS]}")

@@ -1,13 +1,13 @@
-"""A Triton Inference Server, for a hub with GPUs that serves the clinics of a county (KServe v2 by NVIDIA's ``tritonclient``).
+"""A Triton Inference Server, the remote runtime for the clinics of a county (KServe v2 with NVIDIA's ``tritonclient``).
 
-**The tensor leaves the box.** Nothing is sent unless the clinic has configured the hub (``triton_url``). What is sent is the model's ONNX
-file, which holds no patient, and for each inference the prepared tensor: pixels that are cropped, resized and scaled for the model. No
-name, identifier, date or DICOM tag goes with it, not even a job number.
+**The tensor leaves the box.** Nothing is sent unless the clinic has configured the server (``triton_url``). The box sends the ONNX file of
+the model, which contains no patient data, and for each inference the prepared tensor: pixels that are cropped, resized and scaled for
+the model. No name, identifier, date, DICOM tag or job number is sent.
 
-Under EXPLICIT model control the model is loaded through the repository API, with the file in the request. Its name carries the digest of
-the file: a hub can answer with this very variant, or not at all. What this box loaded it unloads. A hub that lost it, because it was
-started anew or another box unloaded it, does not read and is given it only by the next ``load``: what it makes of the file then may be
-something else, and nobody has held that against the golden cases.
+Under EXPLICIT model control the model is loaded through the repository API, with the file in the request. Its name contains the digest
+of the file, so that only this variant can answer. The box unloads what it loaded. A server that lost the model, after a restart or
+because another box unloaded it, gets it again only with the next ``load``: the server could optimise the file differently, and only a
+load is followed by the golden cases.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from appliance.core.errors import InferenceError
-from appliance.runtime import Candidate, TensorSpec, Told
-from appliance.runtime.batch_split import in_pieces
+from appliance.runtime import Candidate, OnProgress, TensorSpec
+from appliance.runtime.batch_split import run_in_pieces
 from appliance.runtime.tensors import check_outputs, checked_input
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ class TritonRuntime:
 
     Args:
         candidate: ``provider`` is the server's address: ``https://host:port``, ``http://host:port`` or ``host:port``.
-        connect_s: how long a connection may take to come about.
-        answer_s: how long an inference may take.
-        load_s: how long the server may take to load a model.
+        connect_s: time limit for a connection.
+        answer_s: time limit for an inference.
+        load_s: time limit for loading a model on the server.
     """
 
     name = "triton"
@@ -73,90 +73,90 @@ class TritonRuntime:
         self._shape: tuple[int, ...] = ()
         self._path: Path | None = None
         self._model: _Model | None = None
-        self._counted = False  # among those that this process has open
+        self._is_registered = False  # in _open_models
         self._extensions: list[str] = []
-        self._clients = threading.local()  # tritonclient's connections belong to the thread that made them (gevent)
+        self._clients = threading.local()  # tritonclient's connections belong to the thread that created them (gevent)
 
-    def load(self, model_path: Path, input_spec: TensorSpec, *, cache: Path | None = None, told: Told | None = None) -> None:
-        """Give the server the model unless it has it; see ``Runtime.load``. The server builds, so nothing is cached or told here."""
-        del cache, told
+    def load(self, model_path: Path, input_spec: TensorSpec, *, cache: Path | None = None, on_progress: OnProgress | None = None) -> None:
+        """Load the model on the server unless it is there; see ``Runtime.load``. The server builds: no cache, no progress."""
+        del cache, on_progress
         self._input, self._shape, self._path = input_spec.name, tuple(input_spec.shape), model_path
         model = _Model(model_path, self._candidate.batch)
         model.check(self._input, self._shape, self._candidate.batch)
-        server = self._ask(lambda client: client.get_server_metadata(), "the server")
+        server = self._request(lambda client: client.get_server_metadata(), "the server")
         self.version = f"{server.get('name', '')} {server.get('version', '')}".strip()[:_DETAIL_CHARS]
         self._extensions = [str(name) for name in server.get("extensions", [])]
         absent = [name for name in _EXTENSIONS if name not in self._extensions]
         if absent:
             raise InferenceError("runtime.unavailable", f"{self.version} at {self.provider} has no {', '.join(absent)}")
         self._model = model
-        self._provide()
+        self._load_on_server()
 
-    def _provide(self) -> None:
-        """Have the server load the model unless it has it ready, and hold what it says of it against the file."""
+    def _load_on_server(self) -> None:
+        """Load the model on the server unless it is ready, and compare its description with the file."""
         model = self._model
         assert model is not None
-        self._counted = True
-        _open_here.enter(self.provider, model.name)
-        if not self._ask(lambda client: client.is_model_ready(model.name), "the server"):
+        self._is_registered = True
+        _open_models.enter(self.provider, model.name)
+        if not self._request(lambda client: client.is_model_ready(model.name), "the server"):
             files = {"file:1/model.onnx": model.content()}
-            _open_here.loaded(self.provider, model.name)  # from here on: a load that fails half-way is taken back as well
-            self._ask(lambda client: client.load_model(model.name, config=model.config(), files=files), "loading", self._load_s)
-            if not self._ask(lambda client: client.is_model_ready(model.name), "the server"):
+            _open_models.loaded(self.provider, model.name)  # registered before the load, so that a failed load is unloaded as well
+            self._request(lambda client: client.load_model(model.name, config=model.config(), files=files), "loading", self._load_s)
+            if not self._request(lambda client: client.is_model_ready(model.name), "the server"):
                 raise InferenceError("job.error", f"{self.version} does not have the model ready after loading it")
-        model.check_server(self._ask(lambda client: client.get_model_metadata(model.name), "the server"))
+        model.check_server(self._request(lambda client: client.get_model_metadata(model.name), "the server"))
 
     def warm_up(self) -> None:
         """Run once; see ``Runtime.warm_up``."""
         self.infer({self._input: np.zeros((self._candidate.batch, *self._shape), np.float32)})
 
     def infer(self, inputs: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
-        """Send the tensor and take the answer; see ``Runtime.infer``."""
+        """Send the tensor and return the outputs; see ``Runtime.infer``."""
         value = checked_input(inputs, self._input, self._shape)
         model = self._model
         if model is None:
             raise InferenceError("job.error", "the runtime is closed")
         try:
-            return in_pieces(value, model.batch, model.dynamic, lambda piece: self._send(model, piece))
-        except _GoneError:
-            _open_here.lost(self.provider, model.name)  # what is there under this name from now on, another box may have loaded
+            return run_in_pieces(value, model.batch, model.dynamic, lambda piece: self._send(model, piece))
+        except _ModelMissingError:
+            _open_models.lost(self.provider, model.name)  # another box may load a model of this name from now on
             raise
 
     def _send(self, model: _Model, value: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
         http = _tritonclient()
-        given = http.InferInput(self._input, list(value.shape), "FP32")
-        given.set_data_from_numpy(value, binary_data=True)
-        wanted = [http.InferRequestedOutput(name, binary_data=True) for name in model.outputs]
-        answer = self._ask(lambda client: _answer(client.infer(model.name, [given], outputs=wanted), model), "inference")
+        tensor = http.InferInput(self._input, list(value.shape), "FP32")
+        tensor.set_data_from_numpy(value, binary_data=True)
+        requested = [http.InferRequestedOutput(name, binary_data=True) for name in model.outputs]
+        answer = self._request(lambda client: _answer(client.infer(model.name, [tensor], outputs=requested), model), "inference")
         check_outputs(answer, len(value))
         return answer
 
-    def _ask(self, question: Callable[[Any], T], what: str, seconds: float | None = None) -> T:
-        """Ask the server; what goes wrong becomes an InferenceError, ``_GoneError`` when it does not have the model."""
+    def _request(self, action: Callable[[Any], T], what: str, seconds: float | None = None) -> T:
+        """Send a request to the server; raises InferenceError, ``_ModelMissingError`` if it does not have the model."""
         try:
-            return question(self._client(seconds or self._answer_s))
+            return action(self._client(seconds or self._answer_s))
         except InferenceError:
             raise
-        except Exception as error:  # port wrapper: tritonclient lets through what sockets, gevent and its parsers raise
-            self._forget()
+        except Exception as error:  # tritonclient does not wrap the exceptions of sockets, gevent and its parsers
+            self._close_connections()
             raise self._failure(error, what, seconds or self._answer_s) from error
 
     def _failure(self, error: Exception, what: str, seconds: float) -> InferenceError:
-        said = _words(error)
+        text = _shorten(error)
         if isinstance(error, TimeoutError):
             return InferenceError("runtime.deadline", f"{what}: no answer from {self.provider} in {seconds:g} s")
         if isinstance(error, OSError) or type(error).__name__ in ("HTTPConnectionClosed", "ConnectionClosed"):
-            return InferenceError("runtime.unavailable", f"{what}: {self.provider} cannot be reached ({said or type(error).__name__})")
+            return InferenceError("runtime.unavailable", f"{what}: {self.provider} cannot be reached ({text or type(error).__name__})")
         if type(error).__name__ == "InferenceServerException":
-            if "unknown model" in said or "is not ready" in said or "is not found" in said or "has no available versions" in said:
-                return _GoneError("runtime.unavailable", f"{what}: the server does not have the model ({said})")
-            if "out of memory" in said.lower():
-                return InferenceError("runtime.memory", f"{what}: {said}")
-            return InferenceError("runtime.build" if what == "loading" else "job.error", f"{what}: the server says: {said}")
-        return InferenceError("job.error", f"{what}: the server's answer cannot be read ({type(error).__name__}: {said})")
+            if "unknown model" in text or "is not ready" in text or "is not found" in text or "has no available versions" in text:
+                return _ModelMissingError("runtime.unavailable", f"{what}: the server does not have the model ({text})")
+            if "out of memory" in text.lower():
+                return InferenceError("runtime.memory", f"{what}: {text}")
+            return InferenceError("runtime.build" if what == "loading" else "job.error", f"{what}: the server says: {text}")
+        return InferenceError("job.error", f"{what}: the server's answer cannot be read ({type(error).__name__}: {text})")
 
     def _client(self, seconds: float) -> Any:
-        """This thread's connection with that limit."""
+        """Return the connection of this thread with a time limit."""
         clients = self._clients.__dict__.setdefault("by_limit", {})
         if seconds not in clients:
             address = urlsplit(self.provider if "://" in self.provider else f"http://{self.provider}")
@@ -168,17 +168,17 @@ class TritonRuntime:
             )  # fmt: skip
         return clients[seconds]
 
-    def _forget(self) -> None:
-        """Close this thread's connections: after a failure there may be half an answer in them."""
+    def _close_connections(self) -> None:
+        """Close the connections of this thread: after a failure they may contain part of a response."""
         for client in self._clients.__dict__.pop("by_limit", {}).values():
             with suppress(Exception):
                 client.close()
 
     def describe(self) -> dict[str, Any]:
-        """What ran; see ``Runtime.describe``.
+        """Describe what ran; see ``Runtime.describe``.
 
-        ``version`` is the server's name and version, ``extensions`` what it can, ``model`` its name there, and ``leaves_box`` says that
-        the prepared tensor was sent there.
+        ``version`` is name and version of the server, ``extensions`` its extensions, ``model`` the name of the model there;
+        ``leaves_box`` says that the prepared tensor was sent there.
         """
         return {
             "runtime": self.name, "version": self.version, "provider": self.provider, "precision": self.precision,
@@ -188,64 +188,64 @@ class TritonRuntime:
         }  # fmt: skip
 
     def close(self) -> None:
-        """Have the server unload the model if this box loaded it and has it open no more; one that is gone has unloaded it already."""
+        """Unload the model on the server if this process loaded it and nothing else here uses it."""
         model, self._model = self._model, None
-        if model is not None and self._counted and _open_here.leave(self.provider, model.name):
+        if model is not None and self._is_registered and _open_models.leave(self.provider, model.name):
             try:
-                self._ask(lambda client: client.unload_model(model.name), "unloading")
+                self._request(lambda client: client.unload_model(model.name), "unloading")
             except InferenceError as error:
                 logger.warning("the Triton server may still hold the model: %s", error.detail)
-        self._forget()
+        self._close_connections()
 
 
-class _GoneError(InferenceError):
+class _ModelMissingError(InferenceError):
     """The server does not have the model."""
 
 
-class _OpenHere:
-    """What this process has open on servers: what it loaded there stays until the last that uses it is closed."""
+class _OpenModels:
+    """The models that this process uses on servers; what it loaded there stays until the last user is closed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: Counter[tuple[str, str]] = Counter()
-        self._ours: set[tuple[str, str]] = set()
+        self._loaded_here: set[tuple[str, str]] = set()
 
     def enter(self, server: str, model: str) -> None:
-        """One more uses it."""
+        """Count a user of a model."""
         with self._lock:
             self._open[server, model] += 1
 
     def loaded(self, server: str, model: str) -> None:
-        """This process has it loaded."""
+        """Record that this process loads a model."""
         with self._lock:
-            self._ours.add((server, model))
+            self._loaded_here.add((server, model))
 
     def lost(self, server: str, model: str) -> None:
-        """It is there no more."""
+        """Record that the server has lost a model."""
         with self._lock:
-            self._ours.discard((server, model))
+            self._loaded_here.discard((server, model))
 
     def leave(self, server: str, model: str) -> bool:
-        """One less uses it; returns whether it is to be unloaded."""
+        """Count a user less; returns whether the model must be unloaded."""
         with self._lock:
             self._open[server, model] -= 1
-            if self._open[server, model] > 0 or (server, model) not in self._ours:
+            if self._open[server, model] > 0 or (server, model) not in self._loaded_here:
                 return False
-            self._ours.discard((server, model))
+            self._loaded_here.discard((server, model))
             return True
 
 
-_open_here = _OpenHere()
+_open_models = _OpenModels()
 
 
 class _Model:
-    """An ONNX file as a server is given it.
+    """An ONNX file with its name and configuration on a server.
 
     Attributes:
-        name: on the server; carries the file's digest and the largest batch.
-        batch: the largest batch.
-        dynamic: whether smaller ones go too.
-        outputs: the names of its outputs.
+        name: on the server; contains the digest of the file and the largest batch.
+        batch: largest batch.
+        dynamic: whether smaller batches are possible.
+        outputs: names of the outputs.
     """
 
     def __init__(self, path: Path, batch: int) -> None:
@@ -259,14 +259,14 @@ class _Model:
         self.outputs = [name for name, _, _ in self._outputs]
 
     def content(self) -> bytes:
-        """The file, read anew each time: it is megabytes that nobody needs between a load and the next."""
+        """Read the file; it is not kept in memory, because it is needed only for a load."""
         try:
             return self._path.read_bytes()
         except OSError as error:
             raise InferenceError("job.error", f"the model cannot be read: {error.strerror}") from error
 
     def check(self, name: str, shape: tuple[int, ...], batch: int) -> None:
-        """Hold the file's input against the manifest's; raises InferenceError, ``job.error``."""
+        """Compare the input of the file with the manifest; raises InferenceError ``job.error``."""
         dims = self._inputs[0][2] if len(self._inputs) == 1 else []
         fits = len(dims) == 1 + len(shape) and all(n in (-1, m) for n, m in zip(dims[1:], shape, strict=True))
         if [item[:2] for item in self._inputs] != [(name, "FP32")] or not fits:
@@ -275,8 +275,8 @@ class _Model:
             raise InferenceError("job.error", f"the model reads {self.batch} image at once, not {batch}")
 
     def config(self) -> str:
-        """The model's configuration, complete, so that no server guesses: ONNX Runtime as backend, the file's own inputs and outputs."""
-        drop = 1 if self.dynamic else 0  # with a largest batch the batch is not among the dimensions
+        """Return the complete configuration (backend ONNX Runtime, inputs, outputs), so that the server guesses nothing."""
+        drop = 1 if self.dynamic else 0  # with max_batch_size the dimensions do not include the batch
 
         def tensors(items: list[tuple[str, str, list[int]]]) -> list[dict[str, Any]]:
             return [{"name": name, "data_type": f"TYPE_{kind}", "dims": dims[drop:] or [1]} for name, kind, dims in items]
@@ -287,44 +287,44 @@ class _Model:
         }  # fmt: skip
         return json.dumps(config)
 
-    def check_server(self, said: dict[str, Any]) -> None:
-        """Hold what the server says of the model against the file; raises InferenceError, ``job.error``."""
+    def check_server(self, metadata: dict[str, Any]) -> None:
+        """Compare the description of the model on the server with the file; raises InferenceError ``job.error``."""
         for kind, expected in (("inputs", self._inputs), ("outputs", self._outputs)):
-            have = {item.get("name"): (item.get("datatype"), item.get("shape", [])) for item in said.get(kind, [])}
+            served_tensors = {item.get("name"): (item.get("datatype"), item.get("shape", [])) for item in metadata.get(kind, [])}
             for name, datatype, dims in expected:
-                served, shape = have.get(name, ("", []))
+                served, shape = served_tensors.get(name, ("", []))
                 same = len(shape) == len(dims) and all(-1 in (int(n), m) or int(n) == m for n, m in zip(shape, dims, strict=True))
                 if served != datatype or not same:
                     raise InferenceError("job.error", f"the server has {name!r} as {served} {shape}, the file {datatype} {dims}")
-        if said.get("name") != self.name:
-            raise InferenceError("job.error", f"the server speaks of the model {said.get('name')!r}")
+        if metadata.get("name") != self.name:
+            raise InferenceError("job.error", f"the server speaks of the model {metadata.get('name')!r}")
 
 
 def _signature(data: bytes) -> tuple[list[tuple[str, str, list[int]]], list[tuple[str, str, list[int]]]]:
-    """Inputs and outputs of an ONNX file: name, type, dimensions, -1 where one is free."""
+    """Read inputs and outputs of an ONNX file: name, type, and dimensions, -1 for a dynamic one."""
     import onnx
 
     try:
         graph = onnx.load_model_from_string(data).graph
-    except Exception as error:  # protobuf's decoding errors have no base that is public
+    except Exception as error:  # the decoding errors of protobuf have no public base class
         raise InferenceError("job.error", "the file is no ONNX model") from error
     constants = {item.name for item in graph.initializer}
 
     def read(items: Any) -> list[tuple[str, str, list[int]]]:
-        found = []
+        tensors = []
         for item in items:
             tensor = item.type.tensor_type
             dims = [int(dim.dim_value) if dim.HasField("dim_value") else -1 for dim in tensor.shape.dim]
-            found.append((item.name, _TYPES.get(tensor.elem_type, f"type {tensor.elem_type}"), dims))
-        return found
+            tensors.append((item.name, _TYPES.get(tensor.elem_type, f"type {tensor.elem_type}"), dims))
+        return tensors
 
     return read(item for item in graph.input if item.name not in constants), read(graph.output)
 
 
 def _answer(result: Any, model: _Model) -> dict[str, NDArray[Any]]:
-    said = result.get_response()
-    if said.get("model_name") != model.name:
-        raise InferenceError("job.error", f"the server answered with the model {said.get('model_name')!r}")
+    response = result.get_response()
+    if response.get("model_name") != model.name:
+        raise InferenceError("job.error", f"the server answered with the model {response.get('model_name')!r}")
     outputs = {}
     for name, kind, dims in model._outputs:
         value = result.as_numpy(name)
@@ -335,8 +335,8 @@ def _answer(result: Any, model: _Model) -> dict[str, NDArray[Any]]:
     return outputs
 
 
-def _words(error: Exception) -> str:
-    """A message of the server's without its preamble and its directories."""
+def _shorten(error: Exception) -> str:
+    """Return the message of the server without its preamble and its directories."""
     text = _PREAMBLE.sub("", " ".join(str(error).split()))
     return _DIRECTORY.sub("", text)[:_DETAIL_CHARS]
 

@@ -1,9 +1,9 @@
-"""Building a TensorRT engine, in a process of its own: it may take minutes, all of the memory, or its life.
+"""Builds a TensorRT engine in a process of its own: it may take minutes and all of the memory, and it may crash.
 
-``build`` starts ``python -m appliance.runtime.trt_build``, hands it an order on the command line, and listens: JSON lines of progress,
-of what TensorRT complains of, and at last of what became of it. A build that runs into its limit is killed; one that dies is a crash
-with TensorRT's last words; one that the GPU's memory is too small for is tried once more with half the batch and a fourth of the
-scratch memory. Engine and timings go to the cache (:mod:`appliance.runtime.engine_cache`); timings are merged under a lock.
+``build`` starts ``python -m appliance.runtime.trt_build`` with a request on the command line and reads its JSON lines: progress, messages
+of TensorRT, and the result. A build that exceeds its deadline is killed. A crash is reported with the last message of TensorRT. If the
+memory of the GPU is too small, the build is tried once more with half the batch and a fourth of the scratch memory. Engine and timings
+go to the cache (:mod:`appliance.runtime.engine_cache`); timings are merged under a lock.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from appliance.core.child_process import Child, plain
+from appliance.core.child_process import Child, printable_text
 from appliance.core.errors import ApplianceError, InferenceError
 from appliance.core.process import die_with_parent, limit_memory
 from appliance.runtime import engine_cache
 from appliance.runtime.cuda import Cuda
-from appliance.runtime.engine_cache import DeviceProfile
-from appliance.runtime.trt_compat import Messages, ParseError, TrtSeam, find
+from appliance.runtime.engine_cache import EngineProfile
+from appliance.runtime.trt_compat import Messages, ParseError, TrtCompat, find
 
 logger = logging.getLogger(__name__)
 
@@ -42,34 +42,34 @@ _WORKSPACE_PART: Final = 0.5
 _SMALLER_WORKSPACE: Final = 0.25
 _MIN_WORKSPACE_BYTES: Final = 16 << 20
 _MAX_WORKSPACE_BYTES: Final = 8 << 30
-# TensorRT's own words when the memory of the GPU, or of the process, was not enough.
+# Messages of TensorRT about insufficient memory of the GPU or of the process.
 _OUT_OF_MEMORY: Final = re.compile(r"out\s?of\s?memory|MEM_ALLOC_FAILED|could not be allocated|bad_alloc|cudaErrorMemoryAllocation", re.I)
 _NO_TACTIC: Final = re.compile(r"could not find any implementation", re.I)
 _TACTIC_TOO_LARGE: Final = re.compile(r"insufficient (?:memory|to use tactic)|memory is insufficient|Device request: ", re.I)
 
 _CODES: Final = ("job.error", "runtime.build", "runtime.memory", "runtime.unavailable")
 
-Told = Callable[[float], None]
+OnProgress = Callable[[float], None]
 
 
 @dataclass(frozen=True)
-class Order:
+class BuildRequest:
     """What to build.
 
     Attributes:
         model: the ONNX file.
-        input_name: its input.
-        profile: what the engine is for; ``profile.batch`` is the largest batch of a file whose batch is not fixed.
+        input_name: name of its input.
+        profile: what to build the engine for; ``profile.batch`` is the largest batch, unless the file has a fixed one.
         cache: directory of engines and timings.
         gpu: index of the GPU.
-        workspace_part: how much of the GPU's free memory a layer may use as scratch memory.
-        memory_bytes: cap of the builder's private memory on the host; the parent's own cap when None.
+        workspace_part: part of the free GPU memory that a layer may use as scratch memory.
+        memory_bytes: limit of the private host memory of the builder; the limit of the parent when None.
         parent: the process to die with.
     """
 
     model: Path
     input_name: str
-    profile: DeviceProfile
+    profile: EngineProfile
     cache: Path
     gpu: int = 0
     workspace_part: float = _WORKSPACE_PART
@@ -77,120 +77,122 @@ class Order:
     parent: int = 0
 
     def to_text(self) -> str:
-        """As given to the builder."""
+        """The request as a command line argument."""
         value = asdict(self) | {"model": str(self.model), "cache": str(self.cache), "profile": self.profile.to_json()}
         return json.dumps(value)
 
     @classmethod
-    def from_text(cls, text: str) -> Order:
+    def from_text(cls, text: str) -> BuildRequest:
         """Read what ``to_text`` wrote."""
         value = json.loads(text)
         paths = {"model": Path(value["model"]), "cache": Path(value["cache"])}
-        return cls(**value | paths | {"profile": DeviceProfile.from_json(value["profile"])})
+        return cls(**value | paths | {"profile": EngineProfile.from_json(value["profile"])})
 
 
-def build(order: Order, *, deadline_s: float = DEADLINE_S, told: Told | None = None) -> dict[str, Any]:
-    """Build an engine and put it into the cache.
+def build(request: BuildRequest, *, deadline_s: float = DEADLINE_S, on_progress: OnProgress | None = None) -> dict[str, Any]:
+    """Build an engine and store it in the cache.
 
     Args:
-        order: what to build.
-        deadline_s: how long the building may take, the second try included.
-        told: called with the part (0 to 1) that is done. Where TensorRT has no progress monitor (8.6) that is the part of the time
-            limit that is over, and the notes say ``"progress": "elapsed"``.
+        request: what to build.
+        deadline_s: time limit, with the second try.
+        on_progress: called with the part (0 to 1) that is done. Without a progress monitor (TensorRT 8.6) that is the elapsed part of
+            the time limit, and the notes say ``"progress": "elapsed"``.
 
     Returns:
-        The notes that were kept with the engine: ``batch`` (the largest it takes), ``dynamic`` (whether smaller ones go too),
+        The notes that were stored with the engine: ``batch`` (the largest), ``dynamic`` (whether smaller ones are possible),
         ``build_s``, ``progress``, ``timings`` ("reused" or "new"), ``workspace_bytes``.
 
     Raises:
-        InferenceError: ``runtime.build`` (an operator that TensorRT does not know, or an error of its own), ``runtime.memory``,
-            ``runtime.crashed``, ``runtime.deadline``, ``runtime.unavailable``, ``job.error`` (the file does not take that input).
+        InferenceError: ``runtime.build`` (an unsupported operator, or an internal error of TensorRT), ``runtime.memory``,
+            ``runtime.crashed``, ``runtime.deadline``, ``runtime.unavailable``, ``job.error`` (the file has another input).
     """
     ends = time.monotonic() + deadline_s
     try:
-        return _attempt(order, ends, deadline_s, told)
+        return _run_builder(request, ends, deadline_s, on_progress)
     except InferenceError as error:
         if error.code != "runtime.memory":
             raise
-        smaller = _smaller(order)
-        logger.warning("not enough memory to build with batch %d, trying %d", order.profile.batch, smaller.profile.batch)
+        smaller = _reduce(request)
+        logger.warning("not enough memory to build with batch %d, trying %d", request.profile.batch, smaller.profile.batch)
         try:
-            return _attempt(smaller, ends, deadline_s, told, keep_as=order.profile)
+            return _run_builder(smaller, ends, deadline_s, on_progress, keep_as=request.profile)
         except InferenceError as second:
-            if second.code == "job.error":  # a file of a fixed batch cannot be built for less
+            if second.code == "job.error":  # a fixed batch size cannot be reduced
                 raise error from second
             if second.code != "runtime.memory":
                 raise
             raise InferenceError("runtime.memory", f"{second.detail}; with batch {smaller.profile.batch} too") from second
 
 
-def _smaller(order: Order) -> Order:
-    profile = replace(order.profile, batch=max(1, order.profile.batch // 2))
-    return replace(order, profile=profile, workspace_part=order.workspace_part * _SMALLER_WORKSPACE)
+def _reduce(request: BuildRequest) -> BuildRequest:
+    profile = replace(request.profile, batch=max(1, request.profile.batch // 2))
+    return replace(request, profile=profile, workspace_part=request.workspace_part * _SMALLER_WORKSPACE)
 
 
-def _attempt(order: Order, ends: float, deadline_s: float, told: Told | None, keep_as: DeviceProfile | None = None) -> dict[str, Any]:
-    """One builder process, listened to until it ends; its engine goes into the cache under ``keep_as``."""
+def _run_builder(
+    request: BuildRequest, ends: float, deadline_s: float, on_progress: OnProgress | None, keep_as: EngineProfile | None = None
+) -> dict[str, Any]:
+    """Run one builder process and store its engine in the cache under the profile ``keep_as``."""
     started = time.monotonic()
-    with engine_cache.workplace(order.cache) as own:
-        given = replace(order, parent=os.getpid())
-        child = Child([__name__, given.to_text(), str(own)], max(0.0, ends - started))
+    with engine_cache.build_directory(request.cache) as directory:
+        request = replace(request, parent=os.getpid())
+        child = Child([__name__, request.to_text(), str(directory)], max(0.0, ends - started))
         try:
-            notes = _listen(child, started, deadline_s, told)
+            notes = _wait_for_builder(child, started, deadline_s, on_progress)
         finally:
             child.end()
         notes["build_s"] = round(time.monotonic() - started, 1)
         try:
-            engine_cache.write(order.cache, keep_as or order.profile, (own / "engine").read_bytes(), notes)
+            engine_cache.write(request.cache, keep_as or request.profile, (directory / "engine").read_bytes(), notes)
         except OSError as error:
             raise InferenceError("runtime.build", f"the engine cannot be kept: {error.strerror}") from error
     return notes
 
 
-def _listen(child: Child, started: float, deadline_s: float, told: Told | None) -> dict[str, Any]:
-    """Wait for a builder; returns its notes or raises what became of it."""
-    hears = _Ear(told)
+def _wait_for_builder(child: Child, started: float, deadline_s: float, on_progress: OnProgress | None) -> dict[str, Any]:
+    """Wait for a builder; returns its notes, or raises InferenceError."""
+    messages = _BuilderMessages(on_progress)
     while True:
         ended = child.listen()
         *lines, child.output = child.output.split(b"\n")
         for line in lines:
-            hears.line(bytes(line))
-        if hears.notes is not None:
-            return hears.notes
+            messages.handle(bytes(line))
+        if messages.notes is not None:
+            return messages.notes
         if ended:
-            raise _crash(child, hears.last_words)
+            raise _crash_error(child, messages.last_message)
         if child.late():
             raise InferenceError("runtime.deadline", f"no engine after {deadline_s:.0f} s")
-        if told is not None and not hears.monitored:
-            told(min(0.99, (time.monotonic() - started) / deadline_s))
+        if on_progress is not None and not messages.has_progress:
+            on_progress(min(0.99, (time.monotonic() - started) / deadline_s))
         time.sleep(_POLL_S)
 
 
-class _Ear:
-    """Understands what a builder says."""
+class _BuilderMessages:
+    """Handles the messages of a builder."""
 
-    def __init__(self, told: Told | None) -> None:
-        self._told = told
-        self.monitored = False
-        self.last_words = ""
+    def __init__(self, on_progress: OnProgress | None) -> None:
+        self._on_progress = on_progress
+        self.has_progress = False
+        self.last_message = ""
         self.notes: dict[str, Any] | None = None
 
-    def line(self, line: bytes) -> None:
-        message = _message(line)
+    def handle(self, line: bytes) -> None:
+        message = _parse(line)
         if isinstance(message.get("progress"), (int, float)):
-            self.monitored = True
-            if self._told is not None:
-                self._told(min(1.0, float(message["progress"])))
+            self.has_progress = True
+            if self._on_progress is not None:
+                self._on_progress(min(1.0, float(message["progress"])))
         elif isinstance(failed := message.get("failed"), dict) and failed.get("code") in _CODES:
-            raise InferenceError(failed["code"], plain(failed.get("detail", ""), 500))
+            raise InferenceError(failed["code"], printable_text(failed.get("detail", ""), 500))
         elif isinstance(message.get("built"), dict):
             self.notes = message["built"]
         elif "said" in message:
-            self.last_words = plain(message["said"], 300)
+            self.last_message = printable_text(message["said"], 300)
 
 
-def _message(line: bytes) -> dict[str, Any]:
-    """A line of the builder's; empty when it is none: a library may have written there before it died."""
+def _parse(line: bytes) -> dict[str, Any]:
+    """Parse a line of a builder; empty when it is no JSON object: a library may have written to the pipe."""
     try:
         message = json.loads(line)
     except (ValueError, RecursionError):
@@ -198,130 +200,132 @@ def _message(line: bytes) -> dict[str, Any]:
     return message if isinstance(message, dict) else {}
 
 
-def _crash(child: Child, last_words: str) -> InferenceError:
-    for _ in range(20):  # its pipe may close a moment before it has ended
+def _crash_error(child: Child, last_message: str) -> InferenceError:
+    for _ in range(20):  # the pipe may close a moment before the process ends
         if child.exit_code is not None:
             break
         time.sleep(_POLL_S)
     code = child.exit_code
-    if code == -signal.SIGKILL:  # nobody here sent it: the kernel does, when memory runs out
+    if code == -signal.SIGKILL:  # sent by the kernel when memory runs out
         return InferenceError("runtime.memory", "the builder was killed from outside, SIGKILL in build")
-    how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+    ending = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
     limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
     capped = "" if limit == resource.RLIM_INFINITY else f"; it may use {limit >> 20} MiB of memory"
     return InferenceError(
-        "runtime.crashed", f"the builder died of {how} in build{capped}" + (f"; last: {last_words}" if last_words else "")
+        "runtime.crashed", f"the builder died of {ending} in build{capped}" + (f"; last: {last_message}" if last_message else "")
     )
 
 
 def main(arguments: list[str]) -> int:
-    """The builder's life: ``ORDER DIRECTORY``; returns its exit code: 0 once it has said how it ended."""
-    order, own = Order.from_text(arguments[0]), Path(arguments[1])
+    """Run as the builder with the arguments ``REQUEST DIRECTORY``; returns 0 once the result or the failure was sent."""
+    request, directory = BuildRequest.from_text(arguments[0]), Path(arguments[1])
     die_with_parent(signal.SIGKILL)
-    if os.getppid() != order.parent:
+    if os.getppid() != request.parent:
         return 1
     os.nice(_NICENESS)
-    if order.memory_bytes is not None:
-        limit_memory(order.memory_bytes)
-    tell = _private_output()
+    if request.memory_bytes is not None:
+        limit_memory(request.memory_bytes)
+    send = _redirect_output()
     try:
-        tell({"built": _build(order, own, tell)})
+        send({"built": _build(request, directory, send)})
     except ApplianceError as error:
-        tell({"failed": {"code": error.code, "detail": error.detail}})
+        send({"failed": {"code": error.code, "detail": error.detail}})
     except MemoryError:
-        tell({"failed": {"code": "runtime.memory", "detail": "not enough memory on the host"}})
+        send({"failed": {"code": "runtime.memory", "detail": "not enough memory on the host"}})
     return 0
 
 
-def _private_output() -> Callable[[dict[str, Any]], None]:
-    """Standard output for the messages alone; what TensorRT prints there goes to standard error."""
+def _redirect_output() -> Callable[[dict[str, Any]], None]:
+    """Reserve standard output for messages: what TensorRT prints there goes to standard error."""
     channel = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
-    def tell(message: dict[str, Any]) -> None:
+    def send(message: dict[str, Any]) -> None:
         line = memoryview((json.dumps(message) + "\n").encode())
         while line:
             line = line[os.write(channel, line) :]
 
-    return tell
+    return send
 
 
-def _build(order: Order, own: Path, tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def _build(request: BuildRequest, directory: Path, send: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     cuda = Cuda()
-    cuda.gpu(order.gpu)  # before TensorRT is touched: 8.6 dies of a segmentation fault where there is no GPU
+    cuda.gpu(request.gpu)  # before TensorRT is touched: 8.6 dies of a segmentation fault where there is no GPU
     free = cuda.free_bytes()
-    workspace = max(_MIN_WORKSPACE_BYTES, min(_MAX_WORKSPACE_BYTES, int(free * order.workspace_part)))
-    seam = find()
-    messages = seam.messages()
-    messages.told = lambda severity, text: tell({"said": f"{severity}: {text}"})
-    return construct(seam, order, own, messages, workspace, lambda done: tell({"progress": round(done, 3)}))
+    workspace = max(_MIN_WORKSPACE_BYTES, min(_MAX_WORKSPACE_BYTES, int(free * request.workspace_part)))
+    compat = find()
+    messages = compat.messages()
+    messages.on_message = lambda severity, text: send({"said": f"{severity}: {text}"})
+    return construct(compat, request, directory, messages, workspace, lambda done: send({"progress": round(done, 3)}))
 
 
-def construct(seam: TrtSeam, order: Order, own: Path, messages: Messages, workspace: int, told: Told) -> dict[str, Any]:
-    """Build with a TensorRT at hand: parse, configure, build, write ``own/engine`` and the timings; returns the notes."""
-    trt = seam.trt
+def construct(
+    compat: TrtCompat, request: BuildRequest, directory: Path, messages: Messages, workspace: int, on_progress: OnProgress
+) -> dict[str, Any]:
+    """Build with the given TensorRT: parse, configure, build, write ``directory/engine`` and the timings; returns the notes."""
+    trt = compat.trt
     builder = trt.Builder(messages)
-    network = builder.create_network(seam.network_flags())
+    network = builder.create_network(compat.network_flags())
     parser = trt.OnnxParser(network, messages)
-    if not seam.parse(parser, order.model):
-        raise explain_parse(seam.parse_errors(parser), messages)
-    fixed = fixed_batch(network, order)
+    if not compat.parse(parser, request.model):
+        raise explain_parse(compat.parse_errors(parser), messages)
+    fixed = fixed_batch(network, request)
     config = builder.create_builder_config()
-    seam.configure(config, order.profile.precision, workspace_bytes=workspace, level=order.profile.level)
+    compat.configure(config, request.profile.precision, workspace_bytes=workspace, level=request.profile.level)
     if -1 in tuple(network.get_input(0).shape):
-        largest = fixed or order.profile.batch
-        shapes = [(n, *order.profile.shape) for n in (fixed or 1, largest, largest)]
+        largest = fixed or request.profile.batch
+        shapes = [(n, *request.profile.shape) for n in (fixed or 1, largest, largest)]
         profile = builder.create_optimization_profile()
-        profile.set_shape(order.input_name, *shapes)
+        profile.set_shape(request.input_name, *shapes)
         config.add_optimization_profile(profile)
-    monitor = seam.monitor(told)  # held here: the configuration keeps a bare pointer to it
+    monitor = compat.monitor(on_progress)  # referenced here: the configuration keeps only a raw pointer
     if monitor is not None:
         config.progress_monitor = monitor
-    reused = seam.attach_timings(config, engine_cache.read_timings(order.cache, order.profile))
+    reused = compat.attach_timings(config, engine_cache.read_timings(request.cache, request.profile))
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise explain_build(messages)
-    _write(own / "engine", engine)
-    _keep_timings(seam, config, order)
+    _write(directory / "engine", engine)
+    _store_timings(compat, config, request)
     return {
-        "batch": fixed or order.profile.batch, "dynamic": fixed is None, "workspace_bytes": workspace,
+        "batch": fixed or request.profile.batch, "dynamic": fixed is None, "workspace_bytes": workspace,
         "progress": "elapsed" if monitor is None else "monitor", "timings": "reused" if reused else "new",
     }  # fmt: skip
 
 
-def fixed_batch(network: Any, order: Order) -> int | None:
-    """The batch that a file is fixed to; None when it takes any.
+def fixed_batch(network: Any, request: BuildRequest) -> int | None:
+    """Return the fixed batch size of a file; None when it is dynamic.
 
     Raises:
-        InferenceError: ``job.error``: it does not take the input that the manifest says.
+        InferenceError: ``job.error``: the file has another input than the manifest.
     """
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     names = [item.name for item in inputs]
-    if names != [order.input_name]:
-        raise InferenceError("job.error", f"the model's inputs are {names}, the manifest says {order.input_name!r}")
+    if names != [request.input_name]:
+        raise InferenceError("job.error", f"the model's inputs are {names}, the manifest says {request.input_name!r}")
     shape = tuple(inputs[0].shape)
-    wanted = order.profile.shape
+    wanted = request.profile.shape
     fits = len(shape) == 1 + len(wanted) and all(n in (-1, m) for n, m in zip(shape[1:], wanted, strict=True))
     if not fits:
         raise InferenceError("job.error", f"the model takes {list(shape)}, the manifest says {[-1, *wanted]}")
-    if shape[0] not in (-1, order.profile.batch):
-        raise InferenceError("job.error", f"the model reads {shape[0]} image at once, not {order.profile.batch}")
+    if shape[0] not in (-1, request.profile.batch):
+        raise InferenceError("job.error", f"the model reads {shape[0]} image at once, not {request.profile.batch}")
     return None if shape[0] == -1 else int(shape[0])
 
 
 def explain_parse(errors: list[ParseError], messages: Messages) -> InferenceError:
-    """Why an ONNX file was not understood: the operator by its name where there is one."""
+    """Explain why an ONNX file could not be parsed, with the name of the unsupported operator if there is one."""
     for error in errors:
         if error.unsupported and error.operator:
             where = f" ({error.node})" if error.node else ""
             return InferenceError("runtime.build", f"TensorRT does not support the operator {error.operator}{where}: {error.text}"[:500])
-    said = [f"{error.operator} {error.text}".strip() for error in errors] or messages.errors()
-    return InferenceError("runtime.build", f"TensorRT cannot read the model: {said[0] if said else 'it does not say why'}"[:500])
+    texts = [f"{error.operator} {error.text}".strip() for error in errors] or messages.errors()
+    return InferenceError("runtime.build", f"TensorRT cannot read the model: {texts[0] if texts else 'it does not say why'}"[:500])
 
 
 def explain_build(messages: Messages) -> InferenceError:
-    """Why there is no engine, from what TensorRT said: out of memory, or an error of its own, word for word."""
-    errors, everything = messages.errors(), [text for _, text in messages.said]
+    """Explain why there is no engine from the messages of TensorRT: out of memory, or its own error text."""
+    errors, everything = messages.errors(), [text for _, text in messages.kept]
     for text in reversed(errors):
         if _OUT_OF_MEMORY.search(text):
             return InferenceError("runtime.memory", text)
@@ -338,12 +342,12 @@ def _write(path: Path, engine: Any) -> None:
         raise InferenceError("runtime.build", f"the engine cannot be kept: {error.strerror}") from error
 
 
-def _keep_timings(seam: TrtSeam, config: Any, order: Order) -> None:
-    """Merge this build's timings into those on the disk; without a place for them the next build measures again."""
+def _store_timings(compat: TrtCompat, config: Any, request: BuildRequest) -> None:
+    """Merge the timings of this build into the stored ones; after a disk error the next build measures again."""
     try:
-        with _locked(order.cache / "timings.lock"):
-            others = engine_cache.read_timings(order.cache, order.profile)
-            engine_cache.write_timings(order.cache, order.profile, seam.timings(config, others))
+        with _locked(request.cache / "timings.lock"):
+            others = engine_cache.read_timings(request.cache, request.profile)
+            engine_cache.write_timings(request.cache, request.profile, compat.timings(config, others))
     except OSError as error:
         logger.warning("the timings of this build are not kept: %s", error.strerror)
 

@@ -1,4 +1,4 @@
-"""The one place that knows how TensorRT 8.6, 10.x and 11.x differ.
+"""Hides the differences between TensorRT 8.6, 10.x and 11.x.
 
 =======================  =======================  =======================  =======================
 question                 8.6 (JetPack 6.0)        10.x (JetPack 6.1 .. 7)  11.x (desktop)
@@ -6,14 +6,14 @@ question                 8.6 (JetPack 6.0)        10.x (JetPack 6.1 .. 7)  11.x 
 batch dimension          EXPLICIT_BATCH           EXPLICIT_BATCH           always explicit, no flag
 types of the layers      FP16, INT8 of builder    STRONGLY_TYPED           always those of the ONNX
 progress of a build      elapsed time only        IProgressMonitor         IProgressMonitor
-int8 weights             rewritten, see           read as they are         read as they are
+int8 weights             rewritten, see           read directly            read directly
                          ``trt_weights``
-cuBLAS, cuDNN tactics    only with the libraries  off as it comes          no longer there
-named operator in error  in the text              ``node_operator()``      ``node_operator()``
+cuBLAS, cuDNN tactics    only with the libraries  off by default           removed
+operator in an error     in the text              ``node_operator()``      ``node_operator()``
 =======================  =======================  =======================  =======================
 
-Read from the bindings themselves (8.6.0, 10.3.0, 10.13.3, 11.4.0). On 8.6 a builder flag is a permission, not an order: a layer that
-the ONNX keeps in float32 may run in half there. What ran is read from the engine (:func:`layer_types`), and the golden cases decide.
+Source: the bindings 8.6.0, 10.3.0, 10.13.3 and 11.4.0. In 8.6 a builder flag only permits a precision: a layer that is float32 in the
+ONNX may run in fp16. What ran is read from the engine (:func:`layer_types`), and the golden cases decide.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _ALWAYS_STRONG_SINCE: Final = 11
 _BUILDER_FLAGS: Final = {"fp32": (), "fp16": ("FP16",), "int8": ("INT8",), "mixed": ("FP16", "INT8")}
 _KEPT_MESSAGES: Final = 40
 _MESSAGE_LENGTH: Final = 400
-# What the inspector of the versions calls a type, in its format descriptions ("Row major linear FP16 format") or alone ("Half").
+# Names of data types in the engine inspector, in format descriptions ("Row major linear FP16 format") or alone ("Half").
 _TYPES: Final = {
     "int8": "int8", "fp16": "fp16", "half": "fp16", "bf16": "bf16", "bfloat16": "bf16", "fp8": "fp8", "fp32": "fp32", "float": "fp32",
     "int32": "int32", "int64": "int64", "bool": "bool", "uint8": "uint8",
@@ -50,29 +50,29 @@ _TYPE: Final = re.compile("|".join(rf"\b{name}\b" for name in _TYPES), re.IGNORE
 _loggers: dict[int, tuple[Any, Any]] = {}
 
 
-def find() -> TrtSeam:
-    """TensorRT as this process has it.
+def find() -> TrtCompat:
+    """Import TensorRT.
 
     Raises:
-        InferenceError: ``runtime.unavailable``: none, one that cannot be loaded, or one that is too old.
+        InferenceError: ``runtime.unavailable``: not installed, cannot be loaded, or too old.
     """
     try:
         import tensorrt
-    except (ImportError, OSError) as error:  # the bindings are there and the libraries are not, or the other way round
+    except (ImportError, OSError) as error:  # bindings or libraries are missing
         why = "not installed" if getattr(error, "name", None) == "tensorrt" else f"cannot be loaded: {error}"
         raise InferenceError("runtime.unavailable", f"TensorRT: {why}") from error
-    return TrtSeam(tensorrt)
+    return TrtCompat(tensorrt)
 
 
-class TrtSeam:
-    """TensorRT of one version.
+class TrtCompat:
+    """The interface to the installed version of TensorRT.
 
     Args:
-        trt: its Python module.
+        trt: the Python module.
 
     Attributes:
         trt: the module.
-        version: its version, as it says it ("8.6.0").
+        version: of TensorRT ("8.6.0").
 
     Raises:
         InferenceError: ``runtime.unavailable``: it is older than 8.6.
@@ -85,22 +85,22 @@ class TrtSeam:
         if numbers < OLDEST:
             raise InferenceError("runtime.unavailable", f"TensorRT {self.version} is older than 8.6, the oldest this box speaks")
         self.major = numbers[0]
-        self._timings: Any = None  # a configuration may hold no more than a bare pointer to its timing cache
+        self._timings: Any = None  # referenced here: a configuration may keep only a raw pointer
         if self.major > NEWEST_KNOWN:
             logger.warning("TensorRT %s is newer than any this box was written for; spoken to as %d", self.version, NEWEST_KNOWN)
 
     @property
     def strongly_typed(self) -> bool:
-        """Whether layers run in the types that the ONNX says, and in no others."""
+        """Whether layers run exactly in the types of the ONNX."""
         return self.major >= _STRONGLY_TYPED_SINCE
 
     @property
     def has_progress(self) -> bool:
-        """Whether a build says how far it is."""
+        """Whether a build reports its progress."""
         return hasattr(self.trt, "IProgressMonitor")
 
     @property
-    def words(self) -> str:
+    def title(self) -> str:
         """Which TensorRT was found and how it is spoken to, for the log."""
         typing = "strongly typed" if self.strongly_typed else "precision by builder flags"
         return f"TensorRT {self.version}, {typing}, {'progress monitor' if self.has_progress else 'no progress monitor'}"
@@ -111,12 +111,12 @@ class TrtSeam:
         return self.major >= _STRONGLY_TYPED_SINCE
 
     def parse(self, parser: Any, model: Path) -> bool:
-        """Have an ``OnnxParser`` read a file, rewritten first where this version would refuse its weights."""
+        """Parse a file with an ``OnnxParser``, after rewriting weights that this version would refuse."""
         rewritten = None if self.takes_int8_constants else with_float_weights(model)
         return bool(parser.parse_from_file(str(model)) if rewritten is None else parser.parse(rewritten))
 
     def network_flags(self) -> int:
-        """Bits for ``Builder.create_network``: explicit batch, and strong typing where it has to be asked for."""
+        """Return the flags of ``Builder.create_network``: explicit batch, and strong typing if it is not the default."""
         flags = self.trt.NetworkDefinitionCreationFlag.__members__
         wanted = []
         if self.major < _ALWAYS_STRONG_SINCE:
@@ -126,37 +126,37 @@ class TrtSeam:
         return sum(1 << int(flags[name]) for name in wanted if name in flags)
 
     def builder_flags(self, precision: str) -> tuple[str, ...]:
-        """The builder's flags for a variant's precision; none where the network's own types rule."""
+        """Return the builder flags for the precision of a variant; empty for strongly typed networks."""
         return () if self.strongly_typed else _BUILDER_FLAGS[precision]
 
     def configure(self, config: Any, precision: str, *, workspace_bytes: int, level: int) -> None:
-        """Set up an ``IBuilderConfig``.
+        """Configure an ``IBuilderConfig``.
 
         Args:
-            config: of this version's builder.
+            config: of a builder of this version.
             precision: of the variant.
-            workspace_bytes: the most scratch memory on the GPU that a layer may use.
+            workspace_bytes: limit of the scratch memory of a layer on the GPU.
             level: builder optimisation level, 0 (fastest build) to 5 (fastest engine).
         """
         for name in self.builder_flags(precision):
             config.set_flag(getattr(self.trt.BuilderFlag, name))
-        # On by default since Ampere, and then "fp32" sums products of 10 bits: what is called fp32 here is fp32.
+        # TF32 is on by default since Ampere and has 10 bits of mantissa: fp32 must be fp32.
         config.clear_flag(self.trt.BuilderFlag.TF32)
         config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, workspace_bytes)
         config.builder_optimization_level = level
-        config.profiling_verbosity = self.trt.ProfilingVerbosity.DETAILED  # what the layers' types are read from
+        config.profiling_verbosity = self.trt.ProfilingVerbosity.DETAILED  # needed to read the types of the layers
         sources = self.tactic_sources(config.get_tactic_sources())
         if sources is not None:
             config.set_tactic_sources(sources)
 
     def tactic_sources(self, offered: int, is_real: Callable[[str], bool] | None = None) -> int | None:
-        """Bits for ``set_tactic_sources``: those offered without the libraries that are not really there; None: leave them.
+        """Return the flags of ``set_tactic_sources`` without missing libraries; None to leave them unchanged.
 
-        TensorRT 8.6 links cuBLAS and cuDNN, which a box may satisfy with empty libraries to save 1 GB; called they would fail.
+        TensorRT 8.6 links cuBLAS and cuDNN. A box may have empty libraries in their place to save 1 GB; calls of those would fail.
 
         Args:
-            offered: what the configuration has.
-            is_real: whether a source's library works; asked of the library itself when None.
+            offered: flags of the configuration.
+            is_real: whether the library of a source works; the library itself is tested when None.
         """
         if self.major >= _STRONGLY_TYPED_SINCE:
             return None
@@ -167,17 +167,17 @@ class TrtSeam:
         return offered if absent else None
 
     def attach_timings(self, config: Any, stored: bytes) -> bool:
-        """Give a builder the timings of earlier builds; returns whether they were taken, else it begins with none."""
+        """Give the timings of earlier builds to a builder; returns whether it accepted them, else it starts without timings."""
         if stored:
             self._timings = config.create_timing_cache(stored)
-            if self._timings is not None and config.set_timing_cache(self._timings, False):  # no timings of another GPU
+            if self._timings is not None and config.set_timing_cache(self._timings, False):  # refuse timings of another GPU
                 return True
         self._timings = config.create_timing_cache(b"")
         config.set_timing_cache(self._timings, False)
         return False
 
     def timings(self, config: Any, others: bytes = b"") -> bytes:
-        """The timings after a build, and those that another build stored meanwhile."""
+        """Return the timings after a build, combined with those that another build stored meanwhile."""
         cache = config.get_timing_cache()
         if others:
             another = config.create_timing_cache(others)
@@ -186,9 +186,9 @@ class TrtSeam:
         return bytes(cache.serialize())
 
     def messages(self) -> Any:
-        """The logger of this process for TensorRT, cleared; it keeps what went wrong: see :class:`Messages`.
+        """Return the TensorRT logger of this process, cleared; see :class:`Messages`.
 
-        One for all and for ever: TensorRT goes on using the first logger that it was given while anything made with it lives.
+        There is one per process: TensorRT goes on using its first logger while any object that was created with it exists.
         """
         if id(self.trt) not in _loggers:
             _loggers[id(self.trt)] = (self.trt, _logger_class(self.trt)())
@@ -196,48 +196,48 @@ class TrtSeam:
         messages.clear()
         return messages
 
-    def monitor(self, told: Callable[[float], None]) -> Any:
-        """A progress monitor that says how much of a build is done, 0 to 1; None where this version has none."""
-        return _monitor_class(self.trt)(told) if self.has_progress else None
+    def monitor(self, on_progress: Callable[[float], None]) -> Any:
+        """Create a progress monitor that reports the part (0 to 1) of a build that is done; None if this version has none."""
+        return _monitor_class(self.trt)(on_progress) if self.has_progress else None
 
     def parse_errors(self, parser: Any) -> list[ParseError]:
-        """What an ``OnnxParser`` did not understand."""
+        """Return the errors of an ``OnnxParser``."""
         return [ParseError.of(parser.get_error(index)) for index in range(parser.num_errors)]
 
     def layer_types(self, engine: Any, *, heavy: bool = False) -> dict[str, int]:
-        """How many layers of an engine run in which type; see :func:`layer_types`."""
+        """Count the layers of an engine by type; see :func:`layer_types`."""
         text = engine.create_engine_inspector().get_engine_information(self.trt.LayerInformationFormat.JSON)
         return layer_types(text, heavy=heavy)
 
 
 class ParseError:
-    """One complaint of the ONNX parser: its text, and the operator and node where it says them."""
+    """One error of the ONNX parser: its text, and operator and node if they are known."""
 
     def __init__(self, text: str, operator: str = "", node: str = "", unsupported: bool = False) -> None:
         self.text, self.operator, self.node, self.unsupported = text[:_MESSAGE_LENGTH], operator, node, unsupported
 
     @classmethod
     def of(cls, error: Any) -> ParseError:
-        """Read an ``IParserError`` of any version; 8.6 names the operator in its text alone."""
+        """Read an ``IParserError`` of any version; 8.6 has the operator only in its text."""
         text = " ".join(str(error.desc()).split())
-        named = re.search(
+        match = re.search(
             r"(?:importer registered for op|plugin, name|unsupported op(?:erator)?|op_type):?\s*\"?([A-Za-z_]\w*)", text, re.I
         )
         operator = str(error.node_operator()) if hasattr(error, "node_operator") else ""
         node = str(error.node_name()) if hasattr(error, "node_name") else ""
         unsupported = "UNSUPPORTED" in str(error.code()) or "No importer registered" in text
-        return cls(text, operator or (named[1] if named else ""), node, unsupported)
+        return cls(text, operator or (match[1] if match else ""), node, unsupported)
 
 
 def layer_types(information: str, *, heavy: bool = False) -> dict[str, int]:
-    """Count the layers of an engine by the type they run in: that of their weights, else of their first input.
+    """Count the layers of an engine by type: that of their weights, or of their first input if they have none.
 
     Args:
         information: JSON of ``EngineInspector.get_engine_information``.
-        heavy: only those that are told to have weights.
+        heavy: count only layers with weights.
 
     Returns:
-        type ("fp32", "fp16", "int8" ...) -> number of layers; empty where the engine keeps no more than names.
+        type ("fp32", "fp16", "int8" ...) -> number of layers; empty if the engine has only the names of its layers.
     """
     try:
         layers = json.loads(information)["Layers"]
@@ -254,15 +254,15 @@ def _has_weights(layer: dict[str, Any]) -> bool:
 
 def _layer_type(layer: dict[str, Any]) -> str:
     weights, inputs = layer.get("Weights"), layer.get("Inputs")
-    said = weights.get("Type", "") if isinstance(weights, dict) else ""
-    if not said and isinstance(inputs, list) and inputs and isinstance(inputs[0], dict):
-        said = inputs[0].get("Format/Datatype", "")
-    found = _TYPE.search(str(said))
-    return _TYPES[found[0].lower()] if found else ""
+    kind = weights.get("Type", "") if isinstance(weights, dict) else ""
+    if not kind and isinstance(inputs, list) and inputs and isinstance(inputs[0], dict):
+        kind = inputs[0].get("Format/Datatype", "")
+    match = _TYPE.search(str(kind))
+    return _TYPES[match[0].lower()] if match else ""
 
 
 def _library_works(source: str) -> bool:
-    """Whether a tactic source's library is really there: an empty one, made to satisfy the loader, knows no version."""
+    """Whether the library of a tactic source works: an empty placeholder has no version function."""
     library, function = {
         "CUBLAS": ("libcublas.so.12", "cublasGetCudartVersion"),
         "CUBLAS_LT": ("libcublasLt.so.12", "cublasLtGetVersion"),
@@ -277,89 +277,89 @@ def _library_works(source: str) -> bool:
 
 
 class Messages:
-    """What TensorRT said that somebody may want to know: warnings and errors, the last ones; each is told at once too.
+    """The last warnings and errors of TensorRT; each one is also passed to ``on_message``.
 
-    Mixed into a subclass of the version's ``ILogger``, which must be subclassed to be heard.
+    Mixed into a subclass of the ``ILogger`` of the version: TensorRT only accepts subclasses.
     """
 
-    said: list[tuple[str, str]]
-    told: Callable[[str, str], None] | None
+    kept: list[tuple[str, str]]
+    on_message: Callable[[str, str], None] | None
 
     def errors(self) -> list[str]:
-        """The errors, the oldest first."""
-        return [text for severity, text in self.said if severity != "WARNING"]
+        """Return the errors, the oldest first."""
+        return [text for severity, text in self.kept if severity != "WARNING"]
 
     def clear(self) -> None:
-        """Forget what was said."""
-        self.said.clear()
+        """Delete the kept messages."""
+        self.kept.clear()
 
     def take(self, severity: str, text: str) -> None:
         """Keep one message."""
         entry = (severity, " ".join(text.split())[:_MESSAGE_LENGTH])
-        self.said = [*self.said[1 - _KEPT_MESSAGES :], entry]
-        if self.told is not None:
-            self.told(*entry)
+        self.kept = [*self.kept[1 - _KEPT_MESSAGES :], entry]
+        if self.on_message is not None:
+            self.on_message(*entry)
 
 
 def _logger_class(trt: Any) -> Any:
-    kept = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR, trt.ILogger.Severity.WARNING)
+    severities = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR, trt.ILogger.Severity.WARNING)
 
     class TrtMessages(Messages, trt.ILogger):  # type: ignore[misc]  # the bindings are not typed
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.said = []
-            self.told = None
+            self.kept = []
+            self.on_message = None
 
         def log(self, severity: Any, msg: str) -> None:
-            if severity in kept:
+            if severity in severities:
                 self.take(str(severity.name), msg)
 
     return TrtMessages
 
 
 def _monitor_class(trt: Any) -> Any:
-    class TrtProgress(Phases, trt.IProgressMonitor):  # type: ignore[misc]  # the bindings are not typed
-        def __init__(self, told: Callable[[float], None]) -> None:
+    class TrtProgress(BuildPhases, trt.IProgressMonitor):  # type: ignore[misc]  # the bindings are not typed
+        def __init__(self, on_progress: Callable[[float], None]) -> None:
             trt.IProgressMonitor.__init__(self)
-            Phases.__init__(self, told)
+            BuildPhases.__init__(self, on_progress)
 
     return TrtProgress
 
 
-class Phases:
-    """Progress from the nested phases that an ``IProgressMonitor`` is told of; what is done never goes back."""
+class BuildPhases:
+    """Computes the progress of a build from the nested phases of an ``IProgressMonitor``; it never decreases."""
 
-    def __init__(self, told: Callable[[float], None]) -> None:
-        self._told = told
-        self._steps: dict[str, list[int]] = {}  # phase -> [steps done, steps], the outermost first
+    def __init__(self, on_progress: Callable[[float], None]) -> None:
+        self._on_progress = on_progress
+        self._steps: dict[str, list[int]] = {}  # phase -> [done steps, all steps], the outermost first
         self._parents: dict[str, str] = {}
         self._best = 0.0
 
     def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-        """A phase begins."""
+        """Handle the begin of a phase."""
         self._steps[phase_name] = [0, max(1, int(num_steps))]
         self._parents[phase_name] = parent_phase or ""
 
     def step_complete(self, phase_name: str, step: int) -> bool:
-        """One of its steps is done; True lets the build go on."""
+        """Handle the end of a step; returning True lets the build go on."""
         if phase_name in self._steps:
             self._steps[phase_name][0] = int(step) + 1
-            self._tell()
+            self._report()
         return True
 
     def phase_finish(self, phase_name: str) -> None:
-        """A phase has ended, perhaps before all of its steps."""
+        """Handle the end of a phase, which may come before all of its steps."""
         self._steps.pop(phase_name, None)
         self._parents.pop(phase_name, None)
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         done = max((self._part(name) for name in self._steps if self._parents[name] not in self._steps), default=0.0)
         if done > self._best:
             self._best = done
-            self._told(done)
+            self._on_progress(done)
 
     def _part(self, name: str) -> float:
-        """How much of a phase is done, the running phases below it counted as parts of one of its steps."""
+        """Compute the part of a phase that is done; a running sub-phase counts as part of one of its steps."""
         done, steps = self._steps[name]
         below = max((self._part(child) for child, parent in self._parents.items() if parent == name), default=0.0)
         return min(1.0, (done + below) / steps)

@@ -1,8 +1,8 @@
-"""int8 weights as TensorRT 8 reads them: float32 constants before a pair of QuantizeLinear and DequantizeLinear.
+"""Rewrites int8 weights for TensorRT 8: float32 constants before a pair of QuantizeLinear and DequantizeLinear.
 
-ONNX Runtime's quantizer stores weights as int8 with a DequantizeLinear behind them, a fourth of the size; TensorRT 8's parser refuses int8
-constants ("invalid weights type of Int8", NVIDIA/TensorRT #3360, microsoft/onnxruntime #11535). So the file stays small, and is rewritten
-for the parser alone: int8 times scale is float32, and quantizing that with the same scale gives the same int8 back.
+The quantizer of ONNX Runtime stores weights as int8 followed by DequantizeLinear, a fourth of the size. The parser of TensorRT 8 refuses
+int8 constants ("invalid weights type of Int8", NVIDIA/TensorRT #3360, microsoft/onnxruntime #11535). So the file stays small and is
+rewritten in memory for the parser: int8 times scale is float32, and quantizing that with the same scale gives the same int8 values.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def with_float_weights(path: Path) -> bytes | None:
-    """The model with float32 constants before a Q/DQ pair where it has int8 ones before a DequantizeLinear.
+    """Replace int8 constants before a DequantizeLinear by float32 constants before a Q/DQ pair.
 
     Returns:
-        The model, or None when it is to be read as it is: nothing to rewrite, weights in another file, no ``onnx`` on this machine to
-        rewrite it with, or no ONNX model at all, which the parser says better.
+        The rewritten model, or None when the parser should read the file itself: nothing to rewrite, weights in another file, ``onnx``
+        not installed, or no valid ONNX model, which the parser reports better.
     """
     try:
         import onnx
@@ -36,10 +36,10 @@ def with_float_weights(path: Path) -> bytes | None:
     rewritten = [node for node in model.graph.node if _is_weight(node, constants)]
     if not rewritten or any(item.data_location == onnx.TensorProto.EXTERNAL for item in constants.values()):
         return None
-    done: set[str] = set()
+    replaced: set[str] = set()
     for node in rewritten:
-        if node.input[0] not in done:
-            done.add(node.input[0])
+        if node.input[0] not in replaced:
+            replaced.add(node.input[0])
             _rewrite(model.graph, node, constants)
     return bytes(model.SerializeToString())
 
@@ -47,21 +47,21 @@ def with_float_weights(path: Path) -> bytes | None:
 def _is_weight(node: Any, constants: dict[str, Any]) -> bool:
     import onnx
 
-    given = constants.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
-    return given is not None and given.data_type == onnx.TensorProto.INT8 and node.input[1] in constants
+    constant = constants.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+    return constant is not None and constant.data_type == onnx.TensorProto.INT8 and node.input[1] in constants
 
 
 def _rewrite(graph: Any, node: Any, constants: dict[str, Any]) -> None:
-    """Put the float32 constant and its QuantizeLinear in the place of one int8 constant, under the int8 one's name."""
+    """Replace one int8 constant by a float32 constant and a QuantizeLinear whose output has the name of the int8 constant."""
     from onnx import helper, numpy_helper
 
-    whole: NDArray[np.int8] = numpy_helper.to_array(constants[node.input[0]])
+    values: NDArray[np.int8] = numpy_helper.to_array(constants[node.input[0]])
     scale: NDArray[np.float32] = numpy_helper.to_array(constants[node.input[1]])
     axis = next((item.i for item in node.attribute if item.name == "axis"), 1)
-    along = [-1 if dim == axis % whole.ndim else 1 for dim in range(whole.ndim)]
-    spread = scale.reshape(along if scale.size > 1 else ())
+    shape = [-1 if dim == axis % values.ndim else 1 for dim in range(values.ndim)]
+    broadcast = scale.reshape(shape if scale.size > 1 else ())
     name = f"{node.input[0]}_float"
-    graph.initializer.append(numpy_helper.from_array((whole * spread).astype(np.float32), name))
+    graph.initializer.append(numpy_helper.from_array((values * broadcast).astype(np.float32), name))
     graph.initializer.remove(constants[node.input[0]])
     quantize = helper.make_node("QuantizeLinear", [name, *node.input[1:]], [node.input[0]], name=f"{name}_quantize", axis=axis)
     graph.node.insert(0, quantize)

@@ -1,6 +1,6 @@
-"""One parent for the box's processes: worker, DICOM receiver, web page. Starts them, starts them again, stops them cleanly.
+"""The supervisor: starts the processes of the box (worker, DICOM receiver, web server), restarts them after a crash, and stops them.
 
-It imports little and does nothing else, so that it has no reason of its own to fall.
+It imports little and does nothing else, so that it has no reason to crash.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 _FIRST_BACKOFF_S: Final = 0.2
 _LONGEST_BACKOFF_S: Final = 10.0
-_STEADY_S: Final = 30.0
+_STABLE_S: Final = 30.0
 _STOP_S: Final = 15.0
 _TICK_S: Final = 0.1
-# A small box: two malloc arenas a process instead of eight a core, freed memory given back, no BLAS threads, which nothing needs.
-# And no telemetry: the box speaks to nobody unasked.
-_SMALL: Final = {
+# Saves memory on a small box: two malloc arenas per process instead of eight per core, early release of freed memory, no BLAS threads.
+# And no telemetry: the box contacts only configured destinations.
+_ENVIRONMENT: Final = {
     "MALLOC_ARENA_MAX": "2",
     "MALLOC_TRIM_THRESHOLD_": "131072",
     "OPENBLAS_NUM_THREADS": "1",
@@ -41,8 +41,8 @@ _SMALL: Final = {
 
 
 @dataclass
-class Child:
-    """One process of the box and how often it fell lately."""
+class ManagedProcess:
+    """One process of the box, with its restarts."""
 
     name: str
     command: list[str]
@@ -54,16 +54,16 @@ class Child:
 
 
 class Supervisor:
-    """Runs the box.
+    """Runs the processes of one box.
 
     Args:
-        settings: the box's settings.
-        log: where the children's standard error goes; the supervisor's own when None.
-        given: the settings file or data directory as it was given, which the children load; the data directory when None.
-        lock: the supervisor's lock where the caller holds it already; taken when None.
+        settings: of the box.
+        log: file for the output of the processes; that of the supervisor when None.
+        given: the settings file or data directory from the command line, which the processes load; the data directory when None.
+        lock: the supervisor's lock if the caller holds it already; acquired when None.
 
     Raises:
-        ApplianceError: ``box.busy`` when the box runs already.
+        ApplianceError: ``box.busy``: the box runs already.
     """
 
     def __init__(self, settings: Settings, log: Path | None = None, *, given: Path | None = None, lock: Lock | None = None) -> None:
@@ -73,49 +73,49 @@ class Supervisor:
         data = ["--data-dir", str(given or settings.data_dir)]
         box = [sys.executable, "-m", "appliance"]
         self.children = [
-            Child("worker", [*box, "worker", *data]),
-            Child("receiver", [*box, "receive", *data]),
-            Child("web", [sys.executable, "-m", "webui", *data]),
+            ManagedProcess("worker", [*box, "worker", *data]),
+            ManagedProcess("receiver", [*box, "receive", *data]),
+            ManagedProcess("web", [sys.executable, "-m", "webui", *data]),
         ]
 
     def start(self) -> None:
-        """Start every process; does not wait for them to be ready."""
-        for name in ("web.json", "dicom.port"):  # what the last run left says nothing about this one
+        """Start every process; does not wait until they are ready."""
+        for name in ("web.json", "dicom.port"):  # files of the last run
             (self._settings.data_dir / "run" / name).unlink(missing_ok=True)
         for child in self.children:
             self._spawn(child)
 
     def tick(self) -> None:
-        """Look after the children once: whoever fell is started again, later and later while it keeps falling."""
+        """Restart the processes that crashed, with a growing delay while they crash again."""
         now = time.monotonic()
         for child in self.children:
             if child.process is not None and (code := child.process.poll()) is not None:
-                logger.error("process fell", extra={"role": child.name, "exit_code": code})
-                steady = now - child.started_at > _STEADY_S
-                child.backoff_s = _FIRST_BACKOFF_S if steady else min(child.backoff_s * 2, _LONGEST_BACKOFF_S)
+                logger.error("process crashed", extra={"role": child.name, "exit_code": code})
+                was_stable = now - child.started_at > _STABLE_S
+                child.backoff_s = _FIRST_BACKOFF_S if was_stable else min(child.backoff_s * 2, _LONGEST_BACKOFF_S)
                 child.next_start_at, child.process = now + child.backoff_s, None
                 child.restarts += 1
             if child.process is None and now >= child.next_start_at:
                 self._spawn(child)
 
     def run(self, until: Callable[[], bool]) -> None:
-        """Look after the children until ``until()`` says stop."""
+        """Restart crashed processes until ``until()`` returns True."""
         while not until():
             self.tick()
             time.sleep(_TICK_S)
 
     def ready(self) -> bool:
-        """Whether the page answers, the receiver listens and the worker holds its lock."""
+        """Whether the web server answers, the receiver listens and the worker has created its lock."""
         run = self._settings.data_dir / "run"
         return web_address(self._settings) is not None and (run / "dicom.port").exists() and bool((run / "worker.lock").exists())
 
     def stop(self) -> None:
-        """Stop every process, at the latest after 15 seconds by force; what was acknowledged is on the disk in any case."""
-        living = [child.process for child in self.children if child.process is not None and child.process.poll() is None]
-        for process in living:
+        """Stop every process, after 15 seconds by SIGKILL; acknowledged scans are on the disk in any case."""
+        running = [child.process for child in self.children if child.process is not None and child.process.poll() is None]
+        for process in running:
             process.send_signal(signal.SIGTERM)
         limit = time.monotonic() + _STOP_S
-        for process in living:
+        for process in running:
             try:
                 process.wait(max(0.1, limit - time.monotonic()))
             except subprocess.TimeoutExpired:
@@ -123,9 +123,9 @@ class Supervisor:
                 process.wait()
         self._lock.release()
 
-    def _spawn(self, child: Child) -> None:
+    def _spawn(self, child: ManagedProcess) -> None:
         cap = self._settings.process_memory_max_bytes
-        output = open(self._log, "ab") if self._log else None  # noqa: SIM115 - closed below, the child keeps its own copy
+        output = open(self._log, "ab") if self._log else None  # noqa: SIM115 - closed below, the process has its own copy
         child.process = subprocess.Popen(
             child.command,
             stdin=subprocess.DEVNULL,
@@ -133,8 +133,8 @@ class Supervisor:
             stderr=output,
             start_new_session=True,
             preexec_fn=die_with_parent,
-            env=_SMALL | os.environ,
-        )  # own session: Ctrl-C reaches the supervisor alone, which stops the children in order
+            env=_ENVIRONMENT | os.environ,
+        )  # own session: Ctrl-C reaches only the supervisor, which stops the processes in order
         resource.prlimit(child.process.pid, resource.RLIMIT_DATA, (cap, cap))
         if output:
             output.close()
@@ -142,13 +142,13 @@ class Supervisor:
 
 
 def web_address(settings: Settings) -> dict[str, Any] | None:
-    """What the web process says of itself once it listens (``port``, ``scheme``), when it answers; else None."""
+    """Return ``port`` and ``scheme`` of the web server if it answers; else None."""
     path = settings.data_dir / "run" / "web.json"
     try:
         address: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    # Our own page on our own loopback, asked only whether it lives: its certificate may be any.
+    # A health check of the box's own server on the loopback interface: any certificate is accepted.
     context = ssl._create_unverified_context()  # noqa: S323
     try:
         with urllib.request.urlopen(f"{address['scheme']}://127.0.0.1:{address['port']}/healthz", timeout=5, context=context) as answer:  # noqa: S310
@@ -158,13 +158,13 @@ def web_address(settings: Settings) -> dict[str, Any] | None:
 
 
 def serve(given: Path) -> None:
-    """The supervisor's life, on a data directory or a settings file: until SIGTERM or Ctrl-C."""
-    asked: list[bool] = []
+    """Run the supervisor of a data directory or settings file until SIGTERM or Ctrl-C."""
+    signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: asked.append(True))
+        signal.signal(number, lambda number, _frame: signals.append(number))
     supervisor = Supervisor(Settings.load(given), given=given)
     supervisor.start()
     try:
-        supervisor.run(lambda: bool(asked))
+        supervisor.run(lambda: bool(signals))
     finally:
         supervisor.stop()

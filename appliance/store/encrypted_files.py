@@ -19,6 +19,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from appliance.core.errors import StoreError
+from appliance.core.files import fsync_directory
 from appliance.store.database import store_error
 
 _MAGIC: Final = b"CEA1"
@@ -129,15 +130,6 @@ class EncryptedFiles:
 
     def _path(self, name: str) -> Path:
         return self._content / name[:2] / name
-
-
-def fsync_directory(directory: Path) -> None:
-    """Make renames in this directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_key(directory: Path, name: str) -> bytes:

@@ -197,3 +197,7 @@ ALTER TABLE instances ADD COLUMN requested_procedure_priority TEXT NOT NULL DEFA
 UPDATE studies SET urgent = json_object('origin', 'cli', 'actor', 'cli', 'at', '', 'term', '') -- the only way there was; nobody wrote down when
   WHERE EXISTS (SELECT 1 FROM series s JOIN instances i ON i.series_id = s.id JOIN jobs j ON j.instance_id = i.id
     WHERE s.study_id = studies.id AND j.priority > 0);
+
+-- migration 5: one code had two meanings: no memory before the model ran is a code of its own
+UPDATE jobs SET reason = json_set(reason, '$.code', 'job.memory_input', '$.detail', '')
+  WHERE json_extract(reason, '$.code') = 'job.memory' AND json_extract(reason, '$.detail') = 'before the model';

@@ -1,1 +1,1 @@
-"""Tuning: measure the candidates of a model on this box and select one."""
+"""Tuning: measure the candidates of a model on this box and choose one."""

@@ -1,8 +1,8 @@
-"""Several images at once: whether each gets its own answer, and how long an image takes then.
+"""Checks batches of several images: whether each image gets its own result, and how long an image takes then.
 
-A runtime that answers for a batch may mix up its rows, be right for a full batch and wrong for one that is not, or let one image's
-values into another's. So every row is held against what the same image gets alone, with images that differ, at the full size and at an
-odd one below it: a mixed-up batch is a mixed-up patient.
+A runtime may exchange the rows of a batch, be wrong for a batch that is not full, or mix values of different images. So every row is
+compared with the result of the same image alone, with different images, at the full batch size and at an odd size below it: exchanged
+rows would be exchanged patients.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from appliance.core.errors import InferenceError
-from appliance.tuning.measurement import NO_TIME, Entry
+from appliance.core.states import CandidateState
+from appliance.tuning.measurement import NO_TIME, Measurement
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,84 +24,84 @@ if TYPE_CHECKING:
     from appliance.tuning.budget import Budget
 
 _ROUNDS: Final = 7
-_LEAST_ROUNDS: Final = 3
+_MIN_ROUNDS: Final = 3
 _TURN_MS: Final = 25.0
-_MOST_PER_TURN: Final = 20
-# Two images whose answers are nearer than this part of the tolerance cannot be told apart by them.
-_APART: Final = 0.1
+_MAX_PER_TURN: Final = 20
+# Results that differ by less than this part of the tolerance do not distinguish two images.
+_MIN_DISTANCE: Final = 0.1
 _NOISE_SHARE: Final = 0.1
 
 
 def repeats(expected_ms: float) -> int:
-    """How often something is run in one turn."""
-    return max(1, min(_MOST_PER_TURN, round(_TURN_MS / max(expected_ms, 0.01))))
+    """Compute how many inferences are timed in one turn."""
+    return max(1, min(_MAX_PER_TURN, round(_TURN_MS / max(expected_ms, 0.01))))
 
 
 @dataclass(frozen=True)
-class _Known:
-    """An image and the answer it gets alone."""
+class _Reference:
+    """An image, its result alone, and its golden case (None for a derived image)."""
 
     image: NDArray[np.float32]
     alone: Mapping[str, NDArray[np.float32]]
     case: Case | None
 
 
-class Together:
-    """Batches of one candidate, held against it.
+class BatchCheck:
+    """Compares batches of one candidate with single images.
 
     Args:
-        base: the candidate that reads one image at a time, open and right.
+        base: the same candidate with batch size 1, loaded and correct.
         cases: the golden cases.
-        budget: the time.
+        budget: of the measurement.
     """
 
-    def __init__(self, base: Entry, cases: Sequence[Case], budget: Budget) -> None:
+    def __init__(self, base: Measurement, cases: Sequence[Case], budget: Budget) -> None:
         self._base, self._cases, self._budget = base, cases, budget
         self._allowed = min(case.tolerance[base.row.candidate.precision] for case in cases)
-        self._known: list[_Known] = []
+        self._references: list[_Reference] = []
         self._made = 0
 
-    def wrong(self, entry: Entry) -> str:
-        """Why a loaded batch candidate is wrong with several images at once; empty when it is right.
+    def find_error(self, entry: Measurement) -> str:
+        """Find why the results of a loaded batch candidate are wrong; empty when they are correct.
 
         Raises:
-            InferenceError: it does not run.
+            InferenceError: the candidate does not run.
         """
         batch = entry.row.candidate.batch
         for start in range(0, len(self._cases), batch):
-            if why := self._wrong_at(entry, batch, start):
-                return why
+            if error := self._check_batch(entry, batch, start):
+                return error
         odd = (batch - 2) | 1
-        return self._wrong_at(entry, odd, 1) if 1 < odd < batch else ""
+        return self._check_batch(entry, odd, 1) if 1 < odd < batch else ""
 
-    def know(self, count: int) -> bool:
-        """Let the base answer so many images alone; returns whether their answers can be told apart.
+    def add_references(self, count: int) -> bool:
+        """Run the base on ``count`` single images; returns whether the results distinguish the images.
 
         Raises:
             InferenceError: the base does not run.
         """
         for image, case in self._images(max(count, len(self._cases))):
             try:
-                self._known.append(_Known(image, self._base.infer(image), case))
+                self._references.append(_Reference(image, self._base.infer(image), case))
             except InferenceError as error:
-                if error.code != "job.error":  # else: no answer to a picture of no patient, so nothing can be held against it
+                if error.code != "job.error":  # else a derived image has no valid result, and cannot be a reference
                     raise
         return any(
-            self._distance(one.alone, other.alone) > _APART * self._allowed
-            for index, one in enumerate(self._known) for other in self._known[:index]
+            self._distance(one.alone, other.alone) > _MIN_DISTANCE * self._allowed
+            for index, one in enumerate(self._references) for other in self._references[:index]
         )  # fmt: skip
 
     def _images(self, count: int) -> list[tuple[NDArray[np.float32], Case | None]]:
-        """What is not yet known of the golden cases and, after them, of as many pictures made of them as are needed."""
+        """Return the golden cases, then as many images derived from them as are needed, without those returned before."""
         images: list[tuple[NDArray[np.float32], Case | None]] = []
         for number in range(self._made, count):
             golden = self._cases[number] if number < len(self._cases) else None
-            images.append((golden.tensor if golden is not None else self._picture(number), golden))
+            images.append((golden.tensor if golden is not None else self._derive_image(number), golden))
         self._made = max(self._made, count)
         return images
 
-    def _picture(self, number: int) -> NDArray[np.float32]:
-        """A golden image mirrored, in another contrast and brightness, with noise, within the values the golden cases have."""
+    def _derive_image(self, number: int) -> NDArray[np.float32]:
+        """Mirror a golden image, change contrast and brightness, and add noise; the range of values stays that of the golden cases."""
         import numpy as np
 
         random = np.random.default_rng(number)
@@ -111,81 +112,87 @@ class Together:
         changed = low + (mirrored - low) * random.uniform(0.3, 1.0) + span * random.uniform(0.0, 0.6) + noise
         return np.clip(changed, low, low + span).astype(np.float32)
 
-    def _wrong_at(self, entry: Entry, n: int, start: int) -> str:
+    def _check_batch(self, entry: Measurement, n: int, start: int) -> str:
         import numpy as np
 
-        taken = [self._known[(start + row) % len(self._known)] for row in range(n)]
-        outputs = entry.infer(np.concatenate([known.image for known in taken]))
-        for row, known in enumerate(taken):
-            answer = {name: value[row : row + 1] for name, value in outputs.items()}
-            if why := self._wrong_row(answer, known, taken):
-                return f"image {row + 1} of {n} at once: {why}"
+        references = [self._references[(start + row) % len(self._references)] for row in range(n)]
+        outputs = entry.infer(np.concatenate([reference.image for reference in references]))
+        for row, reference in enumerate(references):
+            result = {name: value[row : row + 1] for name, value in outputs.items()}
+            if error := self._check_row(result, reference, references):
+                return f"image {row + 1} of {n} at once: {error}"
         return ""
 
-    def _wrong_row(self, answer: Mapping[str, NDArray[np.float32]], known: _Known, taken: Sequence[_Known]) -> str:
-        off = self._distance(answer, known.alone)
+    def _check_row(self, result: Mapping[str, NDArray[np.float32]], own: _Reference, references: Sequence[_Reference]) -> str:
+        off = self._distance(result, own.alone)
         if not off <= self._allowed:
             return f"off by {off:.4g} from the same image alone, allowed {self._allowed:g}"
-        for other in taken:
-            apart = self._distance(known.alone, other.alone) > _APART * self._allowed
-            if apart and self._distance(answer, other.alone) < off:
+        for other in references:
+            differs = self._distance(own.alone, other.alone) > _MIN_DISTANCE * self._allowed
+            if differs and self._distance(result, other.alone) < off:
                 return "the answer is that of another image"
-        if known.case is None:
+        if own.case is None:
             return ""
-        golden, allowed = known.case.difference(lambda _tensor: dict(answer)), known.case.tolerance[self._base.row.candidate.precision]
-        return "" if golden <= allowed else f"{known.case.name} off by {golden:.4g}, allowed {allowed:g}"
+        golden, allowed = own.case.difference(lambda _tensor: dict(result)), own.case.tolerance[self._base.row.candidate.precision]
+        return "" if golden <= allowed else f"{own.case.name} off by {golden:.4g}, allowed {allowed:g}"
 
     def _distance(self, one: Mapping[str, NDArray[np.float32]], other: Mapping[str, NDArray[np.float32]]) -> float:
-        """The largest difference of any output, as a part of the largest value that it has for any image alone."""
+        """Compute the largest difference of any output, relative to the largest value of that output for any single image."""
         import numpy as np
 
         if set(one) != set(other) or any(one[name].shape != other[name].shape for name in one):
             return float("inf")
         worst = 0.0
         for name, value in one.items():
-            scale = max(float(np.max(np.abs(known.alone[name]), initial=0.0)) for known in self._known) if self._known else 0.0
+            scale = (
+                max(float(np.max(np.abs(reference.alone[name]), initial=0.0)) for reference in self._references)
+                if self._references
+                else 0.0
+            )
             worst = max(worst, float(np.max(np.abs(value - other[name]), initial=0.0)) / (scale or 1.0))
         return worst
 
-    # -- how long it takes -------------------------------------------------------------------------------------------
+    # -- timing --------------------------------------------------------------------------------------------------------
 
-    def time(self, entry: Entry) -> None:
-        """Time one image and a full batch by turns with the base; what the base takes in the same minute is what counts.
+    def time(self, entry: Measurement) -> None:
+        """Time one image and a full batch in turns with the base, so that both are timed under the same load of the box.
 
-        The entry's row gets ``per_image_ms`` and its spread between rounds, or is ended; a base that fails is ended in its own name.
+        The result of the candidate gets ``per_image_ms`` and its variation between rounds, or an error; a base that fails gets its own
+        error.
         """
         import numpy as np
 
         batch, sample, base = entry.row.candidate.batch, self._cases[0].tensor, self._base
-        stacked = np.concatenate([self._known[row % len(self._known)].image for row in range(batch)])
+        stacked = np.concatenate([self._references[row % len(self._references)].image for row in range(batch)])
         one: list[float] = []
         alone: list[float] = []
         of_batch: list[float] = []
-        each, together = repeats(base.first_ms), repeats(base.first_ms * batch)
+        single_repeats, batch_repeats = repeats(base.first_ms), repeats(base.first_ms * batch)
         try:
             entry.time(stacked, 1, base.first_ms * batch)
-            while len(of_batch) < _ROUNDS and not self._budget.spent():
+            while len(of_batch) < _ROUNDS and not self._budget.is_measuring_over():
                 try:
-                    one.append(statistics.median(base.time(sample, each, base.first_ms)))
+                    one.append(statistics.median(base.time(sample, single_repeats, base.first_ms)))
                 except InferenceError as error:
                     base.fail(error)
                     break
-                alone.append(statistics.median(entry.time(sample, each, base.first_ms)))
-                of_batch.append(statistics.median(entry.time(stacked, together, base.first_ms * batch)))
+                alone.append(statistics.median(entry.time(sample, single_repeats, base.first_ms)))
+                of_batch.append(statistics.median(entry.time(stacked, batch_repeats, base.first_ms * batch)))
         except InferenceError as error:
             entry.fail(error)
-        if entry.row.state == "right":
-            self._note(entry, one, alone, of_batch)
+        if entry.row.state == CandidateState.CORRECT:
+            self._store_times(entry, one, alone, of_batch)
 
-    def _note(self, entry: Entry, one: Sequence[float], alone: Sequence[float], of_batch: Sequence[float]) -> None:
-        if len(of_batch) < _LEAST_ROUNDS:
-            entry.ended("unavailable", NO_TIME if self._base.row.state == "right" else self._base.row.code, self._base.row.detail)
+    def _store_times(self, entry: Measurement, one: Sequence[float], alone: Sequence[float], of_batch: Sequence[float]) -> None:
+        if len(of_batch) < _MIN_ROUNDS:
+            code = NO_TIME if self._base.row.state == CandidateState.CORRECT else self._base.row.code
+            entry.end(CandidateState.UNAVAILABLE, code, self._base.row.detail)
             return
         base_ms, batch = self._base.median_ms, entry.row.candidate.batch
-        parts = [both / batch / single for both, single in zip(of_batch, one, strict=False)]
-        quarters = statistics.quantiles(parts, n=4)
-        middle = statistics.median(parts)
+        ratios = [full / batch / single for full, single in zip(of_batch, one, strict=False)]
+        quarters = statistics.quantiles(ratios, n=4)
+        median = statistics.median(ratios)
         entry.medians = [base_ms * statistics.median(mine / single for mine, single in zip(alone, one, strict=False))]
         entry.worst_ms = base_ms / statistics.median(one) * max(alone)
-        entry.row = replace(entry.row, per_image_ms=base_ms * middle, noise=(quarters[2] - quarters[0]) / middle)
+        entry.row = replace(entry.row, per_image_ms=base_ms * median, noise=(quarters[2] - quarters[0]) / median)
         entry.close()

@@ -1,7 +1,8 @@
-"""The time and memory of one measuring: how much is left, and how long one call to one candidate may take of it.
+"""The time and memory of one measurement: how much remains, and the deadline of each call to a candidate.
 
-A candidate that hangs costs its own call and no more. What builds no engine gets its deadlines out of the time for measuring, or as a
-multiple of what another needed; only an engine's build may take long. Nothing is begun, and no call outlives, the end of it all.
+A candidate that hangs only costs the time of its own call. The deadlines of candidates that build no engine are a share of the
+measuring time, or a multiple of what another candidate needed; only building an engine may take long. Nothing begins or goes on after
+the end of the total time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Final
 from appliance.tuning.subject import Limits
 
 LEAST_CALL_S: Final = 10.0
-"""What a candidate is given at least for its load, and for each call after it."""
+"""The shortest deadline of a load, and of each call after it."""
 
 _CALL_SHARE: Final = 0.25
 _BUILD_SHARE: Final = 0.5
@@ -25,57 +26,57 @@ _FREE_UNKNOWN: Final = 1 << 30
 
 
 class Budget:
-    """What is left of the limits.
+    """The remaining part of the limits; the time starts with the construction.
 
     Args:
-        limits: of the whole measuring, which begins now.
+        limits: of the measurement.
     """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._started = time.monotonic()
-        self._built_s = 0.0
+        self._build_s = 0.0
         self.memory_bytes = limits.memory_bytes
         self.held_bytes = _free_bytes() // _FREE_SHARE if limits.held_bytes is None else limits.held_bytes
 
-    def built(self, seconds: float) -> None:
-        """An engine was built: minutes that are no measuring."""
-        self._built_s += seconds
+    def add_build_time(self, seconds: float) -> None:
+        """Do not count the time of building an engine as measuring time."""
+        self._build_s += seconds
 
-    def left_s(self) -> float:
-        """Until the end of it all."""
+    def remaining_s(self) -> float:
+        """Return the seconds until the end of the total time."""
         return self._limits.seconds - (time.monotonic() - self._started)
 
-    def measuring_left_s(self) -> float:
-        """Until only what was never tried gets its one quick timing."""
-        return min(self.left_s(), self._limits.measuring_s - (time.monotonic() - self._started - self._built_s))
+    def measuring_remaining_s(self) -> float:
+        """Return the seconds of measuring time; after it only untried candidates get one quick timing."""
+        return min(self.remaining_s(), self._limits.measuring_s - (time.monotonic() - self._started - self._build_s))
 
-    def over(self) -> bool:
-        """Whether nothing at all is begun any more."""
-        return self.left_s() <= 0
+    def is_over(self) -> bool:
+        """Whether the total time is over."""
+        return self.remaining_s() <= 0
 
-    def spent(self) -> bool:
-        """Whether the time for measuring more exactly is over."""
-        return self.measuring_left_s() <= 0
+    def is_measuring_over(self) -> bool:
+        """Whether the measuring time is over."""
+        return self.measuring_remaining_s() <= 0
 
-    def load_s(self, known_s: float, *, builds: bool) -> float:
-        """What a candidate gets for its load, and at least for each call after it.
+    def load_deadline_s(self, known_s: float, *, builds_engine: bool) -> float:
+        """Compute the time limit of a candidate's load, which is also the lower bound of the limit of each later call.
 
         Args:
-            known_s: the longest that another needed, which was right; 0 when there is none.
-            builds: whether it builds an engine first.
+            known_s: the longest load of a correct candidate; 0 when there is none.
+            builds_engine: whether the candidate builds an engine first.
         """
-        if builds:
-            return max(LEAST_CALL_S, _BUILD_SHARE * self.left_s())
-        return max(LEAST_CALL_S, _CALL_SHARE * self.measuring_left_s(), _PATIENCE * known_s)
+        if builds_engine:
+            return max(LEAST_CALL_S, _BUILD_SHARE * self.remaining_s())
+        return max(LEAST_CALL_S, _CALL_SHARE * self.measuring_remaining_s(), _PATIENCE * known_s)
 
-    def call_s(self, allowed_s: float, expected_s: float = 0.0) -> float:
-        """The deadline of one call: what its candidate was allowed, or some times what it should take, and never past the end."""
-        return max(_SHORTEST_S, min(max(allowed_s, _PATIENCE * expected_s), self.left_s()))
+    def call_deadline_s(self, allowed_s: float, expected_s: float = 0.0) -> float:
+        """Compute the time limit of one call: the candidate's limit or a multiple of the expected time, never past the total time."""
+        return max(_SHORTEST_S, min(max(allowed_s, _PATIENCE * expected_s), self.remaining_s()))
 
 
 def _free_bytes() -> int:
-    """Memory that the system has to give without swapping."""
+    """Return the memory that is available without swapping."""
     with suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

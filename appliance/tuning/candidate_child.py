@@ -1,7 +1,7 @@
-"""The process in which :class:`appliance.tuning.candidate_process.Attempt` runs its candidate.
+"""The process in which :class:`appliance.tuning.candidate_process.CandidateProcess` runs its candidate.
 
-It dies with its parent, keeps under a memory cap, is the first that the kernel ends when memory is short, and leaves no core file
-(one may hold a patient's image). Its arguments: the pipes that it reads and writes, and the process to die with.
+It dies with its parent, has a memory limit, is the first process that the kernel kills when memory is short, and writes no core file
+(which could contain a patient's image). Its arguments: the pipes that it reads and writes, the process to die with, the memory limit.
 """
 
 from __future__ import annotations
@@ -20,79 +20,79 @@ from typing import Any, Final
 from appliance.core.errors import InferenceError
 from appliance.core.process import die_with_parent, limit_memory
 from appliance.runtime import Candidate, Runtime, open_runtime
-from appliance.tuning.child_protocol import Message, WireError, pack, receive
+from appliance.tuning.child_protocol import Message, ProtocolError, pack, receive
 
-_TELL_EVERY_S: Final = 0.2
+_PROGRESS_EVERY_S: Final = 0.2
 _DETAIL_CHARS: Final = 500
 _SHORT_BYTES: Final = 16 << 20
-_PERHAPS_MEMORY: Final = ("job.error", "runtime.unavailable", "runtime.build")
+_MAYBE_MEMORY: Final = ("job.error", "runtime.unavailable", "runtime.build")
 _MOST_KILLABLE: Final = "1000"
 
-Open = Callable[..., Runtime]
+OpenRuntime = Callable[..., Runtime]
 
 
 @dataclass(frozen=True)
-class Input:
-    """The part of a manifest's input that a runtime looks at: its name, and the shape of one image's tensor."""
+class ModelInput:
+    """The input of a model as a runtime needs it: its name, and the shape of one image's tensor."""
 
     name: str
     shape: tuple[int, ...]
 
 
 class Server:
-    """Answers one request after the other until the parent closes the pipe.
+    """Handles one request after the other until the parent closes the pipe.
 
     Args:
-        requests: descriptor that requests are read from.
-        answers: descriptor that answers are written to.
-        opener: how a candidate is loaded.
+        requests: file descriptor to read requests from.
+        responses: file descriptor to write responses to.
+        opener: loads a candidate.
     """
 
-    def __init__(self, requests: int, answers: int, opener: Open = open_runtime) -> None:
-        self._requests, self._answers, self._open = requests, answers, opener
+    def __init__(self, requests: int, responses: int, opener: OpenRuntime = open_runtime) -> None:
+        self._requests, self._responses, self._open = requests, responses, opener
         self._runtime: Runtime | None = None
-        self._told_at = 0.0
+        self._progress_at = 0.0
 
     def serve(self) -> None:
-        """Answer until there is nobody left to answer; raises EOFError, OSError or WireError then."""
+        """Handle requests until the pipe is closed or broken; raises EOFError, OSError or ProtocolError then."""
         while True:
             request = receive(self._fill)
             try:
-                answer = self._guarded(request)
+                response = self._handle_errors(request)
             except InferenceError as error:
-                answer = Message({"error": {"code": error.code, "detail": error.detail[:_DETAIL_CHARS]}}, {})
-            self._send(Message(answer.header | {"peak_rss_bytes": peak_rss_bytes()}, answer.arrays))
+                response = Message({"error": {"code": error.code, "detail": error.detail[:_DETAIL_CHARS]}}, {})
+            self._send(Message(response.header | {"peak_rss_bytes": peak_rss_bytes()}, response.arrays))
 
-    def _guarded(self, request: Message) -> Message:
+    def _handle_errors(self, request: Message) -> Message:
         try:
-            return self._answer(request)
+            return self._handle(request)
         except InferenceError as error:
-            if error.code in _PERHAPS_MEMORY and _short_of_memory():
+            if error.code in _MAYBE_MEMORY and _short_of_memory():
                 raise InferenceError("runtime.memory", error.detail) from error
             raise
         except MemoryError as error:
             raise InferenceError("runtime.memory", "no memory for an array") from error
-        except Exception as error:  # port wrapper: whatever a runtime raises is told, and does not end this process
+        except Exception as error:  # whatever a runtime raises is reported and does not end this process
             code = "runtime.memory" if _short_of_memory() else "job.error"
             raise InferenceError(code, f"{type(error).__name__}: {error}") from error
 
-    def _answer(self, request: Message) -> Message:
-        ask = request.header.get("ask")
-        if ask == "load":
+    def _handle(self, request: Message) -> Message:
+        action = request.header.get("ask")
+        if action == "load":
             return self._load(request.header)
         if self._runtime is None:
             raise InferenceError("job.error", "nothing is loaded")
         (name, tensor), = request.arrays.items()  # fmt: skip
-        if ask == "time":
+        if action == "time":
             return Message({"ms": [self._time(name, tensor) for _ in range(request.header["repeat"])]}, {})
         return Message({}, dict(self._runtime.infer({name: tensor})))
 
-    def _load(self, order: dict[str, Any]) -> Message:
+    def _load(self, request: dict[str, Any]) -> Message:
         started = time.perf_counter()
-        spec = Input(order["input"]["name"], tuple(order["input"]["shape"]))
-        cache = Path(order["cache"]) if order["cache"] is not None else None
-        candidate = Candidate.from_json(order["candidate"])
-        self._runtime = self._open(Path(order["model_path"]), spec, candidate, cache=cache, told=self._told)
+        spec = ModelInput(request["input"]["name"], tuple(request["input"]["shape"]))
+        cache = Path(request["cache"]) if request["cache"] is not None else None
+        candidate = Candidate.from_json(request["candidate"])
+        self._runtime = self._open(Path(request["model_path"]), spec, candidate, cache=cache, on_progress=self._send_progress)
         load_ms = (time.perf_counter() - started) * 1000
         return Message({"describe": self._runtime.describe(), "load_ms": load_ms}, {})
 
@@ -102,9 +102,9 @@ class Server:
         self._runtime.infer({name: tensor})
         return (time.perf_counter() - started) * 1000
 
-    def _told(self, done: float) -> None:
-        if time.monotonic() >= self._told_at + _TELL_EVERY_S or done >= 1.0:
-            self._told_at = time.monotonic()
+    def _send_progress(self, done: float) -> None:
+        if time.monotonic() >= self._progress_at + _PROGRESS_EVERY_S or done >= 1.0:
+            self._progress_at = time.monotonic()
             self._send(Message({"progress": round(float(done), 4)}, {}))
 
     def _fill(self, buffer: memoryview) -> None:
@@ -118,11 +118,11 @@ class Server:
         for buffer in pack(message.header, message.arrays):
             rest = buffer
             while rest:
-                rest = rest[os.write(self._answers, rest) :]
+                rest = rest[os.write(self._responses, rest) :]
 
 
 def _short_of_memory() -> bool:
-    """Whether hardly any is left under the cap: whatever failed then, with whatever words, failed for that."""
+    """Whether hardly any memory is left under the limit: then a failure is due to memory, whatever its message says."""
     try:
         bytearray(_SHORT_BYTES)
     except MemoryError:
@@ -131,7 +131,7 @@ def _short_of_memory() -> bool:
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process has had resident (VmHWM; ru_maxrss would begin with the parent's); 0 where the kernel does not say."""
+    """Return the peak resident memory of this process (VmHWM; ru_maxrss includes that of the parent); 0 when it is unknown."""
     with suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -139,13 +139,13 @@ def peak_rss_bytes() -> int:
     return 0
 
 
-def run(arguments: list[str], opener: Open = open_runtime) -> int:
-    """The life of the process; returns its exit code."""
-    requests, answers, parent, memory_bytes = (int(argument) for argument in arguments)
+def run(arguments: list[str], opener: OpenRuntime = open_runtime) -> int:
+    """Run as the child process; returns the exit code."""
+    requests, responses, parent, memory_bytes = (int(argument) for argument in arguments)
     die_with_parent(signal.SIGKILL)
-    if os.getppid() != parent:  # it died before we could ask to die with it
+    if os.getppid() != parent:  # the parent died before the line above
         return 1
-    for descriptor in (requests, answers):  # a compiler that we start must not hold them open
+    for descriptor in (requests, responses):  # a compiler that this process starts must not keep them open
         os.set_inheritable(descriptor, False)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if memory_bytes:
@@ -153,9 +153,9 @@ def run(arguments: list[str], opener: Open = open_runtime) -> int:
         limit_memory(memory_bytes if hard == resource.RLIM_INFINITY else min(memory_bytes, hard))
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_MOST_KILLABLE)
-    with suppress(EOFError, OSError, WireError):
-        Server(requests, answers, opener).serve()
-    # Not by the interpreter's own way out: destructors of native runtimes have been seen to crash there, after all was said.
+    with suppress(EOFError, OSError, ProtocolError):
+        Server(requests, responses, opener).serve()
+    # Skip the normal exit of the interpreter: destructors of some native runtimes crash there.
     os._exit(0)
 
 

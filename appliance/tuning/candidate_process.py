@@ -1,8 +1,8 @@
-"""A candidate in a process of its own, that may crash, hang or run out of memory without taking anybody along.
+"""Runs a candidate in a process of its own, which may crash, hang or run out of memory without harm to the worker.
 
-Compilers of neural networks do all of that: OpenVINO's ends with a segmentation fault on some Q/DQ graphs. The parent sets a limit to
-every call and ends the child's whole process group when it is over. The child's answers come through a pipe of their own; whatever
-native code prints goes through another one, of which the last lines are kept as the reason of a crash.
+Compilers of neural networks do all of that: OpenVINO's has a segmentation fault with some Q/DQ graphs. Every call has a deadline, at
+which the parent kills the process group of the child. The responses come through a pipe of their own; what native code prints goes
+through another pipe, and its last line becomes the reason of a crash.
 """
 
 from __future__ import annotations
@@ -19,90 +19,90 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from appliance.core.child_process import ENVIRONMENT, plain
+from appliance.core.child_process import ENVIRONMENT, printable_text
 from appliance.core.errors import InferenceError
 from appliance.reasons import REASONS
-from appliance.runtime import Candidate, TensorSpec, Told
-from appliance.tuning.child_protocol import Message, WireError, pack, receive
+from appliance.runtime import Candidate, OnProgress, TensorSpec
+from appliance.tuning.child_protocol import Message, ProtocolError, pack, receive
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Self
 
 _REAP_S: Final = 2.0
-_NOISE_BYTES: Final = 4096
+_PRINTED_BYTES: Final = 4096
 _CHUNK_BYTES: Final = 1 << 16
 _DETAIL_CHARS: Final = 500
 _LAST_LINE_CHARS: Final = 200
-_LOOK_EVERY_S: Final = 0.005
-_ABSURD: Final = 1e18
+_EXIT_POLL_S: Final = 0.005
+_MAX_NUMBER: Final = 1e18
 _OUT_OF_MEMORY: Final = ("bad_alloc", "cannot allocate memory", "out of memory", "memoryerror")
 
 
-class _EndedError(Exception):
-    """The child has closed its end."""
+class _ClosedError(Exception):
+    """The child has closed its pipe."""
 
 
-class _LateError(Exception):
-    """The time for a call is over."""
+class _DeadlineError(Exception):
+    """The deadline of a call has passed."""
 
 
-class Attempt:
-    """One candidate, loaded and run in a child; lives at most as long as the thread that loaded it (PR_SET_PDEATHSIG goes by threads).
+class CandidateProcess:
+    """One candidate, loaded and run in a child process, which dies at the latest with the thread that loaded it (PR_SET_PDEATHSIG).
 
     Args:
         model_path: the ONNX file.
         input_spec: what the model takes.
-        candidate: how it is run.
+        candidate: what to run.
         cache: directory for engines and compiled models.
-        deadline_s: for each call: the load with its warm-up, an inference, a series of timed ones.
-        memory_bytes: cap of the child's private memory; the parent's own cap holds too.
-        told: called with the progress of a long load.
+        deadline_s: for each call: the load with its warm-up, one inference, or a series of timed ones.
+        memory_bytes: limit of the private memory of the child; the limit of the parent holds too.
+        on_progress: called with the progress of a long load.
 
     Attributes:
         deadline_s: may be changed between calls.
-        load_ms: how long loading and warming up took, without the start of Python.
-        peak_rss_bytes: the most memory the child has had resident, as of its last answer.
+        load_ms: time to load and warm up, without the start of Python.
+        peak_rss_bytes: peak resident memory of the child, as of its last response.
 
     Every call raises InferenceError: ``runtime.crashed`` (the detail says by which signal and where), ``runtime.deadline``,
-    ``runtime.memory`` or whatever the adapter said; after one of the first three the attempt is over.
+    ``runtime.memory`` or the code of the adapter; after one of the first three the process has ended.
     """
 
     module = "appliance.tuning.candidate_child"
 
     def __init__(
         self, model_path: Path, input_spec: TensorSpec, candidate: Candidate, *, cache: Path | None = None,
-        deadline_s: float, memory_bytes: int | None = None, told: Told | None = None,
+        deadline_s: float, memory_bytes: int | None = None, on_progress: OnProgress | None = None,
     ) -> None:  # fmt: skip
-        self._order = {
+        self._load_request = {
             "ask": "load", "model_path": str(model_path), "input": {"name": input_spec.name, "shape": list(input_spec.shape)},
             "candidate": candidate.to_json(), "cache": None if cache is None else str(cache),
         }  # fmt: skip
         self._input = input_spec.name
-        self.deadline_s, self._memory_bytes, self._told = deadline_s, memory_bytes, told
+        self.deadline_s, self._memory_bytes, self._on_progress = deadline_s, memory_bytes, on_progress
         self._process: subprocess.Popen[bytes] | None = None
         self._pipes: list[int] = []
-        self._noise = bytearray()
-        self._deaf = False  # whether nobody can print any more
-        self._limit = 0.0
-        self._over: tuple[str, str] | None = None
+        self._printed = bytearray()
+        self._is_print_closed = False
+        self._deadline = 0.0
+        self._error: tuple[str, str] | None = None
         self.load_ms = 0.0
         self.peak_rss_bytes = 0
 
     @property
     def pid(self) -> int | None:
-        """The child's process number; None before ``load`` and after the end."""
+        """Process number of the child; None before ``load`` and after its end."""
         return self._process.pid if self._process is not None else None
 
     def load(self) -> dict[str, Any]:
-        """Start the child, load the model there and warm it up; returns what the runtime says it runs."""
-        if self._process is not None or self._over is not None:
-            raise InferenceError("job.error", "an attempt is loaded once")
-        answer = self._call("load", Message(self._order, {}))
-        described = answer.header.get("describe")
+        """Start the child, load the model there and warm it up; returns ``Runtime.describe``."""
+        if self._process is not None or self._error is not None:
+            raise InferenceError("job.error", "a candidate is loaded once")
+        response = self._call("load", Message(self._load_request, {}))
+        described = response.header.get("describe")
         if not isinstance(described, dict):
-            raise self._end("runtime.crashed", "spoke nonsense in load")
-        self.load_ms = _number(answer.header.get("load_ms"))
+            raise self._end("runtime.crashed", "invalid response in load")
+        self.load_ms = _number(response.header.get("load_ms"))
         return described
 
     def infer(self, tensor: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
@@ -110,17 +110,17 @@ class Attempt:
         return self._call("infer", Message({"ask": "infer"}, {self._input: tensor})).arrays
 
     def time(self, tensor: NDArray[np.float32], repeat: int) -> list[float]:
-        """Milliseconds of ``repeat`` calls of ``Runtime.infer`` with one tensor, measured in the child: no pipe is in them."""
-        answer = self._call("infer", Message({"ask": "time", "repeat": repeat}, {self._input: tensor}))
-        values = answer.header.get("ms")
+        """Time ``repeat`` calls of ``Runtime.infer`` with one tensor; returns milliseconds measured in the child, without the pipes."""
+        response = self._call("infer", Message({"ask": "time", "repeat": repeat}, {self._input: tensor}))
+        values = response.header.get("ms")
         if not isinstance(values, list) or len(values) != repeat or not all(isinstance(value, float) for value in values):
-            raise self._end("runtime.crashed", "spoke nonsense in infer")
+            raise self._end("runtime.crashed", "invalid response in infer")
         return values
 
     def close(self) -> None:
-        """End the child and everything it started."""
-        if self._over is None:
-            self._over = ("job.error", "the attempt is closed")
+        """End the child and every process that it started."""
+        if self._error is None:
+            self._error = ("job.error", "the candidate is closed")
         self._kill()
 
     def __enter__(self) -> Self:
@@ -134,64 +134,64 @@ class Attempt:
             self._kill()
 
     def _call(self, where: str, request: Message) -> Message:
-        if self._over is not None:
-            raise InferenceError(*self._over)
-        self._limit = time.monotonic() + self.deadline_s
+        if self._error is not None:
+            raise InferenceError(*self._error)
+        self._deadline = time.monotonic() + self.deadline_s
         try:
             if self._process is None:
                 if where != "load":
                     raise InferenceError("job.error", "nothing is loaded")
                 self._start()
-            answer = self._exchange(request)
-        except (_EndedError, BrokenPipeError) as ended:
-            raise self._died(where) from ended
-        except _LateError as late:
+            response = self._exchange(request)
+        except (_ClosedError, BrokenPipeError) as ended:
+            raise self._crash_error(where) from ended
+        except _DeadlineError as late:
             raise self._end("runtime.deadline", f"more than {self.deadline_s:g} s in {where}") from late
-        except WireError as error:
-            raise self._end("runtime.crashed", f"spoke nonsense in {where}: {error}") from error
-        except BaseException:  # an interrupt, or told() failed: the stream is in the middle of something
+        except ProtocolError as error:
+            raise self._end("runtime.crashed", f"invalid response in {where}: {error}") from error
+        except BaseException:  # an interrupt, or on_progress failed: the stream is in the middle of a message
             self.close()
             raise
-        self.peak_rss_bytes = int(_number(answer.header.get("peak_rss_bytes")))
-        if "error" in answer.header:
-            raise self._said(answer.header["error"], where)
-        return answer
+        self.peak_rss_bytes = int(_number(response.header.get("peak_rss_bytes")))
+        if "error" in response.header:
+            raise self._reported_error(response.header["error"], where)
+        return response
 
-    def _said(self, error: object, where: str) -> InferenceError:
+    def _reported_error(self, error: object, where: str) -> InferenceError:
         code, detail = (error.get("code"), error.get("detail")) if isinstance(error, dict) else (None, None)
         if not isinstance(code, str) or code not in REASONS:
-            return self._end("runtime.crashed", f"spoke nonsense in {where}")
-        said = plain(detail or "", _DETAIL_CHARS)
-        if where == "load" or code == "runtime.memory":  # what is half loaded is not used
-            return self._end(code, said)
-        return InferenceError(code, said)
+            return self._end("runtime.crashed", f"invalid response in {where}")
+        text = printable_text(detail or "", _DETAIL_CHARS)
+        if where == "load" or code == "runtime.memory":  # a partly loaded model is not used
+            return self._end(code, text)
+        return InferenceError(code, text)
 
     def _start(self) -> None:
-        (their_requests, ours), (answers, theirs), (noise, printed) = (os.pipe() for _ in range(3))
-        self._pipes = [ours, answers, noise]
+        (child_in, requests), (responses, child_out), (printed, child_print) = (os.pipe() for _ in range(3))
+        self._pipes = [requests, responses, printed]
         for descriptor in self._pipes:
             os.set_blocking(descriptor, False)
-        arguments = [their_requests, theirs, os.getpid(), self._memory_bytes or 0]
+        arguments = [child_in, child_out, os.getpid(), self._memory_bytes or 0]
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", self.module, *map(str, arguments)], stdin=subprocess.DEVNULL, stdout=printed, stderr=printed,
-                pass_fds=(their_requests, theirs), start_new_session=True, env=os.environ | ENVIRONMENT,
+                [sys.executable, "-m", self.module, *map(str, arguments)], stdin=subprocess.DEVNULL, stdout=child_print, stderr=child_print,
+                pass_fds=(child_in, child_out), start_new_session=True, env=os.environ | ENVIRONMENT,
             )  # fmt: skip
         except OSError as error:
             raise InferenceError("runtime.crashed", f"no process could be started: {error.strerror}") from error
         finally:
-            for descriptor in (their_requests, theirs, printed):
+            for descriptor in (child_in, child_out, child_print):
                 os.close(descriptor)
 
     def _exchange(self, request: Message) -> Message:
         for buffer in pack(request.header, request.arrays):
             self._write(buffer)
         while True:
-            answer = receive(self._read)
-            if "progress" not in answer.header:
-                return answer
-            if self._told is not None:
-                self._told(min(_number(answer.header["progress"]), 1.0))
+            response = receive(self._read)
+            if "progress" not in response.header:
+                return response
+            if self._on_progress is not None:
+                self._on_progress(min(_number(response.header["progress"]), 1.0))
 
     def _write(self, buffer: memoryview) -> None:
         while buffer:
@@ -205,58 +205,58 @@ class Attempt:
             with suppress(BlockingIOError):
                 got = os.readv(self._pipes[1], [buffer])
                 if not got:
-                    raise _EndedError
+                    raise _ClosedError
                 buffer = buffer[got:]
 
     def _wait(self, descriptor: int, event: int) -> None:
-        """Wait until a pipe is ready, and take meanwhile what is printed, so that nothing blocks on printing."""
+        """Wait until a pipe is ready, and read meanwhile what is printed, so that the child never blocks on printing."""
         poll = select.poll()
         poll.register(descriptor, event)
-        if not self._deaf:
+        if not self._is_print_closed:
             poll.register(self._pipes[2], select.POLLIN)
         while True:
-            left_s = self._limit - time.monotonic()
+            left_s = self._deadline - time.monotonic()
             if left_s <= 0:
-                raise _LateError
+                raise _DeadlineError
             ready = dict(poll.poll(left_s * 1000))
             if self._pipes[2] in ready:
-                self._listen()
-                if self._deaf:
+                self._read_printed()
+                if self._is_print_closed:
                     poll.unregister(self._pipes[2])
             if descriptor in ready:
                 return
 
-    def _listen(self) -> None:
+    def _read_printed(self) -> None:
         with suppress(BlockingIOError):
             printed = os.read(self._pipes[2], _CHUNK_BYTES)
-            self._deaf = not printed
-            self._noise = (self._noise + printed)[-_NOISE_BYTES:]
+            self._is_print_closed = not printed
+            self._printed = (self._printed + printed)[-_PRINTED_BYTES:]
 
-    def _died(self, where: str) -> InferenceError:
+    def _crash_error(self, where: str) -> InferenceError:
         assert self._process is not None
-        ended = _how_it_ended(self._process.pid)
-        if ended is None:
-            return self._end("runtime.crashed", f"fell silent in {where}")
-        self._listen()
-        noise = self._noise.decode("utf-8", "replace").strip()
-        last = plain(noise.rsplit("\n", 1)[-1].strip(), _LAST_LINE_CHARS)
-        how = f"{ended} in {where}" + (f": {last}" if last else "")
-        if ended == "SIGKILL":  # nobody here sent it: the kernel does, when memory runs out
-            return self._end("runtime.memory", f"killed from outside, {how}")
-        if any(text in noise.lower() for text in _OUT_OF_MEMORY):
-            return self._end("runtime.memory", how)
-        return self._end("runtime.crashed", how)
+        ending = _wait_for_exit(self._process.pid)
+        if ending is None:
+            return self._end("runtime.crashed", f"closed its pipe in {where}")
+        self._read_printed()
+        text = self._printed.decode("utf-8", "replace").strip()
+        last = printable_text(text.rsplit("\n", 1)[-1].strip(), _LAST_LINE_CHARS)
+        detail = f"{ending} in {where}" + (f": {last}" if last else "")
+        if ending == "SIGKILL":  # sent by the kernel when memory runs out
+            return self._end("runtime.memory", f"killed from outside, {detail}")
+        if any(words in text.lower() for words in _OUT_OF_MEMORY):
+            return self._end("runtime.memory", detail)
+        return self._end("runtime.crashed", detail)
 
     def _end(self, code: str, detail: str) -> InferenceError:
-        self._over = (code, detail)
+        self._error = (code, detail)
         self._kill()
         return InferenceError(code, detail)
 
     def _kill(self) -> None:
         if self._process is not None:
-            with suppress(ProcessLookupError):  # also when it has ended: something it started may live on
+            with suppress(ProcessLookupError):  # also after its end: a process that it started may still run
                 os.killpg(self._process.pid, signal.SIGKILL)
-            with suppress(subprocess.TimeoutExpired):  # stuck in the kernel: it is reaped when it comes out
+            with suppress(subprocess.TimeoutExpired):  # blocked in the kernel: it is reaped when it returns
                 self._process.wait(_REAP_S)
             self._process = None
         for descriptor in self._pipes:
@@ -264,13 +264,13 @@ class Attempt:
         self._pipes = []
 
 
-def _how_it_ended(pid: int) -> str | None:
-    """The signal or exit code of a child that has closed its pipe; it stays to be reaped, so that its number is nobody else's yet."""
+def _wait_for_exit(pid: int) -> str | None:
+    """Wait for the exit of a child that closed its pipe; returns its signal or exit code. It is not reaped, so its number stays valid."""
     limit = time.monotonic() + _REAP_S
     while time.monotonic() < limit:
         ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
         if ended is None:
-            time.sleep(_LOOK_EVERY_S)
+            time.sleep(_EXIT_POLL_S)
         elif ended.si_code == os.CLD_EXITED:
             return f"exit code {ended.si_status}"
         else:
@@ -280,5 +280,5 @@ def _how_it_ended(pid: int) -> str | None:
 
 
 def _number(value: object) -> float:
-    """A number that the child says; 0 when it is none."""
-    return float(value) if isinstance(value, (int, float)) and 0 <= value < _ABSURD else 0.0
+    """Return a number of a response; 0 when the value is no valid number."""
+    return float(value) if isinstance(value, (int, float)) and 0 <= value < _MAX_NUMBER else 0.0

@@ -1,6 +1,6 @@
-"""What was chosen to run a model on this box, and why: the table of everything measured, kept with the model it was chosen for.
+"""The candidate that was chosen to run a model on this box, and the table of all measured candidates.
 
-Pure data and one rule (:func:`choose`); the measuring is in :mod:`appliance.tuning.tuner`.
+Pure data and one rule (:func:`select`); the measurement is in :mod:`appliance.tuning.tuner`.
 """
 
 from __future__ import annotations
@@ -8,45 +8,45 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from appliance.core.domain import Note
 from appliance.core.errors import InferenceError
+from appliance.core.self_test_report import NOT_MEASURED, SelfTestReport
+from appliance.core.states import CandidateState
 from appliance.runtime.candidate import CPU, Candidate
 
 if TYPE_CHECKING:
     from model_sync.bundle import ModelBundle, Variant
 
-State = Literal["chosen", "right", "wrong", "failed", "unavailable"]
-
-# Times nearer than this are the same time: the more exact of them is taken, and nothing slower than this ever is.
+# Times within this ratio count as equal: the most exact of them is chosen, and nothing slower than this ratio ever is.
 SAME_TIME: Final = 1.03
-# A batch has to save so much of an image's time to be worth waiting for its other images.
+# A batch must reduce the time per image to this ratio to be worth waiting for more images.
 BATCH_GAIN: Final = 0.95
 EXACTNESS: Final = ("fp32", "fp16", "mixed", "int8")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table: a candidate, what became of it and why.
+class CandidateResult:
+    """One row of the table: a candidate, what became of it and why.
 
     Attributes:
-        candidate: what was tried; without a file where its whole runtime cannot run.
-        state: ``right`` (measured, within the tolerance, not taken), ``wrong`` (outside), ``failed`` (did not load or run).
+        candidate: what was measured; without a file when the runtime cannot run at all.
+        state: what became of it.
         code: the coded reason, a key of the catalogue in :mod:`appliance.reasons`.
-        detail: its particulars in figures or in the runtime's own words.
-        median_ms: of one image at a time; None where it was not measured.
-        worst_ms: the longest of them.
-        per_image_ms: of one image in a batch of the candidate's size.
-        noise: how far that, as a part of what an image alone takes, lies apart between rounds: the middle half of them.
-        max_difference: the largest difference to the golden answers, of those cases that were tried.
-        load_ms: loading and warming up, an engine's build included.
-        peak_rss_bytes: of the process that ran it.
-        layers: how many layers ran in which precision, where the runtime tells.
+        detail: numbers, or the message of the runtime.
+        median_ms: of one image at a time; None when it was not measured.
+        worst_ms: the longest inference.
+        per_image_ms: of one image in a full batch of the candidate.
+        noise: interquartile range over the rounds of (time per image in a batch / time of a single image), relative to its median.
+        max_difference: largest difference to the expected outputs of the golden cases that were run.
+        load_ms: time to load and warm up, with building an engine.
+        peak_rss_bytes: peak resident memory of its process.
+        layers: precision -> number of layers, when the runtime reports it.
     """
 
     candidate: Candidate
-    state: State
+    state: CandidateState
     code: str
     detail: str = ""
     median_ms: float | None = None
@@ -59,84 +59,81 @@ class Row:
     layers: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """As stored."""
-        return asdict(self) | {"candidate": self.candidate.to_json(), "layers": dict(self.layers)}
+        """The row as it is stored."""
+        return asdict(self) | {"candidate": self.candidate.to_json(), "state": str(self.state), "layers": dict(self.layers)}
 
 
 @dataclass(frozen=True)
-class Choice:
-    """How a model is run on this box.
+class Selection:
+    """The candidate that was chosen to run a model on this box.
 
     Attributes:
-        candidate: what runs it.
+        candidate: the chosen candidate.
         reason: ``choice.measured``, ``choice.by_hand`` or ``choice.untuned``.
-        table: everything that was tried.
-        details: what the runtime says it runs (``Runtime.describe``).
-        differences: golden case -> largest difference, of the chosen.
+        table: every candidate that was tried.
+        details: ``Runtime.describe`` of the chosen candidate.
+        differences: golden case -> largest difference of the chosen candidate.
     """
 
     candidate: Candidate
     reason: Note
-    table: tuple[Row, ...] = ()
+    table: tuple[CandidateResult, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
     differences: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def chosen(self) -> Row:
-        """The line of the table that was taken; raises StopIteration where nothing was measured."""
-        return next(row for row in self.table if row.state == "chosen")
+    def chosen(self) -> CandidateResult:
+        """The row of the chosen candidate; raises StopIteration when nothing was measured."""
+        return next(row for row in self.table if row.state == CandidateState.CHOSEN)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a worker has to load, read from what was stored when the model was proven.
+    """How a worker has to load a model, from the stored report of its self-test.
 
     Attributes:
-        precision: the variant's.
-        candidate: what was chosen; None for a model that was proven before there was a choice.
-        reason: why.
-        plain_barred: why the plain candidate must not take over; None when it may.
-        profile: the device it was measured on.
+        precision: of the variant.
+        candidate: the chosen candidate; None for a model that is older than the choice of candidates.
+        reason: why it was chosen.
+        baseline_refusal: why the baseline must not be the fallback; None when it may.
+        profile: the device that the candidate was measured on.
     """
 
     precision: str | None
     candidate: Candidate | None = None
-    reason: Note = field(default_factory=lambda: Note("choice.untuned"))
-    plain_barred: Note | None = None
+    reason: Note = field(default_factory=lambda: Note(NOT_MEASURED))
+    baseline_refusal: Note | None = None
     profile: str = ""
 
     @classmethod
-    def of(cls, precision: str | None, report: Mapping[str, Any]) -> Plan:
-        """Read a stored self-test; one that cannot be read is as none."""
-        reason, table = report.get("reason"), report.get("table")
+    def of(cls, precision: str | None, report: SelfTestReport) -> Plan:
+        """Read the plan from a report; a report without a valid choice gives a plan with the precision alone."""
         try:
-            candidate = Candidate.from_json(report["choice"]) if "choice" in report else None
+            candidate = Candidate.from_json(dict(report.choice)) if report.choice is not None else None
         except (InferenceError, TypeError, KeyError):
             return cls(precision)
-        if candidate is None or not isinstance(reason, dict):
+        if candidate is None or report.reason is None:
             return cls(precision)
-        rows = table if isinstance(table, list) else []
-        why = Note(str(reason.get("code", "")), str(reason.get("detail", "")))
-        return cls(candidate.precision, candidate, why, _barred(rows), str(report.get("profile", "")))
+        return cls(candidate.precision, candidate, report.reason, _find_refusal(report.table), report.profile)
 
 
-def _barred(rows: Sequence[Any]) -> Note | None:
-    """Why the plain candidate may not read: it was tried here, and was wrong or did not run."""
-    plain = [row for row in rows if isinstance(row, dict) and _is_plain(row.get("candidate"), str(row.get("code")))]
-    row = min(plain, key=lambda row: exactness(str(row["candidate"].get("precision"))), default=None)
-    if row is None or row.get("state") not in ("wrong", "failed"):
+def _find_refusal(rows: Sequence[Mapping[str, Any]]) -> Note | None:
+    """Find why the baseline must not run: it was measured on this box, and was wrong or did not run."""
+    baseline = [row for row in rows if _is_baseline(row.get("candidate"), str(row.get("code")))]
+    row = min(baseline, key=lambda row: exactness(str(row["candidate"].get("precision"))), default=None)
+    if row is None or row.get("state") not in (CandidateState.WRONG, CandidateState.FAILED):
         return None
     return Note(str(row.get("code", "")), str(row.get("detail", "")))
 
 
-def _is_plain(candidate: Any, code: str) -> bool:
+def _is_baseline(candidate: Any, code: str) -> bool:
     if not isinstance(candidate, dict) or code == "tune.not_on":
         return False
     return (candidate.get("runtime"), candidate.get("provider"), candidate.get("batch")) == ("onnxruntime", CPU, 1)
 
 
-def plain_variant(bundle: ModelBundle, precision: str | None = None) -> Variant:
-    """The variant that ONNX Runtime runs where nothing was measured: of one precision, or the most exact that it is not known to fail on.
+def baseline_variant(bundle: ModelBundle, precision: str | None = None) -> Variant:
+    """Return the variant of the baseline: of one precision, or the most exact one that ONNX Runtime is not known to fail with.
 
     Raises:
         BundleError: the bundle has no such precision.
@@ -149,19 +146,19 @@ def plain_variant(bundle: ModelBundle, precision: str | None = None) -> Variant:
 
 
 def exactness(precision: str) -> int:
-    """Rank of a precision, 0 the most exact."""
+    """Return the rank of a precision; 0 is the most exact."""
     return EXACTNESS.index(precision) if precision in EXACTNESS else len(EXACTNESS)
 
 
-def choose(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Take the fastest that is right, and say of every other why it was not taken.
+def select(rows: Sequence[CandidateResult]) -> tuple[CandidateResult, ...]:
+    """Choose the fastest correct candidate, and record for every other one why it was not chosen.
 
-    Ways of reading one image are compared first: among those within 3 % of the fastest the most exact is taken, so that the chosen is
-    never slower than the best by more than that. Then a batch of that very way is taken where it costs a single image nothing and
-    saves each of several at least 5 %, and more than its own times lay apart; of the batches that save about the same, the smallest.
+    Candidates with batch size 1 are compared first: the most exact of those within 3 % of the fastest is chosen. Then a larger batch of
+    the same candidate is chosen if it makes a single image no slower and reduces the time per image by at least 5 % and by more than the
+    variation of its times; of the batches that reduce it about equally, the smallest.
 
     Returns:
-        The rows in their order, at most one of them ``chosen``: none when no way of reading one image is right.
+        The rows in their order, at most one of them CHOSEN; none when no candidate with batch size 1 is correct.
     """
     single = [row for row in rows if _measured(row) and row.candidate.batch == 1]
     if not single:
@@ -169,26 +166,26 @@ def choose(rows: Sequence[Row]) -> tuple[Row, ...]:
     fastest = min(_ms(row) for row in single)
     near = [row for row in single if _ms(row) <= SAME_TIME * fastest]
     base = min(near, key=lambda row: (exactness(row.candidate.precision), _ms(row)))
-    chosen = _batched(base, rows, fastest)
-    return tuple(_judged(row, chosen, base, fastest) if _measured(row) else row for row in rows)
+    chosen = _best_batch(base, rows, fastest)
+    return tuple(_judge(row, chosen, base, fastest) if _measured(row) else row for row in rows)
 
 
-def _measured(row: Row) -> bool:
-    """Whether it is right and has a time that is one."""
-    return row.state == "right" and row.median_ms is not None and 0.0 < row.median_ms < math.inf
+def _measured(row: CandidateResult) -> bool:
+    """Whether it is correct and has a valid time."""
+    return row.state == CandidateState.CORRECT and row.median_ms is not None and 0.0 < row.median_ms < math.inf
 
 
-def _gains(row: Row, base: Row) -> bool:
-    """Whether an image in a batch takes clearly less than one alone: by 5 %, and by more than chance."""
-    return row.per_image_ms is not None and row.per_image_ms <= _allowed(row) * _ms(base)
+def _gains(row: CandidateResult, base: CandidateResult) -> bool:
+    """Whether an image in a batch takes clearly less time than a single image: by 5 %, and by more than chance."""
+    return row.per_image_ms is not None and row.per_image_ms <= _max_ratio(row) * _ms(base)
 
 
-def _allowed(row: Row) -> float:
-    """The share of an image's time alone that it may take in a batch, for the batch to count as faster."""
+def _max_ratio(row: CandidateResult) -> float:
+    """The largest ratio of time in a batch to time of a single image with which the batch counts as faster."""
     return min(BATCH_GAIN, 1.0 - (row.noise or 0.0))
 
 
-def _batched(base: Row, rows: Sequence[Row], fastest: float) -> Row:
+def _best_batch(base: CandidateResult, rows: Sequence[CandidateResult], fastest: float) -> CandidateResult:
     same = [
         row for row in rows
         if _measured(row) and row.candidate.batch > 1 and replace(row.candidate, batch=1) == base.candidate
@@ -200,13 +197,13 @@ def _batched(base: Row, rows: Sequence[Row], fastest: float) -> Row:
     return min((row for row in same if _per_image(row) <= SAME_TIME * best), key=lambda row: row.candidate.batch)
 
 
-def _judged(row: Row, chosen: Row, base: Row, fastest: float) -> Row:
+def _judge(row: CandidateResult, chosen: CandidateResult, base: CandidateResult, fastest: float) -> CandidateResult:
     if row.candidate.batch > 1:
-        return _judged_batch(row, chosen, base, fastest)
+        return _judge_batch(row, chosen, base, fastest)
     ratio = f"{_ms(row) / _ms(base):.2f}"
     if row is chosen:
         code = "tune.fastest" if _ms(row) <= fastest else "tune.more_exact"
-        return replace(row, state="chosen", code=code, detail="" if _ms(row) <= fastest else f"{_ms(row) / fastest:.3f}")
+        return replace(row, state=CandidateState.CHOSEN, code=code, detail="" if _ms(row) <= fastest else f"{_ms(row) / fastest:.3f}")
     if row is base:
         return replace(row, code="tune.batch_taken", detail=ratio)
     less_exact = exactness(row.candidate.precision) > exactness(base.candidate.precision)
@@ -215,26 +212,26 @@ def _judged(row: Row, chosen: Row, base: Row, fastest: float) -> Row:
     return replace(row, code="tune.slower_less_exact" if less_exact else "tune.slower", detail=ratio)
 
 
-def _judged_batch(row: Row, chosen: Row, base: Row, fastest: float) -> Row:
-    """Of several images at once; the detail is what one of them takes against one alone, or what it saves and would have to save."""
+def _judge_batch(row: CandidateResult, chosen: CandidateResult, base: CandidateResult, fastest: float) -> CandidateResult:
+    """Judge a batch; the detail is the ratio of time per image to time of a single image, or the reached and the required gain."""
     gain = "" if row.per_image_ms is None else f"{row.per_image_ms / _ms(base):.2f}"
     if row is chosen:
-        return replace(row, state="chosen", code="tune.faster_together", detail=gain)
+        return replace(row, state=CandidateState.CHOSEN, code="tune.faster_together", detail=gain)
     if not _gains(row, base):
         if row.per_image_ms is None or row.per_image_ms >= _ms(base):
             return replace(row, code="tune.batch_no_faster", detail=gain)
-        saved, needed = 1.0 - row.per_image_ms / _ms(base), 1.0 - _allowed(row)
+        saved, needed = 1.0 - row.per_image_ms / _ms(base), 1.0 - _max_ratio(row)
         return replace(row, code="tune.no_batch_gain", detail=f"{saved * 100:.1f} % < {needed * 100:.1f} %")
-    if _ms(row) > SAME_TIME * fastest:  # a single image would pay for it
+    if _ms(row) > SAME_TIME * fastest:  # a single image would take longer
         return replace(row, code="tune.slower", detail=f"{_ms(row) / _ms(base):.2f}")
     return replace(row, code="tune.other_batch", detail=gain)
 
 
-def _ms(row: Row) -> float:
+def _ms(row: CandidateResult) -> float:
     assert row.median_ms is not None
     return row.median_ms
 
 
-def _per_image(row: Row) -> float:
+def _per_image(row: CandidateResult) -> float:
     assert row.per_image_ms is not None
     return row.per_image_ms

@@ -1,4 +1,4 @@
-"""What is measured, and what measuring it may cost."""
+"""The model that is measured, and the limits of the measurement."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 BATCHES: Final = (2, 4, 8, 16)
 
 
-class AnyVariant(Protocol):
-    """What is needed of a variant; ``model_sync.bundle.Variant`` is one."""
+class VariantFile(Protocol):
+    """The fields of a variant that tuning uses; ``model_sync.bundle.Variant`` has them."""
 
     @property
     def precision(self) -> str:
-        """As the manifest says."""
+        """The precision in the manifest."""
         ...
 
     @property
@@ -30,52 +30,52 @@ class AnyVariant(Protocol):
 
     @property
     def not_on(self) -> Sequence[str]:
-        """Runtimes it is known to fail on."""
+        """Runtimes that are known to fail with it."""
         ...
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured.
+    """The model that is measured.
 
     Attributes:
         input: the input's name and shape.
         variants: the files with their precisions.
-        path: where a variant's file is.
-        cases: what has to be answered rightly; at least one, whose tensor the times are measured with.
-        batches: sizes of a batch to try; none where the model takes one image at a time.
+        path: returns the path of a variant's file.
+        cases: the golden cases, at least one; the times are measured with the tensor of the first.
+        batches: batch sizes to try; none when the model takes one image at a time.
     """
 
     input: TensorSpec
-    variants: Sequence[AnyVariant]
+    variants: Sequence[VariantFile]
     path: Callable[[str], Path]
     cases: Sequence[Case]
     batches: Sequence[int] = BATCHES
 
     @classmethod
     def of_bundle(cls, bundle: ModelBundle, precision: str | None = None) -> Subject:
-        """A bundle, or its variants of one precision; raises BundleError."""
+        """Use a bundle, or only its variants of one precision; raises BundleError when it has none."""
         from appliance.imaging.golden_cases import cases
         from model_sync.bundle import InputSpec
 
         variants = [variant for variant in bundle.manifest.variants if precision in (None, variant.precision)]
         if not variants:
-            bundle.variant(precision)  # says which there are
+            bundle.variant(precision)  # raises an error that lists the existing ones
         batches = BATCHES if isinstance(bundle.manifest.input, InputSpec) else ()
         return cls(bundle.manifest.input, variants, bundle.path, cases(bundle), batches)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What measuring may cost.
+    """The limits of one measurement.
 
     Attributes:
-        seconds: after which nothing new is tried and the best so far is taken; a candidate that hangs is ended before.
-        measuring_s: of those, for everything but an engine's build; after it each way that was not tried gets one quick timing and
-            nothing more, so that a slow model does not leave the fast ways out. What was not reached is said to be so.
-        memory_bytes: cap of each candidate's private memory.
-        held_bytes: what the candidates kept open for comparison may hold together, one under test apart; a third of what the system
-            has free when None. The fastest is always kept.
+        seconds: total time; after it nothing new is tried and the best candidate so far is taken. A candidate that hangs is ended before.
+        measuring_s: the part of it for everything but building engines. After it each candidate that was not tried gets one quick
+            timing, so that a slow model does not exclude the fast candidates; candidates that were not reached are marked.
+        memory_bytes: limit of the private memory of each candidate.
+        held_bytes: limit of the memory of all candidates that stay loaded for comparison, besides the one under test; a third of the
+            free memory when None. The fastest always stays loaded.
     """
 
     seconds: float = 900.0

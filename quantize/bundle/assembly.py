@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from appliance.core.errors import InferenceError
-from appliance.tuning.candidate_process import Attempt
+from appliance.tuning.candidate_process import CandidateProcess
 from model_sync.bundle import (
     MANIFEST_NAME,
     Document,
@@ -201,7 +201,7 @@ def _try_cases(
         path = bundle.path(files[entry.name])
         for target in entry.passed:
             try:
-                with Attempt(
+                with CandidateProcess(
                     path, context.float_model.draft.input, target.candidate(path.name, entry.precision), deadline_s=LOAD_S
                 ) as attempt:
                     attempt.load()

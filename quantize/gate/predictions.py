@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from appliance.runtime.candidate import CPU, Candidate, RuntimeName
-from appliance.tuning.candidate_process import Attempt
+from appliance.tuning.candidate_process import CandidateProcess
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -106,7 +106,7 @@ def predict(
         InferenceError: it does not load, died, or gave no numbers.
     """
     arrays: dict[str, list[NDArray[Any]]] = {"score": [], "cam": [], "mask": []}
-    with Attempt(model, spec, candidate, deadline_s=LOAD_S) as attempt:
+    with CandidateProcess(model, spec, candidate, deadline_s=LOAD_S) as attempt:
         described = attempt.load()
         for number in range(len(tensors)):
             outputs = attempt.infer(np.ascontiguousarray(tensors[number : number + 1]))
@@ -168,7 +168,7 @@ def measure_interleaved(
     """
     samples: list[list[float]] = [[] for _ in candidates]
     with ExitStack() as stack:
-        attempts = [stack.enter_context(Attempt(model, spec, candidate, deadline_s=LOAD_S)) for model, candidate in candidates]
+        attempts = [stack.enter_context(CandidateProcess(model, spec, candidate, deadline_s=LOAD_S)) for model, candidate in candidates]
         for attempt in attempts:
             attempt.load()
             attempt.time(tensor, repeat)  # caches and clocks settle

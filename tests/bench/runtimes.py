@@ -26,8 +26,8 @@ from appliance.core.errors import InferenceError
 from appliance.imaging.golden_cases import Case
 from appliance.runtime import CPU, Runtime, open_runtime
 from appliance.runtime.availability import no_gpu
-from appliance.tuning.candidate_process import Attempt
-from appliance.tuning.selection import Choice
+from appliance.tuning.candidate_process import CandidateProcess
+from appliance.tuning.selection import Selection
 from appliance.tuning.tuner import Limits, Subject, tune
 from tests.bench.networks import NETWORKS
 
@@ -50,7 +50,7 @@ _FLAGS: Final = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "a
 
 @dataclass(frozen=True)
 class Variant:
-    """A file that the tuner tries; see ``appliance.tuning.tuner.AnyVariant``."""
+    """A file that the tuner tries; see ``appliance.tuning.tuner.VariantFile``."""
 
     precision: str
     file: str
@@ -106,7 +106,7 @@ def _cores() -> int:
 # -- what is measured ------------------------------------------------------------------------------------------------
 
 
-def _subjects(directory: Path) -> Iterator[tuple[str, Subject, Callable[[Choice], str]]]:
+def _subjects(directory: Path) -> Iterator[tuple[str, Subject, Callable[[Selection], str]]]:
     """Title, what the tuner is given, and what says how right the choice is."""
     from appliance.lifecycle.model_control import reference_bundle
     from model_sync.bundle import ModelBundle
@@ -163,12 +163,12 @@ def _case(name: str, tensor: NDArray[np.float32], expected: NDArray[np.float32])
     return Case(name, tensor, difference, _TOLERANCE)
 
 
-def _difference_of(choice: Choice) -> str:
+def _difference_of(choice: Selection) -> str:
     difference, allowed = choice.chosen.max_difference or 0.0, _TOLERANCE[choice.candidate.precision]
     return f"off by {difference:.1%} of the largest output (allowed {allowed:.1%})"
 
 
-def _gate_of(bundle: ModelBundle, choice: Choice) -> str:
+def _gate_of(bundle: ModelBundle, choice: Selection) -> str:
     """What the bundle's gate measured of the chosen file on the chosen runtime."""
     record = json.loads(bundle.path("gate.json").read_text("utf-8"))["variants"][choice.candidate.precision]
     measured = record.get("files", {}).get(choice.candidate.file, {}).get("runtimes", {}).get(choice.candidate.runtime)
@@ -202,13 +202,13 @@ def _bare(path: Path) -> list[Callable[[NDArray[np.float32]], NDArray[np.float32
     return made
 
 
-def _race(title: str, subject: Subject, choice: Choice, gate: Callable[[Choice], str]) -> dict[str, Any]:
+def _race(title: str, subject: Subject, choice: Selection, gate: Callable[[Selection], str]) -> dict[str, Any]:
     """The choice and the float sessions by turns; each turn begins with a call that is not counted, so that nobody starts cold."""
     tensor = subject.cases[0].tensor
     plain = next(variant for variant in subject.variants if variant.precision == "fp32")
     racers = [_timer(run, tensor) for run in _bare(subject.path(plain.file))]
     single = replace(choice.candidate, batch=1)
-    with Attempt(subject.path(single.file), subject.input, single, deadline_s=300.0) as attempt:
+    with CandidateProcess(subject.path(single.file), subject.input, single, deadline_s=300.0) as attempt:
         attempt.load()
         racers.append(lambda repeat: attempt.time(tensor, repeat))
         repeats = [max(1, min(_MOST_PER_TURN, round(_TURN_MS / statistics.median(racer(3))))) for racer in racers]
@@ -254,7 +254,7 @@ def _timer(run: Callable[[NDArray[np.float32]], object], tensor: NDArray[np.floa
 # -- the port --------------------------------------------------------------------------------------------------------
 
 
-def _overheads(subject: Subject, choice: Choice) -> Iterator[dict[str, Any]]:
+def _overheads(subject: Subject, choice: Selection) -> Iterator[dict[str, Any]]:
     """What an adapter adds to its runtime's own call: on the fastest variant, where it weighs most, call by call in turns."""
     tensor, name = subject.cases[0].tensor, subject.input.name
     for runtime in _INSIDE:
@@ -294,7 +294,7 @@ _INSIDE: Final = {"onnxruntime": _inside_onnxruntime, "openvino": _inside_openvi
 """Runtime -> its own call, on the very model that the adapter has loaded."""
 
 
-def _batching(choice: Choice) -> dict[str, Any]:
+def _batching(choice: Selection) -> dict[str, Any]:
     """What an image in the best batch gains over one alone."""
     rows = [row for row in choice.table if row.candidate.batch > 1 and row.per_image_ms]
     single = next(row for row in choice.table if row.candidate == replace(choice.candidate, batch=1))
@@ -304,7 +304,7 @@ def _batching(choice: Choice) -> dict[str, Any]:
     return _row("an image alone / in a batch", gain, "x", note=f"{single.median_ms:.2f} ms alone; {tried or 'no batch was right'}")
 
 
-def _engines(title: str, choice: Choice) -> Iterator[dict[str, Any]]:
+def _engines(title: str, choice: Selection) -> Iterator[dict[str, Any]]:
     """Every engine on a GPU, with what it took to build it; or the words why there is none."""
     for row in choice.table:
         if row.candidate.runtime != "tensorrt":

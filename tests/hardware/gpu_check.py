@@ -64,10 +64,10 @@ class Bench:
     def open(self, path: Path, precision: str = "fp32", batch: int = 16, spec: Spec = TINY, **how: Any) -> TensorRtRuntime:
         """A network loaded and warmed up."""
         cache = how.pop("cache", self.cache)
-        told = how.pop("told", None)
+        on_progress = how.pop("on_progress", None)
         runtime = TensorRtRuntime(Candidate("tensorrt", path.name, precision, "GPU:0", batch=batch), level=self.level, **how)
         try:
-            runtime.load(path, spec, cache=cache, told=told)
+            runtime.load(path, spec, cache=cache, on_progress=on_progress)
             runtime.warm_up()
         except BaseException:
             runtime.close()
@@ -97,14 +97,14 @@ def check_precisions(bench: Bench) -> str:
     """Built in float, half and 8 bits, right in each, and what the layers ran in."""
     said = []
     for precision, tolerance in TOLERANCE.items():
-        told: list[float] = []
-        runtime = bench.open(bench.tiny(precision), precision, told=told.append)
+        done: list[float] = []
+        runtime = bench.open(bench.tiny(precision), precision, on_progress=done.append)
         images = pictures(3)
         worst = difference(runtime.infer({"image": images}), tiny_onnx.expected(images))
         described = runtime.describe()
         runtime.close()
         assert worst <= tolerance, f"{precision} is off by {worst}"
-        assert told == sorted(told), "progress went back"
+        assert done == sorted(done), "progress went back"
         assert described["engine"] in ("built", "cached"), described["engine"]
         json.dumps(described)
         said.append(f"{precision}: off by {worst:.2g}, {described['layers']}, {described['build']}")

@@ -18,12 +18,13 @@ import psutil
 
 from appliance.core.domain import Finding, JobResult, Note, ScanState, Source
 from appliance.core.settings import Settings
+from appliance.core.states import PENDING_STATES
 from appliance.ingest.ingest import Ingest
 from appliance.lifecycle import model_files
 from appliance.lifecycle.activation import Activator
-from appliance.lifecycle.journal import Journal, Wanted
-from appliance.lifecycle.journal_queries import PROVING
-from appliance.lifecycle.model_control import Whole
+from appliance.lifecycle.journal import ActivationRequest, Journal
+from appliance.lifecycle.journal_queries import reason_code
+from appliance.lifecycle.model_control import VerifiedModel
 from appliance.store.store import Store
 from model_sync.agent.report import BoxReport
 from tests.support.activated import activate
@@ -149,14 +150,14 @@ def digest_of(bundle: Path) -> str:
     return hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()
 
 
-def wanted(bundle: Path, **changes: Any) -> Wanted:
+def wanted(bundle: Path, **changes: Any) -> ActivationRequest:
     """A wish for a bundle, by hand unless said otherwise."""
     manifest = json.loads((bundle / "manifest.json").read_text("utf-8"))
     values = {
         "name": manifest["name"], "version": manifest["version"], "digest": digest_of(bundle), "source": "hand", "origin": bundle,
         "actor": "test",
     }  # fmt: skip
-    return Wanted(**(values | changes))
+    return ActivationRequest(**(values | changes))
 
 
 class Box:
@@ -181,8 +182,8 @@ class Box:
         row = self.journal.active(line)
         if row is None:
             return None
-        assert model_files.is_whole(self.store.settings.data_dir, row["digest"])
-        assert self.journal.barred(line, row["version"]) is None
+        assert model_files.is_intact(self.store.settings.data_dir, row["digest"])
+        assert self.journal.find_restriction(line, row["version"]) is None
         return str(row["digest"])
 
     def active_digest_is(self, digest: str) -> bool:
@@ -193,7 +194,7 @@ class Box:
     def last(self) -> tuple[str, str]:
         """State and code of the last activation."""
         row = self.journal.history(1)[0]
-        return row["state"], self.journal.reason(row)[0] if row["reason"] else ""
+        return row["state"], reason_code(row)
 
     def scan(self, series: str = "1") -> int:
         """A scan at the door, planned; the image's number."""
@@ -224,7 +225,9 @@ class Box:
     def activator(self, **options: Any) -> Activator:
         """The state machine in this process, for a test that steps it."""
         data_dir = self.store.settings.data_dir
-        return Activator(self.store, lambda digest, _plan: Whole(model_files.own_copy(data_dir, digest).manifest, digest), **options)
+        return Activator(
+            self.store, lambda digest, _plan: VerifiedModel(model_files.load_copy(data_dir, digest).manifest, digest), **options
+        )
 
     def step_until(self, activator: Activator, reached: Callable[[], object], timeout_s: float = 60.0) -> None:
         """Step the machine until something is true."""
@@ -237,7 +240,7 @@ class Box:
     def settle(self, activator: Activator) -> None:
         """Step the machine until nothing is to be done any more."""
         activator.tick()
-        self.step_until(activator, lambda: not activator.busy)
+        self.step_until(activator, lambda: not activator.is_busy)
 
     def state(self, number: int) -> str:
         """The state of one activation."""
@@ -245,7 +248,7 @@ class Box:
 
     def under_way(self, number: int) -> bool:
         """Whether an activation is before its switch."""
-        return self.state(number) in PROVING
+        return self.state(number) in PENDING_STATES
 
 
 def write_settings(settings: Settings, **changes: Any) -> Settings:
@@ -280,9 +283,9 @@ def end_workers() -> None:
         process.wait()
 
 
-def provers(process: subprocess.Popen[bytes] | None = None) -> list[psutil.Process]:
+def self_tests(process: subprocess.Popen[bytes] | None = None) -> list[psutil.Process]:
     """The proofs that a process (this one when None) has under way."""
-    return [child for child in children_running("prove", process.pid if process else None) if "prove" in child.cmdline()]
+    return [child for child in children_running("self-test", process.pid if process else None) if "self-test" in child.cmdline()]
 
 
 def command(settings: Settings, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

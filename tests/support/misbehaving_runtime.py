@@ -100,11 +100,11 @@ class Misbehaving:
         return {"runtime": "misbehaving", "precision": "fp32"}
 
 
-def opener(path: Path, spec: Any, candidate: Any, *, cache: Path | None, told: Any) -> Any:
+def opener(path: Path, spec: Any, candidate: Any, *, cache: Path | None, on_progress: Any) -> Any:
     action, _, where = candidate.file.partition("-in-")
     runtime = Misbehaving(action, where)
     for done in (0.0, 0.5, 1.0):
-        told(done)
+        on_progress(done)
     runtime.act("load")
     return runtime
 

@@ -132,7 +132,7 @@ def brief(rows: list[dict[str, Any]]) -> dict[tuple[str, str, int, int], tuple[s
 
 @dataclass(frozen=True)
 class Variant:
-    """A file as ``appliance.tuning.subject.AnyVariant`` has it."""
+    """A file as ``appliance.tuning.subject.VariantFile`` has it."""
 
     precision: str
     file: str

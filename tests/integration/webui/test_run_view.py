@@ -15,7 +15,7 @@ from appliance.core.run_summary import RunSummary, RuntimeStatus, name_of
 from appliance.core.settings import Settings
 from appliance.runtime import Candidate
 from appliance.store.tuning_requests import TuningRequests
-from appliance.tuning.selection import Row, choose
+from appliance.tuning.selection import CandidateResult, select
 from tests.support.scans import scan_bytes
 from tests.support.web_box import Box, Person, in_process, result
 
@@ -31,15 +31,16 @@ def box(settings: Settings) -> Iterator[Box]:
 
 def measured(**changes: Any) -> dict[str, Any]:
     """A stored self-test with a table of every kind of line."""
-    rows = choose(
+    rows = select(
         [
-            Row(Candidate("onnxruntime", "fp32.onnx", "fp32"), "right", "", median_ms=13.5, max_difference=5e-6, layers={"f32": 27}),
-            Row(Candidate("openvino", "int8.onnx", "int8", "CPU", 2), "right", "", median_ms=3.1, max_difference=0.004,
+            CandidateResult(Candidate("onnxruntime", "fp32.onnx", "fp32"), "right", "", median_ms=13.5, max_difference=5e-6,
+                layers={"f32": 27}),
+            CandidateResult(Candidate("openvino", "int8.onnx", "int8", "CPU", 2), "right", "", median_ms=3.1, max_difference=0.004,
                 layers={"u8": 20, "f32": 6}),
-            Row(Candidate("openvino", "int8.onnx", "int8", "CPU", 2, 4), "right", "", median_ms=3.15, per_image_ms=2.2),
-            Row(Candidate("onnxruntime", "fp16.onnx", "fp16"), "wrong", "tune.wrong", "case-3: off by 0.21, allowed 0.02"),
-            Row(Candidate("openvino", "fp16.onnx", "fp16", "CPU"), "failed", "runtime.crashed", "SIGSEGV in load"),
-            Row(Candidate("tensorrt", "", "", ""), "unavailable", "runtime.unavailable", "no GPU: no driver"),
+            CandidateResult(Candidate("openvino", "int8.onnx", "int8", "CPU", 2, 4), "right", "", median_ms=3.15, per_image_ms=2.2),
+            CandidateResult(Candidate("onnxruntime", "fp16.onnx", "fp16"), "wrong", "tune.wrong", "case-3: off by 0.21, allowed 0.02"),
+            CandidateResult(Candidate("openvino", "fp16.onnx", "fp16", "CPU"), "failed", "runtime.crashed", "SIGSEGV in load"),
+            CandidateResult(Candidate("tensorrt", "", "", ""), "unavailable", "runtime.unavailable", "no GPU: no driver"),
         ]
     )  # fmt: skip
     chosen = next(row for row in rows if row.state == "chosen")

@@ -229,8 +229,8 @@ def test_only_its_own_images_are_waited_for(store: Store, samples: Path, monkeyp
     store.database.connection().execute("UPDATE instances SET state = 'ai_ready' WHERE id = ?", (mine.instance_id,))
     monkeypatch.setattr(module.subprocess, "Popen", None)  # whoever starts a worker for the other's sake fails
     module._work(store, [mine.instance_id], print, store.settings.data_dir)
-    assert module.Reading(store, [mine.instance_id], print).left() == 0
-    assert module.Reading(store, [mine.instance_id, other.instance_id], print).left() == 1
+    assert module.ResultTracker(store, [mine.instance_id], print).count_pending() == 0
+    assert module.ResultTracker(store, [mine.instance_id, other.instance_id], print).count_pending() == 1
 
 
 def test_a_worker_that_falls_without_doing_anything_is_given_up(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,7 +173,7 @@ def test_reading_is_supervised_and_ends_when_asked(settings: Settings, tmp_path:
     monkeypatch.setattr(demo.subprocess, "Popen", lambda _, **more: _POPEN(["/bin/sh", "-c", "sleep 60"], **more))
     watched = Watched()
     started = time.monotonic()
-    code = demo._read_scans(cast(Supervisor, watched), settings, [tmp_path, tmp_path], lambda: watched.ticks >= 3)
+    code = demo._analyse_scans(cast(Supervisor, watched), settings, [tmp_path, tmp_path], lambda: watched.ticks >= 3)
     assert (code, watched.ticks) == (0, 3)
     assert time.monotonic() - started < 10
 

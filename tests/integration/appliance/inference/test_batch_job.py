@@ -322,7 +322,7 @@ def test_a_version_that_is_withdrawn_in_the_middle_of_a_burst_reads_nothing_more
         if len(steps) == 1:
             burst.extend(take(store, stat(100 + number)) for number in range(6))
         if len(steps) == 3:  # the second of the burst is being read
-            box.journal.restrict("cxr-pneumonia", "9.0.0", {"1.0.0": "x"})
+            box.journal.record_restrictions("cxr-pneumonia", "9.0.0", {"1.0.0": "x"})
 
     made = reader(store, comes)
     assert made.run_once()

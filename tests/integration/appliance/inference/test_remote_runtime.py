@@ -17,6 +17,7 @@ from appliance.core import device_profile
 from appliance.core.domain import ScanState, Source
 from appliance.core.errors import InferenceError
 from appliance.core.run_summary import RuntimeStatus
+from appliance.core.self_test_report import SelfTestReport
 from appliance.inference import model_pool, model_session, remote_runtime
 from appliance.inference.model_session import ModelSession
 from appliance.inference.worker import Worker
@@ -70,7 +71,7 @@ def set_up(store: Store, hub: str) -> Store:
     return Store(store.settings.model_copy(update={"triton_url": hub, "tune_at_activation": True}))
 
 
-def choose(
+def select(
     store: Store, digest: str, table: list[dict[str, Any]] | None = None, profile: str = "", line: str = LINE, **changes: Any
 ) -> None:
     """Store a choice, as a measuring on a device would."""
@@ -84,7 +85,7 @@ def choose(
 def digest(tmp_path: Path, store: Store, hub: KserveServer) -> str:
     """A small model that was measured to be fastest on the hub; its digest."""
     made = activate(store, tiny_bundle(tmp_path / "bundles", "1.0.0"), "test")
-    choose(store, made, runtime="triton", provider=hub.address)
+    select(store, made, runtime="triton", provider=hub.address)
     return made
 
 
@@ -151,8 +152,8 @@ def test_a_hub_that_is_configured_no_more_is_sent_nothing(store: Store, digest: 
 
 
 def test_a_choice_with_no_address_at_all_is_no_hub(store: Store, digest: str) -> None:
-    choose(store, digest, runtime="triton", provider="")
-    loaded = ModelSession(store.settings, digest, Plan.of(None, json.loads(store.model(digest)["self_test"])))
+    select(store, digest, runtime="triton", provider="")
+    loaded = ModelSession(store.settings, digest, Plan.of(None, SelfTestReport.from_json(store.model(digest)["self_test"])))
     assert loaded.fallback is not None
     assert "not configured any more" in loaded.fallback.detail
     loaded.close()
@@ -161,7 +162,7 @@ def test_a_choice_with_no_address_at_all_is_no_hub(store: Store, digest: str) ->
 def test_where_the_plain_way_is_wrong_a_hub_that_is_gone_means_no_reading_but_a_measuring(store: Store, digest: str) -> None:
     plain = Candidate("onnxruntime", "model_fp32.onnx", "fp32").to_json()
     rows = [{"candidate": plain, "state": "wrong", "code": "tune.wrong", "detail": "off", "median_ms": None}]
-    choose(store, digest, rows, runtime="triton")
+    select(store, digest, rows, runtime="triton")
     box = set_up(store, "")
     image = take(box, chest())
     made = reader(box)
@@ -177,12 +178,12 @@ def test_where_the_plain_way_is_wrong_a_hub_that_is_gone_means_no_reading_but_a_
 
 
 def test_a_hub_that_is_configured_anew_is_measured(store: Store, digest: str, hub: KserveServer) -> None:
-    choose(store, digest, runtime="onnxruntime", provider="CPUExecutionProvider")
+    select(store, digest, runtime="onnxruntime", provider="CPUExecutionProvider")
     for address, state in (("", "done"), (hub.address, "asked")):
         box = set_up(store, address)
         made = Worker(box, lambda _seconds: None)
         retuner: Retuner = made.activator.retuner
-        retuner.look()
+        retuner.request_outdated()
         known = retuner.tunings.of(digest)
         assert known is not None
         assert known.state == state
@@ -338,7 +339,7 @@ def test_a_hub_that_hangs_holds_no_scan_of_another_model_and_loses_none_of_its_o
 ) -> None:
     plain = Candidate("onnxruntime", "model_fp32.onnx", "fp32").to_json()
     rows = [{"candidate": plain, "state": "wrong", "code": "tune.wrong", "detail": "off"}] if barred else []
-    choose(store, digest, rows, runtime="triton")
+    select(store, digest, rows, runtime="triton")
     local = activate(store, tiny_bundle(tmp_path / "local", "1.0.0", line="local"), "test")
     box = set_up(store, hub.address)
     hub.fault = "silent"
@@ -364,7 +365,7 @@ def test_a_hub_that_hangs_holds_no_scan_of_another_model_and_loses_none_of_its_o
 def test_hubs_that_hang_share_one_waiting_time(tmp_path: Path, store: Store, digest: str, hub: KserveServer) -> None:
     more = [activate(store, tiny_bundle(tmp_path / "more", "1.0.0", seed=n, line=f"more-{n}"), "test") for n in (1, 2)]
     for n, other in enumerate(more, 1):
-        choose(store, other, line=f"more-{n}", runtime="triton", provider=hub.address)
+        select(store, other, line=f"more-{n}", runtime="triton", provider=hub.address)
     box = set_up(store, hub.address)
     hub.fault = "silent"
     made = Worker(box, lambda _seconds: None, wait_s=0.5)
@@ -382,7 +383,7 @@ def test_where_the_plain_way_is_wrong_a_hub_that_dies_is_said_and_reached_for_un
     store: Store, digest: str, hub: KserveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = Candidate("onnxruntime", "model_fp32.onnx", "fp32").to_json()
-    choose(store, digest, [{"candidate": plain, "state": "wrong", "code": "tune.wrong", "detail": "off"}], runtime="triton")
+    select(store, digest, [{"candidate": plain, "state": "wrong", "code": "tune.wrong", "detail": "off"}], runtime="triton")
     box = set_up(store, hub.address)
     made = reader(box)
     take(box, chest(1))
@@ -416,7 +417,7 @@ def test_where_the_plain_way_is_wrong_a_hub_that_dies_is_said_and_reached_for_un
 
 def test_where_the_plain_way_is_wrong_a_hub_that_was_started_anew_loses_no_scan(store: Store, digest: str, hub: KserveServer) -> None:
     plain = Candidate("onnxruntime", "model_fp32.onnx", "fp32").to_json()
-    choose(store, digest, [{"candidate": plain, "state": "wrong", "code": "tune.wrong", "detail": "off"}], runtime="triton")
+    select(store, digest, [{"candidate": plain, "state": "wrong", "code": "tune.wrong", "detail": "off"}], runtime="triton")
     box = set_up(store, hub.address)
     made = reader(box)
     hub.models.clear()
@@ -458,7 +459,7 @@ def test_a_version_that_takes_over_where_nothing_reads_does_not_wait_for_its_hub
     box = set_up(store, hub.address)
     hub.fault = "silent"
     made = Worker(box, lambda _seconds: None, wait_s=0.2)
-    loaded = made.models.load_successor(digest, Plan.of(None, json.loads(box.model(digest)["self_test"])))
+    loaded = made.models.load_successor(digest, Plan.of(None, SelfTestReport.from_json(box.model(digest)["self_test"])))
     assert loaded.describe()["runtime"] == "onnxruntime"
     wait_until(lambda: hub.silent == 1)
     made.models.use(loaded)
@@ -473,7 +474,7 @@ def test_a_version_measured_anew_waits_for_its_hub_while_the_one_before_reads(st
     made = reader(box)
     hub.fault = "silent"
     done: list[ModelSession] = []
-    plan = Plan.of(None, json.loads(box.model(digest)["self_test"]) | {"profile": "another device"})
+    plan = Plan.of(None, SelfTestReport.from_json(json.loads(box.model(digest)["self_test"]) | {"profile": "another device"}))
     beside = threading.Thread(target=lambda: done.append(made.models.load(digest, plan)))
     beside.start()
     wait_until(lambda: hub.silent == 1)
@@ -523,7 +524,7 @@ def test_a_hub_that_says_nothing_at_all_is_given_up_soon(
 
 
 def test_a_batch_that_the_hub_does_not_answer_is_read_here_image_by_image(store: Store, digest: str, hub: KserveServer) -> None:
-    choose(store, digest, runtime="triton", batch=4)
+    select(store, digest, runtime="triton", batch=4)
     box = set_up(store, hub.address)
     made = reader(box)
     images = [take(box, chest(seed)) for seed in range(4)]
@@ -539,7 +540,7 @@ def test_a_batch_that_the_hub_does_not_answer_is_read_here_image_by_image(store:
 
 def test_results_of_a_batch_say_what_answered_it_and_not_what_runs_the_model_by_now(store: Store, digest: str, hub: KserveServer) -> None:
     """An urgent image finds the hub gone between the answer and the results."""
-    choose(store, digest, runtime="triton", batch=4)
+    select(store, digest, runtime="triton", batch=4)
     box = set_up(store, hub.address)
     images, urgent, before = list[int](), list[int](), 0
 
@@ -570,7 +571,7 @@ def test_a_series_is_read_whole_by_one_way_and_says_that_it_left_the_box(
     """The hub dies after some of its windows, which nothing of the result comes from: they were wrong."""
     bundle = bundle_in(tmp_path / "volume")
     made = activate(store, bundle.directory, "test")
-    choose(store, made, line=bundle.manifest.name, runtime="triton", provider=hub.address)
+    select(store, made, line=bundle.manifest.name, runtime="triton", provider=hub.address)
     box = set_up(store, hub.address)
     here = reader(box)
     for dies in (False, True):
@@ -596,7 +597,7 @@ def test_a_hub_is_never_held_against_the_version(store: Store, digest: str, hub:
     """Neither that it is down where the plain way must not take over, nor how long the line takes."""
     plain = Candidate("onnxruntime", "model_fp32.onnx", "fp32").to_json()
     rows = [{"candidate": plain, "state": "wrong", "code": "tune.wrong", "detail": "off", "median_ms": None}]
-    choose(store, digest, rows, runtime="triton")
+    select(store, digest, rows, runtime="triton")
     box = set_up(store, hub.address)
     made = reader(box)
     read = take(box, chest(1))
@@ -614,7 +615,7 @@ def test_a_hub_is_never_held_against_the_version(store: Store, digest: str, hub:
 def test_a_hub_whose_golden_cases_come_out_wrong_does_not_read(tmp_path: Path, store: Store, hub: KserveServer) -> None:
     """Nobody on this box knows what was changed there since it was measured."""
     made = activate(store, add_variant(tiny_bundle(tmp_path / "bundles", "1.0.0"), "fp16", wrong).parent, "test")
-    choose(store, made, runtime="triton", provider=hub.address, file="model_fp16.onnx", precision="fp16")
+    select(store, made, runtime="triton", provider=hub.address, file="model_fp16.onnx", precision="fp16")
     box = set_up(store, hub.address)
     image = take(box, chest())
     read_all(reader(box))
@@ -626,7 +627,7 @@ def test_a_hub_whose_golden_cases_come_out_wrong_does_not_read(tmp_path: Path, s
 def test_what_was_measured_on_another_device_answers_the_golden_cases_before_it_reads_and_says_so(
     store: Store, digest: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    choose(store, digest, profile="Some Xeon with VNNI; openvino 2021.1", runtime="openvino", provider="CPU", batch=4)
+    select(store, digest, profile="Some Xeon with VNNI; openvino 2021.1", runtime="openvino", provider="CPU", batch=4)
     made = reader(store)
     image = take(store, chest())
     read_all(made)
@@ -641,14 +642,14 @@ def test_what_was_measured_on_another_device_answers_the_golden_cases_before_it_
     at = runs["at"]
     reader(store)
     assert json.loads(store.model(digest)["self_test"])["runs"]["at"] == at  # since then, not since the last start
-    choose(store, digest, runtime="openvino", provider="CPU")
+    select(store, digest, runtime="openvino", provider="CPU")
     reader(store)
     assert json.loads(store.model(digest)["self_test"])["runs"]["reason"] == {"code": "choice.measured", "detail": ""}
 
 
 def test_what_is_wrong_on_this_device_is_fallen_back_from(tmp_path: Path, store: Store) -> None:
     made = activate(store, add_variant(tiny_bundle(tmp_path / "bundles", "1.0.0"), "fp16", wrong).parent, "test")
-    choose(store, made, profile="another device", file="model_fp16.onnx", precision="fp16")
+    select(store, made, profile="another device", file="model_fp16.onnx", precision="fp16")
     image = take(store, chest())
     read_all(reader(store))
     reason = reason_of(store, image)

@@ -463,7 +463,7 @@ def test_series_whose_model_is_withdrawn_goes_back_at_once(store: Store) -> None
     def step(seconds: float) -> None:
         steps.append(seconds)
         if len(steps) == 5:
-            worker.activator.journal.restrict(model["name"], "9.0.0", {model["version"]: "x"})
+            worker.activator.journal.record_restrictions(model["name"], "9.0.0", {model["version"]: "x"})
 
     worker = Worker(store, on_deadline=step)
     assert worker.run_once()

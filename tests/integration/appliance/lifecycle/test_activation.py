@@ -16,7 +16,8 @@ import pytest
 from appliance.core.errors import ActivationError
 from appliance.core.settings import Settings
 from appliance.lifecycle import model_files
-from appliance.lifecycle.model_control import activate, find, rollback
+from appliance.lifecycle.journal_queries import reason_code
+from appliance.lifecycle.model_control import activate, find, roll_back
 from appliance.store.store import Store
 from tests.support.activation_box import (
     ENDLESS,
@@ -27,7 +28,7 @@ from tests.support.activation_box import (
     junk,
     looping,
     nan_on_pictures,
-    provers,
+    self_tests,
     wanted,
     watched,
 )
@@ -41,7 +42,7 @@ def box(tmp_path: Path, store: Store) -> Iterator[Box]:
     made.first()
     yield made
     store.database.verify_audit()
-    assert not provers()
+    assert not self_tests()
 
 
 def test_the_first_model_of_a_line_is_good_at_once_and_watched(box: Box) -> None:
@@ -54,11 +55,11 @@ def test_the_first_model_of_a_line_is_good_at_once_and_watched(box: Box) -> None
     assert report["worst_ms"] >= report["median_ms"]
     assert report["peak_rss_bytes"] > 2**20
     assert report["details"]["provider"] == "CPUExecutionProvider"
-    assert box.journal.watched()[0]["id"] == row["id"]
+    assert box.journal.monitored()[0]["id"] == row["id"]
 
 
 def test_every_state_is_journalled_with_its_audit_entry(box: Box) -> None:
-    number = box.journal.enter(wanted(box.bundle("1.1.0")))
+    number = box.journal.start(wanted(box.bundle("1.1.0")))
     box.settle(box.activator())
     assert box.state(number) == "trial"
     assert box.active() == box.journal.row(number)["digest"]
@@ -79,11 +80,11 @@ def slow_to_prove(bundle: Path) -> Path:
 @pytest.mark.parametrize(("state", "slow"), [("staged", slow_to_build), ("building", slow_to_build), ("self-test", slow_to_prove)])
 def test_a_proof_killed_in_any_state_is_begun_again(box: Box, state: str, slow: Callable[[Path], Path]) -> None:
     old, bundle = box.active(), slow(box.bundle("1.1.0"))
-    number = box.journal.enter(wanted(bundle))
+    number = box.journal.start(wanted(bundle))
     activator = box.activator()
-    box.step_until(activator, lambda: activator.proof_pid and box.state(number) == state)
-    assert activator.proof_pid
-    os.kill(activator.proof_pid, signal.SIGKILL)
+    box.step_until(activator, lambda: activator.self_test_pid and box.state(number) == state)
+    assert activator.self_test_pid
+    os.kill(activator.self_test_pid, signal.SIGKILL)
     assert box.active() == old
     box.step_until(activator, lambda: not box.under_way(number))
     assert box.state(number) == "trial"
@@ -92,19 +93,19 @@ def test_a_proof_killed_in_any_state_is_begun_again(box: Box, state: str, slow: 
 
 def test_a_proof_that_keeps_dying_ends_the_crash_loop_and_is_not_tried_again(box: Box) -> None:
     old, bundle = box.active(), looping(box.bundle("1.1.0"), empty=ENDLESS)
-    number = box.journal.enter(wanted(bundle))
+    number = box.journal.start(wanted(bundle))
     activator = box.activator()
     killed = 0
     while box.under_way(number):
         activator.tick()
-        if activator.proof_pid and box.state(number) == "building":
-            os.kill(activator.proof_pid, signal.SIGKILL)
+        if activator.self_test_pid and box.state(number) == "building":
+            os.kill(activator.self_test_pid, signal.SIGKILL)
             box.step_until(activator, lambda: box.state(number) != "building")
             killed += 1
     assert killed == 3
     assert box.last() == ("failed", "activation.crash_loop")
     assert box.active() == old
-    remembered = box.journal.remembered(digest_of(bundle))
+    remembered = box.journal.find_blocking_failure(digest_of(bundle))
     assert remembered
     with pytest.raises(ActivationError, match=r"activation\.failed_before.*activation\.crash_loop"):
         activate(box.store, bundle, "test")
@@ -135,7 +136,7 @@ def test_a_model_that_fails_its_self_test_is_remembered_on_this_device(box: Box,
         activate(box.store, bundle, "test")
     assert len(box.journal.history()) == 2
     monkeypatch.setattr(box.journal, "device", "another")
-    assert box.journal.remembered(digest_of(bundle)) is None
+    assert box.journal.find_blocking_failure(digest_of(bundle)) is None
 
 
 def test_again_tries_what_failed_before(box: Box) -> None:
@@ -155,27 +156,27 @@ def test_a_proof_that_hangs_is_ended_at_its_deadline(tmp_path: Path, settings: S
         activate(box.store, bundle, "test")
     assert where in caught.value.detail
     assert box.active() == old
-    assert not provers()
+    assert not self_tests()
 
 
 def test_a_proof_that_is_stopped_is_ended_at_its_deadline(tmp_path: Path, settings: Settings) -> None:
     """SIGSTOP: what a process in the kernel's hands looks like from outside."""
     old = Box(tmp_path, Store(settings)).first()
     box = Box(tmp_path, Store(settings.model_copy(update={"activation_deadline_s": 1.0})))
-    number = box.journal.enter(wanted(box.bundle("1.1.0")))
+    number = box.journal.start(wanted(box.bundle("1.1.0")))
     activator = box.activator()
-    box.step_until(activator, lambda: activator.proof_pid)
-    assert activator.proof_pid
-    os.kill(activator.proof_pid, signal.SIGSTOP)
+    box.step_until(activator, lambda: activator.self_test_pid)
+    assert activator.self_test_pid
+    os.kill(activator.self_test_pid, signal.SIGSTOP)
     box.step_until(activator, lambda: not box.under_way(number))
     assert (box.last(), box.active()) == (("failed", "activation.deadline"), old)
-    assert not provers()
+    assert not self_tests()
 
 
 def test_a_proof_dies_with_whoever_started_it(box: Box, tmp_path: Path) -> None:
     """Also while it is stopped, when no other signal would reach it."""
     bundle = looping(box.bundle("1.1.0"), empty=ENDLESS)
-    box.journal.enter(wanted(bundle))
+    box.journal.start(wanted(bundle))
     script = (
         "import sys, time; from pathlib import Path; from appliance.core.settings import Settings\n"
         "from appliance.store.store import Store\n"
@@ -189,7 +190,7 @@ def test_a_proof_dies_with_whoever_started_it(box: Box, tmp_path: Path) -> None:
     while box.journal.history(1)[0]["state"] != "building":
         assert time.monotonic() < limit
         time.sleep(0.01)
-    (proof,) = provers(parent)
+    (proof,) = self_tests(parent)
     proof.suspend()
     parent.kill()
     parent.wait()
@@ -198,14 +199,14 @@ def test_a_proof_dies_with_whoever_started_it(box: Box, tmp_path: Path) -> None:
 
 
 def test_the_next_version_takes_the_place_of_one_that_is_not_proven_yet(box: Box) -> None:
-    first = box.journal.enter(wanted(looping(box.bundle("1.1.0"), empty=ENDLESS)))
+    first = box.journal.start(wanted(looping(box.bundle("1.1.0"), empty=ENDLESS)))
     activator = box.activator()
     box.step_until(activator, lambda: box.state(first) == "building")
-    second = box.journal.enter(wanted(box.bundle("1.2.0")))
+    second = box.journal.start(wanted(box.bundle("1.2.0")))
     box.step_until(activator, lambda: not box.under_way(second))
     assert (box.state(first), box.state(second)) == ("failed", "trial")
-    assert box.journal.reason(box.journal.row(first))[0] == "activation.superseded"
-    assert box.journal.remembered(box.journal.row(first)["digest"]) is None
+    assert reason_code(box.journal.row(first)) == "activation.superseded"
+    assert box.journal.find_blocking_failure(box.journal.row(first)["digest"]) is None
 
 
 def test_two_lines_have_their_models_side_by_side(box: Box) -> None:
@@ -213,9 +214,9 @@ def test_two_lines_have_their_models_side_by_side(box: Box) -> None:
     assert box.active("bone-age") == other
     assert box.active() is not None
     with pytest.raises(ActivationError, match="say which line"):
-        rollback(box.store, None, "test")
+        roll_back(box.store, None, "test")
     with pytest.raises(ActivationError, match=r"model\.no_previous"):
-        rollback(box.store, "bone-age", "test")
+        roll_back(box.store, "bone-age", "test")
 
 
 def test_back_by_hand_and_on_again(box: Box) -> None:
@@ -224,7 +225,7 @@ def test_back_by_hand_and_on_again(box: Box) -> None:
     image = box.scan()
     assert box.work() == new
     waiting = box.scan("2")
-    assert rollback(box.store, None, "test") == old
+    assert roll_back(box.store, None, "test") == old
     assert box.active() == old
     states = {row["version"]: row["state"] for row in reversed(box.journal.history())}
     assert states == {"1.1.0": "rolled-back", "1.0.0": "good"}
@@ -241,25 +242,25 @@ def test_anti_rollback_holds_by_hand(box: Box) -> None:
     """R26: a version below the signed minimum, or withdrawn, is refused however it comes."""
     old = box.active()
     new = activate(box.store, box.bundle("1.1.0"), "test")
-    box.journal.restrict("cxr-pneumonia", "1.1.0", {"1.2.0": "reads healthy children as ill"})
+    box.journal.record_restrictions("cxr-pneumonia", "1.1.0", {"1.2.0": "reads healthy children as ill"})
     for version, code in (("0.9.0", "model.below_minimum"), ("1.2.0", "model.withdrawn")):
         with pytest.raises(ActivationError) as caught:
             activate(box.store, box.bundle(version), "test")
         assert (caught.value.code, bool(caught.value.hint)) == (code, True)
     with pytest.raises(ActivationError, match=r"model\.below_minimum"):
-        rollback(box.store, None, "test")
+        roll_back(box.store, None, "test")
     assert box.active() == new != old
-    assert not box.journal.restrict("cxr-pneumonia", "1.0.0", {})  # neither ever gets less strict
-    assert box.journal.barred("cxr-pneumonia", "1.0.0")
-    assert box.journal.barred("cxr-pneumonia", "1.2.0")
+    assert not box.journal.record_restrictions("cxr-pneumonia", "1.0.0", {})  # neither ever gets less strict
+    assert box.journal.find_restriction("cxr-pneumonia", "1.0.0")
+    assert box.journal.find_restriction("cxr-pneumonia", "1.2.0")
 
 
 def test_a_minimum_that_rises_between_proof_and_switch_is_heeded(box: Box) -> None:
     old = box.active()
-    number = box.journal.enter(wanted(slow_to_prove(box.bundle("1.1.0"))))
+    number = box.journal.start(wanted(slow_to_prove(box.bundle("1.1.0"))))
     activator = box.activator()
     box.step_until(activator, lambda: box.state(number) == "self-test")
-    box.journal.restrict("cxr-pneumonia", "2.0.0", {})
+    box.journal.record_restrictions("cxr-pneumonia", "2.0.0", {})
     box.step_until(activator, lambda: not box.under_way(number))
     assert box.last() == ("failed", "model.below_minimum")
     row = box.journal.active("cxr-pneumonia")
@@ -272,13 +273,13 @@ def test_the_copy_is_made_of_what_was_checked(box: Box) -> None:
     old, bundle = box.active(), box.bundle("1.1.0")
     wish = wanted(bundle)
     change_manifest(bundle, lambda manifest: manifest.update(licence="another"))
-    number = box.journal.enter(wish)
+    number = box.journal.start(wish)
     box.step_until(box.activator(), lambda: not box.under_way(number))
     assert (box.last(), box.active()) == (("failed", "model.mismatch"), old)
     target = bundle / "MODEL_CARD.md"
     target.rename(bundle.parent / "elsewhere")
     target.symlink_to(bundle.parent / "elsewhere")
-    number = box.journal.enter(wanted(bundle))
+    number = box.journal.start(wanted(bundle))
     box.step_until(box.activator(), lambda: not box.under_way(number))
     assert (box.last(), box.active()) == (("failed", "model.invalid"), old)
 
@@ -288,22 +289,22 @@ def test_what_dead_proofs_left_is_swept(box: Box) -> None:
     for name in (f"{'a' * 64}.123.part", "b" * 64, f"{'c' * 64}.damaged-1"):
         (models / name).mkdir()
     activate(box.store, box.bundle("1.1.0"), "test")
-    assert {path.name for path in models.iterdir()} == {*box.journal.kept(), f"{'c' * 64}.damaged-1"}
+    assert {path.name for path in models.iterdir()} == {*box.journal.installed_digests(), f"{'c' * 64}.damaged-1"}
 
 
 def test_a_database_that_cannot_be_written_stops_nothing_for_good(box: Box) -> None:
     """Another process holds the write lock for ever, as on a disk that became read-only; then it lets go."""
-    old, number = box.active(), box.journal.enter(wanted(box.bundle("1.1.0")))
+    old, number = box.active(), box.journal.start(wanted(box.bundle("1.1.0")))
     activator = box.activator()
     connection = box.store.database.connection()
     connection.execute("PRAGMA query_only = ON")
     for _ in range(5):
         activator._next = 0.0
         activator.tick()
-    assert (box.state(number), box.journal.row(number)["attempts"], activator.proof_pid) == ("staged", 0, None)
+    assert (box.state(number), box.journal.row(number)["attempts"], activator.self_test_pid) == ("staged", 0, None)
     connection.execute("PRAGMA query_only = OFF")
     activator._next = 0.0
-    box.step_until(activator, lambda: activator.proof_pid)
+    box.step_until(activator, lambda: activator.self_test_pid)
     connection.execute("PRAGMA query_only = ON")
     for _ in range(50):
         activator._next = 0.0
@@ -320,6 +321,7 @@ FILL = """
 import sys
 from pathlib import Path
 from appliance.core.errors import ActivationError, StoreError
+from appliance.lifecycle.journal_queries import reason_code
 from appliance.lifecycle.model_control import activate
 from appliance.core.settings import Settings
 from appliance.store.store import Store
@@ -364,7 +366,7 @@ def test_the_copy_that_is_fallen_back_to_must_be_whole(box: Box) -> None:
     old = box.active()
     new = activate(box.store, watched(box.bundle("1.1.0"), max_failure_fraction=0.0), "test")
     assert old
-    (model_files.place(box.store.settings.data_dir, old) / "model_fp32.onnx").write_bytes(b"junk")
+    (model_files.model_dir(box.store.settings.data_dir, old) / "model_fp32.onnx").write_bytes(b"junk")
     waiting = [box.scan(str(n)) for n in range(4)]
     for _ in range(3):
         box.fail()

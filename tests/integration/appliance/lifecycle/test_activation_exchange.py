@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from appliance.core.domain import Note
 from appliance.core.errors import ActivationError
 from appliance.core.settings import Settings
 from appliance.lifecycle import exchange
 from appliance.lifecycle.exchange import Exchange
+from appliance.lifecycle.journal_queries import reason_of
 from appliance.lifecycle.model_control import activate, reference_bundle
 from appliance.store.store import Store
 from model_sync.library.usb_export import export
@@ -76,7 +78,7 @@ def test_a_version_withdrawn_by_the_library_is_switched_off(clinic: Clinic) -> N
     assert clinic.box.active() == old
     states = [(row["version"], row["state"]) for row in clinic.box.journal.history()]
     assert states == [("1.1.0", "withdrawn"), ("1.0.0", "good")]
-    assert clinic.box.journal.reason(clinic.box.journal.history(1)[0]) == ("model.withdrawn", "误报过多")
+    assert reason_of(clinic.box.journal.history(1)[0]) == Note("model.withdrawn", "误报过多")
     assert clinic.report()["activations"][0]["code"] == "model.withdrawn"
 
 
@@ -128,8 +130,8 @@ def test_metadata_that_expires_between_download_and_activation(clinic: Clinic, m
     clinic.release("1.1.0", looping(clinic.box.bundle("1.1.0"), picture=50_000))
     clinic.agent.pull()
     activator = clinic.box.activator()
-    clinic.box.step_until(activator, lambda: clinic.box.journal.coming())
-    number = clinic.box.journal.coming()
+    clinic.box.step_until(activator, lambda: clinic.box.journal.pending())
+    number = clinic.box.journal.pending()
     assert number
     clinic.box.step_until(activator, lambda: clinic.box.state(number["id"]) == "self-test")
     monkeypatch.setenv("LD_PRELOAD", str(FAKETIME))  # the check right before the switch sees the day after next year

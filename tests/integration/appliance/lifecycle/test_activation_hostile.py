@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from appliance.core.domain import Note
 from appliance.core.errors import ActivationError
 from appliance.core.settings import Settings
 from appliance.lifecycle import exchange
 from appliance.lifecycle.exchange import Directives, Exchange
-from appliance.lifecycle.journal import REFUSALS_AN_HOUR
-from appliance.lifecycle.journal_queries import older
+from appliance.lifecycle.journal import REFUSALS_PER_HOUR
+from appliance.lifecycle.journal_queries import is_older, reason_of
 from appliance.lifecycle.model_control import activate
 from tests.support.activation_box import LINE, Clinic, digest_of, finish_with, open_clinic, wanted
 
@@ -42,9 +43,9 @@ def test_a_directive_whose_version_is_none_does_not_end_the_worker(clinic: Clini
 
 
 def test_a_version_that_is_none_comes_before_all_others() -> None:
-    assert older("1.0.0-01", "1.0.0-1")
-    assert not older("1.0.0", "1.0.0-01")
-    assert not older("x", "y")
+    assert is_older("1.0.0-01", "1.0.0-1")
+    assert not is_older("1.0.0", "1.0.0-01")
+    assert not is_older("x", "y")
 
 
 def test_links_that_cannot_be_followed_do_not_end_the_worker(clinic: Clinic) -> None:
@@ -68,7 +69,7 @@ def test_what_nobody_foresaw_about_the_library_does_not_stop_the_reading(
     monkeypatch.setattr(Exchange, "directives", fault)
     activator = clinic.box.activator()
     clinic.box.step_until(activator, lambda: "the library cannot be followed" in caplog.text)
-    number = clinic.box.journal.enter(wanted(clinic.box.bundle("1.1.0"), source="embedded"))
+    number = clinic.box.journal.start(wanted(clinic.box.bundle("1.1.0"), source="embedded"))
     clinic.box.step_until(activator, lambda: clinic.box.state(number) == "trial")
     activator.stop()
     assert clinic.box.active() != kept
@@ -98,7 +99,7 @@ def test_a_withdrawal_in_chinese_is_learnt_whatever_the_locale(clinic: Clinic, m
         monkeypatch.setenv(name, value)
     clinic.settle()
     assert clinic.box.active() is None
-    assert clinic.box.journal.reason(clinic.box.journal.history(1)[0]) == ("model.withdrawn", "漏诊气胸")
+    assert reason_of(clinic.box.journal.history(1)[0]) == Note("model.withdrawn", "漏诊气胸")
     monkeypatch.delenv("PYTHONIOENCODING")
     clinic.release("1.1.0")
     clinic.follow()
@@ -162,7 +163,10 @@ def test_a_group_without_a_number_here_keeps_no_report_from_being_written(clinic
     if subprocess.run([*apart, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no user namespaces here")
     os.chown(clinic.exchange, 0, 65533)
-    code = "import sys, pathlib; from appliance.lifecycle.exchange import _put; _put(pathlib.Path(sys.argv[1]), 'box-report.json', b'{}')"
+    code = (
+        "import sys, pathlib; from appliance.lifecycle.exchange import _write_file;"
+        " _write_file(pathlib.Path(sys.argv[1]), 'box-report.json', b'{}')"
+    )
     done = subprocess.run([*apart, sys.executable, "-c", code, str(clinic.exchange)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (clinic.exchange / "box-report.json").read_text() == "{}"
@@ -180,12 +184,12 @@ def test_however_many_names_lie_there_a_look_costs_the_same(clinic: Clinic, monk
     box = Exchange(clinic.box.store, clinic.exchange)
     assert len(list(clinic.exchange.glob(".box-report.json.*"))) >= 1900
     looked.clear()
-    before = box.mark()
+    before = box.version()
     assert looked == []
     assert len(before) == 7
     clinic.release("1.1.0")
     clinic.agent.pull()
-    assert box.mark() != before
+    assert box.version() != before
 
 
 def test_invented_wishes_neither_fill_the_journal_nor_keep_the_scans_waiting(clinic: Clinic) -> None:
@@ -196,13 +200,13 @@ def test_invented_wishes_neither_fill_the_journal_nor_keep_the_scans_waiting(cli
     path.write_text(json.dumps({"schema": 1, "lines": invented}))
     clinic.settle()
     assert len(clinic.box.journal.history(1000)) == before
-    for number in range(REFUSALS_AN_HOUR + 2):
+    for number in range(REFUSALS_PER_HOUR + 2):
         path.unlink()
         one = {"version": f"7.{number}.0", "digest": f"{number:064x}", "source": "usb"}
         path.write_text(json.dumps({"schema": 1, "lines": {LINE: one, OTHER: one}}))
         clinic.settle()
     written = clinic.box.journal.history(1000)[: -before or None]
-    assert len(written) == 2 * REFUSALS_AN_HOUR
+    assert len(written) == 2 * REFUSALS_PER_HOUR
     digest = clinic.release("1.1.0")
     clinic.follow()
     assert clinic.box.active() == digest  # a real one comes all the same
@@ -218,15 +222,15 @@ def test_a_check_that_died_is_asked_again_without_the_agent(clinic: Clinic, monk
         clinic.box.settle(activator)
     assert clinic.box.active_digest_is(clinic.box.journal.history(1)[0]["digest"])
     ahead += 9.0
-    assert not activator.busy
+    assert not activator.is_busy
     ahead += 2.0
-    assert activator.busy
+    assert activator.is_busy
     clinic.box.settle(activator)
     assert clinic.box.active() is None
     assert [entry["detail"]["code"] for entry in clinic.audited("worker")] == ["trust.unchecked", ""]
-    assert not activator.busy
+    assert not activator.is_busy
     ahead += 3601.0
-    assert activator.busy  # now and then in any case
+    assert activator.is_busy  # now and then in any case
     activator.stop()
 
 
@@ -247,7 +251,7 @@ def test_an_older_set_laid_by_a_broken_agent_brings_nothing_new_and_takes_nothin
     shutil.copytree(clinic.box.bundles / f"{LINE}-1.1.0", clinic.exchange / "bundles" / digest_of(clinic.box.bundles / f"{LINE}-1.1.0"))
     clinic.settle()
     assert (clinic.box.active(), clinic.box.last()) == (digest, ("failed", "trust.rollback"))
-    assert clinic.box.journal.barred(LINE, "1.0.0")
+    assert clinic.box.journal.find_restriction(LINE, "1.0.0")
     assert [(entry["detail"], entry["outcome"]) for entry in clinic.audited("worker")] == [({"code": "trust.rollback", "line": LINE}, 8)]
 
 
@@ -259,7 +263,7 @@ def test_what_was_learnt_holds_when_the_facts_of_a_line_vanish(clinic: Clinic) -
     revoked.unlink()
     clinic.settle()
     assert clinic.box.active() is None
-    assert clinic.box.journal.barred(LINE, "1.0.0")
+    assert clinic.box.journal.find_restriction(LINE, "1.0.0")
     with pytest.raises(ActivationError, match=r"model\.withdrawn"):
         activate(clinic.box.store, clinic.box.bundles / f"{LINE}-1.0.0", "test")
 

@@ -15,9 +15,8 @@ from appliance.core.domain import Note, Source
 from appliance.core.errors import ActivationError
 from appliance.core.settings import Settings
 from appliance.ingest.ingest import Ingest
-from appliance.lifecycle import trial_monitor
 from appliance.lifecycle.activation import Activator
-from appliance.lifecycle.model_control import activate, rollback
+from appliance.lifecycle.model_control import activate, roll_back
 from appliance.lifecycle.trial_monitor import LATENCY_FLOOR_MS
 from appliance.store.store import Store
 from appliance.store.worklist import Worklist
@@ -96,7 +95,7 @@ def test_r31_too_many_failures_take_it_back_and_the_one_before_reads_what_failed
     assert view.findings  # what it found stays, and says so
     assert [box.work() for _ in failed] == [old] * 3
     assert all(Worklist(box.store).instance(number).state.value == "ai_ready" for number in failed)
-    assert box.journal.remembered(new)
+    assert box.journal.find_blocking_failure(new)
 
 
 def test_r31_too_slow_takes_it_back(box: Box) -> None:
@@ -166,7 +165,7 @@ def test_a_withdrawn_model_is_switched_off_and_its_pending_results_are_marked(bo
         tx.execute("UPDATE jobs SET priority = 1 WHERE instance_id = ?", (failed,))
     box.fail()
     revision = Worklist(box.store).revision()
-    assert box.journal.restrict(LINE, "1.0.0", {"1.1.0": "把健康儿童判为患病"})
+    assert box.journal.record_restrictions(LINE, "1.0.0", {"1.1.0": "把健康儿童判为患病"})
     activator = box.activator()
     activator.tick()
     assert activator.held == {new}
@@ -187,7 +186,7 @@ def test_a_withdrawn_model_with_nothing_before_it_leaves_images_not_analysed_and
     box = Box(tmp_path, store)
     box.first()
     waiting = box.scan()
-    box.journal.restrict(LINE, "1.0.0", {"1.0.0": "withdrawn for a test"})
+    box.journal.record_restrictions(LINE, "1.0.0", {"1.0.0": "withdrawn for a test"})
     box.settle(box.activator())
     assert box.active() is None
     view = Worklist(store).instance(waiting)
@@ -206,7 +205,7 @@ def test_a_withdrawn_model_with_nothing_before_it_leaves_images_not_analysed_and
 def test_an_older_model_that_is_withdrawn_is_never_fallen_back_to(box: Box) -> None:
     old, new = box.active(), on_trial(box, max_failure_fraction=0.0)
     waiting = [box.scan(str(number)) for number in range(3)]
-    box.journal.restrict(LINE, "1.0.0", {"1.0.0": "withdrawn"})
+    box.journal.record_restrictions(LINE, "1.0.0", {"1.0.0": "withdrawn"})
     judge(box)
     assert box.active() == new
     for _ in waiting:
@@ -236,7 +235,7 @@ def test_thousands_of_findings_are_marked_in_pieces(box: Box) -> None:
             " VALUES (?, ?, ?, 'done', '', 'ai_ready', '[]')",
             [(f"infer {n}", number, new) for n in range(1200)],
         )
-    box.journal.restrict(LINE, "1.0.0", {"1.1.0": "x"})
+    box.journal.record_restrictions(LINE, "1.0.0", {"1.1.0": "x"})
     activator = box.activator()
     box.step_until(activator, lambda: box.last()[0] == "withdrawn")
     assert box.journal.history(1)[0]["marked"] == 0
@@ -248,7 +247,7 @@ def test_thousands_of_findings_are_marked_in_pieces(box: Box) -> None:
 
 def test_a_restart_in_the_middle_of_a_withdrawal_ends_it(box: Box, settings: Settings) -> None:
     old, new = box.active(), on_trial(box)
-    box.journal.restrict(LINE, "1.0.0", {"1.1.0": "x"})
+    box.journal.record_restrictions(LINE, "1.0.0", {"1.1.0": "x"})
     assert box.active_digest_is(new)
     again = Box(settings.data_dir.parent, Store(settings))
     again.activator().recover()  # what a worker does before it loads any model
@@ -275,20 +274,20 @@ def test_power_cuts_and_films_of_others_are_no_fault_of_a_model_on_trial(box: Bo
     for at_work in ([], [""], ["f" * 64], []) * 2:
         activator = box.activator()
         activator.recover(at_work)
-        activator.ready()
+        activator.confirm_loaded()
     assert (box.last(), box.active()) == (("trial", ""), new)
 
 
 def test_a_proof_that_is_broken_off_by_what_the_worker_reads_is_no_failed_attempt(box: Box) -> None:
-    number = box.journal.enter(wanted(box.bundle("1.1.0")))
+    number = box.journal.start(wanted(box.bundle("1.1.0")))
     for _ in range(5):
-        assert box.journal.begin(number)
+        assert box.journal.begin_attempt(number)
         box.activator().recover([""])
     assert box.journal.row(number)["attempts"] == 0
     for _ in range(3):  # it may have been the proof
-        assert box.journal.begin(number)
+        assert box.journal.begin_attempt(number)
         box.activator().recover()
-    assert not box.journal.begin(number)
+    assert not box.journal.begin_attempt(number)
     assert box.last() == ("failed", "activation.crash_loop")
 
 
@@ -297,15 +296,17 @@ def test_a_box_that_is_switched_off_in_order_every_night_is_no_reboot_loop(box: 
     for _ in range(5):
         activator = box.activator()
         activator.recover()
-        activator.ready()
+        activator.confirm_loaded()
         activator.stop()
     assert box.last() == ("trial", "")
 
 
 def test_every_code_of_an_activation_has_its_text_in_both_languages() -> None:
-    from appliance.lifecycle.journal_queries import LASTING, REFUSALS
+    from appliance.lifecycle.journal_queries import PERMANENT_FAILURES, REFUSALS
 
-    for code in LASTING | REFUSALS | {"activation.rolled_back", "activation.failed_before", "activation.ended", "model.disk_full"}:
+    for code in (
+        PERMANENT_FAILURES | REFUSALS | {"activation.rolled_back", "activation.failed_before", "activation.ended", "model.disk_full"}
+    ):
         for language in ("zh", "en"):
             assert reasons.text(code, language)
             assert reasons.hint(code, language)
@@ -324,7 +325,7 @@ def test_films_that_fail_before_the_model_saw_them_are_no_fault_of_it(box: Box) 
     for _ in range(3 * box.store.settings.job_max_attempts):
         job = box.store.queue.claim_job("test", 60)
         assert job
-        box.store.queue.fail_job(job, Note("job.memory", trial_monitor.BEFORE_MODEL))
+        box.store.queue.fail_job(job, Note("job.memory_input"))
     box.settle(box.activator())
     assert (box.last(), box.active()) == (("trial", ""), new)
     assert json.loads(box.journal.history(1)[0]["trial"])["failures"] == 0
@@ -334,17 +335,17 @@ def test_a_person_overrules_only_a_wish_that_was_met(box: Box) -> None:
     old = box.active()
     on_trial(box)
     third = box.bundle("1.2.0")
-    box.journal.refuse(wanted(third, source="library", actor="model-sync"), Note("trust.expired"))
-    rollback(box.store, None, "dr-li")
+    box.journal.record_refusal(wanted(third, source="library", actor="model-sync"), Note("trust.expired"))
+    roll_back(box.store, None, "dr-li")
     assert box.active() == old
-    assert not box.journal.overruled(LINE, digest_of(third))
-    assert box.journal.overruled(LINE, digest_of(box.bundles / f"{LINE}-1.1.0")) is False  # it was by hand as well
+    assert not box.journal.is_overridden_by_user(LINE, digest_of(third))
+    assert box.journal.is_overridden_by_user(LINE, digest_of(box.bundles / f"{LINE}-1.1.0")) is False  # it was by hand as well
 
 
 def test_a_bundle_of_another_line_or_version_than_wanted_is_not_put_to_work(box: Box) -> None:
     kept, bundle = box.active(), box.bundle("1.1.0")
     for changes in ({"name": "bone-age"}, {"version": "1.2.0"}):
-        number = box.journal.enter(wanted(bundle, **changes))
+        number = box.journal.start(wanted(bundle, **changes))
         activator = box.activator()
         box.step_until(activator, lambda number=number: not box.under_way(number))
         activator.stop()
@@ -363,7 +364,7 @@ def test_the_room_that_is_kept_for_scans_is_not_taken_by_a_model(box: Box) -> No
 
 def test_what_a_withdrawn_version_left_waits_for_its_own_line(box: Box) -> None:
     image = box.scan()
-    box.journal.restrict(LINE, "0.0.1", {"1.0.0": "bad"})
+    box.journal.record_restrictions(LINE, "0.0.1", {"1.0.0": "bad"})
     box.settle(box.activator())
     left = box.store.database.one("SELECT state, reason FROM instances WHERE id = ?", image)
     assert left

@@ -36,7 +36,7 @@ from tests.support.activation_box import (
     digest_of,
     end_workers,
     looping,
-    provers,
+    self_tests,
     wanted,
     watched,
     worker,
@@ -83,17 +83,17 @@ SLOW = {"empty": 150_000, "picture": 60_000}
 def test_kill_9_of_the_worker_in_every_state_leaves_a_working_model(box: Box, moment: str) -> None:
     """R27: the old one reads on, the proof dies too, and the next start goes on to the end."""
     old, bundle = box.active(), looping(box.bundle("1.1.0"), **SLOW)
-    number = box.journal.enter(wanted(bundle))
+    number = box.journal.start(wanted(bundle))
     process = worker(box.store.settings)
 
     def reached() -> object:
         row = box.journal.row(number)
         if moment == "proved":
             return row["self_test"] is not None
-        return row["attempts"] == 1 and row["state"] == moment and provers(process)
+        return row["attempts"] == 1 and row["state"] == moment and self_tests(process)
 
     wait_for(reached, 60)
-    children = provers(process)
+    children = self_tests(process)
     process.kill()
     process.wait()
     for child in children:
@@ -108,7 +108,7 @@ def test_kill_9_of_the_worker_in_every_state_leaves_a_working_model(box: Box, mo
 
 def test_kill_9_on_trial_and_in_a_rollback_leaves_a_working_model(box: Box) -> None:
     old = box.active()
-    number = box.journal.enter(wanted(watched(box.bundle("1.1.0"), max_failure_fraction=0.0)))
+    number = box.journal.start(wanted(watched(box.bundle("1.1.0"), max_failure_fraction=0.0)))
     finish(box)
     assert box.state(number) == "trial"
     for seed in range(3):
@@ -131,7 +131,7 @@ def test_kill_9_on_trial_and_in_a_rollback_leaves_a_working_model(box: Box) -> N
 
 def test_a_worker_that_is_killed_with_every_attempt_gives_the_model_up(box: Box) -> None:
     old, bundle = box.active(), looping(box.bundle("1.1.0"), empty=ENDLESS)
-    number = box.journal.enter(wanted(bundle))
+    number = box.journal.start(wanted(bundle))
     for attempt in (1, 2, 3):
         process = worker(box.store.settings)
         wait_for(lambda attempt=attempt: box.journal.row(number)["attempts"] == attempt and box.state(number) == "building", 60)
@@ -146,7 +146,7 @@ def test_a_model_the_worker_dies_of_is_taken_back(tmp_path: Path, settings: Sett
     box = Box(tmp_path, Store(write_settings(settings, job_deadline_s=1.5, job_max_attempts=10)))
     request.addfinalizer(end_workers)
     old = box.first()
-    number = box.journal.enter(wanted(looping(box.bundle("1.1.0"), dark=ENDLESS, dark_below=0.3)))
+    number = box.journal.start(wanted(looping(box.bundle("1.1.0"), dark=ENDLESS, dark_below=0.3)))
     finish(box)
     assert box.state(number) == "trial"
     dark = scan(box, seed=1, columns=160)
@@ -212,18 +212,18 @@ def read_all(here: Worker, count: int) -> None:
 
 def test_scans_are_read_while_the_proof_stands_still(box: Box) -> None:
     """The loop waits for nothing: the proof is stopped for good, and scan after scan is read."""
-    number = box.journal.enter(wanted(box.bundle("1.1.0")))
+    number = box.journal.start(wanted(box.bundle("1.1.0")))
     here = worker_here(box)
-    wait_for(lambda: here.step() or here.activator.proof_pid, 60)
-    assert here.activator.proof_pid
-    os.kill(here.activator.proof_pid, signal.SIGSTOP)
+    wait_for(lambda: here.step() or here.activator.self_test_pid, 60)
+    assert here.activator.self_test_pid
+    os.kill(here.activator.self_test_pid, signal.SIGSTOP)
     for seed in range(5):
         scan(box, seed)
     read_all(here, 5)
     assert box.under_way(number)
     here.activator.stop()
     assert box.journal.row(number)["attempts"] == 0  # stopped in order: no failed attempt
-    assert not provers()
+    assert not self_tests()
 
 
 def test_scans_are_read_while_the_new_model_is_loaded_beside(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +236,7 @@ def test_scans_are_read_while_the_new_model_is_loaded_beside(box: Box, monkeypat
         begin(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Loading, "_run", wait_first)
-    number = box.journal.enter(wanted(box.bundle("1.1.0")))
+    number = box.journal.start(wanted(box.bundle("1.1.0")))
     here = worker_here(box)
     wait_for(lambda: here.step() or box.journal.row(number)["self_test"], 60)
     for seed in range(5):
@@ -254,7 +254,7 @@ def test_scans_are_read_while_the_new_model_is_loaded_beside(box: Box, monkeypat
 def test_the_old_model_is_let_go_when_no_job_names_it(box: Box) -> None:
     old = box.active()
     here = worker_here(box)
-    number = box.journal.enter(wanted(box.bundle("1.1.0")))
+    number = box.journal.start(wanted(box.bundle("1.1.0")))
     wait_for(lambda: here.step() or box.journal.row(number)["self_test"], 60)
     scan(box, seed=1)
     wait_for(lambda: here.step() or box.state(number) == "trial", 60)
@@ -273,11 +273,11 @@ def test_the_old_model_is_let_go_when_no_job_names_it(box: Box) -> None:
 
 def test_a_withdrawn_model_reads_nothing_more_though_its_successor_hangs(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     old = box.active()
-    number = box.journal.enter(wanted(box.bundle("1.1.0")))
+    number = box.journal.start(wanted(box.bundle("1.1.0")))
     finish(box)
     assert box.state(number) == "trial"
     waiting = scan(box, seed=1)
-    box.journal.restrict("cxr-pneumonia", "1.0.0", {"1.1.0": "x"})
+    box.journal.record_restrictions("cxr-pneumonia", "1.0.0", {"1.1.0": "x"})
     go = threading.Event()
     load, asked = Worker._load_now, list[str]()
     monkeypatch.setattr(Worker, "_load_now", lambda self, *which: (asked.append(which[0]), go.wait(120)) and load(self, *which))
@@ -320,7 +320,7 @@ def test_by_hand_beside_a_box_whose_worker_is_just_down_waits_for_it(box: Box) -
     lock = Lock(settings.data_dir, "supervisor")
     line = [sys.executable, "-m", "appliance", "models", "activate", str(box.bundle("1.1.0")), "--data-dir", str(settings.data_dir)]
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as asking:
-        wait_for(lambda: box.journal.coming() is not None, 60)
+        wait_for(lambda: box.journal.pending() is not None, 60)
         assert not is_held_by_another(settings.data_dir, "worker")
         finish(box)
         assert asking.wait(30) == 0

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from appliance.core.errors import ActivationError
-from appliance.lifecycle.model_control import activate, installed, reference_bundle
+from appliance.lifecycle import model_files
+from appliance.lifecycle.model_control import activate, reference_bundle
 from appliance.store.store import Store
 
 
@@ -42,7 +43,7 @@ def test_the_reference_model_is_proven_and_active(store: Store) -> None:
     assert row["state"] == "active"
     assert report["max_difference"]
     assert all(value <= 0.01 for value in report["max_difference"].values())
-    assert installed(store, digest).digest == digest
+    assert model_files.load_copy(store.settings.data_dir, digest).digest == digest
     assert activate(store, reference_bundle(), "test") == digest
     assert len(store.models()) == 1
 
@@ -125,7 +126,7 @@ def test_an_installed_copy_that_changed_on_disk_is_not_run(store: Store) -> None
     digest = activate(store, reference_bundle(), "test")
     flip(store.settings.data_dir / "models" / digest)
     with pytest.raises(ActivationError, match=r"model\.invalid"):
-        installed(store, digest)
+        model_files.load_copy(store.settings.data_dir, digest)
 
 
 @pytest.mark.parametrize("damage", [flip, lambda directory: (directory / "manifest.json").unlink(), shutil.rmtree])
@@ -134,7 +135,7 @@ def test_a_damaged_copy_is_repaired_by_activation(store: Store, damage: Callable
     for number in (1, 2):
         damage(store.settings.data_dir / "models" / digest)
         assert activate(store, reference_bundle(), "test") == digest
-        assert installed(store, digest).digest == digest
+        assert model_files.load_copy(store.settings.data_dir, digest).digest == digest
         kept = len(list((store.settings.data_dir / "models").glob(f"{digest}.damaged-*")))
         assert kept == (0 if damage is shutil.rmtree else number)
     assert states(store) == [(store.model(digest)["version"], "active")]

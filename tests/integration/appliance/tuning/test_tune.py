@@ -24,11 +24,11 @@ from appliance.runtime import CPU, Candidate
 from appliance.runtime.availability import Availability, available
 from appliance.store.store import Store
 from appliance.store.tuning_requests import TuningRequests
-from appliance.tuning.selection import SAME_TIME, Choice, Row
+from appliance.tuning.selection import SAME_TIME, CandidateResult, Selection
 from appliance.tuning.tuner import Limits, Subject, tune
 from model_sync.bundle import ModelBundle
 from tests.integration.appliance.inference.test_batch_job import reader
-from tests.support.activation_box import Box, nan_on_pictures, provers
+from tests.support.activation_box import Box, nan_on_pictures, self_tests
 from tests.support.library_site import tiny_bundle
 from tests.support.processes import children_running
 from tests.support.tune_box import add_junk, add_variant, brief, endless, not_a_number, not_on, slow, table_of, wrong
@@ -50,13 +50,13 @@ def no_child_is_left() -> Iterator[None]:
     assert not children_running("attempt_child")
 
 
-def measured(bundle: Path, precision: str | None = None, limits: Limits = QUICK, **options: Any) -> Choice:
+def measured(bundle: Path, precision: str | None = None, limits: Limits = QUICK, **options: Any) -> Selection:
     """Tune a bundle with one thread, so that there is less to try."""
     subject = Subject.of_bundle(ModelBundle.load(bundle), precision)
     return tune(subject, threads=1, limits=limits, **({"runtimes": ORT} | options))
 
 
-def rows(choice: Choice) -> dict[tuple[str, str, int, int], tuple[str, str]]:
+def rows(choice: Selection) -> dict[tuple[str, str, int, int], tuple[str, str]]:
     """The table in brief."""
     return brief([row.to_json() for row in choice.table])
 
@@ -152,7 +152,7 @@ def test_where_nothing_is_right_the_reason_is_that_of_the_plainest(bundle: Path)
 
 def test_a_precision_asked_for_by_hand_leaves_no_other(bundle: Path) -> None:
     add_variant(bundle, "int8", slow)
-    choice = measured(bundle, "int8", by_hand=True)
+    choice = measured(bundle, "int8", is_fixed_by_user=True)
     assert {row.candidate.precision for row in choice.table} == {"int8"}
     assert (choice.candidate.precision, choice.reason.code, choice.reason.detail) == ("int8", "choice.by_hand", "int8")
 
@@ -175,7 +175,7 @@ def tuned(tmp_path: Path, settings: Settings) -> Iterator[Store]:
     yield store
     store.database.verify_audit()
     store.close()
-    assert not provers()
+    assert not self_tests()
 
 
 def whole_or_part(table: list[dict[str, Any]]) -> str:
@@ -263,7 +263,7 @@ def test_wrong_use_of_tune_says_how(settings: Settings, store: Store, bundle: Pa
 def test_a_table_with_holes_is_called_incomplete(settings: Settings, store: Store, bundle: Path, language: str, words: str) -> None:
     digest = activate(store, bundle, "test")
     report = json.loads(store.model(digest)["self_test"])
-    hole = Row(Candidate.from_json(report["choice"]), "unavailable", "tune.no_time").to_json()
+    hole = CandidateResult(Candidate.from_json(report["choice"]), "unavailable", "tune.no_time").to_json()
     report |= {"table": [hole], "reason": {"code": "choice.measured_part", "detail": ""}}
     with store.database.transaction() as tx:
         tx.execute("UPDATE models SET self_test = ? WHERE digest = ?", (json.dumps(report), digest))

@@ -19,7 +19,7 @@ from appliance.core.domain import PENDING_STATES, Note, ScanState
 from appliance.core.errors import ActivationError
 from appliance.inference.model_session import ModelSession
 from appliance.inference.worker import Worker
-from appliance.lifecycle.model_control import activate, rollback, tune
+from appliance.lifecycle.model_control import activate, roll_back, tune
 from appliance.runtime import Candidate
 from appliance.store.store import Store
 from appliance.store.tuning_requests import TuningRequest, TuningRequests
@@ -27,7 +27,7 @@ from appliance.store.worklist import Worklist
 from appliance.tuning.selection import Plan
 from tests.integration.appliance.inference.test_batch_job import chest, reader, take
 from tests.integration.appliance.tuning.test_tune import command
-from tests.support.activation_box import Box, end_workers, finish_with, provers, watched, worker, write_settings
+from tests.support.activation_box import Box, end_workers, finish_with, self_tests, watched, worker, write_settings
 from tests.support.library_site import tiny_bundle
 from tests.support.tune_box import add_variant, wrong
 
@@ -42,7 +42,7 @@ def nothing_is_left() -> Iterator[None]:
     """No worker, no proof."""
     yield
     end_workers()
-    assert not provers()
+    assert not self_tests()
 
 
 @pytest.fixture
@@ -365,7 +365,7 @@ def test_going_back_by_hand_measures_what_it_goes_back_to(tmp_path: Path, store:
     box = Box(tmp_path, quick)
     old = box.first()
     activate(quick, box.bundle("1.1.0"), "test")
-    assert rollback(quick, None, "test") == old
+    assert roll_back(quick, None, "test") == old
     report = report_of(quick, old)
     assert (report["reason"]["code"] in MEASURED, bool(report["table"])) == (True, True)
     quick.close()

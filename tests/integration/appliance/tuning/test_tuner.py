@@ -15,8 +15,8 @@ import pytest
 from appliance.runtime import CPU
 from appliance.runtime.availability import Availability
 from appliance.tuning import budget as budgets
-from appliance.tuning.candidate_process import Attempt
-from appliance.tuning.selection import Choice, Row
+from appliance.tuning.candidate_process import CandidateProcess
+from appliance.tuning.selection import CandidateResult, Selection
 from appliance.tuning.tuner import Limits, tune
 from tests.support.processes import children_running
 from tests.support.tune_box import endless, network, right_at_the_end, rolled, same_to_all, subject, wrong_where_odd
@@ -37,12 +37,12 @@ def no_child_is_left() -> Iterator[None]:
     assert not running()
 
 
-def measured(what: Any, limits: Limits = LIMITS) -> Choice:
+def measured(what: Any, limits: Limits = LIMITS) -> Selection:
     """Tune with one thread."""
     return tune(what, threads=1, runtimes=ORT, limits=limits)
 
 
-def row_of(choice: Choice, file: str, batch: int = 1) -> Row:
+def row_of(choice: Selection, file: str, batch: int = 1) -> CandidateResult:
     """One line of the table."""
     (row,) = (row for row in choice.table if (row.candidate.file, row.candidate.batch) == (file, batch))
     return row
@@ -53,9 +53,9 @@ Call = Callable[[dict[str, Any], int], bool]
 
 def before_each_time(monkeypatch: pytest.MonkeyPatch, dies: Call) -> Counter[str]:
     """Count the calls that time a candidate; end its process by SIGSEGV before those for which ``dies(candidate, number)`` is true."""
-    real, calls = Attempt.time, Counter[str]()
+    real, calls = CandidateProcess.time, Counter[str]()
 
-    def time(self: Attempt, tensor: Any, repeat: int) -> list[float]:
+    def time(self: CandidateProcess, tensor: Any, repeat: int) -> list[float]:
         candidate: Any = self._order["candidate"]
         key = f"{candidate['file']} {candidate['batch']}"
         calls[key] += 1
@@ -64,7 +64,7 @@ def before_each_time(monkeypatch: pytest.MonkeyPatch, dies: Call) -> Counter[str
             os.kill(self.pid, signal.SIGSEGV)
         return real(self, tensor, repeat)
 
-    monkeypatch.setattr(Attempt, "time", time)
+    monkeypatch.setattr(CandidateProcess, "time", time)
     return calls
 
 
@@ -184,13 +184,13 @@ def test_what_is_held_open_at_once_has_a_cap(tmp_path: Path, monkeypatch: pytest
     files = [f"fp32-{name}.onnx" for name in "abcd"]
     for file in files:
         network(tmp_path / file)
-    real, held = Attempt.load, []
+    real, held = CandidateProcess.load, []
 
-    def load(self: Attempt) -> dict[str, Any]:
+    def load(self: CandidateProcess) -> dict[str, Any]:
         held.append(len(running()))
         return real(self)
 
-    monkeypatch.setattr(Attempt, "load", load)
+    monkeypatch.setattr(CandidateProcess, "load", load)
     choice = measured(subject(tmp_path, files), Limits(seconds=120.0, measuring_s=60.0, held_bytes=1))
     assert len(held) >= len(files)
     assert max(held) == 1  # the fastest so far, beside the one that is loaded now

@@ -17,9 +17,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from appliance.core.domain import Note
 from appliance.core.errors import ActivationError
+from appliance.core.self_test_report import SelfTestReport
 from appliance.core.settings import Settings
-from appliance.lifecycle.journal import MAX_ATTEMPTS, Journal, Wanted
-from appliance.lifecycle.journal_queries import PROVING
+from appliance.core.states import PENDING_STATES, ActivationState
+from appliance.lifecycle.journal import MAX_ATTEMPTS, ActivationRequest, Journal
 from appliance.lifecycle.model_control import reference_bundle
 from appliance.store.database import Database
 from appliance.store.store import Store
@@ -28,7 +29,7 @@ from model_sync.bundle import Manifest
 LINE = "cxr-pneumonia"
 VERSIONS = tuple(f"1.{number}.0" for number in range(5))
 MANIFEST = Manifest.parse((reference_bundle() / "manifest.json").read_bytes())
-REPORT = {"precision": "fp32", "runtime": "onnxruntime 1", "median_ms": 1.0}
+REPORT = SelfTestReport(precision="fp32", runtime="onnxruntime 1", median_ms=1.0)
 
 
 VERSIONS_DIGESTS = {version.replace(".", "").zfill(64) for version in VERSIONS}
@@ -99,35 +100,35 @@ class Life(RuleBasedStateMachine):
 
     @rule(version=st.sampled_from(VERSIONS), purpose=st.sampled_from(["activate", "activate", "rollback"]), kill=KILL)
     def enter(self, version: str, purpose: Any, kill: str) -> None:
-        if self.journal.barred(LINE, version) is None:
-            wish = Wanted(LINE, version, digest(version), "hand", Path("/nowhere"), "test", None, purpose)
-            self.do(lambda: self.journal.enter(wish), kill)
+        if self.journal.find_restriction(LINE, version) is None:
+            wish = ActivationRequest(LINE, version, digest(version), "hand", Path("/nowhere"), "test", None, purpose)
+            self.do(lambda: self.journal.start(wish), kill)
 
     def coming(self) -> Any:
-        return self.journal.coming()
+        return self.journal.pending()
 
     @precondition(lambda self: self.coming() is not None)
     @rule(kill=KILL)
     def begin(self, kill: str) -> None:
-        self.do(lambda: self.journal.begin(self.coming()["id"]), kill)
+        self.do(lambda: self.journal.begin_attempt(self.coming()["id"]), kill)
 
     @precondition(lambda self: self.coming() is not None)
     @rule(kill=KILL)
     def prove(self, kill: str) -> None:
         number = self.coming()["id"]
-        for state in ("building", "self-test"):
-            self.do(lambda state=state: self.journal.advance(number, state), kill)
-        self.do(lambda: self.journal.proved(number, REPORT), kill)
+        for state in (ActivationState.BUILDING, ActivationState.SELF_TEST):
+            self.do(lambda state=state: self.journal.set_state(number, state), kill)
+        self.do(lambda: self.journal.record_self_test(number, REPORT), kill)
 
     @precondition(lambda self: self.coming() is not None and self.coming()["self_test"])
     @rule(kill=KILL)
     def switch(self, kill: str) -> None:
         row = self.coming()
         manifest = MANIFEST.model_copy(update={"version": row["version"]})
-        forbidden = self.journal.barred(LINE, row["version"])
+        forbidden = self.journal.find_restriction(LINE, row["version"])
         self.do(lambda: self.journal.switch(row["id"], manifest), kill)
         if forbidden:
-            assert self.journal.row(row["id"])["state"] in PROVING
+            assert self.journal.row(row["id"])["state"] in PENDING_STATES
 
     @precondition(lambda self: self.coming() is not None)
     @rule(kill=KILL)
@@ -135,7 +136,7 @@ class Life(RuleBasedStateMachine):
         self.do(lambda: self.journal.fail(self.coming()["id"], Note("model.self_test")), kill)
 
     def trial(self) -> Any:
-        return next((row for row in self.journal.watched() if row["state"] == "trial"), None)
+        return next((row for row in self.journal.monitored() if row["state"] == "trial"), None)
 
     def successor(self, name_digest: str) -> str | None:
         return next((row["digest"] for row in self.journal.successors(LINE, name_digest)), None)
@@ -144,7 +145,7 @@ class Life(RuleBasedStateMachine):
     @rule(kill=KILL)
     def pass_trial(self, kill: str) -> None:
         row = self.trial()
-        self.do(lambda: self.journal.passed(row["id"], json.loads(row["trial"])), kill)
+        self.do(lambda: self.journal.complete_trial(row["id"], json.loads(row["trial"])), kill)
 
     @precondition(lambda self: self.trial() is not None)
     @rule(kill=KILL)
@@ -154,18 +155,18 @@ class Life(RuleBasedStateMachine):
 
     @rule(minimum=st.sampled_from(VERSIONS), gone=st.sets(st.sampled_from(VERSIONS), max_size=1), kill=KILL)
     def restrict(self, minimum: str, gone: set[str], kill: str) -> None:
-        self.do(lambda: self.journal.restrict(LINE, minimum, dict.fromkeys(gone, "why")), kill)
+        self.do(lambda: self.journal.record_restrictions(LINE, minimum, dict.fromkeys(gone, "why")), kill)
 
     @rule(kill=KILL)
     def guard(self, kill: str) -> None:
         """What the worker does at its start and with every tick."""
-        for model, note in self.journal.withdrawn():
+        for model, note in self.journal.find_withdrawn():
             self.do(lambda m=model, n=note: self.journal.withdraw(m["digest"], n, self.successor(m["digest"])), kill)
 
     @rule(kill=KILL)
     def restart(self, kill: str) -> None:
         def start() -> None:
-            for row in self.journal.worker_fell(VERSIONS_DIGESTS):
+            for row in self.journal.count_worker_crash(VERSIONS_DIGESTS):
                 self.journal.roll_back(row["id"], Note("activation.reboot_loop"), self.successor(row["digest"]))
 
         self.do(start, kill)
@@ -208,7 +209,7 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def attempts_end(self) -> None:
-        assert all(row["attempts"] <= MAX_ATTEMPTS for row in self.rows("activations") if row["state"] in PROVING)
+        assert all(row["attempts"] <= MAX_ATTEMPTS for row in self.rows("activations") if row["state"] in PENDING_STATES)
 
     @invariant()
     def an_end_stays_an_end(self) -> None:

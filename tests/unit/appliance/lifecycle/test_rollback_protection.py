@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from appliance.core.settings import Settings
-from appliance.lifecycle.rollback_protection import Floor
-from appliance.lifecycle.trust_facts import Facts
+from appliance.lifecycle.rollback_protection import RollbackProtection
+from appliance.lifecycle.trust_facts import TrustFacts
 from appliance.store.store import Store
 
 LINE, OTHER = "cxr-pneumonia", "bone-age"
@@ -33,22 +33,22 @@ def box(settings: Settings, root: Path) -> Iterator[Store]:
     made.close()
 
 
-def facts(minimum: str = "1.0.0", withdrawn: tuple[str, ...] = (), days: float = 7.0, now: datetime | None = None) -> Facts:
+def facts(minimum: str = "1.0.0", withdrawn: tuple[str, ...] = (), days: float = 7.0, now: datetime | None = None) -> TrustFacts:
     now = now or NOW
     until = (now + timedelta(days=days)).isoformat()
     line = {"minimum_version": minimum, "versions": {"1.5.0": DIGEST, "2.0.0": DIGEST}, "valid_until": until}
     other = line | {"minimum_version": "1.0.0"}
     lines = {LINE: line | {"withdrawn": {version: {"reason": "x"} for version in withdrawn}}, OTHER: other}
-    return Facts.model_validate({"ok": True, "now": now.isoformat(), "valid_until": until, "lines": lines})
+    return TrustFacts.model_validate({"ok": True, "now": now.isoformat(), "valid_until": until, "lines": lines})
 
 
-def code(held: Facts, line: str = LINE, version: str = "2.0.0") -> str:
-    refused = held.refusal(line, version, DIGEST)
+def code(held: TrustFacts, line: str = LINE, version: str = "2.0.0") -> str:
+    refused = held.find_refusal(line, version, DIGEST)
     return refused.code if refused else ""
 
 
-def hold(box: Store, given: Facts, clock: datetime | None = None) -> Facts:
-    return Floor.load(box).hold(given, clock or NOW)
+def hold(box: Store, given: TrustFacts, clock: datetime | None = None) -> TrustFacts:
+    return RollbackProtection.load(box).check(given, clock or NOW)
 
 
 def test_a_line_that_says_less_than_before_brings_nothing_new(box: Store) -> None:
@@ -85,5 +85,5 @@ def test_a_new_root_begins_anew(box: Store, root: Path) -> None:
 
 
 def test_what_is_not_verified_moves_nothing(box: Store) -> None:
-    hold(box, Facts(ok=False, code="trust.signature"))
-    assert Floor.load(box).lines == {}
+    hold(box, TrustFacts(ok=False, code="trust.signature"))
+    assert RollbackProtection.load(box).lines == {}

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appliance.lifecycle.trial_monitor import LATENCY_FLOOR_MS, Statistics, is_over, out_of_bounds, stability_index
+from appliance.lifecycle.trial_monitor import LATENCY_FLOOR_MS, Statistics, find_violation, is_over, stability_index
 from model_sync.bundle import ScoreHistogram, Watch
 
 EDGES = [number / 10 for number in range(11)]
@@ -40,17 +40,17 @@ def seen(cases: int = 100, failures: int = 0, latency_ms: float | None = 1.0, dr
     ],
 )
 def test_bounds_of_the_manifest(statistics: Statistics, code: str | None) -> None:
-    note = out_of_bounds(statistics, Watch(), 1.0)
+    note = find_violation(statistics, Watch(), 1.0)
     assert (note.code if note else None) == code
 
 
 def test_latency_is_a_multiple_of_the_self_tests() -> None:
-    assert out_of_bounds(seen(latency_ms=499), Watch(), 100.0) is None
-    assert out_of_bounds(seen(latency_ms=501), Watch(), 100.0)
+    assert find_violation(seen(latency_ms=499), Watch(), 100.0) is None
+    assert find_violation(seen(latency_ms=501), Watch(), 100.0)
 
 
 def test_no_drift_is_judged_where_the_manifest_says_so() -> None:
-    assert out_of_bounds(seen(drift=99.0), Watch(max_score_drift=None), 1.0) is None
+    assert find_violation(seen(drift=99.0), Watch(max_score_drift=None), 1.0) is None
 
 
 @pytest.mark.parametrize(

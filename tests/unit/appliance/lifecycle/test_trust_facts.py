@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appliance.core.child_process import Child, plain
+from appliance.core.child_process import Child, printable_text
 from appliance.lifecycle.journal import Journal
-from appliance.lifecycle.journal_queries import LASTING
-from appliance.lifecycle.library_follower import learn
-from appliance.lifecycle.trust_facts import Facts
+from appliance.lifecycle.journal_queries import PERMANENT_FAILURES
+from appliance.lifecycle.library_follower import apply_facts
+from appliance.lifecycle.trust_facts import TrustFacts
 from appliance.store.store import Store
 
 LINE, OTHER = "cxr-pneumonia", "bone-age"
@@ -49,20 +49,20 @@ ODD: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", ODD)
 def test_a_line_that_does_not_fit_is_a_trouble_of_its_own(store: Store, name: str) -> None:
-    facts = Facts.parse(said(cxr_pneumonia=GOOD, bone_age=ODD[name]))
+    facts = TrustFacts.parse(said(cxr_pneumonia=GOOD, bone_age=ODD[name]))
     journal = Journal(store)
     for _ in range(3):
-        learn(store, journal, facts)
-    barred = journal.barred(LINE, "1.1.0")
+        apply_facts(store, journal, facts)
+    barred = journal.find_restriction(LINE, "1.1.0")
     assert barred
     assert "漏诊气胸" in barred.detail
-    assert journal.barred(LINE, "0.9.0")
+    assert journal.find_restriction(LINE, "0.9.0")
     assert alarms(store) == [(OTHER, "trust.document", 8)]  # once, and of that line alone
-    refused = facts.refusal(OTHER, "1.0.0", "a" * 64)
+    refused = facts.find_refusal(OTHER, "1.0.0", "a" * 64)
     assert refused
     assert refused.code == "trust.document"
-    assert facts.refusal(LINE, "1.0.0", "a" * 64) is None
-    learn(store, journal, Facts.parse(said(cxr_pneumonia=GOOD, bone_age=GOOD)))
+    assert facts.find_refusal(LINE, "1.0.0", "a" * 64) is None
+    apply_facts(store, journal, TrustFacts.parse(said(cxr_pneumonia=GOOD, bone_age=GOOD)))
     assert alarms(store)[1:] == [(OTHER, "", 0)]
 
 
@@ -70,8 +70,8 @@ def test_a_reason_of_any_length_and_kind_is_cut_and_holds(store: Store) -> None:
     for number, reason in enumerate(["x" * 5_000_000, "\ud800", "\x1b[2J\x00", 7, ["漏"]]):
         journal, line = Journal(store), f"line-{number}"
         text = json.dumps(json.loads(said()) | {"lines": {line: GOOD | {"withdrawn": {"1.1.0": {"reason": reason}}}}})
-        learn(store, journal, Facts.parse(text))
-        barred = journal.barred(line, "1.1.0")
+        apply_facts(store, journal, TrustFacts.parse(text))
+        barred = journal.find_restriction(line, "1.1.0")
         assert barred
         assert barred.code == "model.withdrawn"
         assert len(barred.detail) < 400
@@ -81,7 +81,7 @@ def test_a_reason_of_any_length_and_kind_is_cut_and_holds(store: Store) -> None:
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", "[" * 100_000, '{"ok": true, "lines": 3}', '{"lines": {}}', '{"ok":1,"now":"x"}'])
 def test_what_is_no_answer_is_none(text: str) -> None:
     with pytest.raises(ValueError):
-        Facts.parse(text)
+        TrustFacts.parse(text)
 
 
 _json = st.recursive(
@@ -91,22 +91,22 @@ _json = st.recursive(
 
 @given(_json, st.sampled_from(sorted(GOOD)))
 def test_whatever_one_line_says_the_other_is_learnt(value: Any, field: str) -> None:
-    facts = Facts.parse(said(cxr_pneumonia=GOOD, bone_age=GOOD | {field: value}))
+    facts = TrustFacts.parse(said(cxr_pneumonia=GOOD, bone_age=GOOD | {field: value}))
     assert set(facts.lines[LINE].withdrawn) == {"1.1.0"}
     assert (OTHER in facts.lines) != (OTHER in facts.troubles)
 
 
 def test_each_line_is_judged_by_its_own_expiry() -> None:
     past = GOOD | {"expired": True}
-    facts = Facts.parse(json.dumps(json.loads(said(cxr_pneumonia=GOOD, bone_age=past)) | {"expired": True}))
-    assert facts.refusal(LINE, "1.0.0", "a" * 64) is None
-    refused = facts.refusal(OTHER, "1.0.0", "a" * 64)
+    facts = TrustFacts.parse(json.dumps(json.loads(said(cxr_pneumonia=GOOD, bone_age=past)) | {"expired": True}))
+    assert facts.find_refusal(LINE, "1.0.0", "a" * 64) is None
+    refused = facts.find_refusal(OTHER, "1.0.0", "a" * 64)
     assert refused
     assert refused.code == "trust.expired"
     assert set(facts.lines[OTHER].withdrawn) == {"1.1.0"}
     without = {key: value for key, value in GOOD.items() if key != "expired"}
-    facts = Facts.parse(json.dumps(json.loads(said(cxr_pneumonia=without)) | {"expired": True}))
-    refused = facts.refusal(LINE, "1.0.0", "a" * 64)  # of a line that does not say, all of it counts
+    facts = TrustFacts.parse(json.dumps(json.loads(said(cxr_pneumonia=without)) | {"expired": True}))
+    refused = facts.find_refusal(LINE, "1.0.0", "a" * 64)  # of a line that does not say, all of it counts
     assert refused
     assert refused.code == "trust.expired"
 
@@ -125,16 +125,16 @@ def test_a_child_that_says_much_is_heard_and_one_that_says_too_much_is_ended(tmp
 
 
 def test_text_of_another_process_is_whole_and_short() -> None:
-    assert plain("\ud800漏\n\x1b", 10) == "?漏  "
-    assert plain("x" * 10, 3) == "xxx"
-    assert "trust.document" not in LASTING  # once its line is mended the version is taken
+    assert printable_text("\ud800漏\n\x1b", 10) == "?漏  "
+    assert printable_text("x" * 10, 3) == "xxx"
+    assert "trust.document" not in PERMANENT_FAILURES  # once its line is mended the version is taken
 
 
 def test_a_line_that_was_not_received_is_a_trouble_only_where_it_is_known(store: Store) -> None:
     missing = json.dumps(json.loads(said()) | {"troubles": {LINE: {"code": "trust.missing", "message": "x"}}})
-    learn(store, Journal(store), Facts.parse(missing))
+    apply_facts(store, Journal(store), TrustFacts.parse(missing))
     assert alarms(store) == []
-    learn(store, Journal(store), Facts.parse(said(cxr_pneumonia=GOOD)))
-    learn(store, Journal(store), Facts.parse(missing))
+    apply_facts(store, Journal(store), TrustFacts.parse(said(cxr_pneumonia=GOOD)))
+    apply_facts(store, Journal(store), TrustFacts.parse(missing))
     assert alarms(store) == [(LINE, "trust.missing", 8)]
     assert Journal(store).barred(LINE, "1.1.0")  # what was learnt stays in force

@@ -73,7 +73,7 @@ def test_library_that_fails_says_why_and_harms_nobody(tmp_path: Path, monkeypatc
 def test_library_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken_package(tmp_path, "openvino", "import time; time.sleep(600)")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    monkeypatch.setattr(availability, "_ASK_S", 3.0)
+    monkeypatch.setattr(availability, "_PROBE_S", 3.0)
     assert asked("openvino").why == "did not answer in 3 s"
 
 
@@ -94,7 +94,7 @@ def test_gpu_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     "said", [b"", b"{", b"[]", b"null", b"[" * 100000, b'{"providers": 3}', b'{"providers": [], "why": ""}', b"\xff\xfe"]
 )
 def test_answer_that_is_none(said: bytes) -> None:
-    assert "crashes" in availability._understood("openvino", said, -11).why
+    assert "crashes" in availability._parse_answer("openvino", said, -11).why
 
 
 class Driver:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.core.errors import InferenceError
+from appliance.core.self_test_report import SelfTestReport
 from appliance.runtime import RUNTIMES, Candidate
 from appliance.tuning.selection import Plan
 
@@ -42,7 +43,7 @@ def test_what_is_none_of_ours_is_refused(change: dict[str, Any]) -> None:
         Candidate.from_json(stored)
     assert caught.value.code == "job.error"
     report = {"choice": stored, "reason": {"code": "choice.measured", "detail": ""}, "table": []}
-    assert Plan.of("fp32", report) == Plan("fp32")  # the plain way, which says that nothing was measured
+    assert Plan.of("fp32", SelfTestReport.from_json(report)) == Plan("fp32")  # the baseline
 
 
 @given(ANYTHING | st.fixed_dictionaries(dict.fromkeys(STORED, ANYTHING)))

@@ -11,7 +11,7 @@ import pytest
 
 from appliance.core.errors import InferenceError
 from appliance.runtime import cuda as module
-from appliance.runtime.cuda import Cuda, Holding
+from appliance.runtime.cuda import Cuda, GpuResources
 from tests.support.trt_stand_in import CudaError, StandInCuda
 
 bindings = pytest.importorskip("cuda.bindings.runtime", reason="no wheel of cuda-bindings for this machine")
@@ -45,7 +45,7 @@ def test_errors_that_mean_memory_or_no_gpu_are_errors_of_cuda() -> None:
         lambda cuda: cuda.stream(),
         lambda cuda: cuda.call("cudaMalloc", 16),
         lambda cuda: cuda.call("cudaMallocHost", 16),
-        lambda cuda: Holding(cuda).transfer((1, 4), np.dtype(np.float32)),
+        lambda cuda: GpuResources(cuda).transfer((1, 4), np.dtype(np.float32)),
     ],
 )
 def test_no_gpu_is_said_by_whatever_is_called(call: Callable[[Cuda], Any]) -> None:
@@ -86,7 +86,7 @@ def test_graph_of_cuda_11_is_instantiated_too() -> None:
 
 def test_what_is_held_is_freed_once_and_backwards() -> None:
     stand_in = StandInCuda()
-    holding = Holding(Cuda(stand_in))
+    holding = GpuResources(Cuda(stand_in))
     stream = holding.keep("cudaStreamDestroy", Cuda(stand_in).stream())
     holding.transfer((2, 3), np.dtype(np.float32))
     stand_in.order.clear()

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from appliance.runtime import engine_cache
-from appliance.runtime.engine_cache import DeviceProfile
+from appliance.runtime.engine_cache import EngineProfile
 from tests.conftest import ROOT
 
-PROFILE = DeviceProfile("NVIDIA Orin", "8.7", "10.3.0", "R36.4.3", "fp16", 4, (1, 224, 224), 2, "ab" * 32)
+PROFILE = EngineProfile("NVIDIA Orin", "8.7", "10.3.0", "R36.4.3", "fp16", 4, (1, 224, 224), 2, "ab" * 32)
 ENGINE = bytes(range(256)) * 40
 
 
@@ -33,8 +33,8 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
 
 
 def test_nothing_there_is_no_reason(tmp_path: Path) -> None:
-    assert engine_cache.read(tmp_path, PROFILE) == engine_cache.Found(b"")
-    assert engine_cache.read(tmp_path / "absent", PROFILE) == engine_cache.Found(b"")
+    assert engine_cache.read(tmp_path, PROFILE) == engine_cache.CacheEntry(b"")
+    assert engine_cache.read(tmp_path / "absent", PROFILE) == engine_cache.CacheEntry(b"")
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_engine_of_another_box_is_rebuilt(tmp_path: Path, change: dict[str, str]
 def test_another_model_or_way_is_another_file(tmp_path: Path, change: dict[str, object]) -> None:
     engine_cache.write(tmp_path, PROFILE, ENGINE, {})
     other = replace(PROFILE, **change)  # type: ignore[arg-type]
-    assert engine_cache.read(tmp_path, other) == engine_cache.Found(b"")
+    assert engine_cache.read(tmp_path, other) == engine_cache.CacheEntry(b"")
     assert other.file_name != PROFILE.file_name
 
 
@@ -83,7 +83,7 @@ def test_key_covers_every_field() -> None:
     keys = {replace(PROFILE, **change).key for change in changes}  # type: ignore[arg-type]
     assert len(keys | {PROFILE.key}) == 10
     assert len(changes) == len(PROFILE.to_json())
-    assert DeviceProfile.from_json(PROFILE.to_json()) == PROFILE
+    assert EngineProfile.from_json(PROFILE.to_json()) == PROFILE
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -193,8 +193,8 @@ def test_what_a_killed_build_left_goes_with_the_next_and_at_the_next_sweep(tmp_p
     """A deadline or a power cut: the directory stays, with hundreds of megabytes in it."""
     code = (
         "import os, signal, sys, pathlib\n"
-        "from appliance.runtime import engines\n"
-        "with engines.workplace(pathlib.Path(sys.argv[1])) as own:\n"
+        "from appliance.runtime import engine_cache\n"
+        "with engine_cache.build_directory(pathlib.Path(sys.argv[1])) as own:\n"
         "    (own / 'engine').write_bytes(b'half')\n"
         "    print(own.name, flush=True)\n"
         "    sys.stdin.read() or os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -206,13 +206,13 @@ def test_what_a_killed_build_left_goes_with_the_next_and_at_the_next_sweep(tmp_p
     left = tmp_path / child.stdout.readline().strip()
     os.utime(left, (1, 1))
     assert engine_cache.sweep(tmp_path, []) == []  # somebody is at work in it
-    with engine_cache.workplace(tmp_path):
+    with engine_cache.build_directory(tmp_path):
         assert left.is_dir()
     child.stdin.close()
     assert child.wait(30) == -signal.SIGKILL
     child.stdout.close()
     assert left.is_dir()
-    with engine_cache.workplace(tmp_path) as own:
+    with engine_cache.build_directory(tmp_path) as own:
         assert [path.name for path in tmp_path.iterdir()] == [own.name]
     assert list(tmp_path.iterdir()) == []
 

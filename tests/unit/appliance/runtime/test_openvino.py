@@ -16,7 +16,7 @@ import pytest
 
 from appliance.core.errors import InferenceError
 from appliance.lifecycle import model_files
-from appliance.lifecycle.self_test_child import Order, _sweep_engines
+from appliance.lifecycle.self_test_child import SelfTestRequest, _sweep_engines
 from appliance.runtime import Candidate, open_runtime, openvino_cache
 from appliance.runtime.engine_cache import pack, sweep, unpack
 from appliance.runtime.openvino import OpenVinoRuntime, import_openvino
@@ -120,7 +120,7 @@ def test_half_precision_runs_and_says_in_what(model: Path, tmp_path: Path) -> No
 
 def test_one_model_for_an_image_and_one_for_the_batch(model: Path) -> None:
     heard: list[float] = []
-    runtime = open_runtime(model, Spec(), candidate(batch=4), told=heard.append)
+    runtime = open_runtime(model, Spec(), candidate(batch=4), on_progress=heard.append)
     assert heard == [0.5, 1.0]
     tensor = networks.pictures(11)
     assert runtime.infer({"image": tensor})["probability"].shape == (11, 2)
@@ -210,13 +210,13 @@ def test_no_more_than_four_are_kept_of_one_file_and_those_used_last(model: Path,
 def test_a_proof_sweeps_what_was_built_for_models_that_are_gone(tmp_path: Path) -> None:
     source = ModelBundle.load(ROOT / "appliance" / "bundles" / "cxr-pneumonia")
     model_files.install(tmp_path, source.directory, source.digest, lambda _: None)
-    cache = model_files.engines(tmp_path)
+    cache = model_files.engine_dir(tmp_path)
     cache.mkdir()
     (kept, *_) = (variant.sha256 for variant in source.manifest.variants)
     for digest in (kept, "0" * 64):
         for suffix in ("engine", "compiled"):
             (cache / f"{digest[:16]}-{'1' * 16}.{suffix}").write_bytes(b"x")
-    _sweep_engines(Order(tmp_path, source.directory, source.digest, None, 1, 1 << 30, ["f" * 64], 1))
+    _sweep_engines(SelfTestRequest(tmp_path, source.directory, source.digest, None, 1, 1 << 30, ["f" * 64], 1))
     assert {path.name[:16] for path in cache.iterdir()} == {kept[:16]}
 
 

@@ -16,7 +16,7 @@ from appliance.core.errors import InferenceError
 from appliance.runtime import Candidate, Runtime, open_runtime
 from appliance.runtime.availability import available
 from appliance.runtime.cpu_features import saturates
-from appliance.tuning.candidate_process import Attempt
+from appliance.tuning.candidate_process import CandidateProcess
 from tests.support import small_networks as networks
 
 BATCH = 4
@@ -322,10 +322,10 @@ def test_same_answers_in_a_process_of_its_own(way: Way, models: dict[str, Path],
     tensor = networks.pictures(2)
     expected = opened.infer({"image": tensor})
     if precision == "int8" and way.has_no_int8():
-        with Attempt(models[precision], Spec(), way.candidate(precision, batch=BATCH), deadline_s=120) as attempt:
+        with CandidateProcess(models[precision], Spec(), way.candidate(precision, batch=BATCH), deadline_s=120) as attempt:
             check_int8_refusal(attempt.load)
         return
-    with Attempt(models[precision], Spec(), way.candidate(precision, batch=BATCH), deadline_s=120) as attempt:
+    with CandidateProcess(models[precision], Spec(), way.candidate(precision, batch=BATCH), deadline_s=120) as attempt:
         there, here = attempt.load(), opened.describe()
         steady = set(here) - {"build", "cuda_graph", "cuda_graph_why"}  # TensorRT's are of this load and this batch
         assert {name: there[name] for name in steady} == {name: here[name] for name in steady}
@@ -340,6 +340,6 @@ def test_too_little_memory_ends_the_attempt_and_nothing_else(way: Way, shared: P
     if way.runtime == "tensorrt":
         pytest.skip("its memory is the GPU's, and its batch 16 at most: tests/hardware")
     path = shared / "models" / "cxr_pneumonia" / "cxr_pneumonia_fp32.onnx"
-    attempt = Attempt(path, Spec("image", (1, 224, 224)), way.candidate(batch=64), deadline_s=120, memory_bytes=memory_mib << 20)
+    attempt = CandidateProcess(path, Spec("image", (1, 224, 224)), way.candidate(batch=64), deadline_s=120, memory_bytes=memory_mib << 20)
     error = refusal(attempt.load)
     assert error.code == "runtime.memory", error

@@ -16,7 +16,7 @@ from appliance.core import device_profile
 from appliance.core.errors import InferenceError
 from appliance.runtime import Candidate, engine_cache, trt_build
 from appliance.runtime.tensorrt import TensorRtRuntime
-from appliance.runtime.trt_compat import TrtSeam
+from appliance.runtime.trt_compat import TrtCompat
 from tests.support.trt_stand_in import VERSIONS, CudaError, StandInCuda, stand_in
 
 MODEL = {"input": "image", "shape": [-1, 1, 4, 4]}
@@ -35,7 +35,7 @@ class Bench:
         self.trt = stand_in(version, self.cuda)
         self.cache = tmp_path / "cache"
         self.path = tmp_path / "model.onnx"
-        self.builds: list[trt_build.Order] = []
+        self.builds: list[trt_build.BuildRequest] = []
         self.model()
 
     def model(self, **how: Any) -> None:
@@ -43,19 +43,19 @@ class Bench:
 
     def runtime(self, batch: int = 4, provider: str = "GPU:0", **how: Any) -> TensorRtRuntime:
         candidate = Candidate("tensorrt", "model.onnx", "fp16", provider, batch=batch)
-        return TensorRtRuntime(candidate, tensorrt=lambda: TrtSeam(self.trt), bindings=self.cuda, **how)
+        return TensorRtRuntime(candidate, tensorrt=lambda: TrtCompat(self.trt), bindings=self.cuda, **how)
 
     def loaded(self, batch: int = 4, **how: Any) -> TensorRtRuntime:
         runtime = self.runtime(batch, **how)
         runtime.load(self.path, Spec(), cache=self.cache)
         return runtime
 
-    def build(self, order: trt_build.Order, **_: Any) -> dict[str, Any]:
+    def build(self, order: trt_build.BuildRequest, **_: Any) -> dict[str, Any]:
         self.builds.append(order)
-        seam = TrtSeam(self.trt)
+        compat = TrtCompat(self.trt)
         own = self.cache / "own"
         own.mkdir(parents=True, exist_ok=True)
-        notes = trt_build.construct(seam, order, own, seam.messages(), 1 << 20, lambda _: None)
+        notes = trt_build.construct(compat, order, own, compat.messages(), 1 << 20, lambda _: None)
         engine_cache.write(order.cache, order.profile, (own / "engine").read_bytes(), notes)
         return notes
 
@@ -164,7 +164,7 @@ def test_stored_engine_that_tensorrt_does_not_take_is_rebuilt_once(bench: Bench)
     whole = json.dumps(MODEL | {"range": [1, 4], "stale": True}).encode()
     bench.model()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_cache, "read", _first(engine_cache.Found(whole, notes={"batch": 4}), engine_cache.read))
+        patch.setattr(engine_cache, "read", _first(engine_cache.CacheEntry(whole, notes={"batch": 4}), engine_cache.read))
         said = bench.loaded().describe()["engine"]
     assert said.startswith("rebuilt: the stored engine was not taken (TensorRT: Serialization assertion")
     assert profile.precision == "fp16"

@@ -18,9 +18,9 @@ import pytest
 
 from appliance.core.errors import InferenceError
 from appliance.runtime import Candidate, engine_cache, trt_build
-from appliance.runtime.engine_cache import DeviceProfile
+from appliance.runtime.engine_cache import EngineProfile
 from appliance.runtime.tensorrt import TensorRtRuntime
-from appliance.runtime.trt_build import Order, explain_build, explain_parse
+from appliance.runtime.trt_build import BuildRequest, explain_build, explain_parse
 from appliance.runtime.trt_compat import ParseError
 from tests.support import trt_stand_in
 from tests.support.paths import ROOT
@@ -36,14 +36,14 @@ class Yard:
         trt_stand_in.lay(self.packages, version)
         monkeypatch.setenv("PYTHONPATH", f"{self.packages}:{ROOT}")
         self.version = version
-        self.profile = DeviceProfile("NVIDIA Stand-in", "8.7", version, "580", "fp16", 4, (1, 4, 4), 2, "ab" * 32)
+        self.profile = EngineProfile("NVIDIA Stand-in", "8.7", version, "580", "fp16", 4, (1, 4, 4), 2, "ab" * 32)
 
-    def build(self, deadline_s: float = 60.0, told: Any = None, profile: DeviceProfile | None = None, **how: Any) -> dict[str, Any]:
+    def build(self, deadline_s: float = 60.0, on_progress: Any = None, profile: EngineProfile | None = None, **how: Any) -> dict[str, Any]:
         self.path.write_text(json.dumps(MODEL | how))
-        order = Order(self.path, "image", profile or self.profile, self.cache)
-        return trt_build.build(order, deadline_s=deadline_s, told=told)
+        order = BuildRequest(self.path, "image", profile or self.profile, self.cache)
+        return trt_build.build(order, deadline_s=deadline_s, on_progress=on_progress)
 
-    def engine(self, profile: DeviceProfile | None = None) -> dict[str, Any]:
+    def engine(self, profile: EngineProfile | None = None) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(engine_cache.read(self.cache, profile or self.profile).data)
         return found
 
@@ -64,9 +64,9 @@ def old_yard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Yard:
 
 
 def test_builds_with_progress_of_the_monitor(yard: Yard) -> None:
-    told: list[float] = []
-    notes = yard.build(told=told.append)
-    assert 0.5 in told
+    parts: list[float] = []
+    notes = yard.build(on_progress=parts.append)
+    assert 0.5 in parts
     assert notes.pop("build_s") > 0
     assert notes == {"batch": 4, "dynamic": True, "workspace_bytes": 2 << 30, "progress": "monitor", "timings": "new"}
     made = yard.engine()
@@ -76,11 +76,11 @@ def test_builds_with_progress_of_the_monitor(yard: Yard) -> None:
 
 
 def test_on_86_progress_is_the_time_that_is_over_and_said_to_be(old_yard: Yard) -> None:
-    told: list[float] = []
-    notes = old_yard.build(told=told.append, takes_s=0.8, deadline_s=40)
+    parts: list[float] = []
+    notes = old_yard.build(on_progress=parts.append, takes_s=0.8, deadline_s=40)
     assert notes["progress"] == "elapsed"
-    assert told == sorted(told)
-    assert 0 < told[-1] < 0.99
+    assert parts == sorted(parts)
+    assert 0 < parts[-1] < 0.99
     made = old_yard.engine()
     assert (made["network"], made["flags"]) == (0b1, ["FP16"])
 
@@ -96,8 +96,8 @@ def test_timings_of_builds_at_the_same_time_are_both_kept(yard: Yard) -> None:
     other = yard.path.with_name("other.onnx")
     other.write_text(json.dumps(MODEL | {"timing": "gemm", "takes_s": 0.5}))
     orders = [
-        Order(yard.path, "image", yard.profile, yard.cache),
-        Order(other, "image", replace(yard.profile, onnx_sha256="cd" * 32), yard.cache),
+        BuildRequest(yard.path, "image", yard.profile, yard.cache),
+        BuildRequest(other, "image", replace(yard.profile, onnx_sha256="cd" * 32), yard.cache),
     ]
     threads = [threading.Thread(target=trt_build.build, args=(order,)) for order in orders]
     for thread in threads:
@@ -135,7 +135,7 @@ def test_builder_that_dies_is_a_crash_with_its_last_words(yard: Yard, signal_nam
         yard.build(signal=signal_name, says=[["WARNING", "fusing conv1"]])
     assert caught.value.code == "runtime.crashed"
     assert yard.left() == []
-    assert engine_cache.read(yard.cache, yard.profile) == engine_cache.Found(b"")
+    assert engine_cache.read(yard.cache, yard.profile) == engine_cache.CacheEntry(b"")
 
 
 def test_builder_that_is_killed_ran_out_of_memory(yard: Yard) -> None:
@@ -173,7 +173,7 @@ def test_out_of_gpu_memory_for_a_fixed_batch(yard: Yard) -> None:
 
 def test_second_try_may_fail_for_another_reason(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [InferenceError("runtime.memory", "too much"), InferenceError("runtime.build", "assertion")]
-    monkeypatch.setattr(trt_build, "_attempt", lambda *_, **__: (_ for _ in ()).throw(answers.pop(0)))
+    monkeypatch.setattr(trt_build, "_run_builder", lambda *_, **__: (_ for _ in ()).throw(answers.pop(0)))
     with pytest.raises(InferenceError, match="assertion"):
         yard.build()
 
@@ -213,18 +213,18 @@ def test_disk_that_is_full(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_noise_on_the_builders_pipe_is_no_message() -> None:
-    ear = trt_build._Ear(None)
+    ear = trt_build._BuilderMessages(None)
     for line in (b"", b"malloc(): corrupted", b"[1, 2]", b"3", b"null", b'{"other": 1}', b"\xff\xfe", b'{"failed": {"code": "nonsense"}}'):
-        ear.line(line)
-    assert (ear.notes, ear.last_words) == (None, "")
+        ear.handle(line)
+    assert (ear.notes, ear.last_message) == (None, "")
 
 
 def test_builder_dies_with_its_parent(yard: Yard) -> None:
     yard.path.write_text(json.dumps(MODEL | {"takes_s": 100, "says": [["WARNING", "begun"]]}))
-    order = Order(yard.path, "image", yard.profile, yard.cache)
+    order = BuildRequest(yard.path, "image", yard.profile, yard.cache)
     code = (
         "import sys; from pathlib import Path; from appliance.runtime import trt_build\n"
-        "o = trt_build.Order.from_text(sys.argv[1]); trt_build.build(o, told=lambda part: print('told', flush=True))"
+        "o = trt_build.BuildRequest.from_text(sys.argv[1]); trt_build.build(o, on_progress=lambda part: print('on_progress', flush=True))"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, order.to_text()], stdout=subprocess.PIPE)
     assert parent.stdout is not None
@@ -255,10 +255,10 @@ def test_adapter_and_builder_together(yard: Yard) -> None:
     """The whole way: the adapter here, its builder in a process of its own, and the engine from the cache the second time."""
     yard.path.write_text(json.dumps(MODEL))
     cuda = trt_stand_in.StandInCuda()
-    seam = trt_build.TrtSeam(trt_stand_in.stand_in(yard.version, cuda))
+    compat = trt_build.TrtCompat(trt_stand_in.stand_in(yard.version, cuda))
     given = np.arange(48, dtype=np.float32).reshape(3, 1, 4, 4)
     for engine in ("built", "cached"):
-        runtime = TensorRtRuntime(Candidate("tensorrt", "m.onnx", "fp16", "GPU:0", batch=4), tensorrt=lambda: seam, bindings=cuda)
+        runtime = TensorRtRuntime(Candidate("tensorrt", "m.onnx", "fp16", "GPU:0", batch=4), tensorrt=lambda: compat, bindings=cuda)
         runtime.load(yard.path, SimpleNamespace(name="image", shape=(1, 4, 4)), cache=yard.cache)
         runtime.warm_up()
         assert np.array_equal(runtime.infer({"image": given})["same"], given)
@@ -268,7 +268,7 @@ def test_adapter_and_builder_together(yard: Yard) -> None:
 
 
 def said(*texts: tuple[str, str]) -> Any:
-    return SimpleNamespace(said=list(texts), errors=lambda: [text for severity, text in texts if severity != "WARNING"])
+    return SimpleNamespace(kept=list(texts), errors=lambda: [text for severity, text in texts if severity != "WARNING"])
 
 
 @pytest.mark.parametrize(
@@ -295,5 +295,5 @@ def test_parser_that_does_not_say_why() -> None:
 
 
 def test_order_survives_the_command_line(yard: Yard) -> None:
-    order = Order(yard.path, "image", yard.profile, yard.cache, gpu=1, memory_bytes=1 << 30, parent=5)
-    assert Order.from_text(order.to_text()) == order
+    order = BuildRequest(yard.path, "image", yard.profile, yard.cache, gpu=1, memory_bytes=1 << 30, parent=5)
+    assert BuildRequest.from_text(order.to_text()) == order

@@ -1,4 +1,4 @@
-"""The seam between TensorRT 8.6, 10 and 11, against the names that their real bindings have (``trt_api.json``)."""
+"""The compat between TensorRT 8.6, 10 and 11, against the names that their real bindings have (``trt_api.json``)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.core.errors import InferenceError
-from appliance.runtime.trt_compat import ParseError, Phases, TrtSeam, find, layer_types
+from appliance.runtime.trt_compat import BuildPhases, ParseError, TrtCompat, find, layer_types
 from tests.support.trt_stand_in import API, VERSIONS, StandInCuda, stand_in
 
 
-def seam_of(version: str) -> TrtSeam:
-    return TrtSeam(stand_in(version, StandInCuda()))
+def seam_of(version: str) -> TrtCompat:
+    return TrtCompat(stand_in(version, StandInCuda()))
 
 
 def network_flag(version: str, name: str) -> int:
@@ -46,9 +46,9 @@ def test_precision_flags_only_where_the_version_needs_them() -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_configuration(version: str) -> None:
-    seam = seam_of(version)
-    config = seam.trt.Builder(seam.messages()).create_builder_config()
-    seam.configure(config, "fp16", workspace_bytes=1 << 26, level=1)
+    compat = seam_of(version)
+    config = compat.trt.Builder(compat.messages()).create_builder_config()
+    compat.configure(config, "fp16", workspace_bytes=1 << 26, level=1)
     assert config._flags == ({"FP16"} if version == "8.6.0" else set())  # TF32, on as it comes, is off
     assert (config._limits, config.builder_optimization_level) == ({"WORKSPACE": 1 << 26}, 1)
     assert config.profiling_verbosity.name == "DETAILED"
@@ -71,30 +71,30 @@ def test_libraries_are_asked_themselves() -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_timings_are_attached_merged_and_refused(version: str) -> None:
-    seam = seam_of(version)
-    config = seam.trt.Builder(seam.messages()).create_builder_config()
-    assert not seam.attach_timings(config, b"")
-    assert seam.attach_timings(config, b"gemm")
-    assert seam.timings(config, b"conv pool") == b"conv gemm pool"
-    assert not seam.attach_timings(config, b"foreign")
-    assert seam.timings(config) == b""
+    compat = seam_of(version)
+    config = compat.trt.Builder(compat.messages()).create_builder_config()
+    assert not compat.attach_timings(config, b"")
+    assert compat.attach_timings(config, b"gemm")
+    assert compat.timings(config, b"conv pool") == b"conv gemm pool"
+    assert not compat.attach_timings(config, b"foreign")
+    assert compat.timings(config) == b""
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_messages_are_kept_told_and_forgotten(version: str) -> None:
-    seam, told = seam_of(version), []
-    messages = seam.messages()
-    messages.told = lambda severity, text: told.append((severity, text))
-    severity = seam.trt.ILogger.Severity
+    compat, on_progress = seam_of(version), []
+    messages = compat.messages()
+    messages.on_message = lambda severity, text: on_progress.append((severity, text))
+    severity = compat.trt.ILogger.Severity
     messages.log(severity.VERBOSE, "nobody cares")
     messages.log(severity.WARNING, "hm")
     messages.log(severity.ERROR, "no\n  engine " + "x" * 1000)
-    assert told[0] == ("WARNING", "hm")
+    assert on_progress[0] == ("WARNING", "hm")
     assert [text[:10] for text in messages.errors()] == ["no engine "]
     assert len(messages.errors()[0]) == 400
     for _ in range(100):
         messages.log(severity.ERROR, "again")
-    assert len(messages.said) == 40
+    assert len(messages.kept) == 40
     messages.clear()
     assert messages.errors() == []
 
@@ -103,13 +103,13 @@ def test_only_later_versions_have_a_progress_monitor() -> None:
     assert seam_of("8.6.0").monitor(print) is None
     assert seam_of("10.3.0").monitor(print) is not None
     assert seam_of("11.4.0.106").has_progress
-    assert seam_of("8.6.0").words == "TensorRT 8.6.0, precision by builder flags, no progress monitor"
-    assert seam_of("11.4.0.106").words == "TensorRT 11.4.0.106, strongly typed, progress monitor"
+    assert seam_of("8.6.0").title == "TensorRT 8.6.0, precision by builder flags, no progress monitor"
+    assert seam_of("11.4.0.106").title == "TensorRT 11.4.0.106, strongly typed, progress monitor"
 
 
 def test_progress_of_nested_phases() -> None:
-    told: list[float] = []
-    phases = Phases(told.append)
+    on_progress: list[float] = []
+    phases = BuildPhases(on_progress.append)
     phases.phase_start("build", None, 4)
     phases.phase_start("tactics", "build", 2)
     assert phases.step_complete("tactics", 0)
@@ -120,7 +120,7 @@ def test_progress_of_nested_phases() -> None:
     phases.step_complete("never begun", 0)
     phases.phase_start("afterwards", None, 10)
     phases.step_complete("afterwards", 0)
-    assert told == [0.125, 0.25, 0.5]
+    assert on_progress == [0.125, 0.25, 0.5]
 
 
 _phase = st.sampled_from("abcd")
@@ -133,22 +133,22 @@ _event = st.one_of(
 
 @given(st.lists(_event, max_size=40))
 def test_progress_only_grows_whatever_is_said(events: list[tuple[Any, ...]]) -> None:
-    told: list[float] = []
-    phases = Phases(told.append)
+    on_progress: list[float] = []
+    phases = BuildPhases(on_progress.append)
     for name, *arguments in events:
         getattr(phases, name)(*arguments)
-    assert told == sorted(told)
-    assert all(0 < value <= 1 for value in told)
+    assert on_progress == sorted(on_progress)
+    assert all(0 < value <= 1 for value in on_progress)
 
 
 @pytest.mark.parametrize(("version", "ok"), [("8.5.3", False), ("7.1.0", False), ("8.6.2.3", True), ("10.13.3.9", True), ("12.0.0", True)])
 def test_versions_spoken(version: str, ok: bool) -> None:
     module = SimpleNamespace(__version__=version)
     if ok:
-        assert TrtSeam(module).version == version
+        assert TrtCompat(module).version == version
     else:
         with pytest.raises(InferenceError, match="older than"):
-            TrtSeam(module)
+            TrtCompat(module)
 
 
 def error_of(text: str, code: str, **more: str) -> Any:

@@ -98,11 +98,11 @@ def test_what_the_parser_says_better(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(("version", "rewritten"), [("8.6.0", True), ("10.3.0", False), ("11.4.0.106", False)])
 def test_only_tensorrt_8_gets_it(tmp_path: Path, version: str, rewritten: bool) -> None:
-    from appliance.runtime.trt_compat import TrtSeam
+    from appliance.runtime.trt_compat import TrtCompat
 
-    seam = TrtSeam(stand_in(version, StandInCuda()))
+    compat = TrtCompat(stand_in(version, StandInCuda()))
     path = dequantized(tmp_path, 0.1, None)
-    network = seam.trt.Builder(seam.messages()).create_network(seam.network_flags())
-    parser = seam.trt.OnnxParser(network, seam.messages())
-    assert seam.parse(parser, path)
+    network = compat.trt.Builder(compat.messages()).create_network(compat.network_flags())
+    parser = compat.trt.OnnxParser(network, compat.messages())
+    assert compat.parse(parser, path)
     assert parser.parse_from_file(str(path)) is not rewritten  # the stand-in of 8.6 refuses int8 constants, as its parser does

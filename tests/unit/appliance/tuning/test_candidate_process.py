@@ -21,7 +21,7 @@ import pytest
 from appliance.core.errors import InferenceError
 from appliance.runtime import Candidate
 from appliance.tuning.candidate_child import Server
-from appliance.tuning.candidate_process import Attempt
+from appliance.tuning.candidate_process import CandidateProcess
 from appliance.tuning.child_protocol import Message, pack, receive
 from tests.support import misbehaving_runtime
 from tests.support.processes import has_ended
@@ -35,11 +35,11 @@ class Spec:
     shape: tuple[int, ...] = (3, 4)
 
 
-class MisbehavingAttempt(Attempt):
+class MisbehavingAttempt(CandidateProcess):
     module = "tests.support.misbehaving_runtime"
 
 
-def attempt(action: str, deadline_s: float = 30.0, **more: Any) -> Attempt:
+def attempt(action: str, deadline_s: float = 30.0, **more: Any) -> CandidateProcess:
     return MisbehavingAttempt(Path("model.onnx"), Spec(), Candidate("onnxruntime", action, "fp32"), deadline_s=deadline_s, **more)
 
 
@@ -51,7 +51,7 @@ def refused(call: Any) -> InferenceError:
 
 def test_what_behaves_is_loaded_run_and_timed() -> None:
     heard: list[float] = []
-    with attempt("fine", told=heard.append) as tried:
+    with attempt("fine", on_progress=heard.append) as tried:
         assert tried.load() == {"runtime": "misbehaving", "precision": "fp32"}
         assert np.array_equal(tried.infer(TENSOR)["image*2"], TENSOR * 2)
         times = tried.time(TENSOR, 3)
@@ -72,8 +72,8 @@ def test_what_behaves_is_loaded_run_and_timed() -> None:
         ("abort", "runtime.memory", "SIGABRT in "),
         ("exit", "runtime.crashed", "exit code 7 in "),
         ("killed", "runtime.memory", "SIGKILL in "),
-        ("mute", "runtime.crashed", "fell silent in "),
-        ("nonsense", "runtime.crashed", "spoke nonsense in "),
+        ("mute", "runtime.crashed", "closed its pipe in "),
+        ("nonsense", "runtime.crashed", "invalid response in "),
     ],
 )
 def test_child_that_dies_is_a_coded_error_and_the_attempt_is_over(action: str, where: str, code: str, detail: str) -> None:
@@ -162,7 +162,7 @@ def test_failure_of_who_listens_ends_the_child() -> None:
     def told(done: float) -> None:
         raise RuntimeError("listener")
 
-    tried = attempt("hang-in-load", told=told)
+    tried = attempt("hang-in-load", on_progress=told)
     with pytest.raises(RuntimeError, match="listener"):
         tried.load()
     assert tried.pid is None
@@ -206,7 +206,7 @@ def test_answer_that_makes_no_sense_ends_it(monkeypatch: pytest.MonkeyPatch, whe
         tried.load()
     error = refused(tried.load if where == "load" else lambda: tried.infer(TENSOR))
     assert (error.code, tried.pid) == ("runtime.crashed", None)
-    assert f"spoke nonsense in {where}" in error.detail
+    assert f"invalid response in {where}" in error.detail
 
 
 @pytest.mark.parametrize("ms", [None, 1, [], [1, 2], [1.0], ["1.0", "2.0"], [None, None]])
@@ -228,7 +228,7 @@ def test_figures_that_are_none_count_as_nothing(monkeypatch: pytest.MonkeyPatch,
 def test_progress_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[float] = []
     monkeypatch.setenv("HEADER", json.dumps({"progress": "half"}))
-    with attempt("says-in-load", told=heard.append) as tried:
+    with attempt("says-in-load", on_progress=heard.append) as tried:
         tried.load()
     assert heard[-1] == 0.0
 

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from appliance.tuning.child_protocol import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, Message, WireError, pack, receive
+from appliance.tuning.child_protocol import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, Message, ProtocolError, pack, receive
 
 KINDS = ["bool", "float16", "float32", "float64", "int8", "int32", "int64", "uint8"]
 JSON = st.recursive(st.none() | st.booleans() | st.integers(-10, 10) | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3))
@@ -73,7 +73,7 @@ def test_contiguous_arrays_are_not_copied() -> None:
 def test_any_bytes_are_a_message_or_refused(data: bytes) -> None:
     try:
         read(data)
-    except (WireError, EOFError):
+    except (ProtocolError, EOFError):
         return
 
 
@@ -84,7 +84,7 @@ def test_a_changed_message_is_a_message_or_refused(arrays: dict[str, Any], draw:
         data[draw.draw(st.integers(0, len(data) - 1))] = draw.draw(st.integers(0, 255))
     try:
         read(bytes(data))
-    except (WireError, EOFError):
+    except (ProtocolError, EOFError):
         return
 
 
@@ -108,7 +108,7 @@ def test_a_changed_message_is_a_message_or_refused(arrays: dict[str, Any], draw:
     ],
 )  # fmt: skip
 def test_what_is_no_message(data: bytes) -> None:
-    with pytest.raises(WireError):
+    with pytest.raises(ProtocolError):
         read(data)
 
 
@@ -116,7 +116,7 @@ def test_nothing_is_allocated_for_a_size_that_does_not_fit() -> None:
     import tracemalloc
 
     tracemalloc.start()
-    with pytest.raises(WireError):
+    with pytest.raises(ProtocolError):
         read(raw({"arrays": []}, claimed=MAX_PAYLOAD_BYTES))
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
@@ -124,10 +124,10 @@ def test_nothing_is_allocated_for_a_size_that_does_not_fit() -> None:
 
 @pytest.mark.parametrize("array", [np.array(["a"]), np.array([None], dtype=object), np.zeros([1] * 9), np.zeros(3, np.complex64)])
 def test_arrays_that_are_not_sent(array: Any) -> None:
-    with pytest.raises(WireError):
+    with pytest.raises(ProtocolError):
         pack({}, {"x": array})
 
 
 def test_header_too_large() -> None:
-    with pytest.raises(WireError):
+    with pytest.raises(ProtocolError):
         pack({"text": "x" * MAX_HEADER_BYTES})

@@ -12,34 +12,35 @@ from hypothesis import strategies as st
 
 from appliance import reasons
 from appliance.core.domain import Note
-from appliance.runtime import Candidate, plain_candidate
-from appliance.tuning.selection import BATCH_GAIN, EXACTNESS, SAME_TIME, Plan, Row, choose, exactness
+from appliance.core.self_test_report import SelfTestReport
+from appliance.runtime import Candidate, baseline_candidate
+from appliance.tuning.selection import BATCH_GAIN, EXACTNESS, SAME_TIME, CandidateResult, Plan, exactness, select
 from appliance.tuning_reasons import TUNE_REASONS
 
 
-def row(ms: float | None, precision: str = "fp32", state: Any = "right", **changes: Any) -> Row:
+def row(ms: float | None, precision: str = "fp32", state: Any = "right", **changes: Any) -> CandidateResult:
     """A line of the table."""
     code, per_image_ms, noise = str(changes.pop("code", "")), changes.pop("per_image_ms", None), changes.pop("noise", None)
     candidate = Candidate("onnxruntime", f"{precision}.onnx", precision, **changes)
-    return Row(candidate, state, code, median_ms=ms, per_image_ms=per_image_ms, noise=noise)
+    return CandidateResult(candidate, state, code, median_ms=ms, per_image_ms=per_image_ms, noise=noise)
 
 
-def chosen(rows: list[Row]) -> Row | None:
+def chosen(rows: list[CandidateResult]) -> CandidateResult | None:
     """The one that was taken."""
-    taken = [item for item in choose(rows) if item.state == "chosen"]
+    taken = [item for item in select(rows) if item.state == "chosen"]
     assert len(taken) <= 1
     return taken[0] if taken else None
 
 
-def codes(rows: list[Row]) -> list[str]:
+def codes(rows: list[CandidateResult]) -> list[str]:
     """What is said of each."""
-    return [item.code for item in choose(rows)]
+    return [item.code for item in select(rows)]
 
 
 TIMES = st.floats(0.05, 500.0)
 ROWS = st.lists(
     st.builds(
-        Row,
+        CandidateResult,
         st.builds(
             Candidate, st.sampled_from(("onnxruntime", "openvino", "tensorrt")), st.sampled_from(("a", "b")), st.sampled_from(EXACTNESS),
             threads=st.integers(0, 2), batch=st.sampled_from((1, 1, 1, 2, 8)),
@@ -54,7 +55,7 @@ ROWS = st.lists(
 
 
 @given(ROWS)
-def test_the_chosen_is_right_and_never_more_than_3_percent_slower_than_the_best(rows: list[Row]) -> None:
+def test_the_chosen_is_right_and_never_more_than_3_percent_slower_than_the_best(rows: list[CandidateResult]) -> None:
     taken = chosen(rows)
     right = [item for item in rows if item.state == "right" and item.median_ms is not None and item.candidate.batch == 1]
     if not right:
@@ -67,8 +68,8 @@ def test_the_chosen_is_right_and_never_more_than_3_percent_slower_than_the_best(
 
 
 @given(ROWS)
-def test_every_other_keeps_its_place_and_gets_its_reason(rows: list[Row]) -> None:
-    after = choose(rows)
+def test_every_other_keeps_its_place_and_gets_its_reason(rows: list[CandidateResult]) -> None:
+    after = select(rows)
     alone = any(item.state == "right" and item.median_ms is not None and item.candidate.batch == 1 for item in rows)
     assert [item.candidate for item in after] == [item.candidate for item in rows]
     for before, item in zip(rows, after, strict=True):
@@ -79,7 +80,7 @@ def test_every_other_keeps_its_place_and_gets_its_reason(rows: list[Row]) -> Non
 
 
 @given(ROWS)
-def test_nothing_more_exact_was_as_fast(rows: list[Row]) -> None:
+def test_nothing_more_exact_was_as_fast(rows: list[CandidateResult]) -> None:
     taken = chosen(rows)
     if taken is None or taken.candidate.batch > 1:
         return
@@ -136,7 +137,7 @@ def test_a_batch_has_to_gain_more_than_its_times_lie_apart() -> None:
     ],
 )
 def test_a_batch_that_is_not_taken_is_called_no_faster_only_where_it_is(per_image_ms: float, noise: float, code: str, detail: str) -> None:
-    single, batch = choose([row(10.0), row(10.0, batch=4, per_image_ms=per_image_ms, noise=noise)])
+    single, batch = select([row(10.0), row(10.0, batch=4, per_image_ms=per_image_ms, noise=noise)])
     assert (single.state, batch.code, batch.detail) == ("chosen", code, detail)
 
 
@@ -145,25 +146,25 @@ def test_a_time_that_is_none_is_not_compared() -> None:
     assert chosen([row(0.0), row(float("inf"), "int8")]) is None
 
 
-def stored(*rows: Row, reason: Note | None = None) -> dict[str, Any]:
+def stored(*rows: CandidateResult, reason: Note | None = None) -> SelfTestReport:
     """A self-test as it is in the database."""
-    table = choose(rows)
+    table = select(rows)
     candidate = next(item.candidate for item in table if item.state == "chosen")
     reason = reason or Note("choice.measured")
     report = {"choice": candidate.to_json(), "reason": reason.to_json(), "table": [item.to_json() for item in table], "profile": "here"}
-    return dict(json.loads(json.dumps(report)))
+    return SelfTestReport.from_json(json.dumps(report))
 
 
 def test_what_was_stored_is_read_back() -> None:
     plan = Plan.of("fp32", stored(row(9.0), row(3.0, "int8", threads=1, batch=1)))
     assert (plan.candidate, plan.precision) == (Candidate("onnxruntime", "int8.onnx", "int8", threads=1), "int8")
-    assert (plan.reason.code, plan.plain_barred, plan.profile) == ("choice.measured", None, "here")
+    assert (plan.reason.code, plan.baseline_refusal, plan.profile) == ("choice.measured", None, "here")
 
 
 def test_a_model_proven_before_there_was_a_choice_runs_the_plain_way() -> None:
-    old = {"precision": "fp32", "median_ms": 3.0}
-    unreadable = stored(row(3.0)) | {"choice": {"runtime": "abacus"}}
-    for report in (old, {}, unreadable, stored(row(3.0)) | {"reason": None}):
+    old = SelfTestReport(precision="fp32", median_ms=3.0)
+    unreadable = replace(stored(row(3.0)), choice={"runtime": "abacus"})
+    for report in (old, SelfTestReport(), unreadable, replace(stored(row(3.0)), reason=None)):
         plan = Plan.of("fp16", report)
         assert (plan.candidate, plan.precision, plan.reason.code) == (None, "fp16", "choice.untuned")
 
@@ -172,8 +173,8 @@ def test_a_plain_way_that_was_wrong_when_measured_never_takes_over() -> None:
     wrong = replace(row(None, state="wrong", code="tune.wrong"), detail="case-1: off by 0.5")
     better = replace(row(3.0), candidate=Candidate("openvino", "fp32.onnx", "fp32", "CPU"))
     plan = Plan.of("fp32", stored(wrong, better))
-    assert plan.plain_barred == Note("tune.wrong", "case-1: off by 0.5")
-    assert Plan.of("fp32", stored(row(5.0), better)).plain_barred is None
+    assert plan.baseline_refusal == Note("tune.wrong", "case-1: off by 0.5")
+    assert Plan.of("fp32", stored(row(5.0), better)).baseline_refusal is None
 
 
 def test_every_reason_has_both_languages() -> None:
@@ -186,4 +187,4 @@ def test_plain_candidate_is_what_every_box_can_run() -> None:
     class Variant:
         file, precision = "model.onnx", "fp32"
 
-    assert plain_candidate(Variant(), 2) == Candidate("onnxruntime", "model.onnx", "fp32", "CPUExecutionProvider", 2)  # type: ignore[arg-type]
+    assert baseline_candidate(Variant(), 2) == Candidate("onnxruntime", "model.onnx", "fp32", "CPUExecutionProvider", 2)  # type: ignore[arg-type]
