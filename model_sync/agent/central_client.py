@@ -62,7 +62,7 @@ def post(settings: SyncSettings, path: str, body: bytes, identity: Identity | No
         except (requests.RequestException, OSError) as error:
             if identity is not None and identity.is_expired(datetime.now(timezone.utc)):
                 raise _expired(identity) from error
-            hint = f"check the line, report_url and ca_certificate; {NOTHING_LOST}"
+            hint = f"check the link, report_url and ca_certificate; {NOTHING_LOST}"
             raise LibraryUnreachable(f"the centre does not answer ({type(error).__name__})", hint=hint) from error
     return _read(answer, content, identity)
 

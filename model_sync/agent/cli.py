@@ -199,11 +199,5 @@ def _settings(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from model_sync.bundle import ModelBundle
 
-    bundle = ModelBundle.load(arguments.bundle)
-    manifest = bundle.manifest
-    print(f"{manifest.name} {manifest.version} ({bundle.digest[:12]}): whole")
-    for point in manifest.operating_points:
-        print(f"  {point.label}: threshold {point.threshold:.4f},", end=" ")
-        print(f"sensitivity {point.sensitivity.value:.3f}, specificity {point.specificity.value:.3f}")
-    print(f"  variants: {', '.join(variant.precision for variant in manifest.variants)}; golden cases: {len(manifest.golden)}")
+    print("\n".join(ModelBundle.load(arguments.bundle).describe()))
     return 0

@@ -105,6 +105,16 @@ class ModelBundle:
             ) from error
         return cls(root, manifest, hashlib.sha256(raw).hexdigest())
 
+    def describe(self) -> list[str]:
+        """Return a summary as lines of text: version, operating points, variants and golden cases."""
+        manifest = self.manifest
+        lines = [f"{manifest.name} {manifest.version} ({self.digest[:12]}): whole"]
+        for point in manifest.operating_points:
+            figures = f"sensitivity {point.sensitivity.value:.3f}, specificity {point.specificity.value:.3f}"
+            lines.append(f"  {point.label}: threshold {point.threshold:.4f}, {figures}")
+        variants = ", ".join(variant.precision for variant in manifest.variants)
+        return [*lines, f"  variants: {variants}; golden cases: {len(manifest.golden)}"]
+
     def path(self, relative: str) -> Path:
         """Return the absolute path of a file that the manifest lists.
 

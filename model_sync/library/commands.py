@@ -349,13 +349,7 @@ def verify(arguments: Namespace) -> int:
 
 
 def _verify_bundle(directory: Path) -> int:
-    bundle = ModelBundle.load(directory)
-    manifest = bundle.manifest
-    print(f"{manifest.name} {manifest.version} ({bundle.digest[:12]}): whole")
-    for point in manifest.operating_points:
-        print(f"  {point.label}: threshold {point.threshold:.4f},", end=" ")
-        print(f"sensitivity {point.sensitivity.value:.3f}, specificity {point.specificity.value:.3f}")
-    print(f"  variants: {', '.join(variant.precision for variant in manifest.variants)}; golden cases: {len(manifest.golden)}")
+    print("\n".join(ModelBundle.load(directory).describe()))
     return 0
 
 

@@ -27,7 +27,7 @@ from model_sync.errors import Action, LibraryUnreachable
 _SERVER_HINT = "the library's web server has to be looked at if this stays; the model in use stays"
 _OTHER_SERVER_HINT = "the server sends something that is not this library; check the URL"
 _LOGIN_HINT = "the network asks for a login, or the URL is wrong: open the library's address in a browser on this network"
-_RETRY_HINT = "nothing is lost: what has arrived is kept, and the next look at the library goes on from there"
+_RETRY_HINT = "nothing is lost: what has arrived is kept, and the next poll of the library continues from there"
 
 
 class DownloadFailure(LibraryUnreachable):

@@ -229,7 +229,7 @@ class Fetcher(FetcherInterface):
             if self.received_bytes > limit:
                 raise BudgetExhausted(
                     f"{part.name} has cost more than {MAX_COST} times its length and is still not here",
-                    hint="the line is cut and the server gives no ranges: look at the web server; the next look tries again",
+                    hint="the link breaks and the server has no ranges: check the web server; the next poll tries again",
                 )
             try:
                 fetch_target(self._connection, address, part, without_range=base in without_range, on_chunk=on_chunk_received)

@@ -184,7 +184,7 @@ def altered(what: str) -> TrustError:
     """Return the error for a file that is not the signed one."""
     return TrustError(
         f"{what} is not what was signed: its length or its hash differs",
-        hint=f"run `model-sync pull` again; if it stays, have the disk and the line checked; {MODEL_STAYS}",
+        hint=f"run `model-sync pull` again; if it stays, have the disk and the link checked; {MODEL_STAYS}",
         code="trust.digest",
     )
 

@@ -26,7 +26,7 @@ from model_sync.transport.errors import RangeViolation, Refused, TooLong
 from model_sync.trust import metadata, trusted_metadata
 from model_sync.trust.rollback_protection import BUILT_AT, Clocks, RollbackState, utc_now
 
-_RETRY = "nothing is wrong with the model in use; the next look goes on where this one stopped"
+_RETRY = "nothing is wrong with the model in use; the next poll continues where this one stopped"
 
 
 def received_bytes(fetcher: FetcherInterface) -> int:

@@ -337,24 +337,26 @@ def test_what_a_box_with_a_wrong_clock_says_is_moved_to_this_servers_time(centre
 
 def test_the_server_killed_at_any_moment_of_a_report_loses_nothing_that_it_acknowledged(tmp_path: Path) -> None:
     """kill -9 while reports pour in: what was answered 204 is kept, and the same report again is 204."""
-    centre = Centre(tmp_path / "killed")
+    centre, before = Centre(tmp_path / "killed"), 0
     try:
         for attempt in range(4):
             centre.start()
             if attempt == 0:
                 box = centre.box("box-1")
-            acknowledged_failures, bodies = 0, {number: box.report(attempt * 1000 + number) for number in range(1, 120)}
+            acknowledged, bodies = 0, {number: box.report(attempt * 1000 + number) for number in range(1, 120)}
             threading.Timer(0.05 + attempt * 0.06, kill, [centre]).start()
             for number, body in bodies.items():
                 try:
                     assert box.send(body).status_code == 204
                 except requests.exceptions.ConnectionError:
                     break
-                acknowledged_failures = number
-            assert acknowledged_failures < 119
+                acknowledged = number
+            assert acknowledged < 119
             centre.stop(signal.SIGKILL)
             kept = stored(centre, "box-1")["sequence"]
-            assert kept in (attempt * 1000 + acknowledged_failures, attempt * 1000 + acknowledged_failures + 1)
+            last = attempt * 1000 + acknowledged if acknowledged else before  # on a busy machine the kill may come before any answer
+            assert kept in (last, attempt * 1000 + acknowledged + 1)
+            before = max(kept, attempt * 1000 + 1)
             centre.start()
             body = bodies[max(1, kept - attempt * 1000)]
             assert box.send(body).status_code == 204
