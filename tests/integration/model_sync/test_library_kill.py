@@ -144,10 +144,11 @@ def test_a_killed_init_is_finished_by_a_second_run(tmp_path: Path, after: bool) 
     assert library.verify().problems == []
 
 
-def test_killed_at_random_moments_of_a_publication(tmp_path: Path) -> None:
+@pytest.mark.parametrize("versions", [4, pytest.param(12, marks=pytest.mark.long)])
+def test_killed_at_random_moments_of_a_publication(tmp_path: Path, versions: int) -> None:
     site = make_site(tmp_path / "lib")
     box = Follower(site, tmp_path / "box")
-    bundles = [tiny_bundle(tmp_path, f"0.{n}.0", seed=n, hidden=400) for n in range(1, 13)]
+    bundles = [tiny_bundle(tmp_path, f"0.{n}.0", seed=n, hidden=400) for n in range(1, versions + 1)]
     took = time.perf_counter()
     site.library.publish(bundles[0], deltas=False)
     took = time.perf_counter() - took
@@ -163,6 +164,7 @@ def test_killed_at_random_moments_of_a_publication(tmp_path: Path) -> None:
         site.library.publish(bundle, deltas=False)
         assert [release.version for release in box.index().versions] == [f"0.{m}.0" for m in range(1, n + 1)]
     assert killed > 0
+    print(f"{killed} kills struck a publication at work")
 
 
 def test_a_lost_online_key_is_replaced_although_nothing_can_be_signed_by_both(tmp_path: Path) -> None:
