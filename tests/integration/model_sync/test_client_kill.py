@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from tests.support.bad_server import BadServer
 from tests.support.library_site import make_site, tiny_bundle
 from tests.support.sync_box import LINE, Box, make_box, write_config
@@ -84,7 +86,7 @@ def arrived(box: Box) -> int:
     return parts + sum(file.stat().st_size for file in hidden if file.is_file() and file.suffix != ".part")
 
 
-@pytest.mark.parametrize(("rounds", "kills"), [(1, 12), pytest.param(10, 10, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("rounds", "kills"), [(1, 12), pytest.param(5, 20, marks=pytest.mark.long)])
 def test_kills_leave_a_verified_library_and_whole_bundles(tmp_path: Path, rounds: int, kills: int) -> None:
     site = make_site(tmp_path / "library")
     site.publish(tiny_bundle(tmp_path, hidden=8))
