@@ -23,8 +23,6 @@ ROOT = Path(__file__).resolve().parents[3]
 # One process has loaded everything and forks a pull per line it reads: a hundred real processes without a hundred starts of Python.
 NURSERY = """
 import os, sys
-import pytest
-
 from model_sync.agent import service
 from model_sync.agent import client
 from model_sync.transport import fetcher
