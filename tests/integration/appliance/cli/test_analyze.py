@@ -228,7 +228,7 @@ def test_only_its_own_images_are_waited_for(store: Store, samples: Path, monkeyp
     other = Ingest(store).accept(scan_bytes(), Source("dicom", "OTHER")).stored
     store.database.connection().execute("UPDATE instances SET state = 'ai_ready' WHERE id = ?", (mine.instance_id,))
     monkeypatch.setattr(module.subprocess, "Popen", None)  # whoever starts a worker for the other's sake fails
-    module._work(store, [mine.instance_id], print, store.settings.data_dir)
+    module._wait_for_results(store, [mine.instance_id], print, store.settings.data_dir)
     assert module.ResultTracker(store, [mine.instance_id], print).count_pending() == 0
     assert module.ResultTracker(store, [mine.instance_id, other.instance_id], print).count_pending() == 1
 
@@ -243,7 +243,7 @@ def test_a_worker_that_falls_without_doing_anything_is_given_up(store: Store, mo
 
     monkeypatch.setattr(module, "_run_worker", fall)
     said: list[str] = []
-    module._work(store, [stored.instance_id], said.append, store.settings.data_dir)
+    module._wait_for_results(store, [stored.instance_id], said.append, store.settings.data_dir)
     assert len(lives) == 3
     assert "1 scans were taken in but not read" in said[-1]
 

@@ -300,7 +300,7 @@ def test_a_worker_that_is_to_stop_gives_the_batch_back(store: Store, tiny: str, 
         if len(steps) == 1:
             burst.extend(take(store, stat(100 + number)) for number in range(3))
 
-    made = Worker(store, comes, stopping=lambda: len(steps) >= at)
+    made = Worker(store, comes, is_stopping=lambda: len(steps) >= at)
     made.prepare()
     assert made.run_once()
     assert len(steps) == at

@@ -89,7 +89,7 @@ def box(bundle: ModelBundle, tmp_path_factory: pytest.TempPathFactory) -> Store:
     files = sorted(HEAD.iterdir())
     random.Random(7).shuffle(files)
     take(store, files)
-    worker = Worker(store, on_deadline=lambda _: None)
+    worker = Worker(store, set_deadline=lambda _: None)
     while worker.run_once():
         pass
     return store

@@ -86,7 +86,7 @@ def take(store: Store, made: list[Any]) -> list[int]:
 
 
 def work(store: Store) -> None:
-    worker = Worker(store, on_deadline=lambda _: None)
+    worker = Worker(store, set_deadline=lambda _: None)
     while worker.run_once():
         pass
 
@@ -396,14 +396,14 @@ def test_every_slice_and_every_window_begins_the_deadline_anew(store: Store) -> 
     """A thousand compressed slices take longer than a deadline: it is one slice's."""
     take(store, made_up.slices(30, rows=36, columns=40))
     armed: list[float] = []
-    assert Worker(store, on_deadline=armed.append).run_once()
+    assert Worker(store, set_deadline=armed.append).run_once()
     assert len(armed) > 2 * 30 + 8 + 2 and set(armed) == {store.settings.job_deadline_s, 0} and armed[-1] == 0 and armed.count(0) == 1
 
 
 def test_every_frame_of_an_enhanced_image_begins_the_deadline_anew(store: Store) -> None:
     take(store, [made_up.enhanced(made_up.slices(30, rows=36, columns=40))])
     armed: list[float] = []
-    assert Worker(store, on_deadline=armed.append).run_once() and states(store) == {("ai_ready", None)}
+    assert Worker(store, set_deadline=armed.append).run_once() and states(store) == {("ai_ready", None)}
     assert len(armed) > 30 + 8 + 2
 
 
@@ -416,7 +416,7 @@ def work_until(store: Store, at: int, come: Callable[[], None]) -> list[str]:
         if len(steps) == at:
             come()
 
-    worker = Worker(store, on_deadline=step)
+    worker = Worker(store, set_deadline=step)
     while worker.run_once():
         pass
     entries = [json.loads(row["entry"]) for row in store.database.query("SELECT entry FROM audit ORDER BY seq")]
@@ -449,7 +449,7 @@ def test_worker_that_is_to_stop_ends_the_series_without_what_is_urgent(store: St
         if len(steps) == 5:
             take(store, [dataset(RequestedProcedurePriority="STAT"), dataset(RequestedProcedurePriority="STAT")])
 
-    assert Worker(store, on_deadline=step, stopping=lambda: len(steps) > 5).run_once()
+    assert Worker(store, set_deadline=step, is_stopping=lambda: len(steps) > 5).run_once()
     rows = store.database.query("SELECT kind, state, attempts FROM jobs ORDER BY id")
     assert [tuple(row) for row in rows] == [("volume", "done", 1), ("check", "done", 1), ("check", "queued", 0)]
 
@@ -465,7 +465,7 @@ def test_series_whose_model_is_withdrawn_goes_back_at_once(store: Store) -> None
         if len(steps) == 5:
             worker.activator.journal.record_restrictions(model["name"], "9.0.0", {model["version"]: "x"})
 
-    worker = Worker(store, on_deadline=step)
+    worker = Worker(store, set_deadline=step)
     assert worker.run_once()
     assert [tuple(row) for row in store.database.query("SELECT state, attempts, reason FROM jobs")] == [("queued", 0, None)]
     assert states(store) == {("queued", None)} and drawn(store) == [] and not worker.run_once()

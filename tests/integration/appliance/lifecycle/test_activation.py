@@ -299,20 +299,20 @@ def test_a_database_that_cannot_be_written_stops_nothing_for_good(box: Box) -> N
     connection = box.store.database.connection()
     connection.execute("PRAGMA query_only = ON")
     for _ in range(5):
-        activator._next = 0.0
+        activator._next_tick = 0.0
         activator.tick()
     assert (box.state(number), box.journal.row(number)["attempts"], activator.self_test_pid) == ("staged", 0, None)
     connection.execute("PRAGMA query_only = OFF")
-    activator._next = 0.0
+    activator._next_tick = 0.0
     box.step_until(activator, lambda: activator.self_test_pid)
     connection.execute("PRAGMA query_only = ON")
     for _ in range(50):
-        activator._next = 0.0
+        activator._next_tick = 0.0
         activator.tick()
         time.sleep(0.05)
     assert box.active() == old
     connection.execute("PRAGMA query_only = OFF")
-    activator._next = 0.0
+    activator._next_tick = 0.0
     box.step_until(activator, lambda: not box.under_way(number))
     assert box.state(number) == "trial"
 

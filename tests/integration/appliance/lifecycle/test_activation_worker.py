@@ -22,6 +22,7 @@ from appliance.core.domain import ScanState, Source
 from appliance.core.process import Lock, is_held_by_another
 from appliance.core.settings import Settings
 from appliance.core.wakeup import wake
+from appliance.inference.model_pool import ModelPool
 from appliance.inference.worker import Worker
 from appliance.ingest.ingest import Ingest
 from appliance.lifecycle.background_loader import Loading
@@ -279,8 +280,8 @@ def test_a_withdrawn_model_reads_nothing_more_though_its_successor_hangs(box: Bo
     waiting = scan(box, seed=1)
     box.journal.record_restrictions("cxr-pneumonia", "1.0.0", {"1.1.0": "x"})
     go = threading.Event()
-    load, asked = Worker._load_now, list[str]()
-    monkeypatch.setattr(Worker, "_load_now", lambda self, *which: (asked.append(which[0]), go.wait(120)) and load(self, *which))
+    load, asked = ModelPool.load_successor, list[str]()
+    monkeypatch.setattr(ModelPool, "load_successor", lambda self, *which: (asked.append(which[0]), go.wait(120)) and load(self, *which))
     here = worker_here(box)
     wait_for(lambda: here.step() or asked, 60)  # the successor is being loaded now
     for _ in range(3):

@@ -309,14 +309,14 @@ def test_an_engine_measured_on_another_device_is_not_built_in_front_of_the_patie
     assert loaded.fallback is not None
     assert "choice.other_device" in loaded.fallback.detail
     assert loaded.describe()["runtime"] == "onnxruntime"
-    loaded.runtime.close()
+    loaded.close()
 
 
 def test_what_is_shown_is_the_precision_of_the_file_whatever_was_stored(store: Store, digest: str) -> None:
     candidate = Candidate("onnxruntime", "model_fp32.onnx", "fp16")
     loaded = ModelSession(store.settings, digest, Plan("fp16", candidate, Note("choice.measured"), None, device_profile.profile()))
     assert (loaded.fallback, loaded.candidate.precision, loaded.describe()["precision"]) == (None, "fp32", "fp32")
-    loaded.runtime.close()
+    loaded.close()
 
 
 def test_a_slower_way_after_a_fallback_is_not_held_against_a_trial(tmp_path: Path, store: Store) -> None:

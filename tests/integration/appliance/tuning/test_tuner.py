@@ -56,7 +56,7 @@ def before_each_time(monkeypatch: pytest.MonkeyPatch, dies: Call) -> Counter[str
     real, calls = CandidateProcess.time, Counter[str]()
 
     def time(self: CandidateProcess, tensor: Any, repeat: int) -> list[float]:
-        candidate: Any = self._order["candidate"]
+        candidate: Any = self._load_request["candidate"]
         key = f"{candidate['file']} {candidate['batch']}"
         calls[key] += 1
         if dies(candidate, calls[key]):

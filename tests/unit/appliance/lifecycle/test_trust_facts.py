@@ -137,4 +137,4 @@ def test_a_line_that_was_not_received_is_a_trouble_only_where_it_is_known(store:
     apply_facts(store, Journal(store), TrustFacts.parse(said(cxr_pneumonia=GOOD)))
     apply_facts(store, Journal(store), TrustFacts.parse(missing))
     assert alarms(store) == [(LINE, "trust.missing", 8)]
-    assert Journal(store).barred(LINE, "1.1.0")  # what was learnt stays in force
+    assert Journal(store).find_restriction(LINE, "1.1.0")  # what was learnt stays in force

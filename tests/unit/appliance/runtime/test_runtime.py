@@ -257,7 +257,7 @@ def test_on_a_gpu_without_a_profile_it_is_refused(model: Path, tmp_path: Path, m
 
 def test_on_a_gpu_with_a_profile_that_is_too_long_it_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_gpu(monkeypatch)
-    monkeypatch.setattr("appliance.runtime.onnxruntime._MOST_PROFILE_BYTES", 10)
+    monkeypatch.setattr("appliance.runtime.onnxruntime._MAX_PROFILE_BYTES", 10)
     with pytest.raises(InferenceError, match="there is no profile"):
         open_runtime(model, make_spec(), plain(provider="CUDAExecutionProvider"))
 
