@@ -2,7 +2,7 @@
 
 import sys
 
-from model_sync.cli import main
+from model_sync.agent.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

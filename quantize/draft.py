@@ -15,17 +15,18 @@ from typing_extensions import Self
 
 from model_sync.bundle import (
     AppliesTo,
+    Identifier,
     InputSpec,
     Label,
+    NonEmpty,
     OutputSpec,
     Registration,
+    SemVer,
+    Strict,
     Text,
     TrainingData,
     Watch,
 )
-from model_sync.input_spec import NonEmpty, Strict
-from model_sync.manifest import SemVer
-from model_sync.output_spec import Identifier
 from quantize.errors import QuantizeError
 
 if sys.version_info >= (3, 11):

@@ -6,7 +6,7 @@ import logging
 import sys
 from pathlib import Path
 
-from model_sync.agent import run
+from model_sync.agent.service import run
 from model_sync.settings import SyncSettings
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ import random
 from datetime import datetime, timezone
 from typing import Any
 
-from model_sync.documents import RolloutStep, decide
 from model_sync.fleet.database import Fleet
 from model_sync.fleet.tables import activations, box_models, boxes, certificates, events
+from model_sync.trust.documents import RolloutStep, decide
 from tests.fleet_site import DIGEST
 
 LINE = "cxr-pneumonia"

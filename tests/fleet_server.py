@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from model_sync.errors import ModelSyncError
-from model_sync.server import add_arguments, run
+from model_sync.fleet.server import add_arguments, run
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()

@@ -38,13 +38,13 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import NameOID
 from securesystemslib.signer import CryptoSigner
 
-from model_sync.device import make_request
+from model_sync.agent.device import make_request
+from model_sync.agent.report import StatusReport, sign
 from model_sync.errors import SettingsError
 from model_sync.fleet.accounts import Accounts
 from model_sync.fleet.database import Fleet
 from model_sync.fleet.enrolment import DeviceAuthority, new_token
 from model_sync.library.keys import public_path, write_public
-from model_sync.report import StatusReport, sign
 from tests.library_site import Site, make_site
 
 ROOT = Path(__file__).resolve().parent.parent

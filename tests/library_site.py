@@ -21,8 +21,8 @@ import numpy as np
 from securesystemslib.signer import CryptoSigner
 
 from appliance.lifecycle.model_control import reference_bundle
-from model_sync.documents import FailureBudget
-from model_sync.repository import Library, State
+from model_sync.library.library import Library, State
+from model_sync.trust.documents import FailureBudget
 
 _CAM = 7
 _SIZE = 224

@@ -13,11 +13,11 @@ from typing import Any
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, MetaFile, Targets
 
-from model_sync import trust
+from model_sync.agent.client import Client
+from model_sync.agent.decision import Pulled
 from model_sync.bundle import ModelBundle
-from model_sync.client import Client
-from model_sync.outcome import Pulled
 from model_sync.settings import SyncSettings
+from model_sync.trust import offline_check
 from tests.library_site import Site
 
 LINE = "cxr-pneumonia"
@@ -35,8 +35,8 @@ class Box:
     def pull(self, on_progress: Callable[[Any], None] | None = None, **options: Any) -> Pulled:
         return self.client(**options).pull(on_progress)
 
-    def facts(self, now: datetime | None = None) -> trust.Facts:
-        return trust.check(self.settings.exchange_dir, self.settings.root, now)
+    def facts(self, now: datetime | None = None) -> offline_check.Facts:
+        return offline_check.check(self.settings.exchange_dir, self.settings.root, now)
 
     def wants(self, line: str = LINE) -> str | None:
         file = self.settings.exchange_dir / "directives.json"

@@ -24,7 +24,7 @@ from appliance.core.settings import Settings
 from appliance.ingest.ingest import Ingest
 from appliance.store.accounts import Accounts, Role
 from appliance.store.store import Store
-from model_sync.manifest import Manifest
+from model_sync.bundle import Manifest
 from webui import create_app
 
 ROOT = Path(__file__).resolve().parent.parent

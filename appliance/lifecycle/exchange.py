@@ -173,7 +173,7 @@ class Exchange:
 
 
 def box_report(store: Store) -> dict[str, Any]:
-    """What the box tells the centre, by an allow-list (``model_sync.report`` holds it against the same schema)."""
+    """What the box tells the centre, by an allow-list (``model_sync.agent.report`` holds it against the same schema)."""
     database = store.database
     day_ago = (datetime.now(timezone.utc) - timedelta(days=1)).isoformat(timespec="milliseconds")
     # By model, so that the index on model and time serves and not every job is looked at.

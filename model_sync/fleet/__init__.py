@@ -1,1 +1,1 @@
-"""The fleet as the central server knows it: enrolment, reports, rollouts, and the page; served by ``model_sync.server``."""
+"""The fleet as the central server knows it: enrolment, reports, rollouts, and the page; served by ``model_sync.fleet.server``."""

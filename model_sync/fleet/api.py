@@ -15,12 +15,12 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from flask import Blueprint, Response, abort, current_app, jsonify, request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from model_sync.fleet.brake import Brake
+from model_sync.agent.report import MAX_REPORT_BYTES, ReportError, load_json, verify
 from model_sync.fleet.database import Fleet
 from model_sync.fleet.enrolment import MAX_CSR_BYTES, Enrolment, EnrolmentError
 from model_sync.fleet.limits import Allowance
 from model_sync.fleet.problems import problem
-from model_sync.report import MAX_REPORT_BYTES, ReportError, load_json, verify
+from model_sync.fleet.rollout_pause_policy import Brake
 
 blueprint: Final = Blueprint("api", __name__, url_prefix="/api/v1")
 PROXY_CERTIFICATE: Final = "X-Client-Certificate"

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from model_sync.documents import RolloutStep
 from model_sync.fleet.database import Tally
 from model_sync.fleet.views import Progress
+from model_sync.trust.documents import RolloutStep
 
 WIDTH: Final = 720
 HEIGHT: Final = 250

@@ -17,9 +17,9 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, Table, case, delet
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
+from model_sync.agent.report import ActivationReport, StatusReport, canonical
 from model_sync.errors import ModelSyncError, SettingsError
 from model_sync.fleet.tables import SCHEMA, actions, activations, box_models, boxes, certificates, events, meta, metadata, open_engine
-from model_sync.report import ActivationReport, StatusReport, canonical
 
 # States of a model that reads patients, and of an activation that went wrong.
 RUNNING: Final = ("active", "trial", "good")

@@ -29,7 +29,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from securesystemslib.signer import SSlibKey
 from sqlalchemy import Connection, RowMapping, select, update
 
-from model_sync.device import create_private, issued_by
+from model_sync.agent.device import create_private, issued_by
 from model_sync.errors import ModelSyncError, SettingsError
 from model_sync.fleet.database import Fleet, count_ring
 from model_sync.fleet.tables import actions, boxes, certificates, tokens

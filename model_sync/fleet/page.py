@@ -12,7 +12,6 @@ from typing import Any, Final, TypeVar, cast
 from flask import Blueprint, Response, abort, current_app, flash, g, redirect, render_template, request, session, url_for
 from flask.typing import ResponseReturnValue
 
-from model_sync.documents import RolloutStep, older
 from model_sync.errors import ModelSyncError
 from model_sync.fleet import chart as fleet_chart
 from model_sync.fleet import views as fleet_views
@@ -22,6 +21,7 @@ from model_sync.fleet.database import RUNNING, Fleet
 from model_sync.fleet.pause import Seen
 from model_sync.fleet.rollouts import Published, Rollouts
 from model_sync.fleet.texts import LANGUAGES, reason, text
+from model_sync.trust.documents import RolloutStep, older
 
 blueprint: Final = Blueprint("page", __name__, template_folder="templates")
 _View = TypeVar("_View", bound=Callable[..., ResponseReturnValue])

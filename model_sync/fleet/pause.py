@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from tuf.api.metadata import Metadata, TargetFile, Targets
 
-from model_sync.documents import ROLLOUT_ROLE, Rollout, RolloutStep, rollout_path
 from model_sync.errors import ModelSyncError, PublishError
+from model_sync.library.library import Library
 from model_sync.library.roles import AnyMetadata, verifies
-from model_sync.repository import Library
+from model_sync.trust.documents import ROLLOUT_ROLE, Rollout, RolloutStep, rollout_path
 
 
 class Seen(NamedTuple):

@@ -16,9 +16,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import HTTPException, InternalServerError
 from werkzeug.routing import RequestRedirect
 
+from model_sync.agent.report import ReportError
 from model_sync.fleet.database import RateError, SequenceError
 from model_sync.fleet.enrolment import EnrolmentError
-from model_sync.report import ReportError
 
 logger = logging.getLogger(__name__)
 STATUS_OF_CODE: Final = {

@@ -13,13 +13,13 @@ from pathlib import Path
 from securesystemslib.signer import Signer
 from tuf.api.metadata import Targets
 
-from model_sync.documents import ROLLOUT_ROLE, LineIndex, Rollout, RolloutStep, line_path, older, rollout_path
 from model_sync.errors import PublishError
 from model_sync.fleet.database import Fleet, Tally
 from model_sync.fleet.pause import PausingLibrary, Seen
 from model_sync.library.files import read_metadata
 from model_sync.library.keys import Passphrase
-from model_sync.repository import Library
+from model_sync.library.library import Library
+from model_sync.trust.documents import ROLLOUT_ROLE, LineIndex, Rollout, RolloutStep, line_path, older, rollout_path
 
 logger = logging.getLogger(__name__)
 _HISTORY = 500

@@ -16,11 +16,11 @@ from typing import Any, NoReturn
 from tuf.api.exceptions import LengthOrHashMismatchError
 from tuf.api.metadata import MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
 
-from model_sync.documents import ROLLOUT_PATTERN, ROLLOUT_ROLE, LineIndex, Rollout, file_path, line_path, line_patterns
+from model_sync.bundle.manifest import MANIFEST_NAME, Manifest
 from model_sync.errors import BundleError, ModelSyncError, TrustError
 from model_sync.library.files import read_metadata
 from model_sync.library.roles import ROLE_FIELD, AnyMetadata, delegated, verifies
-from model_sync.manifest import MANIFEST_NAME, Manifest
+from model_sync.trust.documents import ROLLOUT_PATTERN, ROLLOUT_ROLE, LineIndex, Rollout, file_path, line_path, line_patterns
 
 _CHUNK_BYTES = 1 << 20
 Progress = Callable[[int, int], None]

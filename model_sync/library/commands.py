@@ -14,17 +14,16 @@ from pathlib import Path
 from securesystemslib.signer import Key, Signer
 from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, Root, TargetFile
 
-from model_sync import usb
 from model_sync.bundle import MANIFEST_NAME, ModelBundle
-from model_sync.documents import ROLLOUT_ROLE, FailureBudget
 from model_sync.errors import PublishError, SettingsError
 from model_sync.library import check as library_check
-from model_sync.library import console
+from model_sync.library import console, usb_export
 from model_sync.library import text as library_text
 from model_sync.library.files import CONFIG_NAME, Expiry, LibraryFiles, read_metadata
 from model_sync.library.keys import Holder, generate, load_holder, load_signer, public_path, write_public
+from model_sync.library.library import Library, State, sign_with
 from model_sync.library.roles import ONLINE, ROLE_FIELD, AnyMetadata, delegated
-from model_sync.repository import Library, State, sign_with
+from model_sync.trust.documents import ROLLOUT_ROLE, FailureBudget
 
 # --- keys ---------------------------------------------------------------------------------------------------------------
 
@@ -360,7 +359,7 @@ def export_usb(arguments: Namespace) -> None:
     library = Library.open_library(arguments.library)
     steps = console.Steps()
     with library.files.locked():  # a publication in between would leave the stick with metadata of two states
-        done = usb.export(
+        done = usb_export.export(
             library.files.public,
             arguments.directory,
             arguments.line,
@@ -368,7 +367,7 @@ def export_usb(arguments: Namespace) -> None:
             progress=lambda now, total: steps.tell("writing", now, total),
         )
     size = f"{done.bytes / 2**20:.1f} MiB"
-    print(f"{arguments.directory / usb.FOLDER}: {done.files} files written and read back, {size}; {done.removed} old ones removed")
+    print(f"{arguments.directory / usb_export.FOLDER}: {done.files} files written and read back, {size}; {done.removed} old ones removed")
     for line, versions in done.versions.items():
         print(f"  {line}: {', '.join(versions) or 'no version'}")
     print(f"  boxes accept it until {done.valid_until:%Y-%m-%d %H:%M} UTC")

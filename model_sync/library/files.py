@@ -26,8 +26,8 @@ from pydantic import Field, ValidationError
 from tuf.api.metadata import Metadata, TargetFile
 from tuf.api.serialization import DeserializationError
 
+from model_sync.bundle.input_spec import Strict
 from model_sync.errors import PublishError, SettingsError
-from model_sync.input_spec import Strict
 
 CONFIG_NAME = "library.json"
 _CHUNK_BYTES = 1 << 20

@@ -1,7 +1,7 @@
 """What the library says about models: new versions, withdrawals, the oldest allowed version, and rollouts.
 
 Each function checks first and stages second: a refused publication leaves no trace. What is staged waits for the signatures of
-its role (``model_sync.repository``).
+its role (``model_sync.library.library``).
 """
 
 from __future__ import annotations
@@ -11,14 +11,19 @@ import json
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import semver
 from pydantic import TypeAdapter, ValidationError
 from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, DelegatedRole, TargetFile, Targets
 
 from model_sync.bundle import MANIFEST_NAME, Manifest, ModelBundle
-from model_sync.documents import (
+from model_sync.bundle.manifest import SemVer
+from model_sync.bundle.output_spec import Identifier
+from model_sync.errors import BundleError, PublishError
+from model_sync.library.promotion import LibraryPromotion
+from model_sync.library.roles import State, delegated
+from model_sync.trust.documents import (
     ROLLOUT_ROLE,
     Delta,
     FailureBudget,
@@ -35,13 +40,6 @@ from model_sync.documents import (
     older,
     rollout_path,
 )
-from model_sync.errors import BundleError, PublishError
-from model_sync.library.roles import delegated
-from model_sync.manifest import SemVer
-from model_sync.output_spec import Identifier
-
-if TYPE_CHECKING:
-    from model_sync.repository import Library, State
 
 DELTA_BASES = 3
 # A file name has 255 characters at most, and a target's begins with its hash: 64 digits and a dot.
@@ -80,7 +78,7 @@ def check_line_name(name: str) -> None:
 
 
 def publish(
-    library: Library,
+    library: LibraryPromotion,
     directory: Path,
     *,
     deltas: bool = True,
@@ -201,7 +199,7 @@ def _minimum(index: LineIndex, wanted: str, newest: str | None) -> str:
     return wanted
 
 
-def _stage_bundle(library: Library, bundle: ModelBundle, tell: Progress) -> list[TargetFile]:
+def _stage_bundle(library: LibraryPromotion, bundle: ModelBundle, tell: Progress) -> list[TargetFile]:
     """Copy the bundle's files beside the library's other staged ones; what lies there already is not copied again."""
     manifest = bundle.manifest
     files = {**manifest.digests(), MANIFEST_NAME: bundle.digest}
@@ -217,9 +215,9 @@ def _stage_bundle(library: Library, bundle: ModelBundle, tell: Progress) -> list
     return targets
 
 
-def _deltas(library: Library, index: LineIndex, bundle: ModelBundle, tell: Progress) -> list[tuple[Delta, TargetFile]]:
+def _deltas(library: LibraryPromotion, index: LineIndex, bundle: ModelBundle, tell: Progress) -> list[tuple[Delta, TargetFile]]:
     """Make the deltas that are worth their place, from the last versions that boxes may still run."""
-    from model_sync import delta  # the encoder needs onnx, which nothing else here does
+    from model_sync.delta import codec as delta_codec  # the encoder needs onnx, which nothing else here does
 
     usable = [r.version for r in index.versions if index.refusal(r.version) is None]
     bases = sorted(usable, key=semver.Version.parse)[-DELTA_BASES:]
@@ -231,8 +229,8 @@ def _deltas(library: Library, index: LineIndex, bundle: ModelBundle, tell: Progr
     found = []
     for number, ((old_sha256, new_sha256), (old, new)) in enumerate(pairs.items()):
         tell(f"delta for {new.name}", number, len(pairs))
-        encoded = delta.best(old, new)
-        if not delta.worth_publishing(len(encoded.data), new.stat().st_size):
+        encoded = delta_codec.best(old, new)
+        if not delta_codec.worth_publishing(len(encoded.data), new.stat().st_size):
             continue
         path = delta_path(index.line, old_sha256, new_sha256, encoded.codec)
         entry = Delta(from_sha256=old_sha256, to_sha256=new_sha256, codec=encoded.codec, path=path, length=len(encoded.data))
@@ -243,7 +241,7 @@ def _deltas(library: Library, index: LineIndex, bundle: ModelBundle, tell: Progr
     return found
 
 
-def _same_precision(library: Library, line: str, version: str, manifest: Manifest) -> list[tuple[Any, Path, str]]:
+def _same_precision(library: LibraryPromotion, line: str, version: str, manifest: Manifest) -> list[tuple[Any, Path, str]]:
     role = library.targets(line)
     before = Manifest.parse(library.read_target(role, file_path(line, version, MANIFEST_NAME)))
     old = {variant.precision: variant for variant in before.variants}
@@ -256,7 +254,7 @@ def _same_precision(library: Library, line: str, version: str, manifest: Manifes
     return result
 
 
-def withdraw(library: Library, line: str, version: str, reason: str) -> State:
+def withdraw(library: LibraryPromotion, line: str, version: str, reason: str) -> State:
     """Stage that ``version`` must not read another patient; ``reason`` is shown to clinicians.
 
     Raises:
@@ -276,7 +274,7 @@ def withdraw(library: Library, line: str, version: str, reason: str) -> State:
         return _stage_index(library, index.model_copy(update={"withdrawn": [*index.withdrawn, entry]}))
 
 
-def set_minimum(library: Library, line: str, version: str) -> State:
+def set_minimum(library: LibraryPromotion, line: str, version: str) -> State:
     """Stage a higher oldest version that boxes may run.
 
     Raises:
@@ -287,7 +285,7 @@ def set_minimum(library: Library, line: str, version: str) -> State:
         return _stage_index(library, index.model_copy(update={"minimum_version": _minimum(index, version, _newest(index))}))
 
 
-def _stage_index(library: Library, index: LineIndex) -> State:
+def _stage_index(library: LibraryPromotion, index: LineIndex) -> State:
     library.stage_files(index.line, {line_path(index.line): _checked(index).to_json()})
     library.settle()
     return library.state(index.line)
@@ -312,7 +310,7 @@ def _known(index: LineIndex, version: str) -> None:
         raise PublishError(f"{index.line} has no version {version}", hint=f"published versions: {known}")
 
 
-def rollout(library: Library, ring: str, line: str, choice: Choice) -> State:
+def rollout(library: LibraryPromotion, ring: str, line: str, choice: Choice) -> State:
     """Stage which version of a line a ring's boxes take.
 
     Raises:
@@ -340,7 +338,7 @@ def rollout(library: Library, ring: str, line: str, choice: Choice) -> State:
         return library.state(ROLLOUT_ROLE)
 
 
-def end_line(library: Library, line: str) -> State:
+def end_line(library: LibraryPromotion, line: str) -> State:
     """Stage that nobody signs for a line any more: first, where rollouts name it, that they name it no more; then targets.
 
     The role of which a version waits is returned: while it is ``rollout``, the same has to be asked again when that is public.
@@ -369,7 +367,7 @@ def end_line(library: Library, line: str) -> State:
         return library.state(Targets.type)
 
 
-def _leave_rollouts(library: Library, line: str) -> None:
+def _leave_rollouts(library: LibraryPromotion, line: str) -> None:
     if ROLLOUT_ROLE not in library.role_names():
         return
     changed = {}
@@ -382,5 +380,5 @@ def _leave_rollouts(library: Library, line: str) -> None:
         library.settle()
 
 
-def _rollouts(library: Library, targets: Targets) -> dict[str, Rollout]:
+def _rollouts(library: LibraryPromotion, targets: Targets) -> dict[str, Rollout]:
     return {path: Rollout.parse(library.read_target(targets, path)) for path in targets.targets}

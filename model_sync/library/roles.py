@@ -1,6 +1,6 @@
 """The roles of a library: their staged and published metadata, their keys, and which signatures they have.
 
-The base of ``model_sync.repository.Library``: python-tuf's ``Repository`` on the files of one directory. Every signed document says
+The base of ``model_sync.library.library.Library``: python-tuf's ``Repository`` on the files of one directory. Every signed document says
 its role in ``x-role``, so that a signature made for one line cannot be taken for another's; the timestamp says when it was signed
 in ``x-issued-at``, which a box without a working clock can hold on to.
 """
@@ -27,11 +27,11 @@ from tuf.api.metadata import (
 )
 from tuf.repository import Repository
 
-from model_sync.documents import ROLLOUT_ROLE, LineIndex, line_path
 from model_sync.errors import PublishError
 from model_sync.library.files import LibraryFiles, read_metadata
 from model_sync.library.keys import Passphrase, load_holder, load_signer, public_path
-from model_sync.trust_files import MAX_METADATA_BYTES
+from model_sync.trust.documents import ROLLOUT_ROLE, LineIndex, line_path
+from model_sync.trust.metadata import MAX_METADATA_BYTES
 
 ISSUED_AT = "x-issued-at"
 ROLE_FIELD = "x-role"

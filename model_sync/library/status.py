@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from model_sync.documents import ROLLOUT_ROLE, Rollout
+from model_sync.library.promotion import LibraryPromotion
 from model_sync.library.roles import ONLINE, delegated
-
-if TYPE_CHECKING:
-    from model_sync.repository import Library
+from model_sync.trust.documents import ROLLOUT_ROLE, Rollout
 
 _DAY = timedelta(days=1)
 # A role is due when less than this share of its life is left: for a root of a year, five weeks to bring people together.
 _DUE_SHARE = 0.1
 
 
-def status(library: Library) -> dict[str, Any]:
+def status(library: LibraryPromotion) -> dict[str, Any]:
     """Return the library's state as plain values.
 
     Returns:
@@ -36,7 +34,7 @@ def status(library: Library) -> dict[str, Any]:
     }
 
 
-def _role(library: Library, role: str) -> dict[str, Any]:
+def _role(library: LibraryPromotion, role: str) -> dict[str, Any]:
     state, staged, public = library.state(role), library.staged(role), library.published(role)
     name = library.files.config().name
     days = library.files.config().expiry_days.days(role)
@@ -58,7 +56,7 @@ def _role(library: Library, role: str) -> dict[str, Any]:
     }
 
 
-def _line(library: Library, line: str) -> dict[str, Any]:
+def _line(library: LibraryPromotion, line: str) -> dict[str, Any]:
     index = library.index(line)
     public = library.published(line)
     known = {release.version for release in library.public_index(line).versions} if public is not None else set()
@@ -71,7 +69,7 @@ def _line(library: Library, line: str) -> dict[str, Any]:
     }
 
 
-def _rings(library: Library) -> dict[str, Any]:
+def _rings(library: LibraryPromotion) -> dict[str, Any]:
     if ROLLOUT_ROLE not in delegated(library.targets()):
         return {}
     targets = library.targets(ROLLOUT_ROLE)
@@ -100,7 +98,7 @@ def _choices(lines: dict[str, Any], rings: dict[str, Any]) -> list[str]:
     return found
 
 
-def _unused(library: Library) -> list[str]:
+def _unused(library: LibraryPromotion) -> list[str]:
     used = {keyid for role in library.role_names() for keyid in library.keys(role)}
     return [f"{path} is the key of no role any more: destroy it" for keyid, path in library.online.paths.items() if keyid not in used]
 

@@ -9,8 +9,8 @@ from typing import Any
 import semver
 from tuf.api.metadata import Root, TargetFile, Targets
 
-from model_sync.documents import LineIndex, Rollout
 from model_sync.library.roles import AnyMetadata, delegated
+from model_sync.trust.documents import LineIndex, Rollout
 
 Name = Callable[[str], str]
 Read = Callable[[TargetFile], "bytes | None"]

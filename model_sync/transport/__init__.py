@@ -1,1 +1,1 @@
-"""Bytes over a slow line that breaks: parts, ranges, budgets, and the USB stick; its face is ``model_sync.fetcher``."""
+"""Bytes over a slow line that breaks: parts, ranges, budgets, and the USB stick; its face is ``model_sync.transport.fetcher``."""

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from model_sync import durable
+from model_sync import atomic_files
 from model_sync.transport.errors import DiskFull, Unreachable
 
 SYNC_BYTES = 1024 * 1024
@@ -131,7 +131,7 @@ class Part:
                 self._note, validator=validator, host=host, synced_bytes=min(at, self._note.synced_bytes), boot_id=self._boot_id
             )
             self._write_note()
-            durable.sync_directory(self._file.parent)
+            atomic_files.sync_directory(self._file.parent)
 
     def write(self, chunk: bytes) -> None:
         """Append bytes; now and then they are synced.

@@ -1,4 +1,4 @@
-"""One file over one request: the answer is checked before a byte of it is believed; :mod:`model_sync.fetcher` repeats it.
+"""One file over one request: the answer is checked before a byte of it is believed; :mod:`model_sync.transport.fetcher` repeats it.
 
 Ranges are those of RFC 9110 section 14, If-Range its section 13.1.5.
 """

@@ -29,7 +29,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from model_sync.delta import best
+from model_sync.delta.codec import best
 
 ROOT = Path(__file__).resolve().parents[2]
 _REFERENCE = ROOT / "appliance" / "bundles" / "cxr-pneumonia"
@@ -214,7 +214,7 @@ def _measure(directory: Path, name: str, old: bytes, new: bytes, target: float |
 _DECODE = """
 import json, re, sys, time
 from pathlib import Path
-from model_sync.delta import apply
+from model_sync.delta.codec import apply
 codec, old, delta, out, digest, length = sys.argv[1:]
 start = time.perf_counter()
 before = time.process_time()

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from model_sync.client import Client
+from model_sync.agent.client import Client
 from model_sync.settings import SyncSettings
 from tests.fleet_site import ROOT, Centre, Recorder, recorded
 from tests.library_site import tiny_bundle

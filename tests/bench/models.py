@@ -15,8 +15,8 @@ from typing import Any
 from appliance.core.settings import Settings
 from appliance.lifecycle.model_control import activate, reference_bundle
 from appliance.store.store import Store
-from model_sync.fetcher import Fetcher
 from model_sync.settings import SyncSettings
+from model_sync.transport.fetcher import Fetcher
 from quantize.reference.phantom import Phantom, dataset
 from tests.bad_server import BadServer, Reply
 

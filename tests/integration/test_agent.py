@@ -21,12 +21,12 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from model_sync import agent
-from model_sync.agent import Agent, enrol, renew_if_due, send_report
-from model_sync.device import Device, DeviceError
+from model_sync.agent import service
+from model_sync.agent.device import Device, DeviceError
+from model_sync.agent.report import ReportError
+from model_sync.agent.service import Agent, enrol, renew_if_due, send_report
 from model_sync.errors import LibraryUnreachable, SettingsError
 from model_sync.fleet.tables import boxes
-from model_sync.report import ReportError
 from model_sync.settings import SyncSettings
 from tests.fleet_site import ROOT, Centre, Recorder, box_report, recorded, stamp
 from tests.library_site import tiny_bundle
@@ -221,7 +221,7 @@ def test_a_report_arrives_with_what_box_and_agent_say(centre: Centre, settings: 
 
 
 def agent_pull(settings: SyncSettings) -> None:
-    from model_sync.client import Client
+    from model_sync.agent.client import Client
 
     Client(settings).pull()
 
@@ -280,7 +280,7 @@ def test_the_agent_killed_at_any_moment_of_a_report_never_uses_a_number_twice(
     centre: Centre, settings: SyncSettings, tmp_path: Path
 ) -> None:
     code = (
-        "import sys, json, pathlib; from model_sync.settings import SyncSettings; from model_sync.agent import send_report\n"
+        "import sys, json, pathlib; from model_sync.settings import SyncSettings; from model_sync.agent.service import send_report\n"
         "s = SyncSettings.parse(json.loads(sys.argv[1])); p = pathlib.Path(s.exchange_dir, 'sync-status.json'); n = int(sys.argv[2])\n"
         "print('ready', flush=True)\n"
         "while True:\n"
@@ -372,13 +372,13 @@ def test_r18_the_same_over_the_real_server_and_into_its_database(centre: Centre,
 def test_a_box_report_that_is_no_file_or_too_large_is_not_read(settings: SyncSettings) -> None:
     path = settings.exchange_dir / "box-report.json"
     os.mkfifo(path)
-    assert agent.status_of(settings, 1).box_code == "box_report.unreadable"
+    assert service.status_of(settings, 1).box_code == "box_report.unreadable"
     path.unlink()
     tell(settings, b" " * 300_000)
-    assert agent.status_of(settings, 1).box_code == "box_report.invalid"
+    assert service.status_of(settings, 1).box_code == "box_report.invalid"
     path.unlink()
     path.symlink_to(settings.state_dir / "device.pem")  # a box account that would like to see the agent's key on the wire
-    assert agent.status_of(settings, 1).box_code == "box_report.unreadable"
+    assert service.status_of(settings, 1).box_code == "box_report.unreadable"
 
 
 # -- the loop

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from tuf.api.metadata import TargetFile
 
-from model_sync import lock, sync_status
+from model_sync.agent import process_lock, sync_status
+from model_sync.agent.exchange import Exchange
+from model_sync.agent.sync_status import StatusFile
 from model_sync.errors import LibraryUnreachable, ModelSyncError, TrustError
-from model_sync.exchange import Exchange
-from model_sync.fetcher import Fetcher
-from model_sync.floors import Clocks
-from model_sync.sync_status import StatusFile
+from model_sync.transport.fetcher import Fetcher
+from model_sync.trust.rollback_protection import Clocks
 from tests.bad_server import CAPTIVE_PORTAL, DOWN, BadServer, Reply
 from tests.library_site import Site, make_site, tiny_bundle
 from tests.sync_box import LINE, Box, days, forge, make_box, newest
@@ -544,11 +544,11 @@ DISK_SCENARIO = """
 import json, os, shutil, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from model_sync.client import Client
+from model_sync.agent.client import Client
 from model_sync.errors import LibraryUnreachable, TrustError
 from model_sync.settings import SyncSettings
 from model_sync.bundle import ModelBundle
-from model_sync import trust
+from model_sync.trust import offline_check
 disk = Path(sys.argv[1])
 settings = SyncSettings.parse(dict(state_dir=disk / "state", exchange_dir=disk / "exchange", root=sys.argv[2], box_id="b",
                                    urls=[sys.argv[3]], attempts=1, disk_reserve_bytes=0, backoff_s=0))
@@ -630,10 +630,10 @@ READ_ONLY_SCENARIO = """
 import subprocess, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from model_sync.client import Client
+from model_sync.agent.client import Client
 from model_sync.errors import LibraryUnreachable
 from model_sync.settings import SyncSettings
-from model_sync import trust
+from model_sync.trust import offline_check
 disk = Path(sys.argv[1])
 settings = SyncSettings.parse(dict(state_dir=disk / "state", exchange_dir=disk / "exchange", root=sys.argv[2], box_id="b",
                                    urls=[sys.argv[3]], attempts=1, disk_reserve_bytes=0))
@@ -643,7 +643,7 @@ try:
     Client(settings).pull()
 except LibraryUnreachable as error:
     print(error.code)
-assert trust.check(settings.exchange_dir, settings.root).lines
+assert offline_check.check(settings.exchange_dir, settings.root).lines
 """
 
 
@@ -803,7 +803,7 @@ TWO_DISKS_SCENARIO = """
 import shutil, subprocess, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from model_sync.client import Client
+from model_sync.agent.client import Client
 from model_sync.settings import SyncSettings
 disk = Path(sys.argv[1])
 exchange = Path(sys.argv[4])
@@ -825,7 +825,7 @@ TWO_LINES_SCENARIO = """
 import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from model_sync.client import Client
+from model_sync.agent.client import Client
 from model_sync.settings import SyncSettings
 disk = Path(sys.argv[1])
 settings = SyncSettings.parse(dict(state_dir=disk / "state", exchange_dir=disk / "exchange", root=sys.argv[2], box_id="b",
@@ -869,7 +869,7 @@ def test_somebody_who_only_asks_does_not_stand_in_the_way(box: Box) -> None:
 
     def ask() -> None:
         while not stop.is_set():
-            lock.holder(box.settings.state_dir)
+            process_lock.holder(box.settings.state_dir)
 
     asker = threading.Thread(target=ask)
     asker.start()
@@ -882,9 +882,9 @@ def test_somebody_who_only_asks_does_not_stand_in_the_way(box: Box) -> None:
 
 
 def test_a_lock_without_a_number_names_nobody(tmp_path: Path) -> None:
-    with lock.hold(tmp_path):
+    with process_lock.hold(tmp_path):
         (tmp_path / "lock").write_bytes(b"\xff")
-        assert lock.holder(tmp_path) == "unknown"
+        assert process_lock.holder(tmp_path) == "unknown"
 
 
 def test_the_status_says_since_when_and_keeps_the_last_problem(box: Box, server: BadServer) -> None:

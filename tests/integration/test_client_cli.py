@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from model_sync import cli, cli_pull, cli_texts
+from model_sync import cli_texts
+from model_sync.agent import cli, cli_pull
+from model_sync.agent.sync_status import Progress
 from model_sync.errors import BundleError, LibraryUnreachable, PublishError, SettingsError, TrustError
 from model_sync.settings import SyncSettings
-from model_sync.sync_status import Progress
 from tests.bad_server import DOWN, BadServer, Reply
 from tests.library_site import Site, make_site, tiny_bundle
 from tests.sync_box import LINE, Box, forge, make_box, revoke, write_config
@@ -161,7 +162,7 @@ def test_missing_or_wrong_settings_are_usage(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_stop_by_hand_is_no_traceback(box: Box, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from model_sync.client import Client
+    from model_sync.agent.client import Client
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -269,7 +270,7 @@ def test_check_takes_its_directories_from_the_settings_or_from_the_command(box: 
 
 def test_check_loads_neither_the_network_nor_numpy(box: Box) -> None:
     code = (
-        "import sys; from model_sync.cli import main; code = main(sys.argv[1:]);"
+        "import sys; from model_sync.agent.cli import main; code = main(sys.argv[1:]);"
         "heavy = {'requests', 'urllib3', 'numpy', 'onnx', 'tuf.ngclient', 'flask'} & set(sys.modules);"
         "assert not heavy, heavy; sys.exit(code)"
     )
@@ -297,12 +298,12 @@ def test_verify_says_whether_a_bundle_is_whole(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_the_agents_commands_are_handed_on(box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from model_sync import agent
+    from model_sync.agent import service
 
     calls: list[Any] = []
-    monkeypatch.setattr(agent, "enrol", lambda settings, token: calls.append((settings.box_id, token)))
-    monkeypatch.setattr(agent, "send_report", lambda settings: calls.append(("report", settings.box_id)) or "sent")
-    monkeypatch.setattr(agent, "run", lambda settings: calls.append(("run", settings.box_id)) or 0)
+    monkeypatch.setattr(service, "enrol", lambda settings, token: calls.append((settings.box_id, token)))
+    monkeypatch.setattr(service, "send_report", lambda settings: calls.append(("report", settings.box_id)) or "sent")
+    monkeypatch.setattr(service, "run", lambda settings: calls.append(("run", settings.box_id)) or 0)
     (tmp_path / "token").write_text("secret\n")
     monkeypatch.setattr(sys, "stdin", io.StringIO("other\n"))
     assert run(box, "enrol", "--token-file", str(tmp_path / "token")) == 0

@@ -24,8 +24,11 @@ ROUNDS, KILLS = 5, 20
 # One process has loaded everything and forks a pull per line it reads: a hundred real processes without a hundred starts of Python.
 NURSERY = """
 import os, sys
-from model_sync import agent, client, fetcher, staging
-from model_sync.cli import main
+from model_sync.agent import service
+from model_sync.agent import client
+from model_sync.transport import fetcher
+from model_sync.agent import staging
+from model_sync.agent.cli import main
 for line in sys.stdin:
     pid = os.fork()
     if pid == 0:

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from tuf.api.metadata import TargetFile
 
-from model_sync import whole
-from model_sync.documents import LineIndex, delta_path
+from model_sync.agent import verified_bundle_cache
+from model_sync.agent.library_view import MAX_DOCUMENT_BYTES
+from model_sync.agent.sync_status import StatusFile
 from model_sync.errors import LibraryUnreachable, ModelSyncError, TrustError
-from model_sync.look import MAX_DOCUMENT_BYTES
-from model_sync.sync_status import StatusFile
+from model_sync.trust.documents import LineIndex, delta_path
 from tests.bad_server import DOWN, BadServer, Reply
 from tests.library_site import Site, make_site, tiny_bundle
 from tests.sync_box import LINE, Box, days, expires, forge, make_box, newest, revoke
@@ -370,7 +370,7 @@ def test_a_bundle_is_hashed_again_once_a_day(box: Box) -> None:
     client = box.client(ticks=lambda: ticks[0])
     client.pull()
     good = rot(model_of(box))
-    ticks[0] += whole.HASH_AGAIN_S - 1
+    ticks[0] += verified_bundle_cache.HASH_AGAIN_S - 1
     client.pull()
     assert model_of(box).read_bytes() != good
     ticks[0] += 1

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from model_sync import lock
+from model_sync.agent import process_lock
 from model_sync.errors import LibraryUnreachable, ModelSyncError, TrustError
-from model_sync.usb import export
+from model_sync.library.usb_export import export
 from tests.bad_server import DOWN, BadServer
 from tests.library_site import Site, make_site, tiny_bundle
 from tests.sync_box import LINE, Box, days, expires, forge, make_box, newest
@@ -100,13 +100,13 @@ def test_a_pull_that_tries_a_dead_line_again_and_again_makes_way_for_a_stick(box
         thread.join(30)
     assert [code(error) for error in ended] == ["sync.stopped"]
     assert box.wants() == "0.1.0"
-    assert not lock.wanted(box.settings.state_dir)
+    assert not process_lock.wanted(box.settings.state_dir)
 
 
 def test_somebody_who_died_waiting_holds_up_no_pull(box: Box) -> None:
     box.settings.state_dir.mkdir(parents=True, exist_ok=True)
-    (box.settings.state_dir / lock.WANTED_FILE).touch()
-    assert not lock.wanted(box.settings.state_dir)
+    (box.settings.state_dir / process_lock.WANTED_FILE).touch()
+    assert not process_lock.wanted(box.settings.state_dir)
 
 
 def test_a_stick_asks_no_window(box: Box, site: Site, tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from model_sync import cli, library_cli
-from model_sync.client import Client
+from model_sync.agent import cli
+from model_sync.agent.client import Client
 from model_sync.errors import LibraryUnreachable
+from model_sync.fleet import cli as library_cli
 from model_sync.settings import SyncSettings
 from tests.library_site import Site, make_site, tiny_bundle
 from tests.sync_box import LINE, Box, make_box, write_config

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tuf.api.exceptions import DownloadError, DownloadHTTPError, LengthOrHashMismatchError
 
 from model_sync.errors import LibraryUnreachable
-from model_sync.fetcher import Fetcher
 from model_sync.settings import SyncSettings
 from model_sync.transport.errors import Failure, NotTheLibrary, RangeViolation, Refused, TooLong, TooSlow, Unreachable
+from model_sync.transport.fetcher import Fetcher
 from model_sync.transport.parts import part_name
 from model_sync.transport.transfer import check_content_range
 from tests.bad_server import (

@@ -22,8 +22,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from tuf.api.exceptions import DownloadError, DownloadHTTPError
 
-from model_sync.fetcher import DirectoryFetcher
 from model_sync.transport.errors import DiskFull, NotTheLibrary, Refused, TooLong, Unreachable
+from model_sync.transport.fetcher import DirectoryFetcher
 from model_sync.transport.parts import SYNC_S, open_part
 from tests.bad_server import CAPTIVE_FORBIDDEN, CAPTIVE_PORTAL, CAPTIVE_REDIRECT, GOOD, LOGIN_PAGE, BadServer, Reply
 from tests.integration.test_fetcher import (
@@ -114,7 +114,7 @@ def test_a_web_page_that_is_a_target_may_be_one(make: Make, server: BadServer) -
 PULL = """
 import json, sys
 from pathlib import Path
-from model_sync.fetcher import Fetcher
+from model_sync.transport.fetcher import Fetcher
 from model_sync.settings import SyncSettings
 values, parts, name, size = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 fetcher = Fetcher(SyncSettings.parse(values), parts)
@@ -179,7 +179,7 @@ def test_after_a_power_cut_only_synced_bytes_are_trusted(make: Make, server: Bad
 
 
 def test_bytes_are_synced_every_megabyte(make: Make, server: BadServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model_sync.fetcher.PROGRESS_S", 0.0)
+    monkeypatch.setattr("model_sync.transport.fetcher.PROGRESS_S", 0.0)
     whole = random.Random(9).randbytes(4_000_000)
     server.put("/targets/big", whole)
     part = part_of(tmp_path, "targets/big")
@@ -257,7 +257,7 @@ def test_the_reserve_is_kept_while_others_fill_the_disk(make: Make, server: BadS
 FILL = """
 import sys
 from pathlib import Path
-from model_sync.fetcher import DiskFull, Fetcher
+from model_sync.transport.fetcher import DiskFull, Fetcher
 from tests.bad_server import BadServer
 from tests.integration.test_fetcher import sync_settings
 disk = Path(sys.argv[1])
@@ -275,8 +275,8 @@ with BadServer({"/targets/f": data}) as server:
                         stream.write(bytes(4096))
                 except OSError:
                     pass
-    import model_sync.fetcher
-    model_sync.fetcher.PROGRESS_S = 0.0
+    import model_sync.transport.fetcher
+    model_sync.transport.fetcher.PROGRESS_S = 0.0
     fetcher._on_progress = fill
     try:
         with fetcher.download_file("library:targets/f", len(data)):

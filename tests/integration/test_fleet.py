@@ -21,15 +21,15 @@ import pytest
 import requests
 from sqlalchemy import select
 
-from model_sync import library_cli
-from model_sync.documents import RolloutStep
 from model_sync.errors import SettingsError
+from model_sync.fleet import cli
 from model_sync.fleet.accounts import Accounts
-from model_sync.fleet.brake import Brake
 from model_sync.fleet.database import Fleet
+from model_sync.fleet.rollout_pause_policy import Brake
 from model_sync.fleet.rollouts import Rollouts
 from model_sync.fleet.tables import actions, operators
 from model_sync.fleet.texts import TEXTS
+from model_sync.trust.documents import RolloutStep
 from tests.fleet_seed import seed
 from tests.fleet_site import PASSPHRASE, ROOT, Box, Centre, Postgres, box_report
 from tests.library_site import tiny_bundle
@@ -440,7 +440,7 @@ def test_ten_thousand_boxes_are_shown_by_few_queries(tmp_path: Path, postgres: P
 
 def model_library(*arguments: str, code: int = 0) -> str:
     """Run the command as a process; returns what it said."""
-    command = [sys.executable, "-m", "model_sync.library_cli", *arguments]
+    command = [sys.executable, "-m", "model_sync.fleet.cli", *arguments]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert ended.returncode == code, ended.stderr
     assert "Traceback" not in ended.stderr
@@ -452,7 +452,7 @@ def test_the_commands_of_the_central_team(tmp_path: Path, capsys: pytest.Capture
     fleet = ("--db", centre.db)
 
     def run(*arguments: str) -> str:
-        assert library_cli.main([*arguments, *fleet]) == 0
+        assert cli.main([*arguments, *fleet]) == 0
         return capsys.readouterr().out.strip()
 
     try:
@@ -460,7 +460,7 @@ def test_the_commands_of_the_central_team(tmp_path: Path, capsys: pytest.Capture
         box = Box(centre, "box-1", "canary").enrol(token)
         run("deny", "box-1")
         assert box.send(box.report(1)).status_code == 403
-        assert library_cli.main(["token", "new", "box-1", *fleet]) == 2
+        assert cli.main(["token", "new", "box-1", *fleet]) == 2
         assert "is denied" in capsys.readouterr().err
         run("allow", "box-1")
         assert box.send(box.report(1)).status_code == 204
@@ -471,7 +471,7 @@ def test_the_commands_of_the_central_team(tmp_path: Path, capsys: pytest.Capture
         somebody = Person(centre)
         assert somebody.log_in("zhao", password).status_code == 302
         assert "moved to the ring" in somebody.see()
-        assert library_cli.main(["operator", "add", "zhao", *fleet]) == 2
+        assert cli.main(["operator", "add", "zhao", *fleet]) == 2
         refused = capsys.readouterr()
         assert refused.out == ""
         assert "zhao is an operator already" in refused.err
@@ -488,10 +488,10 @@ def test_the_commands_of_the_central_team(tmp_path: Path, capsys: pytest.Capture
                       ("operator", "reset", "nobody"),
                       ("token", "new", "no name"), ("token", "new", "box-2", "--ring", "UP"), ("deny",),
                       ("operator", "add", "../x")):  # fmt: skip
-            assert library_cli.main([*wrong, *fleet]) == 2
+            assert cli.main([*wrong, *fleet]) == 2
             assert capsys.readouterr().err.startswith("error:")
         for place, what in ((("--db", "mysql://x"), "cannot be opened"), (("--library", str(tmp_path)), "is no library")):
-            assert library_cli.main(["allow", "x", *place]) == 2
+            assert cli.main(["allow", "x", *place]) == 2
             assert what in capsys.readouterr().err
     finally:
         centre.close()
@@ -591,8 +591,8 @@ def test_every_text_of_the_templates_exists_and_none_is_idle() -> None:
 def test_every_action_and_state_that_can_be_shown_has_words(centre: Centre) -> None:
     from typing import get_args
 
+    from model_sync.agent.report import ActivationState, ModelState, SyncState
     from model_sync.fleet.views import STATES
-    from model_sync.report import ActivationState, ModelState, SyncState
 
     states = {state for kind in get_args(ModelState) for state in (get_args(kind) or (kind,))} | set(get_args(ActivationState))
     assert {f"model.{state}" for state in states} <= set(TEXTS)

@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 from securesystemslib.signer import Key
 
-from model_sync.documents import ROLLOUT_ROLE, Rollout, RolloutStep, rollout_path
+from model_sync.agent.report import StatusReport
 from model_sync.errors import PublishError
-from model_sync.fleet.brake import Brake
 from model_sync.fleet.database import BLAMED
 from model_sync.fleet.pause import Seen
+from model_sync.fleet.rollout_pause_policy import Brake
 from model_sync.fleet.rollouts import Rollouts
 from model_sync.fleet.tables import boxes
 from model_sync.fleet.views import progress
 from model_sync.library.keys import load_signer
-from model_sync.report import StatusReport
-from model_sync.repository import Library
+from model_sync.library.library import Library
+from model_sync.trust.documents import ROLLOUT_ROLE, Rollout, RolloutStep, rollout_path
 from tests.fleet_site import PASSPHRASE, Centre, box_report, stamp, status_json
 from tests.library_site import tiny_bundle
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select
 
+from model_sync.agent.report import StatusReport
 from model_sync.fleet.database import ACTIVATIONS_PER_BOX, Fleet
 from model_sync.fleet.tables import activations, boxes
-from model_sync.report import StatusReport
 from tests.fleet_site import Postgres, box_report, stamp, status_json
 
 LINE = "cxr-pneumonia"

@@ -13,11 +13,11 @@ from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata
 from tuf.ngclient import FetcherInterface, Updater
 
-from model_sync.documents import LineIndex
 from model_sync.errors import PublishError, SettingsError
 from model_sync.library.files import LibraryFiles
-from model_sync.repository import Library, State
-from model_sync.transport.stick import DirectoryFetcher
+from model_sync.library.library import Library, State
+from model_sync.transport.directory_fetcher import DirectoryFetcher
+from model_sync.trust.documents import LineIndex
 from tests.library_site import Site, make_site, tiny_bundle
 
 LINE = "cxr-pneumonia"

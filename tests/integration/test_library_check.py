@@ -11,10 +11,10 @@ import pytest
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import DelegatedRole, Delegations, Metadata, MetaFile, TargetFile
 
-from model_sync.documents import Rollout, RolloutStep
 from model_sync.library import check as library_check
+from model_sync.library.library import Library
 from model_sync.library.text import describe, status_lines
-from model_sync.repository import Library
+from model_sync.trust.documents import Rollout, RolloutStep
 from tests.library_site import Site, make_site, tiny_bundle
 
 LINE = "cxr-pneumonia"

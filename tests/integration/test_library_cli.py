@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from model_sync import library_cli
+from model_sync.fleet import cli
 from tests.library_site import make_site, tiny_bundle
 
 LINE = "cxr-pneumonia"
@@ -50,7 +50,7 @@ class Shell:
                 patch.setenv(name, environment.get(name, self.environment[name]))
             patch.setattr(sys, "stdin", io.StringIO())
             try:
-                code: Any = library_cli.main([str(argument) for argument in arguments])
+                code: Any = cli.main([str(argument) for argument in arguments])
             except SystemExit as leaving:
                 code = leaving.code
         assert (code or 0) == expect, out.getvalue()
@@ -63,7 +63,7 @@ class Shell:
             os.chdir(self.directory)
             bare = {k: v for k, v in self.environment.items() if not k.startswith("MODEL_LIBRARY")}
             bare["PYTHONPATH"] = str(Path(__file__).parents[2])
-            os.execve(sys.executable, [sys.executable, "-m", "model_sync.library_cli", *arguments], bare)  # noqa: S606
+            os.execve(sys.executable, [sys.executable, "-m", "model_sync.fleet.cli", *arguments], bare)  # noqa: S606
         seen = b""
         remaining = list(answers)
         while True:
@@ -120,7 +120,7 @@ def test_the_ceremony_ends_in_a_whole_library(ready: Shell) -> None:
     assert "in 3.0 days" in text
     assert "whole; 7 files" in ready.run("verify", "LIB")
     assert "whole; 7 files" in ready.run("verify", "LIB/public")
-    command = [sys.executable, "-m", "model_sync.library_cli", "verify", "LIB"]
+    command = [sys.executable, "-m", "model_sync.fleet.cli", "verify", "LIB"]
     environment = ready.environment | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, cwd=ready.directory, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -368,7 +368,7 @@ def test_a_damaged_library_is_said_so(copy: Shell) -> None:
 def test_an_expired_library_is_said_so_and_healed(copy: Shell) -> None:
     faketime = shutil.which("faketime")
     assert faketime, "faketime is missing: run `make setup-test`"
-    command = [faketime, "+4 days", sys.executable, "-m", "model_sync.library_cli"]
+    command = [faketime, "+4 days", sys.executable, "-m", "model_sync.fleet.cli"]
     environment = copy.environment | {"PYTHONPATH": str(Path(__file__).parents[2])}
 
     def later(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -405,7 +405,7 @@ def test_every_command_has_help_that_the_guide_names(ready: Shell) -> None:
 def test_a_plain_install_names_the_extra_in_place_of_a_traceback(module: str, command: str, tmp_path: Path) -> None:
     """The commands of the fleet need what a box is installed without."""
     more = ["box", "--db", "postgresql+psycopg://nobody@127.0.0.1:1/none"] if module == "psycopg" else []
-    code = f"import sys; sys.modules[{module!r}] = None; from model_sync.library_cli import main; sys.exit(main(sys.argv[1:]))"
+    code = f"import sys; sys.modules[{module!r}] = None; from model_sync.fleet.cli import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", code, command, *more], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     first, second = done.stderr.splitlines()

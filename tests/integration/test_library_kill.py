@@ -13,7 +13,7 @@ import pytest
 from securesystemslib.signer import CryptoSigner
 
 from model_sync.library.files import LibraryFiles
-from model_sync.repository import Library
+from model_sync.library.library import Library
 from tests.integration.test_library import Follower
 from tests.library_site import Site, make_site, tiny_bundle
 

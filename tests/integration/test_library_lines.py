@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 from securesystemslib.signer import CryptoSigner
 
-from model_sync import usb
-from model_sync.documents import LineIndex, Rollout
 from model_sync.errors import PublishError
-from model_sync.library import publish
+from model_sync.library import publish, usb_export
 from model_sync.library import roles as library_roles
+from model_sync.trust.documents import LineIndex, Rollout
 from tests.integration.test_library import Follower
 from tests.library_site import Site, make_site, serve, tiny_bundle
 from tests.sync_box import make_box, newest
@@ -154,7 +153,7 @@ def test_a_stick_of_a_library_with_an_ended_line_serves_a_box(site: Site, tmp_pa
     site.rollout("stable", LINE, tiny(site, tmp_path, LINE))
     site.library.end_line(OTHER)
     (tmp_path / "stick").mkdir()
-    assert usb.export(site.public, tmp_path / "stick").versions == {LINE: ["0.1.0"]}
+    assert usb_export.export(site.public, tmp_path / "stick").versions == {LINE: ["0.1.0"]}
     box = make_box(tmp_path / "box", site)
     box.client().import_usb(tmp_path / "stick")
     assert box.wants(LINE) == "0.1.0"

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from model_sync import delta
-from model_sync.documents import FailureBudget, LineIndex, Rollout
+from model_sync.delta import codec as delta_codec
 from model_sync.errors import PublishError
+from model_sync.trust.documents import FailureBudget, LineIndex, Rollout
 from tests.integration.test_library import Follower, refused
 from tests.library_site import Site, make_site, tiny_bundle
 
@@ -181,7 +181,7 @@ def test_deltas_lead_from_the_last_three_versions_that_boxes_may_run(site: Site,
         (tmp_path / "delta").write_bytes(raw)
         base = bundles[old[item.from_sha256] - 1] / "model_fp32.onnx"
         new = bundles[4] / "model_fp32.onnx"
-        delta.apply(item.codec, base, tmp_path / "delta", tmp_path / "out", to_sha256=item.to_sha256, to_length=new.stat().st_size)
+        delta_codec.apply(item.codec, base, tmp_path / "delta", tmp_path / "out", to_sha256=item.to_sha256, to_length=new.stat().st_size)
         assert (tmp_path / "out").read_bytes() == new.read_bytes()
     assert site.library.verify().clean
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from securesystemslib.signer import CryptoSigner
 
-from model_sync import usb
-from model_sync.documents import Rollout
-from model_sync.repository import Library
+from model_sync.library import usb_export
+from model_sync.library.library import Library
+from model_sync.trust.documents import Rollout
 from tests.integration.test_library import Follower
 from tests.library_site import make_site, tiny_bundle
 
@@ -121,7 +121,7 @@ class Centre(RuleBasedStateMachine):
     @rule()
     def a_stick_is_whole(self) -> None:
         (self.directory / "stick").mkdir(exist_ok=True)
-        usb.export(self.site.public, self.directory / "stick")
+        usb_export.export(self.site.public, self.directory / "stick")
 
     def box_lines(self) -> list[str]:
         found = []
@@ -132,7 +132,7 @@ class Centre(RuleBasedStateMachine):
         return found
 
     def box_index(self, line: str):  # type: ignore[no-untyped-def]
-        from model_sync.documents import LineIndex
+        from model_sync.trust.documents import LineIndex
 
         return LineIndex.parse(self.box.look(f"models/{line}/line.json"))
 

@@ -16,7 +16,7 @@ import requests
 from securesystemslib.signer import CryptoSigner
 from tuf.ngclient import Updater
 
-from model_sync.documents import LineIndex
+from model_sync.trust.documents import LineIndex
 from tests.library_site import Site, make_site, tiny_bundle
 
 LINE = "cxr-pneumonia"

@@ -45,7 +45,7 @@ def account() -> dict[str, Any]:
     nobody = pwd.getpwnam("nobody")
     own = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
     try:
-        subprocess.run([sys.executable, "-c", "import model_sync.client"], cwd=ROOT, check=True, capture_output=True, **own)
+        subprocess.run([sys.executable, "-c", "import model_sync.agent.client"], cwd=ROOT, check=True, capture_output=True, **own)
     except (PermissionError, subprocess.CalledProcessError):
         return {}
     return own
@@ -89,7 +89,7 @@ class Central:
     def run(self, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
         secret = self.directory / "passphrase"
         environment = os.environ | {name: str(secret) for name in ("MODEL_LIBRARY_PASSPHRASE_FILE", "MODEL_LIBRARY_ONLINE_PASSPHRASE_FILE")}
-        return command("model_sync.library_cli", *arguments, check=check, env=environment)
+        return command("model_sync.fleet.cli", *arguments, check=check, env=environment)
 
     def key(self, name: str) -> Path:
         return self.directory / f"{name}.pem"
@@ -130,7 +130,7 @@ class Central:
         secret = self.directory / "passphrase"
         self.run("device-ca", self.directory / "device-ca", "--passphrase-file", secret)
         self.server = subprocess.Popen(
-            [sys.executable, "-m", "model_sync.library_cli", "serve", str(self.library), "--port", "0",
+            [sys.executable, "-m", "model_sync.fleet.cli", "serve", str(self.library), "--port", "0",
              "--device-ca", str(self.directory / "device-ca"), "--passphrase-file", str(secret),
              "--tls-certificate", str(self.directory / "tls.pem"), "--tls-key", str(self.directory / "tls.key")],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,

@@ -18,11 +18,12 @@ from tuf.api import exceptions as tuf_errors
 from tuf.api.metadata import DelegatedRole, Delegations, Key, Targets
 from tuf.ngclient import Updater
 
-from model_sync import durable, trust
+from model_sync import atomic_files
 from model_sync.errors import LibraryUnreachable, TrustError
-from model_sync.fetcher import Fetcher
-from model_sync.floors import BUILT_AT, Clocks, Floors, issued_at
-from model_sync.upstream import Upstream
+from model_sync.transport.fetcher import Fetcher
+from model_sync.trust import metadata, trusted_metadata
+from model_sync.trust.rollback_protection import BUILT_AT, Clocks, Floors, issued_at
+from model_sync.trust.tuf_client import Upstream
 from tests.bad_server import CAPTIVE_FORBIDDEN, CAPTIVE_PORTAL, DOWN, BadServer, Reply
 from tests.library_site import Site, make_site, serve, tiny_bundle
 from tests.sync_box import LINE, Box, days, expires, forge, make_box, newest, revoke, write_config
@@ -107,7 +108,7 @@ def test_a_clock_five_days_ahead_does_not_raise_the_floor_past_the_server(box: B
 
 def test_without_a_server_the_floor_rises_only_as_far_as_the_metadata_is_valid(box: Box) -> None:
     box.pull()
-    chain = trust.Chain.load(box.metadata, box.settings.root.read_bytes())
+    chain = trusted_metadata.Chain.load(box.metadata, box.settings.root.read_bytes())
     clocks = Clocks(days(300), days(0))
     raised = Floors().advanced(chain.root, chain.timestamp, chain.snapshot, clocks, chain.valid_until())
     assert raised.system == chain.valid_until() - timedelta(seconds=1)
@@ -116,7 +117,7 @@ def test_without_a_server_the_floor_rises_only_as_far_as_the_metadata_is_valid(b
 
 def test_a_clock_that_never_knew_the_time_is_at_least_at_the_build_and_at_the_signing(box: Box) -> None:
     box.pull()
-    chain = trust.Chain.load(box.metadata, box.settings.root.read_bytes())
+    chain = trusted_metadata.Chain.load(box.metadata, box.settings.root.read_bytes())
     assert Floors().time(chain.root) == BUILT_AT
     signed = issued_at(chain.timestamp)
     assert signed is not None
@@ -153,7 +154,7 @@ def test_an_issue_time_in_the_future_counts_only_as_far_as_it_is_valid(box: Box,
 
 def test_an_issue_time_without_a_zone_is_utc(box: Box) -> None:
     box.pull()
-    timestamp = trust.Chain.load(box.metadata, box.settings.root.read_bytes()).timestamp
+    timestamp = trusted_metadata.Chain.load(box.metadata, box.settings.root.read_bytes()).timestamp
     timestamp.unrecognized_fields["x-issued-at"] = "2026-05-01T00:00:00"
     assert issued_at(timestamp) == datetime(2026, 5, 1, tzinfo=timezone.utc)
 
@@ -277,7 +278,7 @@ def test_a_half_written_root_heals_by_itself(box: Box, site: Site) -> None:
     file = box.metadata / "root_history" / "2.root.json"
     file.write_bytes(file.read_bytes()[:100])
     box.pull()
-    assert trust.newest_root(box.metadata, box.settings.root.read_bytes()).version == 2
+    assert metadata.newest_root(box.metadata, box.settings.root.read_bytes()).version == 2
 
 
 def test_what_a_kill_left_in_the_metadata_directory_is_swept(box: Box) -> None:
@@ -695,10 +696,10 @@ def test_every_error_of_the_updater_has_its_own_code(error: Exception, code: str
 
 
 def test_atomic_writes_leave_the_old_file_when_they_fail(tmp_path: Path) -> None:
-    durable.write(tmp_path / "a", b"old")
+    atomic_files.write(tmp_path / "a", b"old")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "c").mkdir()
     with pytest.raises(OSError):
-        durable.write(tmp_path / "b", b"new")
+        atomic_files.write(tmp_path / "b", b"new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
-    assert durable.read_json(tmp_path / "a") == {}
+    assert atomic_files.read_json(tmp_path / "a") == {}

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 from tuf.api.metadata import Timestamp
 
-from model_sync import durable, trust, trust_files
+from model_sync import atomic_files
 from model_sync.errors import LibraryUnreachable, TrustError
-from model_sync.floors import BUILT_AT, AnchoredRoot, Floors, issued_at
+from model_sync.trust import metadata, offline_check, trusted_metadata
+from model_sync.trust.rollback_protection import BUILT_AT, AnchoredRoot, Floors, issued_at
 from tests.library_site import Site, make_site, serve, tiny_bundle
 from tests.sync_box import LINE, Box, days, expires, forge, make_box, newest
 
@@ -57,7 +58,7 @@ def box(pulled: Path, tmp_path: Path, site: Site, url: str) -> Box:
 def printed(box: Box, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
     """What `check` answers: exactly one JSON object, whatever it meets."""
     capsys.readouterr()
-    code = trust.print_check(box.settings.exchange_dir, box.settings.root)
+    code = offline_check.print_check(box.settings.exchange_dir, box.settings.root)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1
     return code, json.loads(lines[0])
@@ -154,17 +155,17 @@ def test_a_link_on_the_way_to_a_document_is_that_lines_trouble(box: Box, capsys:
 
 
 def test_no_more_roots_are_read_than_there_can_be(box: Box, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trust_files, "MAX_ROOTS", 0)
+    monkeypatch.setattr(metadata, "MAX_ROOTS", 0)
     history = (box.settings.exchange_dir / "trust").resolve() / "metadata" / "root_history"
     os.mkfifo(history / "2.root.json")
-    assert trust.newest_root(history.parent, site.root.read_bytes()).version == 1
+    assert metadata.newest_root(history.parent, site.root.read_bytes()).version == 1
 
 
 def test_whatever_breaks_the_check_it_answers(box: Box, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def break_down(*_: Any) -> None:
         raise RecursionError("too deep")
 
-    monkeypatch.setattr(trust.Chain, "refuse_older", break_down)
+    monkeypatch.setattr(trusted_metadata.Chain, "refuse_older", break_down)
     code, facts = printed(box, capsys)
     assert (code, facts["ok"], facts["code"]) == (1, False, "trust.unchecked")
     assert "RecursionError" in facts["message"]
@@ -173,7 +174,7 @@ def test_whatever_breaks_the_check_it_answers(box: Box, monkeypatch: pytest.Monk
 
 def test_metadata_larger_than_a_box_reads_is_said_so(box: Box) -> None:
     file = (box.settings.exchange_dir / "trust").resolve() / "metadata" / "targets.json"
-    file.write_bytes(b" " * (trust.MAX_METADATA_BYTES + 1))
+    file.write_bytes(b" " * (metadata.MAX_METADATA_BYTES + 1))
     with pytest.raises(TrustError, match="larger than") as caught:
         box.facts()
     assert caught.value.code == "trust.metadata"
@@ -188,7 +189,7 @@ def test_a_reason_in_chinese_is_printed_alike_in_every_locale(tmp_path: Path, mo
         box.pull()
     printed = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="gb18030", write_through=True))
-    assert trust.print_check(box.settings.exchange_dir, box.settings.root) == 0
+    assert offline_check.print_check(box.settings.exchange_dir, box.settings.root) == 0
     facts = json.loads(printed.getvalue().decode("utf-8"))
     assert facts["lines"][LINE]["withdrawn"]["0.1.0"]["reason"] == "漏诊胸腔积液"
 
@@ -216,13 +217,13 @@ def test_a_floor_whose_time_is_out_of_range_is_damaged(text: str, box: Box, caps
 
 def test_every_time_is_printed_with_a_year_of_four_digits() -> None:
     last, first = datetime.max.replace(tzinfo=timezone(timedelta(hours=-10))), datetime.min.replace(tzinfo=timezone(timedelta(hours=14)))
-    assert trust_files.iso(last) == "9999-12-31T23:59:59Z"
-    assert trust_files.iso(first) == "0001-01-01T00:00:00Z"
-    assert trust_files.iso(datetime(2026, 5, 1, 14, 0, 0, 5, timezone(timedelta(hours=2)))) == "2026-05-01T12:00:00Z"
+    assert metadata.iso(last) == "9999-12-31T23:59:59Z"
+    assert metadata.iso(first) == "0001-01-01T00:00:00Z"
+    assert metadata.iso(datetime(2026, 5, 1, 14, 0, 0, 5, timezone(timedelta(hours=2)))) == "2026-05-01T12:00:00Z"
 
 
 def test_metadata_that_expired_in_the_year_one_breaks_nothing(box: Box) -> None:
-    chain = trust.Chain.load(box.metadata, box.settings.root.read_bytes())
+    chain = trusted_metadata.Chain.load(box.metadata, box.settings.root.read_bytes())
     chain.timestamp.expires = datetime.min.replace(tzinfo=timezone.utc)
     clocks = chain.clocks(Floors(), days(0))
     raised = Floors().advanced(chain.root, chain.timestamp, chain.snapshot, clocks, chain.valid_until())
@@ -334,7 +335,7 @@ def test_a_box_that_gets_the_first_root_of_a_new_library_follows_it(tmp_path: Pa
 
 
 def test_floors_of_another_root_do_not_count_and_those_of_before_anchors_do(box: Box, site: Site) -> None:
-    chain = trust.Chain.load(box.metadata, box.settings.root.read_bytes())
+    chain = trusted_metadata.Chain.load(box.metadata, box.settings.root.read_bytes())
     known = Floors.load([box.settings.exchange_dir / "floor.json"])
     assert known.anchor == chain.root.anchor
     far = Floors(known.serial, 9, days(3000), days(3000), known.clock_keys, known.roles, "0" * 64)
@@ -351,15 +352,15 @@ def test_floors_of_another_root_do_not_count_and_those_of_before_anchors_do(box:
 
 def test_metadata_of_another_root_is_set_aside_and_not_mixed(box: Box, site: Site, tmp_path: Path) -> None:
     other = make_site(tmp_path / "other", lines=())
-    assert not trust.set_aside(box.metadata, site.root.read_bytes())
-    assert not trust.set_aside(tmp_path / "nothing", site.root.read_bytes())
+    assert not metadata.set_aside(box.metadata, site.root.read_bytes())
+    assert not metadata.set_aside(tmp_path / "nothing", site.root.read_bytes())
     cut(box.metadata / "root_history" / "1.root.json")
-    assert not trust.set_aside(box.metadata, site.root.read_bytes()), "damaged is not another's"
+    assert not metadata.set_aside(box.metadata, site.root.read_bytes()), "damaged is not another's"
     shutil.copyfile(site.root, box.metadata / "root_history" / "1.root.json")
     for _ in range(2):
         (box.metadata / "root_history").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(site.root, box.metadata / "root_history" / "1.root.json")
-        assert trust.set_aside(box.metadata, other.root.read_bytes())
+        assert metadata.set_aside(box.metadata, other.root.read_bytes())
         assert not box.metadata.exists()
         assert (box.metadata.with_name("metadata.other") / "root_history" / "1.root.json").is_file()
 
@@ -367,16 +368,16 @@ def test_metadata_of_another_root_is_set_aside_and_not_mixed(box: Box, site: Sit
 def test_reading_a_plain_file_and_nothing_else(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"12345")
-    assert durable.read(file, 5) == b"12345"
-    with pytest.raises(durable.NotPlain):
-        durable.read(file, 4)
+    assert atomic_files.read(file, 5) == b"12345"
+    with pytest.raises(atomic_files.NotPlain):
+        atomic_files.read(file, 4)
     with pytest.raises(FileNotFoundError):
-        durable.read(tmp_path / "absent", 5)
+        atomic_files.read(tmp_path / "absent", 5)
     link = tmp_path / "link"
     link.symlink_to(file)
-    assert durable.read(link, 5, follow=True) == b"12345"
-    with pytest.raises(durable.NotPlain):
-        durable.read(link, 5)
+    assert atomic_files.read(link, 5, follow=True) == b"12345"
+    with pytest.raises(atomic_files.NotPlain):
+        atomic_files.read(link, 5)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(durable.NotPlain):
-        durable.read(tmp_path / "pipe", 5)
+    with pytest.raises(atomic_files.NotPlain):
+        atomic_files.read(tmp_path / "pipe", 5)

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from securesystemslib.signer import CryptoSigner
 
-from model_sync import usb
-from model_sync.documents import LineIndex
 from model_sync.errors import PublishError, SettingsError
 from model_sync.library import check as library_check
-from model_sync.transport.stick import DirectoryFetcher
+from model_sync.library import usb_export
+from model_sync.transport.directory_fetcher import DirectoryFetcher
+from model_sync.trust.documents import LineIndex
 from tests.integration.test_library import Follower
 from tests.library_site import Site, make_site, tiny_bundle
 
@@ -51,7 +51,7 @@ def read_by_a_box(site: Site, folder: Path, kept: Path) -> LineIndex:
 
 
 def test_a_box_reads_a_stick_as_it_reads_the_network(site: Site, stick: Path, tmp_path: Path) -> None:
-    done = usb.export(site.public, stick)
+    done = usb_export.export(site.public, stick)
     assert done.versions == {LINE: ["0.1.0", "0.2.0"]}
     folder = stick / "clinic-models"
     index = read_by_a_box(site, folder, tmp_path / "box")
@@ -69,7 +69,7 @@ def test_every_root_there_ever_was_is_on_the_stick(site: Site, stick: Path, tmp_
         site.library.signers[fresh.public_key.keyid] = fresh
         site.library.rotate_key(role, site.holders[role][0].public_key.keyid, fresh.public_key)
         site.holders[role] = [*site.holders[role][1:], fresh]
-    usb.export(site.public, stick)
+    usb_export.export(site.public, stick)
     names = {path.name for path in (stick / "clinic-models" / "metadata").iterdir()}
     assert {f"{version}.root.json" for version in range(1, 6)} <= names
     read_by_a_box(site, stick / "clinic-models", tmp_path / "box")
@@ -80,7 +80,7 @@ def test_lines_and_versions_can_be_chosen(tmp_path: Path, stick: Path) -> None:
     for line in ("a", "b"):
         for version in ("0.1.0", "0.2.0"):
             site.publish(tiny_bundle(tmp_path, version, line=line, seed=len(version)))
-    done = usb.export(site.public, stick, ["a"], ["0.2.0"])
+    done = usb_export.export(site.public, stick, ["a"], ["0.2.0"])
     assert done.versions == {"a": ["0.2.0"]}
     models = {name.split("/")[2] + "/" + name.split("/")[3] for name in tree(stick / "clinic-models") if name.count("/") > 3}
     assert models == {"a/0.2.0"}
@@ -89,20 +89,20 @@ def test_lines_and_versions_can_be_chosen(tmp_path: Path, stick: Path) -> None:
     assert LineIndex.parse(box.look("models/b/line.json")).line == "b", "a withdrawal of another line is on every stick"
     for lines, versions in ((["c"], None), (None, ["9.9.9"])):
         with pytest.raises(SettingsError):
-            usb.export(site.public, stick, lines, versions)
+            usb_export.export(site.public, stick, lines, versions)
 
 
 def test_withdrawn_versions_and_those_below_the_minimum_stay_at_home(site: Site, stick: Path, tmp_path: Path) -> None:
     site.publish(tiny_bundle(tmp_path, "0.3.0", seed=5), minimum_version="0.2.0")
     site.withdraw(LINE, "0.2.0")
-    assert usb.export(site.public, stick).versions == {LINE: ["0.3.0"]}
+    assert usb_export.export(site.public, stick).versions == {LINE: ["0.3.0"]}
     assert not any("/0.1.0/" in name or "/0.2.0/" in name for name in tree(stick))
     with pytest.raises(SettingsError, match=r"0\.2\.0"):
-        usb.export(site.public, stick, None, ["0.2.0"])
+        usb_export.export(site.public, stick, None, ["0.2.0"])
 
 
 def test_exporting_again_writes_only_what_is_new_and_removes_only_what_is_ours(site: Site, stick: Path, tmp_path: Path) -> None:
-    usb.export(site.public, stick)
+    usb_export.export(site.public, stick)
     mine = {
         "holiday.jpg": stick / "holiday.jpg",
         "notes": stick / "clinic-models" / "notes.txt",
@@ -111,10 +111,10 @@ def test_exporting_again_writes_only_what_is_new_and_removes_only_what_is_ours(s
     }
     for path in mine.values():
         path.write_bytes(b"mine")
-    again = usb.export(site.public, stick)
+    again = usb_export.export(site.public, stick)
     assert (again.files, again.removed) == (0, 0)
     site.withdraw(LINE, "0.1.0")
-    update = usb.export(site.public, stick)
+    update = usb_export.export(site.public, stick)
     assert 0 < update.files < 10
     assert update.removed > 6
     assert not any("/0.1.0/" in name for name in tree(stick))
@@ -123,18 +123,18 @@ def test_exporting_again_writes_only_what_is_new_and_removes_only_what_is_ours(s
 
 
 def test_a_damaged_file_on_the_stick_is_written_again(site: Site, stick: Path) -> None:
-    usb.export(site.public, stick)
+    usb_export.export(site.public, stick)
     weights = next(stick.rglob("*.onnx"))
     good = weights.read_bytes()
     weights.write_bytes(good[:-1] + b"x")
-    assert usb.export(site.public, stick).files == 1
+    assert usb_export.export(site.public, stick).files == 1
     assert weights.read_bytes() == good
 
 
 def test_a_stick_with_too_little_room_is_refused_before_anything_is_written(site: Site, stick: Path) -> None:
     free = shutil.disk_usage(stick).free
     with pytest.raises(PublishError, match="MiB more") as caught:
-        usb.export(site.public, stick, reserve_bytes=free)
+        usb_export.export(site.public, stick, reserve_bytes=free)
     assert "larger stick" in caught.value.hint
     assert tree(stick) == {}
 
@@ -156,40 +156,40 @@ def test_a_stick_that_is_full_after_all_keeps_whole_files_only(site: Site, stick
     written = {name: data for name, data in tree(stick / "clinic-models").items() if not name.endswith(".part")}
     assert all(tree(site.public)[name] == data for name, data in written.items())
     assert "metadata/timestamp.json" not in written
-    usb.export(site.public, stick)
+    usb_export.export(site.public, stick)
     assert library_check.verify(stick / "clinic-models", datetime.now(timezone.utc)).clean
     assert not (stick / "clinic-models" / "clinic-models.part").exists()
 
 
 def test_a_library_that_is_not_whole_or_has_expired_is_not_exported(site: Site, stick: Path) -> None:
     with pytest.raises(PublishError, match="expired"):
-        usb.export(site.public, stick, now=datetime.now(timezone.utc) + timedelta(days=8))
+        usb_export.export(site.public, stick, now=datetime.now(timezone.utc) + timedelta(days=8))
     weights = next((site.public / "targets").rglob("*.onnx"))
     weights.write_bytes(b"x" + weights.read_bytes()[1:])
     with pytest.raises(PublishError, match="not whole"):
-        usb.export(site.public, stick)
+        usb_export.export(site.public, stick)
     assert tree(stick) == {}
 
 
 def test_no_stick(site: Site, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no folder"):
-        usb.export(site.public, tmp_path / "absent")
+        usb_export.export(site.public, tmp_path / "absent")
 
 
 def test_no_library_to_export(stick: Path, tmp_path: Path) -> None:
     with pytest.raises(PublishError, match="No such file"):
-        usb.export(tmp_path, stick)
+        usb_export.export(tmp_path, stick)
 
 
 def test_progress_is_told(site: Site, stick: Path) -> None:
     told: list[tuple[int, int]] = []
-    done = usb.export(site.public, stick, progress=lambda now, total: told.append((now, total)))
+    done = usb_export.export(site.public, stick, progress=lambda now, total: told.append((now, total)))
     assert told[-1] == (done.bytes, done.bytes)
     assert sorted(told) == told
 
 
 def test_through_a_real_fat_file_system_and_back(site: Site, stick: Path, tmp_path: Path) -> None:
-    usb.export(site.public, stick)
+    usb_export.export(site.public, stick)
     image, back = tmp_path / "fat.img", tmp_path / "back"
     with image.open("wb") as stream:
         stream.truncate(40 * 2**20)
@@ -210,7 +210,7 @@ def test_through_a_real_fat_file_system_and_back(site: Site, stick: Path, tmp_pa
 
 
 def test_names_are_legal_on_fat_and_differ_by_more_than_case(site: Site, stick: Path) -> None:
-    usb.export(site.public, stick)
+    usb_export.export(site.public, stick)
     names = [path.relative_to(stick).as_posix() for path in stick.rglob("*")]
     assert len({name.lower() for name in names}) == len(names)
     assert not any(set(name) & set(':*?"<>|\\') or name.endswith((".", " ")) for name in names)

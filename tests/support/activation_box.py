@@ -25,7 +25,7 @@ from appliance.lifecycle.journal import Journal, Wanted
 from appliance.lifecycle.journal_queries import PROVING
 from appliance.lifecycle.model_control import Whole, activate
 from appliance.store.store import Store
-from model_sync.report import BoxReport
+from model_sync.agent.report import BoxReport
 from tests.library_site import Site, make_site, serve, tiny_bundle
 from tests.support.processes import children_running
 from tests.support.scans import scan_bytes

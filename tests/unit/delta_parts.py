@@ -7,8 +7,8 @@ from pathlib import Path
 
 from backports import zstd
 
-from model_sync.delta import apply
-from model_sync.deltas.format import CODEC_NUMBERS, HEADER, MAGIC, PROGRAM, SEGMENT, STREAM, VERSION
+from model_sync.delta.codec import apply
+from model_sync.delta.format import CODEC_NUMBERS, HEADER, MAGIC, PROGRAM, SEGMENT, STREAM, VERSION
 
 
 def sha256(data: bytes) -> str:

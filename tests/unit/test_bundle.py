@@ -19,8 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_sync import bundle
-from model_sync.bundle import BundleError, Manifest, ModelBundle
+from model_sync.bundle import BundleError, Manifest, ModelBundle, model_bundle
 from model_sync.errors import LibraryUnreachable, ModelSyncError, PublishError, TrustError
 
 
@@ -412,7 +411,7 @@ def test_no_directory(tmp_path: Path) -> None:
 def test_a_manifest_of_absurd_size_is_not_read(tmp_path: Path) -> None:
     write_bundle(tmp_path)
     with (tmp_path / "manifest.json").open("r+b") as stream:
-        stream.truncate(bundle.MAX_MANIFEST_BYTES + 1)
+        stream.truncate(model_bundle.MAX_MANIFEST_BYTES + 1)
     assert "larger than" in refused("bundle.manifest_invalid", tmp_path).message
 
 
@@ -458,16 +457,16 @@ def test_a_pipe_is_refused_and_does_not_block(tmp_path: Path) -> None:
 def test_a_digest_is_never_taken_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "target").write_bytes(b"x")
     (tmp_path / "link").symlink_to("target")
-    assert bundle.sha256_of(tmp_path / "target") == hashlib.sha256(b"x").hexdigest()
+    assert model_bundle.sha256_of(tmp_path / "target") == hashlib.sha256(b"x").hexdigest()
     with pytest.raises(OSError, match="link"):
-        bundle.sha256_of(tmp_path / "link")
+        model_bundle.sha256_of(tmp_path / "link")
 
 
 def test_large_files_are_hashed_in_pieces(tmp_path: Path) -> None:
     path = tmp_path / "large"
     path.write_bytes(bytes(48 * 1024 * 1024))
     tracemalloc.start()
-    bundle.sha256_of(path)
+    model_bundle.sha256_of(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4 * 1024 * 1024

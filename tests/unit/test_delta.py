@@ -13,9 +13,9 @@ from backports import zstd
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from model_sync import delta as delta_module
-from model_sync.delta import DeltaError, Encoded, apply, best, encode_with, worth_publishing
-from model_sync.deltas.format import (
+from model_sync.delta import codec as delta_module
+from model_sync.delta.codec import DeltaError, Encoded, apply, best, encode_with, worth_publishing
+from model_sync.delta.format import (
     CODES,
     COPY,
     DIFFERENCE,
@@ -113,13 +113,13 @@ def test_more_than_one_segment_and_more_old_file_than_a_segment_looks_back_on() 
 
 def zstd_fast(old: bytes, new: bytes) -> bytes:
     """A zstd-prefix delta at a level that does not take a minute for 50 MB."""
-    from model_sync.deltas.encoder import encode_prefix
+    from model_sync.delta.encoder import encode_prefix
 
     return header("zstd-prefix", old, new) + encode_prefix(old, new, level=3)
 
 
 def test_a_program_of_too_many_copies_is_written_with_fewer_and_longer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model_sync.deltas.encoder.MAX_OPERATIONS", 50)
+    monkeypatch.setattr("model_sync.delta.encoder.MAX_OPERATIONS", 50)
     old = random.Random(3).randbytes(20_000)
     rng = random.Random(4)
     pieces = [old[at : at + rng.choice((50, 600))] + rng.randbytes(9) for at in range(0, 20_000, 200)]
@@ -166,7 +166,7 @@ def test_importing_the_decoder_loads_neither_numpy_nor_onnx() -> None:
     import subprocess
     import sys
 
-    code = "import sys, model_sync.delta; sys.exit(bool({'numpy', 'onnx'} & set(sys.modules)))"
+    code = "import sys, model_sync.delta.codec; sys.exit(bool({'numpy', 'onnx'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from onnx import helper, numpy_helper
 
-from model_sync.delta import DeltaError, encode_with
-from model_sync.deltas.format import COPY, GROUPED, HEADER, LITERAL, LITERALS, MAX_PROGRAM_BYTES, PROGRAM
+from model_sync.delta.codec import DeltaError, encode_with
+from model_sync.delta.format import COPY, GROUPED, HEADER, LITERAL, LITERALS, MAX_PROGRAM_BYTES, PROGRAM
 from tests.unit.delta_parts import body, header, program, rebuilt, segment, step, varint, wide_window_frame, zeros_frame
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,7 +71,7 @@ def damaged(delta: bytes, rng: random.Random) -> bytes:
 
 def damaged_program(old: bytes, new: bytes, delta: bytes, rng: random.Random) -> bytes:
     """Return a tensor delta whose frames are all good and whose program is damaged: no checksum of zstd stands before it."""
-    from model_sync.deltas.format import STREAM, zstd
+    from model_sync.delta.format import STREAM, zstd
 
     place = HEADER.size + 1 + STREAM.size * delta[HEADER.size]
     streams = {}
@@ -181,7 +181,7 @@ def test_a_box_without_memory_falls_back_to_the_full_file() -> None:
     code = (
         "import pathlib, resource, sys, tempfile, re\n"
         "from tests.unit.delta_parts import header, rebuilt, segment, zeros_frame\n"
-        "from model_sync.delta import DeltaError\n"
+        "from model_sync.delta.codec import DeltaError\n"
         "old, new = bytes(40 * 2**20), bytes(30 * 2**20)\n"
         "delta = header('zstd-prefix', old, new) + segment(0, len(old), zeros_frame(len(new)))\n"
         "with tempfile.TemporaryDirectory() as directory:\n"

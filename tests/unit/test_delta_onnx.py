@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from model_sync.delta import encode_with
-from model_sync.deltas.format import CODES, ESCAPES, FIRST_PLANE, HEADER, STREAM
-from model_sync.deltas.onnx import MIN_TENSOR_BYTES, tensors
+from model_sync.delta.codec import encode_with
+from model_sync.delta.format import CODES, ESCAPES, FIRST_PLANE, HEADER, STREAM
+from model_sync.delta.onnx_tensors import MIN_TENSOR_BYTES, tensors
 from tests.unit.delta_parts import rebuilt
 
 REFERENCE = Path(__file__).resolve().parents[2] / "appliance" / "bundles" / "cxr-pneumonia" / "cxr_pneumonia_fp32.onnx"
@@ -283,7 +283,7 @@ def test_floats_are_grouped_by_exponent_where_that_is_smaller(monkeypatch: pytes
     weights = rng.normal(0, 0.03, 100_000)
     old, new = (_model([numpy_helper.from_array(w.astype(np.float16), "w")]) for w in (weights, weights + rng.normal(0, 1e-3, 100_000)))
     grouped = _size(old, new)
-    monkeypatch.setattr("model_sync.deltas.onnx._EXPONENT_SHIFT", {})
+    monkeypatch.setattr("model_sync.delta.onnx_tensors._EXPONENT_SHIFT", {})
     assert grouped < 0.97 * _size(old, new)
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_sync.documents import LineIndex, Release, Rollout, RolloutStep, Withdrawal, decide, line_patterns, older
 from model_sync.errors import TrustError
+from model_sync.trust.documents import LineIndex, Release, Rollout, RolloutStep, Withdrawal, decide, line_patterns, older
 
 NOW = datetime(2026, 11, 21, tzinfo=timezone.utc)
 DIGEST = "a" * 64

@@ -204,7 +204,7 @@ def test_a_token_signs_and_its_pin_is_asked_once(token: str) -> None:
 
 def test_a_library_is_signed_by_a_token(token: str, tmp_path: Path) -> None:
     done = in_a_process(
-        "from model_sync.repository import Library\n"
+        "from model_sync.library.library import Library\n"
         "from securesystemslib.signer import CryptoSigner\n"
         f"token = load_signer({token!r}, lambda what: {PIN!r})\n"
         "file, online = CryptoSigner.generate_ed25519(), CryptoSigner.generate_ed25519()\n"
@@ -221,7 +221,7 @@ def test_the_public_part_of_a_token_is_written_for_the_ceremony(token: str, tmp_
     (tmp_path / "pin").write_text(PIN)
     (tmp_path / "pin").chmod(0o600)
     command = ["key", "token", token, tmp_path / "alice.pub.json", "--name", "alice", "--passphrase-file", tmp_path / "pin"]
-    done = subprocess.run([sys.executable, "-m", "model_sync.library_cli", *command], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "model_sync.fleet.cli", *command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     holder = load_holder(tmp_path / "alice.pub.json")
     assert holder.name == "alice"
@@ -241,7 +241,7 @@ BAD_TOKENS = {
 def test_a_token_that_does_not_work_is_said_so(token: str, name: str) -> None:
     uri, says, pin = BAD_TOKENS[name]
     done = in_a_process(
-        "from model_sync.repository import sign_with\n"
+        "from model_sync.library.library import sign_with\n"
         "from tuf.api.metadata import Metadata, Targets\n"
         "try:\n"
         f"    sign_with(Metadata(Targets()), load_signer({uri!r}, lambda what: {pin!r}))\n"

@@ -16,8 +16,8 @@ from securesystemslib.signer import CryptoSigner
 
 from appliance.reasons import REASONS as OF_THE_BOX
 from appliance.store.store import Store
-from model_sync import report
-from model_sync.report import CODES, ActivationState, BoxReport, ReportError, StatusReport, load_json, sign, verify
+from model_sync.agent import report
+from model_sync.agent.report import CODES, ActivationState, BoxReport, ReportError, StatusReport, load_json, sign, verify
 from model_sync.report_reasons import REASONS
 from tests.fleet_site import box_report, status_json
 

@@ -226,7 +226,7 @@ def scripts(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
 
 
-@pytest.mark.parametrize(("module", "function"), [("model_sync.cli", "main"), ("model_sync.library_cli", "main")])
+@pytest.mark.parametrize(("module", "function"), [("model_sync.agent.cli", "main"), ("model_sync.fleet.cli", "main")])
 def test_a_bundle_can_be_verified_by_hand(module: str, function: str, tmp_path: Path) -> None:
     good = scripts(module, function, "verify", "appliance/bundles/cxr-pneumonia")
     assert good.returncode == 0

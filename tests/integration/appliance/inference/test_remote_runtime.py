@@ -29,8 +29,8 @@ from appliance.store.store import Store
 from appliance.store.tuning_requests import Tunings
 from appliance.store.worklist import JobView, Worklist
 from appliance.tuning.selection import Plan
+from model_sync.agent.report import BoxReport
 from model_sync.bundle import Manifest
-from model_sync.report import BoxReport
 from tests.integration.appliance.inference.test_batch_job import chest, take
 from tests.integration.appliance.inference.test_volume_job import bundle_in
 from tests.integration.appliance.tuning.test_tune_worker import wait_until

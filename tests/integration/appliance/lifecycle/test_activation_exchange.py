@@ -17,7 +17,7 @@ from appliance.lifecycle import exchange
 from appliance.lifecycle.exchange import Exchange
 from appliance.lifecycle.model_control import activate, reference_bundle
 from appliance.store.store import Store
-from model_sync.usb import export
+from model_sync.library.usb_export import export
 from tests.library_site import make_site, tiny_bundle
 from tests.support.activation_box import LINE, Box, Clinic, finish_with, looping, open_clinic
 from tests.support.scans import scan_bytes

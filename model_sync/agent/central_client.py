@@ -1,0 +1,105 @@
+"""The centre's server as a box asks it: TLS with the box's certificate, bounded answers, and errors that say whose turn it is."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timezone
+from typing import Any, Final
+
+import requests
+
+from model_sync.agent.device import DeviceError, Identity
+from model_sync.agent.report import ReportError, instant
+from model_sync.errors import LibraryUnreachable, ModelSyncError, SettingsError
+from model_sync.settings import SyncSettings
+
+_ANSWER_BYTES: Final = 64 << 10
+_MAX_DETAIL_CHARS: Final = 300
+KEPT: Final = "nothing is lost: it is asked again with the newest state"
+
+
+class OtherSequenceError(ModelSyncError):
+    """The centre counts this box's reports otherwise; ``expected`` is the lowest number it takes."""
+
+    def __init__(self, expected: int) -> None:
+        """Name the number."""
+        super().__init__(f"the centre expects report {expected}", hint=KEPT)
+        self.expected = expected
+
+
+def post(settings: SyncSettings, path: str, body: bytes, identity: Identity | None) -> dict[str, Any]:
+    """Ask the centre; returns its JSON, an empty object for 204.
+
+    Args:
+        settings: where it is, and how long to wait.
+        path: ``enrol``, ``renew`` or ``reports``.
+        body: JSON.
+        identity: who asks, for all but ``enrol``.
+
+    Raises:
+        LibraryUnreachable: it does not answer, cannot take it now, or something else answers; ``sync.unreachable`` means that
+            the question may have arrived.
+        DeviceError: it refuses this box, or the certificate expired.
+        OtherSequenceError: another report number is expected.
+        ReportError: it does not understand the report.
+        SettingsError: there is no https ``report_url``.
+    """
+    if settings.report_url is None or not settings.report_url.startswith("https://"):
+        raise SettingsError("report_url must be an https address", hint="set it in sync.toml; the certificate is nothing without TLS")
+    url = f"{settings.report_url.rstrip('/')}/api/v1/{path}"
+    with requests.Session() as session:
+        session.trust_env = False  # no proxy, netrc or CA bundle that somebody set for another program
+        session.headers["Accept-Encoding"] = "identity"
+        try:
+            answer = session.post(
+                url, data=body, headers={"Content-Type": "application/json"}, allow_redirects=False, stream=True,
+                cert=str(identity.file) if identity else None,
+                verify=str(settings.ca_certificate) if settings.ca_certificate else True,
+                timeout=(settings.connect_timeout_s, settings.read_timeout_s),
+            )  # fmt: skip
+            with answer:
+                content = answer.raw.read(_ANSWER_BYTES, decode_content=False) or b""
+        except (requests.RequestException, OSError) as error:
+            if identity is not None and identity.expired(datetime.now(timezone.utc)):
+                raise _expired(identity) from error
+            hint = f"check the line, report_url and ca_certificate; {KEPT}"
+            raise LibraryUnreachable(f"the centre does not answer ({type(error).__name__})", hint=hint) from error
+    return _read(answer, content, identity)
+
+
+def _read(answer: requests.Response, content: bytes, identity: Identity | None) -> dict[str, Any]:
+    if answer.status_code == 204:
+        return {}
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        value = None
+    kind = answer.headers.get("Content-Type", "").partition(";")[0]
+    if not isinstance(value, dict) or kind not in ("application/json", "application/problem+json"):
+        if identity is not None and identity.expired(datetime.now(timezone.utc)):  # a proxy says so in words of its own
+            raise _expired(identity)
+        hint = f"is this the centre's server? A network's login page answers like this; {KEPT}"
+        raise LibraryUnreachable(f"something else than the centre answered ({answer.status_code})", hint=hint, code="sync.not_the_library")
+    if answer.status_code == 200:
+        return value
+    code, detail = str(value.get("code", "")), _plain(value.get("detail"))
+    if code == "report.sequence" and isinstance(value.get("expected"), int) and 0 < value["expected"] < 2**53:
+        raise OtherSequenceError(value["expected"])
+    if code == "report.invalid":
+        raise ReportError("report.invalid", f"the centre refused the report: {detail}", hint="update the box or the server")
+    if code == "enrolment.expired" and identity is not None:
+        raise _expired(identity)
+    if answer.status_code in (401, 403, 422) or code.startswith("enrolment."):
+        raise DeviceError(code or "device.refused", f"the centre refused: {detail}", hint="ask the central team; the model in use stays")
+    raise LibraryUnreachable(f"the centre cannot take it now ({answer.status_code})", hint=KEPT, code="sync.report")
+
+
+def _expired(identity: Identity) -> DeviceError:
+    ended = instant(identity.certificate.not_valid_after_utc)
+    hint = "ask the central team for a new token and run `model-sync enrol`; the model in use stays"
+    return DeviceError("device.expired", f"this box's certificate expired on {ended}", hint=hint)
+
+
+def _plain(text: object) -> str:
+    """Return a stranger's words, bounded and without control characters."""
+    return "".join(letter for letter in str(text or "without a reason") if letter.isprintable())[:_MAX_DETAIL_CHARS]

@@ -1,0 +1,276 @@
+"""What a box tells the centre: an allow-list of enumerations, versions, digests and bounded numbers, signed by the box.
+
+There is no free text in it, so no patient's data can be (R18): a coded reason that is not in ``CODES`` becomes ``unlisted``, a
+moment before ``EARLIEST`` becomes the epoch, and a model that the signed library does not name is only counted. What the
+appliance writes (``exchange/box-report.json``) is parsed by the same schema and written anew from it; one unknown key and
+nothing of that file is sent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import Annotated, Any, Final, Literal, NoReturn, TypeAlias, TypeVar
+
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import StringConstraints as Pattern
+from securesystemslib.exceptions import FormatError, UnverifiedSignatureError
+from securesystemslib.formats import encode_canonical
+from securesystemslib.signer import CryptoSigner, Signature, SSlibKey
+
+from model_sync.bundle.manifest import SemVer
+from model_sync.bundle.output_spec import Identifier, Precision, Sha256
+from model_sync.errors import ModelSyncError
+from model_sync.report_reasons import REASONS
+
+MAX_REPORT_BYTES: Final = 64 << 10
+MAX_BOX_REPORT_BYTES: Final = 256 << 10
+UNLISTED: Final = "unlisted"  # also a key of REASONS
+EARLIEST: Final = datetime(2024, 1, 1, tzinfo=timezone.utc)
+EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_LATEST: Final = datetime(2200, 1, 1, tzinfo=timezone.utc)
+_DISK_STEP_BYTES: Final = 64 << 20
+CODES: Final = frozenset(REASONS) | {""}
+
+ActivationState: TypeAlias = Literal["staged", "building", "self-test", "trial", "good", "failed", "rolled-back", "withdrawn"]
+ModelState: TypeAlias = Literal["active", "previous", "retired"] | ActivationState
+SyncState: TypeAlias = Literal["ok", "unreachable", "untrusted", "waiting", "downloading", "error", "unknown"]
+_Report = TypeVar("_Report", bound="Allowed")
+
+
+def _listed(value: object) -> object:
+    return value if not isinstance(value, str) or value in CODES else UNLISTED
+
+
+def _plausible(moment: datetime) -> datetime:
+    """A clock that is not set stays visible as the epoch; nothing else from before this product can be meant."""
+    return moment.astimezone(timezone.utc).replace(microsecond=0) if EARLIEST <= moment < _LATEST else EPOCH
+
+
+def instant(moment: datetime) -> str:
+    """Return a moment the way reports write it: UTC, whole seconds."""
+    return moment.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+Code: TypeAlias = Annotated[str, BeforeValidator(_listed)]
+Instant: TypeAlias = Annotated[AwareDatetime, AfterValidator(_plausible), PlainSerializer(instant)]
+BoxId: TypeAlias = Annotated[str, Pattern(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+# A release of ours, not any text that semantic versioning lets pass.
+RELEASE: Final = r"^\d{1,5}\.\d{1,5}\.\d{1,5}((a|b|rc|\.dev|-(alpha|beta|rc|dev|canary)\.?)\d{1,5})?$"
+Release: TypeAlias = Annotated[str, Pattern(pattern=RELEASE)]
+RuntimeName: TypeAlias = Annotated[
+    str,
+    Pattern(
+        pattern=r"^(none|(onnxruntime|tensorrt|openvino|triton)( \d{1,5}(\.\d{1,5}){0,3})?"
+        r"( (CPU|CUDA|Tensorrt|OpenVINO)ExecutionProvider)?)$"
+    ),
+]
+Count: TypeAlias = Annotated[int, Field(ge=0, lt=10**6)]
+Bytes: TypeAlias = Annotated[int, Field(ge=0, lt=2**53)]
+# Rounded down: nobody needs the last digits, and a number that means something else does not survive.
+DiskBytes: TypeAlias = Annotated[Bytes, AfterValidator(lambda value: value // _DISK_STEP_BYTES * _DISK_STEP_BYTES)]
+Version: TypeAlias = Annotated[SemVer, Pattern(max_length=64)]
+Sequence: TypeAlias = Annotated[int, Field(ge=1, lt=2**53)]
+
+
+class ReportError(ModelSyncError):
+    """A report was refused.
+
+    Attributes:
+        code: ``report.invalid`` (not the schema), ``report.signature`` (not this box's).
+    """
+
+    def __init__(self, code: str, message: str, *, hint: str) -> None:
+        """Keep the coded reason beside the sentence."""
+        super().__init__(message, hint=hint)
+        self.code = code
+
+
+class Allowed(BaseModel):
+    """Base of the schema: nothing unknown, nothing converted, nothing mutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelReport(Allowed):
+    """One model on the box."""
+
+    line: Identifier
+    version: Version
+    digest: Sha256
+    state: ModelState
+    precision: Precision
+    runtime: RuntimeName
+
+
+class ActivationReport(Allowed):
+    """The latest state of one activation; ``code`` says why it failed or was taken back."""
+
+    line: Identifier
+    version: Version
+    digest: Sha256
+    state: ActivationState
+    code: Code | None = None
+    at: Instant
+
+
+class Health(Allowed):
+    """Counts of the box; never what was counted."""
+
+    waiting_jobs: Count
+    failed_jobs_24h: Count
+    analysed_24h: Count
+    disk_free_bytes: DiskBytes
+
+
+class BoxReport(Allowed):
+    """``exchange/box-report.json``, written by the appliance; ``unlisted`` counts what the agent left out."""
+
+    schema_: Annotated[Literal[1], Field(alias="schema")]
+    at: Instant
+    appliance_version: Release
+    models: Annotated[list[ModelReport], Field(max_length=64)]
+    activations: Annotated[list[ActivationReport], Field(max_length=64)]
+    health: Health
+    unlisted: Count = 0
+
+    @classmethod
+    def parse(cls, raw: bytes) -> BoxReport:
+        """Read what the appliance wrote; raises ReportError that names fields only, never their values."""
+        return _validated(cls, load_json(raw, MAX_BOX_REPORT_BYTES))
+
+    def known_to(self, lines: Mapping[str, frozenset[str]]) -> BoxReport:
+        """Return it without models and activations of lines, or with version names, that the signed library does not have.
+
+        ``lines`` maps each signed line to its versions. A version of a signed line may also be a plain release number: the model
+        that the box came with is in no index.
+        """
+
+        def listed(item: ModelReport | ActivationReport) -> bool:
+            return item.line in lines and (item.version in lines[item.line] or _is_release(item.version))
+
+        models, activations = [item for item in self.models if listed(item)], [item for item in self.activations if listed(item)]
+        left_out = len(self.models) + len(self.activations) - len(models) - len(activations)
+        return self.model_copy(update={"models": models, "activations": activations, "unlisted": left_out})
+
+
+class SyncReport(Allowed):
+    """How the way to the library is; ``since`` is when this state began."""
+
+    state: SyncState
+    code: Code
+    since: Instant | None = None
+    last_success_at: Instant | None = None
+    received_bytes: Bytes = 0
+
+
+class StatusReport(Allowed):
+    """One report; ``sequence`` rises with each of a box, so that an old one can never stand for a new one."""
+
+    schema_: Annotated[Literal[1], Field(alias="schema")]
+    box_id: BoxId
+    sequence: Sequence
+    at: Instant
+    agent_version: Release
+    ring: Identifier
+    sync: SyncReport
+    box: BoxReport | None
+    box_code: Code = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain JSON values."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def sign(report: StatusReport, signer: CryptoSigner) -> bytes:
+    """Return the envelope that goes over the wire: the report and the box's signature over its canonical JSON."""
+    signed = report.to_dict()
+    signature = signer.sign(canonical(signed))
+    return json.dumps({"signed": signed, "signature": signature.to_dict()}, separators=(",", ":"), sort_keys=True).encode()
+
+
+def verify(body: bytes, key: SSlibKey) -> StatusReport:
+    """Read an envelope and check its signature with the key of the box's certificate.
+
+    Raises:
+        ReportError: ``report.invalid`` or ``report.signature``.
+    """
+    envelope = load_json(body, MAX_REPORT_BYTES)
+    if not isinstance(envelope, dict) or set(envelope) != {"signed", "signature"} or not isinstance(envelope["signature"], dict):
+        _invalid("it is no envelope of signed and signature")
+    report = _validated(StatusReport, envelope["signed"])
+    given = envelope["signature"]
+    if set(given) != {"keyid", "sig"} or not all(isinstance(value, str) and len(value) <= 1024 for value in given.values()):
+        _invalid("its signature has another form")
+    try:
+        # Over what was sent, not over what we understood of it: a default of a newer schema must not break an older box.
+        key.verify_signature(Signature(key.keyid, given["sig"]), canonical(envelope["signed"]))
+    except UnverifiedSignatureError as error:
+        raise ReportError("report.signature", "the signature is not this box's", hint="enrol the box again with a new token") from error
+    return report
+
+
+def canonical(value: Any) -> bytes:
+    """Return the bytes that are signed: canonical JSON; raises FormatError for what has none."""
+    encoded = encode_canonical(value)
+    if encoded is None:  # only when it was given somewhere to write to
+        raise FormatError("no canonical form")
+    return encoded.encode()
+
+
+def load_json(raw: bytes, max_bytes: int) -> Any:
+    """Parse JSON of a stranger: bounded, no duplicate key, no fraction, no NaN, no bottomless nesting.
+
+    Raises:
+        ReportError: ``report.invalid``.
+    """
+    if len(raw) > max_bytes:
+        _invalid(f"it is larger than {max_bytes} bytes")
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_float=_no_fraction, parse_constant=_no_fraction)
+    except (ValueError, RecursionError) as error:
+        raise ReportError("report.invalid", "the report is not JSON as it should be", hint=_HINT) from error
+
+
+_HINT: Final = "update the box or the server: they speak different versions of the report"
+
+
+def _validated(kind: type[_Report], value: Any) -> _Report:
+    try:
+        parsed = kind.model_validate_json(json.dumps(value))
+        canonical(value)
+    except ValidationError as error:
+        places = sorted({".".join(part if part in _FIELDS else "?" for part in map(str, item["loc"])) for item in error.errors()[:8]})
+        raise ReportError("report.invalid", f"the report does not fit its schema at {', '.join(places)}", hint=_HINT) from None
+    except (FormatError, RecursionError, ValueError):
+        _invalid("it cannot be written as canonical JSON")
+    return parsed
+
+
+def _invalid(why: str) -> NoReturn:
+    raise ReportError("report.invalid", f"the report was refused: {why}", hint=_HINT)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        raise ValueError("a key stands twice")
+    return keys
+
+
+def _no_fraction(_text: str) -> NoReturn:
+    raise ValueError("a number that is not whole")
+
+
+def _is_release(version: str) -> bool:
+    return all(part.isdigit() and len(part) <= 5 for part in version.split("."))
+
+
+# An error names places of the schema and nothing that somebody wrote into a key.
+_FIELDS: Final = frozenset(
+    name
+    for kind in (ModelReport, ActivationReport, Health, BoxReport, SyncReport, StatusReport)
+    for field, info in kind.model_fields.items()
+    for name in (field, info.alias or field)
+)

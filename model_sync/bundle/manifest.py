@@ -1,0 +1,374 @@
+"""The schema of ``manifest.json``: what a model is for, how it is fed, and from which score on it calls a finding.
+
+It is read strictly: an unknown field, a duplicate key, a number where a text belongs or a cross-reference that leads
+nowhere is an error, because a box must never guess what a model is for (R28) or where it cuts (R29).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field, StringConstraints, ValidationError, model_validator
+from typing_extensions import Self
+
+from model_sync.bundle.input_spec import InputSpec, NonEmpty, Strict
+from model_sync.bundle.output_spec import (
+    BACKGROUND,
+    Count,
+    Explain,
+    Golden,
+    Identifier,
+    OperatingPoint,
+    OutputSpec,
+    Precision,
+    RelativePath,
+    ScoreHistogram,
+    Sha256,
+)
+from model_sync.bundle.sequence_spec import Missing, SequenceRule
+from model_sync.bundle.volume_spec import VolumeSpec
+from model_sync.errors import BundleError
+
+MANIFEST_NAME = "manifest.json"
+REQUIRED_DOCUMENTS = ("MODEL_CARD.md", "gate.json")
+
+# Semantic versioning 2.0, clauses 2, 9 and 10, as strict as the library that compares them.
+_NUMBER, _PRE, _BUILD = "(0|[1-9][0-9]*)", "(0|[1-9][0-9]*|[0-9]*[A-Za-z-][0-9A-Za-z-]*)", "[0-9A-Za-z-]+"
+_TAGS = {("input", "NCHW"), ("input", "NCDHW")}
+SemVer: TypeAlias = Annotated[
+    str,
+    StringConstraints(
+        pattern=rf"^{_NUMBER}\.{_NUMBER}\.{_NUMBER}(-{_PRE}(\.{_PRE})*)?(\+{_BUILD}(\.{_BUILD})*)?$",
+        max_length=64,
+    ),
+]
+Uid: TypeAlias = Annotated[str, StringConstraints(pattern=r"^(0|[1-9]\d*)(\.(0|[1-9]\d*))+$", max_length=64)]
+CodeString: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[A-Z0-9_ ]{1,16}$")]
+ModelInput: TypeAlias = Annotated[InputSpec | VolumeSpec, Field(discriminator="layout")]
+Outside: TypeAlias = Literal["caution", "out_of_scope"]
+
+
+class Text(Strict):
+    """A text for people, in both languages of the product."""
+
+    zh: NonEmpty
+    en: NonEmpty
+
+
+class Code(Strict):
+    """A coded concept: SNOMED CT (scheme SCT) or RadLex, as it goes into the structured report."""
+
+    scheme: Literal["SCT", "RADLEX"]
+    value: NonEmpty
+    meaning: NonEmpty
+
+
+class Label(Strict):
+    """One thing the model looks for."""
+
+    name: Identifier
+    title: Text
+    code: Code
+
+
+class AgeRange(Strict):
+    """Ages in years that the training data supports, and what to do with the others."""
+
+    min_years: Annotated[float, Field(ge=0)]
+    max_years: Annotated[float, Field(gt=0, le=150)]
+    outside: Outside
+    absent: Outside
+    note: Text
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_years >= self.max_years:
+            raise ValueError("min_years must be below max_years")
+        return self
+
+
+class AppliesTo(Strict):
+    """Which images the model may read, in the terms of the DICOM header, and what to assume when a tag is absent.
+
+    ``sequence`` is for models of volumes alone: how their series must have been acquired.
+    """
+
+    modality: Annotated[list[CodeString], Field(min_length=1)]
+    sop_class_uid: Annotated[list[Uid], Field(min_length=1)]
+    body_part: Annotated[list[CodeString], Field(min_length=1)]
+    view_position: list[CodeString]
+    when_body_part_absent: Missing
+    assumed_body_part: str
+    when_view_absent: Missing
+    assumed_view: str
+    age: AgeRange
+    sequence: SequenceRule | None = None
+
+    @model_validator(mode="after")
+    def _assumptions_are_in_scope(self) -> Self:
+        if self.when_body_part_absent == "assume" and self.assumed_body_part not in self.body_part:
+            raise ValueError("assumed_body_part must be one of body_part")
+        of_no_concern = not self.view_position and not self.assumed_view  # slices have none
+        if self.when_view_absent == "assume" and not of_no_concern and self.assumed_view not in self.view_position:
+            raise ValueError("assumed_view must be one of view_position")
+        return self
+
+
+class Variant(Strict):
+    """The weights in one precision; ``gate`` names the record that shows it agrees with the float model.
+
+    Attributes:
+        precision: of its weights and sums.
+        file: the ONNX file.
+        sha256: its digest.
+        recipe: how it was made.
+        gate: the record, one of ``documents``.
+        activations: how the activations of int8 are quantized: symmetric for TensorRT, unsigned for CPUs with VNNI; None elsewhere.
+            A bundle may ship both.
+        not_on: runtimes on which this variant failed when it was made; a box does not try them.
+    """
+
+    precision: Precision
+    file: RelativePath
+    sha256: Sha256
+    recipe: NonEmpty
+    gate: RelativePath | None
+    activations: Literal["symmetric", "unsigned"] | None = None
+    not_on: list[Literal["onnxruntime", "openvino", "tensorrt", "triton"]] = Field(default_factory=list)
+
+
+class TrainingSource(Strict):
+    """Where some of the training pictures come from, and under which licence."""
+
+    name: NonEmpty
+    n_images: Count
+    licence: NonEmpty
+
+
+class TrainingData(Strict):
+    """What the model learned from."""
+
+    description: Text
+    n_images: Count
+    sources: list[TrainingSource]
+
+
+class Registration(Strict):
+    """The product's registration as a medical device; None where there is none."""
+
+    number: str | None
+    device_class: str | None
+    pccp_id: str | None
+
+
+class Watch(Strict):
+    """How long a new version is on trial on a box, and what ends the trial with the version before it (R31).
+
+    Attributes:
+        trial_cases: images read after which the trial is passed.
+        trial_hours: hours after which it is passed, provided at least one image was read.
+        max_failure_fraction: largest share of failed readings; judged from the third failure on.
+        max_latency_ratio: largest median inference time, as a multiple of the self-test's.
+        max_score_drift: largest population stability index between the scores on this box and ``reference_scores``; judged from
+            50 images on, less what chance alone gives. A clinic's share of ill patients differs from any test set's, so the
+            default lets that pass and catches scores that have lost their shape; None judges no drift.
+    """
+
+    trial_cases: Annotated[int, Field(ge=1)] = 200
+    trial_hours: Annotated[float, Field(gt=0)] = 72.0
+    max_failure_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    max_latency_ratio: Annotated[float, Field(gt=1)] = 5.0
+    max_score_drift: Annotated[float, Field(gt=0)] | None = 3.0
+
+
+class Document(Strict):
+    """Any other file of the bundle: model card, gate record, engine."""
+
+    file: RelativePath
+    sha256: Sha256
+
+
+class Manifest(Strict):
+    """``manifest.json``, schema 1."""
+
+    schema_: Literal[1] = Field(alias="schema")
+    name: Identifier
+    version: SemVer
+    task: Literal["classification", "detection", "segmentation", "measurement"]
+    title: Text
+    labels: Annotated[list[Label], Field(min_length=1)]
+    applies_to: AppliesTo
+    intended_use: Text
+    registration: Registration
+    change_kind: Literal["algorithm", "data"]
+    input: ModelInput
+    outputs: Annotated[list[OutputSpec], Field(min_length=1)]
+    explain: Explain | None
+    operating_points: list[OperatingPoint]
+    variants: Annotated[list[Variant], Field(min_length=1)]
+    golden: Annotated[list[Golden], Field(min_length=1)]
+    reference_scores: list[ScoreHistogram]
+    training_data: TrainingData
+    licence: NonEmpty
+    min_appliance_version: SemVer
+    documents: list[Document]
+    watch: Watch = Watch()
+
+    @classmethod
+    def parse(cls, raw: bytes) -> Manifest:
+        """Read the bytes of a ``manifest.json``.
+
+        Raises:
+            BundleError: ``bundle.manifest_invalid``, naming each field that is wrong.
+        """
+        try:
+            manifest = cls.model_validate_json(raw, strict=True)
+            json.loads(raw, object_pairs_hook=_refuse_duplicate_keys)
+        except ValidationError as error:
+            wrong = [f"{_where(e['loc'])}: {e['msg']}" for e in error.errors(include_url=False)]
+            raise invalid_manifest("; ".join(wrong[:10])) from error
+        except ValueError as error:
+            raise invalid_manifest(str(error)) from error
+        return manifest
+
+    def to_json(self) -> bytes:
+        """Return the canonical bytes of the manifest: stable order, UTF-8, two spaces."""
+        return (self.model_dump_json(by_alias=True, exclude_unset=True, indent=2) + "\n").encode()
+
+    def label(self, name: str) -> Label:
+        """Return the label called ``name``.
+
+        Raises:
+            KeyError: The model has no such label.
+        """
+        return {label.name: label for label in self.labels}[name]
+
+    def operating_point(self, label: str) -> OperatingPoint:
+        """Return the operating point of ``label``.
+
+        Raises:
+            KeyError: The model has no such label.
+        """
+        return {point.label: point for point in self.operating_points}[label]
+
+    @property
+    def image_input(self) -> InputSpec:
+        """The input of a model that reads images.
+
+        Raises:
+            BundleError: ``bundle.manifest_invalid``: it reads volumes.
+        """
+        if isinstance(self.input, VolumeSpec):
+            raise invalid_manifest("the model reads volumes, not images")
+        return self.input
+
+    @property
+    def volume_input(self) -> VolumeSpec:
+        """The input of a model that reads volumes.
+
+        Raises:
+            BundleError: ``bundle.manifest_invalid``: it reads images.
+        """
+        if isinstance(self.input, InputSpec):
+            raise invalid_manifest("the model reads images, not volumes")
+        return self.input
+
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of every file that the manifest lists, by relative path."""
+        return {
+            **{v.file: v.sha256 for v in self.variants},
+            **{g.input: g.sha256 for g in self.golden},
+            **{d.file: d.sha256 for d in self.documents},
+        }
+
+    def runs_on(self, appliance_version: str) -> bool:
+        """Say whether a box with ``appliance_version`` is new enough for this bundle."""
+        return _core(appliance_version) >= _core(self.min_appliance_version)
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Self:
+        labels = [label.name for label in self.labels]
+        _unique("labels", labels)
+        _unique("outputs", [output.name for output in self.outputs])
+        for field in ("operating_points", "reference_scores"):
+            named = [entry.label for entry in getattr(self, field)]
+            _unique(field, named)
+            # A score without its operating point must not exist (R29); the other tasks have no score to cut.
+            if self.task in ("classification", "detection") and set(named) != set(labels):
+                raise ValueError(f"{field} must name every label exactly once")
+        cams = {output.name for output in self.outputs if output.kind == "cam"}
+        if self.explain is not None and self.explain.output not in cams:
+            raise ValueError("explain.output must name an output of kind cam")
+        return self
+
+    @model_validator(mode="after")
+    def _files_agree(self) -> Self:
+        precisions = [variant.precision for variant in self.variants]
+        _unique("variants", [(variant.precision, variant.activations) for variant in self.variants])
+        documents = [document.file for document in self.documents]
+        files = [v.file for v in self.variants] + [g.input for g in self.golden] + documents
+        _unique("files", [file.lower() for file in files])
+        if MANIFEST_NAME in (file.lower() for file in files):
+            raise ValueError("the manifest cannot list itself")
+        if missing := [name for name in REQUIRED_DOCUMENTS if name not in documents]:
+            raise ValueError(f"documents must list {', '.join(missing)}")
+        for variant in self.variants:
+            if variant.gate is not None and variant.gate not in documents:
+                raise ValueError(f"the gate record {variant.gate} is not among the documents")
+        for golden in self.golden:
+            if set(golden.tolerance) != set(precisions):
+                raise ValueError(f"{golden.input}: one tolerance per variant is needed")
+            if self.task in ("classification", "segmentation") and set(golden.expected) != {label.name for label in self.labels}:
+                what = "probability" if self.task == "classification" else "Dice coefficient"
+                raise ValueError(f"{golden.input}: one expected {what} per label is needed")
+        return self
+
+    @model_validator(mode="after")
+    def _volume_agrees(self) -> Self:
+        segmented = [output for output in self.outputs if output.kind == "segmentation_logits"]
+        if isinstance(self.input, VolumeSpec) and (self.task != "segmentation" or len(segmented) != 1 or self.explain is not None):
+            raise ValueError("a model of volumes must be a segmentation with one output of kind segmentation_logits and no explain")
+        if self.applies_to.sequence is not None and not isinstance(self.input, VolumeSpec):
+            raise ValueError("applies_to.sequence needs an input of layout NCDHW")
+        if segmented and not isinstance(self.input, VolumeSpec):
+            raise ValueError("segmentation_logits need an input of layout NCDHW")
+        for output in segmented:
+            if set(output.classes or ()) - {BACKGROUND} != {label.name for label in self.labels}:
+                raise ValueError(f"{output.name}: classes must be {BACKGROUND} and every label exactly once")
+        return self
+
+
+def invalid_manifest(what: str) -> BundleError:
+    """Return the error that says what is wrong with a manifest."""
+    return BundleError(
+        "bundle.manifest_invalid",
+        f"{MANIFEST_NAME} is not valid: {what}",
+        "compare it with schema 1; a bundle made for a newer appliance needs the appliance updated first",
+    )
+
+
+def _where(location: tuple[int | str, ...]) -> str:
+    # The tag of a union of inputs or steps is no field of the file.
+    parts = [str(part) for part in location]
+    return ".".join(part for part, before in zip(parts, ["", *parts], strict=False) if (before, part) not in _TAGS) or "manifest"
+
+
+def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> None:
+    # Two readers that take a different one of two equal keys would see two different models.
+    _unique("keys", [key for key, _ in pairs])
+
+
+def _unique(what: str, names: list[Any]) -> None:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{what} must not repeat: {', '.join(map(str, twice))}")
+
+
+def _core(version: str) -> tuple[int, ...]:
+    """Return major, minor and patch; a development or build suffix does not count."""
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
+    if match is None:
+        raise ValueError(f"not a version: {version!r}")
+    return tuple(int(part or 0) for part in match.groups())

@@ -1,0 +1,179 @@
+"""What the encoder and the decoder of deltas share, and two readers that trust no length (``model_sync.delta.codec`` has the codecs)."""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from model_sync.errors import ModelSyncError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd as zstd
+else:
+    from backports import zstd as zstd
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+MAGIC = b"CEAD"
+VERSION = 1
+HEADER = struct.Struct("<4sBBQQ32s32s")
+CODEC_NUMBERS: dict[str, int] = {"zstd-prefix": 1, "tensor": 2}
+
+# zstd-prefix: what one segment builds, the most it may look back on, and its entry: old offset, old length, frame length.
+SEGMENT_BYTES = 32 * 2**20
+PREFIX_BYTES = 48 * 2**20
+SEGMENT = struct.Struct("<QII")
+SEGMENT_WINDOW_LOG = 25
+
+# tensor: the program and the byte streams it draws on; an entry of the table is stream number, length, packed length.
+STREAM = struct.Struct("<BQQ")
+PROGRAM, LITERALS, FIRST_PLANE = 0, 1, 2
+CODES = {4: 17, 2: 18}  # narrow differences of that many bits
+ESCAPES = 19  # what is left of those that were too large
+STREAM_COUNT = 20
+COPY, LITERAL = 0x00, 0x01
+DIFFERENCE, GROUPED, NARROW = 0x10, 0x20, 0x30  # the first two plus the binary logarithm of the width, the last plus the bits
+BLOCK_BYTES = 2**20  # differences are grouped, and rebuilt, in blocks of this many bytes
+MAX_PROGRAM_BYTES = 2 * 2**20
+MAX_OPERATIONS = 2**16
+WINDOW_LOG = {PROGRAM: 21, LITERALS: 23} | dict.fromkeys(range(FIRST_PLANE, STREAM_COUNT), 21)
+
+PIECE_BYTES = 2**20
+_INPUT_BYTES = 2**18
+_HINT = "nothing was changed; the full file is fetched instead"
+
+
+class DeltaError(ModelSyncError):
+    """A delta is damaged, made for another file, or does not build what was signed: the full file is fetched instead."""
+
+    def __init__(self, message: str, *, hint: str = _HINT) -> None:
+        """Take the sentence; what to do is always the same."""
+        super().__init__(message, hint=hint)
+
+
+class Source:
+    """A file read at explicit places, every read exact: a file cut short is an error and never a crash, as a mapping's is."""
+
+    def __init__(self, name: str, file: BinaryIO) -> None:
+        self._name = name
+        self._file = file
+        self.length = os.fstat(file.fileno()).st_size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return exactly ``length`` bytes from ``offset``."""
+        if offset + length > self.length:
+            raise DeltaError(f"{self._name}: {length} bytes at {offset} lie beyond its end at {self.length}")
+        pieces = []
+        try:
+            while length and (piece := os.pread(self._file.fileno(), length, offset)):
+                pieces.append(piece)
+                offset += len(piece)
+                length -= len(piece)
+        except OSError as error:
+            raise DeltaError(f"{self._name}: {error.strerror}") from error
+        if length:
+            raise DeltaError(f"{self._name} became shorter while it was read")
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def pieces(self, offset: int, length: int) -> Iterator[bytes]:
+        """Yield ``length`` bytes from ``offset`` in pieces."""
+        for start in range(0, length, PIECE_BYTES):
+            yield self.read(offset + start, min(PIECE_BYTES, length - start))
+
+
+@contextmanager
+def source(path: Path) -> Iterator[Source]:
+    """Open a file to be read; DeltaError when it cannot be."""
+    try:
+        file = path.open("rb", buffering=0)
+    except OSError as error:
+        raise DeltaError(f"{path}: {error.strerror}") from error
+    with file:
+        yield Source(path.name, file)
+
+
+class Stream:
+    """One zstd frame inside the delta that unpacks to exactly ``length`` bytes, drawn piece by piece."""
+
+    def __init__(self, delta: Source, offset: int, packed: int, length: int, window_log: int, prefix: bytes = b"") -> None:
+        if offset + packed > delta.length:
+            raise DeltaError("the delta ends before its declared end")
+        self._delta, self._offset, self._end, self._left = delta, offset, offset + packed, length
+        self._unpack = zstd.ZstdDecompressor(
+            zstd_dict=as_prefix(prefix),
+            options={zstd.DecompressionParameter.window_log_max: window_log},
+        )
+
+    def read(self, length: int) -> bytes:
+        """Return exactly ``length`` bytes, which must not be more than are left."""
+        if length > self._left:
+            raise DeltaError("the delta's program asks for more than its data holds")
+        self._left -= length
+        pieces = []
+        while length:
+            piece = self._more(length)
+            pieces.append(piece)
+            length -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def read_all(self) -> bytes:
+        """Return everything that is left."""
+        return self.read(self._left)
+
+    def finish(self) -> None:
+        """Make sure that nothing is left over, neither declared bytes nor undeclared ones."""
+        if self._left:
+            raise DeltaError("the delta holds data that its program never uses")
+        while not self._unpack.eof:
+            if self._more(1):
+                raise DeltaError("the delta unpacks to more than it declares")
+        if self._unpack.unused_data or self._offset != self._end:
+            raise DeltaError("the delta has bytes after its end")
+
+    def _more(self, limit: int) -> bytes:
+        """Return at most ``limit`` bytes; may be empty although there is more to come."""
+        if self._unpack.eof:
+            raise DeltaError("the delta unpacks to less than it declares")
+        data = b""
+        if self._unpack.needs_input:
+            data = self._delta.read(self._offset, min(_INPUT_BYTES, self._end - self._offset))
+            self._offset += len(data)
+            if not data:
+                raise DeltaError("the delta ends in the middle of its data")
+        piece: bytes = self._unpack.decompress(data, max_length=limit)
+        return piece
+
+
+def as_prefix(content: bytes) -> Any:
+    """Return what zstd takes as ``zstd_dict`` to look back on ``content``; the module refuses fewer than eight bytes."""
+    return zstd.ZstdDict(content, is_raw=True).as_prefix if len(content) >= 8 else None
+
+
+def read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """Return a number of the program, and where the next begins."""
+    value = 0
+    for place in range(9):
+        if at + place >= len(data):
+            break
+        value |= (data[at + place] & 0x7F) << 7 * place
+        if data[at + place] < 0x80:
+            return value, at + place + 1
+    raise DeltaError("the delta's program has a number that does not end")
+
+
+def grouping(before: NDArray[Any], shift: int) -> NDArray[np.intp]:
+    """Return the order in which the differences of a block are stored: by the eight bits of the old element above ``shift``.
+
+    For a float those are its exponent, which says how many steps apart two nearby values are. The sort is stable, so it
+    is the same on every machine.
+    """
+    import numpy as np
+
+    return np.argsort((before >> shift).astype(np.uint8), kind="stable")

@@ -1,0 +1,347 @@
+"""``model-library serve``: the library's files, the door for boxes, and the fleet page, by Flask under gunicorn.
+
+One process of threads. TLS is 1.2 or newer; a client certificate is optional, because the library's files are for everybody: what is
+in them is signed. Plain http is for this machine alone, where a proxy may end TLS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import ipaddress
+import json
+import logging
+import os
+import socket
+import ssl
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from flask import Flask, Response, redirect, url_for
+from flask_wtf.csrf import CSRFProtect
+from gunicorn.app.base import BaseApplication
+from sqlalchemy import text
+from werkzeug.wrappers import Response as BaseResponse
+
+from model_sync.errors import ModelSyncError, SettingsError
+from model_sync.fleet import api as server_api
+from model_sync.fleet import files as server_files
+from model_sync.fleet import page as fleet_page
+from model_sync.fleet import problems as server_problems
+from model_sync.fleet.accounts import Accounts
+from model_sync.fleet.commands import add_commands as add_commands
+from model_sync.fleet.commands import passphrase
+from model_sync.fleet.database import Fleet
+from model_sync.fleet.enrolment import CERTIFICATE, DeviceAuthority, Enrolment
+from model_sync.fleet.limits import Allowance
+from model_sync.fleet.rollout_pause_policy import Brake
+from model_sync.fleet.rollouts import Rollouts
+from model_sync.fleet.tables import sqlite_url
+from model_sync.library.console import ONLINE_ENV
+from model_sync.library.files import LibraryFiles
+from model_sync.library.keys import load_signer
+
+DEFAULT_PORT: Final = 8443
+_BEGUN_S: Final = 10
+_SILENCE_S: Final = 60.0
+_KEEP_ALIVE_S: Final = 15
+_STOP_S: Final = 10
+_CONNECTIONS: Final = 2000
+# OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which Python does not name: see Enrolment.identify.
+_NO_CHECK_TIME: Final = 0x200000
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What a server is started with.
+
+    Attributes:
+        library: the library's directory; its ``public`` is served.
+        db: SQLAlchemy's address of the fleet database.
+        device_ca: directory of the device authority.
+        passphrases: of the device authority, of the rollout key and of the library's online keys.
+        rollout_key: encrypted PKCS#8 file or ``hsm:`` address; None leaves pausing to those who have it.
+        tls_certificate: PEM of the server, with chain; None serves plain http on loopback.
+        tls_key: its key.
+        behind_proxy: believe the proxy's ``X-Client-Certificate`` and ``X-Forwarded-For``.
+        certificate_days: life of a box's certificate.
+        reports_per_hour: most reports of one box.
+        requests_per_minute: most enrolments (and a tenth of it, logins) from one address; ten times it for reports.
+        session_idle_s: an operator's session ends after this time without a request.
+    """
+
+    library: Path
+    db: str
+    device_ca: Path
+    passphrases: tuple[str, str, str]
+    rollout_key: str | None = None
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    behind_proxy: bool = False
+    certificate_days: float = 30.0
+    reports_per_hour: int = 60
+    requests_per_minute: int = 120
+    session_idle_s: int = 30 * 60
+    threads: int = 16
+
+
+def create_app(config: ServerConfig, *, clock: Callable[[], float] = time.time) -> Flask:
+    """Put the application together.
+
+    Raises:
+        SettingsError: a key, the library or the database cannot be opened.
+    """
+    app = Flask(__name__, static_folder=None, template_folder="templates")
+    fleet = Fleet(config.db, clock=clock)
+    authority = DeviceAuthority.load(config.device_ca, config.passphrases[0])
+    rollouts = _rollouts(config, fleet)
+    per_minute = config.requests_per_minute
+    app.extensions.update(
+        fleet=fleet,
+        enrolment=Enrolment(fleet, authority, certificate_days=config.certificate_days),
+        rollouts=rollouts,
+        brake=Brake(fleet, rollouts),
+        accounts=Accounts(fleet, idle_s=config.session_idle_s),
+        allowances={
+            "enrolments": Allowance(per_minute, per_minute),
+            "reports": Allowance(per_minute * 10, per_minute * 10),
+            "logins": Allowance(max(1, per_minute / 10), max(5, per_minute // 10)),
+        },
+    )
+    style = Path(app.root_path) / "templates" / "fleet.css"
+    app.config.update(
+        SECRET_KEY=fleet.secret(),
+        SESSION_COOKIE_NAME="fleet",
+        SESSION_COOKIE_HTTPONLY=True,
+        SESSION_COOKIE_SAMESITE="Strict",
+        SESSION_COOKIE_SECURE=config.tls_certificate is not None or config.behind_proxy,
+        WTF_CSRF_TIME_LIMIT=None,  # as long as the session
+        WTF_CSRF_SSL_STRICT=False,  # pages send no Referer
+        MAX_CONTENT_LENGTH=16 << 10,
+        PUBLIC=LibraryFiles(config.library).public.resolve(),
+        BEHIND_PROXY=config.behind_proxy,
+        REPORTS_PER_HOUR=config.reports_per_hour,
+        STYLE_VERSION=hashlib.sha256(style.read_bytes()).hexdigest()[:12],
+    )
+    app.url_map.merge_slashes = False  # an address that is not tidy leads nowhere
+    app.json.sort_keys = False  # type: ignore[attr-defined]  # the default provider has it, the base class does not
+    app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
+    server_problems.init_app(app)
+    CSRFProtect(app).exempt(server_api.blueprint)
+    for blueprint in (server_files.blueprint, server_api.blueprint, fleet_page.blueprint):
+        app.register_blueprint(blueprint)
+    app.add_url_rule("/healthz", "healthz", lambda: _healthz(fleet))
+    app.add_url_rule("/", "home", lambda: _home())
+    return app
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``model-library serve``."""
+    parser.add_argument("library", type=Path, metavar="LIB", help="the library's directory")
+    parser.add_argument("--db", metavar="URL", help="fleet database (default: sqlite in LIB; or postgresql+psycopg://…)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help=f"port (default {DEFAULT_PORT}; 0: any free one)")
+    parser.add_argument("--tls-certificate", type=Path, metavar="PEM", help="the server's certificate with its chain")
+    parser.add_argument("--tls-key", type=Path, metavar="PEM", help="its private key")
+    parser.add_argument("--behind-proxy", action="store_true", help="a proxy on this machine ends TLS (see docs/fleet.md)")
+    parser.add_argument("--device-ca", type=Path, metavar="DIR", required=True, help="made by `model-library device-ca`")
+    parser.add_argument("--rollout-key", metavar="FILE", help="key that signs a pause; without it the page shows the command")
+    kinds = {"": "the keys that have none of their own here", "device-ca-": "the device authority", "rollout-": "--rollout-key"}
+    for name, what in (kinds | {"online-": "the keys in LIB/online"}).items():
+        parser.add_argument(f"--{name}passphrase-file", type=Path, metavar="FILE", help=f"passphrase of {what}")
+    parser.add_argument("--certificate-days", type=float, default=30.0, help="life of a box's certificate (default 30)")
+    parser.add_argument("--reports-per-hour", type=int, default=60, help="most reports of one box (default 60)")
+    parser.add_argument("--requests-per-minute", type=int, default=120, help="most enrolments from one address (default 120)")
+    parser.add_argument("--threads", type=int, default=16, help="requests served at once (default 16)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until SIGTERM.
+
+    Raises:
+        SettingsError: something would not work; nothing was served.
+    """
+    os.umask(0o077)
+    _start_logging()
+    shared = arguments.passphrase_file
+    secrets = (
+        passphrase(arguments.device_ca_passphrase_file, shared),
+        passphrase(arguments.rollout_passphrase_file, shared) if arguments.rollout_key else "",
+        passphrase(arguments.online_passphrase_file, shared, variable=ONLINE_ENV) if arguments.rollout_key else "",
+    )
+    names = (
+        "library", "device_ca", "rollout_key", "host", "port", "tls_certificate", "tls_key", "behind_proxy", "certificate_days",
+        "reports_per_hour", "requests_per_minute", "threads",
+    )  # fmt: skip
+    values = {name: getattr(arguments, name) for name in names}
+    config = ServerConfig(db=arguments.db or sqlite_url(arguments.library), passphrases=secrets, **values)
+    check(config)
+    Server(config).run()
+    return 0
+
+
+def check(config: ServerConfig) -> None:
+    """Refuse what must not be served, before a port is opened.
+
+    Raises:
+        SettingsError: plain http beyond loopback, half a TLS configuration, or something that does not open.
+    """
+    if (config.tls_certificate is None) != (config.tls_key is None):
+        raise SettingsError("--tls-certificate and --tls-key belong together", hint="give both or neither")
+    if config.tls_certificate is None and not _is_loopback(config.host):
+        hint = "give --tls-certificate and --tls-key, or listen on 127.0.0.1 behind a proxy with --behind-proxy"
+        raise SettingsError(f"{config.host} needs TLS: plain http is for this machine alone", hint=hint)
+    if config.behind_proxy and (config.tls_certificate is not None or not _is_loopback(config.host)):
+        raise SettingsError("--behind-proxy is for plain http on 127.0.0.1", hint="others could write the proxy's headers themselves")
+    if config.tls_certificate is not None and config.tls_key is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.tls_certificate, config.tls_key)
+        except (OSError, ssl.SSLError) as error:
+            raise SettingsError(f"the TLS certificate does not load: {error}", hint="give a PEM certificate and its key") from error
+    LibraryFiles(config.library).config()
+    create_app(config).extensions["fleet"].close()
+
+
+class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
+    """Gunicorn, configured in Python."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        """Serve ``config``."""
+        self._config = config
+        super().__init__()
+
+    def load_config(self) -> None:
+        """Translate the configuration into gunicorn's."""
+        config = self._config
+        values: dict[str, Any] = {
+            "bind": f"[{config.host}]:{config.port}" if ":" in config.host else f"{config.host}:{config.port}",
+            "worker_class": "gthread", "workers": 1, "threads": config.threads, "worker_connections": _CONNECTIONS,
+            "keepalive": _KEEP_ALIVE_S, "graceful_timeout": _STOP_S, "proc_name": "model-library", "logger_class": QuietLogger,
+            "forwarded_allow_ips": "127.0.0.1,::1" if config.behind_proxy else "", "when_ready": _announce,
+            "control_socket_disable": True, "worker_tmp_dir": "/dev/shm" if os.access("/dev/shm", os.W_OK) else None,  # noqa: S108 - an empty heartbeat file
+        }  # fmt: skip
+        if config.tls_certificate is not None:
+            authority = str(config.device_ca / CERTIFICATE)
+            values |= {"certfile": str(config.tls_certificate), "keyfile": str(config.tls_key), "ca_certs": authority}
+            values |= {"cert_reqs": ssl.CERT_OPTIONAL, "ssl_context": _tls_of()}
+        for name, value in values.items():
+            if name in self.cfg.settings:  # versions of gunicorn differ in the newest ones
+                self.cfg.set(name, value)
+
+    def load(self) -> Callable[..., Iterable[bytes]]:
+        """Make the application, in the worker process."""
+        app = create_app(self._config)
+
+        def patient(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+            """Bound how long a connection may stand still within a request."""
+            environ["gunicorn.socket"].settimeout(_SILENCE_S)
+            return app.wsgi_app(environ, start_response)
+
+        return patient
+
+
+class QuietLogger:
+    """Gunicorn's errors go to the log; requests are not logged: a million boxes poll."""
+
+    def __init__(self, _cfg: object) -> None:
+        """Take gunicorn's configuration, which has nothing to say here."""
+        self.error_log = logging.getLogger("gunicorn.error")
+        self.error_log.setLevel(logging.WARNING)
+        self.access_log = logging.getLogger("gunicorn.access")
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the standard logger's ``debug`` to ``critical``, ``exception`` and ``log``."""
+        return getattr(self.error_log, name)
+
+    def access(self, *_: object) -> None:
+        """Log no request."""
+
+    def reopen_files(self) -> None:
+        """Do nothing: the log is standard error."""
+
+    def close_on_exec(self) -> None:
+        """Do nothing: there is no file to close."""
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line, without the text of exceptions."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as a line."""
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
+        entry = {"at": at, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        if record.exc_info and record.exc_info[0] is not None:
+            entry["exception"] = record.exc_info[0].__name__
+        return json.dumps(entry, ensure_ascii=False)
+
+
+def _start_logging() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("securesystemslib").setLevel(logging.WARNING)
+
+
+def _announce(arbiter: Any) -> None:
+    """Say where the server is, once the port is open."""
+    for listener in arbiter.LISTENERS:
+        # Inherited by every connection: who begins a request and falls silent must not hold a thread for ever.
+        listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _BEGUN_S, 0))
+        # A connection that says nothing is the kernel's, until it does: it takes no thread.
+        listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, _BEGUN_S)
+        print(f"Listening on {listener}", flush=True)
+
+
+def _tls_of() -> Callable[[Any, Callable[[], ssl.SSLContext]], ssl.SSLContext]:
+    """TLS 1.2 or newer; one context for all connections, so that sessions resume."""
+    made: list[ssl.SSLContext] = []
+
+    def context(_config: Any, default: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
+        if not made:
+            fresh = default()
+            fresh.minimum_version = ssl.TLSVersion.TLSv1_2
+            fresh.verify_flags = ssl.VerifyFlags(int(fresh.verify_flags) | _NO_CHECK_TIME)
+            made.append(fresh)
+        return made[0]
+
+    return context
+
+
+def _rollouts(config: ServerConfig, fleet: Fleet) -> Rollouts:
+    """Return the rollouts; with a rollout key, also what signs and publishes a pause, tried out before anything is served."""
+    if config.rollout_key is None:
+        return Rollouts(config.library, fleet)
+    try:
+        signer = load_signer(config.rollout_key, lambda _what: config.passphrases[1])
+        rollouts = Rollouts(config.library, fleet, signer, lambda _what: config.passphrases[2])
+        library = rollouts.library()
+        if missing := [role for role in ("snapshot", "timestamp") if not library.signers_at_hand(library.keys(role))]:
+            raise SettingsError(f"the library's online key of {' and '.join(missing)} is not here", hint="it lies in LIB/online")
+    except ModelSyncError as error:
+        hint = f"{error.hint}; the rollout key signs a pause, and the online keys publish it"
+        raise SettingsError(error.message, hint=hint) from error
+    return rollouts
+
+
+def _healthz(fleet: Fleet) -> Response:
+    with fleet.reading() as tx:
+        tx.execute(text("SELECT 1"))
+    return Response("ok\n", content_type="text/plain; charset=utf-8")
+
+
+def _home() -> BaseResponse:
+    return redirect(url_for("page.fleet"))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,350 @@
+"""The central library: what the central team does to it, one signature at a time.
+
+An edit stages a new version of an offline role; each holder adds a signature, here or on another machine; what is complete becomes
+public by itself (``library_promotion``). How a role is read, numbered and signed is in ``library_roles``.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from securesystemslib.exceptions import UnverifiedSignatureError
+from securesystemslib.signer import Key, Signer
+from tuf.api.exceptions import UnsignedMetadataError
+from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, DelegatedRole, Delegations, Root, Targets
+
+from model_sync.errors import PublishError
+from model_sync.library import check as library_check
+from model_sync.library import publish
+from model_sync.library import status as library_status
+from model_sync.library.files import CONFIG_NAME, Expiry, LibraryConfig, read_metadata
+from model_sync.library.keys import Passphrase, token_error
+from model_sync.library.promotion import LibraryPromotion
+from model_sync.library.roles import ISSUED_AT, ONLINE, ROLE_FIELD, AnyMetadata, Clock, State, delegated, utc_now
+from model_sync.trust.documents import ROLLOUT_PATTERN, ROLLOUT_ROLE, FailureBudget, LineIndex, line_path, line_patterns
+
+__all__ = ["ISSUED_AT", "ROLE_FIELD", "Library", "State"]
+_UNCHANGED = "; nothing was changed"
+
+
+class Library(LibraryPromotion):
+    """One library directory; the constructor's arguments are those of ``LibraryRoles``."""
+
+    @classmethod
+    def init(
+        cls,
+        directory: Path,
+        root_keys: list[Key],
+        targets_keys: list[Key],
+        *,
+        snapshot_key: Key,
+        timestamp_key: Key,
+        threshold: int = 2,
+        expiry: Expiry | None = None,
+        holders: dict[str, str] | None = None,
+        signers: Iterable[Signer] = (),
+        passphrase: Passphrase | None = None,
+        clock: Clock = utc_now,
+    ) -> Library:
+        """Lay an empty library and stage its first root and targets for their signatures.
+
+        Raises:
+            PublishError: there is a library already, or a threshold cannot be met by the keys.
+        """
+        roles = {"root": root_keys, "targets": targets_keys, "snapshot": [snapshot_key], "timestamp": [timestamp_key]}
+        needs = {role: 1 if role in ONLINE else threshold for role in roles}
+        for role, keys in roles.items():
+            _check_threshold(role, keys, needs[role])
+        library = cls(directory, signers, passphrase=passphrase, clock=clock)
+        if (directory / CONFIG_NAME).exists() and (library.staged(Targets.type) or library.published(Root.type)) is not None:
+            raise PublishError(f"{directory} is a library already{_UNCHANGED}", hint="choose another directory")
+        library.files.create()
+        library.files.write_config(LibraryConfig(expiry_days=expiry or Expiry(), holders=holders or {}))
+        with library.files.locked():
+            with library.edit_root() as root:
+                for role, keys in roles.items():
+                    root.roles[role].keyids.clear()
+                    root.roles[role].threshold = needs[role]
+                    for key in keys:
+                        root.add_key(key, role)
+            with library.edit_targets() as targets:
+                targets.delegations = Delegations({}, {})
+            library.settle()
+        return library
+
+    @classmethod
+    def open_library(cls, directory: Path, passphrase: Passphrase | None = None, *, clock: Clock = utc_now) -> Library:
+        """Open a library; without ``passphrase`` its online keys stay locked: it can stage and collect, not publish.
+
+        Raises:
+            SettingsError: this is no library.
+        """
+        library = cls(directory, passphrase=passphrase, clock=clock)
+        library.files.config()
+        return library
+
+    def name_holders(self, names: dict[str, str]) -> None:
+        """Remember who holds which key, for people; nothing of it is signed."""
+        with self.files.locked():
+            config = self.files.config()
+            self.files.write_config(config.model_copy(update={"holders": {**config.holders, **names}}))
+
+    # --- signatures ---------------------------------------------------------------------------------------------------
+
+    def sign(self, role: str, signer: Signer, *, shown: AnyMetadata | None = None) -> State:
+        """Add one signature to a waiting version and promote what is complete then.
+
+        Args:
+            role: whose waiting version.
+            signer: one of its keys.
+            shown: what its holder has read and agreed to; nothing else is signed.
+
+        Raises:
+            PublishError: nothing waits, it is not what was shown, the key is none of the role's, or the online keys are locked
+                (the signature is kept).
+            SettingsError: the token does not sign.
+        """
+        with self.files.locked():
+            md = self._waiting(role)
+            if shown is not None and shown.signed_bytes != md.signed_bytes:
+                raise PublishError(f"{role} was changed while you read it; nothing was signed", hint="run it again and read it again")
+            self._known_key(role, signer.public_key.keyid)
+            sign_with(md, signer)
+            self._check_signature(role, md, signer.public_key.keyid)
+            self.files.write(self.files.staged_path(role), md.to_bytes())
+            self.settle()
+            return self.state(role)
+
+    def merge(self, file: Path) -> State:
+        """Take the signatures of a copy of a waiting version that was signed on another machine.
+
+        Raises:
+            PublishError: the copy is of a version that does not wait any more, was changed, or has a signature that is wrong or
+                of an unknown key. Nothing is taken then.
+        """
+        with self.files.locked():
+            other = read_metadata(file)
+            role = str(other.signed.unrecognized_fields.get(ROLE_FIELD, ""))
+            md = self._same_payload(file.name, role, other)
+            for keyid in other.signatures:
+                self._known_key(role, keyid)
+                self._check_signature(role, other, keyid)
+            md.signatures = {**other.signatures, **md.signatures}
+            self.files.write(self.files.staged_path(role), md.to_bytes())
+            self.settle()
+            return self.state(role)
+
+    def _waiting(self, role: str) -> AnyMetadata:
+        md = self.staged(role) if role in self.role_names() else None
+        if md is None:
+            raise PublishError(f"nothing of {role} waits for a signature", hint="`model-library status` shows what does")
+        if md.signed.is_expired(self.now()):
+            raise PublishError(f"{role} expired while it waited for signatures", hint=f"`model-library renew {role}` stages it again")
+        return md
+
+    def _same_payload(self, name: str, role: str, other: AnyMetadata) -> AnyMetadata:
+        """Return the waiting version of which ``other`` is a copy, or say what ``other`` is instead."""
+        if role not in self.role_names():
+            raise PublishError(f"{name} is of no role of this library; nothing was taken", hint="merge a signed copy of a file of staged/")
+        again = "copy the file from staged/ again and have that signed; nothing was taken"
+        staged, public = self.staged(role), self.published(role)
+        if public is not None and other.signed.version <= public.signed.version:
+            raise PublishError(
+                f"{name} is stale: it is {role} version {other.signed.version}, and {public.signed.version} is published", hint=again
+            )
+        md = self._waiting(role)
+        if staged is None or other.signed_bytes != md.signed_bytes:
+            raise PublishError(f"{name} is not the {role} that waits here: one of the two was changed since", hint=again)
+        return md
+
+    def _known_key(self, role: str, keyid: str) -> None:
+        if keyid not in (known := self.keys(role)):
+            names = ", ".join(sorted(map(self.files.config().name, known)))
+            raise PublishError(f"the key {self.files.config().name(keyid)} is no key of {role}", hint=f"its keys are those of: {names}")
+
+    def _check_signature(self, role: str, md: AnyMetadata, keyid: str) -> None:
+        try:
+            self.keys(role)[keyid].verify_signature(md.signatures[keyid], md.signed_bytes)
+        except UnverifiedSignatureError as error:
+            raise PublishError(
+                f"the signature of {self.files.config().name(keyid)} does not fit {role}",
+                hint="have the file signed again with the right key; nothing was taken",
+            ) from error
+
+    def discard(self) -> list[str]:
+        """Drop everything that waits for signatures, with its files; returns the roles that waited."""
+        with self.files.locked():
+            waiting = self.staged_roles()
+            if self.published(Root.type) is None:
+                raise PublishError("the first root and targets cannot be discarded", hint="delete the directory to begin anew")
+            for role in reversed(waiting):  # a line before its delegator
+                self.files.staged_path(role).unlink()
+            shutil.rmtree(self.files.staged / "targets", ignore_errors=True)
+            return waiting
+
+    # --- lines and keys -----------------------------------------------------------------------------------------------
+
+    def add_line(self, name: str, keys: list[Key], threshold: int = 2) -> State:
+        """Delegate a new model line to ``keys``; its role and ``targets`` wait for their signatures.
+
+        A line that was ended goes on where it stopped: a version never changes its content, and what was withdrawn stays so.
+
+        Raises:
+            PublishError: the name is taken or not allowed, or the threshold cannot be met.
+        """
+        publish.check_line_name(name)
+        index = LineIndex(line=name, minimum_version="0.0.0", versions=[])
+        files = {line_path(name): index.to_json()} if self.last(name) is None else {}
+        return self._delegate(name, keys, threshold, line_patterns(name), files)
+
+    def end_line(self, name: str) -> State:
+        """Stage that a line is delegated no more; see ``publish.end_line``."""
+        return publish.end_line(self, name)
+
+    def set_rollout_keys(self, keys: list[Key], threshold: int = 1) -> State:
+        """Delegate ``rollout/*.json``; given again, the keys replace the old ones."""
+        with self.files.locked():
+            if self.published(ROLLOUT_ROLE) or self.staged(ROLLOUT_ROLE):
+                return self._change_keys(ROLLOUT_ROLE, keys, threshold)
+            return self._delegate(ROLLOUT_ROLE, keys, threshold, [ROLLOUT_PATTERN], {})
+
+    def _delegate(self, name: str, keys: list[Key], threshold: int, patterns: list[str], files: dict[str, bytes]) -> State:
+        _check_threshold(name, keys, threshold)
+        with self.files.locked():
+            self._refuse_second_delegator(name, patterns)
+            with self.edit_targets() as targets:
+                targets.delegations = targets.delegations or Delegations({}, {})
+                assert targets.delegations.roles is not None
+                targets.delegations.roles[name] = DelegatedRole(name, [], threshold, True, patterns)
+                for key in keys:
+                    targets.add_key(key, name)
+            self.stage_files(name, files)
+            self.settle()
+            return self.state(name)
+
+    def _refuse_second_delegator(self, name: str, patterns: list[str]) -> None:
+        for other, role in delegated(self.targets()).items():
+            if other == name and self.staged(name) is None and self.published(name) is None:
+                continue  # a command was killed between its two files: do it again
+            if other == name or any(role.is_delegated_path(pattern.replace("*", "x")) for pattern in patterns):
+                raise PublishError(
+                    f"{name!r} is delegated already: a role has one delegator{_UNCHANGED}",
+                    hint="`model-library rotate-key` changes its keys; another line needs another name",
+                )
+
+    def rotate_key(self, role: str, old_keyid: str | None, new_key: Key | None, *, threshold: int | None = None) -> list[str]:
+        """Replace a key of a role (None for old adds, None for new removes); returns the roles that wait for signatures then.
+
+        A lost key is replaced the same way: the holders of the others sign. A new root needs the thresholds of the old and of the
+        new root; a role whose signatures no longer suffice is staged again, and becomes public together with its delegator.
+
+        Raises:
+            PublishError: no such role or key, the new key is there already, or too few keys would be left.
+        """
+        with self.files.locked():
+            delegator = self.open(Root.type if role in TOP_LEVEL_ROLE_NAMES else Targets.type).signed
+            if role not in self.role_names():
+                raise PublishError(f"there is no role {role!r}{_UNCHANGED}", hint="`model-library status` lists the roles")
+            current = delegator.get_delegated_role(role)
+            if new_key is not None and new_key.keyid in current.keyids and old_keyid is not None and old_keyid not in current.keyids:
+                self.settle()  # it was killed after staging, or is run again: finish it
+                return self.staged_roles()
+            if old_keyid is not None and old_keyid not in current.keyids:
+                raise PublishError(f"{old_keyid[:8]} is no key of {role}{_UNCHANGED}", hint="`model-library status` lists each role's keys")
+            if new_key is not None and new_key.keyid in current.keyids:
+                raise PublishError(
+                    f"{new_key.keyid[:8]} is a key of {role} already{_UNCHANGED}", hint="make a new one: `model-library key new`"
+                )
+            keys = [delegator.get_key(keyid) for keyid in current.keyids if keyid != old_keyid]
+            self._change_keys(role, keys + ([new_key] if new_key is not None else []), threshold or current.threshold)
+            return self.staged_roles()
+
+    def _change_keys(self, role: str, keys: list[Key], threshold: int) -> State:
+        _check_threshold(role, keys, threshold)
+        with self.edit(Root.type if role in TOP_LEVEL_ROLE_NAMES else Targets.type) as delegator:
+            assert isinstance(delegator, (Root, Targets))
+            current = delegator.get_delegated_role(role)
+            for keyid in [keyid for keyid in current.keyids if keyid not in {key.keyid for key in keys}]:
+                delegator.revoke_key(keyid, role)
+            for key in keys:
+                delegator.add_key(key, role)
+            current.threshold = threshold
+        self.settle()
+        return self.state(role)
+
+    def renew(self, role: str) -> State:
+        """Stage an offline role again as it is, with a new expiry; raises PublishError for the others."""
+        with self.files.locked():
+            if role in ONLINE or role not in self.role_names():
+                raise PublishError(
+                    f"{role!r} is no role that people sign", hint="snapshot and timestamp: `model-library refresh-timestamp`"
+                )
+            with self.edit(role):
+                pass
+            self.settle()
+            return self.state(role)
+
+    # --- models (publish.py) and checks (library_check.py, library_status.py) -----------------------------------------
+
+    def publish(
+        self,
+        bundle: Path,
+        *,
+        deltas: bool = True,
+        minimum_version: str | None = None,
+        progress: publish.Progress | None = None,
+    ) -> State:
+        """Stage one version of a line; see ``publish.publish``."""
+        return publish.publish(self, bundle, deltas=deltas, minimum_version=minimum_version, progress=progress)
+
+    def withdraw(self, line: str, version: str, reason: str) -> State:
+        """Stage the withdrawal of a version; see ``publish.withdraw``."""
+        return publish.withdraw(self, line, version, reason)
+
+    def set_minimum(self, line: str, version: str) -> State:
+        """Stage a higher oldest version; see ``publish.set_minimum``."""
+        return publish.set_minimum(self, line, version)
+
+    def rollout(
+        self,
+        ring: str,
+        line: str,
+        version: str,
+        percent: float = 100.0,
+        start: datetime | None = None,
+        duration_h: float = 0.0,
+        failure_budget: FailureBudget | None = None,
+        paused: bool = False,
+    ) -> State:
+        """Stage which version a ring's boxes take; see ``publish.rollout``."""
+        choice = publish.Choice(version, percent, start or self.now(), duration_h, failure_budget or FailureBudget(), paused)
+        return publish.rollout(self, ring, line, choice)
+
+    def status(self) -> dict[str, Any]:
+        """Return each role's version, expiry, signatures and keys, and what to do next; see ``library_status.status``."""
+        return library_status.status(self)
+
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> library_check.Verified:
+        """Walk the whole public tree; see ``library_check.verify``."""
+        return library_check.verify(self.files.public, self.now(), progress)
+
+
+def sign_with(md: AnyMetadata, signer: Signer) -> None:
+    """Add a signature; raises SettingsError when the signer (a token) does not sign."""
+    try:
+        md.sign(signer, append=True)
+    except UnsignedMetadataError as error:
+        raise token_error("the key does not sign", error.__cause__ or error) from error
+
+
+def _check_threshold(role: str, keys: list[Key], threshold: int) -> None:
+    if len({key.keyid for key in keys}) != len(keys):
+        raise PublishError(f"a key of {role} is given twice{_UNCHANGED}", hint="each holder has a key of their own")
+    if not 1 <= threshold <= len(keys):
+        raise PublishError(
+            f"{role}: {len(keys)} keys cannot give {threshold} signatures{_UNCHANGED}", hint="more keys, or fewer signatures"
+        )

@@ -1,0 +1,255 @@
+"""Writing a USB stick: the public tree as it is, for a box without a line.
+
+The stick needs no trust: a box checks it as it checks the network. It holds every root version, so that a box that was away for
+years finds its way to the keys of today, and all metadata, but only the model files that were asked for. Names are legal on FAT;
+each file is written beside its place and renamed, and read back from the stick; the timestamp comes last.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import NamedTuple
+
+from tuf.api.metadata import TargetFile
+
+from model_sync.bundle.manifest import MANIFEST_NAME, Manifest
+from model_sync.errors import PublishError, SettingsError
+from model_sync.library import check as library_check
+from model_sync.library.files import read_metadata
+from model_sync.library.roles import delegated
+from model_sync.trust.documents import ROLLOUT_ROLE, LineIndex, file_path, line_path
+
+FOLDER = "clinic-models"
+_PART = "clinic-models.part"
+_CHUNK_BYTES = 1 << 20
+_FAT_MAX_BYTES = 2**32 - 1
+_FAT_FORBIDDEN = re.compile(r'[\x00-\x1f:*?"<>|\\]|[. ]$')
+# FAT gives out whole clusters; 32 KiB is the largest that is common on sticks.
+_CLUSTER_BYTES = 32 * 1024
+_OURS = re.compile(r"^(\d+\.[a-z0-9_-]+\.json|[0-9a-f]{64}\..+)$")
+Progress = Callable[[int, int], None]
+
+
+class Exported(NamedTuple):
+    """What was written: ``files`` and ``bytes`` are those that were not on the stick yet."""
+
+    files: int
+    bytes: int
+    removed: int
+    versions: dict[str, list[str]]
+    valid_until: datetime
+
+
+def export(
+    library_public: Path,
+    directory: Path,
+    lines: Sequence[str] | None = None,
+    versions: Sequence[str] | None = None,
+    *,
+    now: datetime | None = None,
+    reserve_bytes: int = 1 << 20,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write or update ``<directory>/clinic-models``.
+
+    Args:
+        library_public: the library's ``public`` folder.
+        directory: the stick's mount point.
+        lines: model lines to take; every line when None.
+        versions: versions to take; every one that boxes may run when None.
+        now: what expiry is judged by.
+        reserve_bytes: room that stays free.
+        progress: called with the bytes written and how many there are.
+
+    Raises:
+        SettingsError: the stick is not there, or there is no such line or version.
+        PublishError: the library is not whole, the stick has too little room, or does not give back what was written.
+    """
+    if not directory.is_dir():
+        raise SettingsError(f"{directory} is no folder", hint="mount the stick and give its mount point")
+    chosen, wanted = _choose(library_public, lines, versions)
+    checked = library_check.verify(library_public, now or datetime.now(timezone.utc), None, lambda path: path in wanted)
+    if not checked.clean or checked.valid_until is None:
+        raise PublishError(
+            f"the library is not whole: {'; '.join(checked.problems[:3])}", hint="`model-library verify` says more; nothing was written"
+        )
+    metadata = _metadata_names(library_public)
+    files = [f"targets/{target.get_prefixed_paths()[0]}" for target in wanted.values()]
+    stick = _Stick(library_public, directory / FOLDER, reserve_bytes)
+    try:
+        new = stick.missing([*sorted(files), *metadata])
+        stick.check_room(new)
+        stick.write(new, progress or (lambda _done, _total: None))
+        removed = stick.remove_old({*files, *metadata})
+    except OSError as error:
+        raise PublishError(
+            f"the stick cannot be written: {error.strerror or error}", hint="try again, or another stick; a box refuses half a stick"
+        ) from error
+    return Exported(len(new), stick.written, removed, chosen, checked.valid_until)
+
+
+def _choose(
+    public: Path, lines: Sequence[str] | None, versions: Sequence[str] | None
+) -> tuple[dict[str, list[str]], dict[str, TargetFile]]:
+    """Return the versions of each line, and the targets that they, the indexes and the rollouts need, by path."""
+    roles = _roles(public)
+    known = sorted(set(roles) - {ROLLOUT_ROLE})
+    if unknown := set(lines or ()) - set(known):
+        raise SettingsError(f"there is no line {', '.join(sorted(unknown))}", hint=f"the library has: {', '.join(known) or 'none'}")
+    wanted = dict(roles.get(ROLLOUT_ROLE, {}))
+    chosen: dict[str, list[str]] = {}
+    for line in known:
+        targets = roles[line]
+        wanted[line_path(line)] = targets[line_path(line)]
+        if lines is None or line in lines:
+            index = LineIndex.parse(_place(public, targets[line_path(line)]).read_bytes())
+            usable = [release.version for release in index.versions if index.refusal(release.version) is None]
+            chosen[line] = [version for version in usable if versions is None or version in versions]
+            wanted.update(_files(public, index, targets, chosen[line]))
+    if unknown := set(versions or ()) - {version for found in chosen.values() for version in found}:
+        raise SettingsError(
+            f"no chosen line has a version {', '.join(sorted(unknown))} that boxes may run", hint="`model-library status` lists them"
+        )
+    return chosen, wanted
+
+
+def _files(public: Path, index: LineIndex, targets: dict[str, TargetFile], versions: Iterable[str]) -> dict[str, TargetFile]:
+    """Return the targets of some versions, and the deltas between them."""
+    found: dict[str, TargetFile] = {}
+    for version in versions:
+        path = file_path(index.line, version, MANIFEST_NAME)
+        manifest = Manifest.parse(_place(public, targets[path]).read_bytes())
+        for file in (MANIFEST_NAME, *manifest.digests()):
+            found[file_path(index.line, version, file)] = targets[file_path(index.line, version, file)]
+    hashes = {target.hashes["sha256"] for target in found.values()}
+    for delta in index.deltas:
+        # A box with the version before may take the delta; without that version here it would be of no use to it.
+        if {delta.from_sha256, delta.to_sha256} <= hashes:
+            found[delta.path] = targets[delta.path]
+    return found
+
+
+def _roles(public: Path) -> dict[str, dict[str, TargetFile]]:
+    """Return the targets of every delegated role as they are public now."""
+    metadata = public / "metadata"
+    timestamp = read_metadata(metadata / "timestamp.json").signed
+    snapshot = read_metadata(metadata / f"{timestamp.snapshot_meta.version}.snapshot.json").signed
+    top = read_metadata(metadata / f"{snapshot.meta['targets.json'].version}.targets.json").signed
+    return {
+        role: dict(read_metadata(metadata / f"{snapshot.meta[f'{role}.json'].version}.{role}.json").signed.targets)
+        for role in delegated(top)
+    }
+
+
+def _metadata_names(public: Path) -> list[str]:
+    """Return the metadata a box needs, the timestamp last; every root there ever was, so that no box is cut off."""
+    metadata = public / "metadata"
+    timestamp = read_metadata(metadata / "timestamp.json").signed
+    snapshot = read_metadata(metadata / f"{timestamp.snapshot_meta.version}.snapshot.json").signed
+    current = [f"{info.version}.{name}" for name, info in snapshot.meta.items()]
+    roots = sorted(path.name for path in metadata.glob("*.root.json"))
+    names = [*roots, *sorted(current), f"{timestamp.snapshot_meta.version}.snapshot.json", "timestamp.json"]
+    return [f"metadata/{name}" for name in names]
+
+
+def _place(public: Path, target: TargetFile) -> Path:
+    return public / "targets" / target.get_prefixed_paths()[0]
+
+
+class _Stick:
+    """The folder on the stick, and the library it is filled from."""
+
+    def __init__(self, public: Path, folder: Path, reserve_bytes: int) -> None:
+        self._public, self._folder, self._reserve_bytes = public, folder, reserve_bytes
+        self.written = 0
+
+    def missing(self, names: list[str]) -> list[str]:
+        """Return the files that the stick has not, or has differently, in the order given."""
+        for name in names:
+            if any(_FAT_FORBIDDEN.search(segment) for segment in name.split("/")):
+                raise PublishError(f"{name} is no name for a USB stick", hint="publish the version again with other file names")
+            if (self._public / name).stat().st_size > _FAT_MAX_BYTES:
+                raise PublishError(f"{name} is larger than 4 GiB: FAT cannot hold it", hint="split the weights into several files")
+        return [name for name in names if _digest(self._folder / name) != _digest(self._public / name)]
+
+    def check_room(self, names: list[str]) -> None:
+        """Refuse before anything is written when the stick is too small; what it has already is not counted again."""
+        need = sum((self._public / name).stat().st_size + _CLUSTER_BYTES for name in names) + self._reserve_bytes
+        free = shutil.disk_usage(self._folder.parent).free
+        if need > free:
+            raise PublishError(
+                f"the stick needs {need / 2**20:.1f} MiB more and has {free / 2**20:.1f} MiB free; nothing was written",
+                hint="free some room, take a larger stick, or choose fewer lines or versions",
+            )
+
+    def write(self, names: list[str], progress: Progress) -> None:
+        """Copy files, each read back from the stick; raises PublishError when it is not what was written."""
+        total = sum((self._public / name).stat().st_size for name in names)
+        for name in names:
+            path = self._folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = self._folder / _PART
+            digest = self._copy(self._public / name, part, lambda: progress(self.written, total))
+            os.replace(part, path)
+            _fsync_directory(path.parent)
+            if _digest(path) != digest:
+                raise PublishError(f"the stick does not give back {name} as it was written", hint="take another stick: this one is worn")
+
+    def _copy(self, source: Path, part: Path, tell: Callable[[], None]) -> str:
+        digest = hashlib.sha256()
+        with source.open("rb") as reader, part.open("wb") as writer:
+            while chunk := reader.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                writer.write(chunk)
+                self.written += len(chunk)
+                tell()
+            writer.flush()
+            os.fsync(writer.fileno())
+            # What is read back shall come from the stick, not from the memory of this machine.
+            os.posix_fadvise(writer.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return digest.hexdigest()
+
+    def remove_old(self, wanted: set[str]) -> int:
+        """Remove what an earlier export left and this one does not need; anything that has not our names stays."""
+        removed = 0
+        for path in sorted(self._folder.rglob("*")):
+            name = path.relative_to(self._folder).as_posix()
+            ours = name.startswith(("metadata/", "targets/")) and _OURS.match(path.name) is not None
+            if path.is_file() and ours and name not in wanted:
+                path.unlink()
+                removed += 1
+        (self._folder / _PART).unlink(missing_ok=True)
+        for path in sorted((self._folder / "targets").rglob("*"), reverse=True):
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        return removed
+
+
+def _digest(path: Path) -> str | None:
+    """Return the SHA-256 of a file, None when there is none."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    except FileNotFoundError:
+        return None
+    return digest.hexdigest()
+
+
+def _fsync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some drivers for FAT and exFAT cannot; the file itself is safe
+            raise
+    finally:
+        os.close(descriptor)
