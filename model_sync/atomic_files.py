@@ -128,8 +128,8 @@ def remove_tree(root: Path) -> None:
     shutil.rmtree(root, ignore_errors=True)
 
 
-def disk_trouble(error: OSError) -> LibraryUnreachable:
-    """Return the error for a disk that takes no more, or a directory that may not be written: no fault of the library's."""
+def disk_trouble(error: OSError, code: str = "sync.state") -> LibraryUnreachable:
+    """Return the error for a disk that takes no more, or, with ``code``, a file that cannot be used: no fault of the library's."""
     where = f" ({error.filename})" if error.filename else ""
     if error.errno in _FULL:
         return LibraryUnreachable(
@@ -140,5 +140,5 @@ def disk_trouble(error: OSError) -> LibraryUnreachable:
     return LibraryUnreachable(
         f"a file of the sync agent cannot be read or written{where}: {error.strerror or error}; the model in use stays",
         hint="check that the disk is healthy and that the agent's account owns state_dir and exchange_dir",
-        code="sync.state",
+        code=code,
     )

@@ -12,20 +12,26 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class ModelSyncError(Exception):
     """Base of every error of this package.
 
     Attributes:
-        message: What happened, in one sentence.
+        message: What happened, in one English sentence with its particulars.
         hint: What the person who reads it should do now.
+        code: A stable key of :mod:`model_sync.messages`, which has the text in both languages.
     """
 
-    def __init__(self, message: str, *, hint: str) -> None:
-        """Keep the message and the hint apart, so that each edge can lay them out its own way."""
+    default_code: ClassVar[str] = "sync.settings"
+
+    def __init__(self, message: str, *, hint: str, code: str = "") -> None:
+        """Keep message, hint and code apart, so that each edge can lay them out its own way."""
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.code = code or self.default_code
 
     def __str__(self) -> str:
         """Return the message followed by the hint, the way a command line shows it."""
@@ -39,10 +45,7 @@ class LibraryUnreachable(ModelSyncError):  # noqa: N818  (the name is fixed by t
         code: A stable key such as ``sync.unreachable``, ``sync.window``, ``sync.budget``, ``sync.disk_full``.
     """
 
-    def __init__(self, message: str, *, hint: str, code: str = "sync.unreachable") -> None:
-        """Keep the coded reason beside the sentence."""
-        super().__init__(message, hint=hint)
-        self.code = code
+    default_code = "sync.unreachable"
 
 
 class TrustError(ModelSyncError):
@@ -53,10 +56,7 @@ class TrustError(ModelSyncError):
             ``trust.revoked``, ``trust.document``.
     """
 
-    def __init__(self, message: str, *, hint: str, code: str = "trust.signature") -> None:
-        """Keep the coded reason beside the sentence."""
-        super().__init__(message, hint=hint)
-        self.code = code
+    default_code = "trust.signature"
 
 
 class BundleError(ModelSyncError):
@@ -67,9 +67,8 @@ class BundleError(ModelSyncError):
     """
 
     def __init__(self, code: str, message: str, hint: str) -> None:
-        """Keep the coded reason beside the sentence."""
-        super().__init__(message, hint=hint)
-        self.code = code
+        """Take the coded reason first: texts for people are looked up by it."""
+        super().__init__(message, hint=hint, code=code)
 
     def __str__(self) -> str:
         """Return code, message and hint."""
@@ -78,6 +77,8 @@ class BundleError(ModelSyncError):
 
 class PublishError(ModelSyncError):
     """A publication was refused before anything was signed."""
+
+    default_code = "library.refused"
 
 
 class SettingsError(ModelSyncError):

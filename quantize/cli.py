@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from model_sync import messages
 from quantize import modelopt
 from quantize.errors import QuantizeError
 
@@ -36,19 +37,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return say_os_error(error)
     except QuantizeError as error:
-        print(f"quantize: {error}", file=sys.stderr)
+        print(messages.describe(error.code, error.message, error.hint, messages.choose_language()), file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        print("quantize: interrupted; the same command goes on where it was", file=sys.stderr)
+        print(_lines("quantize.interrupted"), file=sys.stderr)
         return _INTERRUPTED
 
 
 def say_os_error(error: OSError) -> int:
     """A path that cannot be read or written: which, why, and what to do; returns the exit code."""
     where = f": {error.filename}" if error.filename else ""
-    print(f"quantize: {error.strerror or 'reading or writing failed'}{where}", file=sys.stderr)
-    print("hint: check the path, its permissions and the space on the disk", file=sys.stderr)
+    print(_lines("quantize.disk", f" ({error.strerror or type(error).__name__}{where})"), file=sys.stderr)
     return FAILED
+
+
+def _lines(code: str, detail: str = "") -> str:
+    language = messages.choose_language()
+    return messages.error_lines(messages.text(code, language) + detail, messages.hint(code, language), language)
 
 
 def _parser() -> argparse.ArgumentParser:

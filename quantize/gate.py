@@ -45,7 +45,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Reason:
-    """Why something did not pass: a code (texts: ``quantize.report_texts``) and its particulars in figures."""
+    """Why something did not pass: a code (texts: ``quantize.messages``) and its particulars in figures."""
 
     code: str
     detail: str

@@ -16,9 +16,9 @@ from babel import Locale, dates, numbers
 from flask import Flask, current_app, has_request_context, request
 from flask_babel import Babel, get_locale, gettext, lazy_gettext, ngettext
 
-from appliance import reasons
 from appliance.core.domain import Note, ScanState
-from appliance.reasons import Language
+from model_sync import messages
+from model_sync.messages import Language
 
 LANGUAGES: Final[tuple[Language, ...]] = ("zh", "en")
 LANGUAGE_COOKIE: Final = "lang"
@@ -217,12 +217,12 @@ def local(zh: str, en: str) -> str:
 
 def reason_text(code: str) -> str:
     """What a reason code says; an unknown one (written by a newer version) shows itself."""
-    return reasons.text(code, language()) if code in reasons.REASONS else code
+    return messages.text(code, language()) if messages.is_known(code) else code
 
 
 def reason_hint(code: str) -> str:
     """What a person should do about a reason code."""
-    return reasons.hint(code, language()) if code in reasons.REASONS else ""
+    return messages.hint(code, language()) if messages.is_known(code) else ""
 
 
 def sync_text(code: str) -> str:

@@ -10,13 +10,13 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any, Final
 
-from appliance import reasons
 from appliance.core.errors import ActivationError
 from appliance.core.run_summary import Running
-from appliance.reasons import Language
 from appliance.store.open_store import open_box
 from appliance.store.store import Store
 from appliance.store.tuning_requests import Tuning
+from model_sync import messages
+from model_sync.messages import Language
 
 EXIT_OK: Final = 0
 _BAR_WIDTH: Final = 24
@@ -110,20 +110,20 @@ def _print(row: sqlite3.Row, language: Language) -> None:
     report = json.loads(row["self_test"])
     zh = language == "zh"
     reason = (report.get("reason") or {}).get("code", "choice.untuned")
-    print(f"{row['name']} {row['version']}: {row['runtime']} · {row['precision']} · {reasons.text(reason, language)}")
+    print(f"{row['name']} {row['version']}: {row['runtime']} · {row['precision']} · {messages.text(reason, language)}")
     if fallback := report.get("fallback"):
-        print(f"{'注意' if zh else 'WARNING'}: {reasons.text('choice.fallback', language)} ({fallback['detail']})")
-        print(f"{'提示' if zh else 'hint'}: {reasons.hint('choice.fallback', language)}")
+        print(f"{'注意' if zh else 'WARNING'}: {messages.text('choice.fallback', language)} ({fallback['detail']})")
+        print(f"{'提示' if zh else 'hint'}: {messages.hint('choice.fallback', language)}")
     else:
         _print_other(Running.of(row["self_test"]), language)
     if not report.get("table"):
-        print(reasons.hint("choice.untuned", language))
+        print(messages.hint("choice.untuned", language))
         return
     print(f"{'测量于' if zh else 'measured'} {report.get('tuned_at', '')} · {report.get('profile', '')}")
     if holes := sum(item["code"] == "tune.no_time" for item in report["table"]):
         of = len(report["table"])
         print(f"注意: 表格不完整，{of} 行中 {holes} 行未测量" if zh else f"WARNING: incomplete, {holes} of {of} rows were not measured")
-        print(f"{'提示' if zh else 'hint'}: {reasons.hint('tune.no_time', language)}")
+        print(f"{'提示' if zh else 'hint'}: {messages.hint('tune.no_time', language)}")
     lines = [_HEAD[language], *(_cells(item, language) for item in sorted(report["table"], key=_order))]
     widths = [max(_width(line[index]) for line in lines) for index in range(len(lines[0]))]
     for line in lines:
@@ -137,8 +137,8 @@ def _print_other(running: Running, language: Language) -> None:
         return
     what = f"{running.now.runtime} · {running.now.precision}" if running.now else ("无法运行" if language == "zh" else "nothing")
     detail = f" ({note.detail})" if note.detail else ""
-    print(f"{'现在运行' if language == 'zh' else 'runs now'}: {what} · {reasons.text(note.code, language)}{detail}")
-    print(f"{'提示' if language == 'zh' else 'hint'}: {reasons.hint(note.code, language)}")
+    print(f"{'现在运行' if language == 'zh' else 'runs now'}: {what} · {messages.text(note.code, language)}{detail}")
+    print(f"{'提示' if language == 'zh' else 'hint'}: {messages.hint(note.code, language)}")
 
 
 def _order(item: dict[str, Any]) -> tuple[int, float]:
@@ -150,7 +150,7 @@ def _cells(item: dict[str, Any], language: Language) -> tuple[str, ...]:
     candidate = item["candidate"]
     there = bool(candidate["file"])
     code, detail = item["code"], item["detail"]
-    verdict = (reasons.text(code, language) if code in reasons.REASONS else code) + (f" ({detail})" if detail else "")
+    verdict = (messages.text(code, language) if messages.is_known(code) else code) + (f" ({detail})" if detail else "")
     layers = ", ".join(f"{name} {count}" for name, count in sorted(item["layers"].items(), key=lambda pair: -pair[1]))
     return (
         _MARK if item["state"] == "chosen" else "", candidate["runtime"], candidate["provider"] or "-", candidate["precision"] or "-",

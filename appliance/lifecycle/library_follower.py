@@ -20,6 +20,7 @@ from appliance.lifecycle.rollback_protection import Floor
 from appliance.lifecycle.trust_facts import Facts
 from appliance.store.database import SECURITY_ALERT
 from appliance.store.store import Store
+from model_sync.messages import current_code
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ _WANT_EVERY_S: Final = 10.0
 _REPORT_EVERY_S: Final = 60.0
 _STATUS_EVERY_S: Final = 60.0
 # A check that died has said nothing: asked again soon, and in any case now and then, whether or not the agent writes.
-_UNCHECKED: Final = frozenset({"trust.unchecked", "sync.state"})
+_UNCHECKED: Final = frozenset({"trust.unchecked", "trust.unreadable"})
 _RETRY_S: Final = 10.0
 _LONGEST_RETRY_S: Final = 600.0
 _RECHECK_S: Final = 3600.0
@@ -126,7 +127,7 @@ class Follower:
 
     def learned(self, facts: Facts) -> Facts:
         """Take over what a check said, see :func:`learn`: what is forbidden at once, what may begin with the next :meth:`begin`."""
-        again = not facts.ok and facts.code in _UNCHECKED
+        again = not facts.ok and current_code(facts.code, "box") in _UNCHECKED
         self._again_at = self._clock() + (self._retry_s if again else _RECHECK_S)
         self._retry_s = min(2 * self._retry_s, _LONGEST_RETRY_S) if again else _RETRY_S
         self._facts, self._new_facts = learn(self._store, self._journal, facts), True

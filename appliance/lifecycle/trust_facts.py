@@ -9,9 +9,9 @@ from typing import Annotated, Any, Final, TypeAlias
 
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, StringConstraints, TypeAdapter, ValidationError
 
-from appliance import reasons
 from appliance.core.child_process import plain
 from appliance.core.domain import Note
+from model_sync import messages
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _LONGEST_TEXT: Final = 300
@@ -39,7 +39,8 @@ class Trouble(BaseModel):
 
     def note(self) -> Note:
         """As a coded reason; one that this version does not know is said as not checked."""
-        return Note(self.code if self.code in reasons.REASONS else "trust.unchecked", self.message)
+        code = messages.current_code(self.code, "box")
+        return Note(code if messages.is_known(code) else "trust.unchecked", self.message)
 
 
 class LineFacts(BaseModel):

@@ -21,9 +21,9 @@ import numpy as np
 
 from appliance.core.child_process import ENVIRONMENT, plain
 from appliance.core.errors import InferenceError
-from appliance.reasons import REASONS
 from appliance.runtime import Candidate, TensorSpec, Told
 from appliance.tuning.child_protocol import Message, WireError, pack, receive
+from model_sync import messages
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -159,7 +159,7 @@ class Attempt:
 
     def _said(self, error: object, where: str) -> InferenceError:
         code, detail = (error.get("code"), error.get("detail")) if isinstance(error, dict) else (None, None)
-        if not isinstance(code, str) or code not in REASONS:
+        if not isinstance(code, str) or not messages.is_known(code):
             return self._end("runtime.crashed", f"spoke nonsense in {where}")
         said = plain(detail or "", _DETAIL_CHARS)
         if where == "load" or code == "runtime.memory":  # what is half loaded is not used

@@ -33,7 +33,7 @@ class Row:
     Attributes:
         candidate: what was tried; without a file where its whole runtime cannot run.
         state: ``right`` (measured, within the tolerance, not taken), ``wrong`` (outside), ``failed`` (did not load or run).
-        code: the coded reason, a key of the catalogue in :mod:`appliance.reasons`.
+        code: the coded reason, registered in :mod:`appliance.messages`.
         detail: its particulars in figures or in the runtime's own words.
         median_ms: of one image at a time; None where it was not measured.
         worst_ms: the longest of them.

@@ -23,7 +23,7 @@ class OtherSequenceError(ModelSyncError):
 
     def __init__(self, expected: int) -> None:
         """Name the number."""
-        super().__init__(f"the centre expects report {expected}", hint=KEPT)
+        super().__init__(f"the centre expects report {expected}", hint=KEPT, code="report.sequence")
         self.expected = expected
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from model_sync import messages
 from model_sync.agent.client import Client
 from model_sync.agent.decision import Pulled
-from model_sync.agent.sync_status import Progress, code_of, state_of
-from model_sync.cli_texts import CODES, DECISIONS, PULL, STICK, language, say
+from model_sync.agent.sync_status import Progress, state_of
 from model_sync.errors import LibraryUnreachable, ModelSyncError, exit_code
+from model_sync.messages import choose_language, text
 from model_sync.settings import SyncSettings
 from model_sync.transport.connection import host_of
 
@@ -19,12 +20,12 @@ _MIB = 2**20
 def pull(settings: SyncSettings) -> int:
     """Look at the library once, while somebody waits; returns the exit code."""
     if settings.urls:
-        print(say(PULL, "asking", language()).format(hosts=", ".join(map(host_of, settings.urls))), file=sys.stderr, flush=True)
+        print(text("pull.asking", choose_language(), hosts=", ".join(map(host_of, settings.urls))), file=sys.stderr, flush=True)
     try:
         with Meter() as meter:
             pulled = Client(settings.waited_for(), on_trouble=meter.trouble).pull(meter.show)
     except LibraryUnreachable as error:
-        print(f"error: {_coded(error)}", file=sys.stderr)
+        print(_coded(error), file=sys.stderr)
         _say_what_to_do(error)
         return exit_code(error)
     _say_lines(pulled)
@@ -39,7 +40,7 @@ def import_usb(settings: SyncSettings, directory: Path) -> int:
     _say_lines(pulled)
     code = _end(pulled)
     what, names = _taken(pulled, settings.ring)
-    print(say(STICK, what, language()).format(what=names))
+    print(text(f"stick.{what}", choose_language(), what=names))
     return code
 
 
@@ -58,7 +59,7 @@ def _taken(pulled: Pulled, ring: str) -> tuple[str, str]:
 def _say_lines(pulled: Pulled) -> None:
     for name, line in pulled.lines.items():
         at = f" ({line.at:%Y-%m-%d %H:%M} UTC)" if line.at else ""
-        print(f"{name} {line.version}: {say(DECISIONS, line.decision, language())}{at}")
+        print(f"{name} {line.version}: {text(f'decision.{line.decision}', choose_language())}{at}")
 
 
 def _end(pulled: Pulled) -> int:
@@ -66,23 +67,26 @@ def _end(pulled: Pulled) -> int:
         if state_of(problem) == "ok":
             print(f"{name}: {problem.message}")
         else:
-            print(f"error: {name}: {_coded(problem)}", file=sys.stderr)
+            print(_coded(problem, f"{name}: "), file=sys.stderr)
     if pulled.worst is not None:
         _say_what_to_do(pulled.worst)
     return exit_code(pulled.worst)
 
 
-def _coded(error: ModelSyncError) -> str:
-    return f"[{code_of(error)}] {error}"
+def _coded(error: ModelSyncError, about: str = "") -> str:
+    language = choose_language()
+    if language == "en":
+        return messages.error_lines(f"{about}[{error.code}] {error.message}", error.hint, language)
+    return messages.describe(error.code, f"{about}{error.message}", error.hint, language)
 
 
 def _say_what_to_do(error: ModelSyncError) -> None:
     """Say of a line that failed what it does not mean, and who does what now."""
     if state_of(error) != "unreachable":
         return
-    advice = CODES.get(code_of(error))
-    said = [say(PULL, "unreachable", language()), getattr(advice.do, language()) if advice else "", say(PULL, "then", language())]
-    print("\n".join(filter(None, said)), file=sys.stderr)
+    language = choose_language()
+    said = (text("pull.unreachable", language), messages.hint(error.code, language), text("pull.then", language))
+    print("\n".join(said), file=sys.stderr)
 
 
 class Meter:
@@ -104,7 +108,7 @@ class Meter:
     def trouble(self, error: LibraryUnreachable, pause_s: float) -> None:
         """Say what failed, and when it is tried again."""
         self._clear()
-        again = say(PULL, "again", language()).format(message=error.message, code=error.code, pause=pause_s)
+        again = text("pull.again", choose_language(), message=error.message, code=error.code, pause=pause_s)
         print(again, file=sys.stderr, flush=True)
 
     def __exit__(self, *_: object) -> None:

@@ -19,6 +19,7 @@ from model_sync.trust.rollback_protection import iso
 KEEP = "the model in use stays"
 _DECISIONS = {
     "trust.withdrawn": "withdrawn", "trust.below_minimum": "below_minimum", "trust.part_expired": "expired", "trust.revoked": "ended",
+    "trust.line_ended": "ended",
     "trust.document": "refused",
 }  # fmt: skip
 

@@ -72,8 +72,7 @@ class DeviceError(ModelSyncError):
 
     def __init__(self, code: str, message: str, *, hint: str) -> None:
         """Keep the coded reason beside the sentence."""
-        super().__init__(message, hint=hint)
-        self.code = code
+        super().__init__(message, hint=hint, code=code)
 
 
 @dataclass(frozen=True)

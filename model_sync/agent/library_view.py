@@ -194,7 +194,7 @@ def _ended(line: str) -> TrustError:
     return TrustError(
         f"the library has ended the line {line}: validly signed, it names the line no more",
         hint=f"nothing: there are no new versions of it; {_KEEP}",
-        code="trust.revoked",
+        code="trust.line_ended",
     )
 
 

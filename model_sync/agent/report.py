@@ -22,16 +22,16 @@ from securesystemslib.signer import CryptoSigner, Signature, SSlibKey
 from model_sync.bundle.manifest import SemVer
 from model_sync.bundle.output_spec import Identifier, Precision, Sha256
 from model_sync.errors import ModelSyncError
-from model_sync.report_reasons import REASONS
+from model_sync.messages import REPORTED
 
 MAX_REPORT_BYTES: Final = 64 << 10
 MAX_BOX_REPORT_BYTES: Final = 256 << 10
-UNLISTED: Final = "unlisted"  # also a key of REASONS
+UNLISTED: Final = "unlisted"  # also a key of REPORTED
 EARLIEST: Final = datetime(2024, 1, 1, tzinfo=timezone.utc)
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _LATEST: Final = datetime(2200, 1, 1, tzinfo=timezone.utc)
 _DISK_STEP_BYTES: Final = 64 << 20
-CODES: Final = frozenset(REASONS) | {""}
+CODES: Final = frozenset(REPORTED) | {""}
 
 ActivationState: TypeAlias = Literal["staged", "building", "self-test", "trial", "good", "failed", "rolled-back", "withdrawn"]
 ModelState: TypeAlias = Literal["active", "previous", "retired"] | ActivationState
@@ -83,8 +83,7 @@ class ReportError(ModelSyncError):
 
     def __init__(self, code: str, message: str, *, hint: str) -> None:
         """Keep the coded reason beside the sentence."""
-        super().__init__(message, hint=hint)
-        self.code = code
+        super().__init__(message, hint=hint, code=code)
 
 
 class Allowed(BaseModel):

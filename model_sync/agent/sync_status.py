@@ -23,7 +23,7 @@ _PROGRESS_EVERY_S = 1.0
 _WAITING = ("sync.window", "sync.budget", "sync.busy", "sync.stopped", "trust.part_expired")
 _OWN_FAULT = ("sync.disk_full", "sync.disk", "sync.state", "sync.settings", "sync.error")
 # The library's own, rightly signed word about one line: told, and no alarm.
-_ORDINARY = ("trust.withdrawn", "trust.below_minimum", "trust.revoked")
+_ORDINARY = ("trust.withdrawn", "trust.below_minimum", "trust.revoked", "trust.line_ended")
 # Rightly signed, and of no use: the signers slipped, or this box is too old. Nobody forged anything.
 _UNUSABLE = ("trust.document",)
 # How long a download may be in trouble, its pauses included, before the status says so as a state of its own.
@@ -55,7 +55,7 @@ class LineStatus:
 
 def code_of(error: ModelSyncError) -> str:
     """Return the stable key of an error."""
-    return str(getattr(error, "code", "sync.settings"))
+    return error.code
 
 
 def state_of(error: ModelSyncError | None) -> State:

@@ -81,14 +81,14 @@ def check(exchange_dir: Path, root: Path, now: datetime | None = None) -> Facts:
 
     Raises:
         TrustError: the metadata cannot be believed.
-        LibraryUnreachable: ``sync.state``: a file cannot be read.
+        LibraryUnreachable: ``trust.unreadable``: a file cannot be read.
     """
     system = now or utc_now()
     try:
         floors = Floors.load([exchange_dir / FLOOR_FILE])
         return _facts(exchange_dir, read_root(root), floors, system)
     except OSError as error:
-        raise atomic_files.disk_trouble(error) from error
+        raise atomic_files.disk_trouble(error, code="trust.unreadable") from error
 
 
 def _facts(exchange_dir: Path, root: bytes, floors: Floors, system: datetime) -> Facts:

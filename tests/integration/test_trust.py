@@ -305,7 +305,7 @@ def test_a_role_revoked_before_the_look_is_said_and_is_no_fact_any_more(box: Box
     box.pull()
     forge(site, {"targets": revoke(LINE)})
     pulled = box.pull()
-    assert getattr(pulled.problems[LINE], "code", "") == "trust.revoked"
+    assert getattr(pulled.problems[LINE], "code", "") == "trust.line_ended"
     assert box.facts().lines == {}
     assert box.status()["state"] == "ok", "it is the library's own word, rightly signed"
     assert box.wants() is None, "there is nothing new; the model in use stays"
@@ -319,7 +319,7 @@ def test_a_role_revoked_while_its_bundle_comes_is_not_told_to_the_box(box: Box, 
             done.append(forge(site, {"targets": revoke(LINE)}))
 
     pulled = box.pull(strike)
-    assert getattr(pulled.problems[LINE], "code", "") == "trust.revoked"
+    assert getattr(pulled.problems[LINE], "code", "") == "trust.line_ended"
     assert box.wants() is None
     assert box.facts().lines == {}
 

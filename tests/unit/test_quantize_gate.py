@@ -19,7 +19,6 @@ from quantize.data import PictureSet, Row
 from quantize.errors import QuantizeError
 from quantize.gate import Limits, Reason, Verdict, failed, judge
 from quantize.progress import Progress
-from quantize.report_texts import REASON_TEXTS, WORDS
 from quantize.resume import Work
 from quantize.scoring import Answers, Place, Timed
 from quantize.selection import Tried
@@ -273,14 +272,6 @@ def test_golden_pictures_that_are_missing_or_broken_are_refused(tmp_path: Path) 
     (tmp_path / "a.png").write_bytes(b"x")
     with pytest.raises(QuantizeError, match=r"a\.png"):
         golden.given_pictures(tmp_path, INPUT)
-
-
-@pytest.mark.parametrize("texts", [REASON_TEXTS, WORDS])
-def test_every_text_is_there_in_both_languages(texts: dict[str, tuple[str, str]]) -> None:
-    for zh, en in texts.values():
-        assert zh
-        assert en
-        assert en.isascii()
 
 
 def test_a_finished_step_is_not_done_again_and_a_failed_one_leaves_nothing(tmp_path: Path) -> None:
