@@ -12,9 +12,10 @@ from flask_login import LoginManager, current_user, login_user, logout_user
 
 from appliance.core.errors import StoreError
 from appliance.store.accounts import Account
+from model_sync.messages import LANGUAGES
 from webui.box import the_box
 from webui.security import safe_next
-from webui.texts import LANGUAGE_COOKIE, LANGUAGES, reason_hint, reason_text
+from webui.texts import LANGUAGE_COOKIE, reason_hint, reason_text
 
 blueprint: Final = Blueprint("auth", __name__)
 login_manager: Final = LoginManager()

@@ -15,9 +15,7 @@ import pytest
 from appliance.core.domain import Note, utc_now
 from appliance.core.settings import Settings
 from appliance.store.database import Database
-from model_sync.cli_texts import CODES
-from model_sync.cli_texts import DECISIONS as AGENT_DECISIONS
-from model_sync.cli_texts import STATES as AGENT_STATES
+from model_sync import messages
 from tests.integration.test_web_pages import row, words
 from tests.support.scans import scan_bytes
 from tests.web_box import Box, in_process, result
@@ -195,10 +193,10 @@ def test_what_the_box_runs_already_is_no_offer(box: Box) -> None:
 
 
 def test_every_code_of_the_agent_has_words_in_both_languages() -> None:
-    silent = {"sync.ok", "sync.downloading"}  # the state says it all
-    assert set(CODES) - silent <= set(texts._SYNC_CODES)
-    assert set(AGENT_STATES) == set(library.STATES)
-    assert set(AGENT_DECISIONS) - {"none"} <= set(texts.DECISIONS)
+    assert {f"state.{state}" for state in library.STATES} == {code for code in messages.codes() if code.startswith("state.")}
+    with box.server.app.test_request_context("/"):
+        assert texts.sync_text("trust.revoked") == texts.sync_text("trust.line_ended") != ""
+        assert texts.sync_text("sync.novel") == ""
 
 
 def test_one_version_on_trial_and_the_next_one_coming(box: Box) -> None:
