@@ -89,7 +89,7 @@ def test_init_refuses_what_is_no_root_and_a_bad_name(tmp_path: Path, site: Site,
 def test_pull_says_what_came(box: Box, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(box, "pull") == 0
     out = capsys.readouterr().out
-    assert f"{LINE} 0.1.0: here; the box puts it to work" in out
+    assert f"{LINE} 0.1.0: received; the box activates it after its self-test" in out
     assert "bytes received" in out
 
 

@@ -262,7 +262,7 @@ def test_unreachable_never_looks_like_untrusted(box: Box) -> None:
 def test_a_code_of_the_agent_is_told_in_the_language_of_the_page(box: Box) -> None:
     person = box.person(language="zh")
     tell(box, state="error", code="sync.disk_full", message="No space left.")
-    assert "磁盘空间不足以存放新模型" in person.open("/health")
+    assert "磁盘空间不足" in person.open("/health")
     tell(box, state="error", code="sync.of_a_newer_version", message="Something new happened.", hint="Do this.")
     assert "Something new happened. Do this." in person.open("/health")
 
