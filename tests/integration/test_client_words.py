@@ -139,14 +139,14 @@ def test_an_import_says_what_was_taken(box: Box, site: Site, capsys: pytest.Capt
     assert said.endswith(f"taken from the USB stick and ready for the box: {LINE} 0.1.0\n")
     assert "bytes received" not in said
     assert run(box, "import-usb", str(site.public)) == 0
-    assert capsys.readouterr().out.endswith(f"nothing newer is on the USB stick: {LINE} 0.1.0 is here already\n")
+    assert capsys.readouterr().out.endswith(f"nothing newer is on the USB stick: this box already has {LINE} 0.1.0\n")
 
 
 def test_an_import_without_a_rollout_for_this_ring_says_so(box: Box, site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     write_config(Box(box.settings.model_copy(update={"ring": "canary"})))
     assert run(box, "import-usb", str(site.public)) == 0
     said = capsys.readouterr().out
-    assert "nothing was taken: no rollout on the stick names a model for the ring canary" in said
+    assert "nothing was taken: no rollout on the USB stick names a model for the ring canary" in said
 
 
 def test_an_import_of_what_is_paused_says_that_nothing_was_taken(box: Box, site: Site, capsys: pytest.CaptureFixture[str]) -> None:

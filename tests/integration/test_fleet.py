@@ -209,7 +209,7 @@ def test_a_box_is_shown_with_its_models_its_failure_and_its_line(centre: Centre,
     assert box.send(box.report(1, box=report, sync={"state": "unreachable", "code": "sync.unreachable"})).status_code == 204
     page = person.see("/fleet?state=failed")
     assert "clinic-7" in page
-    assert "The model failed its self-test" in page.lower()
+    assert "the model failed its self-test" in page.lower()
     assert "The library cannot be reached" in page
     detail = person.see("/fleet/box/clinic-7")
     assert "0.1.0" in detail
