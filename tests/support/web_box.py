@@ -28,7 +28,7 @@ from appliance.store.store import Store
 from model_sync.bundle import Manifest
 from webui import create_app
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PASSWORD = "Spring-4-Rain"
 TUS = {"Tus-Resumable": "1.0.0"}
 HOSTILE = "<script>alert(1)</script>\"'&{{7*191}}"
