@@ -145,8 +145,8 @@ def remove_tree(root: Path) -> None:
     shutil.rmtree(root, ignore_errors=True)
 
 
-def disk_error(error: OSError) -> LibraryUnreachable:
-    """Return the error for a full disk or a directory that cannot be written; the library is not at fault."""
+def disk_error(error: OSError, code: str = "sync.state") -> LibraryUnreachable:
+    """Return the error for a full disk, or, with ``code``, for a file that cannot be read or written; the library is not at fault."""
     where = f" ({error.filename})" if error.filename else ""
     if error.errno in _FULL:
         return LibraryUnreachable(
@@ -158,6 +158,6 @@ def disk_error(error: OSError) -> LibraryUnreachable:
     return LibraryUnreachable(
         f"a file of the sync agent cannot be read or written{where}: {error.strerror or error}; the model in use stays",
         hint="check that the disk is healthy and that the agent's account owns state_dir and exchange_dir",
-        code="sync.state",
+        code=code,
         action=Action.OPERATOR,
     )

@@ -16,6 +16,7 @@ Every error carries an :class:`Action`, from which the state of the agent and th
 from __future__ import annotations
 
 from enum import Enum
+from typing import ClassVar
 
 MODEL_STAYS = "the model in use stays"
 
@@ -52,22 +53,22 @@ class ModelSyncError(Exception):
     """Base of every error of this package.
 
     Attributes:
-        message: What happened, in one sentence.
+        message: What happened, in one English sentence with its particulars.
         hint: What the person who reads it should do now.
-        code: A stable key; texts for people are looked up by it.
+        code: A stable key of :mod:`model_sync.messages`, which has the text in both languages.
         action: What has to happen now.
     """
 
-    code = "sync.settings"
-    action = Action.OPERATOR
+    default_code: ClassVar[str] = "sync.settings"
+    default_action: ClassVar[Action] = Action.OPERATOR
 
-    def __init__(self, message: str, *, hint: str, code: str | None = None, action: Action | None = None) -> None:
-        """Store the parts; a code or action of None is that of the class."""
+    def __init__(self, message: str, *, hint: str, code: str = "", action: Action | None = None) -> None:
+        """Store the parts; a code or action that is not given is that of the class."""
         super().__init__(message)
         self.message = message
         self.hint = hint
-        self.code = code or self.code
-        self.action = action or self.action
+        self.code = code or self.default_code
+        self.action = action or self.default_action
 
     def __str__(self) -> str:
         """Return the message followed by the hint, as a command line shows it."""
@@ -88,14 +89,14 @@ class LibraryUnreachable(ModelSyncError):  # noqa: N818  (the name is fixed by t
     Codes: ``sync.unreachable``, ``sync.window``, ``sync.budget``, ``sync.disk_full`` and others that begin with ``sync.``.
     """
 
-    code = "sync.unreachable"
-    action = Action.RETRY
+    default_code = "sync.unreachable"
+    default_action = Action.RETRY
 
 
 class UsbIncomplete(LibraryUnreachable):
     """The USB stick carries no library, or lacks files of it."""
 
-    code = "usb.incomplete"
+    default_code = "usb.incomplete"
 
 
 class TrustError(ModelSyncError):
@@ -105,8 +106,8 @@ class TrustError(ModelSyncError):
     others that begin with ``trust.``.
     """
 
-    code = "trust.signature"
-    action = Action.ALARM
+    default_code = "trust.signature"
+    default_action = Action.ALARM
 
 
 class BundleError(ModelSyncError):
@@ -123,6 +124,8 @@ class BundleError(ModelSyncError):
 
 class PublishError(ModelSyncError):
     """A publication was refused before anything was signed."""
+
+    default_code = "library.refused"
 
 
 class SettingsError(ModelSyncError):

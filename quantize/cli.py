@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from quantize.errors import QuantizeError, print_os_error
+from model_sync import messages
+from quantize.errors import QuantizeError, error_lines, print_os_error
 from quantize.recipes import modelopt
 
 DONE, FAILED, USAGE, GATE_FAILED = 0, 1, 2, 3
@@ -36,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return print_os_error(error)
     except QuantizeError as error:
-        print(f"quantize: {error}", file=sys.stderr)
+        print(messages.describe(error.code, error.message, error.hint, messages.choose_language()), file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        print("quantize: interrupted; the same command goes on where it was", file=sys.stderr)
+        print(error_lines("quantize.interrupted"), file=sys.stderr)
         return _INTERRUPTED
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from model_sync import messages
+
 
 class QuantizeError(Exception):
     """A bundle cannot be made from the given files and options.
@@ -29,6 +31,11 @@ class QuantizeError(Exception):
 def print_os_error(error: OSError) -> int:
     """Print which path could not be read or written, why, and what to do; return the exit code 1."""
     where = f": {error.filename}" if error.filename else ""
-    print(f"quantize: {error.strerror or 'reading or writing failed'}{where}", file=sys.stderr)
-    print("hint: check the path, its permissions and the space on the disk", file=sys.stderr)
+    print(error_lines("quantize.disk", f" ({error.strerror or type(error).__name__}{where})"), file=sys.stderr)
     return 1
+
+
+def error_lines(code: str, detail: str = "") -> str:
+    """Return what a code says and what to do, in the language of the command."""
+    language = messages.choose_language()
+    return messages.error_lines(messages.text(code, language) + detail, messages.hint(code, language), language)

@@ -11,10 +11,9 @@ from babel import Locale, dates, numbers
 from flask import Flask, has_request_context, request
 from flask_babel import Babel, get_locale, gettext, lazy_gettext
 
-from appliance.reasons import Language
+from model_sync.messages import LANGUAGES, Language
 from webui.context import current_box
 
-LANGUAGES: Final[tuple[Language, ...]] = ("zh", "en")
 LANGUAGE_COOKIE: Final = "lang"
 TIMEZONE_COOKIE: Final = "tz"
 _HTML_LANG: Final = {"zh": "zh-CN", "en": "en"}

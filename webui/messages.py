@@ -1,7 +1,7 @@
 """The words for codes and states: how this package names what the box and the sync agent report by code.
 
-English is the source text; ``translations/zh`` holds the Chinese one. Reason codes of the box have their catalogue in
-:mod:`appliance.reasons`, which the JSON output shares.
+English is the source text; ``translations/zh`` holds the Chinese one. Coded reasons are in :mod:`model_sync.messages`, which the
+JSON output and the structured reports share.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from flask_babel import gettext, lazy_gettext
+from flask_babel.speaklater import LazyString
 
-from appliance import reasons
 from appliance.core.applicability import ABSENT, AgeOutside
 from appliance.core.domain import Note, ScanState
 from appliance.store.priority import Urgency
+from model_sync import messages
 from webui.formatting import format_time, language
 
 
@@ -97,68 +98,11 @@ LIBRARY: Final[dict[str, tuple[StateWords, Any]]] = {
     ),
 }
 
-# The sync agent's codes in a few words; for a code that is not here the page shows the agent's own English sentence.
-_SYNC_CODES: Final = {
-    "sync.unreachable": lazy_gettext("The library does not answer. Check the line and the cables."),
-    "sync.not_the_library": lazy_gettext("Something else than the library answers, such as a login page of the network. Check the line."),
-    "sync.tls": lazy_gettext("The library's certificate is not accepted. Check the clock of the box and the setting ca_certificate."),
-    "sync.slow": lazy_gettext("The line is too slow at the moment. What arrived is kept."),
-    "sync.refused": lazy_gettext("The library refuses this box. Ask the central team."),
-    "sync.range": lazy_gettext("The line or a proxy garbles downloads. What arrived whole is kept."),
-    "sync.window": lazy_gettext("Outside the hours in which the line may be used."),
-    "sync.budget": lazy_gettext("Today's allowance of data is used up."),
-    "sync.disk_full": lazy_gettext("The disk has too little room for a new model. Free some space."),
-    "trust.signature": lazy_gettext("A signature is wrong or missing."),
-    "trust.expired": lazy_gettext("The signatures have expired. Check the clock of the box; if it is right, ask the central team."),
-    "trust.rollback": lazy_gettext("The library offers something older than the box has seen already."),
-    "trust.digest": lazy_gettext("A file is not the one that was signed."),
-    "trust.revoked": lazy_gettext("The library has ended this model line."),
-    "trust.missing": lazy_gettext("A signed part is missing."),
-    "trust.part_expired": lazy_gettext(
-        "The signatures of one model line have expired. Check the clock of the box; if it is right, ask the central team."
-    ),
-    "trust.too_large": lazy_gettext("A signed part is larger than it may be."),
-    "sync.incomplete": lazy_gettext("The library's server lacks a file. Tell the central team."),
-    "sync.error": lazy_gettext("The sync agent itself failed. Send its log to the central team."),
-    "sync.too_long": lazy_gettext("The library sends more than it may. Ask the central team."),
-    "sync.no_rollout": lazy_gettext("The library has no rollout for the ring of this box. Check the setting ring."),
-    "sync.busy": lazy_gettext("Another run of the sync agent is at work."),
-    "sync.stopped": lazy_gettext("The sync agent was stopped. Start the service model-sync."),
-    "sync.disk": lazy_gettext("The directory for downloads cannot be used. Check the disk and who owns it."),
-    "sync.state": lazy_gettext("The sync agent's own directory cannot be used. Check the disk and who owns it."),
-    "sync.no_url": lazy_gettext("No address of the library is set. Set urls, or import from a USB stick."),
-    "sync.url": lazy_gettext("The address of the library is wrong. Check urls in sync.toml."),
-    "sync.report": lazy_gettext("The report to the central server failed. Models are fetched all the same."),
-    "sync.usb": lazy_gettext("The USB stick cannot be read. Try again with a new one."),
-    "usb.incomplete": lazy_gettext("The USB stick is incomplete. Try again with a new one."),
-    "sync.settings": lazy_gettext("A setting of the sync agent is wrong. Mend sync.toml."),
-    "trust.document": lazy_gettext("A signed document is not valid."),
-    "trust.version": lazy_gettext("The signed parts do not fit together."),
-    "trust.metadata": lazy_gettext("The signed metadata is damaged."),
-    "trust.ambiguous": lazy_gettext("Who may sign is not beyond doubt."),
-    "trust.foreign_root": lazy_gettext("The USB stick is of another library."),
-    "trust.unknown": lazy_gettext("The rollout names a version that was never signed."),
-    "trust.withdrawn": lazy_gettext("The rollout names a withdrawn version."),
-    "trust.below_minimum": lazy_gettext("The rollout names a version older than the oldest allowed."),
-    "trust.root": lazy_gettext("The box's own starting point of trust (root.json) is damaged or missing."),
-}
-
 # What the sync agent decided about the version that the library has for a model line.
 DECISIONS: Final = {
-    "ready": lazy_gettext("here, will be put to the test"),
-    "paused": lazy_gettext("the rollout is paused"),
-    "not_chosen": lazy_gettext("this box is not part of the rollout"),
-    "not_yet": lazy_gettext("the turn of this box has not come yet"),
-    "waiting": lazy_gettext("waits for its hours or its allowance of data"),
-    "refused": lazy_gettext("refused"),
-    "withdrawn": lazy_gettext("withdrawn by the central team, which will name another version"),
-    "below_minimum": lazy_gettext("older than the oldest version that may run; another will be named"),
-    "expired": lazy_gettext("its signatures have expired; the central team has to sign anew"),
-    "ended": lazy_gettext("ended by the library; the model in use works on"),
-    "unknown": lazy_gettext("not in the library"),
-    "absent": lazy_gettext("not on the USB stick"),
-    "unreachable": lazy_gettext("not complete yet, goes on by itself"),
-    "error": lazy_gettext("stopped by a fault of this box"),
+    code.removeprefix("decision."): LazyString(lambda code=code: messages.text(code, language()))
+    for code in sorted(messages.codes("model_sync"))
+    if code.startswith("decision.") and code != "decision.none"
 }
 
 RESULTS: Final = {
@@ -171,18 +115,23 @@ RESULTS: Final = {
 
 
 def reason_text(code: str) -> str:
-    """What a reason code says; an unknown one (written by a newer version) shows itself."""
-    return reasons.text(code, language()) if code in reasons.REASONS else code
+    """What a reason code of the box says; an unknown one (written by a newer version) shows itself."""
+    code = messages.current_code(code, "box")
+    return messages.text(code, language()) if messages.is_known(code) else code
 
 
 def reason_hint(code: str) -> str:
     """What a person should do about a reason code."""
-    return reasons.hint(code, language()) if code in reasons.REASONS else ""
+    code = messages.current_code(code, "box")
+    return messages.hint(code, language()) if messages.is_known(code) else ""
 
 
 def sync_text(code: str) -> str:
-    """What a code of the sync agent says; empty for one that has no words here."""
-    return str(_SYNC_CODES.get(code, ""))
+    """What a code of the sync agent says and what to do; empty for one that this version does not know."""
+    code = messages.current_code(code, "agent")
+    if not messages.is_known(code):
+        return ""
+    return f"{messages.text(code, language())}{gettext('. ')}{messages.hint(code, language())}"
 
 
 # Groups of codes whose detail helps a doctor; other details are technical and stay in the record.

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from appliance import reasons
 from appliance.core.domain import Note, PictureForm, ScanState, Source, Status
 from appliance.core.errors import ApplianceError
 from appliance.core.process import Lock, die_with_parent
@@ -28,6 +27,7 @@ from appliance.lifecycle.model_control import activate, reference_bundle
 from appliance.store.store import Store
 from appliance.store.volume_results import VolumeResults, VolumeView
 from appliance.store.worklist import InstanceView, Worklist
+from model_sync import messages
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ def _run_worker(tracker: ResultTracker, given: Path) -> int:
 
 
 def _reason_json(note: Note) -> dict[str, str]:
-    return {"code": note.code, "zh": reasons.text(note.code, "zh"), "en": reasons.text(note.code, "en"), "detail": note.detail}
+    return {"code": note.code, "zh": messages.text(note.code, "zh"), "en": messages.text(note.code, "en"), "detail": note.detail}
 
 
 def _timing(view: InstanceView) -> dict[str, float]:

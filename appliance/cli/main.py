@@ -14,16 +14,18 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from appliance import __version__, reasons
+from appliance import __version__
 from appliance.cli import models as model_commands
 from appliance.cli import tune as tune_commands
 from appliance.core.errors import ApplianceError
 from appliance.core.process import limit_memory, make_data_dir, start_logging
 from appliance.core.settings import Settings
+from model_sync import messages
+from model_sync.messages import choose_language
 
 if TYPE_CHECKING:
     from appliance.cli.analyze import Analysed
-    from appliance.reasons import Language
+    from model_sync.messages import Language
 
 EXIT_OK: Final = 0
 EXIT_ERROR: Final = 1
@@ -31,8 +33,6 @@ EXIT_USAGE: Final = 2
 EXIT_FAILED: Final = 3
 EXIT_NOTHING: Final = 4
 _USAGE_CODES: Final = ("settings.invalid", "settings.missing", "box.busy", "box.none", "model.precision")
-_DISK_ZH: Final = "请检查路径、权限和磁盘空间。"
-_DISK_EN: Final = "Check the path, its permissions and the space on the disk."
 _VIEWS: Final = {"frontal": "", "PA": "PA", "AP": "AP", "lateral": "LL"}
 
 
@@ -57,27 +57,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _print_error(error: ApplianceError) -> int:
-    """Print a coded error with its hint; returns the exit code. ``store.failed`` has a hint for the command line, where nothing is sent."""
-    language = _language()
-    hint = reasons.hint(error.code, language) if language == "zh" else error.hint
-    if error.code == "store.failed" and error.hint == reasons.hint(error.code, "en"):
-        hint = _DISK_ZH if language == "zh" else _DISK_EN
-    print(f"error: {reasons.text(error.code, language)}" + (f" ({error.detail})" if error.detail else ""), file=sys.stderr)
-    print(f"hint: {hint}", file=sys.stderr)
+    """Print a coded error with its hint for the command line, where nothing is sent; returns the exit code."""
+    language = choose_language()
+    is_own_hint = error.hint != messages.hint(error.code, "en")
+    hint = error.hint if is_own_hint and language == "en" else messages.hint(error.code, language, "technician")
+    what = messages.text(error.code, language) + (f" ({error.detail})" if error.detail else "")
+    print(messages.error_lines(what, hint, language), file=sys.stderr)
     return EXIT_USAGE if error.code in _USAGE_CODES else EXIT_ERROR
 
 
 def _print_os_error(error: OSError) -> int:
     """Print an error of the operating system with a hint; returns the exit code."""
-    zh = _language() == "zh"
+    language = choose_language()
     what = f"{error.strerror or type(error).__name__}" + (f": {error.filename}" if error.filename else "")
-    print(f"{'错误' if zh else 'error'}: {what}", file=sys.stderr)
-    print(f"hint: {_DISK_ZH if zh else _DISK_EN}", file=sys.stderr)
+    print(messages.error_lines(what, messages.hint("store.failed", language, "technician"), language), file=sys.stderr)
     return EXIT_USAGE
-
-
-def _language() -> Language:
-    return "zh" if os.environ.get("LC_ALL", os.environ.get("LANG", "")).startswith("zh") else "en"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -140,10 +134,10 @@ def _analyze(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([item.to_json() for item in results], ensure_ascii=False, indent=1))
     elif results:
-        print_table(results, _language())
+        print_table(results, choose_language())
     if not results:
         where = ", ".join(map(str, arguments.paths))
-        print(f"此处没有任何文件：{where}" if _language() == "zh" else f"no file was found in {where}", file=sys.stderr)
+        print(f"此处没有任何文件：{where}" if choose_language() == "zh" else f"no file was found in {where}", file=sys.stderr)
         return EXIT_NOTHING
     if arguments.require_analysed and not any(item.status == "analysed" for item in results):
         return EXIT_NOTHING
@@ -153,10 +147,10 @@ def _analyze(arguments: argparse.Namespace) -> int:
 def _print_missing(paths: Sequence[Path], so_en: str, so_zh: str) -> bool:
     """Print which of these paths do not exist, and what was not done; returns whether any is missing."""
     missing = ", ".join(str(path) for path in paths if not path.exists())
-    if missing and _language() == "zh":
-        print(f"错误：没有这个文件或文件夹：{missing}\nhint: 请检查路径；{so_zh}。", file=sys.stderr)
-    elif missing:
-        print(f"error: no such file or folder: {missing}\nhint: check the path; {so_en}", file=sys.stderr)
+    language = choose_language()
+    if missing:
+        hint = f"请检查路径；{so_zh}。" if language == "zh" else f"check the path; {so_en}"
+        print(messages.error_lines(messages.text("word.no_path", language, paths=missing), hint, language), file=sys.stderr)
     return bool(missing)
 
 
@@ -202,7 +196,7 @@ def print_table(results: list[Analysed], language: Language) -> None:
                 print(f"  {ml} ({volume.slices} {'张切片' if zh else 'slices'})"
                       f"  {volume.model} {volume.model_version} {volume.precision} {volume.runtime}")  # fmt: skip
         for note in (*((item.reason,) if item.reason else ()), *item.notes):
-            print(f"  {reasons.text(note.code, language)}" + (f" ({note.detail})" if note.detail else ""))
+            print(f"  {messages.text(note.code, language)}" + (f" ({note.detail})" if note.detail else ""))
     print("不得单独作为诊断依据" if zh else "Not for sole diagnosis.  不得单独作为诊断依据")
 
 
@@ -230,11 +224,11 @@ def _receive(arguments: argparse.Namespace) -> int:
 
 
 def _models(arguments: argparse.Namespace) -> int:
-    return model_commands.run(arguments, _language())
+    return model_commands.run(arguments, choose_language())
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    return tune_commands.run(arguments, _language())
+    return tune_commands.run(arguments, choose_language())
 
 
 def _urgent(arguments: argparse.Namespace) -> int:
@@ -260,7 +254,7 @@ def _urgent(arguments: argparse.Namespace) -> int:
         )
     elif not concerned:
         zh, en = "没有等待读取的影像；这不表示已完成分析", "nothing waits; that does not mean that it was analysed"
-    print(zh if _language() == "zh" else en)
+    print(zh if choose_language() == "zh" else en)
     return EXIT_OK
 
 

@@ -11,14 +11,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-from appliance import reasons
 from appliance.core.domain import Note
 from appliance.core.errors import ApplianceError
 from appliance.core.settings import Settings
 from appliance.core.states import PENDING_STATES, ActivationState, ModelState
-from appliance.reasons import Language
 from appliance.store.open_store import open_box
 from appliance.store.store import Store
+from model_sync import messages
+from model_sync.messages import Language
 
 EXIT_OK: Final = 0
 EXIT_USAGE: Final = 2
@@ -156,7 +156,8 @@ def _history(store: Store, language: Language) -> list[dict[str, Any]]:
 
 
 def _text(note: Note, language: Language) -> str:
-    text = reasons.text(note.code, language) if note.code in reasons.REASONS else note.code
+    code = messages.current_code(note.code, "box")
+    text = messages.text(code, language) if messages.is_known(code) else code
     return text + (f" ({note.detail})" if note.detail else "")
 
 

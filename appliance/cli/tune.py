@@ -10,15 +10,15 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from appliance import reasons
 from appliance.core.errors import ActivationError
 from appliance.core.run_summary import RuntimeStatus
 from appliance.core.self_test_report import NOT_MEASURED, SelfTestReport
 from appliance.core.states import ActivationState, CandidateState, ModelState
-from appliance.reasons import Language
 from appliance.store.open_store import open_box
 from appliance.store.store import Store
 from appliance.store.tuning_requests import TuningRequest
+from model_sync import messages
+from model_sync.messages import Language
 
 EXIT_OK: Final = 0
 _BAR_WIDTH: Final = 24
@@ -112,21 +112,21 @@ def _print(row: sqlite3.Row, language: Language) -> None:
     report = SelfTestReport.from_json(row["self_test"])
     zh = language == "zh"
     reason = report.reason.code if report.reason else NOT_MEASURED
-    print(f"{row['name']} {row['version']}: {row['runtime']} · {row['precision']} · {reasons.text(reason, language)}")
+    print(f"{row['name']} {row['version']}: {row['runtime']} · {row['precision']} · {messages.text(reason, language)}")
     if fallback := report.fallback:
-        print(f"{'注意' if zh else 'WARNING'}: {reasons.text('choice.fallback', language)} ({fallback['detail']})")
-        print(f"{'提示' if zh else 'hint'}: {reasons.hint('choice.fallback', language)}")
+        print(f"{'注意' if zh else 'WARNING'}: {messages.text('choice.fallback', language)} ({fallback['detail']})")
+        print(f"{'提示' if zh else 'hint'}: {messages.hint('choice.fallback', language)}")
     else:
         _print_other(RuntimeStatus.of(row["self_test"]), language)
     if not report.table:
-        print(reasons.hint(NOT_MEASURED, language))
+        print(messages.hint(NOT_MEASURED, language))
         return
     print(f"{'测量于' if zh else 'measured'} {report.tuned_at} · {report.profile}")
     if missing := sum(item["code"] == "tune.no_time" for item in report.table):
         total = len(report.table)
         text = f"WARNING: incomplete, {missing} of {total} rows were not measured"
         print(f"注意: 表格不完整，{total} 行中 {missing} 行未测量" if zh else text)
-        print(f"{'提示' if zh else 'hint'}: {reasons.hint('tune.no_time', language)}")
+        print(f"{'提示' if zh else 'hint'}: {messages.hint('tune.no_time', language)}")
     lines = [_HEAD[language], *(_cells(item, language) for item in sorted(report.table, key=_order))]
     widths = [max(_width(line[index]) for line in lines) for index in range(len(lines[0]))]
     for line in lines:
@@ -140,8 +140,8 @@ def _print_other(running: RuntimeStatus, language: Language) -> None:
         return
     current = f"{running.now.runtime} · {running.now.precision}" if running.now else ("无法运行" if language == "zh" else "nothing")
     detail = f" ({note.detail})" if note.detail else ""
-    print(f"{'现在运行' if language == 'zh' else 'runs now'}: {current} · {reasons.text(note.code, language)}{detail}")
-    print(f"{'提示' if language == 'zh' else 'hint'}: {reasons.hint(note.code, language)}")
+    print(f"{'现在运行' if language == 'zh' else 'runs now'}: {current} · {messages.text(note.code, language)}{detail}")
+    print(f"{'提示' if language == 'zh' else 'hint'}: {messages.hint(note.code, language)}")
 
 
 def _order(item: Mapping[str, Any]) -> tuple[int, float]:
@@ -153,7 +153,7 @@ def _cells(item: Mapping[str, Any], language: Language) -> tuple[str, ...]:
     candidate = item["candidate"]
     is_run = bool(candidate["file"])
     code, detail = item["code"], item["detail"]
-    verdict = (reasons.text(code, language) if code in reasons.REASONS else code) + (f" ({detail})" if detail else "")
+    verdict = (messages.text(code, language) if messages.is_known(code) else code) + (f" ({detail})" if detail else "")
     layers = ", ".join(f"{name} {count}" for name, count in sorted(item["layers"].items(), key=lambda pair: -pair[1]))
     return (
         _MARK if item["state"] == CandidateState.CHOSEN else "",

@@ -9,20 +9,20 @@
     ├── ActivationError   a model was not activated; the previous one stays active
     └── ReportError       a result object could not be written
 
-Each carries a ``code`` (a key of :mod:`appliance.reasons`, where its text in Chinese and English stands) and a ``hint``
+Each carries a ``code`` (registered in :mod:`appliance.messages`, where its text in Chinese and English stands) and a ``hint``
 that tells the person what to do.
 """
 
 from __future__ import annotations
 
-from appliance import reasons
+from model_sync import messages
 
 
 class ApplianceError(Exception):
     """Base of all errors of the box.
 
     Args:
-        code: key of :data:`appliance.reasons.REASONS`.
+        code: a code of :mod:`model_sync.messages`.
         detail: technical particulars in English for the log and the technician; never a patient's name or identifier.
         hint: what to do, when the catalogue's own hint for the code does not fit.
     """
@@ -30,8 +30,8 @@ class ApplianceError(Exception):
     def __init__(self, code: str, detail: str = "", *, hint: str | None = None) -> None:
         self.code = code
         self.detail = detail
-        self.hint = hint or reasons.hint(code, "en")
-        super().__init__(f"{code}: {reasons.text(code, 'en')}" + (f" ({detail})" if detail else ""))
+        self.hint = hint or messages.hint(code, "en")
+        super().__init__(f"{code}: {messages.text(code, 'en')}" + (f" ({detail})" if detail else ""))
 
 
 class IngestError(ApplianceError):

@@ -20,6 +20,7 @@ from appliance.lifecycle.rollback_protection import RollbackProtection
 from appliance.lifecycle.trust_facts import TrustFacts
 from appliance.store.database import SECURITY_ALERT
 from appliance.store.store import Store
+from model_sync.messages import current_code
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ _REQUESTS_S: Final = 10.0
 _REPORT_S: Final = 60.0
 _STATUS_S: Final = 60.0
 # Codes of a check that verified nothing: it is repeated soon. Every check is repeated from time to time, even if no file changes.
-_UNCHECKED: Final = frozenset({"trust.unchecked", "sync.state"})
+_UNCHECKED: Final = frozenset({"trust.unchecked", "trust.unreadable"})
 _RETRY_S: Final = 10.0
 _LONGEST_RETRY_S: Final = 600.0
 _RECHECK_S: Final = 3600.0
@@ -129,7 +130,7 @@ class LibraryFollower:
 
     def accept_facts(self, facts: TrustFacts) -> TrustFacts:
         """Take over the result of a check, see :func:`apply_facts`; activations start with the next :meth:`start_wanted`."""
-        is_unchecked = not facts.ok and facts.code in _UNCHECKED
+        is_unchecked = not facts.ok and current_code(facts.code, "box") in _UNCHECKED
         self._recheck_at = self._clock() + (self._retry_s if is_unchecked else _RECHECK_S)
         self._retry_s = min(2 * self._retry_s, _LONGEST_RETRY_S) if is_unchecked else _RETRY_S
         self._facts, self._has_new_facts = apply_facts(self._store, self._journal, facts), True

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Final, TypeAlias
 
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, StringConstraints, TypeAdapter, ValidationError
 
-from appliance import reasons
 from appliance.core.child_process import printable_text
 from appliance.core.domain import Note
+from model_sync import messages
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _LONGEST_TEXT: Final = 300
@@ -39,7 +39,8 @@ class TrustTrouble(BaseModel):
 
     def note(self) -> Note:
         """Return the trouble as a coded reason; an unknown code becomes ``trust.unchecked``."""
-        return Note(self.code if self.code in reasons.REASONS else "trust.unchecked", self.message)
+        code = messages.current_code(self.code, "box")
+        return Note(code if messages.is_known(code) else "trust.unchecked", self.message)
 
 
 class LineFacts(BaseModel):

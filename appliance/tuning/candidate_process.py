@@ -21,9 +21,9 @@ import numpy as np
 
 from appliance.core.child_process import ENVIRONMENT, printable_text
 from appliance.core.errors import InferenceError
-from appliance.reasons import REASONS
 from appliance.runtime import Candidate, OnProgress, TensorSpec
 from appliance.tuning.child_protocol import Message, ProtocolError, pack, receive
+from model_sync import messages
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -159,7 +159,7 @@ class CandidateProcess:
 
     def _reported_error(self, error: object, where: str) -> InferenceError:
         code, detail = (error.get("code"), error.get("detail")) if isinstance(error, dict) else (None, None)
-        if not isinstance(code, str) or code not in REASONS:
+        if not isinstance(code, str) or not messages.is_known(code):
             return self._end("runtime.crashed", f"invalid response in {where}")
         text = printable_text(detail or "", _DETAIL_CHARS)
         if where == "load" or code == "runtime.memory":  # a partly loaded model is not used

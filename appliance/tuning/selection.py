@@ -33,7 +33,7 @@ class CandidateResult:
     Attributes:
         candidate: what was measured; without a file when the runtime cannot run at all.
         state: what became of it.
-        code: the coded reason, a key of the catalogue in :mod:`appliance.reasons`.
+        code: the coded reason, registered in :mod:`appliance.messages`.
         detail: numbers, or the message of the runtime.
         median_ms: of one image at a time; None when it was not measured.
         worst_ms: the longest inference.

@@ -23,7 +23,7 @@ class ReportSequenceError(ModelSyncError):
 
     def __init__(self, expected: int) -> None:
         """Store the number."""
-        super().__init__(f"the centre expects report {expected}", hint=NOTHING_LOST)
+        super().__init__(f"the centre expects report {expected}", hint=NOTHING_LOST, code="report.sequence")
         self.expected = expected
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from model_sync import messages
 from model_sync.errors import ModelSyncError, SettingsError, exit_code
 
 if TYPE_CHECKING:
@@ -35,10 +36,10 @@ def main(argv: list[str] | None = None) -> int:
         run: Callable[[argparse.Namespace], int] = arguments.run
         return run(arguments)
     except ModelSyncError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(messages.describe(error.code, error.message, error.hint, messages.choose_language()), file=sys.stderr)
         return exit_code(error)
     except KeyboardInterrupt:
-        print("stopped; what has come is kept", file=sys.stderr)
+        print(messages.text("word.interrupted", messages.choose_language()), file=sys.stderr)
         return 130
 
 
@@ -171,13 +172,12 @@ def _enrol(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     from model_sync.agent import service
-    from model_sync.cli_texts import NOT_SENT, language, say
 
     sent = service.send_report(_load(arguments))
     if sent == "sent":
         print("reported")
         return 0
-    print(say(NOT_SENT, sent, language()), file=sys.stderr)
+    print(messages.text(f"report.{sent}", messages.choose_language()), file=sys.stderr)
     return NOTHING_SENT
 
 

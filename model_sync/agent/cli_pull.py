@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from model_sync import messages
 from model_sync.agent.client import Client
 from model_sync.agent.decision import Decision, PullResult
 from model_sync.agent.sync_status import Progress
-from model_sync.cli_texts import CODES, DECISIONS, PULL, STICK, language, say
 from model_sync.errors import Action, LibraryUnreachable, ModelSyncError, exit_code
+from model_sync.messages import choose_language, text
 from model_sync.settings import SyncSettings
 from model_sync.transport.connection import host_of
 
@@ -19,12 +20,12 @@ _MIB = 2**20
 def pull(settings: SyncSettings) -> int:
     """Poll the library once while a person waits; return the exit code."""
     if settings.urls:
-        print(say(PULL, "asking", language()).format(hosts=", ".join(map(host_of, settings.urls))), file=sys.stderr, flush=True)
+        print(text("pull.asking", choose_language(), hosts=", ".join(map(host_of, settings.urls))), file=sys.stderr, flush=True)
     try:
         with ProgressLine() as progress_line:
             result = Client(settings.for_interactive_use(), on_retry=progress_line.print_retry).pull(progress_line.show)
     except LibraryUnreachable as error:
-        print(f"error: {_with_code(error)}", file=sys.stderr)
+        print(_with_code(error), file=sys.stderr)
         _print_advice(error)
         return exit_code(error)
     _print_lines(result)
@@ -39,7 +40,7 @@ def import_usb(settings: SyncSettings, directory: Path) -> int:
     _print_lines(result)
     code = _print_problems(result)
     what, names = _import_result(result, settings.ring)
-    print(say(STICK, what, language()).format(what=names))
+    print(text(f"stick.{what}", choose_language(), what=names))
     return code
 
 
@@ -58,7 +59,7 @@ def _import_result(result: PullResult, ring: str) -> tuple[str, str]:
 def _print_lines(result: PullResult) -> None:
     for name, line in result.lines.items():
         at = f" ({line.at:%Y-%m-%d %H:%M} UTC)" if line.at else ""
-        print(f"{name} {line.version}: {say(DECISIONS, line.decision, language())}{at}")
+        print(f"{name} {line.version}: {text(f'decision.{line.decision}', choose_language())}{at}")
 
 
 def _print_problems(result: PullResult) -> int:
@@ -66,23 +67,26 @@ def _print_problems(result: PullResult) -> int:
         if problem.action is Action.NONE:
             print(f"{name}: {problem.message}")
         else:
-            print(f"error: {name}: {_with_code(problem)}", file=sys.stderr)
+            print(_with_code(problem, f"{name}: "), file=sys.stderr)
     if result.worst_problem is not None:
         _print_advice(result.worst_problem)
     return exit_code(result.worst_problem)
 
 
-def _with_code(error: ModelSyncError) -> str:
-    return f"[{error.code}] {error}"
+def _with_code(error: ModelSyncError, about: str = "") -> str:
+    language = choose_language()
+    if language == "en":
+        return messages.error_lines(f"{about}[{error.code}] {error.message}", error.hint, language)
+    return messages.describe(error.code, f"{about}{error.message}", error.hint, language)
 
 
 def _print_advice(error: ModelSyncError) -> None:
     """Print what a failed link means, and what happens now."""
     if error.action is not Action.RETRY:
         return
-    advice = CODES.get(error.code)
-    texts = [say(PULL, "unreachable", language()), getattr(advice.do, language()) if advice else "", say(PULL, "then", language())]
-    print("\n".join(filter(None, texts)), file=sys.stderr)
+    language = choose_language()
+    texts = (text("pull.unreachable", language), messages.hint(error.code, language), text("pull.then", language))
+    print("\n".join(texts), file=sys.stderr)
 
 
 class ProgressLine:
@@ -104,7 +108,7 @@ class ProgressLine:
     def print_retry(self, error: LibraryUnreachable, pause_s: float) -> None:
         """Print what failed, and the seconds until the next attempt."""
         self._clear()
-        again = say(PULL, "again", language()).format(message=error.message, code=error.code, pause=pause_s)
+        again = text("pull.again", choose_language(), message=error.message, code=error.code, pause=pause_s)
         print(again, file=sys.stderr, flush=True)
 
     def __exit__(self, *_: object) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from model_sync.agent.client import Client
 from model_sync.agent.exchange import Exchange
-from model_sync.cli_texts import CODES, DECISIONS, LABELS, STATES, language, say
+from model_sync.messages import Language, choose_language, current_code, hint, is_known, text
 from model_sync.settings import SyncSettings
 
 _WIDTH = 18
@@ -33,32 +33,31 @@ def show(settings: SyncSettings, as_json: bool) -> int:
 def _page(
     settings: SyncSettings, status: dict[str, Any], models: list[dict[str, Any]] | None, directives: dict[str, Any], working_pid: str | None
 ) -> Iterator[str]:
-    lang = language()
+    lang = choose_language()
 
-    def row(label: str, text: str) -> str:
-        name = say(LABELS, label, lang)
+    def row(label: str, value: str) -> str:
+        name = text(f"status.{label}", lang)
         wide = sum(ord(letter) > 0x2E80 for letter in name)
-        return f"{name:<{_WIDTH - wide}}{text}"
+        return f"{name:<{_WIDTH - wide}}{value}"
 
-    yield row("box", f"{settings.box_id}, {say(LABELS, 'ring', lang)} {settings.ring}")
+    yield row("box", f"{settings.box_id}, {text('status.ring', lang)} {settings.ring}")
     if not status.get("last_attempt_at"):
-        yield row("state", say(LABELS, "no_status", lang))
+        yield row("state", text("status.no_status", lang))
         return
-    state, code = str(status.get("state")), str(status.get("code"))
+    state, code = str(status.get("state")), current_code(str(status.get("code")), "agent")
     # A retry entry without a working process was left by a killed one; with a working process it is a failure that lasts.
     retry = _dict(status.get("retry")) if working_pid is not None else {}
-    words = say(LABELS, "retrying", lang) if retry and state == "ok" else say(STATES, state, lang)
-    yield row("state", f"{words} ({say(LABELS, 'since', lang)} {status.get('since')})")
+    words = text("status.retrying", lang) if retry and state == "ok" else _word("state", state, lang)
+    yield row("state", f"{words} ({text('status.since', lang)} {status.get('since')})")
     yield row("last_look", str(status["last_attempt_at"]))
-    yield row("last_success", str(status.get("last_success_at") or say(LABELS, "never", lang)))
+    yield row("last_success", str(status.get("last_success_at") or text("status.never", lang)))
     for name in sorted(set(_dict(status.get("lines"))) | set(directives) | {str(model.get("line")) for model in models or ()}):
         yield row("line", _line(name, status, models, directives, lang))
     yield from _activity(status, working_pid, row, lang)
     if state not in ("ok", "downloading"):
-        advice = CODES.get(code)
-        yield row("wrong", f"{getattr(advice.what, lang) if advice else code} [{code}]")
+        yield row("wrong", f"{text(code, lang) if is_known(code) else code} [{code}]")
         yield row("detail", str(status.get("message")))
-        yield row("do", getattr(advice.do, lang) if advice else str(status.get("hint")))
+        yield row("do", hint(code, lang) if is_known(code) else str(status.get("hint")))
     for name, about in sorted(_dict(status.get("lines")).items()):
         if _dict(about).get("message") and about["message"] != status.get("message"):
             yield row("detail", f"{name}: {about['message']} [{about.get('code')}]")
@@ -67,34 +66,39 @@ def _page(
     if state in ("ok", "downloading") and (problem := _dict(status.get("last_problem"))):
         yield row("last_problem", f"{problem.get('at')} [{problem.get('code')}]")
     if clock := _dict(status.get("clock")):
-        server = f", {say(LABELS, 'clock_server', lang)} {clock.get('server')}" if clock.get("server") else ""
-        yield row("clock", f"{clock.get('system')}, {say(LABELS, 'clock_floor', lang)} {clock.get('floor')}{server}")
+        server = f", {text('status.clock_server', lang)} {clock.get('server')}" if clock.get("server") else ""
+        yield row("clock", f"{clock.get('system')}, {text('status.clock_floor', lang)} {clock.get('floor')}{server}")
     notes = status.get("notes")
     for note in notes if isinstance(notes, list) else ():
         yield row("note", str(note))
 
 
-def _line(name: str, status: dict[str, Any], models: list[dict[str, Any]] | None, directives: dict[str, Any], lang: str) -> str:
-    wanted = str(_dict(directives.get(name)).get("version") or say(LABELS, "nothing", lang))
+def _line(name: str, status: dict[str, Any], models: list[dict[str, Any]] | None, directives: dict[str, Any], lang: Language) -> str:
+    wanted = str(_dict(directives.get(name)).get("version") or text("status.nothing", lang))
     running = [f"{model.get('version')} ({model.get('state')})" for model in models or () if model.get("line") == name]
-    runs = ", ".join(running) or say(LABELS, "unknown" if models is None else "nothing", lang)
-    text = f"{name}: {say(LABELS, 'runs', lang)} {runs}; {say(LABELS, 'wanted', lang)} {wanted}"
+    runs = ", ".join(running) or text("status.unknown" if models is None else "status.nothing", lang)
+    said = f"{name}: {text('status.runs', lang)} {runs}; {text('status.wanted', lang)} {wanted}"
     about = _dict(_dict(status.get("lines")).get(name))
     if not about:
-        return text
+        return said
     decision, _, at = str(about.get("decision")).partition(" ")
-    return f"{text}; {about.get('version') or ''} {say(DECISIONS, decision, lang)} {at}".rstrip()
+    return f"{said}; {about.get('version') or ''} {_word('decision', decision, lang)} {at}".rstrip()
 
 
-def _activity(status: dict[str, Any], working_pid: str | None, row: Any, lang: str) -> Iterator[str]:
+def _activity(status: dict[str, Any], working_pid: str | None, row: Any, lang: Language) -> Iterator[str]:
     progress = _dict(status.get("progress"))
     if working_pid is not None:
         yield row("working", working_pid)
     if status.get("state") == "downloading" and progress:
         done, total = (_number(progress.get(name)) / _MIB for name in ("done_bytes", "total_bytes"))
-        rest = "" if working_pid is not None else f" - {say(LABELS, 'interrupted', lang)}"
+        rest = "" if working_pid is not None else f" - {text('status.interrupted', lang)}"
         yield row("progress", f"{progress.get('file')}: {done:.1f} / {total:.1f} MiB{rest}")
     yield row("received", str(status.get("received_bytes")))
+
+
+def _word(kind: str, key: str, lang: Language) -> str:
+    """Return the word for a state or a decision; one of a newer version stands for itself."""
+    return text(f"{kind}.{key}", lang) if is_known(f"{kind}.{key}") else key
 
 
 def _dict(value: Any) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Decision(TextEnum):
 
 _OF_CODE = {
     "trust.withdrawn": Decision.WITHDRAWN, "trust.below_minimum": Decision.BELOW_MINIMUM, "trust.part_expired": Decision.EXPIRED,
-    "trust.revoked": Decision.ENDED, "trust.document": Decision.REFUSED,
+    "trust.revoked": Decision.ENDED, "trust.line_ended": Decision.ENDED, "trust.document": Decision.REFUSED,
 }  # fmt: skip
 _OF_STATE = {
     SyncState.UNTRUSTED: Decision.REFUSED, SyncState.ERROR: Decision.ERROR, SyncState.UNREACHABLE: Decision.UNREACHABLE,

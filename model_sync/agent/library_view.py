@@ -201,7 +201,7 @@ def _ended_error(line: str) -> TrustError:
     return TrustError(
         f"the library has ended the line {line}: validly signed, it names the line no more",
         hint=f"nothing: there are no new versions of it; {MODEL_STAYS}",
-        code="trust.revoked",
+        code="trust.line_ended",
         action=Action.NONE,
     )
 

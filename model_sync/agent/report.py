@@ -22,16 +22,16 @@ from model_sync.agent.sync_status import SyncState
 from model_sync.bundle.manifest import SemVer
 from model_sync.bundle.output_spec import Identifier, Precision, Sha256
 from model_sync.errors import CodedError, TextEnum
-from model_sync.report_reasons import REASONS
+from model_sync.messages import REPORTED
 
 MAX_REPORT_BYTES: Final = 64 << 10
 MAX_BOX_REPORT_BYTES: Final = 256 << 10
-UNLISTED: Final = "unlisted"  # also a key of REASONS
+UNLISTED: Final = "unlisted"  # also a key of REPORTED
 EARLIEST: Final = datetime(2024, 1, 1, tzinfo=timezone.utc)
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _LATEST: Final = datetime(2200, 1, 1, tzinfo=timezone.utc)
 _DISK_STEP_BYTES: Final = 64 << 20
-CODES: Final = frozenset(REASONS) | {""}
+CODES: Final = frozenset(REPORTED) | {""}
 
 _Report = TypeVar("_Report", bound="Allowed")
 

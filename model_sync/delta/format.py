@@ -53,6 +53,8 @@ _HINT = "nothing was changed; the full file is fetched instead"
 class DeltaError(ModelSyncError):
     """A delta is damaged, made for another file, or does not build what was signed: the full file is fetched instead."""
 
+    default_code = "delta.invalid"
+
     def __init__(self, message: str, *, hint: str = _HINT) -> None:
         """Store the message; the hint is always the same."""
         super().__init__(message, hint=hint)

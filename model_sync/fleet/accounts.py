@@ -47,14 +47,14 @@ class Accounts:
             SettingsError: the name is not valid, or exists already.
         """
         if not _NAME.match(name):
-            raise SettingsError(f"{name!r} is no name", hint="letters, digits, dot, dash and underscore; 64 at most")
+            raise SettingsError(f"{name!r} is no name", hint="letters, digits, dot, dash and underscore; 64 at most", code="library.name")
         password, values = _new_password()
         with self._fleet.writing() as tx:
             new = self._fleet.insert(operators).values(name=name, **values).on_conflict_do_nothing(index_elements=["name"])
             # RETURNING and not rowcount, which PostgreSQL's driver may not know for an INSERT.
             if tx.execute(new.returning(operators.c.name)).first() is None:
                 hint = f"nothing was changed; `model-library operator reset {name}` gives a new password and ends the sessions"
-                raise SettingsError(f"{name} is an operator already", hint=hint)
+                raise SettingsError(f"{name} is an operator already", hint=hint, code="library.exists")
             tx.execute(actions.insert().values(at=self._fleet.now(), actor="command line", action="operator", subject=name))
         return password
 
@@ -67,7 +67,11 @@ class Accounts:
         password, values = _new_password()
         with self._fleet.writing() as tx:
             if not tx.execute(update(operators).where(operators.c.name == name).values(**values)).rowcount:
-                raise SettingsError(f"no operator is called {name}", hint="letters' case counts; `model-library operator add` makes one")
+                raise SettingsError(
+                    f"no operator is called {name}",
+                    hint="letters' case counts; `model-library operator add` makes one",
+                    code="fleet.unknown",
+                )
             tx.execute(delete(sessions).where(sessions.c.operator == name))
             tx.execute(actions.insert().values(at=self._fleet.now(), actor="command line", action="operator", subject=name))
         return password
@@ -77,7 +81,7 @@ class Accounts:
         with self._fleet.writing() as tx:
             tx.execute(delete(sessions).where(sessions.c.operator == name))
             if not tx.execute(delete(operators).where(operators.c.name == name)).rowcount:
-                raise SettingsError(f"no operator is called {name}", hint="letters' case counts")
+                raise SettingsError(f"no operator is called {name}", hint="letters' case counts", code="fleet.unknown")
             tx.execute(actions.insert().values(at=self._fleet.now(), actor="command line", action="operator-removed", subject=name))
 
     def login(self, name: str, password: str) -> str | None:

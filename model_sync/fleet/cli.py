@@ -12,8 +12,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NoReturn
 
+from model_sync import messages
 from model_sync.errors import ModelSyncError, SettingsError
 from model_sync.library import commands, console
+from model_sync.messages_central import WORDS as _WORDS  # noqa: F401  (registers the codes of this command)
 
 _Add = Callable[..., argparse.ArgumentParser]
 # Commands of the server and its fleet. Their dependencies are large and installed only on the server, so others do not import them.
@@ -35,7 +37,9 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print error and hint; exit 2."""
-        self.exit(2, f"error: {message}\nhint: `{self.prog} --help` shows how it is used\n")
+        self.exit(
+            2, f"{messages.describe('library.usage', message, f'`{self.prog} --help` shows how it is used', messages.choose_language())}\n"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,21 +53,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         missing = (error.name or "").partition(".")[0]
         if not fleet or missing not in _EXTRA:
             raise
-        print(f"error: `model-library {arguments[0]}` needs {missing}, which is not installed here", file=sys.stderr)
-        print("hint: pip install 'clinic-edge-appliance[library]'", file=sys.stderr)
-        return 2
+        return _fail("library.module", f"`model-library {arguments[0]}` needs {missing}, which is not installed here", code=2)
     except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _fail(error.code, error.message, error.hint, code=2)
     except ModelSyncError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _fail(error.code, error.message, error.hint)
     except OSError as error:
-        print(f"error: {error}\nhint: boxes still see the last complete state; mend it and run the command again", file=sys.stderr)
-        return 1
+        return _fail("library.disk", str(error))
     except KeyboardInterrupt:
-        print("\ninterrupted; boxes still see the last complete state", file=sys.stderr)
-        return 130
+        return _fail("library.interrupted", "interrupted", code=130)
+
+
+def _fail(reason: str, message: str, hint: str = "", *, code: int = 1) -> int:
+    """Print what happened and what to do; returns the exit code."""
+    print(messages.describe(reason, message, hint or messages.hint(reason, "en"), messages.choose_language()), file=sys.stderr)
+    return code
 
 
 def _parser(fleet: bool = False) -> argparse.ArgumentParser:

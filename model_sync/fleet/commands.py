@@ -30,7 +30,7 @@ def passphrase(*files: Path | None, variable: str = console.PASSPHRASE_ENV) -> s
     for file in (*files, console.file_from_environment(variable)):
         if file is not None:
             return console.read_secret(file)
-    raise SettingsError("no passphrase was given", hint=f"give --passphrase-file FILE, or {variable}=FILE")
+    raise SettingsError("no passphrase was given", hint=f"give --passphrase-file FILE, or {variable}=FILE", code="library.passphrase")
 
 
 def add_commands(commands: Any) -> None:
@@ -83,7 +83,7 @@ def _make_token(arguments: argparse.Namespace) -> int:
 
 def _deny(arguments: argparse.Namespace) -> int:
     if (arguments.box is None) == (arguments.serial is None):
-        raise SettingsError("name a box, or a certificate with --serial", hint="one of the two")
+        raise SettingsError("name a box, or a certificate with --serial", hint="one of the two", code="library.usage")
     with _fleet(arguments) as fleet:
         if arguments.box is not None:
             fleet.deny(arguments.box, _ACTOR)
@@ -122,7 +122,7 @@ def _operator(arguments: argparse.Namespace) -> int:
 @contextmanager
 def _fleet(arguments: argparse.Namespace) -> Iterator[Fleet]:
     if arguments.db is None and not (arguments.library / "library.json").is_file():
-        raise SettingsError(f"{arguments.library.resolve()} is no library", hint="give --library LIB or --db URL")
+        raise SettingsError(f"{arguments.library.resolve()} is no library", hint="give --library LIB or --db URL", code="library.absent")
     fleet = Fleet(arguments.db or sqlite_url(arguments.library))
     try:
         yield fleet
@@ -132,4 +132,4 @@ def _fleet(arguments: argparse.Namespace) -> Iterator[Fleet]:
 
 def _match(pattern: re.Pattern[str], value: str, what: str) -> None:
     if not pattern.match(value):
-        raise SettingsError(f"{value!r} is no name of a {what}", hint=f"it must fit {pattern.pattern}")
+        raise SettingsError(f"{value!r} is no name of a {what}", hint=f"it must fit {pattern.pattern}", code="library.name")

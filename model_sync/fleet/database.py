@@ -41,7 +41,9 @@ class SequenceError(ModelSyncError):
 
     def __init__(self, expected: int) -> None:
         """Store the number."""
-        super().__init__(f"the report's sequence must be {expected} or more", hint="send the newest state under that number")
+        super().__init__(
+            f"the report's sequence must be {expected} or more", hint="send the newest state under that number", code="report.sequence"
+        )
         self.expected = expected
 
 
@@ -50,7 +52,7 @@ class RateError(ModelSyncError):
 
     def __init__(self, retry_after_s: int) -> None:
         """Store the wait."""
-        super().__init__("the box reports too often", hint=f"wait {retry_after_s} seconds")
+        super().__init__("the box reports too often", hint=f"wait {retry_after_s} seconds", code="report.rate")
         self.retry_after_s = retry_after_s
 
 
@@ -85,7 +87,9 @@ class Fleet:
             if isinstance(error, ModuleNotFoundError) and error.name == "psycopg":
                 raise  # the URL is right: the command prints what to install
             hint = "check --db: sqlite:////path/fleet.db or postgresql+psycopg://user@host/database"
-            raise SettingsError(f"the fleet database cannot be opened ({type(error).__name__})", hint=hint) from error
+            raise SettingsError(
+                f"the fleet database cannot be opened ({type(error).__name__})", hint=hint, code="fleet.database"
+            ) from error
 
     def now(self) -> int:
         """Return this server's time in seconds since the epoch."""
@@ -154,7 +158,7 @@ class Fleet:
         with self.writing() as tx:
             done = tx.execute(update(certificates).where(certificates.c.serial == wanted).values(revoked_at=self.now()))
             if not done.rowcount:
-                raise SettingsError(f"no certificate has the serial {wanted}", hint="take it from the box's page")
+                raise SettingsError(f"no certificate has the serial {wanted}", hint="take it from the box's page", code="fleet.unknown")
             tx.execute(actions.insert().values(at=self.now(), actor=actor, action="deny", subject=wanted))
 
     def store_report(self, report: StatusReport, *, per_hour: int) -> bool:
@@ -291,7 +295,11 @@ class Fleet:
             tx.execute(self.insert(meta).values(key="schema", value=str(SCHEMA)).on_conflict_do_nothing())
             found = tx.execute(select(meta.c.value).where(meta.c.key == "schema")).scalar_one()
         if found != str(SCHEMA):
-            raise SettingsError(f"the fleet database has tables of version {found}, this is {SCHEMA}", hint="use the matching release")
+            raise SettingsError(
+                f"the fleet database has tables of version {found}, this is {SCHEMA}",
+                hint="use the matching release",
+                code="fleet.database",
+            )
 
 
 def failed_by_model() -> ColumnElement[bool]:
@@ -308,7 +316,7 @@ def assign_ring(tx: Connection, box_id: str) -> None:
 
 
 def _no_box(box_id: str) -> SettingsError:
-    return SettingsError(f"no box is called {box_id}", hint="the fleet page lists the boxes")
+    return SettingsError(f"no box is called {box_id}", hint="the fleet page lists the boxes", code="fleet.unknown")
 
 
 def _window(box: RowMapping, now: int, per_hour: int) -> dict[str, int]:

@@ -75,7 +75,9 @@ class DeviceAuthority:
             SettingsError: there is one already, or the passphrase is too short; nothing is overwritten.
         """
         if len(passphrase) < MIN_PASSPHRASE:
-            raise SettingsError(f"a passphrase needs at least {MIN_PASSPHRASE} characters", hint="take six words drawn by dice")
+            raise SettingsError(
+                f"a passphrase needs at least {MIN_PASSPHRASE} characters", hint="take six words drawn by dice", code="library.passphrase"
+            )
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         key = generate_private_key(SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
@@ -99,13 +101,13 @@ class DeviceAuthority:
             key = load_pem_private_key((directory / KEY).read_bytes(), passphrase.encode())
         except OSError as error:
             hint = "`model-library device-ca DIR` makes one"
-            raise SettingsError(f"{error.filename}: {error.strerror}", hint=hint) from error
+            raise SettingsError(f"{error.filename}: {error.strerror}", hint=hint, code="fleet.authority") from error
         except (ValueError, TypeError, UnsupportedAlgorithm) as error:
             hint = "give the passphrase that it was made with"
-            raise SettingsError(f"the device authority in {directory} does not open", hint=hint) from error
+            raise SettingsError(f"the device authority in {directory} does not open", hint=hint, code="fleet.authority") from error
         if not isinstance(key, EllipticCurvePrivateKey) or certificate.public_key() != key.public_key():
             hint = f"put {KEY} and {CERTIFICATE} of one authority there"
-            raise SettingsError(f"the key in {directory} is not the certificate's", hint=hint)
+            raise SettingsError(f"the key in {directory} is not the certificate's", hint=hint, code="fleet.authority")
         return cls(certificate, key)
 
     def issue(self, key: DeviceKey, box_id: str, now: datetime, days: float) -> x509.Certificate:
@@ -260,7 +262,9 @@ def new_token(fleet: Fleet, box_id: str, ring: str, *, hours: float = 72.0, acto
     token, now = secrets.token_urlsafe(32), fleet.now()
     with fleet.writing() as tx:
         if tx.execute(select(boxes.c.denied_at).where(boxes.c.box_id == box_id)).scalar_one_or_none() is not None:
-            raise SettingsError(f"{box_id} is denied", hint=f"`model-library allow {box_id}` first, if it is the centre's again")
+            raise SettingsError(
+                f"{box_id} is denied", hint=f"`model-library allow {box_id}` first, if it is the centre's again", code="enrolment.denied"
+            )
         row = {"sha256": _digest(token.encode()), "box_id": box_id, "ring": ring, "created_at": now, "expires_at": now + int(hours * 3600)}
         tx.execute(tokens.insert().values(**row))
         tx.execute(actions.insert().values(at=now, actor=actor, action="token", ring=ring, subject=box_id))

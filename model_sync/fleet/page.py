@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import wraps
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, Literal, TypeVar, cast
 
 from flask import Blueprint, Response, abort, current_app, flash, g, redirect, render_template, request, session, url_for
 from flask.typing import ResponseReturnValue
@@ -20,7 +20,8 @@ from model_sync.fleet.api import client_address
 from model_sync.fleet.database import RUNNING, Fleet
 from model_sync.fleet.pause import ExpectedRollout
 from model_sync.fleet.rollouts import PublishedRollouts, Rollouts
-from model_sync.fleet.texts import LANGUAGES, reason, text
+from model_sync.messages import LANGUAGES, Language, current_code, is_known, text
+from model_sync.messages_central import WORDS as _WORDS  # noqa: F401  (registers the words of this page)
 from model_sync.trust.documents import RolloutStep, older
 
 blueprint: Final = Blueprint("page", __name__, template_folder="templates")
@@ -169,7 +170,7 @@ def _acknowledged(ring: str, line: str, action: str) -> str:
 def _words() -> dict[str, Any]:
     return {
         "t": _t, "language": _language(), "operator": g.get("operator"), "ago": _ago, "when": _when, "now": _fleet().now(),
-        "zone": _zone(), "why": lambda code: reason(code, _language()),
+        "zone": _zone(), "why": _why,
         "running_states": RUNNING, "style_version": current_app.config["STYLE_VERSION"], "gib": lambda value: f"{value / _GIB:.1f} GiB",
         "number": lambda value: f"{value:,}",
     }  # fmt: skip
@@ -231,13 +232,19 @@ def _asked(name: str, most: int = 64) -> str:
     return value if value.isprintable() else ""
 
 
-def _language() -> str:
+def _language() -> Language:
     chosen = request.cookies.get("lang", "")
-    return chosen if chosen in LANGUAGES else request.accept_languages.best_match(LANGUAGES, "zh")
+    return cast(Language, chosen if chosen in LANGUAGES else request.accept_languages.best_match(LANGUAGES, "zh"))
 
 
 def _t(key: str, **values: object) -> str:
-    return text(key, _language(), **values)
+    return text(f"fleet.{key}", _language(), **values)
+
+
+def _why(code: str, writer: Literal["agent", "box"] = "box") -> str:
+    """Return what a reported code says; nothing for one that this version does not know."""
+    code = current_code(code, writer)
+    return text(code, _language()) if is_known(code) else ""
 
 
 def _ago(moment: int | None) -> str:

@@ -47,10 +47,14 @@ class PausingLibrary(Library):
             path = rollout_path(ring)
             before = Rollout.parse(self.read_target(public.signed, path)) if public and path in public.signed.targets else None
             if public is None or before is None or line not in before.lines:
-                raise PublishError(f"ring {ring} has no rollout of {line}", hint="reload the page")
+                raise PublishError(f"ring {ring} has no rollout of {line}", hint="reload the page", code="library.rollout")
             step = before.lines[line]
             if step.version != expected.version or expected.serial not in (None, public.signed.version):
-                raise PublishError(f"the rollout of {line} to {ring} was changed in the meantime", hint="reload the page and look again")
+                raise PublishError(
+                    f"the rollout of {line} to {ring} was changed in the meantime",
+                    hint="reload the page and look again",
+                    code="library.rollout",
+                )
             if step.paused == paused:
                 return PauseResult(step, False)
             after = self._with_step(before, line, step.model_copy(update={"paused": paused}))
@@ -122,6 +126,7 @@ class PausingLibrary(Library):
             raise PublishError(
                 "the rollout needs more signatures than this server can give, and another rollout waits for signatures already",
                 hint="have that one signed, or drop it with `model-library discard`; nothing was signed",
+                code="library.unsigned",
             )
         self.files.write(self.files.staged_path(ROLLOUT_ROLE), pause.to_bytes())
-        raise PublishError("the rollout waits for more signatures", hint="`model-library status` says whose")
+        raise PublishError("the rollout waits for more signatures", hint="`model-library status` says whose", code="library.unsigned")

@@ -106,7 +106,7 @@ class Rollouts:
                 nothing was changed.
         """
         if not self.can_sign:
-            raise PublishError("this server holds no rollout key", hint=self.command(ring, line, paused))
+            raise PublishError("this server holds no rollout key", hint=self.command(ring, line, paused), code="library.key")
         try:
             step, changed = self.library(lock_timeout_s).set_paused(ring, line, paused, expected)
         except OSError as error:
@@ -199,4 +199,6 @@ def _read(library: Library) -> PublishedRollouts:
 
 
 def _disk_error(error: OSError) -> PublishError:
-    return PublishError(f"the library's disk: {error.strerror}", hint="make room, or mend it; boxes go on with what is public")
+    return PublishError(
+        f"the library's disk: {error.strerror}", hint="make room, or mend it; boxes go on with what is public", code="library.disk"
+    )

@@ -194,17 +194,21 @@ def check(config: ServerConfig) -> None:
         SettingsError: plain http beyond loopback, an incomplete TLS configuration, or a key, library or database that cannot be opened.
     """
     if (config.tls_certificate is None) != (config.tls_key is None):
-        raise SettingsError("--tls-certificate and --tls-key belong together", hint="give both or neither")
+        raise SettingsError("--tls-certificate and --tls-key belong together", hint="give both or neither", code="fleet.settings")
     if config.tls_certificate is None and not is_loopback(config.host):
         hint = "give --tls-certificate and --tls-key, or listen on 127.0.0.1 behind a proxy with --behind-proxy"
-        raise SettingsError(f"{config.host} needs TLS: plain http is for this machine alone", hint=hint)
+        raise SettingsError(f"{config.host} needs TLS: plain http is for this machine alone", hint=hint, code="fleet.settings")
     if config.behind_proxy and (config.tls_certificate is not None or not is_loopback(config.host)):
-        raise SettingsError("--behind-proxy is for plain http on 127.0.0.1", hint="others could write the proxy's headers themselves")
+        raise SettingsError(
+            "--behind-proxy is for plain http on 127.0.0.1", hint="others could write the proxy's headers themselves", code="fleet.settings"
+        )
     if config.tls_certificate is not None and config.tls_key is not None:
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.tls_certificate, config.tls_key)
         except (OSError, ssl.SSLError) as error:
-            raise SettingsError(f"the TLS certificate does not load: {error}", hint="give a PEM certificate and its key") from error
+            raise SettingsError(
+                f"the TLS certificate does not load: {error}", hint="give a PEM certificate and its key", code="fleet.settings"
+            ) from error
     LibraryFiles(config.library).config()
     create_app(config).extensions["fleet"].close()
 
@@ -311,10 +315,12 @@ def _rollouts(config: ServerConfig, fleet: Fleet) -> Rollouts:
         rollouts = Rollouts(config.library, fleet, signer, lambda _what: config.passphrases[2])
         library = rollouts.library()
         if missing := [role for role in ("snapshot", "timestamp") if not library.available_signers(library.keys(role))]:
-            raise SettingsError(f"the library's online key of {' and '.join(missing)} is not here", hint="it lies in LIB/online")
+            raise SettingsError(
+                f"the library's online key of {' and '.join(missing)} is not here", hint="it lies in LIB/online", code="fleet.settings"
+            )
     except ModelSyncError as error:
         hint = f"{error.hint}; the rollout key signs a pause, and the online keys publish it"
-        raise SettingsError(error.message, hint=hint) from error
+        raise SettingsError(error.message, hint=hint, code="fleet.settings") from error
     return rollouts
 
 

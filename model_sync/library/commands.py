@@ -56,7 +56,9 @@ def init(arguments: Namespace) -> None:
     root = [load_holder(path) for path in arguments.key]
     targets = [load_holder(path) for path in arguments.targets_key or arguments.key]
     if (arguments.library / CONFIG_NAME).exists() and Library(arguments.library).published(Root.type) is not None:
-        raise PublishError(f"{arguments.library} is a library already; nothing was changed", hint="choose another directory")
+        raise PublishError(
+            f"{arguments.library} is a library already; nothing was changed", hint="choose another directory", code="library.exists"
+        )
     expiry = _expiry(arguments.expiry)
     files = LibraryFiles(arguments.library)
     passphrase_source = console.find_passphrase(arguments.online_passphrase_file, console.ONLINE_ENV)
@@ -92,7 +94,11 @@ def _expiry(items: list[str]) -> Expiry:
     for item in items:
         role, _, days = item.partition("=")
         if role not in values or not _is_number(days) or not 0 < float(days) <= 3650:
-            raise SettingsError(f"--expiry {item}: no role and days", hint=f"ROLE=DAYS up to 3650, with ROLE one of {', '.join(values)}")
+            raise SettingsError(
+                f"--expiry {item}: no role and days",
+                hint=f"ROLE=DAYS up to 3650, with ROLE one of {', '.join(values)}",
+                code="library.usage",
+            )
         values[role] = float(days)
     return Expiry(**values)
 
@@ -133,7 +139,7 @@ def rollout_keys(arguments: Namespace) -> None:
 def rotate_key(arguments: Namespace) -> None:
     """Replace a key."""
     if arguments.old is None and arguments.new is None and arguments.threshold is None:
-        raise SettingsError("nothing to rotate", hint="give --old, --new, or both")
+        raise SettingsError("nothing to rotate", hint="give --old, --new, or both", code="library.usage")
     library = _open(arguments)
     new = _load_and_name_holders(library, [arguments.new])[0].key if arguments.new is not None else None
     old = _keyid(library, arguments.role, arguments.old) if arguments.old is not None else None
@@ -152,7 +158,9 @@ def _keyid(library: Library, role: str, text: str) -> str:
     found = [keyid for keyid in library.keys(role) if text == name(keyid) or (len(text) >= 8 and keyid.startswith(text))]
     if len(found) != 1:
         known = ", ".join(f"{name(keyid)} ({keyid[:8]})" for keyid in library.keys(role)) or "none"
-        raise SettingsError(f"{text!r} names {'no key' if not found else 'several keys'} of {role}", hint=f"its keys are {known}")
+        raise SettingsError(
+            f"{text!r} names {'no key' if not found else 'several keys'} of {role}", hint=f"its keys are {known}", code="library.keys"
+        )
     return found[0]
 
 
@@ -177,7 +185,9 @@ def rollout(arguments: Namespace) -> None:
     try:
         budget = FailureBudget(max_fraction=arguments.max_failures, min_boxes=arguments.min_failures)
     except ValueError as error:
-        raise SettingsError("--max-failures is 0 to 1, --min-failures at least 1", hint="nothing was changed") from error
+        raise SettingsError(
+            "--max-failures is 0 to 1, --min-failures at least 1", hint="nothing was changed", code="library.usage"
+        ) from error
     state = library.rollout(
         arguments.ring,
         arguments.line,
@@ -223,7 +233,9 @@ def sign(arguments: Namespace) -> None:
     if what.is_file() and (what.parent.parent / CONFIG_NAME).is_file() and what.parent.name == "staged":
         what, only = what.parent.parent, what.name.removesuffix(".json")
     if not what.is_file() and not what.is_dir():
-        raise SettingsError(f"{what} is not there", hint="give the library's directory, or one file of its staged folder")
+        raise SettingsError(
+            f"{what} is not there", hint="give the library's directory, or one file of its staged folder", code="library.usage"
+        )
     if what.is_dir():
         arguments.library = what
         library = _open(arguments)
@@ -239,9 +251,15 @@ def _sign_waiting(library: Library, signer: Signer, only: str | None, yes: bool)
     mine = [role for role in library.staged_roles() if keyid in library.keys(role) and only in (None, role)]
     fresh = [role for role in mine if (md := library.staged(role)) is not None and keyid not in md.signatures]
     if mine and not fresh:
-        raise PublishError(f"{', '.join(mine)} has this key's signature already", hint="`model-library status` says whose is missing")
+        raise PublishError(
+            f"{', '.join(mine)} has this key's signature already",
+            hint="`model-library status` says whose is missing",
+            code="library.unsigned",
+        )
     if not fresh:
-        raise PublishError("nothing waits for a signature of this key", hint="`model-library status` says whose is missing")
+        raise PublishError(
+            "nothing waits for a signature of this key", hint="`model-library status` says whose is missing", code="library.unsigned"
+        )
     read = _target_reader(library.files.staged / "targets", library.files.public / "targets")
     for role in fresh:
         md = library.staged(role)

@@ -38,9 +38,11 @@ def confirm(question: str, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise SettingsError("nobody is there to confirm", hint="run it on a terminal, or add --yes; nothing was signed")
+        raise SettingsError(
+            "nobody is there to confirm", hint="run it on a terminal, or add --yes; nothing was signed", code="library.unconfirmed"
+        )
     if input(f"{question} [y/N] ").strip().lower() not in _YES:
-        raise PublishError("not confirmed; nothing was signed or dropped", hint="run it again when it is right")
+        raise PublishError("not confirmed; nothing was signed or dropped", hint="run it again when it is right", code="library.unconfirmed")
 
 
 def file_from_environment(variable: str) -> Path | None:
@@ -59,7 +61,9 @@ def find_passphrase(file: Path | None, variable: str) -> Passphrase | None:
 def require_passphrase(passphrase_source: Passphrase | None, variable: str) -> Passphrase:
     """Return ``passphrase_source``; raise SettingsError when it is None."""
     if passphrase_source is None:
-        raise SettingsError("no passphrase: this is no terminal", hint=f"--passphrase-file FILE, or {variable}=FILE")
+        raise SettingsError(
+            "no passphrase: this is no terminal", hint=f"--passphrase-file FILE, or {variable}=FILE", code="library.passphrase"
+        )
     return passphrase_source
 
 
@@ -68,10 +72,10 @@ def new_secret(file: Path | None, what: str) -> str:
     if file is not None:
         return read_secret(file)
     if not sys.stdin.isatty():
-        raise SettingsError("no passphrase: this is no terminal", hint="give a file with it; see --help")
+        raise SettingsError("no passphrase: this is no terminal", hint="give a file with it; see --help", code="library.passphrase")
     secret = getpass.getpass(f"{what}: ")
     if getpass.getpass("once more: ") != secret:
-        raise SettingsError("the two passphrases differ", hint="try again; nothing was written")
+        raise SettingsError("the two passphrases differ", hint="try again; nothing was written", code="library.passphrase")
     return secret
 
 
@@ -79,9 +83,11 @@ def read_secret(path: Path) -> str:
     """Return the content of a passphrase file; raise SettingsError when every account can read it."""
     try:
         if path.stat().st_mode & 0o007:
-            raise SettingsError(f"{path} can be read by everybody on this machine", hint=f"chmod 600 {path}")
+            raise SettingsError(f"{path} can be read by everybody on this machine", hint=f"chmod 600 {path}", code="library.passphrase")
         return path.read_text("utf-8").rstrip("\r\n")
     except OSError as error:
-        raise SettingsError(f"{path}: {error.strerror}", hint="name the file that holds the passphrase") from error
+        raise SettingsError(
+            f"{path}: {error.strerror}", hint="name the file that holds the passphrase", code="library.passphrase"
+        ) from error
     except UnicodeDecodeError as error:
-        raise SettingsError(f"{path} is no text", hint="name the file that holds the passphrase") from error
+        raise SettingsError(f"{path} is no text", hint="name the file that holds the passphrase", code="library.passphrase") from error

@@ -50,7 +50,9 @@ def generate(path: Path, passphrase: str, name: str | None = None) -> Key:
     """
     if len(passphrase) < MIN_PASSPHRASE:
         raise SettingsError(
-            f"a passphrase needs at least {MIN_PASSPHRASE} characters", hint="take six words drawn by dice; nothing was written"
+            f"a passphrase needs at least {MIN_PASSPHRASE} characters",
+            hint="take six words drawn by dice; nothing was written",
+            code="library.passphrase",
         )
     signer = CryptoSigner.generate_ed25519()
     # CryptoSigner exports its private key only unencrypted; it stays in memory.
@@ -58,7 +60,7 @@ def generate(path: Path, passphrase: str, name: str | None = None) -> Key:
     pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(passphrase.encode()))
     for file in (path, public_path(path)):
         if os.path.lexists(file):
-            raise SettingsError(f"{file} exists already", hint="a key is never overwritten: choose another name")
+            raise SettingsError(f"{file} exists already", hint="a key is never overwritten: choose another name", code="library.exists")
     _create(path, pem, 0o600)
     write_public(public_path(path), signer.public_key, name or path.stem)
     return signer.public_key
@@ -88,12 +90,18 @@ def load_holder(path: Path) -> Holder:
         name = str(document["name"])
     except OSError as error:
         raise SettingsError(
-            f"{file}: {error.strerror}", hint="`model-library key new` writes it beside the private key; collect it from its holder"
+            f"{file}: {error.strerror}",
+            hint="`model-library key new` writes it beside the private key; collect it from its holder",
+            code="library.key",
         ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise SettingsError(f"{file} is no public key", hint="give the .pub.json file that `model-library key new` wrote") from error
+        raise SettingsError(
+            f"{file} is no public key", hint="give the .pub.json file that `model-library key new` wrote", code="library.key"
+        ) from error
     if isinstance(key, SSlibKey) and key.keyid != _own_keyid(key):
-        raise SettingsError(f"{file}: the key id does not belong to the key", hint="fetch the file again from its holder")
+        raise SettingsError(
+            f"{file}: the key id does not belong to the key", hint="fetch the file again from its holder", code="library.key"
+        )
     return Holder(name, key)
 
 
@@ -121,6 +129,7 @@ def load_signer(where: Path | str, passphrase: Passphrase, public_key: Key | Non
         raise SettingsError(
             f"{path} is another key: {signer.public_key.keyid[:8]}, not {public_key.keyid[:8]}",
             hint="take the key file whose .pub.json was given to the library",
+            code="library.key",
         )
     return signer
 
@@ -129,19 +138,24 @@ def _load_private(path: Path, passphrase: Passphrase) -> Any:
     try:
         pem = path.read_bytes()
     except OSError as error:
-        raise SettingsError(f"{path}: {error.strerror}", hint="give the private key's .pem file, or hsm:<id>?label=<token>") from error
+        raise SettingsError(
+            f"{path}: {error.strerror}", hint="give the private key's .pem file, or hsm:<id>?label=<token>", code="library.key"
+        ) from error
     if b"ENCRYPTED PRIVATE KEY" not in pem:
         raise SettingsError(
             f"{path} is not an encrypted PKCS#8 key",
             hint=f"an unprotected key is not used: `openssl pkcs8 -topk8 -scrypt -in {path.name} -out NEW.pem` encrypts it",
+            code="library.key",
         )
     secret = passphrase(f"passphrase of {path.name}").encode()
     try:
         key: PrivateKeyTypes = load_pem_private_key(pem, secret)
     except (ValueError, TypeError) as error:
-        raise SettingsError(f"{path} does not open: wrong passphrase, or the file is damaged", hint="type it again") from error
+        raise SettingsError(
+            f"{path} does not open: wrong passphrase, or the file is damaged", hint="type it again", code="library.passphrase"
+        ) from error
     except UnsupportedAlgorithm as error:
-        raise SettingsError(f"{path}: {error}", hint="make a key with `model-library key new`") from error
+        raise SettingsError(f"{path}: {error}", hint="make a key with `model-library key new`", code="library.key") from error
     return key
 
 
@@ -149,7 +163,9 @@ def _load_token(uri: str, passphrase: Passphrase, public_key: Key | None) -> Sig
     body, _, query = uri.removeprefix(_HSM_SCHEME).partition("?")
     label = query.removeprefix("label=") if query.startswith("label=") else None
     if not (body == "" or body.isdigit()) or (query and not label):
-        raise SettingsError(f"{uri!r} names no token key", hint="write hsm:<id>?label=<token>, for example hsm:2?label=library")
+        raise SettingsError(
+            f"{uri!r} names no token key", hint="write hsm:<id>?label=<token>, for example hsm:2?label=library", code="library.key"
+        )
     pin: list[str] = []
 
     def ask(_secret: str) -> str:
@@ -162,11 +178,15 @@ def _load_token(uri: str, passphrase: Passphrase, public_key: Key | None) -> Sig
         found, key = HSMSigner.import_(int(body) if body else None, label, ask)
         signer = HSMSigner.from_priv_key_uri(found, public_key or key, ask)
     except UnsupportedLibraryError as error:
-        raise SettingsError(str(error), hint="pip install 'clinic-edge-appliance[library]' brings python-pkcs11") from error
+        raise SettingsError(
+            str(error), hint="pip install 'clinic-edge-appliance[library]' brings python-pkcs11", code="library.key"
+        ) from error
     except (ValueError, AssertionError, RuntimeError) as error:
         raise token_error(uri, error) from error
     if public_key is not None and key.keyid != public_key.keyid:
-        raise SettingsError(f"{uri} holds another key: {key.keyid[:8]}, not {public_key.keyid[:8]}", hint="insert the right token")
+        raise SettingsError(
+            f"{uri} holds another key: {key.keyid[:8]}, not {public_key.keyid[:8]}", hint="insert the right token", code="library.key"
+        )
     return signer
 
 
@@ -174,9 +194,13 @@ def token_error(what: str, error: BaseException) -> SettingsError:
     """Return the error for a key that does not sign."""
     kind = type(error).__name__  # python-pkcs11's errors carry no text of their own
     if kind.startswith("Pin"):
-        return SettingsError(f"{what}: the token refuses the PIN ({kind})", hint="take care: a token locks itself after a few wrong PINs")
+        return SettingsError(
+            f"{what}: the token refuses the PIN ({kind})",
+            hint="take care: a token locks itself after a few wrong PINs",
+            code="library.passphrase",
+        )
     hint = "is the token inserted? PYKCS11LIB names its PKCS#11 module; `pkcs11-tool -L` lists tokens"
-    return SettingsError(f"{what}: {str(error) or kind}", hint=hint)
+    return SettingsError(f"{what}: {str(error) or kind}", hint=hint, code="library.key")
 
 
 def _own_keyid(key: SSlibKey) -> str:
@@ -189,6 +213,10 @@ def _create(path: Path, data: bytes, mode: int) -> None:
     try:
         atomic_files.create(path, data, mode)
     except FileExistsError as error:
-        raise SettingsError(f"{path} exists already", hint="a key is never overwritten: choose another name") from error
+        raise SettingsError(
+            f"{path} exists already", hint="a key is never overwritten: choose another name", code="library.exists"
+        ) from error
     except OSError as error:
-        raise SettingsError(f"{path}: {error.strerror}", hint="choose a directory that exists and that you may write") from error
+        raise SettingsError(
+            f"{path}: {error.strerror}", hint="choose a directory that exists and that you may write", code="library.key"
+        ) from error

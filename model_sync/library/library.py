@@ -61,7 +61,7 @@ class Library(LibraryPromotion):
             _check_threshold(role, keys, thresholds[role])
         library = cls(directory, signers, passphrase=passphrase, clock=clock)
         if (directory / CONFIG_NAME).exists() and (library.staged(Targets.type) or library.published(Root.type)) is not None:
-            raise PublishError(f"{directory} is a library already{_UNCHANGED}", hint="choose another directory")
+            raise PublishError(f"{directory} is a library already{_UNCHANGED}", hint="choose another directory", code="library.exists")
         library.files.create()
         library.files.write_config(LibraryConfig(expiry_days=expiry or Expiry(), holders=holders or {}))
         with library.files.locked():
@@ -111,7 +111,9 @@ class Library(LibraryPromotion):
         with self.files.locked():
             md = self._waiting(role)
             if shown is not None and shown.signed_bytes != md.signed_bytes:
-                raise PublishError(f"{role} was changed while you read it; nothing was signed", hint="run it again and read it again")
+                raise PublishError(
+                    f"{role} was changed while you read it; nothing was signed", hint="run it again and read it again", code="library.stale"
+                )
             self._known_key(role, signer.public_key.keyid)
             add_signature(md, signer)
             self._check_signature(role, md, signer.public_key.keyid)
@@ -141,30 +143,48 @@ class Library(LibraryPromotion):
     def _waiting(self, role: str) -> AnyMetadata:
         md = self.staged(role) if role in self.role_names() else None
         if md is None:
-            raise PublishError(f"nothing of {role} waits for a signature", hint="`model-library status` shows what does")
+            raise PublishError(
+                f"nothing of {role} waits for a signature", hint="`model-library status` shows what does", code="library.unsigned"
+            )
         if md.signed.is_expired(self.now()):
-            raise PublishError(f"{role} expired while it waited for signatures", hint=f"`model-library renew {role}` stages it again")
+            raise PublishError(
+                f"{role} expired while it waited for signatures",
+                hint=f"`model-library renew {role}` stages it again",
+                code="library.unsigned",
+            )
         return md
 
     def _same_payload(self, name: str, role: str, other: AnyMetadata) -> AnyMetadata:
         """Return the waiting version of which ``other`` is a copy; raise PublishError when there is none."""
         if role not in self.role_names():
-            raise PublishError(f"{name} is of no role of this library; nothing was taken", hint="merge a signed copy of a file of staged/")
+            raise PublishError(
+                f"{name} is of no role of this library; nothing was taken",
+                hint="merge a signed copy of a file of staged/",
+                code="library.stale",
+            )
         again = "copy the file from staged/ again and have that signed; nothing was taken"
         staged, public = self.staged(role), self.published(role)
         if public is not None and other.signed.version <= public.signed.version:
             raise PublishError(
-                f"{name} is stale: it is {role} version {other.signed.version}, and {public.signed.version} is published", hint=again
+                f"{name} is stale: it is {role} version {other.signed.version}, and {public.signed.version} is published",
+                hint=again,
+                code="library.stale",
             )
         md = self._waiting(role)
         if staged is None or other.signed_bytes != md.signed_bytes:
-            raise PublishError(f"{name} is not the {role} that waits here: one of the two was changed since", hint=again)
+            raise PublishError(
+                f"{name} is not the {role} that waits here: one of the two was changed since", hint=again, code="library.stale"
+            )
         return md
 
     def _known_key(self, role: str, keyid: str) -> None:
         if keyid not in (known := self.keys(role)):
             names = ", ".join(sorted(map(self.files.config().name, known)))
-            raise PublishError(f"the key {self.files.config().name(keyid)} is no key of {role}", hint=f"its keys are those of: {names}")
+            raise PublishError(
+                f"the key {self.files.config().name(keyid)} is no key of {role}",
+                hint=f"its keys are those of: {names}",
+                code="library.keys",
+            )
 
     def _check_signature(self, role: str, md: AnyMetadata, keyid: str) -> None:
         try:
@@ -173,6 +193,7 @@ class Library(LibraryPromotion):
             raise PublishError(
                 f"the signature of {self.files.config().name(keyid)} does not fit {role}",
                 hint="have the file signed again with the right key; nothing was taken",
+                code="library.signature",
             ) from error
 
     def discard(self) -> list[str]:
@@ -234,6 +255,7 @@ class Library(LibraryPromotion):
                 raise PublishError(
                     f"{name!r} is delegated already: a role has one delegator{_UNCHANGED}",
                     hint="`model-library rotate-key` changes its keys; another line needs another name",
+                    code="library.keys",
                 )
 
     def rotate_key(self, role: str, old_keyid: str | None, new_key: Key | None, *, threshold: int | None = None) -> list[str]:
@@ -248,16 +270,24 @@ class Library(LibraryPromotion):
         with self.files.locked():
             delegator = self.open(Root.type if role in TOP_LEVEL_ROLE_NAMES else Targets.type).signed
             if role not in self.role_names():
-                raise PublishError(f"there is no role {role!r}{_UNCHANGED}", hint="`model-library status` lists the roles")
+                raise PublishError(
+                    f"there is no role {role!r}{_UNCHANGED}", hint="`model-library status` lists the roles", code="library.role"
+                )
             current = delegator.get_delegated_role(role)
             if new_key is not None and new_key.keyid in current.keyids and old_keyid is not None and old_keyid not in current.keyids:
                 self.promote_complete()  # a killed or repeated command: finish it
                 return self.staged_roles()
             if old_keyid is not None and old_keyid not in current.keyids:
-                raise PublishError(f"{old_keyid[:8]} is no key of {role}{_UNCHANGED}", hint="`model-library status` lists each role's keys")
+                raise PublishError(
+                    f"{old_keyid[:8]} is no key of {role}{_UNCHANGED}",
+                    hint="`model-library status` lists each role's keys",
+                    code="library.keys",
+                )
             if new_key is not None and new_key.keyid in current.keyids:
                 raise PublishError(
-                    f"{new_key.keyid[:8]} is a key of {role} already{_UNCHANGED}", hint="make a new one: `model-library key new`"
+                    f"{new_key.keyid[:8]} is a key of {role} already{_UNCHANGED}",
+                    hint="make a new one: `model-library key new`",
+                    code="library.unsigned",
                 )
             keys = [delegator.get_key(keyid) for keyid in current.keyids if keyid != old_keyid]
             self._change_keys(role, keys + ([new_key] if new_key is not None else []), threshold or current.threshold)
@@ -281,7 +311,9 @@ class Library(LibraryPromotion):
         with self.files.locked():
             if role in ONLINE or role not in self.role_names():
                 raise PublishError(
-                    f"{role!r} is no role that people sign", hint="snapshot and timestamp: `model-library refresh-timestamp`"
+                    f"{role!r} is no role that people sign",
+                    hint="snapshot and timestamp: `model-library refresh-timestamp`",
+                    code="library.role",
                 )
             with self.edit(role):
                 pass
@@ -343,8 +375,10 @@ def add_signature(md: AnyMetadata, signer: Signer) -> None:
 
 def _check_threshold(role: str, keys: list[Key], threshold: int) -> None:
     if len({key.keyid for key in keys}) != len(keys):
-        raise PublishError(f"a key of {role} is given twice{_UNCHANGED}", hint="each holder has a key of their own")
+        raise PublishError(f"a key of {role} is given twice{_UNCHANGED}", hint="each holder has a key of their own", code="library.keys")
     if not 1 <= threshold <= len(keys):
         raise PublishError(
-            f"{role}: {len(keys)} keys cannot give {threshold} signatures{_UNCHANGED}", hint="more keys, or fewer signatures"
+            f"{role}: {len(keys)} keys cannot give {threshold} signatures{_UNCHANGED}",
+            hint="more keys, or fewer signatures",
+            code="library.keys",
         )

@@ -51,7 +51,9 @@ class LibraryPromotion(LibraryRoles):
             self.promote_complete()
             snapshot = self.published(Snapshot.type)
             if snapshot is None:
-                raise PublishError("nothing is published yet", hint="sign root and targets first: see `model-library status`")
+                raise PublishError(
+                    "nothing is published yet", hint="sign root and targets first: see `model-library status`", code="library.incomplete"
+                )
             self._next = self._choose_versions()
             try:
                 half = timedelta(days=self.files.config().expiry_days.snapshot / 2)
@@ -141,7 +143,9 @@ class LibraryPromotion(LibraryRoles):
             where = self.files.find_target(target)
             if where is None:
                 raise PublishError(
-                    f"{target.path} is signed but its file is missing; boxes see the state before", hint="publish the bundle again"
+                    f"{target.path} is signed but its file is missing; boxes see the state before",
+                    hint="publish the bundle again",
+                    code="library.incomplete",
                 )
             if where != self.files.public_target(target):
                 self.files.move(where, self.files.public_target(target))

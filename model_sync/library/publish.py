@@ -68,13 +68,23 @@ def check_line_name(name: str) -> None:
     try:
         TypeAdapter(Identifier).validate_python(name)
     except ValidationError as error:
-        raise PublishError(f"{name!r} cannot name a model line", hint="lower-case letters, digits, - and _, at most 64") from error
+        raise PublishError(
+            f"{name!r} cannot name a model line", hint="lower-case letters, digits, - and _, at most 64", code="library.name"
+        ) from error
     if name in TOP_LEVEL_ROLE_NAMES or name == ROLLOUT_ROLE:
-        raise PublishError(f"a model line cannot be called {name!r}: that is a role of the library", hint="choose another name")
+        raise PublishError(
+            f"a model line cannot be called {name!r}: that is a role of the library", hint="choose another name", code="library.name"
+        )
     if name in _DEVICES:
-        raise PublishError(f"a model line cannot be called {name!r}: that is a device of Windows", hint="no USB stick could hold it")
+        raise PublishError(
+            f"a model line cannot be called {name!r}: that is a device of Windows", hint="no USB stick could hold it", code="library.name"
+        )
     if name.startswith(_TEMPORARY):
-        raise PublishError(f"a model line cannot be called {name!r}", hint=f"{_TEMPORARY}... is what boxes call their half-written files")
+        raise PublishError(
+            f"a model line cannot be called {name!r}",
+            hint=f"{_TEMPORARY}... is what boxes call their half-written files",
+            code="library.name",
+        )
 
 
 def publish(
@@ -122,21 +132,29 @@ def _check_bundle(directory: Path) -> ModelBundle:
     try:
         bundle = ModelBundle.load(directory)
     except BundleError as error:
-        raise PublishError(f"the bundle cannot be published: {error.message}{_NOTHING}", hint=error.hint) from error
+        raise PublishError(f"the bundle cannot be published: {error.message}{_NOTHING}", hint=error.hint, code="library.bundle") from error
     manifest = bundle.manifest
     if not manifest.operating_points:
-        raise PublishError(f"the bundle has no operating point{_NOTHING}", hint="a score without its threshold says nothing: measure it")
+        raise PublishError(
+            f"the bundle has no operating point{_NOTHING}",
+            hint="a score without its threshold says nothing: measure it",
+            code="library.bundle",
+        )
     _check_gate(bundle)
     names = [manifest.name, manifest.version, *manifest.digests(), MANIFEST_NAME]
     for segment in (segment for name in names for segment in name.split("/")):
         if segment.endswith(".") or segment.split(".")[0].lower() in _DEVICES or len(segment) > _MAX_NAME:
             raise PublishError(
-                f"{segment!r} is no name for a USB stick{_NOTHING}", hint="rename it: too long, ends in a dot, or names a device of Windows"
+                f"{segment!r} is no name for a USB stick{_NOTHING}",
+                hint="rename it: too long, ends in a dot, or names a device of Windows",
+                code="library.bundle",
             )
     role = DelegatedRole("line", [], 1, True, line_patterns(manifest.name))
     for file in manifest.digests():
         if not role.is_delegated_path(file_path(manifest.name, manifest.version, file)):
-            raise PublishError(f"{file} lies too deep{_NOTHING}", hint="a bundle's files lie at most two folders deep")
+            raise PublishError(
+                f"{file} lies too deep{_NOTHING}", hint="a bundle's files lie at most two folders deep", code="library.bundle"
+            )
     return bundle
 
 
@@ -153,24 +171,30 @@ def _check_gate(bundle: ModelBundle) -> None:
     for variant in bundle.manifest.variants:
         hint = "let the gate measure every variant against the float model, and ship only those that pass"
         if variant.gate is None:
-            raise PublishError(f"the {variant.precision} variant has no gate report{_NOTHING}", hint=hint)
+            raise PublishError(f"the {variant.precision} variant has no gate report{_NOTHING}", hint=hint, code="library.gate")
         try:
             report: Any = json.loads(bundle.path(variant.gate).read_bytes())
             passed = report["variants"][variant.precision]["passed"]
         except (ValueError, KeyError, TypeError) as error:
-            raise PublishError(f"{variant.gate} is no gate report on the {variant.precision} variant{_NOTHING}", hint=hint) from error
+            raise PublishError(
+                f"{variant.gate} is no gate report on the {variant.precision} variant{_NOTHING}", hint=hint, code="library.gate"
+            ) from error
         if passed is not True:
-            raise PublishError(f"the {variant.precision} variant did not pass its gate{_NOTHING}", hint=hint)
+            raise PublishError(f"the {variant.precision} variant did not pass its gate{_NOTHING}", hint=hint, code="library.gate")
 
 
 def _check_version(index: LineIndex, version: str) -> None:
     if index.release(version) is not None:
         raise PublishError(
-            f"{index.line} {version} is published already with other content{_NOTHING}", hint="a version never changes: count it up"
+            f"{index.line} {version} is published already with other content{_NOTHING}",
+            hint="a version never changes: count it up",
+            code="library.version",
         )
     newest = _newest(index)
     if newest is not None and not older(newest, version):
-        raise PublishError(f"{index.line} {version} is not newer than {newest}{_NOTHING}", hint="count the version up")
+        raise PublishError(
+            f"{index.line} {version} is not newer than {newest}{_NOTHING}", hint="count the version up", code="library.version"
+        )
 
 
 def _newest(index: LineIndex) -> str | None:
@@ -182,7 +206,9 @@ def _parse(version: str) -> None:
     try:
         TypeAdapter(SemVer).validate_python(version)
     except ValidationError as error:
-        raise PublishError(f"{version!r} is no semantic version of at most 64 characters{_NOTHING}", hint=_VERSION_HINT) from error
+        raise PublishError(
+            f"{version!r} is no semantic version of at most 64 characters{_NOTHING}", hint=_VERSION_HINT, code="library.version"
+        ) from error
 
 
 def _minimum(index: LineIndex, wanted: str, newest: str | None) -> str:
@@ -191,10 +217,13 @@ def _minimum(index: LineIndex, wanted: str, newest: str | None) -> str:
         raise PublishError(
             f"the minimum version of {index.line} is {index.minimum_version}: it can only rise{_NOTHING}",
             hint="a lower minimum would let boxes go back to what was taken from them",
+            code="library.version",
         )
     if newest is None or older(newest, wanted):
         raise PublishError(
-            f"no version of {index.line} reaches {wanted}{_NOTHING}", hint=f"the newest is {newest}: publish a newer one first"
+            f"no version of {index.line} reaches {wanted}{_NOTHING}",
+            hint=f"the newest is {newest}: publish a newer one first",
+            code="library.version",
         )
     return wanted
 
@@ -264,9 +293,11 @@ def withdraw(library: LibraryPromotion, line: str, version: str, reason: str) ->
         index = library.index(line)
         _require_version(index, version)
         if not reason.strip():
-            raise PublishError("a withdrawal needs a reason", hint="say in one sentence what is wrong: clinicians read it")
+            raise PublishError(
+                "a withdrawal needs a reason", hint="say in one sentence what is wrong: clinicians read it", code="library.withdrawal"
+            )
         if index.withdrawal(version) is not None:
-            raise PublishError(f"{line} {version} is withdrawn already", hint="nothing was changed")
+            raise PublishError(f"{line} {version} is withdrawn already", hint="nothing was changed", code="library.withdrawal")
         try:
             entry = Withdrawal(version=version, reason=reason.strip(), at=library.now())
         except ValidationError as error:
@@ -307,7 +338,7 @@ def _validation_error(what: str, error: ValidationError, hint: str) -> PublishEr
 def _require_version(index: LineIndex, version: str) -> None:
     if index.release(version) is None:
         known = ", ".join(release.version for release in index.versions) or "none"
-        raise PublishError(f"{index.line} has no version {version}", hint=f"published versions: {known}")
+        raise PublishError(f"{index.line} has no version {version}", hint=f"published versions: {known}", code="library.version")
 
 
 def rollout(library: LibraryPromotion, ring: str, line: str, plan: RolloutPlan) -> RoleState:
@@ -319,13 +350,17 @@ def rollout(library: LibraryPromotion, ring: str, line: str, plan: RolloutPlan) 
     """
     with library.files.locked():
         if ROLLOUT_ROLE not in library.role_names():
-            raise PublishError("the rollout role has no keys yet", hint="give it some with `model-library rollout-keys`")
+            raise PublishError(
+                "the rollout role has no keys yet", hint="give it some with `model-library rollout-keys`", code="library.rollout"
+            )
         index = library.public_index(line)
         _require_version(index, plan.version)
         refusal = index.refusal(plan.version)
         if refusal is not None and not plan.paused:
             why = {"withdrawn": "is withdrawn", "below_minimum": f"is older than the minimum {index.minimum_version}"}[refusal]
-            raise PublishError(f"{line} {plan.version} {why}", hint="choose a version that boxes may run; nothing was changed")
+            raise PublishError(
+                f"{line} {plan.version} {why}", hint="choose a version that boxes may run; nothing was changed", code="library.rollout"
+            )
         targets, path = library.targets(ROLLOUT_ROLE), rollout_path(ring)
         try:
             before = Rollout.parse(library.read_target(targets, path)).lines if path in targets.targets else {}

@@ -156,6 +156,7 @@ class LibraryRoles(Repository):
             raise PublishError(
                 f"the metadata of {role} would be larger than {MAX_METADATA_BYTES} bytes, which is the most that a box reads",
                 hint="nothing was published: go on with a new line (`model-library add-line`)",
+                code="library.refused",
             )
         keyids = set(self.keys(role)) | set(md.signed.roles[role].keyids if role == Root.type else ())
         for signer in self.available_signers(keyids):
@@ -167,6 +168,7 @@ class LibraryRoles(Repository):
             raise PublishError(
                 f"the key of {role} is locked or not here, so nothing new was published; all signatures are kept",
                 hint="run `model-library refresh-timestamp` where the online keys and their passphrase are",
+                code="library.keys",
             )
         self._next[role] = md
 
@@ -237,7 +239,9 @@ class LibraryRoles(Repository):
         target = targets.targets.get(path)
         where = self.files.find_target(target) if target is not None else None
         if where is None:
-            raise PublishError(f"the library has no {path}", hint="restore its directory from the backup, or add the line again")
+            raise PublishError(
+                f"the library has no {path}", hint="restore its directory from the backup, or add the line again", code="library.refused"
+            )
         return where.read_bytes()
 
     # --- lines --------------------------------------------------------------------------------------------------------
@@ -254,7 +258,9 @@ class LibraryRoles(Repository):
         """
         if line not in self.lines():
             known = ", ".join(self.lines()) or "none"
-            raise PublishError(f"there is no model line {line!r}", hint=f"add it with `model-library add-line`; known lines: {known}")
+            raise PublishError(
+                f"there is no model line {line!r}", hint=f"add it with `model-library add-line`; known lines: {known}", code="library.role"
+            )
         return LineIndex.parse(self.read_target(self.targets(line), line_path(line)))
 
     def public_index(self, line: str) -> LineIndex:
@@ -262,7 +268,9 @@ class LibraryRoles(Repository):
         self.index(line)
         md = self.published(line)
         if md is None:
-            raise PublishError(f"the line {line!r} is not public yet", hint="have its roles signed: see `model-library status`")
+            raise PublishError(
+                f"the line {line!r} is not public yet", hint="have its roles signed: see `model-library status`", code="library.role"
+            )
         return LineIndex.parse(self.read_target(md.signed, line_path(line)))
 
     # --- keys and signatures ------------------------------------------------------------------------------------------
@@ -287,7 +295,7 @@ class LibraryRoles(Repository):
         waiting = self.staged(role)
         md = waiting or self.published(role)
         if md is None or not (delegators := self.delegators(role)):
-            raise PublishError(f"there is no role {role!r}", hint="`model-library status` lists them")
+            raise PublishError(f"there is no role {role!r}", hint="`model-library status` lists them", code="library.role")
         # A root is verified by the root before it and by itself; every other role by its newest delegator.
         verifiers = delegators if role == Root.type else delegators[-1:]
         results = [verifier.get_verification_result(role, md.signed_bytes, md.signatures) for verifier in verifiers]

@@ -74,12 +74,14 @@ def export(
         PublishError: the library is not intact, the stick is too small, or returns other bytes than were written.
     """
     if not directory.is_dir():
-        raise SettingsError(f"{directory} is no folder", hint="mount the stick and give its mount point")
+        raise SettingsError(f"{directory} is no folder", hint="mount the stick and give its mount point", code="library.stick")
     chosen, wanted = _choose_versions(library_public, lines, versions)
     checked = library_check.verify(library_public, now or datetime.now(timezone.utc), None, lambda path: path in wanted)
     if not checked.is_clean or checked.valid_until is None:
         raise PublishError(
-            f"the library is not whole: {'; '.join(checked.problems[:3])}", hint="`model-library verify` says more; nothing was written"
+            f"the library is not whole: {'; '.join(checked.problems[:3])}",
+            hint="`model-library verify` says more; nothing was written",
+            code="library.incomplete",
         )
     metadata = _metadata_names(library_public)
     files = [f"targets/{target.get_prefixed_paths()[0]}" for target in wanted.values()]
@@ -91,7 +93,9 @@ def export(
         removed = stick.remove_old({*files, *metadata})
     except OSError as error:
         raise PublishError(
-            f"the stick cannot be written: {error.strerror or error}", hint="try again, or another stick; a box refuses half a stick"
+            f"the stick cannot be written: {error.strerror or error}",
+            hint="try again, or another stick; a box refuses half a stick",
+            code="library.stick",
         ) from error
     return ExportResult(len(new), stick.written, removed, chosen, checked.valid_until)
 
@@ -103,7 +107,9 @@ def _choose_versions(
     roles = _roles(public)
     known = sorted(set(roles) - {ROLLOUT_ROLE})
     if unknown := set(lines or ()) - set(known):
-        raise SettingsError(f"there is no line {', '.join(sorted(unknown))}", hint=f"the library has: {', '.join(known) or 'none'}")
+        raise SettingsError(
+            f"there is no line {', '.join(sorted(unknown))}", hint=f"the library has: {', '.join(known) or 'none'}", code="library.role"
+        )
     wanted = dict(roles.get(ROLLOUT_ROLE, {}))
     chosen: dict[str, list[str]] = {}
     for line in known:
@@ -116,7 +122,9 @@ def _choose_versions(
             wanted.update(_files(public, index, targets, chosen[line]))
     if unknown := set(versions or ()) - {version for found in chosen.values() for version in found}:
         raise SettingsError(
-            f"no chosen line has a version {', '.join(sorted(unknown))} that boxes may run", hint="`model-library status` lists them"
+            f"no chosen line has a version {', '.join(sorted(unknown))} that boxes may run",
+            hint="`model-library status` lists them",
+            code="library.version",
         )
     return chosen, wanted
 
@@ -175,9 +183,13 @@ class _UsbStick:
         """Return the files that the stick lacks or has with other content, in the given order."""
         for name in names:
             if any(_FAT_FORBIDDEN.search(segment) for segment in name.split("/")):
-                raise PublishError(f"{name} is no name for a USB stick", hint="publish the version again with other file names")
+                raise PublishError(
+                    f"{name} is no name for a USB stick", hint="publish the version again with other file names", code="library.stick"
+                )
             if (self._public / name).stat().st_size > _FAT_MAX_BYTES:
-                raise PublishError(f"{name} is larger than 4 GiB: FAT cannot hold it", hint="split the weights into several files")
+                raise PublishError(
+                    f"{name} is larger than 4 GiB: FAT cannot hold it", hint="split the weights into several files", code="library.stick"
+                )
         return [name for name in names if _digest(self._folder / name) != _digest(self._public / name)]
 
     def require_free_space(self, names: list[str]) -> None:
@@ -188,6 +200,7 @@ class _UsbStick:
             raise PublishError(
                 f"the stick needs {need / 2**20:.1f} MiB more and has {free / 2**20:.1f} MiB free; nothing was written",
                 hint="free some room, take a larger stick, or choose fewer lines or versions",
+                code="library.stick",
             )
 
     def write(self, names: list[str], on_progress: OnProgress) -> None:
@@ -201,7 +214,11 @@ class _UsbStick:
             os.replace(part, path)
             _sync_directory(path.parent)
             if _digest(path) != digest:
-                raise PublishError(f"the stick does not give back {name} as it was written", hint="take another stick: this one is worn")
+                raise PublishError(
+                    f"the stick does not give back {name} as it was written",
+                    hint="take another stick: this one is worn",
+                    code="library.stick",
+                )
 
     def _copy(self, source: Path, part: Path, on_progress: Callable[[], None]) -> str:
         digest = hashlib.sha256()

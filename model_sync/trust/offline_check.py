@@ -80,14 +80,14 @@ def check(exchange_dir: Path, root: Path, now: datetime | None = None) -> TrustF
 
     Raises:
         TrustError: the metadata failed a check.
-        LibraryUnreachable: ``sync.state``: a file cannot be read.
+        LibraryUnreachable: ``trust.unreadable``: a file cannot be read.
     """
     system = now or utc_now()
     try:
         rollback_state = RollbackState.load([exchange_dir / ROLLBACK_FILE])
         return _facts(exchange_dir, read_root(root), rollback_state, system)
     except OSError as error:
-        raise atomic_files.disk_error(error) from error
+        raise atomic_files.disk_error(error, code="trust.unreadable") from error
 
 
 def _facts(exchange_dir: Path, root: bytes, rollback_state: RollbackState, system: datetime) -> TrustFacts:

@@ -45,7 +45,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class RefusalReason:
-    """Why a variant was refused: a code (texts: ``quantize.report_texts``) and its particulars in figures."""
+    """Why a variant was refused: a code (texts: ``quantize.messages``) and its particulars in figures."""
 
     code: str
     detail: str

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from model_sync import messages
 from quantize.errors import QuantizeError
+from quantize.messages import WORDS
 from quantize.report import plots
-from quantize.report_texts import WORDS, Pair, reason
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MIB: Final = 1 << 20
+Pair = tuple[str, str]
 
 
 def write(record: dict[str, Any], path: Path) -> None:
@@ -56,10 +58,16 @@ def render(record: dict[str, Any]) -> str:
     )
     shipped = [entry for entry in record["variants"] if entry["refused"] is None]
     drawings = {name: [(title, Markup(svg)) for title, svg in found] for name, found in _drawings(record, shipped).items()}  # noqa: S704
+    words = {code.removeprefix("page."): _pair(code) for code in WORDS}
     return environment.get_template("report.html").render(
-        record=record, shipped=shipped, words=WORDS, reason=reason, drawings=drawings, summary=_summary(record, shipped), mib=_MIB,
+        record=record, shipped=shipped, words=words, reason=_pair, drawings=drawings, summary=_summary(record, shipped), mib=_MIB,
         rows=_gate_rows(record), speed=_speed_rows(record), kind=_kind,
     )  # fmt: skip
+
+
+def _pair(code: str) -> Pair:
+    """Return a code's text in Chinese and in English; a code of another version stands for itself."""
+    return (messages.text(code, "zh"), messages.text(code, "en")) if messages.is_known(code) else (code, code)
 
 
 def _kind(entry: dict[str, Any]) -> str:

@@ -48,7 +48,7 @@ def test_a_version_is_followed_from_its_arrival_to_the_trial_without_a_reload(bo
     expect(page.locator(".trial")).to_contain_text("Cases read20")
     tell(box, state="untrusted", code="trust.signature")
     expect(page.locator("[data-library=untrusted]")).to_be_visible(timeout=15_000)
-    expect(page.locator("[data-library=untrusted]")).to_contain_text("A signature is wrong or missing")
+    expect(page.locator("[data-library=untrusted]")).to_contain_text("A signature of the library is not valid")
     with box.store.database.transaction() as tx:
         tx.execute("UPDATE activations SET state = 'rolled-back', ended_at = updated_at WHERE id = ?", (entry,))
     expect(page.locator("[data-trouble=rolled-back]")).to_be_visible(timeout=15_000)

@@ -12,8 +12,9 @@ from flask_login import LoginManager, current_user, login_user, logout_user
 
 from appliance.core.errors import StoreError
 from appliance.store.accounts import Account
+from model_sync.messages import LANGUAGES
 from webui.context import current_box
-from webui.formatting import LANGUAGE_COOKIE, LANGUAGES
+from webui.formatting import LANGUAGE_COOKIE
 from webui.messages import reason_hint, reason_text
 from webui.server.security import safe_next
 

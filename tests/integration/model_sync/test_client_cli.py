@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from model_sync import cli_texts
 from model_sync.agent import cli, cli_pull
 from model_sync.agent.sync_status import Progress
 from model_sync.errors import Action, BundleError, LibraryUnreachable, PublishError, SettingsError, TrustError, UsbIncomplete
@@ -90,7 +89,7 @@ def test_init_refuses_what_is_no_root_and_a_bad_name(tmp_path: Path, site: Site,
 def test_pull_says_what_came(box: Box, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(box, "pull") == 0
     out = capsys.readouterr().out
-    assert f"{LINE} 0.1.0: here; the box puts it to work" in out
+    assert f"{LINE} 0.1.0: received; the box activates it after its self-test" in out
     assert "bytes received" in out
 
 
@@ -317,40 +316,19 @@ def test_the_agents_commands_are_handed_on(box: Box, tmp_path: Path, monkeypatch
 # -- texts --------------------------------------------------------------------------------------------------------------------
 
 
-def sentences() -> Iterator[tuple[str, cli_texts.Said]]:
-    for table in (cli_texts.LABELS, cli_texts.STATES, cli_texts.DECISIONS, cli_texts.PULL, cli_texts.NOT_SENT, cli_texts.STICK):
-        yield from table.items()
-    for key, advice in cli_texts.CODES.items():
-        yield key, advice.what
-        yield key, advice.do
-
-
-def test_both_languages_are_complete() -> None:
-    for key, said in sentences():
-        assert said.zh.strip(), key
-        assert said.en.strip(), key
-        assert re.search(r"[\u4e00-\u9fff]", said.zh), key
-        assert not re.search(r"[\u4e00-\u9fff]", said.en), key
-
-
-def test_every_code_that_the_agent_can_say_has_its_advice() -> None:
-    sources = "\n".join(path.read_text("utf-8") for path in (ROOT / "model_sync").rglob("*.py") if path.name != "cli_texts.py")
-    said = set(re.findall(r'code(?:: str)? ?= ?"((?:sync|usb|trust)\.[a-z_]+)"', sources))
-    said |= {f"trust.{why}" for why in ("unknown", "withdrawn", "below_minimum")}
-    assert len(said) > 25
-    assert said <= set(cli_texts.CODES), said - set(cli_texts.CODES)
-
-
-@pytest.mark.parametrize(
-    ("environment", "language"),
-    [({"LANG": "zh_CN.UTF-8"}, "zh"), ({"LANG": "zh_CN", "LC_ALL": "C"}, "en"), ({"LANG": "de_DE"}, "en"), ({}, "en")],
-)
-def test_the_language_is_the_terminals(environment: dict[str, str], language: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert cli_texts.language() == language
+def test_errors_are_said_in_both_languages(
+    box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = str(tmp_path / "none")
+    for name, error, hint in (
+        ("C", "error: ", "hint: "),
+        ("zh_CN.UTF-8", "错误：同步代理的设置有误 [sync.settings]（", "提示：请修改 sync.toml"),
+    ):
+        monkeypatch.setenv("LC_ALL", name)
+        assert run(box, "enrol", "--token-file", absent) == 2
+        first, second = capsys.readouterr().err.splitlines()
+        assert first.startswith(error) and absent in first
+        assert second.startswith(hint)
 
 
 def test_the_module_runs_as_a_program(box: Box) -> None:

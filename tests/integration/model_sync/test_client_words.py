@@ -68,7 +68,7 @@ def test_pull_says_that_it_tries_again_and_gives_up(box: Box) -> None:
     assert len(again) == 5
     assert all("onnection refused" in line and "[sync.unreachable]" in line for line in again)
     assert "error: [sync.unreachable] " in done.stderr
-    assert "Unreachable is not untrusted: the model in use works on, and what has come is kept." in done.stderr
+    assert "Unreachable is not untrusted: the model in use keeps working, and what was received is kept." in done.stderr
     assert "Check the cable" in done.stderr
     assert box.status()["code"] == "sync.unreachable"
 
@@ -136,17 +136,17 @@ def test_a_report_that_was_not_sent_is_not_called_sent(box: Box, capsys: pytest.
 def test_an_import_says_what_was_taken(box: Box, site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(box, "import-usb", str(site.public)) == 0
     said = capsys.readouterr().out
-    assert said.endswith(f"taken from the stick and laid ready for the box: {LINE} 0.1.0\n")
+    assert said.endswith(f"taken from the USB stick and ready for the box: {LINE} 0.1.0\n")
     assert "bytes received" not in said
     assert run(box, "import-usb", str(site.public)) == 0
-    assert capsys.readouterr().out.endswith(f"nothing newer is on the stick: {LINE} 0.1.0 is here already\n")
+    assert capsys.readouterr().out.endswith(f"nothing newer is on the USB stick: this box already has {LINE} 0.1.0\n")
 
 
 def test_an_import_without_a_rollout_for_this_ring_says_so(box: Box, site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     write_config(Box(box.settings.model_copy(update={"ring": "canary"})))
     assert run(box, "import-usb", str(site.public)) == 0
     said = capsys.readouterr().out
-    assert "nothing was taken: no rollout on the stick names a model for the ring canary" in said
+    assert "nothing was taken: no rollout on the USB stick names a model for the ring canary" in said
 
 
 def test_an_import_of_what_is_paused_says_that_nothing_was_taken(box: Box, site: Site, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,7 +154,7 @@ def test_an_import_of_what_is_paused_says_that_nothing_was_taken(box: Box, site:
     assert run(box, "import-usb", str(site.public)) == 0
     said = capsys.readouterr().out
     assert f"{LINE} 0.1.0: the rollout is paused" in said
-    assert said.endswith("nothing was taken from the stick; why is said above\n")
+    assert said.endswith("nothing was taken from the USB stick; the reason is above\n")
 
 
 # -- the status ----------------------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def test_the_status_is_not_well_while_the_line_is_tried_again(box: Box, site: Si
     with pytest.raises(LibraryUnreachable):
         Client(SyncSettings.load(box.settings.state_dir), on_retry=look).pull()
     (page,) = said
-    assert "the line does not answer; it is tried again (the model in use works on)" in page
+    assert "the network does not answer; the agent tries again (the model in use keeps working)" in page
     assert "Trying again" in page
     assert "State             well" not in page
 

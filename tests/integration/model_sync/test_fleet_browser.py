@@ -92,7 +92,7 @@ def checked(page: Page) -> None:
 
 def test_the_page_is_legible_reachable_and_in_one_language(page: Page) -> None:
     chinese = page.get_attribute("html", "lang") == "zh-CN"
-    assert ("分批推送" in page.inner_text("body")) == chinese
+    assert ("发布" in page.inner_text("body")) == chinese
     assert ("Rollouts" in page.inner_text("body")) != chinese
     checked(page)
     assert page.get_attribute("svg.chart", "role") == "img"

@@ -305,7 +305,7 @@ def test_a_role_revoked_before_the_look_is_said_and_is_no_fact_any_more(box: Box
     box.pull()
     forge(site, {"targets": revoke(LINE)})
     result = box.pull()
-    assert getattr(result.problems[LINE], "code", "") == "trust.revoked"
+    assert getattr(result.problems[LINE], "code", "") == "trust.line_ended"
     assert box.facts().lines == {}
     assert box.status()["state"] == "ok", "it is the library's own word, rightly signed"
     assert box.wants() is None, "there is nothing new; the model in use stays"
@@ -319,7 +319,7 @@ def test_a_role_revoked_while_its_bundle_comes_is_not_told_to_the_box(box: Box, 
             done.append(forge(site, {"targets": revoke(LINE)}))
 
     result = box.pull(strike)
-    assert getattr(result.problems[LINE], "code", "") == "trust.revoked"
+    assert getattr(result.problems[LINE], "code", "") == "trust.line_ended"
     assert box.wants() is None
     assert box.facts().lines == {}
 
@@ -551,7 +551,7 @@ def test_check_that_cannot_read_says_so_and_speaks_of_no_trust(box: Box) -> None
     timestamp.mkdir()
     with pytest.raises(LibraryUnreachable) as caught:
         box.facts()
-    assert caught.value.code == "sync.state"
+    assert caught.value.code == "trust.unreadable"
     assert command_check(box)[0] == 1
 
 

@@ -329,7 +329,7 @@ def test_what_a_run_needs_is_asked_for_before_any_work(
     line = ["run", "--model", str(site / "float.onnx"), "--manifest", str(site / "draft.toml"), *sets, "--out", str(tmp_path / "b")]
     assert cli.main(line) == 1
     assert capsys.readouterr().err.splitlines() == [
-        "quantize: matplotlib is not installed: the report could not be drawn", "hint: pip install -e '.[quantize]'",
+        "error: matplotlib is not installed: the report could not be drawn", "hint: pip install -e '.[quantize]'",
     ]  # fmt: skip
     assert cli.main(["build-reference", "--shared", str(tmp_path), "--out", str(tmp_path / "b")]) == 1
     assert "matplotlib is not installed" in capsys.readouterr().err
@@ -339,7 +339,7 @@ def test_what_a_run_needs_is_asked_for_before_any_work(
 def test_a_model_that_is_not_there_is_said_before_anything_is_begun(site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--model", str(tmp_path / "x"), "--manifest", str(site / "draft.toml"), "--calibration", str(site / "calibration")]
     assert cli.main(["calibrate", *given, "--out", str(tmp_path / "out")]) == 1
-    assert capsys.readouterr().err.startswith("quantize: there is no model at")
+    assert capsys.readouterr().err.startswith("error: there is no model at")
     assert not list(tmp_path.iterdir())
 
 

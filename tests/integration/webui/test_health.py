@@ -15,13 +15,10 @@ import pytest
 from appliance import model_queries
 from appliance.core.domain import Note, utc_now
 from appliance.core.settings import Settings
-from model_sync.cli_texts import CODES
-from model_sync.cli_texts import DECISIONS as AGENT_DECISIONS
-from model_sync.cli_texts import STATES as AGENT_STATES
+from model_sync import messages
 from tests.support.model_journal import journal, rules, tell, told
 from tests.support.scans import scan_bytes
 from tests.support.web_box import Box, in_process, result, row, words
-from webui import messages
 from webui.messages import ACTIVATIONS, LIBRARY
 from webui.models import library_view as library
 
@@ -161,11 +158,12 @@ def test_what_the_box_runs_already_is_no_offer(box: Box) -> None:
     assert "Library: version" not in words(box.person().open("/health"))
 
 
-def test_every_code_of_the_agent_has_words_in_both_languages() -> None:
-    silent = {"sync.ok", "sync.downloading"}  # the state says it all
-    assert set(CODES) - silent <= set(messages._SYNC_CODES)
-    assert set(AGENT_STATES) == set(library.STATES)
-    assert set(AGENT_DECISIONS) - {"none"} <= set(messages.DECISIONS)
+def test_every_state_of_the_agent_has_words_and_its_old_codes_are_still_read(box: Box) -> None:
+    assert {f"state.{state}" for state in library.STATES} == {code for code in messages.codes() if code.startswith("state.")}
+    person = box.person()
+    for code in ("trust.line_ended", "trust.revoked"):
+        tell(box, state="error", code=code, message="")
+        assert "The library has ended this model line" in person.open("/health")
 
 
 def test_one_version_on_trial_and_the_next_one_coming(box: Box) -> None:
@@ -231,7 +229,7 @@ def test_unreachable_never_looks_like_untrusted(box: Box) -> None:
 def test_a_code_of_the_agent_is_told_in_the_language_of_the_page(box: Box) -> None:
     person = box.person(language="zh")
     tell(box, state="error", code="sync.disk_full", message="No space left.")
-    assert "磁盘空间不足以存放新模型" in person.open("/health")
+    assert "磁盘空间不足" in person.open("/health")
     tell(box, state="error", code="sync.of_a_newer_version", message="Something new happened.", hint="Do this.")
     assert "Something new happened. Do this." in person.open("/health")
 

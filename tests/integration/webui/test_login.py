@@ -44,7 +44,7 @@ def test_the_one_time_password_must_be_changed_before_anything_else(box: Box) ->
         assert answer.status_code == 422
         assert said in answer.text
     wrong = person.post("/password", data={"old": "wrong", "new": PASSWORD, "again": PASSWORD})
-    assert "present password is wrong" in wrong.text
+    assert "current password is wrong" in wrong.text
     before = person.cookies["clinicbox"]
     assert person.post("/password", data={"old": one_time, "new": PASSWORD, "again": PASSWORD}).headers["Location"] == "/"
     assert "Your new password is set" in person.open("/")
@@ -297,7 +297,7 @@ def test_r3_the_present_password_cannot_be_guessed_and_every_guess_is_audited(bo
     before = audited(box, '"110114"', "doctor")
     for _ in range(MAX_FAILURES):
         answer = person.post("/password", data={"old": "wrong", "new": "Another-Pass-1", "again": "Another-Pass-1"})
-        assert "present password is wrong" in answer.text
+        assert "current password is wrong" in answer.text
     assert audited(box, '"110114"', "doctor") == before + MAX_FAILURES
     answer = person.post("/password", data={"old": PASSWORD, "new": "Another-Pass-1", "again": "Another-Pass-1"})
     assert answer.status_code == 422

@@ -74,7 +74,7 @@ def text_of(page: str) -> str:
 
 
 WORDS = {
-    "en": ("Measured fastest on this box", "A golden case came out beyond the tolerance", "Chosen", "Slower than", "u8 × 20"),
+    "en": ("Measured fastest on this box", "The result of a golden case is outside the tolerance", "Chosen", "Slower than", "u8 × 20"),
     "zh": ("本机实测最快", "标准病例的结果超出允许误差", "已选用", "测量于", "u8 × 20"),
 }
 
@@ -108,7 +108,7 @@ def test_a_fallback_is_told_in_words_with_an_icon_and_what_to_do(box: Box, langu
     store_choice(box, measured(fallback=fallback))
     study = read_with(box, "choice.fallback", fallback["detail"])
     person = box.person("tech", "clinician", language)
-    words = "选定的方式无法运行" if language == "zh" else "The chosen way does not run"
+    words = "选定的方式无法运行" if language == "zh" else "The chosen candidate does not run"
     banner = re.search(r'<div class="banner tone-bad fallback".*?</div></div>', person.open("/health"), re.DOTALL)
     assert banner
     assert "ONNX Runtime · FP32 ·" in text_of(person.open("/health"))
@@ -208,7 +208,7 @@ def test_a_measuring_under_way_and_one_that_failed_are_told(box: Box) -> None:
     assert 'data-busy="0"' in page
 
 
-@pytest.mark.parametrize(("language", "words"), [("en", "some were not, for lack of time"), ("zh", "部分方式未测量")])
+@pytest.mark.parametrize(("language", "words"), [("en", "some were not measured, for lack of time"), ("zh", "部分方式未测量")])
 def test_a_table_with_holes_is_called_incomplete(box: Box, language: str, words: str) -> None:
     report, person = measured(), box.person("tech", "technician", language)
     store_choice(box, report)

@@ -17,7 +17,7 @@ from model_sync.transport.errors import BudgetExhausted, DiskFull, NotTheLibrary
 
 WAITING = ("sync.window", "sync.budget", "sync.busy", "sync.stopped")
 OWN_FAULT = ("sync.disk_full", "sync.disk", "sync.state", "sync.settings", "sync.error")
-ON_PURPOSE = ("trust.withdrawn", "trust.below_minimum", "trust.revoked")
+ON_PURPOSE = ("trust.withdrawn", "trust.below_minimum", "trust.revoked", "trust.line_ended")
 CLASSES = {"LibraryUnreachable": LibraryUnreachable, "TrustError": TrustError, "Unreachable": Unreachable}
 
 
@@ -73,7 +73,7 @@ def test_state_and_exit_code_are_those_of_before(error: ModelSyncError) -> None:
 
 def test_the_table_holds_the_codes_that_used_to_be_listed() -> None:
     codes = {error.code for error in MADE}
-    assert codes >= {*WAITING, *OWN_FAULT, "trust.revoked", "trust.part_expired", "trust.document", "usb.incomplete"}
+    assert codes >= {*WAITING, *OWN_FAULT, "trust.revoked", "trust.line_ended", "trust.part_expired", "trust.document", "usb.incomplete"}
     assert len(MADE) > 40
 
 

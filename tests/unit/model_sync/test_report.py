@@ -12,11 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from securesystemslib.signer import CryptoSigner
 
-from appliance.reasons import REASONS as OF_THE_BOX
 from appliance.store.store import Store
+from model_sync import messages
 from model_sync.agent import report
 from model_sync.agent.report import CODES, ActivationState, BoxReport, ReportError, StatusReport, load_json, sign, verify
-from model_sync.report_reasons import REASONS
 from tests.support.fleet_site import box_report, status_json
 from tests.support.poisoned_reports import CANARY, TRACES, poisoned, put
 
@@ -163,7 +162,7 @@ def test_what_the_appliance_really_writes_passes_whole(store: Store) -> None:
             "2026-03-01T08:00:00.123Z",
         )
         tx.execute("INSERT INTO models VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
-    codes = [code for code in OF_THE_BOX if code.startswith(KINDS)]
+    codes = [code for code in sorted(messages.codes("model_sync") | messages.codes("appliance")) if code.startswith(KINDS)]
     states = get_args(ActivationState)
     for number, code in enumerate(codes):
         with store.database.transaction() as tx:
@@ -182,7 +181,7 @@ def test_what_the_appliance_really_writes_passes_whole(store: Store) -> None:
 def raised_codes() -> set[str]:
     """Codes that the sources raise and that a status or an activation can carry."""
     found: set[str] = set()
-    own = {"report", "report_reasons", "texts", "page"}  # the last two are the fleet page's own words
+    own = {"report", "messages_central", "page"}  # the last two have the fleet page's own words
     for path in (ROOT / "model_sync").rglob("*.py"):
         if path.stem not in own:
             found |= set(re.findall(r'"((?:sync|trust|usb|bundle)\.[a-z_]+)"', path.read_text("utf-8")))
@@ -194,9 +193,4 @@ def test_every_reason_that_the_agent_gives_may_be_told() -> None:
 
 
 def test_every_reason_that_the_box_gives_for_an_activation_may_be_told() -> None:
-    assert {code for code in OF_THE_BOX if code.startswith(KINDS)} - CODES == set()
-
-
-def test_every_reason_has_words_in_both_languages() -> None:
-    assert [code for code, words in REASONS.items() if bool(words.zh) != bool(words.en)] == []
-    assert [code for code, words in REASONS.items() if not words.en] == ["ok", "sync.ok"]
+    assert {code for code in messages.codes("model_sync") | messages.codes("appliance") if code.startswith(KINDS)} - CODES == set()

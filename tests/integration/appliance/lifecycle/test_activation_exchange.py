@@ -194,7 +194,7 @@ def pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
-@pytest.mark.parametrize(("spoil", "code"), [(garble, "trust."), (pipe, "sync.state"), (Path.unlink, "trust.missing")])
+@pytest.mark.parametrize(("spoil", "code"), [(garble, "trust."), (pipe, "trust.unreadable"), (Path.unlink, "trust.missing")])
 def test_metadata_that_cannot_be_trusted_keeps_the_model_and_raises_the_alarm(
     clinic: Clinic, spoil: Callable[[Path], None], code: str
 ) -> None:

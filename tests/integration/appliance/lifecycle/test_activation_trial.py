@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from appliance import reasons
 from appliance.core.domain import Note, Source
 from appliance.core.errors import ActivationError
 from appliance.core.settings import Settings
@@ -20,6 +19,7 @@ from appliance.lifecycle.model_control import activate, roll_back
 from appliance.lifecycle.trial_monitor import LATENCY_FLOOR_MS
 from appliance.store.store import Store
 from appliance.store.worklist import Worklist
+from model_sync import messages
 from tests.support.activation_box import LINE, Box, change_manifest, digest_of, wanted, watched
 from tests.support.scans import scan_bytes
 
@@ -308,8 +308,8 @@ def test_every_code_of_an_activation_has_its_text_in_both_languages() -> None:
         PERMANENT_FAILURES | REFUSALS | {"activation.rolled_back", "activation.failed_before", "activation.ended", "model.disk_full"}
     ):
         for language in ("zh", "en"):
-            assert reasons.text(code, language)
-            assert reasons.hint(code, language)
+            assert messages.text(code, language)
+            assert messages.hint(code, language)
 
 
 def more_scans(box: Box, count: int) -> None:

@@ -278,7 +278,7 @@ def test_a_precision_by_hand_is_taken_whatever_is_faster_and_one_that_is_not_the
     line = [sys.executable, "-m", "appliance", "models", "activate", str(bundle), "--data-dir", str(settings.data_dir), "--precision"]
     absent = subprocess.run([*line, "fp8"], capture_output=True, text=True, check=False, env=os.environ | {"LC_ALL": "C.UTF-8"})
     assert (absent.returncode, "has no fp8 variant, only int8, fp32" in absent.stderr) == (2, True)
-    assert "The model bundle is invalid" not in absent.stderr
+    assert "The model bundle is not valid" not in absent.stderr
     assert subprocess.run([*line, "int8"], capture_output=True, check=False).returncode == 0
     report = json.loads(Store(settings).models()[0]["self_test"])
     assert (report["precision"], report["reason"]["code"]) == ("int8", "choice.by_hand")

@@ -13,12 +13,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import FileDataset
 
-from appliance import reasons
 from appliance.core.errors import PixelError, VolumeError
 from appliance.imaging.volumes.geometry import Grid, reorient
 from appliance.imaging.volumes.resampling import rectangular_grid, resample_linear, resample_nearest
 from appliance.imaging.volumes.volume import crop_pad, mask_on_slices, prepare, read_series
-from appliance.volume_reasons import VOLUME_REASONS
+from model_sync import messages
 from model_sync.bundle import VolumeSpec
 from tests.support import series as made_up
 from tests.support import volume_bundle
@@ -38,7 +37,7 @@ def read(made: list[FileDataset], **values: Any) -> Any:
 def refused(made: list[FileDataset], **values: Any) -> str:
     with pytest.raises(VolumeError) as caught:
         read(made, **values)
-    assert reasons.text(caught.value.code, "zh") != reasons.text(caught.value.code, "en")
+    assert messages.text(caught.value.code, "zh") != messages.text(caught.value.code, "en")
     assert "P-1" not in str(caught.value) and "1.2.826" not in str(caught.value)
     return caught.value.code
 
@@ -462,10 +461,9 @@ def test_crop_and_pad_keep_every_voxel_where_it_is(have: tuple[int, int, int], w
 
 
 def test_every_reason_has_both_languages_and_says_that_it_was_not_analysed() -> None:
-    for code, reason in VOLUME_REASONS.items():
-        assert code.startswith("volume.") and all(reason)
+    for code in (code for code in messages.codes("appliance") if code.startswith("volume.")):
         if code not in ("volume.localizer", "volume.straightened", "volume.incomplete"):
-            assert "没有作体积分析" in reason.hint_zh and "not analysed" in reason.hint_en
+            assert "没有作体积分析" in messages.hint(code, "zh") and "not analysed" in messages.hint(code, "en")
 
 
 def test_headers_tell_the_shape_after_the_last_crop() -> None:

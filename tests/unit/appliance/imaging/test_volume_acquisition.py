@@ -15,8 +15,6 @@ from pydicom.sequence import Sequence as Items
 from appliance.core.applicability import Verdict
 from appliance.core.domain import Note
 from appliance.imaging.volumes.acquisition import acquisitions, applies_to_sequence
-from appliance.reasons import REASONS
-from appliance.sequence_reasons import SEQUENCE_REASONS
 from model_sync.bundle import BundleError, Manifest, SequenceRule
 from tests.support import series as made_up
 from tests.support import volume_bundle
@@ -201,11 +199,3 @@ def test_any_header_ends_in_a_verdict(echo: str, kind: str, image_type: list[str
     ds.add_new(0x00080008, "LO", image_type)
     found = verdict(copy.deepcopy(ds))
     assert found.refusal is None or found.refusal.code.startswith("scope.")
-
-
-def test_every_reason_is_there_in_both_languages() -> None:
-    codes = {"scope.sequence", "scope.image_type", "scope.contrast_agent", "scope.sequence_absent", "assume.sequence"}
-    assert codes <= set(SEQUENCE_REASONS)
-    for code, reason in SEQUENCE_REASONS.items():
-        assert REASONS[code] is reason and all(reason)
-        assert any("\u4e00" <= char <= "\u9fff" for char in reason.zh) and reason.en.isascii()

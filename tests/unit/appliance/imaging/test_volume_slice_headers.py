@@ -15,12 +15,12 @@ from pydicom.dataset import Dataset, FileDataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.sequence import Sequence as Items
 
-from appliance import reasons
 from appliance.core.errors import VolumeError
 from appliance.imaging.volumes.geometry import reorient
 from appliance.imaging.volumes.resampling import rectangular_grid
 from appliance.imaging.volumes.slice_headers import ImageCount, missing_images_note
 from appliance.imaging.volumes.volume import Series, prepare, read_series
+from model_sync import messages
 from model_sync.bundle import VolumeSpec
 from tests.support import series as made_up
 from tests.support import volume_bundle
@@ -39,7 +39,7 @@ def read(made: list[FileDataset]) -> Series:
 def refused(made: list[FileDataset]) -> str:
     with pytest.raises(VolumeError) as caught:
         read(made)
-    assert reasons.text(caught.value.code, "zh") != reasons.text(caught.value.code, "en")
+    assert messages.text(caught.value.code, "zh") != messages.text(caught.value.code, "en")
     assert "P-1" not in str(caught.value) and "Gadovist" not in str(caught.value)
     return caught.value.code
 
@@ -368,7 +368,7 @@ def test_tilted_and_oblique_stack_keeps_the_plane_of_its_slices(degrees: float, 
 def test_images_that_seem_to_be_missing_are_noted(values: dict[str, Any], kept: slice, detail: str | None) -> None:
     notes = [(note.code, note.detail) for note in read(each(made_up.slices(), **values)[kept]).notes]
     assert notes == ([("volume.incomplete", detail)] if detail else [])
-    assert "not analysed" not in reasons.hint("volume.incomplete", "en")
+    assert "not analysed" not in messages.hint("volume.incomplete", "en")
 
 
 @given(st.lists(st.builds(ImageCount, st.integers(-5, 10**6), st.integers(-5, 64_000), st.integers(1, 5)), min_size=1, max_size=40))

@@ -10,12 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appliance import reasons
 from appliance.core.domain import Note
 from appliance.core.self_test_report import SelfTestReport
 from appliance.runtime import Candidate, baseline_candidate
 from appliance.tuning.selection import BATCH_GAIN, EXACTNESS, SAME_TIME, CandidateResult, Plan, exactness, select
-from appliance.tuning_reasons import TUNE_REASONS
+from model_sync import messages
 
 
 def row(ms: float | None, precision: str = "fp32", state: Any = "right", **changes: Any) -> CandidateResult:
@@ -76,7 +75,7 @@ def test_every_other_keeps_its_place_and_gets_its_reason(rows: list[CandidateRes
         if before.state != "right" or before.median_ms is None or not alone:
             assert item == before
         else:
-            assert item.code in TUNE_REASONS
+            assert messages.is_known(item.code)
 
 
 @given(ROWS)
@@ -175,12 +174,6 @@ def test_a_plain_way_that_was_wrong_when_measured_never_takes_over() -> None:
     plan = Plan.of("fp32", stored(wrong, better))
     assert plan.baseline_refusal == Note("tune.wrong", "case-1: off by 0.5")
     assert Plan.of("fp32", stored(row(5.0), better)).baseline_refusal is None
-
-
-def test_every_reason_has_both_languages() -> None:
-    for code, reason in TUNE_REASONS.items():
-        assert all(reason), code
-        assert reasons.text(code, "zh") != reasons.text(code, "en")
 
 
 def test_plain_candidate_is_what_every_box_can_run() -> None:

@@ -1,0 +1,197 @@
+"""The coded texts of the box: what happened and what to do; :mod:`model_sync.messages` has those that reports carry.
+
+Every refusal, assumption, caution and failure that a person may see has a code, so that "not analysed" never looks like
+"negative" and page, JSON and structured report use the same words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from model_sync.messages import Message, register
+
+# fmt: off  (a table reads best with one code in a line)
+_SENDER: Final = "Nothing was kept. Export the image again from its source and send it once more."
+_NOTHING: Final = "Nothing to do."
+_RETAKE: Final = "The image is kept but was not analysed. Check the exposure and take or export it again."
+_NO_MODEL: Final = "The image is kept and can be viewed; no model on this box analyses it. A doctor must read it."
+_RETRY: Final = "The image is kept. Press “Retry”; if it fails again, read the image without AI and call the technician."
+_VOLUME: Final = "The images are kept and can be viewed, but the volume was not analysed. A doctor must read them without AI."
+_ORIGINAL: Final = "The images are kept and can be viewed. Where there is an original series of the kind the model was made for, send that one; otherwise read it without AI."
+
+_CODES: Final[Mapping[str, Message]] = {
+    "ingest.not_dicom": Message("Not a DICOM file", "Choose a DICOM, PNG or JPEG file."),
+    "ingest.empty": Message("The file is empty (0 bytes)", _SENDER),
+    "ingest.truncated": Message("The file is cut short", _SENDER),
+    "ingest.unreadable": Message("The DICOM file is damaged and cannot be read", _SENDER),
+    "ingest.no_pixel_data": Message("The file holds no image", "Reports, waveforms and other non-image objects are not kept here."),
+    "ingest.too_large": Message("The file is larger than allowed", "Ask the technician about the setting max_upload_bytes."),
+    "ingest.absurd_dimensions": Message("The image size or the number of frames is too large or does not match the data", _SENDER),
+    "ingest.unsupported_syntax": Message(
+        "Unsupported compression (transfer syntax)", "Export again uncompressed or as JPEG, JPEG-LS, JPEG 2000 or RLE."
+    ),
+    "ingest.pixel_representation": Message("Pixel Representation (signed or unsigned) is missing or wrong", _SENDER),
+    "ingest.pixel_attributes": Message("Pixel attributes are missing or contradict each other", _SENDER),
+    "ingest.missing_uid": Message("A required UID is missing", _SENDER),
+    "ingest.invalid_uid": Message("A UID has forbidden characters or is too long", _SENDER),
+    "ingest.conflict": Message(
+        "Another image with the same SOP Instance UID but other content is stored too; both are kept",
+        "Check which patient each image belongs to and tell the technician.",
+    ),
+    "ingest.archive_unsafe": Message("The archive holds an unsafe path; the entry was skipped", "Make the archive again."),
+    "ingest.archive_bomb": Message("The archive unpacks to more than is allowed", "Upload it in smaller archives."),
+    "ingest.archive_encrypted": Message("The archive is encrypted and cannot be opened", "Upload an archive without a password."),
+    "ingest.archive_corrupt": Message("The archive is damaged", "Make the archive again."),
+    "ingest.too_many_files": Message("Too many files at once", "Upload them in several batches."),
+    "ingest.disk_full": Message(
+        "The disk is full; the file was refused and nothing stored was deleted", "Ask the technician to free disk space, then send again."
+    ),
+    "ingest.memory": Message(
+        "Not enough memory just now; the file was not taken", "Send it again later; if it fails again call the technician."
+    ),
+    "ingest.unsupported_image": Message("The picture cannot be read or is of an unsupported kind", "Use PNG or JPEG."),
+    "ingest.interrupted": Message("The upload was interrupted", "Choose the same file again to continue where it stopped."),
+    "ingest.skipped": Message("Not an image file; skipped", _NOTHING),
+    "pixel.corrupt": Message(
+        "The pixel data is damaged and cannot be decoded reliably",
+        "The file is kept as it came but was not analysed. Send it again from its source.",
+    ),
+    "pixel.undecodable": Message(
+        "The pixel data cannot be decoded", "The file is kept as it came but was not analysed. Send it again in another format."
+    ),
+    "quality.blank": Message("The image is blank and was not analysed", _RETAKE),
+    "quality.saturated": Message("The image is saturated and was not analysed", _RETAKE),
+    "quality.shape": Message("The image is of an unusual shape and was not analysed", _RETAKE),
+    "quality.too_small": Message("The image is too small and was not analysed", _RETAKE),
+    "scope.modality": Message("This modality is outside the model's scope", _NO_MODEL),
+    "scope.sop_class": Message("This kind of object is outside the model's scope", _NO_MODEL),
+    "scope.body_part": Message("This body part is outside the model's scope", _NO_MODEL),
+    "scope.view": Message("This view is outside the model's scope (for example lateral)", _NO_MODEL),
+    "scope.age": Message("The patient's age is outside the model's scope", _NO_MODEL),
+    "scope.frames": Message("Multi-frame images are outside the model's scope", _NO_MODEL),
+    "scope.no_model": Message("No model is active on this box; not analysed", "The image is kept. Ask the technician to activate a model."),
+    "job.deadline": Message("The analysis took too long and was stopped", _RETRY),
+    "job.crashed": Message("The analysis program stopped unexpectedly", _RETRY),
+    "job.memory": Message("Not enough memory; the analysis was stopped", _RETRY),
+    "job.memory_input": Message("Not enough memory to decode or prepare the image; the model did not run", _RETRY),
+    "job.error": Message("The analysis failed", _RETRY),
+    "store.missing": Message("There is no such record", "Reload the page."),
+    "store.tampered": Message("A stored file failed its integrity check", "Do not use this image; call the technician."),
+    "choice.measured": Message("Measured fastest on this box", _NOTHING),
+    "choice.measured_part": Message(
+        "Fastest of the measured candidates; some were not measured, for lack of time",
+        "Raise tune_measuring_s or activation_deadline_s and run `appliance tune`.",
+    ),
+    "choice.by_hand": Message(
+        "A person chose the precision",
+        "Nothing to do; `appliance models activate VERSION --precision any` undoes this and measures all of them.",
+    ),
+    "choice.untuned": Message(
+        "Not measured: runs on the baseline", "`appliance tune` measures the candidates and uses the fastest correct one."
+    ),
+    "choice.fallback": Message(
+        "The chosen candidate does not run; the baseline is used as fallback",
+        "Results are as correct as before, perhaps slower. The box measures again by itself; if this stays, have a technician run `appliance tune`.",
+    ),
+    "choice.other_device": Message(
+        "The chosen candidate was measured on other hardware or software",
+        "The golden cases were correct on this box as it is now. It measures again when it is idle; `appliance tune` does so at any time.",
+    ),
+    "tune.fastest": Message("Correct, and the fastest", _NOTHING),
+    "tune.more_exact": Message("Correct, within 3 % of the fastest, and more exact", _NOTHING),
+    "tune.faster_together": Message("Correct, the fastest, and still faster with several images at once", _NOTHING),
+    "tune.slower": Message("Correct, but slower", _NOTHING),
+    "tune.slower_less_exact": Message("Slower than a more exact one", _NOTHING),
+    "tune.less_exact": Message("As fast, but less exact", _NOTHING),
+    "tune.no_faster": Message("Correct, but no faster", _NOTHING),
+    "tune.batch_no_faster": Message("Several images at once are no faster", _NOTHING),
+    "tune.no_batch_gain": Message("Several images at once gain too little, or no more than the times vary", _NOTHING),
+    "tune.other_batch": Message("Another number of images at once is better", _NOTHING),
+    "tune.batch_taken": Message("Taken with several images at once", _NOTHING),
+    "tune.alike": Message("The answers to different images cannot be told apart: it is not shown that each image gets its own", _NOTHING),
+    "tune.unreadable": Message(
+        "The record of the last measurement cannot be read and is ignored", "Run `appliance tune` to measure again."
+    ),
+    "tune.wrong": Message(
+        "The result of a golden case is outside the tolerance", "This candidate is not used. Report the table to the central team."
+    ),
+    "tune.not_on": Message("Known by the central team to fail on this runtime", _NOTHING),
+    "tune.no_time": Message("Not measured: no time", "Raise tune_measuring_s or activation_deadline_s and run `appliance tune`."),
+    "volume.no_position": Message("Slices without position, orientation or pixel spacing: no volume", _VOLUME),
+    "volume.too_few_slices": Message(
+        "Too few slices for a volume",
+        "The images are kept and can be viewed, but the volume was not analysed. Check that the series is complete and send all of it again from the scanner; otherwise read it without AI.",
+    ),
+    "volume.missing_slices": Message(
+        "Slices are missing from the series",
+        "The images are kept and can be viewed, but the volume was not analysed. Check that the series is complete and send all of it again from the scanner; otherwise read it without AI.",
+    ),
+    "volume.duplicate_slice": Message("Several slices lie at the same position", _VOLUME),
+    "volume.uneven_spacing": Message("The slices are not evenly spaced", _VOLUME),
+    "volume.scattered": Message("The slices do not lie along one line", _VOLUME),
+    "volume.mixed_orientation": Message("The slices have different orientations", _VOLUME),
+    "volume.mixed_size": Message("The slices differ in size or pixel spacing", _VOLUME),
+    "volume.mixed_kind": Message("The series mixes images of different kinds", _VOLUME),
+    "volume.mixed_acquisition": Message("The series mixes acquisitions (echoes, contrast agent, reconstruction)", _VOLUME),
+    "volume.no_units": Message("The values have no usable unit: the rescale of a CT or PET is incomplete, or a CT is not in HU", _VOLUME),
+    "volume.bad_values": Message("The pixel values, or what the rescale makes of them, are not valid numbers", _VOLUME),
+    "volume.mixed_units": Message("The grey values of the slices mean different things (rescale, units)", _VOLUME),
+    "volume.mixed_scope": Message("The images of the series differ; the model applies to some of them only", _VOLUME),
+    "volume.too_coarse": Message("The slices are farther apart than the model accepts", _VOLUME),
+    "volume.tilt": Message("The gantry tilt is too large or contradicts the slices' positions", _VOLUME),
+    "volume.too_large": Message("The volume is too large for the memory of this box", _VOLUME),
+    "volume.localizer": Message("Scout views of the series were left out of the volume", "View the scout images on their own."),
+    "volume.straightened": Message(
+        "The gantry was tilted; the volume was straightened by the slices' positions", "Check the outline on the original slices."
+    ),
+    "volume.incomplete": Message(
+        "Images may be missing: fewer than the scanner says, or gaps in their numbers",
+        "Volumes may be too small. Check the slices at both ends; if some are missing, send the whole series again.",
+    ),
+    "scope.sequence": Message("The pulse sequence (echo time, repetition time or kind) is outside the model's scope", _ORIGINAL),
+    "scope.image_type": Message("The images are of a kind (derived, projected, computed) that is outside the model's scope", _ORIGINAL),
+    "scope.contrast_agent": Message("A contrast agent was given; that is outside the model's scope", _ORIGINAL),
+    "scope.sequence_absent": Message(
+        "The images do not say how they were acquired, so it is not known whether the model was made for them", _ORIGINAL
+    ),
+    "assume.sequence": Message(
+        "The images do not say how they were acquired; treated as the sequence the model was made for", "Check which sequence it is."
+    ),
+    "caution.contrast_agent": Message("A contrast agent was given; the measurement may be less exact", "Use it with care."),
+    "caution.sequence_unverified": Message(
+        "The model does not say which pulse sequences it was made for; this was not checked",
+        "Check that the sequence is one the model was made for.",
+    ),
+    "caution.cropped": Message(
+        "Tissue lies outside the field that the model analyses; it was not measured",
+        "The figures may be too small; compare them with the slices.",
+    ),
+    "settings.invalid": Message("The settings are invalid", "Correct the settings named; `appliance settings` explains each."),
+    "settings.missing": Message("There is no such folder or settings file", "Check --data-dir; for a new box make the folder first."),
+    "audit.broken": Message(
+        "The audit chain is broken: an entry was changed or removed", "Tell the security administrator at once and leave the disk as it is."
+    ),
+    "box.busy": Message("Another program is using this data directory", "Stop it first, or use another --data-dir."),
+    "box.none": Message("There is no box in this folder", "Check --data-dir: it should hold box.sqlite3. Nothing was written."),
+    "account.wrong_password": Message("The current password is wrong", "Type it again."),
+    "account.weak_password": Message(
+        "The new password is too weak: at least 8 characters, other than the old one and the user name", "Choose another one."
+    ),
+    "assume.body_part": Message("No body part is stated; treated as a chest", "Check that the image shows a chest."),
+    "assume.view": Message("No view is stated; treated as frontal", "Check that the image is a frontal view."),
+    "caution.age_unknown": Message(
+        "The patient's age is unknown, so it is not known whether the model was trained for it", "Use the score with care."
+    ),
+    "caution.age_outside": Message(
+        "The patient's age is outside the range most of the training pictures came from; accuracy may be lower", "Use the score with care."
+    ),
+    "caution.photograph": Message(
+        "The image is a photographed film or plain picture; accuracy may be lower", "Use the original DICOM image where there is one."
+    ),
+    "caution.view_from_form": Message("The view was stated by the person who uploaded it", "Check it."),
+    "caution.missing_uid": Message("The image lacks its study or series UID; it is kept as a study of its own", "Check patient and study."),
+    "caution.patient_mismatch": Message("The same study UID came with other patient data; kept apart", "Check the patient's identity."),
+}
+# fmt: on
+register("appliance", _CODES)
