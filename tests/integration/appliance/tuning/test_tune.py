@@ -47,7 +47,7 @@ def bundle(tmp_path: Path) -> Path:
 def no_child_is_left() -> Iterator[None]:
     """Whatever was tried, its process is gone."""
     yield
-    assert not children_running("attempt_child")
+    assert not children_running("candidate_child")
 
 
 def measured(bundle: Path, precision: str | None = None, limits: Limits = QUICK, **options: Any) -> Selection:
@@ -109,7 +109,7 @@ def test_a_candidate_that_dies_is_out_and_the_others_go_on(bundle: Path) -> None
 
     def kill() -> None:
         while not stop.is_set():
-            for child in children_running("attempt_child"):
+            for child in children_running("candidate_child"):
                 with suppress(psutil.NoSuchProcess):
                     if time.time() - child.create_time() > 3.0 and child.cpu_times().user > 1.0:
                         child.send_signal(11)

@@ -27,7 +27,7 @@ LIMITS = Limits(seconds=200.0, measuring_s=60.0)
 
 def running() -> list[psutil.Process]:
     """The candidates' processes."""
-    return children_running("attempt_child")
+    return children_running("candidate_child")
 
 
 @pytest.fixture(autouse=True)
