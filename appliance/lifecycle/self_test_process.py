@@ -59,6 +59,7 @@ class SelfTestProcess(Child):
         self._deadline_s = deadline_s
         self._unhandled: list[dict[str, Any]] = []
         self._has_ended = False
+        self._phase = ActivationState.STAGED
 
     def poll(self, on_progress: Callable[[ActivationState, float], None]) -> SelfTestReport | None:
         """Handle what the process reported since the last call; never waits.
@@ -81,10 +82,11 @@ class SelfTestProcess(Child):
                 raise ActivationError(message["failed"]["code"], printable_text(message["failed"]["detail"], _DETAIL_CHARS))
             if "result" in message:
                 return SelfTestReport.from_json(message["result"])
-            on_progress(ActivationState(message["state"]), float(message["progress"]))
+            self._phase = ActivationState(message["state"])
+            on_progress(self._phase, float(message["progress"]))
             self._unhandled.pop(0)
         if not self._has_ended and self.late():
-            raise ActivationError("activation.deadline", f"more than {self._deadline_s:.0f} s")
+            raise ActivationError("activation.deadline", f"more than {self._deadline_s:.0f} s in {self._phase.value}")
         return None
 
     @property

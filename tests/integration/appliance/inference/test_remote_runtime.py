@@ -668,7 +668,7 @@ def test_on_another_device_the_plain_way_is_held_against_the_golden_cases_too(tm
     ModelSession._check_golden_cases = off  # type: ignore[method-assign]
     try:
         with pytest.raises(InferenceError, match=r"tune\.wrong"):
-            ModelSession(store.settings, made, Plan.of(None, report | {"profile": "another device"}))
-        ModelSession(store.settings, made, Plan.of(None, report)).close()  # measured here: not asked again
+            ModelSession(store.settings, made, Plan.of(None, SelfTestReport.from_json(report | {"profile": "another device"})))
+        ModelSession(store.settings, made, Plan.of(None, SelfTestReport.from_json(report))).close()  # measured here: not asked again
     finally:
         ModelSession._check_golden_cases = lying  # type: ignore[method-assign]

@@ -118,7 +118,7 @@ def test_too_little_memory_fails_the_job_not_the_box(settings: Settings) -> None
     view = worklist.instance(big)
     assert view.state is ScanState.FAILED
     assert view.reason
-    assert view.reason.code in ("job.memory", "job.crashed")
+    assert view.reason.code in ("job.memory", "job.memory_input", "job.crashed")
 
 
 def test_blank_saturated_lateral_and_other_modalities_are_told_apart(settings: Settings) -> None:
