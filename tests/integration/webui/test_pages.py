@@ -85,7 +85,7 @@ def test_r38_a_finding_comes_with_all_that_it_rests_on(box: Box) -> None:
         "en": (
             "Not for sole diagnosis", "Pneumonia", "Above threshold", "0.987", "0.366", "95.2%", "95% CI 92.9% to 96.8%", "93.2%",
             "a set of pictures", "cxr-pneumonia 0.1.0", "abababababab", "onnxruntime 1.0 CPU", "FP32", "AI model 41 ms", "Total 1.2 s",
-            "64 years; the model is for 1 to 5", "No view is stated; taken for frontal (PA)", "Demonstration and engineering only",
+            "64 years; the model is for 1 to 5", "No view is stated; treated as frontal (PA)", "Demonstration and engineering only",
             "83 % of the training pictures",
         ),
         "zh": (

@@ -31,7 +31,7 @@ def test_files_written_by_hand(tmp_path: Path, precision: str, tolerance: float,
 
 
 def test_checks_import_with_numpy_alone() -> None:
-    heavy = ("pytest", "pydantic", "onnx", "onnxruntime", "cryptography", "model_sync", "typing_extensions", "tensorrt", "cuda")
+    heavy = ("pytest", "pydantic", "onnx", "onnxruntime", "cryptography", "model_sync.bundle", "typing_extensions", "tensorrt", "cuda")
     check = f"import sys, tests.hardware.gpu_check; print([m for m in {heavy!r} if sys.modules.get(m)])"
     assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 

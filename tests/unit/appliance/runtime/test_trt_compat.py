@@ -199,6 +199,6 @@ def test_bindings_without_their_libraries_are_said(tmp_path: Path, monkeypatch: 
 
 def test_gpu_modules_import_with_numpy_alone() -> None:
     """The portable package for a bare GPU machine has TensorRT, cuda-bindings and NumPy, and nothing else."""
-    heavy = ("pydantic", "onnx", "onnxruntime", "cryptography", "model_sync", "typing_extensions", "tensorrt", "cuda")
+    heavy = ("pydantic", "onnx", "onnxruntime", "cryptography", "model_sync.bundle", "typing_extensions", "tensorrt", "cuda")
     check = f"import sys, appliance.runtime.tensorrt; print([m for m in {heavy!r} if sys.modules.get(m)])"
     assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout.strip() == "[]"
