@@ -1,5 +1,5 @@
 """The box: scans in, findings out, offline."""
 
-import appliance.messages  # noqa: F401  (registers the box's codes: whoever raises one can say it)
+import appliance.messages  # noqa: F401  (registers the codes of the box, so that every text can be found)
 
 __version__ = "0.1.0"

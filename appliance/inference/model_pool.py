@@ -1,6 +1,6 @@
 """The models of the worker: each is loaded, loading in the background, or failed with a reason.
 
-The store is told what runs each model and why, so that pages and the report to the centre can show it.
+What runs each model and why is written to the store, where the pages and the report to the centre read it.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class Journal(JournalQueries):
         store: of the box; the connection of the calling thread is used.
 
     Attributes:
-        changes: how many changes this object made; whoever reports the models compares it.
+        changes: how many changes this object made; a report is due when it has grown.
     """
 
     def __init__(self, store: Store) -> None:
