@@ -7,7 +7,6 @@ small; it starts the worker process again when that ends unexpectedly.
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import json
 import logging
 import os
@@ -23,6 +22,7 @@ from gunicorn.app.base import BaseApplication
 from appliance.core.errors import ApplianceError
 from appliance.core.process import die_with_parent, start_logging
 from appliance.core.settings import Settings
+from model_sync.network import is_loopback
 from webui.server import connection_guard
 
 if TYPE_CHECKING:
@@ -110,16 +110,6 @@ class QuietLogger:
 
     def close_on_exec(self) -> None:
         """Nothing to close."""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address to listen on can be reached from this machine alone."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def check(settings: Settings) -> None:
