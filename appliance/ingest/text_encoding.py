@@ -188,4 +188,10 @@ def _with_escapes(raw: bytes, declared: Sequence[str]) -> DecodedText:
     return DecodedText(text.replace("\x1b", ""), is_doubtful=is_left)
 
 
-_ENCODINGS: Final = {_as_utf8: "UTF-8", _as_undeclared_utf8: "UTF-8", _as_utf8_chinese: "UTF-8", _as_gb18030: "GB18030", _as_chinese: "GB18030"}
+_ENCODINGS: Final = {
+    _as_utf8: "UTF-8",
+    _as_undeclared_utf8: "UTF-8",
+    _as_utf8_chinese: "UTF-8",
+    _as_gb18030: "GB18030",
+    _as_chinese: "GB18030",
+}

@@ -9,9 +9,14 @@ from hypothesis import strategies as st
 from appliance.ingest.text_encoding import decode_text
 
 _SURNAMES = "王李张刘陈杨黄赵周吴徐孙马胡朱郭何罗高林郑梁谢唐许冯宋韩邓彭曹曾田萧潘袁蔡蒋余于杜叶程魏苏吕丁沈任姚卢傅钟姜崔谭廖范汪陆金石戴贾韦夏邱方侯邹熊孟秦白江阎薛尹段雷黎史龙陶贺顾毛郝龚邵万钱覃武戚"
-_GIVEN = "伟芳娜秀英敏静丽强磊军洋勇艳杰娟涛明超霞平刚桂珍玉萍红鹏华建国志文斌宇浩凯健俊帆雪婷慧莹鑫淼喆镕堃琪瑶晨曦梓涵轩睿昊嘉怡欣悦思雨诗"
+_GIVEN = (
+    "伟芳娜秀英敏静丽强磊军洋勇艳杰娟涛明超霞平刚桂珍玉萍红鹏华建国志文斌宇浩凯健俊帆雪婷慧莹鑫淼喆镕堃琪瑶晨曦梓涵轩睿昊嘉怡欣悦思雨诗"
+)
 chinese_names = st.builds(
-    lambda surname, given, caret: f"{surname}{caret}{given}", st.sampled_from(_SURNAMES), st.text(_GIVEN, min_size=1, max_size=2), st.sampled_from(["^", ""])
+    lambda surname, given, caret: f"{surname}{caret}{given}",
+    st.sampled_from(_SURNAMES),
+    st.text(_GIVEN, min_size=1, max_size=2),
+    st.sampled_from(["^", ""]),
 )
 _WRONG = [[], [""], ["ISO_IR 6"], ["ISO_IR 100"], ["ISO_IR 192"], ["ISO 2022 IR 100"], ["", "ISO 2022 IR 58"]]
 _LATIN = (
@@ -87,6 +92,9 @@ def test_big5_is_flagged_and_not_guessed() -> None:
     assert decode_text("陳^美玲".encode("big5"), []).is_doubtful
 
 
-@given(st.binary(max_size=64), st.lists(st.sampled_from(["", "ISO_IR 100", "ISO_IR 192", "GB18030", "ISO 2022 IR 58", "nonsense", "ISO_IR 144"]), max_size=3))
+@given(
+    st.binary(max_size=64),
+    st.lists(st.sampled_from(["", "ISO_IR 100", "ISO_IR 192", "GB18030", "ISO 2022 IR 58", "nonsense", "ISO_IR 144"]), max_size=3),
+)
 def test_any_bytes_decode(raw: bytes, declared: list[str]) -> None:
     assert isinstance(decode_text(raw, declared).text, str)
