@@ -22,7 +22,8 @@ _LATIN: Final = ("ISO_IR 100", "ISO 2022 IR 100")
 _ASCII: Final = ("", "ISO_IR 6", "ISO 2022 IR 6")
 # PS3.5 K.2: designates GB 2312 as G1, in which each byte of a character has its highest bit set.
 _GB2312_ESCAPE: Final = b"\x1b$)A"
-_HIGH_RUN: Final = re.compile(rb"[\x80-\xff]+")
+_HIGH_RUN: Final = re.compile("[\x80-\xff]+")
+_LATIN_WORD: Final = re.compile("[A-Za-z\xc0-\xd6\xd8-\xf6\xf8-\xff]+")
 _NAME_DELIMITERS: Final = {0x5E, 0x3D}
 _CJK_RANGES: Final = (
     (0x2010, 0x2027), (0x2030, 0x203B), (0x2160, 0x217F), (0x2460, 0x249B), (0x3001, 0x3015), (0x3400, 0x4DBF), (0x4E00, 0x9FFF),
@@ -82,19 +83,18 @@ def decode_name(raw: bytes) -> str:
 
 
 def is_plausible_latin(raw: bytes) -> bool:
-    """Whether bytes above 127 are what European text has: single ones, or several letters that touch an ASCII letter (Größe)."""
-    for match in _HIGH_RUN.finditer(raw):
-        run = match[0].decode("latin-1")
-        if any("\x80" <= char < "\xa0" for char in run):
-            return False
-        before, after = raw[max(match.start() - 1, 0) : match.start()], raw[match.end() : match.end() + 1]
-        if len(run) > 1 and not (all(map(_is_latin_letter, run)) and (before.isalpha() or after.isalpha())):
-            return False
-    return True
+    """Whether bytes above 127 are what European text has: single ones, or several in a word with ASCII letters too (Größe)."""
+    text = raw.decode("latin-1")
+    if any("\x80" <= char < "\xa0" for char in text):
+        return False
+    return all(len(match[0]) == 1 or _is_in_latin_word(text, match) for match in _HIGH_RUN.finditer(text))
 
 
-def _is_latin_letter(char: str) -> bool:
-    return char >= "\xc0" and char.isalpha()
+def _is_in_latin_word(text: str, run: re.Match[str]) -> bool:
+    """Whether a run of characters above 127 is part of a word with ASCII letters, in capitals, small letters or capitalised."""
+    word = next((match[0] for match in _LATIN_WORD.finditer(text) if match.end() > run.start()), "")
+    has_ascii = any(char.isascii() for char in word)
+    return run[0] in word and has_ascii and (word.islower() or word.isupper() or word.istitle())
 
 
 def _first_of(raw: bytes, *decoders: _Decoder, own: str, fallback: str = "utf-8") -> DecodedText:
@@ -188,7 +188,7 @@ def _with_escapes(raw: bytes, declared: Sequence[str]) -> DecodedText:
     return DecodedText(text.replace("\x1b", ""), is_doubtful=is_left)
 
 
-_ENCODINGS: Final = {
+_ENCODINGS: Final[dict[_Decoder, str]] = {
     _as_utf8: "UTF-8",
     _as_undeclared_utf8: "UTF-8",
     _as_utf8_chinese: "UTF-8",
