@@ -1,4 +1,4 @@
-"""The report of a self-test as it is stored with a model and with its activation (columns ``self_test``)."""
+"""The report of a self-test, as it is stored with a model and with its activation (columns ``self_test``)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The states that decide what the box does with models. The values are stored in the database and must not change.
+"""The states of models, activations and measurements; those of images and jobs are in :mod:`appliance.core.domain`.
 
-The states of scans and jobs are in :mod:`appliance.core.domain`.
+Their values are stored in the database and must not change.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
-from appliance.core.files import replace_file
+from model_sync import atomic_files
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _MAX_ENGINE_BYTES: Final = 4 << 30
 _ENGINE: Final = ".engine"
 _TIMINGS: Final = ".timings"
 _NAME: Final = re.compile(r"([0-9a-f]{16})-[0-9a-f]{16}\.(?:engine|compiled)")
-_PART: Final = re.compile(r".*\.part")
+_PART: Final = re.compile(r".*\.(?:tmp|part)")  # older versions wrote ``.part``
 _BUILD: Final = re.compile(r"build-\w+")
 _ABANDONED_S: Final = 3600.0  # no write takes this long: a younger file may still be written
 _LOCK_GRACE_S: Final = 60.0  # a build directory exists for a moment before it is locked
@@ -251,7 +251,7 @@ def pack(path: Path, header: dict[str, Any], data: bytes) -> Path:
     digest = hashlib.sha256(head)
     digest.update(data)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    replace_file(path, _MAGIC + len(head).to_bytes(_LENGTH_BYTES, "big") + head + digest.digest(), data)
+    atomic_files.write(path, _MAGIC + len(head).to_bytes(_LENGTH_BYTES, "big") + head + digest.digest(), data, mode=0o600)
     return path
 
 
