@@ -63,6 +63,11 @@ class Child:
         with suppress(OSError):  # more than 64 KiB in one go where the system allows it
             fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, 16 * _CHUNK_BYTES)
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
     def listen(self) -> bool:
         """Append new output to ``output``, at most 4 MiB at a time; returns whether the process has ended and all output was read."""
         if self._process.stdout is None or self._process.stdout.closed:

@@ -49,13 +49,12 @@ def put_model(store: Store, digest: str = "d" * 64) -> None:
 
     manifest = json.loads((reference_bundle() / "manifest.json").read_text("utf-8"))
     manifest["applies_to"] = json.loads(RULE.model_dump_json())
-    store.switch_model(
-        {
-            "digest": digest, "name": "m", "version": "1.0.0", "directory": "models/m", "manifest": json.dumps(manifest),
-            "precision": "fp32", "runtime": "onnxruntime", "self_test": "{}",
-        },
-        "test",
-    )  # fmt: skip
+    values = {
+        "digest": digest, "name": "m", "version": "1.0.0", "directory": "models/m", "manifest": json.dumps(manifest),
+        "precision": "fp32", "runtime": "onnxruntime", "self_test": "{}",
+    }  # fmt: skip
+    with store.database.transaction() as tx:
+        store.switch_within(tx, values, "test")
 
 
 def test_scan_reads_back_byte_for_byte(store: Store) -> None:
