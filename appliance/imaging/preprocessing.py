@@ -1,8 +1,8 @@
 """Convert the pixels of an image to the input tensor of a model, by the steps of the manifest's ``InputSpec``. Pure functions.
 
 The reference is the pipeline that a model card describes (display image, pad to a square, resize by Pillow, divide by 255). These steps
-give the same numbers. They are fast because values are looked up, not computed (see ``greyscale``), and because pixels have 8 bits
-until the image is as small as the input of the model: 2048 x 2048 pixels of 16 bits take 12 ms on one core.
+give the same numbers. Values are looked up, not computed (see ``greyscale``), and pixels have 8 bits until the image is as small as the
+input of the model: 2048 x 2048 pixels of 16 bits take 12 ms on one core.
 
 Images with non-square pixels are padded and resized so that pixels are square in the tensor and anatomy keeps its shape.
 """
@@ -114,10 +114,7 @@ def from_display(pixels: NDArray[np.uint8], input_spec: InputSpec) -> PreparedIn
 
 
 def display_image(ds: Dataset, values: NDArray[Any], input_spec: InputSpec, frame: int = 0) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
-    """Convert a frame to the image that a person would see, by the display steps of the pipeline.
-
-    Returns:
-        uint8 [rows, columns], and a description of the steps.
+    """Convert a frame to the image that a person would see: uint8 [rows, columns], and a description of the steps.
 
     Raises:
         PixelError: the transformations in the header are invalid, or the palette cannot be read.

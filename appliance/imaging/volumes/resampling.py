@@ -29,7 +29,7 @@ def rectangular_grid(grid: Grid, spacing_mm: tuple[float, float, float]) -> Grid
     Its axes are those of ``grid``. Of a sheared grid the two axes within the slices stay, and the third becomes normal to them.
     """
     directions = grid.steps / grid.spacing
-    # The right angles do not tell which axis is sheared: a tilted gantry leaves two of them, and rounding would decide.
+    # The angles do not show which axis is sheared: a tilted gantry leaves two right angles, and rounding would decide.
     third = grid.through
     first, second = (axis for axis in range(3) if axis != third)
     normal = np.cross(directions[:, first], directions[:, second])

@@ -1,8 +1,8 @@
 """Sliding-window inference: overlapping windows of the model's size, and a weighted mean of the outputs.
 
 The output at the border of a window lacks context; the weights make it count little where another window has the voxel near its centre.
-For a fully convolutional network with windows that overlap by twice its receptive field, voxels farther from all borders than the
-receptive field get the output of one pass over the whole volume.
+If a fully convolutional network has windows that overlap by twice its receptive field, voxels farther from all borders than the receptive
+field get the same output as from one pass over the complete volume.
 """
 
 from __future__ import annotations
