@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Final, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from appliance.core.errors import InferenceError
 
@@ -36,8 +39,10 @@ class Candidate:
     file: str
     precision: str
     provider: str = CPU
-    threads: int = 0
-    batch: int = 1
+    threads: Annotated[int, Field(ge=0, le=_MAX)] = 0
+    batch: Annotated[int, Field(ge=1, le=_MAX)] = 1
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
     @property
     def cores(self) -> int:
@@ -60,18 +65,10 @@ class Candidate:
         Raises:
             InferenceError: ``job.error``: the value is invalid, or a number is out of range.
         """
-        if not isinstance(value, dict) or set(value) != {item.name for item in fields(cls)} or not _is_valid(value):
-            raise InferenceError("job.error", "the stored choice of a runtime cannot be read")
-        return cls(**value)
-
-
-def _is_valid(value: dict[str, Any]) -> bool:
-    words, numbers = (value["file"], value["precision"], value["provider"]), (value["threads"], value["batch"])
-    if value["runtime"] not in RUNTIMES or not all(isinstance(word, str) for word in words):
-        return False
-    if any(type(number) is not int for number in numbers):  # a bool is an int in Python
-        return False
-    return bool(0 <= value["threads"] <= _MAX and 1 <= value["batch"] <= _MAX)
+        try:
+            return TypeAdapter(cls).validate_json(json.dumps(value))
+        except ValueError as error:
+            raise InferenceError("job.error", "the stored choice of a runtime cannot be read") from error
 
 
 def baseline_candidate(variant: Variant, threads: int = 0) -> Candidate:

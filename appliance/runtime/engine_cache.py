@@ -1,9 +1,9 @@
 """Cache of the engines that TensorRT built on this box; each belongs to one GPU, one driver and one version of TensorRT.
 
 A file has eight bytes of magic, the length of a JSON header, the header, the SHA-256 of header and engine, and the engine. Its name
-comes from the model and the build settings; the header says which box it is for. An engine for another GPU, driver or TensorRT, and an
-incomplete or changed file, is built again, and the reason goes to the result and the log: TensorRT crashes when it reads an incomplete
-engine. The timings of a build are kept in files of the same format.
+comes from the model and the build settings; the header says which box it is for. If that is another GPU, driver or TensorRT, or if the
+file is incomplete or changed, the engine is built again, and the reason goes to the result and the log: TensorRT crashes when it reads an
+incomplete engine. The timings of a build are stored in files of the same format.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from model_sync import atomic_files
 
@@ -72,22 +74,24 @@ class EngineProfile:
     level: int
     onnx_sha256: str
 
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
     @property
     def key(self) -> str:
         """Cache key: SHA-256 over all fields, as 64 hex digits."""
-        return _digest(asdict(self))
+        return digest_of(asdict(self))
 
     @property
     def file_name(self) -> str:
         """File name from model and build settings but not from the box, so that the engine of an old driver is replaced."""
-        settings = _digest({"precision": self.precision, "batch": self.batch, "shape": self.shape, "level": self.level})
+        settings = digest_of({"precision": self.precision, "batch": self.batch, "shape": self.shape, "level": self.level})
         return f"{self.onnx_sha256[:16]}-{settings[:16]}{_ENGINE}"
 
     @property
     def timings_name(self) -> str:
         """File name of the timings, which depend on GPU and TensorRT but not on the model."""
         box = {"gpu": self.gpu, "capability": self.compute_capability, "tensorrt": self.tensorrt, "driver": self.driver}
-        return f"{_digest(box)[:16]}{_TIMINGS}"
+        return f"{digest_of(box)[:16]}{_TIMINGS}"
 
     def to_json(self) -> dict[str, Any]:
         """The profile as it is stored in a header."""
@@ -96,16 +100,10 @@ class EngineProfile:
     @classmethod
     def from_json(cls, value: Any) -> EngineProfile:
         """Read what ``to_json`` wrote; raises ValueError when the value is no profile."""
-        if not isinstance(value, dict) or set(value) != {item.name for item in fields(cls)}:
-            raise ValueError("no engine profile")
-        shape = value["shape"]
-        numbers = [value["batch"], value["level"], *(shape if isinstance(shape, list) else [None])]
-        if not all(type(number) is int for number in numbers):
-            raise ValueError("no engine profile")
-        words = {name: value[name] for name in value if name not in ("batch", "level", "shape")}
-        if not all(isinstance(word, str) for word in words.values()):
-            raise ValueError("no engine profile")
-        return cls(**words, batch=value["batch"], level=value["level"], shape=tuple(shape))
+        try:
+            return TypeAdapter(cls).validate_json(json.dumps(value))
+        except ValidationError as error:
+            raise ValueError("no engine profile") from error
 
     def describe_change(self, before: EngineProfile) -> str:
         """Describe the first difference from the profile of an earlier engine; empty when there is none."""
@@ -132,12 +130,7 @@ class CacheEntry:
 
 
 def read(cache: Path, profile: EngineProfile) -> CacheEntry:
-    """Look up the engine of a model for this box; never raises an error because of the content of a file.
-
-    Args:
-        cache: the directory.
-        profile: what the engine must have been built for.
-    """
+    """Look up the engine of a model for this box; never raises an error because of the content of a file."""
     path = cache / profile.file_name
     try:
         header, data = unpack(path)
@@ -241,7 +234,8 @@ def _reject(path: Path, why: str) -> CacheEntry:
     return CacheEntry(b"", why)
 
 
-def _digest(value: Any) -> str:
+def digest_of(value: Any) -> str:
+    """The SHA-256 of a JSON value, as 64 hex digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

@@ -8,7 +8,6 @@ numbers of threads and images; of each ONNX file only the four compiled models t
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import mmap
 import os
@@ -45,7 +44,7 @@ class CompiledModelEntry:
     @property
     def file_name(self) -> str:
         """File name from model and settings but not from the box, so that the file of an older OpenVINO is replaced."""
-        return f"{self.onnx_sha256[:16]}-{_digest(self.settings)[:16]}{_SUFFIX}"
+        return f"{self.onnx_sha256[:16]}-{engine_cache.digest_of(self.settings)[:16]}{_SUFFIX}"
 
     def read(self, cache: Path) -> bytes:
         """Read the compiled model; empty when there is none that is complete and for this box."""
@@ -91,8 +90,4 @@ def of_file(model_path: Path, settings: dict[str, Any], box: dict[str, Any]) -> 
         if content.find(_EXTERNAL) >= 0:
             return None
         digest = hashlib.sha256(content).hexdigest()
-    return CompiledModelEntry(digest, settings, box | {"instructions": _digest(sorted(instructions()))[:16]})
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return CompiledModelEntry(digest, settings, box | {"instructions": engine_cache.digest_of(sorted(instructions()))[:16]})

@@ -28,8 +28,7 @@ import numpy as np
 
 from appliance.core.errors import InferenceError
 from appliance.runtime import Candidate, OnProgress, TensorSpec
-from appliance.runtime.batch_split import run_in_pieces
-from appliance.runtime.tensors import check_outputs, checked_input
+from appliance.runtime.tensors import DIRECTORY, check_outputs, check_signature, checked_input, describe_adapter, run_in_pieces
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,8 +45,7 @@ _DETAIL_CHARS: Final = 300
 _PREAMBLE: Final = re.compile(
     r"^\[\w+\] |load failed for model '[^']*': (?:version \d+ is at UNAVAILABLE state: )?|(?<=: )\[ONNXRuntimeError\] : "
 )
-_DIRECTORY: Final = re.compile(r"(?<![\w./])/(?:[^\s/\"']+/)+")
-# ONNX element type -> KServe v2's name, and the type of the model's configuration.
+# ONNX element type -> its name in KServe v2 and, after ``TYPE_``, in the configuration of a model.
 _TYPES: Final = {1: "FP32", 10: "FP16", 6: "INT32", 7: "INT64", 9: "BOOL", 2: "UINT8", 3: "INT8"}
 
 
@@ -180,11 +178,9 @@ class TritonRuntime:
         ``version`` is name and version of the server, ``extensions`` its extensions, ``model`` the name of the model there;
         ``leaves_box`` says that the prepared tensor was sent there.
         """
-        return {
-            "runtime": self.name, "version": self.version, "provider": self.provider, "precision": self.precision,
-            "threads": self._candidate.threads,
-            "batch": self._model.batch if self._model else self._candidate.batch, "model": self._model.name if self._model else "",
-            "extensions": list(self._extensions), "leaves_box": True, "sent": "the prepared tensor only, no identifiers",
+        return describe_adapter(self, self._candidate.threads, self._model.batch if self._model else self._candidate.batch) | {
+            "model": self._model.name if self._model else "", "extensions": list(self._extensions), "leaves_box": True,
+            "sent": "the prepared tensor only, no identifiers",
         }  # fmt: skip
 
     def close(self) -> None:
@@ -267,12 +263,9 @@ class _Model:
 
     def check(self, name: str, shape: tuple[int, ...], batch: int) -> None:
         """Compare the input of the file with the manifest; raises InferenceError ``job.error``."""
-        dims = self._inputs[0][2] if len(self._inputs) == 1 else []
-        fits = len(dims) == 1 + len(shape) and all(n in (-1, m) for n, m in zip(dims[1:], shape, strict=True))
-        if [item[:2] for item in self._inputs] != [(name, "FP32")] or not fits:
-            raise InferenceError("job.error", f"the model takes {self._inputs}, the manifest says {name!r} FP32 {[-1, *shape]}")
-        if self.batch != batch:
-            raise InferenceError("job.error", f"the model reads {self.batch} image at once, not {batch}")
+        names = ", ".join(item[0] for item in self._inputs)
+        kind, dims = self._inputs[0][1:] if self._inputs else ("", [])
+        check_signature(names, [None if n == -1 else n for n in dims], kind, name, shape, batch)
 
     def config(self) -> str:
         """Return the complete configuration (backend ONNX Runtime, inputs, outputs), so that the server guesses nothing."""
@@ -338,7 +331,7 @@ def _answer(result: Any, model: _Model) -> dict[str, NDArray[Any]]:
 def _shorten(error: Exception) -> str:
     """Return the message of the server without its preamble and its directories."""
     text = _PREAMBLE.sub("", " ".join(str(error).split()))
-    return _DIRECTORY.sub("", text)[:_DETAIL_CHARS]
+    return DIRECTORY.sub("", text)[:_DETAIL_CHARS]
 
 
 def _tritonclient() -> Any:

@@ -2,8 +2,7 @@
 
 ``build`` starts ``python -m appliance.runtime.trt_build`` with a request on the command line and reads its JSON lines: progress, messages
 of TensorRT, and the result. A build that exceeds its deadline is killed. A crash is reported with the last message of TensorRT. If the
-memory of the GPU is too small, the build is tried once more with half the batch and a fourth of the scratch memory. Engine and timings
-go to the cache (:mod:`appliance.runtime.engine_cache`); timings are merged under a lock.
+memory of the GPU is too small, the build is tried once more with half the batch and a fourth of the scratch memory.
 """
 
 from __future__ import annotations
@@ -19,16 +18,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
+
+from pydantic import TypeAdapter
 
 from appliance.core.child_process import Child, printable_text
 from appliance.core.errors import ApplianceError, InferenceError
 from appliance.core.process import die_with_parent, limit_memory
-from appliance.runtime import engine_cache
+from appliance.runtime import OnProgress, engine_cache
 from appliance.runtime.cuda import Cuda
 from appliance.runtime.engine_cache import EngineProfile
+from appliance.runtime.tensors import check_signature
 from appliance.runtime.trt_compat import Messages, ParseError, TrtCompat, find
 
 logger = logging.getLogger(__name__)
@@ -48,8 +50,6 @@ _NO_TACTIC: Final = re.compile(r"could not find any implementation", re.I)
 _TACTIC_TOO_LARGE: Final = re.compile(r"insufficient (?:memory|to use tactic)|memory is insufficient|Device request: ", re.I)
 
 _CODES: Final = ("job.error", "runtime.build", "runtime.memory", "runtime.unavailable")
-
-OnProgress = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,12 @@ class BuildRequest:
 
     def to_text(self) -> str:
         """The request as a command line argument."""
-        value = asdict(self) | {"model": str(self.model), "cache": str(self.cache), "profile": self.profile.to_json()}
-        return json.dumps(value)
+        return TypeAdapter(BuildRequest).dump_json(self).decode()
 
     @classmethod
     def from_text(cls, text: str) -> BuildRequest:
         """Read what ``to_text`` wrote."""
-        value = json.loads(text)
-        paths = {"model": Path(value["model"]), "cache": Path(value["cache"])}
-        return cls(**value | paths | {"profile": EngineProfile.from_json(value["profile"])})
+        return TypeAdapter(cls).validate_json(text)
 
 
 def build(request: BuildRequest, *, deadline_s: float = DEADLINE_S, on_progress: OnProgress | None = None) -> dict[str, Any]:
@@ -112,7 +109,8 @@ def build(request: BuildRequest, *, deadline_s: float = DEADLINE_S, on_progress:
     except InferenceError as error:
         if error.code != "runtime.memory":
             raise
-        smaller = _reduce(request)
+        profile = replace(request.profile, batch=max(1, request.profile.batch // 2))
+        smaller = replace(request, profile=profile, workspace_part=request.workspace_part * _SMALLER_WORKSPACE)
         logger.warning("not enough memory to build with batch %d, trying %d", request.profile.batch, smaller.profile.batch)
         try:
             return _run_builder(smaller, ends, deadline_s, on_progress, keep_as=request.profile)
@@ -122,11 +120,6 @@ def build(request: BuildRequest, *, deadline_s: float = DEADLINE_S, on_progress:
             if second.code != "runtime.memory":
                 raise
             raise InferenceError("runtime.memory", f"{second.detail}; with batch {smaller.profile.batch} too") from second
-
-
-def _reduce(request: BuildRequest) -> BuildRequest:
-    profile = replace(request.profile, batch=max(1, request.profile.batch // 2))
-    return replace(request, profile=profile, workspace_part=request.workspace_part * _SMALLER_WORKSPACE)
 
 
 def _run_builder(
@@ -250,7 +243,7 @@ def _redirect_output() -> Callable[[dict[str, Any]], None]:
 
 def _build(request: BuildRequest, directory: Path, send: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     cuda = Cuda()
-    cuda.gpu(request.gpu)  # before TensorRT is touched: 8.6 dies of a segmentation fault where there is no GPU
+    cuda.gpu(request.gpu)  # before TensorRT is used: 8.6 has a segmentation fault when there is no GPU
     free = cuda.free_bytes()
     workspace = max(_MIN_WORKSPACE_BYTES, min(_MAX_WORKSPACE_BYTES, int(free * request.workspace_part)))
     compat = find()
@@ -300,17 +293,10 @@ def fixed_batch(network: Any, request: BuildRequest) -> int | None:
         InferenceError: ``job.error``: the file has another input than the manifest.
     """
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
-    names = [item.name for item in inputs]
-    if names != [request.input_name]:
-        raise InferenceError("job.error", f"the model's inputs are {names}, the manifest says {request.input_name!r}")
-    shape = tuple(inputs[0].shape)
-    wanted = request.profile.shape
-    fits = len(shape) == 1 + len(wanted) and all(n in (-1, m) for n, m in zip(shape[1:], wanted, strict=True))
-    if not fits:
-        raise InferenceError("job.error", f"the model takes {list(shape)}, the manifest says {[-1, *wanted]}")
-    if shape[0] not in (-1, request.profile.batch):
-        raise InferenceError("job.error", f"the model reads {shape[0]} image at once, not {request.profile.batch}")
-    return None if shape[0] == -1 else int(shape[0])
+    shape = [None if n == -1 else int(n) for n in inputs[0].shape] if inputs else []
+    profile = request.profile
+    check_signature(", ".join(item.name for item in inputs), shape, "f32", request.input_name, profile.shape, profile.batch)
+    return shape[0]
 
 
 def explain_parse(errors: list[ParseError], messages: Messages) -> InferenceError:

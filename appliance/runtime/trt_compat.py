@@ -83,11 +83,13 @@ class TrtCompat:
         self.version = str(trt.__version__)
         numbers = tuple(int(number) for number in re.findall(r"\d+", self.version)[:2])
         if numbers < OLDEST:
-            raise InferenceError("runtime.unavailable", f"TensorRT {self.version} is older than 8.6, the oldest this box speaks")
+            raise InferenceError(
+                "runtime.unavailable", f"TensorRT {self.version} is older than 8.6, the oldest supported version"
+            )
         self.major = numbers[0]
         self._timings: Any = None  # referenced here: a configuration may keep only a raw pointer
         if self.major > NEWEST_KNOWN:
-            logger.warning("TensorRT %s is newer than any this box was written for; spoken to as %d", self.version, NEWEST_KNOWN)
+            logger.warning("TensorRT %s is newer than the versions that this box was tested with; used as %d", self.version, NEWEST_KNOWN)
 
     @property
     def strongly_typed(self) -> bool:
@@ -101,28 +103,19 @@ class TrtCompat:
 
     @property
     def title(self) -> str:
-        """Which TensorRT was found and how it is spoken to, for the log."""
+        """The installed TensorRT and how it is used, for the log."""
         typing = "strongly typed" if self.strongly_typed else "precision by builder flags"
         return f"TensorRT {self.version}, {typing}, {'progress monitor' if self.has_progress else 'no progress monitor'}"
 
-    @property
-    def takes_int8_constants(self) -> bool:
-        """Whether the ONNX parser reads int8 weights; before 10 they have to stand as float32 before a QuantizeLinear."""
-        return self.major >= _STRONGLY_TYPED_SINCE
-
     def parse(self, parser: Any, model: Path) -> bool:
-        """Parse a file with an ``OnnxParser``, after rewriting weights that this version would refuse."""
-        rewritten = None if self.takes_int8_constants else with_float_weights(model)
+        """Parse a file with an ``OnnxParser``; before version 10 int8 weights, which it refuses, are rewritten."""
+        rewritten = None if self.strongly_typed else with_float_weights(model)
         return bool(parser.parse_from_file(str(model)) if rewritten is None else parser.parse(rewritten))
 
     def network_flags(self) -> int:
         """Return the flags of ``Builder.create_network``: explicit batch, and strong typing if it is not the default."""
         flags = self.trt.NetworkDefinitionCreationFlag.__members__
-        wanted = []
-        if self.major < _ALWAYS_STRONG_SINCE:
-            wanted.append("EXPLICIT_BATCH")
-            if self.strongly_typed:
-                wanted.append("STRONGLY_TYPED")
+        wanted = ("EXPLICIT_BATCH", *(("STRONGLY_TYPED",) if self.strongly_typed else ())) if self.major < _ALWAYS_STRONG_SINCE else ()
         return sum(1 << int(flags[name]) for name in wanted if name in flags)
 
     def builder_flags(self, precision: str) -> tuple[str, ...]:
@@ -336,12 +329,12 @@ class BuildPhases:
         self._best = 0.0
 
     def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-        """Handle the begin of a phase."""
+        """Handle the start of a phase."""
         self._steps[phase_name] = [0, max(1, int(num_steps))]
         self._parents[phase_name] = parent_phase or ""
 
     def step_complete(self, phase_name: str, step: int) -> bool:
-        """Handle the end of a step; returning True lets the build go on."""
+        """Handle the end of a step; returns True, so that the build continues."""
         if phase_name in self._steps:
             self._steps[phase_name][0] = int(step) + 1
             self._report()
