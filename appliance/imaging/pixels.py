@@ -51,11 +51,7 @@ def frame_count(ds: Dataset) -> int:
 
 
 def decode_frame(ds: Dataset, index: int = 0) -> Frame:
-    """Decode one frame.
-
-    Args:
-        ds: the image, with its file meta group.
-        index: which frame, from 0.
+    """Decode one frame of an image that has its file meta group.
 
     Returns:
         [rows, columns] or [rows, columns, 3] in native byte order, of the type that the header implies; read-only when it is a
@@ -72,11 +68,7 @@ def decode_frame(ds: Dataset, index: int = 0) -> Frame:
 
 
 def iter_frames(ds: Dataset, *, only: int | None = None) -> Iterator[Frame]:
-    """Decode all frames one after the other, with only one in memory.
-
-    Args:
-        ds: the image, with its file meta group.
-        only: decode only this frame.
+    """Decode all frames, or ``only`` that one, with one frame in memory at a time.
 
     Raises:
         PixelError: as ``decode_frame``, or when frames are missing.

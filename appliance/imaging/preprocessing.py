@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from PIL import Image
 
-from appliance.core.domain import Note
 from appliance.core.errors import InferenceError
 from appliance.imaging.display_frame import eight_bits, palette_rgb
 from appliance.imaging.greyscale import display_grey, grey_header, pixel_aspect
@@ -66,10 +65,6 @@ class Geometry:
         """Map a point of the image to the model's input."""
         return x * self.scale_x + self.pad_x, y * self.scale_y + self.pad_y
 
-    def to_image(self, x: float, y: float) -> tuple[float, float]:
-        """Map a point of the model's input to the image; a point of the padding lies outside the image."""
-        return (x - self.pad_x) / self.scale_x, (y - self.pad_y) / self.scale_y
-
 
 @dataclass(frozen=True)
 class PreparedInput:
@@ -79,25 +74,17 @@ class PreparedInput:
         tensor: float32 [1, channels, height, width].
         display: uint8 [rows, columns], the display image in the original pixel grid.
         geometry: mapping between image and tensor.
-        steps: description of the steps, for the record.
-        assumptions: notes that a person must see.
+        steps: description of the steps.
     """
 
     tensor: NDArray[np.float32]
     display: NDArray[np.uint8]
     geometry: Geometry
     steps: tuple[str, ...]
-    assumptions: tuple[Note, ...] = ()
 
 
 def to_tensor(ds: Dataset, input_spec: InputSpec, frame: int = 0, pixels: NDArray[Any] | None = None) -> PreparedInput:
-    """Prepare one frame of an image.
-
-    Args:
-        ds: the image.
-        input_spec: the manifest's pixel pipeline.
-        frame: which frame.
-        pixels: the values of the frame where it is decoded already.
+    """Prepare one frame of an image; ``pixels`` are its values where they are decoded already.
 
     Raises:
         PixelError: the frame cannot be decoded, or its header is invalid.
@@ -215,12 +202,9 @@ class QualityVerdict:
 def check_quality(display: NDArray[np.uint8]) -> QualityVerdict:
     """Check whether an image is blank, saturated or too small for an analysis.
 
-    It is measured on a copy reduced by averaging to at least 128 pixels a side, so that noise is not taken for content. The thresholds
-    leave a wide margin to real images: of 6,769 training and 139 test chest X-rays the smallest spread between the 2nd and
-    the 98th percentile is 55 grey levels, the greatest roughness 0.19, the largest share of black and white pixels 0.59.
-
-    Args:
-        display: uint8 [rows, columns] as displayed.
+    The image, uint8 [rows, columns] as displayed, is first reduced by averaging to at least 128 pixels a side, so that noise is not taken
+    for content. The thresholds leave a wide margin to real images: of 6,769 training and 139 test chest X-rays the smallest spread between
+    the 2nd and the 98th percentile is 55 grey levels, the greatest roughness 0.19, the largest share of black and white pixels 0.59.
     """
     side = min(display.shape)
     small = np.asarray(Image.fromarray(display).reduce(max(1, side // _QUALITY_SIDE))).astype(np.float32)

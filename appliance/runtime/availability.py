@@ -1,6 +1,6 @@
 """Finds out which runtimes can run on this box, and why the others cannot.
 
-Each runtime is searched without an import, then imported in a process of its own: libraries that were built for another driver, C library
+Each runtime that is installed is imported in a process of its own: libraries that were built for another driver, C library
 or processor often crash instead of raising an exception. This takes half a second if all are installed, and loads no model.
 """
 
@@ -54,11 +54,7 @@ class Availability:
 
 
 def available(triton_url: str | None = None) -> tuple[Availability, ...]:
-    """List every known runtime with the providers it can use on this box. Does not check whether a Triton server answers.
-
-    Args:
-        triton_url: address of a Triton server, as configured.
-    """
+    """List every known runtime with the providers it can use on this box; does not check whether the Triton server answers."""
     return tuple(_triton(triton_url) if runtime == "triton" else _probe(runtime) for runtime in RUNTIMES)
 
 

@@ -210,20 +210,18 @@ def _is_abandoned(path: Path) -> bool:
 def sweep(cache: Path, keep_onnx: Collection[str]) -> list[str]:
     """Remove the engines of models that are not installed any more, and incomplete files of killed builds.
 
-    Args:
-        cache: the directory.
-        keep_onnx: SHA-256 of the ONNX files of the models that stay.
+    ``keep_onnx`` are the SHA-256 digests of the ONNX files of the models that stay. Timings stay too: they belong to the GPU.
 
     Returns:
-        The names of the removed files. Timings stay: they belong to the GPU, not to a model.
+        The names of the removed files.
     """
-    kept = {digest[:16] for digest in keep_onnx}
+    installed = {digest[:16] for digest in keep_onnx}
     removed = []
     for path in sorted(cache.iterdir()) if cache.is_dir() else []:
         match = _NAME.fullmatch(path.name)
         with suppress(OSError):  # the next sweep tries again
             is_partial = _PART.fullmatch(path.name) and time.time() - path.stat().st_mtime > _ABANDONED_S
-            if is_partial or (match and match[1] not in kept) or _is_abandoned(path):
+            if is_partial or (match and match[1] not in installed) or _is_abandoned(path):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
                 removed.append(path.name)
     return removed
@@ -258,14 +256,7 @@ def unpack(path: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def parse(content: bytes) -> tuple[dict[str, Any], bytes]:
-    """Parse the content of a file.
-
-    Returns:
-        The header and the data.
-
-    Raises:
-        ValueError: the content has another format, is incomplete, or was changed.
-    """
+    """Parse the content of a file to header and data; raises ValueError when it has another format, is incomplete, or was changed."""
     start = len(_MAGIC) + _LENGTH_BYTES
     if content[: len(_MAGIC)] != _MAGIC or len(content) < start:
         raise ValueError("no engine file")

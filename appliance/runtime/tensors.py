@@ -30,12 +30,7 @@ Layer = tuple[str, str]
 
 
 def checked_input(inputs: dict[str, NDArray[np.float32]], name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Return the only input tensor, contiguous.
-
-    Args:
-        inputs: input name -> tensor.
-        name: the input's name.
-        shape: of one image's tensor.
+    """Return the only input tensor, contiguous; ``shape`` is that of one image's tensor.
 
     Raises:
         InferenceError: ``job.error``: the tensor is not float32 [n, *shape] with n of 1 or more, or there are other inputs.
@@ -146,10 +141,7 @@ def check_precision(precision: str, heavy: Sequence[str], *, quantized: bool = F
 def failure(what: str, text: str, error: BaseException) -> InferenceError:
     """Convert an exception of a runtime: ``runtime.memory`` if its message says so, else ``job.error``.
 
-    Args:
-        what: what was being done.
-        text: the informative part of the message; directories of this machine are removed.
-        error: the exception.
+    ``what`` says what failed; ``text`` is the informative part of the message, from which directories of this machine are removed.
     """
     message = str(error).lower()
     if isinstance(error, MemoryError) or any(words in message for words in _OUT_OF_MEMORY):

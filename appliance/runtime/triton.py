@@ -4,10 +4,10 @@
 the model, which contains no patient data, and for each inference the prepared tensor: pixels that are cropped, resized and scaled for
 the model. No name, identifier, date, DICOM tag or job number is sent.
 
-Under EXPLICIT model control the model is loaded through the repository API, with the file in the request. Its name contains the digest
-of the file, so that only this variant can answer. The box unloads what it loaded. A server that lost the model, after a restart or
-because another box unloaded it, gets it again only with the next ``load``: the server could optimise the file differently, and only a
-load is followed by the golden cases.
+The server needs EXPLICIT model control: the model is loaded through the repository API, with the file in the request. Its name contains
+the digest of the file, so that only this variant can answer. The box unloads what it loaded. A server that lost the model, after a
+restart or because another box unloaded it, gets it again only with the next ``load``: the server could optimise the file differently, and
+the golden cases run only after a load.
 """
 
 from __future__ import annotations
@@ -54,9 +54,7 @@ class TritonRuntime:
 
     Args:
         candidate: ``provider`` is the server's address: ``https://host:port``, ``http://host:port`` or ``host:port``.
-        connect_s: time limit for a connection.
-        answer_s: time limit for an inference.
-        load_s: time limit for loading a model on the server.
+        connect_s: time limit for a connection; ``answer_s`` for an inference, ``load_s`` for loading a model on the server.
     """
 
     name = "triton"
@@ -87,14 +85,7 @@ class TritonRuntime:
         absent = [name for name in _EXTENSIONS if name not in self._extensions]
         if absent:
             raise InferenceError("runtime.unavailable", f"{self.version} at {self.provider} has no {', '.join(absent)}")
-        self._model = model
-        self._load_on_server()
-
-    def _load_on_server(self) -> None:
-        """Load the model on the server unless it is ready, and compare its description with the file."""
-        model = self._model
-        assert model is not None
-        self._is_registered = True
+        self._model, self._is_registered = model, True
         _open_models.enter(self.provider, model.name)
         if not self._request(lambda client: client.is_model_ready(model.name), "the server"):
             files = {"file:1/model.onnx": model.content()}

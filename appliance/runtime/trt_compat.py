@@ -24,6 +24,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -67,11 +68,8 @@ def find() -> TrtCompat:
 class TrtCompat:
     """The interface to the installed version of TensorRT.
 
-    Args:
-        trt: the Python module.
-
     Attributes:
-        trt: the module.
+        trt: the Python module.
         version: of TensorRT ("8.6.0").
 
     Raises:
@@ -83,9 +81,7 @@ class TrtCompat:
         self.version = str(trt.__version__)
         numbers = tuple(int(number) for number in re.findall(r"\d+", self.version)[:2])
         if numbers < OLDEST:
-            raise InferenceError(
-                "runtime.unavailable", f"TensorRT {self.version} is older than 8.6, the oldest supported version"
-            )
+            raise InferenceError("runtime.unavailable", f"TensorRT {self.version} is older than 8.6, the oldest supported version")
         self.major = numbers[0]
         self._timings: Any = None  # referenced here: a configuration may keep only a raw pointer
         if self.major > NEWEST_KNOWN:
@@ -203,11 +199,14 @@ class TrtCompat:
         return layer_types(text, heavy=heavy)
 
 
+@dataclass(frozen=True)
 class ParseError:
     """One error of the ONNX parser: its text, and operator and node if they are known."""
 
-    def __init__(self, text: str, operator: str = "", node: str = "", unsupported: bool = False) -> None:
-        self.text, self.operator, self.node, self.unsupported = text[:_MESSAGE_LENGTH], operator, node, unsupported
+    text: str
+    operator: str = ""
+    node: str = ""
+    unsupported: bool = False
 
     @classmethod
     def of(cls, error: Any) -> ParseError:
@@ -219,15 +218,13 @@ class ParseError:
         operator = str(error.node_operator()) if hasattr(error, "node_operator") else ""
         node = str(error.node_name()) if hasattr(error, "node_name") else ""
         unsupported = "UNSUPPORTED" in str(error.code()) or "No importer registered" in text
-        return cls(text, operator or (match[1] if match else ""), node, unsupported)
+        return cls(text[:_MESSAGE_LENGTH], operator or (match[1] if match else ""), node, unsupported)
 
 
 def layer_types(information: str, *, heavy: bool = False) -> dict[str, int]:
     """Count the layers of an engine by type: that of their weights, or of their first input if they have none.
 
-    Args:
-        information: JSON of ``EngineInspector.get_engine_information``.
-        heavy: count only layers with weights.
+    ``information`` is the JSON of ``EngineInspector.get_engine_information``; with ``heavy`` only layers with weights count.
 
     Returns:
         type ("fp32", "fp16", "int8" ...) -> number of layers; empty if the engine has only the names of its layers.

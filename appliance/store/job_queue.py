@@ -173,10 +173,9 @@ class JobQueue:
 
     def recover_jobs(self) -> int:
         """Return every running job to the queue, whatever its lease: for the worker that holds the worker lock, at its start."""
-        rows = self._database.query("SELECT * FROM jobs WHERE state = 'running'")
-        if rows:
-            with self._database.transaction() as tx:
-                self._release(tx, tx.execute("SELECT * FROM jobs WHERE state = 'running'").fetchall(), time.time())
+        with self._database.transaction() as tx:
+            rows = tx.execute("SELECT * FROM jobs WHERE state = 'running'").fetchall()
+            self._release(tx, rows, time.time())
         return len(rows)
 
     def return_jobs(self, jobs: Collection[Job]) -> None:

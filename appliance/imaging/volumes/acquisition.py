@@ -19,7 +19,7 @@ from appliance.imaging.pixels import frame_count
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
-    from model_sync.bundle import Milliseconds, SequenceRule
+    from model_sync.bundle import SequenceRule
 
 # Enhanced images have flags and words in place of the codes of Scanning Sequence (PS3.3 C.8.13.4).
 _PULSES: Final = {"SPIN": ("SE",), "GRADIENT": ("GR",), "BOTH": ("SE", "GR")}
@@ -98,14 +98,10 @@ def _applies(rule: SequenceRule, frame: Acquisition) -> Verdict:
         if span is not None and value is None:
             absent.append(name)
         elif span is not None and value is not None and not span.low <= value <= span.high:
-            return Verdict(Note("scope.sequence", f"{name} {value:g} ms; {_span(span)}"))
+            return Verdict(Note("scope.sequence", f"{name} {value:g} ms; {span.low:g}-{span.high:g} ms"))
     if frame.contrast_agent and rule.contrast_agent == "out_of_scope":
         return Verdict(Note("scope.contrast_agent"))
     if absent and rule.when_absent == "out_of_scope":
         return Verdict(Note("scope.sequence_absent", ", ".join(absent)))
     notes = [Note("assume.sequence", ", ".join(absent))] if absent else []
     return Verdict(notes=(*notes, *([Note("caution.contrast_agent")] if frame.contrast_agent and rule.contrast_agent else [])))
-
-
-def _span(span: Milliseconds) -> str:
-    return f"{span.low:g}-{span.high:g} ms"

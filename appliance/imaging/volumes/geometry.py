@@ -93,11 +93,7 @@ def closest_axes(steps: Matrix) -> tuple[int, int, int]:
 
 
 def orientation_to(grid: Grid, axes: str) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
-    """How to permute and flip the axes of a volume to orient it like ``axes``.
-
-    Returns:
-        For each new axis the index of the old one, and whether that has to be reversed.
-    """
+    """For each new axis of a volume that is oriented like ``axes``: the index of the old one, and whether that has to be reversed."""
     runs_along = closest_axes(grid.steps)
     order, flips = [], []
     for letter in axes:
