@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
-
-from pydantic import ConfigDict, Field, TypeAdapter
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from appliance.core.errors import InferenceError
 
@@ -39,10 +36,8 @@ class Candidate:
     file: str
     precision: str
     provider: str = CPU
-    threads: Annotated[int, Field(ge=0, le=_MAX)] = 0
-    batch: Annotated[int, Field(ge=1, le=_MAX)] = 1
-
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    threads: int = 0
+    batch: int = 1
 
     @property
     def cores(self) -> int:
@@ -65,10 +60,12 @@ class Candidate:
         Raises:
             InferenceError: ``job.error``: the value is invalid, or a number is out of range.
         """
-        try:
-            return TypeAdapter(cls).validate_json(json.dumps(value))
-        except ValueError as error:
-            raise InferenceError("job.error", "the stored choice of a runtime cannot be read") from error
+        types = {"runtime": str, "file": str, "precision": str, "provider": str, "threads": int, "batch": int}
+        # A bool is an int in Python, so that the types must be the same.
+        is_valid = isinstance(value, dict) and {name: type(item) for name, item in value.items()} == types
+        if not is_valid or value["runtime"] not in RUNTIMES or not (0 <= value["threads"] <= _MAX and 1 <= value["batch"] <= _MAX):
+            raise InferenceError("job.error", "the stored choice of a runtime cannot be read")
+        return cls(**value)
 
 
 def baseline_candidate(variant: Variant, threads: int = 0) -> Candidate:

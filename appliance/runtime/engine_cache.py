@@ -19,11 +19,9 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
-
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from model_sync import atomic_files
 
@@ -74,8 +72,6 @@ class EngineProfile:
     level: int
     onnx_sha256: str
 
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
-
     @property
     def key(self) -> str:
         """Cache key: SHA-256 over all fields, as 64 hex digits."""
@@ -100,10 +96,11 @@ class EngineProfile:
     @classmethod
     def from_json(cls, value: Any) -> EngineProfile:
         """Read what ``to_json`` wrote; raises ValueError when the value is no profile."""
-        try:
-            return TypeAdapter(cls).validate_json(json.dumps(value))
-        except ValidationError as error:
-            raise ValueError("no engine profile") from error
+        types = {item.name: list if item.name == "shape" else int if item.type == "int" else str for item in fields(cls)}
+        is_valid = isinstance(value, dict) and {name: type(item) for name, item in value.items()} == types
+        if not is_valid or not all(type(size) is int for size in value["shape"]):
+            raise ValueError("no engine profile")
+        return cls(**value | {"shape": tuple(value["shape"])})
 
     def describe_change(self, before: EngineProfile) -> str:
         """Describe the first difference from the profile of an earlier engine; empty when there is none."""

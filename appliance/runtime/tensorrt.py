@@ -12,6 +12,7 @@ candidates are measured in a process of their own (:mod:`appliance.tuning.candid
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import tempfile
@@ -31,12 +32,13 @@ from appliance.runtime.cuda import Cuda, Gpu, GpuResources, Transfer
 from appliance.runtime.engine_cache import EngineProfile
 from appliance.runtime.tensors import check_outputs, checked_input, describe_adapter, ran_in, run_in_pieces
 from appliance.runtime.trt_compat import Messages, TrtCompat, find
-from model_sync.bundle import sha256_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
+
+_CHUNK_BYTES: Final = 1 << 20
 
 _PROVIDER: Final = re.compile(r"GPU:(\d{1,3})(?: .*)?")
 _TYPES: Final = {
@@ -127,13 +129,16 @@ class TensorRtRuntime:
         batch = self._candidate.batch
         if not 1 <= batch <= trt_build.MAX_BATCH:
             raise InferenceError("job.error", f"a batch of {batch}; engines are built for 1 to {trt_build.MAX_BATCH}")
+        digest = hashlib.sha256()
         try:
-            digest = sha256_of(model_path)
+            with open(model_path, "rb") as file:
+                while chunk := file.read(_CHUNK_BYTES):
+                    digest.update(chunk)
         except OSError as error:
             raise InferenceError("job.error", f"the model cannot be read: {error.strerror}") from error
         return EngineProfile(
             gpu=gpu.name, compute_capability=gpu.compute_capability, tensorrt=compat.version, driver=self._driver, precision=self.precision,
-            batch=batch, shape=self._shape, level=self._level, onnx_sha256=digest,
+            batch=batch, shape=self._shape, level=self._level, onnx_sha256=digest.hexdigest(),
         )  # fmt: skip
 
     def _open_or_halve_batch(self, cuda: Cuda, compat: TrtCompat, request: trt_build.BuildRequest, on_progress: OnProgress | None) -> None:

@@ -18,11 +18,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
-
-from pydantic import TypeAdapter
 
 from appliance.core.child_process import Child, printable_text
 from appliance.core.errors import ApplianceError, InferenceError
@@ -78,12 +76,14 @@ class BuildRequest:
 
     def to_text(self) -> str:
         """The request as a command line argument."""
-        return TypeAdapter(BuildRequest).dump_json(self).decode()
+        return json.dumps(asdict(self), default=str)
 
     @classmethod
     def from_text(cls, text: str) -> BuildRequest:
         """Read what ``to_text`` wrote."""
-        return TypeAdapter(cls).validate_json(text)
+        value = json.loads(text)
+        paths = {"model": Path(value["model"]), "cache": Path(value["cache"])}
+        return cls(**value | paths | {"profile": EngineProfile.from_json(value["profile"])})
 
 
 def build(request: BuildRequest, *, deadline_s: float = DEADLINE_S, on_progress: OnProgress | None = None) -> dict[str, Any]:
