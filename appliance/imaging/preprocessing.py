@@ -137,12 +137,14 @@ def _prepare(display: NDArray[np.uint8], spec: InputSpec, aspect: float, shown: 
     steps, pad_x, pad_y = list(shown), 0, 0
     padded_h, padded_w = rows, columns
     for step in spec.pipeline[4:]:
+        if isinstance(step, (Letterbox, Resize)) and picture.ndim != 2:
+            raise InferenceError("job.error", "the model's pipeline must letterbox and resize before it normalises")
         if isinstance(step, Letterbox):
             picture, pad_x, pad_y = _letterbox(picture, spec.width / spec.height * aspect, step.fill)
             padded_h, padded_w = picture.shape
             steps.append(f"letterbox {padded_w}x{padded_h}" + (f", pixels {aspect:.3g} times as high as wide" if aspect != 1 else ""))
         elif isinstance(step, Resize):
-            picture = _resize(picture, step)
+            picture = np.asarray(Image.fromarray(picture).resize((step.width, step.height), _FILTERS[step.filter]))
             steps.append(f"resize {step.width}x{step.height} {step.filter}")
         elif isinstance(step, (Scale, Normalise)):
             picture = _normalise(picture, step)
@@ -158,7 +160,6 @@ def _prepare(display: NDArray[np.uint8], spec: InputSpec, aspect: float, shown: 
 
 def _letterbox(picture: NDArray[Any], ratio: float, fill: int) -> tuple[NDArray[Any], int, int]:
     """Pad to ``ratio`` (columns / rows) with the image in the centre; returns also the columns and rows added before it."""
-    _check_two_dimensional(picture)
     rows, columns = picture.shape
     width, height = max(columns, round(rows * ratio)), max(rows, round(columns / ratio))
     left, top = (width - columns) // 2, (height - rows) // 2
@@ -167,16 +168,6 @@ def _letterbox(picture: NDArray[Any], ratio: float, fill: int) -> tuple[NDArray[
     padded = np.full((height, width), fill, picture.dtype)
     padded[top : top + rows, left : left + columns] = picture
     return padded, left, top
-
-
-def _resize(picture: NDArray[Any], step: Resize) -> NDArray[Any]:
-    _check_two_dimensional(picture)
-    return np.asarray(Image.fromarray(picture).resize((step.width, step.height), _FILTERS[step.filter]))
-
-
-def _check_two_dimensional(picture: NDArray[Any]) -> None:
-    if picture.ndim != 2:
-        raise InferenceError("job.error", "the model's pipeline must letterbox and resize before it normalises")
 
 
 def _normalise(picture: NDArray[Any], step: Scale | Normalise) -> NDArray[np.float32]:

@@ -156,11 +156,11 @@ class Database:
             connection.execute("BEGIN IMMEDIATE")
             yield connection
             connection.execute("COMMIT")
-        except sqlite3.Error as error:
-            self._rollback(connection)
-            raise store_error(error) from error
-        except BaseException:
-            self._rollback(connection)
+        except BaseException as error:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            if isinstance(error, sqlite3.Error):
+                raise store_error(error) from error
             raise
         finally:
             if not durable:
@@ -175,11 +175,6 @@ class Database:
         columns, marks = ", ".join(values), ", ".join(f":{name}" for name in values)
         cursor = tx.execute(f"INSERT INTO {table} ({columns}) VALUES ({marks}) {on_conflict}", values)  # noqa: S608
         return int(cursor.lastrowid or 0)
-
-    @staticmethod
-    def _rollback(connection: sqlite3.Connection) -> None:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
 
     def _migrate(self) -> None:
         blocks = migrations()

@@ -120,13 +120,11 @@ class Store:
     @staticmethod
     def _series(tx: sqlite3.Connection, scan: Scan, study_id: int) -> int:
         """Insert or reopen the series of the image; returns its row id."""
-        tx.execute(
-            "INSERT INTO series (study_id, series_instance_uid, modality, series_description, last_received_at) VALUES (?, ?, ?, ?, ?)"
-            " ON CONFLICT (study_id, series_instance_uid) DO UPDATE SET last_received_at = excluded.last_received_at, open = 1",
-            (study_id, scan.series_instance_uid, scan.modality, scan.series_description, time.time()),
-        )
         row = tx.execute(
-            "SELECT id FROM series WHERE study_id = ? AND series_instance_uid = ?", (study_id, scan.series_instance_uid)
+            "INSERT INTO series (study_id, series_instance_uid, modality, series_description, last_received_at) VALUES (?, ?, ?, ?, ?)"
+            " ON CONFLICT (study_id, series_instance_uid) DO UPDATE SET last_received_at = excluded.last_received_at, open = 1"
+            " RETURNING id",
+            (study_id, scan.series_instance_uid, scan.modality, scan.series_description, time.time()),
         ).fetchone()
         return int(row["id"])
 

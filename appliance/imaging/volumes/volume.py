@@ -178,7 +178,9 @@ def _decode(
             if frame not in places:
                 continue
             if values is None:
-                values = _allocate(grid.shape, pixels.dtype if same else np.dtype(np.float32))
+                dtype = pixels.dtype if same else np.dtype(np.float32)
+                _check_stack(grid.shape, dtype.itemsize)  # again: a decoder may return a larger type than the header implies
+                values = np.empty(grid.shape, dtype)
             place = places[frame]
             stored, empty[place] = _replace_padding(pixels, slices[place])
             if same and stored.dtype != values.dtype:
@@ -204,11 +206,6 @@ def _one_rescale(slices: Sequence[SliceHeader]) -> bool:
 def _check_stack(shape: Shape, voxel_bytes: int) -> None:
     if math.prod(shape) * voxel_bytes > MAX_STACK_BYTES:
         raise VolumeError("volume.too_large", f"{shape[0]} slices of {shape[2]} x {shape[1]} pixels")
-
-
-def _allocate(shape: Shape, dtype: np.dtype[Any]) -> NDArray[Any]:
-    _check_stack(shape, dtype.itemsize)  # again: a decoder may return a larger type than the header implies
-    return np.empty(shape, dtype)
 
 
 def _modality(grey: GreyHeader, stored: NDArray[Any]) -> Values:
