@@ -68,7 +68,7 @@ class JobKind(str, Enum):
 
 @dataclass(frozen=True)
 class Note:
-    """A coded remark that goes with a result (assumption, caution, refusal); ``detail`` holds no patient data."""
+    """A coded remark on a result (assumption, caution, refusal); ``detail`` holds no patient data."""
 
     code: str
     detail: str = ""

@@ -59,7 +59,7 @@ def release_memory() -> None:
 
 
 def die_with_parent(signal_number: int = signal.SIGTERM) -> None:
-    """Let the kernel signal this process when its parent dies, so that no orphan keeps a port after the supervisor was killed."""
+    """Let the kernel signal this process when its parent dies, so that no process occupies a port after the supervisor was killed."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal_number)
 
 

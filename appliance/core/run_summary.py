@@ -118,7 +118,7 @@ class RuntimeStatus:
 
 
 def name_of(runtime: str) -> str:
-    """The product name of a runtime; a version after the name is kept."""
+    """The product name of a runtime, with its version where there is one."""
     first, _, rest = runtime.partition(" ")
     return f"{_NAMES.get(first, first)} {rest}".strip()
 

@@ -1,4 +1,4 @@
-"""The golden cases of a bundle, checked through the whole pipeline: from the display image to the probability and its map."""
+"""The golden cases of a bundle, checked through the complete pipeline: from the display image to the probability and its map."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def _probe(runtime: RuntimeName) -> Availability:
     except subprocess.TimeoutExpired:
         return Availability(runtime, "", (), f"did not answer in {_PROBE_S:g} s")
     except OSError as error:
-        return Availability(runtime, "", (), f"could not be asked: {error.strerror}")
+        return Availability(runtime, "", (), f"could not be started: {error.strerror}")
     return _parse_answer(runtime, done.stdout, done.returncode)
 
 
@@ -113,7 +113,7 @@ def _gpus() -> tuple[int, str]:
     count = ctypes.c_int(0)
     error = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
     if error or not count.value:
-        return 0, f"no GPU: CUDA's driver says error {error}"
+        return 0, f"no GPU: CUDA's driver reports error {error}"
     return count.value, ""
 
 

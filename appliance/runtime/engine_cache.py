@@ -2,7 +2,7 @@
 
 A file has eight bytes of magic, the length of a JSON header, the header, the SHA-256 of header and engine, and the engine. Its name
 comes from the model and the build settings; the header says which box it is for. If that is another GPU, driver or TensorRT, or if the
-file is incomplete or changed, the engine is built again, and the reason goes to the result and the log: TensorRT crashes when it reads an
+file is incomplete or changed, the engine is built again, and the result and the log show why: TensorRT crashes when it reads an
 incomplete engine. The timings of a build are stored in files of the same format.
 """
 

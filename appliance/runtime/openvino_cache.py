@@ -2,7 +2,7 @@
 
 The files have the format of :mod:`appliance.runtime.engine_cache`: the digest is verified before OpenVINO reads the file, and the file is
 removed with its model. For another OpenVINO version, processor or settings the model is compiled again. Tuning compiles a model for many
-numbers of threads and images; of each ONNX file only the four compiled models that were used last are kept.
+numbers of threads and images; of each ONNX file only the four compiled models that were used last stay.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from appliance.runtime.cpu_features import instructions
 logger = logging.getLogger(__name__)
 
 _SUFFIX: Final = ".compiled"
-_MOST_KEPT: Final = 4
+_MAX_FILES: Final = 4
 # Protobuf bytes of the key "location", which names the file of an external tensor (onnx.proto, TensorProto.external_data).
 _EXTERNAL: Final = b"\x0a\x08location\x12"
 
@@ -68,11 +68,11 @@ class CompiledModelEntry:
         try:
             engine_cache.pack(cache / self.file_name, self._header(), data)
         except OSError as error:
-            logger.warning("compiled model %s is not kept: %s", self.file_name, error.strerror)
+            logger.warning("compiled model %s is not stored: %s", self.file_name, error.strerror)
             return
         with suppress(OSError):  # another process may remove old entries at the same time
-            kept = sorted(cache.glob(f"{self.onnx_sha256[:16]}-*{_SUFFIX}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-            for path in kept[_MOST_KEPT:]:
+            newest_first = sorted(cache.glob(f"{self.onnx_sha256[:16]}-*{_SUFFIX}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+            for path in newest_first[_MAX_FILES:]:
                 path.unlink()
 
     def _header(self) -> dict[str, Any]:

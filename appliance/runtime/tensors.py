@@ -100,7 +100,7 @@ def check_signature(name: str, shape: Iterable[int | None], kind: str, spec_name
     if not fits or dims[0] not in (None, 1, batch) or kind not in ("tensor(float)", "f32", "FP32"):
         raise InferenceError("job.error", f"the model takes {kind} {dims}, the manifest says float {[1, *spec_shape]}")
     if dims[0] not in (None, batch):
-        raise InferenceError("job.error", f"the model reads {dims[0]} image at once, not {batch}")
+        raise InferenceError("job.error", f"the model takes {dims[0]} image at a time, not {batch}")
 
 
 def counted(precisions: Iterable[str]) -> dict[str, int]:
@@ -141,7 +141,7 @@ def check_precision(precision: str, heavy: Sequence[str], *, quantized: bool = F
 def failure(what: str, text: str, error: BaseException) -> InferenceError:
     """Convert an exception of a runtime: ``runtime.memory`` if its message says so, else ``job.error``.
 
-    ``what`` says what failed; ``text`` is the informative part of the message, from which directories of this machine are removed.
+    ``what`` names what failed; ``text`` is the informative part of the message, from which directories of this machine are removed.
     """
     message = str(error).lower()
     if isinstance(error, MemoryError) or any(words in message for words in _OUT_OF_MEMORY):

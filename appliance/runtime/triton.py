@@ -167,7 +167,7 @@ class TritonRuntime:
         """Describe what ran; see ``Runtime.describe``.
 
         ``version`` is name and version of the server, ``extensions`` its extensions, ``model`` the name of the model there;
-        ``leaves_box`` says that the prepared tensor was sent there.
+        ``leaves_box``: the prepared tensor was sent there.
         """
         return describe_adapter(self, self._candidate.threads, self._model.batch if self._model else self._candidate.batch) | {
             "model": self._model.name if self._model else "", "extensions": list(self._extensions), "leaves_box": True,
@@ -246,7 +246,7 @@ class _Model:
         self.outputs = [name for name, _, _ in self._outputs]
 
     def content(self) -> bytes:
-        """Read the file; it is not kept in memory, because it is needed only for a load."""
+        """Read the file; it is not held in memory, because it is needed only for a load."""
         try:
             return self._path.read_bytes()
         except OSError as error:
@@ -281,7 +281,7 @@ class _Model:
                 if served != datatype or not same:
                     raise InferenceError("job.error", f"the server has {name!r} as {served} {shape}, the file {datatype} {dims}")
         if metadata.get("name") != self.name:
-            raise InferenceError("job.error", f"the server speaks of the model {metadata.get('name')!r}")
+            raise InferenceError("job.error", f"the server describes the model {metadata.get('name')!r}")
 
 
 def _signature(data: bytes) -> tuple[list[tuple[str, str, list[int]]], list[tuple[str, str, list[int]]]]:

@@ -138,7 +138,7 @@ def _run_builder(
         try:
             engine_cache.write(request.cache, keep_as or request.profile, (directory / "engine").read_bytes(), notes)
         except OSError as error:
-            raise InferenceError("runtime.build", f"the engine cannot be kept: {error.strerror}") from error
+            raise InferenceError("runtime.build", f"the engine cannot be stored: {error.strerror}") from error
     return notes
 
 
@@ -311,7 +311,7 @@ def explain_parse(errors: list[ParseError], messages: Messages) -> InferenceErro
 
 def explain_build(messages: Messages) -> InferenceError:
     """Explain why there is no engine from the messages of TensorRT: out of memory, or its own error text."""
-    errors, everything = messages.errors(), [text for _, text in messages.kept]
+    errors, everything = messages.errors(), [text for _, text in messages.entries]
     for text in reversed(errors):
         if _OUT_OF_MEMORY.search(text):
             return InferenceError("runtime.memory", text)
@@ -325,7 +325,7 @@ def _write(path: Path, engine: Any) -> None:
     try:
         path.write_bytes(memoryview(engine))
     except OSError as error:
-        raise InferenceError("runtime.build", f"the engine cannot be kept: {error.strerror}") from error
+        raise InferenceError("runtime.build", f"the engine cannot be stored: {error.strerror}") from error
 
 
 def _store_timings(compat: TrtCompat, config: Any, request: BuildRequest) -> None:
@@ -335,7 +335,7 @@ def _store_timings(compat: TrtCompat, config: Any, request: BuildRequest) -> Non
             others = engine_cache.read_timings(request.cache, request.profile)
             engine_cache.write_timings(request.cache, request.profile, compat.timings(config, others))
     except OSError as error:
-        logger.warning("the timings of this build are not kept: %s", error.strerror)
+        logger.warning("the timings of this build are not stored: %s", error.strerror)
 
 
 @contextmanager

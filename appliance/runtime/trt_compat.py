@@ -166,7 +166,7 @@ class TrtCompat:
         return False
 
     def timings(self, config: Any, others: bytes = b"") -> bytes:
-        """Return the timings after a build, combined with those that another build stored meanwhile."""
+        """Return the timings after a build, combined with those that another build stored in the meantime."""
         cache = config.get_timing_cache()
         if others:
             another = config.create_timing_cache(others)
@@ -177,7 +177,7 @@ class TrtCompat:
     def messages(self) -> Any:
         """Return the TensorRT logger of this process, cleared; see :class:`Messages`.
 
-        There is one per process: TensorRT goes on using its first logger while any object that was created with it exists.
+        There is one per process: TensorRT uses its first logger as long as any object that was created with it exists.
         """
         if id(self.trt) not in _loggers:
             _loggers[id(self.trt)] = (self.trt, _logger_class(self.trt)())
@@ -272,21 +272,21 @@ class Messages:
     Mixed into a subclass of the ``ILogger`` of the version: TensorRT only accepts subclasses.
     """
 
-    kept: list[tuple[str, str]]
+    entries: list[tuple[str, str]]
     on_message: Callable[[str, str], None] | None
 
     def errors(self) -> list[str]:
         """Return the errors, the oldest first."""
-        return [text for severity, text in self.kept if severity != "WARNING"]
+        return [text for severity, text in self.entries if severity != "WARNING"]
 
     def clear(self) -> None:
-        """Delete the kept messages."""
-        self.kept.clear()
+        """Delete the messages."""
+        self.entries.clear()
 
     def take(self, severity: str, text: str) -> None:
         """Keep one message."""
         entry = (severity, " ".join(text.split())[:_MESSAGE_LENGTH])
-        self.kept = [*self.kept[1 - _KEPT_MESSAGES :], entry]
+        self.entries = [*self.entries[1 - _KEPT_MESSAGES :], entry]
         if self.on_message is not None:
             self.on_message(*entry)
 
@@ -297,7 +297,7 @@ def _logger_class(trt: Any) -> Any:
     class TrtMessages(Messages, trt.ILogger):  # type: ignore[misc]  # the bindings are not typed
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.kept = []
+            self.entries = []
             self.on_message = None
 
         def log(self, severity: Any, msg: str) -> None:

@@ -103,7 +103,7 @@ class Database:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
-            # Not a method: SQLite would reference this object for ever, and so keep the connection open.
+            # Not a method: SQLite would reference this object, and so the connection would never be closed.
             connection.create_function("audit_seal", 1, partial(_seal, self._audit_key), deterministic=True)
             self._local.connection = connection
         return connection

@@ -53,7 +53,7 @@ class TuningRequest:
     def from_json(cls, digest: str, text: str) -> TuningRequest:
         """Parse what :meth:`to_json` wrote; fields of a newer appliance are ignored.
 
-        A text that cannot be parsed gives a failed request that says so: it is shown, and the next request replaces it.
+        A text that cannot be parsed gives a failed request with that reason: people see it, and the next request replaces it.
         """
         try:
             values = json.loads(text)
@@ -65,18 +65,18 @@ class TuningRequest:
             request._check()
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             note = Note("tune.unreadable", f"{type(error).__name__}: {str(error)[:_DETAIL]}")
-            return cls(digest, "", "failed", "worker", "", "", reason=note)
+            return cls(digest, "", TuningState.FAILED.value, "worker", "", "", reason=note)
         return request
 
     def _check(self) -> None:
         """Raise ValueError or TypeError where a field has an invalid value."""
         texts = (self.name, self.actor, self.updated_at, self.step, self.profile)
         if not all(isinstance(text, str) for text in (TuningState(self.state), *texts)):
-            raise ValueError("a field is none of ours")
+            raise ValueError("a field has an invalid value")
         if datetime.fromisoformat(self.asked_at).tzinfo is None:
             raise ValueError("a time without a zone")
         if type(self.attempts) is not int or not 0 <= self.progress <= 1:
-            raise ValueError("a number is none of ours")
+            raise ValueError("a number is out of range")
 
     def to_json(self) -> str:
         """Serialise for the database."""
@@ -98,8 +98,8 @@ class TuningRequests:
         """The request to work on: the running one, then the oldest; a request of the worker waits until no job is queued."""
         rows = self._db.query("SELECT key, value FROM meta WHERE key GLOB ?", f"{_KEY}*")
         requests = [item for item in (TuningRequest.from_json(row["key"].removeprefix(_KEY), row["value"]) for row in rows) if item.open]
-        ready = [item for item in requests if item.actor != "worker" or item.state == "measuring" or self._may_begin(item)]
-        return min(ready, key=lambda item: (item.state != "measuring", item.actor == "worker", item.asked_at), default=None)
+        ready = [item for item in requests if item.actor != "worker" or item.state == TuningState.MEASURING or self._may_begin(item)]
+        return min(ready, key=lambda item: (item.state != TuningState.MEASURING, item.actor == "worker", item.asked_at), default=None)
 
     def ask(self, digest: str, name: str, actor: str) -> TuningRequest:
         """Request tuning of a model; returns the open request where there is one already."""
@@ -108,7 +108,7 @@ class TuningRequests:
             known = TuningRequest.from_json(digest, row["value"]) if row else None
             if known is not None and known.open and (known.actor != "worker" or actor == "worker"):
                 return known
-            fresh = TuningRequest(digest, name, "asked", actor, utc_now(), utc_now())
+            fresh = TuningRequest(digest, name, TuningState.REQUESTED.value, actor, utc_now(), utc_now())
             request = replace(known, actor=actor) if known is not None and known.open else fresh
             self._store(tx, request)
             Database.audit(tx, db.APPLICATION_ACTIVITY, actor, "U", f"model:{digest[:12]}", name=name, tuning="asked")
@@ -120,7 +120,7 @@ class TuningRequests:
             self.fail(tuning, Note("activation.crash_loop", f"{tuning.attempts} attempts"))
             return False
         with self._db.transaction() as tx:
-            self._store(tx, replace(tuning, state="measuring", attempts=tuning.attempts + 1, step="staged", progress=0.0))
+            self._store(tx, replace(tuning, state=TuningState.MEASURING.value, attempts=tuning.attempts + 1, step="staged", progress=0.0))
         return True
 
     def progress(self, tuning: TuningRequest, step: str, part: float) -> None:
@@ -131,12 +131,12 @@ class TuningRequests:
     def pause(self, tuning: TuningRequest) -> None:
         """Interrupt tuning for something more important: it starts again later, and the attempt does not count."""
         with self._db.transaction() as tx:
-            self._store(tx, replace(tuning, state="asked", attempts=max(0, tuning.attempts - 1), step="", progress=0.0))
+            self._store(tx, replace(tuning, state=TuningState.REQUESTED.value, attempts=max(0, tuning.attempts - 1), step="", progress=0.0))
 
     def fail(self, tuning: TuningRequest, note: Note) -> None:
         """End a request without a result; the model runs as before."""
         with self._db.transaction() as tx:
-            self._store(tx, replace(tuning, state="failed", reason=note, profile=device_profile.profile()))
+            self._store(tx, replace(tuning, state=TuningState.FAILED.value, reason=note, profile=device_profile.profile()))
             Database.audit(
                 tx, db.APPLICATION_ACTIVITY, tuning.actor, "E", f"model:{tuning.digest[:12]}", 8, name=tuning.name, tuning="failed",
                 code=note.code,
@@ -154,7 +154,9 @@ class TuningRequests:
                 (json.dumps(report), report["precision"], report["runtime"], tuning.digest),
             )
             self._reset_trial_latency(tx, tuning.digest, report)
-            self._store(tx, replace(tuning, state="done", progress=1.0, reason=None, profile=str(report.get("profile", ""))))
+            self._store(
+                tx, replace(tuning, state=TuningState.DONE.value, progress=1.0, reason=None, profile=str(report.get("profile", "")))
+            )
             Database.audit(
                 tx, db.SECURITY_ALERT, tuning.actor, "U", f"model:{tuning.digest[:12]}", **db.SOFTWARE_CONFIGURATION, name=tuning.name,
                 tuning="done", choice=report.get("choice"),

@@ -34,9 +34,9 @@ def needed_bytes(shape: tuple[int, int, int], manifest: Manifest, batch: int) ->
     answer = batch * window * _FLOAT * (classes + 1)
     if not isinstance(spec.pipeline[-1], SlidingWindow):
         return math.prod(shape) * (_FLOAT + 1) + answer
-    whole = math.prod(max(size, side) for size, side in zip(shape, spec.shape[1:], strict=True))
+    padded = math.prod(max(size, side) for size, side in zip(shape, spec.shape[1:], strict=True))
     # The volume, the sum of logits per class, the weights and the mask; the output of a window, and one weighted class of it.
-    return whole * (_FLOAT * (classes + 2) + 1) + answer + window * _FLOAT
+    return padded * (_FLOAT * (classes + 2) + 1) + answer + window * _FLOAT
 
 
 def check_memory(shape: tuple[int, int, int], manifest: Manifest, batch: int, memory_bytes: int) -> None:

@@ -196,7 +196,7 @@ def _decode(
 
 
 def _one_rescale(slices: Sequence[SliceHeader]) -> bool:
-    """Whether all slices have the same rescale, so that stored values can be kept."""
+    """Whether all slices have the same rescale, so that the array can hold stored values."""
     first = slices[0].grey
     return all(
         item.grey.modality_lut is None and (item.grey.slope, item.grey.intercept) == (first.slope, first.intercept) for item in slices
