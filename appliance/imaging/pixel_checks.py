@@ -75,11 +75,7 @@ class Layout(FrameShape):
 
 
 def check_structure(ds: Dataset, caps: PixelCaps | None = None) -> None:
-    """Raise an error where the pixel data contradicts the header; decodes no pixel and uses little memory.
-
-    Args:
-        ds: the image as read by pydicom, with its file meta group.
-        caps: the limits; ``PixelCaps()`` when absent.
+    """Raise an error where the pixel data of an image contradicts its header; decodes no pixel and uses little memory.
 
     Raises:
         IngestError: ``ingest.no_pixel_data``, ``ingest.unsupported_syntax``, ``ingest.absurd_dimensions``,

@@ -261,7 +261,7 @@ def construct(
     network = builder.create_network(compat.network_flags())
     parser = trt.OnnxParser(network, messages)
     if not compat.parse(parser, request.model):
-        raise explain_parse(compat.parse_errors(parser), messages)
+        raise explain_parse([ParseError.of(parser.get_error(index)) for index in range(parser.num_errors)], messages)
     fixed = fixed_batch(network, request)
     config = builder.create_builder_config()
     compat.configure(config, request.profile.precision, workspace_bytes=workspace, level=request.profile.level)

@@ -189,10 +189,6 @@ class TrtCompat:
         """Create a progress monitor that reports the part (0 to 1) of a build that is done; None if this version has none."""
         return _monitor_class(self.trt)(on_progress) if self.has_progress else None
 
-    def parse_errors(self, parser: Any) -> list[ParseError]:
-        """Return the errors of an ``OnnxParser``."""
-        return [ParseError.of(parser.get_error(index)) for index in range(parser.num_errors)]
-
     def layer_types(self, engine: Any, *, heavy: bool = False) -> dict[str, int]:
         """Count the layers of an engine by type; see :func:`layer_types`."""
         text = engine.create_engine_inspector().get_engine_information(self.trt.LayerInformationFormat.JSON)
@@ -233,18 +229,17 @@ def layer_types(information: str, *, heavy: bool = False) -> dict[str, int]:
         layers = json.loads(information)["Layers"]
     except (ValueError, KeyError, TypeError):
         return {}
-    counted = Counter(_layer_type(layer) for layer in layers if isinstance(layer, dict) and (not heavy or _has_weights(layer)))
+    counted = Counter(_layer_type(layer) for layer in layers if isinstance(layer, dict) and (not heavy or _weights_type(layer)))
     return {name: number for name, number in sorted(counted.items()) if name}
 
 
-def _has_weights(layer: dict[str, Any]) -> bool:
+def _weights_type(layer: dict[str, Any]) -> str:
     weights = layer.get("Weights")
-    return isinstance(weights, dict) and bool(weights.get("Type"))
+    return str(weights.get("Type") or "") if isinstance(weights, dict) else ""
 
 
 def _layer_type(layer: dict[str, Any]) -> str:
-    weights, inputs = layer.get("Weights"), layer.get("Inputs")
-    kind = weights.get("Type", "") if isinstance(weights, dict) else ""
+    kind, inputs = _weights_type(layer), layer.get("Inputs")
     if not kind and isinstance(inputs, list) and inputs and isinstance(inputs[0], dict):
         kind = inputs[0].get("Format/Datatype", "")
     match = _TYPE.search(str(kind))

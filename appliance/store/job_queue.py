@@ -43,7 +43,9 @@ class JobQueue:
     def claim_job(
         self, owner: str, lease_s: float, held: Collection[str] = (), *, urgent: bool = False, volumes: bool = True
     ) -> Job | None:
-        """Lease the next job: urgent jobs first, then the oldest. Jobs whose lease expired return to the queue before.
+        """Lease the next job to the worker ``owner``: urgent jobs first, then the oldest; None when there is none.
+
+        Jobs whose lease expired return to the queue before.
 
         Args:
             owner: the worker.
@@ -51,9 +53,6 @@ class JobQueue:
             held: digests of models whose jobs must wait.
             urgent: only an urgent job; expired leases are not touched.
             volumes: volume jobs too; False inside another volume job, because the memory does not suffice for two.
-
-        Returns:
-            None when the queue is empty.
         """
         now = time.time()
         waiting = self._database.one(
@@ -75,15 +74,10 @@ class JobQueue:
             return None if row is None else self._lease(tx, row, owner, now, now + lease_s)
 
     def claim_batch(self, job: Job, most: int, lease_s: float) -> list[Job]:
-        """Lease more jobs of the same model, to run in one batch with a job that was claimed just now.
+        """Lease up to ``most`` jobs of the same model, to run in one batch with a job that was claimed just now; its lease is extended.
 
         An urgent job runs alone, and so does a job that was tried before: if it crashes the worker, no other job must fail with it. While
         an urgent job waits there are no batches.
-
-        Args:
-            job: the claimed job; its lease is extended too.
-            most: how many more jobs at most.
-            lease_s: duration of the lease of all of them.
         """
         if job.kind is not JobKind.INFER or job.tried or job.priority > 0 or self._settings.job_max_attempts < 2:
             return []

@@ -194,14 +194,9 @@ class Stack:
 
 
 def stack(planes: Sequence[Plane], min_slices: int, max_spacing_mm: float) -> Stack:
-    """Sort slices by position and compute their common affine; raises VolumeError where they do not form a volume.
+    """Sort slices (without localizers) by position and compute their common affine.
 
     The affine of a stack from a tilted gantry contains the shear, which resampling removes.
-
-    Args:
-        planes: the slices, in any order, without localizers.
-        min_slices: minimum number of slices.
-        max_spacing_mm: maximum distance between slices.
 
     Raises:
         VolumeError: ``volume.too_few_slices``, ``volume.mixed_orientation``, ``volume.mixed_size``, ``volume.mixed_kind``,

@@ -51,7 +51,7 @@ def segment(
     Args:
         prepared: the volume.
         slices: grid of the pixels of the series.
-        manifest: of a volume model.
+        manifest: of the model.
         infer: ``Runtime.infer`` of the loaded model.
         batch: number of windows per inference.
         on_progress: called with the completed share (0 to 1) of the windows.

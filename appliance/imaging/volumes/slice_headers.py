@@ -138,12 +138,9 @@ class ImageCount:
 
 
 def slice_headers(number: int, ds: Dataset, luts: dict[bytes, Lut]) -> list[SliceHeader]:
-    """Read the headers of the frames of an image.
+    """Read the headers of the frames of the image with this number in the series; its pixels are not read.
 
-    Args:
-        number: index of the image.
-        ds: the image; its pixels are not read.
-        luts: the Modality LUTs of the series so far, shared by its images; extended here.
+    ``luts`` are the Modality LUTs of the series so far, which its images share; those of this image are added.
 
     Raises:
         VolumeError: ``volume.mixed_units``: the image is not grey; ``volume.too_large``; ``volume.no_position``.
