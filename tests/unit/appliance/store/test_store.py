@@ -295,6 +295,7 @@ def test_search_and_pages(store: Store) -> None:
     assert [row.patient_id for row in worklist.page(search="张^3")] == ["ID_3"]
     assert [row.patient_id for row in worklist.page(search="D_3")] == ["ID_3"]
     assert worklist.page(search="%") == []
+    assert [row.id for row in worklist.page(search="_", before=3)] == [2, 1]  # searched literally, on a further page
     assert worklist.page(search="'; DROP TABLE studies; --") == []
     assert [row.id for row in worklist.page() if row.revision == worklist.revision()] == [5]
     assert worklist.queue_length() == 0
