@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -23,24 +24,34 @@ class NotRegularFileError(OSError):
     """A path is not the small regular file that is expected: a link, a pipe, a device, a directory, or too large."""
 
 
-def write(path: Path, data: bytes) -> None:
+def write(path: Path, *chunks: bytes, mode: int = _SHARED_FILE) -> None:
     """Replace the content of ``path``; a reader sees the old bytes or the new ones, never a part.
+
+    Args:
+        path: the file.
+        *chunks: its new content.
+        mode: its new permissions.
 
     Raises:
         OSError: nothing was replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _SHARED_FILE), "wb") as stream:
-            os.fchmod(stream.fileno(), _SHARED_FILE)
-            stream.write(data)
+        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as stream:
+            os.fchmod(stream.fileno(), mode)
+            stream.writelines(chunks)
             flush(stream)
-        os.replace(part, path)
-    except OSError:
+        move(part, path)
+    except BaseException:
         part.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+
+
+def move(flushed: Path, target: Path) -> None:
+    """Rename a file, whose content is flushed, to its place; after the return it survives a power cut there."""
+    os.replace(flushed, target)
+    sync_directory(target.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -57,7 +68,7 @@ def read(path: Path, limit: int, *, follow: bool = False) -> bytes:
         follow: whether it may be a symbolic link; never in a directory that another account writes.
 
     Raises:
-        NotPlain: it is a link, a pipe, a device or a directory (``EINVAL``), or larger (``EFBIG``).
+        NotRegularFileError: it is a link, a pipe, a device or a directory (``EINVAL``), or larger (``EFBIG``).
         OSError: it is absent or cannot be read.
     """
     # Without O_NONBLOCK opening a pipe waits for its writer.

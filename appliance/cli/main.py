@@ -233,7 +233,7 @@ def _tune(arguments: argparse.Namespace) -> int:
 
 def _urgent(arguments: argparse.Namespace) -> int:
     from appliance.core.wakeup import wake
-    from appliance.store.open_store import open_box
+    from appliance.store.store import open_box
 
     store = open_box(arguments.data_dir)
     try:
@@ -268,7 +268,7 @@ def _user(arguments: argparse.Namespace) -> int:
 
 
 def _audit(arguments: argparse.Namespace) -> int:
-    from appliance.store.open_store import open_box
+    from appliance.store.store import open_box
 
     store = open_box(arguments.data_dir)
     if arguments.action == "show":

@@ -15,8 +15,7 @@ from appliance.core.domain import Note
 from appliance.core.errors import ApplianceError
 from appliance.core.settings import Settings
 from appliance.core.states import PENDING_STATES, ActivationState, ModelState
-from appliance.store.open_store import open_box
-from appliance.store.store import Store
+from appliance.store.store import Store, open_box
 from model_sync import messages
 from model_sync.messages import Language
 

@@ -14,8 +14,7 @@ from appliance.core.errors import ActivationError
 from appliance.core.run_summary import RuntimeStatus
 from appliance.core.self_test_report import NOT_MEASURED, SelfTestReport
 from appliance.core.states import ActivationState, CandidateState, ModelState
-from appliance.store.open_store import open_box
-from appliance.store.store import Store
+from appliance.store.store import Store, open_box
 from appliance.store.tuning_requests import TuningRequest
 from model_sync import messages
 from model_sync.messages import Language

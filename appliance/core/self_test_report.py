@@ -1,4 +1,4 @@
-"""The report of a self-test as it is stored with a model and with its activation (columns ``self_test``)."""
+"""The report of a self-test, as it is stored with a model and with its activation (columns ``self_test``)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SelfTestReport:
     Attributes:
         precision: of the variant that runs.
         runtime: name and version of the runtime.
-        details: what the runtime says it runs (``Runtime.describe``).
+        details: what ran, as the runtime describes it (``Runtime.describe``).
         max_difference: golden case -> largest difference to its expected output.
         median_ms: median time of one inference.
         worst_ms: longest time of one inference.

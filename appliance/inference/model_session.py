@@ -15,7 +15,7 @@ from appliance.core.settings import Settings
 from appliance.inference.remote_runtime import MIN_ANSWER_S, REMOTE_RUNTIMES, RemoteRuntime
 from appliance.lifecycle import model_files
 from appliance.runtime import Candidate, Runtime, baseline_candidate, open_runtime
-from appliance.runtime.batch_split import run_in_pieces
+from appliance.runtime.tensors import run_in_pieces
 from appliance.tuning.selection import Plan, baseline_variant
 from model_sync.errors import BundleError
 

@@ -16,7 +16,7 @@ from typing import Final
 
 from appliance import __version__
 from appliance.core.errors import ActivationError
-from appliance.core.files import fsync_directory
+from model_sync.atomic_files import sync_directory
 from model_sync.bundle import MANIFEST_NAME, ModelBundle
 from model_sync.errors import BundleError
 
@@ -89,7 +89,7 @@ def install(data_dir: Path, origin: Path, digest: str, on_progress: Callable[[fl
             _rename_damaged(target)
         _copy(source, staging, on_progress, reserve_bytes)
         os.rename(staging, target)
-        fsync_directory(target.parent)
+        sync_directory(target.parent)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise ActivationError("model.disk_full" if error.errno in _FULL else "store.failed", str(error)) from error
@@ -124,8 +124,8 @@ def _copy(source: ModelBundle, staging: Path, on_progress: Callable[[float], Non
             on_progress(min(1.0, done / total))
     for path in sorted(staging.rglob("*")):
         if path.is_dir():
-            fsync_directory(path)
-    fsync_directory(staging)
+            sync_directory(path)
+    sync_directory(staging)
 
 
 def _copy_file(source: Path, target: Path) -> list[int]:
@@ -149,4 +149,4 @@ def _rename_damaged(target: Path) -> None:
     """Rename a damaged copy, so that it can be examined, to make room for an intact one."""
     number = 1 + sum(1 for _ in target.parent.glob(f"{target.name}.damaged-*"))
     os.rename(target, target.with_name(f"{target.name}.damaged-{number}"))
-    fsync_directory(target.parent)
+    sync_directory(target.parent)

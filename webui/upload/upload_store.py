@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from appliance.core.errors import IngestError, StoreError
-from appliance.core.files import fsync_directory
 from appliance.core.settings import Settings
 from appliance.store.database import store_error
+from model_sync.atomic_files import sync_directory
 
 ABANDONED_AFTER_S: Final = 24 * 3600.0
 _SWEEP_EVERY_S: Final = 3600.0
@@ -279,7 +279,7 @@ class UploadStore:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(new, self.directory / name)
-            fsync_directory(self.directory)
+            sync_directory(self.directory)
         finally:
             new.unlink(missing_ok=True)
 

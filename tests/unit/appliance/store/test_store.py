@@ -26,6 +26,7 @@ from appliance.store import database
 from appliance.store.database import APPLICATION_ACTIVITY, Database
 from appliance.store.store import Store
 from appliance.store.worklist import Worklist
+from tests.support.old_database import old_database
 from tests.support.paths import ROOT
 from tests.unit.appliance.core.test_domain import RULE, scan
 
@@ -49,13 +50,12 @@ def put_model(store: Store, digest: str = "d" * 64) -> None:
 
     manifest = json.loads((reference_bundle() / "manifest.json").read_text("utf-8"))
     manifest["applies_to"] = json.loads(RULE.model_dump_json())
-    store.switch_model(
-        {
-            "digest": digest, "name": "m", "version": "1.0.0", "directory": "models/m", "manifest": json.dumps(manifest),
-            "precision": "fp32", "runtime": "onnxruntime", "self_test": "{}",
-        },
-        "test",
-    )  # fmt: skip
+    values = {
+        "digest": digest, "name": "m", "version": "1.0.0", "directory": "models/m", "manifest": json.dumps(manifest),
+        "precision": "fp32", "runtime": "onnxruntime", "self_test": "{}",
+    }  # fmt: skip
+    with store.database.transaction() as tx:
+        store.switch_within(tx, values, "test")
 
 
 def test_scan_reads_back_byte_for_byte(store: Store) -> None:
@@ -295,6 +295,7 @@ def test_search_and_pages(store: Store) -> None:
     assert [row.patient_id for row in worklist.page(search="张^3")] == ["ID_3"]
     assert [row.patient_id for row in worklist.page(search="D_3")] == ["ID_3"]
     assert worklist.page(search="%") == []
+    assert [row.id for row in worklist.page(search="_", before=3)] == [2, 1]  # searched literally, on a further page
     assert worklist.page(search="'; DROP TABLE studies; --") == []
     assert [row.id for row in worklist.page() if row.revision == worklist.revision()] == [5]
     assert worklist.queue_length() == 0
@@ -412,6 +413,33 @@ def test_no_database_is_refused(tmp_path: Path) -> None:
 def test_migrations_are_numbered_in_order() -> None:
     numbers = [number for number, _ in database.migrations()]
     assert numbers == list(range(1, len(numbers) + 1))
+
+
+def test_no_memory_before_the_model_ran_gets_its_own_code(tmp_path: Path) -> None:
+    """Migration 5: ``job.memory`` had two meanings, which only its detail told apart."""
+    raw = old_database(tmp_path / "old.sqlite3", 4)
+    raw.execute("INSERT INTO studies VALUES (1, '1.1', 'k', '', '', '', '', NULL, '', '', '', '', '', 0, 1, NULL, NULL)")
+    raw.execute("INSERT INTO series VALUES (1, 1, '1', 'CR', '', 0, 0)")
+    before, during = '{"code": "job.memory", "detail": "before the model"}', '{"code": "job.memory", "detail": ""}'
+    other = '{"code": "job.crashed", "detail": ""}'
+    for number, reason in enumerate((before, during, other, None), start=1):
+        raw.execute(
+            "INSERT INTO instances VALUES"
+            " (?, 1, ?, '1', '1', ?, 1, 'CR', '', '', 1, 1, 1, NULL, 'cli', '', '', 0, 'failed', ?, '[]', 0, '')",
+            (number, f"1.{number}", str(number), reason),
+        )
+        raw.execute(
+            "INSERT INTO jobs (kind, instance_id, model_digest, state, created_at, notes, reason)"
+            " VALUES ('infer', ?, '', 'failed', '', '[]', ?)",
+            (number, reason),
+        )
+    raw.commit()
+    raw.close()
+    migrated = Database(tmp_path / "old.sqlite3", b"key")
+    for query in ("SELECT reason FROM jobs ORDER BY id", "SELECT reason FROM instances ORDER BY id"):
+        reasons = [Note.parse(row["reason"]) for row in migrated.query(query)]
+        assert reasons == [Note("job.memory_input"), Note("job.memory"), Note("job.crashed"), None]
+    migrated.close()
 
 
 def test_a_bad_query_is_a_store_error(store: Store) -> None:
