@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from appliance.core.settings import Settings
 from tests.support.activation_box import change_manifest
 
 
@@ -125,6 +129,12 @@ def brief(rows: list[dict[str, Any]]) -> dict[tuple[str, str, int, int], tuple[s
         )
         for row in rows
     }
+
+
+def command(settings: Settings, *arguments: str, language: str = "C.UTF-8") -> subprocess.CompletedProcess[str]:
+    """``appliance tune ...`` on a box."""
+    line = [sys.executable, "-m", "appliance", "tune", *arguments, "--data-dir", str(settings.data_dir)]
+    return subprocess.run(line, capture_output=True, text=True, check=False, env=os.environ | {"LC_ALL": language}, timeout=200)
 
 
 # -- networks of their own, without a bundle -------------------------------------------------------------------------
