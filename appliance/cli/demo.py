@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from appliance.cli.terminal import say
 from appliance.core.errors import ApplianceError
 from appliance.core.process import Lock, die_with_parent, make_data_dir
 from appliance.core.settings import FILE_NAME, Settings
@@ -56,11 +57,11 @@ def run(data_dir: Path, samples: Path, own: Path | None, *, once: bool, lan: boo
             _print_addresses(settings, password, log)
             code = _analyse_scans(supervisor, settings, [path for path in (own, samples) if path], stop)
         if not once and not stop():
-            print("The box is running. Press Ctrl-C to stop it.", flush=True)
+            print(say("The box is running. Press Ctrl-C to stop it."), flush=True)
             supervisor.run(stop)
     finally:
         supervisor.stop()
-    print("The box has stopped; what it read stays in its data directory.", flush=True)
+    print(say("The box has stopped; its results stay in its data directory."), flush=True)
     return code
 
 
@@ -132,22 +133,23 @@ def _wait_until_ready(supervisor: Supervisor, settings: Settings, stop: Callable
 def _print_addresses(settings: Settings, password: str, log: Path) -> None:
     address = web_address(settings) or {"scheme": "http", "port": settings.web_port}
     host = "127.0.0.1" if settings.web_host != "0.0.0.0" else _lan_address()  # noqa: S104 - compared, not bound
-    port = (
-        (settings.data_dir / "run" / "dicom.port").read_text()
-        if (settings.data_dir / "run" / "dicom.port").exists()
-        else settings.dicom_port
-    )
-    print(f"\n  Page      {address['scheme']}://{host}:{address['port']}/")
-    print(
-        f"  Login     {USERNAME} / {password}   (one-time password)"
+    port_file = settings.data_dir / "run" / "dicom.port"
+    port = port_file.read_text() if port_file.exists() else settings.dicom_port
+    secret = (
+        say("{password}   (one-time password)", password=password)
         if password
-        else f"  Login     {USERNAME} / the password you set  (forgotten: make demo ARGS=--new-password)"
+        else say("the password you set  (forgotten: make demo ARGS=--new-password)")
     )
-    print(f"  DICOM     AE title {settings.ae_title}, {host} port {port}")
-    print(f"  Log       {log}", flush=True)
-    for name, usual, taken in (("page", _WEB_PORT, settings.web_port), ("DICOM", _DICOM_PORT, settings.dicom_port)):
-        if taken != usual:
-            print(f"  Note      port {usual} is in use by another program, so the {name} port is {taken} this time")
+    print("\n  " + say("Page      {address}", address=f"{address['scheme']}://{host}:{address['port']}/"))
+    print("  " + say("Login     {username} / {secret}", username=USERNAME, secret=secret))
+    print("  " + say("DICOM     AE title {title}, {host} port {port}", title=settings.ae_title, host=host, port=port))
+    print("  " + say("Log       {path}", path=log))
+    if settings.web_port != _WEB_PORT:
+        print("  " + say("Note      port {usual} is in use; the page is at port {port} this time", usual=_WEB_PORT, port=settings.web_port))
+    if settings.dicom_port != _DICOM_PORT:
+        print(
+            "  " + say("Note      port {usual} is in use; the DICOM port is {port} this time", usual=_DICOM_PORT, port=settings.dicom_port)
+        )
     print(flush=True)
 
 
@@ -159,12 +161,12 @@ def _analyse_scans(supervisor: Supervisor, settings: Settings, folders: list[Pat
     """
     codes = []
     for folder in folders:
-        print(f"Reading the scans in {folder}:", flush=True)
+        print(say("Analysing the scans in {folder}:", folder=folder), flush=True)
         codes.append(_analyse_folder(supervisor, settings, folder, stop))
         if stop():
             return 0
     if all(code == _NOTHING_ANALYSED for code in codes):
-        print("Nothing was found: no scan in these folders could be analysed.", flush=True)
+        print(say("Nothing was found: no scan in these folders could be analysed."), flush=True)
         return _NOTHING_ANALYSED
     return max(code for code in codes if code != _NOTHING_ANALYSED)
 

@@ -12,8 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
-from appliance.cli.analyze import analyse
-from appliance.cli.main import print_table
+from appliance.cli.analyze import analyse, print_table
 from appliance.core.domain import Note, PictureForm, ScanState, Source
 from appliance.core.errors import StoreError
 from appliance.core.settings import Settings
@@ -490,7 +489,9 @@ def test_missing_results_are_store_errors(store: Store) -> None:
         assert caught.value.code == "store.missing"
 
 
-def test_analyze_prints_the_millilitres_once(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_analyze_prints_the_millilitres_once(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     directory = tmp_path / "series"
     directory.mkdir()
     for number, one in enumerate(made_up.slices()):
@@ -499,10 +500,12 @@ def test_analyze_prints_the_millilitres_once(store: Store, tmp_path: Path, capsy
     assert {item.status for item in results} == {"analysed"}
     value = results[0].to_json()["volumes"][0]
     assert [item["unit"] for item in value["measurements"]] == ["ml", "ml"] and value["slices"] == 20
-    print_table(results, "en")
+    monkeypatch.setenv("LC_ALL", "C")
+    print_table(results)
     said = capsys.readouterr().out
     assert said.count("White matter 2 ml, Grey matter") == 1 and "Not for sole diagnosis" in said
-    print_table(results, "zh")
+    monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
+    print_table(results)
     assert "白质 2 ml" in capsys.readouterr().out
 
 
