@@ -6,6 +6,7 @@ import argparse
 import json
 import sqlite3
 from collections.abc import Sequence
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
@@ -156,23 +157,21 @@ def run_self_test(arguments: argparse.Namespace) -> int:
     if arguments.parent <= 1:
         raise ApplianceError("settings.invalid", "`appliance self-test` is started by the box itself")
     keep = [digest for digest in arguments.keep.split(",") if digest]
-    request = SelfTestRequest(
-        arguments.data_dir, arguments.origin, arguments.digest, arguments.precision, arguments.threads, arguments.memory_bytes, keep,
-        arguments.parent, arguments.reserve_bytes, arguments.tune, arguments.deadline_s, arguments.measuring_s, arguments.triton_url,
-    )  # fmt: skip
+    values = {item.name: getattr(arguments, item.name) for item in fields(SelfTestRequest)}
+    request = SelfTestRequest(**values | {"keep": keep})
     return run_child(request)
 
 
 def add_self_test_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``appliance self-test``."""
-    parser.add_argument("--origin", type=Path, required=True, help="the bundle's directory")
+    parser.add_argument("--origin", type=Path, required=True, help="directory of the bundle, copied to models/<digest>")
     parser.add_argument("--digest", required=True, help="the digest that the bundle must have")
     parser.add_argument("--precision", help="the variant (default: the most exact)")
     parser.add_argument("--threads", type=int, default=0, help="threads of one inference (default: all cores)")
-    parser.add_argument("--memory-bytes", type=int, required=True, help="limit of private memory")
+    parser.add_argument("--memory-bytes", type=int, required=True, help="limit of the private memory of the process")
     parser.add_argument("--reserve-bytes", type=int, default=0, help="free disk space to keep for scans")
     parser.add_argument("--keep", default="", help="digests whose copies stay, separated by commas")
-    parser.add_argument("--tune", action="store_true", help="measure every candidate of this box")
+    parser.add_argument("--tune", action="store_true", help="measure every candidate of this box (default: test the baseline)")
     parser.add_argument("--deadline-s", type=float, default=1800.0, help="for the whole self-test")
     parser.add_argument("--measuring-s", type=float, default=60.0, help="for measuring, without building engines")
     parser.add_argument("--triton-url", default="", help="address of a Triton server")

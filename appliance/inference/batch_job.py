@@ -33,8 +33,6 @@ class BatchJob:
     """Several jobs of one model whose images are inferred together.
 
     Args:
-        store: the box's store.
-        model: the model of all of them.
         guard: runs one step of a job under its deadline.
         run_alone: runs one job without the batch.
         run_urgent: runs the urgent jobs that wait; called between two steps.

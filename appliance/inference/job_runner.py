@@ -31,8 +31,6 @@ class JobRunner:
     """Runs jobs that are leased to this worker.
 
     Args:
-        store: the box's store.
-        models: the models.
         set_deadline: kills the process after so many seconds; 0 cancels that.
     """
 

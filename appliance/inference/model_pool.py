@@ -49,7 +49,6 @@ class ModelPool:
     """Loads, keeps and closes the models of one worker process.
 
     Args:
-        store: the box's store.
         request_tuning: requests that a model (by digest) is measured again.
         wait_s: how long to wait for a remote runtime before the baseline takes over.
     """

@@ -47,7 +47,6 @@ class ModelSession:
 
     Args:
         settings: location of the box's model files, number of threads, address of the remote runtime.
-        digest: of the model.
         plan: the candidate that was chosen.
         skip_reason: why the chosen candidate must not be tried; None when it may.
         wait_s: how long to wait for a remote runtime before the baseline takes over; None: without a limit. Where the baseline must not

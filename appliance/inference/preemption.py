@@ -18,9 +18,7 @@ class Preemption:
     """Runs urgent jobs in the middle of others.
 
     Args:
-        store: the box's store.
         owner: the worker's name in leases.
-        runner: runs a job.
         held: returns the digests of the models whose jobs must wait.
         withdrawn: looks for withdrawals, and returns the digests of the models that must not be used any more.
         is_stopping: whether the worker is asked to stop.

@@ -38,7 +38,6 @@ class Worker:
     """Claims jobs and runs them; between two jobs it goes on with activations and with loading models.
 
     Args:
-        store: the box's store.
         set_deadline: kills the process after so many seconds; 0 cancels that. The process's own alarm by default.
         wait_s: how long scans wait for a remote runtime before the baseline takes over.
         is_stopping: whether the worker is asked to stop.

@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, Field, StringConstraints, ValidationError
 
 from appliance import __version__
 from appliance.core.child_process import Child
@@ -51,29 +51,23 @@ _SEVERITY: Final = {"untrusted": 8, "error": 4, "unreachable": 4}
 _ModelT = TypeVar("_ModelT", bound=BaseModel)
 
 
-class Directive(BaseModel):
+class Directive(BaseModel, frozen=True):
     """The version of one model line that the sync agent requests."""
-
-    model_config = ConfigDict(frozen=True)
 
     version: Version
     digest: Digest
     source: Literal["library", "usb"]
 
 
-class Directives(BaseModel):
+class Directives(BaseModel, frozen=True):
     """The file ``directives.json``."""
-
-    model_config = ConfigDict(frozen=True)
 
     schema_: Literal[1] = Field(alias="schema")
     lines: dict[LineName, Directive]
 
 
-class SyncStatus(BaseModel):
+class SyncStatus(BaseModel, frozen=True):
     """The fields of ``sync-status.json`` that the box uses."""
-
-    model_config = ConfigDict(frozen=True)
 
     state: Literal["ok", "unreachable", "untrusted", "waiting", "downloading", "error"]
     code: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_.-]{0,64}$")] = ""
@@ -83,7 +77,6 @@ class TrustCheck(Child):
     """``model-sync check`` as a child process.
 
     Args:
-        exchange_dir: the shared directory.
         root: the provisioned ``root.json`` of the library.
     """
 
@@ -95,31 +88,23 @@ class TrustCheck(Child):
         if not self.listen():
             if not self.late():
                 return None
-            self.end()
-            return TrustFacts(ok=False, code="trust.unchecked", message=f"the check took more than {CHECK_DEADLINE_S:.0f} s")
-        if self.exceeded_output:
-            facts = TrustFacts(ok=False, code="trust.unchecked", message=f"the check said more than {_MAX_FACTS_BYTES >> 20} MiB")
+            problem = f"the check took more than {CHECK_DEADLINE_S:.0f} s"
+        elif self.exceeded_output:
+            problem = f"the check wrote more than {_MAX_FACTS_BYTES >> 20} MiB"
         else:
-            try:
-                facts = TrustFacts.parse(self.text())
-            except ValueError:
-                facts = TrustFacts(ok=False, code="trust.unchecked", message=f"the check ended with {self.exit_code} and no answer")
+            problem = f"the check ended with {self.exit_code} and no answer"
+            with suppress(ValueError):
+                return TrustFacts.parse(self.text())
         self.end()
-        return facts
+        return TrustFacts(ok=False, code="trust.unchecked", message=problem)
 
 
 class Exchange:
-    """The access of the box to the shared directory.
-
-    Args:
-        store: of the box.
-        directory: the shared directory.
-    """
+    """The access of the box to the shared directory."""
 
     def __init__(self, store: Store, directory: Path) -> None:
-        self._store = store
+        self._store, self.directory = store, directory
         self._write_failed = False
-        self.directory = directory
         _remove_old_temporaries(directory)
 
     def has_metadata(self) -> bool:
@@ -164,14 +149,13 @@ class Exchange:
 
     def write_report(self) -> None:
         """Write ``box-report.json``: versions, digests, states, codes and counts, but no patient data (requirement R18)."""
+        failed_before, self._write_failed = self._write_failed, False
         try:
             _write_file(self.directory, BOX_REPORT, json.dumps(box_report(self._store), sort_keys=True).encode())
         except OSError as error:
-            if not self._write_failed:
-                logger.error("the report to the sync agent cannot be written", extra={"code": "exchange.invalid", "status": error.errno})
             self._write_failed = True
-        else:
-            self._write_failed = False
+            if not failed_before:
+                logger.error("the report to the sync agent cannot be written", extra={"code": "exchange.invalid", "status": error.errno})
 
 
 def box_report(store: Store) -> dict[str, Any]:

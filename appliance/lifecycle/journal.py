@@ -28,7 +28,7 @@ Source = Literal["library", "usb", "hand", "embedded"]
 MAX_ATTEMPTS: Final = 3
 FINDINGS_PER_STEP: Final = 500
 REFUSALS_PER_HOUR: Final = 8
-_CONFIGURATION: Final[dict[str, Any]] = {"type": "110131", "type_meaning": "Software Configuration"}
+CONFIGURATION: Final[dict[str, Any]] = {"type": "110131", "type_meaning": "Software Configuration"}
 _TRIAL_START: Final = {"cases": 0, "failures": 0, "latency_ms": None, "drift": None}
 _NEVER_USED_JSON: Final = json.dumps((ActivationState.FAILED, *PENDING_STATES))
 
@@ -110,10 +110,7 @@ class Journal(JournalQueries):
 
     def set_state(self, number: int, state: ActivationState) -> None:
         """Record that the self-test reached its next phase."""
-        with self._db.transaction() as tx:
-            row = self._expect(tx, number, PENDING_STATES)
-            self._set(tx, number, state=state.value, progress=0.0)
-            self._audit(tx, row["actor"], row, state)
+        self._advance(number, PENDING_STATES, state, {"progress": 0.0})
 
     def set_progress(self, number: int, progress: float) -> None:
         """Record the progress (0 to 1) of the current phase; not durable, as it is only displayed."""
@@ -122,11 +119,8 @@ class Journal(JournalQueries):
 
     def record_self_test(self, number: int, report: SelfTestReport) -> None:
         """Record that the self-test was passed, with its report."""
-        with self._db.transaction() as tx:
-            row = self._expect(tx, number, PENDING_STATES)
-            state = ActivationState.SELF_TEST
-            self._set(tx, number, state=state.value, progress=1.0, self_test=json.dumps(report.to_json()))
-            self._audit(tx, row["actor"], row, state, passed=True)
+        values = {"progress": 1.0, "self_test": json.dumps(report.to_json())}
+        self._advance(number, PENDING_STATES, ActivationState.SELF_TEST, values, passed=True)
 
     def fail(self, number: int, note: Note) -> None:
         """Record that the model was not activated; the active model of the line stays active."""
@@ -228,18 +222,13 @@ class Journal(JournalQueries):
 
     def complete_trial(self, number: int, trial: dict[str, Any]) -> None:
         """End the trial, or the monitoring of the first model of a line, as good."""
-        with self._db.transaction() as tx:
-            row = self._expect(tx, number, IN_USE_STATES)
-            state = ActivationState.GOOD
-            self._set(tx, number, state=state.value, progress=1.0, trial=json.dumps(trial | {"watching": False}), ended_at=utc_now())
-            self._audit(tx, row["actor"], row, state)
+        values = {"progress": 1.0, "trial": json.dumps(trial | {"watching": False}), "ended_at": utc_now()}
+        self._advance(number, IN_USE_STATES, ActivationState.GOOD, values)
 
     def record_alarm(self, number: int, trial: dict[str, Any], note: Note) -> None:
         """Raise the alarm for the only model of its line: it exceeds its limits, and there is none to roll back to."""
-        with self._db.transaction() as tx:
-            row = self._expect(tx, number, (ActivationState.GOOD,))
-            self._set(tx, number, trial=json.dumps(trial | {"watching": False}), reason=_stored(note))
-            self._audit(tx, row["actor"], row, ActivationState.GOOD, 8, code=note.code)
+        values = {"trial": json.dumps(trial | {"watching": False}), "reason": _stored(note)}
+        self._advance(number, (ActivationState.GOOD,), ActivationState.GOOD, values, 8, code=note.code)
 
     def roll_back(self, number: int, note: Note, successor: str | None) -> None:
         """Replace a model on trial by its successor, or by none, in one transaction.
@@ -293,9 +282,24 @@ class Journal(JournalQueries):
                 " withdrawn = excluded.withdrawn, updated_at = excluded.updated_at",
                 name=name, minimum_version=minimum, withdrawn=json.dumps(more, ensure_ascii=False), updated_at=utc_now(),
             )  # fmt: skip
-            Database.audit(tx, db.SECURITY_ALERT, "worker", "U", f"line:{name}", **_CONFIGURATION, minimum=minimum, withdrawn=sorted(more))
+            Database.audit(tx, db.SECURITY_ALERT, "worker", "U", f"line:{name}", **CONFIGURATION, minimum=minimum, withdrawn=sorted(more))
         self.changes += 1
         return True
+
+    def _advance(
+        self,
+        number: int,
+        expected: tuple[ActivationState, ...],
+        state: ActivationState,
+        values: dict[str, Any],
+        outcome: int = 0,
+        **detail: Any,
+    ) -> None:
+        """Change the state and other columns of an activation in a transaction of its own."""
+        with self._db.transaction() as tx:
+            row = self._expect(tx, number, expected)
+            self._set(tx, number, state=state.value, **values)
+            self._audit(tx, row["actor"], row, state, outcome, **detail)
 
     # -- inside a transaction ----------------------------------------------------------------------------------------
 
@@ -304,7 +308,7 @@ class Journal(JournalQueries):
         if successor is not None:
             self._store.resume_within(tx, successor)
         else:
-            Database.audit(tx, db.SECURITY_ALERT, "worker", "U", f"line:{name}", 12, **_CONFIGURATION, code=note.code, model="none")
+            Database.audit(tx, db.SECURITY_ALERT, "worker", "U", f"line:{name}", 12, **CONFIGURATION, code=note.code, model="none")
         self._store.planner.hand_over(tx, digest, successor, note)
 
     def _annotate(self, tx: sqlite3.Connection, number: int, digest: str, state: str, note: Note) -> None:
@@ -360,7 +364,7 @@ class Journal(JournalQueries):
         """Write the audit entry of a change; ``outcome`` as in DICOM PS3.15 A.5 (0 success, 4 minor, 8 serious, 12 major failure)."""
         value = vars(model) if isinstance(model, ActivationRequest) else model
         event = db.APPLICATION_ACTIVITY if state in PENDING_STATES else db.SECURITY_ALERT
-        kind: dict[str, Any] = {} if state in PENDING_STATES else _CONFIGURATION
+        kind: dict[str, Any] = {} if state in PENDING_STATES else CONFIGURATION
         Database.audit(
             tx, event, actor, "U", f"model:{value['digest'][:12]}", outcome, **kind, name=value["name"], version=value["version"],
             state=state.value, **detail,

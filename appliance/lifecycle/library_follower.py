@@ -67,17 +67,11 @@ class LibraryFollower:
     """Follows the exchange directory of one sync agent; no step waits.
 
     Args:
-        store: of the box.
-        journal: of the models.
         exchange: the directory shared with the sync agent.
-        clock: monotonic seconds.
     """
 
     def __init__(self, store: Store, journal: Journal, exchange: Exchange, clock: Callable[[], float] = time.monotonic) -> None:
-        self._store = store
-        self._journal = journal
-        self._exchange = exchange
-        self._clock = clock
+        self._store, self._journal, self._exchange, self._clock = store, journal, exchange, clock
         self._root = store.settings.library_root
         self._check: TrustCheck | None = None
         self._facts: TrustFacts | None = None

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from appliance.core.domain import Note
 from appliance.core.errors import ActivationError, ApplianceError
@@ -24,7 +24,7 @@ from appliance.core.wakeup import wake
 from appliance.lifecycle import model_files
 from appliance.lifecycle.activation import Activator
 from appliance.lifecycle.exchange import TrustCheck
-from appliance.lifecycle.journal import ActivationRequest, Journal, Source
+from appliance.lifecycle.journal import CONFIGURATION, ActivationRequest, Journal, Source
 from appliance.lifecycle.journal_queries import PERMANENT_FAILURES, reason_of
 from appliance.lifecycle.library_follower import apply_facts
 from appliance.lifecycle.trust_facts import TrustFacts
@@ -38,7 +38,6 @@ REFERENCE_BUNDLE: Final = "cxr-pneumonia"
 ANY_PRECISION: Final = "any"
 _POLL_S: Final = 0.02
 _WORKER_POLL_S: Final = 0.1
-_CONFIGURATION: Final[dict[str, Any]] = {"type": "110131", "type_meaning": "Software Configuration"}
 
 OnProgress = Callable[[sqlite3.Row], None]
 """Called with the row of the activation whenever it was polled."""
@@ -90,7 +89,7 @@ def activate(
         request = _request(bundle, actor, None if precision == ANY_PRECISION else precision)
         _check_permission(store, journal, request, again=again or is_active)
     except ApplianceError as error:
-        store.record(SECURITY_ALERT, actor, "U", "model", 8, **_CONFIGURATION, code=error.code)
+        store.record(SECURITY_ALERT, actor, "U", "model", 8, **CONFIGURATION, code=error.code)
         raise
     return wait_for_activation(store, journal.start(request), on_progress)
 
@@ -117,7 +116,7 @@ def roll_back(store: Store, name: str | None, actor: str, on_progress: OnProgres
         )  # fmt: skip
         restriction = journal.find_restriction(previous["name"], previous["version"]) if previous else None
         note = restriction or Note("model.no_previous", current["name"])
-        store.record(SECURITY_ALERT, actor, "U", "model", 8, **_CONFIGURATION, code=note.code)
+        store.record(SECURITY_ALERT, actor, "U", "model", 8, **CONFIGURATION, code=note.code)
         raise ActivationError(note.code, note.detail)
     best = successors[0]
     origin = model_files.model_dir(store.settings.data_dir, best["digest"])

@@ -43,11 +43,7 @@ class Retuner:
     """Does one requested measurement after the other; no step waits.
 
     Args:
-        store: of the box.
-        journal: of the models.
-        load: loads a model; called in a thread.
         on_activated: called with the newly loaded model when it replaces the one that runs.
-        clock: monotonic seconds.
 
     Attributes:
         tunings: the stored requests.
@@ -125,7 +121,7 @@ class Retuner:
     def _begin(self, tuning: TuningRequest) -> None:
         row = self._store.database.one("SELECT * FROM models WHERE digest = ?", tuning.digest)
         if row is None or row["state"] != ModelState.ACTIVE:
-            self.tunings.fail(tuning, Note("activation.superseded", "it reads no more"))
+            self.tunings.fail(tuning, Note("activation.superseded", "it is not active any more"))
             return
         if not self.tunings.begin(tuning):
             return
@@ -169,7 +165,7 @@ class Retuner:
             self.tunings.done(current.tuning, current.report.to_json())
             self._on_activated(model)
         else:
-            self.tunings.fail(current.tuning, Note("activation.superseded", "it reads no more"))
+            self.tunings.fail(current.tuning, Note("activation.superseded", "it is not active any more"))
         self._current = None
 
     def _fail(self, note: Note) -> None:

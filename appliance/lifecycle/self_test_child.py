@@ -44,23 +44,7 @@ Send = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class SelfTestRequest:
-    """What to test.
-
-    Attributes:
-        data_dir: data directory of the box; the copy is written to ``models/<digest>``.
-        origin: directory of the bundle.
-        digest: the digest that the bundle must have.
-        precision: the variant; the most exact when None.
-        threads: of one inference; all cores when 0.
-        memory_bytes: limit of the private memory of this process.
-        keep: digests of the models whose copies stay on the disk.
-        parent: the process to die with.
-        reserve_bytes: free disk space to keep for incoming scans.
-        tune: whether to measure every candidate of this box; else the baseline is used.
-        deadline_s: for the whole self-test.
-        measuring_s: for measuring, without building engines.
-        triton_url: address of the remote runtime; empty for none.
-    """
+    """What to test: the arguments of ``appliance self-test``, whose help explains each."""
 
     data_dir: Path
     origin: Path

@@ -20,10 +20,7 @@ class Trials:
     """Judges the models on trial and the first models of their lines.
 
     Args:
-        store: of the box.
-        journal: of the models.
         takeovers: replaces models that are rolled back.
-        logger: for what a technician should know.
     """
 
     def __init__(self, store: Store, journal: Journal, takeovers: Takeovers, logger: logging.Logger) -> None:

@@ -10,7 +10,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any, Final
 
@@ -48,7 +48,7 @@ class Statistics:
 
     def to_json(self) -> dict[str, Any]:
         """The statistics as they are stored in the journal."""
-        return {"cases": self.cases, "failures": self.failures, "latency_ms": self.latency_ms, "drift": self.drift}
+        return asdict(self)
 
 
 def measure(database: Database, digest: str, manifest: Manifest, after_job: int, candidate_after_job: int = 0) -> Statistics:

@@ -57,7 +57,6 @@ class Supervisor:
     """Runs the processes of one box.
 
     Args:
-        settings: of the box.
         log: file for the output of the processes; that of the supervisor when None.
         given: the settings file or data directory from the command line, which the processes load; the data directory when None.
         lock: the supervisor's lock if the caller holds it already; acquired when None.

@@ -51,8 +51,6 @@ class BatchCheck:
 
     Args:
         base: the same candidate with batch size 1, loaded and correct.
-        cases: the golden cases.
-        budget: of the measurement.
     """
 
     def __init__(self, base: Measurement, cases: Sequence[Case], budget: Budget) -> None:

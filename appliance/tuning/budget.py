@@ -26,11 +26,7 @@ _FREE_UNKNOWN: Final = 1 << 30
 
 
 class Budget:
-    """The remaining part of the limits; the time starts with the construction.
-
-    Args:
-        limits: of the measurement.
-    """
+    """The remaining part of the limits; the time starts with the construction."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits

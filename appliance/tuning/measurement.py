@@ -26,18 +26,15 @@ DEADLINE: Final = "runtime.deadline"
 NO_TIME: Final = "tune.no_time"
 
 
-def runs_on_cpu(runtime: str, provider: str) -> bool:
-    """Whether a runtime runs on the CPU: it builds no engine, and its number of threads can be set."""
-    return runtime in _ON_CPU and provider in (CPU, "CPU")
+def runs_on_cpu(candidate: Candidate) -> bool:
+    """Whether a candidate runs on the CPU: it builds no engine, and its number of threads can be set."""
+    return candidate.runtime in _ON_CPU and candidate.provider in (CPU, "CPU")
 
 
 class Measurement:
     """The measurement of one candidate; every call raises InferenceError as :class:`CandidateProcess` does.
 
     Args:
-        candidate: what is measured.
-        subject: the model.
-        budget: of the whole measurement.
         allowed_s: time limit of the load, and lower bound of the limit of each later call.
 
     Attributes:
@@ -87,28 +84,27 @@ class Measurement:
             self.details = self._process.load()
         finally:
             self.load_s = time.monotonic() - started
-            if not runs_on_cpu(candidate.runtime, candidate.provider):
+            if not runs_on_cpu(candidate):
                 self._budget.add_build_time(self.load_s)
         layers = self.details.get("layers")
         self.row = replace(self.row, load_ms=self._process.load_ms, layers=dict(layers) if isinstance(layers, dict) else {})
 
     def infer(self, tensor: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         """Run images [n, ...]; returns output name -> array [n, ...]."""
-        process = self._running()
-        process.deadline_s = self._budget.call_deadline_s(self.allowed_s, self.first_ms * len(tensor) / 1000)
-        return process.infer(tensor)
+        return self._running(self.first_ms * len(tensor)).infer(tensor)
 
     def time(self, tensor: NDArray[np.float32], repeat: int, expected_ms: float = 0.0) -> list[float]:
         """Time ``repeat`` inferences, each of which should take about ``expected_ms``; returns milliseconds."""
-        process = self._running()
-        process.deadline_s = self._budget.call_deadline_s(self.allowed_s, expected_ms * repeat / 1000)
+        process = self._running(expected_ms * repeat)
         times = process.time(tensor, repeat)
         self.row = replace(self.row, peak_rss_bytes=process.peak_rss_bytes)
         return times
 
-    def _running(self) -> CandidateProcess:
+    def _running(self, expected_ms: float) -> CandidateProcess:
+        """Return the process with the time limit of its next call."""
         if self._process is None:
             raise InferenceError("job.error", "the candidate is closed")
+        self._process.deadline_s = self._budget.call_deadline_s(self.allowed_s, expected_ms / 1000)
         return self._process
 
     def check_golden_cases(self) -> bool:
@@ -125,15 +121,12 @@ class Measurement:
                     self.fail(error, case.name)
                 return False
             self.differences[case.name] = difference
-            self._store_worst_difference()
+            worst = max(self.differences.values(), key=lambda value: (value != value, value))
+            self.row = replace(self.row, max_difference=None if worst != worst else worst, peak_rss_bytes=self.held_bytes)
             if not difference <= allowed:  # also true for NaN
                 self.end(CandidateState.WRONG, "tune.wrong", f"{case.name}: off by {difference:.4g}, allowed {allowed:g}")
                 return False
         return True
-
-    def _store_worst_difference(self) -> None:
-        worst = max(self.differences.values(), key=lambda value: (value != value, value))
-        self.row = replace(self.row, max_difference=None if worst != worst else worst, peak_rss_bytes=self.held_bytes)
 
     def fail(self, error: InferenceError, where: str = "") -> None:
         """Exclude the candidate after a failed call; a timed one stays in when the only reason is the end of the total time."""

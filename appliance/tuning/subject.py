@@ -5,33 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from appliance.imaging.golden_cases import Case
     from appliance.runtime import TensorSpec
-    from model_sync.bundle import ModelBundle
+    from model_sync.bundle import ModelBundle, Variant
 
 BATCHES: Final = (2, 4, 8, 16)
-
-
-class VariantFile(Protocol):
-    """The fields of a variant that tuning uses; ``model_sync.bundle.Variant`` has them."""
-
-    @property
-    def precision(self) -> str:
-        """The precision in the manifest."""
-        ...
-
-    @property
-    def file(self) -> str:
-        """The ONNX file, relative to the bundle."""
-        ...
-
-    @property
-    def not_on(self) -> Sequence[str]:
-        """Runtimes that are known to fail with it."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +28,7 @@ class Subject:
     """
 
     input: TensorSpec
-    variants: Sequence[VariantFile]
+    variants: Sequence[Variant]
     path: Callable[[str], Path]
     cases: Sequence[Case]
     batches: Sequence[int] = BATCHES

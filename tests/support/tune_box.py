@@ -142,7 +142,7 @@ def command(settings: Settings, *arguments: str, language: str = "C.UTF-8") -> s
 
 @dataclass(frozen=True)
 class Variant:
-    """A file as ``appliance.tuning.subject.VariantFile`` has it."""
+    """The fields of ``model_sync.bundle.Variant`` that tuning uses."""
 
     precision: str
     file: str
