@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from appliance.cli.terminal import explain, say
-from appliance.core.domain import Note, PictureForm, ScanState, Source, Status
+from appliance.core.domain import PENDING_STATES, Note, PictureForm, Source, Status
 from appliance.core.errors import ApplianceError
 from appliance.core.process import Lock, die_with_parent
 from appliance.core.states import ModelState
@@ -113,13 +113,8 @@ def analyse(
     worklist = Worklist(store)
     drawn = {item: tuple(VolumeResults(store).of_series(item)) for item in {item.stored.series_id for item in accepted}}
     return [
-        Analysed(
-            outcome,
-            worklist.instance(outcome.accepted.stored.instance_id),
-            outcome.accepted.scan.study_instance_uid,
-            drawn[outcome.accepted.stored.series_id],
-        )
-        if outcome.accepted
+        Analysed(outcome, worklist.instance(item.stored.instance_id), item.scan.study_instance_uid, drawn[item.stored.series_id])
+        if (item := outcome.accepted)
         else Analysed(outcome, None)
         for outcome in outcomes
     ]
@@ -199,12 +194,9 @@ class ResultTracker:
         row = self._database.one(
             "SELECT count(DISTINCT i.id) AS pending, coalesce(sum(j.attempts), 0) AS attempts"
             " FROM instances i LEFT JOIN jobs j ON j.instance_id = i.id"
-            " WHERE i.state IN (?, ?, ?) AND i.id IN (SELECT value FROM json_each(?))",
-            ScanState.WAITING.value,
-            ScanState.QUEUED.value,
-            ScanState.RUNNING.value,
-            self._ids,
-        )
+            " WHERE i.state IN (SELECT value FROM json_each(?)) AND i.id IN (SELECT value FROM json_each(?))",
+            json.dumps([state.value for state in PENDING_STATES]), self._ids,
+        )  # fmt: skip
         return (int(row["pending"]), int(row["attempts"])) if row else (0, 0)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from typing import Final
 
 from appliance.cli.terminal import say
 from appliance.core.errors import ApplianceError
-from appliance.core.process import Lock, die_with_parent, make_data_dir
+from appliance.core.process import Lock, die_with_parent, make_data_dir, stop_on_signal
 from appliance.core.settings import FILE_NAME, Settings
 from appliance.lifecycle.model_control import activate, reference_bundle
 from appliance.service.supervisor import Supervisor, web_address
@@ -42,7 +41,7 @@ def run(data_dir: Path, samples: Path, own: Path | None, *, once: bool, lan: boo
         lan: listen on every address over TLS.
         new_password: give the account a new one-time password.
     """
-    stop = _stop_on_signal()
+    stop = stop_on_signal()
     make_data_dir(data_dir)
     lock = _lock(data_dir.resolve())  # acquired first: the settings of a running box must not be overwritten
     settings = _configure(data_dir.resolve(), lan=lan)
@@ -63,13 +62,6 @@ def run(data_dir: Path, samples: Path, own: Path | None, *, once: bool, lan: boo
         supervisor.stop()
     print(say("The box has stopped; its results stay in its data directory."), flush=True)
     return code
-
-
-def _stop_on_signal() -> Callable[[], bool]:
-    signals: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _frame: signals.append(number))
-    return lambda: bool(signals)
 
 
 def _lock(data_dir: Path) -> Lock:

@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -162,12 +162,9 @@ def _analyse_in(arguments: argparse.Namespace, data_dir: Path) -> list[Analysed]
     # These files must not wait for a measurement; a box that is started here later measures when it is idle.
     settings = Settings.load(data_dir, tune_at_activation=False)
     limit_memory(settings.process_memory_max_bytes)
-    store = Store(settings)
-    try:
+    with closing(Store(settings)) as store:
         form = PictureForm(view=_VIEWS[arguments.view])
         return analyse(store, arguments.paths, form, lambda line: print(line, file=sys.stderr), data_dir)
-    finally:
-        store.close()
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -197,15 +194,12 @@ def _urgent(arguments: argparse.Namespace) -> int:
     from appliance.core.wakeup import wake
     from appliance.store.open_store import open_box
 
-    store = open_box(arguments.data_dir)
-    try:
+    with closing(open_box(arguments.data_dir)) as store:
         studies = store.queue.find_studies(arguments.study)
         change = store.queue.make_routine if arguments.undo else store.queue.make_urgent
         concerned = sum(change(number, "cli", "cli") or 0 for number in studies)
         standing = {store.queue.study_progress(number) for number in studies}
         wake(store.settings)
-    finally:
-        store.close()
     if arguments.undo:
         print(say("{count} no longer first", count=concerned))
     elif concerned:

@@ -6,6 +6,7 @@ import argparse
 import json
 import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
@@ -44,16 +45,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Run one action; returns the exit code."""
     _check_arguments(arguments)
     # Only `activate` may create a data directory.
-    store = Store(Settings.load(arguments.data_dir)) if arguments.action == "activate" else open_box(arguments.data_dir)
-    try:
+    with closing(Store(Settings.load(arguments.data_dir)) if arguments.action == "activate" else open_box(arguments.data_dir)) as store:
         if arguments.action == "list":
             _print(_models(store), _MODEL_COLUMNS, arguments.json)
         elif arguments.action == "history":
             _print(_history(store), _HISTORY_COLUMNS, arguments.json)
         else:
             _change(store, arguments)
-    finally:
-        store.close()
     return 0
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import sqlite3
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any, Final
 
 from appliance.cli.terminal import Progress, explain, hint_line, print_columns, say
@@ -30,19 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure or show; returns the exit code."""
-    store = open_box(arguments.data_dir)
-    try:
+    with closing(open_box(arguments.data_dir)) as store:
         _active_models(store, arguments.name)  # an unknown name is an error before anything is measured
         if not arguments.show:
             _measure(store, arguments.name)
         rows = _active_models(store, arguments.name)
-        if arguments.json:
-            print(json.dumps([_as_json(row) for row in rows], ensure_ascii=False, indent=1))
-        else:
-            for row in rows:
-                _print(row)
-    finally:
-        store.close()
+    if arguments.json:
+        print(json.dumps([_as_json(row) for row in rows], ensure_ascii=False, indent=1))
+    else:
+        for row in rows:
+            _print(row)
     return 0
 
 

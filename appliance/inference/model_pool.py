@@ -136,9 +136,8 @@ class ModelPool:
                 self.use(session)
 
     def _retry_failed(self) -> None:
-        due = {
-            digest for digest, failure in self._failures.items() if failure.retry_at is not None and time.monotonic() >= failure.retry_at
-        }
+        now = time.monotonic()
+        due = {digest for digest, failure in self._failures.items() if failure.retry_at is not None and now >= failure.retry_at}
         if not due:
             return
         needed = self._queued() | self._active()

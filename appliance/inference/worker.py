@@ -14,16 +14,14 @@ import secrets
 import signal
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Final
 
-from appliance.core.process import Lock
+from appliance.core.process import Lock, stop_on_signal
 from appliance.core.settings import Settings
 from appliance.core.wakeup import Wakeup
 from appliance.inference.batch_job import BatchJob
 from appliance.inference.job_runner import InterruptedJobError, JobRunner
 from appliance.inference.model_pool import CONNECT_WAIT_S, ModelPool
-from appliance.inference.preemption import Preemption
 from appliance.lifecycle.activation import Activator
 from appliance.store.store import Store
 
@@ -60,9 +58,8 @@ class Worker:
         self._set_deadline = set_deadline or (lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds))
         self.models = ModelPool(store, lambda digest: self.activator.retuner.request(digest), wait_s)
         self.activator = Activator(store, self.models.load, self.models.use, load_now=self.models.load_successor)
-        self._runner = JobRunner(store, self.models, self._set_deadline)
-        self._preemption = Preemption(
-            store, self._owner, self._runner, held=self._held, withdrawn=self._withdrawn, is_stopping=is_stopping
+        self._runner = JobRunner(
+            store, self._owner, self.models, self._set_deadline, held=self._held, withdrawn=self._withdrawn, is_stopping=is_stopping
         )  # fmt: skip
 
     def prepare(self) -> None:
@@ -88,10 +85,9 @@ class Worker:
         others = self._store.queue.claim_batch(job, size - 1, self._runner.lease_s(size)) if size > 1 else []
         try:
             if model is not None and others:
-                batch = BatchJob(self._store, model, self._runner.guard, self._preemption.run, partial(self._preemption.run_urgent, job))
-                batch.run([job, *others])
+                BatchJob(self._store, model, self._runner, [job, *others]).run()
             else:
-                self._preemption.run(job)
+                self._runner.run(job)
         except InterruptedJobError:
             self._store.queue.return_jobs([job, *others])
         self.models.record_changes()
@@ -118,7 +114,8 @@ def run(settings: Settings, *, until_idle: bool = False) -> None:
         ApplianceError: ``box.busy`` when another worker serves this data directory.
     """
     lock = Lock(settings.data_dir, "worker")
-    is_stopping = _stop_on_signal()
+    is_stopping = stop_on_signal()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     store = Store(settings)
     wakeup = Wakeup(settings)
     worker = Worker(store, is_stopping=is_stopping)
@@ -166,12 +163,3 @@ def _loop(store: Store, worker: Worker, wakeup: Wakeup, is_stopping: Callable[[]
 def _close_all_series(store: Store) -> int:
     """Close every open series: without a receiver no further image can arrive."""
     return store.planner.close_series([row["id"] for row in store.database.query("SELECT id FROM series WHERE open = 1")])
-
-
-def _stop_on_signal() -> Callable[[], bool]:
-    """Let SIGTERM and SIGINT end the loop after the current job; returns whether one of them came."""
-    received = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: received.append(True))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    return lambda: bool(received)

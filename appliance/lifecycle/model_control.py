@@ -10,7 +10,6 @@ import hashlib
 import sqlite3
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Final
@@ -32,7 +31,7 @@ from appliance.store.database import SECURITY_ALERT
 from appliance.store.store import Store
 from appliance.store.tuning_requests import TuningRequest, TuningRequests
 from appliance.tuning.selection import Plan
-from model_sync.bundle import MANIFEST_NAME, BundleError, Manifest, ModelBundle
+from model_sync.bundle import MANIFEST_NAME, BundleError, ModelBundle
 
 REFERENCE_BUNDLE: Final = "cxr-pneumonia"
 ANY_PRECISION: Final = "any"
@@ -41,14 +40,6 @@ _WORKER_POLL_S: Final = 0.1
 
 OnProgress = Callable[[sqlite3.Row], None]
 """Called with the row of the activation whenever it was polled."""
-
-
-@dataclass(frozen=True)
-class VerifiedModel:
-    """A model whose files were verified; enough to activate it in a process that analyses nothing."""
-
-    manifest: Manifest
-    digest: str
 
 
 def reference_bundle() -> Path:
@@ -223,11 +214,7 @@ def _wait(store: Store, is_done: Callable[[], bool]) -> None:
 
 def _run_activator(store: Store, is_done: Callable[[], bool]) -> None:
     data_dir = store.settings.data_dir
-
-    def load(digest: str, _plan: Plan) -> VerifiedModel:
-        return VerifiedModel(model_files.load_copy(data_dir, digest).manifest, digest)
-
-    activator = Activator(store, load, follow=False)
+    activator = Activator(store, lambda digest, _plan: model_files.load_copy(data_dir, digest), follow=False)
     try:
         while not is_done():
             activator.tick()

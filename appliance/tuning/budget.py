@@ -1,4 +1,4 @@
-"""The time and memory of one measurement: how much remains, and the deadline of each call to a candidate.
+"""The limits of one measurement in time and memory: how much remains, and the deadline of each call to a candidate.
 
 A candidate that hangs only costs the time of its own call. The deadlines of candidates that build no engine are a share of the
 measuring time, or a multiple of what another candidate needed; only building an engine may take long. Nothing begins or goes on after
@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-
-from appliance.tuning.subject import Limits
 
 LEAST_CALL_S: Final = 10.0
 """The shortest deadline of a load, and of each call after it."""
@@ -23,6 +22,25 @@ _PATIENCE: Final = 4.0
 _SHORTEST_S: Final = 0.5
 _FREE_SHARE: Final = 3
 _FREE_UNKNOWN: Final = 1 << 30
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The limits of one measurement.
+
+    Attributes:
+        seconds: total time; after it nothing new is tried and the best candidate so far is taken. A candidate that hangs is ended before.
+        measuring_s: the part of it for everything but building engines. After it each candidate that was not tried gets one quick
+            timing, so that a slow model does not exclude the fast candidates; candidates that were not reached are marked.
+        memory_bytes: limit of the private memory of each candidate.
+        held_bytes: limit of the memory of all candidates that stay loaded for comparison, besides the one under test; a third of the
+            free memory when None. The fastest always stays loaded.
+    """
+
+    seconds: float = 900.0
+    measuring_s: float = 60.0
+    memory_bytes: int | None = None
+    held_bytes: int | None = None
 
 
 class Budget:

@@ -1,11 +1,11 @@
-"""The measurement of one candidate: its process, its results, its times, and what became of it."""
+"""The model that is measured, and the measurement of one candidate: its process, its results, its times, and what became of it."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,15 +15,50 @@ from appliance.runtime.candidate import CPU, Candidate
 from appliance.tuning.budget import Budget
 from appliance.tuning.candidate_process import CandidateProcess
 from appliance.tuning.selection import CandidateResult
-from appliance.tuning.subject import Subject
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from appliance.imaging.golden_cases import Case
+    from appliance.runtime import TensorSpec
+    from model_sync.bundle import ModelBundle, Variant
+
 _ON_CPU: Final = ("onnxruntime", "openvino")
 DEADLINE: Final = "runtime.deadline"
 NO_TIME: Final = "tune.no_time"
+BATCHES: Final = (2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is measured.
+
+    Attributes:
+        input: the input's name and shape.
+        variants: the files with their precisions.
+        path: returns the path of a variant's file.
+        cases: the golden cases, at least one; the times are measured with the tensor of the first.
+        batches: batch sizes to try; none when the model takes one image at a time.
+    """
+
+    input: TensorSpec
+    variants: Sequence[Variant]
+    path: Callable[[str], Path]
+    cases: Sequence[Case]
+    batches: Sequence[int] = BATCHES
+
+    @classmethod
+    def of_bundle(cls, bundle: ModelBundle, precision: str | None = None) -> Subject:
+        """Use a bundle, or only its variants of one precision; raises BundleError when it has none."""
+        from appliance.imaging.golden_cases import cases
+        from model_sync.bundle import InputSpec
+
+        variants = [variant for variant in bundle.manifest.variants if precision in (None, variant.precision)]
+        if not variants:
+            bundle.variant(precision)  # raises an error that lists the existing ones
+        batches = BATCHES if isinstance(bundle.manifest.input, InputSpec) else ()
+        return cls(bundle.manifest.input, variants, bundle.path, cases(bundle), batches)
 
 
 def runs_on_cpu(candidate: Candidate) -> bool:

@@ -21,10 +21,9 @@ from appliance.core.self_test_report import FIXED_BY_USER
 from appliance.core.states import ActivationState, CandidateState
 from appliance.runtime.candidate import Candidate
 from appliance.tuning.batch_check import BatchCheck, repeats
-from appliance.tuning.budget import Budget
-from appliance.tuning.measurement import DEADLINE, NO_TIME, Measurement, fastest, runs_on_cpu
+from appliance.tuning.budget import Budget, Limits
+from appliance.tuning.measurement import BATCHES, DEADLINE, NO_TIME, Measurement, Subject, fastest, runs_on_cpu
 from appliance.tuning.selection import SAME_TIME, CandidateResult, Selection, exactness, select
-from appliance.tuning.subject import BATCHES, Limits, Subject
 
 if TYPE_CHECKING:
     from appliance.runtime.availability import Availability

@@ -221,7 +221,7 @@ def same_to_all(graph: Any) -> None:
 def subject(directory: Path, files: Sequence[str], *, values: Sequence[float] = (0.3, 0.7), batches: Sequence[int] = ()) -> Any:
     """These files of a directory, ``<precision>.onnx`` or ``<precision>-<anything>.onnx``, with golden cases that answer these values."""
     from appliance.imaging.golden_cases import Case
-    from appliance.tuning.subject import Subject
+    from appliance.tuning.measurement import Subject
 
     def case(value: float) -> Case:
         tensor = np.full((1, 4), value, np.float32)
