@@ -90,14 +90,10 @@ class Analysed:
 def analyse(
     store: Store, paths: Iterable[Path], form: PictureForm, progress: Callable[[str], None], given: Path | None = None
 ) -> list[Analysed]:
-    """Ingest and analyse every file below ``paths``; returns one entry per file in the order given.
+    """Ingest and analyse every file below ``paths`` (files, folders, ZIP archives); returns one entry per file in the order given.
 
-    Args:
-        store: of the box; without an active model the reference bundle is activated first.
-        paths: files, folders, ZIP archives.
-        form: the metadata of PNG and JPEG files.
-        progress: called with a line of text from time to time.
-        given: the settings file or data directory from the command line, for the worker; the data directory when None.
+    Without an active model the reference bundle is activated first. ``form`` has the metadata of PNG and JPEG files; ``progress`` gets a
+    line of text from time to time; ``given`` is the settings file or data directory for the worker, the store's data directory when None.
     """
     if not any(row["state"] == ModelState.ACTIVE for row in store.models()):
         activate(store, reference_bundle(), "cli")

@@ -31,15 +31,10 @@ _DICOM_PORT: Final = 11112
 
 
 def run(data_dir: Path, samples: Path, own: Path | None, *, once: bool, lan: bool, new_password: bool) -> int:
-    """Create the box, start it, print its addresses and analyse the scans; returns the exit code of ``appliance analyze``.
+    """Create the box, start it, print its addresses and analyse the scans: first those in ``own``, then those in ``samples``.
 
-    Args:
-        data_dir: data directory of the demo box; it is kept between runs.
-        samples: folder of synthetic scans.
-        own: folder of the user's own scans, which are analysed first.
-        once: stop when the scans are analysed.
-        lan: listen on every address over TLS.
-        new_password: give the account a new one-time password.
+    Returns:
+        The exit code of ``appliance analyze``.
     """
     stop = stop_on_signal()
     make_data_dir(data_dir)

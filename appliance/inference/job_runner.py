@@ -153,12 +153,7 @@ class JobRunner:
 def commit(store: Store, job: Job, result: JobResult, timer: Timer, started: float | None = None) -> None:
     """Commit a job's result; changes nothing when the lease was lost meanwhile.
 
-    Args:
-        store: the box's store.
-        job: leased to this worker.
-        result: of the job.
-        timer: the duration of its parts.
-        started: ``time.perf_counter()`` at its start; None where other jobs ran in between, and only its own parts count.
+    ``started`` is ``time.perf_counter()`` at its start; None where other jobs ran in between, and only its own parts count.
     """
     with timer.part("store"):
         is_committed = store.queue.finish_job(job, result)

@@ -77,8 +77,6 @@ class ModelPool:
         """Skip the tuned runtime for models whose load crashed the previous worker; they are measured again."""
         self._crashed |= set(digests)
 
-    # -- between two jobs --------------------------------------------------------------------------------------------
-
     def load_active(self) -> None:
         """Load and warm up every active model that is absent, a remote one in the background; close models that nobody needs."""
         active = self._active()
@@ -154,8 +152,6 @@ class ModelPool:
             self.sessions.pop(digest).close()
             release_memory()
 
-    # -- loading -----------------------------------------------------------------------------------------------------
-
     def get(self, digest: str) -> ModelSession:
         """Return a model, which is loaded now unless it is; raises ApplianceError where that fails, or failed and is retried later."""
         if (session := self.sessions.get(digest)) is not None:
@@ -217,8 +213,6 @@ class ModelPool:
         self._tunings.record_fallback(session.digest, session.fallback, session.describe())
         if not session.is_remote:
             self._request_tuning(session.digest)
-
-    # -- queries -----------------------------------------------------------------------------------------------------
 
     def _plan(self, digest: str) -> Plan:
         row = self._store.model(digest)

@@ -38,15 +38,10 @@ _MAX_RESTARTS: Final = 3
 
 
 def analyse_volume(store: Store, model: ModelSession, job: Job, timer: Timer, on_step: Callable[[], object]) -> JobResult:
-    """Analyse the series of a job.
+    """Analyse the series of a job with a volume model.
 
-    Args:
-        store: holds its images.
-        model: a volume model.
-        job: of kind ``volume``.
-        timer: gets the milliseconds of each part.
-        on_step: called after each step, such as one slice or one window of the model: the deadline of a job applies to one step, not to
-            the series, and urgent jobs may run in between.
+    ``on_step`` is called after each step, such as one slice or one window of the model: the deadline of a job applies to one step, not to
+    the series, and urgent jobs may run in between.
 
     Raises:
         InferenceError: the model failed, or ``job.memory`` before the inference.

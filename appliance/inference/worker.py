@@ -104,11 +104,7 @@ class Worker:
 
 
 def run(settings: Settings, *, until_idle: bool = False) -> None:
-    """Run the one worker of a data directory until SIGTERM.
-
-    Args:
-        settings: of the box.
-        until_idle: return as soon as nothing is left to do.
+    """Run the one worker of a data directory until SIGTERM, or with ``until_idle`` until nothing is left to do.
 
     Raises:
         ApplianceError: ``box.busy`` when another worker serves this data directory.

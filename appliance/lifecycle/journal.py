@@ -62,8 +62,6 @@ class Journal(JournalQueries):
         self._store = store
         self.changes = 0
 
-    # -- before the switch -------------------------------------------------------------------------------------------
-
     def start(self, request: ActivationRequest) -> int:
         """Begin an activation in state ``staged``; a pending activation of the same model line is superseded.
 
@@ -135,8 +133,6 @@ class Journal(JournalQueries):
                     "UPDATE activations SET attempts = max(0, attempts - 1) WHERE id IN (SELECT value FROM json_each(?))",
                     (json.dumps(pending),),
                 )
-
-    # -- the switch and after ----------------------------------------------------------------------------------------
 
     def switch(self, number: int, manifest: Manifest) -> None:
         """Activate a tested model: active model, previous model, state and audit entry change in one transaction.
@@ -300,8 +296,6 @@ class Journal(JournalQueries):
             row = self._expect(tx, number, expected)
             self._set(tx, number, state=state.value, **values)
             self._audit(tx, row["actor"], row, state, outcome, **detail)
-
-    # -- inside a transaction ----------------------------------------------------------------------------------------
 
     def _replace(self, tx: sqlite3.Connection, name: str, digest: str, successor: str | None, note: Note) -> None:
         _retire(tx, digest)

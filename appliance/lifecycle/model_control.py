@@ -1,4 +1,4 @@
-"""The commands of a person on the models of a box: activate one, roll back, measure again.
+"""The commands of a person (``actor``, for the audit) on the models of a box: activate one, roll back, measure again.
 
 They work like the requests of the library: an activation in the journal, a self-test in a process of its own, one transaction at the
 switch. The worker of the box does the steps; where none runs, this process takes the worker's lock and does them itself.
@@ -51,20 +51,12 @@ def activate(
     store: Store, directory: Path, actor: str, precision: str | None = None, *, again: bool = False,
     on_progress: OnProgress | None = None,
 ) -> str:  # fmt: skip
-    """Make a bundle the active model of its model line.
+    """Make a bundle the active model of its model line; returns its digest.
 
-    Args:
-        store: of the box.
-        directory: of the bundle.
-        actor: who asked for it, for the audit.
-        precision: variant to run from now on even if another one is faster; ``any`` cancels that. When None, an active model keeps its
-            precision, and any other model gets the fastest measured one or the most exact one.
-        again: try a model that failed on this device before.
-        on_progress: called with the activation while it goes on.
-
-    Returns:
-        The digest of the model. A model that is active already is verified and left as it is; if the box's copy is damaged, it is renamed
-        and the bundle is installed again.
+    ``precision`` is the variant to run from now on even if another one is faster; ``any`` cancels that. When None, an active model keeps
+    its precision, and any other model gets the fastest measured one or the most exact one. ``again`` tries a model that failed on this
+    device before. A model that is active already is verified and left as it is; if the box's copy is damaged, it is renamed and the bundle
+    is installed again.
 
     Raises:
         ActivationError: the bundle is invalid, too new for this appliance, forbidden or unknown to the signed library, failed on this
@@ -86,13 +78,7 @@ def activate(
 
 
 def roll_back(store: Store, name: str | None, actor: str, on_progress: OnProgress | None = None) -> str:
-    """Go back to the best earlier model of a line; returns its digest.
-
-    Args:
-        store: of the box.
-        name: of the model line; may be None on a box with one active model.
-        actor: who asked for it, for the audit.
-        on_progress: called with the activation while it goes on.
+    """Go back to the best earlier model of a line, which need not be named on a box with one active model; returns its digest.
 
     Raises:
         ActivationError: ``model.no_previous``; or why the previous model is forbidden (``model.withdrawn``, ``model.below_minimum``) or
@@ -158,13 +144,9 @@ def wait_for_activation(store: Store, number: int, on_progress: OnProgress | Non
 
 
 def tune(store: Store, name: str | None, actor: str, on_progress: Callable[[TuningRequest], None] | None = None) -> list[str]:
-    """Measure the candidates of active models again and run each model with the best one; the models go on working meanwhile.
+    """Measure the candidates of the active models again, of one model line or of all, and run each model with the best one.
 
-    Args:
-        store: of the box.
-        name: of the model line; all lines when None.
-        actor: who asked for it, for the audit.
-        on_progress: called with each measurement while it goes on.
+    The models go on working meanwhile.
 
     Returns:
         The digests of the models.

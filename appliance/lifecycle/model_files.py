@@ -66,12 +66,7 @@ def is_intact(data_dir: Path, digest: str) -> bool:
 def install(data_dir: Path, origin: Path, digest: str, on_progress: Callable[[float], None], reserve_bytes: int = 0) -> ModelBundle:
     """Copy a bundle to the box; an intact copy is left as it is, a damaged one is renamed and kept.
 
-    Args:
-        data_dir: the box's data directory.
-        origin: the bundle, possibly in a directory that another account may change at any moment.
-        digest: the digest that the bundle must have.
-        on_progress: called with the part (0 to 1) that is done.
-        reserve_bytes: free disk space to keep.
+    Another account may be able to change ``origin`` at any moment; the copy must have the digest. ``reserve_bytes`` of the disk stay free.
 
     Raises:
         ActivationError: ``model.invalid``, ``model.mismatch`` (another model than requested), ``model.too_new``, ``model.disk_full``
@@ -98,11 +93,9 @@ def install(data_dir: Path, origin: Path, digest: str, on_progress: Callable[[fl
 
 
 def sweep(data_dir: Path, keep: Collection[str]) -> None:
-    """Remove what a killed or failed self-test left: incomplete copies, and copies of models that were never active.
+    """Remove incomplete copies, and copies of models that were never active (not in ``keep``), after a killed or failed self-test.
 
-    Args:
-        data_dir: the box's data directory.
-        keep: digests whose copies stay. Renamed damaged copies stay too: a technician may want to examine them.
+    Renamed damaged copies stay: a technician may want to examine them.
     """
     if not (data_dir / "models").is_dir():
         return

@@ -86,11 +86,7 @@ class Retuner:
                 self.request(row["digest"])
 
     def tick(self, *, may_run: bool) -> None:
-        """Do the next step.
-
-        Args:
-            may_run: False while a new model is being activated, which has priority: a measurement under way is stopped.
-        """
+        """Do the next step, or stop the measurement while a new model is being activated (not ``may_run``), which has priority."""
         now = self._clock()
         if self._current is None and now < self._next_poll:
             return

@@ -69,11 +69,7 @@ class RollbackProtection:
         return replace(empty, now=datetime.fromisoformat(stored["now"]), lines=lines)
 
     def check(self, facts: TrustFacts, clock: datetime) -> TrustFacts:
-        """Compare facts with what was learnt before, and store what they add.
-
-        Args:
-            facts: result of a check.
-            clock: time of the box's clock.
+        """Compare the result of a check with what was learnt before, and store what it adds; ``clock`` is the time of the box's clock.
 
         Returns:
             The facts, with a time that is not before the latest known one; a model line that became less strict is a trouble.

@@ -52,15 +52,10 @@ class Statistics:
 
 
 def measure(database: Database, digest: str, manifest: Manifest, after_job: int, candidate_after_job: int = 0) -> Statistics:
-    """Count what a version did in the jobs planned after ``after_job``.
+    """Count what a version did in the jobs planned after ``after_job``, the last one before it was activated.
 
-    Args:
-        database: of the box.
-        digest: of the version.
-        manifest: of the version.
-        after_job: the last job before the version was activated.
-        candidate_after_job: the last job before another candidate was chosen to run it; 0 when none was. Times before it belong to the
-            earlier candidate and do not count, and the first few after it say nothing yet.
+    ``candidate_after_job`` is the last job before another candidate was chosen to run the version; 0 when none was. Times before it belong
+    to the earlier candidate and do not count, and the first few after it say nothing yet.
     """
     jobs = database.query(
         "SELECT id, outcome, coalesce(json_extract(timing_ms, '$.window'), json_extract(timing_ms, '$.infer')) AS infer,"

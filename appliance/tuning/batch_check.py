@@ -150,8 +150,6 @@ class BatchCheck:
             worst = max(worst, float(np.max(np.abs(value - other[name]), initial=0.0)) / (scale or 1.0))
         return worst
 
-    # -- timing --------------------------------------------------------------------------------------------------------
-
     def time(self, entry: Measurement) -> None:
         """Time one image and a full batch in turns with the base, so that both are timed under the same load of the box.
 

@@ -76,9 +76,7 @@ class Budget:
     def load_deadline_s(self, known_s: float, *, builds_engine: bool) -> float:
         """Compute the time limit of a candidate's load, which is also the lower bound of the limit of each later call.
 
-        Args:
-            known_s: the longest load of a correct candidate; 0 when there is none.
-            builds_engine: whether the candidate builds an engine first.
+        ``known_s`` is the longest load of a correct candidate, 0 when there is none.
         """
         if builds_engine:
             return max(LEAST_CALL_S, _BUILD_SHARE * self.remaining_s())

@@ -48,14 +48,8 @@ def tune(
 ) -> Selection:  # fmt: skip
     """Measure every candidate of this box for a model and choose the fastest correct one.
 
-    Args:
-        subject: the model.
-        threads: of one inference; when 0, all cores, half of them and one are tried.
-        runtimes: what can run on this box; queried when None.
-        cache: directory for engines and timing caches.
-        limits: time and memory.
-        on_progress: called while the measurement goes on.
-        is_fixed_by_user: whether a person fixed the precision, which is then the reason of the choice.
+    ``threads`` are those of one inference: when 0, all cores, half of them and one are tried. ``runtimes`` are queried when None, and
+    ``cache`` is the directory of engines and timing caches. ``is_fixed_by_user``: a person fixed the precision, which is then the reason.
 
     Raises:
         InferenceError: no candidate is correct; code and detail are those of the first candidate, the most exact variant.
@@ -129,8 +123,6 @@ class _Tuner:
         """End every process."""
         for entry in self.entries.values():
             entry.close()
-
-    # -- candidates --------------------------------------------------------------------------------------------------
 
     def _plan(self, runtimes: Sequence[Availability]) -> Iterator[Candidate]:
         """List the candidates, the most exact first, so that a correct one is known early; what cannot run gets its row here.
@@ -217,8 +209,6 @@ class _Tuner:
             if index and (index >= _MAX_OPEN or held > self._budget.held_bytes):
                 entry.close()
 
-    # -- timing ------------------------------------------------------------------------------------------------------
-
     def _time_first(self, entry: Measurement) -> None:
         """Time a candidate in turns with the fastest so far; one that is far slower is closed, a fastest one that fails is excluded."""
         (once,) = entry.time(self._sample, 1)
@@ -284,8 +274,6 @@ class _Tuner:
         if any(entry.is_open and not entry.medians for entry in entries):
             for entry in entries:
                 entry.medians = []
-
-    # -- batches -----------------------------------------------------------------------------------------------------
 
     def _measure_batches(self) -> None:
         """Measure larger and larger batches of the fastest candidate until the time per image no longer falls."""
