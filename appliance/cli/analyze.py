@@ -102,7 +102,7 @@ def analyse(
     for outcome in (item for path in paths for item in accept_below(ingest, store.settings, path, Source("cli", "cli"), form)):
         outcomes.append(outcome)
         if len(outcomes) % 50 == 0:
-            progress(say("{count} files taken in", count=len(outcomes)))
+            progress(say("{count} files accepted", count=len(outcomes)))
     accepted = [outcome.accepted for outcome in outcomes if outcome.accepted]
     store.planner.close_series(sorted({item.stored.series_id for item in accepted}))
     _wait_for_results(store, [item.stored.instance_id for item in accepted], progress, given or store.settings.data_dir)
@@ -163,7 +163,11 @@ def _wait_for_results(store: Store, instance_ids: list[int], progress: Callable[
         if idle_starts >= _IDLE_STARTS:
             count = tracker.count_pending()
             progress(
-                say("error: the worker stops at once (exit code {code}); {count} scans were taken in but not read", code=code, count=count)
+                say(
+                    "error: the worker stops at once (exit code {code}); {count} scans were not analysed",
+                    code=code,
+                    count=count,
+                )
             )
             return
 

@@ -203,7 +203,7 @@ def _urgent(arguments: argparse.Namespace) -> int:
     if arguments.undo:
         print(say("{count} no longer first", count=concerned))
     elif concerned:
-        print(say("{count} will be read first", count=concerned))
+        print(say("{count} will be analysed first", count=concerned))
     elif "waits" in standing:
         print(say("nothing more is brought forward: it is first already, or once all images are here"))
     else:

@@ -170,7 +170,7 @@ def add_self_test_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reserve-bytes", type=int, default=0, help="free disk space to keep for scans")
     parser.add_argument("--keep", default="", help="digests whose copies stay, separated by commas")
     parser.add_argument("--tune", action="store_true", help="measure every candidate of this box (default: test the baseline)")
-    parser.add_argument("--deadline-s", type=float, default=1800.0, help="for the whole self-test")
+    parser.add_argument("--deadline-s", type=float, default=1800.0, help="for the self-test")
     parser.add_argument("--measuring-s", type=float, default=60.0, help="for measuring, without building engines")
     parser.add_argument("--triton-url", default="", help="address of a Triton server")
     parser.add_argument("--parent", type=int, required=True, help="number of the parent process")

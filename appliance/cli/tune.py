@@ -10,10 +10,9 @@ from contextlib import closing
 from typing import Any, Final
 
 from appliance.cli.terminal import Progress, explain, hint_line, print_columns, say
-from appliance.core.errors import ActivationError
 from appliance.core.run_summary import RuntimeStatus
 from appliance.core.self_test_report import NOT_MEASURED, SelfTestReport
-from appliance.core.states import ActivationState, CandidateState, ModelState
+from appliance.core.states import ActivationState, CandidateState
 from appliance.store.open_store import open_box
 from appliance.store.store import Store
 from appliance.store.tuning_requests import TuningRequest
@@ -31,11 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure or show; returns the exit code."""
+    from appliance.lifecycle.model_control import active_models
+
     with closing(open_box(arguments.data_dir)) as store:
-        _active_models(store, arguments.name)  # an unknown name is an error before anything is measured
+        active_models(store, arguments.name)  # an unknown name is an error before anything is measured
         if not arguments.show:
             _measure(store, arguments.name)
-        rows = _active_models(store, arguments.name)
+        rows = active_models(store, arguments.name)
     if arguments.json:
         print(json.dumps([_as_json(row) for row in rows], ensure_ascii=False, indent=1))
     else:
@@ -62,17 +63,6 @@ def _measure(store: Store, name: str | None) -> None:
         tune(store, name, "cli", show)
     finally:
         progress.end()
-
-
-def _active_models(store: Store, name: str | None) -> list[sqlite3.Row]:
-    """Return the active models, of one model line or of all; raises ActivationError ``model.unknown`` that lists the lines."""
-    active = sorted((row for row in store.models() if row["state"] == ModelState.ACTIVE), key=lambda row: str(row["name"]))
-    rows = [row for row in active if name in (None, row["name"])]
-    if not rows:
-        known = ", ".join(row["name"] for row in active) or "none"
-        what = f"{name}: no model is active; active: {known}" if name else "no model is active"
-        raise ActivationError("model.unknown", what)
-    return rows
 
 
 def _as_json(row: sqlite3.Row) -> dict[str, Any]:

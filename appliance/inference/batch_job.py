@@ -1,4 +1,4 @@
-"""Analyse several images in one inference, where tuning found that to be faster; each of them is as safe as alone.
+"""Analyse several images in one inference, where tuning measured that to be faster; each is as safe as in an inference of its own.
 
 Before and after the inference every image has its own deadline and its own errors, and urgent jobs go first between any two steps. When
 the inference of the batch fails, each image is inferred alone, so that one bad image does not cost the others an attempt.

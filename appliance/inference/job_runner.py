@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class InterruptedJobError(Exception):
-    """The job must not go on now, through no fault of its own: it returns to the queue."""
+    """The job must not continue now, through no fault of its own: it returns to the queue."""
 
 
 class JobRunner:
@@ -37,7 +37,7 @@ class JobRunner:
         owner: the worker's name in leases.
         set_deadline: kills the process after so many seconds; 0 cancels that.
         held: returns the digests of the models whose jobs must wait.
-        withdrawn: looks for withdrawals, and returns the digests of the models that must not be used any more.
+        withdrawn: checks for withdrawals, and returns the digests of the models that must not be used any more.
         is_stopping: whether the worker is asked to stop.
     """
 
@@ -49,7 +49,7 @@ class JobRunner:
         self._held, self._withdrawn, self._is_stopping = held, withdrawn, is_stopping
 
     def lease_s(self, images: int = 1) -> float:
-        """The lease for a batch: before, in and after the model each image has the whole deadline, as it has alone."""
+        """The lease for a batch: each image has the full deadline before, in and after the inference, as in a job of its own."""
         return (3 * images - 2) * self._store.settings.job_deadline_s + _LEASE_MARGIN_S
 
     def run(self, job: Job) -> None:
@@ -86,7 +86,7 @@ class JobRunner:
             What the step returns; None when it failed, which has ended or re-queued the job.
 
         Raises:
-            InterruptedJobError: the job must not go on now.
+            InterruptedJobError: the job must not continue now.
             StoreError: the disk failed; the lease returns the job to the queue when it works again.
         """
         self._start_deadline()
@@ -114,7 +114,7 @@ class JobRunner:
         self._set_deadline(self._store.settings.job_deadline_s)
 
     def _after_step(self, job: Job) -> None:
-        """Between two steps of a volume job, which takes minutes: run urgent jobs, and give the next step the whole deadline."""
+        """Between two steps of a volume job, which takes minutes: run urgent jobs, and give the next step the full deadline."""
         if job.priority == 0:
             self.run_urgent(job)
         self._start_deadline()
@@ -125,7 +125,7 @@ class JobRunner:
         commit(self._store, job, result, timer, started)
 
     def _check(self, job: Job, timer: Timer) -> JobResult:
-        """Decode the frames of an image that no model applies to, so that damaged pixels are found."""
+        """Decode the frames of an image that no model applies to, so that damaged pixels are detected."""
         state = ScanState.NOT_ANALYSED if job.scope_code == "scope.no_model" else ScanState.OUT_OF_SCOPE
         try:
             dataset = read_image(self._store, job, timer)

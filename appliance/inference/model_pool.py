@@ -85,7 +85,7 @@ class ModelPool:
             if self._is_remote(digest):
                 self._load_in_background(digest)
                 continue
-            with suppress(ApplianceError):  # recorded and logged; its jobs fail with this reason, the other models go on
+            with suppress(ApplianceError):  # recorded and logged; its jobs fail with this reason, the other models continue
                 self.get(digest)
             release_memory()
 
@@ -178,7 +178,7 @@ class ModelPool:
         self._record(session)
 
     def load(self, digest: str, plan: Plan) -> ModelSession:
-        """Load a new model while the others go on, or return the session that runs it as planned. Called in a thread of the activator."""
+        """Load a new model, or return the session that runs it as planned. Called in a thread, while the other models continue to work."""
         session = self.sessions.get(digest)
         if session is not None and session.fallback is None and session.plan == plan:
             return session

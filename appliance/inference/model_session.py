@@ -129,7 +129,7 @@ class ModelSession:
         if skip_reason is not None:
             raise InferenceError(skip_reason.code, skip_reason.detail)
         if chosen.runtime in REMOTE_RUNTIMES and (not configured or chosen.provider != configured):
-            detail = "another hub is configured now" if configured else "the hub is not configured any more"
+            detail = "another remote runtime is configured now" if configured else "the remote runtime is not configured any more"
             raise InferenceError("runtime.unavailable", detail)
         if chosen.runtime in _ENGINE_BUILDERS and self._is_other_device:
             raise InferenceError("choice.other_device", "it was measured on another device than this has become")
@@ -139,7 +139,7 @@ class ModelSession:
         try:
             if self._remote.wait_connected(wait_s):
                 return
-            error = InferenceError("runtime.deadline", f"not there in {wait_s:g} s; reached for while images are read")
+            error = InferenceError("runtime.deadline", f"no connection within {wait_s:g} s; it is tried again while images are analysed")
         except InferenceError as failed:
             error = failed
         try:
@@ -150,7 +150,7 @@ class ModelSession:
             self._remote.wait_connected(None)  # nothing else can run the model
 
     def _open_baseline(self, error: InferenceError) -> Runtime:
-        """Open the baseline; raises ``error`` where the baseline is known to be wrong, InferenceError where it proves to be wrong now."""
+        """Open the baseline; raises ``error`` where the baseline is known to be wrong, InferenceError where it is wrong now."""
         if self.plan.baseline_refusal is not None:
             raise error
         return self._open(self._baseline)

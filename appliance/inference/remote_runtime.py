@@ -68,7 +68,7 @@ class RemoteRuntime:
         """Wait until the connection is open; None waits without a limit.
 
         Returns:
-            False after the timeout; the attempt goes on.
+            False after the timeout; the attempt continues.
 
         Raises:
             InferenceError: the attempt failed. Whatever else ``open_runtime`` raised is raised as well.

@@ -1,6 +1,6 @@
 """The worker process: the only one that decodes pixels for a model and uses the accelerator. It runs one job at a time, under a lease.
 
-Where tuning found that a batch is faster, it runs as many jobs of one model as the batch holds; urgent jobs still go first.
+Where tuning measured that a batch is faster, it runs as many jobs of one model as the batch holds; urgent jobs still go first.
 
 A job that hangs, in Python or in native code, is ended by the kernel: ``setitimer`` with the default SIGALRM action kills the process
 whatever holds the interpreter lock. The supervisor starts a new worker, and the expired lease retries the job or marks it as failed.
@@ -33,7 +33,7 @@ _PLAN_INTERVAL_S: Final = 1.0
 
 
 class Worker:
-    """Claims jobs and runs them; between two jobs it goes on with activations and with loading models.
+    """Claims jobs and runs them; between two jobs it continues activations and the loading of models.
 
     Args:
         set_deadline: kills the process after so many seconds; 0 cancels that. The process's own alarm by default.
@@ -67,7 +67,7 @@ class Worker:
         self.models.load_active()
 
     def step(self) -> None:
-        """Between two jobs: go on with activations and models, without waiting. A disk that hangs here ends the worker."""
+        """Between two jobs: continue activations and the loading of models, without waiting. A disk that hangs here ends the worker."""
         self._set_deadline(self._store.settings.job_deadline_s)
         try:
             self.activator.tick()
@@ -147,15 +147,13 @@ def _loop(store: Store, worker: Worker, wakeup: Wakeup, is_stopping: Callable[[]
         worker.step()
         if worker.run_once():
             continue
-        if store.planner.close_idle_series() or (until_idle and _close_all_series(store)):
+        if store.planner.close_idle_series():
+            continue
+        # Without a receiver no further image can arrive.
+        if until_idle and store.planner.close_series([row["id"] for row in store.database.query("SELECT id FROM series WHERE open = 1")]):
             continue
         is_busy = worker.activator.is_busy or worker.models.is_loading
         if until_idle and not is_busy:
             return
         worker.prepare()
         wakeup.wait(_BUSY_IDLE_S if is_busy else _IDLE_S)
-
-
-def _close_all_series(store: Store) -> int:
-    """Close every open series: without a receiver no further image can arrive."""
-    return store.planner.close_series([row["id"] for row in store.database.query("SELECT id FROM series WHERE open = 1")])

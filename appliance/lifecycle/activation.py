@@ -1,7 +1,7 @@
-"""Activates models step by step while the active models go on working; the worker process calls :meth:`Activator.tick`.
+"""Activates models step by step while the active models continue to work; the worker process calls :meth:`Activator.tick`.
 
 ``tick()`` runs between two jobs and never waits: self-test, trust check and loading run in processes and threads of their own. All
-state that matters is in the journal, so that after a crash at any moment the next start goes on from there.
+state that matters is in the journal, so that after a crash at any moment the next start continues from there.
 """
 
 from __future__ import annotations

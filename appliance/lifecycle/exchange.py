@@ -114,7 +114,7 @@ class Exchange:
     def version(self) -> tuple[object, ...]:
         """Return a value that changes whenever a check may have another result: each pull replaces the link ``trust``.
 
-        It looks at a few names only, however many files the agent has written.
+        It checks a few names only, however many files the agent has written.
         """
         paths = (self.directory / name for name in (DIRECTIVES, TRUST, "metadata", "documents", "bundles", "floor.json"))
         return (_target(self.directory / TRUST), *(_stamp(path) for path in paths))

@@ -1,4 +1,4 @@
-"""Installs one new model after the other while the active models go on working: self-test, load, trust check, switch."""
+"""Installs one new model after the other while the active models continue to work: self-test, load, trust check, switch."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class Installer:
             current.stored_progress = part
 
     def _load_model(self, row: sqlite3.Row, current: _Installation) -> None:
-        """Load the model in a thread, while the active models go on working."""
+        """Load the model in a thread, while the active models continue to work."""
         if current.loading is None:
             current.loading = Loading(self._load, row["digest"], Plan.of(None, SelfTestReport.from_json(row["self_test"])))
         elif current.loading.done():

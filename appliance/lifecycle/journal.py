@@ -11,7 +11,7 @@ import sqlite3
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeAlias
 
 from appliance.core.domain import Note, utc_now
 from appliance.core.errors import ActivationError
@@ -24,6 +24,7 @@ from appliance.store.store import Store
 from model_sync.bundle import Manifest
 
 Source = Literal["library", "usb", "hand", "embedded"]
+_States: TypeAlias = tuple[ActivationState, ...]
 
 MAX_ATTEMPTS: Final = 3
 FINDINGS_PER_STEP: Final = 500
@@ -252,7 +253,7 @@ class Journal(JournalQueries):
             self._annotate(tx, row["id"], digest, ActivationState.WITHDRAWN, note)
 
     def annotate_findings(self) -> bool:
-        """Go on with annotating the findings of versions that were replaced; returns whether there may be more to do."""
+        """Continue to annotate the findings of versions that were replaced; returns whether there may be more to do."""
         row = self._db.one("SELECT * FROM activations WHERE marked = 0 ORDER BY id LIMIT 1")
         if row is None:
             return False
@@ -283,13 +284,7 @@ class Journal(JournalQueries):
         return True
 
     def _advance(
-        self,
-        number: int,
-        expected: tuple[ActivationState, ...],
-        state: ActivationState,
-        values: dict[str, Any],
-        outcome: int = 0,
-        **detail: Any,
+        self, number: int, expected: _States, state: ActivationState, values: dict[str, Any], outcome: int = 0, **detail: Any
     ) -> None:
         """Change the state and other columns of an activation in a transaction of its own."""
         with self._db.transaction() as tx:
@@ -344,7 +339,7 @@ class Journal(JournalQueries):
         self.changes += 1
 
     @staticmethod
-    def _expect(tx: sqlite3.Connection, number: int, states: tuple[ActivationState, ...]) -> sqlite3.Row:
+    def _expect(tx: sqlite3.Connection, number: int, states: _States) -> sqlite3.Row:
         """Return an activation that is still in one of these states; raises ActivationError ``activation.ended``."""
         row: sqlite3.Row | None = tx.execute("SELECT * FROM activations WHERE id = ?", (number,)).fetchone()
         if row is None or row["state"] not in states:

@@ -88,7 +88,7 @@ class LibraryFollower:
         return self._check is not None or self._has_new_facts or self._needs_check()
 
     def poll(self) -> None:
-        """Collect the result of a check, and once a second look for new files of the sync agent."""
+        """Collect the result of a check, and once a second check for new files of the sync agent."""
         now = self._clock()
         if self._check is not None and (facts := self._check.poll()) is not None:
             self._check = None

@@ -85,7 +85,10 @@ def roll_back(store: Store, name: str | None, actor: str, on_progress: OnProgres
             cannot be activated (damaged copy, failed self-test). The active model stays active.
     """
     journal = Journal(store)
-    current = _active_model(store, name)
+    current, *others = active_models(store, name)
+    if others:
+        lines = ", ".join(row["name"] for row in (current, *others))
+        raise ActivationError("model.unknown", f"active: {lines}; say which line")
     successors = journal.successors(current["name"], current["digest"])
     if not successors:
         previous = store.database.one(
@@ -146,7 +149,7 @@ def wait_for_activation(store: Store, number: int, on_progress: OnProgress | Non
 def tune(store: Store, name: str | None, actor: str, on_progress: Callable[[TuningRequest], None] | None = None) -> list[str]:
     """Measure the candidates of the active models again, of one model line or of all, and run each model with the best one.
 
-    The models go on working meanwhile.
+    The models continue to work meanwhile.
 
     Returns:
         The digests of the models.
@@ -155,11 +158,9 @@ def tune(store: Store, name: str | None, actor: str, on_progress: Callable[[Tuni
         ActivationError: ``model.unknown``: no model is active, or none of that line; or why a measurement failed, after which the
             model runs as before.
     """
-    rows = [row for row in store.models() if row["state"] == ModelState.ACTIVE and name in (None, row["name"])]
-    if not rows:
-        raise ActivationError("model.unknown", f"{name}: no model is active" if name else "no model is active")
+    rows = active_models(store, name)
     tunings = TuningRequests(store.database)
-    for row in sorted(rows, key=lambda row: str(row["name"])):
+    for row in rows:
         tunings.ask(row["digest"], row["name"], actor)
 
     def is_done() -> bool:
@@ -182,7 +183,7 @@ def _wait(store: Store, is_done: Callable[[], bool]) -> None:
     while not is_done():
         try:
             lock = None if _box_runs(store) else Lock(store.settings.data_dir, "worker")
-        except ApplianceError:  # a worker without a supervisor does the work; if it dies, the next worker or this process goes on
+        except ApplianceError:  # a worker without a supervisor does the work; if it dies, the next worker or this process continues
             lock = None
         if lock is None:
             wake(store.settings)
@@ -265,10 +266,11 @@ def _check_trust(store: Store) -> TrustFacts:
     return facts
 
 
-def _active_model(store: Store, name: str | None) -> sqlite3.Row:
-    """Return the active model of a model line, or the only active one; raises ActivationError ``model.unknown``."""
-    active = [row for row in store.models() if row["state"] == ModelState.ACTIVE and name in (None, row["name"])]
-    if len(active) != 1:
-        known = ", ".join(sorted(row["name"] for row in active)) or "none"
-        raise ActivationError("model.unknown", f"{name}: no model is active" if name else f"active: {known}; say which line")
-    return active[0]
+def active_models(store: Store, name: str | None = None) -> list[sqlite3.Row]:
+    """List the active models by name, of one model line or of all; raises ActivationError ``model.unknown`` that lists the lines."""
+    active = sorted((row for row in store.models() if row["state"] == ModelState.ACTIVE), key=lambda row: str(row["name"]))
+    rows = [row for row in active if name in (None, row["name"])]
+    if not rows:
+        lines = ", ".join(row["name"] for row in active) or "none"
+        raise ActivationError("model.unknown", f"{name}: no model is active; active: {lines}" if name else "no model is active")
+    return rows

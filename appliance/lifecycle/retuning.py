@@ -1,4 +1,4 @@
-"""Measures active models again while they go on working; the activator calls :meth:`Retuner.tick` between two jobs.
+"""Measures active models again while they continue to work; the activator calls :meth:`Retuner.tick` between two jobs.
 
 The measurement is the same process as the self-test of a new model. Its result is loaded in a thread and taken over in one transaction.
 """
@@ -65,7 +65,7 @@ class Retuner:
         return self._current is not None or (waiting is not None and waiting.actor != "worker")
 
     def request(self, digest: str) -> None:
-        """Request a measurement because the way a model runs has a problem; at most once per model and process."""
+        """Request a measurement because a model does not run as chosen; at most once per model and process."""
         if self._store.settings.tune_at_activation and digest not in self._requested:
             self._requested.add(digest)
             self.tunings.ask(digest, self._store.model(digest)["name"], "worker")
@@ -73,7 +73,7 @@ class Retuner:
     def request_outdated(self) -> None:
         """Request a measurement of each active model that was never measured, or on another device or with another remote runtime.
 
-        A model whose measurement failed on this very device is left alone: a person may request it again.
+        A model whose measurement failed on this device is not measured again by itself: a person may request it again.
         """
         profile = device_profile.profile()
         for row in self._store.models():

@@ -43,7 +43,7 @@ class SelfTestProcess(Child):
 
     Args:
         command: from :func:`self_test_command`.
-        deadline_s: how long the whole self-test may take.
+        deadline_s: how long the self-test may take.
 
     Raises:
         OSError: the process could not be started.
@@ -83,7 +83,7 @@ class SelfTestProcess(Child):
 
     @property
     def has_crashed(self) -> bool:
-        """Whether the process ended without saying how the self-test ended."""
+        """Whether the process ended without reporting a result."""
         return self._has_ended and not self._unhandled
 
     def _receive(self) -> None:

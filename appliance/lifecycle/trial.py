@@ -1,4 +1,4 @@
-"""The trials of new models: counted, ended, or broken off with a roll back."""
+"""The trials of new models: counted, ended, or ended by a rollback."""
 
 from __future__ import annotations
 

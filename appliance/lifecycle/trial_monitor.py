@@ -38,7 +38,7 @@ class Statistics:
         cases: images that it analysed.
         failures: jobs that failed for good.
         latency_ms: median time of an inference with the current candidate; None before the first, or before five since it changed.
-        drift: largest population stability index of a label, less the part that chance alone gives; None before 50 images.
+        drift: largest population stability index of a label, minus the part that chance gives; None before 50 images.
     """
 
     cases: int

@@ -39,7 +39,7 @@ def repeats(expected_ms: float) -> int:
 
 @dataclass(frozen=True)
 class _Reference:
-    """An image, its result alone, and its golden case (None for a derived image)."""
+    """An image, its result in a batch of one, and its golden case (None for a derived image)."""
 
     image: NDArray[np.float32]
     alone: Mapping[str, NDArray[np.float32]]

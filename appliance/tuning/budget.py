@@ -1,7 +1,7 @@
 """The limits of one measurement in time and memory: how much remains, and the deadline of each call to a candidate.
 
 A candidate that hangs only costs the time of its own call. The deadlines of candidates that build no engine are a share of the
-measuring time, or a multiple of what another candidate needed; only building an engine may take long. Nothing begins or goes on after
+measuring time, or a multiple of what another candidate needed; only building an engine may take long. Nothing begins or continues after
 the end of the total time.
 """
 

@@ -73,7 +73,7 @@ class Measurement:
         allowed_s: time limit of the load, and lower bound of the limit of each later call.
 
     Attributes:
-        row: its row of the table; the state is CORRECT until an error is found.
+        row: its row of the table; the state is CORRECT until an error occurs.
         details: ``Runtime.describe``.
         differences: golden case -> largest difference.
         first_ms: the quick timing that every candidate gets; 0 before it.
@@ -190,8 +190,3 @@ class Measurement:
         if self.row.state != CandidateState.CORRECT or not (self.medians or self.first_ms):
             return self.row
         return replace(self.row, median_ms=self.median_ms, worst_ms=self.worst_ms or None)
-
-
-def fastest(entries: Sequence[Measurement]) -> Measurement | None:
-    """Return the fastest candidate of those that were timed."""
-    return min((entry for entry in entries if entry.first_ms), key=lambda entry: entry.first_ms, default=None)

@@ -22,7 +22,7 @@ from appliance.core.states import ActivationState, CandidateState
 from appliance.runtime.candidate import Candidate
 from appliance.tuning.batch_check import BatchCheck, repeats
 from appliance.tuning.budget import Budget, Limits
-from appliance.tuning.measurement import BATCHES, DEADLINE, NO_TIME, Measurement, Subject, fastest, runs_on_cpu
+from appliance.tuning.measurement import BATCHES, DEADLINE, NO_TIME, Measurement, Subject, runs_on_cpu
 from appliance.tuning.selection import SAME_TIME, CandidateResult, Selection, exactness, select
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class _Tuner:
             entry.close()
 
     def _plan(self, runtimes: Sequence[Availability]) -> Iterator[Candidate]:
-        """List the candidates, the most exact first, so that a correct one is known early; what cannot run gets its row here.
+        """List the candidates, the most exact first, so that a correct one is known early; what cannot run gets its row of the table here.
 
         The runtimes take turns, so that each is tried before the time is over; candidates that build an engine come last.
         """
@@ -215,7 +215,7 @@ class _Tuner:
         repeat = 0 if once > _SLOW_MS else max(1, min(_FIRST_TIMINGS, round(_FIRST_MS / max(once, 0.01))))
         mine: list[float] = []
         others: list[float] = []
-        best = fastest(self._open())
+        best = min((other for other in self._open() if other.first_ms), key=lambda other: other.first_ms, default=None)
         for _ in range(2 if repeat else 0):
             mine += entry.time(self._sample, repeat, once)
             if best is not None and best.is_open:

@@ -466,7 +466,7 @@ def test_urgent_by_command_says_how_many_and_knows_no_strangers(store: Store, ti
     line = [sys.executable, "-m", "appliance", "urgent", "--data-dir", str(settings.data_dir)]
     study = str(Worklist(store).study_of(images[1]))
     done = subprocess.run([*line, study], capture_output=True, text=True, check=False, env=os.environ | {"LC_ALL": "C.UTF-8"})
-    assert (done.returncode, done.stdout.strip()) == (0, "1 will be read first")
+    assert (done.returncode, done.stdout.strip()) == (0, "1 will be analysed first")
     assert prepared_worker(store).run_once()
     assert order(store) == [images[1]]
     unknown = subprocess.run([*line, "no-such-study"], capture_output=True, text=True, check=False)

@@ -319,7 +319,11 @@ def test_a_hub_that_takes_the_line_and_hangs_holds_no_scan_at_the_start(store: S
     wait_for(lambda: hub.silent == 1)  # still the first question: nobody gave up, and nobody asked twice
     assert Worklist(box).instance(image).state is ScanState.AI_READY
     reason = reason_of(box, image)
-    assert (reason["code"], "runtime.deadline" in reason["detail"], "reached for" in reason["detail"]) == ("choice.fallback", True, True)
+    assert (reason["code"], "runtime.deadline" in reason["detail"], "no connection within" in reason["detail"]) == (
+        "choice.fallback",
+        True,
+        True,
+    )
     assert json.loads(box.model(digest)["self_test"])["runs"]["reason"] == reason
     assert attempts(box) == {1}
     made.step()
