@@ -21,7 +21,7 @@ from appliance.lifecycle.journal import Journal
 from appliance.lifecycle.library_follower import LibraryFollower
 from appliance.lifecycle.retuning import Retuner
 from appliance.lifecycle.takeover import Takeovers
-from appliance.lifecycle.trial import Trials
+from appliance.lifecycle.trial_monitor import Trials
 from appliance.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Activator:
         self.retuner = Retuner(store, self.journal, load, on_activated, clock)
         self._installer = Installer(store, self.journal, load, on_activated, self._follower, self._log)
         self._takeovers = Takeovers(store, self.journal, load_now or load, on_activated, self._log)
-        self._trials = Trials(store, self.journal, self._takeovers, self._log)
+        self._trials = Trials(store.database, self.journal, self._takeovers, self._log)
         self._next_tick = self._next_trial_check = self._follow_from = 0.0
 
     @property

@@ -105,11 +105,8 @@ class Exchange:
     def __init__(self, store: Store, directory: Path) -> None:
         self._store, self.directory = store, directory
         self._write_failed = False
+        self._status_version: object = None
         _remove_old_temporaries(directory)
-
-    def has_metadata(self) -> bool:
-        """Whether there is metadata to check; False when the directory cannot be read."""
-        return os.path.isdir(self.directory / "metadata")
 
     def version(self) -> tuple[object, ...]:
         """Return a value that changes whenever a check may have another result: each pull replaces the link ``trust``.
@@ -119,23 +116,20 @@ class Exchange:
         paths = (self.directory / name for name in (DIRECTIVES, TRUST, "metadata", "documents", "bundles", "floor.json"))
         return (_target(self.directory / TRUST), *(_stamp(path) for path in paths))
 
-    def status_version(self) -> tuple[int, int, int]:
-        """Return a value that changes whenever the sync agent has written its status."""
-        return _stamp(self.directory / SYNC_STATUS)
-
     def directives(self) -> Directives | None:
         """Read the requests of the sync agent; None when there are none or they are invalid."""
         return _read(self.directory / DIRECTIVES, Directives)
 
-    def bundle(self, digest: str) -> Path:
-        """Return the directory where the sync agent puts the verified bundle of a digest."""
-        return self.directory / "bundles" / digest
-
     def record_status(self) -> bool:
         """Audit a change of the agent's state once: ``untrusted`` is an alarm, ``unreachable`` never is. Returns whether it changed."""
-        status = _read(self.directory / SYNC_STATUS, SyncStatus)
-        if status is None:
-            return False
+        version, status = _stamp(self.directory / SYNC_STATUS), None
+        if version != self._status_version:
+            status = _read(self.directory / SYNC_STATUS, SyncStatus)
+        changed = status is not None and self._record_state(status)
+        self._status_version = version  # only now: after an error of the disk the same status is recorded again
+        return changed
+
+    def _record_state(self, status: SyncStatus) -> bool:
         now = status.state if status.state in _SEVERITY else "ok"
         value = f"{now} {status.code if now != 'ok' else ''}"
         known = self._store.database.one("SELECT value FROM meta WHERE key = 'sync_state'")

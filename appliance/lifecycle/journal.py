@@ -149,7 +149,7 @@ class Journal(JournalQueries):
             if restriction := self.find_restriction(row["name"], row["version"]):
                 raise ActivationError(restriction.code, restriction.detail)
             report = SelfTestReport.from_json(row["self_test"])
-            current = _active(tx, row["name"])
+            current = self.active(row["name"])
             replaces = current is not None and current["digest"] != row["digest"]
             keep_previous = self._end_previous(tx, row, current) if current is not None and replaces else False
             values = {
@@ -160,7 +160,8 @@ class Journal(JournalQueries):
             self._store.switch_within(tx, values, row["actor"], keep_previous=keep_previous)
             is_trial = replaces and row["purpose"] == "activate"
             state = ActivationState.TRIAL if is_trial else ActivationState.GOOD
-            trial = _TRIAL_START | {"since": utc_now(), "after_job": _last_job(tx), "watching": current is None}
+            (last_job,) = tx.execute("SELECT coalesce(max(id), 0) FROM jobs").fetchone()
+            trial = _TRIAL_START | {"since": utc_now(), "after_job": last_job, "watching": current is None}
             ended = None if is_trial else utc_now()
             self._set(tx, number, state=state.value, attempts=0, progress=0.0, trial=json.dumps(trial), ended_at=ended)
             if current is not None and replaces and row["purpose"] == "rollback":
@@ -245,7 +246,7 @@ class Journal(JournalQueries):
             row = self._last_use(tx, model)
             self._end(tx, row, ActivationState.WITHDRAWN, note, marked=0)
             if model["state"] != ModelState.ACTIVE:  # its successor is active already
-                now = _active(tx, model["name"])
+                now = self.active(model["name"])
                 self._store.planner.hand_over(tx, digest, now["digest"] if now else None, note)
                 _retire(tx, digest)
             else:
@@ -364,16 +365,5 @@ def _stored(note: Note) -> str:
     return json.dumps(note.to_json(), ensure_ascii=False)
 
 
-def _active(tx: sqlite3.Connection, name: str) -> sqlite3.Row | None:
-    row: sqlite3.Row | None = tx.execute(
-        "SELECT * FROM models WHERE name = ? AND state = ?", (name, ModelState.ACTIVE.value)
-    ).fetchone()  # fmt: skip
-    return row
-
-
 def _retire(tx: sqlite3.Connection, digest: str) -> None:
     tx.execute("UPDATE models SET state = ? WHERE digest = ?", (ModelState.RETIRED.value, digest))
-
-
-def _last_job(tx: sqlite3.Connection) -> int:
-    return int(tx.execute("SELECT coalesce(max(id), 0) FROM jobs").fetchone()[0])
