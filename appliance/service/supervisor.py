@@ -39,7 +39,7 @@ _ENVIRONMENT: Final = {
 
 @dataclass
 class ManagedProcess:
-    """One process of the box, with its restarts."""
+    """One process of the box."""
 
     name: str
     command: list[str]
