@@ -85,6 +85,7 @@ class TrustCheck(Child):
 
     def poll(self) -> TrustFacts | None:
         """Return the facts once the check has ended; None while it runs. A check that crashes, hangs or writes too much fails."""
+        facts = None
         if not self.listen():
             if not self.late():
                 return None
@@ -94,9 +95,9 @@ class TrustCheck(Child):
         else:
             problem = f"the check ended with {self.exit_code} and no answer"
             with suppress(ValueError):
-                return TrustFacts.parse(self.text())
+                facts = TrustFacts.parse(self.text())
         self.end()
-        return TrustFacts(ok=False, code="trust.unchecked", message=problem)
+        return facts or TrustFacts(ok=False, code="trust.unchecked", message=problem)
 
 
 class Exchange:
