@@ -30,11 +30,7 @@ class _Entry:
 
 
 class LoginThrottle:
-    """Counts failed logins by name and machine; safe to use from several threads.
-
-    Args:
-        clock: the time in seconds.
-    """
+    """Counts failed logins by name and machine; safe to use from several threads."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

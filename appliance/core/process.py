@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Final
 
@@ -61,6 +62,14 @@ def release_memory() -> None:
 def die_with_parent(signal_number: int = signal.SIGTERM) -> None:
     """Let the kernel signal this process when its parent dies, so that no process occupies a port after the supervisor was killed."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal_number)
+
+
+def stop_on_signal() -> Callable[[], bool]:
+    """Let SIGTERM and SIGINT ask this process to stop; returns whether one of them came."""
+    received: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _frame: received.append(number))
+    return lambda: bool(received)
 
 
 class Lock:

@@ -17,9 +17,9 @@ from appliance.ingest.ingest import Ingest
 from quantize.reference.phantom import write_samples
 from tests.browser.app_box import FLAGS, READY, Clinician, RunningBox
 from tests.conftest import SHARED
-from tests.integration.appliance.inference.test_worker import chest
 from tests.support.scans import scan_bytes
 from tests.support.web_box import PASSWORD
+from tests.support.worker_box import chest
 
 pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("built_viewer")]
 

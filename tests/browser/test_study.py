@@ -10,9 +10,9 @@ from playwright.sync_api import Browser, Page, Playwright, expect
 from appliance.core.domain import JobResult, Note, ScanState
 from appliance.core.settings import Settings
 from tests.browser.app_box import FLAGS, READY, Clinician, Pages
-from tests.integration.appliance.inference.test_worker import chest
 from tests.support.scans import scan_bytes
 from tests.support.web_box import Box, in_process, result
+from tests.support.worker_box import chest
 
 pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("built_viewer")]
 

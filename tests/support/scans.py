@@ -6,7 +6,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, generate_uid
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def dataset(**changes: Any) -> FileDataset:
     return made
 
 
-def encode(made: FileDataset) -> bytes:
+def encode(made: Dataset) -> bytes:
     """The dataset as a PS3.10 file."""
     buffer = BytesIO()
     made.save_as(buffer, enforce_file_format=True)

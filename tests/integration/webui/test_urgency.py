@@ -190,7 +190,7 @@ def test_the_command_line_marks_and_takes_back(box: Box, capsys: pytest.CaptureF
         assert main(["urgent", str(study), *options, "--data-dir", str(box.settings.data_dir)]) == 0
         return capsys.readouterr().out
 
-    assert "1 will be read first" in said()
+    assert "1 will be analysed first" in said()
     assert "it is first already" in said()
     assert "1 no longer first" in said("--undo")
     assert box.store.queue.urgency_of(study) is None

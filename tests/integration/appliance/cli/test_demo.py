@@ -26,8 +26,9 @@ from appliance.service.supervisor import Supervisor
 from appliance.store.store import Store
 from model_sync.json_logging import JsonFormatter
 from quantize.reference.phantom import write_samples
-from tests.integration.appliance.dicom.test_receiver import send, wait_for
+from tests.support.dicom_sender import send
 from tests.support.paths import ROOT
+from tests.support.processes import wait_for
 from tests.support.scans import dataset, scan_bytes
 
 _POPEN = subprocess.Popen
