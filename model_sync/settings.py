@@ -79,7 +79,7 @@ class SyncSettings(BaseModel):
         except OSError as error:
             raise SettingsError(f"{file}: {error.strerror}", hint="run `model-sync init` to lay one, or point --config to it") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise SettingsError(f"{file}: {error}", hint="mend the line; `model-sync settings` prints every key") from error
+            raise SettingsError(f"{file}: {error}") from error
         return cls.parse({"state_dir": file.parent} | values | overrides, base=file.parent)
 
     @classmethod
@@ -89,7 +89,7 @@ class SyncSettings(BaseModel):
             settings = cls.model_validate(values)
         except ValidationError as error:
             what = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-            raise SettingsError(what, hint="`model-sync settings` prints every key with its meaning") from error
+            raise SettingsError(what) from error
         root = (base or Path.cwd()).resolve()
         return settings.model_copy(update={name: root / value for name in _PATHS if (value := getattr(settings, name)) is not None})
 

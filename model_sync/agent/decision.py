@@ -63,7 +63,7 @@ _OF_STATE = {
     SyncState.UNTRUSTED: Decision.REFUSED, SyncState.ERROR: Decision.ERROR, SyncState.UNREACHABLE: Decision.UNREACHABLE,
     SyncState.WAITING: Decision.WAITING,
 }  # fmt: skip
-# The order in which a person has to hear of problems.
+# The most urgent problem first.
 _SEVERITY = (SyncState.UNTRUSTED, SyncState.ERROR, SyncState.UNREACHABLE, SyncState.WAITING)
 
 
@@ -76,7 +76,7 @@ class LineOutcome:
         version: the version it is about; empty when there is none.
         digest: the digest of that version.
         at: when this box takes part, for ``NOT_YET``.
-        problem: the reason, when there is more to say than the decision; not every one is an error (see ``PullResult``).
+        problem: the reason of the decision, if there is one; a withdrawal is also stored here, but is no error.
     """
 
     decision: Decision
@@ -118,12 +118,12 @@ class PullResult:
 
     @property
     def problems(self) -> dict[str, ModelSyncError]:
-        """The problems by model line, from a withdrawal to a forgery."""
+        """The problems by model line."""
         return {name: line.problem for name, line in self.lines.items() if line.problem is not None}
 
     @property
     def worst_problem(self) -> ModelSyncError | None:
-        """The problem that a person has to hear of first; None when everything is as the library wants it."""
+        """The most urgent problem; None when there is no error."""
         errors = [problem for problem in self.problems.values() if problem.action is not Action.NONE]
         return min(errors, key=lambda error: _SEVERITY.index(state_of(error)), default=None)
 
@@ -175,10 +175,10 @@ def find_refusal(line: str, index: LineIndex | None, version: str) -> TrustError
     reason = {
         "unknown": "the role of the model line has not signed such a version",
         "withdrawn": f"it is withdrawn: {withdrawal.reason if withdrawal else ''}",
-        "below_minimum": f"it is older than {index.minimum_version if index else ''}, the oldest that may run",
+        "below_minimum": f"it is older than the minimum version {index.minimum_version if index else ''}",
     }[code]
     is_forged = code == "unknown"
-    hint = "tell the central team: the rollout has to be signed anew" if is_forged else "nothing here: the central team will name another"
+    hint = "tell the central team to sign a new rollout" if is_forged else "nothing to do: the central team will name another version"
     action = Action.ALARM if is_forged else Action.NONE
     return TrustError(
         f"the rollout names {line} {version}, and {reason}", hint=f"{hint}; {MODEL_STAYS}", code=f"trust.{code}", action=action

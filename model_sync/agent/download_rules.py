@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 
 from model_sync.agent import process_lock
-from model_sync.errors import MODEL_STAYS, Action, LibraryUnreachable
+from model_sync.errors import Action, LibraryUnreachable
 from model_sync.settings import SyncSettings
 
 
@@ -21,7 +21,6 @@ class DownloadRules:
     """
 
     def __init__(self, settings: SyncSettings, check_stop: Callable[[], None], local_now: Callable[[], datetime]) -> None:
-        """Start outside a bundle: documents may be fetched at any time."""
         self._settings = settings
         self._check_stop = check_stop
         self._local_now = local_now
@@ -45,16 +44,8 @@ class DownloadRules:
         """
         self._check_stop()
         if process_lock.is_requested(self._settings.state_dir):
-            raise LibraryUnreachable(
-                "a USB stick is being read; the download makes way",
-                hint=f"it goes on at the next poll; {MODEL_STAYS}",
-                code="sync.stopped",
-                action=Action.WAIT,
-            )
+            raise LibraryUnreachable("a USB import interrupts the download", code="sync.stopped", action=Action.WAIT)
         if self._is_in_bundle and not self._settings.in_window(self._local_now()):
             raise LibraryUnreachable(
-                f"bundles are fetched only at {', '.join(self._settings.windows)}; this one waits",
-                hint=f"it comes by itself in the next window, or widen `windows` in sync.toml; {MODEL_STAYS}",
-                code="sync.window",
-                action=Action.WAIT,
+                f"bundles are fetched only at {', '.join(self._settings.windows)}", code="sync.window", action=Action.WAIT
             )

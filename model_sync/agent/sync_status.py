@@ -1,4 +1,4 @@
-"""``sync-status.json``: what the agent is doing and what is wrong, for the health page and for ``model-sync status``."""
+"""``sync-status.json``: what the agent does and what is wrong, for the health page and for ``model-sync status``."""
 
 from __future__ import annotations
 
@@ -78,13 +78,13 @@ class LineStatus:
 def state_of(error: ModelSyncError | None) -> SyncState:
     """Return the state that an error puts the agent in.
 
-    A link that fails is never called untrusted. What the central team did on purpose, such as a withdrawal, is no problem at all.
+    A failed link is never untrusted. What the central team did on purpose, such as a withdrawal, is no error.
     """
     return SyncState.OK if error is None else _STATE_OF_ACTION[error.action]
 
 
 class StatusFile:
-    """Writes the status to the disk; a status that cannot be written stops nothing, it is logged.
+    """Writes the status to the disk; when it cannot be written, that is logged, and the agent continues.
 
     Args:
         exchange_dir: where the box reads it.
@@ -97,7 +97,6 @@ class StatusFile:
     def __init__(
         self, exchange_dir: Path, state_dir: Path, box_id: str, now: Callable[[], datetime], ticks: Callable[[], float] = time.monotonic
     ) -> None:
-        """Read the status that is there; new values replace its fields."""
         self._path = exchange_dir / STATUS_FILE
         self._history = state_dir / HISTORY_FILE
         self._now = now
@@ -138,10 +137,7 @@ class StatusFile:
             self._write()
 
     def report_retry(self, error: ModelSyncError, pause_s: float) -> None:
-        """Record a failed attempt and the pause before the next one: twenty of them may take half an hour.
-
-        A short failure does not change the state, so that a bad link does not make it flicker.
-        """
+        """Record a failed attempt and the pause before the next one; only a failure that lasts changes the state."""
         now = self._ticks()
         self._failing_since = now if self._failing_since is None else self._failing_since
         next_at = self._now() + timedelta(seconds=pause_s)
@@ -154,7 +150,7 @@ class StatusFile:
     def end(
         self, error: ModelSyncError | None, lines: Mapping[str, LineStatus], clocks: Clocks, received_bytes: int, code: str = "sync.ok"
     ) -> None:
-        """Record the result of an attempt; the last problem stays on record after a success."""
+        """Record the result of an attempt; a success does not clear ``last_problem``."""
         state = state_of(error)
         at = iso(self._now())
         self._enter(state, error.code if error else code)

@@ -1,7 +1,7 @@
-"""The bundles that this process has verified, so that megabytes are not hashed at every poll.
+"""The bundles that this process has verified, so that they are not hashed at every poll.
 
-A disk can lose bits, and another account may write where it should not. A bundle is hashed again when the length, time or inode of
-a file changed, when the box has rejected it since, and once a day in any case: a bad sector changes none of these.
+A bundle is hashed again when the length, time or inode of a file changed, when the box has rejected it since, and once a day: a bad
+sector changes none of these.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ class VerifiedBundleCache:
     """
 
     def __init__(self, ticks: Callable[[], float]) -> None:
-        """Start empty."""
         self._ticks = ticks
         self._fingerprints: dict[str, _Fingerprint] = {}
 

@@ -33,10 +33,9 @@ _TOUCH_S: Final = 30
 
 
 class Accounts:
-    """Operators and their sessions."""
+    """Operators and their sessions, which end after ``idle_s`` without a request, and after ``absolute_s`` in any case."""
 
     def __init__(self, fleet: Fleet, *, idle_s: int = 30 * 60, absolute_s: int = 12 * 3600) -> None:
-        """End a session after ``idle_s`` without a request, and after ``absolute_s`` in any case."""
         self._fleet = fleet
         self._idle_s, self._absolute_s = idle_s, absolute_s
 
@@ -47,7 +46,8 @@ class Accounts:
             SettingsError: the name is not valid, or exists already.
         """
         if not _NAME.match(name):
-            raise SettingsError(f"{name!r} is no name", hint="letters, digits, dot, dash and underscore; 64 at most", code="library.name")
+            hint = "letters, digits, dot, dash and underscore; 64 at most"
+            raise SettingsError(f"{name!r} cannot be a name", hint=hint, code="library.name")
         password, values = _new_password()
         with self._fleet.writing() as tx:
             new = self._fleet.insert(operators).values(name=name, **values).on_conflict_do_nothing(index_elements=["name"])
@@ -67,11 +67,7 @@ class Accounts:
         password, values = _new_password()
         with self._fleet.writing() as tx:
             if not tx.execute(update(operators).where(operators.c.name == name).values(**values)).rowcount:
-                raise SettingsError(
-                    f"no operator is called {name}",
-                    hint="letters' case counts; `model-library operator add` makes one",
-                    code="fleet.unknown",
-                )
+                raise _unknown_operator(name)
             tx.execute(delete(sessions).where(sessions.c.operator == name))
             tx.execute(actions.insert().values(at=self._fleet.now(), actor="command line", action="operator", subject=name))
         return password
@@ -81,7 +77,7 @@ class Accounts:
         with self._fleet.writing() as tx:
             tx.execute(delete(sessions).where(sessions.c.operator == name))
             if not tx.execute(delete(operators).where(operators.c.name == name)).rowcount:
-                raise SettingsError(f"no operator is called {name}", hint="letters' case counts", code="fleet.unknown")
+                raise _unknown_operator(name)
             tx.execute(actions.insert().values(at=self._fleet.now(), actor="command line", action="operator-removed", subject=name))
 
     def login(self, name: str, password: str) -> str | None:
@@ -130,6 +126,11 @@ class Accounts:
             full = here.name == name, here.failures >= MAX_FAILURES
             if tx.execute(update(operators).where(*full).values(failures=0, locked_until=now + LOCKOUT_S)).rowcount:
                 tx.execute(actions.insert().values(at=now, actor="server", action="locked", subject=name))
+
+
+def _unknown_operator(name: str) -> SettingsError:
+    hint = "upper and lower case differ; `model-library operator add` creates one"
+    return SettingsError(f"no operator is called {name}", hint=hint, code="fleet.unknown")
 
 
 def _new_password() -> tuple[str, dict[str, Any]]:

@@ -82,7 +82,7 @@ def reports() -> Response:
     box = _enrolment().identify(client_certificate())
     report = verify(_raw(), box.key)
     if report.box_id != box.box_id:
-        raise ReportError("report.signature", "the report is of another box than its certificate", hint="enrol the box again")
+        raise ReportError("report.signature", "the report is of another box than its certificate")
     fleet: Fleet = current_app.extensions["fleet"]
     pause_policy: RolloutPausePolicy = current_app.extensions["pause_policy"]
     fleet.store_report(report, per_hour=current_app.config["REPORTS_PER_HOUR"])
@@ -103,7 +103,7 @@ def client_certificate() -> bytes | None:
             raise ValueError("too long")
         return x509.load_pem_x509_certificate(unquote(header).encode("ascii")).public_bytes(Encoding.DER)
     except ValueError as error:
-        raise EnrolmentError("enrolment.certificate", "the device certificate is none", hint="enrol the box with a token") from error
+        raise EnrolmentError("enrolment.certificate", "the device certificate is none") from error
 
 
 def client_address() -> str:
@@ -129,8 +129,7 @@ def _body(kind: type[_Body]) -> _Body:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        hint = "send the fields that the documentation names"
-        raise ReportError("report.invalid", "the request does not fit its schema", hint=hint) from error
+        raise ReportError("report.invalid", "the request does not fit its schema") from error
 
 
 def _certificate(pem: str, box_id: str) -> Response:

@@ -55,10 +55,9 @@ class EnrolmentError(CodedError):
 
 
 class DeviceAuthority:
-    """The authority that signs the certificates of boxes."""
+    """The authority that signs the certificates of boxes; opened by ``create`` or ``load``."""
 
     def __init__(self, certificate: x509.Certificate, key: EllipticCurvePrivateKey) -> None:
-        """Store a certificate and its private key; use ``create`` or ``load``."""
         self.certificate = certificate
         self._key = key
 
@@ -103,11 +102,9 @@ class DeviceAuthority:
             hint = "`model-library device-ca DIR` makes one"
             raise SettingsError(f"{error.filename}: {error.strerror}", hint=hint, code="fleet.authority") from error
         except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-            hint = "give the passphrase that it was made with"
-            raise SettingsError(f"the device authority in {directory} does not open", hint=hint, code="fleet.authority") from error
+            raise SettingsError(f"the device authority in {directory} does not open", code="fleet.authority") from error
         if not isinstance(key, EllipticCurvePrivateKey) or certificate.public_key() != key.public_key():
-            hint = f"put {KEY} and {CERTIFICATE} of one authority there"
-            raise SettingsError(f"the key in {directory} is not the certificate's", hint=hint, code="fleet.authority")
+            raise SettingsError(f"the key in {directory} is not the certificate's", code="fleet.authority")
         return cls(certificate, key)
 
     def issue(self, key: DeviceKey, box_id: str, now: datetime, days: float) -> x509.Certificate:
@@ -137,10 +134,9 @@ class Box:
 
 
 class Enrolment:
-    """Enrols boxes, renews their certificates and identifies them."""
+    """Enrols boxes, renews their certificates, which are valid for ``certificate_days``, and identifies them."""
 
     def __init__(self, fleet: Fleet, authority: DeviceAuthority, *, certificate_days: float = 30.0) -> None:
-        """Store the parts; certificates are valid for ``certificate_days``."""
         self._fleet = fleet
         self.authority = authority
         self._days = certificate_days
@@ -162,8 +158,7 @@ class Enrolment:
             is_first = tx.execute(update(tokens).where(*unused).values(used_at=now, key_sha256=fingerprint)).rowcount
             token_row = tx.execute(select(tokens).where(tokens.c.sha256 == token_digest)).mappings().one_or_none()
             if token_row is None or (not is_first and (token_row["key_sha256"] != fingerprint or token_row["expires_at"] <= now)):
-                hint = "ask the central team for a new token: each works once, and only for a while"
-                raise EnrolmentError("enrolment.token", "the token is unknown, used or expired", hint=hint)
+                raise EnrolmentError("enrolment.token", "the token is unknown, used or expired")
             box_id = token_row["box_id"]
             if not is_first:
                 query = select(certificates.c.pem).where(certificates.c.serial == token_row["serial"], certificates.c.revoked_at.is_(None))
@@ -200,20 +195,18 @@ class Enrolment:
         Raises:
             EnrolmentError: ``enrolment.certificate``, ``enrolment.expired``, ``enrolment.denied``.
         """
-        hint = "enrol the box with a token"
         if der is None:
-            raise EnrolmentError("enrolment.certificate", "no device certificate was shown", hint=hint)
+            raise EnrolmentError("enrolment.certificate", "no device certificate was shown")
         try:
             certificate = x509.load_der_x509_certificate(der)
             key = certificate.public_key()
         except (ValueError, UnsupportedAlgorithm) as error:
-            raise EnrolmentError("enrolment.certificate", "the device certificate is none", hint=hint) from error
+            raise EnrolmentError("enrolment.certificate", "the device certificate is none") from error
         if not self.authority.has_issued(certificate) or not isinstance(key, (EllipticCurvePublicKey, Ed25519PublicKey)):
-            raise EnrolmentError("enrolment.certificate", "the certificate is not of this fleet", hint=hint)
+            raise EnrolmentError("enrolment.certificate", "the certificate is not of this fleet")
         now = self._fleet.now()
         if now >= certificate.not_valid_after_utc.timestamp():
-            hint = "ask the central team for a new token and enrol the box again"
-            raise EnrolmentError("enrolment.expired", f"the certificate expired on {certificate.not_valid_after_utc:%Y-%m-%d}", hint=hint)
+            raise EnrolmentError("enrolment.expired", f"the certificate expired on {certificate.not_valid_after_utc:%Y-%m-%d}")
         if now < certificate.not_valid_before_utc.timestamp():
             raise EnrolmentError("enrolment.certificate", "the certificate is not valid yet", hint="check the server's clock")
         row = self._row(certificate)
@@ -277,19 +270,18 @@ def check_request(csr_pem: str) -> DeviceKey:
     Raises:
         EnrolmentError: ``enrolment.csr``.
     """
-    hint = "make the request with `model-sync enrol`"
     try:
         if len(csr_pem) > MAX_CSR_BYTES:
             raise ValueError("too long")
         csr = x509.load_pem_x509_csr(csr_pem.encode("ascii"))
         key, genuine = csr.public_key(), csr.is_signature_valid
     except (ValueError, UnsupportedAlgorithm, InvalidSignature) as error:
-        raise EnrolmentError("enrolment.csr", "the certificate request cannot be read", hint=hint) from error
+        raise EnrolmentError("enrolment.csr", "the certificate request cannot be read") from error
     if not genuine:
-        raise EnrolmentError("enrolment.csr", "the certificate request is not signed by its own key", hint=hint)
+        raise EnrolmentError("enrolment.csr", "the certificate request is not signed by its own key")
     if isinstance(key, Ed25519PublicKey) or (isinstance(key, EllipticCurvePublicKey) and isinstance(key.curve, SECP256R1)):
         return key
-    raise EnrolmentError("enrolment.csr", "the key must be P-256 or Ed25519", hint=hint)
+    raise EnrolmentError("enrolment.csr", "the key must be P-256 or Ed25519")
 
 
 def _builder(subject: x509.Name, issuer: x509.Name, key: DeviceKey, not_before: datetime, not_after: datetime) -> x509.CertificateBuilder:
@@ -314,7 +306,7 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
 
 
 def _denied() -> EnrolmentError:
-    return EnrolmentError("enrolment.denied", "this box is not let in", hint="ask the central team: the box or its certificate is denied")
+    return EnrolmentError("enrolment.denied", "this box is not let in")
 
 
 def _digest(data: bytes) -> str:

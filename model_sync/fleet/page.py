@@ -21,7 +21,6 @@ from model_sync.fleet.database import RUNNING, Fleet
 from model_sync.fleet.pause import ExpectedRollout
 from model_sync.fleet.rollouts import PublishedRollouts, Rollouts
 from model_sync.messages import LANGUAGES, Language, current_code, is_known, text
-from model_sync.messages_central import WORDS as _WORDS  # noqa: F401  (registers the words of this page)
 from model_sync.trust.documents import RolloutStep, older
 
 blueprint: Final = Blueprint("page", __name__, template_folder="templates")

@@ -129,4 +129,4 @@ class PausingLibrary(Library):
                 code="library.unsigned",
             )
         self.files.write(self.files.staged_path(ROLLOUT_ROLE), pause.to_bytes())
-        raise PublishError("the rollout waits for more signatures", hint="`model-library status` says whose", code="library.unsigned")
+        raise PublishError("the rollout waits for more signatures", code="library.unsigned")

@@ -1,7 +1,7 @@
 """The rollout pause policy: a thread that pauses a rollout when its failure budget is used up.
 
-A report only schedules a check. So no box waits for the library's lock, which a publication may hold for minutes, and a stored report
-is answered with success whatever is wrong with the library. A check that failed is repeated.
+A report only schedules a check. So no box waits for the library's lock, which a publication may hold for minutes, and a report is
+accepted also when the library cannot be read. A check that failed is repeated.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class RolloutPausePolicy:
             logger.error("the failure budget of ring %s line %s is spent but nothing was paused: %s", ring, line, error.message)
             if self._rollouts.can_sign:
                 return False
-            self._fleet.record_once(SERVER, "budget-spent", ring=ring, line=line, subject=expected.version, figures=figures)
+            self._fleet.record(SERVER, "budget-spent", ring=ring, line=line, subject=expected.version, figures=figures, once=True)
         return True
 
     def _run(self) -> None:

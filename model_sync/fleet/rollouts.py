@@ -41,10 +41,9 @@ class PublishedRollouts:
 
 
 class Rollouts:
-    """Reads the published rollouts of one library, and pauses them."""
+    """Reads and pauses the published rollouts of a library; ``signer`` has the rollout key, ``passphrase`` decrypts the online keys."""
 
     def __init__(self, directory: Path, fleet: Fleet, signer: Signer | None = None, passphrase: Passphrase | None = None) -> None:
-        """Store the parts; ``signer`` has the rollout key or is None, ``passphrase`` decrypts the online keys."""
         self._directory = directory
         self._fleet = fleet
         self._signer = signer
@@ -199,6 +198,4 @@ def _read(library: Library) -> PublishedRollouts:
 
 
 def _disk_error(error: OSError) -> PublishError:
-    return PublishError(
-        f"the library's disk: {error.strerror}", hint="make room, or mend it; boxes go on with what is public", code="library.disk"
-    )
+    return PublishError(f"the library's disk: {error.strerror}", code="library.disk")

@@ -32,7 +32,6 @@ from model_sync.fleet import files as server_files
 from model_sync.fleet import page as fleet_page
 from model_sync.fleet import problems as server_problems
 from model_sync.fleet.accounts import Accounts
-from model_sync.fleet.commands import add_commands as add_commands
 from model_sync.fleet.commands import passphrase
 from model_sync.fleet.database import Fleet
 from model_sync.fleet.enrolment import CERTIFICATE, DeviceAuthority, Enrolment
@@ -45,6 +44,7 @@ from model_sync.library.console import ONLINE_ENV
 from model_sync.library.files import LibraryFiles
 from model_sync.library.keys import load_signer
 from model_sync.network import is_loopback
+from model_sync.web_server import ErrorOnlyLogger, tls_context_factory
 
 DEFAULT_PORT: Final = 8443
 _REQUEST_START_S: Final = 10
@@ -194,7 +194,7 @@ def check(config: ServerConfig) -> None:
         SettingsError: plain http beyond loopback, an incomplete TLS configuration, or a key, library or database that cannot be opened.
     """
     if (config.tls_certificate is None) != (config.tls_key is None):
-        raise SettingsError("--tls-certificate and --tls-key belong together", hint="give both or neither", code="fleet.settings")
+        raise SettingsError("--tls-certificate and --tls-key belong together", code="fleet.settings")
     if config.tls_certificate is None and not is_loopback(config.host):
         hint = "give --tls-certificate and --tls-key, or listen on 127.0.0.1 behind a proxy with --behind-proxy"
         raise SettingsError(f"{config.host} needs TLS: plain http is for this machine alone", hint=hint, code="fleet.settings")
@@ -206,9 +206,7 @@ def check(config: ServerConfig) -> None:
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.tls_certificate, config.tls_key)
         except (OSError, ssl.SSLError) as error:
-            raise SettingsError(
-                f"the TLS certificate does not load: {error}", hint="give a PEM certificate and its key", code="fleet.settings"
-            ) from error
+            raise SettingsError(f"the TLS certificate does not load: {error}", code="fleet.settings") from error
     LibraryFiles(config.library).config()
     create_app(config).extensions["fleet"].close()
 
@@ -217,7 +215,6 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
     """Gunicorn with a configuration in Python."""
 
     def __init__(self, config: ServerConfig) -> None:
-        """Serve ``config``."""
         self._config = config
         super().__init__()
 
@@ -234,7 +231,7 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
         if config.tls_certificate is not None:
             authority = str(config.device_ca / CERTIFICATE)
             values |= {"certfile": str(config.tls_certificate), "keyfile": str(config.tls_key), "ca_certs": authority}
-            values |= {"cert_reqs": ssl.CERT_OPTIONAL, "ssl_context": _tls_of()}
+            values |= {"cert_reqs": ssl.CERT_OPTIONAL, "ssl_context": tls_context_factory(_NO_CHECK_TIME)}
         for name, value in values.items():
             if name in self.cfg.settings:  # versions of gunicorn differ in the newest ones
                 self.cfg.set(name, value)
@@ -249,29 +246,6 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
             return app.wsgi_app(environ, start_response)
 
         return application
-
-
-class ErrorOnlyLogger:
-    """Logs gunicorn's errors but no requests: very many boxes poll."""
-
-    def __init__(self, _cfg: object) -> None:
-        """Ignore gunicorn's configuration."""
-        self.error_log = logging.getLogger("gunicorn.error")
-        self.error_log.setLevel(logging.WARNING)
-        self.access_log = logging.getLogger("gunicorn.access")
-
-    def __getattr__(self, name: str) -> Any:
-        """Return the standard logger's ``debug`` to ``critical``, ``exception`` and ``log``."""
-        return getattr(self.error_log, name)
-
-    def access(self, *_: object) -> None:
-        """Log no request."""
-
-    def reopen_files(self) -> None:
-        """Do nothing: the log is standard error."""
-
-    def close_on_exec(self) -> None:
-        """Do nothing: there is no file to close."""
 
 
 def _start_logging() -> None:
@@ -289,21 +263,6 @@ def _announce(arbiter: Any) -> None:
         # The kernel holds a connection until it has data: a silent one uses no thread.
         listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, _REQUEST_START_S)
         print(f"Listening on {listener}", flush=True)
-
-
-def _tls_of() -> Callable[[Any, Callable[[], ssl.SSLContext]], ssl.SSLContext]:
-    """TLS 1.2 or newer; one context for all connections, so that sessions resume."""
-    made: list[ssl.SSLContext] = []
-
-    def context(_config: Any, default: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
-        if not made:
-            fresh = default()
-            fresh.minimum_version = ssl.TLSVersion.TLSv1_2
-            fresh.verify_flags = ssl.VerifyFlags(int(fresh.verify_flags) | _NO_CHECK_TIME)
-            made.append(fresh)
-        return made[0]
-
-    return context
 
 
 def _rollouts(config: ServerConfig, fleet: Fleet) -> Rollouts:

@@ -60,7 +60,7 @@ def generate(path: Path, passphrase: str, name: str | None = None) -> Key:
     pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(passphrase.encode()))
     for file in (path, public_path(path)):
         if os.path.lexists(file):
-            raise SettingsError(f"{file} exists already", hint="a key is never overwritten: choose another name", code="library.exists")
+            raise SettingsError(f"{file} exists already", code="library.exists")
     _create(path, pem, 0o600)
     write_public(public_path(path), signer.public_key, name or path.stem)
     return signer.public_key
@@ -99,15 +99,8 @@ def load_holder(path: Path) -> Holder:
             f"{file} is no public key", hint="give the .pub.json file that `model-library key new` wrote", code="library.key"
         ) from error
     if isinstance(key, SSlibKey) and key.keyid != _own_keyid(key):
-        raise SettingsError(
-            f"{file}: the key id does not belong to the key", hint="fetch the file again from its holder", code="library.key"
-        )
+        raise SettingsError(f"{file}: the key id does not belong to the key", code="library.key")
     return Holder(name, key)
-
-
-def load_public(path: Path) -> Key:
-    """Return the public key of ``load_holder``."""
-    return load_holder(path).key
 
 
 def load_signer(where: Path | str, passphrase: Passphrase, public_key: Key | None = None) -> Signer:
@@ -126,11 +119,7 @@ def load_signer(where: Path | str, passphrase: Passphrase, public_key: Key | Non
     path = Path(where)
     signer = CryptoSigner(_load_private(path, passphrase))
     if public_key is not None and signer.public_key.keyid != public_key.keyid:
-        raise SettingsError(
-            f"{path} is another key: {signer.public_key.keyid[:8]}, not {public_key.keyid[:8]}",
-            hint="take the key file whose .pub.json was given to the library",
-            code="library.key",
-        )
+        raise SettingsError(f"{path} is another key: {signer.public_key.keyid[:8]}, not {public_key.keyid[:8]}", code="library.key")
     return signer
 
 
@@ -151,11 +140,9 @@ def _load_private(path: Path, passphrase: Passphrase) -> Any:
     try:
         key: PrivateKeyTypes = load_pem_private_key(pem, secret)
     except (ValueError, TypeError) as error:
-        raise SettingsError(
-            f"{path} does not open: wrong passphrase, or the file is damaged", hint="type it again", code="library.passphrase"
-        ) from error
+        raise SettingsError(f"{path} does not open: wrong passphrase, or the file is damaged", code="library.passphrase") from error
     except UnsupportedAlgorithm as error:
-        raise SettingsError(f"{path}: {error}", hint="make a key with `model-library key new`", code="library.key") from error
+        raise SettingsError(f"{path}: {error}", code="library.key") from error
     return key
 
 
@@ -184,9 +171,7 @@ def _load_token(uri: str, passphrase: Passphrase, public_key: Key | None) -> Sig
     except (ValueError, AssertionError, RuntimeError) as error:
         raise token_error(uri, error) from error
     if public_key is not None and key.keyid != public_key.keyid:
-        raise SettingsError(
-            f"{uri} holds another key: {key.keyid[:8]}, not {public_key.keyid[:8]}", hint="insert the right token", code="library.key"
-        )
+        raise SettingsError(f"{uri} holds another key: {key.keyid[:8]}, not {public_key.keyid[:8]}", code="library.key")
     return signer
 
 
@@ -213,9 +198,7 @@ def _create(path: Path, data: bytes, mode: int) -> None:
     try:
         atomic_files.create(path, data, mode)
     except FileExistsError as error:
-        raise SettingsError(
-            f"{path} exists already", hint="a key is never overwritten: choose another name", code="library.exists"
-        ) from error
+        raise SettingsError(f"{path} exists already", code="library.exists") from error
     except OSError as error:
         raise SettingsError(
             f"{path}: {error.strerror}", hint="choose a directory that exists and that you may write", code="library.key"

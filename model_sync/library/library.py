@@ -19,7 +19,7 @@ from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, DelegatedRole, Delegations, R
 
 from model_sync.errors import PublishError
 from model_sync.library import check as library_check
-from model_sync.library import publish
+from model_sync.library import publish, rollouts
 from model_sync.library import status as library_status
 from model_sync.library.files import CONFIG_NAME, Expiry, LibraryConfig, read_metadata
 from model_sync.library.keys import Passphrase, token_error
@@ -61,7 +61,7 @@ class Library(LibraryPromotion):
             _check_threshold(role, keys, thresholds[role])
         library = cls(directory, signers, passphrase=passphrase, clock=clock)
         if (directory / CONFIG_NAME).exists() and (library.staged(Targets.type) or library.published(Root.type)) is not None:
-            raise PublishError(f"{directory} is a library already{_UNCHANGED}", hint="choose another directory", code="library.exists")
+            raise PublishError(f"{directory} is a library already{_UNCHANGED}", code="library.exists")
         library.files.create()
         library.files.write_config(LibraryConfig(expiry_days=expiry or Expiry(), holders=holders or {}))
         with library.files.locked():
@@ -143,9 +143,7 @@ class Library(LibraryPromotion):
     def _waiting(self, role: str) -> AnyMetadata:
         md = self.staged(role) if role in self.role_names() else None
         if md is None:
-            raise PublishError(
-                f"nothing of {role} waits for a signature", hint="`model-library status` shows what does", code="library.unsigned"
-            )
+            raise PublishError(f"nothing of {role} waits for a signature", code="library.unsigned")
         if md.signed.is_expired(self.now()):
             raise PublishError(
                 f"{role} expired while it waited for signatures",
@@ -157,24 +155,16 @@ class Library(LibraryPromotion):
     def _same_payload(self, name: str, role: str, other: AnyMetadata) -> AnyMetadata:
         """Return the waiting version of which ``other`` is a copy; raise PublishError when there is none."""
         if role not in self.role_names():
-            raise PublishError(
-                f"{name} is of no role of this library; nothing was taken",
-                hint="merge a signed copy of a file of staged/",
-                code="library.stale",
-            )
-        again = "copy the file from staged/ again and have that signed; nothing was taken"
+            raise PublishError(f"{name} is of no role of this library; nothing was taken", code="library.stale")
         staged, public = self.staged(role), self.published(role)
         if public is not None and other.signed.version <= public.signed.version:
             raise PublishError(
                 f"{name} is stale: it is {role} version {other.signed.version}, and {public.signed.version} is published",
-                hint=again,
                 code="library.stale",
             )
         md = self._waiting(role)
         if staged is None or other.signed_bytes != md.signed_bytes:
-            raise PublishError(
-                f"{name} is not the {role} that waits here: one of the two was changed since", hint=again, code="library.stale"
-            )
+            raise PublishError(f"{name} is not the {role} that waits here: one of the two was changed since", code="library.stale")
         return md
 
     def _known_key(self, role: str, keyid: str) -> None:
@@ -191,9 +181,7 @@ class Library(LibraryPromotion):
             self.keys(role)[keyid].verify_signature(md.signatures[keyid], md.signed_bytes)
         except UnverifiedSignatureError as error:
             raise PublishError(
-                f"the signature of {self.files.config().name(keyid)} does not fit {role}",
-                hint="have the file signed again with the right key; nothing was taken",
-                code="library.signature",
+                f"the signature of {self.files.config().name(keyid)} does not fit {role}", code="library.signature"
             ) from error
 
     def discard(self) -> list[str]:
@@ -223,8 +211,8 @@ class Library(LibraryPromotion):
         return self._delegate(name, keys, threshold, line_patterns(name), files)
 
     def end_line(self, name: str) -> RoleState:
-        """Stage the end of a delegation to a model line; see ``publish.end_line``."""
-        return publish.end_line(self, name)
+        """Stage the end of a delegation to a model line; see ``rollouts.end_line``."""
+        return rollouts.end_line(self, name)
 
     def set_rollout_keys(self, keys: list[Key], threshold: int = 1) -> RoleState:
         """Delegate ``rollout/*.json``; later calls replace the keys."""
@@ -270,19 +258,13 @@ class Library(LibraryPromotion):
         with self.files.locked():
             delegator = self.open(Root.type if role in TOP_LEVEL_ROLE_NAMES else Targets.type).signed
             if role not in self.role_names():
-                raise PublishError(
-                    f"there is no role {role!r}{_UNCHANGED}", hint="`model-library status` lists the roles", code="library.role"
-                )
+                raise PublishError(f"there is no role {role!r}{_UNCHANGED}", code="library.role")
             current = delegator.get_delegated_role(role)
             if new_key is not None and new_key.keyid in current.keyids and old_keyid is not None and old_keyid not in current.keyids:
                 self.promote_complete()  # a killed or repeated command: finish it
                 return self.staged_roles()
             if old_keyid is not None and old_keyid not in current.keyids:
-                raise PublishError(
-                    f"{old_keyid[:8]} is no key of {role}{_UNCHANGED}",
-                    hint="`model-library status` lists each role's keys",
-                    code="library.keys",
-                )
+                raise PublishError(f"{old_keyid[:8]} is no key of {role}{_UNCHANGED}", code="library.keys")
             if new_key is not None and new_key.keyid in current.keyids:
                 raise PublishError(
                     f"{new_key.keyid[:8]} is a key of {role} already{_UNCHANGED}",
@@ -352,9 +334,9 @@ class Library(LibraryPromotion):
         failure_budget: FailureBudget | None = None,
         paused: bool = False,
     ) -> RoleState:
-        """Stage the version that a ring's boxes take; see ``publish.rollout``."""
-        plan = publish.RolloutPlan(version, percent, start or self.now(), duration_h, failure_budget or FailureBudget(), paused)
-        return publish.rollout(self, ring, line, plan)
+        """Stage the version that a ring's boxes take; see ``rollouts.rollout``."""
+        plan = rollouts.RolloutPlan(version, percent, start or self.now(), duration_h, failure_budget or FailureBudget(), paused)
+        return rollouts.rollout(self, ring, line, plan)
 
     def status(self) -> dict[str, Any]:
         """Return each role's version, expiry, signatures and keys, and what to do next; see ``status.status``."""
@@ -375,10 +357,6 @@ def add_signature(md: AnyMetadata, signer: Signer) -> None:
 
 def _check_threshold(role: str, keys: list[Key], threshold: int) -> None:
     if len({key.keyid for key in keys}) != len(keys):
-        raise PublishError(f"a key of {role} is given twice{_UNCHANGED}", hint="each holder has a key of their own", code="library.keys")
+        raise PublishError(f"a key of {role} is given twice{_UNCHANGED}", code="library.keys")
     if not 1 <= threshold <= len(keys):
-        raise PublishError(
-            f"{role}: {len(keys)} keys cannot give {threshold} signatures{_UNCHANGED}",
-            hint="more keys, or fewer signatures",
-            code="library.keys",
-        )
+        raise PublishError(f"{role}: {len(keys)} keys cannot give {threshold} signatures{_UNCHANGED}", code="library.keys")

@@ -268,9 +268,7 @@ class LibraryRoles(Repository):
         self.index(line)
         md = self.published(line)
         if md is None:
-            raise PublishError(
-                f"the line {line!r} is not public yet", hint="have its roles signed: see `model-library status`", code="library.role"
-            )
+            raise PublishError(f"the line {line!r} is not public yet", code="library.role")
         return LineIndex.parse(self.read_target(md.signed, line_path(line)))
 
     # --- keys and signatures ------------------------------------------------------------------------------------------
@@ -295,7 +293,7 @@ class LibraryRoles(Repository):
         waiting = self.staged(role)
         md = waiting or self.published(role)
         if md is None or not (delegators := self.delegators(role)):
-            raise PublishError(f"there is no role {role!r}", hint="`model-library status` lists them", code="library.role")
+            raise PublishError(f"there is no role {role!r}", code="library.role")
         # A root is verified by the root before it and by itself; every other role by its newest delegator.
         verifiers = delegators if role == Root.type else delegators[-1:]
         results = [verifier.get_verification_result(role, md.signed_bytes, md.signatures) for verifier in verifiers]

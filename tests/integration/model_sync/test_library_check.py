@@ -131,13 +131,13 @@ DAMAGE: dict[str, tuple[Callable[[Site], object], str]] = {
     ),
     "delegation of other paths": (
         lambda s: rewrite(s, "targets", lambda md: md.signed.delegations.roles["rollout"].paths.append("models/*/*")),
-        "not delegated as its own paths",
+        "is not terminating or has other paths",
     ),
     "delegation that is not terminating": (
         lambda s: rewrite(s, "targets", lambda md: setattr(md.signed.delegations.roles[LINE], "terminating", False)),
         "terminating",
     ),
-    "rollout of an unsigned version": (point_at_nothing, "no line role has signed"),
+    "rollout of an unsigned version": (point_at_nothing, "the role of no model line has signed"),
     "index that is none": (junk_index, "not valid"),
     "manifest that is none": (junk_manifest, "manifest.json is not valid"),
     "index not signed": (drop_target("line.json"), "is not signed"),

@@ -118,13 +118,13 @@ def test_the_ceremony_ends_in_a_whole_library(ready: Shell) -> None:
     assert "next: nothing to do" in text
     assert "alice, bob, carol" in text
     assert "in 3.0 days" in text
-    assert "whole; 7 files" in ready.run("verify", "LIB")
-    assert "whole; 7 files" in ready.run("verify", "LIB/public")
+    assert "intact; 7 files" in ready.run("verify", "LIB")
+    assert "intact; 7 files" in ready.run("verify", "LIB/public")
     command = [sys.executable, "-m", "model_sync.fleet.cli", "verify", "LIB"]
     environment = ready.environment | {"PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run(command, cwd=ready.directory, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "whole; 7 files" in done.stdout
+    assert "intact; 7 files" in done.stdout
     status = json.loads(ready.run("status", "LIB", "--json"))
     assert status["lines"][LINE]["versions"] == ["0.1.0"]
 
@@ -180,7 +180,7 @@ def test_a_line_is_ended_by_running_the_same_command_twice(copy: Shell) -> None:
     assert LINE not in text
     assert "nothing to do" in text
     text = copy.run("verify", "LIB")
-    assert f"note: the snapshot names {LINE}.json, to which nobody delegates any more: a line that was ended" in text
+    assert f"note: the snapshot names {LINE}.json, which has no delegation any more: a model line that was ended" in text
     assert f"there is no model line '{LINE}'" in copy.run("end-line", "LIB", LINE, expect=1)
     copy.run("add-line", "LIB", LINE, "--key", "dave.pem.pub.json", "--threshold", "1")
     text = copy.run("sign", "LIB", "--key", "dave.pem", "--yes")
@@ -221,7 +221,7 @@ def test_an_online_key_is_replaced_as_the_guide_says(copy: Shell, role: str) -> 
     assert f"{role}.pem is the key of no role any more: destroy it" in text
     (copy.directory / "LIB" / "online" / f"{role}.pem").unlink()
     copy.run("refresh-timestamp", "LIB")
-    assert "whole" in copy.run("verify", "LIB")
+    assert "intact" in copy.run("verify", "LIB")
 
 
 def test_without_the_online_passphrase_signatures_are_kept(copy: Shell) -> None:
@@ -238,7 +238,7 @@ def test_without_the_online_passphrase_signatures_are_kept(copy: Shell) -> None:
 def test_what_waits_is_discarded(copy: Shell) -> None:
     copy.run("minimum", "LIB", LINE, "0.1.0")
     assert "waits for 2 more" in copy.run("status", "LIB")
-    assert f"dropped: {LINE}" in copy.run("discard", "LIB", "--yes")
+    assert f"deleted: {LINE}" in copy.run("discard", "LIB", "--yes")
     assert "nothing to do" in copy.run("status", "LIB")
 
 
@@ -332,7 +332,7 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "renew what nobody signs": (["renew", "LIB", "timestamp"], 1, "no role that people sign"),
     "discard without asking": (["discard", "LIB"], 2, "nobody is there to confirm"),
     "verify nothing": (["verify", "absent"], 1, "does not exist"),
-    "export to nowhere": (["export-usb", "LIB", "absent"], 2, "is no folder"),
+    "export to nowhere": (["export-usb", "LIB", "absent"], 2, "is not a directory"),
     "export an unknown line": (["export-usb", "LIB", ".", "--line", "ct"], 2, "no line ct"),
 }  # fmt: skip
 

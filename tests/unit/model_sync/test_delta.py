@@ -119,7 +119,7 @@ def zstd_fast(old: bytes, new: bytes) -> bytes:
 
 
 def test_a_program_of_too_many_copies_is_written_with_fewer_and_longer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model_sync.delta.encoder.MAX_OPERATIONS", 50)
+    monkeypatch.setattr("model_sync.delta.format.MAX_OPERATIONS", 50)
     old = random.Random(3).randbytes(20_000)
     rng = random.Random(4)
     pieces = [old[at : at + rng.choice((50, 600))] + rng.randbytes(9) for at in range(0, 20_000, 200)]
@@ -177,7 +177,7 @@ def _refused(tmp_path: Path, codec: str, delta: bytes, says: str, *, old: bytes 
     with pytest.raises(DeltaError, match=says) as caught:
         rebuilt(tmp_path, codec, old, delta, new)
     assert isinstance(caught.value, ModelSyncError)
-    assert "full file" in caught.value.hint
+    assert "complete file" in caught.value.hint
 
 
 def test_the_parts_made_by_hand_make_a_good_delta(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_the_parts_made_by_hand_make_a_good_delta(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_empty_delta(tmp_path: Path, codec: str) -> None:
-    _refused(tmp_path, codec, b"", "lie beyond its end")
+    _refused(tmp_path, codec, b"", "are beyond its end")
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -278,9 +278,9 @@ def _tensor(streams: dict[int, bytes], *, new: bytes = NEW, **lies: dict[int, in
         (bytes([LITERAL]) + b"\xff" * 9 + b"\x01", "number that does not end"),
         (bytes([LITERAL]) + b"\xff" * 4, "number that does not end"),
         (bytes([COPY]) + varint(5), "number that does not end"),
-        (bytes([LITERAL]) + varint(0), "makes no sense"),
-        (bytes([COPY]) + varint(0) + step(0), "makes no sense"),
-        (bytes([GROUPED + 1]) + varint(2) + varint(16) + step(0), "makes no sense"),
+        (bytes([LITERAL]) + varint(0), "an invalid instruction"),
+        (bytes([COPY]) + varint(0) + step(0), "an invalid instruction"),
+        (bytes([GROUPED + 1]) + varint(2) + varint(16) + step(0), "an invalid instruction"),
         (bytes([DIFFERENCE + 4]) + varint(2) + step(0), "unknown instruction 0x14"),
         (bytes([0x02]) + varint(2) + step(0), "unknown instruction 0x2"),
         (bytes([NARROW + 3]) + varint(2) + step(0), "unknown instruction 0x33"),
@@ -331,7 +331,7 @@ def test_tables_that_lie(tmp_path: Path) -> None:
     _refused(tmp_path, "tensor", _tensor(dict(reversed(streams.items()))), "out of order")
     _refused(tmp_path, "tensor", _tensor(streams | {20: b"x"}), "out of order")
     _refused(tmp_path, "tensor", _tensor(program(streams[PROGRAM])), "lacks stream 1")
-    _refused(tmp_path, "tensor", header("tensor", OLD, NEW) + b"\xff" + bytes(100), "lie beyond its end")
+    _refused(tmp_path, "tensor", header("tensor", OLD, NEW) + b"\xff" + bytes(100), "are beyond its end")
     twice = body(streams)
     _refused(tmp_path, "tensor", header("tensor", OLD, NEW) + twice[:1] + twice[1:18] * 2 + twice[35:], "out of order")
 
