@@ -1,7 +1,8 @@
-"""The settings of gunicorn that the box's web server and the central server share: a log without requests, and TLS 1.2 or newer."""
+"""What the web server of the box and the central server share: a log without requests, TLS 1.2 or newer, the test for loopback."""
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import ssl
 from collections.abc import Callable
@@ -43,3 +44,11 @@ def tls_context_factory(verify_flags: int = 0) -> Callable[[Any, Callable[[], ss
         return contexts[0]
 
     return context
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host name or address is this machine alone; a name other than ``localhost`` is not resolved."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

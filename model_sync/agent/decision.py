@@ -18,25 +18,7 @@ from model_sync.trust.rollback_protection import iso
 
 
 class Decision(TextEnum):
-    """The decision about one model line, as it is stored in the status file.
-
-    Attributes:
-        READY: the bundle is here, and the box has its directive.
-        PAUSED: the rollout is paused.
-        NOT_CHOSEN: this box is not part of the rollout.
-        NOT_YET: this box takes part later.
-        WAITING: the agent waits for a download window or a budget.
-        REFUSED: what was signed or received is wrong.
-        WITHDRAWN: the version is withdrawn.
-        BELOW_MINIMUM: the version is older than the minimum version.
-        EXPIRED: the signatures of the model line have expired.
-        ENDED: the library has ended the model line.
-        UNREACHABLE: the download did not complete.
-        ERROR: something on this box has to be repaired.
-        ABSENT: the USB stick does not carry the model line.
-        UNKNOWN: the settings name a model line that the library does not have.
-        NONE: no rollout names the model line.
-    """
+    """The decision about one model line, as it is stored in the status file; the message ``decision.<value>`` explains it."""
 
     READY = "ready"
     PAUSED = "paused"

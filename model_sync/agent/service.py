@@ -53,7 +53,7 @@ def enrol(settings: SyncSettings, token: str) -> None:
     device = Device(settings.state_dir, settings.box_id)
     key, csr = device.pending_request()
     answer = post(settings, "enrol", json.dumps({"token": token.strip(), "csr_pem": csr}).encode(), None)
-    _accept(device, key, answer, first=True)
+    device.accept_certificate(key, str(answer.get("certificate_pem", "")), str(answer.get("ca_pem", "")), first=True)
 
 
 def renew_if_due(settings: SyncSettings, *, now: datetime | None = None) -> bool:
@@ -68,7 +68,8 @@ def renew_if_due(settings: SyncSettings, *, now: datetime | None = None) -> bool
     if identity is None or not identity.is_renewal_due(now or datetime.now(timezone.utc)):
         return False
     key, csr = make_certificate_request(settings.box_id)
-    _accept(device, key, post(settings, "renew", json.dumps({"csr_pem": csr}).encode(), identity), first=False)
+    answer = post(settings, "renew", json.dumps({"csr_pem": csr}).encode(), identity)
+    device.accept_certificate(key, str(answer.get("certificate_pem", "")), "", first=False)
     return True
 
 
@@ -252,10 +253,6 @@ def _deliver(settings: SyncSettings, body: bytes, identity: Identity) -> int | N
         else:
             break
     return None
-
-
-def _accept(device: Device, key: bytes, answer: dict[str, Any], *, first: bool) -> None:
-    device.accept_certificate(key, str(answer.get("certificate_pem", "")), str(answer.get("ca_pem", "")), first=first)
 
 
 def _box_report(settings: SyncSettings) -> tuple[BoxReport | None, str]:

@@ -25,16 +25,9 @@ _log = logging.getLogger(__name__)
 
 
 class SyncState(TextEnum):
-    """The state of the agent, as it is stored and reported.
+    """The state of the agent, as it is stored and reported; the message ``state.<value>`` explains it.
 
-    Attributes:
-        OK: everything is as the library wants it.
-        UNREACHABLE: the library does not answer; the agent tries again.
-        UNTRUSTED: an alarm: a signature, a version or a digest is wrong.
-        WAITING: the agent waits for a window, a budget, another process or a signature.
-        DOWNLOADING: bytes of a model are being received.
-        ERROR: something on this box has to be repaired.
-        UNKNOWN: only in reports: no status could be read.
+    ``UNKNOWN`` is only in reports: no status could be read.
     """
 
     OK = "ok"

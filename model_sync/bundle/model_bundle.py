@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from model_sync.bundle.manifest import MANIFEST_NAME, Manifest, Variant, invalid_manifest
 from model_sync.bundle.output_spec import Golden, Precision
@@ -96,7 +96,7 @@ class ModelBundle:
             listed = manifest.digests()
             _compare_names(present - {MANIFEST_NAME}, set(listed))
             for relative, expected in sorted(listed.items()):
-                _check_digest(root, relative, expected)
+                _compare_digest(relative, sha256_of(root / relative), expected)
         except OSError as error:
             raise BundleError("bundle.unreadable", f"a file of the bundle {root} cannot be read: {error.strerror or error}") from error
         return cls(root, manifest, hashlib.sha256(raw).hexdigest())
@@ -158,8 +158,7 @@ class ModelBundle:
 
     def _golden_bytes(self, golden: Golden) -> bytes:
         raw = self.path(golden.input).read_bytes()
-        if hashlib.sha256(raw).hexdigest() != golden.sha256:
-            _mismatch(golden.input)
+        _compare_digest(golden.input, hashlib.sha256(raw).hexdigest(), golden.sha256)
         return raw
 
 
@@ -244,13 +243,9 @@ def _compare_names(present: set[str], listed: set[str]) -> None:
         raise BundleError("bundle.file_unlisted", f"the manifest does not list {', '.join(extra[:5])}")
 
 
-def _check_digest(root: Path, relative: str, expected: str) -> None:
-    if sha256_of(root / relative) != expected:
-        _mismatch(relative)
-
-
-def _mismatch(relative: str) -> NoReturn:
-    raise BundleError("bundle.digest_mismatch", f"{relative} is not the file that the manifest names: its SHA-256 differs")
+def _compare_digest(relative: str, digest: str, expected: str) -> None:
+    if digest != expected:
+        raise BundleError("bundle.digest_mismatch", f"{relative} is not the file that the manifest names: its SHA-256 differs")
 
 
 def _bad_golden(name: str, what: str) -> BundleError:

@@ -48,7 +48,7 @@ class RenewRequest(_Strict):
 @blueprint.before_request
 def _limit() -> Response | None:
     """Limit body size, content type and request rate before the body is read."""
-    request.max_content_length = _most_bytes() + 1  # a body without a length is cut there: one byte more shows that it is too long
+    request.max_content_length = _most_bytes() + 1  # a body without a length is cut there: the extra byte shows that it is too long
     if request.method == "POST" and request.mimetype != "application/json":
         abort(415)
     limiter: RateLimiter = current_app.extensions["rate_limiters"]["reports" if request.endpoint == "api.reports" else "enrolments"]
@@ -103,7 +103,7 @@ def client_certificate() -> bytes | None:
             raise ValueError("too long")
         return x509.load_pem_x509_certificate(unquote(header).encode("ascii")).public_bytes(Encoding.DER)
     except ValueError as error:
-        raise EnrolmentError("enrolment.certificate", "the device certificate is none") from error
+        raise EnrolmentError("enrolment.certificate", "the device certificate cannot be read") from error
 
 
 def client_address() -> str:
@@ -137,5 +137,5 @@ def _certificate(pem: str, box_id: str) -> Response:
 
 
 def _enrolment() -> Enrolment:
-    found: Enrolment = current_app.extensions["enrolment"]
-    return found
+    enrolment: Enrolment = current_app.extensions["enrolment"]
+    return enrolment

@@ -1,7 +1,7 @@
 """Enrolment of boxes: a one-time token, a certificate request, a short-lived certificate.
 
-The device authority of the centre signs certificates of boxes only. A box creates and keeps its own key; the certificate names the box
-and nothing more, whatever the request contained. X.509 is done by ``cryptography``.
+The device authority of the centre signs only certificates of boxes. A box creates and keeps its own key; the certificate contains only
+the name of the box, whatever the request contained.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class DeviceAuthority:
         """
         if len(passphrase) < MIN_PASSPHRASE:
             raise SettingsError(
-                f"a passphrase needs at least {MIN_PASSPHRASE} characters", hint="take six words drawn by dice", code="library.passphrase"
+                f"a passphrase needs at least {MIN_PASSPHRASE} characters", hint="use six random words", code="library.passphrase"
             )
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         key = generate_private_key(SECP256R1())
@@ -102,9 +102,9 @@ class DeviceAuthority:
             hint = "`model-library device-ca DIR` makes one"
             raise SettingsError(f"{error.filename}: {error.strerror}", hint=hint, code="fleet.authority") from error
         except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-            raise SettingsError(f"the device authority in {directory} does not open", code="fleet.authority") from error
+            raise SettingsError(f"the device authority in {directory} cannot be decrypted", code="fleet.authority") from error
         if not isinstance(key, EllipticCurvePrivateKey) or certificate.public_key() != key.public_key():
-            raise SettingsError(f"the key in {directory} is not the certificate's", code="fleet.authority")
+            raise SettingsError(f"the key in {directory} does not belong to the certificate", code="fleet.authority")
         return cls(certificate, key)
 
     def issue(self, key: DeviceKey, box_id: str, now: datetime, days: float) -> x509.Certificate:
@@ -144,8 +144,8 @@ class Enrolment:
     def enrol(self, token: str, csr_pem: str) -> tuple[str, str]:
         """Issue a certificate for a token and a request; return its PEM and the box's name.
 
-        A token is for one device: the first that sends it. That device gets the same certificate again when the answer was lost;
-        others are refused. Earlier certificates of the box's name are revoked: a token replaces the box.
+        A token is for the first device that sends it, which gets the same certificate again when the answer was lost; other devices are
+        refused. Earlier certificates of the box's name are revoked.
 
         Raises:
             EnrolmentError: ``enrolment.csr``, ``enrolment.token`` (unknown, used or expired: one answer), ``enrolment.denied``.
@@ -181,7 +181,7 @@ class Enrolment:
         half = current.not_valid_before_utc + (current.not_valid_after_utc - current.not_valid_before_utc) / 2
         if now < half.timestamp():
             hint = f"renew from {half:%Y-%m-%d} on; the certificate in use stays valid"
-            raise EnrolmentError("enrolment.too_early", "the certificate is too young to be renewed", hint=hint)
+            raise EnrolmentError("enrolment.too_early", "the certificate is too new to be renewed", hint=hint)
         key = check_request(csr_pem)
         with self._fleet.writing() as tx:
             return self._issue(tx, box.box_id, key, now)[0], box.box_id
@@ -201,7 +201,7 @@ class Enrolment:
             certificate = x509.load_der_x509_certificate(der)
             key = certificate.public_key()
         except (ValueError, UnsupportedAlgorithm) as error:
-            raise EnrolmentError("enrolment.certificate", "the device certificate is none") from error
+            raise EnrolmentError("enrolment.certificate", "the device certificate cannot be read") from error
         if not self.authority.has_issued(certificate) or not isinstance(key, (EllipticCurvePublicKey, Ed25519PublicKey)):
             raise EnrolmentError("enrolment.certificate", "the certificate is not of this fleet")
         now = self._fleet.now()
@@ -306,7 +306,7 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
 
 
 def _denied() -> EnrolmentError:
-    return EnrolmentError("enrolment.denied", "this box is not let in")
+    return EnrolmentError("enrolment.denied", "this box is denied")
 
 
 def _digest(data: bytes) -> str:

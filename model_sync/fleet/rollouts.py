@@ -1,7 +1,7 @@
 """The public rollouts, and their pause by a newly signed rollout.
 
-A pause is no flag in a database, which anybody with access to the server could clear: it is signed by the rollout key, so a box trusts
-it like the rollout. Without that key the server can only show the command to run.
+A pause is not a flag in a database, which anybody with access to the server could change: it is signed by the rollout key, like the
+rollout. Without that key the server can only show the command to run.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Rollouts:
                 nothing was changed.
         """
         if not self.can_sign:
-            raise PublishError("this server holds no rollout key", hint=self.command(ring, line, paused), code="library.key")
+            raise PublishError("this server has no rollout key", hint=self.command(ring, line, paused), code="library.key")
         try:
             step, changed = self.library(lock_timeout_s).set_paused(ring, line, paused, expected)
         except OSError as error:
@@ -120,8 +120,8 @@ class Rollouts:
     def is_spent(self, ring: str, line: str, step: RolloutStep, tally: VersionTally) -> bool:
         """Return whether the failure budget of a rollout is used up, so that it has to be paused.
 
-        Failures that a person acknowledged by a resume do not count again. A rollback is never paused: boxes that cannot roll back
-        would keep the worse version.
+        Failures that a person acknowledged by a resume do not count again. A rollback is never paused, because boxes would keep the
+        worse version.
         """
         if not is_budget_spent(step, tally):
             return False

@@ -43,8 +43,7 @@ from model_sync.json_logging import JsonFormatter
 from model_sync.library.console import ONLINE_ENV
 from model_sync.library.files import LibraryFiles
 from model_sync.library.keys import load_signer
-from model_sync.network import is_loopback
-from model_sync.web_server import ErrorOnlyLogger, tls_context_factory
+from model_sync.web_server import ErrorOnlyLogger, is_loopback, tls_context_factory
 
 DEFAULT_PORT: Final = 8443
 _REQUEST_START_S: Final = 10
@@ -71,7 +70,7 @@ class ServerConfig:
         behind_proxy: use the proxy's ``X-Client-Certificate`` and ``X-Forwarded-For``.
         certificate_days: validity of a box's certificate.
         reports_per_hour: most reports of one box.
-        requests_per_minute: most enrolments (and a tenth of it, logins) from one address; ten times it for reports.
+        requests_per_minute: most enrolments from one address; a tenth of it for logins, ten times it for reports.
         session_idle_s: an operator's session ends after this time without a request.
     """
 
@@ -197,10 +196,10 @@ def check(config: ServerConfig) -> None:
         raise SettingsError("--tls-certificate and --tls-key belong together", code="fleet.settings")
     if config.tls_certificate is None and not is_loopback(config.host):
         hint = "give --tls-certificate and --tls-key, or listen on 127.0.0.1 behind a proxy with --behind-proxy"
-        raise SettingsError(f"{config.host} needs TLS: plain http is for this machine alone", hint=hint, code="fleet.settings")
+        raise SettingsError(f"{config.host} needs TLS: plain http is for loopback only", hint=hint, code="fleet.settings")
     if config.behind_proxy and (config.tls_certificate is not None or not is_loopback(config.host)):
         raise SettingsError(
-            "--behind-proxy is for plain http on 127.0.0.1", hint="others could write the proxy's headers themselves", code="fleet.settings"
+            "--behind-proxy is for plain http on 127.0.0.1", hint="clients could send the proxy's headers themselves", code="fleet.settings"
         )
     if config.tls_certificate is not None and config.tls_key is not None:
         try:
@@ -258,7 +257,7 @@ def _start_logging() -> None:
 def _announce(arbiter: Any) -> None:
     """Print the address once the port is open."""
     for listener in arbiter.LISTENERS:
-        # Inherited by every connection: a client that begins a request and stops must not hold a thread for ever.
+        # Inherited by every connection: a client that stops in the middle of a request must not use a thread for ever.
         listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _REQUEST_START_S, 0))
         # The kernel holds a connection until it has data: a silent one uses no thread.
         listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, _REQUEST_START_S)
@@ -266,7 +265,7 @@ def _announce(arbiter: Any) -> None:
 
 
 def _rollouts(config: ServerConfig, fleet: Fleet) -> Rollouts:
-    """Return the rollouts; with a rollout key, also what signs and publishes a pause, tried out before anything is served."""
+    """Return the rollouts; with a rollout key, the keys that sign and publish a pause are opened before anything is served."""
     if config.rollout_key is None:
         return Rollouts(config.library, fleet)
     try:
@@ -275,7 +274,7 @@ def _rollouts(config: ServerConfig, fleet: Fleet) -> Rollouts:
         library = rollouts.library()
         if missing := [role for role in ("snapshot", "timestamp") if not library.available_signers(library.keys(role))]:
             raise SettingsError(
-                f"the library's online key of {' and '.join(missing)} is not here", hint="it lies in LIB/online", code="fleet.settings"
+                f"the library's online key of {' and '.join(missing)} is missing", hint="copy it to LIB/online", code="fleet.settings"
             )
     except ModelSyncError as error:
         hint = f"{error.hint}; the rollout key signs a pause, and the online keys publish it"

@@ -219,7 +219,7 @@ class _TreeVerifier:
                 if refusal == "unknown":
                     self._problem(f"{path} names {line} {step.version}, which the role of no model line has signed")
                 elif refusal is not None:
-                    self.result.notes.append(f"{path} names {line} {step.version}, which is {refusal}: no box takes it")
+                    self.result.notes.append(f"{path} names {line} {step.version}, which is {refusal}: no box installs it")
 
     def _parse(self, kind: Any, targets: Targets, path: str) -> Any:
         target = targets.targets.get(path)

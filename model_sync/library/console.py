@@ -38,9 +38,9 @@ def confirm(question: str, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise SettingsError("nobody is there to confirm", code="library.unconfirmed")
+        raise SettingsError("this is no terminal, so nobody can confirm", code="library.unconfirmed")
     if input(f"{question} [y/N] ").strip().lower() not in _YES:
-        raise PublishError("not confirmed; nothing was signed or dropped", code="library.unconfirmed")
+        raise PublishError("not confirmed; nothing was signed or deleted", code="library.unconfirmed")
 
 
 def file_from_environment(variable: str) -> Path | None:

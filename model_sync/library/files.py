@@ -95,7 +95,7 @@ class LibraryFiles:
             raise SettingsError(f"{self.directory} is no library: {CONFIG_NAME}: {error.strerror}", code="library.absent") from error
         except ValidationError as error:
             what = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False))
-            raise SettingsError(f"{path}: {what}", hint="mend the file; nothing was changed", code="library.absent") from error
+            raise SettingsError(f"{path}: {what}", hint="correct the file; nothing was changed", code="library.absent") from error
 
     def write_config(self, config: LibraryConfig) -> None:
         """Replace ``library.json``."""
@@ -130,14 +130,14 @@ class LibraryFiles:
             except BlockingIOError as error:
                 if time.monotonic() >= deadline:
                     os.close(descriptor)
-                    raise PublishError("another model-library command is at work on this library", code="library.busy") from error
+                    raise PublishError("another model-library command uses this library", code="library.busy") from error
                 time.sleep(_LOCK_POLL_S)
                 continue
             try:
                 shutil.rmtree(self.scratch, ignore_errors=True)  # left by a killed command
                 self.scratch.mkdir(exist_ok=True)
             except OSError as error:
-                os.close(descriptor)  # otherwise the library stays locked until this process ends
+                os.close(descriptor)  # releases the lock
                 raise PublishError(f"{self.scratch}: {error.strerror}; nothing was changed", code="library.disk") from error
             return descriptor
 
@@ -169,7 +169,7 @@ class LibraryFiles:
         atomic_files.sync_directory(source.parent)
 
     def _place(self, source: Path, path: Path) -> None:
-        """Rename a flushed file to its final path; below ``public`` a web server may read it, whatever the umask."""
+        """Rename a flushed file to its final path; below ``public`` other accounts may read it, whatever the umask is."""
         public = path.is_relative_to(self.public)
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)

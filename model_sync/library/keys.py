@@ -3,7 +3,7 @@
 ``CryptoSigner`` cannot load an encrypted file, so ``cryptography`` decrypts it. Tokens are used through securesystemslib's
 ``HSMSigner``; the environment variable ``PYKCS11LIB`` names the PKCS#11 module.
 
-``KEY.pem`` is secret; ``KEY.pem.pub.json`` beside it is the public part, ``{"name", "keyid", "key"}``, which the ceremony collects.
+``KEY.pem`` is secret; ``KEY.pem.pub.json`` beside it is the public part, ``{"name", "keyid", "key"}``, which the library needs.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def generate(path: Path, passphrase: str, name: str | None = None) -> Key:
     if len(passphrase) < MIN_PASSPHRASE:
         raise SettingsError(
             f"a passphrase needs at least {MIN_PASSPHRASE} characters",
-            hint="take six words drawn by dice; nothing was written",
+            hint="use six random words; nothing was written",
             code="library.passphrase",
         )
     signer = CryptoSigner.generate_ed25519()
@@ -181,7 +181,7 @@ def token_error(what: str, error: BaseException) -> SettingsError:
     if kind.startswith("Pin"):
         return SettingsError(
             f"{what}: the token refuses the PIN ({kind})",
-            hint="take care: a token locks itself after a few wrong PINs",
+            hint="a token locks itself after a few wrong PINs",
             code="library.passphrase",
         )
     hint = "is the token inserted? PYKCS11LIB names its PKCS#11 module; `pkcs11-tool -L` lists tokens"
@@ -189,7 +189,7 @@ def token_error(what: str, error: BaseException) -> SettingsError:
 
 
 def _own_keyid(key: SSlibKey) -> str:
-    """Return the key id as securesystemslib computes it: one key under two ids would count twice for a threshold."""
+    """Return the key id as securesystemslib computes it: a key with two ids would count twice for a threshold."""
     values = {"keytype": key.keytype, "scheme": key.scheme, "keyval": key.keyval}
     return hashlib.sha256(str(encode_canonical(values)).encode()).hexdigest()
 

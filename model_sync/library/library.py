@@ -1,7 +1,7 @@
 """The central library and the operations of the central team.
 
 An edit stages a new version of an offline role; each key holder adds a signature, here or on another machine; a complete version
-becomes public by itself (``promotion``). How a role is read, numbered and signed is in ``roles``.
+becomes public automatically (``promotion``). ``roles`` reads, numbers and signs the roles.
 """
 
 from __future__ import annotations
@@ -93,15 +93,13 @@ class Library(LibraryPromotion):
             config = self.files.config()
             self.files.write_config(config.model_copy(update={"holders": {**config.holders, **names}}))
 
-    # --- signatures ---------------------------------------------------------------------------------------------------
-
     def sign(self, role: str, signer: Signer, *, shown: AnyMetadata | None = None) -> RoleState:
         """Add one signature to a waiting version and promote every version that is then complete.
 
         Args:
             role: the role whose version waits.
             signer: one of its keys.
-            shown: the version that the key holder has read; only this one is signed.
+            shown: the version that was shown to the key holder; only this one is signed.
 
         Raises:
             PublishError: nothing waits, the version is not the shown one, the key does not belong to the role, or the online keys
@@ -112,7 +110,7 @@ class Library(LibraryPromotion):
             md = self._waiting(role)
             if shown is not None and shown.signed_bytes != md.signed_bytes:
                 raise PublishError(
-                    f"{role} was changed while you read it; nothing was signed", hint="run it again and read it again", code="library.stale"
+                    f"{role} was changed while you read it; nothing was signed", hint="run the command again", code="library.stale"
                 )
             self._known_key(role, signer.public_key.keyid)
             add_signature(md, signer)
@@ -155,7 +153,7 @@ class Library(LibraryPromotion):
     def _same_payload(self, name: str, role: str, other: AnyMetadata) -> AnyMetadata:
         """Return the waiting version of which ``other`` is a copy; raise PublishError when there is none."""
         if role not in self.role_names():
-            raise PublishError(f"{name} is of no role of this library; nothing was taken", code="library.stale")
+            raise PublishError(f"{name} is of no role of this library; nothing was merged", code="library.stale")
         staged, public = self.staged(role), self.published(role)
         if public is not None and other.signed.version <= public.signed.version:
             raise PublishError(
@@ -189,18 +187,16 @@ class Library(LibraryPromotion):
         with self.files.locked():
             waiting = self.staged_roles()
             if self.published(Root.type) is None:
-                raise PublishError("the first root and targets cannot be discarded", hint="delete the directory to begin anew")
+                raise PublishError("the first root and targets cannot be discarded", hint="delete the directory and start again")
             for role in reversed(waiting):  # a role before its delegator
                 self.files.staged_path(role).unlink()
             shutil.rmtree(self.files.staged / "targets", ignore_errors=True)
             return waiting
 
-    # --- lines and keys -----------------------------------------------------------------------------------------------
-
     def add_line(self, name: str, keys: list[Key], threshold: int = 2) -> RoleState:
         """Delegate a new model line to ``keys``; its role and ``targets`` wait for their signatures.
 
-        A model line that was ended continues where it stopped: a version never changes its content, and withdrawn versions stay so.
+        A model line that was ended continues with its earlier versions: their content never changes, and withdrawals stay valid.
 
         Raises:
             PublishError: the name is taken or not allowed, or the threshold cannot be met.
@@ -301,8 +297,6 @@ class Library(LibraryPromotion):
                 pass
             self.promote_complete()
             return self.state(role)
-
-    # --- models (publish.py) and checks (check.py, status.py) -----------------------------------------------------------
 
     def publish(
         self,

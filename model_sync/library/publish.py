@@ -29,7 +29,7 @@ DELTA_BASES = 3
 # A file name has 255 characters at most, and a target's begins with its hash: 64 digits and a dot.
 _MAX_NAME = 190
 _NOTHING = "; nothing was published"
-# Names that Windows refuses, with any suffix: USB sticks are often read there.
+# File names that Windows refuses, with any suffix: USB sticks are also used there.
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
 _TEMPORARY = "tmp"
 _VERSION_HINT = "write it like 1.4.0 or 1.4.0-rc.1, by semver.org"
@@ -51,7 +51,7 @@ def check_line_name(name: str) -> None:
     if name.startswith(_TEMPORARY):
         raise PublishError(
             f"a model line cannot be called {name!r}",
-            hint=f"{_TEMPORARY}... is what boxes call their half-written files",
+            hint=f"boxes use {_TEMPORARY}... for temporary files",
             code="library.name",
         )
 
@@ -106,7 +106,7 @@ def _check_bundle(directory: Path) -> ModelBundle:
     if not manifest.operating_points:
         raise PublishError(
             f"the bundle has no operating point{_NOTHING}",
-            hint="a score without its threshold says nothing: measure it",
+            hint="a score needs a measured threshold",
             code="library.bundle",
         )
     _check_gate(bundle)
@@ -122,7 +122,7 @@ def _check_bundle(directory: Path) -> ModelBundle:
     for file in manifest.digests():
         if not role.is_delegated_path(file_path(manifest.name, manifest.version, file)):
             raise PublishError(
-                f"{file} lies too deep{_NOTHING}", hint="a bundle's files lie at most two folders deep", code="library.bundle"
+                f"{file} is in too many folders{_NOTHING}", hint="a bundle has at most two levels of folders", code="library.bundle"
             )
     return bundle
 
@@ -178,7 +178,7 @@ def _minimum(index: LineIndex, wanted: str, newest: str | None) -> str:
     if older(wanted, index.minimum_version):
         raise PublishError(
             f"the minimum version of {index.line} is {index.minimum_version}: it can only rise{_NOTHING}",
-            hint="a lower minimum would let boxes go back to what was taken from them",
+            hint="a lower minimum would allow versions that boxes must not run any more",
             code="library.version",
         )
     if newest is None or older(newest, wanted):
@@ -226,7 +226,9 @@ def _deltas(library: LibraryPromotion, index: LineIndex, bundle: ModelBundle, on
         path = documents.delta_path(index.line, old_sha256, new_sha256, encoded.codec)
         entry = Delta(from_sha256=old_sha256, to_sha256=new_sha256, codec=encoded.codec, path=path, length=len(encoded.data))
         sha256 = hashlib.sha256(encoded.data).hexdigest()
-        target = TargetFile(entry.length, {"sha256": sha256}, path, {"custom": documents.delta_custom(entry)})
+        target = TargetFile(
+            entry.length, {"sha256": sha256}, path, {"custom": entry.model_dump(include={"from_sha256", "to_sha256", "codec"})}
+        )
         library.files.write(library.files.staged_target(target), encoded.data)
         found.append((entry, target))
     return found
@@ -287,13 +289,13 @@ def _validated(index: LineIndex) -> LineIndex:
     try:
         return LineIndex.model_validate(index.model_dump(by_alias=True))
     except ValidationError as error:
-        raise validation_error("index", error, "boxes would not read it: go on with a new line (`model-library add-line`)") from error
+        raise validation_error("index", error, "boxes would refuse it: use a new model line (`model-library add-line`)") from error
 
 
 def validation_error(what: str, error: ValidationError, hint: str) -> PublishError:
     """Return the error for a document that its schema refuses."""
     wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False)[:5])
-    return PublishError(f"this {what} cannot be: {wrong}{_NOTHING}", hint=hint)
+    return PublishError(f"this {what} is not valid: {wrong}{_NOTHING}", hint=hint)
 
 
 def require_version(index: LineIndex, version: str) -> None:

@@ -90,7 +90,7 @@ class OnlineKeys:
         return self._signers[keyid]
 
     def _ask(self, what: str) -> str:
-        # All online keys have the same passphrase: people type it once.
+        # All online keys have the same passphrase, so it is asked for once.
         if self._secret is None and self._passphrase is not None:
             self._secret = self._passphrase(f"online keys ({what})")
         return self._secret or ""
@@ -126,8 +126,6 @@ class LibraryRoles(Repository):
         """Return the time now in whole seconds, UTC."""
         return self._clock().replace(microsecond=0)
 
-    # --- the methods of python-tuf's Repository -----------------------------------------------------------------------
-
     def open(self, role: str) -> AnyMetadata:
         """Return the newest metadata of a role: being promoted, staged, published, or a first version."""
         found = self._next.get(role) or self.staged(role) or self.latest(role)
@@ -155,7 +153,7 @@ class LibraryRoles(Repository):
         if len(md.to_bytes()) > MAX_METADATA_BYTES - _ROOM_FOR_SIGNATURES:
             raise PublishError(
                 f"the metadata of {role} would be larger than {MAX_METADATA_BYTES} bytes, which is the most that a box reads",
-                hint="nothing was published: go on with a new line (`model-library add-line`)",
+                hint="nothing was published: use a new model line (`model-library add-line`)",
                 code="library.refused",
             )
         keyids = set(self.keys(role)) | set(md.signed.roles[role].keyids if role == Root.type else ())
@@ -181,8 +179,6 @@ class LibraryRoles(Repository):
     def snapshot_info(self) -> MetaFile:
         """The timestamp's entry of the snapshot."""
         return _metafile(self.open(Snapshot.type))
-
-    # --- metadata -----------------------------------------------------------------------------------------------------
 
     def staged(self, role: str) -> AnyMetadata | None:
         """Return the version that waits for signatures, or None."""
@@ -240,11 +236,11 @@ class LibraryRoles(Repository):
         where = self.files.find_target(target) if target is not None else None
         if where is None:
             raise PublishError(
-                f"the library has no {path}", hint="restore its directory from the backup, or add the line again", code="library.refused"
+                f"the library has no {path}",
+                hint="restore its directory from a backup, or add the model line again",
+                code="library.refused",
             )
         return where.read_bytes()
-
-    # --- lines --------------------------------------------------------------------------------------------------------
 
     def lines(self) -> list[str]:
         """Return the names of the model lines, waiting ones included."""
@@ -259,7 +255,7 @@ class LibraryRoles(Repository):
         if line not in self.lines():
             known = ", ".join(self.lines()) or "none"
             raise PublishError(
-                f"there is no model line {line!r}", hint=f"add it with `model-library add-line`; known lines: {known}", code="library.role"
+                f"there is no model line {line!r}", hint=f"add it with `model-library add-line`; model lines: {known}", code="library.role"
             )
         return LineIndex.parse(self.read_target(self.targets(line), line_path(line)))
 
@@ -268,10 +264,8 @@ class LibraryRoles(Repository):
         self.index(line)
         md = self.published(line)
         if md is None:
-            raise PublishError(f"the line {line!r} is not public yet", code="library.role")
+            raise PublishError(f"the model line {line!r} is not public yet", code="library.role")
         return LineIndex.parse(self.read_target(md.signed, line_path(line)))
-
-    # --- keys and signatures ------------------------------------------------------------------------------------------
 
     def delegators(self, role: str) -> list[Root | Targets]:
         """Return the delegators that define the keys of a role: the public one, and the waiting one."""

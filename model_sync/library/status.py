@@ -81,7 +81,7 @@ def _expiries(roles: dict[str, Any]) -> list[str]:
     found = []
     for role, entry in roles.items():
         if entry["days_left"] is not None and entry["days_left"] <= 0:
-            found.append(f"{role} has EXPIRED: boxes keep their models and take nothing new")
+            found.append(f"{role} has EXPIRED: boxes keep their models and accept nothing new")
         elif entry["due"]:
             found.append(f"{role} expires in {entry['days_left']:.1f} days")
         if entry["waiting_expired"]:
@@ -94,13 +94,13 @@ def _withdrawn_rollouts(lines: dict[str, Any], rings: dict[str, Any]) -> list[st
     for ring, steps in rings.items():
         for line, step in steps.items():
             if step["version"] in lines.get(line, {}).get("withdrawn", {}):
-                found.append(f"ring {ring} still names {line} {step['version']}, which is withdrawn: no box takes it")
+                found.append(f"the rollout of ring {ring} names {line} {step['version']}, which is withdrawn: no box installs it")
     return found
 
 
 def _unused_keys(library: LibraryPromotion) -> list[str]:
     used = {keyid for role in library.role_names() for keyid in library.keys(role)}
-    return [f"{path} is the key of no role any more: destroy it" for keyid, path in library.online.paths.items() if keyid not in used]
+    return [f"{path} is the key of no role any more: delete it" for keyid, path in library.online.paths.items() if keyid not in used]
 
 
 def _next(roles: dict[str, Any]) -> list[str]:

@@ -16,8 +16,8 @@ Name = Callable[[str], str]
 Read = Callable[[TargetFile], "bytes | None"]
 _MAX_LISTED = 12
 END_LINE_NOTES = (
-    "boxes keep the model of LINE that they have, and take nothing new of it; nobody can withdraw it there any more",
-    "if it must stop reading, add the line again (`model-library add-line`) and withdraw its versions first",
+    "boxes keep the model of LINE that they have, and get no new version of it; it cannot be withdrawn any more",
+    "to stop its use, add the model line again (`model-library add-line`), and withdraw its versions before you end it",
 )
 
 
@@ -57,9 +57,9 @@ def rings_on_refused_versions(rings: dict[str, Any], index: LineIndex) -> list[s
         step = steps.get(index.line)
         if step is None or index.refusal(step["version"]) is None:
             continue
-        found.append(f"ring {ring} still names {index.line} {step['version']}; its boxes fall back by themselves meanwhile")
+        found.append(f"ring {ring} still names {index.line} {step['version']}; its boxes roll back by themselves")
         if newest is None:
-            found.append(f"next: no version of {index.line} is left to boxes: publish a new one, then sign a rollout to it")
+            found.append(f"next: boxes may run no version of {index.line}: publish a new one, then sign a rollout to it")
         else:
             options = f"--ring {ring} --line {index.line} --version {newest} --percent {step['percent']:g}"
             found.append(f"next: `model-library rollout LIB {options}`, then have it signed")
@@ -108,11 +108,11 @@ def describe(role: str, new: AnyMetadata, old: AnyMetadata | None, name: Name, r
             found += _keys(each, new_roles[each], old_roles.get(each), name)
             if each not in old_roles or old_roles[each].paths != new_roles[each].paths:
                 found.append(f"  {'!' if each in old_roles else '+'} {each} may sign: {', '.join(new_roles[each].paths or [])}")
-        found += [f"  - role {each} is delegated no more" for each in sorted(old_roles.keys() - new_roles.keys())]
+        found += [f"  - role {each} has no delegation any more" for each in sorted(old_roles.keys() - new_roles.keys())]
         found += _documents(signed, before, read)
         found += _targets(signed, before)
     if len(found) == 2:
-        found.append("  nothing else changes: it is only valid for longer" if old is not None else "  it holds nothing yet")
+        found.append("  nothing else changes: it is only valid for longer" if old is not None else "  it is still empty")
     return found
 
 
@@ -126,7 +126,7 @@ def _documents(new: Targets, old: Targets | None, read: Read) -> list[str]:
             continue
         raw, raw_before = read(target), read(before) if before is not None else None
         if raw is None or (before is not None and raw_before is None):
-            found.append(f"  ? {path} is not at hand, so its changes cannot be shown: copy the whole staged folder, and give --against")
+            found.append(f"  ? {path} is missing, so its changes cannot be shown: copy the complete staged folder, and give --against")
             continue
         parsed = kind.parse(raw)
         parsed_before = kind.parse(raw_before) if raw_before is not None else None
@@ -154,7 +154,7 @@ def _rollout(new: Rollout, old: Rollout | None) -> list[str]:
             budget = f"stop at {step.failure_budget.max_fraction:.0%} failures from {step.failure_budget.min_boxes} boxes on"
             what = f"{line} {step.version} to {step.percent:g} % of boxes from {step.start:%Y-%m-%d %H:%M} UTC {over}; {budget}"
             found.append(f"  ! ring {new.ring}: {what}{'; PAUSED' if step.paused else ''}")
-    found += [f"  - ring {new.ring}: {line} is told nothing any more" for line in (old.lines.keys() - new.lines.keys() if old else ())]
+    found += [f"  - ring {new.ring}: {line} has no rollout any more" for line in (old.lines.keys() - new.lines.keys() if old else ())]
     return found
 
 

@@ -100,7 +100,9 @@ def _choose_versions(
     known = sorted(set(roles) - {ROLLOUT_ROLE})
     if unknown := set(lines or ()) - set(known):
         raise SettingsError(
-            f"there is no line {', '.join(sorted(unknown))}", hint=f"the library has: {', '.join(known) or 'none'}", code="library.role"
+            f"there is no model line {', '.join(sorted(unknown))}",
+            hint=f"the library has: {', '.join(known) or 'none'}",
+            code="library.role",
         )
     wanted = dict(roles.get(ROLLOUT_ROLE, {}))
     chosen: dict[str, list[str]] = {}
@@ -114,7 +116,7 @@ def _choose_versions(
             wanted.update(_files(public, index, targets, chosen[line]))
     if unknown := set(versions or ()) - {version for found in chosen.values() for version in found}:
         raise SettingsError(
-            f"no chosen line has a version {', '.join(sorted(unknown))} that boxes may run",
+            f"no chosen model line has a version {', '.join(sorted(unknown))} that boxes may run",
             hint="`model-library status` lists them",
             code="library.version",
         )
@@ -193,7 +195,7 @@ class _UsbStick:
         if need > free:
             raise PublishError(
                 f"the stick needs {need / 2**20:.1f} MiB more and has {free / 2**20:.1f} MiB free; nothing was written",
-                hint="free some room, take a larger stick, or choose fewer lines or versions",
+                hint="delete other files on it, take a larger stick, or choose fewer model lines or versions",
                 code="library.stick",
             )
 

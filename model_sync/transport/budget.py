@@ -9,6 +9,7 @@ import functools
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from secrets import SystemRandom
@@ -171,28 +172,28 @@ class DayBudget:
         return None
 
 
+@dataclass
 class SpeedCheck:
     """Ends an attempt that is slower than the settings allow; only time spent waiting for the server counts.
 
-    Args:
+    Attributes:
         minimum: Bytes per second.
         window_s: Time over which the speed is measured, in seconds.
         clock: A monotonic clock.
         host: The server, for the message.
     """
 
-    def __init__(self, minimum: float, window_s: float, clock: Callable[[], float], host: str) -> None:
-        self._minimum = minimum
-        self._window_s = window_s
-        self._clock = clock
-        self._host = host
-        self._waited_s = 0.0
-        self._received = 0
-        self._since = 0.0
+    minimum: float
+    window_s: float
+    clock: Callable[[], float]
+    host: str
+    _waited_s: float = field(default=0.0, init=False)
+    _received: int = field(default=0, init=False)
+    _since: float = field(default=0.0, init=False)
 
     def start(self) -> None:
         """Start a wait for the server."""
-        self._since = self._clock()
+        self._since = self.clock()
 
     def stop(self, received: int) -> None:
         """End a wait that brought ``received`` bytes.
@@ -200,12 +201,12 @@ class SpeedCheck:
         Raises:
             TooSlow: over a whole window the speed was below the minimum.
         """
-        self._waited_s += self._clock() - self._since
+        self._waited_s += self.clock() - self._since
         self._received += received
-        if self._waited_s >= self._window_s:
+        if self._waited_s >= self.window_s:
             speed = self._received / self._waited_s
-            if speed < self._minimum:
-                raise TooSlow(f"{self._host} sends {speed:.0f} bytes/s, less than the minimum of {self._minimum:.0f}")
+            if speed < self.minimum:
+                raise TooSlow(f"{self.host} sends {speed:.0f} bytes/s, less than the minimum of {self.minimum:.0f}")
             self._waited_s, self._received = 0.0, 0
 
 

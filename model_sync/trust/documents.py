@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from datetime import datetime, timedelta
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeAlias, TypeVar
 
 import semver
 from pydantic import AfterValidator, AwareDatetime, Field, ValidationError, model_validator
@@ -202,8 +202,3 @@ def rollout_path(ring: str) -> str:
 def line_patterns(line: str) -> list[str]:
     """Return the path patterns that the targets role delegates to the role of a model line."""
     return [pattern.format(line=line) for pattern in _LINE_PATTERNS]
-
-
-def delta_custom(delta: Delta) -> dict[str, Any]:
-    """Return the ``custom`` field of a delta's TUF target."""
-    return {"from_sha256": delta.from_sha256, "to_sha256": delta.to_sha256, "codec": delta.codec}

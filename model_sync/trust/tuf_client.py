@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from tuf.api import exceptions as tuf_errors
-from tuf.api.metadata import Root, TargetFile
+from tuf.api.metadata import TargetFile
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
 from model_sync import atomic_files

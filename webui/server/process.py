@@ -21,8 +21,7 @@ from gunicorn.app.base import BaseApplication
 from appliance.core.errors import ApplianceError
 from appliance.core.process import die_with_parent, start_logging
 from appliance.core.settings import Settings
-from model_sync.network import is_loopback
-from model_sync.web_server import ErrorOnlyLogger, tls_context_factory
+from model_sync.web_server import ErrorOnlyLogger, is_loopback, tls_context_factory
 from webui.server import connection_guard
 
 if TYPE_CHECKING:

@@ -310,7 +310,7 @@ def test_pause_and_resume_are_newly_signed_rollouts(centre: Centre, person: Pers
     assert (paused.paused, paused.version, paused.percent) == (True, "0.2.0", 100.0)
     assert centre.site.library.published("rollout").signed.version == before + 1  # type: ignore[union-attr]
     assert centre.site.library.verify()
-    assert "looked at the failures" in person.see()
+    assert "checked the failures" in person.see()
     person.submit("/fleet/pause", ring="stable", line=LINE, action="resume")
     assert step_of(centre).paused  # nobody said that they looked
     person.see()
@@ -370,7 +370,7 @@ def test_without_a_key_the_page_shows_commands_that_work(tmp_path: Path) -> None
         somebody = Person(centre)
         somebody.log_in("wang", centre.operator())
         page = somebody.see()
-        assert "holds no rollout key" in page
+        assert "has no rollout key" in page
         assert "Pause the rollout</button>" not in page
         somebody.submit("/fleet/pause", ring="stable", line=LINE, action="pause")
         assert "Nothing was signed" in somebody.see()

@@ -213,7 +213,7 @@ def test_an_index_that_boxes_would_not_read_is_not_staged(site: Site, tmp_path: 
     publish._stage_index(site.by_hand(), full)
     library = site.by_hand()
     before = library.staged(LINE)
-    with refused("this index cannot be: versions"):
+    with refused("this index is not valid: versions"):
         library.publish(tiny_bundle(tmp_path, "0.2.0", seed=1))
     after = library.staged(LINE)
     assert before is not None

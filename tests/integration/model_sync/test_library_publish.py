@@ -310,7 +310,7 @@ def test_a_rollout_of_a_withdrawn_version_can_still_be_paused_and_status_warns(s
     site.rollout("stable", LINE, "0.1.0")
     site.withdraw(LINE, "0.1.0")
     assert site.rollout("stable", LINE, "0.1.0", paused=True).published
-    assert any("withdrawn: no box takes it" in text for text in site.library.status()["warnings"])
+    assert any("withdrawn: no box installs it" in text for text in site.library.status()["warnings"])
     found = site.library.verify()
     assert found.is_clean
     assert any("withdrawn" in note for note in found.notes)
