@@ -67,7 +67,7 @@ def find(code: str) -> Message:
 
 
 def text(code: str, language: Language, /, **values: object) -> str:
-    """Return what a code says, with its placeholders filled in; raises KeyError for an unknown code."""
+    """Return the text of a code, with its placeholders filled in; raises KeyError for an unknown code."""
     template = translate(_PACKAGES[code], _MESSAGES[code].text, language)
     return template.format(**values) if values else template
 

@@ -1,4 +1,4 @@
-"""The codes and words that only the central programs use: ``model-library`` and the fleet page; registered by being imported."""
+"""The codes and words that only the central programs use: ``model-library`` and the fleet page; an import registers them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _CODES: Final[Mapping[str, Message]] = {
     "library.module": Message("A library that this command needs is not installed", "pip install 'clinic-edge-appliance[library]'"),
     "library.interrupted": Message("The command was interrupted", _UNCHANGED),
 }
-# What the fleet page says besides.
+# The texts of the fleet page.
 WORDS: Final[Mapping[str, Message]] = {
     "fleet.brand": Message("Model library · Fleet"),
     "fleet.skip": Message("Skip to the content"),

@@ -90,7 +90,7 @@ def _print_advice(error: ModelSyncError) -> None:
 
 
 class ProgressLine:
-    """A progress line on a terminal, nothing elsewhere; failed attempts are printed everywhere."""
+    """A progress line, only on a terminal; failed attempts are always printed."""
 
     def __init__(self) -> None:
         self._shown = False

@@ -88,7 +88,7 @@ class Client:
 
         Raises:
             LibraryUnreachable: the link or the disk failed; the next pull continues where this one stopped.
-            TrustError: the library as a whole is not trusted.
+            TrustError: the library is not trusted.
         """
         return self._attempt(_LibraryAccess("library", self._fetcher), on_progress)
 

@@ -220,7 +220,7 @@ def _has_files(directory: Path, files: Mapping[str, bytes]) -> bool:
 
 
 def _replace_link(link: Path, to: str) -> bool:
-    """Point a symbolic link to ``to`` in one step; return whether it was absent or pointed elsewhere."""
+    """Point a symbolic link to ``to`` in one step; return whether that changed it."""
     if link.is_symlink():
         if os.readlink(link) == to:
             return False

@@ -142,7 +142,7 @@ class LibraryPoller:
             )
 
     def _problem_of_part(self, part: str, error: TrustError | LibraryUnreachable) -> ModelSyncError:
-        """Return the problem of one model line or of the rollout; raise an error that concerns the whole library."""
+        """Return the problem of one model line or of the rollout; raise an error that concerns the complete library."""
         if isinstance(error, LibraryUnreachable):
             if not concerns_one_file(error):
                 raise error
@@ -155,7 +155,7 @@ class LibraryPoller:
             f"what {part} has signed is no longer valid: {error.message}",
             hint=clocks.hint()
             if wrong_clock
-            else f"the central team has to sign it anew (`model-library renew LIB {part}`); {MODEL_STAYS}",
+            else f"the central team has to sign it again (`model-library renew LIB {part}`); {MODEL_STAYS}",
             code="trust.part_expired",
             action=Action.WAIT,
         )

@@ -68,7 +68,7 @@ class PullSession:
 
         Raises:
             LibraryUnreachable: the link, the disk or the state directory failed.
-            TrustError: the library as a whole is not trusted.
+            TrustError: the library is not trusted.
             OSError: the exchange directory cannot be written.
         """
         with self.tuf_client.cached_metadata():

@@ -277,7 +277,7 @@ class Stager:
         return ModelBundle(final, bundle.manifest, bundle.digest)
 
     def _changed_on_disk(self, part: Path, job: StagingJob, what: str) -> LibraryUnreachable:
-        """Return the error for files that changed after they were verified; the part is removed, so the next pull starts anew."""
+        """Return the error for files that changed after they were verified; the part is removed, so the next pull starts again."""
         atomic_files.remove_tree(part)
         return LibraryUnreachable(
             f"{job.line} {job.release.version} changed on the disk while it was assembled: {what}",
@@ -308,7 +308,7 @@ def _target(trusted: TrustedMetadata, job: StagingJob, file: str, sha256: str) -
 
 def _document_error(job: StagingJob, what: str) -> TrustError:
     return TrustError(
-        f"{job.line} {job.release.version} was signed, but it is no whole bundle: {what}", code="trust.document", action=Action.OPERATOR
+        f"{job.line} {job.release.version} was signed, but its bundle is not valid: {what}", code="trust.document", action=Action.OPERATOR
     )
 
 

@@ -49,7 +49,7 @@ _STATE_OF_ACTION = {
 
 
 class Progress(NamedTuple):
-    """Progress of a pull: the current file, and the bytes of the whole pull."""
+    """Progress of a pull: the current file, and the bytes of the complete pull."""
 
     file: str
     done_bytes: int

@@ -69,10 +69,10 @@ def rejections(exchange: Exchange, digest: str) -> Rejections:
 
 def _files(directory: Path) -> tuple[tuple[str, int, int, int], ...]:
     """Return name, length, time and inode of each file."""
-    found = []
+    files = []
     for folder, _, names in os.walk(directory):
         for name in names:
             path = os.path.join(folder, name)
             status = os.lstat(path)
-            found.append((path, status.st_size, status.st_mtime_ns, status.st_ino))
-    return tuple(sorted(found))
+            files.append((path, status.st_size, status.st_mtime_ns, status.st_ino))
+    return tuple(sorted(files))

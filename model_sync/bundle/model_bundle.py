@@ -228,7 +228,7 @@ def _walk(root: Path, prefix: str = "") -> Iterator[str]:
 
 def _read_manifest(root: Path, present: set[str]) -> bytes:
     if MANIFEST_NAME not in present:
-        raise BundleError("bundle.no_manifest", f"{root.name} holds no {MANIFEST_NAME}")
+        raise BundleError("bundle.no_manifest", f"{root.name} has no {MANIFEST_NAME}")
     with (root / MANIFEST_NAME).open("rb") as stream:
         raw = stream.read(MAX_MANIFEST_BYTES + 1)
     if len(raw) > MAX_MANIFEST_BYTES:

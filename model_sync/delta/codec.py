@@ -238,7 +238,7 @@ def _operations(program: bytes) -> Iterator[tuple[int, int, int, int | None]]:
         step, at = read_varint(program, at)
         offset += step >> 1 ^ -(step & 1)  # relative to the end of the last range used
         if offset < 0:
-            raise DeltaError("the delta looks before the start of the old file")
+            raise DeltaError("the delta has an offset before the start of the old file")
         yield kind, length, offset, shift
         offset += length * width
     if at != len(program):

@@ -42,7 +42,7 @@ def add_commands(commands: Any, texts: Mapping[str, str]) -> None:
         return parser
 
     authority = add("device-ca", _make_authority)
-    authority.add_argument("directory", type=Path, metavar="DIR", help="a directory of its own, kept secret")
+    authority.add_argument("directory", type=Path, metavar="DIR", help="a directory of its own, which is secret")
     authority.add_argument("--passphrase-file", type=Path, metavar="FILE", help="passphrase of its key; else it is asked for")
     authority.add_argument("--name", default="device authority", help="name in the certificate")
     token, deny, allow, move = add("token", _make_token), add("deny", _deny), add("allow", _allow), add("move", _move)

@@ -150,7 +150,7 @@ class Fleet:
         with self.writing() as tx:
             done = tx.execute(update(certificates).where(certificates.c.serial == wanted).values(revoked_at=self.now()))
             if not done.rowcount:
-                raise SettingsError(f"no certificate has the serial {wanted}", hint="take it from the box's page", code="fleet.unknown")
+                raise SettingsError(f"no certificate has the serial {wanted}", hint="the box's page shows it", code="fleet.unknown")
             tx.execute(actions.insert().values(at=self.now(), actor=actor, action="deny", subject=wanted))
 
     def store_report(self, report: StatusReport, *, per_hour: int) -> bool:
@@ -277,9 +277,9 @@ class Fleet:
                 tx.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
             metadata.create_all(tx)
             tx.execute(self.insert(meta).values(key="schema", value=str(SCHEMA)).on_conflict_do_nothing())
-            found = tx.execute(select(meta.c.value).where(meta.c.key == "schema")).scalar_one()
-        if found != str(SCHEMA):
-            raise SettingsError(f"the fleet database has tables of version {found}, this is {SCHEMA}", code="fleet.database")
+            schema = tx.execute(select(meta.c.value).where(meta.c.key == "schema")).scalar_one()
+        if schema != str(SCHEMA):
+            raise SettingsError(f"the fleet database has tables of version {schema}, this is {SCHEMA}", code="fleet.database")
 
 
 def failed_by_model() -> ColumnElement[bool]:

@@ -139,11 +139,11 @@ class Rollouts:
         key = ring, line, published.serial
         if key not in self._is_rollback:
             try:
-                found = _is_older_than_before(Library(self._directory), ring, line, published)
+                is_older = _is_older_than_before(Library(self._directory), ring, line, published)
             except OSError as error:
                 raise _disk_error(error) from error
-            self._is_rollback = {known: back for known, back in self._is_rollback.items() if known[2] == published.serial} | {key: found}
-            return found
+            self._is_rollback = {known: back for known, back in self._is_rollback.items() if known[2] == published.serial} | {key: is_older}
+            return is_older
         return self._is_rollback[key]
 
     def command(self, ring: str, line: str, paused: bool) -> str:

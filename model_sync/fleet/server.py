@@ -152,10 +152,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--behind-proxy", action="store_true", help="a proxy on this machine ends TLS (see docs/fleet.md)")
     parser.add_argument("--device-ca", type=Path, metavar="DIR", required=True, help="made by `model-library device-ca`")
     parser.add_argument("--rollout-key", metavar="FILE", help="key that signs a pause; without it the page shows the command")
-    kinds = {"": "the keys that have none of their own here", "device-ca-": "the device authority", "rollout-": "--rollout-key"}
+    kinds = {"": "all keys without an option of their own", "device-ca-": "the device authority", "rollout-": "--rollout-key"}
     for name, what in (kinds | {"online-": "the keys in LIB/online"}).items():
         parser.add_argument(f"--{name}passphrase-file", type=Path, metavar="FILE", help=f"passphrase of {what}")
-    parser.add_argument("--certificate-days", type=float, default=30.0, help="life of a box's certificate (default 30)")
+    parser.add_argument("--certificate-days", type=float, default=30.0, help="validity of a box's certificate (default 30)")
     parser.add_argument("--reports-per-hour", type=int, default=60, help="most reports of one box (default 60)")
     parser.add_argument("--requests-per-minute", type=int, default=120, help="most enrolments from one address (default 120)")
     parser.add_argument("--threads", type=int, default=16, help="requests served at once (default 16)")

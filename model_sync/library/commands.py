@@ -130,13 +130,13 @@ def _load_and_name_holders(library: Library, paths: list[Path]) -> list[Holder]:
 
 def _keyid(library: Library, role: str, text: str) -> str:
     name = library.files.config().name
-    found = [keyid for keyid in library.keys(role) if text == name(keyid) or (len(text) >= 8 and keyid.startswith(text))]
-    if len(found) != 1:
+    keyids = [keyid for keyid in library.keys(role) if text == name(keyid) or (len(text) >= 8 and keyid.startswith(text))]
+    if len(keyids) != 1:
         known = ", ".join(f"{name(keyid)} ({keyid[:8]})" for keyid in library.keys(role)) or "none"
         raise SettingsError(
-            f"{text!r} names {'no key' if not found else 'several keys'} of {role}", hint=f"its keys are {known}", code="library.keys"
+            f"{text!r} names {'no key' if not keyids else 'several keys'} of {role}", hint=f"its keys are {known}", code="library.keys"
         )
-    return found[0]
+    return keyids[0]
 
 
 def publish(arguments: Namespace) -> None:
@@ -187,8 +187,8 @@ def minimum(arguments: Namespace) -> None:
 
 def _print_refused_rings(library: Library, line: str) -> None:
     """Print the rollouts that name a version which boxes may no longer run, and the command for another one."""
-    found = library_text.rings_on_refused_versions(library.status()["rings"], library.index(line))
-    print("\n".join(found).replace(" LIB", f" {library.files.directory}"), end="\n" if found else "")
+    lines = library_text.rings_on_refused_versions(library.status()["rings"], library.index(line))
+    print("\n".join(lines).replace(" LIB", f" {library.files.directory}"), end="\n" if lines else "")
 
 
 def merge(arguments: Namespace) -> None:
@@ -222,10 +222,10 @@ def refresh_timestamp(arguments: Namespace) -> None:
 
 def status(arguments: Namespace) -> int:
     """Print the state; return 1 when something has expired."""
-    found = Library.open_library(arguments.library).status()
-    text = json.dumps(found, ensure_ascii=False, indent=2) if arguments.json else "\n".join(library_text.status_lines(found))
+    state = Library.open_library(arguments.library).status()
+    text = json.dumps(state, ensure_ascii=False, indent=2) if arguments.json else "\n".join(library_text.status_lines(state))
     print(text.replace(" LIB", f" {arguments.library}") if not arguments.json else text)
-    return int(any(entry["days_left"] is not None and entry["days_left"] <= 0 for entry in found["roles"].values()))
+    return int(any(entry["days_left"] is not None and entry["days_left"] <= 0 for entry in state["roles"].values()))
 
 
 def verify(arguments: Namespace) -> int:
@@ -236,16 +236,16 @@ def verify(arguments: Namespace) -> int:
         return 0
     public = directory / "public" if (directory / "public").is_dir() else directory
     steps = console.ProgressPrinter()
-    found = library_check.verify(public, datetime.now(timezone.utc), lambda done, total: steps.report("reading", done, total))
-    for text in found.notes:
+    result = library_check.verify(public, datetime.now(timezone.utc), lambda done, total: steps.report("reading", done, total))
+    for text in result.notes:
         print(f"note: {text}")
-    for text in found.problems:
+    for text in result.problems:
         print(f"problem: {text}", file=sys.stderr)
-    if not found.is_clean:
+    if not result.is_clean:
         print(f"hint: {public} is not what was signed: restore it from a backup", file=sys.stderr)
         return 1
-    until = f", valid until {found.valid_until:%Y-%m-%d %H:%M} UTC" if found.valid_until is not None else ""
-    print(f"{public}: intact; {found.targets} files, {found.bytes / 2**20:.1f} MiB, every signature and hash is right{until}")
+    until = f", valid until {result.valid_until:%Y-%m-%d %H:%M} UTC" if result.valid_until is not None else ""
+    print(f"{public}: intact; {result.targets} files, {result.bytes / 2**20:.1f} MiB, every signature and hash is right{until}")
     return 0
 
 

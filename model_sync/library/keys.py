@@ -81,7 +81,7 @@ def load_holder(path: Path) -> Holder:
     """Read ``KEY.pem.pub.json`` (or that beside ``KEY.pem``).
 
     Raises:
-        SettingsError: the file is missing, or holds no public key.
+        SettingsError: the file is missing, or contains no public key.
     """
     file = path if path.name.endswith(".pub.json") else public_path(path)
     try:
@@ -162,8 +162,8 @@ def _load_token(uri: str, passphrase: Passphrase, public_key: Key | None) -> Sig
         return pin[0]
 
     try:
-        found, key = HSMSigner.import_(int(body) if body else None, label, ask)
-        signer = HSMSigner.from_priv_key_uri(found, public_key or key, ask)
+        uri_of_key, key = HSMSigner.import_(int(body) if body else None, label, ask)
+        signer = HSMSigner.from_priv_key_uri(uri_of_key, public_key or key, ask)
     except UnsupportedLibraryError as error:
         raise SettingsError(
             str(error), hint="pip install 'clinic-edge-appliance[library]' brings python-pkcs11", code="library.key"

@@ -328,7 +328,7 @@ class Library(LibraryPromotion):
         failure_budget: FailureBudget | None = None,
         paused: bool = False,
     ) -> RoleState:
-        """Stage the version that a ring's boxes take; see ``rollouts.rollout``."""
+        """Stage the version that a ring's boxes install; see ``rollouts.rollout``."""
         plan = rollouts.RolloutPlan(version, percent, start or self.now(), duration_h, failure_budget or FailureBudget(), paused)
         return rollouts.rollout(self, ring, line, plan)
 

@@ -89,9 +89,9 @@ def publish(
         release = Release(version=manifest.version, digest=bundle.digest, published_at=library.now())
         grown = _validated(index.model_copy(update={"versions": [*index.versions, release], "minimum_version": new_minimum}))
         targets = _stage_bundle(library, bundle, on_progress)
-        found = _deltas(library, index, bundle, on_progress) if deltas else []
-        index = _validated(grown.model_copy(update={"deltas": [*index.deltas, *(delta for delta, _ in found)]}))
-        library.stage_files(manifest.name, {line_path(manifest.name): index.to_json()}, [*targets, *(target for _, target in found)])
+        new_deltas = _deltas(library, index, bundle, on_progress) if deltas else []
+        index = _validated(grown.model_copy(update={"deltas": [*index.deltas, *(delta for delta, _ in new_deltas)]}))
+        library.stage_files(manifest.name, {line_path(manifest.name): index.to_json()}, [*targets, *(target for _, target in new_deltas)])
         library.promote_complete()
         return library.state(manifest.name)
 
@@ -217,7 +217,7 @@ def _deltas(library: LibraryPromotion, index: LineIndex, bundle: ModelBundle, on
         for variant, old, old_sha256 in _same_precision(library, index.line, version, bundle.manifest):
             if old_sha256 != variant.sha256:
                 pairs[old_sha256, variant.sha256] = (old, bundle.path(variant.file))
-    found = []
+    new_deltas = []
     for number, ((old_sha256, new_sha256), (old, new)) in enumerate(pairs.items()):
         on_progress(f"delta for {new.name}", number, len(pairs))
         encoded = delta_codec.best(old, new)
@@ -230,8 +230,8 @@ def _deltas(library: LibraryPromotion, index: LineIndex, bundle: ModelBundle, on
             entry.length, {"sha256": sha256}, path, {"custom": entry.model_dump(include={"from_sha256", "to_sha256", "codec"})}
         )
         library.files.write(library.files.staged_target(target), encoded.data)
-        found.append((entry, target))
-    return found
+        new_deltas.append((entry, target))
+    return new_deltas
 
 
 def _same_precision(library: LibraryPromotion, line: str, version: str, manifest: Manifest) -> list[tuple[Any, Path, str]]:

@@ -128,9 +128,9 @@ class LibraryRoles(Repository):
 
     def open(self, role: str) -> AnyMetadata:
         """Return the newest metadata of a role: being promoted, staged, published, or a first version."""
-        found = self._next.get(role) or self.staged(role) or self.latest(role)
-        if found is not None:
-            return found
+        newest = self._next.get(role) or self.staged(role) or self.latest(role)
+        if newest is not None:
+            return newest
         if role == Root.type:
             fresh: Any = Root()
         elif role == Snapshot.type:
@@ -270,8 +270,8 @@ class LibraryRoles(Repository):
     def delegators(self, role: str) -> list[Root | Targets]:
         """Return the delegators that define the keys of a role: the public one, and the waiting one."""
         name = Root.type if role in TOP_LEVEL_ROLE_NAMES else Targets.type
-        found = [md.signed for md in (self.published(name), self._next.get(name) or self.staged(name)) if md is not None]
-        return [signed for signed in found if role in TOP_LEVEL_ROLE_NAMES or role in delegated(signed)]
+        delegators = [md.signed for md in (self.published(name), self._next.get(name) or self.staged(name)) if md is not None]
+        return [signed for signed in delegators if role in TOP_LEVEL_ROLE_NAMES or role in delegated(signed)]
 
     def keys(self, role: str) -> dict[str, Key]:
         """Return the keys that may sign a role now or after the waiting rotation."""
@@ -279,8 +279,8 @@ class LibraryRoles(Repository):
 
     def available_signers(self, keyids: Iterable[str]) -> list[Signer]:
         """Return the available signers of some keys."""
-        found = (self.signers.get(keyid) or self.online.signer(keyid) for keyid in sorted(keyids))
-        return [signer for signer in found if signer is not None]
+        signers = (self.signers.get(keyid) or self.online.signer(keyid) for keyid in sorted(keyids))
+        return [signer for signer in signers if signer is not None]
 
     def state(self, role: str) -> RoleState:
         """Return who has signed a role's newest version and what is missing; raise PublishError for an unknown role."""

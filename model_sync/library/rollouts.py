@@ -1,4 +1,4 @@
-"""Rollouts: the version that the boxes of a ring take, and the end of a model line, which no rollout may name any more."""
+"""Rollouts: the version that the boxes of a ring install, and the end of a model line, which no rollout may name any more."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RolloutPlan(NamedTuple):
 
 
 def rollout(library: LibraryPromotion, ring: str, line: str, plan: RolloutPlan) -> RoleState:
-    """Stage the version of a model line that a ring's boxes take.
+    """Stage the version of a model line that a ring's boxes install.
 
     Raises:
         PublishError: the rollout role has no keys yet, or the version is not public, withdrawn or below the minimum, or a number

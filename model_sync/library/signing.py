@@ -89,7 +89,7 @@ def _version_before(role: str, md: AnyMetadata, against: Path | None) -> AnyMeta
 def _target_reader(*folders: Path) -> Callable[[TargetFile], bytes | None]:
     def read(target: TargetFile) -> bytes | None:
         paths = [folder / target.get_prefixed_paths()[0] for folder in folders]
-        found = (path.read_bytes() for path in paths if path.is_file() and path.stat().st_size == target.length)
-        return next((raw for raw in found if hashlib.sha256(raw).hexdigest() == target.hashes["sha256"]), None)
+        contents = (path.read_bytes() for path in paths if path.is_file() and path.stat().st_size == target.length)
+        return next((raw for raw in contents if hashlib.sha256(raw).hexdigest() == target.hashes["sha256"]), None)
 
     return read

@@ -63,8 +63,8 @@ def export(
     Args:
         library_public: the library's ``public`` folder.
         directory: the stick's mount point.
-        lines: model lines to take; every line when None.
-        versions: versions to take; every one that boxes may run when None.
+        lines: model lines to export; every line when None.
+        versions: versions to export; every one that boxes may run when None.
         now: the time against which expiry is checked.
         reserve_bytes: disk space that stays free.
         on_progress: called with the bytes written so far and in all.
@@ -114,7 +114,7 @@ def _choose_versions(
             usable = [release.version for release in index.versions if index.refusal(release.version) is None]
             chosen[line] = [version for version in usable if versions is None or version in versions]
             wanted.update(_files(public, index, targets, chosen[line]))
-    if unknown := set(versions or ()) - {version for found in chosen.values() for version in found}:
+    if unknown := set(versions or ()) - {version for picked in chosen.values() for version in picked}:
         raise SettingsError(
             f"no chosen model line has a version {', '.join(sorted(unknown))} that boxes may run",
             hint="`model-library status` lists them",
@@ -125,17 +125,17 @@ def _choose_versions(
 
 def _files(public: Path, index: LineIndex, targets: dict[str, TargetFile], versions: Iterable[str]) -> dict[str, TargetFile]:
     """Return the targets of some versions, and the deltas between them."""
-    found: dict[str, TargetFile] = {}
+    chosen: dict[str, TargetFile] = {}
     for version in versions:
         path = file_path(index.line, version, MANIFEST_NAME)
         manifest = Manifest.parse(_place(public, targets[path]).read_bytes())
         for file in (MANIFEST_NAME, *manifest.digests()):
-            found[file_path(index.line, version, file)] = targets[file_path(index.line, version, file)]
-    hashes = {target.hashes["sha256"] for target in found.values()}
+            chosen[file_path(index.line, version, file)] = targets[file_path(index.line, version, file)]
+    hashes = {target.hashes["sha256"] for target in chosen.values()}
     for delta in index.deltas:
         if {delta.from_sha256, delta.to_sha256} <= hashes:
-            found[delta.path] = targets[delta.path]
-    return found
+            chosen[delta.path] = targets[delta.path]
+    return chosen
 
 
 def _snapshot(metadata: Path) -> tuple[str, Snapshot]:

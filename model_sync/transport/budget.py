@@ -199,7 +199,7 @@ class SpeedCheck:
         """End a wait that brought ``received`` bytes.
 
         Raises:
-            TooSlow: over a whole window the speed was below the minimum.
+            TooSlow: over a complete window the speed was below the minimum.
         """
         self._waited_s += self.clock() - self._since
         self._received += received

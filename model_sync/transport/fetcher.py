@@ -171,8 +171,8 @@ class Fetcher(FetcherInterface):
     def download_file(self, url: str, max_length: int) -> Iterator[IO[bytes]]:
         """Yield one target of exactly ``max_length`` bytes, as an open file.
 
-        The part is deleted after the block: the caller has copied its bytes or found them wrong. It is kept when the download failed,
-        when the process is stopped, and when the caller had no disk space for the copy.
+        The part is deleted after the block, when the caller has copied or rejected its bytes. It is kept when the download failed, when
+        the process is stopped, and when the caller had no disk space for the copy.
 
         Raises:
             Refused, NotTheLibrary, RangeViolation, TooSlow, Unreachable, BudgetExhausted, DiskFull: all tuf's ``DownloadError``.
