@@ -9,9 +9,10 @@ from typing import Any, Final
 import requests
 
 from model_sync.agent.device import DeviceError, Identity
-from model_sync.agent.report import ReportError, instant
+from model_sync.agent.report import ReportError
 from model_sync.errors import LibraryUnreachable, ModelSyncError, SettingsError
 from model_sync.settings import SyncSettings
+from model_sync.trust.rollback_protection import iso
 
 _ANSWER_BYTES: Final = 64 << 10
 _MAX_DETAIL_CHARS: Final = 300
@@ -92,7 +93,7 @@ def _read(answer: requests.Response, content: bytes, identity: Identity | None) 
 
 
 def _expired(identity: Identity) -> DeviceError:
-    ended = instant(identity.certificate.not_valid_after_utc)
+    ended = iso(identity.certificate.not_valid_after_utc)
     return DeviceError("device.expired", f"this box's certificate expired on {ended}")
 
 

@@ -110,13 +110,6 @@ class PullResult:
         return min(errors, key=lambda error: _SEVERITY.index(state_of(error)), default=None)
 
 
-def make_job(index: LineIndex, version: str) -> StagingJob:
-    """Return the staging job for a version that ``find_refusal`` has accepted."""
-    release = index.release(version)
-    assert release is not None, "find_refusal accepts no unknown version"
-    return StagingJob(index.line, release, tuple(index.deltas))
-
-
 def failed_outcome(job: StagingJob, problem: ModelSyncError) -> LineOutcome:
     """Return the outcome of a model line whose version is wanted and could not be staged."""
     return LineOutcome(decision_for_problem(problem), job.release.version, job.release.digest, problem=problem)

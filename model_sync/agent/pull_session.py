@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from model_sync.agent.decision import Decision, LineOutcome, PullResult, decide, decision_for_problem, failed_outcome, make_job
+from model_sync.agent.decision import Decision, LineOutcome, PullResult, decide, decision_for_problem, failed_outcome
 from model_sync.agent.download_rules import DownloadRules
 from model_sync.agent.exchange import Exchange, Source
 from model_sync.agent.library_view import LibraryPoller, LibraryView, is_missing_on_server, missing_on_server_error
@@ -100,7 +100,10 @@ class PullSession:
                 continue
             outcome = self.outcomes[line] = self._outcome(view, line)
             if outcome.decision is Decision.READY:
-                jobs[line] = make_job(view.indexes[line], outcome.version)
+                index = view.indexes[line]
+                release = index.release(outcome.version)
+                assert release is not None, "an unknown version is never ready"
+                jobs[line] = StagingJob(line, release, tuple(index.deltas))
         return jobs
 
     def _outcome(self, view: LibraryView, line: str) -> LineOutcome:

@@ -23,6 +23,7 @@ from model_sync.bundle.manifest import SemVer
 from model_sync.bundle.output_spec import Identifier, Precision, Sha256
 from model_sync.errors import CodedError, TextEnum
 from model_sync.messages import REPORTED
+from model_sync.trust.rollback_protection import iso
 
 MAX_REPORT_BYTES: Final = 64 << 10
 MAX_BOX_REPORT_BYTES: Final = 256 << 10
@@ -67,13 +68,8 @@ def _plausible(moment: datetime) -> datetime:
     return moment.astimezone(timezone.utc).replace(microsecond=0) if EARLIEST <= moment < _LATEST else EPOCH
 
 
-def instant(moment: datetime) -> str:
-    """Return a time as reports write it: UTC, whole seconds."""
-    return moment.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 Code: TypeAlias = Annotated[str, BeforeValidator(_listed)]
-Instant: TypeAlias = Annotated[AwareDatetime, AfterValidator(_plausible), PlainSerializer(instant)]
+Instant: TypeAlias = Annotated[AwareDatetime, AfterValidator(_plausible), PlainSerializer(iso)]
 BoxId: TypeAlias = Annotated[str, Pattern(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 # A release of this product, not any text that semantic versioning allows.
 RELEASE: Final = r"^\d{1,5}\.\d{1,5}\.\d{1,5}((a|b|rc|\.dev|-(alpha|beta|rc|dev|canary)\.?)\d{1,5})?$"

@@ -7,6 +7,8 @@ when the server was started with ``--behind-proxy`` and listens on loopback.
 from __future__ import annotations
 
 import ssl
+import threading
+import time
 from typing import Annotated, Any, Final, TypeVar
 from urllib.parse import unquote
 
@@ -18,18 +20,38 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from model_sync.agent.report import MAX_REPORT_BYTES, ReportError, load_json, verify
 from model_sync.fleet.database import Fleet
 from model_sync.fleet.enrolment import MAX_CSR_BYTES, Enrolment, EnrolmentError
-from model_sync.fleet.limits import RateLimiter
 from model_sync.fleet.problems import problem
 from model_sync.fleet.rollout_pause_policy import RolloutPausePolicy
 
 blueprint: Final = Blueprint("api", __name__, url_prefix="/api/v1")
 PROXY_CERTIFICATE: Final = "X-Client-Certificate"
 _MAX_PEM_CHARS: Final = 8 << 10
+_MAX_ADDRESSES: Final = 50_000
 _Body = TypeVar("_Body", bound=BaseModel)
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class RateLimiter:
+    """A token bucket per client address: ``burst`` tokens, refilled by ``per_minute``; in memory, for a limited number of addresses."""
+
+    def __init__(self, per_minute: float, burst: int) -> None:
+        self._per_s, self._burst = per_minute / 60, burst
+        self._left: dict[str, tuple[float, float]] = {}
+        self._lock = threading.Lock()
+
+    def allow(self, who: str) -> bool:
+        """Take one token of ``who``; return False when there is none."""
+        now = time.monotonic()
+        with self._lock:
+            left, at = self._left.pop(who, (float(self._burst), now))
+            left = min(self._burst, left + (now - at) * self._per_s)
+            self._left[who] = (left - 1 if left >= 1 else left, now)
+            while len(self._left) > _MAX_ADDRESSES:
+                del self._left[next(iter(self._left))]
+        return left >= 1
 
 
 class EnrolRequest(_Strict):

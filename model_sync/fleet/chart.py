@@ -10,8 +10,6 @@ from model_sync.fleet.database import VersionTally
 from model_sync.fleet.views import Progress
 from model_sync.trust.documents import RolloutStep
 
-WIDTH: Final = 720
-HEIGHT: Final = 250
 LEFT: Final = 50
 RIGHT: Final = 700
 TOP: Final = 14

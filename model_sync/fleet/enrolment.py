@@ -18,13 +18,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, EllipticCurvePublicKey, generate_private_key
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import (
-    BestAvailableEncryption,
-    Encoding,
-    PrivateFormat,
-    PublicFormat,
-    load_pem_private_key,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from securesystemslib.signer import SSlibKey
 from sqlalchemy import Connection, RowMapping, select, update
@@ -33,11 +27,11 @@ from model_sync.agent.device import create_private_file, is_issued_by
 from model_sync.errors import CodedError, SettingsError
 from model_sync.fleet.database import Fleet, assign_ring
 from model_sync.fleet.tables import actions, boxes, certificates, tokens
+from model_sync.library.keys import encrypt
 
 CERTIFICATE: Final = "device-ca.pem"
 KEY: Final = "device-ca.key"
 MAX_CSR_BYTES: Final = 8 << 10
-MIN_PASSPHRASE: Final = 12
 _AUTHORITY_YEARS: Final = 20
 # A box's clock may be behind; a certificate must be valid there at once.
 _BACKDATED: Final = timedelta(hours=1)
@@ -73,12 +67,9 @@ class DeviceAuthority:
         Raises:
             SettingsError: there is one already, or the passphrase is too short; nothing is overwritten.
         """
-        if len(passphrase) < MIN_PASSPHRASE:
-            raise SettingsError(
-                f"a passphrase needs at least {MIN_PASSPHRASE} characters", hint="use six random words", code="library.passphrase"
-            )
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         key = generate_private_key(SECP256R1())
+        encrypted = encrypt(key, passphrase)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         now = datetime.now(timezone.utc)
         certificate = (
@@ -87,8 +78,7 @@ class DeviceAuthority:
             .add_extension(_usage(signs_certificates=True), critical=True)
             .sign(key, SHA256())
         )
-        secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(passphrase.encode()))
-        create_private_file(directory / KEY, secret)
+        create_private_file(directory / KEY, encrypted)
         (directory / CERTIFICATE).write_bytes(certificate.public_bytes(Encoding.PEM))
         return cls(certificate, key)
 

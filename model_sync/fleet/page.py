@@ -57,7 +57,7 @@ def login() -> ResponseReturnValue:
     if not current_app.extensions["rate_limiters"]["logins"].allow(client_address()):
         abort(429)
     name = request.form.get("name", "").strip()[:64]
-    token = _accounts().login(name if name.isprintable() else "", request.form.get("password", ""))
+    token = _accounts().login(name if name.isprintable() else "", request.form.get("password", ""), client_address())
     if token is None:
         return render_template("login.html", failed=True, name=name), 401
     session.clear()

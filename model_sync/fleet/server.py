@@ -35,7 +35,6 @@ from model_sync.fleet.accounts import Accounts
 from model_sync.fleet.commands import passphrase
 from model_sync.fleet.database import Fleet
 from model_sync.fleet.enrolment import CERTIFICATE, DeviceAuthority, Enrolment
-from model_sync.fleet.limits import RateLimiter
 from model_sync.fleet.rollout_pause_policy import RolloutPausePolicy
 from model_sync.fleet.rollouts import Rollouts
 from model_sync.fleet.tables import sqlite_url
@@ -109,9 +108,9 @@ def create_app(config: ServerConfig, *, clock: Callable[[], float] = time.time) 
         pause_policy=RolloutPausePolicy(fleet, rollouts),
         accounts=Accounts(fleet, idle_s=config.session_idle_s),
         rate_limiters={
-            "enrolments": RateLimiter(per_minute, per_minute),
-            "reports": RateLimiter(per_minute * 10, per_minute * 10),
-            "logins": RateLimiter(max(1, per_minute / 10), max(5, per_minute // 10)),
+            "enrolments": server_api.RateLimiter(per_minute, per_minute),
+            "reports": server_api.RateLimiter(per_minute * 10, per_minute * 10),
+            "logins": server_api.RateLimiter(max(1, per_minute / 10), max(5, per_minute // 10)),
         },
     )
     style = Path(app.root_path) / "templates" / "fleet.css"

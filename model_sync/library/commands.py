@@ -14,12 +14,13 @@ from tuf.api.metadata import Root
 from model_sync.bundle import MANIFEST_NAME, ModelBundle
 from model_sync.errors import PublishError, SettingsError
 from model_sync.library import check as library_check
-from model_sync.library import console, usb_export
+from model_sync.library import console, rollouts, usb_export
+from model_sync.library import publish as publishing
 from model_sync.library import text as library_text
 from model_sync.library.files import CONFIG_NAME, Expiry, LibraryFiles
 from model_sync.library.keys import Holder, generate, load_holder, load_signer, public_path, write_public
-from model_sync.library.library import Library, RoleState
-from model_sync.library.roles import ONLINE
+from model_sync.library.library import Library
+from model_sync.library.roles import ONLINE, RoleState
 from model_sync.trust.documents import ROLLOUT_ROLE, FailureBudget
 
 
@@ -97,7 +98,7 @@ def add_line(arguments: Namespace) -> None:
 def end_line(arguments: Namespace) -> None:
     """End a model line."""
     library = open_library(arguments)
-    state = library.end_line(arguments.name)
+    state = rollouts.end_line(library, arguments.name)
     print_state(library, state)
     print("\n".join(library_text.END_LINE_NOTES).replace("LINE", arguments.name))
     if state.role == ROLLOUT_ROLE:
@@ -142,7 +143,8 @@ def _keyid(library: Library, role: str, text: str) -> str:
 def publish(arguments: Namespace) -> None:
     """Publish a bundle."""
     library = open_library(arguments)
-    state = library.publish(
+    state = publishing.publish(
+        library,
         arguments.bundle,
         deltas=not arguments.no_deltas,
         minimum_version=arguments.minimum_version,
@@ -158,7 +160,8 @@ def rollout(arguments: Namespace) -> None:
         budget = FailureBudget(max_fraction=arguments.max_failures, min_boxes=arguments.min_failures)
     except ValueError as error:
         raise SettingsError("--max-failures is 0 to 1, --min-failures at least 1", code="library.usage") from error
-    state = library.rollout(
+    state = rollouts.rollout(
+        library,
         arguments.ring,
         arguments.line,
         arguments.version,
@@ -174,14 +177,14 @@ def rollout(arguments: Namespace) -> None:
 def withdraw(arguments: Namespace) -> None:
     """Withdraw a version."""
     library = open_library(arguments)
-    print_state(library, library.withdraw(arguments.line, arguments.version, arguments.reason))
+    print_state(library, publishing.withdraw(library, arguments.line, arguments.version, arguments.reason))
     _print_refused_rings(library, arguments.line)
 
 
 def minimum(arguments: Namespace) -> None:
     """Raise the oldest allowed version."""
     library = open_library(arguments)
-    print_state(library, library.set_minimum(arguments.line, arguments.version))
+    print_state(library, publishing.set_minimum(library, arguments.line, arguments.version))
     _print_refused_rings(library, arguments.line)
 
 

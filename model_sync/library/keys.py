@@ -48,22 +48,23 @@ def generate(path: Path, passphrase: str, name: str | None = None) -> Key:
     Raises:
         SettingsError: a file is there already, the passphrase is too short, or the directory cannot be written.
     """
-    if len(passphrase) < MIN_PASSPHRASE:
-        raise SettingsError(
-            f"a passphrase needs at least {MIN_PASSPHRASE} characters",
-            hint="use six random words; nothing was written",
-            code="library.passphrase",
-        )
     signer = CryptoSigner.generate_ed25519()
     # CryptoSigner exports its private key only unencrypted; it stays in memory.
-    private = load_pem_private_key(signer.private_bytes, None)
-    pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(passphrase.encode()))
+    pem = encrypt(load_pem_private_key(signer.private_bytes, None), passphrase)
     for file in (path, public_path(path)):
         if os.path.lexists(file):
             raise SettingsError(f"{file} exists already", code="library.exists")
     _create(path, pem, 0o600)
     write_public(public_path(path), signer.public_key, name or path.stem)
     return signer.public_key
+
+
+def encrypt(key: PrivateKeyTypes, passphrase: str) -> bytes:
+    """Return a private key as encrypted PKCS#8 in PEM; raise SettingsError when the passphrase is too short."""
+    if len(passphrase) < MIN_PASSPHRASE:
+        hint = "use six random words; nothing was written"
+        raise SettingsError(f"a passphrase needs at least {MIN_PASSPHRASE} characters", hint=hint, code="library.passphrase")
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(passphrase.encode()))
 
 
 def public_path(path: Path) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,15 @@ from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, DelegatedRole, Delegations, R
 
 from model_sync.errors import PublishError
 from model_sync.library import check as library_check
-from model_sync.library import publish, rollouts
 from model_sync.library import status as library_status
 from model_sync.library.files import CONFIG_NAME, Expiry, LibraryConfig, read_metadata
 from model_sync.library.keys import Passphrase, token_error
 from model_sync.library.promotion import LibraryPromotion
-from model_sync.library.roles import ISSUED_AT, ONLINE, ROLE_FIELD, AnyMetadata, Clock, RoleState, delegated, utc_now
-from model_sync.trust.documents import ROLLOUT_PATTERN, ROLLOUT_ROLE, FailureBudget, LineIndex, line_path, line_patterns
+from model_sync.library.publish import check_line_name
+from model_sync.library.roles import ONLINE, ROLE_FIELD, AnyMetadata, Clock, RoleState, delegated
+from model_sync.trust.documents import ROLLOUT_PATTERN, ROLLOUT_ROLE, LineIndex, line_path, line_patterns
+from model_sync.trust.rollback_protection import utc_now
 
-__all__ = ["ISSUED_AT", "ROLE_FIELD", "Library", "RoleState"]
 _UNCHANGED = "; nothing was changed"
 
 
@@ -201,14 +200,10 @@ class Library(LibraryPromotion):
         Raises:
             PublishError: the name is taken or not allowed, or the threshold cannot be met.
         """
-        publish.check_line_name(name)
+        check_line_name(name)
         index = LineIndex(line=name, minimum_version="0.0.0", versions=[])
         files = {line_path(name): index.to_json()} if self.latest(name) is None else {}
         return self._delegate(name, keys, threshold, line_patterns(name), files)
-
-    def end_line(self, name: str) -> RoleState:
-        """Stage the end of a delegation to a model line; see ``rollouts.end_line``."""
-        return rollouts.end_line(self, name)
 
     def set_rollout_keys(self, keys: list[Key], threshold: int = 1) -> RoleState:
         """Delegate ``rollout/*.json``; later calls replace the keys."""
@@ -297,40 +292,6 @@ class Library(LibraryPromotion):
                 pass
             self.promote_complete()
             return self.state(role)
-
-    def publish(
-        self,
-        bundle: Path,
-        *,
-        deltas: bool = True,
-        minimum_version: str | None = None,
-        on_progress: publish.OnProgress | None = None,
-    ) -> RoleState:
-        """Stage one version of a model line; see ``publish.publish``."""
-        return publish.publish(self, bundle, deltas=deltas, minimum_version=minimum_version, on_progress=on_progress)
-
-    def withdraw(self, line: str, version: str, reason: str) -> RoleState:
-        """Stage the withdrawal of a version; see ``publish.withdraw``."""
-        return publish.withdraw(self, line, version, reason)
-
-    def set_minimum(self, line: str, version: str) -> RoleState:
-        """Stage a higher minimum version; see ``publish.set_minimum``."""
-        return publish.set_minimum(self, line, version)
-
-    def rollout(
-        self,
-        ring: str,
-        line: str,
-        version: str,
-        percent: float = 100.0,
-        start: datetime | None = None,
-        duration_h: float = 0.0,
-        failure_budget: FailureBudget | None = None,
-        paused: bool = False,
-    ) -> RoleState:
-        """Stage the version that a ring's boxes install; see ``rollouts.rollout``."""
-        plan = rollouts.RolloutPlan(version, percent, start or self.now(), duration_h, failure_budget or FailureBudget(), paused)
-        return rollouts.rollout(self, ring, line, plan)
 
     def status(self) -> dict[str, Any]:
         """Return each role's version, expiry, signatures and keys, and what to do next; see ``status.status``."""

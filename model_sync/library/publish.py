@@ -31,8 +31,6 @@ _MAX_NAME = 190
 _NOTHING = "; nothing was published"
 # File names that Windows refuses, with any suffix: USB sticks are also used there.
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
-_TEMPORARY = "tmp"
-_VERSION_HINT = "write it like 1.4.0 or 1.4.0-rc.1, by semver.org"
 OnProgress = Callable[[str, int, int], None]
 
 
@@ -41,19 +39,12 @@ def check_line_name(name: str) -> None:
     try:
         TypeAdapter(Identifier).validate_python(name)
     except ValidationError as error:
-        raise PublishError(
-            f"{name!r} cannot name a model line", hint="lower-case letters, digits, - and _, at most 64", code="library.name"
-        ) from error
-    if name in TOP_LEVEL_ROLE_NAMES or name == ROLLOUT_ROLE:
-        raise PublishError(f"a model line cannot be called {name!r}: that is a role of the library", code="library.name")
-    if name in _DEVICES:
-        raise PublishError(f"a model line cannot be called {name!r}: that is a device of Windows", code="library.name")
-    if name.startswith(_TEMPORARY):
-        raise PublishError(
-            f"a model line cannot be called {name!r}",
-            hint=f"boxes use {_TEMPORARY}... for temporary files",
-            code="library.name",
-        )
+        hint = "lower-case letters, digits, - and _, at most 64"
+        raise PublishError(f"{name!r} cannot name a model line", hint=hint, code="library.name") from error
+    roles = (*TOP_LEVEL_ROLE_NAMES, ROLLOUT_ROLE)
+    reserved = dict.fromkeys(roles, "a role of the library") | dict.fromkeys(_DEVICES, "a device of Windows")
+    if what := reserved.get(name, "a temporary file of boxes" if name.startswith("tmp") else ""):
+        raise PublishError(f"a model line cannot be called {name!r}: that is {what}", code="library.name")
 
 
 def publish(
@@ -168,8 +159,9 @@ def _parse(version: str) -> None:
     try:
         TypeAdapter(SemVer).validate_python(version)
     except ValidationError as error:
+        hint = "write it like 1.4.0 or 1.4.0-rc.1, by semver.org"
         raise PublishError(
-            f"{version!r} is no semantic version of at most 64 characters{_NOTHING}", hint=_VERSION_HINT, code="library.version"
+            f"{version!r} is no semantic version of at most 64 characters{_NOTHING}", hint=hint, code="library.version"
         ) from error
 
 

@@ -8,7 +8,7 @@ its role in ``x-role``, so that a signature for one model line is not valid for 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -32,8 +32,8 @@ from model_sync.library.files import LibraryFiles, read_metadata
 from model_sync.library.keys import Passphrase, load_holder, load_signer, public_path
 from model_sync.trust.documents import ROLLOUT_ROLE, LineIndex, line_path
 from model_sync.trust.metadata import MAX_METADATA_BYTES
+from model_sync.trust.rollback_protection import ISSUED_AT, iso, utc_now
 
-ISSUED_AT = "x-issued-at"
 ROLE_FIELD = "x-role"
 _ROOM_FOR_SIGNATURES = 100_000
 ONLINE = (Snapshot.type, Timestamp.type)
@@ -61,11 +61,6 @@ class RoleState(NamedTuple):
     have: int
     need: int
     published: bool
-
-
-def utc_now() -> datetime:
-    """Return the time now, with zone."""
-    return datetime.now(timezone.utc)
 
 
 class OnlineKeys:
@@ -148,7 +143,7 @@ class LibraryRoles(Repository):
         md.signed.version = before.signed.version + 1 if before is not None else 1
         md.signed.expires = self.now() + timedelta(days=self.files.config().expiry_days.days(role))
         if role == Timestamp.type:
-            md.signed.unrecognized_fields[ISSUED_AT] = self.now().strftime("%Y-%m-%dT%H:%M:%SZ")
+            md.signed.unrecognized_fields[ISSUED_AT] = iso(self.now())
         md.signatures.clear()
         if len(md.to_bytes()) > MAX_METADATA_BYTES - _ROOM_FOR_SIGNATURES:
             raise PublishError(

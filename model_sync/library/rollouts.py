@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import NamedTuple
 
 from pydantic import ValidationError
 from tuf.api.metadata import Targets
@@ -15,18 +14,17 @@ from model_sync.library.roles import RoleState, delegated
 from model_sync.trust.documents import ROLLOUT_ROLE, FailureBudget, Rollout, RolloutStep, rollout_path
 
 
-class RolloutPlan(NamedTuple):
-    """The rollout of one model line to a ring."""
-
-    version: str
-    percent: float
-    start: datetime
-    duration_h: float
-    failure_budget: FailureBudget
-    paused: bool
-
-
-def rollout(library: LibraryPromotion, ring: str, line: str, plan: RolloutPlan) -> RoleState:
+def rollout(
+    library: LibraryPromotion,
+    ring: str,
+    line: str,
+    version: str,
+    percent: float = 100.0,
+    start: datetime | None = None,
+    duration_h: float = 0.0,
+    failure_budget: FailureBudget | None = None,
+    paused: bool = False,
+) -> RoleState:
     """Stage the version of a model line that a ring's boxes install.
 
     Raises:
@@ -39,17 +37,18 @@ def rollout(library: LibraryPromotion, ring: str, line: str, plan: RolloutPlan) 
                 "the rollout role has no keys yet", hint="give it some with `model-library rollout-keys`", code="library.rollout"
             )
         index = library.public_index(line)
-        require_version(index, plan.version)
-        refusal = index.refusal(plan.version)
-        if refusal is not None and not plan.paused:
+        require_version(index, version)
+        refusal = index.refusal(version)
+        if refusal is not None and not paused:
             why = {"withdrawn": "is withdrawn", "below_minimum": f"is older than the minimum {index.minimum_version}"}[refusal]
             raise PublishError(
-                f"{line} {plan.version} {why}", hint="choose a version that boxes may run; nothing was changed", code="library.rollout"
+                f"{line} {version} {why}", hint="choose a version that boxes may run; nothing was changed", code="library.rollout"
             )
         targets, path = library.targets(ROLLOUT_ROLE), rollout_path(ring)
         try:
             before = Rollout.parse(library.read_target(targets, path)).lines if path in targets.targets else {}
-            step = RolloutStep(**plan._asdict())
+            begin, budget = start or library.now(), failure_budget or FailureBudget()
+            step = RolloutStep(version=version, percent=percent, start=begin, duration_h=duration_h, failure_budget=budget, paused=paused)
             document = Rollout(ring=ring, issued_at=library.now(), lines={**before, line: step})
         except ValidationError as error:
             raise validation_error("rollout", error, "percent is 0 to 100, times are in hours") from error

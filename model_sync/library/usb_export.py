@@ -35,7 +35,6 @@ _FAT_FORBIDDEN = re.compile(r'[\x00-\x1f:*?"<>|\\]|[. ]$')
 # FAT allocates clusters; 32 KiB is the largest common size on sticks.
 _CLUSTER_BYTES = 32 * 1024
 _EXPORTED_NAME = re.compile(r"^(\d+\.[a-z0-9_-]+\.json|[0-9a-f]{64}\..+)$")
-OnProgress = Callable[[int, int], None]
 
 
 class ExportResult(NamedTuple):
@@ -56,7 +55,7 @@ def export(
     *,
     now: datetime | None = None,
     reserve_bytes: int = 1 << 20,
-    on_progress: OnProgress | None = None,
+    on_progress: library_check.Progress | None = None,
 ) -> ExportResult:
     """Write or update ``<directory>/clinic-models``.
 
@@ -199,7 +198,7 @@ class _UsbStick:
                 code="library.stick",
             )
 
-    def write(self, names: list[str], on_progress: OnProgress) -> None:
+    def write(self, names: list[str], on_progress: library_check.Progress) -> None:
         """Copy files and read each back; raise PublishError when the bytes differ."""
         total = sum((self._public / name).stat().st_size for name in names)
         for name in names:

@@ -84,19 +84,14 @@ def check(exchange_dir: Path, root: Path, now: datetime | None = None) -> TrustF
     """
     system = now or utc_now()
     try:
-        rollback_state = RollbackState.load([exchange_dir / ROLLBACK_FILE])
-        return _facts(exchange_dir, read_root(root), rollback_state, system)
+        rollback_state, root_bytes, base = RollbackState.load([exchange_dir / ROLLBACK_FILE]), read_root(root), _current(exchange_dir)
+        if is_of_other_root(base / "metadata", root_bytes):
+            raise missing("the metadata is of the library that this box followed before; nothing of its new library has been received")
+        trusted = TrustedMetadata.load(base / "metadata", root_bytes)
+        trusted.refuse_older(rollback_state)
+        return collect_facts(trusted, base / "documents", trusted.clocks(rollback_state, system).effective)
     except OSError as error:
         raise atomic_files.disk_error(error, code="trust.unreadable") from error
-
-
-def _facts(exchange_dir: Path, root: bytes, rollback_state: RollbackState, system: datetime) -> TrustFacts:
-    base = _current(exchange_dir)
-    if is_of_other_root(base / "metadata", root):
-        raise missing("the metadata is of the library that this box followed before; nothing of its new library has been received")
-    trusted = TrustedMetadata.load(base / "metadata", root)
-    trusted.refuse_older(rollback_state)
-    return collect_facts(trusted, base / "documents", trusted.clocks(rollback_state, system).effective)
 
 
 def _current(exchange_dir: Path) -> Path:
