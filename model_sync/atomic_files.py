@@ -1,4 +1,4 @@
-"""Atomic writes: a file is written beside its place, flushed to the disk, then renamed, so a power cut leaves the old or the new one."""
+"""Atomic writes: a temporary file is written, flushed to the disk, then renamed: a power cut leaves the old content or the new one."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ def read(path: Path, limit: int, *, follow: bool = False) -> bytes:
     except OSError as error:
         if error.errno not in _NO_FILE:
             raise
-        raise NotRegularFileError(errno.EINVAL, "it is no plain file", str(path)) from error
+        raise NotRegularFileError(errno.EINVAL, "it is not a regular file", str(path)) from error
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise NotRegularFileError(errno.EINVAL, "it is no plain file", str(path))
+            raise NotRegularFileError(errno.EINVAL, "it is not a regular file", str(path))
         with open(descriptor, "rb", closefd=False) as stream:
             data = stream.read(limit + 1)
     finally:
@@ -161,14 +161,10 @@ def disk_error(error: OSError, code: str = "sync.state") -> LibraryUnreachable:
     where = f" ({error.filename})" if error.filename else ""
     if error.errno in _FULL:
         return LibraryUnreachable(
-            f"the disk is full{where}; what was received is kept, the model in use stays",
-            hint="free some disk space; the update goes on by itself where it stopped",
-            code="sync.disk_full",
-            action=Action.OPERATOR,
+            f"the disk is full{where}; what was received is kept, the model in use stays", code="sync.disk_full", action=Action.OPERATOR
         )
     return LibraryUnreachable(
         f"a file of the sync agent cannot be read or written{where}: {error.strerror or error}; the model in use stays",
-        hint="check that the disk is healthy and that the agent's account owns state_dir and exchange_dir",
         code=code,
         action=Action.OPERATOR,
     )

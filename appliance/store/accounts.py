@@ -19,14 +19,12 @@ from argon2.exceptions import InvalidHashError, VerifyMismatchError
 
 from appliance.core.domain import utc_now
 from appliance.core.errors import StoreError
-from appliance.login_throttle import LOCKOUT_S, LoginThrottle
 from appliance.store import database as db
 from appliance.store.database import Database
 from appliance.store.store import Store
+from model_sync.login_throttle import LOCKOUT_S, MAX_FAILURES_EVERYWHERE, LoginThrottle
 
 Role = Literal["clinician", "technician", "administrator", "auditor"]
-# Failures of one name from all addresses since its last successful login: the limit for an attacker with many addresses.
-MAX_FAILURES_EVERYWHERE: Final = 50
 MIN_PASSWORD_CHARS: Final = 8
 # RFC 9106's second recommended option scaled to a small box: 19 MiB, two passes (the minimum that OWASP recommends).
 _HASHER: Final = PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1)
