@@ -31,7 +31,7 @@ class StateWords:
 STATES: Final[dict[ScanState, StateWords]] = {
     ScanState.WAITING: StateWords(lazy_gettext("Waiting for more images"), "waiting", "calm"),
     ScanState.QUEUED: StateWords(lazy_gettext("In the queue"), "queued", "calm"),
-    ScanState.RUNNING: StateWords(lazy_gettext("AI is reading"), "running", "calm"),
+    ScanState.RUNNING: StateWords(lazy_gettext("AI is analysing"), "running", "calm"),
     ScanState.AI_READY: StateWords(lazy_gettext("AI result ready"), "ready", "ready"),
     ScanState.REVIEWING: StateWords(lazy_gettext("Under review"), "reviewing", "ready"),
     ScanState.SIGNED: StateWords(lazy_gettext("Signed"), "signed", "done"),
@@ -48,7 +48,7 @@ ACTIVATIONS: Final[dict[str, StateWords]] = {
     "building": StateWords(lazy_gettext("Being built"), "build", "calm"),
     "self-test": StateWords(lazy_gettext("Self-test"), "test", "calm"),
     "trial": StateWords(lazy_gettext("On trial"), "running", "ready"),
-    "good": StateWords(lazy_gettext("Proven"), "check", "done"),
+    "good": StateWords(lazy_gettext("Trial passed"), "check", "done"),
     "failed": StateWords(lazy_gettext("Failed"), "failed", "bad"),
     "rolled-back": StateWords(lazy_gettext("Rolled back"), "undo", "bad"),
     "withdrawn": StateWords(lazy_gettext("Withdrawn"), "scope", "bad"),
@@ -70,15 +70,15 @@ LIBRARY: Final[dict[str, tuple[StateWords, Any]]] = {
     ),
     "untrusted": (
         StateWords(lazy_gettext("Alarm: not to be trusted"), "shield", "alarm"),
-        lazy_gettext("What came is not rightly signed. It was not used; the box keeps the model it has. Tell the central team at once."),
+        lazy_gettext("What was received is not correctly signed. It was not used; the box keeps the model it has. Tell the central team at once."),
     ),
     "waiting": (
         StateWords(lazy_gettext("Waiting"), "waiting", "calm"),
-        lazy_gettext("Nothing is fetched at the moment; the box goes on by itself."),
+        lazy_gettext("Nothing is fetched at the moment; the box continues by itself."),
     ),
     "downloading": (
         StateWords(lazy_gettext("Downloading"), "download", "calm"),
-        lazy_gettext("A new version is on its way. A broken connection does no harm: the download goes on where it stopped."),
+        lazy_gettext("A new version is on its way. A broken connection does no harm: the download continues where it stopped."),
     ),
     "error": (
         StateWords(lazy_gettext("The sync agent has a problem"), "failed", "warn"),

@@ -122,7 +122,7 @@ def _warnings(link: LibraryLink) -> Iterator[str]:
     minutes = format_count(link.clock_minutes)
     if link.is_stale:
         when = format_time(link.at)
-        yield gettext("This is old news: the sync agent last reported %(when)s. Check that the service model-sync runs.", when=when)
+        yield gettext("This report is old: the sync agent last reported %(when)s. Check that the service model-sync runs.", when=when)
     if link.clock == "behind":
         yield gettext("The clock of the box is behind by %(minutes)s minutes. Set it right: signatures carry dates.", minutes=minutes)
     elif link.clock == "ahead":

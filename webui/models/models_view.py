@@ -145,12 +145,12 @@ class ActivationProgress:
         """The progress of a journal entry, beside the version that is active meanwhile."""
         is_running_trial = entry.state in ("trial", "good")
         fraction = entry.trial.fraction if is_running_trial and entry.trial else entry.progress
-        word = gettext("Watched so far") if entry.state == "good" else str(ACTIVATIONS[entry.state].word)
+        word = gettext("Observed so far") if entry.state == "good" else str(ACTIVATIONS[entry.state].word)
         summary = [gettext(": ").join((word, format_percent(fraction)))]
         if entry.attempts > 1:
             summary.append(gettext("attempt %(n)s", n=entry.attempts))
         if active and not is_running_trial:
-            summary.append(gettext("Version %(version)s reads patients meanwhile.", version=active.version))
+            summary.append(gettext("Version %(version)s analyses images meanwhile.", version=active.version))
         return cls(
             state=entry.state,
             title=_activation_title(entry),
@@ -196,9 +196,9 @@ class ModelLineCard:
             name=line.name,
             title=localize(line.title["zh"], line.title["en"]) if line.title else line.name,
             problem=_problem(line),
-            previous=_version_card(gettext("The one before"), gettext("There is none to go back to."), line.previous, None),
+            previous=_version_card(gettext("Previous version"), gettext("There is none to roll back to."), line.previous, None),
             active=_version_card(
-                gettext("Reads patients now"), gettext("None: images of this kind are stored but not read."), line.active, chip
+                gettext("Analyses images now"), gettext("None: images of this kind are stored but not analysed."), line.active, chip
             ),
             preparing=_preparing_card(line.preparing),
             offer=_offer_text(line, offers.get(line.name)),
@@ -233,7 +233,7 @@ class HistoryRow:
             short_digest=entry.digest[:_SHORT_DIGEST_CHARS],
             chip=activation_chip(entry.state),
             reason=NoteView.of(entry.reason),
-            source=gettext("gone back to") if entry.purpose == "rollback" else _source_word(entry),
+            source=gettext("rolled back to") if entry.purpose == "rollback" else _source_word(entry),
         )
 
 
@@ -249,9 +249,9 @@ def _source_word(entry: Activation) -> str:
 
 def _activation_title(entry: Activation) -> str:
     if entry.purpose == "rollback":
-        return str(gettext("Going back to version %(version)s", version=entry.version))
+        return str(gettext("Rolling back to version %(version)s", version=entry.version))
     if entry.state == "good":
-        return str(gettext("Version %(version)s passed its self-test; its first images here are watched", version=entry.version))
+        return str(gettext("Version %(version)s passed its self-test; its first images here are observed", version=entry.version))
     return str(gettext("Version %(version)s on its way", version=entry.version))
 
 
@@ -288,7 +288,7 @@ def _problem(line: ModelLine) -> Problem | None:
         return None
     is_intended = entry.state == "withdrawn" or (entry.reason is not None and entry.reason.code == "activation.by_hand")
     reason = NoteView.of(entry.reason)
-    state = gettext("Out of its bounds") if entry.state == "good" else ACTIVATIONS[entry.state].word
+    state = gettext("Outside its limits") if entry.state == "good" else ACTIVATIONS[entry.state].word
     other = line.active if line.active and line.active.digest != entry.digest else None
     return Problem(
         state=entry.state,
@@ -298,7 +298,7 @@ def _problem(line: ModelLine) -> Problem | None:
         time=format_time(entry.ended_at or entry.updated_at),
         reason=reason,
         hint=(reason.hint if reason else "") or gettext("Tell the central team."),
-        meanwhile=gettext("Version %(version)s reads patients as before.", version=other.version) if other else "",
+        meanwhile=gettext("Version %(version)s analyses images as before.", version=other.version) if other else "",
     )
 
 
@@ -319,7 +319,7 @@ def _run_banner(version: ModelVersion) -> RunBanner | None:
         return None
     kind: Literal["stopped", "fallback", "other"] = "stopped" if running.stopped else "fallback" if running.fallback else "other"
     reason = NoteView.of(note)
-    stopped = gettext("Nothing on this box can run this version: images it would read fail.")
+    stopped = gettext("Nothing on this box can run this version: images that it should analyse fail.")
     return RunBanner(
         kind=kind,
         tone="warn" if kind == "other" else "bad",

@@ -70,7 +70,7 @@ def _script_texts() -> dict[str, str]:
     return {
         "waiting": gettext("waiting"), "sending": gettext("sending"), "checking": gettext("checking"),
         "checked": gettext("checked: {n} files"), "stored": gettext("stored"), "broken": gettext("connection broken, trying again"),
-        "stopped": gettext("interrupted"), "called_off": gettext("called off"), "open": gettext("Open study"),
+        "stopped": gettext("interrupted"), "called_off": gettext("cancelled"), "open": gettext("Open study"),
         "remove": gettext("Remove"), "cancel": gettext("Cancel"),
         "logged_out": gettext("You have been logged out. Log in and choose the same files again; they continue where they stopped."),
         "lost": gettext("The connection to the box is lost. Check the network, then press Continue; nothing that arrived is lost."),
