@@ -70,7 +70,9 @@ LIBRARY: Final[dict[str, tuple[StateWords, Any]]] = {
     ),
     "untrusted": (
         StateWords(lazy_gettext("Alarm: not to be trusted"), "shield", "alarm"),
-        lazy_gettext("What was received is not correctly signed. It was not used; the box keeps the model it has. Tell the central team at once."),
+        lazy_gettext(
+            "What was received is not correctly signed. It was not used; the box keeps the model it has. Tell the central team at once."
+        ),
     ),
     "waiting": (
         StateWords(lazy_gettext("Waiting"), "waiting", "calm"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,28 +29,19 @@ _MAX_BATCH: Final = 20_000
 _MAX_SHOWN: Final = 50
 
 
-@dataclass(frozen=True)
-class UnfinishedUpload:
-    """One interrupted upload as the page lists it; sizes in bytes and as text."""
-
-    id: str
-    name: str
-    offset: int
-    length: int
-    size: str
-    total_size: str
-
-
 @blueprint.get("/upload")
 def show() -> ResponseReturnValue:
     """The page where a person drops files."""
     uploads, settings = current_uploads().uploads, current_box().settings
     offsets = [(upload, uploads.offset(upload)) for upload in uploads.unfinished(current_user.account.id)]
     unfinished = [
-        UnfinishedUpload(upload.id, upload.name, offset, upload.length, format_size(offset), format_size(upload.length))
+        {
+            "id": upload.id, "name": upload.name, "offset": offset, "length": upload.length, "size": format_size(offset),
+            "total_size": format_size(upload.length),
+        }
         for upload, offset in reversed(offsets)
         if offset < upload.length
-    ]
+    ]  # fmt: skip
     hidden = len(unfinished[_MAX_SHOWN:])
     script = {
         "texts": _script_texts(), "endpoint": url_for("tus.create"), "close": url_for("upload.close"),

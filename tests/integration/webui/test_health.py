@@ -50,7 +50,7 @@ def test_every_state_of_a_version_has_its_word_and_place(box: Box) -> None:
         assert "40.0%" in words(page)
         zh = words(chinese.open("/health"))
         assert "准备中的版本" in zh
-        assert ("其间由版本 0.1.0 阅片" in zh) == (state != "trial")
+        assert ("其间由版本 0.1.0 分析影像" in zh) == (state != "trial")
 
 
 def test_a_trial_is_told_against_its_bounds(box: Box) -> None:
@@ -60,7 +60,7 @@ def test_a_trial_is_told_against_its_bounds(box: Box) -> None:
     page = words(box.person("tech", "technician").open("/health"))
     for part in ("On trial", "50 of 200", "2 at most 10.0%", "82 ms self-test 41 ms, at most 205 ms", "0.46 at most 3.0", "25.0%"):
         assert part in page, part
-    assert "Nothing new is on its way to patients" in page  # the one on trial reads patients already
+    assert "Nothing new is on its way to patients" in page  # the one on trial analyses images already
 
 
 @pytest.mark.parametrize(("language", "said"), [("en", "more than"), ("zh", "超过上限")])
@@ -301,9 +301,9 @@ def test_a_missing_report_a_pipe_a_link_and_a_forbidden_file(box: Box, settings:
 def test_an_old_report_is_said_to_be_old(box: Box) -> None:
     tell(box, at=(datetime.now(timezone.utc) - timedelta(days=2)).isoformat())
     person = box.person()
-    assert "This is old news" in person.open("/health")
+    assert "This report is old" in person.open("/health")
     tell(box)
-    assert "This is old news" not in person.open("/health")
+    assert "This report is old" not in person.open("/health")
 
 
 @pytest.mark.parametrize(
