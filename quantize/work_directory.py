@@ -15,12 +15,12 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
+
+from typing_extensions import Self
 
 from quantize.errors import QuantizeError
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from quantize.messages import Code
 
 _PATIENCE_S: Final = 3.0
 
@@ -35,7 +35,7 @@ def _code() -> str:
 
 
 class WorkDirectory:
-    """The finished steps of a run, in ``directory`` (made if need be); one process at a time, until ``close``.
+    """The finished steps of a run, in ``directory`` (created if absent); one process at a time, until ``close``.
 
     Raises:
         QuantizeError: ``work.busy``: another run is making this bundle.
@@ -69,15 +69,15 @@ class WorkDirectory:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         try:
-            remembered = make(part)
-            (part / "step.json").write_text(json.dumps(remembered), encoding="utf-8")
+            stored = make(part)
+            (part / "step.json").write_text(json.dumps(stored), encoding="utf-8")
             for path in part.iterdir():
                 _sync(path)
             part.rename(final)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
-        return final, json.loads(json.dumps(remembered))
+        return final, json.loads(json.dumps(stored))
 
     def remove(self) -> None:
         """Remove all stored steps, after the bundle was written."""
@@ -108,8 +108,7 @@ def _locked(directory: Path) -> int:
         except BlockingIOError as error:
             if time.monotonic() > limit:
                 os.close(descriptor)
-                hint = "wait for it, or name another --out"
-                raise QuantizeError(f"another run works in {directory}", hint=hint, code="work.busy") from error
+                raise QuantizeError(f"another run works in {directory}", code=Code.WORK_BUSY) from error
         time.sleep(0.1)
 
 

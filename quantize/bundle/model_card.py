@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from model_sync.bundle import Interval, OperatingPoint, SourceMeasure
-
-if TYPE_CHECKING:
-    from quantize.bundle.assembly import OperatingPoints
-    from quantize.draft import Draft
-    from quantize.gate.gate_runs import GateContext
-    from quantize.gate.selection import VariantResult
+from quantize.bundle.assembly import OperatingPoints
+from quantize.draft import Draft
+from quantize.gate.gate_runs import GateContext
+from quantize.gate.selection import VariantResult
 
 _CARD = """\
 # {name} {version}

@@ -7,17 +7,19 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
 
 from appliance.core.errors import ApplianceError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from pydicom.dataset import Dataset
-
-    from model_sync.bundle import InputSpec
+from appliance.imaging.pixels import frame_count
+from appliance.imaging.preprocessing import from_display, to_tensor
+from appliance.ingest.secondary_capture import grey_values
+from model_sync.bundle import InputSpec
 
 SUFFIXES: Final = frozenset({".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".npz"})
 _PICTURES: Final = frozenset({".png", ".jpg", ".jpeg"})
@@ -70,8 +72,6 @@ def read_image(path: Path, index: int, spec: InputSpec) -> LoadedImage:
     Raises:
         UnreadableError: it is damaged, or nothing that a box reads.
     """
-    from appliance.imaging.preprocessing import from_display
-
     suffix = path.suffix.lower()
     if suffix in _PICTURES:
         return LoadedImage(from_display(_read_grey_file(path), spec).tensor)
@@ -95,16 +95,12 @@ def read_displayed(path: Path, index: int, spec: InputSpec) -> NDArray[np.uint8]
         return pixels if pixels.ndim == 2 else np.ascontiguousarray(pixels[index])
     ds = _dataset(path)
     try:
-        from appliance.imaging.preprocessing import to_tensor
-
         return to_tensor(ds, spec).display
     except ApplianceError as error:
         raise UnreadableError(error.code) from error
 
 
 def _read_grey_file(path: Path) -> NDArray[np.uint8]:
-    from appliance.ingest.secondary_capture import grey_values
-
     try:
         pixels = grey_values(path.read_bytes())
     except ApplianceError as error:
@@ -126,9 +122,6 @@ def _npz(path: Path) -> NDArray[np.uint8]:
 
 
 def _dicom(path: Path, spec: InputSpec) -> LoadedImage:
-    from appliance.imaging.pixels import frame_count
-    from appliance.imaging.preprocessing import to_tensor
-
     ds = _dataset(path)
     try:
         if (frames := frame_count(ds)) != 1:
@@ -143,9 +136,6 @@ def _dicom(path: Path, spec: InputSpec) -> LoadedImage:
 
 
 def _dataset(path: Path) -> Dataset:
-    import pydicom
-    from pydicom.errors import InvalidDicomError
-
     try:
         return pydicom.dcmread(path)
     except InvalidDicomError as error:

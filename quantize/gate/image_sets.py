@@ -13,30 +13,26 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
+from model_sync.bundle import InputSpec
 from quantize.errors import QuantizeError
 from quantize.gate.image_files import SUFFIXES, UnreadableError, count_images, find_image_files, read_image
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from model_sync.bundle import InputSpec
-    from quantize.gate.roc_statistics import Flags, Scored
+from quantize.gate.roc_statistics import Flags, Scored
+from quantize.messages import Code
+from quantize.progress import OnProgress, no_progress
 
 LABELS_FILE: Final = "labels.csv"
 MIN_CALIBRATION: Final = 32
 _KNOWN_COLUMNS: Final = ("file", "source", "patient", "index")
 _SHOWN: Final = 5
 _FORMATS: Final = "DICOM (.dcm or without a suffix), " + ", ".join(sorted(SUFFIXES - {".dcm", ".dicom"}))
-
-OnProgress = Callable[[int, int], None]
-"""Called with how many pictures are read, and of how many."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +82,11 @@ class ImageSet:
 
     def scored(self, label: int, score: NDArray[np.float64]) -> Scored:
         """The set with the scores [n] of one label."""
-        from quantize.gate.roc_statistics import Scored
-
         return Scored(self.positive[:, label], np.array([row.source or "-" for row in self.rows]), score)
 
 
 def read_calibration(
-    directory: Path, spec: InputSpec, modalities: Sequence[str], work: Path, *, limit: int = 256, on_progress: OnProgress | None = None
+    directory: Path, spec: InputSpec, modalities: Sequence[str], work: Path, *, limit: int = 256, on_progress: OnProgress = no_progress
 ) -> ImageSet:
     """Read the calibration set, on which the ranges of the activations are measured.
 
@@ -113,7 +107,7 @@ def read_calibration(
         raise QuantizeError(
             f"the calibration set holds {len(rows)} pictures, at least {MIN_CALIBRATION} are needed",
             hint="add pictures of the kind that the clinics send; 200 to 500 from several devices are good",
-            code="data.too_few",
+            code=Code.DATA_TOO_FEW,
         )
     if len(rows) > limit:
         rows = [rows[round(i * (len(rows) - 1) / (limit - 1))] for i in range(limit)]
@@ -121,7 +115,7 @@ def read_calibration(
 
 
 def read_evaluation(
-    directory: Path, spec: InputSpec, modalities: Sequence[str], labels: Sequence[str], work: Path, *, on_progress: OnProgress | None = None
+    directory: Path, spec: InputSpec, modalities: Sequence[str], labels: Sequence[str], work: Path, *, on_progress: OnProgress = no_progress
 ) -> ImageSet:
     """Read the labelled set of the gate.
 
@@ -145,7 +139,7 @@ def read_evaluation(
             raise QuantizeError(
                 f"the evaluation set holds {positive} positive and {len(rows) - positive} negative pictures of {label!r}",
                 hint="sensitivity and specificity need both: add pictures with and without the finding",
-                code="data.one_class",
+                code=Code.DATA_ONE_CLASS,
             )
     return _read(directory, rows, spec, modalities, work / "evaluation.npy", on_progress)
 
@@ -159,12 +153,12 @@ def check_disjoint(calibration: ImageSet, evaluation: ImageSet) -> None:
     hint = "leave these pictures out of one of the two sets; split by patient, never by picture"
     seen = set(_keys(evaluation))
     if same := [_shown(row) for row, key in zip(calibration.rows, _keys(calibration), strict=True) if key in seen]:
-        raise QuantizeError(f"in both sets: {_some(same)}", hint=hint, code="data.overlap")
+        raise QuantizeError(f"in both sets: {_some(same)}", hint=hint, code=Code.DATA_OVERLAP)
     patients = {row.patient for row in evaluation.rows} - {""}
     shared = [_shown(row) for row in calibration.rows if row.patient in patients]
     if shared:
         message = f"patients of the evaluation set are in the calibration set too: {_some(shared)}"
-        raise QuantizeError(message, hint=hint, code="data.overlap")
+        raise QuantizeError(message, hint=hint, code=Code.DATA_OVERLAP)
 
 
 def _keys(images: ImageSet) -> list[tuple[str, int]]:
@@ -184,9 +178,9 @@ def _list_images(directory: Path) -> Iterator[tuple[Path, int]]:
 
 def _check_directory(directory: Path) -> None:
     if not directory.is_dir():
-        raise QuantizeError(f"{directory} is no directory", hint="name the directory that holds the pictures", code="data.missing")
+        raise QuantizeError(f"{directory} is no directory", hint="name the directory that holds the pictures", code=Code.DATA_MISSING)
     if not any(True for _ in find_image_files(directory)):
-        raise QuantizeError(f"there is no picture in {directory}", hint=f"what can be read: {_FORMATS}", code="data.empty")
+        raise QuantizeError(f"there is no picture in {directory}", hint=f"what can be read: {_FORMATS}", code=Code.DATA_EMPTY)
 
 
 def _labelled(directory: Path, table: Path, labels: Sequence[str]) -> list[Row]:
@@ -196,7 +190,7 @@ def _labelled(directory: Path, table: Path, labels: Sequence[str]) -> list[Row]:
         raise QuantizeError(
             f"{directory} has no {LABELS_FILE}",
             hint=f"write one with the columns {columns}; source and patient may be left out",
-            code="data.labels",
+            code=Code.DATA_LABELS,
         )
     try:
         with table.open(encoding="utf-8-sig", newline="") as stream:
@@ -233,7 +227,7 @@ def _row(directory: Path, line: int, record: dict[str | Any, Any], labels: Seque
     path = directory / values["file"]
     if not path.is_file() or not path.resolve().is_relative_to(directory.resolve()):
         raise QuantizeError(
-            f"{where} names {values['file']!r}, which is not there", hint="file is relative to the directory", code="data.missing"
+            f"{where} names {values['file']!r}, which is not there", hint="file is relative to the directory", code=Code.DATA_MISSING
         )
     for label in labels:
         if values[label] not in ("0", "1"):
@@ -249,13 +243,11 @@ def _count_images(path: Path, where: str) -> int:
         return count_images(path)
     except UnreadableError as error:
         raise QuantizeError(
-            f"{where}: {path.name} cannot be read: {error}", hint=f"what can be read: {_FORMATS}", code="data.unreadable"
+            f"{where}: {path.name} cannot be read: {error}", hint=f"what can be read: {_FORMATS}", code=Code.DATA_UNREADABLE
         ) from error
 
 
-def _read(
-    directory: Path, rows: list[Row], spec: InputSpec, modalities: Sequence[str], target: Path, on_progress: OnProgress | None
-) -> ImageSet:
+def _read(directory: Path, rows: list[Row], spec: InputSpec, modalities: Sequence[str], target: Path, on_progress: OnProgress) -> ImageSet:
     target.parent.mkdir(parents=True, exist_ok=True)
     shape = (len(rows), *spec.shape)
     tensors: NDArray[np.float32] = np.lib.format.open_memmap(target, mode="w+", dtype=np.float32, shape=shape)
@@ -267,8 +259,7 @@ def _read(
             bad.append(f"{_shown(row, directory)} ({error})")
             continue
         finally:
-            if on_progress is not None:
-                on_progress(number + 1, len(rows))
+            on_progress((number + 1) / len(rows))
         if image.modality is not None and image.modality not in modalities:
             foreign.append(f"{_shown(row, directory)} ({image.modality or 'none'})")
         tensors[number] = image.tensor[0]
@@ -279,7 +270,7 @@ def _read(
         raise QuantizeError(
             f"pictures of another modality than {', '.join(modalities)}: {_some(foreign)}",
             hint="take them out, or let applies_to.modality name them if the model is for them",
-            code="data.modality",
+            code=Code.DATA_MODALITY,
         )
     return ImageSet(directory, tuple(rows_read), tensors, tuple(digests), _digest(rows_read, digests, spec))
 
@@ -294,11 +285,11 @@ def _digest(rows: Sequence[Row], digests: Sequence[str], spec: InputSpec) -> str
 def _refuse_unreadable(bad: Sequence[str]) -> None:
     if bad:
         hint = f"take them out or export them again; what can be read: {_FORMATS}"
-        raise QuantizeError(f"{len(bad)} pictures cannot be read: {_some(bad)}", hint=hint, code="data.unreadable")
+        raise QuantizeError(f"{len(bad)} pictures cannot be read: {_some(bad)}", hint=hint, code=Code.DATA_UNREADABLE)
 
 
 def _bad_labels(message: str, hint: str) -> QuantizeError:
-    return QuantizeError(message, hint=hint, code="data.labels")
+    return QuantizeError(message, hint=hint, code=Code.DATA_LABELS)
 
 
 def _shown(row: Row, directory: Path | None = None) -> str:

@@ -15,6 +15,7 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper, shape_inference, version_converter
 
@@ -125,8 +126,6 @@ def with_outputs(model: Model, names: Iterable[str]) -> Model:
 
 def session(model: Model, *, optimised: bool = True, threads: int = 0) -> Any:
     """Open a model in ONNX Runtime on the CPU, 8-bit sums exact as on a box; ``optimised=False`` runs the graph node by node."""
-    import onnxruntime as ort
-
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
@@ -292,8 +291,6 @@ def _scaled(node: Node, weight: NDArray[np.float64], factor: NDArray[np.float64]
 
 def _basic_optimisations(model: Model) -> Model:
     """Return the graph after the basic optimisations of ONNX Runtime; the unchanged graph, if they wrote a non-standard operator."""
-    import onnxruntime as ort
-
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC

@@ -8,8 +8,8 @@ right here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, TypeAlias
+from collections.abc import Iterator
+from typing import Any, Final
 
 import numpy as np
 import onnx
@@ -32,9 +32,8 @@ from quantize.graph.onnx_graph import (
     with_outputs,
     with_shapes,
 )
-
-Tensors: TypeAlias = Sequence[NDArray[np.float32]]
-OnProgress: TypeAlias = Callable[[float], None]
+from quantize.progress import OnProgress, no_progress, part_of
+from quantize.recipes.calibration import Tensors
 
 FLOAT16_MAX: Final = float(np.finfo(np.float16).max)
 # A patient's picture may reach further than any of the calibration set.
@@ -47,26 +46,25 @@ _SUMS: Final = ("GlobalAveragePool", "AveragePool", "ReduceMean", "ReduceSum", "
 _SQUARES: Final = ("InstanceNormalization", "LayerNormalization", "GroupNormalization", "ReduceL2", "ReduceSumSquare", "Pow")
 
 
-def convert_to_fp16(model: Model, tensors: Tensors, *, on_progress: OnProgress | None = None) -> Model:
+def convert_to_fp16(model: Model, tensors: Tensors, *, on_progress: OnProgress = no_progress) -> Model:
     """Return ``model`` in half precision: weights and tensors float16, inputs and outputs float32, what would overflow float32.
 
     Args:
         model: a cleaned float model (``graph.clean_up``); it is not changed.
         tensors: calibration tensors, float32 [n, ...], of the size the model takes.
-        on_progress: called with the part (0 to 1) that is done.
+        on_progress: called with the fraction that is done.
 
     Raises:
         QuantizeError: A tensor of the half-precision model still holds NaN or Inf on a calibration tensor; it is named.
     """
-    float_nodes = find_out_of_range_nodes(model, tensors, on_progress=None if on_progress is None else lambda part: on_progress(0.6 * part))
+    float_nodes = find_out_of_range_nodes(model, tensors, on_progress=part_of(on_progress, 0.0, 0.6))
     fp16_model = convert(model, float_nodes)
     _verify(fp16_model, _spread(tensors))
-    if on_progress is not None:
-        on_progress(1.0)
+    on_progress(1.0)
     return fp16_model
 
 
-def find_out_of_range_nodes(model: Model, tensors: Tensors, *, on_progress: OnProgress | None = None) -> frozenset[str]:
+def find_out_of_range_nodes(model: Model, tensors: Tensors, *, on_progress: OnProgress = no_progress) -> frozenset[str]:
     """Return the names of the nodes that float16 cannot compute accurately.
 
     A node is kept in float32 where a tensor that it reads or writes, a weight, or a sum inside it exceeds the range of float16
@@ -84,12 +82,10 @@ def find_out_of_range_nodes(model: Model, tensors: Tensors, *, on_progress: OnPr
                 f"the float model computes NaN or Inf in {name!r}", hint="the model overflows in float32; it cannot be trusted at all"
             )
         largest[name] = max(largest[name], float(np.abs(value).max(initial=0.0)))
-        if on_progress is not None:
-            on_progress(0.8 * part)
+        on_progress(0.8 * part)
     for _, name, value in _computed(model, _spread(tensors), names):
         rounding[name] = max(rounding[name], _rounding_error(value))
-    if on_progress is not None:
-        on_progress(1.0)
+    on_progress(1.0)
     bad = {name for name in names if largest[name] * HEADROOM > FLOAT16_MAX or rounding[name] > MAX_ROUNDING_ERROR}
     for name, weight in initializers(model).items():
         if weight.dtype == np.float32 and (

@@ -27,6 +27,9 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
+from onnxruntime.quantization import CalibrationMethod, QuantType
+from onnxruntime.quantization.calibrate import TensorData, TensorsData
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from quantize.errors import QuantizeError
 from quantize.graph.onnx_graph import (
@@ -41,7 +44,8 @@ from quantize.graph.onnx_graph import (
     sort_nodes,
     with_shapes,
 )
-from quantize.recipes.calibration import METHODS, Calibration, Method, OnProgress, Range, Tensors, calibrate, scale_progress
+from quantize.progress import OnProgress, no_progress, part_of
+from quantize.recipes.calibration import METHODS, Calibration, Method, Range, Tensors, calibrate
 
 __all__ = ["CHAINED", "EVERYTHING", "METHODS", "WEIGHTED", "Calibration", "Recipe", "calibrate", "quantizable", "quantize", "recipes"]
 
@@ -98,7 +102,7 @@ def recipes() -> tuple[Recipe, ...]:
 
 
 def quantize(
-    model: Model, recipe: Recipe, tensors: Tensors | Calibration, out: Path, *, on_progress: OnProgress | None = None
+    model: Model, recipe: Recipe, tensors: Tensors | Calibration, out: Path, *, on_progress: OnProgress = no_progress
 ) -> frozenset[str]:
     """Write ``model`` quantized by ``recipe`` to ``out``; inputs and outputs stay float32 and keep their names.
 
@@ -107,7 +111,7 @@ def quantize(
         recipe: how.
         tensors: what to calibrate on, or the ``Calibration`` of this very model, which saves measuring it again.
         out: the ONNX file to write.
-        on_progress: called with the part (0 to 1) that is done.
+        on_progress: called with the fraction that is done.
 
     Returns:
         The names of the nodes that are quantized.
@@ -115,9 +119,7 @@ def quantize(
     Raises:
         QuantizeError: See ``calibrate``; or the recipe leaves nothing quantized, or a tensor it quantizes was not calibrated.
     """
-    calibration = (
-        tensors if isinstance(tensors, Calibration) else calibrate(model, tensors, on_progress=scale_progress(on_progress, 0.0, 0.9))
-    )
+    calibration = tensors if isinstance(tensors, Calibration) else calibrate(model, tensors, on_progress=part_of(on_progress, 0.0, 0.9))
     chosen = quantizable(model, recipe)
     if not chosen:
         raise QuantizeError(
@@ -134,8 +136,7 @@ def quantize(
     drop_unused(quantized)
     onnx.checker.check_model(quantized)
     onnx.save(quantized, out)
-    if on_progress is not None:
-        on_progress(1.0)
+    on_progress(1.0)
     return chosen
 
 
@@ -174,10 +175,6 @@ def _behind_the_last(model: Model, multiplying: set[str]) -> set[str]:
 
 def _written(model: Model, recipe: Recipe, chosen: frozenset[str], ranges: dict[str, Range]) -> Model:
     """Return the model with the Q/DQ pairs that ONNX Runtime's quantizer writes for the chosen nodes."""
-    from onnxruntime.quantization import CalibrationMethod, QuantType
-    from onnxruntime.quantization.calibrate import TensorData, TensorsData
-    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-
     symmetric = recipe.activations == "symmetric"
     data = {name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()}
     options: dict[str, Any] = {"ActivationSymmetric": symmetric, "WeightSymmetric": True, "QuantizeBias": not symmetric}

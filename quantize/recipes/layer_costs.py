@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final
 
 import numpy as np
 import onnx
@@ -20,11 +20,9 @@ from numpy.typing import NDArray
 
 from quantize.errors import QuantizeError
 from quantize.graph.onnx_graph import Model, input_name, output_names, session
-from quantize.recipes.calibration import Calibration, images_per_step
+from quantize.progress import OnProgress, no_progress
+from quantize.recipes.calibration import Calibration, Tensors, images_per_step
 from quantize.recipes.int8 import WEIGHTED, Recipe, quantizable, quantize
-
-Tensors: TypeAlias = Sequence[NDArray[np.float32]]
-OnProgress: TypeAlias = Callable[[float], None]
 
 # A model with more than half of its layers in float is no int8 model: it gains next to nothing and carries the Q/DQ between them.
 MAX_KEPT_PART: Final = 0.5
@@ -69,7 +67,7 @@ def layers(model: Model, recipe: Recipe) -> dict[str, frozenset[str]]:
 
 
 def measure_layer_costs(
-    model: Model, recipe: Recipe, calibration: Calibration, tensors: Tensors, *, on_progress: OnProgress | None = None
+    model: Model, recipe: Recipe, calibration: Calibration, tensors: Tensors, *, on_progress: OnProgress = no_progress
 ) -> tuple[LayerCost, ...]:
     """Measure what each layer of ``model`` costs when it alone is quantized by ``recipe``, the dearest first.
 
@@ -78,7 +76,7 @@ def measure_layer_costs(
         recipe: how it is quantized.
         calibration: of this model (``ptq.calibrate``).
         tensors: a few images, float32 [n, ...] each, that calibration did not see.
-        on_progress: called with the part (0 to 1) that is done.
+        on_progress: called with the fraction that is done.
 
     Raises:
         QuantizeError: There are no tensors, or the recipe quantizes nothing.
@@ -95,8 +93,7 @@ def measure_layer_costs(
         for index, (name, nodes) in enumerate(groups.items()):
             quantize(model, recipe.keeping(everything - nodes), calibration, path)
             costs.append(LayerCost(name, kinds[name], nodes, _change(reference, _outputs(onnx.load(path), tensors))))
-            if on_progress is not None:
-                on_progress((index + 1) / len(groups))
+            on_progress((index + 1) / len(groups))
     return tuple(sorted(costs, key=lambda cost: -cost.cost))
 
 

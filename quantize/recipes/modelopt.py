@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from quantize.errors import QuantizeError
+from quantize.messages import Code
+from quantize.progress import OnProgress, no_progress
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
-    from collections.abc import Callable
 
     from quantize.recipes.variant_makers import Maker, Source
-
-    OnProgress = Callable[[float], None]
 
 METHODS: Final = ("max", "entropy")
 HINT: Final = "pip install 'clinic-edge-appliance[modelopt]', here or in an environment of its own (docs/quantize.md)"
@@ -95,7 +94,9 @@ def find_from_options(options: Namespace) -> Optimizer | str:
         return "left out by --no-modelopt"
     optimizer = find_optimizer(options.modelopt)
     if isinstance(optimizer, str) and options.modelopt is not None:
-        raise QuantizeError(f"no nvidia-modelopt in the environment of {options.modelopt}: {optimizer}", hint=HINT, code="modelopt.absent")
+        raise QuantizeError(
+            f"no nvidia-modelopt in the environment of {options.modelopt}: {optimizer}", hint=HINT, code=Code.MODELOPT_ABSENT
+        )
     return optimizer
 
 
@@ -121,7 +122,7 @@ def _maker(optimizer: Optimizer, method: str) -> Maker:
     return Maker(f"int8-modelopt-{method}", "int8", "symmetric", words, make, "int8-modelopt", optimizer.version)
 
 
-def quantize(model: Any, tensors: Any, method: str, optimizer: Optimizer, out: Path, *, on_progress: OnProgress | None = None) -> None:
+def quantize(model: Any, tensors: Any, method: str, optimizer: Optimizer, out: Path, *, on_progress: OnProgress = no_progress) -> None:
     """Write ``model`` quantized by nvidia-modelopt to ``out``, its weights stored in 8 bits.
 
     Args:
@@ -130,7 +131,7 @@ def quantize(model: Any, tensors: Any, method: str, optimizer: Optimizer, out: P
         method: one of ``METHODS``.
         optimizer: which nvidia-modelopt.
         out: the ONNX file to write.
-        on_progress: called with the part (0 to 1) that is done, as far as anybody knows.
+        on_progress: called with the fraction of the time limit that has passed.
 
     Raises:
         QuantizeError: its process failed, or what it wrote is not what was asked for; the message has the reason.
@@ -148,7 +149,7 @@ def quantize(model: Any, tensors: Any, method: str, optimizer: Optimizer, out: P
         onnx.save(load_quantized(directory / "made.onnx", model), out)
 
 
-def _run(optimizer: Optimizer, arguments: list[object], directory: Path, on_progress: OnProgress | None) -> None:
+def _run(optimizer: Optimizer, arguments: list[object], directory: Path, on_progress: OnProgress) -> None:
     """Run the child to its end; QuantizeError with its reason where it does not end well."""
     output = directory / "said"
     # Temporary files of its own go away with the directory; without a GPU in sight it calibrates the same everywhere.
@@ -174,14 +175,13 @@ def _run(optimizer: Optimizer, arguments: list[object], directory: Path, on_prog
         raise _failed(f"its process {_reason(code, output.read_bytes()[-_TAIL_BYTES:])}")
 
 
-def _wait(process: subprocess.Popen[bytes], limit_s: float, on_progress: OnProgress | None) -> int | None:
+def _wait(process: subprocess.Popen[bytes], limit_s: float, on_progress: OnProgress) -> int | None:
     """The exit code; None when it is late."""
     start = time.monotonic()
     while (passed := time.monotonic() - start) < limit_s:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(_POLL_S)
-        if on_progress is not None:
-            on_progress(passed / limit_s)
+        on_progress(passed / limit_s)
     return None
 
 
@@ -196,4 +196,4 @@ def _reason(code: int, output: bytes) -> str:
 
 
 def _failed(words: str) -> QuantizeError:
-    return QuantizeError(f"nvidia-modelopt: {words}", hint="leave it out with --no-modelopt", code="modelopt.failed")
+    return QuantizeError(f"nvidia-modelopt: {words}", code=Code.MODELOPT_FAILED)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from quantize.errors import QuantizeError
 from quantize.graph.onnx_graph import Model, Node, attribute, drop_unused, initializers, replace_all, sort_nodes
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from quantize.messages import Code
 
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 
@@ -102,4 +101,4 @@ def _shrink_weights(model: Model) -> int:
 
 
 def _wrong(words: str) -> QuantizeError:
-    return QuantizeError(f"nvidia-modelopt wrote {words}", hint="leave it out with --no-modelopt", code="modelopt.wrote")
+    return QuantizeError(f"nvidia-modelopt wrote {words}", code=Code.MODELOPT_WROTE)

@@ -6,21 +6,19 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import onnx
+from numpy.typing import NDArray
 
+from model_sync.bundle import Precision
+from quantize.progress import OnProgress
 from quantize.recipes import fp16, int8
 from quantize.recipes.int8 import Calibration, Recipe
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from model_sync.bundle import Precision
-    from quantize.work_directory import WorkDirectory
+from quantize.work_directory import WorkDirectory
 
 Activations: TypeAlias = Literal["symmetric", "unsigned"] | None
-OnProgress = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -30,11 +28,13 @@ class Source:
     Attributes:
         model: the cleaned model.
         tensors: the calibration set, float32 [n, ...].
-        calibration: the calibration; called when it is first needed, because a run that goes on may not need it any more.
+        digest: of the calibration set.
+        calibration: the calibration; called when it is first needed, because a resumed run may not need it any more.
     """
 
     model: Any
     tensors: NDArray[np.float32]
+    digest: str
     calibration: Callable[[], Calibration]
 
 
@@ -82,8 +82,6 @@ def int8_maker(recipe: Recipe, words: str = "") -> Maker:
 
 
 def _make_fp16(source: Source, out: Path, on_progress: OnProgress) -> None:
-    import onnx
-
     onnx.save(fp16.convert_to_fp16(source.model, [source.tensors], on_progress=on_progress), out)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import csv
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +29,9 @@ from appliance.runtime import cpu_features
 from model_sync.bundle import InputSpec, SourceMeasure
 from quantize.bundle.model_card import gate_chapter
 from quantize.draft import Draft
-from quantize.errors import QuantizeError, print_os_error
+from quantize.errors import DONE, QuantizeError, run_command
 from quantize.gate import roc_statistics
+from quantize.messages import Code
 from quantize.pipeline import BundleRecipe, CardInputs, RunResult, run, write_report
 from quantize.progress import Progress
 from quantize.recipes import modelopt
@@ -176,8 +176,7 @@ def need_vnni(makers: Sequence[Maker]) -> None:
     if not cpu_features.has_vnni() and any(maker.precision == "int8" for maker in makers):
         raise QuantizeError(
             "the int8 variant of the reference bundle cannot be gated and timed on this processor, which is no x86 processor with VNNI",
-            hint="build it where lscpu lists avx512_vnni or avx_vnni; --only fp16 builds a bundle without int8 on any processor",
-            code="processor.no_vnni",
+            code=Code.PROCESSOR_NO_VNNI,
         )
 
 
@@ -195,22 +194,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     modelopt.add_options(parser)
     parser.add_argument("--report", type=Path, help="directory for the report and its record; that of --out otherwise")
     options = parser.parse_args(argv)
-    try:
-        plots.require()
-        result = build(options.shared, options.out, only=options.only, optimizer=modelopt.find_from_options(options))
-        write_report(result, options.out if options.report is None else options.report / options.out.name)
-    except QuantizeError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except OSError as error:
-        return print_os_error(error)
+    return run_command(lambda: _build(options))
+
+
+def _build(options: argparse.Namespace) -> int:
+    plots.require()
+    result = build(options.shared, options.out, only=options.only, optimizer=modelopt.find_from_options(options))
+    write_report(result, options.out if options.report is None else options.report / options.out.name)
     point = result.manifest.operating_point(LABEL)
     print(f"threshold {point.threshold:.4f}")
     print(f"  sensitivity {point.sensitivity.value:.4f} ({point.sensitivity.low:.4f} to {point.sensitivity.high:.4f})")
     print(f"  specificity {point.specificity.value:.4f} ({point.specificity.low:.4f} to {point.specificity.high:.4f})")
     for case in result.manifest.golden:
         print(f"  {case.input}: {case.expected[LABEL]:.5f}")
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":

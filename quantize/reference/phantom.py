@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ComputedRadiographyImageStorage, ExplicitVRLittleEndian
 
-from quantize.errors import print_os_error
+from quantize.errors import DONE, run_command
 from quantize.reference import anatomy
 from quantize.reference.anatomy import Opacity
 
@@ -208,17 +208,16 @@ def _marker(rows: int, cols: int) -> NDArray[np.float32]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the sample set and say what is in it."""
+    """Write the sample set and print the paths of its files."""
     parser = argparse.ArgumentParser(prog="python -m quantize.reference.phantom", description=main.__doc__)
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="directory to write into; made if need be")
     options = parser.parse_args(argv)
-    try:
-        written = write_samples(options.out)
-    except OSError as error:
-        return print_os_error(error)
-    for path in written:
-        print(path)
-    return 0
+    return run_command(lambda: _print_paths(write_samples(options.out)))
+
+
+def _print_paths(paths: Sequence[Path]) -> int:
+    print(*paths, sep="\n")
+    return DONE
 
 
 if __name__ == "__main__":

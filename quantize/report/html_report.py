@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from numpy.typing import NDArray
 
 from model_sync import messages
 from quantize.errors import QuantizeError
-from quantize.messages import WORDS
+from quantize.messages import WORDS, Code
 from quantize.report import plots
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 _MIB: Final = 1 << 20
 Pair = tuple[str, str]
@@ -36,23 +36,19 @@ def load_record(path: Path) -> dict[str, Any]:
     Raises:
         QuantizeError: ``report.record``: there is none, or it is none of this version.
     """
-    hint = "quantize run writes it beside the bundle, as BUNDLE.report.json"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise QuantizeError(f"the record {path} cannot be read: {error.strerror}", hint=hint, code="report.record") from error
+        raise QuantizeError(f"the record {path} cannot be read: {error.strerror}", code=Code.REPORT_RECORD) from error
     except ValueError as error:
-        raise QuantizeError(f"{path} is no record of a run", hint=hint, code="report.record") from error
+        raise QuantizeError(f"{path} is no record of a run", code=Code.REPORT_RECORD) from error
     if not isinstance(value, dict) or value.get("schema") != 1 or "variants" not in value:
-        raise QuantizeError(f"{path} is no record of a run", hint=hint, code="report.record")
+        raise QuantizeError(f"{path} is no record of a run", code=Code.REPORT_RECORD)
     return value
 
 
 def render(record: dict[str, Any]) -> str:
     """Return the page."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
     environment = Environment(
         loader=PackageLoader("quantize.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -8,15 +8,14 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quantize.errors import QuantizeError
 from quantize.gate.roc_statistics import roc
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from quantize.messages import Code
 
 # Told apart by people who do not see red and green alike (Okabe and Ito 2008).
 _COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -39,9 +38,7 @@ def require() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise QuantizeError(
-            "matplotlib is not installed: the report could not be drawn", hint="pip install -e '.[quantize]'", code="report.matplotlib"
-        ) from error
+        raise QuantizeError("matplotlib is not installed: the report could not be drawn", code=Code.REPORT_MATPLOTLIB) from error
 
 
 def roc_curves(
