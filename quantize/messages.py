@@ -86,9 +86,9 @@ class Code(TextEnum):
     GATE_SCORE = "gate.score", "a single score changes too much"
     GATE_CAM = "gate.cam", "the class activation map changes too much"
     GATE_DICE = "gate.dice", "the masks overlap too little with the float model's"
-    GATE_NOT_FINITE = "gate.not_finite", "it answers NaN or Inf"
+    GATE_NOT_FINITE = "gate.not_finite", "an output holds NaN or Inf"
     GATE_OUTPUT = "gate.output", "an output is missing"
-    GATE_UNTESTED = "gate.untested", "no runtime here could try it"
+    GATE_UNTESTED = "gate.untested", "no runtime of this computer could run it"
     MAKE_FAILED = "make.failed", "it could not be made"
     CALIBRATION_OTHER_BETTER = "calibration.other_better", "another calibration of the same recipe is more accurate"
     SPEED_SLOWER = "speed.slower", "no faster than a more exact variant"
@@ -123,7 +123,6 @@ WORDS: Final[Mapping[str, Message]] = {
     "page.mean": Message("mean change"),
     "page.sides": Message("crossed the threshold"),
     "page.map": Message("map difference"),
-    "page.dice": Message("Dice"),
     "page.size": Message("size"),
     "page.median": Message("median"),
     "page.ratio": Message("against fp32"),
@@ -136,7 +135,6 @@ WORDS: Final[Mapping[str, Message]] = {
     "page.yes": Message("yes"),
     "page.too_few": Message("too few, listed only"),
     "page.reason": Message("reason"),
-    "page.pictures": Message("pictures"),
     "page.threshold": Message("threshold"),
     "page.auc": Message("AUC"),
     "page.absent": Message("not measured here"),
@@ -144,7 +142,6 @@ WORDS: Final[Mapping[str, Message]] = {
     "page.tolerance": Message("tolerance of the golden cases"),
     "page.notes": Message("Remarks"),
     "page.not_on": Message("not on"),
-    "page.more": Message("more not shown:"),
     "page.no_layers": Message("Per-layer errors were not measured."),
     "page.method": Message("recipe"),
 }

@@ -14,6 +14,7 @@ from flask_babel.speaklater import LazyString
 
 from appliance.core.applicability import ABSENT, AgeOutside
 from appliance.core.domain import Note, ScanState
+from appliance.core.states import ActivationState
 from appliance.store.priority import Urgency
 from model_sync import messages
 from webui.formatting import format_time, language
@@ -42,16 +43,15 @@ STATES: Final[dict[ScanState, StateWords]] = {
     ScanState.FAILED: StateWords(lazy_gettext("Analysis failed"), "failed", "bad"),
 }
 
-# The states of a model version in the journal of activations (appliance/schema.sql).
 ACTIVATIONS: Final[dict[str, StateWords]] = {
-    "staged": StateWords(lazy_gettext("Arrived"), "download", "calm"),
-    "building": StateWords(lazy_gettext("Being built"), "build", "calm"),
-    "self-test": StateWords(lazy_gettext("Self-test"), "test", "calm"),
-    "trial": StateWords(lazy_gettext("On trial"), "running", "ready"),
-    "good": StateWords(lazy_gettext("Trial passed"), "check", "done"),
-    "failed": StateWords(lazy_gettext("Failed"), "failed", "bad"),
-    "rolled-back": StateWords(lazy_gettext("Rolled back"), "undo", "bad"),
-    "withdrawn": StateWords(lazy_gettext("Withdrawn"), "scope", "bad"),
+    ActivationState.STAGED: StateWords(lazy_gettext("Arrived"), "download", "calm"),
+    ActivationState.BUILDING: StateWords(lazy_gettext("Being built"), "build", "calm"),
+    ActivationState.SELF_TEST: StateWords(lazy_gettext("Self-test"), "test", "calm"),
+    ActivationState.TRIAL: StateWords(lazy_gettext("On trial"), "running", "ready"),
+    ActivationState.GOOD: StateWords(lazy_gettext("Trial passed"), "check", "done"),
+    ActivationState.FAILED: StateWords(lazy_gettext("Failed"), "failed", "bad"),
+    ActivationState.ROLLED_BACK: StateWords(lazy_gettext("Rolled back"), "undo", "bad"),
+    ActivationState.WITHDRAWN: StateWords(lazy_gettext("Withdrawn"), "scope", "bad"),
 }
 
 SOURCES: Final = {

@@ -1,9 +1,9 @@
 """Make int8 variants with nvidia-modelopt, which places Q/DQ by its own rules for TensorRT and has its own calibration.
 
-It is an extra. It brings torch, and its own ``[onnx]`` extra puts onnxruntime-gpu over onnxruntime; so it may lie in an environment of
-its own, named by that environment's Python. Wherever it lies, it runs in a process of its own, which may die, hang or write anything:
-that is the candidate's reason in the report and no more. The process gets a directory with the float model and the calibration
-tensors that every recipe gets; no socket is opened in it (``quantize/recipes/modelopt_child.py``).
+It is an extra. It brings torch, and its own ``[onnx]`` extra installs onnxruntime-gpu over onnxruntime; so it may be in an environment
+of its own, named by that environment's Python. It always runs in a process of its own: where that dies, hangs or writes anything wrong,
+the candidate is refused with the reason. The process gets a directory with the float model and the calibration tensors; it may open no
+socket (``quantize/recipes/modelopt_child.py``).
 """
 
 from __future__ import annotations
@@ -58,21 +58,21 @@ class Optimizer:
 
 def find_optimizer(python: Path | None = None) -> Optimizer | str:
     """Look for nvidia-modelopt in the environment of ``python``, this one by default; where there is none, return why, in words."""
-    given = Path(sys.executable) if python is None else python
-    # Absolute, because the child starts elsewhere; not resolved, because an environment's Python is a link to one that knows nothing of it.
-    find_from_options = Path(shutil.which(given) or given).absolute()
+    requested = Path(sys.executable) if python is None else python
+    # Absolute, because the child has another directory; not resolved, because the Python of an environment is a link out of it.
+    executable = Path(shutil.which(requested) or requested).absolute()
     try:
         answer = subprocess.run(
-            [find_from_options, "-I", _CHILD, "--version"], capture_output=True, timeout=_ASK_S, stdin=subprocess.DEVNULL, check=False
+            [executable, "-I", _CHILD, "--version"], capture_output=True, timeout=_ASK_S, stdin=subprocess.DEVNULL, check=False
         )  # fmt: skip
     except OSError as error:
-        return f"{find_from_options} does not start: {error.strerror}"
+        return f"{executable} does not start: {error.strerror}"
     except subprocess.TimeoutExpired:
-        return f"{find_from_options} does not say its version within {_ASK_S:g} s"
+        return f"{executable} does not say its version within {_ASK_S:g} s"
     version = answer.stdout.decode(errors="replace").strip()
     if answer.returncode == 0 and re.fullmatch(r"[0-9][0-9A-Za-z.+-]{0,40}", version):
-        return Optimizer(find_from_options, version)
-    return "not installed" if answer.returncode == 0 and not version else f"{find_from_options} {_reason(answer.returncode, answer.stderr)}"
+        return Optimizer(executable, version)
+    return "not installed" if answer.returncode == 0 and not version else f"{executable} {_reason(answer.returncode, answer.stderr)}"
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -150,8 +150,8 @@ def quantize(model: Any, tensors: Any, method: str, optimizer: Optimizer, out: P
 
 
 def _run(optimizer: Optimizer, arguments: list[object], directory: Path, on_progress: OnProgress) -> None:
-    """Run the child to its end; QuantizeError with its reason where it does not end well."""
-    output = directory / "said"
+    """Run the child until it ends; raises QuantizeError with the reason where it fails."""
+    output = directory / "output.txt"
     # Temporary files of its own go away with the directory; without a GPU in sight it calibrates the same everywhere.
     environment = os.environ | {"TMPDIR": str(directory), "CUDA_VISIBLE_DEVICES": ""}
     with output.open("wb") as stream:
@@ -176,7 +176,7 @@ def _run(optimizer: Optimizer, arguments: list[object], directory: Path, on_prog
 
 
 def _wait(process: subprocess.Popen[bytes], limit_s: float, on_progress: OnProgress) -> int | None:
-    """The exit code; None when it is late."""
+    """Return the exit code; None when the time limit has passed."""
     start = time.monotonic()
     while (passed := time.monotonic() - start) < limit_s:
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -131,12 +131,12 @@ def _summary(record: dict[str, Any], shipped: Sequence[dict[str, Any]]) -> list[
     """Return the summary: the most important results of the run."""
     sizes = ", ".join(f"{_kind(entry)} {entry['bytes'] / _MIB:.1f} MiB" for entry in shipped)
     tried, left = len(record["variants"]), len(record["variants"]) - len(shipped)
-    said = [(f"随包发布：{sizes}。共试 {tried} 种，{left} 种未采用。", f"Shipped: {sizes}. {tried} variants were tried, {left} left out.")]
+    lines = [(f"随包发布：{sizes}。共试 {tried} 种，{left} 种未采用。", f"Shipped: {sizes}. {tried} variants were tried, {left} left out.")]
     rows = [row for row in _speed_rows(record) if row["entry"]["refused"] is None]
     if rows and rows[-1]["ratio"] is not None:
         row = rows[-1]
         what, ms, ratio = f"{_kind(row['entry'])}, {row['place']}", row["timed"]["median_ms"], row["ratio"]
-        said.append(
+        lines.append(
             (
                 f"本机最快：{what}，每张 {ms:.2f} 毫秒，是 ONNX Runtime fp32 的 {ratio:.1f} 倍速。",
                 f"Fastest here: {what}, {ms:.2f} ms per picture, {ratio:.1f} times as fast as ONNX Runtime's fp32.",
@@ -150,7 +150,7 @@ def _summary(record: dict[str, Any], shipped: Sequence[dict[str, Any]]) -> list[
             record["limits"]["auc"],
             f"{_kind(worst['entry'])}, {worst['place']}",
         )
-        said.append(
+        lines.append(
             (
                 f"AUC 与浮点模型最多相差 {difference:.4f}（{where}），允许 {allowed:g}。",
                 f"The AUC differs from the float model's by at most {difference:.4f} ({where}); {allowed:g} is allowed.",
@@ -158,7 +158,7 @@ def _summary(record: dict[str, Any], shipped: Sequence[dict[str, Any]]) -> list[
         )
     if record["absent"]:
         names = ", ".join(sorted(record["absent"]))
-        said.append(
+        lines.append(
             (f"此处无法测试：{names}；由设备上的标准病例决定。", f"Not measured here: {names}; the golden cases decide on the box.")
         )
-    return said
+    return lines

@@ -85,7 +85,7 @@ def _set(images: ImageSet) -> dict[str, Any]:
 
 
 def _place(target: RuntimeTarget) -> dict[str, str]:
-    return {"title": target.title, "runtime": target.runtime, "provider": target.provider, "version": target.version}
+    return {"title": target.title, **asdict(target)}
 
 
 def _variant(entry: VariantResult, context: GateContext) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from flask_babel import gettext
 
 from appliance.core.domain import Note
 from appliance.core.run_summary import CandidateSummary, RuntimeStatus
+from appliance.core.states import IN_USE_STATES, ActivationState, CandidateState, TuningState
 from appliance.model_queries import STEPS, Activation, ModelLine, ModelVersion, Trial
 from webui.formatting import format_count, format_difference, format_milliseconds, format_percent, format_ratio, format_time, localize
 from webui.messages import ACTIVATIONS, DECISIONS, SOURCES, reason_hint, reason_text
@@ -25,7 +26,7 @@ def model_line_card(line: ModelLine, offers: Mapping[str, Offer]) -> View:
         "problem": _problem(line),
         "previous": _version_card(gettext("Previous version"), gettext("There is none to roll back to."), line.previous),
         "active": _version_card(gettext("Analyses images now"), gettext("None: images of this kind are stored but not analysed."), active)
-        | {"chip": activation_chip(line.trial.state if line.trial else "good") if active else None},
+        | {"chip": activation_chip(line.trial.state if line.trial else ActivationState.GOOD) if active else None},
         "preparing": _preparing_card(line.preparing),
         "offer": _offer_text(line, offers.get(line.name)),
         "banner": _run_banner(active.running) if active else None,
@@ -95,9 +96,9 @@ def _preparing_card(entry: Activation | None) -> View:
 
 def _activation_progress(entry: Activation, active: ModelVersion | None) -> View:
     """An activation that has not ended (``fraction`` is 0 to 1), beside the version that is active meanwhile."""
-    is_running_trial = entry.state in ("trial", "good")
+    is_running_trial = entry.state in IN_USE_STATES
     fraction = entry.trial.fraction if is_running_trial and entry.trial else entry.progress
-    word = gettext("Observed so far") if entry.state == "good" else str(ACTIVATIONS[entry.state].word)
+    word = gettext("Observed so far") if entry.state == ActivationState.GOOD else str(ACTIVATIONS[entry.state].word)
     summary = [gettext(": ").join((word, format_percent(fraction)))]
     if entry.attempts > 1:
         summary.append(gettext("attempt %(n)s", n=entry.attempts))
@@ -116,7 +117,7 @@ def _activation_progress(entry: Activation, active: ModelVersion | None) -> View
 def _activation_title(entry: Activation) -> str:
     if entry.purpose == "rollback":
         return str(gettext("Rolling back to version %(version)s", version=entry.version))
-    if entry.state == "good":
+    if entry.state == ActivationState.GOOD:
         return str(gettext("Version %(version)s passed its self-test; its first images here are observed", version=entry.version))
     return str(gettext("Version %(version)s on its way", version=entry.version))
 
@@ -154,8 +155,8 @@ def _problem(line: ModelLine) -> View | None:
     entry = line.problem
     if entry is None or line.is_problem_resolved:
         return None
-    is_intended = entry.state == "withdrawn" or (entry.reason is not None and entry.reason.code == "activation.by_hand")
-    state = gettext("Outside its limits") if entry.state == "good" else ACTIVATIONS[entry.state].word
+    is_intended = entry.state == ActivationState.WITHDRAWN or (entry.reason is not None and entry.reason.code == "activation.by_hand")
+    state = gettext("Outside its limits") if entry.state == ActivationState.GOOD else ACTIVATIONS[entry.state].word
     other = line.active if line.active and line.active.digest != entry.digest else None
     return {
         "state": entry.state,
@@ -204,7 +205,7 @@ def _run_banner(running: RuntimeStatus) -> View | None:
 def _tuning(line: ModelLine) -> View | None:
     """A measurement of the active version: ``asked``, ``measuring`` (``progress`` 0 to 1), or why the last one ``failed``."""
     tuning = line.tuning
-    if tuning is None or tuning.state not in ("asked", "measuring", "failed") or (tuning.state == "failed" and not tuning.reason):
+    if tuning is None or tuning.state == TuningState.DONE or (tuning.state == TuningState.FAILED and not tuning.reason):
         return None
     return {"state": tuning.state, "progress": tuning.progress, "reason": note_view(tuning.reason)}
 
@@ -231,7 +232,7 @@ def _candidate_row(candidate: CandidateSummary) -> View:
     is_usable, per_image_ms = candidate.threads >= 0, candidate.per_image_ms
     return {
         "state": candidate.state,
-        "is_chosen": candidate.state == "chosen",
+        "is_chosen": candidate.state == CandidateState.CHOSEN,
         "runtime": candidate.runtime,
         "provider": candidate.provider,
         "precision": candidate.precision.upper() or DASH,
@@ -241,7 +242,7 @@ def _candidate_row(candidate: CandidateSummary) -> View:
         "median": format_milliseconds(candidate.median_ms) if candidate.median_ms is not None else DASH,
         "difference": format_difference(candidate.max_difference) if candidate.max_difference is not None else DASH,
         "layers": [(name, format_count(count)) for name, count in candidate.layers],
-        "has_failed": candidate.state in ("wrong", "failed"),
+        "has_failed": candidate.state in (CandidateState.WRONG, CandidateState.FAILED),
         "verdict": reason_text(candidate.code),
         "detail": candidate.detail,
     }

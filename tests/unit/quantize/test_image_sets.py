@@ -267,7 +267,7 @@ DRAFT = build.DRAFT.read_text(encoding="utf-8")
 def test_the_draft_of_the_reference_bundle_is_read() -> None:
     draft = Draft.parse(DRAFT.encode())
     assert draft.label_names == ("pneumonia",)
-    assert draft.registration.to_manifest().number is None
+    assert draft.registration.number is None
     assert (draft.output("probability"), draft.output("cam"), draft.output("segmentation_logits")) == ("probability", "cam", None)
 
 
