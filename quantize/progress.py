@@ -1,4 +1,4 @@
-"""Progress of a run: a bar with the estimated time left on a terminal, plain text lines in a log."""
+"""Progress of a run: a bar with the estimated time left on a terminal, lines of text in a log."""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ class WorkDirectory:
         self.reused: list[str] = []
         directory.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(directory)
-        for half_done in directory.glob("*.part"):
-            shutil.rmtree(half_done)
+        for unfinished in directory.glob("*.part"):
+            shutil.rmtree(unfinished)
 
     def step(self, name: str, inputs: Any, make: Callable[[Path], Any]) -> tuple[Path, Any]:
         """Run a step, unless its result is stored already.

@@ -43,8 +43,8 @@ class Row:
         path: its file.
         index: which picture of the file.
         labels: 0 or 1 per label of the model; empty in a calibration set.
-        source: where it comes from, "" when nobody said.
-        patient: whose it is, "" when nobody said.
+        source: where it comes from, "" when unknown.
+        patient: whose it is, "" when unknown.
     """
 
     path: Path
@@ -63,7 +63,7 @@ class ImageSet:
         rows: its pictures, in the order of ``tensors``.
         tensors: float32 [n, channels, height, width], mapped from a file.
         digests: SHA-256 of each picture's file.
-        digest: of files, labels and preprocessing together: another one is another set.
+        digest: of files, labels and preprocessing together: it changes with each of them.
     """
 
     directory: Path
@@ -95,7 +95,7 @@ def read_calibration(
         spec: the model's input.
         modalities: what the model applies to; a DICOM file of another modality is an error.
         work: directory for the tensors.
-        limit: more pictures than this are thinned evenly: ranges do not change any more, time does.
+        limit: of more pictures, this many are used at equal distances: further ones cost time and do not change the ranges.
         on_progress: called as it goes.
 
     Raises:
@@ -201,7 +201,7 @@ def _labelled(directory: Path, table: Path, labels: Sequence[str]) -> list[Row]:
         raise _bad_labels(f"{LABELS_FILE} cannot be read: {error}", "save it as CSV in UTF-8") from error
     times = Counter((row.path, row.index) for row in rows)
     if twice := sorted({_shown(row) for row in rows if times[row.path, row.index] > 1}):
-        raise _bad_labels(f"{LABELS_FILE} names a picture twice: {_some(twice)}", "leave one line per picture")
+        raise _bad_labels(f"{LABELS_FILE} names a picture twice: {_some(twice)}", "keep one line per picture")
     named = {row.path for row in rows}
     if unnamed := [str(path.relative_to(directory)) for path in find_image_files(directory) if path not in named]:
         raise _bad_labels(f"{LABELS_FILE} does not name {_some(unnamed)}", "add them, or take them out of the directory")
@@ -212,7 +212,7 @@ def _check_columns(columns: Sequence[str], labels: Sequence[str]) -> None:
     known = {*_KNOWN_COLUMNS, *labels}
     if missing := [name for name in ("file", *labels) if name not in columns]:
         raise _bad_labels(f"{LABELS_FILE} lacks the column {', '.join(missing)}", f"its columns are {', '.join(columns) or 'none'}")
-    # In a calibration set nobody asks what the other columns mean.
+    # A calibration set may have any other columns: they are not used.
     if labels and (unknown := [name for name in columns if name not in known]):
         raise _bad_labels(f"{LABELS_FILE} has unknown columns: {', '.join(unknown)}", f"known are {', '.join(sorted(known))}")
     if len(set(columns)) != len(columns):
@@ -227,7 +227,7 @@ def _row(directory: Path, line: int, record: dict[str | Any, Any], labels: Seque
     path = directory / values["file"]
     if not path.is_file() or not path.resolve().is_relative_to(directory.resolve()):
         raise QuantizeError(
-            f"{where} names {values['file']!r}, which is not there", hint="file is relative to the directory", code=Code.DATA_MISSING
+            f"{where} names {values['file']!r}, which does not exist", hint="file is relative to the directory", code=Code.DATA_MISSING
         )
     for label in labels:
         if values[label] not in ("0", "1"):

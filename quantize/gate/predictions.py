@@ -1,4 +1,4 @@
-"""Run a variant on every image of a set, on one runtime, in a process of its own that may crash; and measure its speed."""
+"""Run a variant on every image of a set, on one runtime, in a process of its own, because it may crash; and measure its speed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Predictions:
         score: probabilities, float64 [n, labels]; [n, 0] without any.
         cam: class activation maps, float32 [n, labels, h, w], or None.
         mask: the class of every pixel or voxel, uint8 [n, ...], or None.
-        describe: what the runtime said it ran.
+        describe: what the runtime reported that it ran.
     """
 
     score: NDArray[np.float64]
@@ -101,7 +101,7 @@ def predict(
         on_progress: called as it goes.
 
     Raises:
-        InferenceError: it does not load, died, or gave no numbers.
+        InferenceError: it does not load, its process died, or it gave no valid answer.
     """
     arrays: dict[str, list[NDArray[Any]]] = {"score": [], "cam": [], "mask": []}
     with CandidateProcess(model, spec, candidate, deadline_s=LOAD_S) as attempt:

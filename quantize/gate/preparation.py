@@ -24,7 +24,7 @@ from quantize.progress import OnProgress, Progress
 from quantize.work_directory import WorkDirectory
 
 CAM: Final = "cam"
-# How far the cleaned graph may be from the one that was given, in a probability: sums are added in another order.
+# The largest change of an output by the clean-up, relative to its range: sums are added in another order.
 _SAME: Final = 1e-4
 
 
@@ -38,7 +38,7 @@ class FloatModel:
         path: the file that is shipped as fp32: the given one byte for byte where nothing had to be added to it.
         digest: SHA-256 of the given file and what is beside it.
         heads: the outputs that are compared.
-        notes: what was done or could not be done, in words.
+        notes: what was added or could not be added, for the report.
     """
 
     draft: Draft

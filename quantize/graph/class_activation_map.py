@@ -33,7 +33,7 @@ def add_cam(model: Model, probability_output: str, cam_output: str = "cam") -> M
         cam_output: the name of the new output.
 
     Raises:
-        QuantizeError: There is no such output, or its head is another one; it says what was found instead.
+        QuantizeError: There is no such output, or its head is another one; the message names it.
     """
     if cam_output in output_names(model):
         return model
@@ -59,7 +59,7 @@ def _refuse(result: str) -> QuantizeError:
 
 
 def _behind(model: Model, tensor: str, passed: tuple[str, ...]) -> str:
-    """Go back over nodes of the types ``passed`` to the tensor that they were made from."""
+    """Return the tensor that ``tensor`` was made from by nodes of the types ``passed``."""
     made = producers(model)
     while (node := made.get(tensor)) is not None and node.op_type in passed:
         tensor = node.input[0]

@@ -29,7 +29,7 @@ METHODS: Final[tuple[Method, ...]] = ("minmax", "percentile", "entropy")
 # The share of values, in per cent, that a range must hold.
 PERCENTILE: Final = 99.99
 _BINS: Final = 1024
-# What the tensors of one calibration step may take together; a large volume goes in one by one.
+# What the tensors of one calibration step may take together; large volumes are run one by one.
 _STEP_BYTES: Final = 256 * 2**20
 
 
@@ -53,13 +53,10 @@ class Calibration:
         return self._chosen[method]
 
     def _by_histogram(self, method: Method) -> dict[str, Range]:
-        collector = HistogramCollector(method, False, _BINS, 128, PERCENTILE, "same")
+        collector = _collector(method)
         for name, counts in self.histograms.items():
-            low, high = self.extremes[name]
-            reach = max(abs(low), abs(high))
-            edges = np.linspace(-reach, reach, len(counts) + 1, dtype=np.float32)
-            collector.histogram_dict[name] = (counts, edges, np.float32(low), np.float32(high), np.float32(reach))
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints how it is getting on
+            _set_histogram(collector, name, counts, self.extremes[name])
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
             result = collector.compute_collection_result()
         return {name: (float(value[0]), float(value[1])) for name, value in result.items()}
 
@@ -122,7 +119,7 @@ def _collect(kind: str, model: Model, batches: list[NDArray[np.float32]], prepar
             extra_options={"num_bins": _BINS, "symmetric": False},
         )
         prepare(calibrator)
-        warnings.simplefilter("ignore", RuntimeWarning)  # all NaN: said below as the model's fault, by the tensor's name
+        warnings.simplefilter("ignore", RuntimeWarning)  # all NaN: reported below as the model's fault, by the name of the tensor
         for index, batch in enumerate(batches):
             try:
                 calibrator.collect_data(_Reader(input_name(model), batch))
@@ -148,12 +145,21 @@ def _histograms(
     model: Model, batches: list[NDArray[np.float32]], extremes: dict[str, Range], on_progress: OnProgress
 ) -> dict[str, NDArray[np.int64]]:
     def seed(calibrator: Any) -> None:
-        # Empty histograms of the full reach: what is merged into them never makes them grow.
-        calibrator.collector = HistogramCollector("entropy", False, _BINS, 128, PERCENTILE, "same")
-        for name, (low, high) in extremes.items():
-            reach = np.float32(max(abs(low), abs(high), np.finfo(np.float32).tiny))
-            edges = np.linspace(-reach, reach, _BINS + 1, dtype=np.float32)
-            calibrator.collector.histogram_dict[name] = (np.zeros(_BINS, np.int64), edges, np.float32(low), np.float32(high), reach)
+        # Empty histograms of the full range: what is merged into them never makes them grow.
+        calibrator.collector = _collector("entropy")
+        for name, extreme in extremes.items():
+            _set_histogram(calibrator.collector, name, np.zeros(_BINS, np.int64), extreme)
 
     calibrator = _collect("Entropy", model, batches, seed, on_progress)
     return {name: value[0] for name, value in calibrator.collector.histogram_dict.items()}
+
+
+def _collector(method: Method) -> HistogramCollector:
+    return HistogramCollector(method, False, _BINS, 128, PERCENTILE, "same")
+
+
+def _set_histogram(collector: HistogramCollector, name: str, counts: NDArray[np.int64], extremes: Range) -> None:
+    low, high = (np.float32(value) for value in extremes)
+    reach = np.float32(max(abs(low), abs(high), np.finfo(np.float32).tiny))
+    edges = np.linspace(-reach, reach, len(counts) + 1, dtype=np.float32)
+    collector.histogram_dict[name] = (counts, edges, low, high, reach)

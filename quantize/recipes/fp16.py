@@ -1,9 +1,8 @@
 """Write half precision into the ONNX file, so that every runtime computes the same. What overflows in half precision stays float32.
 
-Which nodes those are is measured, not guessed: the float model runs on calibration tensors with every intermediate tensor exposed.
-The conversion is ONNX Runtime's ``float16`` module. Two neighbours kept in float32 it joins by a cast to half precision and back, in
-which the very value overflows they were kept for, and a tensor with two kept readers it casts twice under one name; both are put
-right here.
+Which nodes those are is measured: the float model runs on calibration tensors with every intermediate tensor exposed. ONNX Runtime's
+module ``float16`` converts. It joins two neighbours that stay float32 by a cast to half precision and back, in which the value
+overflows, and casts a tensor with two such readers twice under one name; both are corrected here.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from quantize.progress import OnProgress, no_progress, part_of
 from quantize.recipes.calibration import Tensors
 
 FLOAT16_MAX: Final = float(np.finfo(np.float16).max)
-# A patient's picture may reach further than any of the calibration set.
+# A patient's picture may cause larger values than any picture of the calibration set.
 HEADROOM: Final = 4.0
 # The relative error of rounding a tensor, as a root of squares; 3e-4 where all its values are normal in half precision.
 MAX_ROUNDING_ERROR: Final = 3e-3
@@ -97,7 +96,7 @@ def find_out_of_range_nodes(model: Model, tensors: Tensors, *, on_progress: OnPr
 
 
 def convert(model: Model, float_nodes: frozenset[str]) -> Model:
-    """Return ``model`` in half precision but for the nodes named ``kept``, its inputs and its outputs; nothing is measured.
+    """Return ``model`` in half precision but for ``float_nodes``, its inputs and its outputs; nothing is measured.
 
     Operators that ONNX Runtime does not compute in half precision stay float32 as well.
     """

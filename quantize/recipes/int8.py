@@ -53,7 +53,7 @@ Activations: TypeAlias = Literal["symmetric", "unsigned"]
 
 WEIGHTED: Final = ("Conv", "Gemm", "MatMul")
 _MULTIPLYING: Final = (*WEIGHTED, "ConvTranspose")
-# What passes a residual network on between its convolutions; quantized too, a chain never leaves uint8.
+# What stands between the convolutions of a residual network; quantized too, a chain never leaves uint8.
 CHAINED: Final = (*WEIGHTED, "Relu", "Clip", "Add", "MaxPool")
 EVERYTHING: Final = (
     *CHAINED, "ConvTranspose", "Concat", "AveragePool", "GlobalAveragePool", "Mul", "Sigmoid", "LeakyRelu", "Resize",
@@ -65,7 +65,7 @@ class Recipe:
     """The options of one quantization.
 
     Attributes:
-        name: tells it in reports, such as ``unsigned-chained-minmax``.
+        name: in reports, such as ``unsigned-chained-minmax``.
         precision: ``mixed`` where layers were put back to float for accuracy, else ``int8``.
         activations: see the module's docstring.
         method: how ranges are chosen from what calibration measured: all values; nearly all of them (``calibration.PERCENTILE``); or
@@ -89,8 +89,7 @@ class Recipe:
 def recipes() -> tuple[Recipe, ...]:
     """Return the recipes to try; those that won most often come first.
 
-    One kind of activations is not derived from the other: the best placement differs by graph and engine, and so does the best
-    calibration.
+    All are tried because the best placement of Q/DQ and the best calibration differ by graph and runtime.
     """
     made = []
     for method in METHODS:
@@ -109,7 +108,7 @@ def quantize(
     Args:
         model: a cleaned float model (``graph.clean_up``); it is not changed.
         recipe: how.
-        tensors: what to calibrate on, or the ``Calibration`` of this very model, which saves measuring it again.
+        tensors: the calibration set, or the ``Calibration`` of this model, which saves measuring it again.
         out: the ONNX file to write.
         on_progress: called with the fraction that is done.
 
@@ -225,7 +224,7 @@ def _quantize_shortcuts(model: Model, chosen: frozenset[str], ranges: dict[str, 
     """Put Q/DQ on the shortcut of each residual Add that has none yet, so that TensorRT fuses the Add into the int8 convolution.
 
     Where the block keeps its size, the shortcut is what the block's first convolution takes, and is quantized with it. Where a
-    convolution on the shortcut changes the size, its output still is float: the Add would then be float, too.
+    convolution on the shortcut changes the size, its output is float, and the Add would be float, too.
     """
     made, readers = producers(model), consumers(model)
     for node in [node for node in model.graph.node if node.op_type == "Add"]:

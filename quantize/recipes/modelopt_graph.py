@@ -19,13 +19,13 @@ _PAIR = ("QuantizeLinear", "DequantizeLinear")
 
 
 def load_quantized(path: Path, source: Model) -> Model:
-    """Read what was made of ``source``; returns it with 8-bit weights, as any recipe's.
+    """Read the quantized form of ``source``; returns it with 8-bit weights, as every recipe writes them.
 
-    It writes float weights with a QuantizeLinear behind each: a file four times as large, and ONNX Runtime quantizes them again for
-    every picture.
+    nvidia-modelopt writes float weights with a QuantizeLinear behind each: the file is four times as large, and ONNX Runtime quantizes
+    the weights again for every picture.
 
     Raises:
-        QuantizeError: the file is none, or not an int8 form of ``source`` with symmetric activations.
+        QuantizeError: the file is no model, or no int8 form of ``source`` with symmetric activations.
     """
     try:
         model = onnx.load(path)
@@ -79,7 +79,7 @@ def _opsets(model: Model) -> set[tuple[str, int]]:
 
 
 def _shrink_weights(model: Model) -> int:
-    """Do each QuantizeLinear of a weight now (ONNX: round half to even, then saturate), so that only its DequantizeLinear stays.
+    """Compute each QuantizeLinear of a weight (ONNX: round half to even, then saturate), so that only its DequantizeLinear stays.
 
     Returns:
         How many weights there were.

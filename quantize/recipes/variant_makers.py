@@ -43,13 +43,13 @@ class Maker:
     """One variant to try.
 
     Attributes:
-        name: in one word.
+        name: without blanks.
         precision: as in the manifest.
         activations: as in the manifest.
         recipe: how it is made, in words for the manifest.
         make: writes the ONNX file; raises QuantizeError where it cannot be made.
-        family: makers of one family differ in calibration alone; "" is alone.
-        depends: what else its making depends on, JSON types.
+        family: makers of one family differ in calibration alone; "" for none.
+        depends: what else the file depends on, JSON types.
     """
 
     name: str

@@ -34,7 +34,7 @@ def load_record(path: Path) -> dict[str, Any]:
     """Read a record that ``quantize run`` wrote.
 
     Raises:
-        QuantizeError: ``report.record``: there is none, or it is none of this version.
+        QuantizeError: ``report.record``: the file cannot be read, or is no record of this version.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -62,7 +62,7 @@ def render(record: dict[str, Any]) -> str:
 
 
 def _pair(code: str) -> Pair:
-    """Return a code's text in Chinese and in English; a code of another version stands for itself."""
+    """Return a code's text in Chinese and in English; an unknown code of another version is shown as it is."""
     return (messages.text(code, "zh"), messages.text(code, "en")) if messages.is_known(code) else (code, code)
 
 

@@ -295,7 +295,7 @@ def test_a_draft_with_a_wrong_field_names_it(before: str, after: str, named: str
 
 
 def test_a_draft_that_is_missing_or_no_utf8(tmp_path: Path) -> None:
-    with pytest.raises(QuantizeError, match="not there"):
+    with pytest.raises(QuantizeError, match="does not exist"):
         Draft.load(tmp_path / "draft.toml")
     with pytest.raises(QuantizeError, match="not valid"):
         Draft.parse(DRAFT.encode("utf-16"))
