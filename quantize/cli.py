@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     one = _command(commands, "bench", _bench, "time every variant of a bundle on every runtime here, in turns", bundle=bundle)
     one.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    for name, words in (("build-reference", "build the reference bundle"), ("draw-phantoms", "draw the sample scans")):
+    for name, words in (("build-reference", "build the reference bundle"), ("draw-phantoms", "draw the sample images")):
         commands.add_parser(name, help=f"{words}; -h explains its arguments", add_help=False)
     return parser
 

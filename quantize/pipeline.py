@@ -130,7 +130,7 @@ def run(recipe: BundleRecipe, progress: Progress | None = None) -> RunResult:
     """Make a bundle and put it at ``recipe.out`` only after it is complete and checked.
 
     Raises:
-        QuantizeError: an input is wrong, or nothing can be shipped; it says what to do.
+        QuantizeError: an input is wrong, or nothing can be shipped; the hint says what to do.
     """
     if recipe.out.exists() and not recipe.replace:
         raise QuantizeError(f"{recipe.out} exists already", code=Code.OUT_EXISTS)

@@ -68,8 +68,8 @@ class Progress:
         if not force and now - self._shown < (_REDRAW_S if self._terminal else _LINE_S):
             return
         self._shown = now
-        whole = self._done + self._weight + sum(self._weights.values())
-        share = min(1.0, (self._done + part * self._weight) / whole) if whole else 1.0
+        total = self._done + self._weight + sum(self._weights.values())
+        share = min(1.0, (self._done + part * self._weight) / total) if total else 1.0
         line = f"{share:4.0%}  {self._now}{self._rest(share, now)}"
         if self._terminal:
             filled = round(share * _WIDTH)

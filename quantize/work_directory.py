@@ -28,10 +28,10 @@ _PATIENCE_S: Final = 3.0
 @functools.cache
 def _code() -> str:
     """Return a digest of the quantizer's source code: part of every step's name, because another version computes other results."""
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
-        whole.update(path.read_bytes())
-    return whole.hexdigest()
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 class WorkDirectory:

@@ -1,7 +1,7 @@
-"""The words for codes and states: how this package names what the box and the sync agent report by code.
+"""The words that the pages show for states, decisions and reason codes.
 
-English is the source text; ``translations/zh`` holds the Chinese one. Coded reasons are in :mod:`model_sync.messages`, which the
-JSON output and the structured reports share.
+English is the source text; ``translations/zh`` holds the Chinese one. The texts of reason codes are in :mod:`model_sync.messages`, which
+the commands and the structured reports share.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ RESULTS: Final = {
 
 
 def reason_text(code: str) -> str:
-    """What a reason code of the box says; an unknown one (written by a newer version) shows itself."""
+    """The text of a reason code of the box; an unknown one (of a newer version) is shown as it is."""
     code = messages.current_code(code, "box")
     return messages.text(code, language()) if messages.is_known(code) else code
 
@@ -129,7 +129,7 @@ def reason_hint(code: str) -> str:
 
 
 def sync_text(code: str) -> str:
-    """What a code of the sync agent says and what to do; empty for one that this version does not know."""
+    """The text of a code of the sync agent and what to do; empty for a code that this version does not know."""
     code = messages.current_code(code, "agent")
     if not messages.is_known(code):
         return ""

@@ -99,7 +99,7 @@ def thresholds(evaluation: ImageSet, reference: Predictions, sensitivities: Sequ
         if not 0 < threshold < 1:
             raise QuantizeError(
                 f"no threshold between 0 and 1 finds {sensitivity:g} of the positives of label {i + 1}; it would be {threshold:g}",
-                hint="the model does not separate them; aim lower, or look at the labels and the outputs",
+                hint="the model does not separate them; choose a lower sensitivity, or check the labels and the outputs",
                 code=Code.MODEL_THRESHOLD,
             )
         chosen.append(threshold)
@@ -207,7 +207,7 @@ def _try_cases(
             if not worst < _ANY:
                 raise QuantizeError(
                     f"{entry.name} on {target.title} is off by {worst:.3g} on a golden case",
-                    hint="choose golden pictures that look like the evaluation set's",
+                    hint="choose golden pictures that resemble the evaluation set",
                     code=Code.BUNDLE_GOLDEN,
                 )
             result[entry.name][target] = worst

@@ -64,12 +64,12 @@ def average_images(images: ImageSet, score: NDArray[np.float64], spec: InputSpec
         if not len(part):
             continue
         chosen = part[np.linspace(0, len(part) - 1, min(AVERAGED, len(part))).astype(int)]
-        whole = np.zeros((spec.height, spec.width), np.float64)
+        total = np.zeros((spec.height, spec.width), np.float64)
         for index in chosen:
             row = images.rows[int(index)]
             image = Image.fromarray(read_displayed(row.path, row.index, spec))
-            whole += np.asarray(image.resize((spec.width, spec.height), Image.Resampling.BILINEAR), np.float64)
-        result[f"average-{number}"] = np.rint(whole / len(chosen)).astype(np.uint8)
+            total += np.asarray(image.resize((spec.width, spec.height), Image.Resampling.BILINEAR), np.float64)
+        result[f"average-{number}"] = np.rint(total / len(chosen)).astype(np.uint8)
     return result
 
 

@@ -41,7 +41,7 @@ def gate_chapter(context: GateContext, shipped: Sequence[VariantResult]) -> str:
         "## 量化与验收 / Precision variants and the gate",
         "",
         "各变体与 fp32 在同一批影像上逐一比较；未在此处测过的运行时由设备上的标准病例决定。",
-        "Each variant was compared with fp32 on the same pictures; on runtimes not measured here the golden cases decide on the box.",
+        "Each variant was held against fp32 on the same pictures; on runtimes not measured here the golden cases decide on the box.",
         "",
         "| 变体 variant | 运行时 runtime | AUC 差 difference | 灵敏度 sensitivity | 特异度 specificity | 最大变化 largest change |",
         "|---|---|---|---|---|---|",

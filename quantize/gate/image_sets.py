@@ -1,7 +1,7 @@
 """Calibration and evaluation sets: directories of DICOM, PNG, JPEG or npz files, read by the box's own preprocessing.
 
 A DICOM file is processed as on the box (decode, display, letterbox, resize: ``appliance.imaging.preprocessing.to_tensor``); PNG and JPEG
-are pictures as displayed, read as the box reads an upload; an npz holds ``pixels``, uint8 [rows, columns] or [n, rows, columns], as
+are pictures as displayed, read as an upload on the box; an npz holds ``pixels``, uint8 [rows, columns] or [n, rows, columns], as
 displayed. So the gate sees the same tensors as a clinic. Tensors are stored on disk, because sets are large.
 
 An evaluation set has a ``labels.csv`` beside its pictures: the column ``file``, one column of 0 and 1 per label of the model, and
@@ -276,10 +276,10 @@ def _read(directory: Path, rows: list[Row], spec: InputSpec, modalities: Sequenc
 
 
 def _digest(rows: Sequence[Row], digests: Sequence[str], spec: InputSpec) -> str:
-    whole = hashlib.sha256(spec.model_dump_json().encode())
+    digest_of_set = hashlib.sha256(spec.model_dump_json().encode())
     for row, digest in zip(rows, digests, strict=True):
-        whole.update(f"{digest}\0{row.index}\0{row.labels}\0{row.source}\0{row.patient}\n".encode())
-    return whole.hexdigest()
+        digest_of_set.update(f"{digest}\0{row.index}\0{row.labels}\0{row.source}\0{row.patient}\n".encode())
+    return digest_of_set.hexdigest()
 
 
 def _refuse_unreadable(bad: Sequence[str]) -> None:

@@ -81,7 +81,7 @@ def read_float(model_path: Path, draft: Draft, work: WorkDirectory, on_progress:
 
 
 def _missing_cam(draft: Draft, model: Any) -> str:
-    """The name of the map to be added: the draft asks for it or says nothing about one, and the graph has none."""
+    """The name of the map to be added: the draft lists it or lists none, and the graph has none."""
     name = draft.output("cam") or CAM
     return "" if name in output_names(model) or draft.output("probability") is None else name
 
@@ -105,7 +105,7 @@ def _with_cam_output(draft: Draft, clean: Any) -> Draft:
 
 
 def _is_plain(path: Path) -> bool:
-    """Whether the file holds everything itself, at an opset that the oldest TensorRT reads, with no axis free but the batch."""
+    """Whether the file has no external data, an opset that the oldest TensorRT reads, and fixed axes except the batch."""
     model = onnx.load(path, load_external_data=False)
     outside = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer)
     dynamic = any(axis.HasField("dim_param") for value in model.graph.input for axis in list(value.type.tensor_type.shape.dim)[1:])

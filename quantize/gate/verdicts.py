@@ -173,7 +173,7 @@ def _cam(before: Any, after: Any, limits: Limits, reasons: list[RefusalReason]) 
 
 
 def _masks(before: Any, after: Any, limits: Limits, reasons: list[RefusalReason]) -> dict[str, float]:
-    """Dice per class over the whole set; class 0 is the background and does not count."""
+    """Dice per class over the set; class 0 is the background and does not count."""
     result = {}
     for value in range(1, 1 + int(max(before.max(), after.max()))):
         overlap = roc_statistics.dice(before, after, value)

@@ -90,8 +90,8 @@ def output_names(model: Model) -> list[str]:
 
 def inputs_of(model: Model) -> list[Any]:
     """Return the inputs that are no initializers (up to format 3 initializers are inputs too)."""
-    held = {tensor.name for tensor in model.graph.initializer}
-    return [value for value in model.graph.input if value.name not in held]
+    constants = {tensor.name for tensor in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in constants]
 
 
 def input_name(model: Model) -> str:

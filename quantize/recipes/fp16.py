@@ -178,7 +178,7 @@ def _to(node: Node) -> int:
 
 
 def _spread(tensors: Tensors) -> Tensors:
-    """Return a few images from the whole set: rounding errors are similar for all images, and float16 is slow on a CPU."""
+    """Return a few images from all parts of the set: rounding errors are similar for all images, and float16 is slow on a CPU."""
     return [tensor[:: max(1, len(tensor) * len(tensors) // _FEW)] for tensor in tensors]
 
 

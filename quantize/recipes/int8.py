@@ -148,11 +148,11 @@ def quantizable(model: Model, recipe: Recipe) -> frozenset[str]:
 
 def _multiplying(model: Model, recipe: Recipe) -> set[str]:
     """Return the nodes with weights that a recipe quantizes."""
-    held = initializers(model)
+    constants = initializers(model)
     chosen = set()
     for node in model.graph.node:
         # A product of two computed tensors (attention) has no weights to shrink, and int8 loses most there.
-        weightless = node.op_type in _MULTIPLYING and node.input[1] not in held
+        weightless = node.op_type in _MULTIPLYING and node.input[1] not in constants
         # ONNX has no per-channel scales for it: its output channels are not one axis of its weights.
         grouped = node.op_type == "ConvTranspose" and attribute(node, "group", 1) != 1
         if node.op_type in _MULTIPLYING and node.op_type in recipe.op_types and not (weightless or grouped):

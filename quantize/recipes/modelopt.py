@@ -88,7 +88,7 @@ def find_from_options(options: Namespace) -> Optimizer | str:
     """Return the nvidia-modelopt to be tried, or why none is.
 
     Raises:
-        QuantizeError: ``modelopt.absent``: it was asked for, and is not there.
+        QuantizeError: ``modelopt.absent``: it was requested, and is not installed.
     """
     if options.no_modelopt:
         return "left out by --no-modelopt"
@@ -134,7 +134,7 @@ def quantize(model: Any, tensors: Any, method: str, optimizer: Optimizer, out: P
         on_progress: called with the fraction of the time limit that has passed.
 
     Raises:
-        QuantizeError: its process failed, or what it wrote is not what was asked for; the message has the reason.
+        QuantizeError: its process failed, or it wrote something else than was requested; the message has the reason.
     """
     import numpy as np
     import onnx
@@ -191,7 +191,7 @@ def _reason(code: int, output: bytes) -> str:
         names = {int(entry): entry.name for entry in signal.Signals}
         return f"was killed by {names.get(-code, f'signal {-code}')}"
     lines = [line for line in output.decode(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
-    last = "".join(letter if letter.isprintable() else " " for letter in lines[-1])[:_REASON_CHARS] if lines else "said nothing"
+    last = "".join(letter if letter.isprintable() else " " for letter in lines[-1])[:_REASON_CHARS] if lines else "no output"
     return f"ended with exit code {code}: {last}"
 
 

@@ -49,12 +49,12 @@ def _check(model: Model, source: Model) -> None:
     if _opsets(model) - _opsets(source):
         wanted, got = (", ".join(f"{domain or 'ai.onnx'} {number}" for domain, number in sorted(_opsets(one))) for one in (source, model))
         raise _wrong(f"opset {got} where the float model has {wanted}")
-    held = initializers(model)
+    constants = initializers(model)
     pairs = [node for node in model.graph.node if node.op_type in _PAIR]
     if not pairs:
         raise _wrong("a model without Q/DQ: it found nothing to quantize")
     for node in pairs:
-        zero = held.get(node.input[2]) if len(node.input) > 2 else None
+        zero = constants.get(node.input[2]) if len(node.input) > 2 else None
         if zero is None or zero.dtype != np.int8 or zero.any():
             raise _wrong(f"activations or weights that are not symmetric int8, at {node.name}")
 
@@ -84,13 +84,13 @@ def _shrink_weights(model: Model) -> int:
     Returns:
         How many weights there were.
     """
-    held = initializers(model)
+    constants = initializers(model)
     remaining: list[Node] = []
     for node in model.graph.node:
-        if node.op_type != "QuantizeLinear" or node.input[0] not in held:
+        if node.op_type != "QuantizeLinear" or node.input[0] not in constants:
             remaining.append(node)
             continue
-        weight, scale = held[node.input[0]], held[node.input[1]]
+        weight, scale = constants[node.input[0]], constants[node.input[1]]
         axis = attribute(node, "axis", 1)
         shape = [-1 if number == axis % weight.ndim else 1 for number in range(weight.ndim)] if scale.ndim else []
         rounded: NDArray[np.float32] = np.rint(weight / scale.reshape(shape))

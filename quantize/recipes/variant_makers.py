@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,18 +87,16 @@ def _make_fp16(source: Source, out: Path, on_progress: OnProgress) -> None:
 def measure_calibration(work: WorkDirectory, model: Any, tensors: NDArray[np.float32], inputs: Any, on_progress: OnProgress) -> Calibration:
     """Measure the model on the calibration set, or load the stored result of an interrupted run."""
 
-    def make(directory: Path) -> None:
+    def make(directory: Path) -> dict[str, Any]:
         calibration = int8.calibrate(model, [tensors], on_progress=on_progress)
-        names = sorted(calibration.extremes)
-        (directory / "extremes.json").write_text(json.dumps({name: list(map(float, calibration.extremes[name])) for name in names}))
-        (directory / "names.json").write_text(json.dumps(sorted(calibration.histograms)))
-        np.savez(directory / "histograms.npz", *(calibration.histograms[name] for name in sorted(calibration.histograms)))
+        names = sorted(calibration.histograms)
+        np.savez(directory / "histograms.npz", *(calibration.histograms[name] for name in names))
+        return {"extremes": {name: list(map(float, limits)) for name, limits in calibration.extremes.items()}, "names": names}
 
-    directory, _ = work.step("calibration", inputs, make)
-    extremes = {name: (low, high) for name, (low, high) in json.loads((directory / "extremes.json").read_text()).items()}
+    directory, stored = work.step("calibration", inputs, make)
     with np.load(directory / "histograms.npz", allow_pickle=False) as arrays:
-        histograms = {name: arrays[f"arr_{i}"] for i, name in enumerate(json.loads((directory / "names.json").read_text()))}
-    return Calibration(extremes, histograms)
+        histograms = {name: arrays[f"arr_{i}"] for i, name in enumerate(stored["names"])}
+    return Calibration({name: (low, high) for name, (low, high) in stored["extremes"].items()}, histograms)
 
 
 def named(makers: Sequence[Maker], name: str) -> Maker:

@@ -53,7 +53,7 @@ def render(record: dict[str, Any]) -> str:
         loader=PackageLoader("quantize.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     shipped = [entry for entry in record["variants"] if entry["refused"] is None]
-    drawings = {name: [(title, Markup(svg)) for title, svg in found] for name, found in _drawings(record, shipped).items()}  # noqa: S704
+    drawings = {name: [(title, Markup(svg)) for title, svg in pairs] for name, pairs in _drawings(record, shipped).items()}  # noqa: S704
     words = {code.removeprefix("page."): _pair(code) for code in WORDS}
     return environment.get_template("report.html").render(
         record=record, shipped=shipped, words=words, reason=_pair, drawings=drawings, summary=_summary(record, shipped), mib=_MIB,
@@ -71,26 +71,26 @@ def _kind(entry: dict[str, Any]) -> str:
 
 
 def _drawings(record: dict[str, Any], shipped: Sequence[dict[str, Any]]) -> dict[str, list[tuple[str, str]]]:
-    found: dict[str, list[tuple[str, str]]] = {"roc": [], "scatter": [], "layers": [], "speed": []}
+    drawings: dict[str, list[tuple[str, str]]] = {"roc": [], "scatter": [], "layers": [], "speed": []}
     positive, reference = np.array(record["positive"], bool), np.array(record["reference"], np.float64)
     for number, label in enumerate(record["labels"]):
         scores = _scores(shipped, number)
         curves = [(name, score) for name, score in scores if not name.startswith("fp32 ")]
-        found["roc"].append((label["name"], plots.roc_curves(positive[:, number], reference[:, number], curves, f"roc{number}")))
+        drawings["roc"].append((label["name"], plots.roc_curves(positive[:, number], reference[:, number], curves, f"roc{number}")))
         if curves:
             drawn = plots.scatters(positive[:, number], reference[:, number], curves, record["thresholds"][number], f"scatter{number}")
-            found["scatter"].append((label["name"], drawn))
+            drawings["scatter"].append((label["name"], drawn))
     for entry in record["variants"]:
         if entry["layers"]:
-            found["layers"].append(
+            drawings["layers"].append(
                 (
                     entry["name"],
                     plots.layer_errors([(layer["name"], layer["error"]) for layer in entry["layers"]], f"layers-{entry['name']}"),
                 )
             )
     if bars := [(f"{row['name']}, {row['place']}", row["timed"]["median_ms"]) for row in _speed_rows(record)]:
-        found["speed"].append(("", plots.speeds(bars)))
-    return found
+        drawings["speed"].append(("", plots.speeds(bars)))
+    return drawings
 
 
 def _scores(shipped: Sequence[dict[str, Any]], label: int) -> list[tuple[str, NDArray[np.float64]]]:

@@ -53,16 +53,16 @@ def roc_curves(
         name: of the drawing, unique on the page.
     """
     with _Figure(9.0, 4.2, name) as figure:
-        whole, near = figure.axes(1, 2)
-        for axis in (whole, near):
+        complete, magnified = figure.axes(1, 2)
+        for axis in (complete, magnified):
             for number, (variant, score) in enumerate(variants):
                 axis.plot(*roc(positive, score), color=_COLOURS[number % len(_COLOURS)], linewidth=1.4, label=variant)
             axis.plot(*roc(positive, float_score), color=_FLOAT, linewidth=1.2, linestyle=(0, (4, 2)), label="fp32")
             axis.set_xlabel("1 - specificity")
-        whole.set_ylabel("sensitivity")
-        near.set_xlim(0, 0.3)
-        near.set_ylim(0.7, 1.002)
-        near.legend(loc="lower right", frameon=False)
+        complete.set_ylabel("sensitivity")
+        magnified.set_xlim(0, 0.3)
+        magnified.set_ylim(0.7, 1.002)
+        magnified.legend(loc="lower right", frameon=False)
         return figure.svg()
 
 

@@ -1,7 +1,7 @@
 """The link to the model library, as the sync agent last reported it in ``sync-status.json`` of the exchange directory.
 
 The agent runs as another user: its file may be missing, old, incomplete or invalid, and the status page must work all the same.
-"Unreachable" and "untrusted" are never mixed: the first needs patience, the second a person at once.
+"Unreachable" and "untrusted" are never mixed: in the first case one waits, in the second a person must act at once.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Offer:
-    """The version that the library has for a model line, the agent's decision about it (a code), and when its turn comes, if known."""
+    """The version that the library has for a model line, the agent's decision about it (a code), and when it is due, if known."""
 
     version: str
     decision: str
@@ -54,7 +54,7 @@ class LibraryLink:
     """The state of the link; times are ISO 8601 in UTC, empty when unknown.
 
     ``clock`` is ``behind``, ``ahead`` or empty, with ``clock_minutes``: the box's clock compared with the library's, or with the latest
-    time that is known to be past (``floor``).
+    time that is known to have passed (``floor``).
     """
 
     state: str

@@ -109,7 +109,7 @@ def test_what_is_no_python(python: str, why: str) -> None:
     [
         ("os.kill(os.getpid(), signal.SIGSEGV)", "was killed by SIGSEGV"),
         ("raise RuntimeError('no such\\nlayer')", "ended with exit code 1: RuntimeError: no such layer"),
-        ("os._exit(7)", "ended with exit code 7: said nothing"),
+        ("os._exit(7)", "ended with exit code 7: no output"),
         ("import nothing_of_this_name", "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
         ("return", "wrote no model that can be read"),
         ("open(out, 'wb').write(b'no model'); return", "wrote no model that can be read"),
