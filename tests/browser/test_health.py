@@ -45,7 +45,7 @@ def test_a_version_is_followed_from_its_arrival_to_the_trial_without_a_reload(bo
             tx.execute("UPDATE activations SET state = ?, progress = 0.5, trial = '{\"cases\": 20}' WHERE id = ?", (state, entry))
         expect(page.locator(f".coming[data-state={state}]")).to_be_visible(timeout=15_000)
         expect(page.locator(".steps [aria-current=step]")).to_have_count(1)
-    expect(page.locator(".trial")).to_contain_text("Cases read20")
+    expect(page.locator(".trial")).to_contain_text("Cases analysed20")
     tell(box, state="untrusted", code="trust.signature")
     expect(page.locator("[data-library=untrusted]")).to_be_visible(timeout=15_000)
     expect(page.locator("[data-library=untrusted]")).to_contain_text("A signature of the library is not valid")

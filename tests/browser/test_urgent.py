@@ -15,7 +15,7 @@ from tests.support.web_box import Box, in_process, result
 pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("built_viewer")]
 WORDS = {
     "zh": ("优先分析", "加急", "该检查将优先分析", "没有等待分析的影像"),
-    "en": ("Read first", "Urgent", "will be read first", "nothing of this study waits any more"),
+    "en": ("Analyse first", "Urgent", "will be analysed first", "nothing of this study waits any more"),
 }
 
 
