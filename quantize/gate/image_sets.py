@@ -258,7 +258,10 @@ def _read(
 ) -> ImageSet:
     target.parent.mkdir(parents=True, exist_ok=True)
     shape = (len(rows), *spec.shape)
-    tensors: NDArray[np.float32] = np.lib.format.open_memmap(target, mode="w+", dtype=np.float32, shape=shape)
+    # NumPy 2.2, the newest for Python 3.10, has no types for this function.
+    tensors: NDArray[np.float32] = np.lib.format.open_memmap(  # type: ignore[no-untyped-call, unused-ignore]
+        target, mode="w+", dtype=np.float32, shape=shape
+    )
     bad, foreign, rows_read, digests = [], [], [], []
     for number, row in enumerate(rows):
         try:

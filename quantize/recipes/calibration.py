@@ -164,7 +164,7 @@ def _histograms(
         # Empty histograms of the full reach: what is merged into them never makes them grow.
         calibrator.collector = HistogramCollector("entropy", False, _BINS, 128, PERCENTILE, "same")
         for name, (low, high) in extremes.items():
-            reach = np.float32(max(abs(low), abs(high), np.finfo(np.float32).tiny))
+            reach = np.float32(max(abs(low), abs(high), float(np.finfo(np.float32).tiny)))
             edges = np.linspace(-reach, reach, _BINS + 1, dtype=np.float32)
             calibrator.collector.histogram_dict[name] = (np.zeros(_BINS, np.int64), edges, np.float32(low), np.float32(high), reach)
 

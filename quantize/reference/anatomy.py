@@ -218,7 +218,7 @@ def _bones(grid: Grid) -> Plane:
     total = np.zeros((grid.rows, grid.cols), np.float32)
     for rib in range(_RIBS):
         top, drop = 0.128 + 0.0600 * rib, 0.125 + 0.016 * min(rib, 6)
-        wide = float(_chest_width(np.float32(top + drop * 0.55)[None])[0]) + 0.004
+        wide = float(_chest_width(np.array([top + drop * 0.55], np.float32))[0]) + 0.004
         rows = grid.band(top - 0.03, top + drop + 0.03)
         total[rows] += _rib(x, y[rows], top, wide, drop)
     collar = 0.205 - 0.16 * (x - 0.03) + 0.022 * np.sin((x - 0.03) * 2 * math.pi / 0.33)
@@ -239,7 +239,7 @@ def _rib(x: Plane, y: Plane, top: float, wide: float, drop: float) -> Plane:
     behind = _step((x - 0.03) / 0.008) * _step((0.35 - v) / 0.35)
     # Cartilage does not show: the half before ends at the middle of the collar bone.
     before = 0.62 * _step((u - 0.52) / 0.08) * _step((v - 0.1) / 0.35)
-    return bone * np.maximum(behind, before)
+    return _plane(bone * np.maximum(behind, before))
 
 
 def _midline(grid: Grid) -> Plane:

@@ -119,7 +119,8 @@ def reorient(array: NDArray[Any], grid: Grid, axes: str) -> tuple[NDArray[Any], 
             affine[:3, 3] += affine[:3, axis] * (view.shape[axis] - 1)
             affine[:3, axis] *= -1
             view = np.flip(view, axis)
-    return view, Grid(view.shape, affine, order.index(grid.through))
+    first, second, third = view.shape
+    return view, Grid((first, second, third), affine, order.index(grid.through))
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,8 @@ def golden_tensor(golden: GoldenVolume, manifest: Manifest) -> tuple[NDArray[np.
         InferenceError: ``job.error``: the volume is larger than one window.
     """
     spec, output = manifest.volume_input, logits_of(manifest)
-    where = Grid(golden.values.shape, golden.affine)
+    depth, rows, cols = golden.values.shape
+    where = Grid((depth, rows, cols), golden.affine)
     prepared = prepare(Series(golden.values, 1.0, 0.0, where, ()), spec)
     window = (spec.depth, spec.height, spec.width)
     if any(size > side for size, side in zip(prepared.values.shape, window, strict=True)):

@@ -314,7 +314,8 @@ def _scaled(values: Values, step: VolumeStep) -> Values:
     if isinstance(step, Clip):
         np.clip(values, step.low, step.high, out=values)
     elif isinstance(step, ClipQuantile):
-        np.clip(values, *np.quantile(values, (step.low, step.high)).astype(np.float32), out=values)
+        low, high = np.quantile(values, (step.low, step.high)).astype(np.float32)
+        np.clip(values, low, high, out=values)
     elif isinstance(step, MinMax):
         _spread(values, values.min(), values.max())
         values *= np.float32(step.high - step.low)
