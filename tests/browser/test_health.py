@@ -6,22 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Playwright, expect
+from playwright.sync_api import Browser, expect
 
 from appliance.core.settings import Settings
 from appliance.model_queries import OPEN
-from tests.browser.app_box import FLAGS, Clinician, Pages
+from tests.browser.app_box import Clinician, Pages
 from tests.support.model_journal import journal, tell
 from tests.support.web_box import Box, in_process
 
 pytestmark = [pytest.mark.browser]
-
-
-@pytest.fixture(scope="module")
-def browser(playwright_driver: Playwright, chromium: str) -> Iterator[Browser]:
-    launched = playwright_driver.chromium.launch(executable_path=chromium, args=FLAGS)
-    yield launched
-    launched.close()
 
 
 @pytest.fixture
