@@ -16,8 +16,8 @@ from pydantic import ValidationError
 
 from appliance.core.domain import Note
 from appliance.core.run_summary import RuntimeStatus, name_of
+from appliance.core.self_test_report import allowed_latency_ms
 from appliance.core.states import PENDING_STATES
-from appliance.lifecycle.trial_monitor import allowed_latency_ms
 from appliance.store.store import Store
 from appliance.store.tuning_requests import TuningRequest, TuningRequests
 from model_sync.bundle import Watch

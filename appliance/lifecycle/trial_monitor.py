@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Final
 
 from appliance.core.domain import JobState, Note, ScanState
-from appliance.core.self_test_report import SelfTestReport
+from appliance.core.self_test_report import SelfTestReport, allowed_latency_ms
 from appliance.core.states import ActivationState
 from appliance.store.database import Database
 from model_sync.bundle import Manifest, ScoreHistogram, Watch
@@ -31,8 +31,6 @@ if TYPE_CHECKING:  # the pages import this module, but none that loads models
 FAILURES_FROM: Final = 3
 LATENCY_FROM: Final = 5
 DRIFT_FROM: Final = 50
-# A faster model is compared as if it took this long: a busy box turns tenths of a millisecond into several.
-LATENCY_FLOOR_MS: Final = 20.0
 # Failures that are not the model's: there was no memory to decode or prepare the image, or a remote runtime did not answer.
 _NOT_THE_MODEL: Final = ("job.memory_input", "runtime.unavailable", "runtime.deadline")
 # Jeffreys' prior: an empty bin is rare, not impossible.
@@ -123,11 +121,6 @@ def find_violation(current: Statistics, watch: Watch, expected_ms: float) -> Not
     if current.drift is not None and watch.max_score_drift is not None and current.drift > watch.max_score_drift:
         return Note("activation.drift", f"{current.drift:.2f}, allowed {watch.max_score_drift:g}")
     return None
-
-
-def allowed_latency_ms(watch: Watch, expected_ms: float) -> float:
-    """Compute the longest median latency that the manifest allows for a model that took ``expected_ms`` in the self-test."""
-    return watch.max_latency_ratio * max(expected_ms, LATENCY_FLOOR_MS)
 
 
 def is_over(current: Statistics, watch: Watch, since: str, now: datetime | None = None) -> bool:
