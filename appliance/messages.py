@@ -18,6 +18,8 @@ _RETAKE: Final = "The image is kept but was not analysed. Check the exposure and
 _NO_MODEL: Final = "The image is kept and can be viewed; no model on this box analyses it. A doctor must read it."
 _RETRY: Final = "The image is kept. Press “Retry”; if it fails again, read the image without AI and call the technician."
 _VOLUME: Final = "The images are kept and can be viewed, but the volume was not analysed. A doctor must read them without AI."
+_SERIES: Final = "The images are kept and can be viewed, but the volume was not analysed. Check that the series is complete and send all of it again from the scanner; otherwise read it without AI."
+_MEASURE: Final = "Raise tune_measuring_s or activation_deadline_s and run `appliance tune`."
 _ORIGINAL: Final = "The images are kept and can be viewed. Where there is an original series of the kind the model was made for, send that one; otherwise read it without AI."
 
 _CODES: Final[Mapping[str, Message]] = {
@@ -79,10 +81,7 @@ _CODES: Final[Mapping[str, Message]] = {
     "store.missing": Message("There is no such record", "Reload the page."),
     "store.tampered": Message("A stored file failed its integrity check", "Do not use this image; call the technician."),
     "choice.measured": Message("Measured fastest on this box", _NOTHING),
-    "choice.measured_part": Message(
-        "Fastest of the measured candidates; some were not measured, for lack of time",
-        "Raise tune_measuring_s or activation_deadline_s and run `appliance tune`.",
-    ),
+    "choice.measured_part": Message("Fastest of the measured candidates; some were not measured, for lack of time", _MEASURE),
     "choice.by_hand": Message(
         "A person chose the precision",
         "Nothing to do; `appliance models activate VERSION --precision any` undoes this and measures all of them.",
@@ -117,16 +116,10 @@ _CODES: Final[Mapping[str, Message]] = {
         "The result of a golden case is outside the tolerance", "This candidate is not used. Report the table to the central team."
     ),
     "tune.not_on": Message("Known by the central team to fail on this runtime", _NOTHING),
-    "tune.no_time": Message("Not measured: no time", "Raise tune_measuring_s or activation_deadline_s and run `appliance tune`."),
+    "tune.no_time": Message("Not measured: no time", _MEASURE),
     "volume.no_position": Message("Slices without position, orientation or pixel spacing: no volume", _VOLUME),
-    "volume.too_few_slices": Message(
-        "Too few slices for a volume",
-        "The images are kept and can be viewed, but the volume was not analysed. Check that the series is complete and send all of it again from the scanner; otherwise read it without AI.",
-    ),
-    "volume.missing_slices": Message(
-        "Slices are missing from the series",
-        "The images are kept and can be viewed, but the volume was not analysed. Check that the series is complete and send all of it again from the scanner; otherwise read it without AI.",
-    ),
+    "volume.too_few_slices": Message("Too few slices for a volume", _SERIES),
+    "volume.missing_slices": Message("Slices are missing from the series", _SERIES),
     "volume.duplicate_slice": Message("Several slices lie at the same position", _VOLUME),
     "volume.uneven_spacing": Message("The slices are not evenly spaced", _VOLUME),
     "volume.scattered": Message("The slices do not lie along one line", _VOLUME),

@@ -16,14 +16,14 @@ from pydantic import ValidationError
 
 from appliance.core.domain import Note
 from appliance.core.run_summary import RuntimeStatus, name_of
-from appliance.lifecycle.trial_monitor import allowed_latency_ms
+from appliance.core.self_test_report import allowed_latency_ms
+from appliance.core.states import PENDING_STATES
 from appliance.store.store import Store
 from appliance.store.tuning_requests import TuningRequest, TuningRequests
 from model_sync.bundle import Watch
 
 # The states of an activation in their order; each may end in one of FAILURES instead.
-STEPS: Final = ("staged", "building", "self-test", "trial", "good")
-PREPARING: Final = STEPS[:3]
+STEPS: Final = (*map(str, PENDING_STATES), "trial", "good")
 OPEN: Final = STEPS[:4]
 FAILURES: Final = ("failed", "rolled-back", "withdrawn")
 # A newer version ended the trial: nothing was wrong with this one.
@@ -157,14 +157,11 @@ def model_lines(store: Store) -> list[ModelLine]:
     tunings = TuningRequests(database)
     lines = [
         _line(
-            name,
-            [row for row in models if row["name"] == name],
-            [_activation(row, versions) for row in journal if row["name"] == name],
-            versions,
-            rules.get(name),
+            name, [row for row in models if row["name"] == name], [_activation(row, versions) for row in journal if row["name"] == name],
+            versions, rules.get(name),
         )
         for name in names
-    ]
+    ]  # fmt: skip
     return [replace(line, tuning=tunings.of(line.active.digest)) if line.active else line for line in lines]
 
 
@@ -191,7 +188,7 @@ def _line(
         title=title,
         active=active,
         previous=by_state.get("previous"),
-        preparing=next((item for item in journal if item.state in PREPARING), None),
+        preparing=next((item for item in journal if item.state in PENDING_STATES), None),
         trial=next((item for item in journal if item.state == "trial"), of_active if of_active and of_active.is_observed else None),
         problem=problem,
         is_problem_resolved=bool(problem and good and good.id > problem.id),
@@ -212,36 +209,22 @@ def _version(row: sqlite3.Row) -> ModelVersion:
     except ValidationError:  # a manifest of a newer format
         watch = Watch()
     return ModelVersion(
-        version=row["version"],
-        digest=row["digest"],
-        precision=row["precision"],
-        runtime=name_of(row["runtime"]),
-        activated_at=row["activated_at"],
-        title=title if isinstance(title, dict) and {"zh", "en"} <= title.keys() else {},
-        watch=watch,
+        version=row["version"], digest=row["digest"], precision=row["precision"], runtime=name_of(row["runtime"]),
+        activated_at=row["activated_at"], title=title if isinstance(title, dict) and {"zh", "en"} <= title.keys() else {}, watch=watch,
         running=RuntimeStatus.of(row["self_test"]),
-    )
+    )  # fmt: skip
 
 
 def _activation(row: sqlite3.Row, versions: Mapping[str, ModelVersion]) -> Activation:
     reason, trial = _object(row["reason"]), _object(row["trial"])
     version = versions.get(row["digest"])
+    columns = ("id", "name", "version", "digest", "source", "purpose", "state", "attempts", "started_at", "updated_at", "ended_at")
     return Activation(
-        id=row["id"],
-        name=row["name"],
-        version=row["version"],
-        digest=row["digest"],
-        source=row["source"],
-        purpose=row["purpose"],
-        state=row["state"],
-        attempts=row["attempts"],
+        **{name: row[name] for name in columns},
         progress=min(1.0, max(0.0, row["progress"])),
         reason=Note(str(reason["code"]), str(reason.get("detail", ""))) if "code" in reason else None,
         trial=_trial(trial, _object(row["self_test"]), version.watch if version else None) if row["trial"] else None,
         is_observed=trial.get("watching") is True,
-        started_at=row["started_at"],
-        updated_at=row["updated_at"],
-        ended_at=row["ended_at"],
     )
 
 
@@ -249,27 +232,22 @@ def _trial(trial: Mapping[str, Any], self_test: Mapping[str, Any], watch: Watch 
     self_test_ms = _number(self_test, "median_ms")
     bound_ms = max(self_test_ms or 0.0, _number(self_test, "watch_ms") or 0.0)
     return Trial(
-        cases=int(_number(trial, "cases") or 0),
-        wanted_cases=watch.trial_cases if watch else None,
-        failures=int(_number(trial, "failures") or 0),
-        max_failure_fraction=watch.max_failure_fraction if watch else None,
-        latency_ms=_number(trial, "latency_ms"),
-        self_test_ms=self_test_ms,
+        cases=int(_number(trial, "cases") or 0), wanted_cases=watch.trial_cases if watch else None,
+        failures=int(_number(trial, "failures") or 0), max_failure_fraction=watch.max_failure_fraction if watch else None,
+        latency_ms=_number(trial, "latency_ms"), self_test_ms=self_test_ms,
         max_latency_ms=allowed_latency_ms(watch, bound_ms) if watch and bound_ms else None,
-        drift=_number(trial, "drift"),
-        max_drift=watch.max_score_drift if watch else None,
-    )
+        drift=_number(trial, "drift"), max_drift=watch.max_score_drift if watch else None,
+    )  # fmt: skip
 
 
-def _number(values: Mapping[str, Any], *names: str) -> float | None:
-    """The first of these values that is a finite number; of a value per label (drift) the largest."""
-    for name in names:
-        value = values.get(name)
-        if isinstance(value, dict):
-            value = max((item for item in value.values() if isinstance(item, int | float)), default=None)
-        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf"):
-            return float(value)
-    return None
+def _number(values: Mapping[str, Any], name: str) -> float | None:
+    """A value if it is a finite number; of a value per label (drift) the largest."""
+    value = values.get(name)
+    if isinstance(value, dict):
+        value = max((item for item in value.values() if isinstance(item, int | float)), default=None)
+    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) == float("inf") or value != value:
+        return None
+    return float(value)
 
 
 def _object(text: str | None) -> dict[str, Any]:

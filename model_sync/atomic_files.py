@@ -1,10 +1,11 @@
-"""Atomic writes: a file is written beside its place, flushed to the disk, then renamed, so a power cut leaves the old or the new one."""
+"""Atomic writes: a temporary file is written, flushed to the disk, then renamed: a power cut leaves the old content or the new one."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -23,24 +24,34 @@ class NotRegularFileError(OSError):
     """A path is not the small regular file that is expected: a link, a pipe, a device, a directory, or too large."""
 
 
-def write(path: Path, data: bytes) -> None:
+def write(path: Path, *chunks: bytes, mode: int = _SHARED_FILE) -> None:
     """Replace the content of ``path``; a reader sees the old bytes or the new ones, never a part.
+
+    Args:
+        path: the file.
+        *chunks: its new content.
+        mode: its new permissions.
 
     Raises:
         OSError: nothing was replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _SHARED_FILE), "wb") as stream:
-            os.fchmod(stream.fileno(), _SHARED_FILE)
-            stream.write(data)
+        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as stream:
+            os.fchmod(stream.fileno(), mode)
+            stream.writelines(chunks)
             flush(stream)
-        os.replace(part, path)
-    except OSError:
+        move(part, path)
+    except BaseException:
         part.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+
+
+def move(flushed: Path, target: Path) -> None:
+    """Rename a file, whose content is flushed, to its place; after the return it survives a power cut there."""
+    os.replace(flushed, target)
+    sync_directory(target.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -57,7 +68,7 @@ def read(path: Path, limit: int, *, follow: bool = False) -> bytes:
         follow: whether it may be a symbolic link; never in a directory that another account writes.
 
     Raises:
-        NotPlain: it is a link, a pipe, a device or a directory (``EINVAL``), or larger (``EFBIG``).
+        NotRegularFileError: it is a link, a pipe, a device or a directory (``EINVAL``), or larger (``EFBIG``).
         OSError: it is absent or cannot be read.
     """
     # Without O_NONBLOCK opening a pipe waits for its writer.
@@ -67,10 +78,10 @@ def read(path: Path, limit: int, *, follow: bool = False) -> bytes:
     except OSError as error:
         if error.errno not in _NO_FILE:
             raise
-        raise NotRegularFileError(errno.EINVAL, "it is no plain file", str(path)) from error
+        raise NotRegularFileError(errno.EINVAL, "it is not a regular file", str(path)) from error
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise NotRegularFileError(errno.EINVAL, "it is no plain file", str(path))
+            raise NotRegularFileError(errno.EINVAL, "it is not a regular file", str(path))
         with open(descriptor, "rb", closefd=False) as stream:
             data = stream.read(limit + 1)
     finally:
@@ -150,14 +161,10 @@ def disk_error(error: OSError, code: str = "sync.state") -> LibraryUnreachable:
     where = f" ({error.filename})" if error.filename else ""
     if error.errno in _FULL:
         return LibraryUnreachable(
-            f"the disk is full{where}; what was received is kept, the model in use stays",
-            hint="free some disk space; the update goes on by itself where it stopped",
-            code="sync.disk_full",
-            action=Action.OPERATOR,
+            f"the disk is full{where}; what was received is kept, the model in use stays", code="sync.disk_full", action=Action.OPERATOR
         )
     return LibraryUnreachable(
         f"a file of the sync agent cannot be read or written{where}: {error.strerror or error}; the model in use stays",
-        hint="check that the disk is healthy and that the agent's account owns state_dir and exchange_dir",
         code=code,
         action=Action.OPERATOR,
     )

@@ -1,4 +1,4 @@
-"""What can go wrong between the model library and a box, and what the box does about it.
+"""The errors between the model library and a box, and what the box does about them.
 
 ::
 
@@ -10,13 +10,15 @@
     ├── PublishError         a publication was refused; nothing was signed
     └── SettingsError        a setting or an argument is wrong; nothing was tried
 
-Every error carries an :class:`Action`, from which the state of the agent and the exit code follow, so nobody keeps lists of codes.
+Every error has an :class:`Action`, which determines the state of the agent and the exit code; there are no lists of codes.
 """
 
 from __future__ import annotations
 
 from enum import Enum
 from typing import ClassVar
+
+from model_sync import messages
 
 MODEL_STAYS = "the model in use stays"
 
@@ -37,8 +39,8 @@ class Action(TextEnum):
     Attributes:
         NONE: nothing; the central team wanted it so, such as a withdrawal.
         RETRY: the program tries again by itself.
-        WAIT: the program goes on by itself when a condition is met, such as a download window.
-        ALARM: somebody may be forging or replaying models; a person must look at it now.
+        WAIT: the program continues by itself when a condition is met, such as a download window.
+        ALARM: somebody may be forging or replaying models; a person must act now.
         OPERATOR: a person has to repair something: the disk, a setting, the program, a document.
     """
 
@@ -54,7 +56,7 @@ class ModelSyncError(Exception):
 
     Attributes:
         message: What happened, in one English sentence with its particulars.
-        hint: What the person who reads it should do now.
+        hint: What the reader should do now; the hint of the code, when it is not given.
         code: A stable key of :mod:`model_sync.messages`, which has the text in both languages.
         action: What has to happen now.
     """
@@ -62,12 +64,11 @@ class ModelSyncError(Exception):
     default_code: ClassVar[str] = "sync.settings"
     default_action: ClassVar[Action] = Action.OPERATOR
 
-    def __init__(self, message: str, *, hint: str, code: str = "", action: Action | None = None) -> None:
-        """Store the parts; a code or action that is not given is that of the class."""
+    def __init__(self, message: str, *, hint: str = "", code: str = "", action: Action | None = None) -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
         self.code = code or self.default_code
+        self.hint = hint or (messages.hint(self.code, "en") if messages.is_known(self.code) else "")
         self.action = action or self.default_action
 
     def __str__(self) -> str:
@@ -78,8 +79,7 @@ class ModelSyncError(Exception):
 class CodedError(ModelSyncError):
     """Base of errors that are always raised with a code of their own."""
 
-    def __init__(self, code: str, message: str, *, hint: str) -> None:
-        """Store the parts."""
+    def __init__(self, code: str, message: str, hint: str = "") -> None:
         super().__init__(message, hint=hint, code=code)
 
 
@@ -110,12 +110,8 @@ class TrustError(ModelSyncError):
     default_action = Action.ALARM
 
 
-class BundleError(ModelSyncError):
+class BundleError(CodedError):
     """A bundle directory is incomplete or altered, or its manifest is not valid; codes such as ``bundle.digest_mismatch``."""
-
-    def __init__(self, code: str, message: str, hint: str) -> None:
-        """Store the parts."""
-        super().__init__(message, hint=hint, code=code)
 
     def __str__(self) -> str:
         """Return code, message and hint."""

@@ -1,8 +1,8 @@
 """One text per code: what happened and what to do, in English and Chinese, for every program of the product.
 
-A package registers its codes once, in its ``messages.py``. The English text is the source and the key of the translation; the
-Chinese one stands in the package's ``locale/zh_CN/LC_MESSAGES/messages.po``, which is read at the first Chinese text: nothing
-has to be compiled, so nothing can be forgotten (docs/adr: one text per code). Texts never hold patients' data.
+A package registers its codes once, in its ``messages.py``. The English text is the key of the translation; the Chinese text is in the
+package's ``locale/zh_CN/LC_MESSAGES/messages.po``, which is read at the first Chinese text and needs no compilation (docs/adr: one
+text per code). Texts never contain patient data.
 
 The codes of this module are those that the box, its sync agent and the central library share, because reports carry them;
 :mod:`model_sync.messages_central` has those that only the central programs use.
@@ -24,7 +24,7 @@ _LOCALE: Final = ("LC_ALL", "LC_MESSAGES", "LANG")
 
 
 class Message(NamedTuple):
-    """What happened, and what the reader should do; ``hints`` has other words for an audience that the hint does not fit."""
+    """What happened, and what the reader should do; ``hints`` replaces the hint for an audience."""
 
     text: str
     hint: str = ""
@@ -67,9 +67,9 @@ def find(code: str) -> Message:
 
 
 def text(code: str, language: Language, /, **values: object) -> str:
-    """Return what a code says, with its placeholders filled in; raises KeyError for an unknown code."""
-    said = translate(_PACKAGES[code], _MESSAGES[code].text, language)
-    return said.format(**values) if values else said
+    """Return the text of a code, with its placeholders filled in; raises KeyError for an unknown code."""
+    template = translate(_PACKAGES[code], _MESSAGES[code].text, language)
+    return template.format(**values) if values else template
 
 
 def hint(code: str, language: Language, audience: Audience | None = None) -> str:
@@ -85,7 +85,7 @@ def translate(package: str, english: str, language: Language) -> str:
 
 @cache
 def _catalogue(package: str) -> Mapping[str, str]:
-    from babel.messages.pofile import read_po  # a fifth of a second that English commands do not wait for
+    from babel.messages.pofile import read_po  # takes a fifth of a second, which English commands save
 
     with files(package).joinpath("locale/zh_CN/LC_MESSAGES/messages.po").open("rb") as file:
         return {str(entry.id): str(entry.string) for entry in read_po(file, locale="zh_CN") if entry.id}
@@ -98,7 +98,7 @@ def choose_language(environ: Mapping[str, str] | None = None) -> Language:
 
 
 def error_lines(what: str, hint: str, language: Language) -> str:
-    """Return an error the way every command prints it: what happened, and what to do in the next line."""
+    """Return an error as every command prints it: what happened, and in the next line what to do."""
     return f"{text('word.error', language, what=what)}\n{text('word.hint', language, hint=hint)}"
 
 
@@ -109,7 +109,7 @@ def describe(code: str, message: str, own_hint: str, language: Language) -> str:
     return error_lines(f"{text(code, language)} [{code}]（{message}）", hint(code, language) or own_hint, language)
 
 
-# Codes that had two meanings until one of them got a code of its own; by who wrote the stored value.
+# Codes that had two meanings until one meaning got a new code; by the program that wrote the stored value.
 _SPLIT: Final[Mapping[str, Mapping[str, str]]] = {
     "agent": {"trust.revoked": "trust.line_ended"},
     "box": {"sync.state": "trust.unreadable"},
@@ -134,8 +134,8 @@ _PREVIOUS: Final = "The previous model stays in use. Report it to the central te
 _ROLLED: Final = "The previous model analyses again, where there is one. Report it to the central team."
 _FETCH: Final = "The model in use stays. Fetch the bundle again; if it happens twice tell the central team."
 _OTHER: Final = "The box runs the model another way; `appliance tune --show` lists each candidate with its reason."
-_ENROL: Final = "The model in use stays. Ask the central team for a token, and run `model-sync enrol --token-file FILE`."
-# Whatever a status report may carry: a code that is not here leaves no box.
+_ENROL: Final = "The model in use stays. Ask the central team for a new token, and run `model-sync enrol --token-file FILE`."
+# The codes that a status report may contain: other codes are not sent to the centre.
 REPORTED: Final[Mapping[str, Message]] = {
     "ok": Message("All is well", _NOTHING),
     "unlisted": Message("The reason is not in the list of reported codes", "Look at the box itself: its page shows the reason."),
@@ -147,9 +147,7 @@ REPORTED: Final[Mapping[str, Message]] = {
     "activation.deadline": Message("The build or the self-test of the new model took too long", _PREVIOUS),
     "activation.drift": Message("The scores of the new model differed too much from its reference", _ROLLED),
     "activation.ended": Message("This activation has ended already", "See `appliance models history` for what happened."),
-    "activation.failed_before": Message(
-        "This model failed on this box before", "The model in use stays. Add --again to try it all the same."
-    ),
+    "activation.failed_before": Message("This model failed on this box before", "The model in use stays. Add --again to try it anyway."),
     "activation.failures": Message("Too many analyses of the new model failed in its trial", _ROLLED),
     "activation.latency": Message("The new model was too slow in its trial", _ROLLED),
     "activation.memory": Message("The new model needs more memory than it may have", _PREVIOUS),
@@ -161,9 +159,7 @@ REPORTED: Final[Mapping[str, Message]] = {
         "The model version that made this finding was rolled back", "Do not rely on this finding: a doctor must read the image again."
     ),
     "activation.superseded": Message("Another version replaced it", _NOTHING),
-    "box_report.invalid": Message(
-        "The box's own report is not valid and was not sent", "Analyses continue. Report it to the central team."
-    ),
+    "box_report.invalid": Message("The box's own report is invalid and was not sent", "Analyses continue. Report it to the central team."),
     "box_report.unreadable": Message(
         "The box's own report cannot be read", "Analyses continue. Check the disk and the permissions of the exchange directory."
     ),
@@ -174,9 +170,7 @@ REPORTED: Final[Mapping[str, Message]] = {
     "bundle.manifest_invalid": Message(
         "The bundle's manifest is not valid", "The model in use stays. Update the appliance; if it is new enough, tell the central team."
     ),
-    "bundle.no_manifest": Message(
-        "The bundle has no manifest", "Give the directory of one model version: the one that contains manifest.json."
-    ),
+    "bundle.no_manifest": Message("The bundle has no manifest", "Give the directory of one model version: it contains manifest.json."),
     "bundle.no_variant": Message("The bundle has no variant of this precision", "Choose one of the precisions that the bundle has."),
     "bundle.too_large": Message("The bundle is too large", _FETCH),
     "bundle.unreadable": Message("The bundle cannot be read", "Check the path, the disk, and that this account may read the bundle."),
@@ -185,9 +179,7 @@ REPORTED: Final[Mapping[str, Message]] = {
         "The wanted model is not in the exchange directory",
         "The model in use stays. The sync agent fetches it again; see `model-sync status`.",
     ),
-    "model.below_minimum": Message(
-        "This version is older than the oldest that the library allows", "The model in use stays. Use a newer version."
-    ),
+    "model.below_minimum": Message("This version is older than the library allows", "The model in use stays. Use a newer version."),
     "model.disk_full": Message(
         "The disk has no room for the new model",
         "The model in use stays. Ask the technician to free disk space; the box tries again by itself.",
@@ -197,16 +189,12 @@ REPORTED: Final[Mapping[str, Message]] = {
         "The received model is not the one that was signed or wanted",
         "The model in use stays. Fetch it again; if it happens twice tell the central team.",
     ),
-    "model.no_previous": Message(
-        "There is no earlier version to roll back to", "The model in use stays. `appliance models list` shows what this box has."
-    ),
+    "model.no_previous": Message("There is no earlier version to roll back to", "The model in use stays. See `appliance models list`."),
     "model.not_signed": Message(
         "The signed index of the model library does not list this model",
         "Only signed models may analyse patients here. Get it from the library or from its USB stick.",
     ),
-    "model.precision": Message(
-        "The model bundle does not have this precision", "Choose one of the precisions that it has, or `any` to measure all of them."
-    ),
+    "model.precision": Message("The model bundle lacks this precision", "Choose a precision that it has, or `any` to measure all."),
     "model.self_test": Message("The model failed its self-test", "The model in use stays. Report the self-test to the central team."),
     "model.too_new": Message("The model needs a newer appliance version", "The model in use stays. Update the appliance first."),
     "model.unknown": Message("There is no such model on this box", "See `appliance models list` for the models of this box."),
@@ -229,9 +217,7 @@ REPORTED: Final[Mapping[str, Message]] = {
         {"technician": "Check the path, its permissions and the space on the disk."},
     ),
     "sync.budget": Message("Today's data budget is used up", "It continues tomorrow; or raise day_budget_bytes in sync.toml."),
-    "sync.busy": Message(
-        "Another model-sync process is at work on this box", "Wait until it has ended; `model-sync status` shows what it does."
-    ),
+    "sync.busy": Message("Another model-sync process runs on this box", "Wait until it has ended; `model-sync status` shows what it does."),
     "sync.disk": Message("The directory for downloads cannot be used", _DISK),
     "sync.disk_full": Message("The disk is full", "Free disk space; the update continues by itself. The model in use stays."),
     "sync.downloading": Message("A model is being downloaded", _WAIT),
@@ -240,9 +226,7 @@ REPORTED: Final[Mapping[str, Message]] = {
         "The model in use stays. Send its log (`journalctl -u model-sync`) to the central team.",
     ),
     "sync.incomplete": Message("The library's server lacks a file that was signed", _CENTRAL),
-    "sync.no_rollout": Message(
-        "The library has no rollout for the ring of this box", "Compare `ring` in sync.toml with the central team's."
-    ),
+    "sync.no_rollout": Message("The library has no rollout for the ring of this box", "Check `ring` in sync.toml with the central team."),
     "sync.no_url": Message("No address of the library is set", "Set `urls` in sync.toml, or import from a USB stick."),
     "sync.not_the_library": Message(
         "Something other than the library answered, such as a login page of the network",
@@ -251,12 +235,8 @@ REPORTED: Final[Mapping[str, Message]] = {
     "sync.ok": Message("All is well", _NOTHING),
     "sync.range": Message("The server or a proxy sent another part of a file than was asked for", _CENTRAL),
     "sync.refused": Message("The server refused the request", _CENTRAL),
-    "sync.report": Message(
-        "The centre did not take this box's report", "Nothing to do: it is sent again. Models are fetched all the same."
-    ),
-    "sync.settings": Message(
-        "A setting of the sync agent is wrong", "Correct sync.toml; `model-sync settings` prints every key with its meaning."
-    ),
+    "sync.report": Message("The centre did not take this box's report", "Nothing to do: it is sent again. Models are still fetched."),
+    "sync.settings": Message("A setting of the sync agent is wrong", "Correct sync.toml; `model-sync settings` explains every key."),
     "sync.slow": Message("The network is too slow", _NETWORK),
     "sync.state": Message("A file of the sync agent cannot be read or written", _DISK),
     "sync.stopped": Message("The sync agent was stopped", "What was received is kept; it continues when the agent starts again."),
@@ -281,9 +261,7 @@ REPORTED: Final[Mapping[str, Message]] = {
         "This comes from another library",
         "Nothing of it was used; the model in use stays. Use the USB stick or the address of the library that this box belongs to.",
     ),
-    "trust.line_ended": Message(
-        "The library has ended this model line", "Nothing to do: the model in use stays, and no new versions come."
-    ),
+    "trust.line_ended": Message("The library has ended this model line", "Nothing to do: the model in use stays; no new versions come."),
     "trust.metadata": Message("The library's signed metadata is damaged or contradicts itself", _AGAIN),
     "trust.missing": Message(
         "There is no signed metadata of the library yet",
@@ -320,12 +298,12 @@ REPORTED: Final[Mapping[str, Message]] = {
 }
 _AGENT: Final[Mapping[str, Message]] = {
     "report.invalid": Message(
-        "The report is not valid", "The central server kept nothing of it. Update the appliance, or tell the central team."
+        "The report is not valid", "The central server discarded it. Update the appliance, or tell the central team."
     ),
-    "report.signature": Message("The report is not signed by this box", "The central server kept nothing of it. Tell the central team."),
-    "report.sequence": Message(
-        "The report's number is not above that of the last report", "Nothing to do: the newest state is sent under the next number."
+    "report.signature": Message(
+        "The report is not signed by this box", "The central server discarded it. Enrol the box again with a new token."
     ),
+    "report.sequence": Message("The report's number is not above the last one", "Nothing to do: it is sent under the next number."),
     "report.rate": Message("The box reports too often", "Nothing to do: it is sent again later."),
     "device.none": Message("This box has no usable device certificate", _ENROL),
     "device.expired": Message("This box's device certificate has expired", _ENROL),
@@ -336,16 +314,10 @@ _AGENT: Final[Mapping[str, Message]] = {
     "device.refused": Message("The centre refused this box", "The model in use stays. Ask the central team."),
     "enrolment.token": Message("The token is unknown, used or expired", "Nothing was enrolled. Ask the central team for a new token."),
     "enrolment.csr": Message("The certificate request is not valid", "Nothing was enrolled. Run `model-sync enrol` again."),
-    "enrolment.denied": Message(
-        "This box is denied", "The model in use stays. Ask the central team: the box or its certificate is denied."
-    ),
-    "enrolment.certificate": Message(
-        "There is no valid device certificate of this fleet", "Enrol the box with a token of the central team."
-    ),
+    "enrolment.denied": Message("This box is denied", "The model in use stays. Ask the central team why it is denied."),
+    "enrolment.certificate": Message("There is no valid certificate of this fleet", "Enrol the box with a token of the central team."),
     "enrolment.expired": Message("The device certificate has expired", "Enrol the box again with a token of the central team."),
-    "enrolment.too_early": Message(
-        "The device certificate is too young to be renewed", "Nothing to do: it is renewed when its time comes."
-    ),
+    "enrolment.too_early": Message("The device certificate is too new to be renewed", "Nothing to do: it is renewed when its time comes."),
     "delta.invalid": Message("A delta cannot be used", "Nothing was changed; the complete file is fetched instead."),
 }
 # What `model-sync` prints besides.
@@ -356,7 +328,7 @@ _WORDS: Final[Mapping[str, Message]] = {
     "status.ring": Message("ring"),
     "status.state": Message("State"),
     "status.since": Message("since"),
-    "status.last_look": Message("Last look"),
+    "status.last_look": Message("Last poll"),
     "status.last_success": Message("Last success"),
     "status.never": Message("never"),
     "status.received": Message("Bytes received"),

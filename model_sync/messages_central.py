@@ -1,4 +1,4 @@
-"""The codes and words that only the central programs use: ``model-library`` and the fleet page; registered by being imported."""
+"""The codes and words that only the central programs use: ``model-library`` and the fleet page; an import registers them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ _STATUS: Final = "Nothing was changed. `model-library status` shows the roles, t
 _RETURN: Final = "Copy the file from the folder staged/ again and have that copy signed; nothing was taken."
 _CODES: Final[Mapping[str, Message]] = {
     "library.refused": Message("The library refused this change", _UNCHANGED),
-    "library.usage": Message(
-        "An argument of the command is wrong", "Nothing was changed. `model-library COMMAND --help` explains the arguments."
-    ),
+    "library.usage": Message("An argument of the command is wrong", "Nothing was changed. See `model-library COMMAND --help`."),
     "library.absent": Message(
         "This directory has no model library, or its library.json is not valid",
         "Give the library's directory, or make one with `model-library init`.",
@@ -26,12 +24,8 @@ _CODES: Final[Mapping[str, Message]] = {
         "A file or directory cannot be read or written",
         "Check the path, its permissions and the space on the disk. Boxes see the last complete state; run the command again.",
     ),
-    "library.incomplete": Message(
-        "The library is incomplete or damaged", "`model-library verify` shows what is missing; nothing was written."
-    ),
-    "library.unconfirmed": Message(
-        "The action was not confirmed", "Nothing was signed or dropped. Run it again on a terminal, or add --yes."
-    ),
+    "library.incomplete": Message("The library is incomplete or damaged", "See `model-library verify`; nothing was written."),
+    "library.unconfirmed": Message("The action was not confirmed", "Nothing was signed or deleted. Run it on a terminal, or add --yes."),
     "library.role": Message("There is no such role or model line", _STATUS),
     "library.name": Message("This name cannot be used", "Nothing was changed. Choose another name."),
     "library.keys": Message("The keys do not match the role", _STATUS),
@@ -56,19 +50,15 @@ _CODES: Final[Mapping[str, Message]] = {
         "The key cannot be used",
         "Nothing was signed. Give the key file or the token whose public key the library knows; `model-library key new` makes one.",
     ),
-    "library.stick": Message(
-        "The USB stick cannot be written", "Try again, or with another, larger stick; a box refuses an incomplete one."
-    ),
-    "fleet.settings": Message(
-        "A setting of the central server is wrong", "The server did not start. `model-library serve --help` explains the settings."
-    ),
+    "library.stick": Message("The USB stick cannot be written", "Try again, or take a larger stick; a box refuses an incomplete one."),
+    "fleet.settings": Message("A setting of the central server is wrong", "The server did not start. See `model-library serve --help`."),
     "fleet.database": Message("The fleet database cannot be used", "Check its address, and that its version fits this software."),
     "fleet.unknown": Message("There is no such box, certificate or person", "Nothing was changed. The fleet page lists the boxes."),
     "fleet.authority": Message("The device authority cannot be used", "Nothing was issued. Check its directory and its passphrase."),
     "library.module": Message("A library that this command needs is not installed", "pip install 'clinic-edge-appliance[library]'"),
     "library.interrupted": Message("The command was interrupted", _UNCHANGED),
 }
-# What the fleet page says besides.
+# The texts of the fleet page.
 WORDS: Final[Mapping[str, Message]] = {
     "fleet.brand": Message("Model library · Fleet"),
     "fleet.skip": Message("Skip to the content"),
@@ -92,12 +82,14 @@ WORDS: Final[Mapping[str, Message]] = {
     "fleet.state.denied": Message("Denied"),
     "fleet.state.fine": Message("Fine"),
     "fleet.rollouts": Message("Rollouts"),
-    "fleet.rollouts.none": Message("There is no rollout. Begin one with model-library rollout."),
-    "fleet.rollouts.broken": Message("The library cannot be read: run model-library verify. What is said of the boxes still holds."),
+    "fleet.rollouts.none": Message("There is no rollout. Start one with model-library rollout."),
+    "fleet.rollouts.broken": Message(
+        "The library cannot be read: run model-library verify. The information about the boxes is still valid."
+    ),
     "fleet.rollout.title": Message("Ring {ring}: {line} → {version}"),
     "fleet.rollout.paused": Message("Paused"),
     "fleet.rollout.running": Message("Running"),
-    "fleet.rollout.waiting": Message("Not begun"),
+    "fleet.rollout.waiting": Message("Not started"),
     "fleet.rollout.complete": Message("Plan completed"),
     "fleet.rollout.figures": Message(
         "{running} of the ring's {total} boxes ({share}\u00a0%) run this version; by plan it would be {planned}\u00a0% now."
@@ -105,17 +97,17 @@ WORDS: Final[Mapping[str, Message]] = {
     "fleet.rollout.plan": Message("Plan: {percent}\u00a0% of the boxes within {hours} hours from {start}."),
     "fleet.rollout.failures": Message("{failed} boxes failed of {tried} that tried; at {limit} failures it pauses by itself."),
     "fleet.rollout.spent": Message(
-        "The failure budget is spent, but this server holds no rollout key and cannot pause. Run the command below where the key is, now."
+        "The failure budget is used up, but this server has no rollout key and cannot pause. Run the command below where the key is, now."
     ),
     "fleet.rollout.pausing": Message(
-        "The failure budget is spent and the server is pausing this rollout. If this stays, read the server's log and press the button."
+        "The failure budget is used up and the server is pausing this rollout. If this stays, read the server's log and press the button."
     ),
     "fleet.rollout.pause": Message("Pause the rollout"),
     "fleet.rollout.resume": Message("Resume the rollout"),
-    "fleet.rollout.looked": Message("I have looked at the failures"),
-    "fleet.rollout.no_key": Message("This server holds no rollout key (--rollout-key). Run where the key is:"),
+    "fleet.rollout.looked": Message("I have checked the failures"),
+    "fleet.rollout.no_key": Message("This server has no rollout key (--rollout-key). Run where the key is:"),
     "fleet.rollout.pause_means": Message(
-        "A pause is a newly signed rollout: boxes not yet updated stop at their next look; updated ones stay as they are."
+        "A pause is a newly signed rollout: boxes not yet updated stop at their next poll; updated ones stay."
     ),
     "fleet.chart.title": Message("Progress of the rollout"),
     "fleet.chart.share": Message("Share of the ring's boxes"),
@@ -131,7 +123,7 @@ WORDS: Final[Mapping[str, Message]] = {
     "fleet.version.withdrawn": Message("Withdrawn"),
     "fleet.version.old": Message("Below the minimum"),
     "fleet.boxes": Message("Boxes"),
-    "fleet.boxes.none": Message("No box fits the filter."),
+    "fleet.boxes.none": Message("No box matches the filter."),
     "fleet.boxes.count": Message("{count} boxes"),
     "fleet.filter": Message("Filter"),
     "fleet.filter.clear": Message("Clear the filter"),
@@ -168,7 +160,7 @@ WORDS: Final[Mapping[str, Message]] = {
     "fleet.box.health": Message("{waiting} waiting, {analysed} analysed and {failed} failed in 24 h, {disk} of disk free"),
     "fleet.box.load": Message("Load"),
     "fleet.box.received": Message("Received"),
-    "fleet.box.success": Message("Last good synchronisation"),
+    "fleet.box.success": Message("Last successful synchronisation"),
     "fleet.box.unlisted": Message("Entries the signed library does not know"),
     "fleet.box.models": Message("Models"),
     "fleet.box.events": Message("Activations"),
@@ -177,10 +169,10 @@ WORDS: Final[Mapping[str, Message]] = {
     "fleet.box.revoked": Message("revoked"),
     "fleet.box.valid": Message("valid"),
     "fleet.box.expired": Message("expired"),
-    "fleet.box.deny_hint": Message("To shut this box out at once:"),
+    "fleet.box.deny_hint": Message("To deny this box at once:"),
     "fleet.back": Message("Back to the fleet"),
-    "fleet.log": Message("What was done"),
-    "fleet.log.none": Message("Nothing was done yet."),
+    "fleet.log": Message("Recorded actions"),
+    "fleet.log.none": Message("No action was recorded yet."),
     "fleet.log.who": Message("Who"),
     "fleet.log.what": Message("What"),
     "fleet.log.subject": Message("Subject"),
@@ -193,25 +185,25 @@ WORDS: Final[Mapping[str, Message]] = {
     "fleet.ago.days": Message("{count} days ago"),
     "fleet.ago.never": Message("never"),
     "fleet.done.paused": Message("The rollout is paused: the new one is signed and published."),
-    "fleet.done.resumed": Message("The rollout goes on: the new one is signed and published."),
-    "fleet.done.same": Message("The rollout was so already; nothing was changed."),
+    "fleet.done.resumed": Message("The rollout continues: the new one is signed and published."),
+    "fleet.done.same": Message("The rollout had this state already; nothing was changed."),
     "fleet.done.failed": Message("Nothing was signed: {why}"),
-    "fleet.done.look_first": Message("Look at the failures and tick the box before you resume."),
+    "fleet.done.look_first": Message("Check the failures and tick the box before you resume."),
     "fleet.error.title": Message("This cannot be shown"),
     "fleet.error.400": Message("The request is not valid; nothing was changed. Go back and reload the page."),
     "fleet.error.403": Message("This is not allowed."),
     "fleet.error.404": Message("There is no such page or box."),
-    "fleet.error.413": Message("Too large; nothing was kept."),
+    "fleet.error.413": Message("Too large; nothing was stored."),
     "fleet.error.429": Message("Too many requests; wait a minute and try again."),
     "fleet.error.500": Message("The server made an error. Try again later."),
-    "fleet.error.503": Message("The database is away. Try again later."),
+    "fleet.error.503": Message("The database cannot be reached. Try again later."),
     "fleet.action.paused": Message("paused the rollout"),
     "fleet.action.resumed": Message("resumed the rollout"),
-    "fleet.action.budget-spent": Message("failure budget spent, could not pause"),
+    "fleet.action.budget-spent": Message("failure budget used up, could not pause"),
     "fleet.action.token": Message("made a token"),
     "fleet.action.enrolled": Message("enrolled"),
     "fleet.action.deny": Message("denied"),
-    "fleet.action.allow": Message("let in again"),
+    "fleet.action.allow": Message("allowed again"),
     "fleet.action.move": Message("moved to the ring"),
     "fleet.action.operator": Message("made an operator or a new password"),
     "fleet.action.operator-removed": Message("removed an operator"),

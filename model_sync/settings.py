@@ -39,7 +39,7 @@ class SyncSettings(BaseModel):
     ring: str = Field("stable", pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$", description="Rollout ring of this box.")
     lines: list[str] = Field(default_factory=list, description="Model lines to follow; empty follows every line of the ring.")
     urls: list[str] = Field(default_factory=list, description="Base URLs of the library, tried in order.")
-    ca_certificate: Path | None = Field(None, description="PEM of the authority that vouches for the library's TLS certificate.")
+    ca_certificate: Path | None = Field(None, description="PEM of the authority that signed the library's TLS certificate.")
     report_url: str | None = Field(None, description="Base URL of `model-library serve` for enrolment and reports; None sends none.")
     report_interval_s: float = Field(3600.0, gt=0, description="Longest silence between two status reports.")
     poll_interval_s: float = Field(900.0, gt=0, description="Mean time between two polls of the library.")
@@ -77,9 +77,9 @@ class SyncSettings(BaseModel):
         try:
             values = tomllib.loads(file.read_text("utf-8"))
         except OSError as error:
-            raise SettingsError(f"{file}: {error.strerror}", hint="run `model-sync init` to lay one, or point --config to it") from error
+            raise SettingsError(f"{file}: {error.strerror}", hint="create it with `model-sync init`, or give --config") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise SettingsError(f"{file}: {error}", hint="mend the line; `model-sync settings` prints every key") from error
+            raise SettingsError(f"{file}: {error}") from error
         return cls.parse({"state_dir": file.parent} | values | overrides, base=file.parent)
 
     @classmethod
@@ -89,7 +89,7 @@ class SyncSettings(BaseModel):
             settings = cls.model_validate(values)
         except ValidationError as error:
             what = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-            raise SettingsError(what, hint="`model-sync settings` prints every key with its meaning") from error
+            raise SettingsError(what) from error
         root = (base or Path.cwd()).resolve()
         return settings.model_copy(update={name: root / value for name in _PATHS if (value := getattr(settings, name)) is not None})
 

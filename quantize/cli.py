@@ -6,42 +6,26 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
-from model_sync import messages
-from quantize.errors import QuantizeError, error_lines, print_os_error
+from quantize.errors import DONE, run_command
 from quantize.recipes import modelopt
 
-DONE, FAILED, USAGE, GATE_FAILED = 0, 1, 2, 3
-_EPILOG: Final = "Exit codes: 0 done, 1 failed (the reason and what to do are said), 2 wrong use, 3 a variant did not pass the gate."
-_INTERRUPTED: Final = 130
+GATE_FAILED: Final = 3
+_EPILOG: Final = "Exit codes: 0 done, 1 failed (the reason and what to do are printed), 2 wrong use, 3 a variant did not pass the gate."
+# These have parsers of their own, so that they can be started as modules too.
+_MODULES: Final = {"build-reference": "quantize.reference.build", "draw-phantoms": "quantize.reference.phantom"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 usage, 3 the gate refused something."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # These two have their own parsers, so that they can be started without this command too.
-    if arguments[:1] == ["build-reference"]:
-        from quantize.reference.build import main as build
-
-        return build(arguments[1:])
-    if arguments[:1] == ["draw-phantoms"]:
-        from quantize.reference.phantom import main as draw
-
-        return draw(arguments[1:])
+    if arguments and arguments[0] in _MODULES:
+        return int(import_module(_MODULES[arguments[0]]).main(arguments[1:]))
     options = _parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], int] = options.command
-    try:
-        return command(options)
-    except OSError as error:
-        return print_os_error(error)
-    except QuantizeError as error:
-        print(messages.describe(error.code, error.message, error.hint, messages.choose_language()), file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print(error_lines("quantize.interrupted"), file=sys.stderr)
-        return _INTERRUPTED
+    return run_command(lambda: int(options.command(options)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,49 +33,50 @@ def _parser() -> argparse.ArgumentParser:
         prog="quantize", description="Make, gate and measure model bundles (docs/quantize.md).", epilog=_EPILOG
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _run_parser(commands)
-    one = _command(commands, "calibrate", _calibrate, "write every fp16 and int8 candidate of a model; none of them is gated yet")
-    one.add_argument("--model", type=Path, required=True, help="the float ONNX file")
-    one.add_argument("--manifest", type=Path, required=True, help="draft.toml")
-    one.add_argument("--calibration", type=Path, required=True, help="directory of pictures to measure ranges on")
-    one.add_argument("--out", type=Path, required=True, help="directory to write the ONNX files into")
+    model, labelled, bundle = "the float ONNX file", "directory of pictures with labels.csv", "the bundle's directory"
+    one = _command(
+        commands, "run", _run, "make a gated bundle from a float model; an interrupted run is resumed",
+        model=model, manifest="draft.toml; a MODEL_CARD.md beside it goes into the bundle",
+        calibration="directory of DICOM, PNG, JPEG or npz pictures; no labels needed", evaluation=f"{labelled}, of other patients",
+        out=f"{bundle}; beside it come OUT.report.html and OUT.report.json",
+    )  # fmt: skip
+    one.add_argument("--golden", type=Path, help="pictures without patients for the golden cases (phantoms); averages otherwise")
+    one.add_argument("--one-int8", action="store_true", help="ship one int8 variant only, the best here: for a small bundle")
+    one.add_argument("--calibration-limit", type=int, default=256, metavar="N", help="use at most so many calibration pictures (256)")
+    one.add_argument("--replace", action="store_true", help="allow --out to exist already")
+    one.add_argument("--keep-work", action="store_true", help="keep OUT.work, the finished steps, after success")
     modelopt.add_options(one)
-    one = _command(commands, "gate", _gate, "hold every variant of a bundle against its fp32 on a labelled set; exit code 3 if one fails")
-    one.add_argument("--bundle", type=Path, required=True, help="the bundle's directory")
-    one.add_argument("--evaluation", type=Path, required=True, help="directory of pictures with labels.csv")
+    _limits(one)
+    one = _command(
+        commands, "calibrate", _calibrate, "write every fp16 and int8 candidate of a model; none of them is gated yet",
+        model=model, manifest="draft.toml", calibration="directory of pictures to measure ranges on",
+        out="directory to write the ONNX files into",
+    )  # fmt: skip
+    modelopt.add_options(one)
+    one = _command(
+        commands, "gate", _gate, "compare every variant of a bundle with its fp32 on a labelled set; exit code 3 if one fails",
+        bundle=bundle, evaluation=labelled,
+    )  # fmt: skip
     one.add_argument("--out", type=Path, help="file for the verdicts as JSON; standard output otherwise")
     _limits(one)
-    one = _command(commands, "report", _report, "draw the HTML report of a run again from its record")
-    one.add_argument("--record", type=Path, required=True, help="BUNDLE.report.json, as quantize run wrote it")
-    one.add_argument("--out", type=Path, required=True, help="the HTML file")
-    one = _command(commands, "bench", _bench, "time every variant of a bundle on every runtime here, each against the others")
-    one.add_argument("--bundle", type=Path, required=True, help="the bundle's directory")
+    _command(
+        commands, "report", _report, "draw the HTML report of a run again from its record",
+        record="BUNDLE.report.json, as quantize run wrote it", out="the HTML file",
+    )  # fmt: skip
+    one = _command(commands, "bench", _bench, "time every variant of a bundle on every runtime here, in turns", bundle=bundle)
     one.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    for name, words in (("build-reference", "build the reference bundle"), ("draw-phantoms", "draw the sample scans")):
+    for name, words in (("build-reference", "build the reference bundle"), ("draw-phantoms", "draw the sample images")):
         commands.add_parser(name, help=f"{words}; -h explains its arguments", add_help=False)
     return parser
 
 
-def _command(commands: Any, name: str, function: Callable[[argparse.Namespace], int], words: str) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, function: Callable[[argparse.Namespace], int], words: str, **paths: str) -> argparse.ArgumentParser:
+    """Add a command; ``paths`` are its required options that name a file or a directory, with their help."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=words, description=f"{words[0].upper()}{words[1:]}.", epilog=_EPILOG)
+    for option, explanation in paths.items():
+        parser.add_argument(f"--{option}", type=Path, required=True, help=explanation)
     parser.set_defaults(command=function)
     return parser
-
-
-def _run_parser(commands: Any) -> None:
-    one = _command(commands, "run", _run, "make a gated bundle from a float model; an interrupted run goes on where it was")
-    one.add_argument("--model", type=Path, required=True, help="the float ONNX file")
-    one.add_argument("--manifest", type=Path, required=True, help="draft.toml; a MODEL_CARD.md beside it goes into the bundle")
-    one.add_argument("--calibration", type=Path, required=True, help="directory of DICOM, PNG, JPEG or npz pictures; no labels needed")
-    one.add_argument("--evaluation", type=Path, required=True, help="directory of pictures with labels.csv, of other patients")
-    one.add_argument("--out", type=Path, required=True, help="the bundle's directory; beside it come OUT.report.html and OUT.report.json")
-    one.add_argument("--golden", type=Path, help="pictures without patients for the golden cases (phantoms); averages otherwise")
-    one.add_argument("--one-int8", action="store_true", help="ship one int8 variant only, the best here: for a small bundle")
-    one.add_argument("--calibration-limit", type=int, default=256, metavar="N", help="use at most so many calibration pictures (256)")
-    one.add_argument("--replace", action="store_true", help="allow --out to be there already")
-    one.add_argument("--keep-work", action="store_true", help="keep OUT.work, the finished steps, after success")
-    modelopt.add_options(one)
-    _limits(one)
 
 
 def _limits(parser: argparse.ArgumentParser) -> None:

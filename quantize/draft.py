@@ -28,6 +28,7 @@ from model_sync.bundle import (
     Watch,
 )
 from quantize.errors import QuantizeError
+from quantize.messages import Code
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,16 +45,12 @@ class SensitivityTarget(Strict):
     sensitivity: Annotated[float, Field(gt=0, le=1)] = 0.95
 
 
-class DraftRegistration(Strict):
+class DraftRegistration(Registration):
     """The registration. TOML has no null: a missing field is None."""
 
     number: str | None = None
     device_class: str | None = None
     pccp_id: str | None = None
-
-    def to_manifest(self) -> Registration:
-        """Return the registration in the form of the manifest."""
-        return Registration(number=self.number, device_class=self.device_class, pccp_id=self.pccp_id)
 
 
 class Draft(Strict):
@@ -109,7 +106,7 @@ class Draft(Strict):
             QuantizeError: ``draft.missing``, ``draft.invalid``.
         """
         if not path.is_file():
-            raise QuantizeError(f"the draft {path} is not there", hint="docs/quantize.md shows one to start from", code="draft.missing")
+            raise QuantizeError(f"the draft {path} does not exist", code=Code.DRAFT_MISSING)
         return cls.parse(path.read_bytes())
 
     @property
@@ -127,4 +124,4 @@ class Draft(Strict):
 
 
 def _invalid(what: str) -> QuantizeError:
-    return QuantizeError(f"the draft is not valid: {what}", hint="docs/quantize.md lists the fields", code="draft.invalid")
+    return QuantizeError(f"the draft is not valid: {what}", code=Code.DRAFT_INVALID)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from typing_extensions import Self
+
+from model_sync.errors import TextEnum
 from model_sync.messages import Message, register
 
 # fmt: off  (a table reads best with one code in a line)
@@ -12,61 +15,86 @@ _MODEL: Final = "Nothing was written. Export the float model again; docs/quantiz
 _PICTURES: Final = "Nothing was written. Correct the picture set; docs/quantize.md says what it must contain."
 _MODELOPT: Final = "Correct its environment, or leave it out with --no-modelopt."
 _RECORD: Final = "Give BUNDLE.report.json, as `quantize run` wrote it beside the bundle."
-_CODES: Final[Mapping[str, Message]] = {
-    "quantize.failed": Message(
+
+
+class Code(TextEnum):
+    """Why a step failed or a variant was refused, with what it means and what to do; the values are stored in records and ``gate.json``."""
+
+    message: Message
+
+    def __new__(cls, value: str, text: str, hint: str = "") -> Self:
+        """Make a member whose value is the code alone."""
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.message = Message(text, hint)
+        return member
+
+    FAILED = (
+        "quantize.failed",
         "A step failed, and no bundle was written",
         "The detail says what is wrong with the model or the pictures; docs/quantize.md explains what is needed.",
-    ),
-    "quantize.disk": Message("A file cannot be read or written", "Check the path, its permissions and the space on the disk."),
-    "quantize.interrupted": Message("The command was interrupted", "What was done is kept: the same command continues it."),
-    "bundle.golden": Message("A variant does not reproduce its golden cases", "Choose golden pictures that resemble the evaluation set."),
-    "bundle.invalid": Message("What was made is not a valid bundle", "Report it with the model: nothing was published."),
-    "data.empty": Message("The directory has no picture that can be read", _PICTURES),
-    "data.labels": Message("The labels file is missing or not valid", _PICTURES),
-    "data.missing": Message("A directory or a picture of the set is missing", _PICTURES),
-    "data.modality": Message("Pictures of the set are of another modality than the model's", _PICTURES),
-    "data.one_class": Message("The evaluation set lacks positive or negative pictures", _PICTURES),
-    "data.overlap": Message("The calibration and the evaluation set share pictures or patients", _PICTURES),
-    "data.too_few": Message("The calibration set has too few pictures", _PICTURES),
-    "data.unreadable": Message("Pictures of the set cannot be read", _PICTURES),
-    "draft.invalid": Message("The draft manifest is not valid", "docs/quantize.md lists its fields."),
-    "draft.missing": Message("The draft manifest does not exist", "docs/quantize.md shows one to start from."),
-    "golden.empty": Message("There are no golden pictures", "Give PNG or DICOM files without patients' data: a bundle needs golden cases."),
-    "golden.unreadable": Message("A golden picture cannot be read", "Give PNG or DICOM files without patients' data."),
-    "model.cleaned": Message("The simplified graph computes another result than the given model", _MODEL),
-    "model.output": Message("The outputs of the model do not match the draft manifest", _MODEL),
-    "model.runs": Message("The float model does not run or does not pass its own gate", _MODEL),
-    "model.threshold": Message(
+    )
+    DISK = "quantize.disk", "A file cannot be read or written", "Check the path, its permissions and the space on the disk."
+    INTERRUPTED = "quantize.interrupted", "The command was interrupted", "What was done is kept: the same command continues it."
+    BUNDLE_GOLDEN = (
+        "bundle.golden",
+        "A variant does not reproduce its golden cases",
+        "Choose golden pictures that resemble the evaluation set.",
+    )
+    BUNDLE_INVALID = "bundle.invalid", "What was made is not a valid bundle", "Report it with the model: nothing was published."
+    DATA_EMPTY = "data.empty", "The directory has no picture that can be read", _PICTURES
+    DATA_LABELS = "data.labels", "The labels file is missing or not valid", _PICTURES
+    DATA_MISSING = "data.missing", "A directory or a picture of the set is missing", _PICTURES
+    DATA_MODALITY = "data.modality", "Pictures of the set are of another modality than the model's", _PICTURES
+    DATA_ONE_CLASS = "data.one_class", "The evaluation set lacks positive or negative pictures", _PICTURES
+    DATA_OVERLAP = "data.overlap", "The calibration and the evaluation set share pictures or patients", _PICTURES
+    DATA_TOO_FEW = "data.too_few", "The calibration set has too few pictures", _PICTURES
+    DATA_UNREADABLE = "data.unreadable", "Pictures of the set cannot be read", _PICTURES
+    DRAFT_INVALID = "draft.invalid", "The draft manifest is not valid", "docs/quantize.md lists its fields."
+    DRAFT_MISSING = "draft.missing", "The draft manifest does not exist", "docs/quantize.md shows one to start from."
+    GOLDEN_EMPTY = (
+        "golden.empty",
+        "There are no golden pictures",
+        "Give PNG or DICOM files without patients' data: a bundle needs golden cases.",
+    )
+    GOLDEN_UNREADABLE = "golden.unreadable", "A golden picture cannot be read", "Give PNG or DICOM files without patients' data."
+    MODEL_CLEANED = "model.cleaned", "The simplified graph computes another result than the given model", _MODEL
+    MODEL_OUTPUT = "model.output", "The outputs of the model do not match the draft manifest", _MODEL
+    MODEL_RUNS = "model.runs", "The float model does not run or does not pass its own gate", _MODEL
+    MODEL_THRESHOLD = (
+        "model.threshold",
         "The model reaches the wanted sensitivity at no threshold",
         "Choose a lower sensitivity, or check the labels and the outputs of the model.",
-    ),
-    "modelopt.absent": Message("nvidia-modelopt is not in the given environment", _MODELOPT),
-    "modelopt.failed": Message("nvidia-modelopt failed", _MODELOPT),
-    "modelopt.wrote": Message("nvidia-modelopt wrote a model that cannot be used", _MODELOPT),
-    "out.exists": Message("The output exists already", "Nothing was overwritten. Name another directory, or add --replace."),
-    "processor.no_vnni": Message(
+    )
+    MODELOPT_ABSENT = "modelopt.absent", "nvidia-modelopt is not in the given environment", _MODELOPT
+    MODELOPT_FAILED = "modelopt.failed", "nvidia-modelopt failed", _MODELOPT
+    MODELOPT_WROTE = "modelopt.wrote", "nvidia-modelopt wrote a model that cannot be used", _MODELOPT
+    OUT_EXISTS = "out.exists", "The output exists already", "Nothing was overwritten. Name another directory, or add --replace."
+    PROCESSOR_NO_VNNI = (
+        "processor.no_vnni",
         "This processor cannot gate and time an int8 variant",
         "Build it where lscpu lists avx512_vnni or avx_vnni; --only fp16 builds a bundle without int8 on any processor.",
-    ),
-    "report.matplotlib": Message("matplotlib is not installed, so the report cannot be drawn", "pip install -e '.[quantize]'"),
-    "report.record": Message("The record of the run cannot be used", _RECORD),
-    "speed.failed": Message("A variant failed while it was timed", "Start the command again: what was done is kept."),
-    "work.busy": Message("Another run works in this directory", "Wait until it has ended, or name another directory."),
-    "work.damaged": Message("The work directory is damaged", "Remove it and start again."),
-    "gate.auc": Message("the AUC differs too much from the float model's"),
-    "gate.sensitivity": Message("the sensitivity leaves the float model's confidence interval"),
-    "gate.specificity": Message("the specificity leaves the float model's confidence interval"),
-    "gate.score": Message("a single score changes too much"),
-    "gate.cam": Message("the class activation map changes too much"),
-    "gate.dice": Message("the masks overlap too little with the float model's"),
-    "gate.not_finite": Message("it answers NaN or Inf"),
-    "gate.output": Message("an output is missing"),
-    "gate.untested": Message("no runtime here could try it"),
-    "make.failed": Message("it could not be made"),
-    "calibration.other_better": Message("another calibration of the same recipe is more accurate"),
-    "speed.slower": Message("no faster than a more exact variant"),
-    "speed.other_better": Message("another variant of its kind is faster, or as fast and more accurate"),
-}
+    )
+    REPORT_MATPLOTLIB = "report.matplotlib", "matplotlib is not installed, so the report cannot be drawn", "pip install -e '.[quantize]'"
+    REPORT_RECORD = "report.record", "The record of the run cannot be used", _RECORD
+    SPEED_FAILED = "speed.failed", "A variant failed while it was timed", "Start the command again: what was done is kept."
+    WORK_BUSY = "work.busy", "Another run works in this directory", "Wait until it has ended, or name another directory."
+    WORK_DAMAGED = "work.damaged", "The work directory is damaged", "Remove it and start again."
+    GATE_AUC = "gate.auc", "the AUC differs too much from the float model's"
+    GATE_SENSITIVITY = "gate.sensitivity", "the sensitivity leaves the float model's confidence interval"
+    GATE_SPECIFICITY = "gate.specificity", "the specificity leaves the float model's confidence interval"
+    GATE_SCORE = "gate.score", "a single score changes too much"
+    GATE_CAM = "gate.cam", "the class activation map changes too much"
+    GATE_DICE = "gate.dice", "the masks overlap too little with the float model's"
+    GATE_NOT_FINITE = "gate.not_finite", "an output holds NaN or Inf"
+    GATE_OUTPUT = "gate.output", "an output is missing"
+    GATE_UNTESTED = "gate.untested", "no runtime of this computer could run it"
+    MAKE_FAILED = "make.failed", "it could not be made"
+    CALIBRATION_OTHER_BETTER = "calibration.other_better", "another calibration of the same recipe is more accurate"
+    SPEED_SLOWER = "speed.slower", "no faster than a more exact variant"
+    SPEED_OTHER_BETTER = "speed.other_better", "another variant of its kind is faster, or as fast and more accurate"
+
+
 WORDS: Final[Mapping[str, Message]] = {
     "page.report": Message("Quantization report"),
     "page.summary": Message("In words"),
@@ -95,7 +123,6 @@ WORDS: Final[Mapping[str, Message]] = {
     "page.mean": Message("mean change"),
     "page.sides": Message("crossed the threshold"),
     "page.map": Message("map difference"),
-    "page.dice": Message("Dice"),
     "page.size": Message("size"),
     "page.median": Message("median"),
     "page.ratio": Message("against fp32"),
@@ -108,7 +135,6 @@ WORDS: Final[Mapping[str, Message]] = {
     "page.yes": Message("yes"),
     "page.too_few": Message("too few, listed only"),
     "page.reason": Message("reason"),
-    "page.pictures": Message("pictures"),
     "page.threshold": Message("threshold"),
     "page.auc": Message("AUC"),
     "page.absent": Message("not measured here"),
@@ -116,9 +142,8 @@ WORDS: Final[Mapping[str, Message]] = {
     "page.tolerance": Message("tolerance of the golden cases"),
     "page.notes": Message("Remarks"),
     "page.not_on": Message("not on"),
-    "page.more": Message("more not shown:"),
     "page.no_layers": Message("Per-layer errors were not measured."),
     "page.method": Message("recipe"),
 }
 # fmt: on
-register("quantize", {**_CODES, **WORDS})
+register("quantize", {**{code.value: code.message for code in Code}, **WORDS})

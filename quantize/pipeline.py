@@ -1,43 +1,47 @@
 """From a float model and two sets of pictures to a gated bundle: ``run(recipe)``.
 
-read and check -> clean up, activation map -> float scores, operating points -> fp16 and every int8 recipe, each before the gate on
-every runtime here, each in a process that may die -> layers back to float where no int8 passes -> times -> what is shipped -> golden
-cases, histograms, ``gate.json``, model card, manifest -> checked as a box checks it, put in place in one go. An
-interrupted run resumes: see ``quantize.work_directory``.
+1. Check and clean up the model, add its class activation map; read both image sets.
+2. Compute the float scores and the operating points.
+3. Make fp16 and every int8 recipe; run the gate for each on every runtime here, each in a process of its own.
+4. Where no int8 passes, put layers back to float.
+5. Measure the speed of what passed, and select what is shipped.
+6. Write golden cases, histograms, ``gate.json``, model card and manifest; check them as a box does, and replace ``out`` in one step.
+
+An interrupted run is resumed: see ``quantize.work_directory``.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
+from model_sync.bundle import Manifest
 from model_sync.errors import BundleError
 from quantize.bundle import assembly, golden_cases, model_card
-from quantize.bundle.assembly import Documents, OperatingPoints
+from quantize.bundle.assembly import OperatingPoints
 from quantize.draft import MODEL_CARD, Draft
 from quantize.errors import QuantizeError
 from quantize.gate import gate_runs, mixed_precision, predictions, preparation, selection
 from quantize.gate.gate_runs import GateContext
+from quantize.gate.image_sets import ImageSet
 from quantize.gate.selection import VariantResult
 from quantize.gate.verdicts import Limits
 from quantize.graph import model_checks
+from quantize.messages import Code
 from quantize.progress import Progress
 from quantize.recipes import modelopt
+from quantize.recipes.calibration import Calibration
 from quantize.recipes.variant_makers import Maker, Source, all_makers, measure_calibration
 from quantize.report import html_report
 from quantize.report.run_record import make_record
 from quantize.work_directory import WorkDirectory
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from model_sync.bundle import Manifest
-    from quantize.gate.image_sets import ImageSet
 
 _WEIGHTS: Final = {
     "model": 2.0,
@@ -80,7 +84,7 @@ class BundleRecipe:
         limits: of the gate.
         calibration_limit: how many calibration pictures are used at most.
         one_int8: ship one int8 variant only, the fastest here.
-        replace: whether ``out`` may be there already.
+        replace: whether ``out`` may exist already.
         keep_work: whether the work directory stays after success.
         measured_on: names the evaluation set in the manifest; its directory's name when empty.
         makers: the variants to try; all when None.
@@ -126,10 +130,10 @@ def run(recipe: BundleRecipe, progress: Progress | None = None) -> RunResult:
     """Make a bundle and put it at ``recipe.out`` only after it is complete and checked.
 
     Raises:
-        QuantizeError: something that was given is wrong, or nothing can be shipped; it says what to do.
+        QuantizeError: an input is wrong, or nothing can be shipped; the hint says what to do.
     """
     if recipe.out.exists() and not recipe.replace:
-        raise QuantizeError(f"{recipe.out} is there already", hint="name another directory, or allow it with --replace", code="out.exists")
+        raise QuantizeError(f"{recipe.out} exists already", code=Code.OUT_EXISTS)
     model_checks.require_file(recipe.model)
     draft = Draft.load(recipe.draft)
     with WorkDirectory(recipe.out.with_name(recipe.out.name + ".work")) as work:
@@ -163,7 +167,7 @@ def _run(recipe: BundleRecipe, draft: Draft, work: WorkDirectory, progress: Prog
     for entry in variants:
         if entry.refused is None and entry.precision == "int8":
             on_progress = progress.begin("layers", f"what each layer of {entry.name} costs")
-            entry.layers = mixed_precision.to_layer_errors(mixed_precision.measure_costs(entry, source, context, on_progress))
+            entry.layers = mixed_precision.measure_costs(entry, source, context, on_progress)
     manifest, operating = _assemble(recipe, context, variants, progress)
     return RunResult(manifest, tuple(variants), make_record(context, variants, operating, calibration_set, manifest))
 
@@ -177,61 +181,50 @@ def _try_all(
     recipe: BundleRecipe, context: GateContext, calibration_set: ImageSet, progress: Progress
 ) -> tuple[list[VariantResult], Source]:
     makers = (*all_makers(), *modelopt.makers(recipe.optimizer)) if recipe.makers is None else recipe.makers
-    progress.expect({f"make {maker.name}": _MAKE for maker in makers} | {f"gate {name}": _GATE for name in _names(makers)})
+    names = [maker.name for maker in makers]
+    progress.expect({f"make {name}": _MAKE for name in names} | {f"gate {name}": _GATE for name in ("fp32", *names)})
     source = _source(context, calibration_set, progress)
     variants = [VariantResult("fp32", "fp32", None, context.float_model.path, "the float model as given")]
     _run_gate(variants[0], context, progress)
-    for maker in makers:
-        variants.append(_try(maker, source, context, calibration_set, progress))
+    variants += [_try(maker, source, context, progress) for maker in makers]
     if not any(entry.passed for entry in variants if entry.precision == "int8"):
-        variants += _try_mixed(variants, source, context, calibration_set, progress)
+        variants += _try_mixed(variants, source, context, progress)
     return variants, source
 
 
-def _try_mixed(
-    variants: Sequence[VariantResult], source: Source, context: GateContext, calibration_set: ImageSet, progress: Progress
-) -> list[VariantResult]:
-    more = []
+def _try_mixed(variants: Sequence[VariantResult], source: Source, context: GateContext, progress: Progress) -> list[VariantResult]:
+    mixed = []
     for entry in mixed_precision.find_nearest(variants):
-        costs = mixed_precision.measure_costs(
-            entry, source, context, progress.begin(f"layers {entry.name}", f"what each layer of {entry.name} costs")
-        )
-        entry.layers = mixed_precision.to_layer_errors(costs)
-        for maker in mixed_precision.make_mixed(entry, costs):
-            more.append(_try(maker, source, context, calibration_set, progress))
-            if more[-1].passed:
+        on_progress = progress.begin(f"layers {entry.name}", f"what each layer of {entry.name} costs")
+        entry.layers = mixed_precision.measure_costs(entry, source, context, on_progress)
+        for maker in mixed_precision.make_mixed(entry, entry.layers):
+            mixed.append(_try(maker, source, context, progress))
+            if mixed[-1].passed:
                 break
-    return more
-
-
-def _names(makers: Sequence[Maker]) -> list[str]:
-    return ["fp32", *(maker.name for maker in makers)]
+    return mixed
 
 
 def _source(context: GateContext, calibration_set: ImageSet, progress: Progress) -> Source:
-    held: list[Any] = []
+    model = context.float_model
 
-    def calibrate() -> Any:
-        if not held:
-            on_progress = progress.begin("calibration", "measuring the ranges of the activations")
-            inputs = [context.float_model.digest, calibration_set.digest]
-            held.append(measure_calibration(context.work, context.float_model.clean, calibration_set.tensors, inputs, on_progress))
-        return held[0]
+    @functools.cache
+    def calibrate() -> Calibration:
+        on_progress = progress.begin("calibration", "measuring the ranges of the activations")
+        inputs = [model.digest, calibration_set.digest]
+        return measure_calibration(context.work, model.clean, calibration_set.tensors, inputs, on_progress)
 
-    return Source(context.float_model.clean, calibration_set.tensors, calibrate)
+    return Source(model.clean, calibration_set.tensors, calibration_set.digest, calibrate)
 
 
-def _try(maker: Maker, source: Source, context: GateContext, calibration_set: ImageSet, progress: Progress) -> VariantResult:
-    entry = gate_runs.make_variant(
-        maker, source, context, calibration_set.digest, progress.begin(f"make {maker.name}", f"making {maker.name}")
-    )
+def _try(maker: Maker, source: Source, context: GateContext, progress: Progress) -> VariantResult:
+    entry = gate_runs.make_variant(maker, source, context, progress.begin(f"make {maker.name}", f"making {maker.name}"))
     _run_gate(entry, context, progress)
     return entry
 
 
 def _run_gate(entry: VariantResult, context: GateContext, progress: Progress) -> None:
     where = ", ".join(target.title for target in context.targets)
-    gate_runs.run_gate(entry, context, progress.begin(f"gate {entry.name}", f"{entry.name} before the gate on {where}"))
+    gate_runs.run_gate(entry, context, progress.begin(f"gate {entry.name}", f"the gate for {entry.name} on {where}"))
 
 
 def _need_float(variants: Sequence[VariantResult]) -> None:
@@ -239,7 +232,7 @@ def _need_float(variants: Sequence[VariantResult]) -> None:
         raise QuantizeError(
             f"the float model itself does not pass on ONNX Runtime: {variants[0].refused.detail}",
             hint="report this with the model: the reference cannot differ from itself",
-            code="model.runs",
+            code=Code.MODEL_RUNS,
         )
 
 
@@ -251,19 +244,15 @@ def _assemble(
     named = recipe.measured_on or recipe.evaluation.resolve().name
     operating = OperatingPoints.of(context, named)
     results = CardInputs(context, operating, shipped)
-    gate = assembly.gate_record(context, variants, shipped, _sized(named, context))
+    gate = assembly.gate_record(context, variants, shipped, f"{named}: {len(context.evaluation)} pictures")
     if recipe.more is not None:
         gate |= recipe.more(results)
-    documents = Documents(_card(recipe, results), gate)
     recipe.out.resolve().parent.mkdir(parents=True, exist_ok=True)
     try:
-        return assembly.write(context, shipped, operating, _golden(recipe, context), documents, recipe.out, on_progress), operating
+        images, card = _golden(recipe, context), _card(recipe, results)
+        return assembly.write(context, shipped, operating, images, card, gate, recipe.out, on_progress), operating
     except BundleError as error:
-        raise QuantizeError(f"what was made is no bundle: {error.message}", hint=error.hint, code="bundle.invalid") from error
-
-
-def _sized(named: str, context: GateContext) -> str:
-    return f"{named}: {len(context.evaluation)} pictures"
+        raise QuantizeError(f"the result is not a valid bundle: {error.message}", hint=error.hint, code=Code.BUNDLE_INVALID) from error
 
 
 def _card(recipe: BundleRecipe, results: CardInputs) -> str:

@@ -1,21 +1,33 @@
-"""Progress of a run: a bar with the estimated time left on a terminal, plain text lines in a log."""
+"""Progress of a run: a bar with the estimated time left on a terminal, lines of text in a log."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable
-from typing import TextIO
+from typing import Final, TextIO, TypeAlias
 
-_WIDTH = 24
-_REDRAW_S = 0.2
-_LINE_S = 15.0
+_WIDTH: Final = 24
+_REDRAW_S: Final = 0.2
+_LINE_S: Final = 15.0
+
+OnProgress: TypeAlias = Callable[[float], None]
+"""Called with the fraction (0 to 1) of a step that is done."""
+
+
+def no_progress(_: float) -> None:
+    """Show nothing: the default of every step."""
+
+
+def part_of(on_progress: OnProgress, start: float, end: float) -> OnProgress:
+    """Return the callback for a step that covers the fractions ``start`` to ``end`` of its parent."""
+    return lambda part: on_progress(start + (end - start) * part)
 
 
 class Progress:
     """Steps of known weight, one after the other.
 
-    Hand-written because it is 60 lines, and a library of its own would come along for nothing else.
+    Hand-written because it is 60 lines, and a library would serve nothing else.
 
     Args:
         weights: roughly how long each step takes, in any unit.
@@ -31,8 +43,8 @@ class Progress:
         self._shown = 0.0
         self._terminal = self._stream.isatty()
 
-    def begin(self, step: str, title: str) -> Callable[[float], None]:
-        """Begin a step; return a function to call with the fraction (0 to 1) of the step that is done."""
+    def begin(self, step: str, title: str) -> OnProgress:
+        """Begin a step; return its callback."""
         self._done += self._weight
         self._weight = self._weights.pop(step, 0.0)
         self._now = title
@@ -56,8 +68,8 @@ class Progress:
         if not force and now - self._shown < (_REDRAW_S if self._terminal else _LINE_S):
             return
         self._shown = now
-        whole = self._done + self._weight + sum(self._weights.values())
-        share = min(1.0, (self._done + part * self._weight) / whole) if whole else 1.0
+        total = self._done + self._weight + sum(self._weights.values())
+        share = min(1.0, (self._done + part * self._weight) / total) if total else 1.0
         line = f"{share:4.0%}  {self._now}{self._rest(share, now)}"
         if self._terminal:
             filled = round(share * _WIDTH)

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,17 +15,15 @@ from model_sync.bundle import InputSpec, Manifest, ModelBundle, Variant
 from model_sync.errors import BundleError
 from quantize.draft import Draft
 from quantize.errors import QuantizeError
-from quantize.gate import image_sets, predictions, preparation
-from quantize.gate import verdicts as gates
-from quantize.gate.predictions import REFERENCE, Heads, RuntimeTarget, predict
+from quantize.gate import image_sets, predictions, preparation, verdicts
+from quantize.gate.predictions import REFERENCE, Heads, Predictions, RuntimeTarget
+from quantize.gate.verdicts import Limits
 from quantize.graph import model_checks
-from quantize.progress import Progress
+from quantize.messages import Code
+from quantize.progress import Progress, no_progress
 from quantize.recipes import modelopt, variant_makers
 from quantize.recipes.variant_makers import Source, all_makers
 from quantize.work_directory import WorkDirectory
-
-if TYPE_CHECKING:
-    from quantize.gate.verdicts import Limits
 
 
 def calibrate(
@@ -49,25 +47,21 @@ def calibrate(
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="quantize.") as directory, WorkDirectory(Path(directory)) as work:
         result = preparation.read_float(model, draft, work, progress.begin("model", "checking and cleaning up the float model"))
-        on_progress = progress.begin("calibration set", "reading the calibration pictures")
         images = image_sets.read_calibration(
-            calibration,
-            draft.input,
-            draft.applies_to.modality,
-            work.directory / "tensors",
-            on_progress=lambda done, of: on_progress(done / of),
-        )
-        told_ranges = progress.begin("calibration", "measuring the ranges of the activations")
-        measured = variant_makers.measure_calibration(work, result.clean, images.tensors, [images.digest], told_ranges)
-        source = Source(result.clean, images.tensors, lambda: measured)
+            calibration, draft.input, draft.applies_to.modality, work.directory / "tensors",
+            on_progress=progress.begin("calibration set", "reading the calibration pictures"),
+        )  # fmt: skip
+        on_progress = progress.begin("calibration", "measuring the ranges of the activations")
+        measured = variant_makers.measure_calibration(work, result.clean, images.tensors, [images.digest], on_progress)
+        source = Source(result.clean, images.tensors, images.digest, lambda: measured)
         for maker in (*all_makers(), *modelopt.makers(optimizer)):
             name = f"{draft.name.replace('-', '_')}_{maker.name}.onnx"
             try:
-                maker.make(source, out / name, lambda _: None)
+                maker.make(source, out / name, no_progress)
             except QuantizeError as error:
                 yield name, f"not made: {error.message}"
-                continue
-            yield name, maker.recipe
+            else:
+                yield name, maker.recipe
 
 
 def gate(bundle_path: Path, evaluation: Path, limits: Limits) -> tuple[dict[str, Any], bool]:
@@ -83,23 +77,26 @@ def gate(bundle_path: Path, evaluation: Path, limits: Limits) -> tuple[dict[str,
     manifest = bundle.manifest
     labels = [label.name for label in manifest.labels] if manifest.operating_points else []
     thresholds = [manifest.operating_point(label).threshold for label in labels]
-    heads = _heads(manifest)
-    reference = bundle.variant("fp32")
+    heads = Heads.of(manifest.outputs)
     targets, unavailable = predictions.runtime_targets()
     result: dict[str, Any] = {"not_measured_here": unavailable, "variants": {}}
-    passed = True
     with tempfile.TemporaryDirectory(prefix="quantize.") as directory:
         images = image_sets.read_evaluation(evaluation, spec, manifest.applies_to.modality, labels, Path(directory))
-        reference_predictions = _predict(bundle, reference, REFERENCE, spec, images.tensors, heads)
-        if isinstance(reference_predictions, gates.Verdict):
-            raise QuantizeError(f"fp32 does not run: {reference_predictions.reasons[0].detail}", hint="check the bundle", code="model.runs")
+
+        def answers(variant: Variant, target: RuntimeTarget) -> Predictions:
+            candidate = target.candidate(variant.file, variant.precision, 1)
+            return predictions.predict(bundle.path(variant.file), spec, candidate, images.tensors, heads)
+
+        try:
+            reference = answers(bundle.variant("fp32"), REFERENCE)
+        except InferenceError as error:
+            raise QuantizeError(f"fp32 does not run: {error.detail}", hint="check the bundle", code=Code.MODEL_RUNS) from error
+        passed = True
         for variant, target in _pairs(manifest, targets):
-            predictions_of_variant = _predict(bundle, variant, target, spec, images.tensors, heads)
-            verdict = (
-                predictions_of_variant
-                if isinstance(predictions_of_variant, gates.Verdict)
-                else gates.judge(reference_predictions, predictions_of_variant, images, labels, thresholds, limits)
-            )
+            try:
+                verdict = verdicts.judge(reference, answers(variant, target), images, labels, thresholds, limits)
+            except InferenceError as error:
+                verdict = verdicts.failed_verdict(error.code, error.detail)
             result["variants"].setdefault(variant.file, {})[target.title] = verdict.to_json()
             passed &= verdict.passed
     return result, passed
@@ -119,7 +116,7 @@ def bench(bundle_path: Path) -> list[dict[str, Any]]:
     try:
         times = predictions.measure_interleaved(runs, spec, tensor)
     except InferenceError as error:
-        raise QuantizeError(f"a variant does not run: {error}", hint=error.hint, code="speed.failed") from error
+        raise QuantizeError(f"a variant does not run: {error}", hint=error.hint, code=Code.SPEED_FAILED) from error
     rows = [
         {"file": variant.file, "precision": variant.precision, "place": target.title, **asdict(timing)}
         for (variant, target), timing in zip(pairs, times, strict=True)
@@ -135,22 +132,6 @@ def _bundle(path: Path) -> tuple[ModelBundle, InputSpec]:
         raise QuantizeError(error.message, hint=error.hint, code=error.code) from error
 
 
-def _heads(manifest: Manifest) -> Heads:
-    names: dict[str, str] = {}
-    for output in manifest.outputs:
-        names.setdefault(output.kind, output.name)
-    return Heads(names.get("probability"), names.get("cam"), names.get("segmentation_logits"))
-
-
 def _pairs(manifest: Manifest, targets: list[RuntimeTarget]) -> Iterator[tuple[Variant, RuntimeTarget]]:
     for variant in manifest.variants:
         yield from ((variant, target) for target in targets if target.runtime not in variant.not_on)
-
-
-def _predict(
-    bundle: ModelBundle, variant: Variant, target: RuntimeTarget, spec: InputSpec, tensors: Any, heads: Heads
-) -> predictions.Predictions | gates.Verdict:
-    try:
-        return predict(bundle.path(variant.file), spec, target.candidate(variant.file, variant.precision, 1), tensors, heads)
-    except InferenceError as error:
-        return gates.failed_verdict(error.code, error.detail)

@@ -15,12 +15,12 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
+
+from typing_extensions import Self
 
 from quantize.errors import QuantizeError
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from quantize.messages import Code
 
 _PATIENCE_S: Final = 3.0
 
@@ -28,14 +28,14 @@ _PATIENCE_S: Final = 3.0
 @functools.cache
 def _code() -> str:
     """Return a digest of the quantizer's source code: part of every step's name, because another version computes other results."""
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
-        whole.update(path.read_bytes())
-    return whole.hexdigest()
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 class WorkDirectory:
-    """The finished steps of a run, in ``directory`` (made if need be); one process at a time, until ``close``.
+    """The finished steps of a run, in ``directory`` (created if absent); one process at a time, until ``close``.
 
     Raises:
         QuantizeError: ``work.busy``: another run is making this bundle.
@@ -46,8 +46,8 @@ class WorkDirectory:
         self.reused: list[str] = []
         directory.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(directory)
-        for half_done in directory.glob("*.part"):
-            shutil.rmtree(half_done)
+        for unfinished in directory.glob("*.part"):
+            shutil.rmtree(unfinished)
 
     def step(self, name: str, inputs: Any, make: Callable[[Path], Any]) -> tuple[Path, Any]:
         """Run a step, unless its result is stored already.
@@ -69,15 +69,15 @@ class WorkDirectory:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         try:
-            remembered = make(part)
-            (part / "step.json").write_text(json.dumps(remembered), encoding="utf-8")
+            stored = make(part)
+            (part / "step.json").write_text(json.dumps(stored), encoding="utf-8")
             for path in part.iterdir():
                 _sync(path)
             part.rename(final)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
-        return final, json.loads(json.dumps(remembered))
+        return final, json.loads(json.dumps(stored))
 
     def remove(self) -> None:
         """Remove all stored steps, after the bundle was written."""
@@ -108,8 +108,7 @@ def _locked(directory: Path) -> int:
         except BlockingIOError as error:
             if time.monotonic() > limit:
                 os.close(descriptor)
-                hint = "wait for it, or name another --out"
-                raise QuantizeError(f"another run works in {directory}", hint=hint, code="work.busy") from error
+                raise QuantizeError(f"another run works in {directory}", code=Code.WORK_BUSY) from error
         time.sleep(0.1)
 
 

@@ -18,7 +18,7 @@ class BoxContext:
     """The shared parts, made once by ``create_app``.
 
     Attributes:
-        on_stop: what the page groups that run work beside the requests want done when the process ends.
+        on_stop: called when the process ends, for page groups that run work beside the requests.
     """
 
     settings: Settings
@@ -34,7 +34,7 @@ class BoxContext:
         return cls(settings, store, Worklist(store), Accounts(store))
 
     def stop(self) -> None:
-        """End what runs beside the requests; unfinished work stays on the disk and continues at the next start."""
+        """Stop the work beside the requests; what is unfinished stays on the disk and continues at the next start."""
         for stop in self.on_stop:
             stop()
 

@@ -1,7 +1,7 @@
-"""The words for codes and states: how this package names what the box and the sync agent report by code.
+"""The words that the pages show for states, decisions and reason codes.
 
-English is the source text; ``translations/zh`` holds the Chinese one. Coded reasons are in :mod:`model_sync.messages`, which the
-JSON output and the structured reports share.
+English is the source text; ``translations/zh`` holds the Chinese one. The texts of reason codes are in :mod:`model_sync.messages`, which
+the commands and the structured reports share.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from flask_babel.speaklater import LazyString
 
 from appliance.core.applicability import ABSENT, AgeOutside
 from appliance.core.domain import Note, ScanState
+from appliance.core.states import ActivationState
 from appliance.store.priority import Urgency
 from model_sync import messages
 from webui.formatting import format_time, language
@@ -31,7 +32,7 @@ class StateWords:
 STATES: Final[dict[ScanState, StateWords]] = {
     ScanState.WAITING: StateWords(lazy_gettext("Waiting for more images"), "waiting", "calm"),
     ScanState.QUEUED: StateWords(lazy_gettext("In the queue"), "queued", "calm"),
-    ScanState.RUNNING: StateWords(lazy_gettext("AI is reading"), "running", "calm"),
+    ScanState.RUNNING: StateWords(lazy_gettext("AI is analysing"), "running", "calm"),
     ScanState.AI_READY: StateWords(lazy_gettext("AI result ready"), "ready", "ready"),
     ScanState.REVIEWING: StateWords(lazy_gettext("Under review"), "reviewing", "ready"),
     ScanState.SIGNED: StateWords(lazy_gettext("Signed"), "signed", "done"),
@@ -42,16 +43,15 @@ STATES: Final[dict[ScanState, StateWords]] = {
     ScanState.FAILED: StateWords(lazy_gettext("Analysis failed"), "failed", "bad"),
 }
 
-# The states of a model version in the journal of activations (appliance/schema.sql).
 ACTIVATIONS: Final[dict[str, StateWords]] = {
-    "staged": StateWords(lazy_gettext("Arrived"), "download", "calm"),
-    "building": StateWords(lazy_gettext("Being built"), "build", "calm"),
-    "self-test": StateWords(lazy_gettext("Self-test"), "test", "calm"),
-    "trial": StateWords(lazy_gettext("On trial"), "running", "ready"),
-    "good": StateWords(lazy_gettext("Proven"), "check", "done"),
-    "failed": StateWords(lazy_gettext("Failed"), "failed", "bad"),
-    "rolled-back": StateWords(lazy_gettext("Rolled back"), "undo", "bad"),
-    "withdrawn": StateWords(lazy_gettext("Withdrawn"), "scope", "bad"),
+    ActivationState.STAGED: StateWords(lazy_gettext("Arrived"), "download", "calm"),
+    ActivationState.BUILDING: StateWords(lazy_gettext("Being built"), "build", "calm"),
+    ActivationState.SELF_TEST: StateWords(lazy_gettext("Self-test"), "test", "calm"),
+    ActivationState.TRIAL: StateWords(lazy_gettext("On trial"), "running", "ready"),
+    ActivationState.GOOD: StateWords(lazy_gettext("Trial passed"), "check", "done"),
+    ActivationState.FAILED: StateWords(lazy_gettext("Failed"), "failed", "bad"),
+    ActivationState.ROLLED_BACK: StateWords(lazy_gettext("Rolled back"), "undo", "bad"),
+    ActivationState.WITHDRAWN: StateWords(lazy_gettext("Withdrawn"), "scope", "bad"),
 }
 
 SOURCES: Final = {
@@ -70,15 +70,17 @@ LIBRARY: Final[dict[str, tuple[StateWords, Any]]] = {
     ),
     "untrusted": (
         StateWords(lazy_gettext("Alarm: not to be trusted"), "shield", "alarm"),
-        lazy_gettext("What came is not rightly signed. It was not used; the box keeps the model it has. Tell the central team at once."),
+        lazy_gettext(
+            "What was received is not correctly signed. It was not used; the box keeps the model it has. Tell the central team at once."
+        ),
     ),
     "waiting": (
         StateWords(lazy_gettext("Waiting"), "waiting", "calm"),
-        lazy_gettext("Nothing is fetched at the moment; the box goes on by itself."),
+        lazy_gettext("Nothing is fetched at the moment; the box continues by itself."),
     ),
     "downloading": (
         StateWords(lazy_gettext("Downloading"), "download", "calm"),
-        lazy_gettext("A new version is on its way. A broken connection does no harm: the download goes on where it stopped."),
+        lazy_gettext("A new version is on its way. A broken connection does no harm: the download continues where it stopped."),
     ),
     "error": (
         StateWords(lazy_gettext("The sync agent has a problem"), "failed", "warn"),
@@ -115,7 +117,7 @@ RESULTS: Final = {
 
 
 def reason_text(code: str) -> str:
-    """What a reason code of the box says; an unknown one (written by a newer version) shows itself."""
+    """The text of a reason code of the box; an unknown one (of a newer version) is shown as it is."""
     code = messages.current_code(code, "box")
     return messages.text(code, language()) if messages.is_known(code) else code
 
@@ -127,7 +129,7 @@ def reason_hint(code: str) -> str:
 
 
 def sync_text(code: str) -> str:
-    """What a code of the sync agent says and what to do; empty for one that this version does not know."""
+    """The text of a code of the sync agent and what to do; empty for a code that this version does not know."""
     code = messages.current_code(code, "agent")
     if not messages.is_known(code):
         return ""

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from appliance.core.domain import Note, PictureForm, ScanState, Source, Status
+from appliance.cli.terminal import explain, say
+from appliance.core.domain import PENDING_STATES, Note, PictureForm, Source, Status
 from appliance.core.errors import ApplianceError
 from appliance.core.process import Lock, die_with_parent
 from appliance.core.states import ModelState
@@ -89,14 +90,10 @@ class Analysed:
 def analyse(
     store: Store, paths: Iterable[Path], form: PictureForm, progress: Callable[[str], None], given: Path | None = None
 ) -> list[Analysed]:
-    """Ingest and analyse every file below ``paths``; returns one entry per file in the order given.
+    """Ingest and analyse every file below ``paths`` (files, folders, ZIP archives); returns one entry per file in the order given.
 
-    Args:
-        store: of the box; without an active model the reference bundle is activated first.
-        paths: files, folders, ZIP archives.
-        form: the metadata of PNG and JPEG files.
-        progress: called with a line of text from time to time.
-        given: the settings file or data directory from the command line, for the worker; the data directory when None.
+    Without an active model the reference bundle is activated first. ``form`` has the metadata of PNG and JPEG files; ``progress`` gets a
+    line of text from time to time; ``given`` is the settings file or data directory for the worker, the store's data directory when None.
     """
     if not any(row["state"] == ModelState.ACTIVE for row in store.models()):
         activate(store, reference_bundle(), "cli")
@@ -105,23 +102,45 @@ def analyse(
     for outcome in (item for path in paths for item in accept_below(ingest, store.settings, path, Source("cli", "cli"), form)):
         outcomes.append(outcome)
         if len(outcomes) % 50 == 0:
-            progress(f"{len(outcomes)} files taken in")
+            progress(say("{count} files accepted", count=len(outcomes)))
     accepted = [outcome.accepted for outcome in outcomes if outcome.accepted]
     store.planner.close_series(sorted({item.stored.series_id for item in accepted}))
     _wait_for_results(store, [item.stored.instance_id for item in accepted], progress, given or store.settings.data_dir)
     worklist = Worklist(store)
     drawn = {item: tuple(VolumeResults(store).of_series(item)) for item in {item.stored.series_id for item in accepted}}
     return [
-        Analysed(
-            outcome,
-            worklist.instance(outcome.accepted.stored.instance_id),
-            outcome.accepted.scan.study_instance_uid,
-            drawn[outcome.accepted.stored.series_id],
-        )
-        if outcome.accepted
+        Analysed(outcome, worklist.instance(item.stored.instance_id), item.scan.study_instance_uid, drawn[item.stored.series_id])
+        if (item := outcome.accepted)
         else Analysed(outcome, None)
         for outcome in outcomes
     ]
+
+
+def print_table(results: Iterable[Analysed]) -> None:
+    """Print one block per file: its status, every score with its threshold, the reason and the notes."""
+    zh = messages.choose_language() == "zh"
+    words: dict[Status, str] = {
+        "analysed": say("analysed"), "out_of_scope": say("out of scope"), "quality_rejected": say("quality rejected"),
+        "rejected": say("rejected"), "failed": say("FAILED"),
+    }  # fmt: skip
+    printed: set[int] = set()
+    for item in results:
+        print(f"{item.outcome.name}: {words[item.status]}")
+        for finding in item.view.findings if item.view else ():
+            above = say("above threshold") if finding.positive else say("below threshold")
+            print(f"  {finding.title_zh if zh else finding.title_en}: {finding.score:.3f} ({above} {finding.threshold:.3f})"
+                  f"  {finding.model} {finding.model_version} {finding.precision} {finding.runtime}")  # fmt: skip
+        for volume in item.volumes:
+            if volume.job_id not in printed:  # once, not for every slice
+                printed.add(volume.job_id)
+                ml = ", ".join(
+                    f"{label.title_zh if zh else label.title_en} {label.value:.0f} {label.unit}" for label in volume.measurements
+                )
+                print(f"  {ml} ({say('{count} slices', count=volume.slices)})"
+                      f"  {volume.model} {volume.model_version} {volume.precision} {volume.runtime}")  # fmt: skip
+        for note in (*((item.reason,) if item.reason else ()), *item.notes):
+            print(f"  {explain(note.code, note.detail)}")
+    print(say("Not for sole diagnosis.  不得单独作为诊断依据"))
 
 
 def _wait_for_results(store: Store, instance_ids: list[int], progress: Callable[[str], None], given: Path) -> None:
@@ -142,7 +161,14 @@ def _wait_for_results(store: Store, instance_ids: list[int], progress: Callable[
         code = _run_worker(tracker, given)
         idle_starts = 0 if tracker.progress_state() != before else idle_starts + 1
         if idle_starts >= _IDLE_STARTS:
-            progress(f"error: the worker stops at once (exit code {code}); {tracker.count_pending()} scans were taken in but not read")
+            count = tracker.count_pending()
+            progress(
+                say(
+                    "error: the worker stops at once (exit code {code}); {count} scans were not analysed",
+                    code=code,
+                    count=count,
+                )
+            )
             return
 
 
@@ -160,7 +186,7 @@ class ResultTracker:
         pending = self.progress_state()[0]
         if pending <= self._reported - 25:
             self._reported = pending
-            self._progress(f"{pending} to go")
+            self._progress(say("{count} to go", count=pending))
         return pending
 
     def progress_state(self) -> tuple[int, int]:
@@ -168,12 +194,9 @@ class ResultTracker:
         row = self._database.one(
             "SELECT count(DISTINCT i.id) AS pending, coalesce(sum(j.attempts), 0) AS attempts"
             " FROM instances i LEFT JOIN jobs j ON j.instance_id = i.id"
-            " WHERE i.state IN (?, ?, ?) AND i.id IN (SELECT value FROM json_each(?))",
-            ScanState.WAITING.value,
-            ScanState.QUEUED.value,
-            ScanState.RUNNING.value,
-            self._ids,
-        )
+            " WHERE i.state IN (SELECT value FROM json_each(?)) AND i.id IN (SELECT value FROM json_each(?))",
+            json.dumps([state.value for state in PENDING_STATES]), self._ids,
+        )  # fmt: skip
         return (int(row["pending"]), int(row["attempts"])) if row else (0, 0)
 
 

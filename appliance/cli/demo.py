@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -14,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from appliance.cli.terminal import say
 from appliance.core.errors import ApplianceError
-from appliance.core.process import Lock, die_with_parent, make_data_dir
+from appliance.core.process import Lock, die_with_parent, make_data_dir, stop_on_signal
 from appliance.core.settings import FILE_NAME, Settings
 from appliance.lifecycle.model_control import activate, reference_bundle
 from appliance.service.supervisor import Supervisor, web_address
@@ -31,17 +31,12 @@ _DICOM_PORT: Final = 11112
 
 
 def run(data_dir: Path, samples: Path, own: Path | None, *, once: bool, lan: bool, new_password: bool) -> int:
-    """Create the box, start it, print its addresses and analyse the scans; returns the exit code of ``appliance analyze``.
+    """Create the box, start it, print its addresses and analyse the scans: first those in ``own``, then those in ``samples``.
 
-    Args:
-        data_dir: data directory of the demo box; it is kept between runs.
-        samples: folder of synthetic scans.
-        own: folder of the user's own scans, which are analysed first.
-        once: stop when the scans are analysed.
-        lan: listen on every address over TLS.
-        new_password: give the account a new one-time password.
+    Returns:
+        The exit code of ``appliance analyze``.
     """
-    stop = _stop_on_signal()
+    stop = stop_on_signal()
     make_data_dir(data_dir)
     lock = _lock(data_dir.resolve())  # acquired first: the settings of a running box must not be overwritten
     settings = _configure(data_dir.resolve(), lan=lan)
@@ -56,19 +51,12 @@ def run(data_dir: Path, samples: Path, own: Path | None, *, once: bool, lan: boo
             _print_addresses(settings, password, log)
             code = _analyse_scans(supervisor, settings, [path for path in (own, samples) if path], stop)
         if not once and not stop():
-            print("The box is running. Press Ctrl-C to stop it.", flush=True)
+            print(say("The box is running. Press Ctrl-C to stop it."), flush=True)
             supervisor.run(stop)
     finally:
         supervisor.stop()
-    print("The box has stopped; what it read stays in its data directory.", flush=True)
+    print(say("The box has stopped; its results stay in its data directory."), flush=True)
     return code
-
-
-def _stop_on_signal() -> Callable[[], bool]:
-    signals: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _frame: signals.append(number))
-    return lambda: bool(signals)
 
 
 def _lock(data_dir: Path) -> Lock:
@@ -132,22 +120,23 @@ def _wait_until_ready(supervisor: Supervisor, settings: Settings, stop: Callable
 def _print_addresses(settings: Settings, password: str, log: Path) -> None:
     address = web_address(settings) or {"scheme": "http", "port": settings.web_port}
     host = "127.0.0.1" if settings.web_host != "0.0.0.0" else _lan_address()  # noqa: S104 - compared, not bound
-    port = (
-        (settings.data_dir / "run" / "dicom.port").read_text()
-        if (settings.data_dir / "run" / "dicom.port").exists()
-        else settings.dicom_port
-    )
-    print(f"\n  Page      {address['scheme']}://{host}:{address['port']}/")
-    print(
-        f"  Login     {USERNAME} / {password}   (one-time password)"
+    port_file = settings.data_dir / "run" / "dicom.port"
+    port = port_file.read_text() if port_file.exists() else settings.dicom_port
+    secret = (
+        say("{password}   (one-time password)", password=password)
         if password
-        else f"  Login     {USERNAME} / the password you set  (forgotten: make demo ARGS=--new-password)"
+        else say("the password you set  (forgotten: make demo ARGS=--new-password)")
     )
-    print(f"  DICOM     AE title {settings.ae_title}, {host} port {port}")
-    print(f"  Log       {log}", flush=True)
-    for name, usual, taken in (("page", _WEB_PORT, settings.web_port), ("DICOM", _DICOM_PORT, settings.dicom_port)):
-        if taken != usual:
-            print(f"  Note      port {usual} is in use by another program, so the {name} port is {taken} this time")
+    print("\n  " + say("Page      {address}", address=f"{address['scheme']}://{host}:{address['port']}/"))
+    print("  " + say("Login     {username} / {secret}", username=USERNAME, secret=secret))
+    print("  " + say("DICOM     AE title {title}, {host} port {port}", title=settings.ae_title, host=host, port=port))
+    print("  " + say("Log       {path}", path=log))
+    if settings.web_port != _WEB_PORT:
+        print("  " + say("Note      port {usual} is in use; the page is at port {port} this time", usual=_WEB_PORT, port=settings.web_port))
+    if settings.dicom_port != _DICOM_PORT:
+        print(
+            "  " + say("Note      port {usual} is in use; the DICOM port is {port} this time", usual=_DICOM_PORT, port=settings.dicom_port)
+        )
     print(flush=True)
 
 
@@ -159,12 +148,12 @@ def _analyse_scans(supervisor: Supervisor, settings: Settings, folders: list[Pat
     """
     codes = []
     for folder in folders:
-        print(f"Reading the scans in {folder}:", flush=True)
+        print(say("Analysing the scans in {folder}:", folder=folder), flush=True)
         codes.append(_analyse_folder(supervisor, settings, folder, stop))
         if stop():
             return 0
     if all(code == _NOTHING_ANALYSED for code in codes):
-        print("Nothing was found: no scan in these folders could be analysed.", flush=True)
+        print(say("Nothing was found: no scan in these folders could be analysed."), flush=True)
         return _NOTHING_ANALYSED
     return max(code for code in codes if code != _NOTHING_ANALYSED)
 

@@ -10,13 +10,14 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from appliance import __version__
 from appliance.cli import models as model_commands
 from appliance.cli import tune as tune_commands
+from appliance.cli.terminal import UsageError, explain, say
 from appliance.core.errors import ApplianceError
 from appliance.core.process import limit_memory, make_data_dir, start_logging
 from appliance.core.settings import Settings
@@ -25,7 +26,6 @@ from model_sync.messages import choose_language
 
 if TYPE_CHECKING:
     from appliance.cli.analyze import Analysed
-    from model_sync.messages import Language
 
 EXIT_OK: Final = 0
 EXIT_ERROR: Final = 1
@@ -46,32 +46,30 @@ def main(argv: list[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], int] = arguments.run
     try:
         return command(arguments)
+    except UsageError as error:
+        return _print_error(error.what, error.hint, EXIT_USAGE)
     except ApplianceError as error:
-        return _print_error(error)
+        return _print_error(explain(error.code, error.detail), _hint(error), EXIT_USAGE if error.code in _USAGE_CODES else EXIT_ERROR)
     except BrokenPipeError:
         return EXIT_ERROR
     except OSError as error:
-        return _print_os_error(error)
+        what = f"{error.strerror or type(error).__name__}" + (f": {error.filename}" if error.filename else "")
+        what = what if choose_language() == "en" else explain("store.failed", what)  # the system's own text is English
+        return _print_error(what, messages.hint("store.failed", choose_language(), "technician"), EXIT_USAGE)
     except KeyboardInterrupt:
         return 130
 
 
-def _print_error(error: ApplianceError) -> int:
-    """Print a coded error with its hint for the command line, where nothing is sent; returns the exit code."""
+def _print_error(what: str, hint: str, exit_code: int) -> int:
+    print(messages.error_lines(what, hint, choose_language()), file=sys.stderr)
+    return exit_code
+
+
+def _hint(error: ApplianceError) -> str:
+    """Return the hint of an error for the command line, where nothing is sent; a hint of its own exists in English only."""
     language = choose_language()
     is_own_hint = error.hint != messages.hint(error.code, "en")
-    hint = error.hint if is_own_hint and language == "en" else messages.hint(error.code, language, "technician")
-    what = messages.text(error.code, language) + (f" ({error.detail})" if error.detail else "")
-    print(messages.error_lines(what, hint, language), file=sys.stderr)
-    return EXIT_USAGE if error.code in _USAGE_CODES else EXIT_ERROR
-
-
-def _print_os_error(error: OSError) -> int:
-    """Print an error of the operating system with a hint; returns the exit code."""
-    language = choose_language()
-    what = f"{error.strerror or type(error).__name__}" + (f": {error.filename}" if error.filename else "")
-    print(messages.error_lines(what, messages.hint("store.failed", language, "technician"), language), file=sys.stderr)
-    return EXIT_USAGE
+    return error.hint if is_own_hint and language == "en" else messages.hint(error.code, language, "technician")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,10 +100,14 @@ def _parser() -> argparse.ArgumentParser:
     worker = command("worker", _worker, "Run the worker alone.")
     worker.add_argument("--until-idle", action="store_true", help="stop when nothing is left to do")
     command("receive", _receive, "Run the DICOM receiver alone.")
-    model_commands.add_arguments(command("models", _models, "List the models of this box, activate one, roll back, or show the history."))
+    model_commands.add_arguments(
+        command("models", model_commands.run, "List the models of this box, activate one, roll back, or show the history.")
+    )
     self_test = command("self-test", model_commands.run_self_test, "Self-test a model (started by the box itself).", aliases=("prove",))
     model_commands.add_self_test_arguments(self_test)
-    tune_commands.add_arguments(command("tune", _tune, "Measure the candidates of the active models, or show the last measurement."))
+    tune_commands.add_arguments(
+        command("tune", tune_commands.run, "Measure the candidates of the active models, or show the last measurement.")
+    )
     urgent = command("urgent", _urgent, "STAT: analyse the waiting images of a study before everything else.")
     urgent.add_argument("study", help="the study's accession number, Study Instance UID or number on this box")
     urgent.add_argument("--undo", action="store_true", help="cancel it: the study is no longer first")
@@ -125,8 +127,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _analyze(arguments: argparse.Namespace) -> int:
-    if _print_missing(arguments.paths, "nothing was analysed", "未作任何分析"):
-        return EXIT_USAGE
+    from appliance.cli.analyze import print_table
+
+    _check_paths(arguments.paths, say("check the path; nothing was analysed"))
     logging.getLogger().setLevel(logging.ERROR)  # refusals are in the result; the log would repeat them
     data = arguments.data_dir
     with nullcontext(data) if data else tempfile.TemporaryDirectory(prefix="appliance-") as data_dir:
@@ -134,24 +137,19 @@ def _analyze(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([item.to_json() for item in results], ensure_ascii=False, indent=1))
     elif results:
-        print_table(results, choose_language())
+        print_table(results)
     if not results:
-        where = ", ".join(map(str, arguments.paths))
-        print(f"此处没有任何文件：{where}" if choose_language() == "zh" else f"no file was found in {where}", file=sys.stderr)
+        print(say("no file was found in {paths}", paths=", ".join(map(str, arguments.paths))), file=sys.stderr)
         return EXIT_NOTHING
     if arguments.require_analysed and not any(item.status == "analysed" for item in results):
         return EXIT_NOTHING
     return EXIT_FAILED if any(item.status == "failed" for item in results) else EXIT_OK
 
 
-def _print_missing(paths: Sequence[Path], so_en: str, so_zh: str) -> bool:
-    """Print which of these paths do not exist, and what was not done; returns whether any is missing."""
-    missing = ", ".join(str(path) for path in paths if not path.exists())
-    language = choose_language()
-    if missing:
-        hint = f"请检查路径；{so_zh}。" if language == "zh" else f"check the path; {so_en}"
-        print(messages.error_lines(messages.text("word.no_path", language, paths=missing), hint, language), file=sys.stderr)
-    return bool(missing)
+def _check_paths(paths: Sequence[Path], hint: str) -> None:
+    """Raise UsageError where some of these paths do not exist."""
+    if missing := ", ".join(str(path) for path in paths if not path.exists()):
+        raise UsageError(messages.text("word.no_path", choose_language(), paths=missing), hint)
 
 
 def _analyse_in(arguments: argparse.Namespace, data_dir: Path) -> list[Analysed]:
@@ -164,40 +162,9 @@ def _analyse_in(arguments: argparse.Namespace, data_dir: Path) -> list[Analysed]
     # These files must not wait for a measurement; a box that is started here later measures when it is idle.
     settings = Settings.load(data_dir, tune_at_activation=False)
     limit_memory(settings.process_memory_max_bytes)
-    store = Store(settings)
-    try:
+    with closing(Store(settings)) as store:
         form = PictureForm(view=_VIEWS[arguments.view])
         return analyse(store, arguments.paths, form, lambda line: print(line, file=sys.stderr), data_dir)
-    finally:
-        store.close()
-
-
-def print_table(results: list[Analysed], language: Language) -> None:
-    """Print one block per file: its status, every score with its threshold, the reason and the notes."""
-    zh = language == "zh"
-    words = {
-        "analysed": ("已分析", "analysed"), "out_of_scope": ("不在适用范围", "out of scope"),
-        "quality_rejected": ("质量不合格", "quality rejected"),
-        "rejected": ("已拒绝", "rejected"), "failed": ("失败", "FAILED"),
-    }  # fmt: skip
-    printed: set[int] = set()
-    for item in results:
-        print(f"{item.outcome.name}: {words[item.status][0 if zh else 1]}")
-        for finding in item.view.findings if item.view else ():
-            above = ("高于阈值" if zh else "above threshold") if finding.positive else ("低于阈值" if zh else "below threshold")
-            print(f"  {finding.title_zh if zh else finding.title_en}: {finding.score:.3f} ({above} {finding.threshold:.3f})"
-                  f"  {finding.model} {finding.model_version} {finding.precision} {finding.runtime}")  # fmt: skip
-        for volume in item.volumes:
-            if volume.job_id not in printed:  # once, not for every slice
-                printed.add(volume.job_id)
-                ml = ", ".join(
-                    f"{label.title_zh if zh else label.title_en} {label.value:.0f} {label.unit}" for label in volume.measurements
-                )
-                print(f"  {ml} ({volume.slices} {'张切片' if zh else 'slices'})"
-                      f"  {volume.model} {volume.model_version} {volume.precision} {volume.runtime}")  # fmt: skip
-        for note in (*((item.reason,) if item.reason else ()), *item.notes):
-            print(f"  {messages.text(note.code, language)}" + (f" ({note.detail})" if note.detail else ""))
-    print("不得单独作为诊断依据" if zh else "Not for sole diagnosis.  不得单独作为诊断依据")
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -223,38 +190,24 @@ def _receive(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _models(arguments: argparse.Namespace) -> int:
-    return model_commands.run(arguments, choose_language())
-
-
-def _tune(arguments: argparse.Namespace) -> int:
-    return tune_commands.run(arguments, choose_language())
-
-
 def _urgent(arguments: argparse.Namespace) -> int:
     from appliance.core.wakeup import wake
-    from appliance.store.open_store import open_box
+    from appliance.store.store import open_box
 
-    store = open_box(arguments.data_dir)
-    try:
+    with closing(open_box(arguments.data_dir)) as store:
         studies = store.queue.find_studies(arguments.study)
         change = store.queue.make_routine if arguments.undo else store.queue.make_urgent
         concerned = sum(change(number, "cli", "cli") or 0 for number in studies)
         standing = {store.queue.study_progress(number) for number in studies}
         wake(store.settings)
-    finally:
-        store.close()
-    zh, en = f"{concerned} 项将优先读取", f"{concerned} will be read first"
     if arguments.undo:
-        zh, en = f"{concerned} 项不再优先读取", f"{concerned} no longer first"
-    elif not concerned and "waits" in standing:
-        zh, en = (
-            "没有新增优先项：已在优先读取，或影像到齐后优先读取",
-            "nothing more is brought forward: it is first already, or once all images are here",
-        )
-    elif not concerned:
-        zh, en = "没有等待读取的影像；这不表示已完成分析", "nothing waits; that does not mean that it was analysed"
-    print(zh if choose_language() == "zh" else en)
+        print(say("{count} no longer first", count=concerned))
+    elif concerned:
+        print(say("{count} will be analysed first", count=concerned))
+    elif "waits" in standing:
+        print(say("nothing more is brought forward: it is first already, or once all images are here"))
+    else:
+        print(say("nothing waits; that does not mean that it was analysed"))
     return EXIT_OK
 
 
@@ -263,19 +216,19 @@ def _user(arguments: argparse.Namespace) -> int:
     from appliance.store.store import Store
 
     password = Accounts(Store(Settings.load(arguments.data_dir))).add(arguments.username, arguments.role, "cli")
-    print(f"one-time password of {arguments.username}: {password}")
+    print(say("one-time password of {username}: {password}", username=arguments.username, password=password))
     return EXIT_OK
 
 
 def _audit(arguments: argparse.Namespace) -> int:
-    from appliance.store.open_store import open_box
+    from appliance.store.store import open_box
 
     store = open_box(arguments.data_dir)
     if arguments.action == "show":
         for row in store.database.query("SELECT entry FROM audit ORDER BY seq"):
             print(row["entry"])
     else:
-        print(f"audit chain whole: {store.database.verify_audit()} entries")
+        print(say("audit chain whole: {count} entries", count=store.database.verify_audit()))
     return EXIT_OK
 
 
@@ -287,10 +240,9 @@ def _settings(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    if _print_missing([path for path in (arguments.data, arguments.samples) if path], "nothing was started", "未启动任何程序"):
-        return EXIT_USAGE
     from appliance.cli.demo import run
 
+    _check_paths([path for path in (arguments.data, arguments.samples) if path], say("check the path; nothing was started"))
     return run(
         arguments.data_dir, arguments.samples, arguments.data, once=arguments.once, lan=arguments.lan, new_password=arguments.new_password
     )

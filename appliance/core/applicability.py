@@ -1,4 +1,4 @@
-"""Whether a model applies to an image or a series. Pure functions; the manifest decides what an absent attribute means."""
+"""Decide whether a model applies to an image or a series. Pure functions; the manifest says what an absent attribute means."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class AgeOutside:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why the model does not apply (``refusal``), else the assumptions and cautions (``notes``)."""
+    """Why a model does not apply (``refusal``), else the assumptions and cautions (``notes``)."""
 
     refusal: Note | None = None
     notes: tuple[Note, ...] = ()
@@ -62,13 +62,7 @@ def combine_verdicts(verdicts: Sequence[Verdict]) -> Verdict:
 
 
 def applies(rule: AppliesTo, scan: Scan, *, frames: bool = False) -> Verdict:
-    """Check one image against ``applies_to``: modality, SOP class, frames, body part, view, age, in that order.
-
-    Args:
-        rule: of the model.
-        scan: the image.
-        frames: accept a multi-frame image, as volume models do.
-    """
+    """Check one image against ``applies_to``; with ``frames`` a multi-frame image is accepted, as volume models do."""
     if scan.modality not in rule.modality:
         return Verdict(Note("scope.modality", scan.modality or ABSENT))
     if scan.sop_class_uid not in rule.sop_class_uid:

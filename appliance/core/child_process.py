@@ -112,6 +112,6 @@ class Child:
             self._process.stdout.close()
 
     def __del__(self) -> None:
-        """Kill a process whose output nobody reads any more."""
+        """Kill a process that nothing references any more."""
         if self._process.poll() is None:
             self.end()

@@ -1,8 +1,7 @@
 """The device profile: everything about this box that a self-test or a measurement depends on.
 
-It consists of processor, GPUs with driver, runtimes and appliance version. A model that failed is not tried again on the same device; a
-new processor, GPU, driver, runtime or appliance makes another device. All of it is read from files in milliseconds: no runtime library
-is loaded and no GPU is initialised.
+A model that failed is not tried again on the same device; a new processor, GPU, driver, runtime or appliance makes another device. The
+profile is read from files in milliseconds: no runtime library is loaded and no GPU is initialised.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import re
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
@@ -35,7 +35,7 @@ def profile() -> str:
     """The device profile as text: processor, GPUs, driver, runtimes with versions, appliance version; no serial numbers."""
     gpus = [f"GPU {name}" for name in gpu_names()]
     driver = gpu_driver()
-    runtimes = [f"{name} {found}" for name, packages in _RUNTIMES.items() if (found := _version(packages))]
+    runtimes = [f"{name} {installed}" for name, packages in _RUNTIMES.items() if (installed := _version(packages))]
     return "; ".join((_processor(), *gpus, *([f"driver {driver}"] if driver else []), *runtimes, f"appliance {__version__}"))
 
 
@@ -56,19 +56,16 @@ def gpu_names() -> list[str]:
 
 def gpu_driver() -> str:
     """The version of the NVIDIA driver ("580.65.06") or of Jetson Linux ("R36.4.3"); empty where there is neither."""
-    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)", _read(_DRIVER))
-    if found:
-        return found[1]
+    if driver := re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)", _read(_DRIVER)):
+        return driver[1]
     release = re.search(r"(R\d+).*?REVISION:\s*([\d.]+)", _read(_TEGRA))
     return f"{release[1]}.{release[2]}" if release else ""
 
 
 def _processor() -> str:
     """The name of the board or processor, without values that change at each start."""
-    if board := _read(_BOARD).strip("\0\n "):
-        return board
-    named = re.search(r"^model name\s*:\s*(.+)$", _read(_CPU_INFO), re.MULTILINE)
-    return named[1].strip() if named else platform.machine()
+    name = re.search(r"^model name\s*:\s*(.+)$", _read(_CPU_INFO), re.MULTILINE)
+    return _read(_BOARD).strip("\0\n ") or (name[1].strip() if name else platform.machine())
 
 
 def _read(path: Path) -> str:
@@ -82,8 +79,6 @@ def _read(path: Path) -> str:
 
 def _version(packages: tuple[str, ...]) -> str:
     for package in packages:
-        try:
+        with suppress(PackageNotFoundError):
             return version(package)
-        except PackageNotFoundError:
-            continue
     return ""

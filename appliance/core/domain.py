@@ -1,11 +1,10 @@
-"""Clinical types and states of the box: frozen dataclasses, DICOM keywords in snake_case.
-
-Pure data: nothing here reads a file, a clock or a database.
-"""
+"""Clinical types and states of the box: frozen dataclasses, DICOM keywords in snake_case. Nothing here reads a file or a database."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import date, datetime, timezone
 from enum import Enum
@@ -69,7 +68,7 @@ class JobKind(str, Enum):
 
 @dataclass(frozen=True)
 class Note:
-    """A coded remark that goes with a result (assumption, caution, refusal); ``detail`` holds no patient data."""
+    """A coded remark on a result (assumption, caution, refusal); ``detail`` holds no patient data."""
 
     code: str
     detail: str = ""
@@ -77,6 +76,21 @@ class Note:
     def to_json(self) -> dict[str, str]:
         """The note as stored, and as printed by ``appliance analyze --json``."""
         return {"code": self.code, "detail": self.detail}
+
+    @classmethod
+    def parse(cls, text: str | None) -> Note | None:
+        """Parse a stored note; None for an empty column."""
+        return cls(**json.loads(text)) if text else None
+
+
+def notes_json(notes: Iterable[Note]) -> str:
+    """Serialise notes for the database: a JSON list without duplicates."""
+    return json.dumps([note.to_json() for note in dict.fromkeys(notes)], ensure_ascii=False)
+
+
+def parse_notes(text: str) -> tuple[Note, ...]:
+    """Parse what :func:`notes_json` wrote."""
+    return tuple(Note(item["code"], item["detail"]) for item in json.loads(text))
 
 
 @dataclass(frozen=True)
@@ -106,9 +120,9 @@ class Patient:
 
 @dataclass(frozen=True)
 class PictureForm:
-    """What a person entered about a PNG or JPEG.
+    """What a person entered about a PNG or JPEG; ``patient_age`` is a DICOM age (``034Y``), ``view`` PA, AP, LL or RL, or both empty.
 
-    ``patient_age`` is a DICOM age (``034Y``) or empty; ``view`` is PA, AP, LL, RL or empty (frontal is assumed and stated).
+    Without a view a frontal image is assumed, which the result states.
     """
 
     patient_id: str = ""
@@ -276,8 +290,7 @@ _AGE_UNIT_YEARS = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0}
 
 def age_years(patient_age: str, birth_date: str, study_date: str) -> float | None:
     """Age in years from Patient's Age (VR AS, PS3.5 6.2: ``nnnD|W|M|Y``), else from the two dates; None where unknown."""
-    match = re.fullmatch(r"(\d{1,3})([DWMY])", patient_age.strip().upper())
-    if match:
+    if match := re.fullmatch(r"(\d{1,3})([DWMY])", patient_age.strip().upper()):
         return int(match[1]) * _AGE_UNIT_YEARS[match[2]]
     born, taken = _date(birth_date), _date(study_date)
     if born is None or taken is None or taken < born:

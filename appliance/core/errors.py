@@ -1,4 +1,4 @@
-"""The errors of the box, divided by where they are remedied.
+"""The errors of the box, divided by who can correct them.
 
     ApplianceError
     ├── IngestError       an image was refused by ingest; the sender still has it
@@ -9,8 +9,8 @@
     ├── ActivationError   a model was not activated; the previous one stays active
     └── ReportError       a result object could not be written
 
-Each carries a ``code`` (registered in :mod:`appliance.messages`, where its text in Chinese and English stands) and a ``hint``
-that tells the person what to do.
+Each carries a ``code``, whose text in Chinese and English is registered in :mod:`appliance.messages`, and a ``hint``: what a person can
+do about it.
 """
 
 from __future__ import annotations

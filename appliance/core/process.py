@@ -1,42 +1,25 @@
-"""What every process of the box sets up: JSON logging, its lock, its memory limit, its end with its parent."""
+"""What the processes of the box set up: JSON logging, a lock, a memory limit, and that a process ends with its parent."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
 import fcntl
-import json
 import logging
 import os
 import resource
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Final
 
-from appliance.core.domain import utc_now
 from appliance.core.errors import ApplianceError
+from model_sync.json_logging import JsonFormatter
 
 _PR_SET_PDEATHSIG: Final = 1
-_FIELDS: Final = ("job", "code", "role", "exit_code", "state", "seconds", "peer", "port", "count", "status")
-
-
-class JsonFormatter(logging.Formatter):
-    """Writes one JSON object per line, with the fields of an allow-list only, so that no patient data gets into a log."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Format message, allowed extra fields, and the source line (never the values) of an exception."""
-        entry: dict[str, object] = {"at": utc_now(), "level": record.levelname, "logger": record.name, "message": record.getMessage()}
-        entry |= {name: value for name in _FIELDS if (value := getattr(record, name, None)) is not None}
-        if record.exc_info and record.exc_info[0] is not None:
-            entry["exception"] = record.exc_info[0].__name__
-            frame = record.exc_info[2]
-            while frame and frame.tb_next:
-                frame = frame.tb_next
-            if frame:
-                entry["where"] = f"{Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}"
-        return json.dumps(entry, ensure_ascii=False)
+LOG_FIELDS: Final = ("job", "code", "role", "exit_code", "state", "seconds", "peer", "port", "count", "status")
 
 
 def start_logging(level: int | str = logging.INFO) -> None:
@@ -50,12 +33,11 @@ def start_logging(level: int | str = logging.INFO) -> None:
         print(f"note: {level} is no log level (APPLIANCE_LOG_LEVEL: DEBUG, INFO, WARNING, ERROR); taking INFO", file=sys.stderr)
         number = logging.INFO
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(JsonFormatter(LOG_FIELDS))
     logging.basicConfig(level=number, handlers=[handler], force=True)
-    for chatty in ("pydicom", "highdicom", "PIL"):
-        warnings.filterwarnings("ignore", module=chatty)
-    for chatty in ("pynetdicom", "pydicom", "highdicom", "PIL"):  # their messages quote values of the data set
-        logging.getLogger(chatty).setLevel(logging.CRITICAL)
+    for name in ("pynetdicom", "pydicom", "highdicom", "PIL"):  # their messages and warnings quote values of the data set
+        warnings.filterwarnings("ignore", module=name)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def make_data_dir(path: Path) -> None:
@@ -78,8 +60,16 @@ def release_memory() -> None:
 
 
 def die_with_parent(signal_number: int = signal.SIGTERM) -> None:
-    """Let the kernel signal this process when its parent dies, so that no orphan keeps a port after the supervisor was killed."""
+    """Let the kernel signal this process when its parent dies, so that no process occupies a port after the supervisor was killed."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal_number)
+
+
+def stop_on_signal() -> Callable[[], bool]:
+    """Let SIGTERM and SIGINT ask this process to stop; returns whether one of them came."""
+    received: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _frame: received.append(number))
+    return lambda: bool(received)
 
 
 class Lock:
@@ -118,5 +108,5 @@ def is_held_by_another(data_dir: Path, role: str) -> bool:
         lines = Path("/proc/locks").read_text().splitlines()
     except OSError:
         return False
-    held = (line.split() for line in lines if " FLOCK " in line and "->" not in line)
-    return any(fields[5].rsplit(":", 1)[-1] == str(inode) and fields[4] != str(os.getpid()) for fields in held)
+    locks = (line.split() for line in lines if " FLOCK " in line and "->" not in line)
+    return any(fields[5].rsplit(":", 1)[-1] == str(inode) and fields[4] != str(os.getpid()) for fields in locks)

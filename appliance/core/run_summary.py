@@ -1,6 +1,6 @@
-"""How a model is run, as people see it: runtime, precision and reason, from the JSON that the worker stored.
+"""How a model is run, as people see it: runtime, precision and reason, parsed from the JSON that the worker stored.
 
-Parsing only; fields that another version of the appliance wrote are used as far as they are known.
+Fields that another version of the appliance wrote are used as far as they are known.
 """
 
 from __future__ import annotations
@@ -71,14 +71,10 @@ class CandidateSummary:
 
 @dataclass(frozen=True)
 class RuntimeStatus:
-    """How an active model is run: the chosen candidate and why, all measured candidates, and what runs now.
+    """How an active model is run: the chosen candidate and its ``reason``, all measured candidates, and what runs now.
 
     Attributes:
-        reason: why the candidate was chosen.
-        chosen: the chosen candidate.
-        table: all measured candidates.
         now: what runs the model, as in a result; None where no worker has reported it, or where nothing runs it.
-        since: since when.
         fallback: why the baseline runs in place of the chosen candidate.
         other: the reason for what runs now, where it is neither a fallback nor ``reason``: measured on another device.
         stopped: why nothing can run the model.
@@ -105,12 +101,12 @@ class RuntimeStatus:
         runs = _object(report.get("runs")) or fallback | {"reason": fallback}  # an older version stored a fallback only
         now, why = RunSummary.of(runs), _note(runs.get("reason"))
         differs = why is not None and why.code not in (FALLBACK, reason.code if reason else why.code)
-        table = report.get("table")
-        ways = sorted((way for way in map(_way, table if isinstance(table, list) else []) if way), key=_order)
+        rows = report.get("table")
+        table = sorted((item for item in map(_candidate, rows if isinstance(rows, list) else []) if item), key=_order)
         return cls(
             reason=reason,
-            chosen=next((way for way in ways if way.state == "chosen"), None),
-            table=tuple(ways),
+            chosen=next((item for item in table if item.state == "chosen"), None),
+            table=tuple(table),
             now=now,
             since=str(fallback.get("at") or runs.get("at") or ""),
             fallback=_note(fallback),
@@ -122,7 +118,7 @@ class RuntimeStatus:
 
 
 def name_of(runtime: str) -> str:
-    """The product name of a runtime; a version after the name is kept."""
+    """The product name of a runtime, with its version where there is one."""
     first, _, rest = runtime.partition(" ")
     return f"{_NAMES.get(first, first)} {rest}".strip()
 
@@ -133,31 +129,31 @@ def _note(value: Any) -> Note | None:
     return Note(str(note["code"]), str(note.get("detail", ""))) if "code" in note else None
 
 
-def _order(way: CandidateSummary) -> tuple[bool, bool, float]:
+def _order(row: CandidateSummary) -> tuple[bool, bool, float]:
     """Sort key: the chosen candidate, then by duration, then those without one."""
-    return (way.state != "chosen", way.median_ms is None, way.median_ms or 0.0)
+    return (row.state != "chosen", row.median_ms is None, row.median_ms or 0.0)
 
 
-def _way(row: Any) -> CandidateSummary | None:
+def _candidate(row: Any) -> CandidateSummary | None:
     row = _object(row)
     candidate, layers = _object(row.get("candidate")), _object(row.get("layers"))
     if not candidate or "state" not in row:
         return None
-    there = bool(candidate.get("file"))
-    counted = ((str(name), int(count)) for name, count in layers.items() if isinstance(count, int))
+    has_file = bool(candidate.get("file"))
+    counts = ((str(name), int(count)) for name, count in layers.items() if isinstance(count, int))
     return CandidateSummary(
         runtime=name_of(str(candidate.get("runtime", ""))),
         provider=str(candidate.get("provider", "")),
         precision=str(candidate.get("precision", "")),
-        threads=int(candidate.get("threads") or 0) if there else -1,
-        batch=int(candidate.get("batch") or 1) if there else 0,
+        threads=int(candidate.get("threads") or 0) if has_file else -1,
+        batch=int(candidate.get("batch") or 1) if has_file else 0,
         state=str(row["state"]),
         code=str(row.get("code", "")),
         detail=str(row.get("detail", "")),
         median_ms=_number(row.get("median_ms")),
         per_image_ms=_number(row.get("per_image_ms")),
         max_difference=_number(row.get("max_difference")),
-        layers=tuple(sorted(counted, key=lambda item: -item[1])),
+        layers=tuple(sorted(counts, key=lambda item: -item[1])),
     )
 
 

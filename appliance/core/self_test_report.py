@@ -1,4 +1,4 @@
-"""The report of a self-test as it is stored with a model and with its activation (columns ``self_test``)."""
+"""The report of a self-test, as it is stored with a model and with its activation (columns ``self_test``)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final
 
 from appliance.core.domain import Note
+from model_sync.bundle import Watch
 
 FIXED_BY_USER: Final = "choice.by_hand"
 NOT_MEASURED: Final = "choice.untuned"
+# A faster model is compared as if it took this long: a busy box turns tenths of a millisecond into several.
+LATENCY_FLOOR_MS: Final = 20.0
 _OPTIONAL: Final = ("fallback", "runs", "watch_ms")
 
 
@@ -21,7 +24,7 @@ class SelfTestReport:
     Attributes:
         precision: of the variant that runs.
         runtime: name and version of the runtime.
-        details: what the runtime says it runs (``Runtime.describe``).
+        details: what ran, as the runtime describes it (``Runtime.describe``).
         max_difference: golden case -> largest difference to its expected output.
         median_ms: median time of one inference.
         worst_ms: longest time of one inference.
@@ -96,3 +99,8 @@ class SelfTestReport:
         known["reason"] = Note(str(reason.get("code", "")), str(reason.get("detail", ""))) if isinstance(reason, Mapping) else None
         known["table"] = tuple(row for row in table if isinstance(row, Mapping)) if isinstance(table, list) else ()
         return cls(**known)
+
+
+def allowed_latency_ms(watch: Watch, expected_ms: float) -> float:
+    """Compute the longest median latency that the manifest allows for a model that took ``expected_ms`` in the self-test."""
+    return watch.max_latency_ratio * max(expected_ms, LATENCY_FLOOR_MS)

@@ -1,7 +1,4 @@
-"""The box's settings: one TOML file, every key typed, an unknown key is an error.
-
-pydantic validates (strict typing and an error that names the key, in one dependency that has arm64 wheels).
-"""
+"""The box's settings: one TOML file, every key typed, an unknown key is an error."""
 
 from __future__ import annotations
 

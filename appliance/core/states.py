@@ -1,6 +1,6 @@
-"""The states that decide what the box does with models. The values are stored in the database and must not change.
+"""The states of models, activations and measurements; those of images and jobs are in :mod:`appliance.core.domain`.
 
-The states of scans and jobs are in :mod:`appliance.core.domain`.
+Their values are stored in the database and must not change.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PENDING_STATES: Final = (ActivationState.STAGED, ActivationState.BUILDING, Activ
 """States before the switch, in their order; they are also the phases that a self-test process reports."""
 
 IN_USE_STATES: Final = (ActivationState.TRIAL, ActivationState.GOOD)
-"""States of an activation whose model was put to work and was not taken back."""
+"""States of an activation whose model was activated and was neither rolled back nor withdrawn."""
 
 
 class ModelState(_StoredState):

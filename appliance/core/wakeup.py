@@ -44,8 +44,7 @@ class Wakeup:
 
     def wait(self, timeout_s: float) -> None:
         """Sleep until :func:`wake` is called or the timeout is over."""
-        ready, _, _ = select.select([self._fifo], [], [], timeout_s)
-        if ready:
+        if select.select([self._fifo], [], [], timeout_s)[0]:
             os.read(self._fifo, 4096)
 
     def close(self) -> None:

@@ -29,14 +29,9 @@ SUCCESS: Final = 0x0000
 OUT_OF_RESOURCES: Final = 0xA700
 CANNOT_UNDERSTAND: Final = 0xC000
 NOT_STORED: Final = 0xC001
-STATUS: Final = {
-    "ingest.disk_full": OUT_OF_RESOURCES,
-    "ingest.too_large": OUT_OF_RESOURCES,
-    "ingest.memory": OUT_OF_RESOURCES,
-    "store.failed": OUT_OF_RESOURCES,
-}
+STATUS: Final = dict.fromkeys(("ingest.disk_full", "ingest.too_large", "ingest.memory", "store.failed"), OUT_OF_RESOURCES)
 
-# The syntaxes that appliance.imaging.pixels decodes; a sender that offers only others learns it in the negotiation and can transcode.
+# The syntaxes that appliance.imaging.pixels decodes; a sender that offers only others sees that in the negotiation and can transcode.
 TRANSFER_SYNTAXES: Final = [
     "1.2.840.10008.1.2.1", "1.2.840.10008.1.2", "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.4.50",
     "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70", "1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81",

@@ -1,11 +1,11 @@
 """Check compressed frames before they are decoded: the headers of all syntaxes, and all codes of JPEG.
 
-A decoder allocates what the header of the codestream says, whatever the DICOM header says: a forged header is refused here, before
-anything is allocated. libjpeg only warns about damaged data: it fills the rest with grey, which a model would score. So each JPEG frame
-is decoded once by simplejpeg, whose strict mode turns libjpeg's warnings into errors. simplejpeg supports 8 bits only, but Huffman
-codes are the same for every sample precision (ITU-T T.81 F.1.2, H.1.2.2), so the check decodes a copy whose header says 8 bits. It
-finds 98 of 100 chest X-ray frames with 340 bytes overwritten, and every truncated frame. JPEG-LS decoders check the data themselves;
-JPEG 2000 and RLE contain no redundancy, so that only truncated or unparsable data is found.
+A decoder allocates memory by the header of the codestream, whatever the DICOM header says: a forged header is refused here, before that.
+libjpeg only warns about damaged data and fills the rest with grey, which a model would score. So each JPEG frame is decoded once by
+simplejpeg, whose strict mode turns libjpeg's warnings into errors. simplejpeg supports 8 bits only, but Huffman codes are the same for
+every sample precision (ITU-T T.81 F.1.2, H.1.2.2), so the check decodes a copy whose header says 8 bits. It detects 98 of 100 chest X-ray
+frames with 340 bytes overwritten, and every truncated frame. JPEG-LS decoders check the data themselves; JPEG 2000 and RLE contain no
+redundancy, so that only truncated or unparsable data is detected.
 
 The headers are parsed here because pydicom reads precision and component identifiers but not the sizes.
 """

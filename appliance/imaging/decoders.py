@@ -14,9 +14,8 @@ through pydicom 3.0.2 on two busy cores of an AMD EPYC; "check" is what ``codest
 | HTJ2K | imagecodecs (OpenJPEG, 2 threads) 33 to 50 | 0 | pylibjpeg-openjpeg 49 |
 
 With the second core free GDCM is never the fastest, and pydicom imports it wherever it is installed (18 MB in every process), so it
-is not installed.
-OpenJPH (imagecodecs, 21 ms) is not used for HTJ2K: it returned an image for 22 of 30 truncated frames, OpenJPEG for none.
-pylibjpeg-libjpeg is not used because it is GPL-3.0 and this project is Apache-2.0. DCT decoders may differ by one grey level
+is not installed. OpenJPH (imagecodecs, 21 ms) is not used for HTJ2K: it returned an image for 22 of 30 truncated frames, OpenJPEG for
+none. pylibjpeg-libjpeg is not used because it is GPL-3.0 and this project is Apache-2.0. DCT decoders may differ by one grey level
 (ITU-T T.83, PS3.5 8.2.1); libjpeg-turbo's and pylibjpeg-libjpeg's do.
 
 imagecodecs is imported with the first compressed frame, codec by codec, so that an idle process does not pay for it.
@@ -81,10 +80,8 @@ def decode_with_imagecodecs(src: bytes, runner: DecodeRunner) -> memoryview:
     if syntax == RLELossless:
         return _decode_rle(src, runner)
     array = _decode(syntax, src, runner.samples_per_pixel)
-    if syntax in JPEG_2000 and runner.photometric_interpretation in (
-        PhotometricInterpretation.YBR_ICT,
-        PhotometricInterpretation.YBR_RCT,
-    ):
+    transformed = (PhotometricInterpretation.YBR_ICT, PhotometricInterpretation.YBR_RCT)
+    if syntax in JPEG_2000 and runner.photometric_interpretation in transformed:
         runner.set_option("photometric_interpretation", PhotometricInterpretation.RGB)  # OpenJPEG reverses the transform
     runner.set_option("bits_allocated", array.dtype.itemsize * 8)
     return _checked(array, runner)

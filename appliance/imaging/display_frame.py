@@ -25,15 +25,13 @@ class DisplayFrame:
         pixels: grey: [rows, columns], stored values as (u)int8, (u)int16 or float32 (modality values where the header has a
             Modality LUT); colour: uint8 RGB [rows, columns, 3].
         photometric: MONOCHROME1 (low is white), MONOCHROME2 or RGB.
-        slope: factor for stored values before the window is applied.
-        intercept: added after the factor.
+        slope: factor for stored values before the window is applied; ``intercept`` is added after it.
         windows: the windows to choose from, the default first; at least one for grey, none for colour. A VOI LUT is offered as the
             window that spans its input.
         bits_stored: Bits Stored.
         signed: stored values can be negative.
         spacing: mm between rows and between columns; None: the viewer measures in pixels.
-        minimum: the lowest stored value in the frame.
-        maximum: the highest.
+        minimum: the lowest stored value in the frame; ``maximum`` the highest.
     """
 
     pixels: NDArray[Any]

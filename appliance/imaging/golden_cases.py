@@ -1,4 +1,4 @@
-"""The golden cases of a bundle, checked through the whole pipeline: from the display image to the probability and its map."""
+"""The golden cases of a bundle, checked through the complete pipeline: from the display image to the probability and its map."""
 
 from __future__ import annotations
 
@@ -46,9 +46,7 @@ def _volume_case(manifest: Manifest, golden: GoldenVolume) -> Case:
     from appliance.imaging.volumes.segmentation import golden_tensor
 
     tensor, difference = golden_tensor(golden, manifest)
-    return Case(
-        golden.name, tensor, lambda infer: difference(infer(tensor)), {str(name): value for name, value in golden.tolerance.items()}
-    )
+    return Case(golden.name, tensor, lambda infer: difference(infer(tensor)), {str(k): value for k, value in golden.tolerance.items()})
 
 
 def _case(manifest: Manifest, golden: GoldenCase) -> Case:

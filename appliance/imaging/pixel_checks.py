@@ -2,8 +2,7 @@
 
 An image that passes can be decoded within the memory limit: sizes are within ``PixelCaps``, uncompressed pixel data has exactly the
 length that its header implies, and the header of the first compressed frame agrees with the DICOM header (the other frames are
-checked when they are decoded). Attributes: Image Pixel Module, PS3.3 C.7.6.3; encapsulation:
-PS3.5 A.4.
+checked when they are decoded). Attributes: Image Pixel Module, PS3.3 C.7.6.3; encapsulation: PS3.5 A.4.
 """
 
 from __future__ import annotations
@@ -61,21 +60,12 @@ class PixelCaps:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(FrameShape):
     """The checked Image Pixel Module of an image."""
 
     keyword: str
-    rows: int
-    columns: int
     frames: int
-    samples: int
-    bits_allocated: int
     photometric: str
-
-    @property
-    def frame_shape(self) -> FrameShape:
-        """The attributes that a compressed frame repeats in its own header."""
-        return FrameShape(self.rows, self.columns, self.samples, self.bits_allocated)
 
     @property
     def row_bits(self) -> int:
@@ -85,11 +75,7 @@ class Layout:
 
 
 def check_structure(ds: Dataset, caps: PixelCaps | None = None) -> None:
-    """Raise an error where the pixel data contradicts the header; decodes no pixel and uses little memory.
-
-    Args:
-        ds: the image as read by pydicom, with its file meta group.
-        caps: the limits; ``PixelCaps()`` when absent.
+    """Raise an error where the pixel data of an image contradicts its header; decodes no pixel and uses little memory.
 
     Raises:
         IngestError: ``ingest.no_pixel_data``, ``ingest.unsupported_syntax``, ``ingest.absurd_dimensions``,
@@ -142,7 +128,7 @@ def read_layout(ds: Dataset, keyword: str, caps: PixelCaps) -> Layout:
         raise IngestError("ingest.pixel_attributes", f"Bits Allocated {bits_allocated}")
     if keyword == "PixelData":
         _check_sample(ds, bits_allocated)
-    layout = Layout(keyword, rows, columns, frames, samples, bits_allocated, photometric)
+    layout = Layout(rows, columns, samples, bits_allocated, keyword, frames, photometric)
     if rows * columns * samples * max(bits_allocated, 8) // 8 > caps.max_frame_bytes:
         raise IngestError("ingest.absurd_dimensions", f"{columns} x {rows} pixels in one frame")
     return layout
@@ -165,12 +151,11 @@ def _integer(ds: Dataset, keyword: str, default: int | None = None) -> int:
             if default is None:
                 raise IngestError("ingest.pixel_attributes", f"{keyword} is absent")
             return default
-        number = int(value)
+        if int(value) == value:
+            return int(value)
     except VALUE_ERRORS as error:
         raise IngestError("ingest.pixel_attributes", f"{keyword} is no integer") from error
-    if number != value:
-        raise IngestError("ingest.pixel_attributes", f"{keyword} is no integer")
-    return number
+    raise IngestError("ingest.pixel_attributes", f"{keyword} is no integer")
 
 
 def _pixel_bytes(ds: Dataset, keyword: str) -> bytes:
@@ -208,7 +193,7 @@ def _check_encapsulated(ds: Dataset, syntax: UID, layout: Layout, data: bytes) -
     if len(spans) < layout.frames or (offsets and len(offsets) != layout.frames):
         raise IngestError("ingest.absurd_dimensions", f"{layout.frames} frames, {len(spans)} fragments, {len(offsets)} offsets")
     _check_offsets(ds, layout, offsets, [start - 8 - starts[1] for start, _ in spans])
-    check_header(syntax, b"".join(data[start:end] for start, end in spans[:8])[:_HEADER_BYTES], layout.frame_shape)
+    check_header(syntax, b"".join(data[start:end] for start, end in spans[:8])[:_HEADER_BYTES], layout)
 
 
 def _check_offsets(ds: Dataset, layout: Layout, offsets: list[int], fragments: list[int]) -> None:

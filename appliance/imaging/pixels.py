@@ -1,10 +1,8 @@
 """Decode the pixels of an image, one frame at a time, after checks, with the fastest decoder available.
 
-The values are those of pydicom's ``pixel_array``: stored values as they are (before any modality or VOI transformation) for
-grey and palette images; YBR_FULL and YBR_FULL_422 converted to RGB. ``pixel_checks`` checks the header at ingest, ``codestream`` the
-compressed frames; ``decoders`` chooses the decoder and lists their measured times.
-
-Nothing large is imported before the first frame is decoded: the web process mostly reads headers.
+The values are those of pydicom's ``pixel_array``: stored values (before any modality or VOI transformation) for grey and palette images;
+YBR_FULL and YBR_FULL_422 converted to RGB. Nothing large is imported before the first frame is decoded: the web process mostly reads
+headers.
 """
 
 from __future__ import annotations
@@ -53,11 +51,7 @@ def frame_count(ds: Dataset) -> int:
 
 
 def decode_frame(ds: Dataset, index: int = 0) -> Frame:
-    """Decode one frame.
-
-    Args:
-        ds: the image, with its file meta group.
-        index: which frame, from 0.
+    """Decode one frame of an image that has its file meta group.
 
     Returns:
         [rows, columns] or [rows, columns, 3] in native byte order, of the type that the header implies; read-only when it is a
@@ -74,11 +68,7 @@ def decode_frame(ds: Dataset, index: int = 0) -> Frame:
 
 
 def iter_frames(ds: Dataset, *, only: int | None = None) -> Iterator[Frame]:
-    """Decode all frames one after the other, with only one in memory.
-
-    Args:
-        ds: the image, with its file meta group.
-        only: decode only this frame.
+    """Decode all frames, or ``only`` that one, with one frame in memory at a time.
 
     Raises:
         PixelError: as ``decode_frame``, or when frames are missing.
@@ -126,34 +116,25 @@ def _compressed_frames(ds: Dataset, syntax: UID, layout: Layout, only: int | Non
     if not plugin:
         raise PixelError("pixel.undecodable", f"no decoder for {syntax.name} is installed")
     decoder, options = get_decoder(syntax), _options(ds, layout)
-    coded_frames = generate_frames(ds.PixelData, number_of_frames=layout.frames, extended_offsets=_extended_offsets(ds))
+    offsets = (ds.ExtendedOffsetTable, ds.ExtendedOffsetTableLengths) if "ExtendedOffsetTable" in ds else None
+    coded_frames = generate_frames(ds.PixelData, number_of_frames=layout.frames, extended_offsets=offsets)
     for index in range(layout.frames):
         coded = _guarded(next, coded_frames, None)
         if coded is None:
             return
         if only in (None, index):
-            check_frame(syntax, coded, layout.frame_shape)
+            check_frame(syntax, coded, layout)
             item = encapsulate([coded], has_bot=False)
             yield _guarded(_decode, decoder, item, index=0, decoding_plugin=plugin, **options)
-
-
-def _extended_offsets(ds: Dataset) -> tuple[bytes, bytes] | None:
-    return (ds.ExtendedOffsetTable, ds.ExtendedOffsetTableLengths) if "ExtendedOffsetTable" in ds else None
 
 
 def _options(ds: Dataset, layout: Layout) -> dict[str, Any]:
     """Options for pydicom to decode a frame without its data set."""
     return {
-        "rows": layout.rows,
-        "columns": layout.columns,
-        "number_of_frames": 1,
-        "samples_per_pixel": layout.samples,
-        "photometric_interpretation": layout.photometric,
-        "planar_configuration": int(ds.get("PlanarConfiguration") or 0),
-        "pixel_representation": ds.PixelRepresentation,
-        "bits_allocated": layout.bits_allocated,
-        "bits_stored": ds.BitsStored,
-    }
+        "rows": layout.rows, "columns": layout.columns, "number_of_frames": 1, "samples_per_pixel": layout.samples,
+        "photometric_interpretation": layout.photometric, "planar_configuration": int(ds.get("PlanarConfiguration") or 0),
+        "pixel_representation": ds.PixelRepresentation, "bits_allocated": layout.bits_allocated, "bits_stored": ds.BitsStored,
+    }  # fmt: skip
 
 
 def _decode(decoder: Decoder, source: Dataset | bytes, **options: Any) -> Frame:

@@ -1,8 +1,8 @@
 """Convert the pixels of an image to the input tensor of a model, by the steps of the manifest's ``InputSpec``. Pure functions.
 
 The reference is the pipeline that a model card describes (display image, pad to a square, resize by Pillow, divide by 255). These steps
-give the same numbers. They are fast because values are looked up, not computed (see ``greyscale``), and because pixels have 8 bits
-until the image is as small as the input of the model: 2048 x 2048 pixels of 16 bits take 12 ms on one core.
+give the same numbers. Values are looked up, not computed (see ``greyscale``), and pixels have 8 bits until the image is as small as the
+input of the model: 2048 x 2048 pixels of 16 bits take 12 ms on one core.
 
 Images with non-square pixels are padded and resized so that pixels are square in the tensor and anatomy keeps its shape.
 """
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from PIL import Image
 
-from appliance.core.domain import Note
 from appliance.core.errors import InferenceError
 from appliance.imaging.display_frame import eight_bits, palette_rgb
 from appliance.imaging.greyscale import display_grey, grey_header, pixel_aspect
@@ -66,10 +65,6 @@ class Geometry:
         """Map a point of the image to the model's input."""
         return x * self.scale_x + self.pad_x, y * self.scale_y + self.pad_y
 
-    def to_image(self, x: float, y: float) -> tuple[float, float]:
-        """Map a point of the model's input to the image; a point of the padding lies outside the image."""
-        return (x - self.pad_x) / self.scale_x, (y - self.pad_y) / self.scale_y
-
 
 @dataclass(frozen=True)
 class PreparedInput:
@@ -79,25 +74,17 @@ class PreparedInput:
         tensor: float32 [1, channels, height, width].
         display: uint8 [rows, columns], the display image in the original pixel grid.
         geometry: mapping between image and tensor.
-        steps: description of the steps, for the record.
-        assumptions: notes that a person must see.
+        steps: description of the steps.
     """
 
     tensor: NDArray[np.float32]
     display: NDArray[np.uint8]
     geometry: Geometry
     steps: tuple[str, ...]
-    assumptions: tuple[Note, ...] = ()
 
 
 def to_tensor(ds: Dataset, input_spec: InputSpec, frame: int = 0, pixels: NDArray[Any] | None = None) -> PreparedInput:
-    """Prepare one frame of an image.
-
-    Args:
-        ds: the image.
-        input_spec: the manifest's pixel pipeline.
-        frame: which frame.
-        pixels: the values of the frame where it is decoded already.
+    """Prepare one frame of an image; ``pixels`` are its values where they are decoded already.
 
     Raises:
         PixelError: the frame cannot be decoded, or its header is invalid.
@@ -114,10 +101,7 @@ def from_display(pixels: NDArray[np.uint8], input_spec: InputSpec) -> PreparedIn
 
 
 def display_image(ds: Dataset, values: NDArray[Any], input_spec: InputSpec, frame: int = 0) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
-    """Convert a frame to the image that a person would see, by the display steps of the pipeline.
-
-    Returns:
-        uint8 [rows, columns], and a description of the steps.
+    """Convert a frame to the image that a person would see: uint8 [rows, columns], and a description of the steps.
 
     Raises:
         PixelError: the transformations in the header are invalid, or the palette cannot be read.
@@ -153,12 +137,14 @@ def _prepare(display: NDArray[np.uint8], spec: InputSpec, aspect: float, shown: 
     steps, pad_x, pad_y = list(shown), 0, 0
     padded_h, padded_w = rows, columns
     for step in spec.pipeline[4:]:
+        if isinstance(step, (Letterbox, Resize)) and picture.ndim != 2:
+            raise InferenceError("job.error", "the model's pipeline must letterbox and resize before it normalises")
         if isinstance(step, Letterbox):
             picture, pad_x, pad_y = _letterbox(picture, spec.width / spec.height * aspect, step.fill)
             padded_h, padded_w = picture.shape
             steps.append(f"letterbox {padded_w}x{padded_h}" + (f", pixels {aspect:.3g} times as high as wide" if aspect != 1 else ""))
         elif isinstance(step, Resize):
-            picture = _resize(picture, step)
+            picture = np.asarray(Image.fromarray(picture).resize((step.width, step.height), _FILTERS[step.filter]))
             steps.append(f"resize {step.width}x{step.height} {step.filter}")
         elif isinstance(step, (Scale, Normalise)):
             picture = _normalise(picture, step)
@@ -174,7 +160,6 @@ def _prepare(display: NDArray[np.uint8], spec: InputSpec, aspect: float, shown: 
 
 def _letterbox(picture: NDArray[Any], ratio: float, fill: int) -> tuple[NDArray[Any], int, int]:
     """Pad to ``ratio`` (columns / rows) with the image in the centre; returns also the columns and rows added before it."""
-    _check_two_dimensional(picture)
     rows, columns = picture.shape
     width, height = max(columns, round(rows * ratio)), max(rows, round(columns / ratio))
     left, top = (width - columns) // 2, (height - rows) // 2
@@ -183,16 +168,6 @@ def _letterbox(picture: NDArray[Any], ratio: float, fill: int) -> tuple[NDArray[
     padded = np.full((height, width), fill, picture.dtype)
     padded[top : top + rows, left : left + columns] = picture
     return padded, left, top
-
-
-def _resize(picture: NDArray[Any], step: Resize) -> NDArray[Any]:
-    _check_two_dimensional(picture)
-    return np.asarray(Image.fromarray(picture).resize((step.width, step.height), _FILTERS[step.filter]))
-
-
-def _check_two_dimensional(picture: NDArray[Any]) -> None:
-    if picture.ndim != 2:
-        raise InferenceError("job.error", "the model's pipeline must letterbox and resize before it normalises")
 
 
 def _normalise(picture: NDArray[Any], step: Scale | Normalise) -> NDArray[np.float32]:
@@ -218,12 +193,9 @@ class QualityVerdict:
 def check_quality(display: NDArray[np.uint8]) -> QualityVerdict:
     """Check whether an image is blank, saturated or too small for an analysis.
 
-    It is measured on a copy reduced by averaging to at least 128 pixels a side, so that noise is not taken for content. The thresholds
-    leave a wide margin to real images: of 6,769 training and 139 test chest X-rays the smallest spread between the 2nd and
-    the 98th percentile is 55 grey levels, the greatest roughness 0.19, the largest share of black and white pixels 0.59.
-
-    Args:
-        display: uint8 [rows, columns] as displayed.
+    The image, uint8 [rows, columns] as displayed, is first reduced by averaging to at least 128 pixels a side, so that noise is not taken
+    for content. The thresholds leave a wide margin to real images: of 6,769 training and 139 test chest X-rays the smallest spread between
+    the 2nd and the 98th percentile is 55 grey levels, the greatest roughness 0.19, the largest share of black and white pixels 0.59.
     """
     side = min(display.shape)
     small = np.asarray(Image.fromarray(display).reduce(max(1, side // _QUALITY_SIDE))).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Analyse several images in one inference, where tuning found that to be faster; each of them is as safe as alone.
+"""Analyse several images in one inference, where tuning measured that to be faster; each is as safe as in an inference of its own.
 
 Before and after the inference every image has its own deadline and its own errors, and urgent jobs go first between any two steps. When
 the inference of the batch fails, each image is inferred alone, so that one bad image does not cost the others an attempt.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from appliance.core.domain import Job, JobResult
 from appliance.core.errors import InferenceError
 from appliance.inference.image_job import PreparedImage, Timer, build_result, prepare_image
-from appliance.inference.job_runner import commit
+from appliance.inference.job_runner import JobRunner, commit
 from appliance.inference.model_session import ModelSession
 from appliance.store.store import Store
 
@@ -25,63 +25,54 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-StepGuard = Callable[[Job, Callable[[], Any]], Any]
-"""See :meth:`appliance.inference.job_runner.JobRunner.guard`."""
-
 
 class BatchJob:
     """Several jobs of one model whose images are inferred together.
 
     Args:
-        store: the box's store.
-        model: the model of all of them.
-        guard: runs one step of a job under its deadline.
-        run_alone: runs one job without the batch.
-        run_urgent: runs the urgent jobs that wait; called between two steps.
+        jobs: of this model, all leased to this worker.
     """
 
-    def __init__(
-        self, store: Store, model: ModelSession, guard: StepGuard, run_alone: Callable[[Job], None], run_urgent: Callable[[], None]
-    ) -> None:
-        self._store, self._model, self._guard, self._run_alone, self._run_urgent = store, model, guard, run_alone, run_urgent
+    def __init__(self, store: Store, model: ModelSession, runner: JobRunner, jobs: Sequence[Job]) -> None:
+        self._store, self._model, self._runner, self._jobs = store, model, runner, jobs
 
-    def run(self, jobs: Sequence[Job]) -> None:
-        """Run these jobs, which are all leased to this worker; raises InterruptedJobError as ``run_urgent`` does."""
-        images = self._prepare_all(jobs)
+    def run(self) -> None:
+        """Run the jobs; raises InterruptedJobError, see :meth:`appliance.inference.job_runner.JobRunner.run_urgent`."""
+        images = self._prepare_all()
         if not images:
             return
         was_sent = self._model.sends_to_remote
-        answer = self._guard(images[0].job, lambda: self._infer(images))
+        answer = self._runner.guard(images[0].job, lambda: self._infer(images))
         outputs, run = answer if answer is not None else (None, {"leaves_box": True} if was_sent else {})
         batch_size = len(images) if self._model.candidate.batch > 1 else 1  # a fallback takes one image at a time
         pending = [(image, None if outputs is None else _select(outputs, index)) for index, image in enumerate(images)]
         while pending:
-            self._run_urgent()
+            self._runner.run_urgent(self._jobs[0])
             urgent = self._store.queue.urgent_among([image.job.id for image, _ in pending])
             image, one = pending.pop(next((index for index, (item, _) in enumerate(pending) if item.job.id in urgent), 0))
-            self._guard(image.job, partial(self._finish, image, one, run, batch_size))
+            self._runner.guard(image.job, partial(self._finish, image, one, run, batch_size))
 
-    def _prepare_all(self, jobs: Sequence[Job]) -> list[PreparedImage]:
+    def _prepare_all(self) -> list[PreparedImage]:
         """Prepare the images one by one; jobs that end before the inference, or become urgent, are not among those returned."""
-        waiting, images = list(jobs), list[PreparedImage]()
+        waiting, images = list(self._jobs), list[PreparedImage]()
         while self._run_urgent_first(waiting, images):
             job = waiting.pop(0)
-            image = self._guard(job, partial(self._prepare, job))
+            image = self._runner.guard(job, partial(self._prepare, job))
             if isinstance(image, PreparedImage):
                 images.append(image)
         return images
 
     def _run_urgent_first(self, waiting: list[Job], images: list[PreparedImage]) -> bool:
         """Run urgent jobs of the queue, then those of this batch; returns whether any image still has to be prepared."""
-        self._run_urgent()
+        self._runner.run_urgent(self._jobs[0])
         while urgent := self._store.queue.urgent_among([job.id for job in waiting] + [image.job.id for image in images]):
             for job in [job for job in waiting if job.id in urgent]:
                 waiting.remove(job)
-                self._run_alone(job)
+                self._runner.run(job)
             for image in [image for image in images if image.job.id in urgent]:
                 images.remove(image)
-                self._guard(image.job, partial(self._finish, image, None, {}, 1))
-            self._run_urgent()
+                self._runner.guard(image.job, partial(self._finish, image, None, {}, 1))
+            self._runner.run_urgent(self._jobs[0])
         return bool(waiting)
 
     def _prepare(self, job: Job) -> PreparedImage | None:

@@ -98,20 +98,12 @@ def prepare_image(store: Store, job: Job, spec: InputSpec, timer: Timer) -> Prep
 def build_result(
     model: ModelSession, image: PreparedImage, outputs: dict[str, NDArray[np.float32]], run: dict[str, Any], batch_size: int = 1
 ) -> JobResult:
-    """Turn the outputs for one image [1, ...] into findings.
-
-    Args:
-        model: the model.
-        image: the image.
-        outputs: of the model, by name.
-        run: what computed them, see :meth:`appliance.inference.model_session.ModelSession.infer`.
-        batch_size: how many images were in the batch.
-    """
+    """Turn the outputs for one image [1, ...], by name, into findings; ``run`` describes what computed them, see ``ModelSession.infer``."""
     with image.timer.part("postprocess"):
         scored = classify(outputs, model.manifest, image.prepared.geometry)
         findings = tuple(_finding(model, run, label) for label in scored)
     run = run | ({"together": batch_size} if batch_size > 1 else {})
-    return JobResult(ScanState.AI_READY, None, findings, image.prepared.assumptions, image.timer.ms, run)
+    return JobResult(ScanState.AI_READY, None, findings, (), image.timer.ms, run)
 
 
 def _finding(model: ModelSession, run: dict[str, Any], scored: ScoredLabel) -> Finding:

@@ -49,7 +49,6 @@ class ModelPool:
     """Loads, keeps and closes the models of one worker process.
 
     Args:
-        store: the box's store.
         request_tuning: requests that a model (by digest) is measured again.
         wait_s: how long to wait for a remote runtime before the baseline takes over.
     """
@@ -78,8 +77,6 @@ class ModelPool:
         """Skip the tuned runtime for models whose load crashed the previous worker; they are measured again."""
         self._crashed |= set(digests)
 
-    # -- between two jobs --------------------------------------------------------------------------------------------
-
     def load_active(self) -> None:
         """Load and warm up every active model that is absent, a remote one in the background; close models that nobody needs."""
         active = self._active()
@@ -88,7 +85,7 @@ class ModelPool:
             if self._is_remote(digest):
                 self._load_in_background(digest)
                 continue
-            with suppress(ApplianceError):  # recorded and logged; its jobs fail with this reason, the other models go on
+            with suppress(ApplianceError):  # recorded and logged; its jobs fail with this reason, the other models continue
                 self.get(digest)
             release_memory()
 
@@ -137,9 +134,8 @@ class ModelPool:
                 self.use(session)
 
     def _retry_failed(self) -> None:
-        due = {
-            digest for digest, failure in self._failures.items() if failure.retry_at is not None and time.monotonic() >= failure.retry_at
-        }
+        now = time.monotonic()
+        due = {digest for digest, failure in self._failures.items() if failure.retry_at is not None and now >= failure.retry_at}
         if not due:
             return
         needed = self._queued() | self._active()
@@ -155,8 +151,6 @@ class ModelPool:
         for digest in set(self.sessions) - active - self._queued():
             self.sessions.pop(digest).close()
             release_memory()
-
-    # -- loading -----------------------------------------------------------------------------------------------------
 
     def get(self, digest: str) -> ModelSession:
         """Return a model, which is loaded now unless it is; raises ApplianceError where that fails, or failed and is retried later."""
@@ -184,7 +178,7 @@ class ModelPool:
         self._record(session)
 
     def load(self, digest: str, plan: Plan) -> ModelSession:
-        """Load a new model while the others go on, or return the session that runs it as planned. Called in a thread of the activator."""
+        """Load a new model, or return the session that runs it as planned. Called in a thread, while the other models continue to work."""
         session = self.sessions.get(digest)
         if session is not None and session.fallback is None and session.plan == plan:
             return session
@@ -219,8 +213,6 @@ class ModelPool:
         self._tunings.record_fallback(session.digest, session.fallback, session.describe())
         if not session.is_remote:
             self._request_tuning(session.digest)
-
-    # -- queries -----------------------------------------------------------------------------------------------------
 
     def _plan(self, digest: str) -> Plan:
         row = self._store.model(digest)

@@ -15,7 +15,7 @@ from appliance.core.settings import Settings
 from appliance.inference.remote_runtime import MIN_ANSWER_S, REMOTE_RUNTIMES, RemoteRuntime
 from appliance.lifecycle import model_files
 from appliance.runtime import Candidate, Runtime, baseline_candidate, open_runtime
-from appliance.runtime.batch_split import run_in_pieces
+from appliance.runtime.tensors import run_in_pieces
 from appliance.tuning.selection import Plan, baseline_variant
 from model_sync.errors import BundleError
 
@@ -47,7 +47,6 @@ class ModelSession:
 
     Args:
         settings: location of the box's model files, number of threads, address of the remote runtime.
-        digest: of the model.
         plan: the candidate that was chosen.
         skip_reason: why the chosen candidate must not be tried; None when it may.
         wait_s: how long to wait for a remote runtime before the baseline takes over; None: without a limit. Where the baseline must not
@@ -68,8 +67,7 @@ class ModelSession:
         self._settings = settings
         self._bundle: ModelBundle = model_files.load_copy(settings.data_dir, digest)
         self.manifest: Manifest = self._bundle.manifest
-        self.digest = digest
-        self.plan = plan
+        self.digest, self.plan = digest, plan
         self._is_other_device = plan.candidate is not None and plan.profile != device_profile.profile()
         requested = plan.precision if plan.candidate is None or plan.reason.code == "choice.by_hand" else None
         self._baseline = baseline_candidate(_baseline_variant(self._bundle, requested), settings.worker_threads)
@@ -110,8 +108,6 @@ class ModelSession:
         """Whether the next tensor is sent to another machine."""
         return self._remote is not None and self._local is None
 
-    # -- opening -----------------------------------------------------------------------------------------------------
-
     def _open_session(self, skip_reason: Note | None, wait_s: float | None) -> None:
         chosen, baseline = self._chosen, self._baseline
         if (chosen.runtime, chosen.provider, chosen.file) == (baseline.runtime, baseline.provider, baseline.file):
@@ -133,7 +129,7 @@ class ModelSession:
         if skip_reason is not None:
             raise InferenceError(skip_reason.code, skip_reason.detail)
         if chosen.runtime in REMOTE_RUNTIMES and (not configured or chosen.provider != configured):
-            detail = "another hub is configured now" if configured else "the hub is not configured any more"
+            detail = "another remote runtime is configured now" if configured else "the remote runtime is not configured any more"
             raise InferenceError("runtime.unavailable", detail)
         if chosen.runtime in _ENGINE_BUILDERS and self._is_other_device:
             raise InferenceError("choice.other_device", "it was measured on another device than this has become")
@@ -143,7 +139,7 @@ class ModelSession:
         try:
             if self._remote.wait_connected(wait_s):
                 return
-            error = InferenceError("runtime.deadline", f"not there in {wait_s:g} s; reached for while images are read")
+            error = InferenceError("runtime.deadline", f"no connection within {wait_s:g} s; it is tried again while images are analysed")
         except InferenceError as failed:
             error = failed
         try:
@@ -154,7 +150,7 @@ class ModelSession:
             self._remote.wait_connected(None)  # nothing else can run the model
 
     def _open_baseline(self, error: InferenceError) -> Runtime:
-        """Open the baseline; raises ``error`` where the baseline is known to be wrong, InferenceError where it proves to be wrong now."""
+        """Open the baseline; raises ``error`` where the baseline is known to be wrong, InferenceError where it is wrong now."""
         if self.plan.baseline_refusal is not None:
             raise error
         return self._open(self._baseline)
@@ -182,8 +178,6 @@ class ModelSession:
             if not difference <= case.tolerance[precision]:  # also true for NaN
                 raise InferenceError("tune.wrong", f"{case.name}: off by {difference:.4g}, allowed {case.tolerance[precision]:g}")
 
-    # -- inference ---------------------------------------------------------------------------------------------------
-
     def infer(self, tensor: NDArray[np.float32]) -> tuple[Tensors, dict[str, Any]]:
         """Run the model over one or several images [n, ...].
 
@@ -202,8 +196,12 @@ class ModelSession:
     def _infer(self, inputs: Tensors) -> Tensors:
         if self.lost is not None:
             raise InferenceError(self.lost.code, self.lost.detail)
-        if self._local is not None:
-            return self._local.infer(inputs) if self.fallback is None else _infer_one_by_one(self._local, inputs)
+        local = self._local
+        if local is not None and self.fallback is not None:  # one image at a time, however many the remote runtime takes at once
+            ((name, value),) = inputs.items()
+            return run_in_pieces(value, 1, True, lambda piece: local.infer({name: piece}))
+        if local is not None:
+            return local.infer(inputs)
         if self._remote is None:
             raise InferenceError("job.error", "the runtime is closed")
         try:
@@ -231,8 +229,6 @@ class ModelSession:
         self._retry_at = self._fallback_at + RETRY_S
         self.fallback = Note("choice.fallback", f"{chosen}: {error.code}: {error.detail}"[:_DETAIL])
         self._local = baseline
-
-    # -- failover ----------------------------------------------------------------------------------------------------
 
     @property
     def fallback_s(self) -> float:
@@ -265,11 +261,7 @@ class ModelSession:
         return (self.runtime.describe() if self.runtime is not None else {}) | {"reason": reason.to_json()}
 
     def close(self, *, wait: bool = False) -> None:
-        """Free the runtimes.
-
-        Args:
-            wait: until a remote runtime is closed too; else that is waited for only where it answered until now, and not for long.
-        """
+        """Free the runtimes; ``wait`` until a remote runtime is closed, else for a short time, and only where it answered until now."""
         local, remote = self._local, self._remote
         self._local = self._remote = None
         if local is not None:
@@ -284,9 +276,3 @@ def _baseline_variant(bundle: ModelBundle, precision: str | None) -> Variant:
         return baseline_variant(bundle, precision)
     except BundleError as error:
         raise InferenceError("job.error", error.message) from error
-
-
-def _infer_one_by_one(runtime: Runtime, inputs: Tensors) -> Tensors:
-    """Run the baseline with one image at a time, however many the remote runtime takes at once."""
-    ((name, value),) = inputs.items()
-    return run_in_pieces(value, 1, True, lambda piece: runtime.infer({name: piece}))

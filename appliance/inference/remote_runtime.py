@@ -68,7 +68,7 @@ class RemoteRuntime:
         """Wait until the connection is open; None waits without a limit.
 
         Returns:
-            False after the timeout; the attempt goes on.
+            False after the timeout; the attempt continues.
 
         Raises:
             InferenceError: the attempt failed. Whatever else ``open_runtime`` raised is raised as well.
@@ -99,11 +99,7 @@ class RemoteRuntime:
         return self._connection.result().runtime.describe() if self._connection is not None else {}
 
     def disconnect(self, timeout_s: float | None = 0.0) -> None:
-        """Close the connection, or the one that is being opened, in the thread.
-
-        Args:
-            timeout_s: how long to wait until it is closed; None: without a limit.
-        """
+        """Close the connection, or the one that is being opened, in the thread; wait for that at most ``timeout_s`` (None: no limit)."""
         connection, self._connection = self._connection, None
         if connection is not None:
             wait([self._thread.submit(partial(_close, connection))], timeout_s)

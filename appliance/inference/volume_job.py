@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -38,15 +38,10 @@ _MAX_RESTARTS: Final = 3
 
 
 def analyse_volume(store: Store, model: ModelSession, job: Job, timer: Timer, on_step: Callable[[], object]) -> JobResult:
-    """Analyse the series of a job.
+    """Analyse the series of a job with a volume model.
 
-    Args:
-        store: holds its images.
-        model: a volume model.
-        job: of kind ``volume``.
-        timer: gets the milliseconds of each part.
-        on_step: called after each step, such as one slice or one window of the model: the deadline of a job applies to one step, not to
-            the series, and urgent jobs may run in between.
+    ``on_step`` is called after each step, such as one slice or one window of the model: the deadline of a job applies to one step, not to
+    the series, and urgent jobs may run in between.
 
     Raises:
         InferenceError: the model failed, or ``job.memory`` before the inference.
@@ -88,13 +83,22 @@ def _prepare(
         "SELECT id, sop_instance_uid, modality FROM instances WHERE series_id = (SELECT series_id FROM jobs WHERE id = ?) ORDER BY id",
         job.id,
     )
-    spec, files = model.manifest.volume_input, _Files(store, [row["id"] for row in rows], on_step)
+    spec = model.manifest.volume_input
+
+    def read(number: int, *, pixels: bool = True) -> Dataset:
+        return read_dataset(store.read_instance(number), stop_before_pixels=not pixels)
+
+    def headers() -> Iterator[Dataset]:
+        for row in rows:
+            on_step()
+            yield read(row["id"], pixels=False)
+
     check_shape = partial(
         check_memory, manifest=model.manifest, batch=model.candidate.batch, memory_bytes=store.settings.process_memory_max_bytes
     )
     with timer.part("decode"):
-        notes = _check_acquisition(model.manifest, files, {row["modality"] for row in rows})
-        series = read_series(files.sources(), spec, on_step, check_shape)
+        notes = _check_acquisition(model.manifest, headers(), {row["modality"] for row in rows})
+        series = read_series([partial(read, row["id"]) for row in rows], spec, on_step, check_shape)
     on_step()
     with timer.part("preprocess"):
         prepared = prepare(series, spec)
@@ -106,27 +110,7 @@ def _prepare(
     return series, prepared, [row["sop_instance_uid"] for row in rows]
 
 
-class _Files:
-    """The images of a series, read from the store one at a time."""
-
-    def __init__(self, store: Store, ids: list[int], on_step: Callable[[], object]) -> None:
-        self._store, self._ids, self._on_step = store, ids, on_step
-
-    def _read(self, number: int, *, pixels: bool = True) -> Dataset:
-        return read_dataset(self._store.read_instance(number), stop_before_pixels=not pixels)
-
-    def headers(self) -> Iterator[Dataset]:
-        """Read each image without its pixels; calls ``on_step`` before each."""
-        for number in self._ids:
-            self._on_step()
-            yield self._read(number, pixels=False)
-
-    def sources(self) -> list[Callable[[], Dataset]]:
-        """One function per image that reads it, as :func:`appliance.imaging.volumes.volume.read_series` needs them."""
-        return [partial(self._read, number) for number in self._ids]
-
-
-def _check_acquisition(manifest: Manifest, files: _Files, modalities: set[str]) -> tuple[Note, ...]:
+def _check_acquisition(manifest: Manifest, headers: Iterable[Dataset], modalities: set[str]) -> tuple[Note, ...]:
     """Check that the series was acquired as the model requires; returns the notes that a person must see.
 
     Raises:
@@ -135,7 +119,7 @@ def _check_acquisition(manifest: Manifest, files: _Files, modalities: set[str]) 
     rule = manifest.applies_to.sequence
     if rule is None:
         return (Note("caution.sequence_unverified"),) if "MR" in modalities else ()
-    verdict = applies_to_sequence(rule, [frame for header in files.headers() for frame in acquisitions(header)])
+    verdict = applies_to_sequence(rule, [frame for header in headers for frame in acquisitions(header)])
     if verdict.refusal is not None:
         raise VolumeError(verdict.refusal.code, verdict.refusal.detail)
     return verdict.notes

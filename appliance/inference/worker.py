@@ -1,6 +1,6 @@
 """The worker process: the only one that decodes pixels for a model and uses the accelerator. It runs one job at a time, under a lease.
 
-Where tuning found that a batch is faster, it runs as many jobs of one model as the batch holds; urgent jobs still go first.
+Where tuning measured that a batch is faster, it runs as many jobs of one model as the batch holds; urgent jobs still go first.
 
 A job that hangs, in Python or in native code, is ended by the kernel: ``setitimer`` with the default SIGALRM action kills the process
 whatever holds the interpreter lock. The supervisor starts a new worker, and the expired lease retries the job or marks it as failed.
@@ -14,16 +14,14 @@ import secrets
 import signal
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Final
 
-from appliance.core.process import Lock
+from appliance.core.process import Lock, stop_on_signal
 from appliance.core.settings import Settings
 from appliance.core.wakeup import Wakeup
 from appliance.inference.batch_job import BatchJob
 from appliance.inference.job_runner import InterruptedJobError, JobRunner
 from appliance.inference.model_pool import CONNECT_WAIT_S, ModelPool
-from appliance.inference.preemption import Preemption
 from appliance.lifecycle.activation import Activator
 from appliance.store.store import Store
 
@@ -35,10 +33,9 @@ _PLAN_INTERVAL_S: Final = 1.0
 
 
 class Worker:
-    """Claims jobs and runs them; between two jobs it goes on with activations and with loading models.
+    """Claims jobs and runs them; between two jobs it continues activations and the loading of models.
 
     Args:
-        store: the box's store.
         set_deadline: kills the process after so many seconds; 0 cancels that. The process's own alarm by default.
         wait_s: how long scans wait for a remote runtime before the baseline takes over.
         is_stopping: whether the worker is asked to stop.
@@ -61,9 +58,8 @@ class Worker:
         self._set_deadline = set_deadline or (lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds))
         self.models = ModelPool(store, lambda digest: self.activator.retuner.request(digest), wait_s)
         self.activator = Activator(store, self.models.load, self.models.use, load_now=self.models.load_successor)
-        self._runner = JobRunner(store, self.models, self._set_deadline)
-        self._preemption = Preemption(
-            store, self._owner, self._runner, held=self._held, withdrawn=self._withdrawn, is_stopping=is_stopping
+        self._runner = JobRunner(
+            store, self._owner, self.models, self._set_deadline, held=self._held, withdrawn=self._withdrawn, is_stopping=is_stopping
         )  # fmt: skip
 
     def prepare(self) -> None:
@@ -71,7 +67,7 @@ class Worker:
         self.models.load_active()
 
     def step(self) -> None:
-        """Between two jobs: go on with activations and models, without waiting. A disk that hangs here ends the worker."""
+        """Between two jobs: continue activations and the loading of models, without waiting. A disk that hangs here ends the worker."""
         self._set_deadline(self._store.settings.job_deadline_s)
         try:
             self.activator.tick()
@@ -89,10 +85,9 @@ class Worker:
         others = self._store.queue.claim_batch(job, size - 1, self._runner.lease_s(size)) if size > 1 else []
         try:
             if model is not None and others:
-                batch = BatchJob(self._store, model, self._runner.guard, self._preemption.run, partial(self._preemption.run_urgent, job))
-                batch.run([job, *others])
+                BatchJob(self._store, model, self._runner, [job, *others]).run()
             else:
-                self._preemption.run(job)
+                self._runner.run(job)
         except InterruptedJobError:
             self._store.queue.return_jobs([job, *others])
         self.models.record_changes()
@@ -109,17 +104,14 @@ class Worker:
 
 
 def run(settings: Settings, *, until_idle: bool = False) -> None:
-    """Run the one worker of a data directory until SIGTERM.
-
-    Args:
-        settings: of the box.
-        until_idle: return as soon as nothing is left to do.
+    """Run the one worker of a data directory until SIGTERM, or with ``until_idle`` until nothing is left to do.
 
     Raises:
         ApplianceError: ``box.busy`` when another worker serves this data directory.
     """
     lock = Lock(settings.data_dir, "worker")
-    is_stopping = _stop_on_signal()
+    is_stopping = stop_on_signal()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     store = Store(settings)
     wakeup = Wakeup(settings)
     worker = Worker(store, is_stopping=is_stopping)
@@ -155,24 +147,13 @@ def _loop(store: Store, worker: Worker, wakeup: Wakeup, is_stopping: Callable[[]
         worker.step()
         if worker.run_once():
             continue
-        if store.planner.close_idle_series() or (until_idle and _close_all_series(store)):
+        if store.planner.close_idle_series():
+            continue
+        # Without a receiver no further image can arrive.
+        if until_idle and store.planner.close_series([row["id"] for row in store.database.query("SELECT id FROM series WHERE open = 1")]):
             continue
         is_busy = worker.activator.is_busy or worker.models.is_loading
         if until_idle and not is_busy:
             return
         worker.prepare()
         wakeup.wait(_BUSY_IDLE_S if is_busy else _IDLE_S)
-
-
-def _close_all_series(store: Store) -> int:
-    """Close every open series: without a receiver no further image can arrive."""
-    return store.planner.close_series([row["id"] for row in store.database.query("SELECT id FROM series WHERE open = 1")])
-
-
-def _stop_on_signal() -> Callable[[], bool]:
-    """Let SIGTERM and SIGINT end the loop after the current job; returns whether one of them came."""
-    received = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: received.append(True))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    return lambda: bool(received)

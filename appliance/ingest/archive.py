@@ -1,4 +1,4 @@
-"""Accept files of any kind that people have: a DICOM file, a PNG or JPEG, a ZIP of them, a folder. Every file gets one outcome.
+"""Accept files of any kind: a DICOM file, a PNG or JPEG, a ZIP of them, a folder. Every file gets one outcome.
 
 An archive entry is read into memory within the limits of the settings and given to :mod:`appliance.ingest.ingest`. Nothing of an archive
 is written to the disk under its own name, so a path in it can do no harm; an unsafe path is refused anyway.
@@ -80,7 +80,7 @@ def files_below(path: Path) -> list[tuple[Path, str]]:
     """
     if not path.is_dir():
         return [(path, "")]
-    found: list[tuple[Path, str]] = []
+    files: list[tuple[Path, str]] = []
     folders = [path]
     while folders:
         folder = folders.pop()
@@ -90,10 +90,10 @@ def files_below(path: Path) -> list[tuple[Path, str]]:
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(Path(entry.path))
                     else:
-                        found.append((Path(entry.path), "ingest.skipped" if entry.is_symlink() else ""))
+                        files.append((Path(entry.path), "ingest.skipped" if entry.is_symlink() else ""))
         except OSError:
-            found.append((folder, "ingest.unreadable"))
-    return sorted(found)
+            files.append((folder, "ingest.unreadable"))
+    return sorted(files)
 
 
 def accept_below(ingest: Ingest, settings: Settings, path: Path, source: Source, form: PictureForm | None = None) -> Iterator[Outcome]:
@@ -116,7 +116,7 @@ def accept_file(
         settings: the limits.
         path: of the file.
         name: the file name as the person knows it.
-        source: who brought it; its name is replaced by that of the entry.
+        source: where it came from; its name is replaced by that of the entry.
         form: what was entered about a PNG or JPEG; without it a frontal chest image is assumed, which is stated.
 
     Yields:
@@ -125,7 +125,7 @@ def accept_file(
     name, size = shown_name(name), 0
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe would block, a device never end
+        if not stat.S_ISREG(status.st_mode):  # a pipe would block, a device may have no end
             raise IngestError("ingest.skipped", "not a regular file")
         size = status.st_size
         with open(path, "rb") as file:
@@ -197,37 +197,25 @@ def _accept_archive(
             return
         if not entries:
             yield Outcome(name, None, "ingest.skipped", "empty archive")
-        yield from _accept_entries(ingest, settings, archive, entries, name, source, form)
-
-
-def _accept_entries(
-    ingest: Ingest,
-    settings: Settings,
-    archive: zipfile.ZipFile,
-    entries: list[zipfile.ZipInfo],
-    name: str,
-    source: Source,
-    form: PictureForm | None,
-) -> Iterator[Outcome]:
-    unpacked, bomb = 0, ""
-    for info in entries:
-        label = f"{name}!/{_entry_name(info)}"
-        if bomb:
-            yield _refusal(ingest, source, label, info.file_size, "ingest.archive_bomb", bomb)
-            continue
-        try:
-            data = _read_entry(archive, info, settings, max(0, settings.max_archive_bytes - unpacked))
-        except IngestError as error:
-            if error.code == "ingest.archive_bomb":
-                bomb = error.detail
-            unpacked += _unpacked_bytes(error.code, info, settings)
-            yield _refusal(ingest, source, label, info.file_size, error.code, error.detail)
-            continue
-        unpacked += len(data)
-        if data.startswith(_ZIP_MAGIC) and data[128:132] != b"DICM":
-            yield Outcome(label, None, "ingest.skipped", "archive inside an archive")
-        else:
-            yield _accept_bytes(ingest, data, label, source, form)
+        unpacked, bomb = 0, ""
+        for info in entries:
+            label = f"{name}!/{_entry_name(info)}"
+            if bomb:
+                yield _refusal(ingest, source, label, info.file_size, "ingest.archive_bomb", bomb)
+                continue
+            try:
+                data = _read_entry(archive, info, settings, max(0, settings.max_archive_bytes - unpacked))
+            except IngestError as error:
+                if error.code == "ingest.archive_bomb":
+                    bomb = error.detail
+                unpacked += _unpacked_bytes(error.code, info, settings)
+                yield _refusal(ingest, source, label, info.file_size, error.code, error.detail)
+                continue
+            unpacked += len(data)
+            if data.startswith(_ZIP_MAGIC) and data[128:132] != b"DICM":
+                yield Outcome(label, None, "ingest.skipped", "archive inside an archive")
+            else:
+                yield _accept_bytes(ingest, data, label, source, form)
 
 
 def _unpacked_bytes(code: str, info: zipfile.ZipInfo, settings: Settings) -> int:
@@ -249,7 +237,7 @@ def _check_directory(path: Path, settings: Settings) -> None:
     _, _, _, _, count, length, _, _ = _END.unpack_from(tail, at)
     at64 = at - _LOCATOR_BYTES - _END64.size
     if at64 >= 0 and tail.startswith(_END64_MAGIC, at64):
-        # zipfile uses this record wherever it is, and so must the check.
+        # zipfile uses this record wherever it stands, and so must the check.
         count, length = _END64.unpack_from(tail, at64)[7:9]
     if count > settings.max_archive_files or length > _LONGEST_COMMENT + settings.max_archive_files * _DIRECTORY_BYTES_PER_FILE:
         raise IngestError("ingest.too_many_files", f"{count} > {settings.max_archive_files}")

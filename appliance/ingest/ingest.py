@@ -7,12 +7,14 @@ is durable, or raise an error with a code. A refusal is recorded, so that people
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import re
 import time
 import uuid
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Final
@@ -25,11 +27,11 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 from appliance.core.domain import Note, Patient, PictureForm, Scan, Source, StoredImage, age_years
 from appliance.core.errors import ApplianceError, IngestError, StoreError
 from appliance.imaging.dicom_files import PARSE_ERRORS, accept_invalid_values
-from appliance.imaging.pixels import PixelCaps, check_structure
+from appliance.imaging.pixels import check_structure
 from appliance.store.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from pydicom.dataset import Dataset, FileDataset
     from pydicom.tag import BaseTag
@@ -65,19 +67,18 @@ class Ingest:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._caps = PixelCaps()
         self._hashing = ThreadPoolExecutor(2, thread_name_prefix="hash")
 
     def accept(self, data: bytes, source: Source, started: float | None = None) -> AcceptedScan:
         """Accept one DICOM file.
 
         Args:
-            data: the whole file (PS3.10: preamble, file meta group, data set).
-            source: who brought it.
+            data: the complete file (PS3.10: preamble, file meta group, data set).
+            source: where it came from.
             started: ``time.perf_counter()`` when its last byte arrived; default now.
 
         Raises:
-            IngestError: refused; nothing was stored but the record of the refusal.
+            IngestError: refused; only the refusal was recorded.
             StoreError: the store failed; nothing was acknowledged.
         """
         return self._accept(data, source, started, ())
@@ -104,8 +105,9 @@ class Ingest:
         started = time.perf_counter() if started is None else started
         try:
             dataset = self._parse(data)
-            scan = self._describe(dataset, notes)
-            self._check(dataset)
+            with _convert_parse_errors():
+                scan = describe(dataset, notes)
+                check_structure(dataset)
             del dataset
             # Hashing releases the interpreter lock, so it runs while the file is written.
             digest = self._hashing.submit(content_digest, data, scan)
@@ -117,15 +119,6 @@ class Ingest:
         except ApplianceError as error:
             self.record_refusal(source, len(data), error.code, error.detail)
             raise
-
-    def _check(self, dataset: FileDataset) -> None:
-        """Check the pixel data against the header; a value that cannot be parsed makes the file unreadable."""
-        try:
-            check_structure(dataset, self._caps)
-        except ApplianceError:
-            raise
-        except PARSE_ERRORS as error:
-            raise IngestError("ingest.unreadable", type(error).__name__) from error
 
     def record_refusal(self, source: Source, size: int, code: str, detail: str) -> None:
         """Record a refusal, by this module or by the one that unpacked the file; never fails."""
@@ -145,15 +138,10 @@ class Ingest:
             raise IngestError("ingest.truncated" if len(data) < _PREAMBLE_BYTES and not data.strip(b"\0") else "ingest.not_dicom")
         if sum(data.count(tag) for tag in _ITEM_TAGS) > MAX_ITEMS:
             raise IngestError("ingest.unreadable", "too many sequence items")
-        end = meta_end(data)
-        try:
-            self._check_deflated(data, end)
-            accept_invalid_values()
+        self._check_deflated(data, meta_end(data))
+        accept_invalid_values()
+        with _convert_parse_errors():
             dataset = read_partial(BytesIO(data), stop_when=_element_counter())
-        except IngestError:
-            raise
-        except PARSE_ERRORS as error:
-            raise IngestError("ingest.unreadable", f"{type(error).__name__}") from error
         _check_complete(dataset, data)
         return dataset
 
@@ -171,23 +159,22 @@ class Ingest:
         if not unpacker.eof:
             raise IngestError("ingest.truncated", "deflated")
 
-    def _describe(self, dataset: FileDataset, notes: tuple[Note, ...]) -> Scan:
-        try:
-            return describe(dataset, notes)
-        except IngestError:
-            raise
-        except PARSE_ERRORS as error:
-            raise IngestError("ingest.unreadable", f"{type(error).__name__}") from error
+
+@contextmanager
+def _convert_parse_errors() -> Iterator[None]:
+    """Convert what pydicom raises for a value that cannot be parsed: the file is unreadable."""
+    try:
+        yield
+    except PARSE_ERRORS as error:
+        raise IngestError("ingest.unreadable", type(error).__name__) from error
 
 
 def _element_counter() -> Callable[[BaseTag, str | None, int], bool]:
     """Make a ``stop_when`` that refuses files with too many elements (each takes far more memory than its bytes)."""
-    count = 0
+    counter = itertools.count(1)
 
     def stop_when(_tag: BaseTag, _vr: str | None, _length: int) -> bool:
-        nonlocal count
-        count += 1
-        if count > MAX_ELEMENTS:
+        if next(counter) > MAX_ELEMENTS:
             raise IngestError("ingest.unreadable", "too many elements")
         return False
 

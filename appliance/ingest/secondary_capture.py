@@ -97,14 +97,9 @@ def grey_values(data: bytes) -> NDArray[np.uint8] | NDArray[np.uint16]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise IngestError("ingest.absurd_dimensions", "too many pixels") from error
     except _PICTURE_ERRORS as error:
-        raise IngestError("ingest.unsupported_image", _describe_error(error)) from error
-
-
-def _describe_error(error: Exception) -> str:
-    """Describe a decoding error: Pillow reports a truncated file only by its text."""
-    if isinstance(error, MemoryError):
-        return "not enough memory"
-    return "cut short" if isinstance(error, OSError) and "truncated" in str(error) else "damaged"
+        is_truncated = isinstance(error, OSError) and "truncated" in str(error)  # Pillow has no exception of its own for it
+        detail = "not enough memory" if isinstance(error, MemoryError) else "cut short" if is_truncated else "damaged"
+        raise IngestError("ingest.unsupported_image", detail) from error
 
 
 def _flatten(picture: Image.Image) -> Image.Image:

@@ -1,7 +1,7 @@
-"""Activates models step by step while the active models go on working; the worker process calls :meth:`Activator.tick`.
+"""Activates models step by step while the active models continue to work; the worker process calls :meth:`Activator.tick`.
 
 ``tick()`` runs between two jobs and never waits: self-test, trust check and loading run in processes and threads of their own. All
-state that matters is in the journal, so that after a crash at any moment the next start goes on from there.
+state that matters is in the journal, so that after a crash at any moment the next start continues from there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from appliance.lifecycle.journal import Journal
 from appliance.lifecycle.library_follower import LibraryFollower
 from appliance.lifecycle.retuning import Retuner
 from appliance.lifecycle.takeover import Takeovers
-from appliance.lifecycle.trial import Trials
+from appliance.lifecycle.trial_monitor import Trials
 from appliance.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -40,15 +40,12 @@ class Activator:
     """Coordinates installation, trials, takeovers, retuning and the library; for the one process that holds the worker's lock.
 
     Args:
-        store: of the box.
         load: loads a model while others are active; called in a thread.
         on_activated: called with a loaded model in the moment it becomes active.
         load_now: loads a model that takes over while no other analyses its scans; ``load`` when None.
         follow: whether to follow the library and to survive errors of the disk. False for a command, which does only what was asked for.
-        clock: monotonic seconds.
 
     Attributes:
-        journal: of the models.
         retuner: measures active models again when nothing else is to do.
     """
 
@@ -70,7 +67,7 @@ class Activator:
         self.retuner = Retuner(store, self.journal, load, on_activated, clock)
         self._installer = Installer(store, self.journal, load, on_activated, self._follower, self._log)
         self._takeovers = Takeovers(store, self.journal, load_now or load, on_activated, self._log)
-        self._trials = Trials(store, self.journal, self._takeovers, self._log)
+        self._trials = Trials(store.database, self.journal, self._takeovers, self._log)
         self._next_tick = self._next_trial_check = self._follow_from = 0.0
 
     @property
@@ -82,8 +79,7 @@ class Activator:
     def is_busy(self) -> bool:
         """Whether there is anything to do now besides monitoring trials."""
         follows = self._follower is not None and self._follower.is_busy
-        changes = self._installer.number is not None or len(self._takeovers) > 0 or self._takeovers.needs_annotation
-        return bool(changes or self.journal.pending() or follows or self.retuner.is_busy)
+        return bool(self._is_changing() or self._takeovers.needs_annotation or self.journal.pending() or follows or self.retuner.is_busy)
 
     @property
     def self_test_pid(self) -> int | None:
@@ -107,8 +103,9 @@ class Activator:
         active = [row["digest"] for row in self._store.models() if row["state"] == ModelState.ACTIVE]
         crashed_loading = self.journal.replace_loading_marker(active)
         for row in self.journal.count_worker_crash({*running, *crashed_loading}):
-            note = Note("activation.reboot_loop", f"{row['attempts']} falls of the worker without a finished case")
-            self._takeovers.roll_back(row, note)
+            self._takeovers.roll_back(
+                row, Note("activation.reboot_loop", f"{row['attempts']} crashes of the worker without a finished case")
+            )
         self._takeovers.hold_withdrawn()
         while self._takeovers:
             self._takeovers.step()

@@ -31,16 +31,11 @@ class Ready(Protocol):
 
 
 Load = Callable[[str, "Plan"], Ready]
+"""Loads the box's copy of a model (by digest) as planned; called in a thread, so it must not use the database."""
 
 
 class Loading:
-    """The loading of one model in a daemon thread; a thread that exceeds the deadline is abandoned.
-
-    Args:
-        load: loads the box's copy of the model as planned; must not use the database.
-        digest: of the model.
-        plan: the candidate that was chosen to run it.
-    """
+    """The loading of one model in a daemon thread; a thread that exceeds the deadline is abandoned."""
 
     def __init__(self, load: Load, digest: str, plan: Plan) -> None:
         self._ready: Ready | None = None

@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, Field, StringConstraints, ValidationError
 
 from appliance import __version__
 from appliance.core.child_process import Child
@@ -51,29 +51,23 @@ _SEVERITY: Final = {"untrusted": 8, "error": 4, "unreachable": 4}
 _ModelT = TypeVar("_ModelT", bound=BaseModel)
 
 
-class Directive(BaseModel):
+class Directive(BaseModel, frozen=True):
     """The version of one model line that the sync agent requests."""
-
-    model_config = ConfigDict(frozen=True)
 
     version: Version
     digest: Digest
     source: Literal["library", "usb"]
 
 
-class Directives(BaseModel):
+class Directives(BaseModel, frozen=True):
     """The file ``directives.json``."""
-
-    model_config = ConfigDict(frozen=True)
 
     schema_: Literal[1] = Field(alias="schema")
     lines: dict[LineName, Directive]
 
 
-class SyncStatus(BaseModel):
+class SyncStatus(BaseModel, frozen=True):
     """The fields of ``sync-status.json`` that the box uses."""
-
-    model_config = ConfigDict(frozen=True)
 
     state: Literal["ok", "unreachable", "untrusted", "waiting", "downloading", "error"]
     code: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_.-]{0,64}$")] = ""
@@ -83,7 +77,6 @@ class TrustCheck(Child):
     """``model-sync check`` as a child process.
 
     Args:
-        exchange_dir: the shared directory.
         root: the provisioned ``root.json`` of the library.
     """
 
@@ -92,65 +85,52 @@ class TrustCheck(Child):
 
     def poll(self) -> TrustFacts | None:
         """Return the facts once the check has ended; None while it runs. A check that crashes, hangs or writes too much fails."""
+        facts = None
         if not self.listen():
             if not self.late():
                 return None
-            self.end()
-            return TrustFacts(ok=False, code="trust.unchecked", message=f"the check took more than {CHECK_DEADLINE_S:.0f} s")
-        if self.exceeded_output:
-            facts = TrustFacts(ok=False, code="trust.unchecked", message=f"the check said more than {_MAX_FACTS_BYTES >> 20} MiB")
+            problem = f"the check took more than {CHECK_DEADLINE_S:.0f} s"
+        elif self.exceeded_output:
+            problem = f"the check wrote more than {_MAX_FACTS_BYTES >> 20} MiB"
         else:
-            try:
+            problem = f"the check ended with {self.exit_code} and no answer"
+            with suppress(ValueError):
                 facts = TrustFacts.parse(self.text())
-            except ValueError:
-                facts = TrustFacts(ok=False, code="trust.unchecked", message=f"the check ended with {self.exit_code} and no answer")
         self.end()
-        return facts
+        return facts or TrustFacts(ok=False, code="trust.unchecked", message=problem)
 
 
 class Exchange:
-    """The access of the box to the shared directory.
-
-    Args:
-        store: of the box.
-        directory: the shared directory.
-    """
+    """The access of the box to the shared directory."""
 
     def __init__(self, store: Store, directory: Path) -> None:
-        self._store = store
+        self._store, self.directory = store, directory
         self._write_failed = False
-        self.directory = directory
+        self._status_version: object = None
         _remove_old_temporaries(directory)
-
-    def has_metadata(self) -> bool:
-        """Whether there is metadata to check; False when the directory cannot be read."""
-        return os.path.isdir(self.directory / "metadata")
 
     def version(self) -> tuple[object, ...]:
         """Return a value that changes whenever a check may have another result: each pull replaces the link ``trust``.
 
-        It looks at a few names only, however many files the agent has written.
+        It checks a few names only, however many files the agent has written.
         """
         paths = (self.directory / name for name in (DIRECTIVES, TRUST, "metadata", "documents", "bundles", "floor.json"))
         return (_target(self.directory / TRUST), *(_stamp(path) for path in paths))
-
-    def status_version(self) -> tuple[int, int, int]:
-        """Return a value that changes whenever the sync agent has written its status."""
-        return _stamp(self.directory / SYNC_STATUS)
 
     def directives(self) -> Directives | None:
         """Read the requests of the sync agent; None when there are none or they are invalid."""
         return _read(self.directory / DIRECTIVES, Directives)
 
-    def bundle(self, digest: str) -> Path:
-        """Return the directory where the sync agent puts the verified bundle of a digest."""
-        return self.directory / "bundles" / digest
-
     def record_status(self) -> bool:
         """Audit a change of the agent's state once: ``untrusted`` is an alarm, ``unreachable`` never is. Returns whether it changed."""
-        status = _read(self.directory / SYNC_STATUS, SyncStatus)
-        if status is None:
-            return False
+        version, status = _stamp(self.directory / SYNC_STATUS), None
+        if version != self._status_version:
+            status = _read(self.directory / SYNC_STATUS, SyncStatus)
+        changed = status is not None and self._record_state(status)
+        self._status_version = version  # only now: after an error of the disk the same status is recorded again
+        return changed
+
+    def _record_state(self, status: SyncStatus) -> bool:
         now = status.state if status.state in _SEVERITY else "ok"
         value = f"{now} {status.code if now != 'ok' else ''}"
         known = self._store.database.one("SELECT value FROM meta WHERE key = 'sync_state'")
@@ -164,14 +144,13 @@ class Exchange:
 
     def write_report(self) -> None:
         """Write ``box-report.json``: versions, digests, states, codes and counts, but no patient data (requirement R18)."""
+        failed_before, self._write_failed = self._write_failed, False
         try:
             _write_file(self.directory, BOX_REPORT, json.dumps(box_report(self._store), sort_keys=True).encode())
         except OSError as error:
-            if not self._write_failed:
-                logger.error("the report to the sync agent cannot be written", extra={"code": "exchange.invalid", "status": error.errno})
             self._write_failed = True
-        else:
-            self._write_failed = False
+            if not failed_before:
+                logger.error("the report to the sync agent cannot be written", extra={"code": "exchange.invalid", "status": error.errno})
 
 
 def box_report(store: Store) -> dict[str, Any]:

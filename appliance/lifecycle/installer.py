@@ -1,4 +1,4 @@
-"""Installs one new model after the other while the active models go on working: self-test, load, trust check, switch."""
+"""Installs one new model after the other while the active models continue to work: self-test, load, trust check, switch."""
 
 from __future__ import annotations
 
@@ -29,13 +29,8 @@ class _Installation:
     """The activation that is being worked on, with its processes and threads.
 
     Attributes:
-        number: of the activation.
-        self_test: the running self-test; None once it was passed.
+        self_test: None once it was passed.
         stored_progress: the progress that the journal knows of the current phase.
-        loading: the model while it is loaded in the background.
-        model: the loaded model.
-        check: the running check of the library's metadata.
-        facts: the result of the check.
     """
 
     number: int
@@ -57,12 +52,7 @@ class Installer:
     """Steps the oldest pending activation of the journal; no step waits.
 
     Args:
-        store: of the box.
-        journal: of the models.
-        load: loads a model; called in a thread.
-        on_activated: called with the loaded model when it becomes active.
         follower: follows the library; None when the library is not followed.
-        logger: for what a technician should know.
     """
 
     def __init__(
@@ -146,7 +136,7 @@ class Installer:
             current.stored_progress = part
 
     def _load_model(self, row: sqlite3.Row, current: _Installation) -> None:
-        """Load the model in a thread, while the active models go on working."""
+        """Load the model in a thread, while the active models continue to work."""
         if current.loading is None:
             current.loading = Loading(self._load, row["digest"], Plan.of(None, SelfTestReport.from_json(row["self_test"])))
         elif current.loading.done():

@@ -11,7 +11,7 @@ import sqlite3
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeAlias
 
 from appliance.core.domain import Note, utc_now
 from appliance.core.errors import ActivationError
@@ -24,11 +24,12 @@ from appliance.store.store import Store
 from model_sync.bundle import Manifest
 
 Source = Literal["library", "usb", "hand", "embedded"]
+_States: TypeAlias = tuple[ActivationState, ...]
 
 MAX_ATTEMPTS: Final = 3
 FINDINGS_PER_STEP: Final = 500
 REFUSALS_PER_HOUR: Final = 8
-_CONFIGURATION: Final[dict[str, Any]] = {"type": "110131", "type_meaning": "Software Configuration"}
+CONFIGURATION: Final[dict[str, Any]] = {"type": "110131", "type_meaning": "Software Configuration"}
 _TRIAL_START: Final = {"cases": 0, "failures": 0, "latency_ms": None, "drift": None}
 _NEVER_USED_JSON: Final = json.dumps((ActivationState.FAILED, *PENDING_STATES))
 
@@ -61,8 +62,6 @@ class Journal(JournalQueries):
         super().__init__(store.database)
         self._store = store
         self.changes = 0
-
-    # -- before the switch -------------------------------------------------------------------------------------------
 
     def start(self, request: ActivationRequest) -> int:
         """Begin an activation in state ``staged``; a pending activation of the same model line is superseded.
@@ -110,10 +109,7 @@ class Journal(JournalQueries):
 
     def set_state(self, number: int, state: ActivationState) -> None:
         """Record that the self-test reached its next phase."""
-        with self._db.transaction() as tx:
-            row = self._expect(tx, number, PENDING_STATES)
-            self._set(tx, number, state=state.value, progress=0.0)
-            self._audit(tx, row["actor"], row, state)
+        self._advance(number, PENDING_STATES, state, {"progress": 0.0})
 
     def set_progress(self, number: int, progress: float) -> None:
         """Record the progress (0 to 1) of the current phase; not durable, as it is only displayed."""
@@ -122,11 +118,8 @@ class Journal(JournalQueries):
 
     def record_self_test(self, number: int, report: SelfTestReport) -> None:
         """Record that the self-test was passed, with its report."""
-        with self._db.transaction() as tx:
-            row = self._expect(tx, number, PENDING_STATES)
-            state = ActivationState.SELF_TEST
-            self._set(tx, number, state=state.value, progress=1.0, self_test=json.dumps(report.to_json()))
-            self._audit(tx, row["actor"], row, state, passed=True)
+        values = {"progress": 1.0, "self_test": json.dumps(report.to_json())}
+        self._advance(number, PENDING_STATES, ActivationState.SELF_TEST, values, passed=True)
 
     def fail(self, number: int, note: Note) -> None:
         """Record that the model was not activated; the active model of the line stays active."""
@@ -142,8 +135,6 @@ class Journal(JournalQueries):
                     (json.dumps(pending),),
                 )
 
-    # -- the switch and after ----------------------------------------------------------------------------------------
-
     def switch(self, number: int, manifest: Manifest) -> None:
         """Activate a tested model: active model, previous model, state and audit entry change in one transaction.
 
@@ -158,7 +149,7 @@ class Journal(JournalQueries):
             if restriction := self.find_restriction(row["name"], row["version"]):
                 raise ActivationError(restriction.code, restriction.detail)
             report = SelfTestReport.from_json(row["self_test"])
-            current = _active(tx, row["name"])
+            current = self.active(row["name"])
             replaces = current is not None and current["digest"] != row["digest"]
             keep_previous = self._end_previous(tx, row, current) if current is not None and replaces else False
             values = {
@@ -169,7 +160,8 @@ class Journal(JournalQueries):
             self._store.switch_within(tx, values, row["actor"], keep_previous=keep_previous)
             is_trial = replaces and row["purpose"] == "activate"
             state = ActivationState.TRIAL if is_trial else ActivationState.GOOD
-            trial = _TRIAL_START | {"since": utc_now(), "after_job": _last_job(tx), "watching": current is None}
+            (last_job,) = tx.execute("SELECT coalesce(max(id), 0) FROM jobs").fetchone()
+            trial = _TRIAL_START | {"since": utc_now(), "after_job": last_job, "watching": current is None}
             ended = None if is_trial else utc_now()
             self._set(tx, number, state=state.value, attempts=0, progress=0.0, trial=json.dumps(trial), ended_at=ended)
             if current is not None and replaces and row["purpose"] == "rollback":
@@ -228,18 +220,13 @@ class Journal(JournalQueries):
 
     def complete_trial(self, number: int, trial: dict[str, Any]) -> None:
         """End the trial, or the monitoring of the first model of a line, as good."""
-        with self._db.transaction() as tx:
-            row = self._expect(tx, number, IN_USE_STATES)
-            state = ActivationState.GOOD
-            self._set(tx, number, state=state.value, progress=1.0, trial=json.dumps(trial | {"watching": False}), ended_at=utc_now())
-            self._audit(tx, row["actor"], row, state)
+        values = {"progress": 1.0, "trial": json.dumps(trial | {"watching": False}), "ended_at": utc_now()}
+        self._advance(number, IN_USE_STATES, ActivationState.GOOD, values)
 
     def record_alarm(self, number: int, trial: dict[str, Any], note: Note) -> None:
         """Raise the alarm for the only model of its line: it exceeds its limits, and there is none to roll back to."""
-        with self._db.transaction() as tx:
-            row = self._expect(tx, number, (ActivationState.GOOD,))
-            self._set(tx, number, trial=json.dumps(trial | {"watching": False}), reason=_stored(note))
-            self._audit(tx, row["actor"], row, ActivationState.GOOD, 8, code=note.code)
+        values = {"trial": json.dumps(trial | {"watching": False}), "reason": _stored(note)}
+        self._advance(number, (ActivationState.GOOD,), ActivationState.GOOD, values, 8, code=note.code)
 
     def roll_back(self, number: int, note: Note, successor: str | None) -> None:
         """Replace a model on trial by its successor, or by none, in one transaction.
@@ -259,7 +246,7 @@ class Journal(JournalQueries):
             row = self._last_use(tx, model)
             self._end(tx, row, ActivationState.WITHDRAWN, note, marked=0)
             if model["state"] != ModelState.ACTIVE:  # its successor is active already
-                now = _active(tx, model["name"])
+                now = self.active(model["name"])
                 self._store.planner.hand_over(tx, digest, now["digest"] if now else None, note)
                 _retire(tx, digest)
             else:
@@ -267,7 +254,7 @@ class Journal(JournalQueries):
             self._annotate(tx, row["id"], digest, ActivationState.WITHDRAWN, note)
 
     def annotate_findings(self) -> bool:
-        """Go on with annotating the findings of versions that were replaced; returns whether there may be more to do."""
+        """Continue to annotate the findings of versions that were replaced; returns whether there may be more to do."""
         row = self._db.one("SELECT * FROM activations WHERE marked = 0 ORDER BY id LIMIT 1")
         if row is None:
             return False
@@ -293,18 +280,25 @@ class Journal(JournalQueries):
                 " withdrawn = excluded.withdrawn, updated_at = excluded.updated_at",
                 name=name, minimum_version=minimum, withdrawn=json.dumps(more, ensure_ascii=False), updated_at=utc_now(),
             )  # fmt: skip
-            Database.audit(tx, db.SECURITY_ALERT, "worker", "U", f"line:{name}", **_CONFIGURATION, minimum=minimum, withdrawn=sorted(more))
+            Database.audit(tx, db.SECURITY_ALERT, "worker", "U", f"line:{name}", **CONFIGURATION, minimum=minimum, withdrawn=sorted(more))
         self.changes += 1
         return True
 
-    # -- inside a transaction ----------------------------------------------------------------------------------------
+    def _advance(
+        self, number: int, expected: _States, state: ActivationState, values: dict[str, Any], outcome: int = 0, **detail: Any
+    ) -> None:
+        """Change the state and other columns of an activation in a transaction of its own."""
+        with self._db.transaction() as tx:
+            row = self._expect(tx, number, expected)
+            self._set(tx, number, state=state.value, **values)
+            self._audit(tx, row["actor"], row, state, outcome, **detail)
 
     def _replace(self, tx: sqlite3.Connection, name: str, digest: str, successor: str | None, note: Note) -> None:
         _retire(tx, digest)
         if successor is not None:
             self._store.resume_within(tx, successor)
         else:
-            Database.audit(tx, db.SECURITY_ALERT, "worker", "U", f"line:{name}", 12, **_CONFIGURATION, code=note.code, model="none")
+            Database.audit(tx, db.SECURITY_ALERT, "worker", "U", f"line:{name}", 12, **CONFIGURATION, code=note.code, model="none")
         self._store.planner.hand_over(tx, digest, successor, note)
 
     def _annotate(self, tx: sqlite3.Connection, number: int, digest: str, state: str, note: Note) -> None:
@@ -346,7 +340,7 @@ class Journal(JournalQueries):
         self.changes += 1
 
     @staticmethod
-    def _expect(tx: sqlite3.Connection, number: int, states: tuple[ActivationState, ...]) -> sqlite3.Row:
+    def _expect(tx: sqlite3.Connection, number: int, states: _States) -> sqlite3.Row:
         """Return an activation that is still in one of these states; raises ActivationError ``activation.ended``."""
         row: sqlite3.Row | None = tx.execute("SELECT * FROM activations WHERE id = ?", (number,)).fetchone()
         if row is None or row["state"] not in states:
@@ -360,7 +354,7 @@ class Journal(JournalQueries):
         """Write the audit entry of a change; ``outcome`` as in DICOM PS3.15 A.5 (0 success, 4 minor, 8 serious, 12 major failure)."""
         value = vars(model) if isinstance(model, ActivationRequest) else model
         event = db.APPLICATION_ACTIVITY if state in PENDING_STATES else db.SECURITY_ALERT
-        kind: dict[str, Any] = {} if state in PENDING_STATES else _CONFIGURATION
+        kind: dict[str, Any] = {} if state in PENDING_STATES else CONFIGURATION
         Database.audit(
             tx, event, actor, "U", f"model:{value['digest'][:12]}", outcome, **kind, name=value["name"], version=value["version"],
             state=state.value, **detail,
@@ -371,16 +365,5 @@ def _stored(note: Note) -> str:
     return json.dumps(note.to_json(), ensure_ascii=False)
 
 
-def _active(tx: sqlite3.Connection, name: str) -> sqlite3.Row | None:
-    row: sqlite3.Row | None = tx.execute(
-        "SELECT * FROM models WHERE name = ? AND state = ?", (name, ModelState.ACTIVE.value)
-    ).fetchone()  # fmt: skip
-    return row
-
-
 def _retire(tx: sqlite3.Connection, digest: str) -> None:
     tx.execute("UPDATE models SET state = ? WHERE digest = ?", (ModelState.RETIRED.value, digest))
-
-
-def _last_job(tx: sqlite3.Connection) -> int:
-    return int(tx.execute("SELECT coalesce(max(id), 0) FROM jobs").fetchone()[0])

@@ -41,9 +41,6 @@ _SWITCHED_JSON: Final = json.dumps((*IN_USE_STATES, ActivationState.ROLLED_BACK,
 class JournalQueries:
     """The read-only part of the journal.
 
-    Args:
-        database: of the box; the connection of the calling thread is used.
-
     Attributes:
         device: digest of the device that models are tested on.
     """

@@ -67,23 +67,16 @@ class LibraryFollower:
     """Follows the exchange directory of one sync agent; no step waits.
 
     Args:
-        store: of the box.
-        journal: of the models.
         exchange: the directory shared with the sync agent.
-        clock: monotonic seconds.
     """
 
     def __init__(self, store: Store, journal: Journal, exchange: Exchange, clock: Callable[[], float] = time.monotonic) -> None:
-        self._store = store
-        self._journal = journal
-        self._exchange = exchange
-        self._clock = clock
+        self._store, self._journal, self._exchange, self._clock = store, journal, exchange, clock
         self._root = store.settings.library_root
         self._check: TrustCheck | None = None
         self._facts: TrustFacts | None = None
         self._has_new_facts = False
         self._checked_version: object = None
-        self._status_version: object = None
         self._reported_changes = -1
         self._next_poll = self._next_requests = self._next_status = self._next_report = self._recheck_at = 0.0
         self._retry_s = _RETRY_S
@@ -94,7 +87,7 @@ class LibraryFollower:
         return self._check is not None or self._has_new_facts or self._needs_check()
 
     def poll(self) -> None:
-        """Collect the result of a check, and once a second look for new files of the sync agent."""
+        """Collect the result of a check, and once a second check for new files of the sync agent."""
         now = self._clock()
         if self._check is not None and (facts := self._check.poll()) is not None:
             self._check = None
@@ -102,10 +95,8 @@ class LibraryFollower:
         if now < self._next_poll:
             return
         self._next_poll = now + _POLL_S
-        if now >= self._next_status and (version := self._exchange.status_version()) != self._status_version:
-            # A state that changes all the time must not fill the audit.
-            self._next_status = now + (_STATUS_S if self._exchange.record_status() else 0.0)
-            self._status_version = version
+        if now >= self._next_status and self._exchange.record_status():
+            self._next_status = now + _STATUS_S  # a state that changes all the time must not fill the audit
         if self._check is None and self._needs_check():
             self._start_check()
 
@@ -144,7 +135,7 @@ class LibraryFollower:
         self._exchange.write_report()
 
     def _needs_check(self) -> bool:
-        if self._root is None or not self._exchange.has_metadata():
+        if self._root is None or not os.path.isdir(self._exchange.directory / "metadata"):
             return False
         return self._exchange.version() != self._checked_version or self._clock() >= self._recheck_at
 
@@ -163,7 +154,7 @@ class LibraryFollower:
             return
         if self._journal.find_blocking_failure(directive.digest) or self._journal.is_overridden_by_user(name, directive.digest):
             return
-        origin = self._exchange.bundle(directive.digest)
+        origin = self._exchange.directory / "bundles" / directive.digest
         request = ActivationRequest(name, directive.version, directive.digest, directive.source, origin, "model-sync")
         restriction = self._journal.find_restriction(name, directive.version)
         note = restriction or facts.find_refusal(name, directive.version, directive.digest)

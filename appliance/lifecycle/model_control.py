@@ -1,4 +1,4 @@
-"""The commands of a person on the models of a box: activate one, roll back, measure again.
+"""The commands of a person (``actor``, for the audit) on the models of a box: activate one, roll back, measure again.
 
 They work like the requests of the library: an activation in the journal, a self-test in a process of its own, one transaction at the
 switch. The worker of the box does the steps; where none runs, this process takes the worker's lock and does them itself.
@@ -10,10 +10,9 @@ import hashlib
 import sqlite3
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from appliance.core.domain import Note
 from appliance.core.errors import ActivationError, ApplianceError
@@ -24,7 +23,7 @@ from appliance.core.wakeup import wake
 from appliance.lifecycle import model_files
 from appliance.lifecycle.activation import Activator
 from appliance.lifecycle.exchange import TrustCheck
-from appliance.lifecycle.journal import ActivationRequest, Journal, Source
+from appliance.lifecycle.journal import CONFIGURATION, ActivationRequest, Journal, Source
 from appliance.lifecycle.journal_queries import PERMANENT_FAILURES, reason_of
 from appliance.lifecycle.library_follower import apply_facts
 from appliance.lifecycle.trust_facts import TrustFacts
@@ -32,24 +31,15 @@ from appliance.store.database import SECURITY_ALERT
 from appliance.store.store import Store
 from appliance.store.tuning_requests import TuningRequest, TuningRequests
 from appliance.tuning.selection import Plan
-from model_sync.bundle import MANIFEST_NAME, BundleError, Manifest, ModelBundle
+from model_sync.bundle import MANIFEST_NAME, BundleError, ModelBundle
 
 REFERENCE_BUNDLE: Final = "cxr-pneumonia"
 ANY_PRECISION: Final = "any"
 _POLL_S: Final = 0.02
 _WORKER_POLL_S: Final = 0.1
-_CONFIGURATION: Final[dict[str, Any]] = {"type": "110131", "type_meaning": "Software Configuration"}
 
 OnProgress = Callable[[sqlite3.Row], None]
 """Called with the row of the activation whenever it was polled."""
-
-
-@dataclass(frozen=True)
-class VerifiedModel:
-    """A model whose files were verified; enough to activate it in a process that analyses nothing."""
-
-    manifest: Manifest
-    digest: str
 
 
 def reference_bundle() -> Path:
@@ -61,20 +51,12 @@ def activate(
     store: Store, directory: Path, actor: str, precision: str | None = None, *, again: bool = False,
     on_progress: OnProgress | None = None,
 ) -> str:  # fmt: skip
-    """Make a bundle the active model of its model line.
+    """Make a bundle the active model of its model line; returns its digest.
 
-    Args:
-        store: of the box.
-        directory: of the bundle.
-        actor: who asked for it, for the audit.
-        precision: variant to run from now on even if another one is faster; ``any`` cancels that. When None, an active model keeps its
-            precision, and any other model gets the fastest measured one or the most exact one.
-        again: try a model that failed on this device before.
-        on_progress: called with the activation while it goes on.
-
-    Returns:
-        The digest of the model. A model that is active already is verified and left as it is; if the box's copy is damaged, it is renamed
-        and the bundle is installed again.
+    ``precision`` is the variant to run from now on even if another one is faster; ``any`` cancels that. When None, an active model keeps
+    its precision, and any other model gets the fastest measured one or the most exact one. ``again`` tries a model that failed on this
+    device before. A model that is active already is verified and left as it is; if the box's copy is damaged, it is renamed and the bundle
+    is installed again.
 
     Raises:
         ActivationError: the bundle is invalid, too new for this appliance, forbidden or unknown to the signed library, failed on this
@@ -90,26 +72,23 @@ def activate(
         request = _request(bundle, actor, None if precision == ANY_PRECISION else precision)
         _check_permission(store, journal, request, again=again or is_active)
     except ApplianceError as error:
-        store.record(SECURITY_ALERT, actor, "U", "model", 8, **_CONFIGURATION, code=error.code)
+        store.record(SECURITY_ALERT, actor, "U", "model", 8, **CONFIGURATION, code=error.code)
         raise
     return wait_for_activation(store, journal.start(request), on_progress)
 
 
 def roll_back(store: Store, name: str | None, actor: str, on_progress: OnProgress | None = None) -> str:
-    """Go back to the best earlier model of a line; returns its digest.
-
-    Args:
-        store: of the box.
-        name: of the model line; may be None on a box with one active model.
-        actor: who asked for it, for the audit.
-        on_progress: called with the activation while it goes on.
+    """Go back to the best earlier model of a line, which need not be named on a box with one active model; returns its digest.
 
     Raises:
         ActivationError: ``model.no_previous``; or why the previous model is forbidden (``model.withdrawn``, ``model.below_minimum``) or
             cannot be activated (damaged copy, failed self-test). The active model stays active.
     """
     journal = Journal(store)
-    current = _active_model(store, name)
+    current, *others = active_models(store, name)
+    if others:
+        lines = ", ".join(row["name"] for row in (current, *others))
+        raise ActivationError("model.unknown", f"active: {lines}; say which line")
     successors = journal.successors(current["name"], current["digest"])
     if not successors:
         previous = store.database.one(
@@ -117,7 +96,7 @@ def roll_back(store: Store, name: str | None, actor: str, on_progress: OnProgres
         )  # fmt: skip
         restriction = journal.find_restriction(previous["name"], previous["version"]) if previous else None
         note = restriction or Note("model.no_previous", current["name"])
-        store.record(SECURITY_ALERT, actor, "U", "model", 8, **_CONFIGURATION, code=note.code)
+        store.record(SECURITY_ALERT, actor, "U", "model", 8, **CONFIGURATION, code=note.code)
         raise ActivationError(note.code, note.detail)
     best = successors[0]
     origin = model_files.model_dir(store.settings.data_dir, best["digest"])
@@ -168,13 +147,9 @@ def wait_for_activation(store: Store, number: int, on_progress: OnProgress | Non
 
 
 def tune(store: Store, name: str | None, actor: str, on_progress: Callable[[TuningRequest], None] | None = None) -> list[str]:
-    """Measure the candidates of active models again and run each model with the best one; the models go on working meanwhile.
+    """Measure the candidates of the active models again, of one model line or of all, and run each model with the best one.
 
-    Args:
-        store: of the box.
-        name: of the model line; all lines when None.
-        actor: who asked for it, for the audit.
-        on_progress: called with each measurement while it goes on.
+    The models continue to work meanwhile.
 
     Returns:
         The digests of the models.
@@ -183,11 +158,9 @@ def tune(store: Store, name: str | None, actor: str, on_progress: Callable[[Tuni
         ActivationError: ``model.unknown``: no model is active, or none of that line; or why a measurement failed, after which the
             model runs as before.
     """
-    rows = [row for row in store.models() if row["state"] == ModelState.ACTIVE and name in (None, row["name"])]
-    if not rows:
-        raise ActivationError("model.unknown", f"{name}: no model is active" if name else "no model is active")
+    rows = active_models(store, name)
     tunings = TuningRequests(store.database)
-    for row in sorted(rows, key=lambda row: str(row["name"])):
+    for row in rows:
         tunings.ask(row["digest"], row["name"], actor)
 
     def is_done() -> bool:
@@ -210,7 +183,7 @@ def _wait(store: Store, is_done: Callable[[], bool]) -> None:
     while not is_done():
         try:
             lock = None if _box_runs(store) else Lock(store.settings.data_dir, "worker")
-        except ApplianceError:  # a worker without a supervisor does the work; if it dies, the next worker or this process goes on
+        except ApplianceError:  # a worker without a supervisor does the work; if it dies, the next worker or this process continues
             lock = None
         if lock is None:
             wake(store.settings)
@@ -224,11 +197,7 @@ def _wait(store: Store, is_done: Callable[[], bool]) -> None:
 
 def _run_activator(store: Store, is_done: Callable[[], bool]) -> None:
     data_dir = store.settings.data_dir
-
-    def load(digest: str, _plan: Plan) -> VerifiedModel:
-        return VerifiedModel(model_files.load_copy(data_dir, digest).manifest, digest)
-
-    activator = Activator(store, load, follow=False)
+    activator = Activator(store, lambda digest, _plan: model_files.load_copy(data_dir, digest), follow=False)
     try:
         while not is_done():
             activator.tick()
@@ -297,10 +266,11 @@ def _check_trust(store: Store) -> TrustFacts:
     return facts
 
 
-def _active_model(store: Store, name: str | None) -> sqlite3.Row:
-    """Return the active model of a model line, or the only active one; raises ActivationError ``model.unknown``."""
-    active = [row for row in store.models() if row["state"] == ModelState.ACTIVE and name in (None, row["name"])]
-    if len(active) != 1:
-        known = ", ".join(sorted(row["name"] for row in active)) or "none"
-        raise ActivationError("model.unknown", f"{name}: no model is active" if name else f"active: {known}; say which line")
-    return active[0]
+def active_models(store: Store, name: str | None = None) -> list[sqlite3.Row]:
+    """List the active models by name, of one model line or of all; raises ActivationError ``model.unknown`` that lists the lines."""
+    active = sorted((row for row in store.models() if row["state"] == ModelState.ACTIVE), key=lambda row: str(row["name"]))
+    rows = [row for row in active if name in (None, row["name"])]
+    if not rows:
+        lines = ", ".join(row["name"] for row in active) or "none"
+        raise ActivationError("model.unknown", f"{name}: no model is active; active: {lines}" if name else "no model is active")
+    return rows

@@ -11,12 +11,13 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from appliance import __version__
 from appliance.core.errors import ActivationError
-from appliance.core.files import fsync_directory
+from model_sync.atomic_files import sync_directory
 from model_sync.bundle import MANIFEST_NAME, ModelBundle
 from model_sync.errors import BundleError
 
@@ -63,22 +64,17 @@ def is_intact(data_dir: Path, digest: str) -> bool:
 
 
 def install(data_dir: Path, origin: Path, digest: str, on_progress: Callable[[float], None], reserve_bytes: int = 0) -> ModelBundle:
-    """Copy a bundle to the box; an intact copy is left as it is, a damaged one is renamed and kept.
+    """Copy a bundle to the box; an intact copy is left as it is, a damaged one is renamed but not deleted.
 
-    Args:
-        data_dir: the box's data directory.
-        origin: the bundle, possibly in a directory that another account may change at any moment.
-        digest: the digest that the bundle must have.
-        on_progress: called with the part (0 to 1) that is done.
-        reserve_bytes: free disk space to keep.
+    Another account may be able to change ``origin`` at any moment; the copy must have the digest. ``reserve_bytes`` of the disk stay free.
 
     Raises:
         ActivationError: ``model.invalid``, ``model.mismatch`` (another model than requested), ``model.too_new``, ``model.disk_full``
-            or ``store.failed``; no part of the copy is kept.
+            or ``store.failed``; no part of the copy stays.
     """
-    target = model_dir(data_dir, digest)
-    if is_intact(data_dir, digest):
+    with suppress(ActivationError):
         return load_copy(data_dir, digest)
+    target = model_dir(data_dir, digest)
     source = load(origin)
     if source.digest != digest:
         raise ActivationError("model.mismatch", f"{source.digest[:12]} instead of {digest[:12]}")
@@ -89,7 +85,7 @@ def install(data_dir: Path, origin: Path, digest: str, on_progress: Callable[[fl
             _rename_damaged(target)
         _copy(source, staging, on_progress, reserve_bytes)
         os.rename(staging, target)
-        fsync_directory(target.parent)
+        sync_directory(target.parent)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise ActivationError("model.disk_full" if error.errno in _FULL else "store.failed", str(error)) from error
@@ -97,11 +93,9 @@ def install(data_dir: Path, origin: Path, digest: str, on_progress: Callable[[fl
 
 
 def sweep(data_dir: Path, keep: Collection[str]) -> None:
-    """Remove what a killed or failed self-test left: incomplete copies, and copies of models that were never active.
+    """Remove incomplete copies, and copies of models that were never active (not in ``keep``), after a killed or failed self-test.
 
-    Args:
-        data_dir: the box's data directory.
-        keep: digests whose copies stay. Renamed damaged copies stay too: a technician may want to examine them.
+    Renamed damaged copies stay: a technician may want to examine them.
     """
     if not (data_dir / "models").is_dir():
         return
@@ -119,34 +113,31 @@ def _copy(source: ModelBundle, staging: Path, on_progress: Callable[[float], Non
     done = 0
     for name in names:
         (staging / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for size in _copy_file(source.directory / name, staging / name):
-            done += size
-            on_progress(min(1.0, done / total))
+        done += _copy_file(source.directory / name, staging / name)
+        on_progress(min(1.0, done / total))
     for path in sorted(staging.rglob("*")):
         if path.is_dir():
-            fsync_directory(path)
-    fsync_directory(staging)
+            sync_directory(path)
+    sync_directory(staging)
 
 
-def _copy_file(source: Path, target: Path) -> list[int]:
-    """Copy a regular file up to the size that it had at the start; returns the sizes of its chunks."""
-    sizes: list[int] = []
+def _copy_file(source: Path, target: Path) -> int:
+    """Copy a regular file up to the size that it had at the start; returns the number of copied bytes."""
+    done = 0
     with open(os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as reader:
         status = os.fstat(reader.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, f"{source.name} is no regular file")
-        with open(target, "xb", buffering=0) as writer:
-            while sum(sizes) < status.st_size and (chunk := reader.read(_CHUNK_BYTES)):
-                view = memoryview(chunk)
-                while view:
-                    view = view[writer.write(view) :]
-                sizes.append(len(chunk))
+        with open(target, "xb") as writer:
+            while done < status.st_size and (chunk := reader.read(_CHUNK_BYTES)):
+                done += writer.write(chunk)
+            writer.flush()
             os.fsync(writer.fileno())
-    return sizes
+    return done
 
 
 def _rename_damaged(target: Path) -> None:
     """Rename a damaged copy, so that it can be examined, to make room for an intact one."""
     number = 1 + sum(1 for _ in target.parent.glob(f"{target.name}.damaged-*"))
     os.rename(target, target.with_name(f"{target.name}.damaged-{number}"))
-    fsync_directory(target.parent)
+    sync_directory(target.parent)

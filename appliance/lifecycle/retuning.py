@@ -1,4 +1,4 @@
-"""Measures active models again while they go on working; the activator calls :meth:`Retuner.tick` between two jobs.
+"""Measures active models again while they continue to work; the activator calls :meth:`Retuner.tick` between two jobs.
 
 The measurement is the same process as the self-test of a new model. Its result is loaded in a thread and taken over in one transaction.
 """
@@ -43,11 +43,7 @@ class Retuner:
     """Does one requested measurement after the other; no step waits.
 
     Args:
-        store: of the box.
-        journal: of the models.
-        load: loads a model; called in a thread.
         on_activated: called with the newly loaded model when it replaces the one that runs.
-        clock: monotonic seconds.
 
     Attributes:
         tunings: the stored requests.
@@ -69,7 +65,7 @@ class Retuner:
         return self._current is not None or (waiting is not None and waiting.actor != "worker")
 
     def request(self, digest: str) -> None:
-        """Request a measurement because the way a model runs has a problem; at most once per model and process."""
+        """Request a measurement because a model does not run as chosen; at most once per model and process."""
         if self._store.settings.tune_at_activation and digest not in self._requested:
             self._requested.add(digest)
             self.tunings.ask(digest, self._store.model(digest)["name"], "worker")
@@ -77,7 +73,7 @@ class Retuner:
     def request_outdated(self) -> None:
         """Request a measurement of each active model that was never measured, or on another device or with another remote runtime.
 
-        A model whose measurement failed on this very device is left alone: a person may request it again.
+        A model whose measurement failed on this device is not measured again by itself: a person may request it again.
         """
         profile = device_profile.profile()
         for row in self._store.models():
@@ -90,11 +86,7 @@ class Retuner:
                 self.request(row["digest"])
 
     def tick(self, *, may_run: bool) -> None:
-        """Do the next step.
-
-        Args:
-            may_run: False while a new model is being activated, which has priority: a measurement under way is stopped.
-        """
+        """Do the next step, or stop the measurement while a new model is being activated (not ``may_run``), which has priority."""
         now = self._clock()
         if self._current is None and now < self._next_poll:
             return
@@ -125,7 +117,7 @@ class Retuner:
     def _begin(self, tuning: TuningRequest) -> None:
         row = self._store.database.one("SELECT * FROM models WHERE digest = ?", tuning.digest)
         if row is None or row["state"] != ModelState.ACTIVE:
-            self.tunings.fail(tuning, Note("activation.superseded", "it reads no more"))
+            self.tunings.fail(tuning, Note("activation.superseded", "it is not active any more"))
             return
         if not self.tunings.begin(tuning):
             return
@@ -169,7 +161,7 @@ class Retuner:
             self.tunings.done(current.tuning, current.report.to_json())
             self._on_activated(model)
         else:
-            self.tunings.fail(current.tuning, Note("activation.superseded", "it reads no more"))
+            self.tunings.fail(current.tuning, Note("activation.superseded", "it is not active any more"))
         self._current = None
 
     def _fail(self, note: Note) -> None:

@@ -1,4 +1,4 @@
-"""Rollback protection: what this box learnt before is in its own database, and older facts activate nothing.
+"""Rollback protection: what this box verified before is in its own database, and older facts activate nothing.
 
 The sync agent protects against rollback as well, but in its own files: an attacker who controls the agent could give the box older
 metadata and delete those files. The protection belongs to one provisioned root: after another library was provisioned it begins
@@ -37,7 +37,7 @@ class _Strictest:
 
 @dataclass(frozen=True)
 class RollbackProtection:
-    """What was learnt under one provisioned root.
+    """What was verified under one provisioned root.
 
     Attributes:
         database: of the box.
@@ -69,11 +69,7 @@ class RollbackProtection:
         return replace(empty, now=datetime.fromisoformat(stored["now"]), lines=lines)
 
     def check(self, facts: TrustFacts, clock: datetime) -> TrustFacts:
-        """Compare facts with what was learnt before, and store what they add.
-
-        Args:
-            facts: result of a check.
-            clock: time of the box's clock.
+        """Compare the result of a check with what was verified before, and store what it adds; ``clock`` is the time of the box's clock.
 
         Returns:
             The facts, with a time that is not before the latest known one; a model line that became less strict is a trouble.
@@ -89,9 +85,9 @@ class RollbackProtection:
         updated = replace(self, now=now, lines=self.lines | learnt)
         if (updated.lines, updated.now.date()) != (self.lines, self.now.date()):  # by day: not every check needs a write
             updated.save()
-        troubles = {name: TrustTrouble(code="trust.rollback", message="it says less than this box has learnt before") for name in behind}
+        trouble = TrustTrouble(code="trust.rollback", message="it is less strict than what this box verified before")
         later = max(facts.now or _EPOCH, clock, updated.now)
-        return facts.model_copy(update={"lines": current, "troubles": facts.troubles | troubles, "now": later})
+        return facts.model_copy(update={"lines": current, "troubles": facts.troubles | dict.fromkeys(behind, trouble), "now": later})
 
     def save(self) -> None:
         """Store it."""

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -44,23 +45,7 @@ Send = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class SelfTestRequest:
-    """What to test.
-
-    Attributes:
-        data_dir: data directory of the box; the copy is written to ``models/<digest>``.
-        origin: directory of the bundle.
-        digest: the digest that the bundle must have.
-        precision: the variant; the most exact when None.
-        threads: of one inference; all cores when 0.
-        memory_bytes: limit of the private memory of this process.
-        keep: digests of the models whose copies stay on the disk.
-        parent: the process to die with.
-        reserve_bytes: free disk space to keep for incoming scans.
-        tune: whether to measure every candidate of this box; else the baseline is used.
-        deadline_s: for the whole self-test.
-        measuring_s: for measuring, without building engines.
-        triton_url: address of the remote runtime; empty for none.
-    """
+    """What to test: the arguments of ``appliance self-test``, whose help explains each."""
 
     data_dir: Path
     origin: Path
@@ -115,11 +100,13 @@ def run_self_test(request: SelfTestRequest, send: Send) -> SelfTestReport:
     """
     limit = time.monotonic() + request.deadline_s
     model_files.sweep(request.data_dir, [*request.keep, request.digest])
-    on_copied = _Progress(ActivationState.STAGED, send)
+    progress = _Progress(send)
+    on_copied = partial(progress, ActivationState.STAGED)
+    on_copied(0.0)
     bundle = model_files.install(request.data_dir, request.origin, request.digest, on_copied, request.reserve_bytes)
     _sweep_engines(request)
     try:
-        report = _test_candidates(bundle, request, limit, send) if request.tune else _test_baseline(bundle, request, send)
+        report = _test_candidates(bundle, request, limit, progress) if request.tune else _test_baseline(bundle, request, progress)
     except InferenceError as error:
         detail = error.detail if error.code in ("job.error", "tune.wrong", *_CODES) else f"{error.code}: {error.detail}"
         raise ActivationError(_CODES.get(error.code, "model.self_test") if request.tune else "model.self_test", detail) from error
@@ -141,35 +128,27 @@ def _sweep_engines(request: SelfTestRequest) -> None:
 
 
 class _Progress:
-    """Sends the progress of one phase, a few times a second at most."""
+    """Sends the progress of the self-test, a few times a second at most."""
 
-    def __init__(self, phase: ActivationState, send: Send) -> None:
-        self._phase, self._send, self._next = phase, send, 0.0
-        self(0.0)
+    def __init__(self, send: Send) -> None:
+        self._send, self._next, self._phase = send, 0.0, ""
 
-    def __call__(self, done: float) -> None:
-        if time.monotonic() >= self._next or done >= 1.0:
-            self._send({"state": self._phase.value, "progress": round(done, 3)})
-            self._next = time.monotonic() + _REPORT_EVERY_S
+    def __call__(self, phase: ActivationState, done: float) -> None:
+        if phase.value != self._phase or time.monotonic() >= self._next or done >= 1.0:
+            self._phase, self._next = phase.value, time.monotonic() + _REPORT_EVERY_S
+            self._send({"state": phase.value, "progress": round(done, 3)})
 
 
-def _test_candidates(bundle: ModelBundle, request: SelfTestRequest, limit: float, send: Send) -> SelfTestReport:
+def _test_candidates(bundle: ModelBundle, request: SelfTestRequest, limit: float, progress: _Progress) -> SelfTestReport:
     """Measure every candidate and take the fastest correct one."""
     from appliance.runtime.availability import available
     from appliance.tuning.tuner import Limits, Subject, tune
 
-    progress: dict[ActivationState, _Progress] = {}
-
-    def on_progress(phase: ActivationState, done: float) -> None:
-        if phase not in progress:
-            progress[phase] = _Progress(phase, send)
-        progress[phase](done)
-
-    on_progress(ActivationState.BUILDING, 0.0)
+    progress(ActivationState.BUILDING, 0.0)
     limits = Limits(_MEASURING_SHARE * (limit - time.monotonic()), request.measuring_s, request.memory_bytes)
     selection = tune(
         Subject.of_bundle(bundle, request.precision), threads=request.threads, runtimes=available(request.triton_url or None),
-        cache=model_files.engine_dir(request.data_dir), limits=limits, on_progress=on_progress,
+        cache=model_files.engine_dir(request.data_dir), limits=limits, on_progress=progress,
         is_fixed_by_user=request.precision is not None,
     )  # fmt: skip
     row, details = selection.chosen, selection.details
@@ -182,14 +161,14 @@ def _test_candidates(bundle: ModelBundle, request: SelfTestRequest, limit: float
     )  # fmt: skip
 
 
-def _test_baseline(bundle: ModelBundle, request: SelfTestRequest, send: Send) -> SelfTestReport:
+def _test_baseline(bundle: ModelBundle, request: SelfTestRequest, progress: _Progress) -> SelfTestReport:
     """Test the baseline candidate, which every box can run, in this process."""
     import numpy as np
 
     from appliance.runtime import baseline_candidate, open_runtime
     from appliance.tuning.selection import baseline_variant
 
-    _Progress(ActivationState.BUILDING, send)
+    progress(ActivationState.BUILDING, 0.0)
     variant = baseline_variant(bundle, request.precision)
     candidate = baseline_candidate(variant, request.threads)
     started = time.perf_counter()
@@ -204,7 +183,7 @@ def _test_baseline(bundle: ModelBundle, request: SelfTestRequest, send: Send) ->
         return outputs
 
     try:
-        differences = _run_golden_cases(bundle, variant.precision, infer, _Progress(ActivationState.SELF_TEST, send))
+        differences = _run_golden_cases(bundle, variant.precision, infer, progress)
         return SelfTestReport(
             precision=variant.precision, runtime=f"{runtime.name} {runtime.version}", details=runtime.describe(),
             max_difference=differences, median_ms=float(np.median(latencies)), worst_ms=max(latencies), load_ms=load_ms,
@@ -220,6 +199,7 @@ def _run_golden_cases(bundle: ModelBundle, precision: str, infer: Callable[[Any]
     from appliance.imaging.golden_cases import cases
 
     golden, differences = cases(bundle), dict[str, float]()
+    progress(ActivationState.SELF_TEST, 0.0)
     for case in golden:
         difference, allowed = case.difference(infer), case.tolerance[precision]
         if not difference <= allowed:  # also true for NaN
@@ -227,5 +207,5 @@ def _run_golden_cases(bundle: ModelBundle, precision: str, infer: Callable[[Any]
         for _ in range(_TIMINGS // len(golden) - 1):
             infer(case.tensor)
         differences[case.name] = difference
-        progress(len(differences) / len(golden))
+        progress(ActivationState.SELF_TEST, len(differences) / len(golden))
     return differences

@@ -23,14 +23,9 @@ _DETAIL_CHARS: Final = 500
 
 
 def self_test_command(settings: Settings, origin: Path | str, digest: str, precision: str | None, keep: Sequence[str]) -> list[str]:
-    """Build the arguments of ``python -m`` for a self-test on this box.
+    """Build the arguments of ``python -m`` for a self-test on this box, see ``appliance self-test --help``.
 
-    Args:
-        settings: of the box.
-        origin: directory of the bundle.
-        digest: the digest that the bundle must have.
-        precision: the variant to run; None measures all of them, or takes the most exact one.
-        keep: digests of the models whose copies must stay on the disk.
+    A ``precision`` of None measures all variants, or takes the most exact one.
     """
     command = [
         "appliance", "self-test", "--data-dir", str(settings.data_dir), "--origin", str(origin), "--digest", digest,
@@ -48,7 +43,7 @@ class SelfTestProcess(Child):
 
     Args:
         command: from :func:`self_test_command`.
-        deadline_s: how long the whole self-test may take.
+        deadline_s: how long the self-test may take.
 
     Raises:
         OSError: the process could not be started.
@@ -65,9 +60,6 @@ class SelfTestProcess(Child):
         """Handle what the process reported since the last call; never waits.
 
         A message is dropped only after it was handled: when ``on_progress`` raises, the next call delivers the message again.
-
-        Args:
-            on_progress: called with the phase and the part of it (0 to 1) that is done.
 
         Returns:
             The report once the self-test was passed (again at every later call); else None.
@@ -91,7 +83,7 @@ class SelfTestProcess(Child):
 
     @property
     def has_crashed(self) -> bool:
-        """Whether the process ended without saying how the self-test ended."""
+        """Whether the process ended without reporting a result."""
         return self._has_ended and not self._unhandled
 
     def _receive(self) -> None:

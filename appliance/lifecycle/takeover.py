@@ -25,11 +25,8 @@ class _Takeover:
 
     Attributes:
         model: its row of table ``models``.
-        note: why it is replaced.
         trial: number of its activation when it is rolled back; None when it was withdrawn.
         failed: digests of the successors that could not be loaded.
-        successor: digest of the successor that is being loaded.
-        loading: the successor while it is loaded.
     """
 
     model: sqlite3.Row
@@ -44,11 +41,8 @@ class Takeovers:
     """The replacements under way; no step waits.
 
     Args:
-        store: of the box.
-        journal: of the models.
         load: loads a successor; called in a thread. Nothing of the model line is analysed until it is loaded.
         on_activated: called with the loaded successor when it becomes active.
-        logger: for what a technician should know.
 
     Attributes:
         needs_annotation: whether findings of replaced models still have to be annotated.

@@ -1,4 +1,4 @@
-"""Statistics of a new model, and whether they exceed the limits of its manifest (requirement R31).
+"""Trials of new models: statistics, whether they exceed the limits of the manifest (requirement R31), and the end of the trial.
 
 Everything is counted from the jobs and findings of the version since it was activated, so that no counter can be lost.
 """
@@ -10,20 +10,27 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from appliance.core.domain import JobState, Note, ScanState
+from appliance.core.self_test_report import SelfTestReport, allowed_latency_ms
+from appliance.core.states import ActivationState
 from appliance.store.database import Database
 from model_sync.bundle import Manifest, ScoreHistogram, Watch
+
+if TYPE_CHECKING:  # the pages import this module, but none that loads models
+    import logging
+    import sqlite3
+
+    from appliance.lifecycle.journal import Journal
+    from appliance.lifecycle.takeover import Takeovers
 
 # Fewer cases than these say nothing about a share, a median or a distribution.
 FAILURES_FROM: Final = 3
 LATENCY_FROM: Final = 5
 DRIFT_FROM: Final = 50
-# A faster model is compared as if it took this long: a busy box turns tenths of a millisecond into several.
-LATENCY_FLOOR_MS: Final = 20.0
 # Failures that are not the model's: there was no memory to decode or prepare the image, or a remote runtime did not answer.
 _NOT_THE_MODEL: Final = ("job.memory_input", "runtime.unavailable", "runtime.deadline")
 # Jeffreys' prior: an empty bin is rare, not impossible.
@@ -38,7 +45,7 @@ class Statistics:
         cases: images that it analysed.
         failures: jobs that failed for good.
         latency_ms: median time of an inference with the current candidate; None before the first, or before five since it changed.
-        drift: largest population stability index of a label, less the part that chance alone gives; None before 50 images.
+        drift: largest population stability index of a label, minus the part that chance gives; None before 50 images.
     """
 
     cases: int
@@ -48,19 +55,14 @@ class Statistics:
 
     def to_json(self) -> dict[str, Any]:
         """The statistics as they are stored in the journal."""
-        return {"cases": self.cases, "failures": self.failures, "latency_ms": self.latency_ms, "drift": self.drift}
+        return asdict(self)
 
 
 def measure(database: Database, digest: str, manifest: Manifest, after_job: int, candidate_after_job: int = 0) -> Statistics:
-    """Count what a version did in the jobs planned after ``after_job``.
+    """Count what a version did in the jobs planned after ``after_job``, the last one before it was activated.
 
-    Args:
-        database: of the box.
-        digest: of the version.
-        manifest: of the version.
-        after_job: the last job before the version was activated.
-        candidate_after_job: the last job before another candidate was chosen to run it; 0 when none was. Times before it belong to the
-            earlier candidate and do not count, and the first few after it say nothing yet.
+    ``candidate_after_job`` is the last job before another candidate was chosen to run the version; 0 when none was. Times before it belong
+    to the earlier candidate and do not count, and the first few after it say nothing yet.
     """
     jobs = database.query(
         "SELECT id, outcome, coalesce(json_extract(timing_ms, '$.window'), json_extract(timing_ms, '$.infer')) AS infer,"
@@ -121,14 +123,49 @@ def find_violation(current: Statistics, watch: Watch, expected_ms: float) -> Not
     return None
 
 
-def allowed_latency_ms(watch: Watch, expected_ms: float) -> float:
-    """Compute the longest median latency that the manifest allows for a model that took ``expected_ms`` in the self-test."""
-    return watch.max_latency_ratio * max(expected_ms, LATENCY_FLOOR_MS)
-
-
 def is_over(current: Statistics, watch: Watch, since: str, now: datetime | None = None) -> bool:
     """Whether the trial lasted long enough: enough cases, or enough hours and one case; never while too many jobs failed."""
     if current.failures > watch.max_failure_fraction * (current.cases + current.failures):
         return False
     hours = ((now or datetime.now(timezone.utc)) - datetime.fromisoformat(since)).total_seconds() / 3600
     return current.cases >= watch.trial_cases or (current.cases >= 1 and hours >= watch.trial_hours)
+
+
+class Trials:
+    """Judges the models on trial and the first models of their lines.
+
+    Args:
+        takeovers: replaces models that are rolled back.
+    """
+
+    def __init__(self, database: Database, journal: Journal, takeovers: Takeovers, logger: logging.Logger) -> None:
+        self._database, self._journal, self._takeovers, self._log = database, journal, takeovers, logger
+
+    def count_all(self) -> None:
+        """Update the stored statistics of every monitored model."""
+        for row in self._journal.monitored():
+            self._count(row)
+
+    def check(self) -> None:
+        """Compare every monitored model with its limits: roll it back, raise the alarm, or end its trial."""
+        for row in self._journal.monitored():
+            if row["digest"] in self._takeovers:
+                continue
+            manifest, current, trial = self._count(row)
+            violation = find_violation(current, manifest.watch, SelfTestReport.from_json(row["self_test"]).expected_ms)
+            if violation is not None and row["state"] == ActivationState.GOOD:
+                self._journal.record_alarm(row["id"], trial, violation)
+            elif violation is not None:
+                self._log.error("model rolled back", extra={"code": violation.code})
+                self._takeovers.roll_back(row, violation)
+            elif is_over(current, manifest.watch, trial["since"]):
+                self._journal.complete_trial(row["id"], trial)
+
+    def _count(self, row: sqlite3.Row) -> tuple[Manifest, Statistics, dict[str, Any]]:
+        """Count what a model did; changed statistics are stored."""
+        manifest, known = Manifest.model_validate_json(row["manifest"]), json.loads(row["trial"])
+        current = measure(self._database, row["digest"], manifest, known["after_job"], known.get("way_after_job", 0))
+        trial = known | current.to_json()
+        if trial != known:
+            self._journal.record_statistics(row["id"], trial, case_finished=current.cases > known["cases"])
+        return manifest, current, trial

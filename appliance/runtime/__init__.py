@@ -116,17 +116,21 @@ def open_runtime(
     model_path: Path, input_spec: TensorSpec, candidate: Candidate, *, cache: Path | None = None, on_progress: OnProgress | None = None
 ) -> Runtime:
     """Load a model as the candidate says and warm it up; arguments and errors as :meth:`Runtime.load`."""
-    runtime = _adapter(candidate)
-    try:
-        runtime.load(model_path, input_spec, cache=cache, on_progress=on_progress)
-        runtime.warm_up()
-    except ImportError as error:
-        runtime.close()
-        raise _not_installed(candidate, error) from error
-    except BaseException:
-        runtime.close()
+    module, name = _ADAPTERS[candidate.runtime]
+    runtime: Runtime | None = None
+    try:  # the module of the adapter and the library of the runtime are imported only now
+        adapter: Runtime = getattr(importlib.import_module(module), name)(candidate)
+        runtime = adapter
+        adapter.load(model_path, input_spec, cache=cache, on_progress=on_progress)
+        adapter.warm_up()
+    except BaseException as error:
+        if runtime is not None:
+            runtime.close()
+        if isinstance(error, ImportError):
+            reason = f"{error.name} is not installed" if isinstance(error, ModuleNotFoundError) else f"{error}"
+            raise InferenceError("runtime.unavailable", f"{candidate.runtime}: {reason[:200]}") from error
         raise
-    return runtime
+    return adapter
 
 
 _ADAPTERS: Final[dict[RuntimeName, tuple[str, str]]] = {
@@ -135,18 +139,3 @@ _ADAPTERS: Final[dict[RuntimeName, tuple[str, str]]] = {
     "tensorrt": ("appliance.runtime.tensorrt", "TensorRtRuntime"),
     "triton": ("appliance.runtime.triton", "TritonRuntime"),
 }
-
-
-def _adapter(candidate: Candidate) -> Runtime:
-    """Create the adapter of a candidate; its module and the library of the runtime are imported only now."""
-    module, name = _ADAPTERS[candidate.runtime]
-    try:
-        adapter: Runtime = getattr(importlib.import_module(module), name)(candidate)
-    except ImportError as error:
-        raise _not_installed(candidate, error) from error
-    return adapter
-
-
-def _not_installed(candidate: Candidate, error: ImportError) -> InferenceError:
-    reason = f"{error.name} is not installed" if isinstance(error, ModuleNotFoundError) else f"{error}"
-    return InferenceError("runtime.unavailable", f"{candidate.runtime}: {reason[:200]}")

@@ -1,6 +1,6 @@
 """Finds out which runtimes can run on this box, and why the others cannot.
 
-Each runtime is searched without an import, then imported in a process of its own: libraries that were built for another driver, C library
+Each runtime that is installed is imported in a process of its own: libraries that were built for another driver, C library
 or processor often crash instead of raising an exception. This takes half a second if all are installed, and loads no model.
 """
 
@@ -54,11 +54,7 @@ class Availability:
 
 
 def available(triton_url: str | None = None) -> tuple[Availability, ...]:
-    """List every known runtime with the providers it can use on this box. Does not check whether a Triton server answers.
-
-    Args:
-        triton_url: address of a Triton server, as configured.
-    """
+    """List every known runtime with the providers it can use on this box; does not check whether the Triton server answers."""
     return tuple(_triton(triton_url) if runtime == "triton" else _probe(runtime) for runtime in RUNTIMES)
 
 
@@ -83,7 +79,7 @@ def _probe(runtime: RuntimeName) -> Availability:
     except subprocess.TimeoutExpired:
         return Availability(runtime, "", (), f"did not answer in {_PROBE_S:g} s")
     except OSError as error:
-        return Availability(runtime, "", (), f"could not be asked: {error.strerror}")
+        return Availability(runtime, "", (), f"could not be started: {error.strerror}")
     return _parse_answer(runtime, done.stdout, done.returncode)
 
 
@@ -117,7 +113,7 @@ def _gpus() -> tuple[int, str]:
     count = ctypes.c_int(0)
     error = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
     if error or not count.value:
-        return 0, f"no GPU: CUDA's driver says error {error}"
+        return 0, f"no GPU: CUDA's driver reports error {error}"
     return count.value, ""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from appliance.core.errors import InferenceError
@@ -60,18 +60,12 @@ class Candidate:
         Raises:
             InferenceError: ``job.error``: the value is invalid, or a number is out of range.
         """
-        if not isinstance(value, dict) or set(value) != {item.name for item in fields(cls)} or not _is_valid(value):
+        types = {"runtime": str, "file": str, "precision": str, "provider": str, "threads": int, "batch": int}
+        # A bool is an int in Python, so that the types must be the same.
+        is_valid = isinstance(value, dict) and {name: type(item) for name, item in value.items()} == types
+        if not is_valid or value["runtime"] not in RUNTIMES or not (0 <= value["threads"] <= _MAX and 1 <= value["batch"] <= _MAX):
             raise InferenceError("job.error", "the stored choice of a runtime cannot be read")
         return cls(**value)
-
-
-def _is_valid(value: dict[str, Any]) -> bool:
-    words, numbers = (value["file"], value["precision"], value["provider"]), (value["threads"], value["batch"])
-    if value["runtime"] not in RUNTIMES or not all(isinstance(word, str) for word in words):
-        return False
-    if any(type(number) is not int for number in numbers):  # a bool is an int in Python
-        return False
-    return bool(0 <= value["threads"] <= _MAX and 1 <= value["batch"] <= _MAX)
 
 
 def baseline_candidate(variant: Variant, threads: int = 0) -> Candidate:

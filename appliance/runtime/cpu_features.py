@@ -20,19 +20,19 @@ _VNNI: Final = frozenset({"avx512_vnni", "avx_vnni"})
 def instructions() -> frozenset[str]:
     """Return the flags of the processor; empty if the kernel does not report them."""
     try:
-        found = re.search(r"^flags\s*:\s*(.*)$", _CPU_INFO.read_text(errors="replace"), re.MULTILINE)
+        flags = re.search(r"^flags\s*:\s*(.*)$", _CPU_INFO.read_text(errors="replace"), re.MULTILINE)
     except OSError:
         return frozenset()
-    return frozenset(found[1].split()) if found else frozenset()
+    return frozenset(flags[1].split()) if flags else frozenset()
 
 
 def has_vnni() -> bool:
-    """Whether this is an x86 processor that says it has VNNI: it multiplies 8-bit numbers fast, and adds the products in 32 bits."""
+    """Whether this is an x86 processor that reports VNNI: it multiplies 8-bit numbers fast, and adds the products in 32 bits."""
     return platform.machine() in X86 and bool(_VNNI & instructions())
 
 
 def saturates() -> bool:
-    """Whether sums of 8-bit products may be clipped here: an x86 processor that does not say it has VNNI."""
+    """Whether sums of 8-bit products may be clipped here: an x86 processor that does not report VNNI."""
     return platform.machine() in X86 and not has_vnni()
 
 

@@ -1,6 +1,6 @@
 """CUDA through NVIDIA's Python bindings (``cuda-bindings``), with a check of every return code.
 
-The module is ``cuda.bindings.runtime`` since 12.6, and ``cuda.cudart`` in older versions on a Jetson. Both return every call as a tuple
+The module is ``cuda.bindings.runtime`` since 12.6, and ``cuda.cudart`` in older versions on a Jetson. In both every call returns a tuple
 of the error and its values; here an error is raised. Only calls that need more than that have a wrapper.
 """
 
@@ -177,10 +177,6 @@ def _bindings() -> Any:
 
 
 def _failure(name: str, error: str) -> InferenceError:
-    code = "runtime.memory" if error in _MEMORY else "runtime.unavailable" if error in _UNAVAILABLE else "job.error"
-    return InferenceError(code, f"{name}: {_words(error)}")
-
-
-def _words(error: str) -> str:
     """Convert the name of a CUDA error: ``cudaErrorMemoryAllocation`` becomes "memory allocation"."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", error.removeprefix("cudaError")).lower()
+    code = "runtime.memory" if error in _MEMORY else "runtime.unavailable" if error in _UNAVAILABLE else "job.error"
+    return InferenceError(code, f"{name}: " + re.sub(r"(?<=[a-z])(?=[A-Z])", " ", error.removeprefix("cudaError")).lower())

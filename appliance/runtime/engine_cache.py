@@ -1,9 +1,9 @@
 """Cache of the engines that TensorRT built on this box; each belongs to one GPU, one driver and one version of TensorRT.
 
 A file has eight bytes of magic, the length of a JSON header, the header, the SHA-256 of header and engine, and the engine. Its name
-comes from the model and the build settings; the header says which box it is for. An engine for another GPU, driver or TensorRT, and an
-incomplete or changed file, is built again, and the reason goes to the result and the log: TensorRT crashes when it reads an incomplete
-engine. The timings of a build are kept in files of the same format.
+comes from the model and the build settings; the header says which box it is for. If that is another GPU, driver or TensorRT, or if the
+file is incomplete or changed, the engine is built again, and the result and the log show why: TensorRT crashes when it reads an
+incomplete engine. The timings of a build are stored in files of the same format.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
-from appliance.core.files import replace_file
+from model_sync import atomic_files
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _MAX_ENGINE_BYTES: Final = 4 << 30
 _ENGINE: Final = ".engine"
 _TIMINGS: Final = ".timings"
 _NAME: Final = re.compile(r"([0-9a-f]{16})-[0-9a-f]{16}\.(?:engine|compiled)")
-_PART: Final = re.compile(r".*\.part")
+_PART: Final = re.compile(r".*\.(?:tmp|part)")  # older versions wrote ``.part``
 _BUILD: Final = re.compile(r"build-\w+")
 _ABANDONED_S: Final = 3600.0  # no write takes this long: a younger file may still be written
 _LOCK_GRACE_S: Final = 60.0  # a build directory exists for a moment before it is locked
@@ -75,19 +75,19 @@ class EngineProfile:
     @property
     def key(self) -> str:
         """Cache key: SHA-256 over all fields, as 64 hex digits."""
-        return _digest(asdict(self))
+        return digest_of(asdict(self))
 
     @property
     def file_name(self) -> str:
         """File name from model and build settings but not from the box, so that the engine of an old driver is replaced."""
-        settings = _digest({"precision": self.precision, "batch": self.batch, "shape": self.shape, "level": self.level})
+        settings = digest_of({"precision": self.precision, "batch": self.batch, "shape": self.shape, "level": self.level})
         return f"{self.onnx_sha256[:16]}-{settings[:16]}{_ENGINE}"
 
     @property
     def timings_name(self) -> str:
         """File name of the timings, which depend on GPU and TensorRT but not on the model."""
         box = {"gpu": self.gpu, "capability": self.compute_capability, "tensorrt": self.tensorrt, "driver": self.driver}
-        return f"{_digest(box)[:16]}{_TIMINGS}"
+        return f"{digest_of(box)[:16]}{_TIMINGS}"
 
     def to_json(self) -> dict[str, Any]:
         """The profile as it is stored in a header."""
@@ -96,16 +96,11 @@ class EngineProfile:
     @classmethod
     def from_json(cls, value: Any) -> EngineProfile:
         """Read what ``to_json`` wrote; raises ValueError when the value is no profile."""
-        if not isinstance(value, dict) or set(value) != {item.name for item in fields(cls)}:
+        types = {item.name: list if item.name == "shape" else int if item.type == "int" else str for item in fields(cls)}
+        is_valid = isinstance(value, dict) and {name: type(item) for name, item in value.items()} == types
+        if not is_valid or not all(type(size) is int for size in value["shape"]):
             raise ValueError("no engine profile")
-        shape = value["shape"]
-        numbers = [value["batch"], value["level"], *(shape if isinstance(shape, list) else [None])]
-        if not all(type(number) is int for number in numbers):
-            raise ValueError("no engine profile")
-        words = {name: value[name] for name in value if name not in ("batch", "level", "shape")}
-        if not all(isinstance(word, str) for word in words.values()):
-            raise ValueError("no engine profile")
-        return cls(**words, batch=value["batch"], level=value["level"], shape=tuple(shape))
+        return cls(**value | {"shape": tuple(value["shape"])})
 
     def describe_change(self, before: EngineProfile) -> str:
         """Describe the first difference from the profile of an earlier engine; empty when there is none."""
@@ -132,12 +127,7 @@ class CacheEntry:
 
 
 def read(cache: Path, profile: EngineProfile) -> CacheEntry:
-    """Look up the engine of a model for this box; never raises an error because of the content of a file.
-
-    Args:
-        cache: the directory.
-        profile: what the engine must have been built for.
-    """
+    """Look up the engine of a model for this box; never raises an error because of the content of a file."""
     path = cache / profile.file_name
     try:
         header, data = unpack(path)
@@ -217,20 +207,18 @@ def _is_abandoned(path: Path) -> bool:
 def sweep(cache: Path, keep_onnx: Collection[str]) -> list[str]:
     """Remove the engines of models that are not installed any more, and incomplete files of killed builds.
 
-    Args:
-        cache: the directory.
-        keep_onnx: SHA-256 of the ONNX files of the models that stay.
+    ``keep_onnx`` are the SHA-256 digests of the ONNX files of the models that stay. Timings stay too: they belong to the GPU.
 
     Returns:
-        The names of the removed files. Timings stay: they belong to the GPU, not to a model.
+        The names of the removed files.
     """
-    kept = {digest[:16] for digest in keep_onnx}
+    installed = {digest[:16] for digest in keep_onnx}
     removed = []
     for path in sorted(cache.iterdir()) if cache.is_dir() else []:
         match = _NAME.fullmatch(path.name)
         with suppress(OSError):  # the next sweep tries again
             is_partial = _PART.fullmatch(path.name) and time.time() - path.stat().st_mtime > _ABANDONED_S
-            if is_partial or (match and match[1] not in kept) or _is_abandoned(path):
+            if is_partial or (match and match[1] not in installed) or _is_abandoned(path):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
                 removed.append(path.name)
     return removed
@@ -241,7 +229,8 @@ def _reject(path: Path, why: str) -> CacheEntry:
     return CacheEntry(b"", why)
 
 
-def _digest(value: Any) -> str:
+def digest_of(value: Any) -> str:
+    """The SHA-256 of a JSON value, as 64 hex digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -251,7 +240,7 @@ def pack(path: Path, header: dict[str, Any], data: bytes) -> Path:
     digest = hashlib.sha256(head)
     digest.update(data)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    replace_file(path, _MAGIC + len(head).to_bytes(_LENGTH_BYTES, "big") + head + digest.digest(), data)
+    atomic_files.write(path, _MAGIC + len(head).to_bytes(_LENGTH_BYTES, "big") + head + digest.digest(), data, mode=0o600)
     return path
 
 
@@ -264,14 +253,7 @@ def unpack(path: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def parse(content: bytes) -> tuple[dict[str, Any], bytes]:
-    """Parse the content of a file.
-
-    Returns:
-        The header and the data.
-
-    Raises:
-        ValueError: the content has another format, is incomplete, or was changed.
-    """
+    """Parse the content of a file to header and data; raises ValueError when it has another format, is incomplete, or was changed."""
     start = len(_MAGIC) + _LENGTH_BYTES
     if content[: len(_MAGIC)] != _MAGIC or len(content) < start:
         raise ValueError("no engine file")

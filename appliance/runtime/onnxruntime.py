@@ -1,13 +1,13 @@
 """ONNX Runtime: the adapter that every box has.
 
 The settings are for a small process: no memory arena (it never shrinks) and no spinning threads (they would use the core that the web
-process needs). Neither makes single scans slower: 16 ms for the reference model on one core of an AMD EPYC with or without. Measured
-resident memory of a process with the reference model: 101 MB.
+process needs). Neither makes single images slower: 16 ms for the reference model on one core of an AMD EPYC with or without. A process
+with the reference model has 101 MB of resident memory.
 
-What ran is taken from the profile that ONNX Runtime writes of the warm-up, not from the file: the profile lists each kernel with its
-types and provider. A Q/DQ graph with a pattern that cannot be fused runs in float between conversions, and only the profile shows that.
-It costs 3 ms once. With it a float file that is labelled int8 is refused. A Q/DQ graph that runs in float is accepted, because its
-results are those of the gate and it is the fallback of every box; ``ran`` shows it.
+What ran is taken from the profile that ONNX Runtime writes of the warm-up (3 ms, once), not from the file: the profile lists each kernel
+with its types and provider. A Q/DQ graph with a pattern that cannot be fused runs in float between conversions, and only the profile
+shows that. A float file that is labelled int8 is refused. A Q/DQ graph that runs in float is accepted, because its results are those of
+the gate and it is the fallback of every box; ``ran`` shows it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from appliance.runtime.tensors import (
     check_signature,
     checked_input,
     counted,
+    describe_adapter,
     failure,
     ran_in,
 )
@@ -139,14 +140,8 @@ class OnnxRuntime:
     def describe(self) -> dict[str, Any]:
         """Describe what ran; see ``Runtime.describe``. ``layers`` and ``ran`` need the warm-up and its profile."""
         layers = counted(precision for _, precision in self._ran)
-        return {
-            "runtime": self.name,
-            "version": self.version,
-            "provider": self.provider,
-            "precision": self.precision,
-            "threads": self._candidate.cores,
-            "batch": self._candidate.batch,
-        } | ({"layers": layers, "ran": ran_in(_heavy(self._ran))} if layers else {})
+        ran = {"layers": layers, "ran": ran_in(_heavy(self._ran))} if layers else {}
+        return describe_adapter(self, self._candidate.cores, self._candidate.batch) | ran
 
     def close(self) -> None:
         """Free the session."""
@@ -163,7 +158,7 @@ class OnnxRuntime:
                 return []
             with suppress(OSError, ValueError):
                 path = Path(self._session.end_profiling())
-                if path.stat().st_size <= _MAX_PROFILE_BYTES:  # a loop in the model lists every iteration: too much for the memory of a box
+                if path.stat().st_size <= _MAX_PROFILE_BYTES:  # it lists every iteration of a loop in the model
                     return kernels_of(json.loads(path.read_bytes()))
             return []
 
@@ -203,9 +198,7 @@ def check_placement(kernels: Sequence[dict[str, Any]], provider: str) -> None:
     if provider == CPU:
         return
     if not kernels:
-        raise InferenceError(
-            "runtime.unavailable", f"asked for {provider}, and where the layers ran cannot be on_progress: there is no profile"
-        )
+        raise InferenceError("runtime.unavailable", f"asked for {provider}, and it is unknown where the layers ran: there is no profile")
     misplaced = [kernel for kernel in kernels if kernel.get("provider") != provider and _is_heavy(str(kernel.get("op_name")))]
     if misplaced:
         first = misplaced[0]

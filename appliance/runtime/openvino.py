@@ -4,15 +4,12 @@ The precision is always forced to f32. By default OpenVINO silently runs a float
 fast, with 8 bits of mantissa, in a precision that no gate has tested. Quantized layers still run in 8 bits, because the graph says so.
 The hint does not show what ran (f16 runs as bf16), so the precision of every layer is read from the compiled model, and a candidate with
 another precision than its label is refused with ``runtime.precision``: an int8 or mixed file without any layer in 8 bits would be shown
-as int8 without being faster than the float model. The precision of the layers also decides whether 8-bit sums may be clipped on a
-processor without VNNI.
+as int8 without being faster than the float model. The layers also show whether 8-bit sums may be clipped on a processor without VNNI.
 
 Models are compiled for a fixed shape: with a dynamic batch the reference model takes up to 1.5 times as long, because some operators
 are not fused. One model is compiled for a single image, the most frequent case, and one for the batch size of the candidate; any other
-number of images is run as full batches and single images, as a batch gains little on a CPU.
-
-Threads are not pinned: the web process needs a core too, and a pinned thread would have to wait for it. With a cache directory compiled
-models are kept; see :mod:`appliance.runtime.openvino_cache`.
+number of images is run as full batches and single images, as a batch gains little on a CPU. Threads are not pinned: the web process
+needs a core too, and a pinned thread would have to wait for it.
 """
 
 from __future__ import annotations
@@ -35,6 +32,7 @@ from appliance.runtime.tensors import (
     check_signature,
     checked_input,
     counted,
+    describe_adapter,
     failure,
     in_eight_bits,
     ran_in,
@@ -201,22 +199,11 @@ class OpenVinoRuntime:
         return {name: request.get_output_tensor(index).data.copy() for index, name in enumerate(self._outputs)}
 
     def describe(self) -> dict[str, Any]:
-        """Describe what ran; see ``Runtime.describe``. ``layers`` and ``ran`` describe the model for one image, the most frequent case.
-
-        ``layers_batch`` is added if the model for the batch runs in other precisions.
-        """
+        """Describe what ran on one image; see ``Runtime.describe``. ``layers_batch`` is added if a batch runs in other precisions."""
         ran, of_batch = (self._ran.get(size, []) for size in (1, self._candidate.batch))
         layers, layers_batch = (counted(precision for _, precision in each) for each in (ran, of_batch))
-        return {
-            "runtime": self.name,
-            "version": self.version,
-            "provider": self.provider,
-            "precision": self.precision,
-            "threads": self._threads,
-            "batch": self._candidate.batch,
-            "layers": layers,
-            "ran": ran_in(_heavy(ran)),
-        } | ({"layers_batch": layers_batch} if layers_batch != layers else {})
+        described = describe_adapter(self, self._threads, self._candidate.batch) | {"layers": layers, "ran": ran_in(_heavy(ran))}
+        return described | ({"layers_batch": layers_batch} if layers_batch != layers else {})
 
     def close(self) -> None:
         """Free the compiled models."""

@@ -2,13 +2,12 @@
 
 The files have the format of :mod:`appliance.runtime.engine_cache`: the digest is verified before OpenVINO reads the file, and the file is
 removed with its model. For another OpenVINO version, processor or settings the model is compiled again. Tuning compiles a model for many
-numbers of threads and images; of each ONNX file only the four compiled models that were used last are kept.
+numbers of threads and images; of each ONNX file only the four compiled models that were used last stay.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import mmap
 import os
@@ -23,7 +22,7 @@ from appliance.runtime.cpu_features import instructions
 logger = logging.getLogger(__name__)
 
 _SUFFIX: Final = ".compiled"
-_MOST_KEPT: Final = 4
+_MAX_FILES: Final = 4
 # Protobuf bytes of the key "location", which names the file of an external tensor (onnx.proto, TensorProto.external_data).
 _EXTERNAL: Final = b"\x0a\x08location\x12"
 
@@ -45,7 +44,7 @@ class CompiledModelEntry:
     @property
     def file_name(self) -> str:
         """File name from model and settings but not from the box, so that the file of an older OpenVINO is replaced."""
-        return f"{self.onnx_sha256[:16]}-{_digest(self.settings)[:16]}{_SUFFIX}"
+        return f"{self.onnx_sha256[:16]}-{engine_cache.digest_of(self.settings)[:16]}{_SUFFIX}"
 
     def read(self, cache: Path) -> bytes:
         """Read the compiled model; empty when there is none that is complete and for this box."""
@@ -69,11 +68,11 @@ class CompiledModelEntry:
         try:
             engine_cache.pack(cache / self.file_name, self._header(), data)
         except OSError as error:
-            logger.warning("compiled model %s is not kept: %s", self.file_name, error.strerror)
+            logger.warning("compiled model %s is not stored: %s", self.file_name, error.strerror)
             return
         with suppress(OSError):  # another process may remove old entries at the same time
-            kept = sorted(cache.glob(f"{self.onnx_sha256[:16]}-*{_SUFFIX}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-            for path in kept[_MOST_KEPT:]:
+            newest_first = sorted(cache.glob(f"{self.onnx_sha256[:16]}-*{_SUFFIX}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+            for path in newest_first[_MAX_FILES:]:
                 path.unlink()
 
     def _header(self) -> dict[str, Any]:
@@ -91,8 +90,4 @@ def of_file(model_path: Path, settings: dict[str, Any], box: dict[str, Any]) -> 
         if content.find(_EXTERNAL) >= 0:
             return None
         digest = hashlib.sha256(content).hexdigest()
-    return CompiledModelEntry(digest, settings, box | {"instructions": _digest(sorted(instructions()))[:16]})
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return CompiledModelEntry(digest, settings, box | {"instructions": engine_cache.digest_of(sorted(instructions()))[:16]})

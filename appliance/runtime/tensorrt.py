@@ -2,8 +2,8 @@
 
 There is one stream and page-locked memory on the host. Both copies and the network are captured into one CUDA graph per batch size, so
 that an inference is one launch and one wait. TensorRT needs a normal run between a change of shape and a capture, and a capture takes
-milliseconds; so a graph is captured when the same batch size comes twice in a row, and replaces the graph before. A network that cannot
-be captured is enqueued directly, and ``describe`` says so.
+milliseconds; so a graph is captured when the same batch size comes twice in a row, and the earlier graph is dropped. A network that
+cannot be captured is enqueued directly, and ``describe`` says so.
 
 Engines are built by :mod:`appliance.runtime.trt_build` in a process of its own and stored by :mod:`appliance.runtime.engine_cache`. The
 resources on the GPU are freed in order when a load fails. After a GPU fault only the end of the process frees them, which is why
@@ -28,10 +28,9 @@ import numpy as np
 from appliance.core import device_profile
 from appliance.core.errors import InferenceError
 from appliance.runtime import Candidate, OnProgress, TensorSpec, engine_cache, trt_build
-from appliance.runtime.batch_split import run_in_pieces
 from appliance.runtime.cuda import Cuda, Gpu, GpuResources, Transfer
 from appliance.runtime.engine_cache import EngineProfile
-from appliance.runtime.tensors import check_outputs, checked_input, ran_in
+from appliance.runtime.tensors import check_outputs, checked_input, describe_adapter, ran_in, run_in_pieces
 from appliance.runtime.trt_compat import Messages, TrtCompat, find
 
 if TYPE_CHECKING:
@@ -39,11 +38,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_CHUNK_BYTES: Final = 1 << 20
+
 _PROVIDER: Final = re.compile(r"GPU:(\d{1,3})(?: .*)?")
 _TYPES: Final = {
     "FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64, "INT8": np.int8, "UINT8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
-_CHUNK_BYTES: Final = 1 << 20
 
 
 @dataclass
@@ -129,9 +129,16 @@ class TensorRtRuntime:
         batch = self._candidate.batch
         if not 1 <= batch <= trt_build.MAX_BATCH:
             raise InferenceError("job.error", f"a batch of {batch}; engines are built for 1 to {trt_build.MAX_BATCH}")
+        digest = hashlib.sha256()
+        try:
+            with open(model_path, "rb") as file:
+                while chunk := file.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+        except OSError as error:
+            raise InferenceError("job.error", f"the model cannot be read: {error.strerror}") from error
         return EngineProfile(
             gpu=gpu.name, compute_capability=gpu.compute_capability, tensorrt=compat.version, driver=self._driver, precision=self.precision,
-            batch=batch, shape=self._shape, level=self._level, onnx_sha256=_sha256(model_path),
+            batch=batch, shape=self._shape, level=self._level, onnx_sha256=digest.hexdigest(),
         )  # fmt: skip
 
     def _open_or_halve_batch(self, cuda: Cuda, compat: TrtCompat, request: trt_build.BuildRequest, on_progress: OnProgress | None) -> None:
@@ -308,10 +315,8 @@ class TensorRtRuntime:
         Additional keys: ``engine`` (built, cached, or rebuilt and why), ``build`` (the notes of the builder), ``cuda_graph`` and, if
         there is none, ``cuda_graph_why``; ``compute_capability``, ``driver``.
         """
-        description: dict[str, Any] = {
-            "runtime": self.name, "version": self.version, "provider": self.provider, "precision": self.precision,
-            "threads": self._candidate.threads,
-            "batch": self._largest, "engine": self._built, "build": dict(self._notes), "cuda_graph": self._graph is not None,
+        description = describe_adapter(self, self._candidate.threads, self._largest) | {
+            "engine": self._built, "build": dict(self._notes), "cuda_graph": self._graph is not None,
             "layers": dict(self._layers), "ran": ran_in(Counter(self._heavy).elements()), "driver": self._driver,
             "compute_capability": self._gpu.compute_capability if self._gpu else "",
         }  # fmt: skip
@@ -332,14 +337,3 @@ def _gpu_index(candidate: Candidate) -> int:
     if match is None:
         raise InferenceError("job.error", f"TensorRT runs on GPU:0, not on {candidate.provider!r}")
     return int(match[1])
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-    except OSError as error:
-        raise InferenceError("job.error", f"the model cannot be read: {error.strerror}") from error
-    return digest.hexdigest()

@@ -1,10 +1,10 @@
-"""Functions that all adapters share: check inputs and outputs, count the layers that ran, convert exceptions."""
+"""Functions that the adapters share: check inputs and outputs, split batches, count the layers that ran, convert exceptions."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -14,8 +14,12 @@ from appliance.core.errors import InferenceError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from appliance.runtime import Runtime
+
+Run = Callable[["NDArray[np.float32]"], "dict[str, NDArray[Any]]"]
+
 _DETAIL_CHARS: Final = 200
-_DIRECTORY: Final = re.compile(r"(?<![\w./])/(?:[^\s/\"']+/)+")
+DIRECTORY: Final = re.compile(r"(?<![\w./])/(?:[^\s/\"']+/)+")
 _OUT_OF_MEMORY: Final = ("bad_alloc", "bad allocation", "failed to allocate memory", "cannot allocate memory", "out of memory")
 _EIGHT_BITS: Final = frozenset({"i8", "u8"})
 # Precision of a layer as the runtimes name it -> as the manifest names it.
@@ -26,12 +30,7 @@ Layer = tuple[str, str]
 
 
 def checked_input(inputs: dict[str, NDArray[np.float32]], name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Return the only input tensor, contiguous.
-
-    Args:
-        inputs: input name -> tensor.
-        name: the input's name.
-        shape: of one image's tensor.
+    """Return the only input tensor, contiguous; ``shape`` is that of one image's tensor.
 
     Raises:
         InferenceError: ``job.error``: the tensor is not float32 [n, *shape] with n of 1 or more, or there are other inputs.
@@ -49,6 +48,35 @@ def check_outputs(outputs: dict[str, NDArray[Any]], n: int) -> None:
             raise InferenceError("job.error", f"output {name!r} has the shape {output.shape}")
         if not np.isfinite(output).all():
             raise InferenceError("job.error", f"output {name!r} holds values that are no numbers")
+
+
+def run_in_pieces(value: NDArray[np.float32], largest: int, dynamic: bool, run: Run) -> dict[str, NDArray[Any]]:
+    """Run a batch of any size in smaller batches, for a runtime with a limit or a fixed batch size.
+
+    Args:
+        value: float32 [n, ...].
+        largest: largest batch that ``run`` takes.
+        dynamic: whether ``run`` takes smaller batches too; else the last batch is padded with zeros, whose outputs are dropped.
+        run: runs one batch [m, ...]; returns output name -> array [m, ...].
+    """
+    n = len(value)
+    if n == largest or (dynamic and n < largest):
+        return run(value)
+    pieces = []
+    for start in range(0, n, largest):
+        piece = value[start : start + largest]
+        if len(piece) < largest and not dynamic:
+            piece = np.concatenate([piece, np.zeros((largest - len(piece), *value.shape[1:]), value.dtype)])
+        pieces.append(run(piece))
+    return {name: np.concatenate([piece[name] for piece in pieces])[:n] for name in pieces[0]}
+
+
+def describe_adapter(adapter: Runtime, threads: int, batch: int) -> dict[str, Any]:
+    """The keys of ``Runtime.describe`` that every adapter has."""
+    return {
+        "runtime": adapter.name, "version": adapter.version, "provider": adapter.provider, "precision": adapter.precision,
+        "threads": threads, "batch": batch,
+    }  # fmt: skip
 
 
 def check_signature(name: str, shape: Iterable[int | None], kind: str, spec_name: str, spec_shape: tuple[int, ...], batch: int) -> None:
@@ -69,10 +97,10 @@ def check_signature(name: str, shape: Iterable[int | None], kind: str, spec_name
     if name != spec_name:
         raise InferenceError("job.error", f"the model's inputs are {name!r}, the manifest says {spec_name!r}")
     fits = len(dims) == 1 + len(spec_shape) and all(n is None or n == m for n, m in zip(dims[1:], spec_shape, strict=True))
-    if not fits or dims[0] not in (None, 1, batch) or kind not in ("tensor(float)", "f32"):
+    if not fits or dims[0] not in (None, 1, batch) or kind not in ("tensor(float)", "f32", "FP32"):
         raise InferenceError("job.error", f"the model takes {kind} {dims}, the manifest says float {[1, *spec_shape]}")
     if dims[0] not in (None, batch):
-        raise InferenceError("job.error", f"the model reads {dims[0]} image at once, not {batch}")
+        raise InferenceError("job.error", f"the model takes {dims[0]} image at a time, not {batch}")
 
 
 def counted(precisions: Iterable[str]) -> dict[str, int]:
@@ -113,12 +141,9 @@ def check_precision(precision: str, heavy: Sequence[str], *, quantized: bool = F
 def failure(what: str, text: str, error: BaseException) -> InferenceError:
     """Convert an exception of a runtime: ``runtime.memory`` if its message says so, else ``job.error``.
 
-    Args:
-        what: what was being done.
-        text: the informative part of the message; directories of this machine are removed.
-        error: the exception.
+    ``what`` names what failed; ``text`` is the informative part of the message, from which directories of this machine are removed.
     """
     message = str(error).lower()
     if isinstance(error, MemoryError) or any(words in message for words in _OUT_OF_MEMORY):
         return InferenceError("runtime.memory", what)
-    return InferenceError("job.error", f"{what}: {_DIRECTORY.sub('', text)[:_DETAIL_CHARS]}")
+    return InferenceError("job.error", f"{what}: {DIRECTORY.sub('', text)[:_DETAIL_CHARS]}")

@@ -4,10 +4,10 @@
 the model, which contains no patient data, and for each inference the prepared tensor: pixels that are cropped, resized and scaled for
 the model. No name, identifier, date, DICOM tag or job number is sent.
 
-Under EXPLICIT model control the model is loaded through the repository API, with the file in the request. Its name contains the digest
-of the file, so that only this variant can answer. The box unloads what it loaded. A server that lost the model, after a restart or
-because another box unloaded it, gets it again only with the next ``load``: the server could optimise the file differently, and only a
-load is followed by the golden cases.
+The server needs EXPLICIT model control: the model is loaded through the repository API, with the file in the request. Its name contains
+the digest of the file, so that only this variant can answer. The box unloads what it loaded. A server that lost the model, after a
+restart or because another box unloaded it, gets it again only with the next ``load``: the server could optimise the file differently, and
+the golden cases run only after a load.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ import numpy as np
 
 from appliance.core.errors import InferenceError
 from appliance.runtime import Candidate, OnProgress, TensorSpec
-from appliance.runtime.batch_split import run_in_pieces
-from appliance.runtime.tensors import check_outputs, checked_input
+from appliance.runtime.tensors import DIRECTORY, check_outputs, check_signature, checked_input, describe_adapter, run_in_pieces
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,8 +45,7 @@ _DETAIL_CHARS: Final = 300
 _PREAMBLE: Final = re.compile(
     r"^\[\w+\] |load failed for model '[^']*': (?:version \d+ is at UNAVAILABLE state: )?|(?<=: )\[ONNXRuntimeError\] : "
 )
-_DIRECTORY: Final = re.compile(r"(?<![\w./])/(?:[^\s/\"']+/)+")
-# ONNX element type -> KServe v2's name, and the type of the model's configuration.
+# ONNX element type -> its name in KServe v2 and, after ``TYPE_``, in the configuration of a model.
 _TYPES: Final = {1: "FP32", 10: "FP16", 6: "INT32", 7: "INT64", 9: "BOOL", 2: "UINT8", 3: "INT8"}
 
 
@@ -56,9 +54,7 @@ class TritonRuntime:
 
     Args:
         candidate: ``provider`` is the server's address: ``https://host:port``, ``http://host:port`` or ``host:port``.
-        connect_s: time limit for a connection.
-        answer_s: time limit for an inference.
-        load_s: time limit for loading a model on the server.
+        connect_s: time limit for a connection; ``answer_s`` for an inference, ``load_s`` for loading a model on the server.
     """
 
     name = "triton"
@@ -89,14 +85,7 @@ class TritonRuntime:
         absent = [name for name in _EXTENSIONS if name not in self._extensions]
         if absent:
             raise InferenceError("runtime.unavailable", f"{self.version} at {self.provider} has no {', '.join(absent)}")
-        self._model = model
-        self._load_on_server()
-
-    def _load_on_server(self) -> None:
-        """Load the model on the server unless it is ready, and compare its description with the file."""
-        model = self._model
-        assert model is not None
-        self._is_registered = True
+        self._model, self._is_registered = model, True
         _open_models.enter(self.provider, model.name)
         if not self._request(lambda client: client.is_model_ready(model.name), "the server"):
             files = {"file:1/model.onnx": model.content()}
@@ -178,13 +167,11 @@ class TritonRuntime:
         """Describe what ran; see ``Runtime.describe``.
 
         ``version`` is name and version of the server, ``extensions`` its extensions, ``model`` the name of the model there;
-        ``leaves_box`` says that the prepared tensor was sent there.
+        ``leaves_box``: the prepared tensor was sent there.
         """
-        return {
-            "runtime": self.name, "version": self.version, "provider": self.provider, "precision": self.precision,
-            "threads": self._candidate.threads,
-            "batch": self._model.batch if self._model else self._candidate.batch, "model": self._model.name if self._model else "",
-            "extensions": list(self._extensions), "leaves_box": True, "sent": "the prepared tensor only, no identifiers",
+        return describe_adapter(self, self._candidate.threads, self._model.batch if self._model else self._candidate.batch) | {
+            "model": self._model.name if self._model else "", "extensions": list(self._extensions), "leaves_box": True,
+            "sent": "the prepared tensor only, no identifiers",
         }  # fmt: skip
 
     def close(self) -> None:
@@ -259,7 +246,7 @@ class _Model:
         self.outputs = [name for name, _, _ in self._outputs]
 
     def content(self) -> bytes:
-        """Read the file; it is not kept in memory, because it is needed only for a load."""
+        """Read the file; it is not held in memory, because it is needed only for a load."""
         try:
             return self._path.read_bytes()
         except OSError as error:
@@ -267,12 +254,9 @@ class _Model:
 
     def check(self, name: str, shape: tuple[int, ...], batch: int) -> None:
         """Compare the input of the file with the manifest; raises InferenceError ``job.error``."""
-        dims = self._inputs[0][2] if len(self._inputs) == 1 else []
-        fits = len(dims) == 1 + len(shape) and all(n in (-1, m) for n, m in zip(dims[1:], shape, strict=True))
-        if [item[:2] for item in self._inputs] != [(name, "FP32")] or not fits:
-            raise InferenceError("job.error", f"the model takes {self._inputs}, the manifest says {name!r} FP32 {[-1, *shape]}")
-        if self.batch != batch:
-            raise InferenceError("job.error", f"the model reads {self.batch} image at once, not {batch}")
+        names = ", ".join(item[0] for item in self._inputs)
+        kind, dims = self._inputs[0][1:] if self._inputs else ("", [])
+        check_signature(names, [None if n == -1 else n for n in dims], kind, name, shape, batch)
 
     def config(self) -> str:
         """Return the complete configuration (backend ONNX Runtime, inputs, outputs), so that the server guesses nothing."""
@@ -297,7 +281,7 @@ class _Model:
                 if served != datatype or not same:
                     raise InferenceError("job.error", f"the server has {name!r} as {served} {shape}, the file {datatype} {dims}")
         if metadata.get("name") != self.name:
-            raise InferenceError("job.error", f"the server speaks of the model {metadata.get('name')!r}")
+            raise InferenceError("job.error", f"the server describes the model {metadata.get('name')!r}")
 
 
 def _signature(data: bytes) -> tuple[list[tuple[str, str, list[int]]], list[tuple[str, str, list[int]]]]:
@@ -338,7 +322,7 @@ def _answer(result: Any, model: _Model) -> dict[str, NDArray[Any]]:
 def _shorten(error: Exception) -> str:
     """Return the message of the server without its preamble and its directories."""
     text = _PREAMBLE.sub("", " ".join(str(error).split()))
-    return _DIRECTORY.sub("", text)[:_DETAIL_CHARS]
+    return DIRECTORY.sub("", text)[:_DETAIL_CHARS]
 
 
 def _tritonclient() -> Any:

@@ -2,8 +2,7 @@
 
 ``build`` starts ``python -m appliance.runtime.trt_build`` with a request on the command line and reads its JSON lines: progress, messages
 of TensorRT, and the result. A build that exceeds its deadline is killed. A crash is reported with the last message of TensorRT. If the
-memory of the GPU is too small, the build is tried once more with half the batch and a fourth of the scratch memory. Engine and timings
-go to the cache (:mod:`appliance.runtime.engine_cache`); timings are merged under a lock.
+memory of the GPU is too small, the build is tried once more with half the batch and a fourth of the scratch memory.
 """
 
 from __future__ import annotations
@@ -26,9 +25,10 @@ from typing import Any, Final
 from appliance.core.child_process import Child, printable_text
 from appliance.core.errors import ApplianceError, InferenceError
 from appliance.core.process import die_with_parent, limit_memory
-from appliance.runtime import engine_cache
+from appliance.runtime import OnProgress, engine_cache
 from appliance.runtime.cuda import Cuda
 from appliance.runtime.engine_cache import EngineProfile
+from appliance.runtime.tensors import check_signature
 from appliance.runtime.trt_compat import Messages, ParseError, TrtCompat, find
 
 logger = logging.getLogger(__name__)
@@ -48,8 +48,6 @@ _NO_TACTIC: Final = re.compile(r"could not find any implementation", re.I)
 _TACTIC_TOO_LARGE: Final = re.compile(r"insufficient (?:memory|to use tactic)|memory is insufficient|Device request: ", re.I)
 
 _CODES: Final = ("job.error", "runtime.build", "runtime.memory", "runtime.unavailable")
-
-OnProgress = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,7 @@ class BuildRequest:
 
     def to_text(self) -> str:
         """The request as a command line argument."""
-        value = asdict(self) | {"model": str(self.model), "cache": str(self.cache), "profile": self.profile.to_json()}
-        return json.dumps(value)
+        return json.dumps(asdict(self), default=str)
 
     @classmethod
     def from_text(cls, text: str) -> BuildRequest:
@@ -112,7 +109,8 @@ def build(request: BuildRequest, *, deadline_s: float = DEADLINE_S, on_progress:
     except InferenceError as error:
         if error.code != "runtime.memory":
             raise
-        smaller = _reduce(request)
+        profile = replace(request.profile, batch=max(1, request.profile.batch // 2))
+        smaller = replace(request, profile=profile, workspace_part=request.workspace_part * _SMALLER_WORKSPACE)
         logger.warning("not enough memory to build with batch %d, trying %d", request.profile.batch, smaller.profile.batch)
         try:
             return _run_builder(smaller, ends, deadline_s, on_progress, keep_as=request.profile)
@@ -122,11 +120,6 @@ def build(request: BuildRequest, *, deadline_s: float = DEADLINE_S, on_progress:
             if second.code != "runtime.memory":
                 raise
             raise InferenceError("runtime.memory", f"{second.detail}; with batch {smaller.profile.batch} too") from second
-
-
-def _reduce(request: BuildRequest) -> BuildRequest:
-    profile = replace(request.profile, batch=max(1, request.profile.batch // 2))
-    return replace(request, profile=profile, workspace_part=request.workspace_part * _SMALLER_WORKSPACE)
 
 
 def _run_builder(
@@ -145,7 +138,7 @@ def _run_builder(
         try:
             engine_cache.write(request.cache, keep_as or request.profile, (directory / "engine").read_bytes(), notes)
         except OSError as error:
-            raise InferenceError("runtime.build", f"the engine cannot be kept: {error.strerror}") from error
+            raise InferenceError("runtime.build", f"the engine cannot be stored: {error.strerror}") from error
     return notes
 
 
@@ -250,7 +243,7 @@ def _redirect_output() -> Callable[[dict[str, Any]], None]:
 
 def _build(request: BuildRequest, directory: Path, send: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     cuda = Cuda()
-    cuda.gpu(request.gpu)  # before TensorRT is touched: 8.6 dies of a segmentation fault where there is no GPU
+    cuda.gpu(request.gpu)  # before TensorRT is used: 8.6 has a segmentation fault when there is no GPU
     free = cuda.free_bytes()
     workspace = max(_MIN_WORKSPACE_BYTES, min(_MAX_WORKSPACE_BYTES, int(free * request.workspace_part)))
     compat = find()
@@ -268,7 +261,7 @@ def construct(
     network = builder.create_network(compat.network_flags())
     parser = trt.OnnxParser(network, messages)
     if not compat.parse(parser, request.model):
-        raise explain_parse(compat.parse_errors(parser), messages)
+        raise explain_parse([ParseError.of(parser.get_error(index)) for index in range(parser.num_errors)], messages)
     fixed = fixed_batch(network, request)
     config = builder.create_builder_config()
     compat.configure(config, request.profile.precision, workspace_bytes=workspace, level=request.profile.level)
@@ -300,17 +293,10 @@ def fixed_batch(network: Any, request: BuildRequest) -> int | None:
         InferenceError: ``job.error``: the file has another input than the manifest.
     """
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
-    names = [item.name for item in inputs]
-    if names != [request.input_name]:
-        raise InferenceError("job.error", f"the model's inputs are {names}, the manifest says {request.input_name!r}")
-    shape = tuple(inputs[0].shape)
-    wanted = request.profile.shape
-    fits = len(shape) == 1 + len(wanted) and all(n in (-1, m) for n, m in zip(shape[1:], wanted, strict=True))
-    if not fits:
-        raise InferenceError("job.error", f"the model takes {list(shape)}, the manifest says {[-1, *wanted]}")
-    if shape[0] not in (-1, request.profile.batch):
-        raise InferenceError("job.error", f"the model reads {shape[0]} image at once, not {request.profile.batch}")
-    return None if shape[0] == -1 else int(shape[0])
+    shape = [None if n == -1 else int(n) for n in inputs[0].shape] if inputs else []
+    profile = request.profile
+    check_signature(", ".join(item.name for item in inputs), shape, "f32", request.input_name, profile.shape, profile.batch)
+    return shape[0]
 
 
 def explain_parse(errors: list[ParseError], messages: Messages) -> InferenceError:
@@ -325,7 +311,7 @@ def explain_parse(errors: list[ParseError], messages: Messages) -> InferenceErro
 
 def explain_build(messages: Messages) -> InferenceError:
     """Explain why there is no engine from the messages of TensorRT: out of memory, or its own error text."""
-    errors, everything = messages.errors(), [text for _, text in messages.kept]
+    errors, everything = messages.errors(), [text for _, text in messages.entries]
     for text in reversed(errors):
         if _OUT_OF_MEMORY.search(text):
             return InferenceError("runtime.memory", text)
@@ -339,7 +325,7 @@ def _write(path: Path, engine: Any) -> None:
     try:
         path.write_bytes(memoryview(engine))
     except OSError as error:
-        raise InferenceError("runtime.build", f"the engine cannot be kept: {error.strerror}") from error
+        raise InferenceError("runtime.build", f"the engine cannot be stored: {error.strerror}") from error
 
 
 def _store_timings(compat: TrtCompat, config: Any, request: BuildRequest) -> None:
@@ -349,7 +335,7 @@ def _store_timings(compat: TrtCompat, config: Any, request: BuildRequest) -> Non
             others = engine_cache.read_timings(request.cache, request.profile)
             engine_cache.write_timings(request.cache, request.profile, compat.timings(config, others))
     except OSError as error:
-        logger.warning("the timings of this build are not kept: %s", error.strerror)
+        logger.warning("the timings of this build are not stored: %s", error.strerror)
 
 
 @contextmanager

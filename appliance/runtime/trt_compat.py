@@ -24,6 +24,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -67,11 +68,8 @@ def find() -> TrtCompat:
 class TrtCompat:
     """The interface to the installed version of TensorRT.
 
-    Args:
-        trt: the Python module.
-
     Attributes:
-        trt: the module.
+        trt: the Python module.
         version: of TensorRT ("8.6.0").
 
     Raises:
@@ -83,11 +81,11 @@ class TrtCompat:
         self.version = str(trt.__version__)
         numbers = tuple(int(number) for number in re.findall(r"\d+", self.version)[:2])
         if numbers < OLDEST:
-            raise InferenceError("runtime.unavailable", f"TensorRT {self.version} is older than 8.6, the oldest this box speaks")
+            raise InferenceError("runtime.unavailable", f"TensorRT {self.version} is older than 8.6, the oldest supported version")
         self.major = numbers[0]
         self._timings: Any = None  # referenced here: a configuration may keep only a raw pointer
         if self.major > NEWEST_KNOWN:
-            logger.warning("TensorRT %s is newer than any this box was written for; spoken to as %d", self.version, NEWEST_KNOWN)
+            logger.warning("TensorRT %s is newer than the versions that this box was tested with; used as %d", self.version, NEWEST_KNOWN)
 
     @property
     def strongly_typed(self) -> bool:
@@ -101,28 +99,19 @@ class TrtCompat:
 
     @property
     def title(self) -> str:
-        """Which TensorRT was found and how it is spoken to, for the log."""
+        """The installed TensorRT and how it is used, for the log."""
         typing = "strongly typed" if self.strongly_typed else "precision by builder flags"
         return f"TensorRT {self.version}, {typing}, {'progress monitor' if self.has_progress else 'no progress monitor'}"
 
-    @property
-    def takes_int8_constants(self) -> bool:
-        """Whether the ONNX parser reads int8 weights; before 10 they have to stand as float32 before a QuantizeLinear."""
-        return self.major >= _STRONGLY_TYPED_SINCE
-
     def parse(self, parser: Any, model: Path) -> bool:
-        """Parse a file with an ``OnnxParser``, after rewriting weights that this version would refuse."""
-        rewritten = None if self.takes_int8_constants else with_float_weights(model)
+        """Parse a file with an ``OnnxParser``; before version 10 int8 weights, which it refuses, are rewritten."""
+        rewritten = None if self.strongly_typed else with_float_weights(model)
         return bool(parser.parse_from_file(str(model)) if rewritten is None else parser.parse(rewritten))
 
     def network_flags(self) -> int:
         """Return the flags of ``Builder.create_network``: explicit batch, and strong typing if it is not the default."""
         flags = self.trt.NetworkDefinitionCreationFlag.__members__
-        wanted = []
-        if self.major < _ALWAYS_STRONG_SINCE:
-            wanted.append("EXPLICIT_BATCH")
-            if self.strongly_typed:
-                wanted.append("STRONGLY_TYPED")
+        wanted = ("EXPLICIT_BATCH", *(("STRONGLY_TYPED",) if self.strongly_typed else ())) if self.major < _ALWAYS_STRONG_SINCE else ()
         return sum(1 << int(flags[name]) for name in wanted if name in flags)
 
     def builder_flags(self, precision: str) -> tuple[str, ...]:
@@ -177,7 +166,7 @@ class TrtCompat:
         return False
 
     def timings(self, config: Any, others: bytes = b"") -> bytes:
-        """Return the timings after a build, combined with those that another build stored meanwhile."""
+        """Return the timings after a build, combined with those that another build stored in the meantime."""
         cache = config.get_timing_cache()
         if others:
             another = config.create_timing_cache(others)
@@ -188,7 +177,7 @@ class TrtCompat:
     def messages(self) -> Any:
         """Return the TensorRT logger of this process, cleared; see :class:`Messages`.
 
-        There is one per process: TensorRT goes on using its first logger while any object that was created with it exists.
+        There is one per process: TensorRT uses its first logger as long as any object that was created with it exists.
         """
         if id(self.trt) not in _loggers:
             _loggers[id(self.trt)] = (self.trt, _logger_class(self.trt)())
@@ -200,21 +189,20 @@ class TrtCompat:
         """Create a progress monitor that reports the part (0 to 1) of a build that is done; None if this version has none."""
         return _monitor_class(self.trt)(on_progress) if self.has_progress else None
 
-    def parse_errors(self, parser: Any) -> list[ParseError]:
-        """Return the errors of an ``OnnxParser``."""
-        return [ParseError.of(parser.get_error(index)) for index in range(parser.num_errors)]
-
     def layer_types(self, engine: Any, *, heavy: bool = False) -> dict[str, int]:
         """Count the layers of an engine by type; see :func:`layer_types`."""
         text = engine.create_engine_inspector().get_engine_information(self.trt.LayerInformationFormat.JSON)
         return layer_types(text, heavy=heavy)
 
 
+@dataclass(frozen=True)
 class ParseError:
     """One error of the ONNX parser: its text, and operator and node if they are known."""
 
-    def __init__(self, text: str, operator: str = "", node: str = "", unsupported: bool = False) -> None:
-        self.text, self.operator, self.node, self.unsupported = text[:_MESSAGE_LENGTH], operator, node, unsupported
+    text: str
+    operator: str = ""
+    node: str = ""
+    unsupported: bool = False
 
     @classmethod
     def of(cls, error: Any) -> ParseError:
@@ -226,15 +214,13 @@ class ParseError:
         operator = str(error.node_operator()) if hasattr(error, "node_operator") else ""
         node = str(error.node_name()) if hasattr(error, "node_name") else ""
         unsupported = "UNSUPPORTED" in str(error.code()) or "No importer registered" in text
-        return cls(text, operator or (match[1] if match else ""), node, unsupported)
+        return cls(text[:_MESSAGE_LENGTH], operator or (match[1] if match else ""), node, unsupported)
 
 
 def layer_types(information: str, *, heavy: bool = False) -> dict[str, int]:
     """Count the layers of an engine by type: that of their weights, or of their first input if they have none.
 
-    Args:
-        information: JSON of ``EngineInspector.get_engine_information``.
-        heavy: count only layers with weights.
+    ``information`` is the JSON of ``EngineInspector.get_engine_information``; with ``heavy`` only layers with weights count.
 
     Returns:
         type ("fp32", "fp16", "int8" ...) -> number of layers; empty if the engine has only the names of its layers.
@@ -243,18 +229,17 @@ def layer_types(information: str, *, heavy: bool = False) -> dict[str, int]:
         layers = json.loads(information)["Layers"]
     except (ValueError, KeyError, TypeError):
         return {}
-    counted = Counter(_layer_type(layer) for layer in layers if isinstance(layer, dict) and (not heavy or _has_weights(layer)))
+    counted = Counter(_layer_type(layer) for layer in layers if isinstance(layer, dict) and (not heavy or _weights_type(layer)))
     return {name: number for name, number in sorted(counted.items()) if name}
 
 
-def _has_weights(layer: dict[str, Any]) -> bool:
+def _weights_type(layer: dict[str, Any]) -> str:
     weights = layer.get("Weights")
-    return isinstance(weights, dict) and bool(weights.get("Type"))
+    return str(weights.get("Type") or "") if isinstance(weights, dict) else ""
 
 
 def _layer_type(layer: dict[str, Any]) -> str:
-    weights, inputs = layer.get("Weights"), layer.get("Inputs")
-    kind = weights.get("Type", "") if isinstance(weights, dict) else ""
+    kind, inputs = _weights_type(layer), layer.get("Inputs")
     if not kind and isinstance(inputs, list) and inputs and isinstance(inputs[0], dict):
         kind = inputs[0].get("Format/Datatype", "")
     match = _TYPE.search(str(kind))
@@ -282,21 +267,21 @@ class Messages:
     Mixed into a subclass of the ``ILogger`` of the version: TensorRT only accepts subclasses.
     """
 
-    kept: list[tuple[str, str]]
+    entries: list[tuple[str, str]]
     on_message: Callable[[str, str], None] | None
 
     def errors(self) -> list[str]:
         """Return the errors, the oldest first."""
-        return [text for severity, text in self.kept if severity != "WARNING"]
+        return [text for severity, text in self.entries if severity != "WARNING"]
 
     def clear(self) -> None:
-        """Delete the kept messages."""
-        self.kept.clear()
+        """Delete the messages."""
+        self.entries.clear()
 
     def take(self, severity: str, text: str) -> None:
         """Keep one message."""
         entry = (severity, " ".join(text.split())[:_MESSAGE_LENGTH])
-        self.kept = [*self.kept[1 - _KEPT_MESSAGES :], entry]
+        self.entries = [*self.entries[1 - _KEPT_MESSAGES :], entry]
         if self.on_message is not None:
             self.on_message(*entry)
 
@@ -307,7 +292,7 @@ def _logger_class(trt: Any) -> Any:
     class TrtMessages(Messages, trt.ILogger):  # type: ignore[misc]  # the bindings are not typed
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.kept = []
+            self.entries = []
             self.on_message = None
 
         def log(self, severity: Any, msg: str) -> None:
@@ -336,12 +321,12 @@ class BuildPhases:
         self._best = 0.0
 
     def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-        """Handle the begin of a phase."""
+        """Handle the start of a phase."""
         self._steps[phase_name] = [0, max(1, int(num_steps))]
         self._parents[phase_name] = parent_phase or ""
 
     def step_complete(self, phase_name: str, step: int) -> bool:
-        """Handle the end of a step; returning True lets the build go on."""
+        """Handle the end of a step; returns True, so that the build continues."""
         if phase_name in self._steps:
             self._steps[phase_name][0] = int(step) + 1
             self._report()

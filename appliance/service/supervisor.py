@@ -16,11 +16,11 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from appliance.core.process import Lock, die_with_parent
+from appliance.core.process import Lock, die_with_parent, stop_on_signal
 from appliance.core.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -33,16 +33,13 @@ _TICK_S: Final = 0.1
 # Saves memory on a small box: two malloc arenas per process instead of eight per core, early release of freed memory, no BLAS threads.
 # And no telemetry: the box contacts only configured destinations.
 _ENVIRONMENT: Final = {
-    "MALLOC_ARENA_MAX": "2",
-    "MALLOC_TRIM_THRESHOLD_": "131072",
-    "OPENBLAS_NUM_THREADS": "1",
-    "ORT_DISABLE_TELEMETRY": "1",
-}
+    "MALLOC_ARENA_MAX": "2", "MALLOC_TRIM_THRESHOLD_": "131072", "OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1",
+}  # fmt: skip
 
 
 @dataclass
 class ManagedProcess:
-    """One process of the box, with its restarts."""
+    """One process of the box."""
 
     name: str
     command: list[str]
@@ -50,14 +47,12 @@ class ManagedProcess:
     started_at: float = 0.0
     backoff_s: float = _FIRST_BACKOFF_S
     next_start_at: float = 0.0
-    restarts: int = field(default=0)
 
 
 class Supervisor:
     """Runs the processes of one box.
 
     Args:
-        settings: of the box.
         log: file for the output of the processes; that of the supervisor when None.
         given: the settings file or data directory from the command line, which the processes load; the data directory when None.
         lock: the supervisor's lock if the caller holds it already; acquired when None.
@@ -67,8 +62,7 @@ class Supervisor:
     """
 
     def __init__(self, settings: Settings, log: Path | None = None, *, given: Path | None = None, lock: Lock | None = None) -> None:
-        self._settings = settings
-        self._log = log
+        self._settings, self._log = settings, log
         self._lock = lock or Lock(settings.data_dir, "supervisor")
         data = ["--data-dir", str(given or settings.data_dir)]
         box = [sys.executable, "-m", "appliance"]
@@ -94,7 +88,6 @@ class Supervisor:
                 was_stable = now - child.started_at > _STABLE_S
                 child.backoff_s = _FIRST_BACKOFF_S if was_stable else min(child.backoff_s * 2, _LONGEST_BACKOFF_S)
                 child.next_start_at, child.process = now + child.backoff_s, None
-                child.restarts += 1
             if child.process is None and now >= child.next_start_at:
                 self._spawn(child)
 
@@ -107,7 +100,7 @@ class Supervisor:
     def ready(self) -> bool:
         """Whether the web server answers, the receiver listens and the worker has created its lock."""
         run = self._settings.data_dir / "run"
-        return web_address(self._settings) is not None and (run / "dicom.port").exists() and bool((run / "worker.lock").exists())
+        return web_address(self._settings) is not None and (run / "dicom.port").exists() and (run / "worker.lock").exists()
 
     def stop(self) -> None:
         """Stop every process, after 15 seconds by SIGKILL; acknowledged scans are on the disk in any case."""
@@ -134,7 +127,7 @@ class Supervisor:
             start_new_session=True,
             preexec_fn=die_with_parent,
             env=_ENVIRONMENT | os.environ,
-        )  # own session: Ctrl-C reaches only the supervisor, which stops the processes in order
+        )  # fmt: skip  (own session: Ctrl-C reaches only the supervisor, which stops the processes in order)
         resource.prlimit(child.process.pid, resource.RLIMIT_DATA, (cap, cap))
         if output:
             output.close()
@@ -159,12 +152,10 @@ def web_address(settings: Settings) -> dict[str, Any] | None:
 
 def serve(given: Path) -> None:
     """Run the supervisor of a data directory or settings file until SIGTERM or Ctrl-C."""
-    signals: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _frame: signals.append(number))
+    is_stopping = stop_on_signal()
     supervisor = Supervisor(Settings.load(given), given=given)
     supervisor.start()
     try:
-        supervisor.run(lambda: bool(signals))
+        supervisor.run(is_stopping)
     finally:
         supervisor.stop()

@@ -28,10 +28,14 @@ _GENESIS: Final = "0" * 64
 # Audit events: DICOM PS3.15 A.5.3 (event identifiers) and CID 401 (event types), code value and meaning.
 APPLICATION_ACTIVITY: Final = ("110100", "Application Activity")
 INSTANCES_ACCESSED: Final = ("110103", "DICOM Instances Accessed")
-INSTANCES_TRANSFERRED: Final = ("110104", "DICOM Instances Transferred")
 DATA_IMPORT: Final = ("110107", "Import")
 SECURITY_ALERT: Final = ("110113", "Security Alert")
 USER_AUTHENTICATION: Final = ("110114", "User Authentication")
+# Event types, as particulars of an entry.
+LOGIN: Final[dict[str, Any]] = {"type": "110122", "type_meaning": "Login"}
+LOGOUT: Final[dict[str, Any]] = {"type": "110123", "type_meaning": "Logout"}
+SOFTWARE_CONFIGURATION: Final[dict[str, Any]] = {"type": "110131", "type_meaning": "Software Configuration"}
+SECURITY_ATTRIBUTES_CHANGED: Final[dict[str, Any]] = {"type": "110137", "type_meaning": "User security Attributes Changed"}
 
 
 def migrations() -> list[tuple[int, list[str]]]:
@@ -63,10 +67,10 @@ def store_error(error: sqlite3.Error | OSError) -> StoreError:
 
 
 class _Connection(sqlite3.Connection):
-    """Closed where nobody holds it any more: from Python 3.13 on, one that is left to be collected is a ResourceWarning."""
+    """Closes itself when nothing references it any more; without that Python 3.13 gives a ResourceWarning."""
 
     def __del__(self) -> None:
-        with suppress(sqlite3.ProgrammingError):  # collected in another thread, or never opened: it is freed all the same
+        with suppress(sqlite3.ProgrammingError):  # destroyed in another thread, or never opened: SQLite frees it all the same
             self.close()
 
 
@@ -99,7 +103,7 @@ class Database:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
-            # Not a method: SQLite would reference this object for ever, and so keep the connection open.
+            # Not a method: SQLite would reference this object, and so the connection would never be closed.
             connection.create_function("audit_seal", 1, partial(_seal, self._audit_key), deterministic=True)
             self._local.connection = connection
         return connection
@@ -120,8 +124,19 @@ class Database:
 
     def one(self, sql: str, *values: Any) -> sqlite3.Row | None:
         """The first row of a query, or None."""
-        rows = self.query(sql, *values)
-        return rows[0] if rows else None
+        return next(iter(self.query(sql, *values)), None)
+
+    def require(self, what: str, sql: str, *values: Any) -> sqlite3.Row:
+        """The first row of a query; raises StoreError ``store.missing`` with the detail ``what`` where there is none."""
+        row = self.one(sql, *values)
+        if row is None:
+            raise StoreError("store.missing", what)
+        return row
+
+    def number(self, sql: str, *values: Any) -> int:
+        """The only value of a query as an integer; 0 where it is NULL or there is no row."""
+        row = self.one(sql, *values)
+        return int(row[0] or 0) if row else 0
 
     @contextmanager
     def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
@@ -141,11 +156,11 @@ class Database:
             connection.execute("BEGIN IMMEDIATE")
             yield connection
             connection.execute("COMMIT")
-        except sqlite3.Error as error:
-            self._rollback(connection)
-            raise store_error(error) from error
-        except BaseException:
-            self._rollback(connection)
+        except BaseException as error:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            if isinstance(error, sqlite3.Error):
+                raise store_error(error) from error
             raise
         finally:
             if not durable:
@@ -160,11 +175,6 @@ class Database:
         columns, marks = ", ".join(values), ", ".join(f":{name}" for name in values)
         cursor = tx.execute(f"INSERT INTO {table} ({columns}) VALUES ({marks}) {on_conflict}", values)  # noqa: S608
         return int(cursor.lastrowid or 0)
-
-    @staticmethod
-    def _rollback(connection: sqlite3.Connection) -> None:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
 
     def _migrate(self) -> None:
         blocks = migrations()
@@ -192,7 +202,7 @@ class Database:
         Args:
             connection: the open transaction.
             event: event identifier (PS3.15 A.5.3): code value and meaning.
-            actor: account, AE title or program that did it.
+            actor: account, AE title or program that caused the event.
             action: C, R, U, D or E (EventActionCode).
             obj: the object, by its number on the box (``instance:12``), never a patient's name.
             outcome: EventOutcomeIndicator, 0 success, 4 minor, 8 serious, 12 major failure.
@@ -200,21 +210,8 @@ class Database:
         """
         last = connection.execute("SELECT seq, digest FROM audit ORDER BY seq DESC LIMIT 1").fetchone()
         seq, previous = (last["seq"] + 1, last["digest"]) if last else (1, _GENESIS)
-        entry = json.dumps(
-            {
-                "seq": seq,
-                "at": utc_now(),
-                "event": event[0],
-                "meaning": event[1],
-                "actor": actor,
-                "action": action,
-                "outcome": outcome,
-                "object": obj,
-                "detail": detail,
-            },
-            ensure_ascii=False,
-            sort_keys=True,
-        )
+        fields = {"seq": seq, "at": utc_now(), "event": event[0], "meaning": event[1], "actor": actor, "action": action, "object": obj}
+        entry = json.dumps(fields | {"outcome": outcome, "detail": detail}, ensure_ascii=False, sort_keys=True)
         digest = chain(previous, entry)
         connection.execute("INSERT INTO audit VALUES (?, ?, ?)", (seq, entry, digest))
         connection.execute("INSERT OR REPLACE INTO meta VALUES ('audit_head', audit_seal(?))", (f"{seq} {digest}",))

@@ -1,13 +1,12 @@
 """Images on disk: one AES-256-GCM file each, durable before it is acknowledged.
 
-A file is written under ``incoming/``, fsynced, renamed to its place under ``content/``, and the directory is fsynced; a crash leaves
-either nothing or a complete file. Its name is the digest of the image, so that a repeated write gives the same file. The name is also
-encrypted at the end of the file, so that files cannot be exchanged for one another.
+A file is written under ``incoming/``, flushed to the disk, and renamed to its place under ``content/``; a crash leaves either nothing or
+a complete file. Its name is the digest of the image, so that a repeated write gives the same file. The name is also encrypted at the end
+of the file, so that files cannot be exchanged for one another.
 """
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
 from collections.abc import Callable
@@ -19,8 +18,8 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from appliance.core.errors import StoreError
-from appliance.core.files import fsync_directory
 from appliance.store.database import store_error
+from model_sync import atomic_files
 
 _MAGIC: Final = b"CEA1"
 _NONCE_BYTES: Final = 12
@@ -31,11 +30,7 @@ _ABANDONED_S: Final = 3600.0
 
 
 class EncryptedFiles:
-    """The encrypted files below one data directory.
-
-    Args:
-        data_dir: the data directory; ``keys``, ``incoming`` and ``content`` are created in it.
-    """
+    """The encrypted files below one data directory; ``keys``, ``incoming`` and ``content`` are created in it."""
 
     def __init__(self, data_dir: Path) -> None:
         self._incoming = data_dir / "incoming"
@@ -44,8 +39,8 @@ class EncryptedFiles:
             if not (self._content / "ff").is_dir():
                 for directory in (self._incoming, self._content, *(self._content / f"{i:02x}" for i in range(256))):
                     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-                fsync_directory(self._content)
-                fsync_directory(data_dir)
+                atomic_files.sync_directory(self._content)
+                atomic_files.sync_directory(data_dir)
             self._key = load_key(data_dir / "keys", "content.key")
         except OSError as error:
             raise store_error(error) from error
@@ -71,14 +66,11 @@ class EncryptedFiles:
                     file.write(encryptor.update(view[start : start + _CHUNK_BYTES]))
                 name = digest()
                 file.write(encryptor.update(bytes.fromhex(name)) + encryptor.finalize() + encryptor.tag)
-                file.flush()
-                os.fsync(file.fileno())
-            target = self._path(name)
+                atomic_files.flush(file)
             if self.holds(name):  # an acknowledged file is never replaced
                 temporary.unlink()
             else:
-                os.replace(temporary, target)
-                fsync_directory(target.parent)
+                atomic_files.move(temporary, self._path(name))
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise store_error(error) from error
@@ -138,15 +130,11 @@ def load_key(directory: Path, name: str) -> bytes:
     path = directory / name
     if not path.exists():
         fresh = directory / f"{name}.{secrets.token_hex(4)}"
-        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(32))
-            file.flush()
-            os.fsync(file.fileno())
+        atomic_files.create(fresh, secrets.token_bytes(32), 0o600)
         try:
-            os.link(fresh, path)  # fails where another process was first: its key is used then
-        except FileExistsError:
-            pass
+            with suppress(FileExistsError):  # another process was first: its key is used
+                path.hardlink_to(fresh)
         finally:
             fresh.unlink()
-        fsync_directory(directory)
+        atomic_files.sync_directory(directory)
     return path.read_bytes()

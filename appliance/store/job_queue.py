@@ -1,4 +1,4 @@
-"""The job queue: leases, retries, results and urgency.
+"""The job queue: leases, retries, results and urgent jobs.
 
 An expired lease returns the job to the queue. After ``job_max_attempts`` the job is marked as failed and shown, and never blocks the
 jobs behind it. Which jobs exist is decided in :mod:`appliance.store.planning`.
@@ -12,24 +12,30 @@ import time
 from collections.abc import Collection
 from dataclasses import fields
 
-from appliance.core.domain import ANALYSED_STATES, PENDING_STATES, Finding, Job, JobKind, JobResult, JobState, Note, ScanState, utc_now
-from appliance.core.errors import StoreError
+from appliance.core.domain import (
+    ANALYSED_STATES,
+    PENDING_STATES,
+    Finding,
+    Job,
+    JobKind,
+    JobResult,
+    JobState,
+    Note,
+    ScanState,
+    notes_json,
+    parse_notes,
+    utc_now,
+)  # fmt: skip
 from appliance.core.settings import Settings
 from appliance.store import database as db
 from appliance.store import priority, series_jobs
 from appliance.store.database import Database
-from appliance.store.planning import Planner, notes_json, read_notes
+from appliance.store.planning import Planner
 from appliance.store.priority import Origin, StudyProgress, Urgency
 
 
 class JobQueue:
-    """Leases jobs to workers and commits their results.
-
-    Args:
-        settings: of the box.
-        database: of the box.
-        planner: updates the states of the images.
-    """
+    """Leases jobs to workers and commits their results; the planner updates the states of the images."""
 
     def __init__(self, settings: Settings, database: Database, planner: Planner) -> None:
         self._settings, self._database, self._planner = settings, database, planner
@@ -37,7 +43,9 @@ class JobQueue:
     def claim_job(
         self, owner: str, lease_s: float, held: Collection[str] = (), *, urgent: bool = False, volumes: bool = True
     ) -> Job | None:
-        """Lease the next job: urgent jobs first, then the oldest. Jobs whose lease expired return to the queue before.
+        """Lease the next job to the worker ``owner``: urgent jobs first, then the oldest; None when there is none.
+
+        Jobs whose lease expired return to the queue before.
 
         Args:
             owner: the worker.
@@ -45,9 +53,6 @@ class JobQueue:
             held: digests of models whose jobs must wait.
             urgent: only an urgent job; expired leases are not touched.
             volumes: volume jobs too; False inside another volume job, because the memory does not suffice for two.
-
-        Returns:
-            None when the queue is empty.
         """
         now = time.time()
         waiting = self._database.one(
@@ -69,15 +74,10 @@ class JobQueue:
             return None if row is None else self._lease(tx, row, owner, now, now + lease_s)
 
     def claim_batch(self, job: Job, most: int, lease_s: float) -> list[Job]:
-        """Lease more jobs of the same model, to run in one batch with a job that was claimed just now.
+        """Lease up to ``most`` jobs of the same model, to run in one batch with a job that was claimed just now; its lease is extended.
 
-        Only jobs that are queued now are leased. An urgent job runs alone, and so does a job that was tried before: it may have crashed
-        the worker and must not do so to others. While an urgent job waits there are no batches.
-
-        Args:
-            job: the claimed job; its lease is extended too.
-            most: how many more jobs at most.
-            lease_s: duration of the lease of all of them.
+        An urgent job runs alone, and so does a job that was tried before: if it crashes the worker, no other job must fail with it. While
+        an urgent job waits there are no batches.
         """
         if job.kind is not JobKind.INFER or job.tried or job.priority > 0 or self._settings.job_max_attempts < 2:
             return []
@@ -100,42 +100,32 @@ class JobQueue:
             (owner, until, now, row["id"]),
         )
         self._planner.update_state(tx, row["instance_id"])
+        same = ("id", "instance_id", "model_digest", "scope_code", "priority")
         return Job(
-            row["id"],
-            JobKind(row["kind"]),
-            row["instance_id"],
-            row["model_digest"],
-            row["attempts"] + 1,
-            owner,
-            read_notes(row["notes"]),
-            row["scope_code"],
-            row["priority"],
-            row["attempts"] > 0 or row["reason"] is not None,
-        )
+            **{name: row[name] for name in same}, kind=JobKind(row["kind"]), attempts=row["attempts"] + 1, lease_owner=owner,
+            notes=parse_notes(row["notes"]), tried=row["attempts"] > 0 or row["reason"] is not None,
+        )  # fmt: skip
 
     def find_studies(self, which: str) -> list[int]:
         """Find studies by accession number, Study Instance UID or row number; raises StoreError ``store.missing``."""
-        rows = self._database.query(
+        sql = (
             "SELECT id FROM studies WHERE (accession_number != '' AND accession_number = ?1) OR study_instance_uid = ?1"
-            " OR CAST(id AS TEXT) = ?1",
-            which,
+            " OR CAST(id AS TEXT) = ?1"
         )
-        if not rows:
-            raise StoreError("store.missing", "no such study")
-        return [int(row["id"]) for row in rows]
+        self._database.require("no such study", sql, which)
+        return [int(row["id"]) for row in self._database.query(sql, which)]
 
     def make_urgent(self, study_id: int, actor: str, origin: Origin = "person") -> int:
         """Make a study urgent (STAT): its jobs run before all others and wait for no batch. Returns the number of jobs concerned.
 
         Jobs in a running batch that have no result yet are included: the batch runs them first. Images of the study that are not planned
-        yet are planned at once, and images that arrive later are urgent too. A series that is still arriving and that a volume model
-        applies to is not cut short: it runs first as soon as it is complete. Safe to repeat.
+        yet are planned at once, and images that arrive later are urgent too. Only a series that is still arriving and that a volume model
+        applies to is planned when it is complete. Safe to repeat.
 
         Raises:
             StoreError: ``store.missing``, there is no such study.
         """
-        if self._database.one("SELECT 1 FROM studies WHERE id = ?", study_id) is None:
-            raise StoreError("store.missing", f"study {study_id}")
+        self._database.require(f"study {study_id}", "SELECT 1 FROM studies WHERE id = ?", study_id)
         self._planner.close_single_images(study_id)
         with self._database.transaction() as tx:
             return priority.mark(tx, study_id, origin, actor)
@@ -149,8 +139,7 @@ class JobQueue:
         Raises:
             StoreError: ``store.missing``, there is no such study.
         """
-        if self._database.one("SELECT 1 FROM studies WHERE id = ?", study_id) is None:
-            raise StoreError("store.missing", f"study {study_id}")
+        self._database.require(f"study {study_id}", "SELECT 1 FROM studies WHERE id = ?", study_id)
         with self._database.transaction() as tx:
             return priority.unmark(tx, study_id, origin, actor)
 
@@ -178,10 +167,9 @@ class JobQueue:
 
     def recover_jobs(self) -> int:
         """Return every running job to the queue, whatever its lease: for the worker that holds the worker lock, at its start."""
-        rows = self._database.query("SELECT * FROM jobs WHERE state = 'running'")
-        if rows:
-            with self._database.transaction() as tx:
-                self._release(tx, tx.execute("SELECT * FROM jobs WHERE state = 'running'").fetchall(), time.time())
+        with self._database.transaction() as tx:
+            rows = tx.execute("SELECT * FROM jobs WHERE state = 'running'").fetchall()
+            self._release(tx, rows, time.time())
         return len(rows)
 
     def return_jobs(self, jobs: Collection[Job]) -> None:
@@ -203,27 +191,13 @@ class JobQueue:
 
     def _retry_or_fail(self, tx: sqlite3.Connection, row: sqlite3.Row, reason: Note) -> None:
         is_final = row["attempts"] >= self._settings.job_max_attempts
-        state = JobState.FAILED if is_final else JobState.QUEUED
+        state, outcome, finished = (JobState.FAILED, ScanState.FAILED.value, utc_now()) if is_final else (JobState.QUEUED, None, None)
         tx.execute(
             "UPDATE jobs SET state = ?, lease_owner = '', lease_until = 0, reason = ?, outcome = ?, finished_at = ? WHERE id = ?",
-            (
-                state.value,
-                json.dumps(reason.to_json()),
-                ScanState.FAILED.value if is_final else None,
-                utc_now() if is_final else None,
-                row["id"],
-            ),
+            (state.value, json.dumps(reason.to_json()), outcome, finished, row["id"]),
         )
-        Database.audit(
-            tx,
-            db.APPLICATION_ACTIVITY,
-            "worker",
-            "E",
-            f"job:{row['id']}",
-            8 if is_final else 4,
-            reason=reason.code,
-            attempts=row["attempts"],
-        )
+        particulars = {"reason": reason.code, "attempts": row["attempts"]}
+        Database.audit(tx, db.APPLICATION_ACTIVITY, "worker", "E", f"job:{row['id']}", 8 if is_final else 4, **particulars)
         self._planner.update_state(tx, row["instance_id"])
 
     def fail_job(self, job: Job, reason: Note) -> None:
@@ -287,11 +261,10 @@ class JobQueue:
 
     def pending_jobs(self) -> int:
         """How many jobs and unplanned images wait for a result."""
-        row = self._database.one(
-            "SELECT (SELECT count(*) FROM jobs WHERE state = 'queued') + (SELECT count(*) FROM jobs WHERE state = 'running')"
-            " + (SELECT count(*) FROM instances WHERE state = 'waiting') AS n"
+        return self._database.number(
+            "SELECT (SELECT count(*) FROM jobs WHERE state IN ('queued', 'running'))"
+            " + (SELECT count(*) FROM instances WHERE state = 'waiting')"
         )
-        return int(row["n"]) if row else 0
 
     @staticmethod
     def _leased(tx: sqlite3.Connection, job: Job) -> sqlite3.Row | None:

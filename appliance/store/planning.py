@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterable
 from typing import Final
 
-from appliance.core.applicability import applies, is_volume_model
-from appliance.core.domain import JobKind, JobState, Note, Patient, Scan, ScanState, utc_now
+from appliance.core.applicability import applies, applies_to_series, is_volume_model
+from appliance.core.domain import JobKind, JobState, Note, Patient, Scan, ScanState, notes_json, parse_notes, utc_now
 from appliance.core.settings import Settings
 from appliance.store import series_jobs
 from appliance.store.database import Database
@@ -31,12 +31,7 @@ _IDLE: Final = (
 
 
 class Planner:
-    """Creates the jobs of a series and derives the states of its images.
-
-    Args:
-        settings: of the box.
-        database: of the box.
-    """
+    """Creates the jobs of a series and derives the states of its images."""
 
     def __init__(self, settings: Settings, database: Database) -> None:
         self._settings, self._database = settings, database
@@ -68,8 +63,8 @@ class Planner:
     def close_single_images(self, study_id: int) -> int:
         """Plan the open series of a study at once, except those that a volume model applies to.
 
-        An incomplete series would be analysed as if it were complete, with measurements that look like any other. Such a series is
-        planned as usual: when its sender closes the association or has been idle.
+        A volume model would analyse an incomplete series as if it were complete, with measurements that look like any other. Such a
+        series is planned as usual: when its sender closes the association or has been idle.
         """
         with self._database.transaction() as tx:
             rules = [manifest.applies_to for manifest in self._active_manifests(tx).values() if is_volume_model(manifest)]
@@ -86,10 +81,8 @@ class Planner:
         """Plan every open series that received nothing for ``series_idle_s``. Returns the number of jobs queued.
 
         A series that was planned as a volume and grew after that has a slow sender. It gets ``_GROWING_FACTOR`` times as long, else a
-        series that arrives slice by slice would be analysed from the start after each slice.
-
-        Args:
-            urgent: only the series of urgent studies.
+        series that arrives slice by slice would be analysed from the start after each slice. With ``urgent`` only the series of urgent
+        studies are planned.
         """
         idle, now = self._settings.series_idle_s, time.time()
         values = (now + 1, now - idle, idle * (_GROWING_FACTOR - 1), urgent)
@@ -107,10 +100,8 @@ class Planner:
         rows = tx.execute("SELECT * FROM jobs WHERE scope_code = 'scope.no_model' AND state IN ('done', 'queued')").fetchall()
         for row in rows:
             image = tx.execute("SELECT * FROM instances WHERE id = ?", (row["instance_id"],)).fetchone()
-            if (
-                row["model_digest"]
-                and applies(activated.applies_to, _scan_of(image), frames=is_volume_model(activated)).refusal is not None
-            ):
+            verdict = applies(activated.applies_to, _scan_of(image), frames=is_volume_model(activated))
+            if row["model_digest"] and verdict.refusal is not None:
                 continue
             affected = series_jobs.affected_images(tx, row["instance_id"]) if row["series_id"] is not None else [row["instance_id"]]
             tx.execute("DELETE FROM jobs WHERE id = ?", (row["id"],))
@@ -124,7 +115,7 @@ class Planner:
         """Queue a series for each volume model that applies to it; returns for each volume model the refusal, None where it applies."""
         volumes = {digest: manifest for digest, manifest in manifests.items() if is_volume_model(manifest)}
         scans = [_scan_of(row) for row in series_jobs.images_of(tx, series_id)] if volumes else []
-        verdicts = {digest: series_jobs.verdict_of(manifest, scans) for digest, manifest in volumes.items()}
+        verdicts = {digest: applies_to_series(manifest.applies_to, scans) for digest, manifest in volumes.items()}
         series_jobs.delete_other_models(tx, series_id, [digest for digest, verdict in verdicts.items() if verdict.refusal is None])
         for digest, verdict in verdicts.items():
             if verdict.refusal is None:
@@ -156,8 +147,8 @@ class Planner:
             reason: why it is not active; stored with the images that are not analysed, which are planned again for the next model.
         """
         manifest = self._active_manifests(tx).get(successor or "")
-        waiting = tx.execute("SELECT * FROM jobs WHERE model_digest = ? AND state IN ('queued', 'running', 'failed')", (digest,)).fetchall()
-        for job in waiting:
+        jobs = tx.execute("SELECT * FROM jobs WHERE model_digest = ? AND state IN ('queued', 'running', 'failed')", (digest,)).fetchall()
+        for job in jobs:
             image = tx.execute("SELECT * FROM instances WHERE id = ?", (job["instance_id"],)).fetchone()
             if job["series_id"] is not None:
                 if self._hand_over_series(tx, job, successor, manifest):
@@ -184,7 +175,8 @@ class Planner:
         """Give the job of a series to the successor of its model; returns whether that applies to the series."""
         if successor is None or manifest is None or not is_volume_model(manifest):
             return False
-        verdict = series_jobs.verdict_of(manifest, [_scan_of(row) for row in series_jobs.images_of(tx, job["series_id"])])
+        scans = [_scan_of(row) for row in series_jobs.images_of(tx, job["series_id"])]
+        verdict = applies_to_series(manifest.applies_to, scans)
         if verdict.refusal is not None:
             return False
         tx.execute("DELETE FROM jobs WHERE id = ?", (job["id"],))
@@ -204,7 +196,7 @@ class Planner:
             (digest, ScanState.AI_READY.value, f'%"code": "{note.code}"%', limit),
         ).fetchall()
         for job in jobs:
-            tx.execute("UPDATE jobs SET notes = ? WHERE id = ?", (notes_json((*read_notes(job["notes"]), note)), job["id"]))
+            tx.execute("UPDATE jobs SET notes = ? WHERE id = ?", (notes_json((*parse_notes(job["notes"]), note)), job["id"]))
             touch_study(tx, job["instance_id"])
         return len(jobs)
 
@@ -217,7 +209,7 @@ class Planner:
         )
 
     def update_state(self, tx: sqlite3.Connection, instance_id: int) -> None:
-        """Derive the state of an image from its jobs, and of its whole series where one of its jobs analyses that."""
+        """Derive the state of an image from its jobs, and that of all images of its series where one of its jobs analyses the series."""
         for affected in series_jobs.affected_images(tx, instance_id):
             self._update_image_state(tx, affected)
 
@@ -251,32 +243,14 @@ class Planner:
         return {row["digest"]: self._manifests[row["digest"]] for row in rows}
 
 
-def notes_json(notes: Iterable[Note]) -> str:
-    """Serialise notes for the database: a JSON list without duplicates."""
-    return json.dumps([note.to_json() for note in dict.fromkeys(notes)], ensure_ascii=False)
-
-
-def read_notes(text: str) -> tuple[Note, ...]:
-    """Parse what :func:`notes_json` wrote."""
-    return tuple(Note(item["code"], item["detail"]) for item in json.loads(text))
-
-
 def _scan_of(row: sqlite3.Row) -> Scan:
     """The attributes of a stored image that decide whether a model applies."""
-    return Scan(
-        study_instance_uid="",
-        series_instance_uid="",
-        sop_instance_uid=row["sop_instance_uid"],
-        sop_class_uid=row["sop_class_uid"],
-        transfer_syntax_uid=row["transfer_syntax_uid"],
-        patient=Patient(),
-        modality=row["modality"],
-        body_part_examined=row["body_part_examined"],
-        view_position=row["view_position"],
-        patient_age_years=row["patient_age_years"],
-        number_of_frames=row["number_of_frames"],
-        notes=read_notes(row["notes"]),
-    )
+    same = (
+        "sop_instance_uid", "sop_class_uid", "transfer_syntax_uid", "modality", "body_part_examined", "view_position",
+        "patient_age_years", "number_of_frames",
+    )  # fmt: skip
+    values = {name: row[name] for name in same}
+    return Scan(study_instance_uid="", series_instance_uid="", patient=Patient(), notes=parse_notes(row["notes"]), **values)
 
 
 def next_revision(tx: sqlite3.Connection) -> int:

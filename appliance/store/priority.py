@@ -1,7 +1,7 @@
 """Urgent studies (STAT), requested by a person, by the command line, or by the sender in the header of an image.
 
-A study is urgent until that is undone: its jobs run first, and so do those of images that arrive later. Among urgent jobs the oldest runs
-first, so that a sender that marks everything urgent gains nothing; a job does not become more urgent by waiting.
+The jobs of an urgent study run first, and so do those of its images that arrive later. Among urgent jobs the oldest runs first, so that a
+sender that marks everything urgent gains nothing; a job does not become more urgent by waiting.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Urgency:
     """Who made a study urgent.
 
     Attributes:
-        origin: whether a person asked (by page or API), somebody at the box's command line, or the sender did in the header.
+        origin: a person (by page or API), the command line of the box, or the sender in the header of an image.
         actor: the account, program or AE title.
         at: when, ISO 8601 in UTC; empty where it was not recorded.
-        term: of a sender, the Requested Procedure Priority that the image carries.
+        term: for a sender, the Requested Procedure Priority of the image.
     """
 
     origin: Origin
@@ -67,8 +67,8 @@ def mark(tx: sqlite3.Connection, study_id: int, origin: Origin, actor: str, term
 def unmark(tx: sqlite3.Connection, study_id: int, origin: Origin, actor: str) -> int | None:
     """Make a study routine again, inside the caller's transaction.
 
-    Requests of its sender are ignored from then on: a modality that sends STAT with every image would undo the decision of a person with
-    the next image. A person or the command line may make the study urgent again, which ends this.
+    From then on requests of its sender are ignored: a modality that sends STAT with every image would undo the decision of a person with
+    the next image. A person or the command line may make the study urgent again; then they count again.
 
     Returns:
         The number of queued and running jobs concerned; None where the study was not urgent.

@@ -1,7 +1,7 @@
 -- The box's database. Numbered migrations, append only: a block is never edited once it has shipped.
 -- Each block runs in one transaction; PRAGMA user_version records the last one applied.
 
--- migration 1: first light
+-- migration 1: images, models, jobs, findings, accounts, audit
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 INSERT INTO meta VALUES ('revision', '0');
 
@@ -14,7 +14,7 @@ CREATE TABLE studies (
   study_date TEXT NOT NULL, study_time TEXT NOT NULL, accession_number TEXT NOT NULL, study_description TEXT NOT NULL,
   received_at TEXT NOT NULL,
   patient_mismatch INTEGER NOT NULL DEFAULT 0,
-  revision INTEGER NOT NULL,          -- rises with every change a person can see
+  revision INTEGER NOT NULL,          -- increases with every change that a person can see
   UNIQUE (study_instance_uid, patient_key)
 ) STRICT;
 CREATE INDEX studies_by_revision ON studies (revision);
@@ -44,7 +44,7 @@ CREATE TABLE instances (
   conflict INTEGER NOT NULL DEFAULT 0,
   state TEXT NOT NULL,
   reason TEXT,                        -- JSON note
-  notes TEXT NOT NULL,                -- JSON notes made at the door
+  notes TEXT NOT NULL,                -- JSON notes of ingest
   ingest_ms REAL NOT NULL,
   UNIQUE (sop_instance_uid, content_sha256)
 ) STRICT;
@@ -58,7 +58,7 @@ CREATE TABLE models (
   manifest TEXT NOT NULL,
   precision TEXT NOT NULL, runtime TEXT NOT NULL,
   state TEXT NOT NULL CHECK (state IN ('active', 'previous', 'retired')),
-  self_test TEXT NOT NULL,            -- JSON: what was measured before it was trusted
+  self_test TEXT NOT NULL,            -- JSON: the self-test report
   activated_at TEXT NOT NULL
 ) STRICT;
 CREATE UNIQUE INDEX one_active_model_per_name ON models (name) WHERE state = 'active';
@@ -70,13 +70,13 @@ CREATE TABLE jobs (
   model_digest TEXT NOT NULL,         -- '' for a check
   priority INTEGER NOT NULL DEFAULT 0,
   state TEXT NOT NULL,
-  scope_code TEXT NOT NULL DEFAULT '',-- why a check is only a check
+  scope_code TEXT NOT NULL DEFAULT '',-- why no model applies
   attempts INTEGER NOT NULL DEFAULT 0,
   lease_owner TEXT NOT NULL DEFAULT '',
   lease_until REAL NOT NULL DEFAULT 0,
   claimed_at REAL NOT NULL DEFAULT 0,
   created_at TEXT NOT NULL, finished_at TEXT,
-  outcome TEXT,                       -- the scan state this job ended in
+  outcome TEXT,                       -- the state of the image after this job
   reason TEXT, notes TEXT NOT NULL, timing_ms TEXT, runtime TEXT,
   UNIQUE (instance_id, kind, model_digest)
 ) STRICT;
@@ -130,22 +130,22 @@ CREATE TABLE audit (
 CREATE TRIGGER audit_no_update BEFORE UPDATE ON audit BEGIN SELECT RAISE (ABORT, 'the audit is append-only'); END;
 CREATE TRIGGER audit_no_delete BEFORE DELETE ON audit BEGIN SELECT RAISE (ABORT, 'the audit is append-only'); END;
 
--- migration 2: the signed life of a model
-CREATE TABLE activations (            -- the journal of every model that was ever to read patients, and the history shown to people
+-- migration 2: activations and model lines
+CREATE TABLE activations (            -- the journal of every model that was to be activated, and the history shown to people
   id INTEGER PRIMARY KEY,
   name TEXT NOT NULL, version TEXT NOT NULL, digest TEXT NOT NULL,
-  device TEXT NOT NULL,               -- digest of processor, runtime and appliance version: a failure belongs to one of them
+  device TEXT NOT NULL,               -- digest of the device profile: a failure belongs to one device
   source TEXT NOT NULL CHECK (source IN ('library', 'usb', 'hand', 'embedded')),
   origin TEXT NOT NULL,               -- the directory its files are copied from
-  precision TEXT,                     -- the variant asked for by hand; NULL takes the most exact
+  precision TEXT,                     -- the variant that a person chose; NULL: the most exact one
   purpose TEXT NOT NULL DEFAULT 'activate' CHECK (purpose IN ('activate', 'rollback')),
   state TEXT NOT NULL CHECK (state IN ('staged', 'building', 'self-test', 'trial', 'good', 'failed', 'rolled-back', 'withdrawn')),
-  attempts INTEGER NOT NULL DEFAULT 0,-- how often the proof was begun; on trial, worker starts since the last case: a loop ends
+  attempts INTEGER NOT NULL DEFAULT 0,-- starts of the self-test; on trial, starts of the worker since the last case: ends a crash loop
   progress REAL NOT NULL DEFAULT 0,   -- 0 to 1 within the state
   reason TEXT,                        -- JSON note: why it failed, was rolled back or withdrawn
   self_test TEXT,                     -- JSON: what was measured on this box
   trial TEXT,                         -- JSON: cases, failures, latency and drift so far
-  marked INTEGER NOT NULL DEFAULT 1,  -- 0: findings of a version that was taken back still wait for their note
+  marked INTEGER NOT NULL DEFAULT 1,  -- 0: findings of a version that was rolled back or withdrawn still wait for their note
   actor TEXT NOT NULL,
   started_at TEXT NOT NULL, updated_at TEXT NOT NULL, ended_at TEXT
 ) STRICT;
@@ -154,7 +154,7 @@ CREATE UNIQUE INDEX one_coming_model_per_name ON activations (name) WHERE state 
 CREATE UNIQUE INDEX one_trial_per_name ON activations (name) WHERE state = 'trial';
 CREATE INDEX jobs_by_model ON jobs (model_digest, finished_at);
 
-CREATE TABLE model_lines (            -- what the signed index of a line forbids; it only ever gets stricter
+CREATE TABLE model_lines (            -- what the signed index of a model line forbids; it only becomes stricter
   name TEXT PRIMARY KEY,
   minimum_version TEXT NOT NULL,
   withdrawn TEXT NOT NULL DEFAULT '{}',-- JSON: version -> reason
@@ -162,10 +162,10 @@ CREATE TABLE model_lines (            -- what the signed index of a line forbids
 ) STRICT;
 
 -- migration 3: volumes
-ALTER TABLE jobs ADD COLUMN series_id INTEGER REFERENCES series (id); -- of a job that reads a whole series; its image stands for all of them
+ALTER TABLE jobs ADD COLUMN series_id INTEGER REFERENCES series (id); -- of a job that analyses a series; its image is the first of the series
 CREATE INDEX jobs_by_series ON jobs (series_id) WHERE series_id IS NOT NULL;
 
-CREATE TABLE volumes (                -- what a model drew in a series
+CREATE TABLE volumes (                -- the segmentation of a series by a model
   job_id INTEGER PRIMARY KEY REFERENCES jobs (id),
   series_id INTEGER NOT NULL REFERENCES series (id),
   model TEXT NOT NULL, model_version TEXT NOT NULL, model_digest TEXT NOT NULL,
@@ -183,21 +183,23 @@ CREATE TABLE measurements (
   UNIQUE (job_id, label)
 ) STRICT;
 
-CREATE TABLE key_pictures (           -- planes through the middle of what was drawn, with its outline
+CREATE TABLE key_pictures (           -- planes through the centre of the segmentation, with its outline
   job_id INTEGER NOT NULL REFERENCES volumes (job_id),
   plane TEXT NOT NULL CHECK (plane IN ('axial', 'coronal', 'sagittal')),
   png BLOB NOT NULL,
   PRIMARY KEY (job_id, plane)
 ) STRICT;
 
--- migration 4: what is urgent, and who said so
-ALTER TABLE studies ADD COLUMN urgent TEXT; -- JSON (appliance/urgency.py); NULL: nobody said so
-ALTER TABLE studies ADD COLUMN not_urgent TEXT; -- JSON: who took that back; from then on its sender is not heard any more
+-- migration 4: urgent studies, and who made them urgent
+ALTER TABLE studies ADD COLUMN urgent TEXT; -- JSON (appliance/store/priority.py); NULL: not urgent
+ALTER TABLE studies ADD COLUMN not_urgent TEXT; -- JSON: who made it routine again; from then on requests of its sender are ignored
 ALTER TABLE instances ADD COLUMN requested_procedure_priority TEXT NOT NULL DEFAULT ''; -- (0040,1003), one of its defined terms
-UPDATE studies SET urgent = json_object('origin', 'cli', 'actor', 'cli', 'at', '', 'term', '') -- the only way there was; nobody wrote down when
+UPDATE studies SET urgent = json_object('origin', 'cli', 'actor', 'cli', 'at', '', 'term', '') -- only the command line could; the time was not recorded
   WHERE EXISTS (SELECT 1 FROM series s JOIN instances i ON i.series_id = s.id JOIN jobs j ON j.instance_id = i.id
     WHERE s.study_id = studies.id AND j.priority > 0);
 
--- migration 5: one code had two meanings: no memory before the model ran is a code of its own
+-- migration 5: job.memory had two meanings; no memory before the model ran is a code of its own
 UPDATE jobs SET reason = json_set(reason, '$.code', 'job.memory_input', '$.detail', '')
+  WHERE json_extract(reason, '$.code') = 'job.memory' AND json_extract(reason, '$.detail') = 'before the model';
+UPDATE instances SET reason = json_set(reason, '$.code', 'job.memory_input', '$.detail', '')
   WHERE json_extract(reason, '$.code') = 'job.memory' AND json_extract(reason, '$.detail') = 'before the model';

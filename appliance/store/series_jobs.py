@@ -1,4 +1,4 @@
-"""Jobs that analyse a whole series: planned once for all of its images, and restarted when more images arrive.
+"""Jobs that analyse a series: planned once for all of its images, and restarted when more images arrive.
 
 Such a job refers to the first image of its series; every image of the series shows its result.
 """
@@ -9,23 +9,13 @@ import json
 import sqlite3
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from appliance.core.applicability import Verdict, applies_to_series
-from appliance.core.domain import Job, JobKind, Note, VolumeResult, utc_now
+from appliance.core.domain import Job, JobKind, Note, VolumeResult, notes_json, utc_now
 from appliance.store.database import Database
-
-if TYPE_CHECKING:
-    from appliance.core.domain import Scan
-    from model_sync.bundle import Manifest
 
 # SQL condition on a job: its series is not open, that is, no more images of it are expected.
 CLAIMABLE: Final = "NOT EXISTS (SELECT 1 FROM series s WHERE s.id = jobs.series_id AND s.open = 1)"
-
-
-def verdict_of(manifest: Manifest, scans: list[Scan]) -> Verdict:
-    """Decide whether a volume model applies to a series of these images."""
-    return applies_to_series(manifest.applies_to, scans)
 
 
 def images_of(tx: sqlite3.Connection, series_id: int) -> list[sqlite3.Row]:
@@ -45,10 +35,8 @@ def affected_images(tx: sqlite3.Connection, instance_id: int) -> list[int]:
 
 def add(tx: sqlite3.Connection, series_id: int, digest: str, notes: Iterable[Note]) -> None:
     """Queue a series for a model. A series that was analysed without its newest images is analysed again; that result is deleted."""
-    first = images_of(tx, series_id)[0]["id"]
-    text = json.dumps([note.to_json() for note in dict.fromkeys(notes)], ensure_ascii=False)
-    known = tx.execute("SELECT id FROM jobs WHERE series_id = ? AND model_digest = ?", (series_id, digest)).fetchone()
-    if known is not None:
+    first, text = images_of(tx, series_id)[0]["id"], notes_json(notes)
+    if known := tx.execute("SELECT id FROM jobs WHERE series_id = ? AND model_digest = ?", (series_id, digest)).fetchone():
         _restart(tx, known["id"], text)
         return
     Database.insert(
@@ -80,12 +68,10 @@ def restart_all(tx: sqlite3.Connection, series_id: int) -> None:
 
 def delete_other_models(tx: sqlite3.Connection, series_id: int, digests: Iterable[str]) -> None:
     """Delete the queued jobs of a series for all models but these: with its new images the others do not apply any more."""
-    left = tx.execute(
-        "SELECT id FROM jobs WHERE series_id = ? AND state = 'queued' AND model_digest NOT IN (SELECT value FROM json_each(?))",
+    tx.execute(
+        "DELETE FROM jobs WHERE series_id = ? AND state = 'queued' AND model_digest NOT IN (SELECT value FROM json_each(?))",
         (series_id, json.dumps(list(digests))),
-    ).fetchall()
-    for job in left:
-        tx.execute("DELETE FROM jobs WHERE id = ?", (job["id"],))
+    )
 
 
 def inherit_urgency(tx: sqlite3.Connection, series_id: int) -> None:

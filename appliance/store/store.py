@@ -1,4 +1,4 @@
-"""The durable state of a box: images and models, with its job queue and its planner.
+"""The durable state of a box: images and models, with the job queue and the planner.
 
 Every change and its audit entry share one transaction. An image that arrives twice is stored once; an image with the same SOP Instance
 UID and other content is stored as well, and both are flagged.
@@ -11,26 +11,39 @@ import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Final
 
-from appliance.core.domain import Scan, ScanState, Source, StoredImage, utc_now
-from appliance.core.errors import StoreError
+from appliance.core.domain import Scan, ScanState, Source, StoredImage, notes_json, utc_now
+from appliance.core.errors import ApplianceError, StoreError
 from appliance.core.settings import Settings
 from appliance.store import database as db
 from appliance.store import priority, series_jobs
 from appliance.store.database import Database, store_error
 from appliance.store.encrypted_files import EncryptedFiles, load_key
 from appliance.store.job_queue import JobQueue
-from appliance.store.planning import Planner, next_revision, notes_json, touch_study
+from appliance.store.planning import Planner, next_revision, touch_study
 
 DATABASE_NAME: Final = "box.sqlite3"
 
 
-class Store:
-    """The durable state of one box.
+def open_box(path: Path) -> Store:
+    """Open the store of an existing box, for commands that must not create a new one by mistake.
 
     Args:
-        settings: data directory and limits.
+        path: its data directory, or a settings file that names it.
+
+    Raises:
+        ApplianceError: ``settings.missing``, ``settings.invalid``; ``box.none``: there is no box. Nothing is written in these cases.
+    """
+    settings = Settings.load(path)
+    if not (settings.data_dir / DATABASE_NAME).is_file():
+        raise ApplianceError("box.none", str(settings.data_dir))
+    return Store(settings)
+
+
+class Store:
+    """The durable state of one box.
 
     Attributes:
         content: the encrypted files.
@@ -69,7 +82,7 @@ class Store:
             scan: its attributes.
             digest: returns the digest of transfer syntax and data set (64 hex digits); may still be computing it.
             data: the DICOM file, byte for byte.
-            source: who brought it.
+            source: where it came from.
             started: ``time.perf_counter()`` when its last byte arrived, for the ingest time.
 
         Raises:
@@ -81,23 +94,14 @@ class Store:
         self.check_space(len(data))
         content_sha256 = self.content.write(data, digest)
         with self.database.transaction() as tx:
-            if known := self._find(tx, scan, content_sha256):  # the same image arrived by another way meanwhile
+            if known := self._find(tx, scan, content_sha256):  # the same image was stored meanwhile
                 return known
             conflict = self._flag_uid_conflict(tx, scan.sop_instance_uid)
             study_id = self._study(tx, scan)
             series_id = self._series(tx, scan, study_id)
             instance_id = self._insert_instance(tx, scan, series_id, content_sha256, len(data), source, conflict, started)
-            Database.audit(
-                tx,
-                db.DATA_IMPORT,
-                source.actor,
-                "C",
-                f"instance:{instance_id}",
-                4 if conflict else 0,
-                source=source.kind,
-                bytes=len(data),
-                conflict=conflict,
-            )
+            particulars: dict[str, Any] = {"source": source.kind, "bytes": len(data), "conflict": conflict}
+            Database.audit(tx, db.DATA_IMPORT, source.actor, "C", f"instance:{instance_id}", 4 if conflict else 0, **particulars)
             series_jobs.restart_all(tx, series_id)
             if scan.requested_procedure_priority in priority.URGENT_TERMS:
                 priority.mark(tx, study_id, "sender", source.actor, scan.requested_procedure_priority)
@@ -116,13 +120,11 @@ class Store:
     @staticmethod
     def _series(tx: sqlite3.Connection, scan: Scan, study_id: int) -> int:
         """Insert or reopen the series of the image; returns its row id."""
-        tx.execute(
-            "INSERT INTO series (study_id, series_instance_uid, modality, series_description, last_received_at) VALUES (?, ?, ?, ?, ?)"
-            " ON CONFLICT (study_id, series_instance_uid) DO UPDATE SET last_received_at = excluded.last_received_at, open = 1",
-            (study_id, scan.series_instance_uid, scan.modality, scan.series_description, time.time()),
-        )
         row = tx.execute(
-            "SELECT id FROM series WHERE study_id = ? AND series_instance_uid = ?", (study_id, scan.series_instance_uid)
+            "INSERT INTO series (study_id, series_instance_uid, modality, series_description, last_received_at) VALUES (?, ?, ?, ?, ?)"
+            " ON CONFLICT (study_id, series_instance_uid) DO UPDATE SET last_received_at = excluded.last_received_at, open = 1"
+            " RETURNING id",
+            (study_id, scan.series_instance_uid, scan.modality, scan.series_description, time.time()),
         ).fetchone()
         return int(row["id"])
 
@@ -177,9 +179,7 @@ class Store:
 
     def read_instance(self, instance_id: int) -> bytes:
         """The DICOM file of one image, byte for byte as received; raises StoreError."""
-        row = self.database.one("SELECT content_sha256 FROM instances WHERE id = ?", instance_id)
-        if row is None:
-            raise StoreError("store.missing", f"instance {instance_id}")
+        row = self.database.require(f"instance {instance_id}", "SELECT content_sha256 FROM instances WHERE id = ?", instance_id)
         return self.content.read(row["content_sha256"])
 
     # -- models ------------------------------------------------------------------------------------------------------
@@ -194,16 +194,6 @@ class Store:
         if row is None:
             raise StoreError("model.unknown", digest[:12])
         return row
-
-    def switch_model(self, values: dict[str, str], actor: str) -> None:
-        """Make a model the active one of its name, without an entry in :mod:`appliance.lifecycle.journal`.
-
-        Args:
-            values: the columns of ``models`` except ``state`` and ``activated_at``.
-            actor: who requested it.
-        """
-        with self.database.transaction() as tx:
-            self.switch_within(tx, values, actor)
 
     def switch_within(self, tx: sqlite3.Connection, values: dict[str, str], actor: str, *, keep_previous: bool = False) -> None:
         """Change the active model and write the audit entry, inside the caller's transaction.
@@ -239,8 +229,8 @@ class Store:
 
     @staticmethod
     def _audit_switch(tx: sqlite3.Connection, digest: str, name: str, version: str, actor: str) -> None:
-        software: dict[str, Any] = {"type": "110131", "type_meaning": "Software Configuration"}
-        Database.audit(tx, db.SECURITY_ALERT, actor, "U", f"model:{digest[:12]}", **software, name=name, version=version)
+        particulars = db.SOFTWARE_CONFIGURATION | {"name": name, "version": version}
+        Database.audit(tx, db.SECURITY_ALERT, actor, "U", f"model:{digest[:12]}", **particulars)
 
     def record(self, event: tuple[str, str], actor: str, action: str, obj: str, outcome: int = 0, **detail: Any) -> None:
         """Append an audit entry that belongs to no other change (a study was viewed, a self-test failed)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -29,22 +28,8 @@ class StudySummary:
 
 def study_summaries(database: Database, ids: str) -> dict[int, StudySummary]:
     """Summaries by study id; ``ids`` is a JSON list of study ids."""
-    recalled = {row["study_id"] for row in _recalled(database, ids)}
-    scored = {row["study_id"] for row in _scored(database, ids)}
     measured, ran = defaultdict(list), defaultdict(list)
-    for row in _measured(database, ids):
-        measured[row["study_id"]].append((row["title_zh"], row["title_en"], row["value"]))
-    for row in _ran(database, ids):
-        if run := RunSummary.of(dict(row)):
-            ran[row["study_id"]].append(run)
-    return {
-        study: StudySummary(study in recalled, study in scored, tuple(measured[study]), tuple(dict.fromkeys(ran[study])))
-        for study in {*recalled, *scored, *measured, *ran}
-    }
-
-
-def _recalled(database: Database, ids: str) -> list[sqlite3.Row]:
-    return database.query(
+    recalled = database.query(
         "SELECT DISTINCT s.study_id FROM series s JOIN instances i ON i.series_id = s.id JOIN jobs j ON j.instance_id = i.id"
         " JOIN json_each(j.notes) n"
         " WHERE (EXISTS (SELECT 1 FROM findings WHERE job_id = j.id) OR EXISTS (SELECT 1 FROM volumes WHERE job_id = j.id))"
@@ -53,27 +38,19 @@ def _recalled(database: Database, ids: str) -> list[sqlite3.Row]:
         ids,
         json.dumps(RECALLED),
     )
-
-
-def _scored(database: Database, ids: str) -> list[sqlite3.Row]:
-    return database.query(
+    scored = database.query(
         "SELECT DISTINCT s.study_id FROM findings f JOIN instances i ON i.id = f.instance_id JOIN series s ON s.id = i.series_id"
         " WHERE s.study_id IN (SELECT value FROM json_each(?))",
         ids,
     )
-
-
-def _measured(database: Database, ids: str) -> list[sqlite3.Row]:
-    return database.query(
+    for row in database.query(
         "SELECT s.study_id, m.title_zh, m.title_en, m.value FROM measurements m JOIN volumes v ON v.job_id = m.job_id"
         " JOIN series s ON s.id = v.series_id JOIN jobs j ON j.id = v.job_id"
         " WHERE j.outcome = 'ai_ready' AND s.study_id IN (SELECT value FROM json_each(?)) ORDER BY m.id",
         ids,
-    )
-
-
-def _ran(database: Database, ids: str) -> list[sqlite3.Row]:
-    return database.query(
+    ):
+        measured[row["study_id"]].append((row["title_zh"], row["title_en"], row["value"]))
+    for row in database.query(
         "SELECT DISTINCT s.study_id, json_extract(j.runtime, '$.runtime') AS runtime,"
         " json_extract(j.runtime, '$.precision') AS precision, json_extract(j.runtime, '$.ran') AS ran,"
         " json_extract(j.runtime, '$.reason') AS reason"
@@ -81,4 +58,11 @@ def _ran(database: Database, ids: str) -> list[sqlite3.Row]:
         " JOIN series s ON s.id = i.series_id WHERE json_extract(j.runtime, '$.runtime') IS NOT NULL"
         " AND s.study_id IN (SELECT value FROM json_each(?))",
         ids,
-    )
+    ):
+        if run := RunSummary.of(dict(row)):
+            ran[row["study_id"]].append(run)
+    studies_recalled, studies_scored = ({row["study_id"] for row in rows} for rows in (recalled, scored))
+    return {
+        study: StudySummary(study in studies_recalled, study in studies_scored, tuple(measured[study]), tuple(dict.fromkeys(ran[study])))
+        for study in {*studies_recalled, *studies_scored, *measured, *ran}
+    }

@@ -1,7 +1,6 @@
 """Requests to tune an active model again: who requested it, its progress, and the one transaction that stores the result.
 
-TuningRequest does not change the version of a model: there is no entry in the journal of activations, and a trial continues.
-The request of a
+Tuning does not change the version of a model: there is no entry in the journal of activations, and a trial continues. The request of a
 model is stored in ``meta`` under ``tuning:<digest>``, its result in the ``self_test`` of the model, and both are audited.
 """
 
@@ -16,6 +15,7 @@ from typing import Any, Final
 
 from appliance.core import device_profile
 from appliance.core.domain import Note, utc_now
+from appliance.core.states import TuningState
 from appliance.store import database as db
 from appliance.store.database import Database
 
@@ -23,16 +23,14 @@ MAX_ATTEMPTS: Final = 3
 # A request of the worker waits until no job is queued, but not for longer than this: a box may never be idle.
 _MAX_WAIT: Final = timedelta(minutes=10)
 _KEY: Final = "tuning:"
-_STATES: Final = ("asked", "measuring", "done", "failed")
 _DETAIL: Final = 200
-# The keys of ``Runtime.describe`` that people are shown; see :class:`appliance.core.run_summary.Ran`.
+# The keys of ``Runtime.describe`` that people are shown; see :class:`appliance.core.run_summary.RunSummary`.
 _SHOWN_KEYS: Final = ("runtime", "version", "provider", "precision", "ran")
-_CONFIGURATION: Final[dict[str, Any]] = {"type": "110131", "type_meaning": "Software Configuration"}
 
 
 @dataclass(frozen=True)
 class TuningRequest:
-    """One request; ``state`` is asked, measuring, done or failed; ``step`` and ``progress`` (0 to 1) say how far it is."""
+    """One request; ``state`` is a value of TuningState, ``step`` and ``progress`` (0 to 1) show how far it is."""
 
     digest: str
     name: str
@@ -49,13 +47,13 @@ class TuningRequest:
     @property
     def open(self) -> bool:
         """Whether tuning has not ended."""
-        return self.state in ("asked", "measuring")
+        return self.state in (TuningState.REQUESTED, TuningState.MEASURING)
 
     @classmethod
     def from_json(cls, digest: str, text: str) -> TuningRequest:
         """Parse what :meth:`to_json` wrote; fields of a newer appliance are ignored.
 
-        A text that cannot be parsed gives a failed request that says so: it is shown, and the next request replaces it.
+        A text that cannot be parsed gives a failed request with that reason: people see it, and the next request replaces it.
         """
         try:
             values = json.loads(text)
@@ -63,22 +61,22 @@ class TuningRequest:
                 raise ValueError("it belongs to another model or to none")
             known = {item.name: values[item.name] for item in fields(cls) if item.name in values and item.name != "reason"}
             reason = values.get("reason")
-            read = cls(**known, reason=None if reason is None else Note(str(reason["code"]), str(reason["detail"])))
-            read._check()
+            request = cls(**known, reason=None if reason is None else Note(str(reason["code"]), str(reason["detail"])))
+            request._check()
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             note = Note("tune.unreadable", f"{type(error).__name__}: {str(error)[:_DETAIL]}")
-            return cls(digest, "", "failed", "worker", "", "", reason=note)
-        return read
+            return cls(digest, "", TuningState.FAILED.value, "worker", "", "", reason=note)
+        return request
 
     def _check(self) -> None:
         """Raise ValueError or TypeError where a field has an invalid value."""
         texts = (self.name, self.actor, self.updated_at, self.step, self.profile)
-        if self.state not in _STATES or not all(isinstance(text, str) for text in texts):
-            raise ValueError("a field is none of ours")
+        if not all(isinstance(text, str) for text in (TuningState(self.state), *texts)):
+            raise ValueError("a field has an invalid value")
         if datetime.fromisoformat(self.asked_at).tzinfo is None:
             raise ValueError("a time without a zone")
         if type(self.attempts) is not int or not 0 <= self.progress <= 1:
-            raise ValueError("a number is none of ours")
+            raise ValueError("a number is out of range")
 
     def to_json(self) -> str:
         """Serialise for the database."""
@@ -86,11 +84,7 @@ class TuningRequest:
 
 
 class TuningRequests:
-    """The requests of one box.
-
-    Args:
-        database: the box's database; the connection of the calling thread is used.
-    """
+    """The requests of one box."""
 
     def __init__(self, database: Database) -> None:
         self._db = database
@@ -103,9 +97,9 @@ class TuningRequests:
     def next(self) -> TuningRequest | None:
         """The request to work on: the running one, then the oldest; a request of the worker waits until no job is queued."""
         rows = self._db.query("SELECT key, value FROM meta WHERE key GLOB ?", f"{_KEY}*")
-        known = [item for item in (TuningRequest.from_json(row["key"].removeprefix(_KEY), row["value"]) for row in rows) if item.open]
-        ready = [item for item in known if item.actor != "worker" or item.state == "measuring" or self._may_begin(item)]
-        return min(ready, key=lambda item: (item.state != "measuring", item.actor == "worker", item.asked_at), default=None)
+        requests = [item for item in (TuningRequest.from_json(row["key"].removeprefix(_KEY), row["value"]) for row in rows) if item.open]
+        ready = [item for item in requests if item.actor != "worker" or item.state == TuningState.MEASURING or self._may_begin(item)]
+        return min(ready, key=lambda item: (item.state != TuningState.MEASURING, item.actor == "worker", item.asked_at), default=None)
 
     def ask(self, digest: str, name: str, actor: str) -> TuningRequest:
         """Request tuning of a model; returns the open request where there is one already."""
@@ -114,35 +108,35 @@ class TuningRequests:
             known = TuningRequest.from_json(digest, row["value"]) if row else None
             if known is not None and known.open and (known.actor != "worker" or actor == "worker"):
                 return known
-            fresh = TuningRequest(digest, name, "asked", actor, utc_now(), utc_now())
-            asked = replace(known, actor=actor) if known is not None and known.open else fresh
-            self._keep(tx, asked)
+            fresh = TuningRequest(digest, name, TuningState.REQUESTED.value, actor, utc_now(), utc_now())
+            request = replace(known, actor=actor) if known is not None and known.open else fresh
+            self._store(tx, request)
             Database.audit(tx, db.APPLICATION_ACTIVITY, actor, "U", f"model:{digest[:12]}", name=name, tuning="asked")
-        return asked
+        return request
 
     def begin(self, tuning: TuningRequest) -> bool:
-        """Count an attempt; after three that crashed the request has failed. Returns whether to go on."""
+        """Count an attempt; after three attempts that crashed the request has failed. Returns whether to tune."""
         if tuning.attempts >= MAX_ATTEMPTS:
             self.fail(tuning, Note("activation.crash_loop", f"{tuning.attempts} attempts"))
             return False
         with self._db.transaction() as tx:
-            self._keep(tx, replace(tuning, state="measuring", attempts=tuning.attempts + 1, step="staged", progress=0.0))
+            self._store(tx, replace(tuning, state=TuningState.MEASURING.value, attempts=tuning.attempts + 1, step="staged", progress=0.0))
         return True
 
     def progress(self, tuning: TuningRequest, step: str, part: float) -> None:
         """Store the progress; it is only shown, so a power cut may lose it."""
         with self._db.transaction(durable=False) as tx:
-            self._keep(tx, replace(tuning, step=step, progress=part))
+            self._store(tx, replace(tuning, step=step, progress=part))
 
     def pause(self, tuning: TuningRequest) -> None:
         """Interrupt tuning for something more important: it starts again later, and the attempt does not count."""
         with self._db.transaction() as tx:
-            self._keep(tx, replace(tuning, state="asked", attempts=max(0, tuning.attempts - 1), step="", progress=0.0))
+            self._store(tx, replace(tuning, state=TuningState.REQUESTED.value, attempts=max(0, tuning.attempts - 1), step="", progress=0.0))
 
     def fail(self, tuning: TuningRequest, note: Note) -> None:
         """End a request without a result; the model runs as before."""
         with self._db.transaction() as tx:
-            self._keep(tx, replace(tuning, state="failed", reason=note, profile=device_profile.profile()))
+            self._store(tx, replace(tuning, state=TuningState.FAILED.value, reason=note, profile=device_profile.profile()))
             Database.audit(
                 tx, db.APPLICATION_ACTIVITY, tuning.actor, "E", f"model:{tuning.digest[:12]}", 8, name=tuning.name, tuning="failed",
                 code=note.code,
@@ -160,37 +154,36 @@ class TuningRequests:
                 (json.dumps(report), report["precision"], report["runtime"], tuning.digest),
             )
             self._reset_trial_latency(tx, tuning.digest, report)
-            self._keep(tx, replace(tuning, state="done", progress=1.0, reason=None, profile=str(report.get("profile", ""))))
+            self._store(
+                tx, replace(tuning, state=TuningState.DONE.value, progress=1.0, reason=None, profile=str(report.get("profile", "")))
+            )
             Database.audit(
-                tx, db.SECURITY_ALERT, tuning.actor, "U", f"model:{tuning.digest[:12]}", **_CONFIGURATION, name=tuning.name,
+                tx, db.SECURITY_ALERT, tuning.actor, "U", f"model:{tuning.digest[:12]}", **db.SOFTWARE_CONFIGURATION, name=tuning.name,
                 tuning="done", choice=report.get("choice"),
             )  # fmt: skip
 
-    # -- what runs now, which only the worker knows ----------------------------------------------------------------------
+    # -- what runs now: only the worker can say -------------------------------------------------------------------------
 
     def record_fallback(self, digest: str, note: Note, ran: Mapping[str, Any]) -> None:
-        """Record that the baseline runs in place of the chosen candidate; audited once per reason.
+        """Record that the baseline runs in place of the chosen candidate, because of ``note``; audited once per reason.
 
-        Args:
-            digest: of the model.
-            note: the reason.
-            ran: what runs now and why, as in a result.
+        ``ran`` is what runs now and why, as in a result.
         """
         with self._db.transaction() as tx:
             row = tx.execute("SELECT * FROM models WHERE digest = ?", (digest,)).fetchone()
             report = json.loads(row["self_test"])
-            known, changed = (report.get("fallback") or {}).get("detail") == note.detail, self._set_runs(report, ran)
-            if not known:
+            is_known, has_changed = (report.get("fallback") or {}).get("detail") == note.detail, self._set_runs(report, ran)
+            if not is_known:
                 report["fallback"] = note.to_json() | {"at": utc_now()}
-            if changed or not known:
+            if has_changed or not is_known:
                 tx.execute("UPDATE models SET self_test = ? WHERE digest = ?", (json.dumps(report), digest))
-            if known:
+            if is_known:
                 return
             slowest = max((item["median_ms"] or 0.0 for item in report.get("table", [])), default=0.0)
             self._relax_latency_bound(tx, digest, report | {"watch_ms": slowest})
             Database.audit(
-                tx, db.SECURITY_ALERT, "worker", "E", f"model:{digest[:12]}", 4, **_CONFIGURATION, name=row["name"], code=note.code,
-                message=note.detail,
+                tx, db.SECURITY_ALERT, "worker", "E", f"model:{digest[:12]}", 4, **db.SOFTWARE_CONFIGURATION, name=row["name"],
+                code=note.code, message=note.detail,
             )  # fmt: skip
 
     def record_chosen(self, digest: str, ran: Mapping[str, Any]) -> None:
@@ -211,8 +204,8 @@ class TuningRequests:
                 return
             tx.execute("UPDATE models SET self_test = ? WHERE digest = ?", (json.dumps(report), digest))
             Database.audit(
-                tx, db.SECURITY_ALERT, "worker", "E", f"model:{digest[:12]}", 8, **_CONFIGURATION, name=row["name"], code=note.code,
-                message=note.detail,
+                tx, db.SECURITY_ALERT, "worker", "E", f"model:{digest[:12]}", 8, **db.SOFTWARE_CONFIGURATION, name=row["name"],
+                code=note.code, message=note.detail,
             )  # fmt: skip
 
     @staticmethod
@@ -255,7 +248,7 @@ class TuningRequests:
         tx.execute("UPDATE activations SET self_test = ? WHERE id = ?", (json.dumps({**report, "watch_ms": slowest}), row["id"]))
 
     @staticmethod
-    def _keep(tx: sqlite3.Connection, tuning: TuningRequest) -> None:
+    def _store(tx: sqlite3.Connection, tuning: TuningRequest) -> None:
         text = replace(tuning, updated_at=utc_now()).to_json()
         tx.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (_KEY + tuning.digest, text))
 

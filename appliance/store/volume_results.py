@@ -7,8 +7,7 @@ import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from appliance.core.domain import Measurement, Note
-from appliance.core.errors import StoreError
+from appliance.core.domain import Measurement, Note, parse_notes
 from appliance.core.run_summary import RunSummary
 from appliance.store.store import Store
 from appliance.store.study_summary import RECALLED
@@ -75,7 +74,7 @@ class VolumeResults:
         return [self._view(dict(row)) for row in rows]
 
     def _view(self, row: dict[str, Any]) -> VolumeView:
-        geometry, notes = json.loads(row.pop("geometry")), json.loads(row.pop("notes"))
+        geometry, notes = json.loads(row.pop("geometry")), parse_notes(row.pop("notes"))
         ran = RunSummary.of(json.loads(row.pop("ran") or "{}"))
         measured = self._db.query("SELECT * FROM measurements WHERE job_id = ? ORDER BY id", row["job_id"])
         planes = self._db.query("SELECT plane FROM key_pictures WHERE job_id = ? ORDER BY plane", row["job_id"])
@@ -84,24 +83,20 @@ class VolumeResults:
             classes=tuple(geometry["classes"]),
             slices=geometry["shape"][0],
             planes=tuple(item["plane"] for item in planes),
-            recall=next((Note(**note) for note in notes if note["code"] in RECALLED), None),
+            recall=next((note for note in notes if note.code in RECALLED), None),
             ran=ran,
             **row,
         )
 
     def picture(self, job_id: int, plane: str) -> bytes:
         """A key image as PNG; raises StoreError ``store.missing``."""
-        row = self._db.one("SELECT png FROM key_pictures WHERE job_id = ? AND plane = ?", job_id, plane)
-        if row is None:
-            raise StoreError("store.missing", f"key picture {job_id} {plane}")
-        return bytes(row["png"])
+        sql = "SELECT png FROM key_pictures WHERE job_id = ? AND plane = ?"
+        return bytes(self._db.require(f"key picture {job_id} {plane}", sql, job_id, plane)["png"])
 
     def study_of(self, job_id: int) -> int:
         """The study a volume belongs to; raises StoreError ``store.missing``."""
-        row = self._db.one("SELECT s.study_id FROM volumes v JOIN series s ON s.id = v.series_id WHERE v.job_id = ?", job_id)
-        if row is None:
-            raise StoreError("store.missing", f"volume {job_id}")
-        return int(row["study_id"])
+        sql = "SELECT s.study_id FROM volumes v JOIN series s ON s.id = v.series_id WHERE v.job_id = ?"
+        return int(self._db.require(f"volume {job_id}", sql, job_id)["study_id"])
 
     def mask(self, job_id: int) -> tuple[NDArray[np.uint8], dict[str, Any]]:
         """The mask, uint8 [slices, rows, columns], and its ``affine``, ``classes`` and ``slices`` (SOP Instance UID, frame).
@@ -111,8 +106,6 @@ class VolumeResults:
         """
         import numpy as np
 
-        row = self._db.one("SELECT mask, geometry FROM volumes WHERE job_id = ?", job_id)
-        if row is None:
-            raise StoreError("store.missing", f"volume {job_id}")
+        row = self._db.require(f"volume {job_id}", "SELECT mask, geometry FROM volumes WHERE job_id = ?", job_id)
         geometry: dict[str, Any] = json.loads(row["geometry"])
         return np.frombuffer(zlib.decompress(row["mask"]), np.uint8).reshape(geometry["shape"]), geometry

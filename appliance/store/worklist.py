@@ -1,7 +1,4 @@
-"""Queries over the store: what the pages and the JSON of ``appliance analyze`` show.
-
-Every row is a frozen dataclass, so that no page contains SQL.
-"""
+"""Queries over the store for the pages and the JSON of ``appliance analyze``; their results are frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -12,8 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
-from appliance.core.domain import PENDING_STATES, STATE_URGENCY, Finding, JobKind, Note, ScanState, Status
-from appliance.core.errors import StoreError
+from appliance.core.domain import PENDING_STATES, STATE_URGENCY, Finding, JobKind, Note, ScanState, Status, parse_notes
 from appliance.core.run_summary import RunSummary
 from appliance.store.priority import Urgency
 from appliance.store.series_jobs import CLAIMABLE
@@ -151,8 +147,7 @@ class Worklist:
 
     def revision(self) -> int:
         """The number of the last change that a person can see; increases with each."""
-        row = self._db.one("SELECT value FROM meta WHERE key = 'revision'")
-        return int(row["value"]) if row else 0
+        return self._db.number("SELECT value FROM meta WHERE key = 'revision'")
 
     def page(self, *, before: int | None = None, search: str = "", limit: int = PAGE_SIZE) -> list[StudyRow]:
         """Studies, newest first.
@@ -163,17 +158,9 @@ class Worklist:
                 delimiters of DICOM names are ignored.
             limit: maximum number of rows.
         """
-        where: list[str] = ["1"]
-        values: list[str | int] = []
-        if before is not None:
-            where.append("id < ?")
-            values.append(before)
-        if search.strip():
-            condition, wanted = self._search_condition(search)
-            where.append(condition)
-            values += wanted
-        rows = self._db.query(f"SELECT * FROM studies WHERE {' AND '.join(where)} ORDER BY id DESC LIMIT ?", *values, limit)  # noqa: S608
-        return self._rows(rows)
+        condition, values = self._search_condition(search) if search.strip() else ("1", [])
+        sql = f"SELECT * FROM studies WHERE {condition} AND id < ? ORDER BY id DESC LIMIT ?"  # noqa: S608
+        return self._rows(self._db.query(sql, *values, 2**63 - 1 if before is None else before, limit))
 
     def _search_condition(self, search: str) -> tuple[str, list[str]]:
         """The SQL condition of a search and its values."""
@@ -191,54 +178,40 @@ class Worklist:
 
     def count(self) -> int:
         """How many studies are stored."""
-        row = self._db.one("SELECT count(*) AS n FROM studies")
-        return int(row["n"]) if row else 0
+        return self._db.number("SELECT count(*) FROM studies")
 
     def queue_length(self) -> int:
         """The number of queued and running jobs."""
-        row = self._db.one("SELECT count(*) AS n FROM jobs WHERE state IN ('queued', 'running')")
-        return int(row["n"]) if row else 0
+        return self._db.number("SELECT count(*) FROM jobs WHERE state IN ('queued', 'running')")
 
     def audit_entries(self) -> int:
         """How many entries the audit holds."""
-        row = self._db.one("SELECT max(seq) AS n FROM audit")
-        return int(row["n"] or 0) if row else 0
+        return self._db.number("SELECT max(seq) FROM audit")
 
     def study(self, study_id: int) -> StudyView:
         """One study with its images, in the order received; raises StoreError ``store.missing``."""
-        row = self._db.one("SELECT * FROM studies WHERE id = ?", study_id)
-        if row is None:
-            raise StoreError("store.missing", f"study {study_id}")
+        row = self._db.require(f"study {study_id}", "SELECT * FROM studies WHERE id = ?", study_id)
         instances = self._db.query(f"{_INSTANCES} WHERE s.study_id = ? ORDER BY i.id", study_id)
         return StudyView(self._rows([row])[0], row["study_instance_uid"], tuple(self._instance(item) for item in instances))
 
     def instance(self, instance_id: int) -> InstanceView:
         """One image; raises StoreError ``store.missing``."""
-        row = self._db.one(f"{_INSTANCES} WHERE i.id = ?", instance_id)
-        if row is None:
-            raise StoreError("store.missing", f"instance {instance_id}")
-        return self._instance(row)
+        return self._instance(self._db.require(f"instance {instance_id}", f"{_INSTANCES} WHERE i.id = ?", instance_id))
 
     def study_of(self, instance_id: int) -> int:
         """The study an image belongs to; raises StoreError ``store.missing``."""
-        row = self._db.one("SELECT s.study_id FROM instances i JOIN series s ON s.id = i.series_id WHERE i.id = ?", instance_id)
-        if row is None:
-            raise StoreError("store.missing", f"instance {instance_id}")
-        return int(row["study_id"])
+        sql = "SELECT s.study_id FROM instances i JOIN series s ON s.id = i.series_id WHERE i.id = ?"
+        return int(self._db.require(f"instance {instance_id}", sql, instance_id)["study_id"])
 
     def study_of_finding(self, finding_id: int) -> int:
         """The study a finding belongs to; raises StoreError ``store.missing``."""
-        row = self._db.one("SELECT instance_id FROM findings WHERE id = ?", finding_id)
-        if row is None:
-            raise StoreError("store.missing", f"finding {finding_id}")
-        return self.study_of(row["instance_id"])
+        sql = "SELECT instance_id FROM findings WHERE id = ?"
+        return self.study_of(self._db.require(f"finding {finding_id}", sql, finding_id)["instance_id"])
 
     def heatmap(self, finding_id: int) -> bytes:
         """The heat map of a finding: 8-bit grey PNG that covers exactly the image; raises StoreError ``store.missing``."""
-        row = self._db.one("SELECT heatmap_png FROM findings WHERE id = ?", finding_id)
-        if row is None or not row["heatmap_png"]:
-            raise StoreError("store.missing", f"heat map {finding_id}")
-        return bytes(row["heatmap_png"])
+        sql = "SELECT heatmap_png FROM findings WHERE id = ? AND length(heatmap_png) > 0"
+        return bytes(self._db.require(f"heat map {finding_id}", sql, finding_id)["heatmap_png"])
 
     def rejections(self, limit: int = PAGE_SIZE) -> list[dict[str, Any]]:
         """Files that were refused, newest first: at, source_kind, source_actor, name, bytes, code, detail."""
@@ -259,7 +232,7 @@ class Worklist:
             " GROUP BY s.study_id, f.label, f.title_zh, f.title_en ORDER BY score DESC",
             ids,
         )
-        facts = study_summaries(self._db, ids)
+        summaries = study_summaries(self._db, ids)
         queue = self._queue_positions() if any(row["state"] == ScanState.QUEUED.value for row in instances) else {}
         return [
             _study_row(
@@ -267,7 +240,7 @@ class Worklist:
                 [i for i in instances if i["study_id"] == row["id"]],
                 [p for p in positive if p["study_id"] == row["id"]],
                 queue,
-                facts.get(row["id"], StudySummary()),
+                summaries.get(row["id"], StudySummary()),
             )
             for row in studies
         ]
@@ -282,27 +255,18 @@ class Worklist:
     def _instance(self, row: sqlite3.Row) -> InstanceView:
         jobs = self._db.query("SELECT * FROM jobs WHERE instance_id = ? OR series_id = ? ORDER BY id", row["id"], row["series_id"])
         findings = self._db.query("SELECT * FROM findings WHERE instance_id = ? ORDER BY id", row["id"])
+        same = (
+            "id", "series_id", "series_instance_uid", "sop_instance_uid", "sop_class_uid", "transfer_syntax_uid", "modality",
+            "body_part_examined", "view_position", "number_of_frames", "bytes", "received_at", "source_kind", "ingest_ms",
+        )  # fmt: skip
         return InstanceView(
-            id=row["id"],
-            series_id=row["series_id"],
-            series_instance_uid=row["series_instance_uid"],
-            sop_instance_uid=row["sop_instance_uid"],
-            sop_class_uid=row["sop_class_uid"],
-            transfer_syntax_uid=row["transfer_syntax_uid"],
-            modality=row["modality"],
-            body_part_examined=row["body_part_examined"],
-            view_position=row["view_position"],
+            **{name: row[name] for name in same},
             rows=row["image_rows"],
             columns=row["image_columns"],
-            number_of_frames=row["number_of_frames"],
-            bytes=row["bytes"],
-            received_at=row["received_at"],
-            source_kind=row["source_kind"],
             conflict=bool(row["conflict"]),
             state=ScanState(row["state"]),
-            reason=_note(row["reason"]),
-            notes=(*_notes(row["notes"]), *((Note("ingest.conflict"),) if row["conflict"] else ())),
-            ingest_ms=row["ingest_ms"],
+            reason=Note.parse(row["reason"]),
+            notes=(*parse_notes(row["notes"]), *((Note("ingest.conflict"),) if row["conflict"] else ())),
             jobs=tuple(_job_view(job) for job in jobs),
             findings=tuple(_finding(item) for item in findings),
         )
@@ -321,16 +285,8 @@ def _folded(text: str) -> str:
 _INSTANCES: Final = "SELECT i.*, s.series_instance_uid FROM instances i JOIN series s ON s.id = i.series_id"
 
 
-def _note(text: str | None) -> Note | None:
-    return Note(**json.loads(text)) if text else None
-
-
-def _notes(text: str) -> tuple[Note, ...]:
-    return tuple(Note(**item) for item in json.loads(text))
-
-
 def _study_row(
-    row: sqlite3.Row, instances: list[sqlite3.Row], positive: list[sqlite3.Row], queue: dict[int, int], facts: StudySummary
+    row: sqlite3.Row, instances: list[sqlite3.Row], positive: list[sqlite3.Row], queue: dict[int, int], summary: StudySummary
 ) -> StudyRow:
     worst = min(instances, key=lambda item: STATE_URGENCY.index(ScanState(item["state"])))
     places = [queue[item["id"]] for item in instances if item["id"] in queue]
@@ -343,15 +299,12 @@ def _study_row(
         modalities=", ".join(sorted({item["modality"] for item in instances if item["modality"]})),
         images=len(instances),
         state=ScanState(worst["state"]),
-        reason=_note(worst["reason"]),
+        reason=Note.parse(worst["reason"]),
         position=min(places, default=None),
         positive=tuple((item["title_zh"], item["title_en"], item["score"]) for item in positive),
         patient_mismatch=bool(row["patient_mismatch"]),
         conflict=any(item["conflict"] for item in instances),
-        scored=facts.scored,
-        measured=facts.measured,
-        recalled=facts.recalled,
-        ran=facts.ran,
+        **vars(summary),
         pending=any(ScanState(item["state"]) in PENDING_STATES for item in instances),
         urgent=Urgency.of(row["urgent"]),
     )
@@ -359,15 +312,12 @@ def _study_row(
 
 def _job_view(row: sqlite3.Row) -> JobView:
     return JobView(
-        id=row["id"],
-        state=row["state"],
+        **{name: row[name] for name in ("id", "state", "model_digest", "kind")},
         outcome=ScanState(row["outcome"]) if row["outcome"] else None,
-        reason=_note(row["reason"]),
-        notes=_notes(row["notes"]),
-        model_digest=row["model_digest"],
+        reason=Note.parse(row["reason"]),
+        notes=parse_notes(row["notes"]),
         timing_ms=json.loads(row["timing_ms"] or "{}"),
         runtime=json.loads(row["runtime"] or "{}"),
-        kind=row["kind"],
     )
 
 

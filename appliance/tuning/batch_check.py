@@ -39,7 +39,7 @@ def repeats(expected_ms: float) -> int:
 
 @dataclass(frozen=True)
 class _Reference:
-    """An image, its result alone, and its golden case (None for a derived image)."""
+    """An image, its result in a batch of one, and its golden case (None for a derived image)."""
 
     image: NDArray[np.float32]
     alone: Mapping[str, NDArray[np.float32]]
@@ -51,8 +51,6 @@ class BatchCheck:
 
     Args:
         base: the same candidate with batch size 1, loaded and correct.
-        cases: the golden cases.
-        budget: of the measurement.
     """
 
     def __init__(self, base: Measurement, cases: Sequence[Case], budget: Budget) -> None:
@@ -75,30 +73,25 @@ class BatchCheck:
         return self._check_batch(entry, odd, 1) if 1 < odd < batch else ""
 
     def add_references(self, count: int) -> bool:
-        """Run the base on ``count`` single images; returns whether the results distinguish the images.
+        """Run the base on ``count`` single images: the golden cases, then derived images; returns whether the results distinguish them.
 
         Raises:
             InferenceError: the base does not run.
         """
-        for image, case in self._images(max(count, len(self._cases))):
+        count = max(count, len(self._cases))
+        for number in range(self._made, count):
+            golden = self._cases[number] if number < len(self._cases) else None
+            image = golden.tensor if golden is not None else self._derive_image(number)
             try:
-                self._references.append(_Reference(image, self._base.infer(image), case))
+                self._references.append(_Reference(image, self._base.infer(image), golden))
             except InferenceError as error:
                 if error.code != "job.error":  # else a derived image has no valid result, and cannot be a reference
                     raise
+        self._made = max(self._made, count)
         return any(
             self._distance(one.alone, other.alone) > _MIN_DISTANCE * self._allowed
             for index, one in enumerate(self._references) for other in self._references[:index]
         )  # fmt: skip
-
-    def _images(self, count: int) -> list[tuple[NDArray[np.float32], Case | None]]:
-        """Return the golden cases, then as many images derived from them as are needed, without those returned before."""
-        images: list[tuple[NDArray[np.float32], Case | None]] = []
-        for number in range(self._made, count):
-            golden = self._cases[number] if number < len(self._cases) else None
-            images.append((golden.tensor if golden is not None else self._derive_image(number), golden))
-        self._made = max(self._made, count)
-        return images
 
     def _derive_image(self, number: int) -> NDArray[np.float32]:
         """Mirror a golden image, change contrast and brightness, and add noise; the range of values stays that of the golden cases."""
@@ -151,8 +144,6 @@ class BatchCheck:
             )
             worst = max(worst, float(np.max(np.abs(value - other[name]), initial=0.0)) / (scale or 1.0))
         return worst
-
-    # -- timing --------------------------------------------------------------------------------------------------------
 
     def time(self, entry: Measurement) -> None:
         """Time one image and a full batch in turns with the base, so that both are timed under the same load of the box.

@@ -1,7 +1,7 @@
-"""The time and memory of one measurement: how much remains, and the deadline of each call to a candidate.
+"""The limits of one measurement in time and memory: how much remains, and the deadline of each call to a candidate.
 
 A candidate that hangs only costs the time of its own call. The deadlines of candidates that build no engine are a share of the
-measuring time, or a multiple of what another candidate needed; only building an engine may take long. Nothing begins or goes on after
+measuring time, or a multiple of what another candidate needed; only building an engine may take long. Nothing begins or continues after
 the end of the total time.
 """
 
@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-
-from appliance.tuning.subject import Limits
 
 LEAST_CALL_S: Final = 10.0
 """The shortest deadline of a load, and of each call after it."""
@@ -25,12 +24,27 @@ _FREE_SHARE: Final = 3
 _FREE_UNKNOWN: Final = 1 << 30
 
 
-class Budget:
-    """The remaining part of the limits; the time starts with the construction.
+@dataclass(frozen=True)
+class Limits:
+    """The limits of one measurement.
 
-    Args:
-        limits: of the measurement.
+    Attributes:
+        seconds: total time; after it nothing new is tried and the best candidate so far is taken. A candidate that hangs is ended before.
+        measuring_s: the part of it for everything but building engines. After it each candidate that was not tried gets one quick
+            timing, so that a slow model does not exclude the fast candidates; candidates that were not reached are marked.
+        memory_bytes: limit of the private memory of each candidate.
+        held_bytes: limit of the memory of all candidates that stay loaded for comparison, besides the one under test; a third of the
+            free memory when None. The fastest always stays loaded.
     """
+
+    seconds: float = 900.0
+    measuring_s: float = 60.0
+    memory_bytes: int | None = None
+    held_bytes: int | None = None
+
+
+class Budget:
+    """The remaining part of the limits; the time starts with the construction."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -62,9 +76,7 @@ class Budget:
     def load_deadline_s(self, known_s: float, *, builds_engine: bool) -> float:
         """Compute the time limit of a candidate's load, which is also the lower bound of the limit of each later call.
 
-        Args:
-            known_s: the longest load of a correct candidate; 0 when there is none.
-            builds_engine: whether the candidate builds an engine first.
+        ``known_s`` is the longest load of a correct candidate, 0 when there is none.
         """
         if builds_engine:
             return max(LEAST_CALL_S, _BUILD_SHARE * self.remaining_s())

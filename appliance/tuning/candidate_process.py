@@ -53,7 +53,6 @@ class CandidateProcess:
     Args:
         model_path: the ONNX file.
         input_spec: what the model takes.
-        candidate: what to run.
         cache: directory for engines and compiled models.
         deadline_s: for each call: the load with its warm-up, one inference, or a series of timed ones.
         memory_bytes: limit of the private memory of the child; the limit of the parent holds too.

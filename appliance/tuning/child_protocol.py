@@ -58,10 +58,7 @@ def pack(header: dict[str, Any], arrays: dict[str, NDArray[Any]] | None = None) 
 
 
 def receive(fill: Callable[[memoryview], None]) -> Message:
-    """Read one message.
-
-    Args:
-        fill: fills a buffer with the next bytes of the stream, or raises.
+    """Read one message; ``fill`` fills a buffer with the next bytes of the stream, or raises.
 
     Raises:
         ProtocolError: the bytes are not a valid message.

@@ -1,11 +1,11 @@
-"""The measurement of one candidate: its process, its results, its times, and what became of it."""
+"""The model that is measured, and the measurement of one candidate: its process, its results, its times, and what became of it."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,33 +15,65 @@ from appliance.runtime.candidate import CPU, Candidate
 from appliance.tuning.budget import Budget
 from appliance.tuning.candidate_process import CandidateProcess
 from appliance.tuning.selection import CandidateResult
-from appliance.tuning.subject import Subject
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from appliance.imaging.golden_cases import Case
+    from appliance.runtime import TensorSpec
+    from model_sync.bundle import ModelBundle, Variant
+
 _ON_CPU: Final = ("onnxruntime", "openvino")
 DEADLINE: Final = "runtime.deadline"
 NO_TIME: Final = "tune.no_time"
+BATCHES: Final = (2, 4, 8, 16)
 
 
-def runs_on_cpu(runtime: str, provider: str) -> bool:
-    """Whether a runtime runs on the CPU: it builds no engine, and its number of threads can be set."""
-    return runtime in _ON_CPU and provider in (CPU, "CPU")
+@dataclass(frozen=True)
+class Subject:
+    """The model that is measured.
+
+    Attributes:
+        input: the input's name and shape.
+        variants: the files with their precisions.
+        path: returns the path of a variant's file.
+        cases: the golden cases, at least one; the times are measured with the tensor of the first.
+        batches: batch sizes to try; none when the model takes one image at a time.
+    """
+
+    input: TensorSpec
+    variants: Sequence[Variant]
+    path: Callable[[str], Path]
+    cases: Sequence[Case]
+    batches: Sequence[int] = BATCHES
+
+    @classmethod
+    def of_bundle(cls, bundle: ModelBundle, precision: str | None = None) -> Subject:
+        """Use a bundle, or only its variants of one precision; raises BundleError when it has none."""
+        from appliance.imaging.golden_cases import cases
+        from model_sync.bundle import InputSpec
+
+        variants = [variant for variant in bundle.manifest.variants if precision in (None, variant.precision)]
+        if not variants:
+            bundle.variant(precision)  # raises an error that lists the existing ones
+        batches = BATCHES if isinstance(bundle.manifest.input, InputSpec) else ()
+        return cls(bundle.manifest.input, variants, bundle.path, cases(bundle), batches)
+
+
+def runs_on_cpu(candidate: Candidate) -> bool:
+    """Whether a candidate runs on the CPU: it builds no engine, and its number of threads can be set."""
+    return candidate.runtime in _ON_CPU and candidate.provider in (CPU, "CPU")
 
 
 class Measurement:
     """The measurement of one candidate; every call raises InferenceError as :class:`CandidateProcess` does.
 
     Args:
-        candidate: what is measured.
-        subject: the model.
-        budget: of the whole measurement.
         allowed_s: time limit of the load, and lower bound of the limit of each later call.
 
     Attributes:
-        row: its row of the table; the state is CORRECT until an error is found.
+        row: its row of the table; the state is CORRECT until an error occurs.
         details: ``Runtime.describe``.
         differences: golden case -> largest difference.
         first_ms: the quick timing that every candidate gets; 0 before it.
@@ -87,28 +119,27 @@ class Measurement:
             self.details = self._process.load()
         finally:
             self.load_s = time.monotonic() - started
-            if not runs_on_cpu(candidate.runtime, candidate.provider):
+            if not runs_on_cpu(candidate):
                 self._budget.add_build_time(self.load_s)
         layers = self.details.get("layers")
         self.row = replace(self.row, load_ms=self._process.load_ms, layers=dict(layers) if isinstance(layers, dict) else {})
 
     def infer(self, tensor: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         """Run images [n, ...]; returns output name -> array [n, ...]."""
-        process = self._running()
-        process.deadline_s = self._budget.call_deadline_s(self.allowed_s, self.first_ms * len(tensor) / 1000)
-        return process.infer(tensor)
+        return self._running(self.first_ms * len(tensor)).infer(tensor)
 
     def time(self, tensor: NDArray[np.float32], repeat: int, expected_ms: float = 0.0) -> list[float]:
         """Time ``repeat`` inferences, each of which should take about ``expected_ms``; returns milliseconds."""
-        process = self._running()
-        process.deadline_s = self._budget.call_deadline_s(self.allowed_s, expected_ms * repeat / 1000)
+        process = self._running(expected_ms * repeat)
         times = process.time(tensor, repeat)
         self.row = replace(self.row, peak_rss_bytes=process.peak_rss_bytes)
         return times
 
-    def _running(self) -> CandidateProcess:
+    def _running(self, expected_ms: float) -> CandidateProcess:
+        """Return the process with the time limit of its next call."""
         if self._process is None:
             raise InferenceError("job.error", "the candidate is closed")
+        self._process.deadline_s = self._budget.call_deadline_s(self.allowed_s, expected_ms / 1000)
         return self._process
 
     def check_golden_cases(self) -> bool:
@@ -125,15 +156,12 @@ class Measurement:
                     self.fail(error, case.name)
                 return False
             self.differences[case.name] = difference
-            self._store_worst_difference()
+            worst = max(self.differences.values(), key=lambda value: (value != value, value))
+            self.row = replace(self.row, max_difference=None if worst != worst else worst, peak_rss_bytes=self.held_bytes)
             if not difference <= allowed:  # also true for NaN
                 self.end(CandidateState.WRONG, "tune.wrong", f"{case.name}: off by {difference:.4g}, allowed {allowed:g}")
                 return False
         return True
-
-    def _store_worst_difference(self) -> None:
-        worst = max(self.differences.values(), key=lambda value: (value != value, value))
-        self.row = replace(self.row, max_difference=None if worst != worst else worst, peak_rss_bytes=self.held_bytes)
 
     def fail(self, error: InferenceError, where: str = "") -> None:
         """Exclude the candidate after a failed call; a timed one stays in when the only reason is the end of the total time."""
@@ -162,8 +190,3 @@ class Measurement:
         if self.row.state != CandidateState.CORRECT or not (self.medians or self.first_ms):
             return self.row
         return replace(self.row, median_ms=self.median_ms, worst_ms=self.worst_ms or None)
-
-
-def fastest(entries: Sequence[Measurement]) -> Measurement | None:
-    """Return the fastest candidate of those that were timed."""
-    return min((entry for entry in entries if entry.first_ms), key=lambda entry: entry.first_ms, default=None)

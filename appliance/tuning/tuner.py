@@ -21,10 +21,9 @@ from appliance.core.self_test_report import FIXED_BY_USER
 from appliance.core.states import ActivationState, CandidateState
 from appliance.runtime.candidate import Candidate
 from appliance.tuning.batch_check import BatchCheck, repeats
-from appliance.tuning.budget import Budget
-from appliance.tuning.measurement import DEADLINE, NO_TIME, Measurement, fastest, runs_on_cpu
+from appliance.tuning.budget import Budget, Limits
+from appliance.tuning.measurement import BATCHES, DEADLINE, NO_TIME, Measurement, Subject, runs_on_cpu
 from appliance.tuning.selection import SAME_TIME, CandidateResult, Selection, exactness, select
-from appliance.tuning.subject import BATCHES, Limits, Subject
 
 if TYPE_CHECKING:
     from appliance.runtime.availability import Availability
@@ -49,14 +48,8 @@ def tune(
 ) -> Selection:  # fmt: skip
     """Measure every candidate of this box for a model and choose the fastest correct one.
 
-    Args:
-        subject: the model.
-        threads: of one inference; when 0, all cores, half of them and one are tried.
-        runtimes: what can run on this box; queried when None.
-        cache: directory for engines and timing caches.
-        limits: time and memory.
-        on_progress: called while the measurement goes on.
-        is_fixed_by_user: whether a person fixed the precision, which is then the reason of the choice.
+    ``threads`` are those of one inference: when 0, all cores, half of them and one are tried. ``runtimes`` are queried when None, and
+    ``cache`` is the directory of engines and timing caches. ``is_fixed_by_user``: a person fixed the precision, which is then the reason.
 
     Raises:
         InferenceError: no candidate is correct; code and detail are those of the first candidate, the most exact variant.
@@ -108,11 +101,14 @@ class _Tuner:
         plan = list(self._plan(runtimes))
         for index, candidate in enumerate(plan):
             self._on_progress(ActivationState.BUILDING, index / len(plan))
-            self._measure(candidate, self._load_deadline_s(candidate), partial(self._report_building, index, len(plan)))
+            self._measure(candidate, partial(self._report_building, index, len(plan)))
         self._retry_late()
         self._on_progress(ActivationState.SELF_TEST, 0.0)
         for candidate in list(self._thread_candidates()):
-            self._measure_threads(candidate)
+            if self._budget.is_measuring_over():
+                self._mark_not_reached(candidate)
+            else:
+                self._measure(candidate)
         self._on_progress(ActivationState.SELF_TEST, 0.2)
         self._compare_finalists()
         self._on_progress(ActivationState.SELF_TEST, 0.7)
@@ -128,10 +124,8 @@ class _Tuner:
         for entry in self.entries.values():
             entry.close()
 
-    # -- candidates --------------------------------------------------------------------------------------------------
-
     def _plan(self, runtimes: Sequence[Availability]) -> Iterator[Candidate]:
-        """List the candidates, the most exact first, so that a correct one is known early; what cannot run gets its row here.
+        """List the candidates, the most exact first, so that a correct one is known early; what cannot run gets its row of the table here.
 
         The runtimes take turns, so that each is tried before the time is over; candidates that build an engine come last.
         """
@@ -142,29 +136,23 @@ class _Tuner:
                     CandidateResult(Candidate(runtime.runtime, "", "", ""), CandidateState.UNAVAILABLE, "runtime.unavailable", runtime.why)
                 )
         combinations = [
-            (variant, runtime.runtime, provider) for variant in variants for runtime in runtimes for provider in runtime.providers
-        ]
-        for variant, runtime_name, provider in sorted(combinations, key=lambda item: not runs_on_cpu(item[1], item[2])):
-            threads = self._threads if runs_on_cpu(runtime_name, provider) else 0
-            candidate = Candidate(runtime_name, variant.file, variant.precision, provider, threads)
-            if runtime_name in variant.not_on:
-                self._excluded.append(CandidateResult(candidate, CandidateState.UNAVAILABLE, "tune.not_on"))
+            (runtime, variant, Candidate(runtime.runtime, variant.file, variant.precision, provider))
+            for variant in variants for runtime in runtimes for provider in runtime.providers
+        ]  # fmt: skip
+        for runtime, variant, candidate in sorted(combinations, key=lambda item: not runs_on_cpu(item[2])):
+            planned = replace(candidate, threads=self._threads if runs_on_cpu(candidate) else 0)
+            if runtime.runtime in variant.not_on:
+                self._excluded.append(CandidateResult(planned, CandidateState.UNAVAILABLE, "tune.not_on"))
             else:
-                yield candidate
+                yield planned
 
     def _thread_candidates(self) -> Iterator[Candidate]:
         """List the remaining candidates with fewer threads: a small model may be faster with one."""
         for entry in self._open():
             candidate = entry.row.candidate
-            if self._threads == 0 and runs_on_cpu(candidate.runtime, candidate.provider):
+            if self._threads == 0 and runs_on_cpu(candidate):
                 for threads in sorted({1, max(1, candidate.cores // 2)} - {candidate.cores}):
                     yield replace(candidate, threads=threads)
-
-    def _measure_threads(self, candidate: Candidate) -> None:
-        if self._budget.is_measuring_over():
-            self._mark_not_reached(candidate)
-        else:
-            self._measure(candidate, self._load_deadline_s(candidate))
 
     def _retry_late(self) -> None:
         """Retry candidates whose deadline was too short for this model, with the remaining time."""
@@ -173,14 +161,16 @@ class _Tuner:
             candidate = entry.row.candidate
             allowed_s = self._load_deadline_s(candidate) if self._correct() else self._budget.remaining_s() / (len(late) - index)
             if not self._budget.is_over() and allowed_s > entry.allowed_s:
-                self._measure(candidate, allowed_s)
+                self._measure(candidate, allowed_s=allowed_s)
 
     def _load_deadline_s(self, candidate: Candidate) -> float:
         """Compute the time limit of a load: a multiple of the time that others needed, or a share of the remaining time."""
-        known_s = max((entry.load_s for entry in self._correct() if _is_on_cpu(entry.row.candidate)), default=0.0)
-        return self._budget.load_deadline_s(known_s, builds_engine=not _is_on_cpu(candidate))
+        known_s = max((entry.load_s for entry in self._correct() if runs_on_cpu(entry.row.candidate)), default=0.0)
+        return self._budget.load_deadline_s(known_s, builds_engine=not runs_on_cpu(candidate))
 
-    def _measure(self, candidate: Candidate, allowed_s: float, on_progress: Callable[[float], None] = lambda _part: None) -> None:
+    def _measure(
+        self, candidate: Candidate, on_progress: Callable[[float], None] = lambda _part: None, *, allowed_s: float | None = None
+    ) -> None:
         """Load a candidate, run every golden case, and time it in turns with the fastest so far.
 
         Every candidate gets this, however slow the others were: the last one may be the fastest.
@@ -188,6 +178,7 @@ class _Tuner:
         if self._budget.is_over():
             self._mark_not_reached(candidate)
             return
+        allowed_s = self._load_deadline_s(candidate) if allowed_s is None else allowed_s
         entry = self.entries[candidate] = Measurement(candidate, self._subject, self._budget, allowed_s)
         if not self._load_and_check(entry, on_progress):
             return
@@ -198,8 +189,8 @@ class _Tuner:
         self._close_slow()
 
     def _mark_not_reached(self, candidate: Candidate) -> None:
-        entry = self.entries[candidate] = Measurement(candidate, self._subject, self._budget, 0.0)
-        entry.end(CandidateState.UNAVAILABLE, NO_TIME)
+        self.entries[candidate] = Measurement(candidate, self._subject, self._budget, 0.0)
+        self.entries[candidate].end(CandidateState.UNAVAILABLE, NO_TIME)
 
     def _load_and_check(self, entry: Measurement, on_progress: Callable[[float], None] = lambda _part: None) -> bool:
         """Load a candidate and run the golden cases; returns whether it is correct."""
@@ -218,19 +209,17 @@ class _Tuner:
             if index and (index >= _MAX_OPEN or held > self._budget.held_bytes):
                 entry.close()
 
-    # -- timing ------------------------------------------------------------------------------------------------------
-
     def _time_first(self, entry: Measurement) -> None:
         """Time a candidate in turns with the fastest so far; one that is far slower is closed, a fastest one that fails is excluded."""
         (once,) = entry.time(self._sample, 1)
         repeat = 0 if once > _SLOW_MS else max(1, min(_FIRST_TIMINGS, round(_FIRST_MS / max(once, 0.01))))
         mine: list[float] = []
         others: list[float] = []
-        best = fastest(self._open())
+        best = min((other for other in self._open() if other.first_ms), key=lambda other: other.first_ms, default=None)
         for _ in range(2 if repeat else 0):
             mine += entry.time(self._sample, repeat, once)
             if best is not None and best.is_open:
-                others += self._time_best(best, repeat)
+                others += self._time_or_fail(best, repeat)
         entry.first_ms, entry.worst_ms = statistics.median(mine or [once]), max(mine or [once])
         if best is None or not best.is_open:  # none, or it failed: later candidates are compared with this one
             return
@@ -241,11 +230,12 @@ class _Tuner:
             if other is not entry and other.first_ms * best_ms / best.first_ms > _EXCLUDE_RATIO * entry.first_ms:
                 other.close()
 
-    def _time_best(self, best: Measurement, repeat: int) -> list[float]:
+    def _time_or_fail(self, entry: Measurement, repeat: int) -> list[float]:
+        """Time an open candidate, which is excluded when that fails; returns milliseconds, none when it failed."""
         try:
-            return best.time(self._sample, repeat, best.first_ms)
+            return entry.time(self._sample, repeat, entry.first_ms)
         except InferenceError as error:
-            best.fail(error)
+            entry.fail(error)
             return []
 
     def _compare_finalists(self) -> None:
@@ -273,7 +263,10 @@ class _Tuner:
                 if self._budget.is_measuring_over():
                     self._discard_partial_round(entries)
                     return
-                self._time_turn(entry)
+                times = self._time_or_fail(entry, repeats(entry.first_ms)) if entry.is_open else []
+                if times:
+                    entry.medians.append(statistics.median(times))
+                    entry.worst_ms = max(entry.worst_ms, *times)
 
     @staticmethod
     def _discard_partial_round(entries: Sequence[Measurement]) -> None:
@@ -281,19 +274,6 @@ class _Tuner:
         if any(entry.is_open and not entry.medians for entry in entries):
             for entry in entries:
                 entry.medians = []
-
-    def _time_turn(self, entry: Measurement) -> None:
-        if not entry.is_open:
-            return
-        try:
-            times = entry.time(self._sample, repeats(entry.first_ms), entry.first_ms)
-        except InferenceError as error:
-            entry.fail(error)
-            return
-        entry.medians.append(statistics.median(times))
-        entry.worst_ms = max(entry.worst_ms, *times)
-
-    # -- batches -----------------------------------------------------------------------------------------------------
 
     def _measure_batches(self) -> None:
         """Measure larger and larger batches of the fastest candidate until the time per image no longer falls."""
@@ -346,7 +326,3 @@ class _Tuner:
 
     def _correct(self) -> list[Measurement]:
         return [entry for entry in self.entries.values() if entry.row.state == CandidateState.CORRECT and entry.first_ms]
-
-
-def _is_on_cpu(candidate: Candidate) -> bool:
-    return runs_on_cpu(candidate.runtime, candidate.provider)

@@ -9,21 +9,20 @@ from typing import Any, Final
 import requests
 
 from model_sync.agent.device import DeviceError, Identity
-from model_sync.agent.report import ReportError, instant
+from model_sync.agent.report import ReportError
 from model_sync.errors import LibraryUnreachable, ModelSyncError, SettingsError
 from model_sync.settings import SyncSettings
+from model_sync.trust.rollback_protection import iso
 
 _ANSWER_BYTES: Final = 64 << 10
 _MAX_DETAIL_CHARS: Final = 300
-NOTHING_LOST: Final = "nothing is lost: it is asked again with the newest state"
 
 
 class ReportSequenceError(ModelSyncError):
     """The centre expects another report number; ``expected`` is the lowest one that it accepts."""
 
     def __init__(self, expected: int) -> None:
-        """Store the number."""
-        super().__init__(f"the centre expects report {expected}", hint=NOTHING_LOST, code="report.sequence")
+        super().__init__(f"the centre expects report {expected}", code="report.sequence")
         self.expected = expected
 
 
@@ -37,15 +36,15 @@ def post(settings: SyncSettings, path: str, body: bytes, identity: Identity | No
         identity: the identity of this box; None only for ``enrol``.
 
     Raises:
-        LibraryUnreachable: it does not answer, is busy, or something else answers; ``sync.unreachable`` means that the
+        LibraryUnreachable: it does not answer, is busy, or another server answers; ``sync.unreachable`` means that the
             request may have arrived.
         DeviceError: the centre refuses this box, or the certificate expired.
-        OtherSequenceError: another report number is expected.
+        ReportSequenceError: another report number is expected.
         ReportError: the centre does not understand the report.
         SettingsError: there is no https ``report_url``.
     """
     if settings.report_url is None or not settings.report_url.startswith("https://"):
-        raise SettingsError("report_url must be an https address", hint="set it in sync.toml; the certificate is nothing without TLS")
+        raise SettingsError("report_url must be an https address")
     url = f"{settings.report_url.rstrip('/')}/api/v1/{path}"
     with requests.Session() as session:
         session.trust_env = False  # no proxy, netrc or CA bundle that somebody set for another program
@@ -62,7 +61,7 @@ def post(settings: SyncSettings, path: str, body: bytes, identity: Identity | No
         except (requests.RequestException, OSError) as error:
             if identity is not None and identity.is_expired(datetime.now(timezone.utc)):
                 raise _expired(identity) from error
-            hint = f"check the link, report_url and ca_certificate; {NOTHING_LOST}"
+            hint = "check the link, report_url and ca_certificate; the newest state is sent later"
             raise LibraryUnreachable(f"the centre does not answer ({type(error).__name__})", hint=hint) from error
     return _read(answer, content, identity)
 
@@ -76,28 +75,26 @@ def _read(answer: requests.Response, content: bytes, identity: Identity | None) 
         value = None
     kind = answer.headers.get("Content-Type", "").partition(";")[0]
     if not isinstance(value, dict) or kind not in ("application/json", "application/problem+json"):
-        if identity is not None and identity.is_expired(datetime.now(timezone.utc)):  # a proxy answers in its own words
+        if identity is not None and identity.is_expired(datetime.now(timezone.utc)):  # a proxy's own error page
             raise _expired(identity)
-        hint = f"is this the centre's server? A network's login page answers like this; {NOTHING_LOST}"
-        raise LibraryUnreachable(f"something else than the centre answered ({answer.status_code})", hint=hint, code="sync.not_the_library")
+        raise LibraryUnreachable(f"another server than the centre answered ({answer.status_code})", code="sync.not_the_library")
     if answer.status_code == 200:
         return value
     code, detail = str(value.get("code", "")), _printable(value.get("detail"))
     if code == "report.sequence" and isinstance(value.get("expected"), int) and 0 < value["expected"] < 2**53:
         raise ReportSequenceError(value["expected"])
     if code == "report.invalid":
-        raise ReportError("report.invalid", f"the centre refused the report: {detail}", hint="update the box or the server")
+        raise ReportError("report.invalid", f"the centre refused the report: {detail}")
     if code == "enrolment.expired" and identity is not None:
         raise _expired(identity)
     if answer.status_code in (401, 403, 422) or code.startswith("enrolment."):
         raise DeviceError(code or "device.refused", f"the centre refused: {detail}", hint="ask the central team; the model in use stays")
-    raise LibraryUnreachable(f"the centre cannot take it now ({answer.status_code})", hint=NOTHING_LOST, code="sync.report")
+    raise LibraryUnreachable(f"the centre cannot accept it now ({answer.status_code})", code="sync.report")
 
 
 def _expired(identity: Identity) -> DeviceError:
-    ended = instant(identity.certificate.not_valid_after_utc)
-    hint = "ask the central team for a new token and run `model-sync enrol`; the model in use stays"
-    return DeviceError("device.expired", f"this box's certificate expired on {ended}", hint=hint)
+    ended = iso(identity.certificate.not_valid_after_utc)
+    return DeviceError("device.expired", f"this box's certificate expired on {ended}")
 
 
 def _printable(text: object) -> str:

@@ -1,9 +1,9 @@
-"""The command ``model-sync``: what a technician types, and what the services run.
+"""The command ``model-sync``, for technicians and for the services.
 
-Exit codes: 0 done; 1 refused or not to be trusted; 2 usage or settings; 3 the library or the disk failed, the
-received part is kept and the next poll continues; 4 waiting for a window, a budget or another process; 5 `report` sent nothing,
-because no server is set or the box is not enrolled. Errors are caught once, in ``main``. The commands import what they need when
-they run: the box calls ``check`` before it activates a model, and must not wait for the rest.
+Exit codes: 0 done; 1 refused or not trusted; 2 usage or settings; 3 the library or the disk failed, and the next poll continues with
+the received part; 4 waiting for a window, a budget or another process; 5 `report` sent nothing, because no server is set or the box is
+not enrolled. Errors are caught once, in ``main``. Each command imports what it needs, so that ``check``, which the box calls before it
+activates a model, starts fast.
 """
 
 from __future__ import annotations
@@ -57,28 +57,28 @@ def parser() -> argparse.ArgumentParser:
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
-        # Without a default of its own, so that an absent option does not overwrite one before the command.
+        # Without a default, so that the option before the command is not overwritten.
         command.add_argument("--config", type=Path, default=argparse.SUPPRESS, help="the same as before the command")
         return command
 
-    init = add("init", _init, "Lay the agent's settings beside its state, and copy the library's first root.json there.")
+    init = add("init", _init, "Create the agent's settings in its state directory, and copy the library's first root.json there.")
     init.add_argument("--state", type=Path, required=True, help="directory of the agent")
     init.add_argument("--exchange", type=Path, required=True, help="directory shared with the box")
-    init.add_argument("--root", type=Path, required=True, help="the library's first root.json, from the central team's own hand")
+    init.add_argument("--root", type=Path, required=True, help="the library's first root.json, received from the central team")
     init.add_argument("--box-id", required=True, help="the box's name in the fleet")
     init.add_argument("--url", action="append", default=[], help="base URL of the library; may be repeated, tried in order")
     init.add_argument("--ring", default="stable", help="rollout ring (default: %(default)s)")
-    add("run", _run, "Look at the library again and again, until stopped.")
-    add("pull", _pull, "Look at the library once and bring what this box should have.")
-    status = add("status", _status, "Say what runs, what is wanted, what is wrong, and what to do.")
+    add("run", _run, "Poll the library again and again, until stopped.")
+    add("pull", _pull, "Poll the library once and download what this box should have.")
+    status = add("status", _status, "Show what runs, what is wanted, what is wrong, and what to do.")
     status.add_argument("--json", action="store_true", help="everything, as JSON")
-    usb = add("import-usb", _import_usb, "Bring what this box should have from a USB stick, without any network.")
+    usb = add("import-usb", _import_usb, "Import what this box should have from a USB stick, without any network.")
     usb.add_argument("directory", type=Path, help="where the stick is mounted")
     check = add("check", _check, "Verify the metadata on this disk, offline, and print the facts as JSON; writes nothing.")
     check.add_argument("--exchange", type=Path, help="directory shared with the box (default: of the settings)")
     check.add_argument("--root", type=Path, help="the provisioned root.json (default: of the settings)")
     enrol = add("enrol", _enrol, "Get a device certificate for a one-time token.")
-    enrol.add_argument("--token-file", type=Path, required=True, help="file with the token; - reads it from standard input")
+    enrol.add_argument("--token-file", type=Path, required=True, help="file with the token, or - for standard input")
     add("report", _report, "Send one signed status report now.")
     add("settings", _settings, "Print every setting with its meaning and its value here.")
     verify = add("verify", _verify, "Check a bundle: schema, every file's digest, operating points, golden cases.")
@@ -100,7 +100,7 @@ def _init(arguments: argparse.Namespace) -> int:
     state = arguments.state.resolve()
     file = state / FILE_NAME
     if file.exists():
-        raise SettingsError(f"{file} is there already", hint="edit it; a new one would forget which library this box trusts")
+        raise SettingsError(f"{file} exists already", hint="edit it; a new one would forget which library this box trusts")
     root = metadata.read_root(arguments.root)
     version = metadata.load_newest_root(state / "none", root).version
     values = {
@@ -116,16 +116,15 @@ def _init(arguments: argparse.Namespace) -> int:
         arguments.exchange.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingsError(f"{error.filename}: {error.strerror}", hint="run it as the account that owns these directories") from error
-    print(f"{file} is laid; this box trusts root version {version} of the library")
-    print(f"next: `model-sync --config {state} {'pull' if arguments.url else 'import-usb STICK'}`; its state stays in {state}")
+    print(f"{file} is created; this box trusts root version {version} of the library")
+    print(f"next: `model-sync --config {state} {'pull' if arguments.url else 'import-usb STICK'}`")
     return 0
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from model_sync.agent import service
 
-    settings = _load(arguments)
-    service.run(settings)
+    service.run(_load(arguments))
     return 0
 
 

@@ -45,7 +45,7 @@ def import_usb(settings: SyncSettings, directory: Path) -> int:
 
 
 def _import_result(result: PullResult, ring: str) -> tuple[str, str]:
-    """Return the key of the text about an import, and its models: new ones before those that were here."""
+    """Return the key of the text about an import, and the models that it names."""
     ready = {name: f"{name} {line.version}" for name, line in result.lines.items() if line.decision is Decision.READY}
     if result.new_lines:
         return "taken", ", ".join(ready[name] for name in sorted(result.new_lines))
@@ -90,7 +90,7 @@ def _print_advice(error: ModelSyncError) -> None:
 
 
 class ProgressLine:
-    """A progress line on a terminal, nothing elsewhere; failed attempts are printed everywhere."""
+    """A progress line, only on a terminal; failed attempts are always printed."""
 
     def __init__(self) -> None:
         self._shown = False

@@ -1,4 +1,4 @@
-"""The command ``status``: what runs, what is wanted, what is wrong since when, and what to do, on one screen."""
+"""The command ``status``: what runs, what is wanted, what is wrong since when, and what to do."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _page(
         yield row("state", text("status.no_status", lang))
         return
     state, code = str(status.get("state")), current_code(str(status.get("code")), "agent")
-    # A retry entry without a working process was left by a killed one; with a working process it is a failure that lasts.
+    # Without a working process a retry entry is a leftover of a killed one.
     retry = _dict(status.get("retry")) if working_pid is not None else {}
     words = text("status.retrying", lang) if retry and state == "ok" else _word("state", state, lang)
     yield row("state", f"{words} ({text('status.since', lang)} {status.get('since')})")
@@ -77,12 +77,12 @@ def _line(name: str, status: dict[str, Any], models: list[dict[str, Any]] | None
     wanted = str(_dict(directives.get(name)).get("version") or text("status.nothing", lang))
     running = [f"{model.get('version')} ({model.get('state')})" for model in models or () if model.get("line") == name]
     runs = ", ".join(running) or text("status.unknown" if models is None else "status.nothing", lang)
-    said = f"{name}: {text('status.runs', lang)} {runs}; {text('status.wanted', lang)} {wanted}"
+    summary = f"{name}: {text('status.runs', lang)} {runs}; {text('status.wanted', lang)} {wanted}"
     about = _dict(_dict(status.get("lines")).get(name))
     if not about:
-        return said
+        return summary
     decision, _, at = str(about.get("decision")).partition(" ")
-    return f"{said}; {about.get('version') or ''} {_word('decision', decision, lang)} {at}".rstrip()
+    return f"{summary}; {about.get('version') or ''} {_word('decision', decision, lang)} {at}".rstrip()
 
 
 def _activity(status: dict[str, Any], working_pid: str | None, row: Any, lang: Language) -> Iterator[str]:
@@ -97,7 +97,7 @@ def _activity(status: dict[str, Any], working_pid: str | None, row: Any, lang: L
 
 
 def _word(kind: str, key: str, lang: Language) -> str:
-    """Return the word for a state or a decision; one of a newer version stands for itself."""
+    """Return the word for a state or a decision; an unknown one, of a newer version, is returned unchanged."""
     return text(f"{kind}.{key}", lang) if is_known(f"{kind}.{key}") else key
 
 

@@ -23,7 +23,7 @@ from model_sync.agent.pull_session import PullSession
 from model_sync.agent.staging import Stager
 from model_sync.agent.sync_status import Progress, StatusFile
 from model_sync.agent.verified_bundle_cache import VerifiedBundleCache
-from model_sync.errors import MODEL_STAYS, Action, LibraryUnreachable, ModelSyncError, TrustError
+from model_sync.errors import Action, LibraryUnreachable, ModelSyncError, TrustError
 from model_sync.settings import SyncSettings
 from model_sync.trust import metadata
 from model_sync.trust.rollback_protection import BUILT_AT, ROLLBACK_FILE, Clocks, RollbackState, utc_now
@@ -37,7 +37,7 @@ _USB_LOCK_WAIT_S = 20.0  # a pull over the link checks about once a second wheth
 
 @dataclass(frozen=True)
 class _LibraryAccess:
-    """How the library is reached, and how its errors are worded for the person who uses that way."""
+    """How the library is reached, and how its errors are worded for the person who uses it."""
 
     source: Source
     make_fetcher: Callable[[], FetcherInterface]
@@ -45,7 +45,7 @@ class _LibraryAccess:
 
 
 class Client:
-    """Pulls for one box what its library says; one pull at a time per state directory.
+    """Pulls the models of one box from its library; one pull at a time per state directory.
 
     Args:
         settings: the agent's settings.
@@ -68,7 +68,6 @@ class Client:
         check_stop: Callable[[], None] | None = None,
         on_retry: Callable[[LibraryUnreachable, float], None] | None = None,
     ) -> None:
-        """Store the arguments; nothing is written or fetched."""
         self._settings = settings
         self._given_fetcher = fetcher
         self._now = now
@@ -85,19 +84,19 @@ class Client:
         self._verified = VerifiedBundleCache(ticks)
 
     def pull(self, on_progress: Callable[[Progress], None] | None = None) -> PullResult:
-        """Poll the library and bring what this box should have.
+        """Poll the library and download what this box should have.
 
         Raises:
-            LibraryUnreachable: nothing is wrong with trust; the next pull continues where this one stopped.
-            TrustError: the library as a whole is not trusted.
+            LibraryUnreachable: the link or the disk failed; the next pull continues where this one stopped.
+            TrustError: the library is not trusted.
         """
         return self._attempt(_LibraryAccess("library", self._fetcher), on_progress)
 
     def import_usb(self, directory: Path, on_progress: Callable[[Progress], None] | None = None) -> PullResult:
         """Do the same from a USB stick, without any network.
 
-        A person who brings a stick counts as chosen: percentage, start and window of the rollout are not checked. Its version, its
-        pause, the minimum version and withdrawals hold as they do over the link.
+        A box with a stick takes part in the rollout: its percentage, start and window are not checked. Its version, its pause, the
+        minimum version and withdrawals apply as over the link.
 
         Raises:
             UsbIncomplete: files are missing on the stick.
@@ -133,7 +132,7 @@ class Client:
                 status.end(problem, lines, self._clocks(session), session.received_bytes if session else 0)
                 raise problem from error
             except (Exception, KeyboardInterrupt) as error:
-                # A defect of this program: the status must not say that all is well.
+                # A defect of this program: the status must not stay ``ok``.
                 status.end(_program_error(error), {}, Clocks(self._now(), BUILT_AT), session.received_bytes if session else 0)
                 raise
             finally:
@@ -149,7 +148,7 @@ class Client:
         self._remove_temporary_metadata()
         root = metadata.read_root(settings.root)
         if metadata.set_aside(self._metadata, root):
-            status.add_note("this box was given another library's root.json: what the library before it had signed counts no more")
+            status.add_note("this box was given another library's root.json: signatures of the earlier library no longer count")
         fetcher = access.make_fetcher()
         tuf_client = TufClient(self._metadata, root, fetcher, self._rollback_files[0], self._rollback_files[1:], now=self._now)
         poller = LibraryPoller(settings, self._exchange, tuf_client, access.source, self._metadata, self._documents, self._rollback_files)
@@ -175,7 +174,7 @@ class Client:
             self._own_fetcher = Fetcher(
                 self._settings.model_copy(update={"disk_reserve_bytes": 0}),
                 self._settings.state_dir / "parts",
-                on_progress=lambda progress: self._stager.report_received(progress.done_bytes) if self._stager else None,
+                on_progress=lambda done_bytes: self._stager.report_received(done_bytes) if self._stager else None,
                 check_stop=self._rules.check,
                 on_retry=self._report_retry,
             )
@@ -216,13 +215,9 @@ class Client:
 
 
 def _program_error(error: BaseException) -> LibraryUnreachable:
-    """Return the error for an exception that nobody foresaw."""
+    """Return the error for an unexpected exception."""
     if isinstance(error, KeyboardInterrupt):
-        hint = f"run it again: it goes on where it stopped; {MODEL_STAYS}"
-        return LibraryUnreachable("it was stopped by hand", hint=hint, code="sync.stopped", action=Action.WAIT)
+        return LibraryUnreachable("a person stopped it", code="sync.stopped", action=Action.WAIT)
     return LibraryUnreachable(
-        f"the sync agent failed with {type(error).__name__}; this is a fault of the program",
-        hint=f"send its log (`journalctl -u model-sync`) to the central team; it tries again at its next poll; {MODEL_STAYS}",
-        code="sync.error",
-        action=Action.OPERATOR,
+        f"the sync agent failed with {type(error).__name__}; this is a fault of the program", code="sync.error", action=Action.OPERATOR
     )

@@ -18,25 +18,7 @@ from model_sync.trust.rollback_protection import iso
 
 
 class Decision(TextEnum):
-    """The decision about one model line, as it is stored in the status file.
-
-    Attributes:
-        READY: the bundle is here, and the box has its directive.
-        PAUSED: the rollout is paused.
-        NOT_CHOSEN: this box is not part of the rollout.
-        NOT_YET: this box takes part later.
-        WAITING: the agent waits for a download window or a budget.
-        REFUSED: what was signed or received is wrong.
-        WITHDRAWN: the version is withdrawn.
-        BELOW_MINIMUM: the version is older than the minimum version.
-        EXPIRED: the signatures of the model line have expired.
-        ENDED: the library has ended the model line.
-        UNREACHABLE: the download did not complete.
-        ERROR: something on this box has to be repaired.
-        ABSENT: the USB stick does not carry the model line.
-        UNKNOWN: the settings name a model line that the library does not have.
-        NONE: no rollout names the model line.
-    """
+    """The decision about one model line, as it is stored in the status file; the message ``decision.<value>`` explains it."""
 
     READY = "ready"
     PAUSED = "paused"
@@ -63,7 +45,7 @@ _OF_STATE = {
     SyncState.UNTRUSTED: Decision.REFUSED, SyncState.ERROR: Decision.ERROR, SyncState.UNREACHABLE: Decision.UNREACHABLE,
     SyncState.WAITING: Decision.WAITING,
 }  # fmt: skip
-# The order in which a person has to hear of problems.
+# The most urgent problem first.
 _SEVERITY = (SyncState.UNTRUSTED, SyncState.ERROR, SyncState.UNREACHABLE, SyncState.WAITING)
 
 
@@ -76,7 +58,7 @@ class LineOutcome:
         version: the version it is about; empty when there is none.
         digest: the digest of that version.
         at: when this box takes part, for ``NOT_YET``.
-        problem: the reason, when there is more to say than the decision; not every one is an error (see ``PullResult``).
+        problem: the reason of the decision, if there is one; a withdrawal is also stored here, but is no error.
     """
 
     decision: Decision
@@ -118,21 +100,14 @@ class PullResult:
 
     @property
     def problems(self) -> dict[str, ModelSyncError]:
-        """The problems by model line, from a withdrawal to a forgery."""
+        """The problems by model line."""
         return {name: line.problem for name, line in self.lines.items() if line.problem is not None}
 
     @property
     def worst_problem(self) -> ModelSyncError | None:
-        """The problem that a person has to hear of first; None when everything is as the library wants it."""
+        """The most urgent problem; None when there is no error."""
         errors = [problem for problem in self.problems.values() if problem.action is not Action.NONE]
         return min(errors, key=lambda error: _SEVERITY.index(state_of(error)), default=None)
-
-
-def make_job(index: LineIndex, version: str) -> StagingJob:
-    """Return the staging job for a version that ``find_refusal`` has accepted."""
-    release = index.release(version)
-    assert release is not None, "find_refusal accepts no unknown version"
-    return StagingJob(index.line, release, tuple(index.deltas))
 
 
 def failed_outcome(job: StagingJob, problem: ModelSyncError) -> LineOutcome:
@@ -175,10 +150,10 @@ def find_refusal(line: str, index: LineIndex | None, version: str) -> TrustError
     reason = {
         "unknown": "the role of the model line has not signed such a version",
         "withdrawn": f"it is withdrawn: {withdrawal.reason if withdrawal else ''}",
-        "below_minimum": f"it is older than {index.minimum_version if index else ''}, the oldest that may run",
+        "below_minimum": f"it is older than the minimum version {index.minimum_version if index else ''}",
     }[code]
     is_forged = code == "unknown"
-    hint = "tell the central team: the rollout has to be signed anew" if is_forged else "nothing here: the central team will name another"
+    hint = "tell the central team to sign a new rollout" if is_forged else "nothing to do: the central team will name another version"
     action = Action.ALARM if is_forged else Action.NONE
     return TrustError(
         f"the rollout names {line} {version}, and {reason}", hint=f"{hint}; {MODEL_STAYS}", code=f"trust.{code}", action=action

@@ -24,7 +24,6 @@ from model_sync.errors import CodedError, SettingsError
 IDENTITY: Final = "device.pem"
 PENDING_KEY: Final = "device-pending.key"
 PINNED: Final = "device-ca.pem"
-_ENROL_HINT: Final = "ask the central team for a new token and run `model-sync enrol`"
 
 
 def make_certificate_request(box_id: str) -> tuple[bytes, str]:
@@ -89,7 +88,6 @@ class Device:
     """The identity files in the agent's state directory."""
 
     def __init__(self, state_dir: Path, box_id: str) -> None:
-        """Store the paths; nothing is read or written yet."""
         self._file = state_dir / IDENTITY
         self._pending = state_dir / PENDING_KEY
         self._pinned = state_dir / PINNED
@@ -108,9 +106,9 @@ class Device:
         try:
             key, certificate = load_pem_private_key(pem, None), x509.load_pem_x509_certificate(pem)
         except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-            raise DeviceError("device.none", f"{self._file} is damaged", hint=_ENROL_HINT) from error
+            raise DeviceError("device.none", f"{self._file} is damaged") from error
         if not isinstance(key, EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
-            raise DeviceError("device.none", f"{self._file}: key and certificate do not belong together", hint=_ENROL_HINT)
+            raise DeviceError("device.none", f"{self._file}: key and certificate do not belong together")
         return Identity(self._file, key, certificate)
 
     def pending_request(self) -> tuple[bytes, str]:
@@ -127,7 +125,7 @@ class Device:
             pem, csr = make_certificate_request(self._box_id)
             create_private_file(self._pending, pem)
             return pem, csr
-        except ValueError:  # a power cut left half a file
+        except ValueError:  # a power cut left an incomplete file
             self._pending.unlink()
             return self.pending_request()
         return pem, certificate_request(key, self._box_id)
@@ -144,18 +142,17 @@ class Device:
         Raises:
             DeviceError: ``device.answer``: another key, box or authority; nothing was changed.
         """
-        hint = "ask the central team for a token of this box; nothing was changed"
         try:
             certificate = x509.load_pem_x509_certificate(certificate_pem.encode("ascii"))
             authority = x509.load_pem_x509_certificate(authority_pem.encode("ascii") if first else self._pinned.read_bytes())
             names = [str(name.value) for name in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
         except (ValueError, OSError) as error:
-            raise DeviceError("device.answer", "the centre's answer holds no certificate", hint=hint) from error
+            raise DeviceError("device.answer", "the centre's answer contains no certificate") from error
         key = load_pem_private_key(key_pem, None)
         if certificate.public_key() != key.public_key() or names != [self._box_id]:
-            raise DeviceError("device.answer", f"the certificate is not for {self._box_id}", hint=hint)
+            raise DeviceError("device.answer", f"the certificate is not for {self._box_id}")
         if not is_issued_by(certificate, authority):
-            raise DeviceError("device.answer", "the certificate is not signed by the device authority of this box", hint=hint)
+            raise DeviceError("device.answer", "the certificate is not signed by the device authority of this box")
         if first:
             _replace(self._pinned, authority_pem.encode("ascii"))
         _replace(self._file, key_pem + certificate_pem.encode("ascii"))

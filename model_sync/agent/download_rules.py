@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from model_sync.agent import process_lock
-from model_sync.errors import MODEL_STAYS, Action, LibraryUnreachable
+from model_sync.errors import Action, LibraryUnreachable
 from model_sync.settings import SyncSettings
 
 
+@dataclass
 class DownloadRules:
     """Checks whether a download may continue; the fetcher asks before each chunk and during pauses.
 
-    Args:
+    Attributes:
         settings: the agent's settings.
         check_stop: raises LibraryUnreachable when the agent was asked to stop.
         local_now: the wall clock in local time.
     """
 
-    def __init__(self, settings: SyncSettings, check_stop: Callable[[], None], local_now: Callable[[], datetime]) -> None:
-        """Start outside a bundle: documents may be fetched at any time."""
-        self._settings = settings
-        self._check_stop = check_stop
-        self._local_now = local_now
-        self._is_in_bundle = False
+    settings: SyncSettings
+    check_stop: Callable[[], None]
+    local_now: Callable[[], datetime]
+    _is_in_bundle: bool = field(default=False, init=False)
 
     @contextlib.contextmanager
     def bundle(self) -> Iterator[None]:
@@ -43,18 +43,10 @@ class DownloadRules:
         Raises:
             LibraryUnreachable: ``sync.stopped`` or ``sync.window``; the received part is kept.
         """
-        self._check_stop()
-        if process_lock.is_requested(self._settings.state_dir):
+        self.check_stop()
+        if process_lock.is_requested(self.settings.state_dir):
+            raise LibraryUnreachable("a USB import interrupts the download", code="sync.stopped", action=Action.WAIT)
+        if self._is_in_bundle and not self.settings.in_window(self.local_now()):
             raise LibraryUnreachable(
-                "a USB stick is being read; the download makes way",
-                hint=f"it goes on at the next poll; {MODEL_STAYS}",
-                code="sync.stopped",
-                action=Action.WAIT,
-            )
-        if self._is_in_bundle and not self._settings.in_window(self._local_now()):
-            raise LibraryUnreachable(
-                f"bundles are fetched only at {', '.join(self._settings.windows)}; this one waits",
-                hint=f"it comes by itself in the next window, or widen `windows` in sync.toml; {MODEL_STAYS}",
-                code="sync.window",
-                action=Action.WAIT,
+                f"bundles are fetched only at {', '.join(self.settings.windows)}", code="sync.window", action=Action.WAIT
             )

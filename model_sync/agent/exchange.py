@@ -1,7 +1,7 @@
 """The exchange directory, which the agent shares with the box: trusted metadata, complete bundles, and the directives for the box.
 
-Metadata and documents belong together, and the box may read them at any moment, also during a refresh that the link has
-interrupted. So each complete set is written beside the last one, named by its content, and one symbolic link is replaced::
+The box may read metadata and documents at any moment, and must get both of the same state. So each complete set is written to a new
+directory, named by its content, and one symbolic link is replaced::
 
     exchange/trust -> .trust-<hash>/         exchange/metadata -> .trust-<hash>/metadata     exchange/documents -> ...
     exchange/bundles/<digest>/               exchange/directives.json                        exchange/floor.json
@@ -49,14 +49,11 @@ class StagedBundle:
 
 
 class Exchange:
-    """Reads and writes the exchange directory; everything that the box may read is complete from the moment it has its name."""
+    """Reads and writes the exchange directory; a file or directory gets its final name only when it is complete."""
 
     def __init__(self, directory: Path) -> None:
-        """Store the path; nothing is created yet."""
         self.directory = directory
         self.bundles_dir = directory / BUNDLES
-
-    # -- metadata and documents ---------------------------------------------------------------------------------------
 
     def publish_metadata(self, metadata: Path, documents_dir: Path, trusted: TrustedMetadata, rollback_state: RollbackState) -> bool:
         """Give the box one complete, verified set of metadata and documents; return whether it is a new one.
@@ -113,8 +110,6 @@ class Exchange:
         for path in parts + [path for path in sets if path not in parts][_MAX_SETS - 1 :]:
             atomic_files.remove_tree(path)
 
-    # -- what the box should run --------------------------------------------------------------------------------------
-
     def directives(self) -> dict[str, dict[str, str]]:
         """Return the directive of each model line: the version it should run."""
         lines = atomic_files.read_json(self.directory / DIRECTIVES_FILE).get("lines")
@@ -157,8 +152,6 @@ class Exchange:
             return None
         return models
 
-    # -- bundles ------------------------------------------------------------------------------------------------------
-
     def bundles(self) -> Iterator[StagedBundle]:
         """Yield the complete bundles; one whose manifest was damaged on the disk is skipped."""
         if not self.bundles_dir.is_dir():
@@ -172,7 +165,7 @@ class Exchange:
                 continue
 
     def known_lines(self) -> set[str]:
-        """Return the model lines that this box has something of: a withdrawal must reach it although no rollout names the line."""
+        """Return the model lines that this box has: a withdrawal must reach it also when no rollout names the line."""
         reported = {str(model.get("line")) for model in self.reported_models() or ()}
         return set(self.directives()) | {bundle.manifest.name for bundle in self.bundles()} | reported
 
@@ -193,7 +186,7 @@ class Exchange:
             newest_first = sorted(bundles, key=lambda bundle: bundle.directory.stat().st_mtime, reverse=True)
             for bundle in newest_first[MAX_UNUSED_BUNDLES:]:
                 if bundle.digest not in in_use:
-                    # Renamed first: a reader must never find half a bundle under a digest.
+                    # Renamed first: a directory named by a digest must always be complete.
                     hidden = bundle.directory.with_name(f".{bundle.digest}.dropped")
                     bundle.directory.replace(hidden)
                     atomic_files.remove_tree(hidden)
@@ -215,7 +208,7 @@ def _set_files(metadata: Path, documents_dir: Path, trusted: TrustedMetadata) ->
         try:
             yield f"documents/{path}", read_document(trusted, documents_dir, path, role)
         except TrustError:
-            continue  # `check` reports by itself which model line is missing, and why
+            continue  # `check` reports which model line is missing, and why
 
 
 def _has_files(directory: Path, files: Mapping[str, bytes]) -> bool:
@@ -227,7 +220,7 @@ def _has_files(directory: Path, files: Mapping[str, bytes]) -> bool:
 
 
 def _replace_link(link: Path, to: str) -> bool:
-    """Point a symbolic link to ``to`` in one step; return whether it was absent or pointed elsewhere."""
+    """Point a symbolic link to ``to`` in one step; return whether that changed it."""
     if link.is_symlink():
         if os.readlink(link) == to:
             return False

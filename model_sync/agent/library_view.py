@@ -1,7 +1,7 @@
 """The view of the library at one moment: the rollout of the ring, and the index of each model line that matters to this box.
 
-A model line whose documents are missing, expired or wrong is a problem of that line alone: the others are read all the same, and
-what was learned, a withdrawal above all, is given to the box. Only a link, a disk or a library that fails as a whole ends a poll.
+A model line whose documents are missing, expired or wrong is a problem of that line alone: the other lines are still read, and their
+new documents, such as a withdrawal, are given to the box. Only a failure of the link, the disk or the complete library ends a poll.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ class LibraryView:
     absent: frozenset[str] = frozenset()
 
 
+@dataclass
 class LibraryPoller:
-    """Polls one library, and gives the box what it says.
+    """Polls one library, and gives its verified metadata and documents to the box.
 
-    Args:
+    Attributes:
         settings: the agent's settings.
         exchange: the directory shared with the box.
         tuf_client: the TUF client of the library.
@@ -60,72 +61,56 @@ class LibraryPoller:
         rollback_files: the copies of the rollback state.
     """
 
-    def __init__(
-        self,
-        settings: SyncSettings,
-        exchange: Exchange,
-        tuf_client: TufClient,
-        source: Source,
-        metadata: Path,
-        documents_dir: Path,
-        rollback_files: tuple[Path, ...],
-    ) -> None:
-        """Store the arguments; nothing is fetched."""
-        self._settings = settings
-        self._exchange = exchange
-        self._tuf_client = tuf_client
-        self._source = source
-        self._metadata = metadata
-        self._documents_dir = documents_dir
-        self._rollback_files = rollback_files
+    settings: SyncSettings
+    exchange: Exchange
+    tuf_client: TufClient
+    source: Source
+    metadata: Path
+    documents_dir: Path
+    rollback_files: tuple[Path, ...]
 
     def poll(self) -> LibraryView:
         """Refresh, read the rollout and the index of every model line that matters here, and give the complete set to the box.
 
         Raises:
             LibraryUnreachable: the link, the disk or the state directory failed.
-            TrustError: the library as a whole is not trusted.
+            TrustError: the library is not trusted.
         """
-        trusted = self._tuf_client.refresh()
+        trusted = self.tuf_client.refresh()
         problems: dict[str, ModelSyncError] = {}
         rollout = self._rollout(trusted, problems)
-        followed = set(self._settings.lines or (rollout.lines if rollout else ()))
-        here, known = self._exchange.known_lines(), set(trusted.line_names())
+        followed = set(self.settings.lines or (rollout.lines if rollout else ()))
+        here, known = self.exchange.known_lines(), set(trusted.line_names())
         indexes, absent = {}, set()
         for line in sorted((followed | here) & known):
             try:
                 index = self._index(line)
             except (TrustError, LibraryUnreachable) as error:
-                if self._source == "usb" and line not in self._settings.lines and _is_absent(error):
+                if self.source == "usb" and line not in self.settings.lines and _is_absent(error):
                     absent.add(line)  # a stick need not carry every model line
                 else:
                     problems[line] = self._problem_of_part(line, error)
             else:
                 if index is not None:
                     indexes[line] = index
-        # A model line that the box only reports may never have been in the library: it may have come with the box.
-        managed = set(self._exchange.directives()) | {bundle.manifest.name for bundle in self._exchange.bundles()}
+        # A model line that the box only reports may never have been in the library: it may have been installed with the box.
+        managed = set(self.exchange.directives()) | {bundle.manifest.name for bundle in self.exchange.bundles()}
         for line in (followed | managed) - known:
             problems[line] = _ended_error(line) if line in here or (rollout and line in rollout.lines) else _unknown_error(line)
-        trusted = self._tuf_client.trusted or trusted
-        self._exchange.publish_metadata(self._metadata, self._documents_dir, trusted, RollbackState.load(self._rollback_files))
+        trusted = self.tuf_client.trusted or trusted
+        self.exchange.publish_metadata(self.metadata, self.documents_dir, trusted, RollbackState.load(self.rollback_files))
         return LibraryView(trusted, rollout, indexes, problems, frozenset(absent))
 
     def _rollout(self, trusted: TrustedMetadata, problems: dict[str, ModelSyncError]) -> Rollout | None:
         """Return the rollout of this ring; None when there is none, or when it could not be fetched or verified."""
-        path, role = documents.rollout_path(self._settings.ring), documents.ROLLOUT_ROLE
+        path, role = documents.rollout_path(self.settings.ring), documents.ROLLOUT_ROLE
         if role not in trusted.delegated_names():
             return None
         try:
             raw = self._document(path, role)
             rollout = Rollout.parse(raw) if raw is not None else None
-            if rollout is not None and rollout.ring != self._settings.ring:
-                raise TrustError(
-                    f"{path} is signed for the ring {rollout.ring}",
-                    hint=f"tell the central team; {MODEL_STAYS}",
-                    code="trust.document",
-                    action=Action.OPERATOR,
-                )
+            if rollout is not None and rollout.ring != self.settings.ring:
+                raise TrustError(f"{path} is signed for the ring {rollout.ring}", code="trust.document", action=Action.OPERATOR)
         except (TrustError, LibraryUnreachable) as error:
             problems[role] = self._problem_of_part(role, error)
             return None
@@ -134,46 +119,43 @@ class LibraryPoller:
     def _index(self, line: str) -> LineIndex | None:
         if self._document(documents.line_path(line), line) is None:
             return None
-        return trusted_metadata.read_index(cast("TrustedMetadata", self._tuf_client.trusted), self._documents_dir, line)
+        return trusted_metadata.read_index(cast("TrustedMetadata", self.tuf_client.trusted), self.documents_dir, line)
 
     def _document(self, path: str, role: str) -> bytes | None:
-        (self._documents_dir / path).parent.mkdir(parents=True, exist_ok=True)
-        if self._tuf_client.fetch(path, self._documents_dir / path, role, before=self._require_small) is None:
+        (self.documents_dir / path).parent.mkdir(parents=True, exist_ok=True)
+        if self.tuf_client.fetch(path, self.documents_dir / path, role, before=self._require_small) is None:
             return None
-        return trusted_metadata.read_document(cast("TrustedMetadata", self._tuf_client.trusted), self._documents_dir, path, role)
+        return trusted_metadata.read_document(cast("TrustedMetadata", self.tuf_client.trusted), self.documents_dir, path, role)
 
     def _require_small(self, path: str, length: int) -> None:
         """Raise before the first byte when a document is too large, or would use up the disk reserve."""
         if length > MAX_DOCUMENT_BYTES:
             raise TrustError(
-                f"{path} is signed with {length} bytes; no document has more than {MAX_DOCUMENT_BYTES}",
-                hint=f"tell the central team: it was signed by mistake or in bad faith; {MODEL_STAYS}",
-                code="trust.too_large",
+                f"{path} is signed with {length} bytes; no document has more than {MAX_DOCUMENT_BYTES}", code="trust.too_large"
             )
-        free = shutil.disk_usage(self._documents_dir).free - self._settings.disk_reserve_bytes
+        free = shutil.disk_usage(self.documents_dir).free - self.settings.disk_reserve_bytes
         if length > _SMALL_DOCUMENT_BYTES and length > free:
             raise LibraryUnreachable(
                 f"{path} needs {length} bytes of disk space, and {max(0, free)} are free above the reserve",
-                hint=f"free some disk space; it then comes by itself; {MODEL_STAYS}",
                 code="sync.disk_full",
                 action=Action.OPERATOR,
             )
 
     def _problem_of_part(self, part: str, error: TrustError | LibraryUnreachable) -> ModelSyncError:
-        """Return the problem of one model line or of the rollout; raise an error that concerns the whole library."""
+        """Return the problem of one model line or of the rollout; raise an error that concerns the complete library."""
         if isinstance(error, LibraryUnreachable):
             if not concerns_one_file(error):
                 raise error
             return missing_on_server_error(part, error) if is_missing_on_server(error) else error
         if error.code != "trust.expired":
             return error
-        clocks = self._tuf_client.clocks()
+        clocks = self.tuf_client.clocks()
         wrong_clock = not clocks.is_plausible or clocks.system < clocks.earliest
         return TrustError(
             f"what {part} has signed is no longer valid: {error.message}",
             hint=clocks.hint()
             if wrong_clock
-            else f"the central team has to sign it anew (`model-library renew LIB {part}`); {MODEL_STAYS}",
+            else f"the central team has to sign it again (`model-library renew LIB {part}`); {MODEL_STAYS}",
             code="trust.part_expired",
             action=Action.WAIT,
         )
@@ -186,11 +168,7 @@ def is_missing_on_server(error: ModelSyncError) -> bool:
 
 def missing_on_server_error(part: str, error: ModelSyncError) -> LibraryUnreachable:
     """Return the error for a file that is signed and that the library's server does not have."""
-    return LibraryUnreachable(
-        f"the library's server lacks a file of {part}: {error.message}",
-        hint=f"the central team has to look at the web server, or to copy the library there again; it then comes by itself; {MODEL_STAYS}",
-        code="sync.incomplete",
-    )
+    return LibraryUnreachable(f"the library's server lacks a file of {part}: {error.message}", code="sync.incomplete")
 
 
 def _is_absent(error: ModelSyncError) -> bool:
@@ -199,15 +177,12 @@ def _is_absent(error: ModelSyncError) -> bool:
 
 def _ended_error(line: str) -> TrustError:
     return TrustError(
-        f"the library has ended the line {line}: validly signed, it names the line no more",
-        hint=f"nothing: there are no new versions of it; {MODEL_STAYS}",
-        code="trust.line_ended",
-        action=Action.NONE,
+        f"the library has ended the model line {line}: its valid metadata no longer names it", code="trust.line_ended", action=Action.NONE
     )
 
 
 def _unknown_error(line: str) -> SettingsError:
     return SettingsError(
-        f"the settings follow the line {line}, which the library does not have",
+        f"the settings follow the model line {line}, which the library does not have",
         hint=f"compare `lines` in sync.toml with the central team's list; {MODEL_STAYS}",
     )

@@ -1,6 +1,6 @@
 """One agent per state directory, by a lock that the kernel releases when its holder dies.
 
-A technician with a USB stick does not wait half an hour for a pull that retries a dead link: the waiting process takes a second
+A technician with a USB stick must not wait half an hour for a pull that retries a broken link: the waiting process takes a second
 lock, and the holder, which checks it between two chunks and during its pauses, stops.
 """
 
@@ -41,12 +41,9 @@ def hold(state_dir: Path, wait_s: float = 0.0) -> Iterator[None]:
                 is_held = any(_try_lock(descriptor, fcntl.LOCK_EX) for _ in range(int(wait_s / _PAUSE_S)))
         if not is_held:
             raise LibraryUnreachable(
-                f"another model-sync (process {_read_pid(file)}) is at work in {state_dir}",
-                hint="wait until it is done; `model-sync status` shows what it does",
-                code="sync.busy",
-                action=Action.WAIT,
+                f"another model-sync (process {_read_pid(file)}) uses {state_dir}", code="sync.busy", action=Action.WAIT
             )
-        with contextlib.suppress(OSError):  # on a full disk the process id is missing; the lock holds all the same
+        with contextlib.suppress(OSError):  # on a full disk the process id is missing; the lock is still held
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield

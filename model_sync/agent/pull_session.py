@@ -1,17 +1,18 @@
 """One pull: poll the library, decide, stage what is wanted, poll again, and only then write the directives for the box.
 
-Nothing here can make a box run what no role of a model line has signed: the rollout chooses among signed versions, every byte is
-verified against the trusted metadata, the library is polled again after the last byte, and the box verifies once more before it acts.
+A box runs only what the role of a model line has signed: the rollout chooses among signed versions, every byte is verified against the
+trusted metadata, the library is polled again after the last byte, and the box verifies everything again before it activates a model.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from model_sync.agent.decision import Decision, LineOutcome, PullResult, decide, decision_for_problem, failed_outcome, make_job
+from model_sync.agent.decision import Decision, LineOutcome, PullResult, decide, decision_for_problem, failed_outcome
 from model_sync.agent.download_rules import DownloadRules
 from model_sync.agent.exchange import Exchange, Source
 from model_sync.agent.library_view import LibraryPoller, LibraryView, is_missing_on_server, missing_on_server_error
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
     from tuf.ngclient import FetcherInterface
 
 
+@dataclass
 class PullSession:
     """Carries out one pull from one source.
 
-    Args:
+    Attributes:
         settings: the agent's settings.
         exchange: the directory shared with the box.
         source: whether the library is reached over the link or read from a USB stick.
@@ -36,33 +38,21 @@ class PullSession:
         poller: polls the library.
         stager: stages bundles.
         rules: the rules of downloads over the link.
-
-    Attributes:
         outcomes: the outcome of each model line so far; complete only after ``run``.
     """
 
-    def __init__(
-        self,
-        settings: SyncSettings,
-        exchange: Exchange,
-        source: Source,
-        fetcher: FetcherInterface,
-        tuf_client: TufClient,
-        poller: LibraryPoller,
-        stager: Stager,
-        rules: DownloadRules,
-    ) -> None:
-        """Remember how many bytes the fetcher has received so far; nothing is fetched."""
-        self._settings = settings
-        self._exchange = exchange
-        self._source: Source = source
-        self._poller = poller
-        self._stager = stager
-        self._rules = rules
-        self._received_before = received_bytes(fetcher)
-        self.fetcher = fetcher
-        self.tuf_client = tuf_client
-        self.outcomes: dict[str, LineOutcome] = {}
+    settings: SyncSettings
+    exchange: Exchange
+    source: Source
+    fetcher: FetcherInterface
+    tuf_client: TufClient
+    poller: LibraryPoller
+    stager: Stager
+    rules: DownloadRules
+    outcomes: dict[str, LineOutcome] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self._received_before = received_bytes(self.fetcher)
 
     @property
     def received_bytes(self) -> int:
@@ -70,7 +60,7 @@ class PullSession:
         return received_bytes(self.fetcher) - self._received_before
 
     def run(self, now: datetime, add_note: Callable[[str], None]) -> PullResult:
-        """Bring what this box should have, and write its directives.
+        """Download what this box should have, and write its directives.
 
         Args:
             now: the time that the directives carry.
@@ -78,24 +68,24 @@ class PullSession:
 
         Raises:
             LibraryUnreachable: the link, the disk or the state directory failed.
-            TrustError: the library as a whole is not trusted.
+            TrustError: the library is not trusted.
             OSError: the exchange directory cannot be written.
         """
         with self.tuf_client.cached_metadata():
-            view = self._poller.poll()
+            view = self.poller.poll()
             ready = self._stage(view, self._decide(view))
         changed = False
-        directives = self._exchange.directives()
+        directives = self.exchange.directives()
         new = {line for line, job in ready.items() if directives.get(line, {}).get("digest") != job.release.digest}
         if new:
-            # From the library itself and not from the cache: a role may have been revoked while the bundle was downloaded.
+            # A new cache: a role may have been revoked while the bundle was downloaded.
             with self.tuf_client.cached_metadata():
-                latest = self._poller.poll()
+                latest = self.poller.poll()
             ready = self._confirm(latest, ready)
-            wanted = {line: (job.release.version, job.release.digest, self._source) for line, job in ready.items()}
-            changed = self._exchange.set_directives(wanted, now)
+            wanted = {line: (job.release.version, job.release.digest, self.source) for line, job in ready.items()}
+            changed = self.exchange.set_directives(wanted, now)
         ended = {line for line, outcome in self.outcomes.items() if outcome.decision is Decision.ENDED}
-        changed |= self._exchange.remove_directives(ended, now)
+        changed |= self.exchange.remove_directives(ended, now)
         self._remove_old_files(add_note)
         code = "sync.no_rollout" if view.rollout is None and not self.outcomes else "sync.ok"
         return PullResult(dict(sorted(self.outcomes.items())), changed, self.received_bytes, code, frozenset(new & set(ready)))
@@ -110,11 +100,14 @@ class PullSession:
                 continue
             outcome = self.outcomes[line] = self._outcome(view, line)
             if outcome.decision is Decision.READY:
-                jobs[line] = make_job(view.indexes[line], outcome.version)
+                index = view.indexes[line]
+                release = index.release(outcome.version)
+                assert release is not None, "an unknown version is never ready"
+                jobs[line] = StagingJob(line, release, tuple(index.deltas))
         return jobs
 
     def _outcome(self, view: LibraryView, line: str) -> LineOutcome:
-        return decide(view, self._settings, self._source, line, self.tuf_client.clocks().effective)
+        return decide(view, self.settings, self.source, line, self.tuf_client.clocks().effective)
 
     def _stage(self, view: LibraryView, jobs: Mapping[str, StagingJob]) -> dict[str, StagingJob]:
         """Stage the bundles that are not here yet and return the jobs that are complete.
@@ -124,21 +117,21 @@ class PullSession:
         ready: dict[str, StagingJob] = {}
         stopped_by: LibraryUnreachable | None = None
         for line, job in jobs.items():
-            if self._stager.is_staged(job.release.digest):
+            if self.stager.is_staged(job.release.digest):
                 ready[line] = job
                 continue
             try:
                 if stopped_by is not None:
                     raise stopped_by
-                with contextlib.nullcontext() if self._source == "usb" else self._rules.bundle():
-                    self._stager.stage(self.tuf_client.trusted or view.trusted, job)
+                with contextlib.nullcontext() if self.source == "usb" else self.rules.bundle():
+                    self.stager.stage(self.tuf_client.trusted or view.trusted, job)
                 ready[line] = job
             except TrustError as error:
                 self.outcomes[line] = failed_outcome(job, error)
             except LibraryUnreachable as error:
                 is_missing = is_missing_on_server(error)
                 self.outcomes[line] = failed_outcome(job, missing_on_server_error(line, error) if is_missing else error)
-                # A file that is missing, or too large for the disk, says nothing about the files of the other model lines.
+                # When one file is missing or too large for the disk, the other model lines may still be complete.
                 if not is_missing and error.code != "sync.disk_full":
                     stopped_by = error
         return ready
@@ -158,7 +151,7 @@ class PullSession:
                 self.outcomes[line] = LineOutcome(Decision.NOT_YET, outcome.version, outcome.digest)  # the next pull fetches it
                 continue
             try:
-                require_still_signed(latest.trusted, job, self._stager.manifest(job.release.digest))
+                require_still_signed(latest.trusted, job, self.stager.manifest(job.release.digest))
             except TrustError as error:
                 self.outcomes[line] = failed_outcome(job, error)
             else:
@@ -167,6 +160,6 @@ class PullSession:
 
     def _remove_old_files(self, add_note: Callable[[str], None]) -> None:
         wanted = {outcome.digest for outcome in self.outcomes.values()}
-        self._stager.remove_unwanted(wanted - {bundle.digest for bundle in self._exchange.bundles()})
-        for bundle in self._exchange.remove_old_bundles():
-            add_note(f"dropped {bundle.manifest.name} {bundle.manifest.version}: nothing names it, and three newer ones are here")
+        self.stager.remove_unwanted(wanted - {bundle.digest for bundle in self.exchange.bundles()})
+        for bundle in self.exchange.remove_old_bundles():
+            add_note(f"removed {bundle.manifest.name} {bundle.manifest.version}: it is not in use, and three newer ones are here")

@@ -2,7 +2,7 @@
 
 It has no free text, so it cannot contain patient data (R18): a code that is not in ``CODES`` becomes ``unlisted``, a time before
 ``EARLIEST`` becomes the epoch, and a model that the signed library does not name is only counted. The appliance's part
-(``exchange/box-report.json``) is parsed by the same schema and written again from it; with one unknown key nothing of it is sent.
+(``exchange/box-report.json``) is parsed by the same schema; with an unknown key no part of it is sent.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from model_sync.bundle.manifest import SemVer
 from model_sync.bundle.output_spec import Identifier, Precision, Sha256
 from model_sync.errors import CodedError, TextEnum
 from model_sync.messages import REPORTED
+from model_sync.trust.rollback_protection import iso
 
 MAX_REPORT_BYTES: Final = 64 << 10
 MAX_BOX_REPORT_BYTES: Final = 256 << 10
@@ -63,17 +64,12 @@ def _listed(value: object) -> object:
 
 
 def _plausible(moment: datetime) -> datetime:
-    """Return the time in whole seconds; an impossible one, such as of a clock that is not set, becomes the epoch."""
+    """Return the time in seconds; an impossible one, of a clock that is not set, becomes the epoch."""
     return moment.astimezone(timezone.utc).replace(microsecond=0) if EARLIEST <= moment < _LATEST else EPOCH
 
 
-def instant(moment: datetime) -> str:
-    """Return a time as reports write it: UTC, whole seconds."""
-    return moment.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 Code: TypeAlias = Annotated[str, BeforeValidator(_listed)]
-Instant: TypeAlias = Annotated[AwareDatetime, AfterValidator(_plausible), PlainSerializer(instant)]
+Instant: TypeAlias = Annotated[AwareDatetime, AfterValidator(_plausible), PlainSerializer(iso)]
 BoxId: TypeAlias = Annotated[str, Pattern(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 # A release of this product, not any text that semantic versioning allows.
 RELEASE: Final = r"^\d{1,5}\.\d{1,5}\.\d{1,5}((a|b|rc|\.dev|-(alpha|beta|rc|dev|canary)\.?)\d{1,5})?$"
@@ -180,7 +176,7 @@ class SyncReport(Allowed):
 
 
 class StatusReport(Allowed):
-    """One report; ``sequence`` rises with each report of a box, so that an old one is never taken for a new one."""
+    """One report; ``sequence`` rises with each report of a box, so that an old report cannot be replayed."""
 
     schema_: Annotated[Literal[1], Field(alias="schema")]
     box_id: BoxId
@@ -212,7 +208,7 @@ def verify(body: bytes, key: SSlibKey) -> StatusReport:
     """
     envelope = load_json(body, MAX_REPORT_BYTES)
     if not isinstance(envelope, dict) or set(envelope) != {"signed", "signature"} or not isinstance(envelope["signature"], dict):
-        _invalid("it is no envelope of signed and signature")
+        _invalid("it is not an object of signed and signature")
     report = _validated(StatusReport, envelope["signed"])
     given = envelope["signature"]
     if set(given) != {"keyid", "sig"} or not all(isinstance(value, str) and len(value) <= 1024 for value in given.values()):
@@ -221,7 +217,7 @@ def verify(body: bytes, key: SSlibKey) -> StatusReport:
         # Over the received values, not the parsed ones: a default of a newer schema must not break an older box.
         key.verify_signature(Signature(key.keyid, given["sig"]), canonical(envelope["signed"]))
     except UnverifiedSignatureError as error:
-        raise ReportError("report.signature", "the signature is not this box's", hint="enrol the box again with a new token") from error
+        raise ReportError("report.signature", "the signature is not this box's") from error
     return report
 
 
@@ -244,10 +240,7 @@ def load_json(raw: bytes, max_bytes: int) -> Any:
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_float=_no_fraction, parse_constant=_no_fraction)
     except (ValueError, RecursionError) as error:
-        raise ReportError("report.invalid", "the report is not JSON as it should be", hint=_HINT) from error
-
-
-_HINT: Final = "update the box or the server: they speak different versions of the report"
+        raise ReportError("report.invalid", "the report is not valid JSON") from error
 
 
 def _validated(kind: type[_Report], value: Any) -> _Report:
@@ -256,25 +249,25 @@ def _validated(kind: type[_Report], value: Any) -> _Report:
         canonical(value)
     except ValidationError as error:
         places = sorted({".".join(part if part in _FIELDS else "?" for part in map(str, item["loc"])) for item in error.errors()[:8]})
-        raise ReportError("report.invalid", f"the report does not fit its schema at {', '.join(places)}", hint=_HINT) from None
+        raise ReportError("report.invalid", f"the report does not fit its schema at {', '.join(places)}") from None
     except (FormatError, RecursionError, ValueError):
         _invalid("it cannot be written as canonical JSON")
     return parsed
 
 
 def _invalid(why: str) -> NoReturn:
-    raise ReportError("report.invalid", f"the report was refused: {why}", hint=_HINT)
+    raise ReportError("report.invalid", f"the report was refused: {why}")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = dict(pairs)
     if len(keys) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key is repeated")
     return keys
 
 
 def _no_fraction(_text: str) -> NoReturn:
-    raise ValueError("a number that is not whole")
+    raise ValueError("a number is not an integer")
 
 
 def _is_release(version: str) -> bool:

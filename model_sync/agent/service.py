@@ -1,31 +1,29 @@
-"""The service of the sync agent: polls the library, reports to the centre, and resummary the box's certificate.
+"""The service of the sync agent: polls the library, reports to the centre, and renews the box's certificate.
 
-No error ends it. It connects to two places only: the library (``model_sync.agent.client``) and, when the settings name one, the
-central server. A report holds only what ``model_sync.agent.report`` allows; the key that signs it never leaves the state directory.
+No error ends it. It connects only to the library (``model_sync.agent.client``) and, when the settings name one, to the central server.
+A report contains only what ``model_sync.agent.report`` allows; the key that signs it never leaves the state directory.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
-import os
 import random
 import re
 import signal
-import stat
 import threading
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, Literal
 
 from pydantic import ValidationError
 from securesystemslib.signer import CryptoSigner
 
 from model_sync import atomic_files
-from model_sync.agent.central_client import NOTHING_LOST, ReportSequenceError, post
+from model_sync.agent.central_client import ReportSequenceError, post
 from model_sync.agent.client import Client
 from model_sync.agent.device import Device, Identity, make_certificate_request
 from model_sync.agent.exchange import REPORT_FILE
@@ -33,6 +31,7 @@ from model_sync.agent.report import MAX_BOX_REPORT_BYTES, RELEASE, BoxReport, Re
 from model_sync.agent.sync_status import STATUS_FILE, SyncState
 from model_sync.errors import Action, LibraryUnreachable, ModelSyncError, TrustError
 from model_sync.settings import SyncSettings
+from model_sync.transport.connection import installed_version
 from model_sync.trust.documents import LineIndex
 
 logger = logging.getLogger(__name__)
@@ -44,9 +43,7 @@ _DRAW: Final = random.SystemRandom().random
 
 
 def enrol(settings: SyncSettings, token: str) -> None:
-    """Get a certificate for this box with a token.
-
-    The key is made here and stays here. When the answer is lost, the same token may be used again from this box.
+    """Get a certificate for this box with a token; when the answer is lost, this box may use the same token again.
 
     Raises:
         DeviceError: the token is not valid, or belongs to another box.
@@ -56,7 +53,7 @@ def enrol(settings: SyncSettings, token: str) -> None:
     device = Device(settings.state_dir, settings.box_id)
     key, csr = device.pending_request()
     answer = post(settings, "enrol", json.dumps({"token": token.strip(), "csr_pem": csr}).encode(), None)
-    _accept(device, key, answer, first=True)
+    device.accept_certificate(key, str(answer.get("certificate_pem", "")), str(answer.get("ca_pem", "")), first=True)
 
 
 def renew_if_due(settings: SyncSettings, *, now: datetime | None = None) -> bool:
@@ -71,7 +68,8 @@ def renew_if_due(settings: SyncSettings, *, now: datetime | None = None) -> bool
     if identity is None or not identity.is_renewal_due(now or datetime.now(timezone.utc)):
         return False
     key, csr = make_certificate_request(settings.box_id)
-    _accept(device, key, post(settings, "renew", json.dumps({"csr_pem": csr}).encode(), identity), first=False)
+    answer = post(settings, "renew", json.dumps({"csr_pem": csr}).encode(), identity)
+    device.accept_certificate(key, str(answer.get("certificate_pem", "")), "", first=False)
     return True
 
 
@@ -97,7 +95,7 @@ def send_report(settings: SyncSettings) -> Sent:
     if expected is not None:  # the number on this box is too low: its state was lost or restored
         expected = _deliver(settings, outbox.again(identity, expected), identity)
         if expected is not None:
-            raise LibraryUnreachable("the centre counts this box's reports otherwise", hint=NOTHING_LOST, code="sync.report")
+            raise LibraryUnreachable("the centre expects a third report number", code="sync.report")
     outbox.delivered()
     return "sent"
 
@@ -113,10 +111,7 @@ def build_report(settings: SyncSettings, sequence: int) -> StatusReport:
 
 
 def run(settings: SyncSettings, *, at_once: bool = False) -> int:
-    """Work until SIGTERM or SIGINT; return 0. A stop takes less than a second, also in the middle of a download.
-
-    A stop leaves the same files as a power cut, and the next start continues from there.
-    """
+    """Work until SIGTERM or SIGINT; return 0. A stop takes less than a second; the next start continues the download."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -172,9 +167,7 @@ class Agent:
     def _require_running(self) -> None:
         """Stop a pull between two chunks of a file, and during a pause, when the agent is asked to stop."""
         if self._stop.is_set():
-            raise LibraryUnreachable(
-                "the agent was stopped", hint="it goes on when it is started again", code="sync.stopped", action=Action.WAIT
-            )
+            raise LibraryUnreachable("the agent was stopped", code="sync.stopped", action=Action.WAIT)
 
     def _report_if_due(self) -> None:
         if self._settings.report_url is None or self._ticks() < self._retry_at:
@@ -262,23 +255,15 @@ def _deliver(settings: SyncSettings, body: bytes, identity: Identity) -> int | N
     return None
 
 
-def _accept(device: Device, key: bytes, answer: dict[str, Any], *, first: bool) -> None:
-    device.accept_certificate(key, str(answer.get("certificate_pem", "")), str(answer.get("ca_pem", "")), first=first)
-
-
 def _box_report(settings: SyncSettings) -> tuple[BoxReport | None, str]:
-    """Return the box's own report, or the code why there is none; no part of an invalid one is sent."""
+    """Return the box's own report, or the code that says why there is none."""
     path = settings.exchange_dir / REPORT_FILE
     try:
-        # A file of another account: follow no link and wait for no pipe.
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
-            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-                return None, "box_report.unreadable"
-            raw = stream.read(MAX_BOX_REPORT_BYTES + 1)
+        raw = atomic_files.read(path, MAX_BOX_REPORT_BYTES)
     except FileNotFoundError:
         return None, ""
-    except OSError:
-        return None, "box_report.unreadable"
+    except OSError as error:
+        return None, "box_report.invalid" if error.errno == errno.EFBIG else "box_report.unreadable"
     try:
         return BoxReport.parse(raw).restricted_to(_signed_versions(settings)), ""
     except ReportError as error:
@@ -318,8 +303,5 @@ def _key_name(identity: Identity) -> str:
 
 
 def _version() -> str:
-    try:
-        found = version("clinic-edge-appliance")
-    except PackageNotFoundError:
-        return "0.0.0"
-    return found if re.fullmatch(RELEASE, found) else "0.0.0"
+    installed = installed_version()
+    return installed if re.fullmatch(RELEASE, installed) else "0.0.0"

@@ -1,8 +1,7 @@
 """Staging of one version of a model line in the exchange directory: from files that are here, by deltas, or by full downloads.
 
-A bundle is assembled in a hidden directory that outlives the process, so a kill costs at most the current file. The complete
-bundle is verified and flushed, and only then gets its digest as its name. What a delta builds must be the signed file; a delta
-that fails is not tried again.
+A bundle is assembled in a hidden directory that outlives the process, so a kill costs at most the current file. The complete bundle is
+verified and flushed, and then renamed to its digest. A file that a delta builds is verified too; a delta that fails is not tried again.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tuf.api.metadata import TargetFile
@@ -52,65 +51,55 @@ class MissingFile:
         return self.delta.length if self.delta else self.target.length
 
 
+@dataclass
 class Stager:
     """Assembles bundles in an exchange directory.
 
-    Args:
+    Attributes:
         tuf_client: downloads targets of the library.
         exchange: where bundles are staged.
         deltas_dir: where deltas are stored while they are used.
         reserve_bytes: disk space that stays free.
         on_progress: receives the progress.
         add_note: receives remarks for a technician.
-        verified: the bundles that this process has verified; the caller keeps it from pull to pull.
+        verified: the bundles that this process has verified; the same object in every pull.
     """
 
-    def __init__(
-        self,
-        tuf_client: TufClient,
-        exchange: Exchange,
-        deltas_dir: Path,
-        reserve_bytes: int,
-        on_progress: Callable[[Progress], None],
-        add_note: Callable[[str], None],
-        verified: VerifiedBundleCache,
-    ) -> None:
-        """Store the arguments; nothing is fetched."""
-        self._tuf_client = tuf_client
-        self._exchange = exchange
-        self._deltas_dir = deltas_dir
-        self._reserve = reserve_bytes
-        self._on_progress = on_progress
-        self._add_note = add_note
-        self._verified = verified
-        self._progress: Progress | None = None
+    tuf_client: TufClient
+    exchange: Exchange
+    deltas_dir: Path
+    reserve_bytes: int
+    on_progress: Callable[[Progress], None]
+    add_note: Callable[[str], None]
+    verified: VerifiedBundleCache
+    _progress: Progress | None = field(default=None, init=False)
 
     def is_staged(self, digest: str) -> bool:
         """Return whether a complete bundle is here; it is hashed when necessary, and a damaged one is set aside."""
-        directory = self._exchange.bundles_dir / digest
-        rejected = rejections(self._exchange, digest)
+        directory = self.exchange.bundles_dir / digest
+        rejected = rejections(self.exchange, digest)
         if not directory.is_dir():
             return False
-        if self._verified.is_verified(directory, rejected):
+        if self.verified.is_verified(directory, rejected):
             return True
         try:
             is_intact = ModelBundle.load(directory).digest == digest
         except BundleError as error:
             is_intact = False
-            self._add_note(f"the bundle {digest[:12]} is damaged on the disk ({error.message}); it is fetched again")
+            self.add_note(f"the bundle {digest[:12]} is damaged on the disk ({error.message}); it is fetched again")
         if not is_intact:
             self._set_aside(directory)
             return False
-        self._verified.add(directory, rejected)
+        self.verified.add(directory, rejected)
         return True
 
     def manifest(self, digest: str) -> Manifest:
         """Return the manifest of a complete bundle; raises OSError or BundleError."""
-        return Manifest.parse((self._exchange.bundles_dir / digest / MANIFEST_NAME).read_bytes())
+        return Manifest.parse((self.exchange.bundles_dir / digest / MANIFEST_NAME).read_bytes())
 
     def _set_aside(self, directory: Path) -> None:
         """Rename a damaged bundle to a hidden part; its files that are still right are used again."""
-        self._verified.remove(directory)
+        self.verified.remove(directory)
         part = self._part(directory.name)
         atomic_files.remove_tree(part)
         directory.replace(part)
@@ -144,19 +133,19 @@ class Stager:
     def report_received(self, file_bytes: int) -> None:
         """Report the progress of the current file; the fetcher calls it."""
         if self._progress is not None:
-            self._on_progress(self._progress._replace(done_bytes=self._progress.done_bytes + file_bytes))
+            self.on_progress(self._progress._replace(done_bytes=self._progress.done_bytes + file_bytes))
 
     def remove_unwanted(self, wanted: set[str]) -> None:
         """Remove the parts of bundles whose digest is not ``wanted``."""
-        if self._exchange.bundles_dir.is_dir():
-            for path in self._exchange.bundles_dir.glob(".*"):
+        if self.exchange.bundles_dir.is_dir():
+            for path in self.exchange.bundles_dir.glob(".*"):
                 if path.name.split(".")[1] not in wanted:
                     atomic_files.remove_tree(path)
         if not wanted:
-            atomic_files.remove_tree(self._deltas_dir)
+            atomic_files.remove_tree(self.deltas_dir)
 
     def _part(self, digest: str) -> Path:
-        return self._exchange.bundles_dir / f".{digest}.{os.getpid()}.part"
+        return self.exchange.bundles_dir / f".{digest}.{os.getpid()}.part"
 
     def _take_over_part(self, digest: str) -> Path:
         """Return the part directory of a bundle, taking over what an earlier process left."""
@@ -173,13 +162,13 @@ class Stager:
     def _manifest(self, trusted: TrustedMetadata, job: StagingJob, part: Path) -> Manifest:
         line, version = job.line, job.release.version
         target = _target(trusted, job, MANIFEST_NAME, job.release.digest)
-        self._tuf_client.fetch(target.path, part / MANIFEST_NAME, line)
+        self.tuf_client.fetch(target.path, part / MANIFEST_NAME, line)
         try:
             manifest = Manifest.parse((part / MANIFEST_NAME).read_bytes())
         except BundleError as error:
             raise _document_error(job, error.message) from error
         if (manifest.name, manifest.version) != (line, version):
-            raise _document_error(job, f"its manifest speaks of {manifest.name} {manifest.version}")
+            raise _document_error(job, f"its manifest is of {manifest.name} {manifest.version}")
         return manifest
 
     def _missing_files(self, trusted: TrustedMetadata, job: StagingJob, manifest: Manifest, part: Path) -> list[MissingFile]:
@@ -210,24 +199,22 @@ class Stager:
 
     def _files_here(self) -> dict[str, Path]:
         """Return a file for each digest that the manifests of complete bundles name; the content is verified when it is used."""
-        return {
-            sha256: bundle.directory / file for bundle in self._exchange.bundles() for file, sha256 in bundle.manifest.digests().items()
-        }
+        return {sha256: bundle.directory / file for bundle in self.exchange.bundles() for file, sha256 in bundle.manifest.digests().items()}
 
     def _require_room(self, missing_files: list[MissingFile]) -> None:
         """Raise before each file when the disk has too little space for the files still to come."""
         largest = max(file.target.length for file in missing_files)
-        needs = {self._exchange.directory: sum(file.target.length for file in missing_files), self._deltas_dir.parent: largest}
-        if os.stat(self._exchange.directory).st_dev == os.stat(self._deltas_dir.parent).st_dev:
+        needs = {self.exchange.directory: sum(file.target.length for file in missing_files), self.deltas_dir.parent: largest}
+        if os.stat(self.exchange.directory).st_dev == os.stat(self.deltas_dir.parent).st_dev:
             # The largest file exists twice for a moment: as the received part and as the file of the bundle.
-            needs = {self._exchange.directory: sum(needs.values())}
+            needs = {self.exchange.directory: sum(needs.values())}
         for directory, need in needs.items():
-            free = shutil.disk_usage(directory).free - self._reserve
+            free = shutil.disk_usage(directory).free - self.reserve_bytes
             if need > free:
                 raise LibraryUnreachable(
                     f"the rest of the update needs {need} bytes of disk space, and {max(0, free)} are free on the disk of {directory} "
-                    f"above the reserve of {self._reserve}",
-                    hint=f"free {need - free} bytes there; the update then comes by itself, what has come is kept; {MODEL_STAYS}",
+                    f"above the reserve of {self.reserve_bytes}",
+                    hint=f"free {need - free} bytes there; the update then continues by itself; {MODEL_STAYS}",
                     code="sync.disk_full",
                     action=Action.OPERATOR,
                 )
@@ -236,7 +223,7 @@ class Stager:
         path = part / missing.name
         if missing.delta is not None and missing.base is not None and self._rebuild(job, missing, missing.delta, missing.base, path):
             return
-        self._tuf_client.fetch(missing.target.path, path, job.line)
+        self.tuf_client.fetch(missing.target.path, path, job.line)
 
     def _rebuild(self, job: StagingJob, missing: MissingFile, item: documents.Delta, base: Path, path: Path) -> bool:
         """Rebuild a file from an older one; return False when the delta is missing or does not build the signed file."""
@@ -244,33 +231,32 @@ class Stager:
         built = path.with_name(f".{path.name}.built")
         try:
             delta_file.parent.mkdir(parents=True, exist_ok=True)
-            if self._tuf_client.fetch(item.path, delta_file, job.line) is None:
+            if self.tuf_client.fetch(item.path, delta_file, job.line) is None:
                 raise delta_codec.DeltaError(f"the library does not have {item.path}")
             delta_codec.apply(item.codec, base, delta_file, built, to_sha256=item.to_sha256, to_length=missing.target.length)
             atomic_files.sync_file(built)
             built.replace(path)
         except (delta_codec.DeltaError, TrustError) as error:
-            self._add_note(
-                f"{job.line} {job.release.version}: no use of the delta for {missing.name} ({error.message}); the whole is fetched"
-            )
+            self._note_full_fetch(job, missing, f"the delta failed ({error.message})")
             atomic_files.write(self._failure_mark(item), b"")
             return False
         except LibraryUnreachable as error:
             # A stick need not carry deltas, and a server may have lost one: only a missing full file stops a bundle.
             if not (concerns_one_file(error) or error.code in ("sync.refused", "sync.usb")):
                 raise
-            self._add_note(
-                f"{job.line} {job.release.version}: there is no delta for {missing.name} here ({error.message}); the whole is fetched"
-            )
+            self._note_full_fetch(job, missing, f"there is no delta ({error.message})")
             return False
         finally:
             built.unlink(missing_ok=True)
         delta_file.unlink(missing_ok=True)
         return True
 
+    def _note_full_fetch(self, job: StagingJob, missing: MissingFile, why: str) -> None:
+        self.add_note(f"{job.line} {job.release.version}: {why}, so the complete {missing.name} is fetched")
+
     def _failure_mark(self, item: documents.Delta) -> Path:
         """Return the mark file of a delta that failed; the delta itself is stored beside it while it is used."""
-        return self._deltas_dir / f"{item.to_sha256[:16]}-{item.from_sha256[:16]}-{item.codec}.failed"
+        return self.deltas_dir / f"{item.to_sha256[:16]}-{item.from_sha256[:16]}-{item.codec}.failed"
 
     def _finish(self, part: Path, job: StagingJob, manifest: Manifest) -> ModelBundle:
         listed = {*manifest.digests(), MANIFEST_NAME}
@@ -284,17 +270,17 @@ class Stager:
         if bundle.digest != job.release.digest:
             raise self._changed_on_disk(part, job, f"{MANIFEST_NAME} is another one")
         atomic_files.sync_tree(part)
-        final = self._exchange.bundles_dir / bundle.digest
+        final = self.exchange.bundles_dir / bundle.digest
         part.replace(final)
         atomic_files.sync_directory(final.parent)
-        self._verified.add(final, rejections(self._exchange, bundle.digest))
+        self.verified.add(final, rejections(self.exchange, bundle.digest))
         return ModelBundle(final, bundle.manifest, bundle.digest)
 
     def _changed_on_disk(self, part: Path, job: StagingJob, what: str) -> LibraryUnreachable:
-        """Return the error for files that changed after they were verified; the part is removed, so the next pull starts anew."""
+        """Return the error for files that changed after they were verified; the part is removed, so the next pull starts again."""
         atomic_files.remove_tree(part)
         return LibraryUnreachable(
-            f"{job.line} {job.release.version} changed on the disk while it was put together: {what}",
+            f"{job.line} {job.release.version} changed on the disk while it was assembled: {what}",
             hint=f"the next pull fetches it again; if it happens twice, have the disk checked; {MODEL_STAYS}",
             code="sync.state",
             action=Action.OPERATOR,
@@ -322,10 +308,7 @@ def _target(trusted: TrustedMetadata, job: StagingJob, file: str, sha256: str) -
 
 def _document_error(job: StagingJob, what: str) -> TrustError:
     return TrustError(
-        f"{job.line} {job.release.version} was signed, but it is no whole bundle: {what}",
-        hint=f"tell the central team, which has to publish it again under a new version; {MODEL_STAYS}",
-        code="trust.document",
-        action=Action.OPERATOR,
+        f"{job.line} {job.release.version} was signed, but its bundle is not valid: {what}", code="trust.document", action=Action.OPERATOR
     )
 
 

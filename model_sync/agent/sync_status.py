@@ -1,4 +1,4 @@
-"""``sync-status.json``: what the agent is doing and what is wrong, for the health page and for ``model-sync status``."""
+"""``sync-status.json``: what the agent does and what is wrong, for the health page and for ``model-sync status``."""
 
 from __future__ import annotations
 
@@ -25,16 +25,9 @@ _log = logging.getLogger(__name__)
 
 
 class SyncState(TextEnum):
-    """The state of the agent, as it is stored and reported.
+    """The state of the agent, as it is stored and reported; the message ``state.<value>`` explains it.
 
-    Attributes:
-        OK: everything is as the library wants it.
-        UNREACHABLE: the library does not answer; the agent tries again.
-        UNTRUSTED: an alarm: a signature, a version or a digest is wrong.
-        WAITING: the agent waits for a window, a budget, another process or a signature.
-        DOWNLOADING: bytes of a model are being received.
-        ERROR: something on this box has to be repaired.
-        UNKNOWN: only in reports: no status could be read.
+    ``UNKNOWN`` is only in reports: no status could be read.
     """
 
     OK = "ok"
@@ -56,7 +49,7 @@ _STATE_OF_ACTION = {
 
 
 class Progress(NamedTuple):
-    """Progress of a pull: the current file, and the bytes of the whole pull."""
+    """Progress of a pull: the current file, and the bytes of the complete pull."""
 
     file: str
     done_bytes: int
@@ -78,13 +71,13 @@ class LineStatus:
 def state_of(error: ModelSyncError | None) -> SyncState:
     """Return the state that an error puts the agent in.
 
-    A link that fails is never called untrusted. What the central team did on purpose, such as a withdrawal, is no problem at all.
+    A failed link is never untrusted. What the central team did on purpose, such as a withdrawal, is no error.
     """
     return SyncState.OK if error is None else _STATE_OF_ACTION[error.action]
 
 
 class StatusFile:
-    """Writes the status to the disk; a status that cannot be written stops nothing, it is logged.
+    """Writes the status to the disk; when it cannot be written, that is logged, and the agent continues.
 
     Args:
         exchange_dir: where the box reads it.
@@ -92,12 +85,14 @@ class StatusFile:
         box_id: the name of this box.
         now: the wall clock.
         ticks: a monotonic clock, in seconds.
+
+    Attributes:
+        value: the status as it was last written.
     """
 
     def __init__(
         self, exchange_dir: Path, state_dir: Path, box_id: str, now: Callable[[], datetime], ticks: Callable[[], float] = time.monotonic
     ) -> None:
-        """Read the status that is there; new values replace its fields."""
         self._path = exchange_dir / STATUS_FILE
         self._history = state_dir / HISTORY_FILE
         self._now = now
@@ -105,32 +100,27 @@ class StatusFile:
         self._progress_at = float("-inf")
         self._failing_since: float | None = None
         stored = atomic_files.read_json(self._path)
-        self._value: dict[str, Any] = {
+        self.value: dict[str, Any] = {
             "since": None, "last_success_at": None, "last_attempt_at": None, "received_bytes": 0, "lines": {}, "clock": None,
             "notes": [], "last_problem": None, "retry": None,
         } | stored | {"schema": 1, "box_id": box_id}  # fmt: skip
 
-    @property
-    def value(self) -> Mapping[str, Any]:
-        """The status as it was last written."""
-        return self._value
-
     def begin(self) -> None:
         """Record that an attempt begins."""
         self._failing_since = None
-        self._value |= {"last_attempt_at": iso(self._now()), "notes": [], "progress": None, "retry": None}
+        self.value |= {"last_attempt_at": iso(self._now()), "notes": [], "progress": None, "retry": None}
         self._write()
 
     def add_note(self, text: str) -> None:
         """Add a remark that is no problem, such as a delta that did not fit or a bundle that was removed."""
-        self._value["notes"] = [*self._value["notes"], text][-20:]
+        self.value["notes"] = [*self.value["notes"], text][-20:]
         self._write()
 
     def report_progress(self, progress: Progress, received_bytes: int) -> None:
         """Record received bytes; written at most once a second."""
         is_new_state = self._enter(SyncState.DOWNLOADING, "sync.downloading")
         self._failing_since = None
-        self._value |= {
+        self.value |= {
             "progress": progress._asdict(), "received_bytes": received_bytes, "message": progress.file, "hint": "", "retry": None,
         }  # fmt: skip
         if is_new_state or self._ticks() - self._progress_at >= _PROGRESS_EVERY_S:
@@ -138,40 +128,37 @@ class StatusFile:
             self._write()
 
     def report_retry(self, error: ModelSyncError, pause_s: float) -> None:
-        """Record a failed attempt and the pause before the next one: twenty of them may take half an hour.
-
-        A short failure does not change the state, so that a bad link does not make it flicker.
-        """
+        """Record a failed attempt and the pause before the next one; only a failure that lasts changes the state."""
         now = self._ticks()
         self._failing_since = now if self._failing_since is None else self._failing_since
         next_at = self._now() + timedelta(seconds=pause_s)
-        self._value["retry"] = {"code": error.code, "message": error.message, "pause_s": round(pause_s, 1), "at": iso(next_at)}
+        self.value["retry"] = {"code": error.code, "message": error.message, "pause_s": round(pause_s, 1), "at": iso(next_at)}
         if now + pause_s - self._failing_since >= _RETRY_GRACE_S:
             self._enter(state_of(error), error.code)
-            self._value |= {"message": f"{error.message}; trying again in {pause_s:.0f} s", "hint": error.hint, "progress": None}
+            self.value |= {"message": f"{error.message}; trying again in {pause_s:.0f} s", "hint": error.hint, "progress": None}
         self._write()
 
     def end(
         self, error: ModelSyncError | None, lines: Mapping[str, LineStatus], clocks: Clocks, received_bytes: int, code: str = "sync.ok"
     ) -> None:
-        """Record the result of an attempt; the last problem stays on record after a success."""
+        """Record the result of an attempt; a success does not clear ``last_problem``."""
         state = state_of(error)
         at = iso(self._now())
         self._enter(state, error.code if error else code)
-        self._value |= {
+        self.value |= {
             "message": error.message if error else "", "hint": error.hint if error else "",
             "received_bytes": received_bytes, "progress": None, "retry": None,
             "clock": {"system": iso(clocks.system), "floor": iso(clocks.earliest), "server": iso(clocks.server) if clocks.server else None},
         }  # fmt: skip
         if lines:
-            self._value["lines"] = {name: line.__dict__ for name, line in lines.items()}
+            self.value["lines"] = {name: line.__dict__ for name, line in lines.items()}
         if error is None:
-            self._value["last_success_at"] = at
+            self.value["last_success_at"] = at
         else:
-            self._value["last_problem"] = {"code": error.code, "message": error.message, "at": at}
+            self.value["last_problem"] = {"code": error.code, "message": error.message, "at": at}
         self._write()
-        self._append_history({"at": at, "state": state, "code": self._value["code"], "message": self._value["message"],
-                              "received_bytes": received_bytes, "lines": self._value["lines"]})  # fmt: skip
+        self._append_history({"at": at, "state": state, "code": self.value["code"], "message": self.value["message"],
+                              "received_bytes": received_bytes, "lines": self.value["lines"]})  # fmt: skip
 
     def history(self) -> list[dict[str, Any]]:
         """Return the results so far, oldest first; an incomplete last line is skipped."""
@@ -189,14 +176,14 @@ class StatusFile:
 
     def _enter(self, state: SyncState, code: str) -> bool:
         """Set state and code; return whether they changed."""
-        is_changed = (self._value.get("state"), self._value.get("code")) != (state, code)
+        is_changed = (self.value.get("state"), self.value.get("code")) != (state, code)
         if is_changed:
-            self._value |= {"state": state, "code": code, "since": iso(self._now())}
+            self.value |= {"state": state, "code": code, "since": iso(self._now())}
         return is_changed
 
     def _write(self) -> None:
-        self._value["at"] = iso(self._now())
-        value = {"state": SyncState.OK, "code": "sync.ok", "message": "", "hint": "", "progress": None} | self._value
+        self.value["at"] = iso(self._now())
+        value = {"state": SyncState.OK, "code": "sync.ok", "message": "", "hint": "", "progress": None} | self.value
         try:
             atomic_files.write_json(self._path, value)
         except OSError as error:

@@ -10,14 +10,14 @@ from model_sync.errors import Action, ModelSyncError, TrustError, UsbIncomplete
 from model_sync.trust import metadata
 
 FOLDER = "clinic-models"
-_MAKE_AGAIN = "make the stick anew with `model-library export-usb`; the model in use stays"
+_MAKE_AGAIN = "write the stick again with `model-library export-usb`; the model in use stays"
 _WORDING = {
     "trust.rollback": "the stick is older than this box",
     "trust.expired": "the stick has expired",
     "trust.part_expired": "a part of the stick has expired",
     "trust.digest": "a file on the stick was altered or damaged",
-    "trust.signature": "the stick cannot be believed",
-    "trust.metadata": "the stick cannot be believed",
+    "trust.signature": "the stick cannot be trusted",
+    "trust.metadata": "the stick cannot be trusted",
 }
 
 
@@ -31,8 +31,8 @@ def find_tree(directory: Path) -> Path:
         if (path / "metadata").is_dir():
             return path
     raise UsbIncomplete(
-        f"{directory} holds no folder {FOLDER}/metadata",
-        hint="point to the stick itself, which is made with `model-library export-usb`; the model in use stays",
+        f"{directory} has no folder {FOLDER}/metadata",
+        hint="give the mount point of a stick that `model-library export-usb` has written; the model in use stays",
     )
 
 
@@ -40,15 +40,13 @@ def reword_error(error: ModelSyncError, stick: Path, root: Path) -> ModelSyncErr
     """Return an error of an import in words for the technician; an error of the box's own disk is returned unchanged."""
     if isinstance(error, TrustError) and error.code in ("trust.signature", "trust.metadata") and _is_from_other_library(stick, root):
         return TrustError(
-            "the stick is of another library: its root.json is not the one this box was installed with",
-            hint="use a stick of your own central team; the model in use stays",
-            code="trust.foreign_root",
+            "the stick is of another library: its root.json is not the one this box was installed with", code="trust.foreign_root"
         )
     if isinstance(error, TrustError) and error.code in _WORDING:
         hint = error.hint if "clock of this box is wrong" in error.hint else _MAKE_AGAIN
         return TrustError(f"{_WORDING[error.code]}: {error.message}", hint=hint, code=error.code, action=error.action)
     if error.action is Action.RETRY:
-        return UsbIncomplete(f"the stick is incomplete: {error.message}", hint=_MAKE_AGAIN)
+        return UsbIncomplete(f"the stick is incomplete: {error.message}")
     return error
 
 

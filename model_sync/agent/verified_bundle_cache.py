@@ -1,7 +1,7 @@
-"""The bundles that this process has verified, so that megabytes are not hashed at every poll.
+"""The bundles that this process has verified, so that they are not hashed at every poll.
 
-A disk can lose bits, and another account may write where it should not. A bundle is hashed again when the length, time or inode of
-a file changed, when the box has rejected it since, and once a day in any case: a bad sector changes none of these.
+A bundle is hashed again when the length, time or inode of a file changed, when the box has rejected it since, and once a day: a bad
+sector changes none of these.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ class VerifiedBundleCache:
     """
 
     def __init__(self, ticks: Callable[[], float]) -> None:
-        """Start empty."""
         self._ticks = ticks
         self._fingerprints: dict[str, _Fingerprint] = {}
 
@@ -70,10 +69,10 @@ def rejections(exchange: Exchange, digest: str) -> Rejections:
 
 def _files(directory: Path) -> tuple[tuple[str, int, int, int], ...]:
     """Return name, length, time and inode of each file."""
-    found = []
+    files = []
     for folder, _, names in os.walk(directory):
         for name in names:
             path = os.path.join(folder, name)
             status = os.lstat(path)
-            found.append((path, status.st_size, status.st_mtime_ns, status.st_ino))
-    return tuple(sorted(found))
+            files.append((path, status.st_size, status.st_mtime_ns, status.st_ino))
+    return tuple(sorted(files))

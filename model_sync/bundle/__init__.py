@@ -3,6 +3,8 @@
 Import these names from here; the modules below may change.
 """
 
+# ruff: noqa: F401  (the names are re-exported)
+
 from model_sync.bundle.input_spec import (
     InputSpec,
     Letterbox,
@@ -19,18 +21,14 @@ from model_sync.bundle.input_spec import (
 )
 from model_sync.bundle.manifest import (
     MANIFEST_NAME,
-    AgeRange,
     AppliesTo,
-    Code,
     Document,
     Label,
     Manifest,
-    ModelInput,
     Registration,
     SemVer,
     Text,
     TrainingData,
-    TrainingSource,
     Variant,
     Watch,
 )
@@ -45,7 +43,6 @@ from model_sync.bundle.output_spec import (
     OutputSpec,
     Precision,
     ScoreHistogram,
-    Sha256,
     SourceMeasure,
 )
 from model_sync.bundle.sequence_spec import Milliseconds, SequenceRule
@@ -63,62 +60,3 @@ from model_sync.bundle.volume_spec import (
     VolumeStep,
 )
 from model_sync.errors import BundleError
-
-__all__ = [
-    "BACKGROUND",
-    "MANIFEST_NAME",
-    "AgeRange",
-    "AppliesTo",
-    "BundleError",
-    "Clip",
-    "ClipQuantile",
-    "Code",
-    "CropPad",
-    "Document",
-    "Explain",
-    "Golden",
-    "GoldenCase",
-    "GoldenVolume",
-    "Identifier",
-    "InputSpec",
-    "Interval",
-    "Label",
-    "Letterbox",
-    "Manifest",
-    "Milliseconds",
-    "MinMax",
-    "ModalityLut",
-    "ModelBundle",
-    "ModelInput",
-    "Monochrome2",
-    "NonEmpty",
-    "Normalise",
-    "OperatingPoint",
-    "Orient",
-    "OutputSpec",
-    "Precision",
-    "QuantileScale",
-    "Registration",
-    "Resample",
-    "Resize",
-    "Scale",
-    "ScoreHistogram",
-    "SemVer",
-    "SequenceRule",
-    "Sha256",
-    "SlidingWindow",
-    "SourceMeasure",
-    "Stack",
-    "Step",
-    "Strict",
-    "Text",
-    "ToUint8",
-    "TrainingData",
-    "TrainingSource",
-    "Variant",
-    "Voi",
-    "VolumeSpec",
-    "VolumeStep",
-    "Watch",
-    "sha256_of",
-]

@@ -1,11 +1,11 @@
 """The input of a model of images: its tensor, and the pixel pipeline of the manifest.
 
-The appliance executes these steps in their order and has no others, so that a model gets the same input as in training.
+The appliance executes only these steps, in their order, so that a model gets the same input as in training.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from typing_extensions import Self
@@ -15,7 +15,7 @@ Positive: TypeAlias = Annotated[int, Field(gt=0)]
 
 
 class Strict(BaseModel):
-    """Base of every part of the manifest: nothing unknown, nothing mutable, no NaN, no silent conversion."""
+    """Base of every part of the manifest: unknown fields and NaN are errors, and objects are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -46,7 +46,7 @@ class ToUint8(Strict):
 
 
 class Letterbox(Strict):
-    """Pad with ``fill`` to the aspect ratio of the input, the image in the centre."""
+    """Pad with ``fill`` to the aspect ratio of the input; the image is centred."""
 
     step: Literal["letterbox"]
     fill: Annotated[int, Field(ge=0, le=255)]
@@ -79,6 +79,13 @@ class Normalise(Strict):
 
 _AnyStep: TypeAlias = ModalityLut | Voi | Monochrome2 | ToUint8 | Letterbox | Resize | Scale | Normalise
 Step: TypeAlias = Annotated[_AnyStep, Field(discriminator="step")]
+
+
+def require_low_below_high(span: Any) -> Any:
+    """Raise ValueError when ``low`` is not below ``high``: the validator of every range in the manifest."""
+    if span.low >= span.high:
+        raise ValueError(f"{getattr(span, 'step', 'a range')} needs low < high")
+    return span
 
 
 class InputSpec(Strict):

@@ -1,7 +1,7 @@
 """The schema of ``manifest.json``: intended use, input, outputs and operating points of a model.
 
-Parsing is strict: an unknown field, a duplicate key, a wrong type or an invalid reference is an error, because a box must never guess
-what a model is for (R28) or which threshold it uses (R29).
+Parsing is strict: an unknown field, a duplicate key, a wrong type or an invalid reference is an error, so that a box never guesses the
+intended use of a model (R28) or its threshold (R29).
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ class Manifest(Strict):
         """Return the label called ``name``.
 
         Raises:
-            KeyError: The model has no such label.
+            KeyError: the model has no such label.
         """
         return {label.name: label for label in self.labels}[name]
 
@@ -250,7 +250,7 @@ class Manifest(Strict):
         """Return the operating point of ``label``.
 
         Raises:
-            KeyError: The model has no such label.
+            KeyError: the model has no such label.
         """
         return {point.label: point for point in self.operating_points}[label]
 
@@ -343,21 +343,17 @@ class Manifest(Strict):
 
 def invalid_manifest(what: str) -> BundleError:
     """Return the error for a manifest that is not valid."""
-    return BundleError(
-        "bundle.manifest_invalid",
-        f"{MANIFEST_NAME} is not valid: {what}",
-        "compare it with schema 1; a bundle made for a newer appliance needs the appliance updated first",
-    )
+    return BundleError("bundle.manifest_invalid", f"{MANIFEST_NAME} is not valid: {what}")
 
 
 def _where(location: tuple[int | str, ...]) -> str:
-    # The discriminator of a union of inputs or steps is no field of the file.
+    # The discriminator of a union of inputs or steps is not a field of the file.
     parts = [str(part) for part in location]
     return ".".join(part for part, before in zip(parts, ["", *parts], strict=False) if (before, part) not in _TAGS) or "manifest"
 
 
 def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> None:
-    # With a duplicate key two readers could see two different models.
+    # With a duplicate key two parsers could read two different models.
     _unique("keys", [key for key, _ in pairs])
 
 

@@ -1,7 +1,7 @@
 """The model bundle: one directory, one version of one model.
 
-``manifest.json`` lists each file beside it with its SHA-256, so the digest of ``manifest.json`` identifies the complete version.
-Neither numpy nor onnx is imported at module level: the web process reads manifests too and has to stay small.
+``manifest.json`` lists every other file with its SHA-256, so the digest of ``manifest.json`` identifies the complete version. numpy is
+imported only where it is used: the web process reads manifests too and has to stay small.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from model_sync.bundle.manifest import MANIFEST_NAME, Manifest, Variant, invalid_manifest
 from model_sync.bundle.output_spec import Golden, Precision
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 _CHUNK_BYTES = 1024 * 1024
 
-# From the most exact to the least: the order for a caller that does not choose.
+# From the most exact to the least: the order when the caller names no precision.
 _BY_EXACTNESS: tuple[Precision, ...] = ("fp32", "fp16", "mixed", "int8")
 
 
@@ -69,7 +69,7 @@ class ModelBundle:
     Attributes:
         directory: Absolute path of the bundle.
         manifest: The validated manifest.
-        digest: SHA-256 of ``manifest.json`` in hex: it names the whole version.
+        digest: SHA-256 of ``manifest.json`` in hex: it identifies the complete version.
     """
 
     directory: Path
@@ -87,8 +87,8 @@ class ModelBundle:
         """
         root = Path(directory).resolve()
         if not root.is_dir():
-            what = "is no folder" if root.exists() else "does not exist"
-            raise BundleError("bundle.unreadable", f"{root} {what}", "name the bundle's directory; is the disk or the stick mounted?")
+            what = "is not a directory" if root.exists() else "does not exist"
+            raise BundleError("bundle.unreadable", f"{root} {what}")
         try:
             present = set(_walk(root))
             raw = _read_manifest(root, present)
@@ -96,19 +96,15 @@ class ModelBundle:
             listed = manifest.digests()
             _compare_names(present - {MANIFEST_NAME}, set(listed))
             for relative, expected in sorted(listed.items()):
-                _check_digest(root, relative, expected)
+                _compare_digest(relative, sha256_of(root / relative), expected)
         except OSError as error:
-            raise BundleError(
-                "bundle.unreadable",
-                f"a file of the bundle {root} cannot be read: {error.strerror or error}",
-                "check that the disk is healthy and that this user may read the bundle directory",
-            ) from error
+            raise BundleError("bundle.unreadable", f"a file of the bundle {root} cannot be read: {error.strerror or error}") from error
         return cls(root, manifest, hashlib.sha256(raw).hexdigest())
 
     def describe(self) -> list[str]:
         """Return a summary as lines of text: version, operating points, variants and golden cases."""
         manifest = self.manifest
-        lines = [f"{manifest.name} {manifest.version} ({self.digest[:12]}): whole"]
+        lines = [f"{manifest.name} {manifest.version} ({self.digest[:12]}): intact"]
         for point in manifest.operating_points:
             figures = f"sensitivity {point.sensitivity.value:.3f}, specificity {point.specificity.value:.3f}"
             lines.append(f"  {point.label}: threshold {point.threshold:.4f}, {figures}")
@@ -125,7 +121,7 @@ class ModelBundle:
             raise BundleError(
                 "bundle.file_unlisted",
                 f"{relative!r} is not a file of {self.manifest.name} {self.manifest.version}",
-                "use a name that stands in manifest.json",
+                "use a name that manifest.json lists",
             )
         return self.directory / relative
 
@@ -140,9 +136,7 @@ class ModelBundle:
             if candidate in have and precision in (None, candidate):
                 return have[candidate]
         raise BundleError(
-            "bundle.no_variant",
-            f"{self.manifest.name} {self.manifest.version} has no {precision} variant, only {', '.join(have)}",
-            "choose one of the precisions the bundle ships",
+            "bundle.no_variant", f"{self.manifest.name} {self.manifest.version} has no {precision} variant, only {', '.join(have)}"
         )
 
     def golden_cases(self) -> Iterator[GoldenCase]:
@@ -164,8 +158,7 @@ class ModelBundle:
 
     def _golden_bytes(self, golden: Golden) -> bytes:
         raw = self.path(golden.input).read_bytes()
-        if hashlib.sha256(raw).hexdigest() != golden.sha256:
-            _mismatch(golden.input)
+        _compare_digest(golden.input, hashlib.sha256(raw).hexdigest(), golden.sha256)
         return raw
 
 
@@ -230,20 +223,12 @@ def _walk(root: Path, prefix: str = "") -> Iterator[str]:
             elif stat.S_ISREG(mode):
                 yield relative
             else:
-                raise BundleError(
-                    "bundle.unsafe_path",
-                    f"{relative!r} is a link or a special file",
-                    "a bundle holds plain files only: copy the bundle again from the library or the USB stick",
-                )
+                raise BundleError("bundle.unsafe_path", f"{relative!r} is a link or a special file")
 
 
 def _read_manifest(root: Path, present: set[str]) -> bytes:
     if MANIFEST_NAME not in present:
-        raise BundleError(
-            "bundle.no_manifest",
-            f"{root.name} holds no {MANIFEST_NAME}",
-            "point to the directory of one model version, the one that contains manifest.json",
-        )
+        raise BundleError("bundle.no_manifest", f"{root.name} has no {MANIFEST_NAME}")
     with (root / MANIFEST_NAME).open("rb") as stream:
         raw = stream.read(MAX_MANIFEST_BYTES + 1)
     if len(raw) > MAX_MANIFEST_BYTES:
@@ -252,25 +237,16 @@ def _read_manifest(root: Path, present: set[str]) -> bytes:
 
 
 def _compare_names(present: set[str], listed: set[str]) -> None:
-    again = "fetch the bundle again from the library or the USB stick; the model in use is not affected"
     if missing := sorted(listed - present):
-        raise BundleError("bundle.file_missing", f"the bundle lacks {', '.join(missing[:5])}", again)
+        raise BundleError("bundle.file_missing", f"the bundle lacks {', '.join(missing[:5])}")
     if extra := sorted(present - listed):
-        raise BundleError("bundle.file_unlisted", f"the manifest does not list {', '.join(extra[:5])}", again)
+        raise BundleError("bundle.file_unlisted", f"the manifest does not list {', '.join(extra[:5])}")
 
 
-def _check_digest(root: Path, relative: str, expected: str) -> None:
-    if sha256_of(root / relative) != expected:
-        _mismatch(relative)
-
-
-def _mismatch(relative: str) -> NoReturn:
-    raise BundleError(
-        "bundle.digest_mismatch",
-        f"{relative} is not the file that the manifest names: its SHA-256 differs",
-        "fetch the bundle again; if it happens twice, have the disk and the sender checked",
-    )
+def _compare_digest(relative: str, digest: str, expected: str) -> None:
+    if digest != expected:
+        raise BundleError("bundle.digest_mismatch", f"{relative} is not the file that the manifest names: its SHA-256 differs")
 
 
 def _bad_golden(name: str, what: str) -> BundleError:
-    return BundleError("bundle.golden_invalid", f"the golden case {name} {what}", "build the bundle again")
+    return BundleError("bundle.golden_invalid", f"the golden case {name} {what}")

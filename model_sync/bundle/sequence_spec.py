@@ -1,6 +1,6 @@
 """The acquisitions that a model of volumes may analyse, beyond modality and body part: a T1 model must not analyse a FLAIR.
 
-Everything here is optional; the bytes of a manifest without it did not change when it was introduced.
+Everything here is optional: a manifest without it has the same bytes as before these fields existed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, StringConstraints, model_validator
 from typing_extensions import Self
 
-from model_sync.bundle.input_spec import Strict
+from model_sync.bundle.input_spec import Strict, require_low_below_high
 
 ImageTypeValue: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[A-Z0-9_ ]{1,16}$")]
 Missing: TypeAlias = Literal["assume", "out_of_scope"]
@@ -22,11 +22,7 @@ class Milliseconds(Strict):
     low: Annotated[float, Field(ge=0)]
     high: Annotated[float, Field(gt=0)]
 
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.low >= self.high:
-            raise ValueError("a span needs low < high")
-        return self
+    _ordered = model_validator(mode="after")(require_low_below_high)
 
 
 class SequenceRule(Strict):
@@ -51,5 +47,5 @@ class SequenceRule(Strict):
     @model_validator(mode="after")
     def _is_not_empty(self) -> Self:
         if not any((self.echo_time_ms, self.repetition_time_ms, self.scanning_sequence, self.image_type_not, self.contrast_agent)):
-            raise ValueError("sequence must ask for something, or not be there")
+            raise ValueError("sequence must require something, or be absent")
         return self

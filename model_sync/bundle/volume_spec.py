@@ -1,7 +1,7 @@
 """The input of a model of volumes: its tensor, and the pipeline that builds it from the images of one series.
 
-The appliance executes these steps in their order and has no others. The axes of a tensor are depth, height, width; ``orient`` gives the
-patient direction of each.
+The appliance executes only these steps, in their order. The axes of a tensor are depth, height, width; ``orient`` gives the patient
+direction of each.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, StringConstraints, model_validator
 from typing_extensions import Self
 
-from model_sync.bundle.input_spec import ModalityLut, NonEmpty, Normalise, Positive, Scale, Strict
+from model_sync.bundle.input_spec import ModalityLut, NonEmpty, Normalise, Positive, Scale, Strict, require_low_below_high
 
 # Where an axis may point: left or right, anterior or posterior, superior or inferior.
 _DIRECTIONS = ({"L", "R"}, {"A", "P"}, {"S", "I"})
@@ -35,7 +35,7 @@ class Stack(Strict):
 
 
 class Orient(Strict):
-    """Turn the volume so that depth, height and width run towards these sides of the patient: LIA, RAS."""
+    """Turn the volume so that depth, height and width point to these sides of the patient, such as LIA or RAS."""
 
     step: Literal["orient"]
     axes: Orientation
@@ -61,12 +61,7 @@ class Clip(Strict):
     step: Literal["clip"]
     low: float
     high: float
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.low >= self.high:
-            raise ValueError("clip needs low < high")
-        return self
+    _ordered = model_validator(mode="after")(require_low_below_high)
 
 
 class ClipQuantile(Strict):
@@ -75,12 +70,7 @@ class ClipQuantile(Strict):
     step: Literal["clip_quantile"]
     low: Quantile
     high: Quantile
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.low >= self.high:
-            raise ValueError("clip_quantile needs low < high")
-        return self
+    _ordered = model_validator(mode="after")(require_low_below_high)
 
 
 class MinMax(Strict):
@@ -90,12 +80,7 @@ class MinMax(Strict):
     low: float
     high: float
     round: bool
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.low >= self.high:
-            raise ValueError("min_max needs low < high")
-        return self
+    _ordered = model_validator(mode="after")(require_low_below_high)
 
 
 class QuantileScale(Strict):
@@ -104,16 +89,11 @@ class QuantileScale(Strict):
     step: Literal["quantile_scale"]
     low: Quantile
     high: Quantile
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.low >= self.high:
-            raise ValueError("quantile_scale needs low < high")
-        return self
+    _ordered = model_validator(mode="after")(require_low_below_high)
 
 
 class CropPad(Strict):
-    """Crop or pad every axis to this many voxels, the volume in the centre; new voxels hold ``fill``."""
+    """Crop or pad every axis to this many voxels; the volume is centred, and new voxels have the value ``fill``."""
 
     step: Literal["crop_pad"]
     depth: Positive

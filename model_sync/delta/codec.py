@@ -1,20 +1,20 @@
 """Deltas between two versions of one file, so that a slow link carries the changes and not the complete model.
 
-A delta is an ordinary signed target; the file that it rebuilds must match its own signed digest, so a bad delta can waste a download
-but never change a model. The decoder trusts no number in it: every length is checked against the signed length of the new file and
-against the old file before it is used, and nothing is decompressed beyond the declared length.
+A delta is an ordinary signed target; the file that it rebuilds must match its own signed digest, so a bad delta can waste a download but
+never change a model. The decoder checks every length against the signed length of the new file and against the old file before it is
+used, and decompresses nothing beyond the declared length.
 
 Two codecs share one header (little-endian): magic ``CEAD``, version, codec, lengths and SHA-256 of the old and the new file.
 
 ``zstd-prefix``
-    The new file in segments of 32 MiB, each a zstd frame with a range of the old file as its prefix. Good when ranges of
-    bytes moved or stayed.
+    The new file in segments of 32 MiB, each a zstd frame with a range of the old file as its prefix. For files in which ranges of
+    bytes moved or did not change.
 ``tensor``
     A program of copies from the old file, literal bytes and differences: n elements of 1, 2, 4 or 8 bytes, each the old
     element plus a wrapping difference, zigzag coded, one zstd stream per byte plane. Differences of floats may be grouped
     by the old element's exponent; those of bytes may be packed into 2 or 4 bits, where the code of all ones continues in a
-    stream of escapes. Good when every weight changed a little, which no general tool detects. The decoder knows nothing
-    about ONNX: the encoder finds the tensors.
+    stream of escapes. For models in which every weight changed a little. The decoder does not parse ONNX: the encoder finds the
+    tensors.
 """
 
 from __future__ import annotations
@@ -25,40 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from model_sync.delta.format import (
-    BLOCK_BYTES,
-    CODEC_NUMBERS,
-    CODES,
-    COPY,
-    DIFFERENCE,
-    ESCAPES,
-    FIRST_PLANE,
-    GROUPED,
-    HEADER,
-    LITERAL,
-    LITERALS,
-    MAGIC,
-    MAX_OPERATIONS,
-    MAX_PROGRAM_BYTES,
-    NARROW,
-    PIECE_BYTES,
-    PREFIX_BYTES,
-    PROGRAM,
-    SEGMENT,
-    SEGMENT_BYTES,
-    SEGMENT_WINDOW_LOG,
-    STREAM,
-    STREAM_COUNT,
-    VERSION,
-    WINDOW_LOG,
-    DeltaError,
-    Source,
-    Stream,
-    grouping,
-    read_varint,
-    source,
-    zstd,
-)
+from model_sync.delta import format as fmt
+from model_sync.delta.format import DeltaError, Source, Stream, grouping, read_varint, source, zstd
 from model_sync.trust.documents import Codec
 
 __all__ = ["MAX_RATIO", "DeltaError", "Encoded", "apply", "best", "encode_with", "is_worth_publishing"]
@@ -105,10 +73,10 @@ def encode_with(codec: Codec, old: bytes, new: bytes) -> bytes:
     """
     from model_sync.delta import encoder as delta_encoder
 
-    if codec not in CODEC_NUMBERS:
+    if codec not in fmt.CODEC_NUMBERS:
         raise DeltaError(f"there is no delta codec {codec!r}")
     digests = hashlib.sha256(old).digest(), hashlib.sha256(new).digest()
-    header = HEADER.pack(MAGIC, VERSION, CODEC_NUMBERS[codec], len(old), len(new), *digests)
+    header = fmt.HEADER.pack(fmt.MAGIC, fmt.VERSION, fmt.CODEC_NUMBERS[codec], len(old), len(new), *digests)
     return header + (delta_encoder.encode_prefix(old, new) if codec == "zstd-prefix" else delta_encoder.encode_tensor(old, new))
 
 
@@ -123,7 +91,7 @@ def apply(codec: str, old: Path, delta: Path, out: Path, *, to_sha256: str, to_l
         OSError: ``out`` cannot be written, such as on a full disk.
     """
     if out.exists() and any(path.exists() and out.samefile(path) for path in (old, delta)):
-        raise DeltaError(f"{out} is one of the files that it would be made of")
+        raise DeltaError(f"{out} is one of the input files")
     out.unlink(missing_ok=True)  # never written through a link
     try:
         with source(old) as old_file, source(delta) as delta_file:
@@ -142,13 +110,13 @@ def _check_header(codec: str, old: Source, delta: Source, to_sha256: str, to_len
     """Check every field of the header, the old file's digest last because that reads the file; return the decoder."""
     if codec not in _DECODERS:
         raise DeltaError(f"there is no delta codec {codec!r}")
-    magic, version, *rest = HEADER.unpack(delta.read(0, HEADER.size))
-    if magic != MAGIC:
+    magic, version, *rest = fmt.HEADER.unpack(delta.read(0, fmt.HEADER.size))
+    if magic != fmt.MAGIC:
         raise DeltaError("the file is not a delta")
-    if version != VERSION:
-        raise DeltaError(f"a delta of version {version}; this version of the agent knows {VERSION}")
+    if version != fmt.VERSION:
+        raise DeltaError(f"a delta of version {version}; this version of the agent knows {fmt.VERSION}")
     actual_codec, from_length, actual_to_length, from_sha256, actual_to_sha256 = rest
-    if actual_codec != CODEC_NUMBERS.get(codec):
+    if actual_codec != fmt.CODEC_NUMBERS.get(codec):
         raise DeltaError(f"the delta is not in the codec {codec}")
     if (actual_to_length, actual_to_sha256.hex()) != (to_length, to_sha256.lower()):
         raise DeltaError("the delta builds another file than the one asked for")
@@ -184,16 +152,16 @@ def _build(decode: Decode, old: Source, delta: Source, target: BinaryIO, to_sha2
 
 
 def _decode_prefix(old: Source, delta: Source, to_length: int, write: Write) -> None:
-    place = HEADER.size
-    for start in range(0, to_length, SEGMENT_BYTES):
-        begin, length, packed = SEGMENT.unpack(delta.read(place, SEGMENT.size))
-        place += SEGMENT.size
-        if length > PREFIX_BYTES:
-            raise DeltaError(f"the delta looks back on {length} bytes, more than the {PREFIX_BYTES} allowed")
-        segment = min(SEGMENT_BYTES, to_length - start)
-        stream = Stream(delta, place, packed, segment, SEGMENT_WINDOW_LOG, old.read(begin, length))
-        for done in range(0, segment, PIECE_BYTES):
-            write(stream.read(min(PIECE_BYTES, segment - done)))
+    place = fmt.HEADER.size
+    for start in range(0, to_length, fmt.SEGMENT_BYTES):
+        begin, length, packed = fmt.SEGMENT.unpack(delta.read(place, fmt.SEGMENT.size))
+        place += fmt.SEGMENT.size
+        if length > fmt.PREFIX_BYTES:
+            raise DeltaError(f"the delta uses a prefix of {length} bytes, more than the {fmt.PREFIX_BYTES} allowed")
+        segment = min(fmt.SEGMENT_BYTES, to_length - start)
+        stream = Stream(delta, place, packed, segment, fmt.SEGMENT_WINDOW_LOG, old.read(begin, length))
+        for done in range(0, segment, fmt.PIECE_BYTES):
+            write(stream.read(min(fmt.PIECE_BYTES, segment - done)))
         stream.finish()
         place += packed
     if place != delta.length:
@@ -202,22 +170,22 @@ def _decode_prefix(old: Source, delta: Source, to_length: int, write: Write) -> 
 
 def _decode_tensor(old: Source, delta: Source, to_length: int, write: Write) -> None:
     streams = _open_streams(delta, to_length)
-    for kind, length, offset, shift in _operations(streams[PROGRAM].read_all()):
-        if kind == COPY:
+    for kind, length, offset, shift in _operations(streams[fmt.PROGRAM].read_all()):
+        if kind == fmt.COPY:
             for piece in old.pieces(offset, length):
                 write(piece)
-        elif kind == LITERAL:
-            for start in range(0, length, PIECE_BYTES):
-                write(_stream(streams, LITERALS).read(min(PIECE_BYTES, length - start)))
-        elif kind & 0xF0 == NARROW:
-            for start in range(0, length, BLOCK_BYTES):
-                block = min(BLOCK_BYTES, length - start)
+        elif kind == fmt.LITERAL:
+            for start in range(0, length, fmt.PIECE_BYTES):
+                write(_stream(streams, fmt.LITERALS).read(min(fmt.PIECE_BYTES, length - start)))
+        elif kind & 0xF0 == fmt.NARROW:
+            for start in range(0, length, fmt.BLOCK_BYTES):
+                block = min(fmt.BLOCK_BYTES, length - start)
                 write(_add(old.read(offset + start, block), [_narrow(streams, kind & 0x0F, block)], None))
         else:
             width = 1 << (kind & 0x0F)
-            planes = [_stream(streams, FIRST_PLANE + width - 1 + place) for place in range(width)]
-            for start in range(0, length * width, BLOCK_BYTES):
-                block = min(BLOCK_BYTES, length * width - start)
+            planes = [_stream(streams, fmt.FIRST_PLANE + width - 1 + place) for place in range(width)]
+            for start in range(0, length * width, fmt.BLOCK_BYTES):
+                block = min(fmt.BLOCK_BYTES, length * width - start)
                 write(_add(old.read(offset + start, block), [plane.read(block // width) for plane in planes], shift))
     for stream in streams.values():
         stream.finish()
@@ -225,19 +193,19 @@ def _decode_tensor(old: Source, delta: Source, to_length: int, write: Write) -> 
 
 def _open_streams(delta: Source, to_length: int) -> dict[int, Stream]:
     """Read the table of streams: they are in order, none is longer than the new file, and they fill the delta."""
-    (count,) = delta.read(HEADER.size, 1)
-    table = delta.read(HEADER.size + 1, count * STREAM.size)
-    place = HEADER.size + 1 + len(table)
+    (count,) = delta.read(fmt.HEADER.size, 1)
+    table = delta.read(fmt.HEADER.size + 1, count * fmt.STREAM.size)
+    place = fmt.HEADER.size + 1 + len(table)
     streams: dict[int, Stream] = {}
-    for number, length, packed in STREAM.iter_unpack(table):
-        if number >= STREAM_COUNT or number <= max(streams, default=-1):
+    for number, length, packed in fmt.STREAM.iter_unpack(table):
+        if number >= fmt.STREAM_COUNT or number <= max(streams, default=-1):
             raise DeltaError("the delta's table of streams is out of order")
-        if length > (MAX_PROGRAM_BYTES if number == PROGRAM else to_length):
+        if length > (fmt.MAX_PROGRAM_BYTES if number == fmt.PROGRAM else to_length):
             raise DeltaError(f"stream {number} of the delta is larger than the file to build")
-        streams[number] = Stream(delta, place, packed, length, WINDOW_LOG[number])
+        streams[number] = Stream(delta, place, packed, length, fmt.WINDOW_LOG[number])
         place += packed
-    if PROGRAM not in streams or place != delta.length:
-        raise DeltaError("the delta's streams are not all of it")
+    if fmt.PROGRAM not in streams or place != delta.length:
+        raise DeltaError("the delta does not end with its last stream")
     return streams
 
 
@@ -250,31 +218,31 @@ def _stream(streams: dict[int, Stream], number: int) -> Stream:
 def _operations(program: bytes) -> Iterator[tuple[int, int, int, int | None]]:
     """Yield kind, length (bytes, or elements of a difference), offset in the old file, and the shift that groups."""
     at = offset = 0
-    for _ in range(MAX_OPERATIONS):
+    for _ in range(fmt.MAX_OPERATIONS):
         if at == len(program):
             return
         kind = program[at]
         length, at = read_varint(program, at + 1)
         width, shift = 1, None
-        if kind & 0xF0 in (DIFFERENCE, GROUPED) and kind & 0x0F <= 3:
+        if kind & 0xF0 in (fmt.DIFFERENCE, fmt.GROUPED) and kind & 0x0F <= 3:
             width = 1 << (kind & 0x0F)
-            if kind & 0xF0 == GROUPED:
+            if kind & 0xF0 == fmt.GROUPED:
                 shift, at = read_varint(program, at)
-        elif kind not in (COPY, LITERAL, *(NARROW + bits for bits in CODES)):
+        elif kind not in (fmt.COPY, fmt.LITERAL, *(fmt.NARROW + bits for bits in fmt.CODES)):
             raise DeltaError(f"the delta has an unknown instruction {kind:#x}")
         if length == 0 or (shift or 0) >= 8 * width:
-            raise DeltaError("the delta has an instruction that makes no sense")
-        if kind == LITERAL:
+            raise DeltaError("the delta has an invalid instruction")
+        if kind == fmt.LITERAL:
             yield kind, length, 0, None
             continue
         step, at = read_varint(program, at)
         offset += step >> 1 ^ -(step & 1)  # relative to the end of the last range used
         if offset < 0:
-            raise DeltaError("the delta looks before the start of the old file")
+            raise DeltaError("the delta has an offset before the start of the old file")
         yield kind, length, offset, shift
         offset += length * width
     if at != len(program):
-        raise DeltaError(f"the delta has more than {MAX_OPERATIONS} instructions")
+        raise DeltaError(f"the delta has more than {fmt.MAX_OPERATIONS} instructions")
 
 
 def _narrow(streams: dict[int, Stream], bits: int, count: int) -> bytes:
@@ -282,14 +250,14 @@ def _narrow(streams: dict[int, Stream], bits: int, count: int) -> bytes:
     import numpy as np
 
     codes_in_byte, most = 8 // bits, (1 << bits) - 1
-    packed = np.frombuffer(_stream(streams, CODES[bits]).read(-(-count // codes_in_byte)), np.uint8)
+    packed = np.frombuffer(_stream(streams, fmt.CODES[bits]).read(-(-count // codes_in_byte)), np.uint8)
     spread = np.empty((len(packed), codes_in_byte), np.uint8)
     for place in range(codes_in_byte):
         spread[:, place] = packed >> bits * place & most
     codes = spread.ravel()[:count]
     large = np.flatnonzero(codes == most)
     if len(large):
-        codes[large] += np.frombuffer(_stream(streams, ESCAPES).read(len(large)), np.uint8)
+        codes[large] += np.frombuffer(_stream(streams, fmt.ESCAPES).read(len(large)), np.uint8)
     return codes.tobytes()
 
 

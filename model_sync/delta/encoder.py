@@ -12,30 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from model_sync.delta.format import (
-    BLOCK_BYTES,
-    CODES,
-    COPY,
-    DIFFERENCE,
-    ESCAPES,
-    FIRST_PLANE,
-    GROUPED,
-    LITERAL,
-    LITERALS,
-    MAX_OPERATIONS,
-    MAX_PROGRAM_BYTES,
-    NARROW,
-    PREFIX_BYTES,
-    PROGRAM,
-    SEGMENT,
-    SEGMENT_BYTES,
-    SEGMENT_WINDOW_LOG,
-    STREAM,
-    WINDOW_LOG,
-    as_prefix,
-    grouping,
-    zstd,
-)
+from model_sync.delta import format as fmt
+from model_sync.delta.format import as_prefix, grouping, zstd
 from model_sync.delta.onnx_tensors import MIN_TENSOR_BYTES, UNKNOWN, Pair, Tensor, View, pairs, tensors
 
 _LEVEL = 19
@@ -49,20 +27,20 @@ _ENTROPY_ONLY: dict[int, int] = {_Parameter.compression_level: 1, _Parameter.str
 def encode_prefix(old: bytes, new: bytes, level: int = _LEVEL) -> bytes:
     """Return the body of a delta in the ``zstd-prefix`` codec."""
     parts = []
-    for start in range(0, len(new), SEGMENT_BYTES):
-        piece = new[start : start + SEGMENT_BYTES]
+    for start in range(0, len(new), fmt.SEGMENT_BYTES):
+        piece = new[start : start + fmt.SEGMENT_BYTES]
         # The same position in the old file with a margin on both sides; the complete file when it fits.
-        begin = max(0, min(start - (PREFIX_BYTES - SEGMENT_BYTES) // 2, len(old) - PREFIX_BYTES))
-        prefix = old[begin : begin + PREFIX_BYTES]
+        begin = max(0, min(start - (fmt.PREFIX_BYTES - fmt.SEGMENT_BYTES) // 2, len(old) - fmt.PREFIX_BYTES))
+        prefix = old[begin : begin + fmt.PREFIX_BYTES]
         options: dict[int, int] = {
             _Parameter.compression_level: level,
-            _Parameter.window_log: SEGMENT_WINDOW_LOG,
+            _Parameter.window_log: fmt.SEGMENT_WINDOW_LOG,
             _Parameter.enable_long_distance_matching: 1,
         }
         packer = zstd.ZstdCompressor(options=options, zstd_dict=as_prefix(prefix))
         packer.set_pledged_input_size(len(piece))
         frame = packer.compress(piece, zstd.ZstdCompressor.FLUSH_FRAME)
-        parts += [SEGMENT.pack(begin, len(prefix), len(frame)), frame]
+        parts += [fmt.SEGMENT.pack(begin, len(prefix), len(frame)), frame]
     return b"".join(parts)
 
 
@@ -72,9 +50,9 @@ def encode_tensor(old: bytes, new: bytes) -> bytes:
     plans = [plan for pair in pairs(old, new, old_tensors, new_tensors) if (plan := _plan(old, new, pair))]
     bodies = [_encode(old, new, old_tensors, plans)]
     if not new_tensors and len(old) == len(new) >= MIN_TENSOR_BYTES:  # raw weights, such as ONNX's external data
-        whole = Tensor("", UNKNOWN, (), 0, len(new))
-        if plan := _plan(old, new, Pair(whole, whole)):
-            bodies.append(_encode(old, new, [whole], [plan]))
+        weights = Tensor("", UNKNOWN, (), 0, len(new))
+        if plan := _plan(old, new, Pair(weights, weights)):
+            bodies.append(_encode(old, new, [weights], [plan]))
     return min(bodies, key=len)
 
 
@@ -110,11 +88,11 @@ def _coded(before: bytes, after: bytes, view: View) -> dict[int, bytes]:
     if view.bits < 8:
         return _narrow(zigzag, view.bits)
     if view.shift is not None:
-        block = BLOCK_BYTES // view.width
+        block = fmt.BLOCK_BYTES // view.width
         starts = range(0, len(olds), block)
         zigzag = np.concatenate([zigzag[at : at + block][grouping(olds[at : at + block], view.shift)] for at in starts])
     columns = zigzag.view(np.uint8).reshape(-1, view.width)
-    return {FIRST_PLANE + view.width - 1 + place: columns[:, place].tobytes() for place in range(view.width)}
+    return {fmt.FIRST_PLANE + view.width - 1 + place: columns[:, place].tobytes() for place in range(view.width)}
 
 
 def _narrow(zigzag: NDArray[Any], bits: int) -> dict[int, bytes]:
@@ -124,7 +102,7 @@ def _narrow(zigzag: NDArray[Any], bits: int) -> dict[int, bytes]:
     codes[: len(zigzag)] = np.minimum(zigzag, most)
     packed = np.bitwise_or.reduce(codes.reshape(-1, codes_in_byte) << np.arange(0, 8, bits, dtype=np.uint8), axis=1)
     escapes = zigzag[zigzag >= most] - most
-    return {CODES[bits]: packed.astype(np.uint8).tobytes(), ESCAPES: escapes.astype(np.uint8).tobytes()}
+    return {fmt.CODES[bits]: packed.astype(np.uint8).tobytes(), fmt.ESCAPES: escapes.astype(np.uint8).tobytes()}
 
 
 def _encode(old: bytes, new: bytes, old_tensors: list[Tensor], plans: list[_Plan]) -> bytes:
@@ -143,7 +121,7 @@ def _encode(old: bytes, new: bytes, old_tensors: list[Tensor], plans: list[_Plan
             writer.plan(plan)
             done = plan.start + plan.length
         program = writer.program()
-        if len(writer.operations) <= MAX_OPERATIONS and len(program) <= MAX_PROGRAM_BYTES:
+        if len(writer.operations) <= fmt.MAX_OPERATIONS and len(program) <= fmt.MAX_PROGRAM_BYTES:
             return writer.body(program)
         shortest *= 4  # fewer and longer copies
 
@@ -213,22 +191,22 @@ class _Writer:
         """Add a copy of ``length`` bytes of the old file."""
         if self.operations:
             kind, before, at, _ = self.operations[-1]
-            if kind == COPY and at + before == offset:
-                self.operations[-1] = (COPY, before + length, at, None)
+            if kind == fmt.COPY and at + before == offset:
+                self.operations[-1] = (fmt.COPY, before + length, at, None)
                 return
-        self.operations.append((COPY, length, offset, None))
+        self.operations.append((fmt.COPY, length, offset, None))
 
     def literal(self, start: int, end: int) -> None:
         """Add the bytes of the new file from ``start`` to ``end``."""
         if end > start:
-            self.operations.append((LITERAL, end - start, 0, None))
-            self._streams[LITERALS] += self._new[start:end]
+            self.operations.append((fmt.LITERAL, end - start, 0, None))
+            self._streams[fmt.LITERALS] += self._new[start:end]
 
     def plan(self, plan: _Plan) -> None:
         """Add a planned range; an empty one is ignored."""
         if plan.view:
             width, shift, bits = plan.view
-            kind = NARROW + bits if bits < 8 else (DIFFERENCE if shift is None else GROUPED) + width.bit_length() - 1
+            kind = fmt.NARROW + bits if bits < 8 else (fmt.DIFFERENCE if shift is None else fmt.GROUPED) + width.bit_length() - 1
             self.operations.append((kind, plan.length // width, plan.offset, shift))
             before = self._old[plan.offset : plan.offset + plan.length]
             after = self._new[plan.start : plan.start + plan.length]
@@ -245,17 +223,17 @@ class _Writer:
             program += bytes([kind]) + _varint(length)
             if shift is not None:
                 program += _varint(shift)
-            if kind != LITERAL:
+            if kind != fmt.LITERAL:
                 step = offset - last
                 program += _varint(step << 1 if step >= 0 else (-step << 1) - 1)
-                last = offset + length * (1 << (kind & 0x0F) if kind & 0xF0 in (DIFFERENCE, GROUPED) else 1)
+                last = offset + length * (1 << (kind & 0x0F) if kind & 0xF0 in (fmt.DIFFERENCE, fmt.GROUPED) else 1)
         return bytes(program)
 
     def body(self, program: bytes) -> bytes:
         """Return the table of the streams, and the streams."""
-        raw = {PROGRAM: program} | {number: bytes(self._streams[number]) for number in sorted(self._streams) if self._streams[number]}
-        packed = {number: _pack(data, WINDOW_LOG[number]) for number, data in raw.items()}
-        table = [STREAM.pack(number, len(data), len(packed[number])) for number, data in raw.items()]
+        raw = {fmt.PROGRAM: program} | {number: bytes(self._streams[number]) for number in sorted(self._streams) if self._streams[number]}
+        packed = {number: _pack(data, fmt.WINDOW_LOG[number]) for number, data in raw.items()}
+        table = [fmt.STREAM.pack(number, len(data), len(packed[number])) for number, data in raw.items()]
         return b"".join([bytes([len(table)]), *table, *packed.values()])
 
 
@@ -273,7 +251,7 @@ def _entropy(data: bytes) -> int:
 
 
 def _pack(data: bytes, window_log: int) -> bytes:
-    """Compress a stream as one frame; for a long one a sample decides the level, as the slowest is not aloptions the best."""
+    """Compress a stream as one frame; for a long one a sample decides the level, because the slowest is not always the best."""
     options: list[dict[int, int]] = [_ENTROPY_ONLY]
     options += [{_Parameter.compression_level: level, _Parameter.window_log: window_log} for level in (_LEVEL - 3, _LEVEL)]
     if len(data) > 8 * _SAMPLE_BYTES:

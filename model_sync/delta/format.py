@@ -47,7 +47,6 @@ WINDOW_LOG = {PROGRAM: 21, LITERALS: 23} | dict.fromkeys(range(FIRST_PLANE, STRE
 
 PIECE_BYTES = 2**20
 _INPUT_BYTES = 2**18
-_HINT = "nothing was changed; the full file is fetched instead"
 
 
 class DeltaError(ModelSyncError):
@@ -55,13 +54,9 @@ class DeltaError(ModelSyncError):
 
     default_code = "delta.invalid"
 
-    def __init__(self, message: str, *, hint: str = _HINT) -> None:
-        """Store the message; the hint is always the same."""
-        super().__init__(message, hint=hint)
-
 
 class Source:
-    """A file with exact reads at offsets: a file that became shorter is an error, not a crash as with a memory map."""
+    """A file with exact reads at offsets; unlike with a memory map, a file that became shorter is an error and no crash."""
 
     def __init__(self, name: str, file: BinaryIO) -> None:
         self._name = name
@@ -71,7 +66,7 @@ class Source:
     def read(self, offset: int, length: int) -> bytes:
         """Return exactly ``length`` bytes from ``offset``."""
         if offset + length > self.length:
-            raise DeltaError(f"{self._name}: {length} bytes at {offset} lie beyond its end at {self.length}")
+            raise DeltaError(f"{self._name}: {length} bytes at {offset} are beyond its end at {self.length}")
         pieces = []
         try:
             while length and (piece := os.pread(self._file.fileno(), length, offset)):

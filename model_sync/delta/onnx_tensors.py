@@ -62,18 +62,18 @@ class _NotProtobufError(ValueError):
 
 def tensors(data: bytes) -> list[Tensor]:
     """Return the tensors of an ONNX model in the order of their bytes; an empty list when ``data`` is no ONNX model."""
-    found: list[Tensor] = []
+    collected: list[Tensor] = []
     try:
         for number, wire, start, end in _fields(data, 0, len(data)):
             if (number, wire) == (7, 2):  # ModelProto.graph
-                _walk_graph(data, start, end, found, _MAX_DEPTH)
+                _walk_graph(data, start, end, collected, _MAX_DEPTH)
             elif (number, wire) == (25, 2):  # ModelProto.functions
                 for inner, inner_wire, node, node_end in _fields(data, start, end):
                     if (inner, inner_wire) == (7, 2):  # FunctionProto.node
-                        _walk_node(data, node, node_end, found, _MAX_DEPTH)
+                        _walk_node(data, node, node_end, collected, _MAX_DEPTH)
     except _NotProtobufError:
         return []
-    return sorted((tensor for tensor in found if tensor.length >= MIN_TENSOR_BYTES), key=lambda tensor: tensor.offset)
+    return sorted((tensor for tensor in collected if tensor.length >= MIN_TENSOR_BYTES), key=lambda tensor: tensor.offset)
 
 
 def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
@@ -108,19 +108,19 @@ def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int
         at += length
 
 
-def _walk_graph(data: bytes, start: int, end: int, found: list[Tensor], depth: int) -> None:
+def _walk_graph(data: bytes, start: int, end: int, collected: list[Tensor], depth: int) -> None:
     if not depth:
         raise _NotProtobufError
     for number, wire, inner, inner_end in _fields(data, start, end):
         if (number, wire) == (1, 2):  # GraphProto.node
-            _walk_node(data, inner, inner_end, found, depth)
+            _walk_node(data, inner, inner_end, collected, depth)
         elif (number, wire) == (5, 2):  # GraphProto.initializer
-            found += _tensor(data, inner, inner_end)
+            collected += _tensor(data, inner, inner_end)
         elif (number, wire) == (15, 2):  # GraphProto.sparse_initializer
-            found += _sparse(data, inner, inner_end)
+            collected += _sparse(data, inner, inner_end)
 
 
-def _walk_node(data: bytes, start: int, end: int, found: list[Tensor], depth: int) -> None:
+def _walk_node(data: bytes, start: int, end: int, collected: list[Tensor], depth: int) -> None:
     outputs, attributes = [], []
     for number, wire, inner, inner_end in _fields(data, start, end):
         if (number, wire) == (2, 2):
@@ -131,11 +131,11 @@ def _walk_node(data: bytes, start: int, end: int, found: list[Tensor], depth: in
     for begin, attribute_end in attributes:
         for number, wire, inner, inner_end in _fields(data, begin, attribute_end):
             if wire == 2 and number in (5, 10):  # AttributeProto.t, .tensors
-                found += _tensor(data, inner, inner_end, name)
+                collected += _tensor(data, inner, inner_end, name)
             elif wire == 2 and number in (6, 11):  # AttributeProto.g, .graphs
-                _walk_graph(data, inner, inner_end, found, depth - 1)
+                _walk_graph(data, inner, inner_end, collected, depth - 1)
             elif (number, wire) == (22, 2):  # AttributeProto.sparse_tensor
-                found += _sparse(data, inner, inner_end)
+                collected += _sparse(data, inner, inner_end)
 
 
 def _sparse(data: bytes, start: int, end: int) -> Iterator[Tensor]:

@@ -13,14 +13,13 @@ from typing import Any, Final
 
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerifyMismatchError
-from sqlalchemy import delete, select, update
+from sqlalchemy import RowMapping, delete, select, update
 
 from model_sync.errors import SettingsError
 from model_sync.fleet.database import Fleet
 from model_sync.fleet.tables import actions, operators, sessions
+from model_sync.login_throttle import LOCKOUT_S, MAX_FAILURES_EVERYWHERE, LoginThrottle
 
-MAX_FAILURES: Final = 5
-LOCKOUT_S: Final = 15 * 60
 MAX_PASSWORD_CHARS: Final = 256
 _NAME: Final = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 # RFC 9106's second recommended option with OWASP's floor of memory: 19 MiB, two passes.
@@ -33,12 +32,12 @@ _TOUCH_S: Final = 30
 
 
 class Accounts:
-    """Operators and their sessions."""
+    """Operators and their sessions, which end after ``idle_s`` without a request, and after ``absolute_s`` in any case."""
 
     def __init__(self, fleet: Fleet, *, idle_s: int = 30 * 60, absolute_s: int = 12 * 3600) -> None:
-        """End a session after ``idle_s`` without a request, and after ``absolute_s`` in any case."""
         self._fleet = fleet
         self._idle_s, self._absolute_s = idle_s, absolute_s
+        self._throttle = LoginThrottle(fleet.now)
 
     def add(self, name: str) -> str:
         """Create an operator; return the password of 80 random bits.
@@ -47,7 +46,8 @@ class Accounts:
             SettingsError: the name is not valid, or exists already.
         """
         if not _NAME.match(name):
-            raise SettingsError(f"{name!r} is no name", hint="letters, digits, dot, dash and underscore; 64 at most", code="library.name")
+            hint = "letters, digits, dot, dash and underscore; 64 at most"
+            raise SettingsError(f"{name!r} cannot be a name", hint=hint, code="library.name")
         password, values = _new_password()
         with self._fleet.writing() as tx:
             new = self._fleet.insert(operators).values(name=name, **values).on_conflict_do_nothing(index_elements=["name"])
@@ -67,11 +67,7 @@ class Accounts:
         password, values = _new_password()
         with self._fleet.writing() as tx:
             if not tx.execute(update(operators).where(operators.c.name == name).values(**values)).rowcount:
-                raise SettingsError(
-                    f"no operator is called {name}",
-                    hint="letters' case counts; `model-library operator add` makes one",
-                    code="fleet.unknown",
-                )
+                raise _unknown_operator(name)
             tx.execute(delete(sessions).where(sessions.c.operator == name))
             tx.execute(actions.insert().values(at=self._fleet.now(), actor="command line", action="operator", subject=name))
         return password
@@ -81,11 +77,11 @@ class Accounts:
         with self._fleet.writing() as tx:
             tx.execute(delete(sessions).where(sessions.c.operator == name))
             if not tx.execute(delete(operators).where(operators.c.name == name)).rowcount:
-                raise SettingsError(f"no operator is called {name}", hint="letters' case counts", code="fleet.unknown")
+                raise _unknown_operator(name)
             tx.execute(actions.insert().values(at=self._fleet.now(), actor="command line", action="operator-removed", subject=name))
 
-    def login(self, name: str, password: str) -> str | None:
-        """Check a password; return the token of a new session, or None.
+    def login(self, name: str, password: str, peer: str = "") -> str | None:
+        """Check a password that came from the IP address ``peer``; return the token of a new session, or None.
 
         An unknown name, a wrong password and a locked account take the same time and have the same result.
         """
@@ -93,11 +89,12 @@ class Accounts:
             row = tx.execute(select(operators).where(operators.c.name == name)).mappings().one_or_none()
         fits = _verify(row["password_hash"] if row else _DUMMY_HASH, password[:MAX_PASSWORD_CHARS])
         now = self._fleet.now()
-        if row is None or row["locked_until"] > now:
+        if row is None or row["locked_until"] > now or self._throttle.is_blocked(name, row["password_hash"], peer):
             return None
         if not fits:
-            self._count_failure(name, now)
+            self._count_failure(row, peer, now)
             return None
+        self._throttle.clear(name, peer)
         token = secrets.token_urlsafe(32)
         with self._fleet.writing() as tx:
             tx.execute(update(operators).where(operators.c.name == name).values(failures=0, locked_until=0))
@@ -122,14 +119,21 @@ class Accounts:
         with self._fleet.writing() as tx:
             tx.execute(delete(sessions).where(sessions.c.token_sha256 == _digest(token)))
 
-    def _count_failure(self, name: str, now: int) -> None:
-        """Count a failure; the fifth locks the account."""
-        here = operators.c
+    def _count_failure(self, row: RowMapping, peer: str, now: int) -> None:
+        """Count a failure: the fifth from a machine locks the account for it, the fiftieth from anywhere locks it everywhere."""
+        here, name = operators.c, row["name"]
+        self._throttle.add_failure(name, row["password_hash"], peer)
         with self._fleet.writing() as tx:
             tx.execute(update(operators).where(here.name == name).values(failures=here.failures + 1))
-            full = here.name == name, here.failures >= MAX_FAILURES
-            if tx.execute(update(operators).where(*full).values(failures=0, locked_until=now + LOCKOUT_S)).rowcount:
+            full = here.name == name, here.failures >= MAX_FAILURES_EVERYWHERE
+            locked = tx.execute(update(operators).where(*full).values(failures=0, locked_until=now + int(LOCKOUT_S))).rowcount
+            if locked or self._throttle.is_blocked(name, row["password_hash"], peer):
                 tx.execute(actions.insert().values(at=now, actor="server", action="locked", subject=name))
+
+
+def _unknown_operator(name: str) -> SettingsError:
+    hint = "upper and lower case differ; `model-library operator add` creates one"
+    return SettingsError(f"no operator is called {name}", hint=hint, code="fleet.unknown")
 
 
 def _new_password() -> tuple[str, dict[str, Any]]:

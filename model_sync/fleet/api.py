@@ -7,6 +7,8 @@ when the server was started with ``--behind-proxy`` and listens on loopback.
 from __future__ import annotations
 
 import ssl
+import threading
+import time
 from typing import Annotated, Any, Final, TypeVar
 from urllib.parse import unquote
 
@@ -18,18 +20,38 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from model_sync.agent.report import MAX_REPORT_BYTES, ReportError, load_json, verify
 from model_sync.fleet.database import Fleet
 from model_sync.fleet.enrolment import MAX_CSR_BYTES, Enrolment, EnrolmentError
-from model_sync.fleet.limits import RateLimiter
 from model_sync.fleet.problems import problem
 from model_sync.fleet.rollout_pause_policy import RolloutPausePolicy
 
 blueprint: Final = Blueprint("api", __name__, url_prefix="/api/v1")
 PROXY_CERTIFICATE: Final = "X-Client-Certificate"
 _MAX_PEM_CHARS: Final = 8 << 10
+_MAX_ADDRESSES: Final = 50_000
 _Body = TypeVar("_Body", bound=BaseModel)
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class RateLimiter:
+    """A token bucket per client address: ``burst`` tokens, refilled by ``per_minute``; in memory, for a limited number of addresses."""
+
+    def __init__(self, per_minute: float, burst: int) -> None:
+        self._per_s, self._burst = per_minute / 60, burst
+        self._left: dict[str, tuple[float, float]] = {}
+        self._lock = threading.Lock()
+
+    def allow(self, who: str) -> bool:
+        """Take one token of ``who``; return False when there is none."""
+        now = time.monotonic()
+        with self._lock:
+            left, at = self._left.pop(who, (float(self._burst), now))
+            left = min(self._burst, left + (now - at) * self._per_s)
+            self._left[who] = (left - 1 if left >= 1 else left, now)
+            while len(self._left) > _MAX_ADDRESSES:
+                del self._left[next(iter(self._left))]
+        return left >= 1
 
 
 class EnrolRequest(_Strict):
@@ -48,7 +70,7 @@ class RenewRequest(_Strict):
 @blueprint.before_request
 def _limit() -> Response | None:
     """Limit body size, content type and request rate before the body is read."""
-    request.max_content_length = _most_bytes() + 1  # a body without a length is cut there: one byte more shows that it is too long
+    request.max_content_length = _most_bytes() + 1  # a body without a length is cut there: the extra byte shows that it is too long
     if request.method == "POST" and request.mimetype != "application/json":
         abort(415)
     limiter: RateLimiter = current_app.extensions["rate_limiters"]["reports" if request.endpoint == "api.reports" else "enrolments"]
@@ -82,7 +104,7 @@ def reports() -> Response:
     box = _enrolment().identify(client_certificate())
     report = verify(_raw(), box.key)
     if report.box_id != box.box_id:
-        raise ReportError("report.signature", "the report is of another box than its certificate", hint="enrol the box again")
+        raise ReportError("report.signature", "the report is of another box than its certificate")
     fleet: Fleet = current_app.extensions["fleet"]
     pause_policy: RolloutPausePolicy = current_app.extensions["pause_policy"]
     fleet.store_report(report, per_hour=current_app.config["REPORTS_PER_HOUR"])
@@ -103,7 +125,7 @@ def client_certificate() -> bytes | None:
             raise ValueError("too long")
         return x509.load_pem_x509_certificate(unquote(header).encode("ascii")).public_bytes(Encoding.DER)
     except ValueError as error:
-        raise EnrolmentError("enrolment.certificate", "the device certificate is none", hint="enrol the box with a token") from error
+        raise EnrolmentError("enrolment.certificate", "the device certificate cannot be read") from error
 
 
 def client_address() -> str:
@@ -129,8 +151,7 @@ def _body(kind: type[_Body]) -> _Body:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        hint = "send the fields that the documentation names"
-        raise ReportError("report.invalid", "the request does not fit its schema", hint=hint) from error
+        raise ReportError("report.invalid", "the request does not fit its schema") from error
 
 
 def _certificate(pem: str, box_id: str) -> Response:
@@ -138,5 +159,5 @@ def _certificate(pem: str, box_id: str) -> Response:
 
 
 def _enrolment() -> Enrolment:
-    found: Enrolment = current_app.extensions["enrolment"]
-    return found
+    enrolment: Enrolment = current_app.extensions["enrolment"]
+    return enrolment

@@ -1,7 +1,4 @@
-"""The chart of a rollout: planned boxes, running boxes and failed boxes over time.
-
-Only the geometry is computed here, in SVG coordinates; the template draws it and has the same numbers as text.
-"""
+"""The chart of a rollout: planned, running and failed boxes over time, in SVG coordinates; the template draws it."""
 
 from __future__ import annotations
 
@@ -13,8 +10,6 @@ from model_sync.fleet.database import VersionTally
 from model_sync.fleet.views import Progress
 from model_sync.trust.documents import RolloutStep
 
-WIDTH: Final = 720
-HEIGHT: Final = 250
 LEFT: Final = 50
 RIGHT: Final = 700
 TOP: Final = 14
@@ -57,7 +52,7 @@ def draw(step: RolloutStep, progress: Progress, now: int) -> Chart:
 
     actual, failed = steps(progress.running, progress.now), steps(progress.failed, progress.tally.failed)
     return Chart(
-        plan=_plan(step, x, end),
+        plan=f"M{LEFT} {BOTTOM} L{x(begin + step.duration_h * 3600)} {_y(step.percent)} L{x(end)} {_y(step.percent)}",
         actual=actual,
         area=f"{actual} V{BOTTOM} H{LEFT} Z" if actual else "",
         failed=failed if progress.tally.failed else "",
@@ -77,19 +72,9 @@ def planned_share(step: RolloutStep, at: datetime) -> float:
 
 
 def pausing_failures(step: RolloutStep, tally: VersionTally, known: int = 0) -> int:
-    """Return the number of failed boxes at which the rollout is paused, given the boxes that tried it so far.
-
-    ``known`` failures were acknowledged by a person who resumed the rollout: they are not counted again.
-    """
+    """Return the number of failed boxes at which the rollout is paused; ``known`` failures were acknowledged by a person."""
     tried = max(0, tally.tried - known)
     return known + max(step.failure_budget.min_boxes, int(step.failure_budget.max_fraction * tried) + 1)
-
-
-def _plan(step: RolloutStep, x: object, end: int) -> str:
-    assert callable(x)
-    full = (step.start + timedelta(hours=step.duration_h)).timestamp()
-    top = _y(step.percent)
-    return f"M{LEFT} {BOTTOM} L{x(full)} {top} L{x(end)} {top}"
 
 
 def _steps(points: list[tuple[float, float]]) -> str:

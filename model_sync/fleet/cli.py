@@ -14,21 +14,19 @@ from typing import Any, NoReturn
 
 from model_sync import messages
 from model_sync.errors import ModelSyncError, SettingsError
-from model_sync.library import commands, console
-from model_sync.messages_central import WORDS as _WORDS  # noqa: F401  (registers the codes of this command)
+from model_sync.library import commands, console, signing
 
 _Add = Callable[..., argparse.ArgumentParser]
 # Commands of the server and its fleet. Their dependencies are large and installed only on the server, so others do not import them.
 _FLEET = {
     "serve": "Serve the library, enrol boxes, and show the fleet.",
-    "device-ca": "Make the authority that signs boxes' certificates.",
+    "device-ca": "Create the authority that signs the certificates of boxes.",
     "token": "Make a token with which one box enrols, once.",
-    "deny": "Shut a box out at once.",
-    "allow": "Let a denied box in again.",
-    "move": "Count a box to another ring.",
-    "operator": "Make, reset or remove a person who may see the fleet and pause a rollout.",
+    "deny": "Deny a box at once, or one certificate with --serial.",
+    "allow": "Allow a denied box again.",
+    "move": "Assign a box to another ring; the box's own settings decide which ring it follows.",
+    "operator": "Add, reset or remove a person who may see the fleet and pause a rollout.",
 }
-
 _EXTRA = ("sqlalchemy", "psycopg", "pkcs11")
 
 
@@ -37,9 +35,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print error and hint; exit 2."""
-        self.exit(
-            2, f"{messages.describe('library.usage', message, f'`{self.prog} --help` shows how it is used', messages.choose_language())}\n"
-        )
+        hint = f"`{self.prog} --help` shows how it is used"
+        self.exit(2, f"{messages.describe('library.usage', message, hint, messages.choose_language())}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,9 +71,17 @@ def _parser(fleet: bool = False) -> argparse.ArgumentParser:
     parser = _Parser(prog="model-library", description="The central library: sign a model once, for every box.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
-    def add(name: str, run: Callable[[Any], int | None], text: str) -> argparse.ArgumentParser:
+    def add(
+        name: str, run: Callable[[Any], int | None], text: str, *, library: bool = True, online: bool = True
+    ) -> argparse.ArgumentParser:
+        """Add a command: ``library`` gives it the library's directory, ``online`` the passphrase of the online keys."""
         command = subparsers.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
+        if library:
+            command.add_argument("library", type=Path, metavar="LIB", help="the library's directory")
+        if online:
+            secret = f"file with the passphrase of the keys in LIB/online; or ${console.ONLINE_ENV}; else it is asked for"
+            command.add_argument("--online-passphrase-file", type=Path, metavar="FILE", help=secret)
         return command
 
     _add_keys(subparsers)
@@ -91,7 +96,7 @@ def _parser(fleet: bool = False) -> argparse.ArgumentParser:
         serve = subparsers.add_parser("serve", help=_FLEET["serve"])
         server.add_arguments(serve)
         serve.set_defaults(run=server.run)
-        fleet_commands.add_commands(subparsers)
+        fleet_commands.add_commands(subparsers, _FLEET)
     else:
         for name, text in _FLEET.items():
             subparsers.add_parser(name, help=text, add_help=False)
@@ -99,14 +104,14 @@ def _parser(fleet: bool = False) -> argparse.ArgumentParser:
 
 
 def _add_keys(subparsers: Any) -> None:
-    keys = subparsers.add_parser("key", help="Make a key, or take the public part of one from a token.")
+    keys = subparsers.add_parser("key", help="Make a key, or write the public part of a key on a token.")
     kinds = keys.add_subparsers(required=True, metavar="WHAT", parser_class=_Parser)
     new = kinds.add_parser("new", help="Make an Ed25519 key in an encrypted file; FILE.pub.json beside it is its public part.")
     new.add_argument("file", type=Path, metavar="FILE.pem")
-    new.add_argument("--name", help="who holds it; the file's name when absent")
+    new.add_argument("--name", help="who holds it (default: the file's name)")
     _passphrase(new)
     new.set_defaults(run=commands.key_new)
-    token = kinds.add_parser("token", help="Write the public part of a key that lives on a PKCS#11 token (PYKCS11LIB names its module).")
+    token = kinds.add_parser("token", help="Write the public part of a key on a PKCS#11 token (PYKCS11LIB names the token's module).")
     token.add_argument("uri", metavar="hsm:ID?label=TOKEN")
     token.add_argument("file", type=Path, metavar="FILE.pub.json")
     token.add_argument("--name", required=True, help="who holds it")
@@ -115,122 +120,79 @@ def _add_keys(subparsers: Any) -> None:
 
 
 def _add_library(add: _Add) -> None:
-    init = add("init", commands.init, "Lay a library: offline keys of root and targets, online keys of snapshot and timestamp.")
-    _library(init)
-    init.add_argument("--key", type=Path, action="append", required=True, metavar="PUB.json", help="a holder's public key; once for each")
-    init.add_argument(
-        "--targets-key", type=Path, action="append", metavar="PUB.json", help="other holders for targets; those of root if absent"
-    )
-    init.add_argument("--threshold", type=int, default=2, help="signatures that root and targets need (default 2)")
+    init = add("init", commands.init, "Create a library: offline keys of root and targets, online keys of snapshot and timestamp.")
+    targets = "other holders for targets (default: those of root)"
+    init.add_argument("--targets-key", type=Path, action="append", metavar="PUB.json", help=targets)
     init.add_argument("--expiry", action="append", default=[], metavar="ROLE=DAYS", help="days that a role's metadata is valid")
-    _online(init)
     line = add("add-line", commands.add_line, "Add a model line with keys of its own.")
-    _library(line)
     line.add_argument("name", help="as in the bundle's manifest")
-    _new_keys(line, 2)
-    end = add("end-line", commands.end_line, "End a model line: boxes keep the model they have, and take nothing new of it.")
-    _library(end)
+    end = add("end-line", commands.end_line, "End a model line: boxes keep the model they have, and get no new version of it.")
     end.add_argument("name")
-    _online(end)
-    rollout_keys = add("rollout-keys", commands.rollout_keys, "Give the rollout role its keys, or other ones.")
-    _library(rollout_keys)
-    _new_keys(rollout_keys, 1)
+    rollout_keys = add("rollout-keys", commands.rollout_keys, "Give the rollout role its keys, or replace them.")
+    for parser, threshold in ((init, 2), (line, 2), (rollout_keys, 1)):
+        keys = "a holder's public key; once for each holder"
+        parser.add_argument("--key", type=Path, action="append", required=True, metavar="PUB.json", help=keys)
+        parser.add_argument("--threshold", type=int, default=threshold, help=f"signatures that are needed (default {threshold})")
     rotate = add("rotate-key", commands.rotate_key, "Replace a key of a role: planned, lost or stolen.")
-    _library(rotate)
     rotate.add_argument("role")
-    rotate.add_argument("--old", metavar="NAME|KEYID", help="the key to remove; none adds the new one")
-    rotate.add_argument("--new", type=Path, metavar="PUB.json", help="the key that takes its place; none removes the old one")
+    rotate.add_argument("--old", metavar="NAME|KEYID", help="the key to remove; without it the new one is added")
+    rotate.add_argument("--new", type=Path, metavar="PUB.json", help="the new key; without it the old one is removed")
     rotate.add_argument("--threshold", type=int, help="signatures that the role needs from now on")
-    _online(rotate)
 
 
 def _add_models(add: _Add) -> None:
-    publish = add("publish", commands.publish, "Make a bundle the newest version of its line.")
-    _library(publish)
+    publish = add("publish", commands.publish, "Make a bundle the newest version of its model line.")
     publish.add_argument("bundle", type=Path, help="bundle directory")
-    publish.add_argument("--no-deltas", action="store_true", help="do not look for smaller ways from the versions before")
+    publish.add_argument("--no-deltas", action="store_true", help="make no deltas from earlier versions")
     publish.add_argument("--minimum-version", metavar="VERSION", help="raise the oldest version that boxes may run")
-    _online(publish)
-    rollout = add("rollout", commands.rollout, "Let the boxes of a ring take a version.")
-    _library(rollout)
+    rollout = add("rollout", commands.rollout, "Roll a version out to the boxes of a ring.")
     for name in ("ring", "line", "version"):
         rollout.add_argument(f"--{name}", required=True)
     rollout.add_argument("--percent", type=float, default=100.0, help="share of the ring's boxes (default 100)")
-    rollout.add_argument("--start", type=_when, help="UTC, such as 2026-03-01T20:00Z; now when absent")
+    rollout.add_argument("--start", type=_when, help="UTC, such as 2026-03-01T20:00Z (default: now)")
     rollout.add_argument("--duration-h", type=float, default=0.0, help="hours over which the boxes are spread (default 0)")
     rollout.add_argument("--max-failures", type=float, default=0.05, help="share of failed activations that pauses it (default 0.05)")
     rollout.add_argument("--min-failures", type=int, default=2, help="failed boxes below which nothing is paused (default 2)")
     rollout.add_argument("--paused", action="store_true", help="sign it as paused")
-    _online(rollout)
-    withdraw = add("withdraw", commands.withdraw, "Take a version from every box that runs it.")
-    _library(withdraw)
+    withdraw = add("withdraw", commands.withdraw, "Withdraw a version: every box that runs it stops using it.")
     withdraw.add_argument("line")
     withdraw.add_argument("version")
     withdraw.add_argument("--reason", required=True, help="one sentence; clinicians read it")
-    _online(withdraw)
-    minimum = add("minimum", commands.minimum, "Raise the oldest version of a line that boxes may run; it never falls.")
-    _library(minimum)
+    minimum = add("minimum", commands.minimum, "Raise the oldest version of a model line that boxes may run; it cannot be lowered.")
     minimum.add_argument("line")
     minimum.add_argument("version")
-    _online(minimum)
 
 
 def _add_signing(add: _Add) -> None:
-    sign = add("sign", commands.sign, "Show what waits for a signature, and give it.")
+    sign = add("sign", signing.sign, "Show what waits for a signature, and sign it.", library=False)
     sign.add_argument("what", type=Path, metavar="LIB|FILE", help="the library: all that this key may sign; or one file of its staged/")
     sign.add_argument("--key", required=True, metavar="KEY.pem|hsm:ID?label=TOKEN")
-    sign.add_argument("--public-key", type=Path, metavar="PUB.json", help="what the key must be")
-    sign.add_argument("--against", type=Path, metavar="DIR", help="your copy of the library's public folder, to compare a lone file with")
+    sign.add_argument("--public-key", type=Path, metavar="PUB.json", help="the public key that the key must belong to")
+    sign.add_argument("--against", type=Path, metavar="DIR", help="your copy of the library's public folder, to compare a single file with")
     sign.add_argument("--yes", action="store_true", help="do not ask")
     _passphrase(sign)
-    _online(sign)
-    merge = add("merge", commands.merge, "Take the signatures of a file that was signed on another machine.")
-    _library(merge)
+    merge = add("merge", commands.merge, "Merge the signatures of a file that was signed on another machine.")
     merge.add_argument("file", type=Path, nargs="+")
-    _online(merge)
-    renew = add("renew", commands.renew, "Stage a role again as it is, to be valid for longer.")
-    _library(renew)
-    renew.add_argument("role")
-    _online(renew)
-    discard = add("discard", commands.discard, "Drop everything that waits for signatures.")
-    _library(discard)
+    add("renew", commands.renew, "Stage a role again, unchanged, to be valid for longer.").add_argument("role")
+    discard = add("discard", commands.discard, "Delete everything that waits for signatures.", online=False)
     discard.add_argument("--yes", action="store_true", help="do not ask")
-    refresh = add("refresh-timestamp", commands.refresh_timestamp, "Sign the timestamp anew; let cron run it every day.")
-    _library(refresh)
-    _online(refresh)
+    add("refresh-timestamp", commands.refresh_timestamp, "Sign a new timestamp; let cron run it every day.")
 
 
 def _add_checks(add: _Add) -> None:
-    status = add("status", commands.status, "Show every role, its signatures and expiry, and what to do next.")
-    _library(status)
+    status = add("status", commands.status, "Show every role, its signatures and expiry, and what to do next.", online=False)
     status.add_argument("--json", action="store_true", help="for programs")
-    verify = add("verify", commands.verify, "Check a library, its public folder, or a bundle.")
+    verify = add("verify", commands.verify, "Check a library, its public folder, or a bundle.", library=False, online=False)
     verify.add_argument("directory", type=Path)
-    usb = add("export-usb", commands.export_usb, "Write a USB stick for boxes without a line, or bring one up to date.")
-    _library(usb)
+    usb = add("export-usb", commands.export_usb, "Write a USB stick for boxes without a link, or update one.", online=False)
     usb.add_argument("directory", type=Path, help="mount point of the stick")
-    usb.add_argument("--line", action="append", help="only this line; once for each")
-    usb.add_argument("--version", action="append", help="only this version; once for each")
-
-
-def _library(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("library", type=Path, metavar="LIB", help="the library's directory")
-
-
-def _new_keys(parser: argparse.ArgumentParser, threshold: int) -> None:
-    parser.add_argument("--key", type=Path, action="append", required=True, metavar="PUB.json", help="a holder's public key; once for each")
-    parser.add_argument("--threshold", type=int, default=threshold, help=f"signatures that are needed (default {threshold})")
-    _online(parser)
+    usb.add_argument("--line", action="append", help="only this model line; may be repeated")
+    usb.add_argument("--version", action="append", help="only this version; may be repeated")
 
 
 def _passphrase(parser: argparse.ArgumentParser) -> None:
     text = f"file with the key's passphrase or PIN; or ${console.PASSPHRASE_ENV}; else it is asked for"
     parser.add_argument("--passphrase-file", type=Path, metavar="FILE", help=text)
-
-
-def _online(parser: argparse.ArgumentParser) -> None:
-    text = f"file with the passphrase of the keys in LIB/online; or ${console.ONLINE_ENV}; else it is asked for"
-    parser.add_argument("--online-passphrase-file", type=Path, metavar="FILE", help=text)
 
 
 def _when(text: str) -> datetime:

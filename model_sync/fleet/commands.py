@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -33,42 +33,40 @@ def passphrase(*files: Path | None, variable: str = console.PASSPHRASE_ENV) -> s
     raise SettingsError("no passphrase was given", hint=f"give --passphrase-file FILE, or {variable}=FILE", code="library.passphrase")
 
 
-def add_commands(commands: Any) -> None:
-    """Add ``device-ca``, ``token``, ``deny``, ``allow``, ``move`` and ``operator``; each sets ``run`` to its function."""
-    authority = _command(commands, "device-ca", "Make the authority that signs boxes' certificates.", _make_authority)
-    authority.add_argument("directory", type=Path, metavar="DIR", help="where; a directory of its own, kept secret")
+def add_commands(commands: Any, texts: Mapping[str, str]) -> None:
+    """Add ``device-ca``, ``token``, ``deny``, ``allow``, ``move`` and ``operator``; ``texts`` has their descriptions."""
+
+    def add(name: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = commands.add_parser(name, help=texts[name], description=texts[name])
+        parser.set_defaults(run=run)
+        return parser
+
+    authority = add("device-ca", _make_authority)
+    authority.add_argument("directory", type=Path, metavar="DIR", help="a directory of its own, which is secret")
     authority.add_argument("--passphrase-file", type=Path, metavar="FILE", help="passphrase of its key; else it is asked for")
     authority.add_argument("--name", default="device authority", help="name in the certificate")
-    token = _command(commands, "token", "Make a token with which one box enrols, once.", _make_token)
+    token, deny, allow, move = add("token", _make_token), add("deny", _deny), add("allow", _allow), add("move", _move)
     token.add_argument("new", choices=["new"], help="make a new one; it is shown once")
     token.add_argument("box", metavar="BOX", help="the box's name")
     token.add_argument("--ring", default="stable", help="its rollout ring (default stable)")
     token.add_argument("--hours", type=float, default=72.0, help="how long it may be used (default 72)")
-    deny = _command(commands, "deny", "Shut a box out at once, or one certificate with --serial.", _deny)
     deny.add_argument("box", nargs="?", metavar="BOX", help="the box's name")
     deny.add_argument("--serial", help="one certificate, by its serial in hexadecimal")
-    _command(commands, "allow", "Let a denied box in again.", _allow).add_argument("box", metavar="BOX")
-    move = _command(commands, "move", "Count a box to another ring; its own settings decide what it follows.", _move)
+    allow.add_argument("box", metavar="BOX", help="the box's name")
     move.add_argument("box", metavar="BOX", help="the box's name")
     move.add_argument("--ring", required=True, help="the ring")
-    operator = _command(commands, "operator", "Make, reset or remove a person who may see the fleet and pause a rollout.", _operator)
+    operator = add("operator", _operator)
     operator.add_argument("what", choices=["add", "reset", "remove"], help="add and reset print a new password, once")
     operator.add_argument("name", metavar="NAME", help="letters, digits, dot, dash, underscore")
-    for parser in (token, deny, commands.choices["allow"], move, operator):
+    for parser in (token, deny, allow, move, operator):
         parser.add_argument("--library", type=Path, default=Path(), metavar="LIB", help="the library's directory (default: here)")
         parser.add_argument("--db", metavar="URL", help="fleet database (default: sqlite in LIB)")
-
-
-def _command(commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    parser.set_defaults(run=run)
-    return parser
 
 
 def _make_authority(arguments: argparse.Namespace) -> int:
     secret = console.new_secret(arguments.passphrase_file, "passphrase of the device authority")
     DeviceAuthority.create(arguments.directory, secret, arguments.name)
-    print(f"{arguments.directory}: made; keep a copy of it and of the passphrase apart from each other")
+    print(f"{arguments.directory}: created; store a copy of it and of the passphrase in two different places")
     return 0
 
 
@@ -83,7 +81,7 @@ def _make_token(arguments: argparse.Namespace) -> int:
 
 def _deny(arguments: argparse.Namespace) -> int:
     if (arguments.box is None) == (arguments.serial is None):
-        raise SettingsError("name a box, or a certificate with --serial", hint="one of the two", code="library.usage")
+        raise SettingsError("name a box, or a certificate with --serial", code="library.usage")
     with _fleet(arguments) as fleet:
         if arguments.box is not None:
             fleet.deny(arguments.box, _ACTOR)
@@ -96,7 +94,7 @@ def _deny(arguments: argparse.Namespace) -> int:
 def _allow(arguments: argparse.Namespace) -> int:
     with _fleet(arguments) as fleet:
         fleet.allow(arguments.box, _ACTOR)
-    print(f"{arguments.box}: let in again")
+    print(f"{arguments.box}: allowed again")
     return 0
 
 
@@ -104,17 +102,17 @@ def _move(arguments: argparse.Namespace) -> int:
     _match(_RING, arguments.ring, "ring")
     with _fleet(arguments) as fleet:
         fleet.move(arguments.box, arguments.ring, _ACTOR)
-    print(f"{arguments.box}: counted to ring {arguments.ring}; set `ring` in its sync.toml as well")
+    print(f"{arguments.box}: assigned to ring {arguments.ring}; set `ring` in its sync.toml as well")
     return 0
 
 
 def _operator(arguments: argparse.Namespace) -> int:
     with _fleet(arguments) as fleet:
+        accounts = Accounts(fleet)
         if arguments.what == "remove":
-            Accounts(fleet).remove(arguments.name)
+            accounts.remove(arguments.name)
             print(f"{arguments.name}: removed")
         else:
-            accounts = Accounts(fleet)
             print(accounts.add(arguments.name) if arguments.what == "add" else accounts.reset(arguments.name))
     return 0
 

@@ -40,7 +40,6 @@ class SequenceError(ModelSyncError):
     """The number of a report is not above the last one; ``expected`` is the lowest that would be accepted."""
 
     def __init__(self, expected: int) -> None:
-        """Store the number."""
         super().__init__(
             f"the report's sequence must be {expected} or more", hint="send the newest state under that number", code="report.sequence"
         )
@@ -51,7 +50,6 @@ class RateError(ModelSyncError):
     """A box reports too often; ``retry_after_s`` is the wait in seconds."""
 
     def __init__(self, retry_after_s: int) -> None:
-        """Store the wait."""
         super().__init__("the box reports too often", hint=f"wait {retry_after_s} seconds", code="report.rate")
         self.retry_after_s = retry_after_s
 
@@ -121,19 +119,13 @@ class Fleet:
             tx.execute(self.insert(meta).values(key="secret", value=secrets.token_hex(32)).on_conflict_do_nothing())
             return str(tx.execute(select(meta.c.value).where(meta.c.key == "secret")).scalar_one())
 
-    def record(self, actor: str, action: str, *, ring: str = "", line: str = "", subject: str = "", figures: str = "") -> None:
-        """Record an action."""
-        row = {"at": self.now(), "actor": actor, "action": action, "ring": ring, "line": line, "subject": subject, "figures": figures}
-        with self.writing() as tx:
-            tx.execute(actions.insert().values(**row))
-
-    def record_once(self, actor: str, action: str, *, ring: str, line: str, subject: str, figures: str) -> None:
-        """Record an action about a version, unless the same one is recorded already."""
+    def record(self, actor: str, action: str, *, ring: str, line: str, subject: str, figures: str, once: bool = False) -> None:
+        """Record an action about a version; with ``once`` not if the same one is recorded already."""
         here = actions.c
         same = here.action == action, here.ring == ring, here.line == line, here.subject == subject
+        row = {"actor": actor, "action": action, "ring": ring, "line": line, "subject": subject, "figures": figures}
         with self.writing() as tx:
-            if tx.execute(select(here.id).where(*same).limit(1)).one_or_none() is None:
-                row = {"actor": actor, "action": action, "ring": ring, "line": line, "subject": subject, "figures": figures}
+            if not once or tx.execute(select(here.id).where(*same).limit(1)).one_or_none() is None:
                 tx.execute(actions.insert().values(at=self.now(), **row))
 
     def deny(self, box_id: str, actor: str) -> None:
@@ -158,7 +150,7 @@ class Fleet:
         with self.writing() as tx:
             done = tx.execute(update(certificates).where(certificates.c.serial == wanted).values(revoked_at=self.now()))
             if not done.rowcount:
-                raise SettingsError(f"no certificate has the serial {wanted}", hint="take it from the box's page", code="fleet.unknown")
+                raise SettingsError(f"no certificate has the serial {wanted}", hint="the box's page shows it", code="fleet.unknown")
             tx.execute(actions.insert().values(at=self.now(), actor=actor, action="deny", subject=wanted))
 
     def store_report(self, report: StatusReport, *, per_hour: int) -> bool:
@@ -262,16 +254,8 @@ class Fleet:
         here = activations.c
         known = {(row["line"], row["version"]): row for row in tx.execute(select(activations).where(here.box_id == box_id)).mappings()}
         for line, version in running - known.keys():
-            new = {
-                "box_id": box_id,
-                "line": line,
-                "version": version,
-                "state": ModelState.GOOD.value,
-                "code": "",
-                "at": now,
-                "running_since": now,
-            }
-            tx.execute(activations.insert().values(**new))
+            new = {"box_id": box_id, "line": line, "version": version, "state": ModelState.GOOD.value, "code": ""}
+            tx.execute(activations.insert().values(**new, at=now, running_since=now))
         for (line, version), row in known.items():
             this = here.box_id == box_id, here.line == line, here.version == version
             if (line, version) not in running:
@@ -293,13 +277,9 @@ class Fleet:
                 tx.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
             metadata.create_all(tx)
             tx.execute(self.insert(meta).values(key="schema", value=str(SCHEMA)).on_conflict_do_nothing())
-            found = tx.execute(select(meta.c.value).where(meta.c.key == "schema")).scalar_one()
-        if found != str(SCHEMA):
-            raise SettingsError(
-                f"the fleet database has tables of version {found}, this is {SCHEMA}",
-                hint="use the matching release",
-                code="fleet.database",
-            )
+            schema = tx.execute(select(meta.c.value).where(meta.c.key == "schema")).scalar_one()
+        if schema != str(SCHEMA):
+            raise SettingsError(f"the fleet database has tables of version {schema}, this is {SCHEMA}", code="fleet.database")
 
 
 def failed_by_model() -> ColumnElement[bool]:
@@ -316,7 +296,7 @@ def assign_ring(tx: Connection, box_id: str) -> None:
 
 
 def _no_box(box_id: str) -> SettingsError:
-    return SettingsError(f"no box is called {box_id}", hint="the fleet page lists the boxes", code="fleet.unknown")
+    return SettingsError(f"no box is called {box_id}", code="fleet.unknown")
 
 
 def _window(box: RowMapping, now: int, per_hour: int) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Enrolment of boxes: a one-time token, a certificate request, a short-lived certificate.
 
-The device authority of the centre signs certificates of boxes only. A box creates and keeps its own key; the certificate names the box
-and nothing more, whatever the request contained. X.509 is done by ``cryptography``.
+The device authority of the centre signs only certificates of boxes. A box creates and keeps its own key; the certificate contains only
+the name of the box, whatever the request contained.
 """
 
 from __future__ import annotations
@@ -18,13 +18,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, EllipticCurvePublicKey, generate_private_key
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import (
-    BestAvailableEncryption,
-    Encoding,
-    PrivateFormat,
-    PublicFormat,
-    load_pem_private_key,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from securesystemslib.signer import SSlibKey
 from sqlalchemy import Connection, RowMapping, select, update
@@ -33,11 +27,11 @@ from model_sync.agent.device import create_private_file, is_issued_by
 from model_sync.errors import CodedError, SettingsError
 from model_sync.fleet.database import Fleet, assign_ring
 from model_sync.fleet.tables import actions, boxes, certificates, tokens
+from model_sync.library.keys import encrypt
 
 CERTIFICATE: Final = "device-ca.pem"
 KEY: Final = "device-ca.key"
 MAX_CSR_BYTES: Final = 8 << 10
-MIN_PASSPHRASE: Final = 12
 _AUTHORITY_YEARS: Final = 20
 # A box's clock may be behind; a certificate must be valid there at once.
 _BACKDATED: Final = timedelta(hours=1)
@@ -55,10 +49,9 @@ class EnrolmentError(CodedError):
 
 
 class DeviceAuthority:
-    """The authority that signs the certificates of boxes."""
+    """The authority that signs the certificates of boxes; opened by ``create`` or ``load``."""
 
     def __init__(self, certificate: x509.Certificate, key: EllipticCurvePrivateKey) -> None:
-        """Store a certificate and its private key; use ``create`` or ``load``."""
         self.certificate = certificate
         self._key = key
 
@@ -74,12 +67,9 @@ class DeviceAuthority:
         Raises:
             SettingsError: there is one already, or the passphrase is too short; nothing is overwritten.
         """
-        if len(passphrase) < MIN_PASSPHRASE:
-            raise SettingsError(
-                f"a passphrase needs at least {MIN_PASSPHRASE} characters", hint="take six words drawn by dice", code="library.passphrase"
-            )
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         key = generate_private_key(SECP256R1())
+        encrypted = encrypt(key, passphrase)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         now = datetime.now(timezone.utc)
         certificate = (
@@ -88,8 +78,7 @@ class DeviceAuthority:
             .add_extension(_usage(signs_certificates=True), critical=True)
             .sign(key, SHA256())
         )
-        secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(passphrase.encode()))
-        create_private_file(directory / KEY, secret)
+        create_private_file(directory / KEY, encrypted)
         (directory / CERTIFICATE).write_bytes(certificate.public_bytes(Encoding.PEM))
         return cls(certificate, key)
 
@@ -103,11 +92,9 @@ class DeviceAuthority:
             hint = "`model-library device-ca DIR` makes one"
             raise SettingsError(f"{error.filename}: {error.strerror}", hint=hint, code="fleet.authority") from error
         except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-            hint = "give the passphrase that it was made with"
-            raise SettingsError(f"the device authority in {directory} does not open", hint=hint, code="fleet.authority") from error
+            raise SettingsError(f"the device authority in {directory} cannot be decrypted", code="fleet.authority") from error
         if not isinstance(key, EllipticCurvePrivateKey) or certificate.public_key() != key.public_key():
-            hint = f"put {KEY} and {CERTIFICATE} of one authority there"
-            raise SettingsError(f"the key in {directory} is not the certificate's", hint=hint, code="fleet.authority")
+            raise SettingsError(f"the key in {directory} does not belong to the certificate", code="fleet.authority")
         return cls(certificate, key)
 
     def issue(self, key: DeviceKey, box_id: str, now: datetime, days: float) -> x509.Certificate:
@@ -137,10 +124,9 @@ class Box:
 
 
 class Enrolment:
-    """Enrols boxes, renews their certificates and identifies them."""
+    """Enrols boxes, renews their certificates, which are valid for ``certificate_days``, and identifies them."""
 
     def __init__(self, fleet: Fleet, authority: DeviceAuthority, *, certificate_days: float = 30.0) -> None:
-        """Store the parts; certificates are valid for ``certificate_days``."""
         self._fleet = fleet
         self.authority = authority
         self._days = certificate_days
@@ -148,8 +134,8 @@ class Enrolment:
     def enrol(self, token: str, csr_pem: str) -> tuple[str, str]:
         """Issue a certificate for a token and a request; return its PEM and the box's name.
 
-        A token is for one device: the first that sends it. That device gets the same certificate again when the answer was lost;
-        others are refused. Earlier certificates of the box's name are revoked: a token replaces the box.
+        A token is for the first device that sends it, which gets the same certificate again when the answer was lost; other devices are
+        refused. Earlier certificates of the box's name are revoked.
 
         Raises:
             EnrolmentError: ``enrolment.csr``, ``enrolment.token`` (unknown, used or expired: one answer), ``enrolment.denied``.
@@ -162,8 +148,7 @@ class Enrolment:
             is_first = tx.execute(update(tokens).where(*unused).values(used_at=now, key_sha256=fingerprint)).rowcount
             token_row = tx.execute(select(tokens).where(tokens.c.sha256 == token_digest)).mappings().one_or_none()
             if token_row is None or (not is_first and (token_row["key_sha256"] != fingerprint or token_row["expires_at"] <= now)):
-                hint = "ask the central team for a new token: each works once, and only for a while"
-                raise EnrolmentError("enrolment.token", "the token is unknown, used or expired", hint=hint)
+                raise EnrolmentError("enrolment.token", "the token is unknown, used or expired")
             box_id = token_row["box_id"]
             if not is_first:
                 query = select(certificates.c.pem).where(certificates.c.serial == token_row["serial"], certificates.c.revoked_at.is_(None))
@@ -186,7 +171,7 @@ class Enrolment:
         half = current.not_valid_before_utc + (current.not_valid_after_utc - current.not_valid_before_utc) / 2
         if now < half.timestamp():
             hint = f"renew from {half:%Y-%m-%d} on; the certificate in use stays valid"
-            raise EnrolmentError("enrolment.too_early", "the certificate is too young to be renewed", hint=hint)
+            raise EnrolmentError("enrolment.too_early", "the certificate is too new to be renewed", hint=hint)
         key = check_request(csr_pem)
         with self._fleet.writing() as tx:
             return self._issue(tx, box.box_id, key, now)[0], box.box_id
@@ -200,20 +185,18 @@ class Enrolment:
         Raises:
             EnrolmentError: ``enrolment.certificate``, ``enrolment.expired``, ``enrolment.denied``.
         """
-        hint = "enrol the box with a token"
         if der is None:
-            raise EnrolmentError("enrolment.certificate", "no device certificate was shown", hint=hint)
+            raise EnrolmentError("enrolment.certificate", "no device certificate was shown")
         try:
             certificate = x509.load_der_x509_certificate(der)
             key = certificate.public_key()
         except (ValueError, UnsupportedAlgorithm) as error:
-            raise EnrolmentError("enrolment.certificate", "the device certificate is none", hint=hint) from error
+            raise EnrolmentError("enrolment.certificate", "the device certificate cannot be read") from error
         if not self.authority.has_issued(certificate) or not isinstance(key, (EllipticCurvePublicKey, Ed25519PublicKey)):
-            raise EnrolmentError("enrolment.certificate", "the certificate is not of this fleet", hint=hint)
+            raise EnrolmentError("enrolment.certificate", "the certificate is not of this fleet")
         now = self._fleet.now()
         if now >= certificate.not_valid_after_utc.timestamp():
-            hint = "ask the central team for a new token and enrol the box again"
-            raise EnrolmentError("enrolment.expired", f"the certificate expired on {certificate.not_valid_after_utc:%Y-%m-%d}", hint=hint)
+            raise EnrolmentError("enrolment.expired", f"the certificate expired on {certificate.not_valid_after_utc:%Y-%m-%d}")
         if now < certificate.not_valid_before_utc.timestamp():
             raise EnrolmentError("enrolment.certificate", "the certificate is not valid yet", hint="check the server's clock")
         row = self._row(certificate)
@@ -277,19 +260,18 @@ def check_request(csr_pem: str) -> DeviceKey:
     Raises:
         EnrolmentError: ``enrolment.csr``.
     """
-    hint = "make the request with `model-sync enrol`"
     try:
         if len(csr_pem) > MAX_CSR_BYTES:
             raise ValueError("too long")
         csr = x509.load_pem_x509_csr(csr_pem.encode("ascii"))
         key, genuine = csr.public_key(), csr.is_signature_valid
     except (ValueError, UnsupportedAlgorithm, InvalidSignature) as error:
-        raise EnrolmentError("enrolment.csr", "the certificate request cannot be read", hint=hint) from error
+        raise EnrolmentError("enrolment.csr", "the certificate request cannot be read") from error
     if not genuine:
-        raise EnrolmentError("enrolment.csr", "the certificate request is not signed by its own key", hint=hint)
+        raise EnrolmentError("enrolment.csr", "the certificate request is not signed by its own key")
     if isinstance(key, Ed25519PublicKey) or (isinstance(key, EllipticCurvePublicKey) and isinstance(key.curve, SECP256R1)):
         return key
-    raise EnrolmentError("enrolment.csr", "the key must be P-256 or Ed25519", hint=hint)
+    raise EnrolmentError("enrolment.csr", "the key must be P-256 or Ed25519")
 
 
 def _builder(subject: x509.Name, issuer: x509.Name, key: DeviceKey, not_before: datetime, not_after: datetime) -> x509.CertificateBuilder:
@@ -314,7 +296,7 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
 
 
 def _denied() -> EnrolmentError:
-    return EnrolmentError("enrolment.denied", "this box is not let in", hint="ask the central team: the box or its certificate is denied")
+    return EnrolmentError("enrolment.denied", "this box is denied")
 
 
 def _digest(data: bytes) -> str:

@@ -21,7 +21,6 @@ from model_sync.fleet.database import RUNNING, Fleet
 from model_sync.fleet.pause import ExpectedRollout
 from model_sync.fleet.rollouts import PublishedRollouts, Rollouts
 from model_sync.messages import LANGUAGES, Language, current_code, is_known, text
-from model_sync.messages_central import WORDS as _WORDS  # noqa: F401  (registers the words of this page)
 from model_sync.trust.documents import RolloutStep, older
 
 blueprint: Final = Blueprint("page", __name__, template_folder="templates")
@@ -58,10 +57,10 @@ def login() -> ResponseReturnValue:
     if not current_app.extensions["rate_limiters"]["logins"].allow(client_address()):
         abort(429)
     name = request.form.get("name", "").strip()[:64]
-    token = _accounts().login(name if name.isprintable() else "", request.form.get("password", ""))
+    token = _accounts().login(name if name.isprintable() else "", request.form.get("password", ""), client_address())
     if token is None:
         return render_template("login.html", failed=True, name=name), 401
-    session.clear()  # nothing of an earlier session stays
+    session.clear()
     session["token"] = token
     return redirect(url_for("page.fleet"))
 
@@ -94,7 +93,7 @@ def style() -> Response:
     """Return the style sheet."""
     css = (Path(blueprint.root_path) / "templates" / "fleet.css").read_bytes()
     response = Response(css, content_type="text/css; charset=utf-8")
-    response.headers["Cache-Control"] = "public, max-age=31536000, immutable"  # its address changes with it
+    response.headers["Cache-Control"] = "public, max-age=31536000, immutable"  # its URL contains its version
     return response
 
 
@@ -124,11 +123,11 @@ def fleet() -> ResponseReturnValue:
 @operator_only
 def box(box_id: str) -> ResponseReturnValue:
     """Show one box with its last report."""
-    found = fleet_views.box(_fleet(), box_id) if len(box_id) <= 64 and box_id.isprintable() else None
-    if found is None:
+    values = fleet_views.box(_fleet(), box_id) if len(box_id) <= 64 and box_id.isprintable() else None
+    if values is None:
         abort(404)
-    report = json.loads(found["box"]["report"]) if found["box"]["report"] else None
-    return render_template("box.html", report=report, **found)
+    report = json.loads(values["box"]["report"]) if values["box"]["report"] else None
+    return render_template("box.html", report=report, **values)
 
 
 @blueprint.post("/fleet/pause")
@@ -242,7 +241,7 @@ def _t(key: str, **values: object) -> str:
 
 
 def _why(code: str, writer: Literal["agent", "box"] = "box") -> str:
-    """Return what a reported code says; nothing for one that this version does not know."""
+    """Return the text of a reported code; an empty one for a code that this version does not know."""
     code = current_code(code, writer)
     return text(code, _language()) if is_known(code) else ""
 

@@ -1,7 +1,7 @@
 """Publication of a pause by the server: based on the public rollout, never on one that waits for signatures.
 
-The server has the rollout key. If a pause were an ordinary edit, that key would also sign changes that people have not read yet. So the
-pause is made from the public rollout, and a waiting version is staged again, unsigned, with a higher number.
+The server has the rollout key. If a pause were an ordinary edit, that key would also sign waiting changes that nobody has approved. So
+the pause is made from the public rollout, and a waiting version is staged again, unsigned, with a higher number.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class PausingLibrary(Library):
             if step.version != expected.version or expected.serial not in (None, public.signed.version):
                 raise PublishError(
                     f"the rollout of {line} to {ring} was changed in the meantime",
-                    hint="reload the page and look again",
+                    hint="reload the page and check it again",
                     code="library.rollout",
                 )
             if step.paused == paused:
@@ -125,8 +125,8 @@ class PausingLibrary(Library):
         if waiting is not None:
             raise PublishError(
                 "the rollout needs more signatures than this server can give, and another rollout waits for signatures already",
-                hint="have that one signed, or drop it with `model-library discard`; nothing was signed",
+                hint="have that one signed, or delete it with `model-library discard`; nothing was signed",
                 code="library.unsigned",
             )
         self.files.write(self.files.staged_path(ROLLOUT_ROLE), pause.to_bytes())
-        raise PublishError("the rollout waits for more signatures", hint="`model-library status` says whose", code="library.unsigned")
+        raise PublishError("the rollout waits for more signatures", code="library.unsigned")

@@ -29,14 +29,14 @@ _DETAILS: Final = {
     400: "The request is not valid. Nothing was changed.",
     401: "Log in first.",
     403: "This is not allowed.",
-    404: "There is nothing under this address.",
-    405: "This address knows no such method.",
-    413: "The body is too large. Nothing was kept.",
+    404: "This address does not exist.",
+    405: "This address does not support the method.",
+    413: "The body is too large. Nothing was stored.",
     415: "Send application/json.",
     416: "The file has no such range.",
-    422: "The request does not fit its schema. Nothing was kept.",
+    422: "The request does not fit its schema. Nothing was stored.",
     429: "Too many requests. Wait, then try again.",
-    503: "The server is busy or its database is away. Nothing was kept; try again later.",
+    503: "The server is busy or cannot reach its database. Nothing was stored; try again later.",
 }
 _RETRY_S: Final = 60
 

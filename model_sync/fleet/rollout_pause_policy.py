@@ -1,7 +1,7 @@
 """The rollout pause policy: a thread that pauses a rollout when its failure budget is used up.
 
-A report only schedules a check. So no box waits for the library's lock, which a publication may hold for minutes, and a stored report
-is answered with success whatever is wrong with the library. A check that failed is repeated.
+A report only schedules a check. So no box waits for the library's lock, which a publication may hold for minutes, and a report is
+accepted also when the library cannot be read. A check that failed is repeated.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class RolloutPausePolicy:
                 self._thread.start()  # not earlier: the server forks after the application was created once
             except RuntimeError:
                 self._thread = None
-                logger.exception("the failure budget of ring %s was not looked at: no thread", ring)
+                logger.exception("the failure budget of ring %s was not checked: no thread", ring)
 
     def close(self) -> None:
         """End the thread after its current check."""
@@ -88,10 +88,10 @@ class RolloutPausePolicy:
         try:
             self._rollouts.set_paused(ring, line, True, SERVER, expected, figures, lock_timeout_s=_LOCK_TIMEOUT_S)
         except ModelSyncError as error:
-            logger.error("the failure budget of ring %s line %s is spent but nothing was paused: %s", ring, line, error.message)
+            logger.error("the failure budget of ring %s model line %s is used up, but nothing was paused: %s", ring, line, error.message)
             if self._rollouts.can_sign:
                 return False
-            self._fleet.record_once(SERVER, "budget-spent", ring=ring, line=line, subject=expected.version, figures=figures)
+            self._fleet.record(SERVER, "budget-spent", ring=ring, line=line, subject=expected.version, figures=figures, once=True)
         return True
 
     def _run(self) -> None:
@@ -111,7 +111,7 @@ class RolloutPausePolicy:
         try:
             return self.check(ring)
         except ModelSyncError as error:
-            logger.error("the failure budget of ring %s was not looked at: %s", ring, error.message)
+            logger.error("the failure budget of ring %s was not checked: %s", ring, error.message)
         except (OSError, SQLAlchemyError) as error:  # only the type: the statement contains reported values
-            logger.error("the failure budget of ring %s was not looked at: %s", ring, type(error).__name__)
+            logger.error("the failure budget of ring %s was not checked: %s", ring, type(error).__name__)
         return False

@@ -1,7 +1,7 @@
 """The public rollouts, and their pause by a newly signed rollout.
 
-A pause is no flag in a database, which anybody with access to the server could clear: it is signed by the rollout key, so a box trusts
-it like the rollout. Without that key the server can only show the command to run.
+A pause is not a flag in a database, which anybody with access to the server could change: it is signed by the rollout key, like the
+rollout. Without that key the server can only show the command to run.
 """
 
 from __future__ import annotations
@@ -41,10 +41,9 @@ class PublishedRollouts:
 
 
 class Rollouts:
-    """Reads the published rollouts of one library, and pauses them."""
+    """Reads and pauses the published rollouts of a library; ``signer`` has the rollout key, ``passphrase`` decrypts the online keys."""
 
     def __init__(self, directory: Path, fleet: Fleet, signer: Signer | None = None, passphrase: Passphrase | None = None) -> None:
-        """Store the parts; ``signer`` has the rollout key or is None, ``passphrase`` decrypts the online keys."""
         self._directory = directory
         self._fleet = fleet
         self._signer = signer
@@ -106,7 +105,7 @@ class Rollouts:
                 nothing was changed.
         """
         if not self.can_sign:
-            raise PublishError("this server holds no rollout key", hint=self.command(ring, line, paused), code="library.key")
+            raise PublishError("this server has no rollout key", hint=self.command(ring, line, paused), code="library.key")
         try:
             step, changed = self.library(lock_timeout_s).set_paused(ring, line, paused, expected)
         except OSError as error:
@@ -121,8 +120,8 @@ class Rollouts:
     def is_spent(self, ring: str, line: str, step: RolloutStep, tally: VersionTally) -> bool:
         """Return whether the failure budget of a rollout is used up, so that it has to be paused.
 
-        Failures that a person acknowledged by a resume do not count again. A rollback is never paused: boxes that cannot roll back
-        would keep the worse version.
+        Failures that a person acknowledged by a resume do not count again. A rollback is never paused, because boxes would keep the
+        worse version.
         """
         if not is_budget_spent(step, tally):
             return False
@@ -140,11 +139,11 @@ class Rollouts:
         key = ring, line, published.serial
         if key not in self._is_rollback:
             try:
-                found = _is_older_than_before(Library(self._directory), ring, line, published)
+                is_older = _is_older_than_before(Library(self._directory), ring, line, published)
             except OSError as error:
                 raise _disk_error(error) from error
-            self._is_rollback = {known: back for known, back in self._is_rollback.items() if known[2] == published.serial} | {key: found}
-            return found
+            self._is_rollback = {known: back for known, back in self._is_rollback.items() if known[2] == published.serial} | {key: is_older}
+            return is_older
         return self._is_rollback[key]
 
     def command(self, ring: str, line: str, paused: bool) -> str:
@@ -199,6 +198,4 @@ def _read(library: Library) -> PublishedRollouts:
 
 
 def _disk_error(error: OSError) -> PublishError:
-    return PublishError(
-        f"the library's disk: {error.strerror}", hint="make room, or mend it; boxes go on with what is public", code="library.disk"
-    )
+    return PublishError(f"the library's disk: {error.strerror}", code="library.disk")

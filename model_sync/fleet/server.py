@@ -32,11 +32,9 @@ from model_sync.fleet import files as server_files
 from model_sync.fleet import page as fleet_page
 from model_sync.fleet import problems as server_problems
 from model_sync.fleet.accounts import Accounts
-from model_sync.fleet.commands import add_commands as add_commands
 from model_sync.fleet.commands import passphrase
 from model_sync.fleet.database import Fleet
 from model_sync.fleet.enrolment import CERTIFICATE, DeviceAuthority, Enrolment
-from model_sync.fleet.limits import RateLimiter
 from model_sync.fleet.rollout_pause_policy import RolloutPausePolicy
 from model_sync.fleet.rollouts import Rollouts
 from model_sync.fleet.tables import sqlite_url
@@ -44,7 +42,7 @@ from model_sync.json_logging import JsonFormatter
 from model_sync.library.console import ONLINE_ENV
 from model_sync.library.files import LibraryFiles
 from model_sync.library.keys import load_signer
-from model_sync.network import is_loopback
+from model_sync.web_server import ErrorOnlyLogger, is_loopback, tls_context_factory
 
 DEFAULT_PORT: Final = 8443
 _REQUEST_START_S: Final = 10
@@ -71,7 +69,7 @@ class ServerConfig:
         behind_proxy: use the proxy's ``X-Client-Certificate`` and ``X-Forwarded-For``.
         certificate_days: validity of a box's certificate.
         reports_per_hour: most reports of one box.
-        requests_per_minute: most enrolments (and a tenth of it, logins) from one address; ten times it for reports.
+        requests_per_minute: most enrolments from one address; a tenth of it for logins, ten times it for reports.
         session_idle_s: an operator's session ends after this time without a request.
     """
 
@@ -110,9 +108,9 @@ def create_app(config: ServerConfig, *, clock: Callable[[], float] = time.time) 
         pause_policy=RolloutPausePolicy(fleet, rollouts),
         accounts=Accounts(fleet, idle_s=config.session_idle_s),
         rate_limiters={
-            "enrolments": RateLimiter(per_minute, per_minute),
-            "reports": RateLimiter(per_minute * 10, per_minute * 10),
-            "logins": RateLimiter(max(1, per_minute / 10), max(5, per_minute // 10)),
+            "enrolments": server_api.RateLimiter(per_minute, per_minute),
+            "reports": server_api.RateLimiter(per_minute * 10, per_minute * 10),
+            "logins": server_api.RateLimiter(max(1, per_minute / 10), max(5, per_minute // 10)),
         },
     )
     style = Path(app.root_path) / "templates" / "fleet.css"
@@ -153,10 +151,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--behind-proxy", action="store_true", help="a proxy on this machine ends TLS (see docs/fleet.md)")
     parser.add_argument("--device-ca", type=Path, metavar="DIR", required=True, help="made by `model-library device-ca`")
     parser.add_argument("--rollout-key", metavar="FILE", help="key that signs a pause; without it the page shows the command")
-    kinds = {"": "the keys that have none of their own here", "device-ca-": "the device authority", "rollout-": "--rollout-key"}
+    kinds = {"": "all keys without an option of their own", "device-ca-": "the device authority", "rollout-": "--rollout-key"}
     for name, what in (kinds | {"online-": "the keys in LIB/online"}).items():
         parser.add_argument(f"--{name}passphrase-file", type=Path, metavar="FILE", help=f"passphrase of {what}")
-    parser.add_argument("--certificate-days", type=float, default=30.0, help="life of a box's certificate (default 30)")
+    parser.add_argument("--certificate-days", type=float, default=30.0, help="validity of a box's certificate (default 30)")
     parser.add_argument("--reports-per-hour", type=int, default=60, help="most reports of one box (default 60)")
     parser.add_argument("--requests-per-minute", type=int, default=120, help="most enrolments from one address (default 120)")
     parser.add_argument("--threads", type=int, default=16, help="requests served at once (default 16)")
@@ -194,21 +192,19 @@ def check(config: ServerConfig) -> None:
         SettingsError: plain http beyond loopback, an incomplete TLS configuration, or a key, library or database that cannot be opened.
     """
     if (config.tls_certificate is None) != (config.tls_key is None):
-        raise SettingsError("--tls-certificate and --tls-key belong together", hint="give both or neither", code="fleet.settings")
+        raise SettingsError("--tls-certificate and --tls-key belong together", code="fleet.settings")
     if config.tls_certificate is None and not is_loopback(config.host):
         hint = "give --tls-certificate and --tls-key, or listen on 127.0.0.1 behind a proxy with --behind-proxy"
-        raise SettingsError(f"{config.host} needs TLS: plain http is for this machine alone", hint=hint, code="fleet.settings")
+        raise SettingsError(f"{config.host} needs TLS: plain http is for loopback only", hint=hint, code="fleet.settings")
     if config.behind_proxy and (config.tls_certificate is not None or not is_loopback(config.host)):
         raise SettingsError(
-            "--behind-proxy is for plain http on 127.0.0.1", hint="others could write the proxy's headers themselves", code="fleet.settings"
+            "--behind-proxy is for plain http on 127.0.0.1", hint="clients could send the proxy's headers themselves", code="fleet.settings"
         )
     if config.tls_certificate is not None and config.tls_key is not None:
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.tls_certificate, config.tls_key)
         except (OSError, ssl.SSLError) as error:
-            raise SettingsError(
-                f"the TLS certificate does not load: {error}", hint="give a PEM certificate and its key", code="fleet.settings"
-            ) from error
+            raise SettingsError(f"the TLS certificate does not load: {error}", code="fleet.settings") from error
     LibraryFiles(config.library).config()
     create_app(config).extensions["fleet"].close()
 
@@ -217,7 +213,6 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
     """Gunicorn with a configuration in Python."""
 
     def __init__(self, config: ServerConfig) -> None:
-        """Serve ``config``."""
         self._config = config
         super().__init__()
 
@@ -234,7 +229,7 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
         if config.tls_certificate is not None:
             authority = str(config.device_ca / CERTIFICATE)
             values |= {"certfile": str(config.tls_certificate), "keyfile": str(config.tls_key), "ca_certs": authority}
-            values |= {"cert_reqs": ssl.CERT_OPTIONAL, "ssl_context": _tls_of()}
+            values |= {"cert_reqs": ssl.CERT_OPTIONAL, "ssl_context": tls_context_factory(_NO_CHECK_TIME)}
         for name, value in values.items():
             if name in self.cfg.settings:  # versions of gunicorn differ in the newest ones
                 self.cfg.set(name, value)
@@ -251,29 +246,6 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
         return application
 
 
-class ErrorOnlyLogger:
-    """Logs gunicorn's errors but no requests: very many boxes poll."""
-
-    def __init__(self, _cfg: object) -> None:
-        """Ignore gunicorn's configuration."""
-        self.error_log = logging.getLogger("gunicorn.error")
-        self.error_log.setLevel(logging.WARNING)
-        self.access_log = logging.getLogger("gunicorn.access")
-
-    def __getattr__(self, name: str) -> Any:
-        """Return the standard logger's ``debug`` to ``critical``, ``exception`` and ``log``."""
-        return getattr(self.error_log, name)
-
-    def access(self, *_: object) -> None:
-        """Log no request."""
-
-    def reopen_files(self) -> None:
-        """Do nothing: the log is standard error."""
-
-    def close_on_exec(self) -> None:
-        """Do nothing: there is no file to close."""
-
-
 def _start_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
@@ -284,30 +256,15 @@ def _start_logging() -> None:
 def _announce(arbiter: Any) -> None:
     """Print the address once the port is open."""
     for listener in arbiter.LISTENERS:
-        # Inherited by every connection: a client that begins a request and stops must not hold a thread for ever.
+        # Inherited by every connection: a client that stops in the middle of a request must not use a thread for ever.
         listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _REQUEST_START_S, 0))
         # The kernel holds a connection until it has data: a silent one uses no thread.
         listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, _REQUEST_START_S)
         print(f"Listening on {listener}", flush=True)
 
 
-def _tls_of() -> Callable[[Any, Callable[[], ssl.SSLContext]], ssl.SSLContext]:
-    """TLS 1.2 or newer; one context for all connections, so that sessions resume."""
-    made: list[ssl.SSLContext] = []
-
-    def context(_config: Any, default: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
-        if not made:
-            fresh = default()
-            fresh.minimum_version = ssl.TLSVersion.TLSv1_2
-            fresh.verify_flags = ssl.VerifyFlags(int(fresh.verify_flags) | _NO_CHECK_TIME)
-            made.append(fresh)
-        return made[0]
-
-    return context
-
-
 def _rollouts(config: ServerConfig, fleet: Fleet) -> Rollouts:
-    """Return the rollouts; with a rollout key, also what signs and publishes a pause, tried out before anything is served."""
+    """Return the rollouts; with a rollout key, the keys that sign and publish a pause are opened before anything is served."""
     if config.rollout_key is None:
         return Rollouts(config.library, fleet)
     try:
@@ -316,7 +273,7 @@ def _rollouts(config: ServerConfig, fleet: Fleet) -> Rollouts:
         library = rollouts.library()
         if missing := [role for role in ("snapshot", "timestamp") if not library.available_signers(library.keys(role))]:
             raise SettingsError(
-                f"the library's online key of {' and '.join(missing)} is not here", hint="it lies in LIB/online", code="fleet.settings"
+                f"the library's online key of {' and '.join(missing)} is missing", hint="copy it to LIB/online", code="fleet.settings"
             )
     except ModelSyncError as error:
         hint = f"{error.hint}; the rollout key signs a pause, and the online keys publish it"

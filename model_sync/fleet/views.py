@@ -99,13 +99,13 @@ def list_boxes(fleet: Fleet, filters: Filters, page: int) -> BoxPage:
         total = tx.execute(select(func.count()).select_from(boxes).where(*where)).scalar_one()
         page = min(max(1, page), max(1, -(-total // PAGE_ROWS)))
         query = select(*wanted).where(*where).order_by(boxes.c.box_id).limit(PAGE_ROWS).offset((page - 1) * PAGE_ROWS)
-        found = list(tx.execute(query).mappings())
-        names = [row["box_id"] for row in found]
+        rows = list(tx.execute(query).mappings())
+        names = [row["box_id"] for row in rows]
         running = select(box_models).where(box_models.c.box_id.in_(names), box_models.c.running == 1)
         models: dict[str, list[RowMapping]] = {}
         for model in tx.execute(running.order_by(box_models.c.line)).mappings():
             models.setdefault(model["box_id"], []).append(model)
-    return BoxPage(found, models, total, page)
+    return BoxPage(rows, models, total, page)
 
 
 def progress(fleet: Fleet, ring: str, line: str, version: str, begin: int, end: int) -> Progress:
@@ -175,18 +175,18 @@ def in_state(state: str, now: int) -> ColumnElement[bool]:
 
 
 def _where(fleet: Fleet, filters: Filters) -> list[ColumnElement[bool]]:
-    found: list[ColumnElement[bool]] = []
+    conditions: list[ColumnElement[bool]] = []
     if filters.ring:
-        found.append(boxes.c.ring == filters.ring)
+        conditions.append(boxes.c.ring == filters.ring)
     if filters.state in STATES:
-        found.append(in_state(filters.state, fleet.now()))
+        conditions.append(in_state(filters.state, fleet.now()))
     if filters.name:
-        found.append(boxes.c.box_id.contains(filters.name, autoescape=True))
+        conditions.append(boxes.c.box_id.contains(filters.name, autoescape=True))
     if filters.line:
         same = [box_models.c.running == 1, box_models.c.line == filters.line]
         same += [box_models.c.version == filters.version] if filters.version else []
-        found.append(boxes.c.box_id.in_(select(box_models.c.box_id).where(*same)))
-    return found
+        conditions.append(boxes.c.box_id.in_(select(box_models.c.box_id).where(*same)))
+    return conditions
 
 
 def _running_sum(slots: Iterable[tuple[Any, int]], length: int) -> list[int]:

@@ -5,7 +5,6 @@ It reads files only, so the same check works for the library, a mirror and a USB
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -16,13 +15,12 @@ from typing import Any, NoReturn
 from tuf.api.exceptions import LengthOrHashMismatchError
 from tuf.api.metadata import MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
 
-from model_sync.bundle.manifest import MANIFEST_NAME, Manifest
+from model_sync.bundle import MANIFEST_NAME, Manifest, sha256_of
 from model_sync.errors import BundleError, ModelSyncError, TrustError
 from model_sync.library.files import read_metadata
 from model_sync.library.roles import ROLE_FIELD, AnyMetadata, delegated, verifies
 from model_sync.trust.documents import ROLLOUT_PATTERN, ROLLOUT_ROLE, LineIndex, Rollout, file_path, line_path, line_patterns
 
-_CHUNK_BYTES = 1 << 20
 Progress = Callable[[int, int], None]
 
 
@@ -51,7 +49,7 @@ class VerificationResult:
 
 
 class _CannotContinueError(Exception):
-    """A document is wrong without which the others cannot be checked."""
+    """A document is wrong that is needed to check the others."""
 
 
 def verify(
@@ -81,8 +79,6 @@ class _TreeVerifier:
         self._metadata, self._targets, self._now = public / "metadata", public / "targets", now
         self._roles: dict[str, Targets] = {}
 
-    # --- metadata -----------------------------------------------------------------------------------------------------
-
     def metadata(self) -> None:
         """Check the chain of roots, then timestamp, snapshot, targets and every delegated role."""
         root = self._roots()
@@ -96,7 +92,7 @@ class _TreeVerifier:
             self._targets_role(top, role, snapshot.signed)
         for name in sorted(snapshot.signed.meta.keys() - {f"{role}.json" for role in self._roles}):
             # Boxes treat a role that vanishes from the snapshot as an attack, so the role of an ended model line stays.
-            self.result.notes.append(f"the snapshot names {name}, to which nobody delegates any more: a line that was ended")
+            self.result.notes.append(f"the snapshot names {name}, which has no delegation any more: a model line that was ended")
         self._delegations(top)
 
     def _roots(self) -> Root:
@@ -114,7 +110,7 @@ class _TreeVerifier:
         numbers = {path.name: path.name.split(".")[0] for path in self._metadata.glob("*.root.json")}
         later = [name for name, number in numbers.items() if number.isdigit() and int(number) > version]
         if later:
-            self._problem(f"a root version is missing before {', '.join(sorted(later))}: no box gets past it")
+            self._problem(f"a root version is missing before {', '.join(sorted(later))}: no box can verify a later one")
         assert before is not None
         self._expiry(Root.type, before.expires)
         return before
@@ -164,7 +160,7 @@ class _TreeVerifier:
         for name, role in roles.items():
             wanted = [ROLLOUT_PATTERN] if name == ROLLOUT_ROLE else line_patterns(name)
             if role.paths != wanted or not role.terminating:
-                self._problem(f"{name} is not delegated as its own paths, terminating")
+                self._problem(f"the delegation to {name} is not terminating or has other paths than its own")
             if delegated(self._roles[name]):
                 self._problem(f"{name} delegates further: a role has one delegator")
             for path in self._roles[name].targets:
@@ -175,9 +171,7 @@ class _TreeVerifier:
             if any(left.is_delegated_path(pattern) for pattern in patterns):
                 self._problem(f"{one} and {other} are delegated the same paths")
         if top.targets:
-            self._problem("the targets role signs files of its own; only lines and rollout do")
-
-    # --- files --------------------------------------------------------------------------------------------------------
+            self._problem("the targets role signs files of its own; only model lines and rollout may")
 
     def files(self, on_progress: Progress, only: Callable[[str], bool]) -> None:
         """Hash every target's file."""
@@ -190,27 +184,22 @@ class _TreeVerifier:
             on_progress(self.result.bytes, total)
         known = {self._where(target) for role in self._roles.values() for target in role.targets.values()}
         if more := sum(1 for path in self._targets.rglob("*") if path.is_file() and path not in known):
-            self.result.notes.append(f"{more} files of earlier states are still there: boxes in the middle of a download may want them")
+            self.result.notes.append(f"{more} files of earlier states still exist: boxes may be downloading them")
 
     def _where(self, target: TargetFile) -> Path:
         return self._targets / target.get_prefixed_paths()[0]
 
     def _file(self, target: TargetFile) -> None:
-        digest, length = hashlib.sha256(), 0
+        path = self._where(target).resolve()
         try:
-            with self._where(target).open("rb") as stream:
-                while chunk := stream.read(_CHUNK_BYTES):
-                    digest.update(chunk)
-                    length += len(chunk)
+            length, digest = path.stat().st_size, sha256_of(path)
         except OSError as error:
             self._problem(f"{target.path}: {error.strerror}")
             return
         if length != target.length:
             self._problem(f"{target.path} has {length} bytes, not the {target.length} that are signed")
-        elif digest.hexdigest() != target.hashes.get("sha256"):
-            self._problem(f"{target.path} is another file than the one that is signed")
-
-    # --- documents ----------------------------------------------------------------------------------------------------
+        elif digest != target.hashes.get("sha256"):
+            self._problem(f"{target.path} is not the file that is signed")
 
     def documents(self) -> None:
         """Compare indexes, manifests and rollouts with the targets that they name."""
@@ -228,9 +217,9 @@ class _TreeVerifier:
             for line, step in document.lines.items() if document is not None else ():
                 refusal = indexes[line].refusal(step.version) if line in indexes else "unknown"
                 if refusal == "unknown":
-                    self._problem(f"{path} names {line} {step.version}, which no line role has signed")
+                    self._problem(f"{path} names {line} {step.version}, which the role of no model line has signed")
                 elif refusal is not None:
-                    self.result.notes.append(f"{path} names {line} {step.version}, which is {refusal}: no box takes it")
+                    self.result.notes.append(f"{path} names {line} {step.version}, which is {refusal}: no box installs it")
 
     def _parse(self, kind: Any, targets: Targets, path: str) -> Any:
         target = targets.targets.get(path)
@@ -256,10 +245,10 @@ class _TreeVerifier:
                 self._problem(f"{path} is the manifest of {manifest.name} {manifest.version}")
             for file, sha256 in manifest.digests().items():
                 self._check_target(targets, file_path(index.line, release.version, file), sha256)
-        whole = {target.hashes.get("sha256") for target in targets.targets.values()}
+        signed = {target.hashes.get("sha256") for target in targets.targets.values()}
         for delta in index.deltas:
-            if delta.path not in targets.targets or not {delta.from_sha256, delta.to_sha256} <= whole:
-                self._problem(f"{delta.path} leads from or to a file that is not signed")
+            if delta.path not in targets.targets or not {delta.from_sha256, delta.to_sha256} <= signed:
+                self._problem(f"{delta.path} is from or to a file that is not signed")
 
     def _check_target(self, targets: Targets, path: str, sha256: str) -> None:
         target = targets.targets.get(path)

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
-from securesystemslib.signer import Key, Signer
-from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, Root, TargetFile
+from securesystemslib.signer import Key
+from tuf.api.metadata import Root
 
-from model_sync import atomic_files
 from model_sync.bundle import MANIFEST_NAME, ModelBundle
 from model_sync.errors import PublishError, SettingsError
 from model_sync.library import check as library_check
-from model_sync.library import console, usb_export
+from model_sync.library import console, rollouts, usb_export
+from model_sync.library import publish as publishing
 from model_sync.library import text as library_text
-from model_sync.library.files import CONFIG_NAME, Expiry, LibraryFiles, read_metadata
+from model_sync.library.files import CONFIG_NAME, Expiry, LibraryFiles
 from model_sync.library.keys import Holder, generate, load_holder, load_signer, public_path, write_public
-from model_sync.library.library import Library, RoleState, add_signature
-from model_sync.library.roles import ONLINE, ROLE_FIELD, AnyMetadata, delegated
+from model_sync.library.library import Library
+from model_sync.library.roles import ONLINE, RoleState
 from model_sync.trust.documents import ROLLOUT_ROLE, FailureBudget
-
-# --- keys ---------------------------------------------------------------------------------------------------------------
 
 
 def key_new(arguments: Namespace) -> None:
@@ -34,7 +30,7 @@ def key_new(arguments: Namespace) -> None:
         arguments.passphrase_file or console.file_from_environment(console.PASSPHRASE_ENV), f"new passphrase for {arguments.file.name}"
     )
     key = generate(arguments.file, secret, arguments.name)
-    print(f"{arguments.file}: keep it secret and keep it twice; its passphrase opens it")
+    print(f"{arguments.file}: keep it secret, and keep a second copy; its passphrase decrypts it")
     print(f"{public_path(arguments.file)}: give this to the library (key id {key.keyid[:8]})")
 
 
@@ -48,17 +44,12 @@ def key_token(arguments: Namespace) -> None:
     print(f"{arguments.file}: give this to the library (key id {signer.public_key.keyid[:8]})")
 
 
-# --- the library --------------------------------------------------------------------------------------------------------
-
-
 def init(arguments: Namespace) -> None:
     """Create a library and its online keys."""
     root = [load_holder(path) for path in arguments.key]
     targets = [load_holder(path) for path in arguments.targets_key or arguments.key]
     if (arguments.library / CONFIG_NAME).exists() and Library(arguments.library).published(Root.type) is not None:
-        raise PublishError(
-            f"{arguments.library} is a library already; nothing was changed", hint="choose another directory", code="library.exists"
-        )
+        raise PublishError(f"{arguments.library} is a library already; nothing was changed", code="library.exists")
     expiry = _expiry(arguments.expiry)
     files = LibraryFiles(arguments.library)
     passphrase_source = console.find_passphrase(arguments.online_passphrase_file, console.ONLINE_ENV)
@@ -79,7 +70,7 @@ def init(arguments: Namespace) -> None:
         holders={**holders, **{key.keyid: f"{role} (online)" for role, key in online.items()}},
         passphrase=passphrase_source,
     )
-    print(f"{arguments.library} is laid; root and targets wait for {arguments.threshold} signatures each")
+    print(f"{arguments.library} is created; root and targets wait for {arguments.threshold} signatures each")
     print(f"next: `model-library sign {arguments.library} --key KEY.pem`, once for each holder")
 
 
@@ -90,61 +81,46 @@ def _online_key(path: Path, secret: str) -> Key:
 
 
 def _expiry(items: list[str]) -> Expiry:
-    values = Expiry().model_dump()
-    for item in items:
-        role, _, days = item.partition("=")
-        if role not in values or not _is_number(days) or not 0 < float(days) <= 3650:
-            raise SettingsError(
-                f"--expiry {item}: no role and days",
-                hint=f"ROLE=DAYS up to 3650, with ROLE one of {', '.join(values)}",
-                code="library.usage",
-            )
-        values[role] = float(days)
-    return Expiry(**values)
-
-
-def _is_number(text: str) -> bool:
     try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+        return Expiry.model_validate(dict(item.partition("=")[::2] for item in items))
+    except ValueError as error:
+        hint = f"ROLE=DAYS up to 3650, with ROLE one of {', '.join(Expiry.model_fields)}"
+        raise SettingsError(f"--expiry {' '.join(items)}: not a role and days", hint=hint, code="library.usage") from error
 
 
 def add_line(arguments: Namespace) -> None:
     """Add a model line."""
-    library = _open(arguments)
+    library = open_library(arguments)
     holders = _load_and_name_holders(library, arguments.key)
-    _print_state(library, library.add_line(arguments.name, [holder.key for holder in holders], arguments.threshold))
+    print_state(library, library.add_line(arguments.name, [holder.key for holder in holders], arguments.threshold))
 
 
 def end_line(arguments: Namespace) -> None:
     """End a model line."""
-    library = _open(arguments)
-    state = library.end_line(arguments.name)
-    _print_state(library, state)
-    again = state.role == ROLLOUT_ROLE
+    library = open_library(arguments)
+    state = rollouts.end_line(library, arguments.name)
+    print_state(library, state)
     print("\n".join(library_text.END_LINE_NOTES).replace("LINE", arguments.name))
-    if again:
+    if state.role == ROLLOUT_ROLE:
         print(f"next: when rollout is public without it, run `model-library end-line {arguments.library} {arguments.name}` again")
 
 
 def rollout_keys(arguments: Namespace) -> None:
-    """Give the rollout role its keys."""
-    library = _open(arguments)
+    """Set the keys of the rollout role."""
+    library = open_library(arguments)
     holders = _load_and_name_holders(library, arguments.key)
-    _print_state(library, library.set_rollout_keys([holder.key for holder in holders], arguments.threshold))
+    print_state(library, library.set_rollout_keys([holder.key for holder in holders], arguments.threshold))
 
 
 def rotate_key(arguments: Namespace) -> None:
     """Replace a key."""
     if arguments.old is None and arguments.new is None and arguments.threshold is None:
         raise SettingsError("nothing to rotate", hint="give --old, --new, or both", code="library.usage")
-    library = _open(arguments)
+    library = open_library(arguments)
     new = _load_and_name_holders(library, [arguments.new])[0].key if arguments.new is not None else None
     old = _keyid(library, arguments.role, arguments.old) if arguments.old is not None else None
     library.rotate_key(arguments.role, old, new, threshold=arguments.threshold)
-    _print_state(library, library.state(arguments.role))
+    print_state(library, library.state(arguments.role))
 
 
 def _load_and_name_holders(library: Library, paths: list[Path]) -> list[Holder]:
@@ -155,40 +131,37 @@ def _load_and_name_holders(library: Library, paths: list[Path]) -> list[Holder]:
 
 def _keyid(library: Library, role: str, text: str) -> str:
     name = library.files.config().name
-    found = [keyid for keyid in library.keys(role) if text == name(keyid) or (len(text) >= 8 and keyid.startswith(text))]
-    if len(found) != 1:
+    keyids = [keyid for keyid in library.keys(role) if text == name(keyid) or (len(text) >= 8 and keyid.startswith(text))]
+    if len(keyids) != 1:
         known = ", ".join(f"{name(keyid)} ({keyid[:8]})" for keyid in library.keys(role)) or "none"
         raise SettingsError(
-            f"{text!r} names {'no key' if not found else 'several keys'} of {role}", hint=f"its keys are {known}", code="library.keys"
+            f"{text!r} names {'no key' if not keyids else 'several keys'} of {role}", hint=f"its keys are {known}", code="library.keys"
         )
-    return found[0]
-
-
-# --- models -------------------------------------------------------------------------------------------------------------
+    return keyids[0]
 
 
 def publish(arguments: Namespace) -> None:
     """Publish a bundle."""
-    library = _open(arguments)
-    state = library.publish(
+    library = open_library(arguments)
+    state = publishing.publish(
+        library,
         arguments.bundle,
         deltas=not arguments.no_deltas,
         minimum_version=arguments.minimum_version,
         on_progress=console.ProgressPrinter().report,
     )
-    _print_state(library, state)
+    print_state(library, state)
 
 
 def rollout(arguments: Namespace) -> None:
-    """Let a ring take a version."""
-    library = _open(arguments)
+    """Roll a version out to a ring."""
+    library = open_library(arguments)
     try:
         budget = FailureBudget(max_fraction=arguments.max_failures, min_boxes=arguments.min_failures)
     except ValueError as error:
-        raise SettingsError(
-            "--max-failures is 0 to 1, --min-failures at least 1", hint="nothing was changed", code="library.usage"
-        ) from error
-    state = library.rollout(
+        raise SettingsError("--max-failures is 0 to 1, --min-failures at least 1", code="library.usage") from error
+    state = rollouts.rollout(
+        library,
         arguments.ring,
         arguments.line,
         arguments.version,
@@ -198,176 +171,84 @@ def rollout(arguments: Namespace) -> None:
         budget,
         arguments.paused,
     )
-    _print_state(library, state)
+    print_state(library, state)
 
 
 def withdraw(arguments: Namespace) -> None:
     """Withdraw a version."""
-    library = _open(arguments)
-    _print_state(library, library.withdraw(arguments.line, arguments.version, arguments.reason))
+    library = open_library(arguments)
+    print_state(library, publishing.withdraw(library, arguments.line, arguments.version, arguments.reason))
     _print_refused_rings(library, arguments.line)
 
 
 def minimum(arguments: Namespace) -> None:
     """Raise the oldest allowed version."""
-    library = _open(arguments)
-    _print_state(library, library.set_minimum(arguments.line, arguments.version))
+    library = open_library(arguments)
+    print_state(library, publishing.set_minimum(library, arguments.line, arguments.version))
     _print_refused_rings(library, arguments.line)
 
 
 def _print_refused_rings(library: Library, line: str) -> None:
     """Print the rollouts that name a version which boxes may no longer run, and the command for another one."""
-    found = library_text.rings_on_refused_versions(library.status()["rings"], library.index(line))
-    print("\n".join(found).replace(" LIB", f" {library.files.directory}"), end="\n" if found else "")
-
-
-# --- signatures ---------------------------------------------------------------------------------------------------------
-
-
-def sign(arguments: Namespace) -> None:
-    """Show and sign what waits: in the library, or one file on another machine."""
-    passphrase_source = console.require_passphrase(
-        console.find_passphrase(arguments.passphrase_file, console.PASSPHRASE_ENV), console.PASSPHRASE_ENV
-    )
-    what, only = arguments.what, None
-    if what.is_file() and (what.parent.parent / CONFIG_NAME).is_file() and what.parent.name == "staged":
-        what, only = what.parent.parent, what.name.removesuffix(".json")
-    if not what.is_file() and not what.is_dir():
-        raise SettingsError(
-            f"{what} is not there", hint="give the library's directory, or one file of its staged folder", code="library.usage"
-        )
-    if what.is_dir():
-        arguments.library = what
-        library = _open(arguments)
-    signer = load_signer(arguments.key, passphrase_source, load_holder(arguments.public_key).key if arguments.public_key else None)
-    if what.is_dir():
-        _sign_waiting(library, signer, only, arguments.yes)
-    else:
-        _sign_file(what, signer, arguments.against, arguments.yes)
-
-
-def _sign_waiting(library: Library, signer: Signer, only: str | None, yes: bool) -> None:
-    keyid = signer.public_key.keyid
-    mine = [role for role in library.staged_roles() if keyid in library.keys(role) and only in (None, role)]
-    fresh = [role for role in mine if (md := library.staged(role)) is not None and keyid not in md.signatures]
-    if mine and not fresh:
-        raise PublishError(
-            f"{', '.join(mine)} has this key's signature already",
-            hint="`model-library status` says whose is missing",
-            code="library.unsigned",
-        )
-    if not fresh:
-        raise PublishError(
-            "nothing waits for a signature of this key", hint="`model-library status` says whose is missing", code="library.unsigned"
-        )
-    read = _target_reader(library.files.staged / "targets", library.files.public / "targets")
-    for role in fresh:
-        md = library.staged(role)
-        if md is None:
-            continue  # already published with the signature of its delegator
-        print("\n".join(library_text.describe(role, md, library.published(role), library.files.config().name, read)))
-        console.confirm(f"sign {role} as {library.files.config().name(keyid)}?", yes)
-        _print_state(library, library.sign(role, signer, shown=md))
-
-
-def _sign_file(file: Path, signer: Signer, against: Path | None, yes: bool) -> None:
-    md = read_metadata(file)
-    role = str(md.signed.unrecognized_fields.get(ROLE_FIELD, file.name.removesuffix(".json")))
-    folders = [file.parent / "targets", *([against / "targets"] if against is not None else [])]
-    print("\n".join(library_text.describe(role, md, _version_before(role, md, against), lambda keyid: keyid[:8], _target_reader(*folders))))
-    console.confirm(f"sign {role} with the key {signer.public_key.keyid[:8]}?", yes)
-    add_signature(md, signer)
-    part = file.with_name(f"{file.name}.part")
-    with part.open("wb") as stream:
-        stream.write(md.to_bytes())
-        atomic_files.flush(stream)
-    part.replace(file)
-    print(f"{file} is signed; bring it back: `model-library merge LIB {file.name}`")
-
-
-def _version_before(role: str, md: AnyMetadata, against: Path | None) -> AnyMetadata | None:
-    """Return the newest version in a copy of the public folder that is older than the one to sign."""
-    if against is None:
-        return None
-    folder = against / "metadata"
-    tops = sorted(folder.glob("*.targets.json"), key=lambda path: int(path.name.split(".")[0]))
-    if role not in TOP_LEVEL_ROLE_NAMES and tops and role not in delegated(read_metadata(tops[-1]).signed):
-        return None  # a model line that is added again: its new key holders have to see all of it
-    paths = (folder / f"{version}.{role}.json" for version in range(md.signed.version - 1, 0, -1))
-    return next((read_metadata(path) for path in paths if path.is_file()), None)
-
-
-def _target_reader(*folders: Path) -> Callable[[TargetFile], bytes | None]:
-    def read(target: TargetFile) -> bytes | None:
-        paths = [folder / target.get_prefixed_paths()[0] for folder in folders]
-        found = (path.read_bytes() for path in paths if path.is_file() and path.stat().st_size == target.length)
-        return next((raw for raw in found if hashlib.sha256(raw).hexdigest() == target.hashes["sha256"]), None)
-
-    return read
+    lines = library_text.rings_on_refused_versions(library.status()["rings"], library.index(line))
+    print("\n".join(lines).replace(" LIB", f" {library.files.directory}"), end="\n" if lines else "")
 
 
 def merge(arguments: Namespace) -> None:
     """Merge signatures from other machines."""
-    library = _open(arguments)
+    library = open_library(arguments)
     for file in arguments.file:
-        _print_state(library, library.merge(file))
+        print_state(library, library.merge(file))
 
 
 def renew(arguments: Namespace) -> None:
     """Stage a role again."""
-    library = _open(arguments)
-    _print_state(library, library.renew(arguments.role))
+    library = open_library(arguments)
+    print_state(library, library.renew(arguments.role))
 
 
 def discard(arguments: Namespace) -> None:
     """Delete what waits for signatures."""
-    library = _open(arguments)
+    library = open_library(arguments)
     waiting = ", ".join(library.staged_roles()) or "nothing"
-    console.confirm(f"drop {waiting} with the signatures collected so far?", arguments.yes)
+    console.confirm(f"delete {waiting} with the signatures collected so far?", arguments.yes)
     library.discard()
-    print(f"dropped: {waiting}")
+    print(f"deleted: {waiting}")
 
 
 def refresh_timestamp(arguments: Namespace) -> None:
     """Sign a new timestamp."""
-    library = _open(arguments)
+    library = open_library(arguments)
     timestamp = library.refresh_timestamp()
     print(f"timestamp version {timestamp.version} is public, valid until {timestamp.expires:%Y-%m-%d %H:%M} UTC")
 
 
-# --- checks -------------------------------------------------------------------------------------------------------------
-
-
 def status(arguments: Namespace) -> int:
     """Print the state; return 1 when something has expired."""
-    found = Library.open_library(arguments.library).status()
-    text = json.dumps(found, ensure_ascii=False, indent=2) if arguments.json else "\n".join(library_text.status_lines(found))
+    state = Library.open_library(arguments.library).status()
+    text = json.dumps(state, ensure_ascii=False, indent=2) if arguments.json else "\n".join(library_text.status_lines(state))
     print(text.replace(" LIB", f" {arguments.library}") if not arguments.json else text)
-    return int(any(entry["days_left"] is not None and entry["days_left"] <= 0 for entry in found["roles"].values()))
+    return int(any(entry["days_left"] is not None and entry["days_left"] <= 0 for entry in state["roles"].values()))
 
 
 def verify(arguments: Namespace) -> int:
     """Check a library or a bundle."""
     directory = arguments.directory
     if (directory / MANIFEST_NAME).is_file() or not ((directory / "public").is_dir() or (directory / "metadata").is_dir()):
-        return _verify_bundle(directory)
+        print("\n".join(ModelBundle.load(directory).describe()))
+        return 0
     public = directory / "public" if (directory / "public").is_dir() else directory
     steps = console.ProgressPrinter()
-    found = library_check.verify(public, datetime.now(timezone.utc), lambda done, total: steps.report("reading", done, total))
-    for text in found.notes:
+    result = library_check.verify(public, datetime.now(timezone.utc), lambda done, total: steps.report("reading", done, total))
+    for text in result.notes:
         print(f"note: {text}")
-    for text in found.problems:
+    for text in result.problems:
         print(f"problem: {text}", file=sys.stderr)
-    if not found.is_clean:
-        print(f"hint: {public} is not what was signed: restore it from its backup or from the master copy", file=sys.stderr)
+    if not result.is_clean:
+        print(f"hint: {public} is not what was signed: restore it from a backup", file=sys.stderr)
         return 1
-    until = f", valid until {found.valid_until:%Y-%m-%d %H:%M} UTC" if found.valid_until is not None else ""
-    print(f"{public}: whole; {found.targets} files, {found.bytes / 2**20:.1f} MiB, every signature and hash right{until}")
-    return 0
-
-
-def _verify_bundle(directory: Path) -> int:
-    print("\n".join(ModelBundle.load(directory).describe()))
+    until = f", valid until {result.valid_until:%Y-%m-%d %H:%M} UTC" if result.valid_until is not None else ""
+    print(f"{public}: intact; {result.targets} files, {result.bytes / 2**20:.1f} MiB, every signature and hash is right{until}")
     return 0
 
 
@@ -390,12 +271,13 @@ def export_usb(arguments: Namespace) -> None:
     print(f"  boxes accept it until {done.valid_until:%Y-%m-%d %H:%M} UTC")
 
 
-def _open(arguments: Namespace) -> Library:
+def open_library(arguments: Namespace) -> Library:
+    """Open the library of a command, with its online keys if there is a passphrase."""
     file = getattr(arguments, "online_passphrase_file", None)
     return Library.open_library(arguments.library, console.find_passphrase(file, console.ONLINE_ENV))
 
 
-def _print_state(library: Library, state: RoleState) -> None:
+def print_state(library: Library, state: RoleState) -> None:
     """Print the state of a role and the next step."""
     if state.published:
         print(f"{state.role} version {state.version} is public ({', '.join(state.signed)})")
@@ -405,7 +287,7 @@ def _print_state(library: Library, state: RoleState) -> None:
         )
     waiting = [role for role in library.staged_roles() if role != state.role]
     if waiting:
-        print(f"waiting too: {', '.join(waiting)}")
+        print(f"also waiting: {', '.join(waiting)}")
     if not state.published or waiting:
         place = str(library.files.directory)
         steps = [step.replace(" LIB", f" {place}", 1) for step in library.status()["next"] if "model-library sign LIB" in step]

@@ -38,11 +38,9 @@ def confirm(question: str, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise SettingsError(
-            "nobody is there to confirm", hint="run it on a terminal, or add --yes; nothing was signed", code="library.unconfirmed"
-        )
+        raise SettingsError("this is no terminal, so nobody can confirm", code="library.unconfirmed")
     if input(f"{question} [y/N] ").strip().lower() not in _YES:
-        raise PublishError("not confirmed; nothing was signed or dropped", hint="run it again when it is right", code="library.unconfirmed")
+        raise PublishError("not confirmed; nothing was signed or deleted", code="library.unconfirmed")
 
 
 def file_from_environment(variable: str) -> Path | None:
@@ -72,10 +70,10 @@ def new_secret(file: Path | None, what: str) -> str:
     if file is not None:
         return read_secret(file)
     if not sys.stdin.isatty():
-        raise SettingsError("no passphrase: this is no terminal", hint="give a file with it; see --help", code="library.passphrase")
+        raise SettingsError("no passphrase: this is no terminal", code="library.passphrase")
     secret = getpass.getpass(f"{what}: ")
     if getpass.getpass("once more: ") != secret:
-        raise SettingsError("the two passphrases differ", hint="try again; nothing was written", code="library.passphrase")
+        raise SettingsError("the two passphrases differ", code="library.passphrase")
     return secret
 
 
@@ -86,8 +84,6 @@ def read_secret(path: Path) -> str:
             raise SettingsError(f"{path} can be read by everybody on this machine", hint=f"chmod 600 {path}", code="library.passphrase")
         return path.read_text("utf-8").rstrip("\r\n")
     except OSError as error:
-        raise SettingsError(
-            f"{path}: {error.strerror}", hint="name the file that holds the passphrase", code="library.passphrase"
-        ) from error
+        raise SettingsError(f"{path}: {error.strerror}", code="library.passphrase") from error
     except UnicodeDecodeError as error:
-        raise SettingsError(f"{path} is no text", hint="name the file that holds the passphrase", code="library.passphrase") from error
+        raise SettingsError(f"{path} is no text", code="library.passphrase") from error

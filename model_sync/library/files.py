@@ -84,9 +84,7 @@ class LibraryFiles:
                 path.chmod(0o755)
             self.online.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
-            raise SettingsError(
-                f"{self.directory}: {error.strerror}", hint="choose a directory that you may write", code="library.disk"
-            ) from error
+            raise SettingsError(f"{self.directory}: {error.strerror}", code="library.disk") from error
 
     def config(self) -> LibraryConfig:
         """Read ``library.json``; raise SettingsError when this is no library or the file is not valid."""
@@ -94,14 +92,10 @@ class LibraryFiles:
         try:
             return LibraryConfig.model_validate_json(path.read_bytes())
         except OSError as error:
-            raise SettingsError(
-                f"{self.directory} is no library: {CONFIG_NAME}: {error.strerror}",
-                hint="give the library's directory, or make one with `model-library init`",
-                code="library.absent",
-            ) from error
+            raise SettingsError(f"{self.directory} is no library: {CONFIG_NAME}: {error.strerror}", code="library.absent") from error
         except ValidationError as error:
             what = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False))
-            raise SettingsError(f"{path}: {what}", hint="mend the file; nothing was changed", code="library.absent") from error
+            raise SettingsError(f"{path}: {what}", hint="correct the file; nothing was changed", code="library.absent") from error
 
     def write_config(self, config: LibraryConfig) -> None:
         """Replace ``library.json``."""
@@ -136,23 +130,15 @@ class LibraryFiles:
             except BlockingIOError as error:
                 if time.monotonic() >= deadline:
                     os.close(descriptor)
-                    raise PublishError(
-                        "another model-library command is at work on this library",
-                        hint="wait until it has ended; nothing was changed",
-                        code="library.busy",
-                    ) from error
+                    raise PublishError("another model-library command uses this library", code="library.busy") from error
                 time.sleep(_LOCK_POLL_S)
                 continue
             try:
                 shutil.rmtree(self.scratch, ignore_errors=True)  # left by a killed command
                 self.scratch.mkdir(exist_ok=True)
             except OSError as error:
-                os.close(descriptor)  # otherwise the library stays locked until this process ends
-                raise PublishError(
-                    f"{self.scratch}: {error.strerror}",
-                    hint="make room, or mend the disk or its rights; nothing was changed",
-                    code="library.disk",
-                ) from error
+                os.close(descriptor)  # releases the lock
+                raise PublishError(f"{self.scratch}: {error.strerror}; nothing was changed", code="library.disk") from error
             return descriptor
 
     def write(self, path: Path, data: bytes) -> None:
@@ -173,11 +159,7 @@ class LibraryFiles:
             atomic_files.flush(writer)
             length = writer.tell()
         if digest.hexdigest() != sha256:
-            raise PublishError(
-                f"{source.name} changed while it was being published",
-                hint="publish again when nobody writes to the bundle",
-                code="library.bundle",
-            )
+            raise PublishError(f"{source.name} changed while it was being published", code="library.bundle")
         self._place(part, path)
         return length
 
@@ -187,7 +169,7 @@ class LibraryFiles:
         atomic_files.sync_directory(source.parent)
 
     def _place(self, source: Path, path: Path) -> None:
-        """Rename a flushed file to its final path; below ``public`` a web server may read it, whatever the umask."""
+        """Rename a flushed file to its final path; below ``public`` other accounts may read it, whatever the umask is."""
         public = path.is_relative_to(self.public)
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -232,8 +214,6 @@ def read_metadata(path: Path) -> Metadata[Any]:
     try:
         return Metadata.from_bytes(path.read_bytes())
     except OSError as error:
-        raise PublishError(f"{path}: {error.strerror}", hint="check the path; nothing was changed", code="library.disk") from error
+        raise PublishError(f"{path}: {error.strerror}", code="library.disk") from error
     except DeserializationError as error:
-        raise PublishError(
-            f"{path} is no TUF metadata", hint="fetch the file again; nothing was changed", code="library.refused"
-        ) from error
+        raise PublishError(f"{path} is no TUF metadata", code="library.refused") from error

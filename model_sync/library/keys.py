@@ -3,7 +3,7 @@
 ``CryptoSigner`` cannot load an encrypted file, so ``cryptography`` decrypts it. Tokens are used through securesystemslib's
 ``HSMSigner``; the environment variable ``PYKCS11LIB`` names the PKCS#11 module.
 
-``KEY.pem`` is secret; ``KEY.pem.pub.json`` beside it is the public part, ``{"name", "keyid", "key"}``, which the ceremony collects.
+``KEY.pem`` is secret; ``KEY.pem.pub.json`` beside it is the public part, ``{"name", "keyid", "key"}``, which the library needs.
 """
 
 from __future__ import annotations
@@ -48,22 +48,23 @@ def generate(path: Path, passphrase: str, name: str | None = None) -> Key:
     Raises:
         SettingsError: a file is there already, the passphrase is too short, or the directory cannot be written.
     """
-    if len(passphrase) < MIN_PASSPHRASE:
-        raise SettingsError(
-            f"a passphrase needs at least {MIN_PASSPHRASE} characters",
-            hint="take six words drawn by dice; nothing was written",
-            code="library.passphrase",
-        )
     signer = CryptoSigner.generate_ed25519()
     # CryptoSigner exports its private key only unencrypted; it stays in memory.
-    private = load_pem_private_key(signer.private_bytes, None)
-    pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(passphrase.encode()))
+    pem = encrypt(load_pem_private_key(signer.private_bytes, None), passphrase)
     for file in (path, public_path(path)):
         if os.path.lexists(file):
-            raise SettingsError(f"{file} exists already", hint="a key is never overwritten: choose another name", code="library.exists")
+            raise SettingsError(f"{file} exists already", code="library.exists")
     _create(path, pem, 0o600)
     write_public(public_path(path), signer.public_key, name or path.stem)
     return signer.public_key
+
+
+def encrypt(key: PrivateKeyTypes, passphrase: str) -> bytes:
+    """Return a private key as encrypted PKCS#8 in PEM; raise SettingsError when the passphrase is too short."""
+    if len(passphrase) < MIN_PASSPHRASE:
+        hint = "use six random words; nothing was written"
+        raise SettingsError(f"a passphrase needs at least {MIN_PASSPHRASE} characters", hint=hint, code="library.passphrase")
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(passphrase.encode()))
 
 
 def public_path(path: Path) -> Path:
@@ -81,7 +82,7 @@ def load_holder(path: Path) -> Holder:
     """Read ``KEY.pem.pub.json`` (or that beside ``KEY.pem``).
 
     Raises:
-        SettingsError: the file is missing, or holds no public key.
+        SettingsError: the file is missing, or contains no public key.
     """
     file = path if path.name.endswith(".pub.json") else public_path(path)
     try:
@@ -99,15 +100,8 @@ def load_holder(path: Path) -> Holder:
             f"{file} is no public key", hint="give the .pub.json file that `model-library key new` wrote", code="library.key"
         ) from error
     if isinstance(key, SSlibKey) and key.keyid != _own_keyid(key):
-        raise SettingsError(
-            f"{file}: the key id does not belong to the key", hint="fetch the file again from its holder", code="library.key"
-        )
+        raise SettingsError(f"{file}: the key id does not belong to the key", code="library.key")
     return Holder(name, key)
-
-
-def load_public(path: Path) -> Key:
-    """Return the public key of ``load_holder``."""
-    return load_holder(path).key
 
 
 def load_signer(where: Path | str, passphrase: Passphrase, public_key: Key | None = None) -> Signer:
@@ -126,11 +120,7 @@ def load_signer(where: Path | str, passphrase: Passphrase, public_key: Key | Non
     path = Path(where)
     signer = CryptoSigner(_load_private(path, passphrase))
     if public_key is not None and signer.public_key.keyid != public_key.keyid:
-        raise SettingsError(
-            f"{path} is another key: {signer.public_key.keyid[:8]}, not {public_key.keyid[:8]}",
-            hint="take the key file whose .pub.json was given to the library",
-            code="library.key",
-        )
+        raise SettingsError(f"{path} is another key: {signer.public_key.keyid[:8]}, not {public_key.keyid[:8]}", code="library.key")
     return signer
 
 
@@ -151,11 +141,9 @@ def _load_private(path: Path, passphrase: Passphrase) -> Any:
     try:
         key: PrivateKeyTypes = load_pem_private_key(pem, secret)
     except (ValueError, TypeError) as error:
-        raise SettingsError(
-            f"{path} does not open: wrong passphrase, or the file is damaged", hint="type it again", code="library.passphrase"
-        ) from error
+        raise SettingsError(f"{path} does not open: wrong passphrase, or the file is damaged", code="library.passphrase") from error
     except UnsupportedAlgorithm as error:
-        raise SettingsError(f"{path}: {error}", hint="make a key with `model-library key new`", code="library.key") from error
+        raise SettingsError(f"{path}: {error}", code="library.key") from error
     return key
 
 
@@ -175,8 +163,8 @@ def _load_token(uri: str, passphrase: Passphrase, public_key: Key | None) -> Sig
         return pin[0]
 
     try:
-        found, key = HSMSigner.import_(int(body) if body else None, label, ask)
-        signer = HSMSigner.from_priv_key_uri(found, public_key or key, ask)
+        uri_of_key, key = HSMSigner.import_(int(body) if body else None, label, ask)
+        signer = HSMSigner.from_priv_key_uri(uri_of_key, public_key or key, ask)
     except UnsupportedLibraryError as error:
         raise SettingsError(
             str(error), hint="pip install 'clinic-edge-appliance[library]' brings python-pkcs11", code="library.key"
@@ -184,9 +172,7 @@ def _load_token(uri: str, passphrase: Passphrase, public_key: Key | None) -> Sig
     except (ValueError, AssertionError, RuntimeError) as error:
         raise token_error(uri, error) from error
     if public_key is not None and key.keyid != public_key.keyid:
-        raise SettingsError(
-            f"{uri} holds another key: {key.keyid[:8]}, not {public_key.keyid[:8]}", hint="insert the right token", code="library.key"
-        )
+        raise SettingsError(f"{uri} holds another key: {key.keyid[:8]}, not {public_key.keyid[:8]}", code="library.key")
     return signer
 
 
@@ -196,7 +182,7 @@ def token_error(what: str, error: BaseException) -> SettingsError:
     if kind.startswith("Pin"):
         return SettingsError(
             f"{what}: the token refuses the PIN ({kind})",
-            hint="take care: a token locks itself after a few wrong PINs",
+            hint="a token locks itself after a few wrong PINs",
             code="library.passphrase",
         )
     hint = "is the token inserted? PYKCS11LIB names its PKCS#11 module; `pkcs11-tool -L` lists tokens"
@@ -204,7 +190,7 @@ def token_error(what: str, error: BaseException) -> SettingsError:
 
 
 def _own_keyid(key: SSlibKey) -> str:
-    """Return the key id as securesystemslib computes it: one key under two ids would count twice for a threshold."""
+    """Return the key id as securesystemslib computes it: a key with two ids would count twice for a threshold."""
     values = {"keytype": key.keytype, "scheme": key.scheme, "keyval": key.keyval}
     return hashlib.sha256(str(encode_canonical(values)).encode()).hexdigest()
 
@@ -213,9 +199,7 @@ def _create(path: Path, data: bytes, mode: int) -> None:
     try:
         atomic_files.create(path, data, mode)
     except FileExistsError as error:
-        raise SettingsError(
-            f"{path} exists already", hint="a key is never overwritten: choose another name", code="library.exists"
-        ) from error
+        raise SettingsError(f"{path} exists already", code="library.exists") from error
     except OSError as error:
         raise SettingsError(
             f"{path}: {error.strerror}", hint="choose a directory that exists and that you may write", code="library.key"

@@ -1,14 +1,13 @@
 """The central library and the operations of the central team.
 
 An edit stages a new version of an offline role; each key holder adds a signature, here or on another machine; a complete version
-becomes public by itself (``promotion``). How a role is read, numbered and signed is in ``roles``.
+becomes public automatically (``promotion``). ``roles`` reads, numbers and signs the roles.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,15 @@ from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, DelegatedRole, Delegations, R
 
 from model_sync.errors import PublishError
 from model_sync.library import check as library_check
-from model_sync.library import publish
 from model_sync.library import status as library_status
 from model_sync.library.files import CONFIG_NAME, Expiry, LibraryConfig, read_metadata
 from model_sync.library.keys import Passphrase, token_error
 from model_sync.library.promotion import LibraryPromotion
-from model_sync.library.roles import ISSUED_AT, ONLINE, ROLE_FIELD, AnyMetadata, Clock, RoleState, delegated, utc_now
-from model_sync.trust.documents import ROLLOUT_PATTERN, ROLLOUT_ROLE, FailureBudget, LineIndex, line_path, line_patterns
+from model_sync.library.publish import check_line_name
+from model_sync.library.roles import ONLINE, ROLE_FIELD, AnyMetadata, Clock, RoleState, delegated
+from model_sync.trust.documents import ROLLOUT_PATTERN, ROLLOUT_ROLE, LineIndex, line_path, line_patterns
+from model_sync.trust.rollback_protection import utc_now
 
-__all__ = ["ISSUED_AT", "ROLE_FIELD", "Library", "RoleState"]
 _UNCHANGED = "; nothing was changed"
 
 
@@ -61,7 +60,7 @@ class Library(LibraryPromotion):
             _check_threshold(role, keys, thresholds[role])
         library = cls(directory, signers, passphrase=passphrase, clock=clock)
         if (directory / CONFIG_NAME).exists() and (library.staged(Targets.type) or library.published(Root.type)) is not None:
-            raise PublishError(f"{directory} is a library already{_UNCHANGED}", hint="choose another directory", code="library.exists")
+            raise PublishError(f"{directory} is a library already{_UNCHANGED}", code="library.exists")
         library.files.create()
         library.files.write_config(LibraryConfig(expiry_days=expiry or Expiry(), holders=holders or {}))
         with library.files.locked():
@@ -93,15 +92,13 @@ class Library(LibraryPromotion):
             config = self.files.config()
             self.files.write_config(config.model_copy(update={"holders": {**config.holders, **names}}))
 
-    # --- signatures ---------------------------------------------------------------------------------------------------
-
     def sign(self, role: str, signer: Signer, *, shown: AnyMetadata | None = None) -> RoleState:
         """Add one signature to a waiting version and promote every version that is then complete.
 
         Args:
             role: the role whose version waits.
             signer: one of its keys.
-            shown: the version that the key holder has read; only this one is signed.
+            shown: the version that was shown to the key holder; only this one is signed.
 
         Raises:
             PublishError: nothing waits, the version is not the shown one, the key does not belong to the role, or the online keys
@@ -112,7 +109,7 @@ class Library(LibraryPromotion):
             md = self._waiting(role)
             if shown is not None and shown.signed_bytes != md.signed_bytes:
                 raise PublishError(
-                    f"{role} was changed while you read it; nothing was signed", hint="run it again and read it again", code="library.stale"
+                    f"{role} was changed while you read it; nothing was signed", hint="run the command again", code="library.stale"
                 )
             self._known_key(role, signer.public_key.keyid)
             add_signature(md, signer)
@@ -143,9 +140,7 @@ class Library(LibraryPromotion):
     def _waiting(self, role: str) -> AnyMetadata:
         md = self.staged(role) if role in self.role_names() else None
         if md is None:
-            raise PublishError(
-                f"nothing of {role} waits for a signature", hint="`model-library status` shows what does", code="library.unsigned"
-            )
+            raise PublishError(f"nothing of {role} waits for a signature", code="library.unsigned")
         if md.signed.is_expired(self.now()):
             raise PublishError(
                 f"{role} expired while it waited for signatures",
@@ -157,24 +152,16 @@ class Library(LibraryPromotion):
     def _same_payload(self, name: str, role: str, other: AnyMetadata) -> AnyMetadata:
         """Return the waiting version of which ``other`` is a copy; raise PublishError when there is none."""
         if role not in self.role_names():
-            raise PublishError(
-                f"{name} is of no role of this library; nothing was taken",
-                hint="merge a signed copy of a file of staged/",
-                code="library.stale",
-            )
-        again = "copy the file from staged/ again and have that signed; nothing was taken"
+            raise PublishError(f"{name} is of no role of this library; nothing was merged", code="library.stale")
         staged, public = self.staged(role), self.published(role)
         if public is not None and other.signed.version <= public.signed.version:
             raise PublishError(
                 f"{name} is stale: it is {role} version {other.signed.version}, and {public.signed.version} is published",
-                hint=again,
                 code="library.stale",
             )
         md = self._waiting(role)
         if staged is None or other.signed_bytes != md.signed_bytes:
-            raise PublishError(
-                f"{name} is not the {role} that waits here: one of the two was changed since", hint=again, code="library.stale"
-            )
+            raise PublishError(f"{name} is not the {role} that waits here: one of the two was changed since", code="library.stale")
         return md
 
     def _known_key(self, role: str, keyid: str) -> None:
@@ -191,9 +178,7 @@ class Library(LibraryPromotion):
             self.keys(role)[keyid].verify_signature(md.signatures[keyid], md.signed_bytes)
         except UnverifiedSignatureError as error:
             raise PublishError(
-                f"the signature of {self.files.config().name(keyid)} does not fit {role}",
-                hint="have the file signed again with the right key; nothing was taken",
-                code="library.signature",
+                f"the signature of {self.files.config().name(keyid)} does not fit {role}", code="library.signature"
             ) from error
 
     def discard(self) -> list[str]:
@@ -201,30 +186,24 @@ class Library(LibraryPromotion):
         with self.files.locked():
             waiting = self.staged_roles()
             if self.published(Root.type) is None:
-                raise PublishError("the first root and targets cannot be discarded", hint="delete the directory to begin anew")
+                raise PublishError("the first root and targets cannot be discarded", hint="delete the directory and start again")
             for role in reversed(waiting):  # a role before its delegator
                 self.files.staged_path(role).unlink()
             shutil.rmtree(self.files.staged / "targets", ignore_errors=True)
             return waiting
 
-    # --- lines and keys -----------------------------------------------------------------------------------------------
-
     def add_line(self, name: str, keys: list[Key], threshold: int = 2) -> RoleState:
         """Delegate a new model line to ``keys``; its role and ``targets`` wait for their signatures.
 
-        A model line that was ended continues where it stopped: a version never changes its content, and withdrawn versions stay so.
+        A model line that was ended continues with its earlier versions: their content never changes, and withdrawals stay valid.
 
         Raises:
             PublishError: the name is taken or not allowed, or the threshold cannot be met.
         """
-        publish.check_line_name(name)
+        check_line_name(name)
         index = LineIndex(line=name, minimum_version="0.0.0", versions=[])
         files = {line_path(name): index.to_json()} if self.latest(name) is None else {}
         return self._delegate(name, keys, threshold, line_patterns(name), files)
-
-    def end_line(self, name: str) -> RoleState:
-        """Stage the end of a delegation to a model line; see ``publish.end_line``."""
-        return publish.end_line(self, name)
 
     def set_rollout_keys(self, keys: list[Key], threshold: int = 1) -> RoleState:
         """Delegate ``rollout/*.json``; later calls replace the keys."""
@@ -270,19 +249,13 @@ class Library(LibraryPromotion):
         with self.files.locked():
             delegator = self.open(Root.type if role in TOP_LEVEL_ROLE_NAMES else Targets.type).signed
             if role not in self.role_names():
-                raise PublishError(
-                    f"there is no role {role!r}{_UNCHANGED}", hint="`model-library status` lists the roles", code="library.role"
-                )
+                raise PublishError(f"there is no role {role!r}{_UNCHANGED}", code="library.role")
             current = delegator.get_delegated_role(role)
             if new_key is not None and new_key.keyid in current.keyids and old_keyid is not None and old_keyid not in current.keyids:
                 self.promote_complete()  # a killed or repeated command: finish it
                 return self.staged_roles()
             if old_keyid is not None and old_keyid not in current.keyids:
-                raise PublishError(
-                    f"{old_keyid[:8]} is no key of {role}{_UNCHANGED}",
-                    hint="`model-library status` lists each role's keys",
-                    code="library.keys",
-                )
+                raise PublishError(f"{old_keyid[:8]} is no key of {role}{_UNCHANGED}", code="library.keys")
             if new_key is not None and new_key.keyid in current.keyids:
                 raise PublishError(
                     f"{new_key.keyid[:8]} is a key of {role} already{_UNCHANGED}",
@@ -320,42 +293,6 @@ class Library(LibraryPromotion):
             self.promote_complete()
             return self.state(role)
 
-    # --- models (publish.py) and checks (check.py, status.py) -----------------------------------------------------------
-
-    def publish(
-        self,
-        bundle: Path,
-        *,
-        deltas: bool = True,
-        minimum_version: str | None = None,
-        on_progress: publish.OnProgress | None = None,
-    ) -> RoleState:
-        """Stage one version of a model line; see ``publish.publish``."""
-        return publish.publish(self, bundle, deltas=deltas, minimum_version=minimum_version, on_progress=on_progress)
-
-    def withdraw(self, line: str, version: str, reason: str) -> RoleState:
-        """Stage the withdrawal of a version; see ``publish.withdraw``."""
-        return publish.withdraw(self, line, version, reason)
-
-    def set_minimum(self, line: str, version: str) -> RoleState:
-        """Stage a higher minimum version; see ``publish.set_minimum``."""
-        return publish.set_minimum(self, line, version)
-
-    def rollout(
-        self,
-        ring: str,
-        line: str,
-        version: str,
-        percent: float = 100.0,
-        start: datetime | None = None,
-        duration_h: float = 0.0,
-        failure_budget: FailureBudget | None = None,
-        paused: bool = False,
-    ) -> RoleState:
-        """Stage the version that a ring's boxes take; see ``publish.rollout``."""
-        plan = publish.RolloutPlan(version, percent, start or self.now(), duration_h, failure_budget or FailureBudget(), paused)
-        return publish.rollout(self, ring, line, plan)
-
     def status(self) -> dict[str, Any]:
         """Return each role's version, expiry, signatures and keys, and what to do next; see ``status.status``."""
         return library_status.status(self)
@@ -375,10 +312,6 @@ def add_signature(md: AnyMetadata, signer: Signer) -> None:
 
 def _check_threshold(role: str, keys: list[Key], threshold: int) -> None:
     if len({key.keyid for key in keys}) != len(keys):
-        raise PublishError(f"a key of {role} is given twice{_UNCHANGED}", hint="each holder has a key of their own", code="library.keys")
+        raise PublishError(f"a key of {role} is given twice{_UNCHANGED}", code="library.keys")
     if not 1 <= threshold <= len(keys):
-        raise PublishError(
-            f"{role}: {len(keys)} keys cannot give {threshold} signatures{_UNCHANGED}",
-            hint="more keys, or fewer signatures",
-            code="library.keys",
-        )
+        raise PublishError(f"{role}: {len(keys)} keys cannot give {threshold} signatures{_UNCHANGED}", code="library.keys")

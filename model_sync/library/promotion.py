@@ -1,7 +1,7 @@
 """Promotion: versions with enough signatures that fit together become public, in an order that is safe at a kill.
 
 Target files first, then versioned metadata, then the timestamp, which makes the rest visible to boxes. After a kill at any point the
-last complete state is public; the next command finishes the work from the files under ``staged/``.
+last complete state is public; the next command continues from the files under ``staged/``.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ class LibraryPromotion(LibraryRoles):
     def _timestamp_first(self) -> bool:
         """Return whether the new timestamp is written before the new root: a box that polls between the two must accept both.
 
-        Usually the timestamp is last. When the new root does not accept the public metadata, the new state is signed with the old
-        keys too, if they are available: then the timestamp is first. Without them, a box that polls in between tries again.
+        Usually the timestamp is last. It is first when the new root does not accept the public metadata, and the old keys are available
+        and sign the new state too. Without the old keys, a box that polls in between tries again.
         """
         root, before = self._next[Root.type].signed, self.published(Root.type)
         roles = (Timestamp.type, Snapshot.type, Targets.type)

@@ -1,4 +1,4 @@
-"""Publishing: new versions, withdrawals, minimum versions and rollouts of models.
+"""Publishing: new versions, withdrawals and minimum versions of models.
 
 Each function checks first and stages second: a refused publication changes nothing. What is staged waits for the signatures of its
 role (``model_sync.library.library``).
@@ -9,58 +9,29 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import semver
 from pydantic import TypeAdapter, ValidationError
-from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, DelegatedRole, TargetFile, Targets
+from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, DelegatedRole, TargetFile
 
 from model_sync.bundle import MANIFEST_NAME, Manifest, ModelBundle
 from model_sync.bundle.manifest import SemVer
 from model_sync.bundle.output_spec import Identifier
 from model_sync.errors import BundleError, PublishError
 from model_sync.library.promotion import LibraryPromotion
-from model_sync.library.roles import RoleState, delegated
-from model_sync.trust.documents import (
-    ROLLOUT_ROLE,
-    Delta,
-    FailureBudget,
-    LineIndex,
-    Release,
-    Rollout,
-    RolloutStep,
-    Withdrawal,
-    delta_custom,
-    delta_path,
-    file_path,
-    line_path,
-    line_patterns,
-    older,
-    rollout_path,
-)
+from model_sync.library.roles import RoleState
+from model_sync.trust import documents
+from model_sync.trust.documents import ROLLOUT_ROLE, Delta, LineIndex, Release, Withdrawal, file_path, line_path, older
 
 DELTA_BASES = 3
 # A file name has 255 characters at most, and a target's begins with its hash: 64 digits and a dot.
 _MAX_NAME = 190
 _NOTHING = "; nothing was published"
-# Names that Windows refuses, with any suffix: USB sticks are often read there.
+# File names that Windows refuses, with any suffix: USB sticks are also used there.
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
-_TEMPORARY = "tmp"
-_VERSION_HINT = "write it like 1.4.0 or 1.4.0-rc.1, by semver.org"
 OnProgress = Callable[[str, int, int], None]
-
-
-class RolloutPlan(NamedTuple):
-    """The rollout of one model line to a ring."""
-
-    version: str
-    percent: float
-    start: datetime
-    duration_h: float
-    failure_budget: FailureBudget
-    paused: bool
 
 
 def check_line_name(name: str) -> None:
@@ -68,23 +39,12 @@ def check_line_name(name: str) -> None:
     try:
         TypeAdapter(Identifier).validate_python(name)
     except ValidationError as error:
-        raise PublishError(
-            f"{name!r} cannot name a model line", hint="lower-case letters, digits, - and _, at most 64", code="library.name"
-        ) from error
-    if name in TOP_LEVEL_ROLE_NAMES or name == ROLLOUT_ROLE:
-        raise PublishError(
-            f"a model line cannot be called {name!r}: that is a role of the library", hint="choose another name", code="library.name"
-        )
-    if name in _DEVICES:
-        raise PublishError(
-            f"a model line cannot be called {name!r}: that is a device of Windows", hint="no USB stick could hold it", code="library.name"
-        )
-    if name.startswith(_TEMPORARY):
-        raise PublishError(
-            f"a model line cannot be called {name!r}",
-            hint=f"{_TEMPORARY}... is what boxes call their half-written files",
-            code="library.name",
-        )
+        hint = "lower-case letters, digits, - and _, at most 64"
+        raise PublishError(f"{name!r} cannot name a model line", hint=hint, code="library.name") from error
+    roles = (*TOP_LEVEL_ROLE_NAMES, ROLLOUT_ROLE)
+    reserved = dict.fromkeys(roles, "a role of the library") | dict.fromkeys(_DEVICES, "a device of Windows")
+    if what := reserved.get(name, "a temporary file of boxes" if name.startswith("tmp") else ""):
+        raise PublishError(f"a model line cannot be called {name!r}: that is {what}", code="library.name")
 
 
 def publish(
@@ -120,9 +80,9 @@ def publish(
         release = Release(version=manifest.version, digest=bundle.digest, published_at=library.now())
         grown = _validated(index.model_copy(update={"versions": [*index.versions, release], "minimum_version": new_minimum}))
         targets = _stage_bundle(library, bundle, on_progress)
-        found = _deltas(library, index, bundle, on_progress) if deltas else []
-        index = _validated(grown.model_copy(update={"deltas": [*index.deltas, *(delta for delta, _ in found)]}))
-        library.stage_files(manifest.name, {line_path(manifest.name): index.to_json()}, [*targets, *(target for _, target in found)])
+        new_deltas = _deltas(library, index, bundle, on_progress) if deltas else []
+        index = _validated(grown.model_copy(update={"deltas": [*index.deltas, *(delta for delta, _ in new_deltas)]}))
+        library.stage_files(manifest.name, {line_path(manifest.name): index.to_json()}, [*targets, *(target for _, target in new_deltas)])
         library.promote_complete()
         return library.state(manifest.name)
 
@@ -137,7 +97,7 @@ def _check_bundle(directory: Path) -> ModelBundle:
     if not manifest.operating_points:
         raise PublishError(
             f"the bundle has no operating point{_NOTHING}",
-            hint="a score without its threshold says nothing: measure it",
+            hint="a score needs a measured threshold",
             code="library.bundle",
         )
     _check_gate(bundle)
@@ -149,11 +109,11 @@ def _check_bundle(directory: Path) -> ModelBundle:
                 hint="rename it: too long, ends in a dot, or names a device of Windows",
                 code="library.bundle",
             )
-    role = DelegatedRole("line", [], 1, True, line_patterns(manifest.name))
+    role = DelegatedRole("line", [], 1, True, documents.line_patterns(manifest.name))
     for file in manifest.digests():
         if not role.is_delegated_path(file_path(manifest.name, manifest.version, file)):
             raise PublishError(
-                f"{file} lies too deep{_NOTHING}", hint="a bundle's files lie at most two folders deep", code="library.bundle"
+                f"{file} is in too many folders{_NOTHING}", hint="a bundle has at most two levels of folders", code="library.bundle"
             )
     return bundle
 
@@ -169,32 +129,25 @@ def _check_version_text(directory: Path) -> None:
 
 def _check_gate(bundle: ModelBundle) -> None:
     for variant in bundle.manifest.variants:
-        hint = "let the gate measure every variant against the float model, and ship only those that pass"
         if variant.gate is None:
-            raise PublishError(f"the {variant.precision} variant has no gate report{_NOTHING}", hint=hint, code="library.gate")
+            raise PublishError(f"the {variant.precision} variant has no gate report{_NOTHING}", code="library.gate")
         try:
             report: Any = json.loads(bundle.path(variant.gate).read_bytes())
             passed = report["variants"][variant.precision]["passed"]
         except (ValueError, KeyError, TypeError) as error:
             raise PublishError(
-                f"{variant.gate} is no gate report on the {variant.precision} variant{_NOTHING}", hint=hint, code="library.gate"
+                f"{variant.gate} is no gate report on the {variant.precision} variant{_NOTHING}", code="library.gate"
             ) from error
         if passed is not True:
-            raise PublishError(f"the {variant.precision} variant did not pass its gate{_NOTHING}", hint=hint, code="library.gate")
+            raise PublishError(f"the {variant.precision} variant did not pass its gate{_NOTHING}", code="library.gate")
 
 
 def _check_version(index: LineIndex, version: str) -> None:
     if index.release(version) is not None:
-        raise PublishError(
-            f"{index.line} {version} is published already with other content{_NOTHING}",
-            hint="a version never changes: count it up",
-            code="library.version",
-        )
+        raise PublishError(f"{index.line} {version} is published already with other content{_NOTHING}", code="library.version")
     newest = _newest(index)
     if newest is not None and not older(newest, version):
-        raise PublishError(
-            f"{index.line} {version} is not newer than {newest}{_NOTHING}", hint="count the version up", code="library.version"
-        )
+        raise PublishError(f"{index.line} {version} is not newer than {newest}{_NOTHING}", code="library.version")
 
 
 def _newest(index: LineIndex) -> str | None:
@@ -206,8 +159,9 @@ def _parse(version: str) -> None:
     try:
         TypeAdapter(SemVer).validate_python(version)
     except ValidationError as error:
+        hint = "write it like 1.4.0 or 1.4.0-rc.1, by semver.org"
         raise PublishError(
-            f"{version!r} is no semantic version of at most 64 characters{_NOTHING}", hint=_VERSION_HINT, code="library.version"
+            f"{version!r} is no semantic version of at most 64 characters{_NOTHING}", hint=hint, code="library.version"
         ) from error
 
 
@@ -216,7 +170,7 @@ def _minimum(index: LineIndex, wanted: str, newest: str | None) -> str:
     if older(wanted, index.minimum_version):
         raise PublishError(
             f"the minimum version of {index.line} is {index.minimum_version}: it can only rise{_NOTHING}",
-            hint="a lower minimum would let boxes go back to what was taken from them",
+            hint="a lower minimum would allow versions that boxes must not run any more",
             code="library.version",
         )
     if newest is None or older(newest, wanted):
@@ -255,19 +209,21 @@ def _deltas(library: LibraryPromotion, index: LineIndex, bundle: ModelBundle, on
         for variant, old, old_sha256 in _same_precision(library, index.line, version, bundle.manifest):
             if old_sha256 != variant.sha256:
                 pairs[old_sha256, variant.sha256] = (old, bundle.path(variant.file))
-    found = []
+    new_deltas = []
     for number, ((old_sha256, new_sha256), (old, new)) in enumerate(pairs.items()):
         on_progress(f"delta for {new.name}", number, len(pairs))
         encoded = delta_codec.best(old, new)
         if not delta_codec.is_worth_publishing(len(encoded.data), new.stat().st_size):
             continue
-        path = delta_path(index.line, old_sha256, new_sha256, encoded.codec)
+        path = documents.delta_path(index.line, old_sha256, new_sha256, encoded.codec)
         entry = Delta(from_sha256=old_sha256, to_sha256=new_sha256, codec=encoded.codec, path=path, length=len(encoded.data))
         sha256 = hashlib.sha256(encoded.data).hexdigest()
-        target = TargetFile(entry.length, {"sha256": sha256}, path, {"custom": delta_custom(entry)})
+        target = TargetFile(
+            entry.length, {"sha256": sha256}, path, {"custom": entry.model_dump(include={"from_sha256", "to_sha256", "codec"})}
+        )
         library.files.write(library.files.staged_target(target), encoded.data)
-        found.append((entry, target))
-    return found
+        new_deltas.append((entry, target))
+    return new_deltas
 
 
 def _same_precision(library: LibraryPromotion, line: str, version: str, manifest: Manifest) -> list[tuple[Any, Path, str]]:
@@ -291,17 +247,15 @@ def withdraw(library: LibraryPromotion, line: str, version: str, reason: str) ->
     """
     with library.files.locked():
         index = library.index(line)
-        _require_version(index, version)
+        require_version(index, version)
         if not reason.strip():
-            raise PublishError(
-                "a withdrawal needs a reason", hint="say in one sentence what is wrong: clinicians read it", code="library.withdrawal"
-            )
+            raise PublishError("a withdrawal needs a reason", code="library.withdrawal")
         if index.withdrawal(version) is not None:
             raise PublishError(f"{line} {version} is withdrawn already", hint="nothing was changed", code="library.withdrawal")
         try:
             entry = Withdrawal(version=version, reason=reason.strip(), at=library.now())
         except ValidationError as error:
-            raise _validation_error("withdrawal", error, "say in one sentence what is wrong: clinicians read it") from error
+            raise validation_error("withdrawal", error, "say in one sentence what is wrong: clinicians read it") from error
         return _stage_index(library, index.model_copy(update={"withdrawn": [*index.withdrawn, entry]}))
 
 
@@ -327,93 +281,17 @@ def _validated(index: LineIndex) -> LineIndex:
     try:
         return LineIndex.model_validate(index.model_dump(by_alias=True))
     except ValidationError as error:
-        raise _validation_error("index", error, "boxes would not read it: go on with a new line (`model-library add-line`)") from error
+        raise validation_error("index", error, "boxes would refuse it: use a new model line (`model-library add-line`)") from error
 
 
-def _validation_error(what: str, error: ValidationError, hint: str) -> PublishError:
+def validation_error(what: str, error: ValidationError, hint: str) -> PublishError:
+    """Return the error for a document that its schema refuses."""
     wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False)[:5])
-    return PublishError(f"this {what} cannot be: {wrong}{_NOTHING}", hint=hint)
+    return PublishError(f"this {what} is not valid: {wrong}{_NOTHING}", hint=hint)
 
 
-def _require_version(index: LineIndex, version: str) -> None:
+def require_version(index: LineIndex, version: str) -> None:
+    """Raise PublishError when a model line has no such version."""
     if index.release(version) is None:
         known = ", ".join(release.version for release in index.versions) or "none"
         raise PublishError(f"{index.line} has no version {version}", hint=f"published versions: {known}", code="library.version")
-
-
-def rollout(library: LibraryPromotion, ring: str, line: str, plan: RolloutPlan) -> RoleState:
-    """Stage the version of a model line that a ring's boxes take.
-
-    Raises:
-        PublishError: the rollout role has no keys yet, or the version is not public, withdrawn or below the minimum, or a number
-            is out of its range.
-    """
-    with library.files.locked():
-        if ROLLOUT_ROLE not in library.role_names():
-            raise PublishError(
-                "the rollout role has no keys yet", hint="give it some with `model-library rollout-keys`", code="library.rollout"
-            )
-        index = library.public_index(line)
-        _require_version(index, plan.version)
-        refusal = index.refusal(plan.version)
-        if refusal is not None and not plan.paused:
-            why = {"withdrawn": "is withdrawn", "below_minimum": f"is older than the minimum {index.minimum_version}"}[refusal]
-            raise PublishError(
-                f"{line} {plan.version} {why}", hint="choose a version that boxes may run; nothing was changed", code="library.rollout"
-            )
-        targets, path = library.targets(ROLLOUT_ROLE), rollout_path(ring)
-        try:
-            before = Rollout.parse(library.read_target(targets, path)).lines if path in targets.targets else {}
-            step = RolloutStep(**plan._asdict())
-            document = Rollout(ring=ring, issued_at=library.now(), lines={**before, line: step})
-        except ValidationError as error:
-            raise _validation_error("rollout", error, "percent is 0 to 100, times are in hours") from error
-        library.stage_files(ROLLOUT_ROLE, {path: document.to_json()})
-        library.promote_complete()
-        return library.state(ROLLOUT_ROLE)
-
-
-def end_line(library: LibraryPromotion, line: str) -> RoleState:
-    """Stage the end of a model line: first its removal from rollouts, if there are any, then from the targets role.
-
-    Returns the state of the role that waits; when it is ``rollout``, call this again after that version is public.
-
-    Raises:
-        PublishError: there is no such model line.
-    """
-    with library.files.locked():
-        public = library.published(Targets.type)
-        if line not in library.lines() and public is not None and line in delegated(public.signed):
-            library.promote_complete()  # a killed or repeated command: finish it
-            return library.state(Targets.type)
-        library.index(line)
-        _remove_from_rollouts(library, line)
-        rollouts = library.published(ROLLOUT_ROLE)
-        if rollouts is not None and any(line in document.lines for document in _rollouts(library, rollouts.signed).values()):
-            return library.state(ROLLOUT_ROLE)
-        with library.edit_targets() as targets:
-            for keyid in list(targets.get_delegated_role(line).keyids):
-                targets.revoke_key(keyid, line)
-            assert targets.delegations is not None
-            assert targets.delegations.roles is not None
-            del targets.delegations.roles[line]
-        library.files.staged_path(line).unlink(missing_ok=True)
-        library.promote_complete()
-        return library.state(Targets.type)
-
-
-def _remove_from_rollouts(library: LibraryPromotion, line: str) -> None:
-    if ROLLOUT_ROLE not in library.role_names():
-        return
-    changed = {}
-    for path, document in _rollouts(library, library.targets(ROLLOUT_ROLE)).items():
-        if line in document.lines:
-            lines = {name: step for name, step in document.lines.items() if name != line}
-            changed[path] = Rollout(ring=document.ring, issued_at=library.now(), lines=lines).to_json()
-    if changed:
-        library.stage_files(ROLLOUT_ROLE, changed)
-        library.promote_complete()
-
-
-def _rollouts(library: LibraryPromotion, targets: Targets) -> dict[str, Rollout]:
-    return {path: Rollout.parse(library.read_target(targets, path)) for path in targets.targets}

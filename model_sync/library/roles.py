@@ -8,7 +8,7 @@ its role in ``x-role``, so that a signature for one model line is not valid for 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -32,8 +32,8 @@ from model_sync.library.files import LibraryFiles, read_metadata
 from model_sync.library.keys import Passphrase, load_holder, load_signer, public_path
 from model_sync.trust.documents import ROLLOUT_ROLE, LineIndex, line_path
 from model_sync.trust.metadata import MAX_METADATA_BYTES
+from model_sync.trust.rollback_protection import ISSUED_AT, iso, utc_now
 
-ISSUED_AT = "x-issued-at"
 ROLE_FIELD = "x-role"
 _ROOM_FOR_SIGNATURES = 100_000
 ONLINE = (Snapshot.type, Timestamp.type)
@@ -63,11 +63,6 @@ class RoleState(NamedTuple):
     published: bool
 
 
-def utc_now() -> datetime:
-    """Return the time now, with zone."""
-    return datetime.now(timezone.utc)
-
-
 class OnlineKeys:
     """The encrypted keys under ``online/``, opened only when one of them has to sign."""
 
@@ -90,7 +85,7 @@ class OnlineKeys:
         return self._signers[keyid]
 
     def _ask(self, what: str) -> str:
-        # All online keys have the same passphrase: people type it once.
+        # All online keys have the same passphrase, so it is asked for once.
         if self._secret is None and self._passphrase is not None:
             self._secret = self._passphrase(f"online keys ({what})")
         return self._secret or ""
@@ -126,13 +121,11 @@ class LibraryRoles(Repository):
         """Return the time now in whole seconds, UTC."""
         return self._clock().replace(microsecond=0)
 
-    # --- the methods of python-tuf's Repository -----------------------------------------------------------------------
-
     def open(self, role: str) -> AnyMetadata:
         """Return the newest metadata of a role: being promoted, staged, published, or a first version."""
-        found = self._next.get(role) or self.staged(role) or self.latest(role)
-        if found is not None:
-            return found
+        newest = self._next.get(role) or self.staged(role) or self.latest(role)
+        if newest is not None:
+            return newest
         if role == Root.type:
             fresh: Any = Root()
         elif role == Snapshot.type:
@@ -150,12 +143,12 @@ class LibraryRoles(Repository):
         md.signed.version = before.signed.version + 1 if before is not None else 1
         md.signed.expires = self.now() + timedelta(days=self.files.config().expiry_days.days(role))
         if role == Timestamp.type:
-            md.signed.unrecognized_fields[ISSUED_AT] = self.now().strftime("%Y-%m-%dT%H:%M:%SZ")
+            md.signed.unrecognized_fields[ISSUED_AT] = iso(self.now())
         md.signatures.clear()
         if len(md.to_bytes()) > MAX_METADATA_BYTES - _ROOM_FOR_SIGNATURES:
             raise PublishError(
                 f"the metadata of {role} would be larger than {MAX_METADATA_BYTES} bytes, which is the most that a box reads",
-                hint="nothing was published: go on with a new line (`model-library add-line`)",
+                hint="nothing was published: use a new model line (`model-library add-line`)",
                 code="library.refused",
             )
         keyids = set(self.keys(role)) | set(md.signed.roles[role].keyids if role == Root.type else ())
@@ -181,8 +174,6 @@ class LibraryRoles(Repository):
     def snapshot_info(self) -> MetaFile:
         """The timestamp's entry of the snapshot."""
         return _metafile(self.open(Snapshot.type))
-
-    # --- metadata -----------------------------------------------------------------------------------------------------
 
     def staged(self, role: str) -> AnyMetadata | None:
         """Return the version that waits for signatures, or None."""
@@ -240,11 +231,11 @@ class LibraryRoles(Repository):
         where = self.files.find_target(target) if target is not None else None
         if where is None:
             raise PublishError(
-                f"the library has no {path}", hint="restore its directory from the backup, or add the line again", code="library.refused"
+                f"the library has no {path}",
+                hint="restore its directory from a backup, or add the model line again",
+                code="library.refused",
             )
         return where.read_bytes()
-
-    # --- lines --------------------------------------------------------------------------------------------------------
 
     def lines(self) -> list[str]:
         """Return the names of the model lines, waiting ones included."""
@@ -259,7 +250,7 @@ class LibraryRoles(Repository):
         if line not in self.lines():
             known = ", ".join(self.lines()) or "none"
             raise PublishError(
-                f"there is no model line {line!r}", hint=f"add it with `model-library add-line`; known lines: {known}", code="library.role"
+                f"there is no model line {line!r}", hint=f"add it with `model-library add-line`; model lines: {known}", code="library.role"
             )
         return LineIndex.parse(self.read_target(self.targets(line), line_path(line)))
 
@@ -268,18 +259,14 @@ class LibraryRoles(Repository):
         self.index(line)
         md = self.published(line)
         if md is None:
-            raise PublishError(
-                f"the line {line!r} is not public yet", hint="have its roles signed: see `model-library status`", code="library.role"
-            )
+            raise PublishError(f"the model line {line!r} is not public yet", code="library.role")
         return LineIndex.parse(self.read_target(md.signed, line_path(line)))
-
-    # --- keys and signatures ------------------------------------------------------------------------------------------
 
     def delegators(self, role: str) -> list[Root | Targets]:
         """Return the delegators that define the keys of a role: the public one, and the waiting one."""
         name = Root.type if role in TOP_LEVEL_ROLE_NAMES else Targets.type
-        found = [md.signed for md in (self.published(name), self._next.get(name) or self.staged(name)) if md is not None]
-        return [signed for signed in found if role in TOP_LEVEL_ROLE_NAMES or role in delegated(signed)]
+        delegators = [md.signed for md in (self.published(name), self._next.get(name) or self.staged(name)) if md is not None]
+        return [signed for signed in delegators if role in TOP_LEVEL_ROLE_NAMES or role in delegated(signed)]
 
     def keys(self, role: str) -> dict[str, Key]:
         """Return the keys that may sign a role now or after the waiting rotation."""
@@ -287,15 +274,15 @@ class LibraryRoles(Repository):
 
     def available_signers(self, keyids: Iterable[str]) -> list[Signer]:
         """Return the available signers of some keys."""
-        found = (self.signers.get(keyid) or self.online.signer(keyid) for keyid in sorted(keyids))
-        return [signer for signer in found if signer is not None]
+        signers = (self.signers.get(keyid) or self.online.signer(keyid) for keyid in sorted(keyids))
+        return [signer for signer in signers if signer is not None]
 
     def state(self, role: str) -> RoleState:
         """Return who has signed a role's newest version and what is missing; raise PublishError for an unknown role."""
         waiting = self.staged(role)
         md = waiting or self.published(role)
         if md is None or not (delegators := self.delegators(role)):
-            raise PublishError(f"there is no role {role!r}", hint="`model-library status` lists them", code="library.role")
+            raise PublishError(f"there is no role {role!r}", code="library.role")
         # A root is verified by the root before it and by itself; every other role by its newest delegator.
         verifiers = delegators if role == Root.type else delegators[-1:]
         results = [verifier.get_verification_result(role, md.signed_bytes, md.signatures) for verifier in verifiers]

@@ -78,29 +78,29 @@ def _rings(library: LibraryPromotion) -> dict[str, Any]:
 
 
 def _expiries(roles: dict[str, Any]) -> list[str]:
-    found = []
+    warnings = []
     for role, entry in roles.items():
         if entry["days_left"] is not None and entry["days_left"] <= 0:
-            found.append(f"{role} has EXPIRED: boxes keep their models and take nothing new")
+            warnings.append(f"{role} has EXPIRED: boxes keep their models and accept nothing new")
         elif entry["due"]:
-            found.append(f"{role} expires in {entry['days_left']:.1f} days")
+            warnings.append(f"{role} expires in {entry['days_left']:.1f} days")
         if entry["waiting_expired"]:
-            found.append(f"the waiting {role} expired before it was signed: `model-library renew LIB {role}`")
-    return found
+            warnings.append(f"the waiting {role} expired before it was signed: `model-library renew LIB {role}`")
+    return warnings
 
 
 def _withdrawn_rollouts(lines: dict[str, Any], rings: dict[str, Any]) -> list[str]:
-    found = []
+    warnings = []
     for ring, steps in rings.items():
         for line, step in steps.items():
             if step["version"] in lines.get(line, {}).get("withdrawn", {}):
-                found.append(f"ring {ring} still names {line} {step['version']}, which is withdrawn: no box takes it")
-    return found
+                warnings.append(f"the rollout of ring {ring} names {line} {step['version']}, which is withdrawn: no box installs it")
+    return warnings
 
 
 def _unused_keys(library: LibraryPromotion) -> list[str]:
     used = {keyid for role in library.role_names() for keyid in library.keys(role)}
-    return [f"{path} is the key of no role any more: destroy it" for keyid, path in library.online.paths.items() if keyid not in used]
+    return [f"{path} is the key of no role any more: delete it" for keyid, path in library.online.paths.items() if keyid not in used]
 
 
 def _next(roles: dict[str, Any]) -> list[str]:

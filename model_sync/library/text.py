@@ -16,8 +16,8 @@ Name = Callable[[str], str]
 Read = Callable[[TargetFile], "bytes | None"]
 _MAX_LISTED = 12
 END_LINE_NOTES = (
-    "boxes keep the model of LINE that they have, and take nothing new of it; nobody can withdraw it there any more",
-    "if it must stop reading, add the line again (`model-library add-line`) and withdraw its versions first",
+    "boxes keep the model of LINE that they have, and get no new version of it; it cannot be withdrawn any more",
+    "to stop its use, add the model line again (`model-library add-line`), and withdraw its versions before you end it",
 )
 
 
@@ -29,13 +29,13 @@ def status_lines(status: dict[str, Any]) -> list[str]:
         keys = ", ".join(key["name"] for key in entry["keys"])
         public = "-" if entry["published"] is None else f"v{entry['published']}"
         rows.append((role, public, waiting, f"{entry['have']} of {entry['need']}", _days(entry), keys))
-    found = _table(rows)
+    lines = _table(rows)
     if status["lines"]:
         models = [("LINE", "VERSIONS", "OLDEST ALLOWED", "WITHDRAWN", "DELTAS")]
         for line, entry in status["lines"].items():
             versions = ", ".join(f"{v} (waiting)" if v in entry["waiting"] else v for v in entry["versions"]) or "-"
             models.append((line, versions, entry["minimum_version"], ", ".join(entry["withdrawn"]) or "-", str(entry["deltas"])))
-        found += ["", *_table(models)]
+        lines += ["", *_table(models)]
     if status["rings"]:
         rings = [("RING", "LINE", "TAKES", "BOXES", "FROM", "OVER", "")]
         for ring, steps in status["rings"].items():
@@ -43,27 +43,27 @@ def status_lines(status: dict[str, Any]) -> list[str]:
                 over = f"{step['duration_h']:g} h" if step["duration_h"] else "at once"
                 paused = "PAUSED" if step["paused"] else ""
                 rings.append((ring, line, step["version"], f"{step['percent']:g} %", step["start"][:16], over, paused))
-        found += ["", *_table(rings)]
-    found += ["", *(f"WARNING: {text}" for text in status["warnings"])] if status["warnings"] else []
-    return [*found, "", *(f"next: {text}" for text in status["next"] or ["nothing to do"])]
+        lines += ["", *_table(rings)]
+    lines += ["", *(f"WARNING: {text}" for text in status["warnings"])] if status["warnings"] else []
+    return [*lines, "", *(f"next: {text}" for text in status["next"] or ["nothing to do"])]
 
 
 def rings_on_refused_versions(rings: dict[str, Any], index: LineIndex) -> list[str]:
     """Return the rings whose rollout names a version that boxes must not run, and the command for another version."""
     usable = [release.version for release in index.versions if index.refusal(release.version) is None]
     newest = max(usable, key=semver.Version.parse, default=None)
-    found = []
+    lines = []
     for ring, steps in rings.items():
         step = steps.get(index.line)
         if step is None or index.refusal(step["version"]) is None:
             continue
-        found.append(f"ring {ring} still names {index.line} {step['version']}; its boxes fall back by themselves meanwhile")
+        lines.append(f"ring {ring} still names {index.line} {step['version']}; its boxes roll back by themselves")
         if newest is None:
-            found.append(f"next: no version of {index.line} is left to boxes: publish a new one, then sign a rollout to it")
+            lines.append(f"next: boxes may run no version of {index.line}: publish a new one, then sign a rollout to it")
         else:
             options = f"--ring {ring} --line {index.line} --version {newest} --percent {step['percent']:g}"
-            found.append(f"next: `model-library rollout LIB {options}`, then have it signed")
-    return found
+            lines.append(f"next: `model-library rollout LIB {options}`, then have it signed")
+    return lines
 
 
 def _days(entry: dict[str, Any]) -> str:
@@ -98,27 +98,27 @@ def describe(role: str, new: AnyMetadata, old: AnyMetadata | None, name: Name, r
     before = old.signed if old is not None else None
     first = f"{role} version {signed.version}"
     first += f", after version {before.version}" if before is not None else ", compared with nothing: everything in it is shown"
-    found = [first, f"  valid until {signed.expires:%Y-%m-%d %H:%M} UTC"]
+    lines = [first, f"  valid until {signed.expires:%Y-%m-%d %H:%M} UTC"]
     if isinstance(signed, Root):
         for each in sorted(signed.roles):
-            found += _keys(each, signed.roles[each], before.roles[each] if before is not None else None, name)
+            lines += _keys(each, signed.roles[each], before.roles[each] if before is not None else None, name)
     if isinstance(signed, Targets):
         old_roles, new_roles = delegated(before), delegated(signed)
         for each in sorted(new_roles):
-            found += _keys(each, new_roles[each], old_roles.get(each), name)
+            lines += _keys(each, new_roles[each], old_roles.get(each), name)
             if each not in old_roles or old_roles[each].paths != new_roles[each].paths:
-                found.append(f"  {'!' if each in old_roles else '+'} {each} may sign: {', '.join(new_roles[each].paths or [])}")
-        found += [f"  - role {each} is delegated no more" for each in sorted(old_roles.keys() - new_roles.keys())]
-        found += _documents(signed, before, read)
-        found += _targets(signed, before)
-    if len(found) == 2:
-        found.append("  nothing else changes: it is only valid for longer" if old is not None else "  it holds nothing yet")
-    return found
+                lines.append(f"  {'!' if each in old_roles else '+'} {each} may sign: {', '.join(new_roles[each].paths or [])}")
+        lines += [f"  - role {each} has no delegation any more" for each in sorted(old_roles.keys() - new_roles.keys())]
+        lines += _documents(signed, before, read)
+        lines += _targets(signed, before)
+    if len(lines) == 2:
+        lines.append("  nothing else changes: it is only valid for longer" if old is not None else "  it is still empty")
+    return lines
 
 
 def _documents(new: Targets, old: Targets | None, read: Read) -> list[str]:
     """Return the changes of indexes and rollouts, on which boxes act."""
-    found = []
+    lines = []
     for path, target in sorted(new.targets.items()):
         before = old.targets.get(path) if old is not None else None
         kind: Any = LineIndex if path.endswith("/line.json") else Rollout if path.startswith("rollout/") else None
@@ -126,45 +126,45 @@ def _documents(new: Targets, old: Targets | None, read: Read) -> list[str]:
             continue
         raw, raw_before = read(target), read(before) if before is not None else None
         if raw is None or (before is not None and raw_before is None):
-            found.append(f"  ? {path} is not at hand, so its changes cannot be shown: copy the whole staged folder, and give --against")
+            lines.append(f"  ? {path} is missing, so its changes cannot be shown: copy the complete staged folder, and give --against")
             continue
         parsed = kind.parse(raw)
         parsed_before = kind.parse(raw_before) if raw_before is not None else None
-        found += (_index if kind is LineIndex else _rollout)(parsed, parsed_before)
-    return found
+        lines += (_index if kind is LineIndex else _rollout)(parsed, parsed_before)
+    return lines
 
 
 def _index(new: LineIndex, old: LineIndex | None) -> list[str]:
     have = {release.version: release.digest for release in old.versions} if old is not None else {}
     gone = {item.version for item in old.withdrawn} if old is not None else set()
-    found = [f"  + version {r.version}: manifest sha256 {r.digest[:16]}" for r in new.versions if have.get(r.version) != r.digest]
-    found += [f"  - version {version} is gone" for version in have if new.release(version) is None]
-    found += [f"  ! WITHDRAWN {item.version}: {item.reason}" for item in new.withdrawn if item.version not in gone]
-    found += [f"  ! {version} is NO LONGER withdrawn" for version in sorted(gone - {item.version for item in new.withdrawn})]
+    lines = [f"  + version {r.version}: manifest sha256 {r.digest[:16]}" for r in new.versions if have.get(r.version) != r.digest]
+    lines += [f"  - version {version} is gone" for version in have if new.release(version) is None]
+    lines += [f"  ! WITHDRAWN {item.version}: {item.reason}" for item in new.withdrawn if item.version not in gone]
+    lines += [f"  ! {version} is NO LONGER withdrawn" for version in sorted(gone - {item.version for item in new.withdrawn})]
     if old is None or old.minimum_version != new.minimum_version:
-        found.append(f"  ! oldest version that boxes may run: {new.minimum_version}")
-    return found
+        lines.append(f"  ! oldest version that boxes may run: {new.minimum_version}")
+    return lines
 
 
 def _rollout(new: Rollout, old: Rollout | None) -> list[str]:
-    found = []
+    lines = []
     for line, step in sorted(new.lines.items()):
         if old is None or old.lines.get(line) != step:
             over = f"over {step.duration_h:g} h" if step.duration_h else "at once"
             budget = f"stop at {step.failure_budget.max_fraction:.0%} failures from {step.failure_budget.min_boxes} boxes on"
             what = f"{line} {step.version} to {step.percent:g} % of boxes from {step.start:%Y-%m-%d %H:%M} UTC {over}; {budget}"
-            found.append(f"  ! ring {new.ring}: {what}{'; PAUSED' if step.paused else ''}")
-    found += [f"  - ring {new.ring}: {line} is told nothing any more" for line in (old.lines.keys() - new.lines.keys() if old else ())]
-    return found
+            lines.append(f"  ! ring {new.ring}: {what}{'; PAUSED' if step.paused else ''}")
+    lines += [f"  - ring {new.ring}: {line} has no rollout any more" for line in (old.lines.keys() - new.lines.keys() if old else ())]
+    return lines
 
 
 def _keys(role: str, new: Any, old: Any | None, name: Name) -> list[str]:
     have = set(old.keyids) if old is not None else set()
-    found = [f"  + key of {role}: {name(keyid)} ({keyid[:8]})" for keyid in new.keyids if keyid not in have]
-    found += [f"  - key of {role}: {name(keyid)} ({keyid[:8]})" for keyid in sorted(have - set(new.keyids))]
+    lines = [f"  + key of {role}: {name(keyid)} ({keyid[:8]})" for keyid in new.keyids if keyid not in have]
+    lines += [f"  - key of {role}: {name(keyid)} ({keyid[:8]})" for keyid in sorted(have - set(new.keyids))]
     if old is None or old.threshold != new.threshold:
-        found.append(f"  {'+' if old is None else '!'} {role} needs {new.threshold} of {len(new.keyids)} signatures")
-    return found
+        lines.append(f"  {'+' if old is None else '!'} {role} needs {new.threshold} of {len(new.keyids)} signatures")
+    return lines
 
 
 def _targets(new: Targets, old: Targets | None) -> list[str]:
@@ -172,9 +172,9 @@ def _targets(new: Targets, old: Targets | None) -> list[str]:
     added = [target for path, target in new.targets.items() if path not in have]
     changed = [target for path, target in new.targets.items() if path in have and have[path].hashes != target.hashes]
     gone = sorted(have.keys() - new.targets.keys())
-    found = _listed("+", [f"{target.path}  {target.length:,} bytes  sha256 {target.hashes['sha256'][:12]}" for target in added])
-    found += _listed("!", [f"{target.path} is another file now: sha256 {target.hashes['sha256'][:12]}" for target in changed])
-    return found + _listed("-", [f"{path} is no target any more" for path in gone])
+    lines = _listed("+", [f"{target.path}  {target.length:,} bytes  sha256 {target.hashes['sha256'][:12]}" for target in added])
+    lines += _listed("!", [f"{target.path} is another file now: sha256 {target.hashes['sha256'][:12]}" for target in changed])
+    return lines + _listed("-", [f"{path} is no target any more" for path in gone])
 
 
 def _listed(mark: str, lines: list[str]) -> list[str]:

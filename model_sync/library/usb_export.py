@@ -1,7 +1,7 @@
 """Export to a USB stick: the public tree, for a box without a link.
 
-The stick needs no trust: a box verifies it like the network. It holds every root version, so that a box that was off for years can
-verify today's keys, and all metadata, but only the chosen model files. Names are valid on FAT; each file is written beside its place,
+The stick is not trusted: a box verifies it like the network. It has every root version, so that a box that was off for years can verify
+today's keys, and all metadata, but only the chosen model files. Names are valid on FAT; each file is written under a temporary name,
 renamed, and read back from the stick; the timestamp is written last.
 """
 
@@ -17,10 +17,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
-from tuf.api.metadata import TargetFile
+from tuf.api.metadata import Snapshot, TargetFile, Timestamp
 
 from model_sync import atomic_files
-from model_sync.bundle.manifest import MANIFEST_NAME, Manifest
+from model_sync.bundle import MANIFEST_NAME, Manifest, sha256_of
 from model_sync.errors import PublishError, SettingsError
 from model_sync.library import check as library_check
 from model_sync.library.files import read_metadata
@@ -35,7 +35,6 @@ _FAT_FORBIDDEN = re.compile(r'[\x00-\x1f:*?"<>|\\]|[. ]$')
 # FAT allocates clusters; 32 KiB is the largest common size on sticks.
 _CLUSTER_BYTES = 32 * 1024
 _EXPORTED_NAME = re.compile(r"^(\d+\.[a-z0-9_-]+\.json|[0-9a-f]{64}\..+)$")
-OnProgress = Callable[[int, int], None]
 
 
 class ExportResult(NamedTuple):
@@ -56,15 +55,15 @@ def export(
     *,
     now: datetime | None = None,
     reserve_bytes: int = 1 << 20,
-    on_progress: OnProgress | None = None,
+    on_progress: library_check.Progress | None = None,
 ) -> ExportResult:
     """Write or update ``<directory>/clinic-models``.
 
     Args:
         library_public: the library's ``public`` folder.
         directory: the stick's mount point.
-        lines: model lines to take; every line when None.
-        versions: versions to take; every one that boxes may run when None.
+        lines: model lines to export; every line when None.
+        versions: versions to export; every one that boxes may run when None.
         now: the time against which expiry is checked.
         reserve_bytes: disk space that stays free.
         on_progress: called with the bytes written so far and in all.
@@ -74,15 +73,11 @@ def export(
         PublishError: the library is not intact, the stick is too small, or returns other bytes than were written.
     """
     if not directory.is_dir():
-        raise SettingsError(f"{directory} is no folder", hint="mount the stick and give its mount point", code="library.stick")
+        raise SettingsError(f"{directory} is not a directory", hint="mount the stick and give its mount point", code="library.stick")
     chosen, wanted = _choose_versions(library_public, lines, versions)
     checked = library_check.verify(library_public, now or datetime.now(timezone.utc), None, lambda path: path in wanted)
     if not checked.is_clean or checked.valid_until is None:
-        raise PublishError(
-            f"the library is not whole: {'; '.join(checked.problems[:3])}",
-            hint="`model-library verify` says more; nothing was written",
-            code="library.incomplete",
-        )
+        raise PublishError(f"the library is not intact: {'; '.join(checked.problems[:3])}", code="library.incomplete")
     metadata = _metadata_names(library_public)
     files = [f"targets/{target.get_prefixed_paths()[0]}" for target in wanted.values()]
     stick = _UsbStick(library_public, directory / FOLDER, reserve_bytes)
@@ -92,11 +87,7 @@ def export(
         stick.write(new, on_progress or (lambda _done, _total: None))
         removed = stick.remove_old({*files, *metadata})
     except OSError as error:
-        raise PublishError(
-            f"the stick cannot be written: {error.strerror or error}",
-            hint="try again, or another stick; a box refuses half a stick",
-            code="library.stick",
-        ) from error
+        raise PublishError(f"the stick cannot be written: {error.strerror or error}", code="library.stick") from error
     return ExportResult(len(new), stick.written, removed, chosen, checked.valid_until)
 
 
@@ -108,7 +99,9 @@ def _choose_versions(
     known = sorted(set(roles) - {ROLLOUT_ROLE})
     if unknown := set(lines or ()) - set(known):
         raise SettingsError(
-            f"there is no line {', '.join(sorted(unknown))}", hint=f"the library has: {', '.join(known) or 'none'}", code="library.role"
+            f"there is no model line {', '.join(sorted(unknown))}",
+            hint=f"the library has: {', '.join(known) or 'none'}",
+            code="library.role",
         )
     wanted = dict(roles.get(ROLLOUT_ROLE, {}))
     chosen: dict[str, list[str]] = {}
@@ -120,9 +113,9 @@ def _choose_versions(
             usable = [release.version for release in index.versions if index.refusal(release.version) is None]
             chosen[line] = [version for version in usable if versions is None or version in versions]
             wanted.update(_files(public, index, targets, chosen[line]))
-    if unknown := set(versions or ()) - {version for found in chosen.values() for version in found}:
+    if unknown := set(versions or ()) - {version for picked in chosen.values() for version in picked}:
         raise SettingsError(
-            f"no chosen line has a version {', '.join(sorted(unknown))} that boxes may run",
+            f"no chosen model line has a version {', '.join(sorted(unknown))} that boxes may run",
             hint="`model-library status` lists them",
             code="library.version",
         )
@@ -131,25 +124,30 @@ def _choose_versions(
 
 def _files(public: Path, index: LineIndex, targets: dict[str, TargetFile], versions: Iterable[str]) -> dict[str, TargetFile]:
     """Return the targets of some versions, and the deltas between them."""
-    found: dict[str, TargetFile] = {}
+    chosen: dict[str, TargetFile] = {}
     for version in versions:
         path = file_path(index.line, version, MANIFEST_NAME)
         manifest = Manifest.parse(_place(public, targets[path]).read_bytes())
         for file in (MANIFEST_NAME, *manifest.digests()):
-            found[file_path(index.line, version, file)] = targets[file_path(index.line, version, file)]
-    hashes = {target.hashes["sha256"] for target in found.values()}
+            chosen[file_path(index.line, version, file)] = targets[file_path(index.line, version, file)]
+    hashes = {target.hashes["sha256"] for target in chosen.values()}
     for delta in index.deltas:
-        # A box with the earlier version can use the delta; one without it cannot.
         if {delta.from_sha256, delta.to_sha256} <= hashes:
-            found[delta.path] = targets[delta.path]
-    return found
+            chosen[delta.path] = targets[delta.path]
+    return chosen
+
+
+def _snapshot(metadata: Path) -> tuple[str, Snapshot]:
+    """Return the name and the content of the public snapshot."""
+    timestamp: Timestamp = read_metadata(metadata / "timestamp.json").signed
+    name = f"{timestamp.snapshot_meta.version}.snapshot.json"
+    return name, read_metadata(metadata / name).signed
 
 
 def _roles(public: Path) -> dict[str, dict[str, TargetFile]]:
     """Return the public targets of every delegated role."""
     metadata = public / "metadata"
-    timestamp = read_metadata(metadata / "timestamp.json").signed
-    snapshot = read_metadata(metadata / f"{timestamp.snapshot_meta.version}.snapshot.json").signed
+    _, snapshot = _snapshot(metadata)
     top = read_metadata(metadata / f"{snapshot.meta['targets.json'].version}.targets.json").signed
     return {
         role: dict(read_metadata(metadata / f"{snapshot.meta[f'{role}.json'].version}.{role}.json").signed.targets)
@@ -159,13 +157,10 @@ def _roles(public: Path) -> dict[str, dict[str, TargetFile]]:
 
 def _metadata_names(public: Path) -> list[str]:
     """Return the metadata that a box needs, the timestamp last; it includes every root version."""
-    metadata = public / "metadata"
-    timestamp = read_metadata(metadata / "timestamp.json").signed
-    snapshot = read_metadata(metadata / f"{timestamp.snapshot_meta.version}.snapshot.json").signed
-    current = [f"{info.version}.{name}" for name, info in snapshot.meta.items()]
-    roots = sorted(path.name for path in metadata.glob("*.root.json"))
-    names = [*roots, *sorted(current), f"{timestamp.snapshot_meta.version}.snapshot.json", "timestamp.json"]
-    return [f"metadata/{name}" for name in names]
+    snapshot_name, snapshot = _snapshot(public / "metadata")
+    current = sorted(f"{info.version}.{name}" for name, info in snapshot.meta.items())
+    roots = sorted(path.name for path in (public / "metadata").glob("*.root.json"))
+    return [f"metadata/{name}" for name in (*roots, *current, snapshot_name, "timestamp.json")]
 
 
 def _place(public: Path, target: TargetFile) -> Path:
@@ -199,11 +194,11 @@ class _UsbStick:
         if need > free:
             raise PublishError(
                 f"the stick needs {need / 2**20:.1f} MiB more and has {free / 2**20:.1f} MiB free; nothing was written",
-                hint="free some room, take a larger stick, or choose fewer lines or versions",
+                hint="delete other files on it, take a larger stick, or choose fewer model lines or versions",
                 code="library.stick",
             )
 
-    def write(self, names: list[str], on_progress: OnProgress) -> None:
+    def write(self, names: list[str], on_progress: library_check.Progress) -> None:
         """Copy files and read each back; raise PublishError when the bytes differ."""
         total = sum((self._public / name).stat().st_size for name in names)
         for name in names:
@@ -214,11 +209,7 @@ class _UsbStick:
             os.replace(part, path)
             _sync_directory(path.parent)
             if _digest(path) != digest:
-                raise PublishError(
-                    f"the stick does not give back {name} as it was written",
-                    hint="take another stick: this one is worn",
-                    code="library.stick",
-                )
+                raise PublishError(f"the stick returns other bytes of {name} than were written", code="library.stick")
 
     def _copy(self, source: Path, part: Path, on_progress: Callable[[], None]) -> str:
         digest = hashlib.sha256()
@@ -251,14 +242,7 @@ class _UsbStick:
 
 def _digest(path: Path) -> str | None:
     """Return the SHA-256 of a file, None when there is none."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                digest.update(chunk)
-    except FileNotFoundError:
-        return None
-    return digest.hexdigest()
+    return sha256_of(path.resolve()) if path.exists() else None
 
 
 def _sync_directory(path: Path) -> None:

@@ -9,6 +9,7 @@ import functools
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from secrets import SystemRandom
@@ -17,7 +18,7 @@ from model_sync import atomic_files
 from model_sync.transport.errors import BudgetExhausted, DiskFull, TooSlow
 
 MAX_CHUNK_BYTES = 64 * 1024
-# An attempt counts as progress when it received this much: one byte per connection is no progress.
+# An attempt counts as progress when it received this much.
 PROGRESS_BYTES = 64 * 1024
 # Bytes that may be received before the count is written; a killed process has counted at most this too little.
 UNCOUNTED_BYTES = 256 * 1024
@@ -118,9 +119,7 @@ class DayBudget:
         limit = self._limit if small else self._limit - self._limit // SMALL_SHARE
         left = limit - self.received_bytes
         if left <= 0:
-            raise BudgetExhausted(
-                f"today's budget of {self._limit} bytes is used up", hint="the download goes on after midnight UTC, from where it stopped"
-            )
+            raise BudgetExhausted(f"today's budget of {self._limit} bytes is used up; a new one begins at midnight UTC")
         return left
 
     def reload(self) -> None:
@@ -173,49 +172,49 @@ class DayBudget:
         return None
 
 
+@dataclass
 class SpeedCheck:
     """Ends an attempt that is slower than the settings allow; only time spent waiting for the server counts.
 
-    Args:
+    Attributes:
         minimum: Bytes per second.
         window_s: Time over which the speed is measured, in seconds.
         clock: A monotonic clock.
         host: The server, for the message.
     """
 
-    def __init__(self, minimum: float, window_s: float, clock: Callable[[], float], host: str) -> None:
-        self._minimum = minimum
-        self._window_s = window_s
-        self._clock = clock
-        self._host = host
-        self._waited_s = 0.0
-        self._received = 0
-        self._since = 0.0
+    minimum: float
+    window_s: float
+    clock: Callable[[], float]
+    host: str
+    _waited_s: float = field(default=0.0, init=False)
+    _received: int = field(default=0, init=False)
+    _since: float = field(default=0.0, init=False)
 
     def start(self) -> None:
         """Start a wait for the server."""
-        self._since = self._clock()
+        self._since = self.clock()
 
     def stop(self, received: int) -> None:
         """End a wait that brought ``received`` bytes.
 
         Raises:
-            TooSlow: over a whole window the speed was below the minimum.
+            TooSlow: over a complete window the speed was below the minimum.
         """
-        self._waited_s += self._clock() - self._since
+        self._waited_s += self.clock() - self._since
         self._received += received
-        if self._waited_s >= self._window_s:
+        if self._waited_s >= self.window_s:
             speed = self._received / self._waited_s
-            if speed < self._minimum:
-                raise TooSlow(f"{self._host} sends {speed:.0f} bytes/s, less than the {self._minimum:.0f} that are asked for")
+            if speed < self.minimum:
+                raise TooSlow(f"{self.host} sends {speed:.0f} bytes/s, less than the minimum of {self.minimum:.0f}")
             self._waited_s, self._received = 0.0, 0
 
 
 class AttemptCounter:
     """Counts the attempts for one file.
 
-    ``attempts`` in a row may receive nothing; one that gets ``PROGRESS_BYTES`` further than any before resets the row, so that a link
-    that breaks every megabyte still brings a file of any size. In all there are at most ``attempts`` plus one for each
+    ``attempts`` in a row may receive nothing; one that gets ``PROGRESS_BYTES`` further than any before resets the count, so that a file
+    of any size arrives over a link that breaks every megabyte. In all there are at most ``attempts`` plus one for each
     ``PROGRESS_BYTES`` of the file.
     """
 
@@ -236,15 +235,13 @@ class AttemptCounter:
 
 
 def pause_s(row: int, first_s: float, longest_s: float, retry_after_s: float) -> float:
-    """Return the pause before the next attempt: exponential with full jitter, or what the server asked for; never above ``longest_s``.
+    """Return the pause before the next attempt: exponential with full jitter, which spreads boxes that lost the library together.
 
     Args:
         row: Attempts in a row that received nothing.
-        first_s: Ceiling of the first pause.
-        longest_s: Ceiling of any pause.
-        retry_after_s: What the server asked for.
-
-    The jitter spreads the boxes that lost the library at the same moment.
+        first_s: Longest first pause.
+        longest_s: Longest pause of all.
+        retry_after_s: The pause that the server asked for.
     """
     ceiling = min(longest_s, first_s * 2.0 ** min(max(0, row - 1), 60))
     return min(longest_s, max(_RANDOM.uniform(0.0, ceiling), retry_after_s))

@@ -17,7 +17,6 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from http.cookiejar import DefaultCookiePolicy
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -36,7 +35,7 @@ _WRONG_URL = (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema,
 
 
 class Connection:
-    """A keep-alive session with the limits and counters that all its responses share.
+    """A keep-alive session.
 
     Attributes:
         received_bytes: Body bytes received so far.
@@ -50,7 +49,6 @@ class Connection:
         budget: DayBudget,
         clock: Callable[[], float],
         check_stop: Callable[[], None],
-        client_certificate: tuple[Path, Path] | None = None,
     ) -> None:
         self.received_bytes = 0
         self.last_server_date: datetime | None = None
@@ -59,7 +57,7 @@ class Connection:
         self._budget = budget
         self._clock = clock
         self._check_stop = check_stop
-        self._session = _session(settings, client_certificate)
+        self._session = _session(settings)
 
     def close(self) -> None:
         """Close the open connections."""
@@ -130,7 +128,7 @@ class Connection:
     def _check_status(self, answer: LibraryResponse) -> None:
         status = answer.status
         if 300 <= status < 400:
-            raise NotTheLibrary(f"{answer.host} answered with a redirect ({status}), which the library never does")
+            raise NotTheLibrary(f"{answer.host} answered with a redirect ({status}); the library never redirects")
         if status >= 400:
             # A broken error body changes nothing about the error.
             with contextlib.suppress(Unreachable, TooSlow, BudgetExhausted):
@@ -141,7 +139,7 @@ class Connection:
             raise Refused(f"{answer.host} answered {status}", status, retry_after_s=_retry_after_s(answer, self.last_server_date))
         encoding = answer.headers.get("Content-Encoding", "identity").strip().lower()
         if encoding not in ("", "identity"):
-            raise NotTheLibrary(f"{answer.host} sent a body encoded as {encoding!r}, which was not asked for")
+            raise NotTheLibrary(f"{answer.host} sent a body encoded as {encoding!r}, which was not requested")
 
 
 class LibraryResponse:
@@ -212,15 +210,11 @@ def _translated_errors(host: str) -> Iterator[None]:
     try:
         yield
     except _WRONG_URL as error:
-        raise Unreachable(f"{host}: the URL is not valid", hint="mend `urls` in sync.toml", code="sync.url", final=True) from error
+        raise Unreachable(f"{host}: the URL is not valid", code="sync.url", final=True) from error
     except (requests.ReadTimeout, urllib3.exceptions.ReadTimeoutError) as error:
         raise TooSlow(f"{host} was silent for too long") from error
     except (requests.exceptions.SSLError, urllib3.exceptions.SSLError) as error:
-        raise Unreachable(
-            f"{host}: no secure connection ({_cause(error)})",
-            hint="check the box's clock and `ca_certificate` in sync.toml; a network that opens TLS does this too",
-            code="sync.tls",
-        ) from error
+        raise Unreachable(f"{host}: no secure connection ({_cause(error)})", code="sync.tls") from error
     except _LOW_LEVEL as error:
         raise Unreachable(f"{host}: {_cause(error)}") from error
 
@@ -280,7 +274,7 @@ class _SecurePool(urllib3.HTTPSConnectionPool):
 class _Adapter(HTTPAdapter):
     """Connections with a deadline for headers, and with a receive buffer that fits the bandwidth limit.
 
-    With a larger buffer the kernel would receive the first megabytes at full speed, however slowly they are read.
+    With a larger buffer the kernel would receive the first megabytes at full speed.
     """
 
     def __init__(self, rate: float | None) -> None:
@@ -295,22 +289,21 @@ class _Adapter(HTTPAdapter):
         self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _SecurePool}
 
 
-def _session(settings: SyncSettings, client_certificate: tuple[Path, Path] | None) -> requests.Session:
+def _session(settings: SyncSettings) -> requests.Session:
     session = requests.Session()
     session.trust_env = False  # no proxy, netrc or CA bundle that was set for another program
     session.headers.clear()
-    session.headers.update({"User-Agent": f"model-sync/{_version()}", "Accept-Encoding": "identity"})
+    session.headers.update({"User-Agent": f"model-sync/{installed_version()}", "Accept-Encoding": "identity"})
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     session.verify = str(settings.ca_certificate) if settings.ca_certificate else True
-    if client_certificate is not None:
-        session.cert = (str(client_certificate[0]), str(client_certificate[1]))
     adapter = _Adapter(settings.rate_limit_bytes_per_s)
     session.mount("http://", adapter)
     session.mount("https://", adapter)
     return session
 
 
-def _version() -> str:
+def installed_version() -> str:
+    """Return the version of the installed package; 0 when it runs from its source."""
     try:
         return version("clinic-edge-appliance")
     except PackageNotFoundError:

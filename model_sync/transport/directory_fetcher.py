@@ -18,13 +18,12 @@ from model_sync.transport.transfer import is_metadata
 
 LIBRARY_SCHEME = "library:"
 _COPY_BYTES = 1024 * 1024
-_WRITE_AGAIN_HINT = "write the stick anew with `model-library export-usb`; the model in use stays"
 
 
 class DirectoryFetcher(FetcherInterface):
     """Reads ``library:`` URLs from a directory, such as a USB stick's ``clinic-models``.
 
-    The stick is trusted no more than the network: links and paths outside the directory are refused, lengths are checked.
+    The stick is not trusted: links and paths outside the directory are refused, lengths are checked.
 
     Args:
         directory: The directory with ``metadata`` and ``targets``.
@@ -43,9 +42,7 @@ class DirectoryFetcher(FetcherInterface):
         with self.download_file(url, max_length) as stream:
             body = stream.read(max_length + 1)
         if not is_metadata(body):
-            raise NotTheLibrary(
-                f"{url.removeprefix(LIBRARY_SCHEME)} on the stick is no metadata: the file is damaged", hint=_WRITE_AGAIN_HINT
-            )
+            raise NotTheLibrary(f"{url.removeprefix(LIBRARY_SCHEME)} on the stick is no metadata: the file is damaged")
         return body
 
     @contextmanager
@@ -59,14 +56,14 @@ class DirectoryFetcher(FetcherInterface):
         """
         with self._open(url) as stream:
             if os.fstat(stream.fileno()).st_size > max_length:
-                raise TooLong(f"{url.removeprefix(LIBRARY_SCHEME)} has more than {max_length} bytes", hint=_WRITE_AGAIN_HINT)
+                raise TooLong(f"{url.removeprefix(LIBRARY_SCHEME)} has more than {max_length} bytes")
             yield stream
 
     def _open(self, url: str) -> IO[bytes]:
         """Open a file segment by segment, following no link."""
         names = url.removeprefix(LIBRARY_SCHEME).split("/")
         if not url.startswith(LIBRARY_SCHEME) or any(name in ("", ".", "..") or "\0" in name for name in names):
-            raise Refused(f"{url!r} is no file of a library", 404, hint=_WRITE_AGAIN_HINT)
+            raise Refused(f"{url!r} is no file of a library", 404)
         with _translated_errors(str(self._directory), absent=False):
             folder = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         path = "/".join(names)
@@ -81,12 +78,12 @@ class DirectoryFetcher(FetcherInterface):
                 os.close(folder)
         if not stat.S_ISREG(os.fstat(file).st_mode):
             os.close(file)
-            raise Refused(f"{path} on the stick is no plain file", 404, hint=_WRITE_AGAIN_HINT)
+            raise Refused(f"{path} on the stick is no plain file", 404)
         return io.BufferedReader(_StickFile(file, path))
 
 
 class _StickFile(io.FileIO):
-    """A file on a stick that may be removed during the read: that is no error of the caller's own disk."""
+    """A file on a stick that may be removed during the read, which is not an error of the box's own disk."""
 
     def __init__(self, descriptor: int, path: str) -> None:
         self._path = path
@@ -108,10 +105,5 @@ def _translated_errors(path: str, *, absent: bool = True) -> Iterator[None]:
         yield
     except OSError as error:
         if absent and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR):
-            raise Refused(f"{path} is not on the stick", 404, hint=_WRITE_AGAIN_HINT) from error
-        raise Unreachable(
-            f"{path} cannot be read: {error.strerror or error}",
-            hint="put the stick in again; if that does not help, write it anew at the library",
-            code="sync.usb",
-            final=True,
-        ) from error
+            raise Refused(f"{path} is not on the stick", 404) from error
+        raise Unreachable(f"{path} cannot be read: {error.strerror or error}", code="sync.usb", final=True) from error

@@ -1,33 +1,28 @@
 """The errors of a download; each is both an error of python-tuf and a ``LibraryUnreachable`` of this package.
 
-The Updater sees its own ``DownloadError``; the command line and the health page get message, hint and code. None of these is about
-trust: that is python-tuf's ``RepositoryError``.
+The Updater sees its own ``DownloadError``; the command line and the health page get message, hint and code. None of these is an
+error of trust, which would be python-tuf's ``RepositoryError``.
 
 ::
 
     DownloadError (python-tuf)
-    ├── Unreachable                    no connection, no name, no TLS, reset, cut           tried again
+    ├── Unreachable                    no connection, no name, no TLS, a reset              tried again
     ├── TooSlow (SlowRetrievalError)   silence, or slower than the settings allow           tried again
     ├── Refused (DownloadHTTPError)    408, 429, 5xx are tried again; other statuses are final
     ├── TooLong (DownloadLengthMismatchError)   metadata that is longer than allowed        final
-    ├── NotTheLibrary                  a login page, a redirect, anything that is no metadata   final
-    ├── RangeViolation                 a piece of the file that was not asked for
-    ├── BudgetExhausted                the day's bytes, or those one file may cost, are used up
+    ├── NotTheLibrary                  a login page, a redirect, anything that is not metadata   final
+    ├── RangeViolation                 another part of the file than was requested
+    ├── BudgetExhausted                the bytes of the day, or those for one file, are used up
     └── DiskFull                       no room for the rest of the file
 """
 
-# ruff: noqa: N818  (each name is a state of the link, and three of them are fixed by the design)
+# ruff: noqa: N818  (each name is a state of the link)
 
 from __future__ import annotations
 
 from tuf.api.exceptions import DownloadError, DownloadHTTPError, DownloadLengthMismatchError, SlowRetrievalError
 
 from model_sync.errors import Action, LibraryUnreachable
-
-_SERVER_HINT = "the library's web server has to be looked at if this stays; the model in use stays"
-_OTHER_SERVER_HINT = "the server sends something that is not this library; check the URL"
-_LOGIN_HINT = "the network asks for a login, or the URL is wrong: open the library's address in a browser on this network"
-_RETRY_HINT = "nothing is lost: what has arrived is kept, and the next poll of the library continues from there"
 
 
 class DownloadFailure(LibraryUnreachable):
@@ -45,29 +40,22 @@ class DownloadFailure(LibraryUnreachable):
 class Unreachable(DownloadError, DownloadFailure):
     """The library cannot be reached, or the connection broke: the attempt may be repeated."""
 
-    def __init__(
-        self, message: str, *, hint: str = _RETRY_HINT, code: str = "sync.unreachable", final: bool = False, action: Action = Action.RETRY
-    ) -> None:
-        """Store the parts."""
-        DownloadFailure.__init__(self, message, hint=hint, code=code, action=action)
+    def __init__(self, message: str, *, code: str = "", final: bool = False, action: Action | None = None) -> None:
+        DownloadFailure.__init__(self, message, code=code, action=action)
         self.final = final
 
 
 class TooSlow(SlowRetrievalError, DownloadFailure):
     """No bytes, or too few, arrived within the time limit."""
 
-    def __init__(self, message: str) -> None:
-        """Store the message."""
-        DownloadFailure.__init__(self, message, hint=_RETRY_HINT, code="sync.slow")
+    default_code = "sync.slow"
 
 
 class Refused(DownloadHTTPError, DownloadFailure):
-    """The server answered with an HTTP error; ``status_code`` says which."""
+    """The server answered with the HTTP error ``status_code``; every status but 408, 429 and 5xx is final."""
 
-    def __init__(self, message: str, status_code: int, *, retry_after_s: float = 0.0, hint: str = _SERVER_HINT) -> None:
-        """Store the status; every status but 408, 429 and 5xx is final."""
-        code = "sync.unreachable" if status_code in (403, 404) else "sync.refused"
-        DownloadFailure.__init__(self, message, hint=hint, code=code)
+    def __init__(self, message: str, status_code: int, *, retry_after_s: float = 0.0) -> None:
+        DownloadFailure.__init__(self, message, code="sync.unreachable" if status_code in (403, 404) else "sync.refused")
         self.status_code = status_code
         self.retry_after_s = retry_after_s
         self.final = status_code not in (408, 429) and status_code < 500
@@ -77,30 +65,26 @@ class TooLong(DownloadLengthMismatchError, DownloadFailure):
     """Metadata is longer than allowed."""
 
     final = True
-
-    def __init__(self, message: str, *, hint: str = _OTHER_SERVER_HINT) -> None:
-        """Store the message."""
-        DownloadFailure.__init__(self, message, hint=hint, code="sync.too_long")
+    default_code = "sync.too_long"
 
 
 class NotTheLibrary(DownloadError, DownloadFailure):
     """The response is not from the library: a login page of the network, a redirect, a page of a proxy."""
 
     final = True
-
-    def __init__(self, message: str, *, hint: str = _LOGIN_HINT) -> None:
-        """Store the message."""
-        DownloadFailure.__init__(self, message, hint=hint, code="sync.not_the_library")
+    default_code = "sync.not_the_library"
 
 
 class RangeViolation(DownloadError, DownloadFailure):
-    """The server sent another range than requested, or a file of another length; nothing of it was written."""
+    """The server sent another range than requested, or a file of another length; nothing of it was written.
+
+    ``final`` is true when the full file was requested: there is no simpler request.
+    """
+
+    default_code = "sync.range"
 
     def __init__(self, message: str, *, final: bool) -> None:
-        """Store the message; ``final`` is true when the full file was requested: there is no simpler request."""
-        DownloadFailure.__init__(
-            self, message, hint="a proxy or the web server handles ranges wrongly; the part is kept", code="sync.range"
-        )
+        DownloadFailure.__init__(self, message)
         self.final = final
 
 
@@ -108,23 +92,13 @@ class BudgetExhausted(DownloadError, DownloadFailure):
     """The bytes that may be received are used up; the part is kept."""
 
     final = True
-
-    def __init__(self, message: str, *, hint: str) -> None:
-        """Store the message."""
-        DownloadFailure.__init__(self, message, hint=hint, code="sync.budget", action=Action.WAIT)
+    default_code = "sync.budget"
+    default_action = Action.WAIT
 
 
 class DiskFull(DownloadError, DownloadFailure):
-    """There is too little disk space for the rest of the file; the part is kept.
-
-    Attributes:
-        missing_bytes: The bytes that have to be freed; 0 when the disk filled up while writing.
-    """
+    """There is too little disk space for the rest of the file; the part is kept."""
 
     final = True
-
-    def __init__(self, message: str, missing_bytes: int = 0) -> None:
-        """Store the message."""
-        hint = "free disk space on the box; the download goes on by itself"
-        DownloadFailure.__init__(self, message, hint=hint, code="sync.disk_full", action=Action.OPERATOR)
-        self.missing_bytes = missing_bytes
+    default_code = "sync.disk_full"
+    default_action = Action.OPERATOR

@@ -1,8 +1,8 @@
 """The HTTP fetcher: python-tuf's ``FetcherInterface`` for slow links that break often.
 
-A file is requested from each base URL in turn, then again after a pause, until it is complete or the attempts are used up. Targets
-survive process death and reboot as parts (:mod:`model_sync.transport.parts`); metadata is small and held in memory. Signatures are
-python-tuf's work; what it finds wrong is deleted and fetched again.
+A file is requested from each base URL in turn, then again after a pause, until it is complete or the attempts are used up. Received
+parts of targets survive a kill and a reboot (:mod:`model_sync.transport.parts`); metadata is small and held in memory. python-tuf
+verifies signatures and hashes; wrong files are deleted and fetched again.
 
 ``download_bytes`` fetches metadata, ``download_file`` a target of exactly ``max_length`` bytes, as ``tuf.ngclient.Updater`` calls
 them; a URL ``library:metadata/...`` is metadata in both. The errors are those of :mod:`model_sync.transport.errors`.
@@ -13,9 +13,8 @@ from __future__ import annotations
 import errno
 import io
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, TypeVar
@@ -40,7 +39,7 @@ from model_sync.transport.transfer import fetch_metadata, fetch_target
 
 _METADATA = f"{LIBRARY_SCHEME}metadata/"
 BUDGET_NAME = "budget.json"
-# A file may cost this many times its length before the pull gives up until the next poll: some servers have no ranges.
+# The most bytes received for a file, as a multiple of its length: some servers have no ranges.
 MAX_COST = 3
 _SPARE_BYTES = 1024 * 1024
 PROGRESS_S = 0.5
@@ -49,28 +48,16 @@ _ATTEMPTS_ON_OTHER_MIRRORS = 3
 _Result = TypeVar("_Result")
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Progress of one file; ``rate_bytes_per_s`` is the mean since this download began."""
-
-    file: str
-    done_bytes: int
-    total_bytes: int
-    rate_bytes_per_s: float
-
-
 class Fetcher(FetcherInterface):
     """Downloads from the library over HTTP.
 
     Args:
         settings: Timeouts, caps and budgets.
         parts_dir: Directory of unfinished targets; the same after a restart, on the same disk as the finished files.
-        urls: Base URLs in order, instead of those of the settings.
-        on_progress: Called about twice a second with the progress of a target.
+        on_progress: Called about twice a second with the received bytes of a target.
         check_stop: Called between chunks, before each attempt and during pauses; raises to stop, and the part is kept.
         clock: A monotonic clock in seconds.
         sleep: Waits some seconds.
-        client_certificate: Certificate and key, as PEM files, for libraries that ask for them.
         now: The wall clock, for the day's budget.
         on_retry: Called before each pause with the error and the seconds of the pause.
 
@@ -83,12 +70,10 @@ class Fetcher(FetcherInterface):
         settings: SyncSettings,
         parts_dir: Path,
         *,
-        urls: Sequence[str] | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
+        on_progress: Callable[[int], None] | None = None,
         check_stop: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
-        client_certificate: tuple[Path, Path] | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
         on_retry: Callable[[DownloadFailure, float], None] | None = None,
     ) -> None:
@@ -96,7 +81,7 @@ class Fetcher(FetcherInterface):
         self._excluded: set[str] = set()
         self._settings = settings
         self._parts_dir = parts_dir
-        self._bases = [url if url.endswith("/") else f"{url}/" for url in (settings.urls if urls is None else urls)]
+        self._bases = [url if url.endswith("/") else f"{url}/" for url in settings.urls]
         self._on_progress = on_progress
         self._on_retry = on_retry
         self._check_stop = check_stop or (lambda: None)
@@ -104,7 +89,7 @@ class Fetcher(FetcherInterface):
         self._sleep = sleep
         bucket = shared_bucket(settings.rate_limit_bytes_per_s, clock, sleep)
         budget = DayBudget(settings.state_dir / BUDGET_NAME, settings.day_budget_bytes, now)
-        self._connection = Connection(settings, bucket, budget, clock, self._check_stop, client_certificate)
+        self._connection = Connection(settings, bucket, budget, clock, self._check_stop)
         self._metadata_cache: _MetadataCache | None = None
 
     @property
@@ -124,7 +109,7 @@ class Fetcher(FetcherInterface):
     def exclude_last_mirror(self) -> bool:
         """Exclude the base URL that answered last, because its files were wrongly signed or old; forget its metadata.
 
-        Returns False, and includes all of them again, when no other is left: then the mirror was not the reason.
+        Returns False, and includes all base URLs again, when no other is left.
         """
         self._excluded.update(self._bases[:1])
         if self._metadata_cache is not None:
@@ -155,8 +140,8 @@ class Fetcher(FetcherInterface):
             self._metadata_cache = None
 
     def _fetch(self, url: str) -> Iterator[bytes]:
-        """Refuse: both downloads below know the length, which this method does not receive."""
-        raise Unreachable(f"{host_of(url)}: a download without a length is not supported", hint="use download_file", final=True)
+        """Refuse: a download needs the length, which this method does not receive."""
+        raise Unreachable(f"{host_of(url)}: a download without a length is not supported", final=True)
 
     def download_bytes(self, url: str, max_length: int) -> bytes:
         """Return one metadata file of at most ``max_length`` bytes.
@@ -165,7 +150,9 @@ class Fetcher(FetcherInterface):
             Refused, NotTheLibrary, TooLong, TooSlow, Unreachable, BudgetExhausted: all of them tuf's ``DownloadError``.
         """
         if self._metadata_cache is not None and (known := self._metadata_cache.get(url)) is not None:
-            return _require_at_most(known, max_length, url)
+            if len(known) > max_length:
+                raise TooLong(f"{url} has more than {max_length} bytes")
+            return known
 
         def attempt(address: str, _base: str) -> bytes:
             return fetch_metadata(self._connection, address, max_length)
@@ -184,8 +171,8 @@ class Fetcher(FetcherInterface):
     def download_file(self, url: str, max_length: int) -> Iterator[IO[bytes]]:
         """Yield one target of exactly ``max_length`` bytes, as an open file.
 
-        The part is deleted after the block: the caller has copied its bytes or found them wrong. It is kept when the download failed,
-        when the process is stopped, and when the caller had no disk space for the copy.
+        The part is deleted after the block, when the caller has copied or rejected its bytes. It is kept when the download failed, when
+        the process is stopped, and when the caller had no disk space for the copy.
 
         Raises:
             Refused, NotTheLibrary, RangeViolation, TooSlow, Unreachable, BudgetExhausted, DiskFull: all tuf's ``DownloadError``.
@@ -220,7 +207,7 @@ class Fetcher(FetcherInterface):
         def on_chunk_received() -> None:
             nonlocal checked
             reporter.report()
-            if part.size - checked >= SYNC_BYTES:  # another program may fill the disk meanwhile
+            if part.size - checked >= SYNC_BYTES:  # another program may be filling the disk
                 checked = part.size
                 self._require_free_space(part)
 
@@ -228,7 +215,7 @@ class Fetcher(FetcherInterface):
             nonlocal reached
             if self.received_bytes > limit:
                 raise BudgetExhausted(
-                    f"{part.name} has cost more than {MAX_COST} times its length and is still not here",
+                    f"more than {MAX_COST} times the length of {part.name} was received, and it is still not complete",
                     hint="the link breaks and the server has no ranges: check the web server; the next poll tries again",
                 )
             try:
@@ -255,8 +242,8 @@ class Fetcher(FetcherInterface):
     ) -> _Result:
         """Try each base URL in turn, and all of them again after a pause; one that gave a final response is not tried again.
 
-        For metadata (without ``reached``) a final response ends it: "there is no newer root" must not wait for a mirror that is down.
-        For a target the fetcher waits as long as any mirror may still have it.
+        For metadata (without ``reached``) a final response ends the loop: "there is no newer root" must not wait for a mirror that does
+        not answer. For a target the fetcher waits as long as any mirror may still have it.
         """
         answers: dict[str, DownloadFailure] = {}
         while True:
@@ -289,11 +276,11 @@ class Fetcher(FetcherInterface):
         if not url.startswith(LIBRARY_SCHEME):
             return [""]
         if not self._bases:
-            raise Unreachable("no library URL is set", hint="set `urls` in sync.toml, or import from USB", code="sync.no_url", final=True)
+            raise Unreachable("no library URL is set", code="sync.no_url", final=True)
         return [base for base in self._bases if base not in self._excluded]
 
     def _attempt_counter(self, length: int = 0, reached: int = 0) -> AttemptCounter:
-        # Beside a mirror with wrong files the others are tried a few times only: the alarm must not wait half an hour for them.
+        # After a mirror with wrong files the others are tried a few times only, so that the alarm is not late.
         attempts = min(self._settings.attempts, _ATTEMPTS_ON_OTHER_MIRRORS) if self._excluded else self._settings.attempts
         return AttemptCounter(attempts, length, reached)
 
@@ -334,14 +321,13 @@ class _MetadataCache:
 
 
 class _ProgressReporter:
-    """Reports the progress of a part, at most every ``PROGRESS_S`` seconds."""
+    """Reports the received bytes of a part, at most every ``PROGRESS_S`` seconds."""
 
-    def __init__(self, part: Part, on_progress: Callable[[Progress], None] | None, clock: Callable[[], float]) -> None:
+    def __init__(self, part: Part, on_progress: Callable[[int], None] | None, clock: Callable[[], float]) -> None:
         self._part = part
         self._on_progress = on_progress
         self._clock = clock
-        self._began = self._reported_at = clock()
-        self._size = part.size
+        self._reported_at = clock()
 
     def report(self, *, force: bool = False) -> None:
         """Report when it is time, or always with ``force``."""
@@ -349,16 +335,9 @@ class _ProgressReporter:
         if self._on_progress is None or (not force and now - self._reported_at < PROGRESS_S):
             return
         self._reported_at = now
-        rate = max(0, self._part.size - self._size) / max(now - self._began, 1e-9)
-        self._on_progress(Progress(self._part.name, self._part.size, self._part.length, rate if now > self._began else 0.0))
+        self._on_progress(self._part.size)
 
 
 def _most_informative(failures: list[DownloadFailure]) -> DownloadFailure:
     """Return the most informative failure: a final HTTP response first, since python-tuf needs its status."""
     return next((error for error in failures if isinstance(error, Refused) and error.final), failures[-1])
-
-
-def _require_at_most(body: bytes, max_length: int, url: str) -> bytes:
-    if len(body) > max_length:
-        raise TooLong(f"{url} has more than {max_length} bytes")
-    return body

@@ -1,7 +1,7 @@
-"""The received part of a file, with a description beside it: a download survives a power cut.
+"""The received part of a file, with a description: a download survives a power cut.
 
-``<name>.part`` holds the bytes, ``<name>.part.json`` the description. Flushed bytes survive any power cut; other bytes are used only
-while the kernel that wrote them runs (its boot id is stored), since after a power cut a file may have its length but not its content.
+``<name>.part`` contains the bytes, ``<name>.part.json`` the description. After a power cut a file may have its length but not its
+content, so bytes that were not flushed are used only while the kernel that wrote them runs (its boot id is stored).
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class Part:
     """One file being received. Open it with :func:`open_part`.
 
     Attributes:
+        info: The description of the part.
         size: Received bytes.
         length: Bytes of the complete file.
         restarts: How often received bytes had to be discarded.
@@ -68,7 +69,7 @@ class Part:
         self._info_file = file.with_name(file.name + ".json")
         self._clock = clock
         self._boot_id = boot_id()
-        self._info = self._usable(info)
+        self.info = self._usable(info)
         self.length = info.length
         self.restarts = 0
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -78,14 +79,9 @@ class Part:
         self._synced_at = clock()
 
     @property
-    def info(self) -> PartInfo:
-        """The description of the part."""
-        return self._info
-
-    @property
     def name(self) -> str:
         """The file's name for people, without the digest that consistent snapshots put before it."""
-        return _DIGEST.sub("", self._info.path.rsplit("/", 1)[-1])
+        return _DIGEST.sub("", self.info.path.rsplit("/", 1)[-1])
 
     @property
     def is_complete(self) -> bool:
@@ -95,7 +91,7 @@ class Part:
     @property
     def is_content_addressed(self) -> bool:
         """Whether the file name contains the digest: then it is the same file on every mirror."""
-        return self.name != self._info.path.rsplit("/", 1)[-1]
+        return self.name != self.info.path.rsplit("/", 1)[-1]
 
     def _usable(self, fresh: PartInfo) -> PartInfo:
         """Return the stored description when it is of the same file, otherwise delete the part."""
@@ -109,12 +105,12 @@ class Part:
     def _trim(self) -> None:
         """Keep the usable bytes: none of a part that is too long, only the flushed ones after a power cut."""
         keep = 0 if self.size > self.length else self.size
-        if self._info.boot_id != self._boot_id or not self._boot_id:
-            keep = min(keep, self._info.synced_bytes)
+        if self.info.boot_id != self._boot_id or not self._boot_id:
+            keep = min(keep, self.info.synced_bytes)
         if keep != self.size:
             self.stream.truncate(keep)
             self.size = keep
-        self._info = replace(self._info, synced_bytes=min(self._info.synced_bytes, keep), boot_id=self._boot_id)
+        self.info = replace(self.info, synced_bytes=min(self.info.synced_bytes, keep), boot_id=self._boot_id)
 
     def start_at(self, *, validator: str, host: str, at: int) -> None:
         """Prepare for a response that starts at byte ``at``: truncate there, and store the validator.
@@ -127,8 +123,8 @@ class Part:
             self.stream.truncate(at)
             self.stream.seek(at)
             self.size = at
-            self._info = replace(
-                self._info, validator=validator, host=host, synced_bytes=min(at, self._info.synced_bytes), boot_id=self._boot_id
+            self.info = replace(
+                self.info, validator=validator, host=host, synced_bytes=min(at, self.info.synced_bytes), boot_id=self._boot_id
             )
             self._write_info()
             atomic_files.sync_directory(self._file.parent)
@@ -146,25 +142,25 @@ class Part:
                 written = self.stream.write(view)
                 self.size += written
                 view = view[written:]
-        if self.size - self._info.synced_bytes >= SYNC_BYTES or self._clock() - self._synced_at >= SYNC_S:
+        if self.size - self.info.synced_bytes >= SYNC_BYTES or self._clock() - self._synced_at >= SYNC_S:
             self.sync()
 
     def sync(self) -> None:
         """Flush all bytes to the disk, then write the description."""
-        if self.size > self._info.synced_bytes:
+        if self.size > self.info.synced_bytes:
             with _disk_errors(self._file):
                 os.fdatasync(self.stream.fileno())
-                self._info = replace(self._info, synced_bytes=self.size)
+                self.info = replace(self.info, synced_bytes=self.size)
                 self._write_info()
         self._synced_at = self._clock()
 
     def _write_info(self) -> None:
+        """Replace the description; its directory is not flushed: after a power cut the older one only counts fewer bytes."""
         new = self._info_file.with_name(self._info_file.name + ".new")
         with new.open("wb") as stream:
-            stream.write(json.dumps(asdict(self._info)).encode())
-            stream.flush()
-            os.fdatasync(stream.fileno())
-        os.replace(new, self._info_file)
+            stream.write(json.dumps(asdict(self.info)).encode())
+            atomic_files.flush(stream)
+        new.replace(self._info_file)
 
     def delete(self) -> None:
         """Delete the part: the caller has its bytes, or they are wrong."""
@@ -211,13 +207,13 @@ def require_free_space(directory: Path, needed: int, reserve: int) -> None:
         reserve: Bytes that have to stay free.
 
     Raises:
-        DiskFull: with the number of bytes that are missing.
+        DiskFull: it will not fit; the message has the number of missing bytes.
     """
     with _disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(directory).free
     if missing := max(0, needed + reserve - free):
-        raise DiskFull(f"{missing} bytes of disk space are missing: {needed} are to come and {reserve} have to stay free", missing)
+        raise DiskFull(f"{missing} bytes of disk space are missing: {needed} are to come and {reserve} have to stay free")
 
 
 def part_name(path: str) -> str:
@@ -253,10 +249,4 @@ def _disk_errors(file: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _NO_ROOM:
             raise DiskFull(f"the disk is full: {file.name} cannot grow") from error
-        raise Unreachable(
-            f"{file}: {error.strerror or error}",
-            hint="check the disk, and that the agent's account may write there",
-            code="sync.disk",
-            action=Action.OPERATOR,
-            final=True,
-        ) from error
+        raise Unreachable(f"{file}: {error.strerror or error}", code="sync.disk", action=Action.OPERATOR, final=True) from error

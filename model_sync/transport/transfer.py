@@ -28,7 +28,7 @@ def fetch_metadata(connection: Connection, url: str, max_length: int) -> bytes:
     """
     with connection.get(url, {}, small=True) as answer:
         if answer.status != 200 or answer.is_page:
-            raise NotTheLibrary(f"{answer.host} answered {answer.status} with something that is no metadata (a login page?)")
+            raise NotTheLibrary(f"{answer.host} answered {answer.status}, and not with metadata (a login page?)")
         if (answer.content_length() or 0) > max_length:
             raise TooLong(f"{answer.host} announces metadata of more than {max_length} bytes")
         body = bytearray()
@@ -37,7 +37,7 @@ def fetch_metadata(connection: Connection, url: str, max_length: int) -> bytes:
             if len(body) > max_length:
                 raise TooLong(f"{answer.host} sent metadata of more than {max_length} bytes")
         if not is_metadata(bytes(body)):
-            raise NotTheLibrary(f"{answer.host} sent something that is no metadata (a login page?)")
+            raise NotTheLibrary(f"{answer.host} sent something other than metadata (a login page?)")
         return bytes(body)
 
 
@@ -48,7 +48,7 @@ def fetch_target(connection: Connection, url: str, part: Part, *, without_range:
         connection: The connection to the library.
         url: The URL of the file.
         part: The part to complete.
-        without_range: Request the whole file: this server answered a range wrongly.
+        without_range: Request the full file: this server answered a range wrongly.
         on_chunk: Called when bytes were written.
 
     Raises:
@@ -81,7 +81,7 @@ def _start(answer: LibraryResponse, part: Part, headers: dict[str, str]) -> None
         start = part.size
         check_content_range(answer.headers, start, part.length)
         if _of_another_file(answer, headers.get("If-Range", "")):
-            raise RangeViolation(f"{answer.host} sent a piece of another {part.name} than the part is of", final=final)
+            raise RangeViolation(f"{answer.host} sent a range of another version of {part.name}", final=final)
     elif answer.status != 200:
         raise RangeViolation(f"{answer.host} answered {answer.status} for {part.name}, which was not asked for", final=final)
     announced = answer.content_length()

@@ -1,8 +1,8 @@
 """The signed documents of the library, each a small TUF target: the index of a model line, and the rollout of a ring.
 
 ``models/<line>/line.json`` is signed by the role of the model line: which versions exist, which is the oldest that a box may run,
-which are withdrawn, and which deltas exist. ``rollout/<ring>.json`` is signed by the rollout role, which can only choose among the
-versions of the index: it cannot bring a model of its own to a box.
+which are withdrawn, and which deltas exist. ``rollout/<ring>.json`` is signed by the rollout role, which can only choose among the versions
+of the index.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from datetime import datetime, timedelta
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeAlias, TypeVar
 
 import semver
 from pydantic import AfterValidator, AwareDatetime, Field, ValidationError, model_validator
@@ -23,7 +23,7 @@ from model_sync.errors import Action, TrustError
 
 
 def _plausible_year(moment: datetime) -> datetime:
-    # A typing error such as the year 9999 must not break the date arithmetic of every box.
+    # A typing error such as the year 9999 must not break date arithmetic.
     if not 2000 <= moment.year < 2200:
         raise ValueError("a time between 2000 and 2200 is needed")
     return moment
@@ -54,12 +54,7 @@ class SignedDocument(Strict):
             wrong = "; ".join(
                 f"{'.'.join(map(str, item['loc'])) or cls.__name__}: {item['msg']}" for item in error.errors(include_url=False)[:5]
             )
-            raise TrustError(
-                f"a signed {cls.__name__} is not valid: {wrong}",
-                hint="update the box, or tell the central team; the model in use stays",
-                code="trust.document",
-                action=Action.OPERATOR,
-            ) from error
+            raise TrustError(f"a signed {cls.__name__} is not valid: {wrong}", code="trust.document", action=Action.OPERATOR) from error
 
     def to_json(self) -> bytes:
         """Return the canonical bytes: sorted keys, UTF-8, two spaces."""
@@ -166,8 +161,8 @@ class RolloutTurn(NamedTuple):
 def decide(step: RolloutStep, line: str, box_id: str, now: datetime) -> RolloutTurn:
     """Return whether one box takes a version now; the result depends only on the arguments.
 
-    The place of a box in a rollout is a hash of its name, the model line and the version, in [0, 100): places below ``percent``
-    take part, lower ones earlier. So a wider rollout only adds boxes, and the first boxes differ from version to version.
+    The place of a box in a rollout is a hash of its name, the model line and the version, in [0, 100): places below ``percent`` take
+    part, lower ones earlier. So a higher ``percent`` only adds boxes, and the first boxes differ from version to version.
     """
     if step.paused:
         return RolloutTurn(False, "paused")
@@ -207,8 +202,3 @@ def rollout_path(ring: str) -> str:
 def line_patterns(line: str) -> list[str]:
     """Return the path patterns that the targets role delegates to the role of a model line."""
     return [pattern.format(line=line) for pattern in _LINE_PATTERNS]
-
-
-def delta_custom(delta: Delta) -> dict[str, Any]:
-    """Return the ``custom`` field of a delta's TUF target."""
-    return {"from_sha256": delta.from_sha256, "to_sha256": delta.to_sha256, "codec": delta.codec}

@@ -15,7 +15,7 @@ from tuf.api.metadata import Metadata, Root, Signed, Targets
 from tuf.api.serialization import DeserializationError
 
 from model_sync import atomic_files
-from model_sync.errors import MODEL_STAYS, TrustError
+from model_sync.errors import TrustError
 from model_sync.trust.rollback_protection import AnchoredRoot, Clocks, iso
 
 MAX_METADATA_BYTES = 5_000_000
@@ -37,7 +37,7 @@ def load_newest_root(metadata: Path, root: bytes) -> AnchoredRoot:
             raw = atomic_files.read(metadata / HISTORY / f"{trusted.version + 1}.root.json", MAX_ROOT_BYTES)
             next_root = verified(Root, raw, trusted, Root.type)
         except (OSError, TrustError):
-            # A half-written file counts as absent, as in python-tuf: the rollback state knows whether a newer root was seen.
+            # An incomplete file counts as absent, as in python-tuf: the rollback state has the newest version that was seen.
             break
         if next_root.version != trusted.version + 1:
             break
@@ -62,10 +62,10 @@ def is_of_other_root(metadata: Path, root: bytes) -> bool:
 
 
 def set_aside(metadata: Path, root: bytes) -> bool:
-    """Set aside metadata that was received under another provisioned root; return whether there was any.
+    """Rename metadata that was received under another provisioned root to ``<name>.other``; return whether there was any.
 
-    A new library may share a key with the one before it: what the old one signed must count neither as seen nor as trusted. It is
-    renamed to ``<name>.other`` for an investigation; an older directory of that name is removed.
+    A new library may share a key with the earlier one, whose signatures must count neither as seen nor as trusted. The files are kept
+    for an investigation; an older directory of that name is removed.
 
     Raises:
         TrustError: the provisioned root is not valid.
@@ -91,9 +91,7 @@ def read_root(path: Path) -> bytes:
         return atomic_files.read(path, MAX_ROOT_BYTES, follow=True)  # the provisioned file may be a link
     except FileNotFoundError as error:
         raise TrustError(
-            f"{path} is missing: without the library's first root.json no signature can be checked",
-            hint="copy root.json from the central team's installation folder again",
-            code="trust.root",
+            f"{path} is missing: without the library's first root.json no signature can be checked", code="trust.root"
         ) from error
 
 
@@ -112,20 +110,14 @@ def read(metadata: Path, role: str) -> bytes:
         if error.errno != errno.EFBIG:
             raise
         raise TrustError(
-            f"the {role} metadata is larger than {MAX_METADATA_BYTES} bytes, which is the most that a box reads",
-            hint=f"tell the central team: it has to sign less in one role; {MODEL_STAYS}",
-            code="trust.metadata",
+            f"the {role} metadata is larger than {MAX_METADATA_BYTES} bytes, which is the most that a box reads", code="trust.metadata"
         ) from error
 
 
 def listed(kind: type[_Role], metadata: Path, delegator: Root | Targets, role: str, meta: Any) -> _Role:
     """Return a role that other metadata names with its version and optional hashes, after all checks."""
     if meta is None:
-        raise TrustError(
-            f"{role} is delegated to, but the snapshot does not name it",
-            hint=f"tell the central team: the library is inconsistent; {MODEL_STAYS}",
-            code="trust.metadata",
-        )
+        raise TrustError(f"{role} is delegated to, but the snapshot does not name it", code="trust.metadata")
     raw = read(metadata, role)
     try:
         meta.verify_length_and_hashes(raw)
@@ -133,11 +125,7 @@ def listed(kind: type[_Role], metadata: Path, delegator: Root | Targets, role: s
         raise altered(f"the {role} metadata") from error
     signed = verified(kind, raw, delegator, role)
     if signed.version != meta.version:
-        raise TrustError(
-            f"the {role} metadata is version {signed.version}, and {meta.version} was announced",
-            hint=f"run `model-sync pull`; {MODEL_STAYS}",
-            code="trust.version",
-        )
+        raise TrustError(f"the {role} metadata is version {signed.version}, and {meta.version} was announced", code="trust.version")
     return signed
 
 
@@ -156,17 +144,9 @@ def verified(kind: type[_Role], raw: bytes, delegator: Root | Targets | None, ro
         if isinstance(metadata.signed, Root):
             metadata.signed.verify_delegate(Root.type, metadata.signed_bytes, metadata.signatures)
     except DeserializationError as error:
-        raise TrustError(
-            f"the {role} metadata is damaged: it cannot be read",
-            hint=f"run `model-sync pull`, which fetches it again; {MODEL_STAYS}",
-            code="trust.metadata",
-        ) from error
+        raise TrustError(f"the {role} metadata is damaged: it cannot be read", code="trust.metadata") from error
     except (RepositoryError, ValueError) as error:
-        raise TrustError(
-            f"the {role} metadata is not signed by those who may sign it ({error})",
-            hint=f"tell the central team: somebody may be forging models; {MODEL_STAYS}",
-            code="trust.signature",
-        ) from error
+        raise TrustError(f"the {role} metadata is not signed by those who may sign it ({error})", code="trust.signature") from error
     return cast("_Role", metadata.signed)
 
 
@@ -177,20 +157,14 @@ def expired(role: str, at: datetime, clocks: Clocks) -> TrustError:
 
 def missing(what: str) -> TrustError:
     """Return the error for a file that was never received, or was lost."""
-    return TrustError(f"{what}", hint=f"run `model-sync pull`; {MODEL_STAYS}", code="trust.missing")
+    return TrustError(what, code="trust.missing")
 
 
 def altered(what: str) -> TrustError:
     """Return the error for a file that is not the signed one."""
-    return TrustError(
-        f"{what} is not what was signed: its length or its hash differs",
-        hint=f"run `model-sync pull` again; if it stays, have the disk and the link checked; {MODEL_STAYS}",
-        code="trust.digest",
-    )
+    return TrustError(f"{what} is not what was signed: its length or its hash differs", code="trust.digest")
 
 
 def ambiguous(what: str, why: str) -> TrustError:
     """Return the error for a target that more than one role could sign."""
-    return TrustError(
-        f"{what}: {why}", hint=f"tell the central team: who may sign a line must be beyond doubt; {MODEL_STAYS}", code="trust.ambiguous"
-    )
+    return TrustError(f"{what}: {why}", code="trust.ambiguous")

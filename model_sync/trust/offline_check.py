@@ -1,8 +1,8 @@
 """The check without a network: which versions are signed and which are withdrawn, from the files on this disk alone.
 
-The box calls ``check`` right before it activates a model, from an account that cannot write here. The check trusts nothing that an
-earlier pull concluded: roots, timestamp, snapshot, targets and the role of each model line are verified again, with signatures,
-versions, hashes and the rollback state.
+The box calls ``check`` right before it activates a model, from an account that cannot write here. The check does not rely on an earlier
+pull: roots, timestamp, snapshot, targets and the role of each model line are verified again, with signatures, versions, hashes and the
+rollback state.
 """
 
 from __future__ import annotations
@@ -84,19 +84,14 @@ def check(exchange_dir: Path, root: Path, now: datetime | None = None) -> TrustF
     """
     system = now or utc_now()
     try:
-        rollback_state = RollbackState.load([exchange_dir / ROLLBACK_FILE])
-        return _facts(exchange_dir, read_root(root), rollback_state, system)
+        rollback_state, root_bytes, base = RollbackState.load([exchange_dir / ROLLBACK_FILE]), read_root(root), _current(exchange_dir)
+        if is_of_other_root(base / "metadata", root_bytes):
+            raise missing("the metadata is of the library that this box followed before; nothing of its new library has been received")
+        trusted = TrustedMetadata.load(base / "metadata", root_bytes)
+        trusted.refuse_older(rollback_state)
+        return collect_facts(trusted, base / "documents", trusted.clocks(rollback_state, system).effective)
     except OSError as error:
         raise atomic_files.disk_error(error, code="trust.unreadable") from error
-
-
-def _facts(exchange_dir: Path, root: bytes, rollback_state: RollbackState, system: datetime) -> TrustFacts:
-    base = _current(exchange_dir)
-    if is_of_other_root(base / "metadata", root):
-        raise missing("what lies here is of the library that this box followed before; nothing of its new one has been received")
-    trusted = TrustedMetadata.load(base / "metadata", root)
-    trusted.refuse_older(rollback_state)
-    return collect_facts(trusted, base / "documents", trusted.clocks(rollback_state, system).effective)
 
 
 def _current(exchange_dir: Path) -> Path:
@@ -105,16 +100,16 @@ def _current(exchange_dir: Path) -> Path:
     Its link is followed once, so that a pull that ends meanwhile cannot mix two sets; no other link is followed.
 
     Raises:
-        OSError: a link leads out of the exchange directory, or replaces a directory.
+        OSError: a link points out of the exchange directory, or replaces a directory.
     """
     link = exchange_dir / CURRENT
     name = os.readlink(link) if link.is_symlink() else CURRENT  # without a link no pull has ended yet
     if "/" in name or name in ("", ".", ".."):
-        raise OSError(errno.ELOOP, "its link leads out of the exchange directory", str(link))
+        raise OSError(errno.ELOOP, "its link points out of the exchange directory", str(link))
     base = exchange_dir / name
     for directory in (base, base / "metadata", base / "metadata" / HISTORY, base / "documents"):
         if directory.is_symlink():
-            raise OSError(errno.ELOOP, "a link stands where a directory belongs", str(directory))
+            raise OSError(errno.ELOOP, "it is a link instead of a directory", str(directory))
     return base
 
 
@@ -141,8 +136,8 @@ def print_check(exchange_dir: Path, root: Path) -> int:
         facts = {
             "ok": False,
             "code": "trust.unchecked",
-            "message": f"the check met what it cannot reckon with ({type(error).__name__}): nothing is verified",
-            "hint": f"run `model-sync pull`; if it stays, send this line to the central team; {MODEL_STAYS}",
+            "message": f"the check failed unexpectedly ({type(error).__name__}): nothing is verified",
+            "hint": f"run `model-sync pull`; if it fails again, send this text to the central team; {MODEL_STAYS}",
         }
     # ASCII is the same in every locale; Chinese text in GB18030 would not be valid JSON for a reader of UTF-8.
     print(json.dumps(facts, sort_keys=True))

@@ -1,15 +1,15 @@
 """Protection against rollback: the earliest possible time and the highest version of each role that this box has seen.
 
-A signature says who signed, not when. python-tuf compares only with the metadata that it stored: when that is lost, an old library
-would be accepted again. It also trusts the system clock, which starts in 1970 on a box without a clock battery. So two copies of a
-small file hold the rollback state, apart from the metadata:
+A signature shows who signed, not when. python-tuf compares only with the metadata that it stored: when that is lost, it would accept an
+old library. It also trusts the system clock, which starts in 1970 on a box without a clock battery. So two copies of a small file,
+separate from the metadata, contain the rollback state:
 
 - *time*: the highest issue time that the timestamp role signed, and the highest system time, limited to the validity of the
-  metadata that was just verified: a clock that was ahead for a week cannot make later good metadata look expired.
+  metadata that was just verified: a clock that was ahead for a week must not make later valid metadata look expired.
 - *anchor*: the state is valid only for the provisioned root under which it was recorded. A library whose root keys are lost or
-  stolen is replaced by a new one, which numbers its versions from 1; its first root is installed by a person.
+  stolen is replaced by a new one, whose versions start at 1; a person installs its first root.
 - *versions*: per role, bound to the keys of the roles that sign for it (TUF specification, clause 5.3.11): when a trusted root
-  replaces the key of timestamp or snapshot, a central team that recovers from a stolen key may restart the numbers.
+  replaces the key of timestamp or snapshot, because one was stolen, the central team may restart the numbers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from model_sync.errors import TrustError
 
 ROLLBACK_FILE = "floor.json"
 ISSUED_AT = "x-issued-at"  # signed with the timestamp metadata
-# No package with this constant was built earlier, so the time is never before it.
+# This program did not exist before, so the time is never earlier.
 BUILT_AT = datetime(2026, 1, 1, tzinfo=timezone.utc)
 _START = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _YEARS = range(2000, 2200)  # other years are treated as invalid
@@ -78,7 +78,7 @@ class Clocks:
         return f"this box's clock says {iso(self.system)}, it is at least {iso(self.earliest)}{server}"
 
     def hint(self) -> str:
-        """Return what to do about expired metadata: set the clock, or have the central team sign anew."""
+        """Return what to do about expired metadata."""
         if not self.is_plausible or self.system < self.earliest:
             return "the clock of this box is wrong: set it, then run `model-sync pull`; the model in use stays"
         return "the central team has to sign fresh metadata (`model-library refresh-timestamp`); the model in use stays"
@@ -158,7 +158,6 @@ class RollbackState:
             if name not in _versions(timestamp, snapshot) and tuple(known.keys) == _keys_for(root, name):
                 raise TrustError(
                     f"the library's snapshot no longer names the role {name}, which this box knows in version {known.version}",
-                    hint="tell the central team: somebody offers an old or forged library; the model in use stays",
                     code="trust.rollback",
                 )
 
@@ -214,7 +213,5 @@ def _keys_for(root: Root, role: str) -> tuple[str, ...]:
 
 def _rollback(role: str, version: int, known: int) -> TrustError:
     return TrustError(
-        f"the library offers version {version} of its {role} metadata, and this box has already seen version {known}",
-        hint="an old copy: use the newest USB stick, or tell the central team that a server is behind; the model in use stays",
-        code="trust.rollback",
+        f"the library offers version {version} of its {role} metadata, and this box has already seen version {known}", code="trust.rollback"
     )

@@ -1,6 +1,6 @@
-"""The trusted metadata set of one library, as it lies in a directory: verified root by root, then role by role.
+"""The trusted metadata set of one library in a directory: verified root by root, then role by role.
 
-Both the TUF client, after each refresh, and the check without a network verify the same files with this module.
+The TUF client, after each refresh, and the check without a network both use this module.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tuf.api.exceptions import LengthOrHashMismatchError
 from tuf.api.metadata import Signed, Snapshot, TargetFile, Targets, Timestamp
 
 from model_sync import atomic_files
-from model_sync.errors import MODEL_STAYS, Action, TrustError
+from model_sync.errors import Action, TrustError
 from model_sync.trust import documents
 from model_sync.trust.metadata import (
     MAX_METADATA_BYTES,
@@ -99,13 +99,12 @@ class TrustedMetadata:
         """
         if role not in self.delegated_names():
             raise TrustError(
-                f"the library no longer delegates to {role}: whatever its keys sign counts for nothing",
-                hint=f"ask the central team whether the line was ended; {MODEL_STAYS}",
+                f"the library no longer delegates to {role}: signatures of its keys are not valid",
                 code="trust.revoked",
                 action=Action.NONE,
             )
         if (first := self.role_of(path)) != role or path in self.targets.targets:
-            raise ambiguous(f"{path} is not {role}'s alone to sign", f"{first or 'targets'} comes first")
+            raise ambiguous(f"{role} is not the only role that may sign {path}", f"{first or 'targets'} comes first")
         if role in self.problems:
             raise self.problems[role]
         return self.roles[role].targets.get(path)
@@ -146,12 +145,7 @@ def read_index(trusted: TrustedMetadata, directory: Path, line: str) -> document
     """
     index = documents.LineIndex.parse(read_document(trusted, directory, documents.line_path(line), line))
     if index.line != line:
-        raise TrustError(
-            f"the index that {line} signs speaks of {index.line}",
-            hint=f"tell the central team: it was signed by mistake or in bad faith; {MODEL_STAYS}",
-            code="trust.document",
-            action=Action.OPERATOR,
-        )
+        raise TrustError(f"the index that {line} signs is of {index.line}", code="trust.document", action=Action.OPERATOR)
     return index
 
 

@@ -16,17 +16,15 @@ from pathlib import Path
 from typing import IO, cast
 
 from tuf.api import exceptions as tuf_errors
-from tuf.api.metadata import Root, TargetFile
+from tuf.api.metadata import TargetFile
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
 from model_sync import atomic_files
-from model_sync.errors import MODEL_STAYS, LibraryUnreachable, TrustError
+from model_sync.errors import LibraryUnreachable, TrustError
 from model_sync.transport.directory_fetcher import LIBRARY_SCHEME
 from model_sync.transport.errors import RangeViolation, Refused, TooLong
 from model_sync.trust import metadata, trusted_metadata
 from model_sync.trust.rollback_protection import BUILT_AT, Clocks, RollbackState, utc_now
-
-_RETRY = "nothing is wrong with the model in use; the next poll continues where this one stopped"
 
 
 def received_bytes(fetcher: FetcherInterface) -> int:
@@ -40,7 +38,7 @@ def concerns_one_file(error: LibraryUnreachable) -> bool:
 
 
 class _SizeLimitedFetcher(FetcherInterface):
-    """A fetcher that refuses metadata announced as too large: it would be held in memory and could not be read again."""
+    """A fetcher that refuses metadata announced as too large, which would be held in memory."""
 
     def __init__(self, fetcher: FetcherInterface) -> None:
         self._fetcher = fetcher
@@ -50,7 +48,6 @@ class _SizeLimitedFetcher(FetcherInterface):
         if max_length > metadata.MAX_METADATA_BYTES:
             raise TrustError(
                 f"{url.rpartition('/')[2]} is announced with {max_length} bytes; no metadata has more than {metadata.MAX_METADATA_BYTES}",
-                hint="tell the central team: it was signed by mistake or in bad faith; the model in use stays",
                 code="trust.too_large",
             )
         return self._fetcher.download_bytes(url, max_length)
@@ -67,6 +64,17 @@ class _SizeLimitedFetcher(FetcherInterface):
 
 class TufClient:
     """Refreshes the trusted metadata of one library and downloads its targets.
+
+    Args:
+        metadata_dir: python-tuf's directory.
+        root: the bytes of the provisioned root.
+        fetcher: how files are fetched.
+        rollback_state: the file of the rollback state, which is updated here.
+        other_rollback_files: copies of it, used when that one is lost.
+        metadata_url: where metadata is.
+        target_url: where targets are.
+        now: the wall clock.
+        built_at: when the running program was built.
 
     Attributes:
         trusted: the metadata as it was last verified; None before the first success.
@@ -85,19 +93,6 @@ class TufClient:
         now: Callable[[], datetime] = utc_now,
         built_at: datetime = BUILT_AT,
     ) -> None:
-        """Store the arguments; nothing is fetched.
-
-        Args:
-            metadata_dir: python-tuf's directory.
-            root: the bytes of the provisioned root.
-            fetcher: how files are fetched.
-            rollback_state: the file of the rollback state, which is updated here.
-            other_rollback_files: copies of it, used when that one is lost.
-            metadata_url: where metadata is.
-            target_url: where targets are.
-            now: the wall clock.
-            built_at: when the running program was built.
-        """
         self._metadata_dir = metadata_dir
         self._root = root
         self._fetcher = fetcher
@@ -117,8 +112,8 @@ class TufClient:
     def refresh(self) -> trusted_metadata.TrustedMetadata:
         """Bring root, timestamp, snapshot and targets up to date.
 
-        A mirror that is behind or damaged is skipped for the next one. It is an alarm only when no mirror does better; a mirror that
-        is only behind, while the others do not answer, is no alarm.
+        A mirror with old or damaged files is skipped for the next one; it is an alarm only when no mirror has better ones. A mirror
+        whose files are only old, while the others do not answer, is no alarm.
 
         Raises:
             LibraryUnreachable: the link, the disk or the state directory failed.
@@ -164,11 +159,7 @@ class TufClient:
             target = updater.get_targetinfo(path)
         trusted = self._accept()
         if role is not None and trusted.target(path, role) != target:
-            raise TrustError(
-                f"{path} is not signed by {role}, which alone may sign it",
-                hint="tell the central team: who may sign a line must be beyond doubt; the model in use stays",
-                code="trust.ambiguous",
-            )
+            raise TrustError(f"{path} is not signed by {role}, which alone may sign it", code="trust.ambiguous")
         trusted.refuse_expired(self.clocks(), *([role] if role else trusted.delegated_names()))
         if target is None:
             return None
@@ -183,7 +174,8 @@ class TufClient:
         rollback_state, server = RollbackState.load(self._rollback_files), getattr(self._fetcher, "last_server_date", None)
         if self.trusted is not None:
             return self.trusted.clocks(rollback_state, self._now(), server, self._built_at)
-        return Clocks(self._now(), rollback_state.earliest_time(self._newest_root(), self._built_at), server)
+        newest_root = metadata.load_newest_root(self._metadata_dir, self._root)
+        return Clocks(self._now(), rollback_state.earliest_time(newest_root, self._built_at), server)
 
     def _download(self, updater: Updater, target: TargetFile, to: Path) -> None:
         part = to.with_name(f".{to.name}.part")
@@ -260,7 +252,7 @@ class TufClient:
         except LibraryUnreachable:
             raise  # the fetcher's errors are both python-tuf's and ours
         except tuf_errors.DownloadError as error:
-            raise LibraryUnreachable(f"the library cannot be reached: {error}", hint=_RETRY) from error
+            raise LibraryUnreachable(f"the library cannot be reached: {error}") from error
         except tuf_errors.RepositoryError as error:
             raise self._trust_error(error) from error
         except OSError as error:
@@ -282,31 +274,16 @@ class TufClient:
             atomic_files.sync_directory(self._metadata_dir / "root_history")
             atomic_files.sync_directory(self._metadata_dir)
 
-    def _newest_root(self) -> Root:
-        return metadata.load_newest_root(self._metadata_dir, self._root)
-
     def _trust_error(self, error: tuf_errors.RepositoryError) -> TrustError:
         """Return our error for an error of python-tuf."""
-        what = str(error)
         if isinstance(error, tuf_errors.ExpiredMetadataError):
             clocks = self.clocks()
-            return TrustError(f"the library's metadata has expired ({what}): {clocks.describe()}", hint=clocks.hint(), code="trust.expired")
+            message = f"the library's metadata has expired ({error}): {clocks.describe()}"
+            return TrustError(message, hint=clocks.hint(), code="trust.expired")
         if isinstance(error, tuf_errors.BadVersionNumberError):
-            return TrustError(
-                f"the library offers older metadata than this box has seen ({what})",
-                hint=f"an old copy: use the newest USB stick, or tell the central team that a server is behind; {MODEL_STAYS}",
-                code="trust.rollback",
-            )
+            return TrustError(f"the library offers older metadata than this box has seen ({error})", code="trust.rollback")
         if isinstance(error, tuf_errors.LengthOrHashMismatchError):
-            return metadata.altered(f"a file of the library ({what})")
+            return metadata.altered(f"a file of the library ({error})")
         if isinstance(error, tuf_errors.UnsignedMetadataError):
-            return TrustError(
-                f"metadata is not signed by those who may sign it ({what})",
-                hint=f"tell the central team: somebody may be forging models; {MODEL_STAYS}",
-                code="trust.signature",
-            )
-        return TrustError(
-            f"the library's metadata cannot be used ({what})",
-            hint=f"tell the central team: the library is inconsistent or damaged; {MODEL_STAYS}",
-            code="trust.metadata",
-        )
+            return TrustError(f"metadata is not signed by those who may sign it ({error})", code="trust.signature")
+        return TrustError(f"the library's metadata cannot be used ({error})", code="trust.metadata")

@@ -1,18 +1,21 @@
-"""The bundle itself: files, golden cases with their tolerances, gate record, manifest; checked as a box checks it, then put in place."""
+"""Write the bundle: files, golden cases with their tolerances, gate record, manifest; check it as a box does, then put it in place."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from appliance.core.errors import InferenceError
+from appliance.imaging.golden_cases import cases
+from appliance.imaging.preprocessing import from_display
 from appliance.tuning.candidate_process import CandidateProcess
 from model_sync.bundle import (
     MANIFEST_NAME,
@@ -23,6 +26,7 @@ from model_sync.bundle import (
     ModelBundle,
     OperatingPoint,
     Precision,
+    Registration,
     ScoreHistogram,
     Variant,
 )
@@ -30,22 +34,18 @@ from quantize.bundle import golden_cases
 from quantize.draft import MODEL_CARD
 from quantize.errors import QuantizeError
 from quantize.gate import roc_statistics
+from quantize.gate.gate_runs import GateContext
+from quantize.gate.image_sets import ImageSet
 from quantize.gate.predictions import LOAD_S, REFERENCE, Predictions, RuntimeTarget, predict
-from quantize.gate.verdicts import Verdict
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from quantize.gate.gate_runs import GateContext
-    from quantize.gate.image_sets import ImageSet
-    from quantize.gate.selection import VariantResult
+from quantize.gate.selection import VariantResult
+from quantize.gate.verdicts import RefusalReason
+from quantize.messages import Code
+from quantize.progress import OnProgress
 
 GATE: Final = "gate.json"
 _BINS: Final = 20
-# A tolerance of 1 lets everything pass: what the cases are measured with before the real ones are known.
+# Lets everything pass: the cases are measured with it before the real tolerances are known.
 _ANY: Final = 1.0
-
-OnProgress = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class OperatingPoints:
 
     @classmethod
     def of(cls, context: GateContext, measured_on: str) -> OperatingPoints:
-        """Measure the operating points at the thresholds of ``ground``, and count the scores.
+        """Measure the operating points at the thresholds of ``context``, and count the scores.
 
         Args:
             context: the float model's answers and thresholds.
@@ -91,7 +91,7 @@ def thresholds(evaluation: ImageSet, reference: Predictions, sensitivities: Sequ
     """Choose the threshold of each label: the highest that finds at least its share of the positives.
 
     Raises:
-        QuantizeError: ``model.threshold``: only a threshold of 0 would.
+        QuantizeError: ``model.threshold``: only a threshold of 0 does.
     """
     chosen = []
     for i, sensitivity in enumerate(sensitivities):
@@ -99,24 +99,11 @@ def thresholds(evaluation: ImageSet, reference: Predictions, sensitivities: Sequ
         if not 0 < threshold < 1:
             raise QuantizeError(
                 f"no threshold between 0 and 1 finds {sensitivity:g} of the positives of label {i + 1}; it would be {threshold:g}",
-                hint="the model does not separate them; aim lower, or look at the labels and the outputs",
-                code="model.threshold",
+                hint="the model does not separate them; choose a lower sensitivity, or check the labels and the outputs",
+                code=Code.MODEL_THRESHOLD,
             )
         chosen.append(threshold)
     return chosen
-
-
-@dataclass(frozen=True)
-class Documents:
-    """The texts of a bundle.
-
-    Attributes:
-        card: ``MODEL_CARD.md``.
-        gate: ``gate.json``, all but what the golden cases add.
-    """
-
-    card: str
-    gate: dict[str, Any]
 
 
 def write(
@@ -124,11 +111,22 @@ def write(
     shipped: Sequence[VariantResult],
     operating: OperatingPoints,
     images: Mapping[str, NDArray[np.uint8]],
-    documents: Documents,
+    card: str,
+    gate: dict[str, Any],
     out: Path,
     on_progress: OnProgress,
 ) -> Manifest:
-    """Write the bundle beside ``out``, check it as the box does, and put it in the place of ``out`` in one go.
+    """Write the bundle beside ``out``, check it as the box does, and replace ``out`` in one step.
+
+    Args:
+        context: the float model, its predictions and the sets.
+        shipped: the variants in the bundle.
+        operating: operating points and histograms.
+        images: the golden images by name.
+        card: ``MODEL_CARD.md``.
+        gate: ``gate.json``; the differences of the golden cases are added.
+        out: the bundle's directory.
+        on_progress: called as the golden cases are run.
 
     Raises:
         QuantizeError: ``bundle.golden``: a variant does not pass its own golden cases.
@@ -140,8 +138,7 @@ def write(
     files = {entry.name: _copy_variant(entry, context, staging) for entry in shipped}
     loose: dict[Precision, float] = {entry.precision: _ANY for entry in shipped}
     cases = _golden(context, images, loose, staging)
-    gate = documents.gate
-    draft_manifest = _manifest(context, shipped, files, operating, cases, _documents(staging, documents.card, gate))
+    draft_manifest = _manifest(context, shipped, files, operating, cases, _documents(staging, card, gate))
     _put(staging, MANIFEST_NAME, draft_manifest.to_json())
     differences = _try_cases(ModelBundle.load(staging), context, shipped, files, on_progress)
     tolerances = _tolerances(shipped, differences)
@@ -149,7 +146,7 @@ def write(
         record = gate["variants"][entry.precision]["files"][files[entry.name]]
         record["golden"] = {target.title: round(worst, 3) for target, worst in differences[entry.name].items()}
     cases = [case.model_copy(update={"tolerance": dict(tolerances)}) for case in cases]
-    manifest = _manifest(context, shipped, files, operating, cases, _documents(staging, documents.card, gate))
+    manifest = _manifest(context, shipped, files, operating, cases, _documents(staging, card, gate))
     _put(staging, MANIFEST_NAME, manifest.to_json())
     ModelBundle.load(staging)
     _replace(staging, out)
@@ -170,8 +167,6 @@ def _copy_variant(entry: VariantResult, context: GateContext, staging: Path) -> 
 
 
 def _golden(context: GateContext, images: Mapping[str, NDArray[np.uint8]], loose: dict[Precision, float], staging: Path) -> list[Golden]:
-    from appliance.imaging.preprocessing import from_display
-
     result, cases = context.float_model, []
     tensors = np.concatenate([from_display(pixels, result.draft.input).tensor for pixels in images.values()])
     candidate = REFERENCE.candidate(result.path.name, "fp32", threads=1)
@@ -180,7 +175,8 @@ def _golden(context: GateContext, images: Mapping[str, NDArray[np.uint8]], loose
         one = Predictions(message.score[i : i + 1], None if message.cam is None else message.cam[i : i + 1], None, {})
         raw, expected = golden_cases.case_file(pixels, one)
         digest = _put(staging, f"golden/{name}.npz", raw)
-        cases.append(golden_cases.golden_entry(f"golden/{name}.npz", digest, result.draft.label_names, expected, loose))
+        labels = result.draft.label_names
+        cases.append(Golden(input=f"golden/{name}.npz", sha256=digest, expected=dict(zip(labels, expected, strict=True)), tolerance=loose))
     return cases
 
 
@@ -192,8 +188,6 @@ def _try_cases(
     Raises:
         QuantizeError: ``bundle.golden``.
     """
-    from appliance.imaging.golden_cases import cases
-
     prepared = cases(bundle)
     result: dict[str, dict[RuntimeTarget, float]] = {}
     for number, entry in enumerate(shipped):
@@ -208,13 +202,13 @@ def _try_cases(
                     worst = max(case.difference(attempt.infer) for case in prepared)
             except InferenceError as error:
                 raise QuantizeError(
-                    f"{entry.name} on {target.title}, golden cases: {error}", hint=error.hint, code="bundle.golden"
+                    f"{entry.name} on {target.title}, golden cases: {error}", hint=error.hint, code=Code.BUNDLE_GOLDEN
                 ) from error
             if not worst < _ANY:
                 raise QuantizeError(
                     f"{entry.name} on {target.title} is off by {worst:.3g} on a golden case",
-                    hint="choose golden pictures that look like the evaluation set's",
-                    code="bundle.golden",
+                    hint="choose golden pictures that resemble the evaluation set",
+                    code=Code.BUNDLE_GOLDEN,
                 )
             result[entry.name][target] = worst
         on_progress((number + 1) / len(shipped))
@@ -252,7 +246,7 @@ def _manifest(
         labels=draft.labels,
         applies_to=draft.applies_to,
         intended_use=draft.intended_use,
-        registration=draft.registration.to_manifest(),
+        registration=Registration(**draft.registration.model_dump()),
         change_kind=draft.change_kind,
         input=draft.input,
         outputs=draft.outputs,
@@ -273,7 +267,7 @@ def _variant(entry: VariantResult, file: str) -> Variant:
     path = entry.path
     assert path is not None
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    # What says nothing is left out, so that an appliance of an earlier version reads the manifest too.
+    # Empty fields are left out, so that an appliance of an earlier version accepts the manifest too.
     more: dict[str, Any] = {}
     if entry.activations is not None:
         more["activations"] = entry.activations
@@ -285,19 +279,17 @@ def _variant(entry: VariantResult, file: str) -> Variant:
 def gate_record(
     context: GateContext, variants: Sequence[VariantResult], shipped: Sequence[VariantResult], measured_on: str
 ) -> dict[str, Any]:
-    """``gate.json``: what each shipped variant answered on each runtime, and what was left out and why.
+    """Return ``gate.json``: the verdict on each shipped variant per runtime, and what was left out and why.
 
     Times are not in it: they belong to the machine that measured, and a second run has to write the same bytes.
     """
-    from dataclasses import asdict
-
     records: dict[str, Any] = {}
     for entry in shipped:
         record = records.setdefault(entry.precision, {"passed": True, "files": {}})
         record["files"][file_name(entry, context.float_model.draft.name)] = {
             "recipe": entry.recipe,
             "not_on": entry.not_on,
-            "runtimes": {target.title: _runtime(target, verdict) for target, verdict in entry.verdicts.items()},
+            "runtimes": {target.title: {"version": target.version, **verdict.to_json()} for target, verdict in entry.verdicts.items()},
         }
     return {
         "schema": 1,
@@ -311,21 +303,17 @@ def gate_record(
             "note": "On these the golden cases decide, on the box.",
         },
         "refused": [
-            {"name": entry.name, "precision": entry.precision, "activations": entry.activations, **_refusal(entry)}
+            {"name": entry.name, "precision": entry.precision, "activations": entry.activations, **_refusal(entry.refused)}
             for entry in variants
             if entry.refused is not None
         ],
     }
 
 
-def _refusal(entry: VariantResult) -> dict[str, str]:
-    assert entry.refused is not None
-    timing = entry.refused.code.startswith("speed.")
-    return {"code": entry.refused.code, "detail": "" if timing else entry.refused.detail}
-
-
-def _runtime(target: RuntimeTarget, verdict: Verdict) -> dict[str, Any]:
-    return {"version": target.version, **verdict.to_json()}
+def _refusal(refused: RefusalReason) -> dict[str, str]:
+    """The reason without times, which belong to the machine that measured."""
+    is_timed = refused.code in (Code.SPEED_SLOWER, Code.SPEED_OTHER_BETTER)
+    return {"code": refused.code, "detail": "" if is_timed else refused.detail}
 
 
 def _put(directory: Path, relative: str, raw: bytes) -> str:
@@ -335,7 +323,7 @@ def _put(directory: Path, relative: str, raw: bytes) -> str:
 
 
 def _replace(staging: Path, out: Path) -> None:
-    """Put ``staging`` in the place of ``out``; a kill in between leaves the old bundle whole under ``.old``, never half a one."""
+    """Replace ``out`` by ``staging``; a kill in between leaves the old bundle complete under ``.old``."""
     old = out.with_name(out.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():

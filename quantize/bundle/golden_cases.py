@@ -1,7 +1,7 @@
 """Golden cases: a few images with the float model's outputs. Every box compares each candidate with them in its self-test.
 
-They are shipped to every box, so no picture of a patient may be among them. Where nobody gives pictures that are free to go
-(phantoms), each case is the average of many evaluation pictures, in which no patient can be seen, taken along the range of scores.
+They are shipped to every box, so no picture of a patient may be among them. Where no phantoms are given, each case is the average of
+many evaluation pictures with neighbouring scores, in which no patient can be recognised.
 """
 
 from __future__ import annotations
@@ -10,26 +10,23 @@ import io
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from model_sync.bundle import Golden, Precision
+from model_sync.bundle import InputSpec, Precision
 from quantize.errors import QuantizeError
 from quantize.gate.image_files import UnreadableError, find_image_files, read_displayed
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from model_sync.bundle import InputSpec
-    from quantize.gate.image_sets import ImageSet
-    from quantize.gate.predictions import Predictions
+from quantize.gate.image_sets import ImageSet
+from quantize.gate.predictions import Predictions
+from quantize.messages import Code
 
 CASES: Final = 6
 AVERAGED: Final = 12
-# Least tolerance per precision: runtimes and processors that were not at hand differ by so much. fp32 in the sixth digit, and in the
-# third where a GPU computes in TF32.
+# Least tolerance per precision: runtimes and processors that were not available differ by so much. fp32 differs in the sixth digit,
+# and in the third where a GPU computes in TF32.
 FLOOR: Final[dict[Precision, float]] = {"fp32": 0.002, "fp16": 0.01, "mixed": 0.05, "int8": 0.05}
 MARGIN: Final = 2.0
 _DIGITS: Final = 5
@@ -47,18 +44,14 @@ def read_golden_images(directory: Path, spec: InputSpec) -> dict[str, NDArray[np
         try:
             result[path.stem.lower()] = read_displayed(path, 0, spec)
         except UnreadableError as error:
-            raise QuantizeError(
-                f"the golden picture {path.name} cannot be read: {error}",
-                hint="give PNG or DICOM files without patients",
-                code="golden.unreadable",
-            ) from error
+            raise QuantizeError(f"the golden picture {path.name} cannot be read: {error}", code=Code.GOLDEN_UNREADABLE) from error
     if not result:
-        raise QuantizeError(f"there is no picture in {directory}", hint="a bundle needs golden cases", code="golden.empty")
+        raise QuantizeError(f"there is no picture in {directory}", code=Code.GOLDEN_EMPTY)
     return result
 
 
 def average_images(images: ImageSet, score: NDArray[np.float64], spec: InputSpec) -> dict[str, NDArray[np.uint8]]:
-    """Make golden pictures of a set: averages of pictures that lie beside each other in the order of their score.
+    """Make golden pictures of a set: averages of pictures with neighbouring scores.
 
     Args:
         images: the evaluation set.
@@ -71,17 +64,17 @@ def average_images(images: ImageSet, score: NDArray[np.float64], spec: InputSpec
         if not len(part):
             continue
         chosen = part[np.linspace(0, len(part) - 1, min(AVERAGED, len(part))).astype(int)]
-        whole = np.zeros((spec.height, spec.width), np.float64)
+        total = np.zeros((spec.height, spec.width), np.float64)
         for index in chosen:
             row = images.rows[int(index)]
             image = Image.fromarray(read_displayed(row.path, row.index, spec))
-            whole += np.asarray(image.resize((spec.width, spec.height), Image.Resampling.BILINEAR), np.float64)
-        result[f"average-{number}"] = np.rint(whole / len(chosen)).astype(np.uint8)
+            total += np.asarray(image.resize((spec.width, spec.height), Image.Resampling.BILINEAR), np.float64)
+        result[f"average-{number}"] = np.rint(total / len(chosen)).astype(np.uint8)
     return result
 
 
 def case_file(pixels: NDArray[np.uint8], predictions: Predictions) -> tuple[bytes, list[float]]:
-    """Return the npz of one case and its probabilities, as ``answers`` (of one picture) has them.
+    """Return the npz of one case and its probabilities, of the predictions on one picture.
 
     Probabilities and map are rounded where float noise between processors begins.
     """
@@ -104,8 +97,3 @@ def tolerance(precision: Precision, measured: Iterable[float]) -> float:
     wanted = MARGIN * max(measured, default=0.0)
     # Cut up to two digits after the point, so that noise in the sixth does not change the bundle.
     return max(FLOOR[precision], math.ceil(wanted * 100 - 1e-6) / 100 if wanted > FLOOR[precision] else 0.0)
-
-
-def golden_entry(name: str, digest: str, labels: Iterable[str], expected: Iterable[float], tolerances: dict[Precision, float]) -> Golden:
-    """Return the case in the form of the manifest."""
-    return Golden(input=name, sha256=digest, expected=dict(zip(labels, expected, strict=True)), tolerance=tolerances)

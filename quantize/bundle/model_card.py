@@ -1,53 +1,24 @@
-"""A model card in Chinese and English, from the draft and what was measured; a team that writes its own puts it beside the draft."""
+"""A model card in Chinese and English, from the draft and the measurements; a team that writes its own puts it beside the draft."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Final
 
 from model_sync.bundle import Interval, OperatingPoint, SourceMeasure
+from quantize.bundle.assembly import OperatingPoints
+from quantize.draft import Draft
+from quantize.gate.gate_runs import GateContext
+from quantize.gate.selection import VariantResult
 
-if TYPE_CHECKING:
-    from quantize.bundle.assembly import OperatingPoints
-    from quantize.draft import Draft
-    from quantize.gate.gate_runs import GateContext
-    from quantize.gate.selection import VariantResult
-
-_CARD = """\
-# {name} {version}
-
-**不得单独作为诊断依据。Not for sole diagnosis.**
-
-## {title_zh} / {title_en}
-
-{use_zh}
-
-{use_en}
-
-## 训练数据 / Training data ({n_images})
-
-{training_zh}
-
-{training_en}
-
-{sources}
-
-## 工作点 / Operating points
-
-{points}
-
-{gate}
-
-## 许可 / Licence
-
-{licence}
-"""
+_CARD: Final = Path(__file__).with_suffix(".md")
 
 
 def write_card(draft: Draft, operating: OperatingPoints, gate: str) -> str:
     """Return ``MODEL_CARD.md``; ``gate`` is :func:`gate_chapter`."""
     training = draft.training_data
-    return _CARD.format(
+    return _CARD.read_text(encoding="utf-8").format(
         name=draft.name,
         version=draft.version,
         title_zh=draft.title.zh,
@@ -65,7 +36,7 @@ def write_card(draft: Draft, operating: OperatingPoints, gate: str) -> str:
 
 
 def gate_chapter(context: GateContext, shipped: Sequence[VariantResult]) -> str:
-    """What the gate found, variant by variant and runtime by runtime, as a chapter of the card."""
+    """Return the results of the gate per variant and runtime, as a chapter of the card."""
     lines = [
         "## 量化与验收 / Precision variants and the gate",
         "",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -14,23 +14,21 @@ from appliance.core.errors import InferenceError
 from model_sync.bundle import sha256_of
 from quantize.errors import QuantizeError
 from quantize.gate import verdicts
+from quantize.gate.image_sets import ImageSet
 from quantize.gate.predictions import REFERENCE, Predictions, RuntimeTarget, measure_interleaved, predict
+from quantize.gate.preparation import FloatModel
 from quantize.gate.selection import VariantResult
 from quantize.gate.verdicts import Limits, RefusalReason, Verdict
+from quantize.messages import Code
+from quantize.progress import OnProgress, part_of
+from quantize.recipes.variant_makers import Maker, Source
+from quantize.work_directory import WorkDirectory
 
-if TYPE_CHECKING:
-    from quantize.gate.image_sets import ImageSet
-    from quantize.gate.preparation import FloatModel
-    from quantize.recipes.variant_makers import Maker, Source
-    from quantize.work_directory import WorkDirectory
-
-OnProgress = Callable[[float], None]
-
-# Not remembered for the next try: another moment may have the memory or the time.
-_PASSING: Final = ("runtime.memory", "runtime.deadline")
+# Not stored: at the next try there may be enough memory or time.
+_TRANSIENT: Final = ("runtime.memory", "runtime.deadline")
 
 
-class _NotKeptError(Exception):
+class _TransientError(Exception):
     """A verdict that must not be stored, because another try may give another result."""
 
     def __init__(self, verdict: Verdict) -> None:
@@ -49,9 +47,10 @@ class GateContext:
         targets: where variants run here.
         unavailable: runtimes that cannot run here, and why.
         work: the finished steps.
-        reference: the float model's answers.
+        reference: the float model's predictions.
         thresholds: one per scored label.
-        scores: (variant, place) -> its answers' scores, for the report.
+        scores: of each variant on each target, for the report.
+        described: what the runtime reported that it ran.
     """
 
     float_model: FloatModel
@@ -73,41 +72,41 @@ def predict_reference(float_model: FloatModel, evaluation: ImageSet, work: WorkD
         QuantizeError: ``model.output``: an output of kind probability leaves 0 to 1; ``model.runs``: it does not run.
     """
 
-    def make_variant(directory: Path) -> dict[str, Any]:
+    def make(directory: Path) -> dict[str, Any]:
         candidate = REFERENCE.candidate(float_model.path.name, "fp32", threads=1)
         try:
             predictions = predict(float_model.path, float_model.draft.input, candidate, evaluation.tensors, float_model.heads, on_progress)
         except InferenceError as error:
-            raise QuantizeError(f"the float model does not run: {error}", hint=error.hint, code="model.runs") from error
+            raise QuantizeError(f"the float model does not run: {error}", hint=error.hint, code=Code.MODEL_RUNS) from error
         _save(directory, predictions)
         return dict(predictions.describe)
 
-    directory, described = work.step("reference", [sha256_of(float_model.path), evaluation.digest], make_variant)
+    directory, described = work.step("reference", [sha256_of(float_model.path), evaluation.digest], make)
     predictions = _load(directory, described)
     labels = float_model.draft.label_names
     if labels and predictions.score.shape[1] != len(labels):
         message = f"{float_model.heads.probability!r} has {predictions.score.shape[1]} values, the draft has {len(labels)} labels"
-        raise QuantizeError(message, hint="list the labels in the order of the output", code="model.output")
+        raise QuantizeError(message, hint="list the labels in the order of the output", code=Code.MODEL_OUTPUT)
     if predictions.score.size and not (predictions.score.min() >= 0 and predictions.score.max() <= 1):
         message = (
             f"{float_model.heads.probability!r} goes from {predictions.score.min():.3g} to {predictions.score.max():.3g}: no probability"
         )
-        raise QuantizeError(message, hint="export the model with its sigmoid or softmax", code="model.output")
+        raise QuantizeError(message, hint="export the model with its sigmoid or softmax", code=Code.MODEL_OUTPUT)
     return predictions
 
 
-def make_variant(maker: Maker, source: Source, context: GateContext, calibration_digest: str, on_progress: OnProgress) -> VariantResult:
+def make_variant(maker: Maker, source: Source, context: GateContext, on_progress: OnProgress) -> VariantResult:
     """Make one variant; one that cannot be made is refused with the reason."""
     result = VariantResult(maker.name, maker.precision, maker.activations, None, maker.recipe, maker.family)
 
     def write(directory: Path) -> None:
         maker.make(source, directory / "model.onnx", on_progress)
 
-    inputs = [context.float_model.digest, sha256_of(context.float_model.path), calibration_digest, maker.recipe, maker.depends]
+    inputs = [context.float_model.digest, sha256_of(context.float_model.path), source.digest, maker.recipe, maker.depends]
     try:
         directory, _ = context.work.step(maker.name, inputs, write)
     except QuantizeError as error:
-        result.refused = RefusalReason("make.failed", error.message)
+        result.refused = RefusalReason(Code.MAKE_FAILED, error.message)
         return result
     result.path = directory / "model.onnx"
     return result
@@ -118,8 +117,8 @@ def run_gate(result: VariantResult, context: GateContext, on_progress: OnProgres
     if result.path is None:
         return
     for number, target in enumerate(context.targets):
-        start, share = number / len(context.targets), 1 / len(context.targets)
-        result.verdicts[target] = _run_gate_on(result, target, context, lambda part, a=start, b=share: on_progress(a + b * part))  # type: ignore[misc]
+        part = part_of(on_progress, number / len(context.targets), (number + 1) / len(context.targets))
+        result.verdicts[target] = _run_gate_on(result, target, context, part)
 
 
 def _run_gate_on(result: VariantResult, target: RuntimeTarget, context: GateContext, on_progress: OnProgress) -> Verdict:
@@ -134,17 +133,17 @@ def _run_gate_on(result: VariantResult, target: RuntimeTarget, context: GateCont
         list(context.thresholds),
     ]
 
-    def make_variant(directory: Path) -> dict[str, Any]:
+    def make(directory: Path) -> dict[str, Any]:
         candidate = target.candidate(path.name, result.precision, threads=1)
         try:
             predictions = predict(path, float_model.draft.input, candidate, context.evaluation.tensors, float_model.heads, on_progress)
         except InferenceError as error:
             verdict = verdicts.failed_verdict(error.code, error.detail)
-            if error.code in _PASSING:
-                raise _NotKeptError(verdict) from error
+            if error.code in _TRANSIENT:
+                raise _TransientError(verdict) from error
             return {"verdict": verdict.to_json(), "describe": {}}
         except KeyError as error:
-            return {"verdict": verdicts.failed_verdict("gate.output", f"it has no output {error}").to_json(), "describe": {}}
+            return {"verdict": verdicts.failed_verdict(Code.GATE_OUTPUT, f"it has no output {error}").to_json(), "describe": {}}
         _save(directory, predictions)
         verdict = verdicts.judge(
             context.reference, predictions, context.evaluation, float_model.draft.label_names, context.thresholds, context.limits
@@ -152,13 +151,13 @@ def _run_gate_on(result: VariantResult, target: RuntimeTarget, context: GateCont
         return {"verdict": verdict.to_json(), "describe": dict(predictions.describe)}
 
     try:
-        directory, remembered = context.work.step(f"gate-{result.name}-{target.runtime}", inputs, make_variant)
-    except _NotKeptError as error:
+        directory, stored = context.work.step(f"gate-{result.name}-{target.runtime}", inputs, make)
+    except _TransientError as error:
         return error.verdict
     if (directory / "answers.npz").is_file():
         context.scores[result.name, target] = _load(directory, {}).score
-    context.described[result.name, target] = remembered["describe"]
-    figures = dict(remembered["verdict"])
+    context.described[result.name, target] = stored["describe"]
+    figures = dict(stored["verdict"])
     passed, reasons = figures.pop("passed"), figures.pop("reasons")
     return Verdict(passed, tuple(RefusalReason(**reason) for reason in reasons), figures)
 
@@ -175,7 +174,7 @@ def measure_speed(result: Iterable[VariantResult], context: GateContext, on_prog
     try:
         times = measure_interleaved(pairs, context.float_model.draft.input, tensor, on_progress=on_progress)
     except InferenceError as error:
-        raise QuantizeError(f"a variant failed while it was timed: {error}", hint="start the command again", code="speed.failed") from error
+        raise QuantizeError(f"a variant failed while it was timed: {error}", code=Code.SPEED_FAILED) from error
     for (entry, target), timing in zip(runs, times, strict=True):
         entry.timing[target] = timing
 
@@ -190,6 +189,4 @@ def _load(directory: Path, described: dict[str, Any]) -> Predictions:
         with np.load(directory / "answers.npz", allow_pickle=False) as arrays:
             return Predictions(arrays["score"], arrays.get("cam"), arrays.get("mask"), described)
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise QuantizeError(
-            f"the work directory {directory.parent} is damaged", hint="remove it and start again", code="work.damaged"
-        ) from error
+        raise QuantizeError(f"the work directory {directory.parent} is damaged", code=Code.WORK_DAMAGED) from error

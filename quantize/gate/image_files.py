@@ -7,17 +7,19 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
 
 from appliance.core.errors import ApplianceError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from pydicom.dataset import Dataset
-
-    from model_sync.bundle import InputSpec
+from appliance.imaging.pixels import frame_count
+from appliance.imaging.preprocessing import from_display, to_tensor
+from appliance.ingest.secondary_capture import grey_values
+from model_sync.bundle import InputSpec
 
 SUFFIXES: Final = frozenset({".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".npz"})
 _PICTURES: Final = frozenset({".png", ".jpg", ".jpeg"})
@@ -70,41 +72,38 @@ def read_image(path: Path, index: int, spec: InputSpec) -> LoadedImage:
     Raises:
         UnreadableError: it is damaged, or nothing that a box reads.
     """
-    from appliance.imaging.preprocessing import from_display
-
-    suffix = path.suffix.lower()
-    if suffix in _PICTURES:
-        return LoadedImage(from_display(_read_grey_file(path), spec).tensor)
-    if suffix == ".npz":
-        pixels = _npz(path)
-        return LoadedImage(from_display(pixels if pixels.ndim == 2 else pixels[index], spec).tensor)
-    return _dicom(path, spec)
+    pixels = _as_displayed(path, index)
+    return _dicom(path, spec) if pixels is None else LoadedImage(from_display(pixels, spec).tensor)
 
 
 def read_displayed(path: Path, index: int, spec: InputSpec) -> NDArray[np.uint8]:
     """Return one image as displayed, uint8 [rows, columns].
 
     Raises:
-        UnreadableError: as :func:`read`.
+        UnreadableError: as :func:`read_image`.
     """
-    suffix = path.suffix.lower()
-    if suffix in _PICTURES:
-        return _read_grey_file(path)
-    if suffix == ".npz":
-        pixels = _npz(path)
-        return pixels if pixels.ndim == 2 else np.ascontiguousarray(pixels[index])
+    pixels = _as_displayed(path, index)
+    if pixels is not None:
+        return pixels
     ds = _dataset(path)
     try:
-        from appliance.imaging.preprocessing import to_tensor
-
         return to_tensor(ds, spec).display
     except ApplianceError as error:
         raise UnreadableError(error.code) from error
 
 
-def _read_grey_file(path: Path) -> NDArray[np.uint8]:
-    from appliance.ingest.secondary_capture import grey_values
+def _as_displayed(path: Path, index: int) -> NDArray[np.uint8] | None:
+    """Return an image that is stored as displayed; None for DICOM."""
+    suffix = path.suffix.lower()
+    if suffix in _PICTURES:
+        return _read_grey_file(path)
+    if suffix != ".npz":
+        return None
+    pixels = _npz(path)
+    return pixels if pixels.ndim == 2 else np.ascontiguousarray(pixels[index])
 
+
+def _read_grey_file(path: Path) -> NDArray[np.uint8]:
     try:
         pixels = grey_values(path.read_bytes())
     except ApplianceError as error:
@@ -126,9 +125,6 @@ def _npz(path: Path) -> NDArray[np.uint8]:
 
 
 def _dicom(path: Path, spec: InputSpec) -> LoadedImage:
-    from appliance.imaging.pixels import frame_count
-    from appliance.imaging.preprocessing import to_tensor
-
     ds = _dataset(path)
     try:
         if (frames := frame_count(ds)) != 1:
@@ -137,15 +133,12 @@ def _dicom(path: Path, spec: InputSpec) -> LoadedImage:
         texts = [str(ds.get(name) or "").strip() for name in ("Modality", "PatientID", "Manufacturer", "ManufacturerModelName")]
     except ApplianceError as error:
         raise UnreadableError(error.code) from error
-    except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:  # header values pydicom cannot make out
+    except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:  # header values that pydicom cannot parse
         raise UnreadableError(f"the header makes no sense ({type(error).__name__})") from error
     return LoadedImage(tensor, texts[0], texts[1], " ".join(texts[2:]).strip())
 
 
 def _dataset(path: Path) -> Dataset:
-    import pydicom
-    from pydicom.errors import InvalidDicomError
-
     try:
         return pydicom.dcmread(path)
     except InvalidDicomError as error:

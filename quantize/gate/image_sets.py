@@ -1,7 +1,7 @@
 """Calibration and evaluation sets: directories of DICOM, PNG, JPEG or npz files, read by the box's own preprocessing.
 
 A DICOM file is processed as on the box (decode, display, letterbox, resize: ``appliance.imaging.preprocessing.to_tensor``); PNG and JPEG
-are pictures as displayed, read as the box reads an upload; an npz holds ``pixels``, uint8 [rows, columns] or [n, rows, columns], as
+are pictures as displayed, read as an upload on the box; an npz holds ``pixels``, uint8 [rows, columns] or [n, rows, columns], as
 displayed. So the gate sees the same tensors as a clinic. Tensors are stored on disk, because sets are large.
 
 An evaluation set has a ``labels.csv`` beside its pictures: the column ``file``, one column of 0 and 1 per label of the model, and
@@ -13,30 +13,26 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
+from model_sync.bundle import InputSpec
 from quantize.errors import QuantizeError
 from quantize.gate.image_files import SUFFIXES, UnreadableError, count_images, find_image_files, read_image
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from model_sync.bundle import InputSpec
-    from quantize.gate.roc_statistics import Flags, Scored
+from quantize.gate.roc_statistics import Flags, Scored
+from quantize.messages import Code
+from quantize.progress import OnProgress, no_progress
 
 LABELS_FILE: Final = "labels.csv"
 MIN_CALIBRATION: Final = 32
 _KNOWN_COLUMNS: Final = ("file", "source", "patient", "index")
 _SHOWN: Final = 5
 _FORMATS: Final = "DICOM (.dcm or without a suffix), " + ", ".join(sorted(SUFFIXES - {".dcm", ".dicom"}))
-
-OnProgress = Callable[[int, int], None]
-"""Called with how many pictures are read, and of how many."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +43,8 @@ class Row:
         path: its file.
         index: which picture of the file.
         labels: 0 or 1 per label of the model; empty in a calibration set.
-        source: where it comes from, "" when nobody said.
-        patient: whose it is, "" when nobody said.
+        source: where it comes from, "" when unknown.
+        patient: whose it is, "" when unknown.
     """
 
     path: Path
@@ -67,7 +63,7 @@ class ImageSet:
         rows: its pictures, in the order of ``tensors``.
         tensors: float32 [n, channels, height, width], mapped from a file.
         digests: SHA-256 of each picture's file.
-        digest: of files, labels and preprocessing together: another one is another set.
+        digest: of files, labels and preprocessing together: it changes with each of them.
     """
 
     directory: Path
@@ -86,13 +82,11 @@ class ImageSet:
 
     def scored(self, label: int, score: NDArray[np.float64]) -> Scored:
         """The set with the scores [n] of one label."""
-        from quantize.gate.roc_statistics import Scored
-
         return Scored(self.positive[:, label], np.array([row.source or "-" for row in self.rows]), score)
 
 
 def read_calibration(
-    directory: Path, spec: InputSpec, modalities: Sequence[str], work: Path, *, limit: int = 256, on_progress: OnProgress | None = None
+    directory: Path, spec: InputSpec, modalities: Sequence[str], work: Path, *, limit: int = 256, on_progress: OnProgress = no_progress
 ) -> ImageSet:
     """Read the calibration set, on which the ranges of the activations are measured.
 
@@ -101,7 +95,7 @@ def read_calibration(
         spec: the model's input.
         modalities: what the model applies to; a DICOM file of another modality is an error.
         work: directory for the tensors.
-        limit: more pictures than this are thinned evenly: ranges do not change any more, time does.
+        limit: of more pictures, this many are used at equal distances: further ones cost time and do not change the ranges.
         on_progress: called as it goes.
 
     Raises:
@@ -113,7 +107,7 @@ def read_calibration(
         raise QuantizeError(
             f"the calibration set holds {len(rows)} pictures, at least {MIN_CALIBRATION} are needed",
             hint="add pictures of the kind that the clinics send; 200 to 500 from several devices are good",
-            code="data.too_few",
+            code=Code.DATA_TOO_FEW,
         )
     if len(rows) > limit:
         rows = [rows[round(i * (len(rows) - 1) / (limit - 1))] for i in range(limit)]
@@ -121,7 +115,7 @@ def read_calibration(
 
 
 def read_evaluation(
-    directory: Path, spec: InputSpec, modalities: Sequence[str], labels: Sequence[str], work: Path, *, on_progress: OnProgress | None = None
+    directory: Path, spec: InputSpec, modalities: Sequence[str], labels: Sequence[str], work: Path, *, on_progress: OnProgress = no_progress
 ) -> ImageSet:
     """Read the labelled set of the gate.
 
@@ -145,7 +139,7 @@ def read_evaluation(
             raise QuantizeError(
                 f"the evaluation set holds {positive} positive and {len(rows) - positive} negative pictures of {label!r}",
                 hint="sensitivity and specificity need both: add pictures with and without the finding",
-                code="data.one_class",
+                code=Code.DATA_ONE_CLASS,
             )
     return _read(directory, rows, spec, modalities, work / "evaluation.npy", on_progress)
 
@@ -159,12 +153,12 @@ def check_disjoint(calibration: ImageSet, evaluation: ImageSet) -> None:
     hint = "leave these pictures out of one of the two sets; split by patient, never by picture"
     seen = set(_keys(evaluation))
     if same := [_shown(row) for row, key in zip(calibration.rows, _keys(calibration), strict=True) if key in seen]:
-        raise QuantizeError(f"in both sets: {_some(same)}", hint=hint, code="data.overlap")
+        raise QuantizeError(f"in both sets: {_some(same)}", hint=hint, code=Code.DATA_OVERLAP)
     patients = {row.patient for row in evaluation.rows} - {""}
     shared = [_shown(row) for row in calibration.rows if row.patient in patients]
     if shared:
         message = f"patients of the evaluation set are in the calibration set too: {_some(shared)}"
-        raise QuantizeError(message, hint=hint, code="data.overlap")
+        raise QuantizeError(message, hint=hint, code=Code.DATA_OVERLAP)
 
 
 def _keys(images: ImageSet) -> list[tuple[str, int]]:
@@ -184,9 +178,9 @@ def _list_images(directory: Path) -> Iterator[tuple[Path, int]]:
 
 def _check_directory(directory: Path) -> None:
     if not directory.is_dir():
-        raise QuantizeError(f"{directory} is no directory", hint="name the directory that holds the pictures", code="data.missing")
+        raise QuantizeError(f"{directory} is no directory", hint="name the directory that holds the pictures", code=Code.DATA_MISSING)
     if not any(True for _ in find_image_files(directory)):
-        raise QuantizeError(f"there is no picture in {directory}", hint=f"what can be read: {_FORMATS}", code="data.empty")
+        raise QuantizeError(f"there is no picture in {directory}", hint=f"what can be read: {_FORMATS}", code=Code.DATA_EMPTY)
 
 
 def _labelled(directory: Path, table: Path, labels: Sequence[str]) -> list[Row]:
@@ -196,7 +190,7 @@ def _labelled(directory: Path, table: Path, labels: Sequence[str]) -> list[Row]:
         raise QuantizeError(
             f"{directory} has no {LABELS_FILE}",
             hint=f"write one with the columns {columns}; source and patient may be left out",
-            code="data.labels",
+            code=Code.DATA_LABELS,
         )
     try:
         with table.open(encoding="utf-8-sig", newline="") as stream:
@@ -207,7 +201,7 @@ def _labelled(directory: Path, table: Path, labels: Sequence[str]) -> list[Row]:
         raise _bad_labels(f"{LABELS_FILE} cannot be read: {error}", "save it as CSV in UTF-8") from error
     times = Counter((row.path, row.index) for row in rows)
     if twice := sorted({_shown(row) for row in rows if times[row.path, row.index] > 1}):
-        raise _bad_labels(f"{LABELS_FILE} names a picture twice: {_some(twice)}", "leave one line per picture")
+        raise _bad_labels(f"{LABELS_FILE} names a picture twice: {_some(twice)}", "keep one line per picture")
     named = {row.path for row in rows}
     if unnamed := [str(path.relative_to(directory)) for path in find_image_files(directory) if path not in named]:
         raise _bad_labels(f"{LABELS_FILE} does not name {_some(unnamed)}", "add them, or take them out of the directory")
@@ -218,7 +212,7 @@ def _check_columns(columns: Sequence[str], labels: Sequence[str]) -> None:
     known = {*_KNOWN_COLUMNS, *labels}
     if missing := [name for name in ("file", *labels) if name not in columns]:
         raise _bad_labels(f"{LABELS_FILE} lacks the column {', '.join(missing)}", f"its columns are {', '.join(columns) or 'none'}")
-    # In a calibration set nobody asks what the other columns mean.
+    # A calibration set may have any other columns: they are not used.
     if labels and (unknown := [name for name in columns if name not in known]):
         raise _bad_labels(f"{LABELS_FILE} has unknown columns: {', '.join(unknown)}", f"known are {', '.join(sorted(known))}")
     if len(set(columns)) != len(columns):
@@ -233,7 +227,7 @@ def _row(directory: Path, line: int, record: dict[str | Any, Any], labels: Seque
     path = directory / values["file"]
     if not path.is_file() or not path.resolve().is_relative_to(directory.resolve()):
         raise QuantizeError(
-            f"{where} names {values['file']!r}, which is not there", hint="file is relative to the directory", code="data.missing"
+            f"{where} names {values['file']!r}, which does not exist", hint="file is relative to the directory", code=Code.DATA_MISSING
         )
     for label in labels:
         if values[label] not in ("0", "1"):
@@ -249,13 +243,11 @@ def _count_images(path: Path, where: str) -> int:
         return count_images(path)
     except UnreadableError as error:
         raise QuantizeError(
-            f"{where}: {path.name} cannot be read: {error}", hint=f"what can be read: {_FORMATS}", code="data.unreadable"
+            f"{where}: {path.name} cannot be read: {error}", hint=f"what can be read: {_FORMATS}", code=Code.DATA_UNREADABLE
         ) from error
 
 
-def _read(
-    directory: Path, rows: list[Row], spec: InputSpec, modalities: Sequence[str], target: Path, on_progress: OnProgress | None
-) -> ImageSet:
+def _read(directory: Path, rows: list[Row], spec: InputSpec, modalities: Sequence[str], target: Path, on_progress: OnProgress) -> ImageSet:
     target.parent.mkdir(parents=True, exist_ok=True)
     shape = (len(rows), *spec.shape)
     # NumPy 2.2, the newest for Python 3.10, has no types for this function.
@@ -270,8 +262,7 @@ def _read(
             bad.append(f"{_shown(row, directory)} ({error})")
             continue
         finally:
-            if on_progress is not None:
-                on_progress(number + 1, len(rows))
+            on_progress((number + 1) / len(rows))
         if image.modality is not None and image.modality not in modalities:
             foreign.append(f"{_shown(row, directory)} ({image.modality or 'none'})")
         tensors[number] = image.tensor[0]
@@ -282,26 +273,26 @@ def _read(
         raise QuantizeError(
             f"pictures of another modality than {', '.join(modalities)}: {_some(foreign)}",
             hint="take them out, or let applies_to.modality name them if the model is for them",
-            code="data.modality",
+            code=Code.DATA_MODALITY,
         )
     return ImageSet(directory, tuple(rows_read), tensors, tuple(digests), _digest(rows_read, digests, spec))
 
 
 def _digest(rows: Sequence[Row], digests: Sequence[str], spec: InputSpec) -> str:
-    whole = hashlib.sha256(spec.model_dump_json().encode())
+    digest_of_set = hashlib.sha256(spec.model_dump_json().encode())
     for row, digest in zip(rows, digests, strict=True):
-        whole.update(f"{digest}\0{row.index}\0{row.labels}\0{row.source}\0{row.patient}\n".encode())
-    return whole.hexdigest()
+        digest_of_set.update(f"{digest}\0{row.index}\0{row.labels}\0{row.source}\0{row.patient}\n".encode())
+    return digest_of_set.hexdigest()
 
 
 def _refuse_unreadable(bad: Sequence[str]) -> None:
     if bad:
         hint = f"take them out or export them again; what can be read: {_FORMATS}"
-        raise QuantizeError(f"{len(bad)} pictures cannot be read: {_some(bad)}", hint=hint, code="data.unreadable")
+        raise QuantizeError(f"{len(bad)} pictures cannot be read: {_some(bad)}", hint=hint, code=Code.DATA_UNREADABLE)
 
 
 def _bad_labels(message: str, hint: str) -> QuantizeError:
-    return QuantizeError(message, hint=hint, code="data.labels")
+    return QuantizeError(message, hint=hint, code=Code.DATA_LABELS)
 
 
 def _shown(row: Row, directory: Path | None = None) -> str:

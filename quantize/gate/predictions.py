@@ -1,32 +1,26 @@
-"""Run a variant on every image of a set, on one runtime, in a process of its own that may crash; and measure its speed."""
+"""Run a variant on every image of a set, on one runtime, in a process of its own, because it may crash; and measure its speed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
+from appliance.runtime import TensorSpec
+from appliance.runtime.availability import available
 from appliance.runtime.candidate import CPU, Candidate, RuntimeName
 from appliance.tuning.candidate_process import CandidateProcess
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from numpy.typing import NDArray
-
-    from appliance.runtime import TensorSpec
+from model_sync.bundle import OutputSpec
+from quantize.progress import OnProgress, no_progress
 
 LOAD_S: Final = 600.0
-INFER_S: Final = 120.0
 # Further digits are noise between processors; without them a second run writes the same bytes.
 _DIGITS: Final = 6
-
-OnProgress = Callable[[float], None]
-"""Called with the part (0 to 1) that is done."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +31,12 @@ class Heads:
     cam: str | None = None
     segmentation: str | None = None
 
+    @classmethod
+    def of(cls, outputs: Sequence[OutputSpec]) -> Heads:
+        """Return the first output of each kind."""
+        names = {output.kind: output.name for output in reversed(outputs)}
+        return cls(names.get("probability"), names.get("cam"), names.get("segmentation_logits"))
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -46,7 +46,7 @@ class Predictions:
         score: probabilities, float64 [n, labels]; [n, 0] without any.
         cam: class activation maps, float32 [n, labels, h, w], or None.
         mask: the class of every pixel or voxel, uint8 [n, ...], or None.
-        describe: what the runtime said it ran.
+        describe: what the runtime reported that it ran.
     """
 
     score: NDArray[np.float64]
@@ -78,8 +78,6 @@ REFERENCE: Final = RuntimeTarget("onnxruntime", CPU)
 
 def runtime_targets() -> tuple[list[RuntimeTarget], dict[str, str]]:
     """Return where variants can run on this computer, and for each unavailable runtime the reason."""
-    from appliance.runtime.availability import available
-
     targets: list[RuntimeTarget] = []
     unavailable: dict[str, str] = {}
     for entry in available():
@@ -90,7 +88,7 @@ def runtime_targets() -> tuple[list[RuntimeTarget], dict[str, str]]:
 
 
 def predict(
-    model: Path, spec: TensorSpec, candidate: Candidate, tensors: NDArray[np.float32], heads: Heads, on_progress: OnProgress | None = None
+    model: Path, spec: TensorSpec, candidate: Candidate, tensors: NDArray[np.float32], heads: Heads, on_progress: OnProgress = no_progress
 ) -> Predictions:
     """Run every picture through a variant, one at a time.
 
@@ -103,7 +101,7 @@ def predict(
         on_progress: called as it goes.
 
     Raises:
-        InferenceError: it does not load, died, or gave no numbers.
+        InferenceError: it does not load, its process died, or it gave no valid answer.
     """
     arrays: dict[str, list[NDArray[Any]]] = {"score": [], "cam": [], "mask": []}
     with CandidateProcess(model, spec, candidate, deadline_s=LOAD_S) as attempt:
@@ -111,8 +109,7 @@ def predict(
         for number in range(len(tensors)):
             outputs = attempt.infer(np.ascontiguousarray(tensors[number : number + 1]))
             _append_outputs(arrays, outputs, heads)
-            if on_progress is not None:
-                on_progress((number + 1) / len(tensors))
+            on_progress((number + 1) / len(tensors))
     score = np.concatenate(arrays["score"]) if arrays["score"] else np.zeros((len(tensors), 0))
     return Predictions(
         np.round(score.astype(np.float64), _DIGITS),
@@ -151,7 +148,7 @@ class Timing:
 
 def measure_interleaved(
     candidates: Sequence[tuple[Path, Candidate]], spec: TensorSpec, tensor: NDArray[np.float32], *, rounds: int = 9, repeat: int = 5,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = no_progress,
 ) -> list[Timing]:  # fmt: skip
     """Measure the speed of all candidates in turns, a few calls each, so that a busy moment of the computer affects all of them alike.
 
@@ -175,8 +172,7 @@ def measure_interleaved(
         for turn in range(rounds):
             for number, attempt in enumerate(attempts):
                 samples[number] += attempt.time(tensor, repeat)
-                if on_progress is not None:
-                    on_progress((turn * len(attempts) + number + 1) / (rounds * len(attempts)))
+                on_progress((turn * len(attempts) + number + 1) / (rounds * len(attempts)))
         return [
             Timing(float(np.median(values)), min(values), attempt.load_ms, attempt.peak_rss_bytes)
             for values, attempt in zip(samples, attempts, strict=True)

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
+import onnx
 
 from model_sync.bundle import sha256_of
 from quantize.draft import Draft
 from quantize.errors import QuantizeError
 from quantize.gate import image_sets
+from quantize.gate.image_sets import ImageSet
 from quantize.gate.predictions import Heads
 from quantize.graph.class_activation_map import add_cam
 from quantize.graph.model_checks import read_model
 from quantize.graph.onnx_graph import clean_up, input_name, output_names, session, shape_of
-
-if TYPE_CHECKING:
-    from quantize.gate.image_sets import ImageSet
-    from quantize.progress import Progress
-    from quantize.work_directory import WorkDirectory
+from quantize.messages import Code
+from quantize.progress import OnProgress, Progress
+from quantize.work_directory import WorkDirectory
 
 CAM: Final = "cam"
-# How far the cleaned graph may be from the one that was given, in a probability: sums are added in another order.
+# The largest change of an output by the clean-up, relative to its range: sums are added in another order.
 _SAME: Final = 1e-4
-_TRIED: Final = 8
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class FloatModel:
         path: the file that is shipped as fp32: the given one byte for byte where nothing had to be added to it.
         digest: SHA-256 of the given file and what is beside it.
         heads: the outputs that are compared.
-        notes: what was done or could not be done, in words.
+        notes: what was added or could not be added, for the report.
     """
 
     draft: Draft
@@ -51,44 +49,39 @@ class FloatModel:
     notes: tuple[str, ...]
 
 
-def read_float(model_path: Path, draft: Draft, work: WorkDirectory, on_progress: Callable[[float], None]) -> FloatModel:
+def read_float(model_path: Path, draft: Draft, work: WorkDirectory, on_progress: OnProgress) -> FloatModel:
     """Check the float model, clean it up and give it a class activation map where it can have one.
 
     Raises:
-        QuantizeError: see ``checks.read_model``; ``model.cleaned``: the cleaned graph computes something else.
+        QuantizeError: see ``model_checks.read_model``; ``model.cleaned``: the cleaned graph computes something else.
     """
-    import onnx
-
     model = read_model(model_path, draft.input, draft.outputs)
     on_progress(0.2)
     digest = sha256_of(model_path.resolve())
-    notes: list[str] = []
 
     def make(directory: Path) -> list[str]:
         cleaned = clean_up(model)
         on_progress(0.6)
-        notes_of_step: list[str] = []
+        added: list[str] = []
         if wanted := _missing_cam(draft, cleaned):
-            cleaned, notes_of_step = _with_cam(cleaned, draft, wanted)
+            cleaned, added = _with_cam(cleaned, draft, wanted)
         _check_same(model, cleaned, draft)
         onnx.save(cleaned, directory / "clean.onnx")
         # As it was validated, byte for byte, where nothing had to be added.
-        if not notes_of_step and _is_plain(model_path):
+        if not added and _is_plain(model_path):
             shutil.copyfile(model_path, directory / "fp32.onnx")
         else:
             onnx.save(cleaned, directory / "fp32.onnx")
-        return notes_of_step
+        return added
 
-    directory, notes_of_step = work.step("float", [digest, draft.model_dump(mode="json")], make)
-    notes += notes_of_step
+    directory, notes = work.step("float", [digest, draft.model_dump(mode="json")], make)
     clean = onnx.load(directory / "clean.onnx")
     draft = _with_cam_output(draft, clean)
-    heads = Heads(draft.output("probability"), draft.output("cam"), draft.output("segmentation_logits"))
-    return FloatModel(draft, clean, directory / "fp32.onnx", digest, heads, tuple(notes))
+    return FloatModel(draft, clean, directory / "fp32.onnx", digest, Heads.of(draft.outputs), tuple(notes))
 
 
 def _missing_cam(draft: Draft, model: Any) -> str:
-    """The name of the map to be added: the draft asks for it or says nothing about one, and the graph has none."""
+    """The name of the map to be added: the draft lists it or lists none, and the graph has none."""
     name = draft.output("cam") or CAM
     return "" if name in output_names(model) or draft.output("probability") is None else name
 
@@ -112,9 +105,7 @@ def _with_cam_output(draft: Draft, clean: Any) -> Draft:
 
 
 def _is_plain(path: Path) -> bool:
-    """Whether the file holds everything itself, at an opset that the oldest TensorRT reads, with no axis free but the batch."""
-    import onnx
-
+    """Whether the file has no external data, an opset that the oldest TensorRT reads, and fixed axes except the batch."""
     model = onnx.load(path, load_external_data=False)
     outside = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer)
     dynamic = any(axis.HasField("dim_param") for value in model.graph.input for axis in list(value.type.tensor_type.shape.dim)[1:])
@@ -131,7 +122,7 @@ def _check_same(model: Any, cleaned: Any, draft: Draft) -> None:
             raise QuantizeError(
                 f"the cleaned graph computes another {name!r} than the given one",
                 hint="report this with the model; export it with constants folded and BatchNorm in inference mode meanwhile",
-                code="model.cleaned",
+                code=Code.MODEL_CLEANED,
             )
 
 
@@ -146,9 +137,7 @@ def read_sets(
     draft = float_model.draft
     directory = work.directory / "tensors"
     on_progress = progress.begin("calibration set", f"reading the calibration pictures in {calibration}")
-    one = image_sets.read_calibration(
-        calibration, draft.input, draft.applies_to.modality, directory, limit=limit, on_progress=lambda done, of: on_progress(done / of)
-    )
+    one = image_sets.read_calibration(calibration, draft.input, draft.applies_to.modality, directory, limit=limit, on_progress=on_progress)
     on_progress = progress.begin("evaluation set", f"reading the labelled pictures in {evaluation}")
     other = image_sets.read_evaluation(
         evaluation,
@@ -156,7 +145,7 @@ def read_sets(
         draft.applies_to.modality,
         draft.label_names,
         directory,
-        on_progress=lambda done, of: on_progress(done / of),
+        on_progress=on_progress,
     )
     image_sets.check_disjoint(one, other)
     return one, other

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 
+from model_sync.bundle import Precision
+from quantize.gate.predictions import RuntimeTarget, Timing
 from quantize.gate.verdicts import RefusalReason, Verdict
-
-if TYPE_CHECKING:
-    from model_sync.bundle import Precision
-    from quantize.gate.predictions import RuntimeTarget, Timing
-    from quantize.recipes.variant_makers import Activations
+from quantize.messages import Code
+from quantize.recipes.layer_costs import LayerCost
+from quantize.recipes.variant_makers import Activations
 
 EXACTNESS: Final[tuple[Precision, ...]] = ("fp32", "fp16", "mixed", "int8")
-# Times nearer than this are the same time, on a machine that does other things too.
+# Times whose ratio is smaller count as equal, because the computer does other things too.
 SAME_TIME: Final = 1.08
-# TensorRT takes symmetric activations only (TensorRT documentation, "Explicit quantization"); half precision and the
-# symmetric recipe are made for it, so where there is none here, the clock here cannot speak against them.
+# TensorRT takes symmetric activations only (TensorRT documentation, "Explicit quantization"). Half precision and the symmetric
+# recipe are made for it, so where it is absent, the times of this computer do not refuse them.
 _ACCELERATOR: Final = "tensorrt"
-
-
-@dataclass(frozen=True)
-class LayerError:
-    """What one layer costs: ``error`` is the change of the outputs with this layer alone in int8 (``precision.LayerCost``)."""
-
-    name: str
-    op_type: str
-    error: float
 
 
 @dataclass
@@ -44,10 +36,10 @@ class VariantResult:
         path: the ONNX file; None where it could not be made.
         recipe: how it was made, in words for the manifest.
         family: variants of one family differ in calibration alone.
-        verdicts: place -> what the gate found.
-        timing: place -> how fast it was; only where it passed.
+        verdicts: the result of the gate on each target.
+        timing: the speed on each target where it passed.
         refused: why it is not shipped; None where it is.
-        layers: what quantizing each of its layers alone costs; empty where nobody measured.
+        layers: what quantizing each of its layers alone costs; empty where it was not measured.
     """
 
     name: str
@@ -59,7 +51,7 @@ class VariantResult:
     verdicts: dict[RuntimeTarget, Verdict] = field(default_factory=dict)
     timing: dict[RuntimeTarget, Timing] = field(default_factory=dict)
     refused: RefusalReason | None = None
-    layers: tuple[LayerError, ...] = ()
+    layers: Sequence[LayerCost] = ()
 
     @property
     def passed(self) -> list[RuntimeTarget]:
@@ -73,26 +65,33 @@ class VariantResult:
 
     @property
     def change(self) -> float:
-        """The mean change of a score where it passed, the largest over the places: what tells recipes of one speed apart."""
-        changes = [
-            float(label["mean_abs_delta"]) for target in self.passed for label in self.verdicts[target].figures.get("labels", {}).values()
-        ]
-        masks = [1 - value for target in self.passed for value in self.verdicts[target].figures.get("dice", {}).values()]
-        return max([*changes, *masks], default=0.0)
+        """The mean change of a score where it passed, the largest over the targets: what distinguishes recipes of one speed."""
+        return max(self._changes(self.passed), default=0.0)
+
+    @property
+    def failure(self) -> float:
+        """How far it is from the float model: the same over all targets; infinite where it did not run."""
+        return max(self._changes(self.verdicts), default=math.inf)
+
+    def _changes(self, targets: Iterable[RuntimeTarget]) -> Iterator[float]:
+        """Yield the mean change of each label's score, and the loss of overlap of each class."""
+        for figures in (self.verdicts[target].figures for target in targets):
+            yield from (float(label["mean_abs_delta"]) for label in figures.get("labels", {}).values())
+            yield from (1 - float(value) for value in figures.get("dice", {}).values())
 
 
 def refuse_failed(variants: Iterable[VariantResult]) -> None:
     """Refuse the variants that passed on no runtime, with the reason of each runtime."""
     for entry in variants:
         if entry.refused is None and not entry.passed:
-            message = {target.title: verdict.reasons for target, verdict in entry.verdicts.items()}
-            text = "; ".join(f"{target}: {' | '.join(reason.detail for reason in reasons)}" for target, reasons in message.items())
-            first = next((reason.code for reasons in message.values() for reason in reasons), "gate.untested")
-            entry.refused = RefusalReason(first, text or "it ran nowhere")
+            reasons = [(target.title, verdict.reasons) for target, verdict in entry.verdicts.items()]
+            text = "; ".join(f"{title}: {' | '.join(reason.detail for reason in some)}" for title, some in reasons)
+            code = next((reason.code for _, some in reasons for reason in some), Code.GATE_UNTESTED)
+            entry.refused = RefusalReason(code, text or "it ran nowhere")
 
 
 def keep_best_calibration(variants: Sequence[VariantResult]) -> None:
-    """Of recipes that differ in calibration alone, keep the one that passes on most places and changes scores least.
+    """Of recipes that differ in calibration alone, keep the one that passes on most targets and changes scores least.
 
     Their graphs are the same but for the numbers in it, so they are equally fast.
     """
@@ -104,15 +103,15 @@ def keep_best_calibration(variants: Sequence[VariantResult]) -> None:
         for entry in same:
             if entry is not best:
                 mine, its = (f"{one.change:.5f} on {len(one.passed)} runtimes" for one in (entry, best))
-                entry.refused = RefusalReason("calibration.other_better", f"mean change of a score {mine}; {best.name}: {its}")
+                entry.refused = RefusalReason(Code.CALIBRATION_OTHER_BETTER, f"mean change of a score {mine}; {best.name}: {its}")
 
 
 def refuse_slow(variants: Sequence[VariantResult], unavailable: Mapping[str, str]) -> None:
-    """Refuse what gains no time over a more exact variant on any runtime that it is made for.
+    """Refuse a variant that is no faster than a more exact one on any runtime that it is made for.
 
     Args:
         variants: all variants, timed where they passed.
-        unavailable: runtimes that cannot run here; what is made for one of them is left to the clock of the box.
+        unavailable: runtimes that cannot run here; what is made for one of them is left to the measurement on the box.
     """
     for entry in sorted(variants, key=lambda entry: EXACTNESS.index(entry.precision)):
         if entry.refused is not None or entry.precision == "fp32":
@@ -122,12 +121,12 @@ def refuse_slow(variants: Sequence[VariantResult], unavailable: Mapping[str, str
         more_exact = [
             other for other in variants if other.refused is None and EXACTNESS.index(other.precision) < EXACTNESS.index(entry.precision)
         ]
-        behind = [_behind(entry, target, more_exact) for target in entry.passed]
-        if all(behind):
-            entry.refused = RefusalReason("speed.slower", "; ".join(behind))
+        slower = [_find_faster(entry, target, more_exact) for target in entry.passed]
+        if all(slower):
+            entry.refused = RefusalReason(Code.SPEED_SLOWER, "; ".join(slower))
 
 
-def _behind(entry: VariantResult, target: RuntimeTarget, more_exact: Sequence[VariantResult]) -> str:
+def _find_faster(entry: VariantResult, target: RuntimeTarget, more_exact: Sequence[VariantResult]) -> str:
     """Return why ``entry`` has no advantage on ``target``; empty when it is the fastest so far."""
     if target not in entry.timing:
         return ""
@@ -139,7 +138,7 @@ def _behind(entry: VariantResult, target: RuntimeTarget, more_exact: Sequence[Va
 
 
 def keep_fastest(variants: Sequence[VariantResult], *, one_int8: bool = False) -> None:
-    """Keep one variant per precision and kind of activations, as a manifest allows: the fastest over the places here.
+    """Keep one variant per precision and kind of activations, as a manifest allows: the fastest over the targets here.
 
     Where a variant did not pass, the float model's time stands for it, because that is what runs there instead. Of variants that
     are equally fast, it is the one that changes scores least.
@@ -155,16 +154,16 @@ def keep_fastest(variants: Sequence[VariantResult], *, one_int8: bool = False) -
             small = one_int8 and entry.precision in ("int8", "mixed")
             kinds.setdefault("int8" if small else (entry.precision, entry.activations), []).append(entry)
     for same in kinds.values():
-        fastest = min(_pace(entry, baseline) for entry in same)
-        near = [entry for entry in same if _pace(entry, baseline) <= fastest + np.log(SAME_TIME)]
+        fastest = min(_mean_log_time(entry, baseline) for entry in same)
+        near = [entry for entry in same if _mean_log_time(entry, baseline) <= fastest + np.log(SAME_TIME)]
         best = min(near, key=lambda entry: (-len(entry.passed), entry.change, entry.name))
         for entry in same:
             if entry is not best:
                 detail = f"{_times(entry)}, change {entry.change:.5f}; {best.name}: {_times(best)}, change {best.change:.5f}"
-                entry.refused = RefusalReason("speed.other_better", detail)
+                entry.refused = RefusalReason(Code.SPEED_OTHER_BETTER, detail)
 
 
-def _pace(entry: VariantResult, baseline: Mapping[RuntimeTarget, float]) -> float:
+def _mean_log_time(entry: VariantResult, baseline: Mapping[RuntimeTarget, float]) -> float:
     """The mean logarithm of its times: a variant twice as fast on one runtime may be twice as slow on another."""
     return float(np.mean([np.log(entry.timing[target].median_ms if target in entry.timing else ms) for target, ms in baseline.items()]))
 

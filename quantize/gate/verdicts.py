@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from model_sync.bundle import Interval
 from quantize.gate import roc_statistics
+from quantize.gate.image_sets import ImageSet
+from quantize.gate.predictions import Predictions
 from quantize.gate.roc_statistics import Scored
-
-if TYPE_CHECKING:
-    from model_sync.bundle import Interval
-    from quantize.gate.image_sets import ImageSet
-    from quantize.gate.predictions import Predictions
+from quantize.messages import Code
 
 _ROUNDING = 1e-9
 
@@ -29,8 +28,8 @@ class Limits:
     """The largest differences that the gate allows.
 
     Attributes:
-        auc: largest difference of an AUC, either way: one that gains is another model too.
-        class_minimum: a source with fewer pictures of either class is listed, not gated: its AUC hangs on single pictures.
+        auc: largest difference of an AUC, up or down: a variant that gains is another model too.
+        class_minimum: a source with fewer pictures of either class is listed, not gated: single pictures decide its AUC.
         score: largest change of a single probability.
         cam: largest mean difference of an activation map, as a share of the float map's range, averaged over the set.
         dice: least Dice's coefficient of a class against the float model's mask, over the set.
@@ -45,7 +44,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class RefusalReason:
-    """Why a variant was refused: a code (texts: ``quantize.messages``) and its particulars in figures."""
+    """Why a variant was refused: a ``Code`` or a runtime's code, and its particulars in figures."""
 
     code: str
     detail: str
@@ -81,15 +80,15 @@ def judge(
     """Compare a variant with the float model.
 
     Args:
-        reference: what the float model answered to ``pictures``.
-        variant: what the variant answered.
+        reference: the float model's predictions on ``images``.
+        variant: the variant's.
         images: the labelled set.
         labels: the model's scored labels, in the order of the scores.
         thresholds: the operating point of each.
         limits: what passes.
     """
     if result := _not_finite(variant):
-        return failed_verdict("gate.not_finite", result)
+        return failed_verdict(Code.GATE_NOT_FINITE, result)
     reasons: list[RefusalReason] = []
     figures: dict[str, Any] = {}
     if len(labels):
@@ -121,11 +120,11 @@ def _label(
     assert before is not None
     assert after is not None  # the set was refused otherwise
     _compare_auc(name, "all sources", before, after, limits, reasons)
-    for kind, measure in (("sensitivity", roc_statistics.sensitivity_of), ("specificity", roc_statistics.specificity_of)):
-        _compare_rate(name, kind, measure(scored, threshold), measure(other, threshold), reasons)
+    for code, measure in ((Code.GATE_SENSITIVITY, roc_statistics.sensitivity_of), (Code.GATE_SPECIFICITY, roc_statistics.specificity_of)):
+        _compare_rate(name, code, measure(scored, threshold), measure(other, threshold), reasons)
     delta = np.abs(other.score - scored.score)
     if delta.max() > limits.score + _ROUNDING:
-        reasons.append(RefusalReason("gate.score", f"{name}: a score changes by {delta.max():.4f}, allowed {limits.score:g}"))
+        reasons.append(RefusalReason(Code.GATE_SCORE, f"{name}: a score changes by {delta.max():.4f}, allowed {limits.score:g}"))
     return {
         "threshold": threshold,
         "auc": after,
@@ -155,13 +154,13 @@ def _sources(
 def _compare_auc(name: str, where: str, before: float, after: float, limits: Limits, reasons: list[RefusalReason]) -> None:
     if abs(after - before) > limits.auc + _ROUNDING:
         detail = f"{name}, {where}: AUC {after:.4f}, float {before:.4f}, allowed difference {limits.auc:g}"
-        reasons.append(RefusalReason("gate.auc", detail))
+        reasons.append(RefusalReason(Code.GATE_AUC, detail))
 
 
-def _compare_rate(name: str, kind: str, before: Interval | None, after: Interval | None, reasons: list[RefusalReason]) -> None:
+def _compare_rate(name: str, code: Code, before: Interval | None, after: Interval | None, reasons: list[RefusalReason]) -> None:
     if before is not None and after is not None and not before.low <= after.value <= before.high:
-        detail = f"{name}: {kind} {after.value:.4f}, float {before.value:.4f} ({before.low:.4f} to {before.high:.4f})"
-        reasons.append(RefusalReason(f"gate.{kind}", detail))
+        detail = f"{name}: {code.removeprefix('gate.')} {after.value:.4f}, float {before.value:.4f} ({before.low:.4f} to {before.high:.4f})"
+        reasons.append(RefusalReason(code, detail))
 
 
 def _cam(before: Any, after: Any, limits: Limits, reasons: list[RefusalReason]) -> float:
@@ -169,12 +168,12 @@ def _cam(before: Any, after: Any, limits: Limits, reasons: list[RefusalReason]) 
     span = np.maximum(np.ptp(flat, axis=1), np.finfo(np.float32).eps)
     difference = round(float((np.abs(other - flat).mean(axis=1) / span).mean()), 5)
     if difference > limits.cam:
-        reasons.append(RefusalReason("gate.cam", f"the activation map changes by {difference:.4f} of its range, allowed {limits.cam:g}"))
+        reasons.append(RefusalReason(Code.GATE_CAM, f"the activation map changes by {difference:.4f} of its range, allowed {limits.cam:g}"))
     return difference
 
 
 def _masks(before: Any, after: Any, limits: Limits, reasons: list[RefusalReason]) -> dict[str, float]:
-    """Dice per class over the whole set; class 0 is the background and does not count."""
+    """Dice per class over the set; class 0 is the background and does not count."""
     result = {}
     for value in range(1, 1 + int(max(before.max(), after.max()))):
         overlap = roc_statistics.dice(before, after, value)
@@ -182,7 +181,9 @@ def _masks(before: Any, after: Any, limits: Limits, reasons: list[RefusalReason]
             continue
         result[str(value)] = round(overlap, 5)
         if overlap < limits.dice:
-            reasons.append(RefusalReason("gate.dice", f"class {value}: Dice {overlap:.4f} against float, at least {limits.dice:g} needed"))
+            reasons.append(
+                RefusalReason(Code.GATE_DICE, f"class {value}: Dice {overlap:.4f} against float, at least {limits.dice:g} needed")
+            )
     return result
 
 

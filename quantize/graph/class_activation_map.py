@@ -33,7 +33,7 @@ def add_cam(model: Model, probability_output: str, cam_output: str = "cam") -> M
         cam_output: the name of the new output.
 
     Raises:
-        QuantizeError: There is no such output, or its head is another one; it says what was found instead.
+        QuantizeError: There is no such output, or its head is another one; the message names it.
     """
     if cam_output in output_names(model):
         return model
@@ -59,7 +59,7 @@ def _refuse(result: str) -> QuantizeError:
 
 
 def _behind(model: Model, tensor: str, passed: tuple[str, ...]) -> str:
-    """Go back over nodes of the types ``passed`` to the tensor that they were made from."""
+    """Return the tensor that ``tensor`` was made from by nodes of the types ``passed``."""
     made = producers(model)
     while (node := made.get(tensor)) is not None and node.op_type in passed:
         tensor = node.input[0]
@@ -75,20 +75,20 @@ def _maker(model: Model, tensor: str, what: str) -> Node:
 
 def _linear(model: Model, logit: str) -> tuple[str, NDArray[np.float32]]:
     """The linear layer's input, and its weights as [labels, channels]."""
-    held = initializers(model)
+    constants = initializers(model)
     node = _maker(model, logit, "the logit")
     if node.op_type == "Add":
-        rest = [name for name in node.input if name not in held]
+        rest = [name for name in node.input if name not in constants]
         if len(rest) != 1:
             raise _refuse(f"the logit is the sum of two computed tensors ({node.name})")
         node = _maker(model, rest[0], "the linear layer")
-    elif node.op_type == "Gemm" and len(node.input) > 2 and node.input[2] not in held:
+    elif node.op_type == "Gemm" and len(node.input) > 2 and node.input[2] not in constants:
         raise _refuse(f"the logit is the sum of two computed tensors ({node.name})")
     readers: dict[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
         "Gemm": lambda weight: attribute(node, "alpha", 1.0) * (weight if attribute(node, "transB", 0) else weight.T),
         "MatMul": lambda weight: weight.T,
     }
-    weight = held.get(node.input[1]) if node.op_type in readers else None
+    weight = constants.get(node.input[1]) if node.op_type in readers else None
     if weight is None or weight.ndim != 2 or attribute(node, "transA", 0):
         raise _refuse(f"in front of the probability stands {node.op_type} ({node.name}), no linear layer with constant weights")
     return str(node.input[0]), np.asarray(readers[node.op_type](weight), np.float32)

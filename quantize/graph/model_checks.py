@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 from onnx import checker, external_data_helper, numpy_helper
 
+from model_sync.bundle import InputSpec, OutputSpec
 from quantize.errors import QuantizeError
-from quantize.graph.onnx_graph import STANDARD_DOMAINS, Model, Node, input_name, session, with_shapes
+from quantize.graph.onnx_graph import STANDARD_DOMAINS, Model, Node, inputs_of, opset_of, session, with_shapes
 
 # From 9 the converter reaches opset 17; 21 is what the oldest ONNX Runtime that a box may carry (1.20) runs.
 SUPPORTED_OPSETS: Final = range(9, 22)
@@ -21,31 +22,7 @@ MAX_MODEL_BYTES: Final = 2**31 - 1
 _QUANTIZED: Final = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger")
 
 
-class Input(Protocol):
-    """The properties of the manifest's ``input`` that the checks need."""
-
-    @property
-    def name(self) -> str:
-        """The input's name."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of one image or volume, without the batch."""
-
-
-class Output(Protocol):
-    """The properties of the manifest's ``outputs`` that the checks need."""
-
-    @property
-    def name(self) -> str:
-        """The output's name."""
-
-    @property
-    def kind(self) -> str:
-        """What it holds; one of kind ``cam`` may still be missing, because the quantizer can add it."""
-
-
-def read_model(path: Path, input_spec: Input | None = None, outputs: Sequence[Output] = ()) -> Model:
+def read_model(path: Path, input_spec: InputSpec | None = None, outputs: Sequence[OutputSpec] = ()) -> Model:
     """Read the float model at ``path``; inline its external data and fix the size of every axis except the batch.
 
     Args:
@@ -54,9 +31,9 @@ def read_model(path: Path, input_spec: Input | None = None, outputs: Sequence[Ou
         outputs: the draft manifest's outputs: each must be the model's, save one of kind ``cam``.
 
     Raises:
-        QuantizeError: There is no model, it is damaged, larger than 2 GB, or its external data are missing; its opset or an operator
-            (named) is not supported; it is quantized or in half precision already; a weight (named) holds NaN or Inf; it has not
-            the manifest's input or outputs, or an axis besides the batch that the manifest does not fix.
+        QuantizeError: there is no model; it is damaged, larger than 2 GB, or lacks its external data; its opset or an operator (named)
+            is not supported; it is quantized or in half precision already; a weight (named) holds NaN or Inf; it lacks the manifest's
+            input or outputs, or has an axis besides the batch that the manifest does not fix.
     """
     model = _load(path)
     _check_opset(model)
@@ -95,7 +72,7 @@ def _load(path: Path) -> Model:
 
 
 def _damaged(path: Path, why: str) -> QuantizeError:
-    return QuantizeError(f"{path} is no whole ONNX model: {why}", hint="copy or export the model again; the file may be cut off")
+    return QuantizeError(f"{path} is no complete ONNX model: {why}", hint="copy or export the model again; the file may be cut off")
 
 
 def _check_size(size: int) -> None:
@@ -136,7 +113,7 @@ def _inline(model: Model, path: Path) -> None:
 
 
 def _check_opset(model: Model) -> None:
-    version = _opset(model)
+    version = opset_of(model)
     if version not in SUPPORTED_OPSETS:
         raise QuantizeError(
             f"the model's opset is {version}; supported are {SUPPORTED_OPSETS[0]} to {SUPPORTED_OPSETS[-1]}",
@@ -144,40 +121,35 @@ def _check_opset(model: Model) -> None:
         )
 
 
-def _opset(model: Model) -> int:
-    return next((int(entry.version) for entry in model.opset_import if entry.domain in STANDARD_DOMAINS), 0)
-
-
 def _check_operators(model: Model) -> None:
     if operator := _unknown_operator(model):
         raise operator
     if quantized := next((node for node in model.graph.node if node.op_type in _QUANTIZED), None):
-        raise QuantizeError(f"the model is quantized already: it has {_say(quantized)}", hint="give the float model it was made from")
+        raise QuantizeError(f"the model is quantized already: it has {_describe(quantized)}", hint="give the float model it was made from")
 
 
 def _unknown_operator(model: Model) -> QuantizeError | None:
     """Return an error that names the first operator outside the ONNX standard, which other runtimes cannot run; None without one."""
     for node in model.graph.node:
-        known = node.domain in STANDARD_DOMAINS and onnx.defs.has(node.op_type, _opset(model), "")
-        if not known:
+        if node.domain not in STANDARD_DOMAINS or not onnx.defs.has(node.op_type, opset_of(model), ""):
             return _unsupported(node)
     return None
 
 
 def _unsupported(node: Node) -> QuantizeError:
     return QuantizeError(
-        f"the operator {_say(node)} is not supported", hint="export the model with standard ONNX operators, without fusions of one runtime"
+        f"the operator {_describe(node)} is not supported",
+        hint="export the model with standard ONNX operators, without fusions of one runtime",
     )
 
 
-def _say(node: Node) -> str:
+def _describe(node: Node) -> str:
     return f"{node.domain + '.' if node.domain else ''}{node.op_type} (node {node.name or 'without a name'!r})"
 
 
 def _check_precision(model: Model) -> None:
     kinds = {onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.BFLOAT16: "bfloat16", onnx.TensorProto.DOUBLE: "float64"}
-    value = next(value for value in model.graph.input if value.name == input_name(model)) if _inputs(model) else None
-    tensors = [(value.name, value.type.tensor_type.elem_type)] if value is not None else []
+    tensors = [(value.name, value.type.tensor_type.elem_type) for value in inputs_of(model)[:1]]
     tensors += [(name, tensor.data_type) for name, tensor in _tensors(model) if tensor.data_type != onnx.TensorProto.DOUBLE]
     for name, kind in tensors:
         if kind in kinds:
@@ -193,13 +165,8 @@ def _check_weights(model: Model) -> None:
             raise QuantizeError(f"the weight {name!r} holds NaN or Inf", hint="training has diverged there; give an earlier checkpoint")
 
 
-def _inputs(model: Model) -> list[Any]:
-    held = {tensor.name for tensor in model.graph.initializer}
-    return [value for value in model.graph.input if value.name not in held]
-
-
-def _check_signature(model: Model, spec: Input | None, outputs: Sequence[Output]) -> None:
-    names = [value.name for value in _inputs(model)]
+def _check_signature(model: Model, spec: InputSpec | None, outputs: Sequence[OutputSpec]) -> None:
+    names = [value.name for value in inputs_of(model)]
     wanted = spec.name if spec is not None else (names or [""])[0]
     if names != [wanted]:
         raise QuantizeError(
@@ -215,26 +182,20 @@ def _check_signature(model: Model, spec: Input | None, outputs: Sequence[Output]
             )
 
 
-def _with_fixed_axes(model: Model, spec: Input | None) -> Model:
+def _with_fixed_axes(model: Model, spec: InputSpec | None) -> Model:
     """Return the model with a fixed size for every input axis except the batch, and with all shapes inferred again."""
-    value = _inputs(model)[0]
+    value = inputs_of(model)[0]
     axes = list(value.type.tensor_type.shape.dim)
     sizes = (None, *(spec.shape if spec is not None else [None] * (len(axes) - 1)))
     text = [axis.dim_value if axis.HasField("dim_value") else axis.dim_param or "?" for axis in axes]
     if len(axes) != len(sizes):
-        raise QuantizeError(
-            f"the model's input {value.name!r} is {text}, the manifest's one image or volume is {list(sizes[1:])}",
-            hint="correct the draft manifest's input, or export the model for it",
-        )
+        raise _wrong_input(f"the model's input {value.name!r} is {text}, the manifest's one image or volume is {list(sizes[1:])}")
     for index, (axis, size) in enumerate(zip(axes, sizes, strict=True)):
         if index == 0:
             continue
         if axis.HasField("dim_value"):
             if size not in (None, axis.dim_value):
-                raise QuantizeError(
-                    f"the model's input {value.name!r} is {text}, the manifest says {list(sizes[1:])}",
-                    hint="correct the draft manifest's input, or export the model for it",
-                )
+                raise _wrong_input(f"the model's input {value.name!r} is {text}, the manifest says {list(sizes[1:])}")
         elif size is None:
             raise QuantizeError(
                 f"axis {index} of the input {value.name!r} is dynamic ({text[index]}), and nothing fixes it",
@@ -253,15 +214,16 @@ def _with_true_outputs(model: Model) -> Model:
     try:
         return with_shapes(model)
     except onnx.shape_inference.InferenceError as error:
-        raise QuantizeError(
-            f"the model cannot take an input of the manifest's size: {str(error).splitlines()[-1]}",
-            hint="correct the draft manifest's input, or export the model for it",
-        ) from error
+        raise _wrong_input(f"the model cannot take an input of the manifest's size: {str(error).splitlines()[-1]}") from error
+
+
+def _wrong_input(message: str) -> QuantizeError:
+    return QuantizeError(message, hint="correct the draft manifest's input, or export the model for it")
 
 
 def _check_runs(model: Model) -> None:
     """Check that ONNX Runtime, which every box has, can load the model and run it on one black image."""
-    value = _inputs(model)[0]
+    value = inputs_of(model)[0]
     shape = [axis.dim_value or 1 for axis in value.type.tensor_type.shape.dim]
     try:
         session(model, optimised=False).run(None, {value.name: np.zeros(shape, np.float32)})

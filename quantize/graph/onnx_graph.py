@@ -7,6 +7,7 @@ ConvTranspose and Gemm, and a BatchNormalization left between a convolution and 
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper, shape_inference, version_converter
 
@@ -52,9 +54,7 @@ def clean_up(model: Model) -> Model:
 
 def copy_of(model: Model) -> Model:
     """Return an independent copy of a model."""
-    copied = onnx.ModelProto()
-    copied.CopyFrom(model)
-    return copied
+    return copy.deepcopy(model)
 
 
 def with_shapes(model: Model) -> Model:
@@ -88,10 +88,20 @@ def output_names(model: Model) -> list[str]:
     return [output.name for output in model.graph.output]
 
 
+def inputs_of(model: Model) -> list[Any]:
+    """Return the inputs that are no initializers (up to format 3 initializers are inputs too)."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in constants]
+
+
 def input_name(model: Model) -> str:
     """Return the name of the first input that is no initializer."""
-    held = {tensor.name for tensor in model.graph.initializer}
-    return next(str(value.name) for value in model.graph.input if value.name not in held)
+    return str(inputs_of(model)[0].name)
+
+
+def opset_of(model: Model) -> int:
+    """Return the version of the standard operators; 0 where the model states none."""
+    return next((int(entry.version) for entry in model.opset_import if entry.domain in STANDARD_DOMAINS), 0)
 
 
 def attribute(node: Node, name: str, default: Any = None) -> Any:
@@ -125,12 +135,10 @@ def with_outputs(model: Model, names: Iterable[str]) -> Model:
 
 def session(model: Model, *, optimised: bool = True, threads: int = 0) -> Any:
     """Open a model in ONNX Runtime on the CPU, 8-bit sums exact as on a box; ``optimised=False`` runs the graph node by node."""
-    import onnxruntime as ort
-
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
-    # An arena would keep the high-water mark of every exposed tensor.
+    # An arena would keep the largest memory that any exposed tensor needed.
     options.enable_cpu_mem_arena = False
     avoid_saturation(options)
     if not optimised:
@@ -174,11 +182,7 @@ def sort_nodes(model: Model) -> None:
 def replace_all(field: Any, items: list[Any]) -> None:
     """Set a repeated protobuf field to ``items``, which may be elements of the same field."""
     # Copies, because clearing the field would empty the messages it lent.
-    copies = []
-    for item in items:
-        copied = type(item)()
-        copied.CopyFrom(item)
-        copies.append(copied)
+    copies = [copy.deepcopy(item) for item in items]
     del field[:]
     field.extend(copies)
 
@@ -193,7 +197,7 @@ def _inputs_of(node: Node) -> Iterator[str]:
 
 
 def _at_opset(model: Model) -> Model:
-    version = next((entry.version for entry in model.opset_import if entry.domain in STANDARD_DOMAINS), 0)
+    version = opset_of(model)
     converted = copy_of(model)
     if version < OPSET:
         try:
@@ -205,9 +209,7 @@ def _at_opset(model: Model) -> Model:
             ) from error
     # The lowest version of the format that carries this opset: old boxes refuse a newer one.
     converted.ir_version = helper.find_min_ir_version_for(list(converted.opset_import), ignore_unknown=True)
-    # Up to format 3 initializers are inputs too; as inputs they would pass for something that a caller gives.
-    held = {tensor.name for tensor in converted.graph.initializer}
-    replace_all(converted.graph.input, [value for value in converted.graph.input if value.name not in held])
+    replace_all(converted.graph.input, inputs_of(converted))
     return converted
 
 
@@ -231,8 +233,7 @@ def _constants_to_initializers(model: Model) -> None:
         if value is None or node.output[0] in output_names(model):
             remaining.append(node)
             continue
-        tensor = onnx.TensorProto()
-        tensor.CopyFrom(value)
+        tensor = copy.deepcopy(value)
         tensor.name = node.output[0]
         model.graph.initializer.append(tensor)
     replace_all(model.graph.node, remaining)
@@ -292,8 +293,6 @@ def _scaled(node: Node, weight: NDArray[np.float64], factor: NDArray[np.float64]
 
 def _basic_optimisations(model: Model) -> Model:
     """Return the graph after the basic optimisations of ONNX Runtime; the unchanged graph, if they wrote a non-standard operator."""
-    import onnxruntime as ort
-
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC

@@ -14,20 +14,22 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from onnxruntime.quantization import CalibrationMethod
+from onnxruntime.quantization.calibrate import HistogramCollector, create_calibrator
 
 from quantize.errors import QuantizeError
 from quantize.graph.onnx_graph import Model, float_tensors, input_name
+from quantize.progress import OnProgress, no_progress, part_of
 
 Method: TypeAlias = Literal["minmax", "percentile", "entropy"]
 Tensors: TypeAlias = Sequence[NDArray[np.float32]]
-OnProgress: TypeAlias = Callable[[float], None]
 Range: TypeAlias = tuple[float, float]
 
 METHODS: Final[tuple[Method, ...]] = ("minmax", "percentile", "entropy")
 # The share of values, in per cent, that a range must hold.
 PERCENTILE: Final = 99.99
 _BINS: Final = 1024
-# What the tensors of one calibration step may take together; a large volume goes in one by one.
+# What the tensors of one calibration step may take together; large volumes are run one by one.
 _STEP_BYTES: Final = 256 * 2**20
 
 
@@ -51,20 +53,15 @@ class Calibration:
         return self._chosen[method]
 
     def _by_histogram(self, method: Method) -> dict[str, Range]:
-        from onnxruntime.quantization.calibrate import HistogramCollector
-
-        collector = HistogramCollector(method, False, _BINS, 128, PERCENTILE, "same")
+        collector = _collector(method)
         for name, counts in self.histograms.items():
-            low, high = self.extremes[name]
-            reach = max(abs(low), abs(high))
-            edges = np.linspace(-reach, reach, len(counts) + 1, dtype=np.float32)
-            collector.histogram_dict[name] = (counts, edges, np.float32(low), np.float32(high), np.float32(reach))
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints how it is getting on
+            _set_histogram(collector, name, counts, self.extremes[name])
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
             result = collector.compute_collection_result()
         return {name: (float(value[0]), float(value[1])) for name, value in result.items()}
 
 
-def calibrate(model: Model, tensors: Tensors, *, on_progress: OnProgress | None = None) -> Calibration:
+def calibrate(model: Model, tensors: Tensors, *, on_progress: OnProgress = no_progress) -> Calibration:
     """Measure every float tensor of ``model`` over the calibration tensors, once for all recipes.
 
     Two passes: the extremes first, because a histogram whose range is known never has to grow.
@@ -72,7 +69,7 @@ def calibrate(model: Model, tensors: Tensors, *, on_progress: OnProgress | None 
     Args:
         model: a cleaned float model (``graph.clean_up``).
         tensors: calibration tensors, float32 [n, ...] each, the size the model takes.
-        on_progress: called with the part (0 to 1) that is done.
+        on_progress: called with the fraction that is done.
 
     Raises:
         QuantizeError: There are no tensors, one of them does not fit the model, or the model computes NaN or Inf on one.
@@ -81,13 +78,8 @@ def calibrate(model: Model, tensors: Tensors, *, on_progress: OnProgress | None 
         raise QuantizeError("the calibration set is empty", hint="give a directory with scans like those the clinics make")
     step = images_per_step(model)
     batches = [tensor[start : start + step] for tensor in tensors for start in range(0, len(tensor), step)]
-    extremes = _extremes(model, batches, scale_progress(on_progress, 0.0, 0.4))
-    return Calibration(extremes, _histograms(model, batches, extremes, scale_progress(on_progress, 0.4, 1.0)))
-
-
-def scale_progress(on_progress: OnProgress | None, start: float, end: float) -> OnProgress | None:
-    """Return a progress callback for a step that covers the fractions ``start`` to ``end`` of its parent."""
-    return None if on_progress is None else lambda part: on_progress(start + (end - start) * part)
+    extremes = _extremes(model, batches, part_of(on_progress, 0.0, 0.4))
+    return Calibration(extremes, _histograms(model, batches, extremes, part_of(on_progress, 0.4, 1.0)))
 
 
 class _Reader:
@@ -111,13 +103,8 @@ def images_per_step(model: Model) -> int:
     return max(1, min(16, _STEP_BYTES // (4 * max(cells, 1))))
 
 
-def _collect(
-    kind: str, model: Model, batches: list[NDArray[np.float32]], prepare: Callable[[Any], None], on_progress: OnProgress | None
-) -> Any:
+def _collect(kind: str, model: Model, batches: list[NDArray[np.float32]], prepare: Callable[[Any], None], on_progress: OnProgress) -> Any:
     """Run one of ONNX Runtime's calibrators over the batches; report progress after each."""
-    from onnxruntime.quantization import CalibrationMethod
-    from onnxruntime.quantization.calibrate import create_calibrator
-
     with (
         tempfile.TemporaryDirectory(prefix="quantize.") as directory,
         contextlib.redirect_stdout(io.StringIO()),
@@ -132,7 +119,7 @@ def _collect(
             extra_options={"num_bins": _BINS, "symmetric": False},
         )
         prepare(calibrator)
-        warnings.simplefilter("ignore", RuntimeWarning)  # all NaN: said below as the model's fault, by the tensor's name
+        warnings.simplefilter("ignore", RuntimeWarning)  # all NaN: reported below as the model's fault, by the name of the tensor
         for index, batch in enumerate(batches):
             try:
                 calibrator.collect_data(_Reader(input_name(model), batch))
@@ -141,12 +128,11 @@ def _collect(
                     f"the model does not run on a calibration tensor of shape {list(batch.shape)}: {str(error).splitlines()[0][:200]}",
                     hint="the tensors must be float32 and of the size that the manifest's input says",
                 ) from error
-            if on_progress is not None:
-                on_progress((index + 1) / len(batches))
+            on_progress((index + 1) / len(batches))
         return calibrator
 
 
-def _extremes(model: Model, batches: list[NDArray[np.float32]], on_progress: OnProgress | None) -> dict[str, Range]:
+def _extremes(model: Model, batches: list[NDArray[np.float32]], on_progress: OnProgress) -> dict[str, Range]:
     result = _collect("MinMax", model, batches, lambda _: None, on_progress).compute_data()
     extremes = {name: (float(np.min(value.lowest)), float(np.max(value.highest))) for name, value in result.items()}
     for name in [input_name(model), *float_tensors(model)]:
@@ -156,17 +142,24 @@ def _extremes(model: Model, batches: list[NDArray[np.float32]], on_progress: OnP
 
 
 def _histograms(
-    model: Model, batches: list[NDArray[np.float32]], extremes: dict[str, Range], on_progress: OnProgress | None
+    model: Model, batches: list[NDArray[np.float32]], extremes: dict[str, Range], on_progress: OnProgress
 ) -> dict[str, NDArray[np.int64]]:
-    from onnxruntime.quantization.calibrate import HistogramCollector
-
     def seed(calibrator: Any) -> None:
-        # Empty histograms of the full reach: what is merged into them never makes them grow.
-        calibrator.collector = HistogramCollector("entropy", False, _BINS, 128, PERCENTILE, "same")
-        for name, (low, high) in extremes.items():
-            reach = np.float32(max(abs(low), abs(high), float(np.finfo(np.float32).tiny)))
-            edges = np.linspace(-reach, reach, _BINS + 1, dtype=np.float32)
-            calibrator.collector.histogram_dict[name] = (np.zeros(_BINS, np.int64), edges, np.float32(low), np.float32(high), reach)
+        # Empty histograms of the full range: what is merged into them never makes them grow.
+        calibrator.collector = _collector("entropy")
+        for name, extreme in extremes.items():
+            _set_histogram(calibrator.collector, name, np.zeros(_BINS, np.int64), extreme)
 
     calibrator = _collect("Entropy", model, batches, seed, on_progress)
     return {name: value[0] for name, value in calibrator.collector.histogram_dict.items()}
+
+
+def _collector(method: Method) -> HistogramCollector:
+    return HistogramCollector(method, False, _BINS, 128, PERCENTILE, "same")
+
+
+def _set_histogram(collector: HistogramCollector, name: str, counts: NDArray[np.int64], extremes: Range) -> None:
+    low, high = (np.float32(value) for value in extremes)
+    reach = np.float32(max(abs(low), abs(high), float(np.finfo(np.float32).tiny)))
+    edges = np.linspace(-reach, reach, len(counts) + 1, dtype=np.float32)
+    collector.histogram_dict[name] = (counts, edges, low, high, reach)

@@ -1,15 +1,14 @@
 """Write half precision into the ONNX file, so that every runtime computes the same. What overflows in half precision stays float32.
 
-Which nodes those are is measured, not guessed: the float model runs on calibration tensors with every intermediate tensor exposed.
-The conversion is ONNX Runtime's ``float16`` module. Two neighbours kept in float32 it joins by a cast to half precision and back, in
-which the very value overflows they were kept for, and a tensor with two kept readers it casts twice under one name; both are put
-right here.
+Which nodes those are is measured: the float model runs on calibration tensors with every intermediate tensor exposed. ONNX Runtime's
+module ``float16`` converts. It joins two neighbours that stay float32 by a cast to half precision and back, in which the value
+overflows, and casts a tensor with two such readers twice under one name; both are corrected here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, TypeAlias
+from collections.abc import Iterator
+from typing import Any, Final
 
 import numpy as np
 import onnx
@@ -32,12 +31,11 @@ from quantize.graph.onnx_graph import (
     with_outputs,
     with_shapes,
 )
-
-Tensors: TypeAlias = Sequence[NDArray[np.float32]]
-OnProgress: TypeAlias = Callable[[float], None]
+from quantize.progress import OnProgress, no_progress, part_of
+from quantize.recipes.calibration import Tensors
 
 FLOAT16_MAX: Final = float(np.finfo(np.float16).max)
-# A patient's picture may reach further than any of the calibration set.
+# A patient's picture may cause larger values than any picture of the calibration set.
 HEADROOM: Final = 4.0
 # The relative error of rounding a tensor, as a root of squares; 3e-4 where all its values are normal in half precision.
 MAX_ROUNDING_ERROR: Final = 3e-3
@@ -47,26 +45,25 @@ _SUMS: Final = ("GlobalAveragePool", "AveragePool", "ReduceMean", "ReduceSum", "
 _SQUARES: Final = ("InstanceNormalization", "LayerNormalization", "GroupNormalization", "ReduceL2", "ReduceSumSquare", "Pow")
 
 
-def convert_to_fp16(model: Model, tensors: Tensors, *, on_progress: OnProgress | None = None) -> Model:
+def convert_to_fp16(model: Model, tensors: Tensors, *, on_progress: OnProgress = no_progress) -> Model:
     """Return ``model`` in half precision: weights and tensors float16, inputs and outputs float32, what would overflow float32.
 
     Args:
         model: a cleaned float model (``graph.clean_up``); it is not changed.
         tensors: calibration tensors, float32 [n, ...], of the size the model takes.
-        on_progress: called with the part (0 to 1) that is done.
+        on_progress: called with the fraction that is done.
 
     Raises:
         QuantizeError: A tensor of the half-precision model still holds NaN or Inf on a calibration tensor; it is named.
     """
-    float_nodes = find_out_of_range_nodes(model, tensors, on_progress=None if on_progress is None else lambda part: on_progress(0.6 * part))
+    float_nodes = find_out_of_range_nodes(model, tensors, on_progress=part_of(on_progress, 0.0, 0.6))
     fp16_model = convert(model, float_nodes)
     _verify(fp16_model, _spread(tensors))
-    if on_progress is not None:
-        on_progress(1.0)
+    on_progress(1.0)
     return fp16_model
 
 
-def find_out_of_range_nodes(model: Model, tensors: Tensors, *, on_progress: OnProgress | None = None) -> frozenset[str]:
+def find_out_of_range_nodes(model: Model, tensors: Tensors, *, on_progress: OnProgress = no_progress) -> frozenset[str]:
     """Return the names of the nodes that float16 cannot compute accurately.
 
     A node is kept in float32 where a tensor that it reads or writes, a weight, or a sum inside it exceeds the range of float16
@@ -84,12 +81,10 @@ def find_out_of_range_nodes(model: Model, tensors: Tensors, *, on_progress: OnPr
                 f"the float model computes NaN or Inf in {name!r}", hint="the model overflows in float32; it cannot be trusted at all"
             )
         largest[name] = max(largest[name], float(np.abs(value).max(initial=0.0)))
-        if on_progress is not None:
-            on_progress(0.8 * part)
+        on_progress(0.8 * part)
     for _, name, value in _computed(model, _spread(tensors), names):
         rounding[name] = max(rounding[name], _rounding_error(value))
-    if on_progress is not None:
-        on_progress(1.0)
+    on_progress(1.0)
     bad = {name for name in names if largest[name] * HEADROOM > FLOAT16_MAX or rounding[name] > MAX_ROUNDING_ERROR}
     for name, weight in initializers(model).items():
         if weight.dtype == np.float32 and (
@@ -101,7 +96,7 @@ def find_out_of_range_nodes(model: Model, tensors: Tensors, *, on_progress: OnPr
 
 
 def convert(model: Model, float_nodes: frozenset[str]) -> Model:
-    """Return ``model`` in half precision but for the nodes named ``kept``, its inputs and its outputs; nothing is measured.
+    """Return ``model`` in half precision but for ``float_nodes``, its inputs and its outputs; nothing is measured.
 
     Operators that ONNX Runtime does not compute in half precision stay float32 as well.
     """
@@ -183,7 +178,7 @@ def _to(node: Node) -> int:
 
 
 def _spread(tensors: Tensors) -> Tensors:
-    """Return a few images from the whole set: rounding errors are similar for all images, and float16 is slow on a CPU."""
+    """Return a few images from all parts of the set: rounding errors are similar for all images, and float16 is slow on a CPU."""
     return [tensor[:: max(1, len(tensor) * len(tensors) // _FEW)] for tensor in tensors]
 
 

@@ -27,6 +27,9 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
+from onnxruntime.quantization import CalibrationMethod, QuantType
+from onnxruntime.quantization.calibrate import TensorData, TensorsData
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from quantize.errors import QuantizeError
 from quantize.graph.onnx_graph import (
@@ -41,7 +44,8 @@ from quantize.graph.onnx_graph import (
     sort_nodes,
     with_shapes,
 )
-from quantize.recipes.calibration import METHODS, Calibration, Method, OnProgress, Range, Tensors, calibrate, scale_progress
+from quantize.progress import OnProgress, no_progress, part_of
+from quantize.recipes.calibration import METHODS, Calibration, Method, Range, Tensors, calibrate
 
 __all__ = ["CHAINED", "EVERYTHING", "METHODS", "WEIGHTED", "Calibration", "Recipe", "calibrate", "quantizable", "quantize", "recipes"]
 
@@ -49,7 +53,7 @@ Activations: TypeAlias = Literal["symmetric", "unsigned"]
 
 WEIGHTED: Final = ("Conv", "Gemm", "MatMul")
 _MULTIPLYING: Final = (*WEIGHTED, "ConvTranspose")
-# What passes a residual network on between its convolutions; quantized too, a chain never leaves uint8.
+# What stands between the convolutions of a residual network; quantized too, a chain never leaves uint8.
 CHAINED: Final = (*WEIGHTED, "Relu", "Clip", "Add", "MaxPool")
 EVERYTHING: Final = (
     *CHAINED, "ConvTranspose", "Concat", "AveragePool", "GlobalAveragePool", "Mul", "Sigmoid", "LeakyRelu", "Resize",
@@ -61,7 +65,7 @@ class Recipe:
     """The options of one quantization.
 
     Attributes:
-        name: tells it in reports, such as ``unsigned-chained-minmax``.
+        name: in reports, such as ``unsigned-chained-minmax``.
         precision: ``mixed`` where layers were put back to float for accuracy, else ``int8``.
         activations: see the module's docstring.
         method: how ranges are chosen from what calibration measured: all values; nearly all of them (``calibration.PERCENTILE``); or
@@ -85,8 +89,7 @@ class Recipe:
 def recipes() -> tuple[Recipe, ...]:
     """Return the recipes to try; those that won most often come first.
 
-    One kind of activations is not derived from the other: the best placement differs by graph and engine, and so does the best
-    calibration.
+    All are tried because the best placement of Q/DQ and the best calibration differ by graph and runtime.
     """
     made = []
     for method in METHODS:
@@ -98,16 +101,16 @@ def recipes() -> tuple[Recipe, ...]:
 
 
 def quantize(
-    model: Model, recipe: Recipe, tensors: Tensors | Calibration, out: Path, *, on_progress: OnProgress | None = None
+    model: Model, recipe: Recipe, tensors: Tensors | Calibration, out: Path, *, on_progress: OnProgress = no_progress
 ) -> frozenset[str]:
     """Write ``model`` quantized by ``recipe`` to ``out``; inputs and outputs stay float32 and keep their names.
 
     Args:
         model: a cleaned float model (``graph.clean_up``); it is not changed.
         recipe: how.
-        tensors: what to calibrate on, or the ``Calibration`` of this very model, which saves measuring it again.
+        tensors: the calibration set, or the ``Calibration`` of this model, which saves measuring it again.
         out: the ONNX file to write.
-        on_progress: called with the part (0 to 1) that is done.
+        on_progress: called with the fraction that is done.
 
     Returns:
         The names of the nodes that are quantized.
@@ -115,9 +118,7 @@ def quantize(
     Raises:
         QuantizeError: See ``calibrate``; or the recipe leaves nothing quantized, or a tensor it quantizes was not calibrated.
     """
-    calibration = (
-        tensors if isinstance(tensors, Calibration) else calibrate(model, tensors, on_progress=scale_progress(on_progress, 0.0, 0.9))
-    )
+    calibration = tensors if isinstance(tensors, Calibration) else calibrate(model, tensors, on_progress=part_of(on_progress, 0.0, 0.9))
     chosen = quantizable(model, recipe)
     if not chosen:
         raise QuantizeError(
@@ -134,8 +135,7 @@ def quantize(
     drop_unused(quantized)
     onnx.checker.check_model(quantized)
     onnx.save(quantized, out)
-    if on_progress is not None:
-        on_progress(1.0)
+    on_progress(1.0)
     return chosen
 
 
@@ -148,11 +148,11 @@ def quantizable(model: Model, recipe: Recipe) -> frozenset[str]:
 
 def _multiplying(model: Model, recipe: Recipe) -> set[str]:
     """Return the nodes with weights that a recipe quantizes."""
-    held = initializers(model)
+    constants = initializers(model)
     chosen = set()
     for node in model.graph.node:
         # A product of two computed tensors (attention) has no weights to shrink, and int8 loses most there.
-        weightless = node.op_type in _MULTIPLYING and node.input[1] not in held
+        weightless = node.op_type in _MULTIPLYING and node.input[1] not in constants
         # ONNX has no per-channel scales for it: its output channels are not one axis of its weights.
         grouped = node.op_type == "ConvTranspose" and attribute(node, "group", 1) != 1
         if node.op_type in _MULTIPLYING and node.op_type in recipe.op_types and not (weightless or grouped):
@@ -174,10 +174,6 @@ def _behind_the_last(model: Model, multiplying: set[str]) -> set[str]:
 
 def _written(model: Model, recipe: Recipe, chosen: frozenset[str], ranges: dict[str, Range]) -> Model:
     """Return the model with the Q/DQ pairs that ONNX Runtime's quantizer writes for the chosen nodes."""
-    from onnxruntime.quantization import CalibrationMethod, QuantType
-    from onnxruntime.quantization.calibrate import TensorData, TensorsData
-    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-
     symmetric = recipe.activations == "symmetric"
     data = {name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()}
     options: dict[str, Any] = {"ActivationSymmetric": symmetric, "WeightSymmetric": True, "QuantizeBias": not symmetric}
@@ -228,7 +224,7 @@ def _quantize_shortcuts(model: Model, chosen: frozenset[str], ranges: dict[str, 
     """Put Q/DQ on the shortcut of each residual Add that has none yet, so that TensorRT fuses the Add into the int8 convolution.
 
     Where the block keeps its size, the shortcut is what the block's first convolution takes, and is quantized with it. Where a
-    convolution on the shortcut changes the size, its output still is float: the Add would then be float, too.
+    convolution on the shortcut changes the size, its output is float, and the Add would be float, too.
     """
     made, readers = producers(model), consumers(model)
     for node in [node for node in model.graph.node if node.op_type == "Add"]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final
 
 import numpy as np
 import onnx
@@ -20,15 +20,13 @@ from numpy.typing import NDArray
 
 from quantize.errors import QuantizeError
 from quantize.graph.onnx_graph import Model, input_name, output_names, session
-from quantize.recipes.calibration import Calibration, images_per_step
+from quantize.progress import OnProgress, no_progress
+from quantize.recipes.calibration import Calibration, Tensors, images_per_step
 from quantize.recipes.int8 import WEIGHTED, Recipe, quantizable, quantize
 
-Tensors: TypeAlias = Sequence[NDArray[np.float32]]
-OnProgress: TypeAlias = Callable[[float], None]
-
-# A model with more than half of its layers in float is no int8 model: it gains next to nothing and carries the Q/DQ between them.
+# With more than half of its layers in float, a model gains next to nothing and pays for the Q/DQ between them.
 MAX_KEPT_PART: Final = 0.5
-# Gates are dear: at most so many until ``MAX_KEPT_PART`` is reached.
+# A run of the gate is expensive: at most so many until ``MAX_KEPT_PART`` is reached.
 _STEPS: Final = 8
 _TRANSPOSED: Final = ("ConvTranspose",)
 
@@ -59,7 +57,7 @@ def layers(model: Model, recipe: Recipe) -> dict[str, frozenset[str]]:
     for node in model.graph.node:
         before = [owner[name] for name in node.input if name in owner]
         weighted = node.op_type in (*WEIGHTED, *_TRANSPOSED) and node.name in chosen
-        # A sum belongs to the later of its two branches: with that one put back, its other input is put back, too.
+        # A sum belongs to the later of its two branches: when that layer is put back to float, the sum is, too.
         group = str(node.name) if weighted or not before else max(before, key=list(groups).index)
         if node.name in chosen:
             groups.setdefault(group, set()).add(str(node.name))
@@ -69,16 +67,16 @@ def layers(model: Model, recipe: Recipe) -> dict[str, frozenset[str]]:
 
 
 def measure_layer_costs(
-    model: Model, recipe: Recipe, calibration: Calibration, tensors: Tensors, *, on_progress: OnProgress | None = None
+    model: Model, recipe: Recipe, calibration: Calibration, tensors: Tensors, *, on_progress: OnProgress = no_progress
 ) -> tuple[LayerCost, ...]:
-    """Measure what each layer of ``model`` costs when it alone is quantized by ``recipe``, the dearest first.
+    """Measure what each layer of ``model`` costs when it alone is quantized by ``recipe``, the most expensive first.
 
     Args:
         model: a cleaned float model (``graph.clean_up``).
         recipe: how it is quantized.
-        calibration: of this model (``ptq.calibrate``).
+        calibration: of this model (``calibration.calibrate``).
         tensors: a few images, float32 [n, ...] each, that calibration did not see.
-        on_progress: called with the part (0 to 1) that is done.
+        on_progress: called with the fraction that is done.
 
     Raises:
         QuantizeError: There are no tensors, or the recipe quantizes nothing.
@@ -95,19 +93,18 @@ def measure_layer_costs(
         for index, (name, nodes) in enumerate(groups.items()):
             quantize(model, recipe.keeping(everything - nodes), calibration, path)
             costs.append(LayerCost(name, kinds[name], nodes, _change(reference, _outputs(onnx.load(path), tensors))))
-            if on_progress is not None:
-                on_progress((index + 1) / len(groups))
+            on_progress((index + 1) / len(groups))
     return tuple(sorted(costs, key=lambda cost: -cost.cost))
 
 
 def relax(recipe: Recipe, costs: Sequence[LayerCost]) -> Iterator[tuple[int, Recipe]]:
-    """Yield how many layers are put back to float, and ``recipe`` with those: the dearest first, ever more, up to ``MAX_KEPT_PART``.
+    """Yield how many layers are put back to float, and ``recipe`` with those: the most expensive first, up to ``MAX_KEPT_PART``.
 
-    The first that passes the gate is the one to ship; where none does, int8 has nothing to give.
+    The first that passes the gate is shipped; where none does, the model has no int8 variant.
 
     Args:
         recipe: the one that did not pass.
-        costs: ``layer_costs`` of this very recipe.
+        costs: measured with this recipe.
     """
     ordered = sorted(costs, key=lambda cost: -cost.cost)
     most = int(len(ordered) * MAX_KEPT_PART)

@@ -1,9 +1,9 @@
 """Make int8 variants with nvidia-modelopt, which places Q/DQ by its own rules for TensorRT and has its own calibration.
 
-It is an extra. It brings torch, and its own ``[onnx]`` extra puts onnxruntime-gpu over onnxruntime; so it may lie in an environment of
-its own, named by that environment's Python. Wherever it lies, it runs in a process of its own, which may die, hang or write anything:
-that is the candidate's reason in the report and no more. The process gets a directory with the float model and the calibration
-tensors that every recipe gets; no socket is opened in it (``quantize/recipes/modelopt_child.py``).
+It is an extra. It brings torch, and its own ``[onnx]`` extra installs onnxruntime-gpu over onnxruntime; so it may be in an environment
+of its own, named by that environment's Python. It always runs in a process of its own: where that dies, hangs or writes anything wrong,
+the candidate is refused with the reason. The process gets a directory with the float model and the calibration tensors; it may open no
+socket (``quantize/recipes/modelopt_child.py``).
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from quantize.errors import QuantizeError
+from quantize.messages import Code
+from quantize.progress import OnProgress, no_progress
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
-    from collections.abc import Callable
 
     from quantize.recipes.variant_makers import Maker, Source
-
-    OnProgress = Callable[[float], None]
 
 METHODS: Final = ("max", "entropy")
 HINT: Final = "pip install 'clinic-edge-appliance[modelopt]', here or in an environment of its own (docs/quantize.md)"
@@ -59,21 +58,21 @@ class Optimizer:
 
 def find_optimizer(python: Path | None = None) -> Optimizer | str:
     """Look for nvidia-modelopt in the environment of ``python``, this one by default; where there is none, return why, in words."""
-    given = Path(sys.executable) if python is None else python
-    # Absolute, because the child starts elsewhere; not resolved, because an environment's Python is a link to one that knows nothing of it.
-    find_from_options = Path(shutil.which(given) or given).absolute()
+    requested = Path(sys.executable) if python is None else python
+    # Absolute, because the child has another directory; not resolved, because the Python of an environment is a link out of it.
+    executable = Path(shutil.which(requested) or requested).absolute()
     try:
         answer = subprocess.run(
-            [find_from_options, "-I", _CHILD, "--version"], capture_output=True, timeout=_ASK_S, stdin=subprocess.DEVNULL, check=False
+            [executable, "-I", _CHILD, "--version"], capture_output=True, timeout=_ASK_S, stdin=subprocess.DEVNULL, check=False
         )  # fmt: skip
     except OSError as error:
-        return f"{find_from_options} does not start: {error.strerror}"
+        return f"{executable} does not start: {error.strerror}"
     except subprocess.TimeoutExpired:
-        return f"{find_from_options} does not say its version within {_ASK_S:g} s"
+        return f"{executable} does not say its version within {_ASK_S:g} s"
     version = answer.stdout.decode(errors="replace").strip()
     if answer.returncode == 0 and re.fullmatch(r"[0-9][0-9A-Za-z.+-]{0,40}", version):
-        return Optimizer(find_from_options, version)
-    return "not installed" if answer.returncode == 0 and not version else f"{find_from_options} {_reason(answer.returncode, answer.stderr)}"
+        return Optimizer(executable, version)
+    return "not installed" if answer.returncode == 0 and not version else f"{executable} {_reason(answer.returncode, answer.stderr)}"
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -89,13 +88,15 @@ def find_from_options(options: Namespace) -> Optimizer | str:
     """Return the nvidia-modelopt to be tried, or why none is.
 
     Raises:
-        QuantizeError: ``modelopt.absent``: it was asked for, and is not there.
+        QuantizeError: ``modelopt.absent``: it was requested, and is not installed.
     """
     if options.no_modelopt:
         return "left out by --no-modelopt"
     optimizer = find_optimizer(options.modelopt)
     if isinstance(optimizer, str) and options.modelopt is not None:
-        raise QuantizeError(f"no nvidia-modelopt in the environment of {options.modelopt}: {optimizer}", hint=HINT, code="modelopt.absent")
+        raise QuantizeError(
+            f"no nvidia-modelopt in the environment of {options.modelopt}: {optimizer}", hint=HINT, code=Code.MODELOPT_ABSENT
+        )
     return optimizer
 
 
@@ -121,7 +122,7 @@ def _maker(optimizer: Optimizer, method: str) -> Maker:
     return Maker(f"int8-modelopt-{method}", "int8", "symmetric", words, make, "int8-modelopt", optimizer.version)
 
 
-def quantize(model: Any, tensors: Any, method: str, optimizer: Optimizer, out: Path, *, on_progress: OnProgress | None = None) -> None:
+def quantize(model: Any, tensors: Any, method: str, optimizer: Optimizer, out: Path, *, on_progress: OnProgress = no_progress) -> None:
     """Write ``model`` quantized by nvidia-modelopt to ``out``, its weights stored in 8 bits.
 
     Args:
@@ -130,10 +131,10 @@ def quantize(model: Any, tensors: Any, method: str, optimizer: Optimizer, out: P
         method: one of ``METHODS``.
         optimizer: which nvidia-modelopt.
         out: the ONNX file to write.
-        on_progress: called with the part (0 to 1) that is done, as far as anybody knows.
+        on_progress: called with the fraction of the time limit that has passed.
 
     Raises:
-        QuantizeError: its process failed, or what it wrote is not what was asked for; the message has the reason.
+        QuantizeError: its process failed, or it wrote something else than was requested; the message has the reason.
     """
     import numpy as np
     import onnx
@@ -148,9 +149,9 @@ def quantize(model: Any, tensors: Any, method: str, optimizer: Optimizer, out: P
         onnx.save(load_quantized(directory / "made.onnx", model), out)
 
 
-def _run(optimizer: Optimizer, arguments: list[object], directory: Path, on_progress: OnProgress | None) -> None:
-    """Run the child to its end; QuantizeError with its reason where it does not end well."""
-    output = directory / "said"
+def _run(optimizer: Optimizer, arguments: list[object], directory: Path, on_progress: OnProgress) -> None:
+    """Run the child until it ends; raises QuantizeError with the reason where it fails."""
+    output = directory / "output.txt"
     # Temporary files of its own go away with the directory; without a GPU in sight it calibrates the same everywhere.
     environment = os.environ | {"TMPDIR": str(directory), "CUDA_VISIBLE_DEVICES": ""}
     with output.open("wb") as stream:
@@ -174,14 +175,13 @@ def _run(optimizer: Optimizer, arguments: list[object], directory: Path, on_prog
         raise _failed(f"its process {_reason(code, output.read_bytes()[-_TAIL_BYTES:])}")
 
 
-def _wait(process: subprocess.Popen[bytes], limit_s: float, on_progress: OnProgress | None) -> int | None:
-    """The exit code; None when it is late."""
+def _wait(process: subprocess.Popen[bytes], limit_s: float, on_progress: OnProgress) -> int | None:
+    """Return the exit code; None when the time limit has passed."""
     start = time.monotonic()
     while (passed := time.monotonic() - start) < limit_s:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(_POLL_S)
-        if on_progress is not None:
-            on_progress(passed / limit_s)
+        on_progress(passed / limit_s)
     return None
 
 
@@ -191,9 +191,9 @@ def _reason(code: int, output: bytes) -> str:
         names = {int(entry): entry.name for entry in signal.Signals}
         return f"was killed by {names.get(-code, f'signal {-code}')}"
     lines = [line for line in output.decode(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
-    last = "".join(letter if letter.isprintable() else " " for letter in lines[-1])[:_REASON_CHARS] if lines else "said nothing"
+    last = "".join(letter if letter.isprintable() else " " for letter in lines[-1])[:_REASON_CHARS] if lines else "no output"
     return f"ended with exit code {code}: {last}"
 
 
 def _failed(words: str) -> QuantizeError:
-    return QuantizeError(f"nvidia-modelopt: {words}", hint="leave it out with --no-modelopt", code="modelopt.failed")
+    return QuantizeError(f"nvidia-modelopt: {words}", code=Code.MODELOPT_FAILED)

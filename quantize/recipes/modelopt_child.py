@@ -1,4 +1,4 @@
-"""Runs nvidia-modelopt's int8 on one model, in the Python that has it: nothing of this package is imported here.
+"""Run nvidia-modelopt's int8 on one model, in the Python that has it: nothing of this package is imported here.
 
 ``python -I modelopt_child.py --version`` prints its version, or nothing where it is not installed. With DIRECTORY METHOD PARENT it
 reads ``float.onnx`` and ``calibration.npy`` in DIRECTORY and writes ``made.onnx`` there. It ends when PARENT does. The last line that it
@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
-# What leaves the machine begins with one of these (Python's table of audit events).
+# Every network access raises one of these (Python's table of audit events).
 _NETWORK = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.sendmsg")
 
 
@@ -26,10 +26,10 @@ def main(arguments: list[str]) -> int:
         return 0
     directory, method, parent = arguments
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it went before the kernel was asked
+    if os.getppid() != int(parent):  # it ended before the kernel was asked
         return 1
-    sys.excepthook = _last_words
-    sys.addaudithook(_stay_here)
+    sys.excepthook = _print_reason
+    sys.addaudithook(_refuse_network)
     _quantize(directory, method)
     return 0
 
@@ -41,11 +41,11 @@ def _version() -> str:
         return ""
 
 
-def _last_words(kind: type[BaseException], error: BaseException, _: object) -> None:
+def _print_reason(kind: type[BaseException], error: BaseException, _: object) -> None:
     print(f"\n{kind.__name__}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
-def _stay_here(event: str, _: Any) -> None:
+def _refuse_network(event: str, _: Any) -> None:
     if event in _NETWORK:
         raise PermissionError(f"the quantizer opens no connection ({event})")
 
@@ -66,7 +66,7 @@ def _quantize(directory: str, method: str) -> None:
         calibration_data=np.load(os.path.join(directory, "calibration.npy"), mmap_mode="r", allow_pickle=False),
         calibration_method=method,
         calibration_eps=["cpu"],
-        high_precision_dtype="fp32",  # half precision is another variant's matter
+        high_precision_dtype="fp32",  # half precision is another variant
         output_path=os.path.join(directory, "made.onnx"),
         log_level="ERROR",
     )

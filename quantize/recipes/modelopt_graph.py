@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from quantize.errors import QuantizeError
 from quantize.graph.onnx_graph import Model, Node, attribute, drop_unused, initializers, replace_all, sort_nodes
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from quantize.messages import Code
 
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 
 
 def load_quantized(path: Path, source: Model) -> Model:
-    """Read what was made of ``source``; returns it with 8-bit weights, as any recipe's.
+    """Read the quantized form of ``source``; returns it with 8-bit weights, as every recipe writes them.
 
-    It writes float weights with a QuantizeLinear behind each: a file four times as large, and ONNX Runtime quantizes them again for
-    every picture.
+    nvidia-modelopt writes float weights with a QuantizeLinear behind each: the file is four times as large, and ONNX Runtime quantizes
+    the weights again for every picture.
 
     Raises:
-        QuantizeError: the file is none, or not an int8 form of ``source`` with symmetric activations.
+        QuantizeError: the file is no model, or no int8 form of ``source`` with symmetric activations.
     """
     try:
         model = onnx.load(path)
@@ -50,12 +49,12 @@ def _check(model: Model, source: Model) -> None:
     if _opsets(model) - _opsets(source):
         wanted, got = (", ".join(f"{domain or 'ai.onnx'} {number}" for domain, number in sorted(_opsets(one))) for one in (source, model))
         raise _wrong(f"opset {got} where the float model has {wanted}")
-    held = initializers(model)
+    constants = initializers(model)
     pairs = [node for node in model.graph.node if node.op_type in _PAIR]
     if not pairs:
         raise _wrong("a model without Q/DQ: it found nothing to quantize")
     for node in pairs:
-        zero = held.get(node.input[2]) if len(node.input) > 2 else None
+        zero = constants.get(node.input[2]) if len(node.input) > 2 else None
         if zero is None or zero.dtype != np.int8 or zero.any():
             raise _wrong(f"activations or weights that are not symmetric int8, at {node.name}")
 
@@ -80,18 +79,18 @@ def _opsets(model: Model) -> set[tuple[str, int]]:
 
 
 def _shrink_weights(model: Model) -> int:
-    """Do each QuantizeLinear of a weight now (ONNX: round half to even, then saturate), so that only its DequantizeLinear stays.
+    """Compute each QuantizeLinear of a weight (ONNX: round half to even, then saturate), so that only its DequantizeLinear stays.
 
     Returns:
         How many weights there were.
     """
-    held = initializers(model)
+    constants = initializers(model)
     remaining: list[Node] = []
     for node in model.graph.node:
-        if node.op_type != "QuantizeLinear" or node.input[0] not in held:
+        if node.op_type != "QuantizeLinear" or node.input[0] not in constants:
             remaining.append(node)
             continue
-        weight, scale = held[node.input[0]], held[node.input[1]]
+        weight, scale = constants[node.input[0]], constants[node.input[1]]
         axis = attribute(node, "axis", 1)
         shape = [-1 if number == axis % weight.ndim else 1 for number in range(weight.ndim)] if scale.ndim else []
         rounded: NDArray[np.float32] = np.rint(weight / scale.reshape(shape))
@@ -102,4 +101,4 @@ def _shrink_weights(model: Model) -> int:
 
 
 def _wrong(words: str) -> QuantizeError:
-    return QuantizeError(f"nvidia-modelopt wrote {words}", hint="leave it out with --no-modelopt", code="modelopt.wrote")
+    return QuantizeError(f"nvidia-modelopt wrote {words}", code=Code.MODELOPT_WROTE)

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import onnx
+from numpy.typing import NDArray
 
+from model_sync.bundle import Precision
+from quantize.progress import OnProgress
 from quantize.recipes import fp16, int8
 from quantize.recipes.int8 import Calibration, Recipe
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from model_sync.bundle import Precision
-    from quantize.work_directory import WorkDirectory
+from quantize.work_directory import WorkDirectory
 
 Activations: TypeAlias = Literal["symmetric", "unsigned"] | None
-OnProgress = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -30,11 +27,13 @@ class Source:
     Attributes:
         model: the cleaned model.
         tensors: the calibration set, float32 [n, ...].
-        calibration: the calibration; called when it is first needed, because a run that goes on may not need it any more.
+        digest: of the calibration set.
+        calibration: the calibration; called when it is first needed, because a resumed run may not need it any more.
     """
 
     model: Any
     tensors: NDArray[np.float32]
+    digest: str
     calibration: Callable[[], Calibration]
 
 
@@ -43,13 +42,13 @@ class Maker:
     """One variant to try.
 
     Attributes:
-        name: in one word.
+        name: without blanks.
         precision: as in the manifest.
         activations: as in the manifest.
         recipe: how it is made, in words for the manifest.
         make: writes the ONNX file; raises QuantizeError where it cannot be made.
-        family: makers of one family differ in calibration alone; "" is alone.
-        depends: what else its making depends on, JSON types.
+        family: makers of one family differ in calibration alone; "" for none.
+        depends: what else the file depends on, JSON types.
     """
 
     name: str
@@ -82,26 +81,22 @@ def int8_maker(recipe: Recipe, words: str = "") -> Maker:
 
 
 def _make_fp16(source: Source, out: Path, on_progress: OnProgress) -> None:
-    import onnx
-
     onnx.save(fp16.convert_to_fp16(source.model, [source.tensors], on_progress=on_progress), out)
 
 
 def measure_calibration(work: WorkDirectory, model: Any, tensors: NDArray[np.float32], inputs: Any, on_progress: OnProgress) -> Calibration:
     """Measure the model on the calibration set, or load the stored result of an interrupted run."""
 
-    def make(directory: Path) -> None:
+    def make(directory: Path) -> dict[str, Any]:
         calibration = int8.calibrate(model, [tensors], on_progress=on_progress)
-        names = sorted(calibration.extremes)
-        (directory / "extremes.json").write_text(json.dumps({name: list(map(float, calibration.extremes[name])) for name in names}))
-        (directory / "names.json").write_text(json.dumps(sorted(calibration.histograms)))
-        np.savez(directory / "histograms.npz", *(calibration.histograms[name] for name in sorted(calibration.histograms)))
+        names = sorted(calibration.histograms)
+        np.savez(directory / "histograms.npz", *(calibration.histograms[name] for name in names))
+        return {"extremes": {name: list(map(float, limits)) for name, limits in calibration.extremes.items()}, "names": names}
 
-    directory, _ = work.step("calibration", inputs, make)
-    extremes = {name: (low, high) for name, (low, high) in json.loads((directory / "extremes.json").read_text()).items()}
+    directory, stored = work.step("calibration", inputs, make)
     with np.load(directory / "histograms.npz", allow_pickle=False) as arrays:
-        histograms = {name: arrays[f"arr_{i}"] for i, name in enumerate(json.loads((directory / "names.json").read_text()))}
-    return Calibration(extremes, histograms)
+        histograms = {name: arrays[f"arr_{i}"] for i, name in enumerate(stored["names"])}
+    return Calibration({name: (low, high) for name, (low, high) in stored["extremes"].items()}, histograms)
 
 
 def named(makers: Sequence[Maker], name: str) -> Maker:

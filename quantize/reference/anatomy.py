@@ -1,9 +1,9 @@
-"""Draws a synthetic chest as an X-ray would show it: tissue adds to the attenuation, air takes it away.
+"""Draw a synthetic chest as an X-ray would show it: tissue adds to the attenuation, air takes it away.
 
 No picture of a person is behind it, so its output may be shipped, shown and committed. The scene is one square of
 side 1: ``x`` runs from the midline (0) to the right of the picture, ``y`` from the top (0) to the bottom (1); the
-patient's left is on the right of the picture. Hand-written because no library of our list draws one, and because
-samples and golden cases must not depend on a download.
+patient's left is on the right of the picture. Hand-written because no library draws one, and because samples
+and golden cases must not depend on a download.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class Grid:
 
     @classmethod
     def of(cls, rows: int, cols: int) -> Grid:
-        """Lay the grid so that a picture narrower than high is cut at the sides and never squeezed."""
+        """Place the grid so that a picture narrower than high is cut at the sides and never squeezed."""
         x = _ZOOM * (np.arange(cols, dtype=np.float32) + 0.5 - cols / 2) / rows
         y = _TOP + _ZOOM * (np.arange(rows, dtype=np.float32) + 0.5) / rows
         return cls(rows, cols, x[None, :], y[:, None])
 
     def band(self, top: float, bottom: float) -> slice:
-        """Return the rows between two heights of the scene, so that a small thing costs little."""
+        """Return the rows between two heights of the scene, so that a small object is drawn in few rows only."""
         scale = self.rows / _ZOOM
         return slice(max(0, int((top - _TOP) * scale)), max(0, min(self.rows, int((bottom - _TOP) * scale))))
 

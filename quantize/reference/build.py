@@ -1,12 +1,12 @@
-"""Builds the reference bundle by the quantizer's own pipeline, from the trained weights and the labelled pictures.
+"""Build the reference bundle with the pipeline of ``quantize run``, from the trained weights and the labelled pictures.
 
-``python -m quantize.reference.build --shared ../shared --out appliance/bundles/cxr-pneumonia`` lays the held-out patients out as an
-evaluation set and some of the others as a calibration set, draws the golden phantoms, so that no picture of a patient gets into the
-bundle, and runs the pipeline on ``draft.toml``. Figures are rounded where float noise between processors begins, so that a second
+``python -m quantize.reference.build --shared ../shared --out appliance/bundles/cxr-pneumonia`` writes the pictures of the held-out
+patients as the evaluation set and some of the others as the calibration set, draws the golden phantoms (no picture of a patient gets into
+the bundle), and runs the pipeline on ``draft.toml``. Figures are rounded where float noise between processors begins, so that a second
 run on the same machine writes the same bytes.
 
-Its int8 variant needs an x86 processor with VNNI: on any other, OpenVINO refuses int8 or is absent, and ONNX Runtime's int8 has other
-times, so the gate and the clock would leave it out. There the build is refused before it begins; ``--only fp16`` is built anywhere.
+The int8 variant needs an x86 processor with VNNI: on any other, OpenVINO refuses int8 or is absent, and ONNX Runtime's int8 is slower, so
+gate and measurement would refuse the variant. There the build is refused before it begins; ``--only fp16`` works on every processor.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import csv
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +29,9 @@ from appliance.runtime import cpu_features
 from model_sync.bundle import InputSpec, SourceMeasure
 from quantize.bundle.model_card import gate_chapter
 from quantize.draft import Draft
-from quantize.errors import QuantizeError, print_os_error
+from quantize.errors import DONE, QuantizeError, run_command
 from quantize.gate import roc_statistics
+from quantize.messages import Code
 from quantize.pipeline import BundleRecipe, CardInputs, RunResult, run, write_report
 from quantize.progress import Progress
 from quantize.recipes import modelopt
@@ -73,7 +73,7 @@ class Reference:
         """Load the ONNX file.
 
         Raises:
-            QuantizeError: The file is not there.
+            QuantizeError: the file does not exist.
         """
         if not weights.is_file():
             raise QuantizeError(
@@ -97,10 +97,10 @@ class Reference:
 def write_image_sets(shared: Path, directory: Path) -> None:
     """Write calibration, evaluation and golden pictures below ``directory``, as any team would give them.
 
-    The JPEG files are those of the training set, byte for byte; a set that is there already is left.
+    The JPEG files are those of the training set, byte for byte; golden pictures that exist already are kept.
 
     Raises:
-        QuantizeError: The pictures are not there.
+        QuantizeError: the training pictures do not exist.
     """
     images = training_set.TrainingSet.load(shared / "data" / "cxr_train_224.npz")
     held_out = images.held_out()
@@ -133,12 +133,12 @@ def _write_image_set(images: training_set.TrainingSet, indices: NDArray[np.intp]
 def build(
     shared: Path, out: Path, progress: Progress | None = None, *, only: Sequence[str] = (), optimizer: modelopt.Optimizer | str = ""
 ) -> RunResult:
-    """Write the bundle into ``out``, replacing what is there; a build that was interrupted goes on where it was.
+    """Write the bundle into ``out``, replacing an earlier one; an interrupted build is resumed.
 
     Args:
         shared: directory with ``data`` and ``models``.
         out: the bundle's directory.
-        progress: where it is shown how far it is.
+        progress: shows the progress; standard error by default.
         only: names of the candidates to try (``quantize.recipes.variant_makers.all_makers``); all when empty.
         optimizer: the nvidia-modelopt whose variants are tried too, or why there is none.
 
@@ -172,12 +172,11 @@ def build(
 
 
 def need_vnni(makers: Sequence[Maker]) -> None:
-    """Raise QuantizeError where one of ``makers`` makes int8 and this processor has no VNNI: known before minutes of work."""
+    """Raise QuantizeError, before minutes of work, where one of ``makers`` makes int8 and this processor has no VNNI."""
     if not cpu_features.has_vnni() and any(maker.precision == "int8" for maker in makers):
         raise QuantizeError(
             "the int8 variant of the reference bundle cannot be gated and timed on this processor, which is no x86 processor with VNNI",
-            hint="build it where lscpu lists avx512_vnni or avx_vnni; --only fp16 builds a bundle without int8 on any processor",
-            code="processor.no_vnni",
+            code=Code.PROCESSOR_NO_VNNI,
         )
 
 
@@ -195,22 +194,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     modelopt.add_options(parser)
     parser.add_argument("--report", type=Path, help="directory for the report and its record; that of --out otherwise")
     options = parser.parse_args(argv)
-    try:
-        plots.require()
-        result = build(options.shared, options.out, only=options.only, optimizer=modelopt.find_from_options(options))
-        write_report(result, options.out if options.report is None else options.report / options.out.name)
-    except QuantizeError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except OSError as error:
-        return print_os_error(error)
+    return run_command(lambda: _build(options))
+
+
+def _build(options: argparse.Namespace) -> int:
+    plots.require()
+    result = build(options.shared, options.out, only=options.only, optimizer=modelopt.find_from_options(options))
+    write_report(result, options.out if options.report is None else options.report / options.out.name)
     point = result.manifest.operating_point(LABEL)
     print(f"threshold {point.threshold:.4f}")
     print(f"  sensitivity {point.sensitivity.value:.4f} ({point.sensitivity.low:.4f} to {point.sensitivity.high:.4f})")
     print(f"  specificity {point.specificity.value:.4f} ({point.specificity.low:.4f} to {point.specificity.high:.4f})")
     for case in result.manifest.golden:
         print(f"  {case.input}: {case.expected[LABEL]:.5f}")
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ComputedRadiographyImageStorage, ExplicitVRLittleEndian
 
-from quantize.errors import print_os_error
+from quantize.errors import DONE, run_command
 from quantize.reference import anatomy
 from quantize.reference.anatomy import Opacity
 
@@ -41,7 +41,7 @@ class Phantom:
     Attributes:
         rows: Height in pixels.
         cols: Width in pixels; a picture narrower than high is cut at the sides.
-        seed: Another seed gives other vessels, another grain and, with an opacity, another shape of it.
+        seed: Another seed gives other vessels, other noise and another shape of the opacity.
         view: PA, a lateral LL, or ``blank``: an exposure with nothing before the plate.
         opacity: A consolidation, or None for a normal chest.
     """
@@ -64,7 +64,7 @@ class Sample:
     age: str
 
 
-# The two Chinese names stand in the two ways in which devices write them: with a phonetic group and without.
+# Devices write Chinese names in two ways: with a phonetic group and without.
 SAMPLES: tuple[Sample, ...] = (
     Sample("01-normal.dcm", Phantom(seed=1), "Yanshi^Yi=演示^一", "DEMO-0001", "004Y"),
     Sample("02-opacity.dcm", Phantom(seed=2, opacity=Opacity()), "演示^二", "DEMO-0002", "045Y"),
@@ -145,7 +145,7 @@ def dataset(
 
 
 def write_samples(directory: Path, samples: Sequence[Sample] = SAMPLES) -> list[Path]:
-    """Write the sample set into ``directory``, made if need be, and return the files in the order of the set."""
+    """Write the sample set into ``directory``, created if absent, and return the files in the order of the set."""
     directory.mkdir(parents=True, exist_ok=True)
     written = []
     for sample in samples:
@@ -208,17 +208,16 @@ def _marker(rows: int, cols: int) -> NDArray[np.float32]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the sample set and say what is in it."""
+    """Write the sample set and print the paths of its files."""
     parser = argparse.ArgumentParser(prog="python -m quantize.reference.phantom", description=main.__doc__)
-    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="directory to write into; made if need be")
+    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="directory to write into; created if absent")
     options = parser.parse_args(argv)
-    try:
-        written = write_samples(options.out)
-    except OSError as error:
-        return print_os_error(error)
-    for path in written:
-        print(path)
-    return 0
+    return run_command(lambda: _print_paths(write_samples(options.out)))
+
+
+def _print_paths(paths: Sequence[Path]) -> int:
+    print(*paths, sep="\n")
+    return DONE
 
 
 if __name__ == "__main__":

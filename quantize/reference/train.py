@@ -1,4 +1,4 @@
-"""How the reference model was trained: kept to be read and repeated, on a machine with a GPU and PyTorch.
+"""Train the reference model, on a machine with a GPU and PyTorch; kept so that the training can be repeated.
 
 ``python -m quantize.reference.train --shared ../shared --out DIR`` writes ``cxr_pneumonia_fp32.onnx``. It takes about
 ten minutes on a data-centre GPU and is not run by the tests. Nothing is chosen by looking at the held-out patients:
@@ -43,7 +43,7 @@ class Recipe:
 
 
 def sampling_weights(pictures: TrainingSet, training: Flags, balance: float) -> NDArray[np.float64]:
-    """Return how often each training picture is drawn, so that no source and label drowns the others.
+    """Return how often each training picture is drawn, so that no source and label dominates.
 
     A group is the source up to its first bracket, with the label: mirrors of one collection count as one source.
     """
@@ -56,7 +56,7 @@ def sampling_weights(pictures: TrainingSet, training: Flags, balance: float) -> 
 def augment(x: torch.Tensor) -> torch.Tensor:
     """Return the pictures [n, 1, 224, 224] turned, scaled, moved, mirrored, re-exposed, blurred, noisy and masked.
 
-    The exposure varies most: a box meets films that were photographed and windows that were set by hand.
+    The exposure varies most: clinics send photographed films, and windows that a person has set.
     """
     x = _move(x)
     x = _expose(x)
@@ -111,7 +111,7 @@ def _mask(x: torch.Tensor) -> torch.Tensor:
 
 
 def average(mean: Network, network: Network, step: int, limit: float) -> None:
-    """Move the averaged weights towards the present ones; early steps weigh more, or the start would linger."""
+    """Move the averaged weights towards the present ones; early steps weigh more, or the initial weights would remain in the mean."""
     import torch
 
     decay = min(limit, (1 + step) / (10 + step))

@@ -29,7 +29,7 @@ class TrainingSet:
         offsets: Where each begins; one more than there are pictures.
         positive: Whether pneumonia is shown.
         source: Where each picture comes from.
-        patient: Whose it is.
+        patient: A pseudonym of the patient.
     """
 
     blob: bytes
@@ -43,14 +43,14 @@ class TrainingSet:
         """Read the set.
 
         Raises:
-            QuantizeError: The file is not there.
+            QuantizeError: the file does not exist.
         """
         if not path.is_file():
             raise QuantizeError(
                 f"the training pictures are not at {path}",
                 hint="point --shared to the directory that holds data/cxr_train_224.npz and models/cxr_pneumonia",
             )
-        # The texts may be stored as objects. The file comes with the project and is read by its makers only.
+        # The texts may be stored as objects. The file belongs to the project and only its developers read it.
         with np.load(path, allow_pickle=True) as arrays:
             return cls(
                 arrays["blob"].tobytes(),
@@ -81,7 +81,7 @@ class TrainingSet:
 def independent(directory: Path, score: Callable[[NDArray[np.uint8]], float]) -> Scored | None:
     """Score the frontal pictures of ``cxr_labels.csv``, whose patients took no part in training or validation.
 
-    Returns None where the pictures are not there. ``score`` takes one picture, uint8 [rows, columns].
+    Returns None where the pictures do not exist. ``score`` takes one picture, uint8 [rows, columns].
     """
     table = directory / "cxr_labels.csv"
     if not table.is_file():

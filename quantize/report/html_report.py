@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from numpy.typing import NDArray
 
 from model_sync import messages
 from quantize.errors import QuantizeError
-from quantize.messages import WORDS
+from quantize.messages import WORDS, Code
 from quantize.report import plots
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 _MIB: Final = 1 << 20
 Pair = tuple[str, str]
@@ -34,30 +34,26 @@ def load_record(path: Path) -> dict[str, Any]:
     """Read a record that ``quantize run`` wrote.
 
     Raises:
-        QuantizeError: ``report.record``: there is none, or it is none of this version.
+        QuantizeError: ``report.record``: the file cannot be read, or is no record of this version.
     """
-    hint = "quantize run writes it beside the bundle, as BUNDLE.report.json"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise QuantizeError(f"the record {path} cannot be read: {error.strerror}", hint=hint, code="report.record") from error
+        raise QuantizeError(f"the record {path} cannot be read: {error.strerror}", code=Code.REPORT_RECORD) from error
     except ValueError as error:
-        raise QuantizeError(f"{path} is no record of a run", hint=hint, code="report.record") from error
+        raise QuantizeError(f"{path} is no record of a run", code=Code.REPORT_RECORD) from error
     if not isinstance(value, dict) or value.get("schema") != 1 or "variants" not in value:
-        raise QuantizeError(f"{path} is no record of a run", hint=hint, code="report.record")
+        raise QuantizeError(f"{path} is no record of a run", code=Code.REPORT_RECORD)
     return value
 
 
 def render(record: dict[str, Any]) -> str:
     """Return the page."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
     environment = Environment(
         loader=PackageLoader("quantize.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     shipped = [entry for entry in record["variants"] if entry["refused"] is None]
-    drawings = {name: [(title, Markup(svg)) for title, svg in found] for name, found in _drawings(record, shipped).items()}  # noqa: S704
+    drawings = {name: [(title, Markup(svg)) for title, svg in pairs] for name, pairs in _drawings(record, shipped).items()}  # noqa: S704
     words = {code.removeprefix("page."): _pair(code) for code in WORDS}
     return environment.get_template("report.html").render(
         record=record, shipped=shipped, words=words, reason=_pair, drawings=drawings, summary=_summary(record, shipped), mib=_MIB,
@@ -66,7 +62,7 @@ def render(record: dict[str, Any]) -> str:
 
 
 def _pair(code: str) -> Pair:
-    """Return a code's text in Chinese and in English; a code of another version stands for itself."""
+    """Return a code's text in Chinese and in English; an unknown code of another version is shown as it is."""
     return (messages.text(code, "zh"), messages.text(code, "en")) if messages.is_known(code) else (code, code)
 
 
@@ -75,26 +71,26 @@ def _kind(entry: dict[str, Any]) -> str:
 
 
 def _drawings(record: dict[str, Any], shipped: Sequence[dict[str, Any]]) -> dict[str, list[tuple[str, str]]]:
-    found: dict[str, list[tuple[str, str]]] = {"roc": [], "scatter": [], "layers": [], "speed": []}
+    drawings: dict[str, list[tuple[str, str]]] = {"roc": [], "scatter": [], "layers": [], "speed": []}
     positive, reference = np.array(record["positive"], bool), np.array(record["reference"], np.float64)
     for number, label in enumerate(record["labels"]):
         scores = _scores(shipped, number)
         curves = [(name, score) for name, score in scores if not name.startswith("fp32 ")]
-        found["roc"].append((label["name"], plots.roc_curves(positive[:, number], reference[:, number], curves, f"roc{number}")))
+        drawings["roc"].append((label["name"], plots.roc_curves(positive[:, number], reference[:, number], curves, f"roc{number}")))
         if curves:
             drawn = plots.scatters(positive[:, number], reference[:, number], curves, record["thresholds"][number], f"scatter{number}")
-            found["scatter"].append((label["name"], drawn))
+            drawings["scatter"].append((label["name"], drawn))
     for entry in record["variants"]:
         if entry["layers"]:
-            found["layers"].append(
+            drawings["layers"].append(
                 (
                     entry["name"],
                     plots.layer_errors([(layer["name"], layer["error"]) for layer in entry["layers"]], f"layers-{entry['name']}"),
                 )
             )
     if bars := [(f"{row['name']}, {row['place']}", row["timed"]["median_ms"]) for row in _speed_rows(record)]:
-        found["speed"].append(("", plots.speeds(bars)))
-    return found
+        drawings["speed"].append(("", plots.speeds(bars)))
+    return drawings
 
 
 def _scores(shipped: Sequence[dict[str, Any]], label: int) -> list[tuple[str, NDArray[np.float64]]]:
@@ -135,12 +131,12 @@ def _summary(record: dict[str, Any], shipped: Sequence[dict[str, Any]]) -> list[
     """Return the summary: the most important results of the run."""
     sizes = ", ".join(f"{_kind(entry)} {entry['bytes'] / _MIB:.1f} MiB" for entry in shipped)
     tried, left = len(record["variants"]), len(record["variants"]) - len(shipped)
-    said = [(f"随包发布：{sizes}。共试 {tried} 种，{left} 种未采用。", f"Shipped: {sizes}. {tried} variants were tried, {left} left out.")]
+    lines = [(f"随包发布：{sizes}。共试 {tried} 种，{left} 种未采用。", f"Shipped: {sizes}. {tried} variants were tried, {left} left out.")]
     rows = [row for row in _speed_rows(record) if row["entry"]["refused"] is None]
     if rows and rows[-1]["ratio"] is not None:
         row = rows[-1]
         what, ms, ratio = f"{_kind(row['entry'])}, {row['place']}", row["timed"]["median_ms"], row["ratio"]
-        said.append(
+        lines.append(
             (
                 f"本机最快：{what}，每张 {ms:.2f} 毫秒，是 ONNX Runtime fp32 的 {ratio:.1f} 倍速。",
                 f"Fastest here: {what}, {ms:.2f} ms per picture, {ratio:.1f} times as fast as ONNX Runtime's fp32.",
@@ -154,7 +150,7 @@ def _summary(record: dict[str, Any], shipped: Sequence[dict[str, Any]]) -> list[
             record["limits"]["auc"],
             f"{_kind(worst['entry'])}, {worst['place']}",
         )
-        said.append(
+        lines.append(
             (
                 f"AUC 与浮点模型最多相差 {difference:.4f}（{where}），允许 {allowed:g}。",
                 f"The AUC differs from the float model's by at most {difference:.4f} ({where}); {allowed:g} is allowed.",
@@ -162,7 +158,7 @@ def _summary(record: dict[str, Any], shipped: Sequence[dict[str, Any]]) -> list[
         )
     if record["absent"]:
         names = ", ".join(sorted(record["absent"]))
-        said.append(
+        lines.append(
             (f"此处无法测试：{names}；由设备上的标准病例决定。", f"Not measured here: {names}; the golden cases decide on the box.")
         )
-    return said
+    return lines

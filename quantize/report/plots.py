@@ -1,6 +1,6 @@
 """The plots of the report, drawn by matplotlib and embedded in the page as SVG.
 
-Text in them is figures and names in ASCII, drawn by the browser; what is for people to read, in Chinese above all, stands in the HTML.
+Their text is figures and names in ASCII, drawn by the browser; sentences, Chinese ones above all, are in the HTML.
 """
 
 from __future__ import annotations
@@ -8,17 +8,16 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quantize.errors import QuantizeError
 from quantize.gate.roc_statistics import roc
+from quantize.messages import Code
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-# Told apart by people who do not see red and green alike (Okabe and Ito 2008).
+# Distinguishable for people who are blind to red or green (Okabe and Ito 2008).
 _COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _FLOAT: Final = "#222222"
 _GRID: Final = "#dddddd"
@@ -31,7 +30,7 @@ _STYLE: Final[dict[Any, Any]] = {
 
 
 def require() -> None:
-    """Make sure, before hours of work, that the report can be drawn at their end.
+    """Check, before hours of work, that the report can be drawn at their end.
 
     Raises:
         QuantizeError: ``report.matplotlib``: matplotlib is not installed.
@@ -39,33 +38,31 @@ def require() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise QuantizeError(
-            "matplotlib is not installed: the report could not be drawn", hint="pip install -e '.[quantize]'", code="report.matplotlib"
-        ) from error
+        raise QuantizeError("matplotlib is not installed: the report could not be drawn", code=Code.REPORT_MATPLOTLIB) from error
 
 
 def roc_curves(
     positive: NDArray[np.bool_], float_score: NDArray[np.float64], variants: Sequence[tuple[str, NDArray[np.float64]]], name: str
 ) -> str:
-    """Draw the ROC of the float model and of each variant, whole and magnified where they matter.
+    """Draw the ROC of the float model and of each variant, complete and with its upper left corner magnified.
 
     Args:
         positive: [n].
         float_score: [n].
         variants: name and scores [n].
-        name: of the drawing, no other's on the page.
+        name: of the drawing, unique on the page.
     """
     with _Figure(9.0, 4.2, name) as figure:
-        whole, near = figure.axes(1, 2)
-        for axis in (whole, near):
+        complete, magnified = figure.axes(1, 2)
+        for axis in (complete, magnified):
             for number, (variant, score) in enumerate(variants):
                 axis.plot(*roc(positive, score), color=_COLOURS[number % len(_COLOURS)], linewidth=1.4, label=variant)
             axis.plot(*roc(positive, float_score), color=_FLOAT, linewidth=1.2, linestyle=(0, (4, 2)), label="fp32")
             axis.set_xlabel("1 - specificity")
-        whole.set_ylabel("sensitivity")
-        near.set_xlim(0, 0.3)
-        near.set_ylim(0.7, 1.002)
-        near.legend(loc="lower right", frameon=False)
+        complete.set_ylabel("sensitivity")
+        magnified.set_xlim(0, 0.3)
+        magnified.set_ylim(0.7, 1.002)
+        magnified.legend(loc="lower right", frameon=False)
         return figure.svg()
 
 
@@ -76,7 +73,7 @@ def scatters(
     threshold: float,
     name: str,
 ) -> str:
-    """Draw each variant's scores against the float model's; what is off the diagonal has changed, what changed quadrant is counted."""
+    """Draw each variant's scores against the float model's: off the diagonal a score has changed."""
     chosen = variants[:_MAX_PANELS]
     columns = min(3, len(chosen))
     rows = -(-len(chosen) // columns)
@@ -101,25 +98,16 @@ def layer_errors(layers: Sequence[tuple[str, float]], name: str) -> str:
     """Draw what each layer costs by itself, the costliest first."""
     chosen = sorted(layers, key=lambda layer: -layer[1])[:_MAX_LAYERS]
     with _Figure(9.0, 0.8 + 0.22 * len(chosen), name) as figure:
-        (axis,) = figure.axes(1, 1)
-        axis.barh(range(len(chosen)), [error for _, error in chosen], color=_COLOURS[0], height=0.7)
-        axis.set_yticks(range(len(chosen)), [_short(layer) for layer, _ in chosen])
-        axis.invert_yaxis()
-        axis.set_xlabel("change of the outputs with this layer alone in int8 (rms, relative to their spread)")
-        axis.grid(axis="y", visible=False)
+        label = "change of the outputs with this layer alone in int8 (rms, relative to their spread)"
+        figure.bars([(_short(layer), error) for layer, error in chosen], _COLOURS[0], label)
         return figure.svg()
 
 
 def speeds(rows: Sequence[tuple[str, float]]) -> str:
     """Draw median milliseconds per variant and runtime."""
     with _Figure(9.0, 0.8 + 0.26 * len(rows), "speed") as figure:
-        (axis,) = figure.axes(1, 1)
-        bars = axis.barh(range(len(rows)), [ms for _, ms in rows], color=_COLOURS[2], height=0.7)
+        axis, bars = figure.bars(rows, _COLOURS[2], "ms per picture (median)")
         axis.bar_label(bars, fmt="%.2f", padding=3)
-        axis.set_yticks(range(len(rows)), [name for name, _ in rows])
-        axis.invert_yaxis()
-        axis.set_xlabel("ms per picture (median)")
-        axis.grid(axis="y", visible=False)
         return figure.svg()
 
 
@@ -128,7 +116,7 @@ def _short(name: str) -> str:
 
 
 class _Figure:
-    """One drawing, without the state that matplotlib keeps for a screen."""
+    """One drawing, without the global state of ``pyplot``."""
 
     def __init__(self, width: float, height: float, name: str) -> None:
         require()
@@ -152,13 +140,23 @@ class _Figure:
         """The panels, row by row."""
         return list(np.ravel(self._figure.subplots(rows, columns, squeeze=False)))
 
+    def bars(self, rows: Sequence[tuple[str, float]], colour: str, label: str) -> tuple[Any, Any]:
+        """Draw one horizontal bar per name and value, the first on top; returns the panel and the bars."""
+        (axis,) = self.axes(1, 1)
+        bars = axis.barh(range(len(rows)), [value for _, value in rows], color=colour, height=0.7)
+        axis.set_yticks(range(len(rows)), [name for name, _ in rows])
+        axis.invert_yaxis()
+        axis.set_xlabel(label)
+        axis.grid(axis="y", visible=False)
+        return axis, bars
+
     def svg(self) -> str:
-        """The drawing, to stand in a page: no prologue, no reference to anything outside, identifiers of its own."""
+        """Return the drawing for embedding in a page: no prologue, no external reference, identifiers of its own."""
         buffer = io.StringIO()
         self._figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
         text = buffer.getvalue()
         text = text[text.index("<svg") :]
         text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-        # figure_1, axes_1 and their like are the same in every drawing.
+        # Identifiers such as figure_1 and axes_1 are the same in every drawing.
         text = re.sub(r'\bid="', f'id="{self._name}-', text)
         return re.sub(r'(xlink:href="#|url\(#)', rf"\1{self._name}-", text)

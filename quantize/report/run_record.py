@@ -9,15 +9,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-if TYPE_CHECKING:
-    from model_sync.bundle import Manifest
-    from quantize.bundle.assembly import OperatingPoints
-    from quantize.gate.gate_runs import GateContext
-    from quantize.gate.image_sets import ImageSet
-    from quantize.gate.predictions import RuntimeTarget
-    from quantize.gate.selection import VariantResult
+from model_sync.bundle import Manifest
+from quantize.bundle.assembly import OperatingPoints
+from quantize.gate.gate_runs import GateContext
+from quantize.gate.image_sets import ImageSet
+from quantize.gate.predictions import RuntimeTarget
+from quantize.gate.selection import VariantResult
 
 _LIBRARIES: Final = ("numpy", "onnx", "onnxruntime", "openvino", "tensorrt", "tritonclient")
 _DIGITS: Final = 4
@@ -86,7 +85,7 @@ def _set(images: ImageSet) -> dict[str, Any]:
 
 
 def _place(target: RuntimeTarget) -> dict[str, str]:
-    return {"title": target.title, "runtime": target.runtime, "provider": target.provider, "version": target.version}
+    return {"title": target.title, **asdict(target)}
 
 
 def _variant(entry: VariantResult, context: GateContext) -> dict[str, Any]:
@@ -98,7 +97,7 @@ def _variant(entry: VariantResult, context: GateContext) -> dict[str, Any]:
         "bytes": entry.path.stat().st_size if entry.path is not None else None,
         "refused": None if entry.refused is None else asdict(entry.refused),
         "not_on": entry.not_on,
-        "layers": [asdict(layer) for layer in entry.layers],
+        "layers": [{"name": cost.layer, "op_type": cost.op_type, "error": cost.cost} for cost in entry.layers],
         "places": {target.title: _on(entry, target, context) for target in entry.verdicts},
     }
 

@@ -38,7 +38,7 @@ def cut_line(directory: Path) -> dict[str, Any]:
     with BadServer({"/targets/big": whole}) as server:
         server.always("/targets/big", Reply(cut_after=_CUT_BYTES))
         started = time.perf_counter()
-        fetcher = Fetcher(settings, directory / "parts", urls=[server.url])
+        fetcher = Fetcher(settings.model_copy(update={"urls": [server.url]}), directory / "parts")
         with fetcher.download_file("library:targets/big", len(whole)) as stream:
             assert stream.read() == whole
         seconds = time.perf_counter() - started

@@ -50,7 +50,7 @@ _FLAGS: Final = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "a
 
 @dataclass(frozen=True)
 class Variant:
-    """A file that the tuner tries; see ``appliance.tuning.tuner.VariantFile``."""
+    """A file that the tuner tries; the fields of ``model_sync.bundle.Variant`` that tuning uses."""
 
     precision: str
     file: str

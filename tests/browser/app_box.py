@@ -15,10 +15,6 @@ from appliance.store.store import Store
 from tests.support.activated import activate
 from tests.support.web_box import PASSWORD, Box, wait_for
 
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-    "--disable-sync", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader",
-]  # fmt: skip
 READY = "#viewer[data-state=ready]"
 
 

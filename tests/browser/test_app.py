@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, Playwright, expect
+from playwright.sync_api import Browser, Page, expect
 
 from appliance.core.domain import Source
 from appliance.ingest.ingest import Ingest
 from quantize.reference.phantom import write_samples
-from tests.browser.app_box import FLAGS, READY, Clinician, RunningBox
+from tests.browser.app_box import READY, Clinician, RunningBox
 from tests.conftest import SHARED
-from tests.integration.appliance.inference.test_worker import chest
 from tests.support.scans import scan_bytes
 from tests.support.web_box import PASSWORD
+from tests.support.worker_box import chest
 
 pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("built_viewer")]
 
@@ -29,13 +29,6 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningBox]:
     running = RunningBox(tmp_path_factory.mktemp("app") / "box")
     yield running
     running.stop()
-
-
-@pytest.fixture(scope="module")
-def browser(playwright_driver: Playwright, chromium: str) -> Iterator[Browser]:
-    launched = playwright_driver.chromium.launch(executable_path=chromium, args=FLAGS)
-    yield launched
-    launched.close()
 
 
 @pytest.fixture

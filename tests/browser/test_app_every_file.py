@@ -8,18 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Playwright, expect
+from playwright.sync_api import Browser, expect
 
-from tests.browser.app_box import FLAGS, Clinician, RunningBox
+from tests.browser.app_box import Clinician, RunningBox
 
 pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("built_viewer")]
-
-
-@pytest.fixture(scope="module")
-def browser(playwright_driver: Playwright, chromium: str) -> Iterator[Browser]:
-    launched = playwright_driver.chromium.launch(executable_path=chromium, args=FLAGS)
-    yield launched
-    launched.close()
 
 
 @pytest.fixture

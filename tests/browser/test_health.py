@@ -6,22 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Playwright, expect
+from playwright.sync_api import Browser, expect
 
 from appliance.core.settings import Settings
 from appliance.model_queries import OPEN
-from tests.browser.app_box import FLAGS, Clinician, Pages
+from tests.browser.app_box import Clinician, Pages
 from tests.support.model_journal import journal, tell
 from tests.support.web_box import Box, in_process
 
 pytestmark = [pytest.mark.browser]
-
-
-@pytest.fixture(scope="module")
-def browser(playwright_driver: Playwright, chromium: str) -> Iterator[Browser]:
-    launched = playwright_driver.chromium.launch(executable_path=chromium, args=FLAGS)
-    yield launched
-    launched.close()
 
 
 @pytest.fixture
@@ -45,7 +38,7 @@ def test_a_version_is_followed_from_its_arrival_to_the_trial_without_a_reload(bo
             tx.execute("UPDATE activations SET state = ?, progress = 0.5, trial = '{\"cases\": 20}' WHERE id = ?", (state, entry))
         expect(page.locator(f".coming[data-state={state}]")).to_be_visible(timeout=15_000)
         expect(page.locator(".steps [aria-current=step]")).to_have_count(1)
-    expect(page.locator(".trial")).to_contain_text("Cases read20")
+    expect(page.locator(".trial")).to_contain_text("Cases analysed20")
     tell(box, state="untrusted", code="trust.signature")
     expect(page.locator("[data-library=untrusted]")).to_be_visible(timeout=15_000)
     expect(page.locator("[data-library=untrusted]")).to_contain_text("A signature of the library is not valid")

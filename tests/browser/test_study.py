@@ -5,23 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page, Playwright, expect
+from playwright.sync_api import Browser, Page, expect
 
 from appliance.core.domain import JobResult, Note, ScanState
 from appliance.core.settings import Settings
-from tests.browser.app_box import FLAGS, READY, Clinician, Pages
-from tests.integration.appliance.inference.test_worker import chest
+from tests.browser.app_box import READY, Clinician, Pages
 from tests.support.scans import scan_bytes
 from tests.support.web_box import Box, in_process, result
+from tests.support.worker_box import chest
 
 pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("built_viewer")]
-
-
-@pytest.fixture(scope="module")
-def browser(playwright_driver: Playwright, chromium: str) -> Iterator[Browser]:
-    launched = playwright_driver.chromium.launch(executable_path=chromium, args=FLAGS)
-    yield launched
-    launched.close()
 
 
 @pytest.fixture

@@ -8,21 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Playwright, expect
+from playwright.sync_api import Browser, expect
 
 from appliance.core.settings import Settings
-from tests.browser.app_box import FLAGS, Clinician, Pages
+from tests.browser.app_box import Clinician, Pages
 from tests.support.scans import scan_bytes
 from tests.support.web_box import Box, in_process
 
 pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("built_viewer")]
-
-
-@pytest.fixture(scope="module")
-def browser(playwright_driver: Playwright, chromium: str) -> Iterator[Browser]:
-    launched = playwright_driver.chromium.launch(executable_path=chromium, args=FLAGS)
-    yield launched
-    launched.close()
 
 
 @pytest.fixture

@@ -5,25 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Playwright, expect
+from playwright.sync_api import Browser, expect
 
 from appliance.core.settings import Settings
-from tests.browser.app_box import FLAGS, READY, Clinician, Pages
+from tests.browser.app_box import READY, Clinician, Pages
 from tests.support.scans import scan_bytes
 from tests.support.web_box import Box, in_process, result
 
 pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("built_viewer")]
 WORDS = {
     "zh": ("优先分析", "加急", "该检查将优先分析", "没有等待分析的影像"),
-    "en": ("Read first", "Urgent", "will be read first", "nothing of this study waits any more"),
+    "en": ("Analyse first", "Urgent", "will be analysed first", "nothing of this study waits any more"),
 }
-
-
-@pytest.fixture(scope="module")
-def browser(playwright_driver: Playwright, chromium: str) -> Iterator[Browser]:
-    launched = playwright_driver.chromium.launch(executable_path=chromium, args=FLAGS)
-    yield launched
-    launched.close()
 
 
 @pytest.fixture

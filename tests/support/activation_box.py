@@ -24,7 +24,6 @@ from appliance.lifecycle import model_files
 from appliance.lifecycle.activation import Activator
 from appliance.lifecycle.journal import ActivationRequest, Journal
 from appliance.lifecycle.journal_queries import reason_code
-from appliance.lifecycle.model_control import VerifiedModel
 from appliance.store.store import Store
 from model_sync.agent.report import BoxReport
 from tests.support.activated import activate
@@ -225,9 +224,7 @@ class Box:
     def activator(self, **options: Any) -> Activator:
         """The state machine in this process, for a test that steps it."""
         data_dir = self.store.settings.data_dir
-        return Activator(
-            self.store, lambda digest, _plan: VerifiedModel(model_files.load_copy(data_dir, digest).manifest, digest), **options
-        )
+        return Activator(self.store, lambda digest, _plan: model_files.load_copy(data_dir, digest), **options)
 
     def step_until(self, activator: Activator, reached: Callable[[], object], timeout_s: float = 60.0) -> None:
         """Step the machine until something is true."""

@@ -21,7 +21,9 @@ import numpy as np
 from securesystemslib.signer import CryptoSigner
 
 from appliance.lifecycle.model_control import reference_bundle
-from model_sync.library.library import Library, RoleState
+from model_sync.library import publish, rollouts
+from model_sync.library.library import Library
+from model_sync.library.roles import RoleState
 from model_sync.trust.documents import FailureBudget
 
 _CAM = 7
@@ -45,7 +47,7 @@ class Site:
         line = json.loads((bundle / "manifest.json").read_text("utf-8"))["name"]
         if line not in self.library.lines():
             self.add_line(line)
-        return self.library.publish(bundle, deltas=deltas, minimum_version=minimum_version)
+        return publish.publish(self.library, bundle, deltas=deltas, minimum_version=minimum_version)
 
     def add_line(self, line: str) -> RoleState:
         """Add a line with two keys of its own."""
@@ -64,11 +66,11 @@ class Site:
         paused: bool = False,
     ) -> RoleState:
         """Let a ring take a version."""
-        return self.library.rollout(ring, line, version, percent, start, duration_h, failure_budget, paused)
+        return rollouts.rollout(self.library, ring, line, version, percent, start, duration_h, failure_budget, paused)
 
     def withdraw(self, line: str, version: str, reason: str = "reads too many healthy children as ill") -> RoleState:
         """Withdraw a version."""
-        return self.library.withdraw(line, version, reason)
+        return publish.withdraw(self.library, line, version, reason)
 
     def sign_all(self) -> list[str]:
         """Give every waiting role the signatures of all its holders; returns the roles that still wait."""

@@ -1,7 +1,8 @@
-"""Processes that come and go while a test looks at them."""
+"""Processes that start and end during a test."""
 
 import os
 import time
+from typing import Any
 
 import psutil
 
@@ -33,3 +34,12 @@ def has_ended(pid: int, within_s: float = 10.0) -> bool:
     except psutil.NoSuchProcess:
         return True
     return True
+
+
+def wait_for(what: Any, timeout_s: float = 90.0) -> Any:
+    """Poll until ``what()`` is true; what it returned."""
+    limit = time.monotonic() + timeout_s
+    while not (got := what()):
+        assert time.monotonic() < limit, "waited in vain"
+        time.sleep(0.05)
+    return got

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from io import BytesIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, generate_uid
+
+if TYPE_CHECKING:
+    from appliance.imaging.preprocessing import Geometry
 
 
 def dataset(**changes: Any) -> FileDataset:
@@ -33,7 +36,7 @@ def dataset(**changes: Any) -> FileDataset:
     return made
 
 
-def encode(made: FileDataset) -> bytes:
+def encode(made: Dataset) -> bytes:
     """The dataset as a PS3.10 file."""
     buffer = BytesIO()
     made.save_as(buffer, enforce_file_format=True)
@@ -43,3 +46,8 @@ def encode(made: FileDataset) -> bytes:
 def scan_bytes(**changes: Any) -> bytes:
     """A file of ``dataset(**changes)``."""
     return encode(dataset(**changes))
+
+
+def to_image(geometry: Geometry, x: float, y: float) -> tuple[float, float]:
+    """Map a point of a model's input to the image; a point of the padding lies outside the image."""
+    return (x - geometry.pad_x) / geometry.scale_x, (y - geometry.pad_y) / geometry.scale_y

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from appliance.core.settings import Settings
 from tests.support.activation_box import change_manifest
 
 
@@ -127,12 +131,18 @@ def brief(rows: list[dict[str, Any]]) -> dict[tuple[str, str, int, int], tuple[s
     }
 
 
+def command(settings: Settings, *arguments: str, language: str = "C.UTF-8") -> subprocess.CompletedProcess[str]:
+    """``appliance tune ...`` on a box."""
+    line = [sys.executable, "-m", "appliance", "tune", *arguments, "--data-dir", str(settings.data_dir)]
+    return subprocess.run(line, capture_output=True, text=True, check=False, env=os.environ | {"LC_ALL": language}, timeout=200)
+
+
 # -- networks of their own, without a bundle -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A file as ``appliance.tuning.subject.VariantFile`` has it."""
+    """The fields of ``model_sync.bundle.Variant`` that tuning uses."""
 
     precision: str
     file: str
@@ -211,7 +221,7 @@ def same_to_all(graph: Any) -> None:
 def subject(directory: Path, files: Sequence[str], *, values: Sequence[float] = (0.3, 0.7), batches: Sequence[int] = ()) -> Any:
     """These files of a directory, ``<precision>.onnx`` or ``<precision>-<anything>.onnx``, with golden cases that answer these values."""
     from appliance.imaging.golden_cases import Case
-    from appliance.tuning.subject import Subject
+    from appliance.tuning.measurement import Subject
 
     def case(value: float) -> Case:
         tensor = np.full((1, 4), value, np.float32)

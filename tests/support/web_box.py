@@ -101,13 +101,12 @@ class Box:
         shipped = json.loads((ROOT / "appliance" / "bundles" / "cxr-pneumonia" / "manifest.json").read_text("utf-8"))
         raw = json.dumps(shipped | {"version": "0.1.0"}, ensure_ascii=False).encode()
         manifest = Manifest.parse(raw)
-        self.store.switch_model(
-            {
-                "digest": "ab" * 32, "name": manifest.name, "version": manifest.version, "directory": "models/x",
-                "manifest": raw.decode(), "precision": "fp32", "runtime": "onnxruntime 1.0", "self_test": "{}",
-            },
-            "test",
-        )  # fmt: skip
+        values = {
+            "digest": "ab" * 32, "name": manifest.name, "version": manifest.version, "directory": "models/x",
+            "manifest": raw.decode(), "precision": "fp32", "runtime": "onnxruntime 1.0", "self_test": "{}",
+        }  # fmt: skip
+        with self.store.database.transaction() as tx:
+            self.store.switch_within(tx, values, "test")
         return manifest
 
     def work(self, result: JobResult | Callable[[], JobResult]) -> None:

@@ -10,13 +10,15 @@ from string import Formatter
 import pytest
 from babel.messages.pofile import read_po
 
-import quantize  # noqa: F401  (registers its codes)
 from model_sync import messages, messages_central
+from quantize.messages import WORDS, Code
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("appliance", "model_sync", "quantize")
 CODE = re.compile(r"[a-z_]+\.[a-z_]+")
-RAISING = re.compile(r"(Error|Reason|Note|Unreachable|Failure|Trouble|Refused|TrustError)$")
+# What carries a code as its first argument: errors, reasons, and the functions of the pages that show one.
+RAISING = re.compile(r"(Error|Reason|Note|Unreachable|Failure|Trouble|Refused|TrustError|reason_text|reason_hint|sync_text)$")
+REPORT = ROOT / "quantize" / "report" / "templates" / "report.html"
 
 
 def calls() -> list[ast.Call]:
@@ -35,6 +37,17 @@ def raised() -> set[str]:
     return {code for code in found if CODE.fullmatch(code)}
 
 
+def spoken_inline() -> set[str]:
+    """English texts that the commands of the box give to ``say``."""
+    said = [call.args[0] for call in calls() if isinstance(call.func, ast.Name) and call.func.id == "say"]
+    return {str(item.value) for item in said if isinstance(item, ast.Constant)}
+
+
+def sources(package: str) -> list[Path]:
+    """The Python sources of a package, without its registry."""
+    return [path for path in (ROOT / package).rglob("*.py") if path.name != "messages.py" and "node_modules" not in path.parts]
+
+
 def placeholders(text: str) -> set[str]:
     return {name for _, name, _, _ in Formatter().parse(text) if name}
 
@@ -42,6 +55,24 @@ def placeholders(text: str) -> set[str]:
 def test_every_raised_code_has_its_message() -> None:
     assert len(raised()) > 150
     assert raised() - messages.codes() == set()
+
+
+def test_every_code_of_quantize_is_raised_by_its_name() -> None:
+    trees = [ast.parse(path.read_text("utf-8")) for path in sources("quantize")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    named = {
+        node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "Code"
+    }
+    assert named == {code.name for code in Code}
+    literals = {node.value for node in nodes if isinstance(node, ast.Constant)}
+    assert {code.value for code in Code} & literals == set()
+
+
+def test_every_word_of_the_report_is_used_and_every_used_word_exists() -> None:
+    template = REPORT.read_text("utf-8")
+    used = set(re.findall(r"\bt\(\"([a-z_]+)\"|words\.([a-z_]+)|else \"([a-z_]+)\"\)", template))
+    used = {word for match in used for word in match if word} | {"calibration", "evaluation"}  # the sets, in a loop
+    assert {f"page.{word}" for word in used} == set(WORDS)
 
 
 @pytest.mark.parametrize("code", sorted(messages.codes()))
@@ -64,6 +95,7 @@ def test_the_catalogue_has_what_is_said_and_nothing_else(package: str) -> None:
     assert [entry.id for entry in catalogue if entry.id and (entry.fuzzy or not entry.string)] == []
     found = [messages.find(code) for code in messages.codes(package)]
     said = {text for message in found for text in (message.text, message.hint, *message.hints.values()) if text}
+    said |= spoken_inline() if package == "appliance" else set()
     assert {str(entry.id) for entry in catalogue if entry.id} == said
 
 

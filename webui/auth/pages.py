@@ -8,7 +8,7 @@ from typing import Final
 from flask import Blueprint, Flask, abort, flash, g, make_response, redirect, render_template, request, session, url_for
 from flask.typing import ResponseReturnValue
 from flask_babel import gettext
-from flask_login import LoginManager, current_user, login_user, logout_user
+from flask_login import LoginManager, UserMixin, current_user, login_user, logout_user
 
 from appliance.core.errors import StoreError
 from appliance.store.accounts import Account
@@ -27,12 +27,8 @@ _PASSWORD_CHECKS: Final = threading.BoundedSemaphore(2)
 _WAIT_S: Final = 5.0
 
 
-class SessionUser:
-    """The account behind a request, as Flask-Login needs it; its id is the session's token, which the server can revoke."""
-
-    is_authenticated = True
-    is_active = True
-    is_anonymous = False
+class SessionUser(UserMixin):  # type: ignore[misc]  # flask_login has no types
+    """The account behind a request; its id for Flask-Login is the session's token, which the server can revoke."""
 
     def __init__(self, account: Account, token: str) -> None:
         self.account = account

@@ -1,7 +1,7 @@
 """The link to the model library, as the sync agent last reported it in ``sync-status.json`` of the exchange directory.
 
 The agent runs as another user: its file may be missing, old, incomplete or invalid, and the status page must work all the same.
-"Unreachable" and "untrusted" are never mixed: the first needs patience, the second a person at once.
+"Unreachable" and "untrusted" are never mixed: in the first case one waits, in the second a person must act at once.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any, Final
 from flask_babel import gettext
 
 from webui.formatting import format_count, format_size, format_time
-from webui.messages import LIBRARY, StateWords, sync_text
-from webui.view_models import DASH
+from webui.messages import LIBRARY, sync_text
+from webui.view_models import DASH, View, join_nonempty
 
 FILE_NAME: Final = "sync-status.json"
 STATES: Final = ("ok", "unreachable", "untrusted", "waiting", "downloading", "error")
@@ -42,7 +42,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Offer:
-    """The version that the library has for a model line, the agent's decision about it (a code), and when its turn comes, if known."""
+    """The version that the library has for a model line, the agent's decision about it (a code), and when it is due, if known."""
 
     version: str
     decision: str
@@ -54,7 +54,7 @@ class LibraryLink:
     """The state of the link; times are ISO 8601 in UTC, empty when unknown.
 
     ``clock`` is ``behind``, ``ahead`` or empty, with ``clock_minutes``: the box's clock compared with the library's, or with the latest
-    time that is known to be past (``floor``).
+    time that is known to have passed (``floor``).
     """
 
     state: str
@@ -73,56 +73,36 @@ class LibraryLink:
     clock_minutes: int = 0
 
 
-@dataclass(frozen=True)
-class LibraryCard:
-    """The link to the model library, ready to print; ``alarm`` asks for a person at once.
+def library_card(link: LibraryLink) -> View:
+    """The link as the status page shows it.
 
-    Attributes:
-        reason: why it is in this state; ``report``: the agent's own English sentence, where there are no words for its code.
-        warnings: the report is old, or the clock of the box is wrong.
-        times: last success and last attempt; None before the first report.
+    ``reason`` is why it is in this state; ``report``: the agent's own English sentence, where this version has no text for its code;
+    ``warnings``: the report is old, or the clock of the box is wrong; ``times``: last success and last attempt, None before the first
+    report.
     """
-
-    state: str
-    words: StateWords
-    meaning: str
-    since: str
-    code: str
-    reason: str
-    report: str
-    progress: Progress | None
-    progress_text: str
-    warnings: tuple[str, ...]
-    times: tuple[str, str] | None
-    received: str
-
-    @classmethod
-    def of(cls, link: LibraryLink) -> LibraryCard:
-        """The card of a link."""
-        words, meaning = LIBRARY[link.state]
-        has_reason = bool(link.code) and link.state not in ("ok", "downloading")
-        progress = link.progress
-        return cls(
-            state=link.state,
-            words=words,
-            meaning=meaning,
-            since=gettext("since %(when)s", when=format_time(link.since)) if link.since and link.state != "ok" else "",
-            code=link.code if has_reason else "",
-            reason=sync_text(link.code),
-            report=" ".join(filter(None, (link.message, link.hint))),
-            progress=progress,
-            progress_text=f"{format_size(progress.done)} / {format_size(progress.total)}" if progress else "",
-            warnings=tuple(_warnings(link)),
-            times=_report_times(link) if link.at else None,
-            received=format_size(link.received_bytes),
-        )
+    words, meaning = LIBRARY[link.state]
+    progress = link.progress
+    return {
+        "state": link.state,
+        "words": words,
+        "meaning": meaning,
+        "since": gettext("since %(when)s", when=format_time(link.since)) if link.since and link.state != "ok" else "",
+        "code": link.code if link.state not in ("ok", "downloading") else "",
+        "reason": sync_text(link.code),
+        "report": join_nonempty((link.message, link.hint)),
+        "progress": progress,
+        "progress_text": f"{format_size(progress.done)} / {format_size(progress.total)}" if progress else "",
+        "warnings": list(_warnings(link)),
+        "times": _report_times(link) if link.at else None,
+        "received": format_size(link.received_bytes),
+    }
 
 
 def _warnings(link: LibraryLink) -> Iterator[str]:
     minutes = format_count(link.clock_minutes)
     if link.is_stale:
         when = format_time(link.at)
-        yield gettext("This is old news: the sync agent last reported %(when)s. Check that the service model-sync runs.", when=when)
+        yield gettext("This report is old: the sync agent last reported %(when)s. Check that the service model-sync runs.", when=when)
     if link.clock == "behind":
         yield gettext("The clock of the box is behind by %(minutes)s minutes. Set it right: signatures carry dates.", minutes=minutes)
     elif link.clock == "ahead":

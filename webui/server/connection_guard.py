@@ -29,7 +29,7 @@ from gunicorn.http import get_parser
 from gunicorn.http.errors import ParseException
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
-from appliance.login_throttle import machine_of
+from model_sync.login_throttle import machine_of
 
 # From the accepted connection, or the previous answer, to the last byte of head and small body; no browser needs longer.
 HEAD_S: Final = 15.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 from flask import Flask, request, url_for
 from flask_babel import gettext
@@ -12,42 +12,23 @@ from webui.formatting import html_lang
 from webui.server.security import PATIENT_ROLES
 
 
-@dataclass(frozen=True)
-class MenuItem:
-    """One entry of the main menu."""
-
-    word: str
-    url: str
-    is_current: bool
-
-
-@dataclass(frozen=True)
-class PageFrame:
-    """The frame of a page; ``username`` is empty before the login, ``address`` is where to return after a change of language."""
-
-    html_lang: str
-    menu: tuple[MenuItem, ...]
-    username: str
-    address: str
-
-    @classmethod
-    def current(cls) -> PageFrame:
-        """The frame of the page that answers this request."""
-        account = current_user.account if current_user.is_authenticated else None
-        return cls(
-            html_lang=html_lang(),
-            menu=_menu(account.role) if account and not account.must_change else (),
-            username=account.username if account else "",
-            address=request.full_path.rstrip("?") if request.method == "GET" else url_for("worklist.show"),
-        )
-
-
 def init_app(app: Flask) -> None:
     """Give every template its frame as ``page``."""
-    app.context_processor(lambda: {"page": PageFrame.current()})
+    app.context_processor(lambda: {"page": _frame()})
 
 
-def _menu(role: str) -> tuple[MenuItem, ...]:
+def _frame() -> dict[str, Any]:
+    """``username`` is empty before the login; ``address`` is where to return after a change of language."""
+    account = current_user.account if current_user.is_authenticated else None
+    return {
+        "html_lang": html_lang(),
+        "menu": _menu(account.role) if account and not account.must_change else [],
+        "username": account.username if account else "",
+        "address": request.full_path.rstrip("?") if request.method == "GET" else url_for("worklist.show"),
+    }
+
+
+def _menu(role: str) -> list[dict[str, Any]]:
     entries: list[tuple[str, str, tuple[str, ...]]] = [("admin.health", gettext("Status"), ("admin.health",))]
     if role in PATIENT_ROLES:
         entries = [
@@ -56,4 +37,4 @@ def _menu(role: str) -> tuple[MenuItem, ...]:
             ("admin.rejected", gettext("Refused files"), ("admin.rejected",)),
             *entries,
         ]
-    return tuple(MenuItem(word, url_for(endpoint), request.endpoint in current) for endpoint, word, current in entries)
+    return [{"word": word, "url": url_for(name), "is_current": request.endpoint in current} for name, word, current in entries]

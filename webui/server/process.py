@@ -10,7 +10,6 @@ import argparse
 import json
 import logging
 import os
-import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -22,7 +21,7 @@ from gunicorn.app.base import BaseApplication
 from appliance.core.errors import ApplianceError
 from appliance.core.process import die_with_parent, start_logging
 from appliance.core.settings import Settings
-from model_sync.network import is_loopback
+from model_sync.web_server import ErrorOnlyLogger, is_loopback, tls_context_factory
 from webui.server import connection_guard
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
             "keepalive": _KEEP_ALIVE_S,
             "graceful_timeout": _STOP_S,
             "worker_tmp_dir": _heartbeat_directory(settings),
-            "logger_class": "webui.server.process.QuietLogger",
+            "logger_class": ErrorOnlyLogger,
             "proc_name": "clinic-box-web",
             "forwarded_allow_ips": "",
             "when_ready": _announce(settings),
@@ -76,7 +75,7 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
             "control_socket_disable": True,
         }
         if settings.tls_certificate:
-            values |= {"certfile": str(settings.tls_certificate), "keyfile": str(settings.tls_key), "ssl_context": _tls_of()}
+            values |= {"certfile": str(settings.tls_certificate), "keyfile": str(settings.tls_key), "ssl_context": tls_context_factory()}
         for name, value in values.items():
             if name in self.cfg.settings:  # versions of gunicorn differ in the newest ones
                 self.cfg.set(name, value)
@@ -87,29 +86,6 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
         app = self._create_app(self._settings)
         self.box = app.extensions["box"]
         return _with_socket_timeout(app.wsgi_app)
-
-
-class QuietLogger:
-    """Sends gunicorn's errors to the box's JSON log. Requests are not logged, so that no address or name gets into it."""
-
-    def __init__(self, cfg: object) -> None:
-        del cfg
-        self.error_log = logging.getLogger("gunicorn.error")
-        self.error_log.setLevel(logging.WARNING)
-        self.access_log = logging.getLogger("gunicorn.access")
-
-    def __getattr__(self, name: str) -> Any:
-        """Delegate ``debug`` to ``critical``, ``exception`` and ``log`` to the standard logger."""
-        return getattr(self.error_log, name)
-
-    def access(self, *_: object) -> None:
-        """Log no request."""
-
-    def reopen_files(self) -> None:
-        """Nothing to reopen: the log is standard error."""
-
-    def close_on_exec(self) -> None:
-        """Nothing to close."""
 
 
 def check(settings: Settings) -> None:
@@ -166,20 +142,6 @@ def _stop_box(_arbiter: Any, worker: Any) -> None:
     box: BoxContext | None = getattr(worker.app, "box", None)
     if box is not None:
         box.stop()
-
-
-def _tls_of() -> Callable[[Any, Callable[[], ssl.SSLContext]], ssl.SSLContext]:
-    """TLS 1.2 or newer (R14); one context for all connections, so that sessions resume."""
-    contexts: list[ssl.SSLContext] = []
-
-    def context(_config: Any, default: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
-        if not contexts:
-            new = default()
-            new.minimum_version = ssl.TLSVersion.TLSv1_2
-            contexts.append(new)
-        return contexts[0]
-
-    return context
 
 
 def _with_socket_timeout(app: WsgiApp) -> WsgiApp:

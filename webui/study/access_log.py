@@ -38,7 +38,7 @@ class RecentVisits:
 
 
 def init_app(app: Flask) -> None:
-    """Make the visits of an application."""
+    """Start to record the visits of an application."""
     app.extensions["visits"] = RecentVisits()
 
 

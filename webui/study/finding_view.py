@@ -1,161 +1,137 @@
-"""The cards of the report: one finding on an image, or the volumes that a model measured in a series, ready to print."""
+"""The cards of the report, ready to print: a finding on an image, the volumes measured in a series, and the details of an image."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypeAlias
 
 from flask import url_for
 from flask_babel import gettext
 
 from appliance.core.domain import Finding
 from appliance.store.volume_results import COLOURS, VolumeView
-from appliance.store.worklist import InstanceView
-from webui.formatting import format_count, format_percent, format_score, format_volume, localize
-from webui.view_models import NoteView, RunView
+from appliance.store.worklist import InstanceView, JobView
+from webui.formatting import (
+    format_count,
+    format_milliseconds,
+    format_percent,
+    format_score,
+    format_size,
+    format_time,
+    format_volume,
+    localize,
+)
+from webui.view_models import DASH, View, digest_view, join_nonempty, note_view, run_view
 
-# A model's manifest, as stored.
-Manifest = Mapping[str, Any]
+Manifest: TypeAlias = Mapping[str, Any]
+"""A model's manifest, as stored."""
 
 _SCALE_WIDTH: Final = 200
-_SHORT_DIGEST_CHARS: Final = 12
 
 
-@dataclass(frozen=True)
-class Caution:
-    """An assumption or caution; ``remark`` is what the model's manifest says of the age it is for."""
-
-    note: NoteView
-    remark: str
-
-
-@dataclass(frozen=True)
-class ModelVersion:
-    """The version that made a result: ``name`` with version, and how it was run on this box."""
-
-    title: str
-    name: str
-    digest: str
-    short_digest: str
-    run: RunView | None
-    runtime: str
-    precision: str
-
-    @classmethod
-    def of(cls, result: Finding | VolumeView, manifest: Manifest | None, run: RunView | None) -> ModelVersion:
-        """The version of a result; the title is empty without its manifest."""
-        return cls(
-            title=localize(manifest["title"]["zh"], manifest["title"]["en"]) if manifest else "",
-            name=f"{result.model} {result.model_version}",
-            digest=result.model_digest,
-            short_digest=result.model_digest[:_SHORT_DIGEST_CHARS],
-            run=run if run and run.code else None,
-            runtime=result.runtime,
-            precision=result.precision.upper(),
-        )
-
-
-@dataclass(frozen=True)
-class Rate:
-    """Sensitivity or specificity with its 95 % confidence interval, in words."""
-
-    value: str
-    interval: str
-
-    @classmethod
-    def of(cls, rate: tuple[float, float, float]) -> Rate:
-        """The words of value, lower and upper bound (fractions)."""
-        value, low, high = (format_percent(item) for item in rate)
-        return cls(value, gettext("95%% CI %(low)s to %(high)s", low=low, high=high))
-
-
-@dataclass(frozen=True)
-class FindingCard:
+def finding_card(item: InstanceView, finding: Finding, manifest: Manifest | None, cautions: Sequence[View]) -> View:
     """One label's score against its threshold.
 
-    Attributes:
-        recall: why the model version was withdrawn after it had made this finding.
-        score_x: the score on a scale that is 200 wide; ``threshold_x``: the threshold.
+    ``recall`` is why the model version was withdrawn after it had made this finding; ``score_x`` and ``threshold_x`` are places on a
+    scale that is ``_SCALE_WIDTH`` wide.
     """
-
-    title: str
-    is_positive: bool
-    recall: NoteView | None
-    score: str
-    threshold: str
-    score_x: str
-    threshold_x: str
-    sensitivity: Rate
-    specificity: Rate
-    measured_on: str
-    model: ModelVersion
-    cautions: tuple[Caution, ...]
-
-    @classmethod
-    def of(cls, item: InstanceView, finding: Finding, manifest: Manifest | None, cautions: tuple[Caution, ...]) -> FindingCard:
-        """The card of a finding on an image."""
-        return cls(
-            title=localize(finding.title_zh, finding.title_en),
-            is_positive=finding.positive,
-            recall=NoteView.of(item.recall(finding)),
-            score=format_score(finding.score),
-            threshold=format_score(finding.threshold),
-            score_x=f"{finding.score * _SCALE_WIDTH:.1f}",
-            threshold_x=f"{finding.threshold * _SCALE_WIDTH:.1f}",
-            sensitivity=Rate.of(finding.sensitivity),
-            specificity=Rate.of(finding.specificity),
-            measured_on=finding.measured_on,
-            model=ModelVersion.of(finding, manifest, RunView.of(item.ran(finding))),
-            cautions=cautions,
-        )
+    return {
+        "title": localize(finding.title_zh, finding.title_en),
+        "is_positive": finding.positive,
+        "recall": note_view(item.recall(finding)),
+        "score": format_score(finding.score),
+        "threshold": format_score(finding.threshold),
+        "score_x": f"{finding.score * _SCALE_WIDTH:.1f}",
+        "threshold_x": f"{finding.threshold * _SCALE_WIDTH:.1f}",
+        "sensitivity": _rate(finding.sensitivity),
+        "specificity": _rate(finding.specificity),
+        "measured_on": finding.measured_on,
+        "model": _model_version(finding, manifest, run_view(item.ran(finding))),
+        "cautions": cautions,
+    }
 
 
-@dataclass(frozen=True)
-class Plane:
-    """A key picture of a volume: a plane through its middle."""
+def volume_card(volume: VolumeView, manifest: Manifest | None, cautions: Sequence[View]) -> View:
+    """One model's measurements in a series (colour of the outline, title, value), and a key picture per plane through its middle."""
+    model = _model_version(volume, manifest, run_view(volume.ran))
+    words = {"axial": gettext("Axial"), "coronal": gettext("Coronal"), "sagittal": gettext("Sagittal")}
+    return {
+        "job_id": volume.job_id,
+        "title": model["title"] or volume.model,
+        "slices": format_count(volume.slices),
+        "recall": note_view(volume.recall),
+        "measurements": [
+            (COLOURS[place % len(COLOURS)], localize(item.title_zh, item.title_en), format_volume(item.value))
+            for place, item in enumerate(volume.measurements)
+        ],
+        "planes": [
+            {
+                "word": word,
+                "url": url_for("image_api.key_picture", job_id=volume.job_id, plane=plane),
+                "description": gettext("%(plane)s plane through the middle, with the outline", plane=word),
+            }
+            for plane, word in words.items()
+            if plane in volume.planes
+        ],
+        "model": model,
+        "cautions": cautions,
+    }
 
-    word: str
-    url: str
-    description: str
+
+def _model_version(result: Finding | VolumeView, manifest: Manifest | None, run: View | None) -> View:
+    """The version that made a result, and how it was run on this box; the title is empty without its manifest."""
+    return digest_view(result.model_digest) | {
+        "title": localize(manifest["title"]["zh"], manifest["title"]["en"]) if manifest else "",
+        "name": f"{result.model} {result.model_version}",
+        "run": run if run and run["code"] else None,
+        "runtime": result.runtime,
+        "precision": result.precision.upper(),
+    }
 
 
-@dataclass(frozen=True)
-class VolumeCard:
-    """One model's measurements in a series; each has the colour of its outline, its title and its value."""
+def _rate(rate: tuple[float, float, float]) -> View:
+    """Sensitivity or specificity (a fraction) with its 95 % confidence interval, in words."""
+    value, low, high = (format_percent(item) for item in rate)
+    return {"value": value, "interval": gettext("95%% CI %(low)s to %(high)s", low=low, high=high)}
 
-    job_id: int
-    title: str
-    slices: str
-    recall: NoteView | None
-    measurements: tuple[tuple[str, str, str], ...]
-    planes: tuple[Plane, ...]
-    model: ModelVersion
-    cautions: tuple[Caution, ...]
 
-    @classmethod
-    def of(cls, volume: VolumeView, manifest: Manifest | None, cautions: tuple[Caution, ...]) -> VolumeCard:
-        """The card of a volume."""
-        model = ModelVersion.of(volume, manifest, RunView.of(volume.ran))
-        words = {"axial": gettext("Axial"), "coronal": gettext("Coronal"), "sagittal": gettext("Sagittal")}
-        return cls(
-            job_id=volume.job_id,
-            title=model.title or volume.model,
-            slices=format_count(volume.slices),
-            recall=NoteView.of(volume.recall),
-            measurements=tuple(
-                (COLOURS[place % len(COLOURS)], localize(item.title_zh, item.title_en), format_volume(item.value))
-                for place, item in enumerate(volume.measurements)
-            ),
-            planes=tuple(
-                Plane(
-                    word,
-                    url_for("image_api.key_picture", job_id=volume.job_id, plane=plane),
-                    gettext("%(plane)s plane through the middle, with the outline", plane=word),
-                )
-                for plane, word in words.items()
-                if plane in volume.planes
-            ),
-            model=model,
-            cautions=cautions,
-        )
+def image_details(item: InstanceView, manifests: Mapping[str, Manifest]) -> View:
+    """The folded part: size, ``times`` per job, and the accuracy of the models per source of test images.
+
+    ``manifests`` are by the model's digest; a model has a table per operating point of the label that it reported.
+    """
+    frames = (item.number_of_frames,) if item.number_of_frames > 1 else ()
+    findings = [(finding.label, manifests.get(finding.model_digest)) for finding in item.findings]
+    return {
+        "size": gettext(", ").join((" × ".join(map(str, (item.columns, item.rows, *frames))), format_size(item.bytes))),
+        "kind": join_nonempty((item.modality, item.body_part_examined, item.view_position)) or DASH,
+        "received": format_time(item.received_at),
+        "times": [_times(item, job) for job in item.jobs if job.timing_ms],
+        "models": [_model_details(label, manifest) for label, manifest in findings if manifest],
+    }
+
+
+def _times(item: InstanceView, job: JobView) -> str:
+    steps = {
+        "decode": gettext("Decoding"), "preprocess": gettext("Preparing"), "infer": gettext("AI model"),
+        "postprocess": gettext("Evaluating"), "store": gettext("Saving"), "total": gettext("Total"),
+    }  # fmt: skip
+    durations = [(gettext("Receiving"), item.ingest_ms)]
+    durations += [(word, job.timing_ms[key]) for key, word in steps.items() if key in job.timing_ms]
+    return str(gettext("; ").join(f"{word} {format_milliseconds(duration)}" for word, duration in durations))
+
+
+def _model_details(label: str, manifest: Manifest) -> View:
+    points = [point["per_source"] for point in manifest["operating_points"] if point["label"] == label and point.get("per_source")]
+    use = manifest["intended_use"]
+    return {"intended_use": localize(use["zh"], use["en"]), "tables": [[_source_row(source) for source in sources] for sources in points]}
+
+
+def _source_row(source: Mapping[str, Any]) -> View:
+    """The accuracy on the test images of one source; ``cases`` counts those with and without the finding."""
+    rates = {name: source.get(name) for name in ("sensitivity", "specificity")}
+    return {
+        "source": source["source"],
+        "cases": f"{format_count(source['n_positive'])} / {format_count(source['n_negative'])}",
+        **{name: format_percent(rate["value"]) if rate else DASH for name, rate in rates.items()},
+    }

@@ -15,8 +15,7 @@ from appliance.core.wakeup import wake
 from appliance.store.volume_results import VolumeResults
 from webui.context import current_box
 from webui.study.access_log import record_access
-from webui.study.report_view import StudyReport
-from webui.study.study_view import StudyHeader, viewer_config
+from webui.study.report_view import study_header, study_report, viewer_config
 
 blueprint: Final = Blueprint("study", __name__)
 
@@ -30,10 +29,10 @@ def show(study_id: int) -> ResponseReturnValue:
     is_fragment = bool(request.headers.get("X-Fragment"))
     record_access(study_id, is_opened=not is_fragment)
     manifests = {row["digest"]: json.loads(row["manifest"]) for row in box.store.models()}
-    report = StudyReport.of(study, VolumeResults(box.store).of_study(study_id), manifests, revision)
+    report = study_report(study, VolumeResults(box.store).of_study(study_id), manifests, revision)
     if is_fragment:
         return render_template("study_report.html", report=report)
-    return render_template("study.html", study=StudyHeader.of(study.row), report=report, viewer=viewer_config(study))
+    return render_template("study.html", study=study_header(study.row), report=report, viewer=viewer_config(study))
 
 
 @blueprint.post("/studies/<int:study_id>/retry")

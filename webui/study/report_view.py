@@ -1,103 +1,96 @@
-"""The report of a study: what the models found on each image, and why there is no result, ready to print."""
+"""The study page, ready to print: the patient bar, the viewer's configuration, and the report (what the models found, or why not)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from dataclasses import replace
+from typing import Final
 
+from flask import url_for
 from flask_babel import gettext
 
 from appliance.core.domain import PENDING_STATES, Note, ScanState
 from appliance.store.study_summary import RECALLED
 from appliance.store.volume_results import VolumeView
-from appliance.store.worklist import InstanceView, StudyView
-from webui.formatting import localize
-from webui.messages import STATES, note_detail, reason_hint, reason_text, urgency_text
-from webui.study.finding_view import Caution, FindingCard, VolumeCard
-from webui.study.image_details import ImageDetails
-from webui.view_models import Chip, NoteView, join_nonempty, state_chip
-
-# A model's manifest by its digest, as stored.
-Manifests = Mapping[str, Mapping[str, Any]]
+from appliance.store.worklist import InstanceView, StudyRow, StudyView
+from webui.formatting import format_person_name, format_study_date, format_time, language, localize
+from webui.messages import STATES, note_detail, urgency_text
+from webui.study.finding_view import Manifest, finding_card, image_details, volume_card
+from webui.view_models import DASH, View, join_nonempty, note_view, sex_and_age, state_chip
 
 _AGE_CODES: Final = ("caution.age_outside", "caution.age_unknown")
 
 
-@dataclass(frozen=True)
-class StateBox:
-    """The state of an image without a result, or of a model that gave none beside others that did.
-
-    Attributes:
-        kind: ``pending``; ``none``: there is no result; ``partial``: another model could not analyse it; ``failed``: another model failed.
-        reason: why, if that is known.
-    """
-
-    kind: Literal["pending", "none", "partial", "failed"]
-    chip: Chip
-    reason: NoteView | None
-    can_retry: bool
-
-
-@dataclass(frozen=True)
-class ImageReport:
-    """One section: an image with findings, a series, or all images without a result for the same reason.
-
-    Attributes:
-        images: the ids of the images, separated by blanks.
-        kind: modality, body part and view.
-        cautions: assumptions and cautions, where no card has them.
-        details: of the image; None for several images.
-    """
-
-    heading: str
-    images: str
-    kind: str
-    state: StateBox | None
-    findings: tuple[FindingCard, ...]
-    volumes: tuple[VolumeCard, ...]
-    cautions: tuple[Caution, ...]
-    details: ImageDetails | None
+def study_header(row: StudyRow) -> View:
+    """Whose study it is; ``mismatch`` warns that images of another patient came under the same study."""
+    return {
+        "id": row.id,
+        "name": format_person_name(row.patient_name) or gettext("(no name)"),
+        "patient_id": row.patient_id or DASH,
+        "sex_and_age": sex_and_age(row.patient_sex, row.patient_age_years),
+        "taken": format_study_date(row.study_date, row.study_time) or DASH,
+        "accession_number": row.accession_number,
+        "description": row.study_description,
+        "received": format_time(row.received_at),
+        "mismatch": note_view(Note("caution.patient_mismatch")) if row.patient_mismatch else None,
+    }
 
 
-@dataclass(frozen=True)
-class StudyReport:
+def viewer_config(study: StudyView) -> View:
+    """The viewer's ``data-config``: language, and for each image the addresses of pixels and heat maps. The viewer has its own texts."""
+    return {"lang": language(), "text": {}, "images": [_image_config(item) for item in study.instances]}
+
+
+def _image_config(item: InstanceView) -> View:
+    frame = url_for("image_api.frame", instance_id=item.id, number=0)
+    return {
+        "id": item.id,
+        "title": _kind(item),
+        "unread": missing_result_word(item),
+        "meta_url": url_for("image_api.description", instance_id=item.id),
+        "frame_url": frame.removesuffix("0") + "{frame}",
+        "findings": [
+            {
+                "id": finding.id, "label": localize(finding.title_zh, finding.title_en), "score": finding.score,
+                "threshold": finding.threshold, "positive": finding.positive, "outline": finding.outline, "peak": finding.peak,
+                "heatmap_url": url_for("image_api.heatmap", finding_id=finding.id),
+            }
+            for finding in item.findings
+        ],
+    }  # fmt: skip
+
+
+def _kind(item: InstanceView) -> str:
+    """Modality, body part and view."""
+    return join_nonempty((item.modality, item.body_part_examined, item.view_position))
+
+
+def study_report(study: StudyView, volumes: Sequence[VolumeView], manifests: Mapping[str, Manifest], revision: int) -> View:
     """The report of a study.
 
-    Attributes:
-        image_ids: ids of all images; ``finding_ids``: of all results; both separated by blanks, so that a script notices a new one.
-        missing: by image id, why there is no result on it, for the viewer.
-        urgency: who made the study urgent; empty if it is not.
+    ``image_ids`` and ``finding_ids`` hold the ids of all images and results, separated by blanks, so that a script notices a new one;
+    ``missing`` is by image id why there is no result on it, for the viewer; ``urgency``: who made the study urgent, empty if it is not.
+
+    Args:
+        study: the study.
+        volumes: the results of its series.
+        manifests: the models' manifests by digest.
+        revision: the store's when the study was queried.
     """
-
-    study_id: int
-    revision: int
-    is_pending: bool
-    image_ids: str
-    finding_ids: str
-    missing: Mapping[str, str]
-    urgency: str
-    can_be_urgent: bool
-    has_headings: bool
-    images: tuple[ImageReport, ...]
-
-    @classmethod
-    def of(cls, study: StudyView, volumes: Sequence[VolumeView], manifests: Manifests, revision: int) -> StudyReport:
-        """The report of a study; ``revision`` is the store's when the study was read."""
-        row = study.row
-        results = [str(finding.id) for item in study.instances for finding in item.findings]
-        return cls(
-            study_id=row.id,
-            revision=revision,
-            is_pending=row.state in PENDING_STATES or any(item.state in PENDING_STATES for item in study.instances),
-            image_ids=" ".join(str(item.id) for item in study.instances),
-            finding_ids=" ".join(results + [f"v{volume.job_id}" for volume in volumes]),
-            missing={str(item.id): missing_result_word(item) for item in study.instances if not item.findings},
-            urgency=urgency_text(row.urgent) if row.urgent else "",
-            can_be_urgent=row.pending and not row.urgent,
-            has_headings=len(study.instances) > 1,
-            images=tuple(_image_report(group, volumes, manifests, row.position) for group in _groups(study)),
-        )
+    row = study.row
+    results = [str(finding.id) for item in study.instances for finding in item.findings]
+    return {
+        "study_id": row.id,
+        "revision": revision,
+        "is_pending": row.state in PENDING_STATES or any(item.state in PENDING_STATES for item in study.instances),
+        "image_ids": " ".join(str(item.id) for item in study.instances),
+        "finding_ids": " ".join(results + [f"v{volume.job_id}" for volume in volumes]),
+        "missing": {str(item.id): missing_result_word(item) for item in study.instances if not item.findings},
+        "urgency": urgency_text(row.urgent) if row.urgent else "",
+        "can_be_urgent": row.pending and not row.urgent,
+        "has_headings": len(study.instances) > 1,
+        "images": [_image_report(group, volumes, manifests, row.position) for group in _groups(study)],
+    }
 
 
 def missing_result_word(item: InstanceView) -> str:
@@ -127,46 +120,57 @@ def _groups(study: StudyView) -> list[list[tuple[int, InstanceView]]]:
 
 
 def _image_report(
-    group: list[tuple[int, InstanceView]], volumes: Sequence[VolumeView], manifests: Manifests, position: int | None
-) -> ImageReport:
+    group: list[tuple[int, InstanceView]], volumes: Sequence[VolumeView], manifests: Mapping[str, Manifest], position: int | None
+) -> View:
+    """One section: an image with findings, a series, or all images without a result for the same reason.
+
+    ``images`` holds the ids, separated by blanks; ``cautions`` are here where no card has them; ``details`` is None for several images.
+    """
     item, is_single = group[0][1], len(group) == 1
     numbers = format_numbers([number for number, _ in group])
-    cautions = tuple(_cautions(item, manifests))
+    cautions = list(_cautions(item, manifests))
     measured = [volume for volume in volumes if item.measured and volume.series_id == item.series_id]
-    return ImageReport(
-        heading=gettext("Image %(n)s", n=numbers) if is_single else gettext("Images %(n)s", n=numbers),
-        images=" ".join(str(image.id) for _, image in group),
-        kind=join_nonempty((item.modality, item.body_part_examined, item.view_position)),
-        state=_state_box(item, position),
-        findings=tuple(
-            FindingCard.of(item, finding, manifests.get(finding.model_digest), () if place else cautions)
+    return {
+        "heading": gettext("Image %(n)s", n=numbers) if is_single else gettext("Images %(n)s", n=numbers),
+        "images": " ".join(str(image.id) for _, image in group),
+        "kind": _kind(item),
+        "state": _state_box(item, position),
+        "findings": [
+            finding_card(item, finding, manifests.get(finding.model_digest), () if place else cautions)
             for place, finding in enumerate(item.findings)
-        ),
-        volumes=tuple(
-            VolumeCard.of(volume, manifests.get(volume.model_digest), () if place or item.findings else cautions)
+        ],
+        "volumes": [
+            volume_card(volume, manifests.get(volume.model_digest), () if place or item.findings else cautions)
             for place, volume in enumerate(measured)
-        ),
-        cautions=() if item.findings or item.measured else cautions,
-        details=ImageDetails.of(item, manifests) if is_single else None,
-    )
+        ],
+        "cautions": () if item.findings or item.measured else cautions,
+        "details": image_details(item, manifests) if is_single else None,
+    }
 
 
-def _state_box(item: InstanceView, position: int | None) -> StateBox | None:
-    """The state as the report shows it; None where a result says enough."""
+def _state_box(item: InstanceView, position: int | None) -> View | None:
+    """The state of an image without a result, or of a model that gave none beside others that did; None where a result says enough.
+
+    ``kind`` is ``pending``; ``none``: there is no result; ``partial``: another model could not analyse it; ``failed``: another model
+    failed. ``reason`` is why, if that is known.
+    """
     state, has_result = item.state, bool(item.findings or item.measured)
-    reason = _with_detail(item.reason) if item.reason else None
     is_failed = state == ScanState.FAILED
     if state in PENDING_STATES:
-        return StateBox("pending", state_chip(state, position if state == ScanState.QUEUED else None), None, False)
+        return {"kind": "pending", "chip": state_chip(state, position if state == ScanState.QUEUED else None)}
     if not has_result:
-        return StateBox("none", state_chip(state), reason, is_failed)
-    if state in (ScanState.NOT_ANALYSED, ScanState.QUALITY_REJECTED):
-        return StateBox("partial", state_chip(state), reason, False)
-    return StateBox("failed", state_chip(state), reason, True) if is_failed else None
+        kind = "none"
+    elif state in (ScanState.NOT_ANALYSED, ScanState.QUALITY_REJECTED):
+        kind = "partial"
+    elif is_failed:
+        kind = "failed"
+    else:
+        return None
+    return {"kind": kind, "chip": state_chip(state), "reason": _with_detail(item.reason) if item.reason else None, "can_retry": is_failed}
 
 
-def _cautions(item: InstanceView, manifests: Manifests) -> Iterator[Caution]:
-    """Assumptions and cautions of an image and its jobs, each code once.
+def _cautions(item: InstanceView, manifests: Mapping[str, Manifest]) -> Iterator[View]:
+    """Assumptions and cautions of an image and its jobs, each code once; ``remark``: what the manifest says of the age it is for.
 
     Left out is what the report says at another place: the reason of the state, and on a result that the model was withdrawn.
     """
@@ -178,8 +182,8 @@ def _cautions(item: InstanceView, manifests: Manifests) -> Iterator[Caution]:
     manifest = manifests.get(item.findings[0].model_digest) if item.findings else None
     for note in notes.values():
         remark = manifest["applies_to"]["age"]["note"] if manifest and note.code in _AGE_CODES else None
-        yield Caution(_with_detail(note), localize(remark["zh"], remark["en"]) if remark else "")
+        yield {"note": _with_detail(note), "remark": localize(remark["zh"], remark["en"]) if remark else ""}
 
 
-def _with_detail(note: Note) -> NoteView:
-    return NoteView(note.code, reason_text(note.code), reason_hint(note.code), note_detail(note))
+def _with_detail(note: Note) -> View | None:
+    return note_view(replace(note, detail=note_detail(note)))

@@ -1,4 +1,4 @@
-"""Ingest of complete uploads, beside the requests: a browser may wait for the outcome, lose the connection and ask again.
+"""Ingest of complete uploads in threads of its own: a browser may wait for the outcome, lose the connection and ask again.
 
 An acknowledged upload survives a kill of this process: at its start it continues with every complete upload that has no outcome yet.
 To ingest the same image twice changes nothing, since the store recognises it.
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 # Two at a time: parsing one overlaps with the other's fsync, and at most two images are in memory, of which one may be large.
 _CONCURRENCY: Final = 2
 _LARGE_BYTES: Final = 64 << 20
-# A file that crashes the process each time must be given up; a few power cuts must not refuse a good file.
+# A file that crashes the process at each attempt is refused at last; a few power cuts must not refuse a good file.
 _MAX_ATTEMPTS: Final = 10
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,28 +29,19 @@ _MAX_BATCH: Final = 20_000
 _MAX_SHOWN: Final = 50
 
 
-@dataclass(frozen=True)
-class UnfinishedUpload:
-    """One interrupted upload as the page lists it; sizes in bytes and as text."""
-
-    id: str
-    name: str
-    offset: int
-    length: int
-    size: str
-    total_size: str
-
-
 @blueprint.get("/upload")
 def show() -> ResponseReturnValue:
     """The page where a person drops files."""
     uploads, settings = current_uploads().uploads, current_box().settings
     offsets = [(upload, uploads.offset(upload)) for upload in uploads.unfinished(current_user.account.id)]
     unfinished = [
-        UnfinishedUpload(upload.id, upload.name, offset, upload.length, format_size(offset), format_size(upload.length))
+        {
+            "id": upload.id, "name": upload.name, "offset": offset, "length": upload.length, "size": format_size(offset),
+            "total_size": format_size(upload.length),
+        }
         for upload, offset in reversed(offsets)
         if offset < upload.length
-    ]
+    ]  # fmt: skip
     hidden = len(unfinished[_MAX_SHOWN:])
     script = {
         "texts": _script_texts(), "endpoint": url_for("tus.create"), "close": url_for("upload.close"),
@@ -70,7 +60,7 @@ def _script_texts() -> dict[str, str]:
     return {
         "waiting": gettext("waiting"), "sending": gettext("sending"), "checking": gettext("checking"),
         "checked": gettext("checked: {n} files"), "stored": gettext("stored"), "broken": gettext("connection broken, trying again"),
-        "stopped": gettext("interrupted"), "called_off": gettext("called off"), "open": gettext("Open study"),
+        "stopped": gettext("interrupted"), "called_off": gettext("cancelled"), "open": gettext("Open study"),
         "remove": gettext("Remove"), "cancel": gettext("Cancel"),
         "logged_out": gettext("You have been logged out. Log in and choose the same files again; they continue where they stopped."),
         "lost": gettext("The connection to the box is lost. Check the network, then press Continue; nothing that arrived is lost."),

@@ -1,7 +1,7 @@
 """The server of tus 1.0 (https://tus.io/protocols/resumable-upload): uploads that continue after a broken connection.
 
 Core protocol with the extensions creation, creation-with-upload, expiration and termination. An offset is reported only when the bytes
-before it are on the disk. Written here because no maintained WSGI server for tus exists; the client in the browser is tus-js-client.
+before it are on the disk. Hand-written because no maintained WSGI server for tus exists; the client in the browser is tus-js-client.
 Beyond tus: ``GET /api/v1/tus/<id>/outcome`` returns the result of a complete upload.
 """
 

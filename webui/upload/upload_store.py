@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from appliance.core.errors import IngestError, StoreError
-from appliance.core.files import fsync_directory
 from appliance.core.settings import Settings
 from appliance.store.database import store_error
+from model_sync import atomic_files
 
 ABANDONED_AFTER_S: Final = 24 * 3600.0
 _SWEEP_EVERY_S: Final = 3600.0
@@ -272,16 +272,7 @@ class UploadStore:
 
     def _write(self, name: str, value: object) -> None:
         """Write a small JSON file atomically and durably."""
-        new = self.directory / f"{name}.{secrets.token_hex(4)}.new"
-        try:
-            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(json.dumps(value, ensure_ascii=False).encode())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, self.directory / name)
-            fsync_directory(self.directory)
-        finally:
-            new.unlink(missing_ok=True)
+        atomic_files.write(self.directory / name, json.dumps(value, ensure_ascii=False).encode(), mode=0o600)
 
 
 @contextmanager

@@ -33,17 +33,17 @@ class _Outcome:
     def message(self) -> str:
         """The message for a person."""
         if self.outcome == "first" and not self.jobs:
-            return str(gettext("This study will be read first, as soon as all of its images have arrived."))
+            return str(gettext("This study will be analysed first, as soon as all of its images have arrived."))
         words = {
-            "first": gettext("This study will be read first."),
-            "already_first": gettext("This study is already being read first."),
-            "already_read": gettext("Already read: nothing of this study waits any more. Images that come later are read first."),
+            "first": gettext("This study will be analysed first."),
+            "already_first": gettext("This study is already being analysed first."),
+            "already_read": gettext("Already analysed: nothing of this study waits any more. Images that come later are analysed first."),
             "nothing_waits": gettext(
                 "Nothing of this study waits. That does not mean that it was analysed: not all of its images were. "
-                "Images that come later are read first."
+                "Images that come later are analysed first."
             ),
-            "no_longer_first": gettext("This study is no longer read first."),
-            "was_not_first": gettext("This study was not to be read first."),
+            "no_longer_first": gettext("This study is no longer analysed first."),
+            "was_not_first": gettext("This study was not to be analysed first."),
         }
         return str(words[self.outcome])
 

@@ -1,4 +1,4 @@
-"""How a series was acquisitions, checked against ``applies_to.sequence`` of a model. Pure functions.
+"""How a series was acquired, checked against ``applies_to.sequence`` of a model. Pure functions.
 
 Modality and body part do not distinguish a T1 from a FLAIR, a diffusion map or a vessel projection; echo time, repetition time, scanning
 sequence and image type do. Attributes are read from classic and from enhanced images (PS3.3 C.8.3.1 and C.8.13.5).
@@ -7,21 +7,20 @@ sequence and image type do. Attributes are read from classic and from enhanced i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from appliance.core.applicability import Verdict, combine_verdicts
 from appliance.core.domain import Note
-from appliance.imaging.greyscale import frame_value, numbers
+from appliance.imaging.greyscale import frame_type, frame_value, numbers, words
 from appliance.imaging.pixels import frame_count
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
-    from model_sync.bundle import Milliseconds, SequenceRule
+    from model_sync.bundle import SequenceRule
 
-_FRAME_TYPES: Final = ("MRImageFrameTypeSequence", "CTImageFrameTypeSequence", "PETFrameTypeSequence")
 # Enhanced images have flags and words in place of the codes of Scanning Sequence (PS3.3 C.8.13.4).
 _PULSES: Final = {"SPIN": ("SE",), "GRADIENT": ("GR",), "BOTH": ("SE", "GR")}
 _NO_AGENT: Final = {"NONE", "NO", "N"}
@@ -45,41 +44,31 @@ class Acquisition:
 
 
 def acquisitions(ds: Dataset) -> list[Acquisition]:
-    """The distinct acquisitions of the frames of an image; reads no pixels.
-
-    Raises:
-        PixelError: the number of frames is invalid.
-    """
+    """The distinct acquisitions of the frames of an image; reads no pixels."""
     per_frame = ds.get("PerFrameFunctionalGroupsSequence") or []
     frames = min(frame_count(ds), len(per_frame)) or 1
     return list(dict.fromkeys(_frame(ds, frame) for frame in range(frames)))
 
 
 def _frame(ds: Dataset, frame: int) -> Acquisition:
-    types = [frame_value(ds, frame, group, "FrameType") for group in _FRAME_TYPES]
     echo = frame_value(ds, frame, "MREchoSequence", "EffectiveEchoTime")
     return Acquisition(
         _milliseconds(ds.get("EchoTime") if echo is None else echo),
         _milliseconds(frame_value(ds, frame, "MRTimingAndRelatedParametersSequence", "RepetitionTime")),
-        _words([ds.get("ScanningSequence")]) or _pulses(ds),
-        _words([ds.get("ImageType"), *types]),
-        bool(set(_words([ds.get("ContrastBolusAgent")])) - _NO_AGENT or ds.get("ContrastBolusAgentSequence")),
+        _distinct(words(ds.get("ScanningSequence"))) or _pulses(ds),
+        _distinct((*words(ds.get("ImageType")), *frame_type(ds, frame))),
+        bool(set(_distinct(words(ds.get("ContrastBolusAgent")))) - _NO_AGENT or ds.get("ContrastBolusAgentSequence")),
     )
 
 
 def _milliseconds(value: object) -> float | None:
     """Parse one duration; None for several values, such as the echoes of one image."""
-    found = numbers(value)
-    return found[0] if len(found) == 1 and math.isfinite(found[0]) and found[0] >= 0 else None
+    values = numbers(value)
+    return values[0] if len(values) == 1 and math.isfinite(values[0]) and values[0] >= 0 else None
 
 
-def _words(values: Iterable[object]) -> tuple[str, ...]:
-    """The distinct values of code strings, in capitals."""
-    words: list[str] = []
-    for value in values:
-        several = [value] if value is None or isinstance(value, str) or not isinstance(value, Sequence) else value
-        words += [str(word).strip().upper() for word in several if word is not None]
-    return tuple(dict.fromkeys(word for word in words if word))
+def _distinct(texts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(filter(None, texts)))
 
 
 def _pulses(ds: Dataset) -> tuple[str, ...]:
@@ -109,14 +98,10 @@ def _applies(rule: SequenceRule, frame: Acquisition) -> Verdict:
         if span is not None and value is None:
             absent.append(name)
         elif span is not None and value is not None and not span.low <= value <= span.high:
-            return Verdict(Note("scope.sequence", f"{name} {value:g} ms; {_span(span)}"))
+            return Verdict(Note("scope.sequence", f"{name} {value:g} ms; {span.low:g}-{span.high:g} ms"))
     if frame.contrast_agent and rule.contrast_agent == "out_of_scope":
         return Verdict(Note("scope.contrast_agent"))
     if absent and rule.when_absent == "out_of_scope":
         return Verdict(Note("scope.sequence_absent", ", ".join(absent)))
     notes = [Note("assume.sequence", ", ".join(absent))] if absent else []
     return Verdict(notes=(*notes, *([Note("caution.contrast_agent")] if frame.contrast_agent and rule.contrast_agent else [])))
-
-
-def _span(span: Milliseconds) -> str:
-    return f"{span.low:g}-{span.high:g} ms"

@@ -1,4 +1,4 @@
-"""The position of slices in the patient, and whether they form one volume (PS3.3 C.7.6.2, C.7.6.16.2.3 and .4). Pure functions.
+"""The positions of slices in the patient, and whether they form one volume (PS3.3 C.7.6.2, C.7.6.16.2.3 and .4). Pure functions.
 
 Coordinates are patient coordinates in mm (LPS: x to the left, y to posterior, z to the head). A volume is indexed (slice, row, column);
 its affine maps indices of voxel centres to the patient. Slices are ordered by their position along the normal, because instance numbers
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import numpy as np
 
 from appliance.core.errors import VolumeError
-from appliance.imaging.greyscale import frame_value, numbers
+from appliance.imaging.greyscale import frame_type, frame_value, numbers, words
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,7 +37,7 @@ _STRAIGHT_PIXELS: Final = 0.1
 _MAX_TILT: Final = 35.0
 _SAME_TILT: Final = 2.0
 _SIDES: Final = (("L", "R"), ("P", "A"), ("S", "I"))
-# The axes of the patient, rotated slightly: a direction at 45 degrees is then closer to one of them in any array layout.
+# The axes of the patient, rotated slightly, so that a direction at 45 degrees is closer to one of them, whatever the array layout.
 _TIE_BREAK: Final = np.eye(3) + 1e-6 * np.array([[0.0, 1.0, -0.7], [-1.0, 0.0, 0.4], [0.7, -0.4, 0.0]])
 
 
@@ -93,11 +93,7 @@ def closest_axes(steps: Matrix) -> tuple[int, int, int]:
 
 
 def orientation_to(grid: Grid, axes: str) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
-    """How to permute and flip the axes of a volume to orient it like ``axes``.
-
-    Returns:
-        For each new axis the index of the old one, and whether that has to be reversed.
-    """
+    """For each new axis of a volume that is oriented like ``axes``: the index of the old one, and whether that has to be reversed."""
     runs_along = closest_axes(grid.steps)
     order, flips = [], []
     for letter in axes:
@@ -177,7 +173,7 @@ def plane_of(ds: Dataset, frame: int = 0) -> Plane:
     if not all(1e-3 <= value <= 100 for value in spacing) or not all(abs(value) < 1e5 for value in position):
         raise VolumeError("volume.no_position", "pixel spacing or position is absurd")
     tilt = next(iter(numbers(ds.get("GantryDetectorTilt"))), 0.0)
-    kind = _kind(ds, frame)
+    kind = (frame_type(ds, frame) or words(ds.get("ImageType")))[:3]
     row, column = row / lengths[0], column / lengths[1]
     return Plane(
         _triple(position), _triple(row), _triple(column), (spacing[0], spacing[1]), (int(ds.Rows), int(ds.Columns)),
@@ -187,16 +183,6 @@ def plane_of(ds: Dataset, frame: int = 0) -> Plane:
 
 def _triple(values: Any) -> tuple[float, float, float]:
     return float(values[0]), float(values[1]), float(values[2])
-
-
-def _kind(ds: Dataset, frame: int) -> tuple[str, ...]:
-    for group in ("MRImageFrameTypeSequence", "CTImageFrameTypeSequence", "PETFrameTypeSequence"):
-        if value := frame_value(ds, frame, group, "FrameType"):
-            break
-    else:
-        value = ds.get("ImageType")
-    values = [value] if isinstance(value, str) else list(value or ())
-    return tuple(str(item).strip().upper() for item in values[:3])
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,14 +195,9 @@ class Stack:
 
 
 def stack(planes: Sequence[Plane], min_slices: int, max_spacing_mm: float) -> Stack:
-    """Sort slices by position and compute their common affine; raises VolumeError where they do not form a volume.
+    """Sort slices (without localizers) by position and compute their common affine.
 
     The affine of a stack from a tilted gantry contains the shear, which resampling removes.
-
-    Args:
-        planes: the slices, in any order, without localizers.
-        min_slices: minimum number of slices.
-        max_spacing_mm: maximum distance between slices.
 
     Raises:
         VolumeError: ``volume.too_few_slices``, ``volume.mixed_orientation``, ``volume.mixed_size``, ``volume.mixed_kind``,
@@ -233,8 +214,8 @@ def stack(planes: Sequence[Plane], min_slices: int, max_spacing_mm: float) -> St
     spacing = _check_spacing(along[order], max_spacing_mm)
     first, last = positions[order[0]], positions[order[-1]]
     step = (last - first) / (len(planes) - 1)
-    line = first + np.arange(len(planes))[:, None] * step
-    if np.abs(positions[order] - line).max() > max(_EVEN_SHARE * spacing, _EVEN_MM):
+    expected = first + np.arange(len(planes))[:, None] * step
+    if np.abs(positions[order] - expected).max() > max(_EVEN_SHARE * spacing, _EVEN_MM):
         raise VolumeError("volume.scattered", "the slices do not lie along one line")
     tilt = _tilt(planes[order[0]], step, normal)
     drift = np.linalg.norm(step - (step @ normal) * normal) * (len(planes) - 1)
@@ -282,8 +263,8 @@ def _check_spacing(along: Vector, max_spacing_mm: float) -> float:
         raise VolumeError("volume.duplicate_slice", "all slices are at one place")
     spacing = float(np.median(apart))
     tolerance = max(_EVEN_SHARE * spacing, _EVEN_MM)
-    if twice := int((steps <= tolerance).sum()):
-        raise VolumeError("volume.duplicate_slice", f"{twice} of {len(along)} slices lie where another one is")
+    if duplicates := int((steps <= tolerance).sum()):
+        raise VolumeError("volume.duplicate_slice", f"{duplicates} of {len(along)} slices lie where another one is")
     multiples = np.rint(steps / spacing)
     if (np.abs(steps - multiples * spacing) > tolerance * multiples).any():
         raise VolumeError("volume.uneven_spacing", f"from {steps.min():.2f} to {steps.max():.2f} mm apart")

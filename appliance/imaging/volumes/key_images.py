@@ -30,7 +30,7 @@ def draw_key_images(values: NDArray[np.float32], mask: NDArray[np.uint8], grid: 
 
     Args:
         values: [depth, height, width], the input volume of the model.
-        mask: uint8 of the same shape; class n is drawn in ``COLOURS[n - 1]``.
+        mask: uint8 of the same shape; class n has the colour ``COLOURS[n - 1]``.
         grid: of both.
 
     Returns:
@@ -44,23 +44,23 @@ def draw_key_images(values: NDArray[np.float32], mask: NDArray[np.uint8], grid: 
 
 def _centre(mask: NDArray[np.uint8]) -> NDArray[np.float64]:
     """The index of the centre of the segmentation; the centre of the volume where it is empty."""
-    drawn = mask > 0
-    if not drawn.any():
+    is_labelled = mask > 0
+    if not is_labelled.any():
         return (np.array(mask.shape) - 1) / 2
-    sums = [drawn.sum(axis=tuple(other for other in range(3) if other != axis)) for axis in range(3)]
+    sums = [is_labelled.sum(axis=tuple(other for other in range(3) if other != axis)) for axis in range(3)]
     return np.array([float(np.average(np.arange(len(counts)), weights=counts)) for counts in sums])
 
 
 def _draw(grey: NDArray[np.uint8], mask: NDArray[np.uint8], grid: Grid, middle: NDArray[np.float64], axes: str, letters: str) -> bytes:
     pictured, at = reorient(grey, grid, axes)
-    drawn, _ = reorient(mask, grid, axes)
+    labels, _ = reorient(mask, grid, axes)
     place = int(np.clip(np.rint(at.to_index(grid.to_patient(middle))[0]), 0, len(pictured) - 1))
     height, width = np.array(pictured.shape[1:]) * at.spacing[1:]
     scale = PICTURE_SIDE / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
     picture = Image.fromarray(np.ascontiguousarray(pictured[place])).resize(size, Image.Resampling.BILINEAR).convert("RGB")
     shown = np.asarray(picture).copy()
-    classes = np.asarray(Image.fromarray(np.ascontiguousarray(drawn[place])).resize(size, Image.Resampling.NEAREST))
+    classes = np.asarray(Image.fromarray(np.ascontiguousarray(labels[place])).resize(size, Image.Resampling.NEAREST))
     for value in np.unique(classes[classes > 0]):
         colour = COLOURS[(int(value) - 1) % len(COLOURS)]
         shown[_border(classes == value)] = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]

@@ -34,19 +34,13 @@ def needed_bytes(shape: tuple[int, int, int], manifest: Manifest, batch: int) ->
     answer = batch * window * _FLOAT * (classes + 1)
     if not isinstance(spec.pipeline[-1], SlidingWindow):
         return math.prod(shape) * (_FLOAT + 1) + answer
-    whole = math.prod(max(size, side) for size, side in zip(shape, spec.shape[1:], strict=True))
+    padded = math.prod(max(size, side) for size, side in zip(shape, spec.shape[1:], strict=True))
     # The volume, the sum of logits per class, the weights and the mask; the output of a window, and one weighted class of it.
-    return whole * (_FLOAT * (classes + 2) + 1) + answer + window * _FLOAT
+    return padded * (_FLOAT * (classes + 2) + 1) + answer + window * _FLOAT
 
 
 def check_memory(shape: tuple[int, int, int], manifest: Manifest, batch: int, memory_bytes: int) -> None:
-    """Refuse a volume that exceeds the memory of this process together with the output of the model.
-
-    Args:
-        shape: of the prepared volume.
-        manifest: of the model.
-        batch: number of windows per inference.
-        memory_bytes: the memory limit of this process.
+    """Refuse a prepared volume that, with the output of the model, exceeds the memory limit of this process.
 
     Raises:
         VolumeError: ``volume.too_large``.
@@ -59,21 +53,15 @@ def check_memory(shape: tuple[int, int, int], manifest: Manifest, batch: int, me
 
 
 def cropped_tissue_note(series: Series, prepared: PreparedVolume, spec: VolumeSpec) -> Note | None:
-    """Return a note with the volume of the tissue (ml) that ``crop_pad`` removed; None where it removed only background.
-
-    Args:
-        series: with its values.
-        prepared: the series prepared for the model.
-        spec: the model's pipeline.
-    """
+    """Return a note with the volume of the tissue (ml) that ``crop_pad`` removed; None where it removed only background."""
     if not any(isinstance(step, CropPad) for step in spec.pipeline):
         return None
     seen = resample_nearest(np.ones(prepared.grid.shape, np.uint8), prepared.grid, series.grid)
     if seen.all():
         return None
     sign = 1.0 if series.slope > 0 else -1.0
-    some = sign * series.values[:: max(1, len(series.values) // 64), ::4, ::4].astype(np.float32)
-    low, high = float(some.min()), float(np.percentile(some, _BRIGHT))
+    sample = sign * series.values[:: max(1, len(series.values) // 64), ::4, ::4].astype(np.float32)
+    low, high = float(sample.min()), float(np.percentile(sample, _BRIGHT))
     tissue = low + _TISSUE * (high - low)
     voxels = sum(
         int((sign * plane[inside == 0].astype(np.float32) > tissue).sum()) for plane, inside in zip(series.values, seen, strict=True)

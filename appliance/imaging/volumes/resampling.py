@@ -29,7 +29,7 @@ def rectangular_grid(grid: Grid, spacing_mm: tuple[float, float, float]) -> Grid
     Its axes are those of ``grid``. Of a sheared grid the two axes within the slices stay, and the third becomes normal to them.
     """
     directions = grid.steps / grid.spacing
-    # The right angles do not tell which axis is sheared: a tilted gantry leaves two of them, and rounding would decide.
+    # The angles do not show which axis is sheared: a tilted gantry leaves two right angles, and rounding would decide.
     third = grid.through
     first, second = (axis for axis in range(3) if axis != third)
     normal = np.cross(directions[:, first], directions[:, second])
@@ -46,16 +46,10 @@ def rectangular_grid(grid: Grid, spacing_mm: tuple[float, float, float]) -> Grid
 
 
 def resample_linear(values: NDArray[Any], source: Grid, target: Grid, fill: float) -> Values:
-    """Interpolate trilinearly.
-
-    Args:
-        values: [source.shape] of any number type.
-        source: grid of the values; parallel axes are in the same order as those of the target.
-        target: grid of the result.
-        fill: value outside the source.
+    """Interpolate values [source.shape] of any number type trilinearly; parallel axes have the same order in both grids.
 
     Returns:
-        float32 [target.shape]; up to half a voxel outside the source the values at its edge are repeated.
+        float32 [target.shape], ``fill`` outside the source; up to half a voxel outside it the values at its edge are repeated.
     """
     matrix = np.linalg.inv(source.affine) @ target.affine
     diagonal = np.diag(np.diag(matrix[:3, :3]))
@@ -129,12 +123,9 @@ def _plane_places(matrix: NDArray[np.float64], shape: tuple[int, int, int]) -> N
 
 
 def resample_nearest(mask: NDArray[np.uint8], source: Grid, target: Grid) -> NDArray[np.uint8]:
-    """Resample a mask: each voxel of the target gets the class of the source voxel that contains its centre, 0 outside.
+    """Resample a mask, uint8 [source.shape]; the axes of the target may have any order and direction.
 
-    Args:
-        mask: uint8 [source.shape].
-        source: grid of the mask.
-        target: grid of the result; its axes may have any order and direction.
+    Each voxel of the target gets the class of the source voxel that contains its centre, 0 outside.
     """
     matrix = np.linalg.inv(source.affine) @ target.affine
     order = closest_axes(matrix[:3, :3])

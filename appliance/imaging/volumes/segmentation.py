@@ -10,8 +10,9 @@ import numpy as np
 
 from appliance.core.errors import InferenceError
 from appliance.imaging.volumes.geometry import Grid
+from appliance.imaging.volumes.resampling import resample_nearest
 from appliance.imaging.volumes.sliding_window import OnProgress, crop, pad, slide
-from appliance.imaging.volumes.volume import PreparedVolume, Series, mask_on_slices, prepare
+from appliance.imaging.volumes.volume import PreparedVolume, Series, prepare
 from model_sync.bundle import BACKGROUND, SlidingWindow
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def segment(
     Args:
         prepared: the volume.
         slices: grid of the pixels of the series.
-        manifest: of a volume model.
+        manifest: of the model.
         infer: ``Runtime.infer`` of the loaded model.
         batch: number of windows per inference.
         on_progress: called with the completed share (0 to 1) of the windows.
@@ -60,7 +61,7 @@ def segment(
     """
     voxel_classes = classify_voxels(prepared, manifest, infer, batch=batch, on_progress=on_progress)
     output = logits_of(manifest)
-    mask = mask_on_slices(voxel_classes, prepared.grid, slices)
+    mask = resample_nearest(voxel_classes, prepared.grid, slices)
     return Segmentation(voxel_classes, mask, tuple(output.classes or ()), volumes_ml(mask, slices, output))
 
 
@@ -85,16 +86,9 @@ def classify_voxels(
 
     if isinstance(last, SlidingWindow):
         logits = slide(
-            prepared.values,
-            window,
-            run,
-            classes=classes,
-            overlap=last.overlap,
-            weight=last.weight,
-            fill=last.fill,
-            batch=batch,
+            prepared.values, window, run, classes=classes, overlap=last.overlap, weight=last.weight, fill=last.fill, batch=batch,
             on_progress=on_progress,
-        )
+        )  # fmt: skip
     else:
         logits = run(prepared.values[None, None])[0]
     voxel_classes = np.empty(logits.shape[1:], np.uint8)
@@ -150,7 +144,7 @@ def golden_tensor(golden: GoldenVolume, manifest: Manifest) -> tuple[NDArray[np.
         if not np.isfinite(logits).all():
             return float("nan")
         inside = crop(logits[0], prepared.values.shape)
-        mask = mask_on_slices(np.asarray(inside.argmax(axis=0), np.uint8), prepared.grid, where)
+        mask = resample_nearest(np.asarray(inside.argmax(axis=0), np.uint8), prepared.grid, where)
         return max(abs(dice(mask, golden.mask, names.index(label)) - expected) for label, expected in golden.expected.items())
 
     return tensor, difference

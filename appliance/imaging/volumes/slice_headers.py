@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from appliance.core.domain import Note
 from appliance.core.errors import VolumeError
-from appliance.imaging.greyscale import GreyHeader, Lut, frame_value, grey_header, numbers, rescale
+from appliance.imaging.greyscale import GreyHeader, Lut, frame_type, frame_value, grey_header, numbers, rescale, words
 from appliance.imaging.pixel_checks import VALUE_ERRORS
 from appliance.imaging.pixels import frame_count
 from appliance.imaging.volumes.geometry import Plane, plane_of
@@ -49,8 +49,8 @@ _TEXTS: Final = (
     ("AcquisitionContrast", "MRImageFrameTypeSequence"),
     ("ComplexImageComponent", "MRImageFrameTypeSequence"),
 )
-# Numbers that must be the same within a relative or an absolute tolerance (ms, s/mm2): scanners round, and a repetition time that is
-# triggered by heart or breath varies a little.
+# Numbers that must be the same within a relative or an absolute tolerance (ms, s/mm2): scanners round, and a repetition time that the
+# heart or the breath triggers varies a little.
 _NUMBERS: Final = (
     ("EchoTime", "", 0.02, 0.05),
     ("EffectiveEchoTime", "MREchoSequence", 0.02, 0.05),
@@ -80,7 +80,7 @@ class Units:
         photometric: Photometric Interpretation.
         inverse: low values are displayed white.
         signed: Pixel Representation is 1.
-        inverted_bits: Bits StoredImage where the values have to be inverted in that range; 0 where they have a unit or are not inverse.
+        inverted_bits: Bits Stored where the values have to be inverted in that range; 0 where they have a unit or are not inverse.
     """
 
     slope: bool
@@ -130,20 +130,17 @@ class SliceHeader:
 
 @dataclass(frozen=True)
 class ImageCount:
-    """Instance Number of an image (0: none), the number of images that its header states (``said``), and its number of frames."""
+    """Instance Number of an image (0: none), the number of images that its header states, and its number of frames."""
 
     number: int
-    said: int
+    stated: int
     frames: int
 
 
 def slice_headers(number: int, ds: Dataset, luts: dict[bytes, Lut]) -> list[SliceHeader]:
-    """Read the headers of the frames of an image.
+    """Read the headers of the frames of the image with this number in the series; its pixels are not read.
 
-    Args:
-        number: index of the image.
-        ds: the image; its pixels are not read.
-        luts: the Modality LUTs of the series so far, shared by its images; extended here.
+    ``luts`` are the Modality LUTs of the series so far, which its images share; those of this image are added.
 
     Raises:
         VolumeError: ``volume.mixed_units``: the image is not grey; ``volume.too_large``; ``volume.no_position``.
@@ -162,7 +159,7 @@ def slice_headers(number: int, ds: Dataset, luts: dict[bytes, Lut]) -> list[Slic
 
 
 def _one_of(luts: dict[bytes, Lut], lut: Lut) -> Lut:
-    """Return the equal table that is already stored, so that it is kept once."""
+    """Return the equal table of an earlier image, so that it is in memory once."""
     key = hashlib.sha256(lut.first.to_bytes(8, "little", signed=True) + lut.entries.tobytes()).digest()
     if len(luts) >= _MAX_LUTS and key not in luts:
         raise VolumeError("volume.too_large", f"more than {_MAX_LUTS} look-up tables")
@@ -180,42 +177,38 @@ def _header(frame: tuple[int, int], ds: Dataset, shared: GreyHeader, modality: s
 
 
 def _least_bytes(ds: Dataset) -> int:
-    """The size of floating-point pixels, else that of Bits StoredImage, since a decoder may drop the other bits."""
+    """The size of floating-point pixels, else that of Bits Stored, since a decoder may drop the other bits."""
     bits = next((bits for bits, keyword in ((32, "FloatPixelData"), (64, "DoubleFloatPixelData")) if keyword in ds), 0)
     return next(size for size in (1, 2, 4, 8) if 8 * size >= min(64, bits or int(ds.get("BitsStored") or 1)))
 
 
 def _text(value: Any) -> str:
     """Convert a value of any multiplicity to one text; absent and empty are the same."""
-    values = [value] if value is None or isinstance(value, (str, int, float)) else list(value)
-    return "\\".join("" if item is None else str(item).strip().upper() for item in values)
+    return "\\".join(words(value))
 
 
 def _figures(ds: Dataset, keyword: str, frame: int = 0, group: str = "") -> Numbers:
     """The numbers of an attribute; an unreadable value counts as absent."""
     try:
-        found = numbers(frame_value(ds, frame, group, keyword))
+        return tuple(filter(math.isfinite, numbers(frame_value(ds, frame, group, keyword))))
     except VALUE_ERRORS:
         return ()
-    return tuple(number for number in found if math.isfinite(number))
 
 
 def _shows(ds: Dataset, frame: int) -> frozenset[str]:
     """The value 4 of Frame Type (PS3.3 C.8.16.1.4), else the known values of Image Type, where scanners write anything."""
-    for group in ("MRImageFrameTypeSequence", "CTImageFrameTypeSequence", "PETFrameTypeSequence"):
-        if value := frame_value(ds, frame, group, "FrameType"):
-            return frozenset(_text(value).split("\\")[3:4])
-    return frozenset(_text(ds.get("ImageType")).split("\\")[3:]) & _SHOWS
+    kind = frame_type(ds, frame)
+    return frozenset(kind[3:4]) if kind else frozenset(words(ds.get("ImageType"))[3:]) & _SHOWS
 
 
 def _units(ds: Dataset, frame: int, grey: GreyHeader, modality: str) -> Units:
     """Read the meaning of the values of a frame."""
     slope, intercept = (bool(_figures(ds, name, frame, _RESCALE)) for name in ("RescaleSlope", "RescaleIntercept"))
     unit = _unit(ds, frame, modality)
-    turned = grey.inverse and not unit and modality not in _WITH_UNIT
+    is_inverted = grey.inverse and not unit and modality not in _WITH_UNIT
     return Units(
         slope, intercept, grey.modality_lut is not None, unit, _text(ds.get("PhotometricInterpretation")), grey.inverse,
-        ds.get("PixelRepresentation") == 1, int(ds.get("BitsStored") or ds.get("BitsAllocated") or 16) if turned else 0,
+        ds.get("PixelRepresentation") == 1, int(ds.get("BitsStored") or ds.get("BitsAllocated") or 16) if is_inverted else 0,
     )  # fmt: skip
 
 
@@ -254,10 +247,10 @@ def check_contrast(slices: Sequence[SliceHeader]) -> None:
         _check_same(keyword, {item.figures[place] for item in slices}, share, least)
 
 
-def _check_same(keyword: str, found: set[Numbers], share: float, least: float) -> None:
-    if len({len(values) for values in found}) > 1:
+def _check_same(keyword: str, different: set[Numbers], share: float, least: float) -> None:
+    if len({len(values) for values in different}) > 1:
         raise VolumeError("volume.mixed_acquisition", f"some slices have no {keyword}, or not as many values")
-    for values in zip(*found, strict=True):
+    for values in zip(*different, strict=True):
         low, high = min(values), max(values)
         if high - low > max(share * abs(low), least):
             raise VolumeError("volume.mixed_acquisition", f"{keyword} from {low:g} to {high:g}")
@@ -288,9 +281,9 @@ def _check_unit(modality: str, units: Units) -> None:
 
 def image_count(ds: Dataset) -> ImageCount:
     """Read Instance Number, Images in Acquisition and Number of Slices (PET)."""
-    said = (number for key in ("ImagesInAcquisition", "NumberOfSlices") for number in _figures(ds, key) if number <= _MAX_NUMBER)
+    stated = (number for key in ("ImagesInAcquisition", "NumberOfSlices") for number in _figures(ds, key) if number <= _MAX_NUMBER)
     numbered = (number for number in _figures(ds, "InstanceNumber") if number <= _MAX_NUMBER)
-    return ImageCount(int(next(numbered, 0.0)), int(max(said, default=0.0)), frame_count(ds))
+    return ImageCount(int(next(numbered, 0.0)), int(max(stated, default=0.0)), frame_count(ds))
 
 
 def missing_images_note(images: Sequence[ImageCount]) -> Note | None:
@@ -300,7 +293,7 @@ def missing_images_note(images: Sequence[ImageCount]) -> Note | None:
     numbers before the first, unless these would be at least as many as the images: scanners number phases and echoes consecutively.
     """
     have = sum(image.frames for image in images)
-    expected = max(image.said for image in images)
+    expected = max(image.stated for image in images)
     numbered = sorted({image.number for image in images})
     if have == len(images) == len(numbered) > 1 and numbered[0] > 0:
         stride = math.gcd(*(later - earlier for earlier, later in pairwise(numbered)))

@@ -1,8 +1,8 @@
 """Sliding-window inference: overlapping windows of the model's size, and a weighted mean of the outputs.
 
 The output at the border of a window lacks context; the weights make it count little where another window has the voxel near its centre.
-For a fully convolutional network with windows that overlap by twice its receptive field, voxels farther from all borders than the
-receptive field get the output of one pass over the whole volume.
+If a fully convolutional network has windows that overlap by twice its receptive field, voxels farther from all borders than the receptive
+field get the same output as from one pass over the complete volume.
 """
 
 from __future__ import annotations
@@ -81,14 +81,14 @@ def slide(
         InferenceError: ``job.error``: the output has another shape; or what ``infer`` raises.
     """
     shape = volume.shape
-    whole = pad(volume, window, fill)
-    places = list(windows(whole.shape, window, overlap))
+    padded = pad(volume, window, fill)
+    places = list(windows(padded.shape, window, overlap))
     counts = weights(window, weight)
-    total = np.zeros((classes, *whole.shape), np.float32)
-    norm = np.zeros(whole.shape, np.float32)
+    total = np.zeros((classes, *padded.shape), np.float32)
+    norm = np.zeros(padded.shape, np.float32)
     for first in range(0, len(places), batch):
         group = [_cut(place, window) for place in places[first : first + batch]]
-        answer = infer(np.stack([whole[cut] for cut in group])[:, None])
+        answer = infer(np.stack([padded[cut] for cut in group])[:, None])
         if answer.shape != (len(group), classes, *window):
             raise InferenceError("job.error", f"the model gave the shape {answer.shape} for a window")
         for cut, logits in zip(group, answer, strict=True):

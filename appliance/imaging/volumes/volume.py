@@ -1,8 +1,8 @@
 """Convert the images of a series to the volume that a model takes, by the steps of the manifest's ``VolumeSpec``. Pure functions.
 
-An image contains one slice or many (enhanced multi-frame, PS3.3 C.7.6.16). All headers are read first. Only where they form one volume
-that fits into memory are the pixels decoded, slice by slice, into one array of the stored type. Rescaling to modality units (HU)
-commutes with linear interpolation and is applied after it, so that 400 slices of a CT take 210 MB and not 840.
+An image contains one slice or many (enhanced multi-frame, PS3.3 C.7.6.16). All headers are read first. If they form one volume that fits
+into memory, the pixels are decoded, slice by slice, into one array of the stored type. Rescaling to modality units (HU) commutes with
+linear interpolation and is applied after it, so that 400 slices of a CT take 210 MB and not 840.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from appliance.core.domain import Note
 from appliance.core.errors import InferenceError, VolumeError
 from appliance.imaging.pixels import iter_frames
 from appliance.imaging.volumes.geometry import Grid, reorient, stack
-from appliance.imaging.volumes.resampling import rectangular_grid, resample_linear, resample_nearest
+from appliance.imaging.volumes.resampling import rectangular_grid, resample_linear
 from appliance.imaging.volumes.slice_headers import (
     MAX_FRAMES,
     ImageCount,
@@ -138,11 +138,7 @@ def read_series(
 
 
 def prepared_shape(grid: Grid, spec: VolumeSpec) -> Shape:
-    """The shape of the volume that :func:`prepare` makes of slices on this grid.
-
-    Raises:
-        VolumeError: ``volume.too_large``, as ``prepare``.
-    """
+    """The shape of the volume that :func:`prepare` makes of slices on this grid; raises VolumeError ``volume.too_large``."""
     for step in spec.pipeline[2:]:
         if isinstance(step, Orient):
             grid = reorient(np.broadcast_to(np.uint8(0), grid.shape), grid, step.axes)[1]  # an array that takes no memory
@@ -154,7 +150,7 @@ def prepared_shape(grid: Grid, spec: VolumeSpec) -> Shape:
 
 
 def _headers(sources: Sequence[Source]) -> tuple[list[SliceHeader], list[ImageCount]]:
-    """Read the headers of all frames, and what each image says about the number of images."""
+    """Read the headers of all frames, and the image count of each image."""
     slices: list[SliceHeader] = []
     images = []
     luts: dict[bytes, Lut] = {}
@@ -182,7 +178,9 @@ def _decode(
             if frame not in places:
                 continue
             if values is None:
-                values = _allocate(grid.shape, pixels.dtype if same else np.dtype(np.float32))
+                dtype = pixels.dtype if same else np.dtype(np.float32)
+                _check_stack(grid.shape, dtype.itemsize)  # again: a decoder may return a larger type than the header implies
+                values = np.empty(grid.shape, dtype)
             place = places[frame]
             stored, empty[place] = _replace_padding(pixels, slices[place])
             if same and stored.dtype != values.dtype:
@@ -198,7 +196,7 @@ def _decode(
 
 
 def _one_rescale(slices: Sequence[SliceHeader]) -> bool:
-    """Whether all slices have the same rescale, so that stored values can be kept."""
+    """Whether all slices have the same rescale, so that the array can hold stored values."""
     first = slices[0].grey
     return all(
         item.grey.modality_lut is None and (item.grey.slope, item.grey.intercept) == (first.slope, first.intercept) for item in slices
@@ -208,11 +206,6 @@ def _one_rescale(slices: Sequence[SliceHeader]) -> bool:
 def _check_stack(shape: Shape, voxel_bytes: int) -> None:
     if math.prod(shape) * voxel_bytes > MAX_STACK_BYTES:
         raise VolumeError("volume.too_large", f"{shape[0]} slices of {shape[2]} x {shape[1]} pixels")
-
-
-def _allocate(shape: Shape, dtype: np.dtype[Any]) -> NDArray[Any]:
-    _check_stack(shape, dtype.itemsize)  # again: a decoder may return a larger type than the header implies
-    return np.empty(shape, dtype)
 
 
 def _modality(grey: GreyHeader, stored: NDArray[Any]) -> Values:
@@ -345,10 +338,10 @@ def _spread(values: Values, low: np.float32, high: np.float32) -> None:
 def crop_pad(values: Values, grid: Grid, shape: tuple[int, int, int], fill: float) -> tuple[Values, Grid]:
     """Crop or pad every axis to ``shape`` around the centre (with an odd difference one voxel more at the end)."""
     starts = [(have - want) // 2 for have, want in zip(values.shape, shape, strict=True)]
-    affine = grid.affine.copy()
-    affine[:3, 3] = grid.to_patient(starts)
     if values.shape == shape:
         return values, grid
+    affine = grid.affine.copy()
+    affine[:3, 3] = grid.to_patient(starts)
     result = np.full(shape, fill, np.float32)
     into, out_of = (
         tuple(slice(max(0, at), max(0, at) + min(have, want)) for at, have, want in zip(begin, values.shape, shape, strict=True))
@@ -356,8 +349,3 @@ def crop_pad(values: Values, grid: Grid, shape: tuple[int, int, int], fill: floa
     )
     result[into] = values[out_of]
     return result, Grid(shape, affine, grid.through)
-
-
-def mask_on_slices(mask: NDArray[np.uint8], grid: Grid, series: Grid) -> NDArray[np.uint8]:
-    """Resample a mask to the pixels of the series by nearest neighbour: uint8 [slices, rows, columns] in the order of positions."""
-    return resample_nearest(mask, grid, series)

@@ -291,7 +291,7 @@ def test_settings_prints_every_key(box: Box, tmp_path: Path, capsys: pytest.Capt
 
 def test_verify_says_whether_a_bundle_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", str(tiny_bundle(tmp_path, "0.9.0"))]) == 0
-    assert "whole" in capsys.readouterr().out
+    assert "intact" in capsys.readouterr().out
     assert cli.main(["verify", str(tmp_path)]) == 1
     assert capsys.readouterr().err.count("hint:") == 1
 

@@ -214,4 +214,4 @@ def test_a_folder_that_does_not_exist_is_named_whole(main: Any, tmp_path: Path, 
     missing.parent.mkdir()
     missing.write_text("")
     assert main(["verify", str(missing)]) == 1
-    assert f"{missing} is no folder" in capsys.readouterr().err
+    assert f"{missing} is not a directory" in capsys.readouterr().err

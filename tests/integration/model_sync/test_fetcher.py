@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -520,20 +519,17 @@ def test_stopping_between_two_chunks_keeps_the_part(make: Make, server: BadServe
     assert server.log[-1].headers["range"] == f"bytes={len(kept)}-"
 
 
-def test_progress_tells_file_bytes_and_rate(make: Make, server: BadServer) -> None:
-    told: list[Any] = []
+def test_progress_reports_the_received_bytes(make: Make, server: BadServer) -> None:
+    reported: list[int] = []
     now = [0.0]
 
     def clock() -> float:
         now[0] += 0.1
         return now[0]
 
-    assert fetch(make(options={"on_progress": told.append, "clock": clock}, min_speed_bytes_per_s=0.0)) == DATA
-    assert (told[0].done_bytes, told[0].total_bytes) == (0, SIZE)
-    assert told[-1].done_bytes == SIZE
-    assert told[-1].file == "model.onnx"  # without its digest
-    assert told[-1].rate_bytes_per_s > 0
-    assert [item.done_bytes for item in told] == sorted(item.done_bytes for item in told)
+    assert fetch(make(options={"on_progress": reported.append, "clock": clock}, min_speed_bytes_per_s=0.0)) == DATA
+    assert (reported[0], reported[-1]) == (0, SIZE)
+    assert reported == sorted(reported)
 
 
 @pytest.mark.parametrize("damage", ["note_lost", "note_garbled", "note_of_another_length", "part_too_long", "part_is_a_link"])

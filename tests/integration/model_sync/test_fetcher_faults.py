@@ -225,9 +225,9 @@ def test_parts_that_nobody_goes_on_with_are_removed_after_a_month(make: Make, se
 
 
 def test_no_room_is_said_before_anything_is_asked_for(make: Make, server: BadServer) -> None:
-    with pytest.raises(DiskFull) as caught:
+    with pytest.raises(DiskFull, match=r"^\d+ bytes of disk space are missing") as caught:
         fetch(make(disk_reserve_bytes=1 << 60))
-    assert caught.value.missing_bytes > 1 << 59
+    assert int(caught.value.message.split()[0]) > 1 << 59
     assert caught.value.code == "sync.disk_full"
     assert isinstance(caught.value, DownloadError)
     assert server.log == []
@@ -246,9 +246,8 @@ def test_the_reserve_is_kept_while_others_fill_the_disk(make: Make, server: BadS
                 os.posix_fallocate(stream.fileno(), 0, 512 * 2**20)
 
     fetcher = make(disk_reserve_bytes=free - 256 * 2**20, options={"on_progress": fill})
-    with pytest.raises(DiskFull) as caught:
+    with pytest.raises(DiskFull, match=r"^\d+ bytes of disk space are missing"):
         fetch(fetcher, "targets/big", len(whole))
-    assert caught.value.missing_bytes > 0
     assert whole.startswith(part_of(tmp_path, "targets/big").read_bytes())
     ballast.unlink(missing_ok=True)
     assert fetch(make(), "targets/big", len(whole)) == whole
@@ -268,7 +267,7 @@ with BadServer({"/targets/f": data}) as server:
     fetcher = Fetcher(sync_settings(disk, urls=[server.url], **eval(sys.argv[2])), disk / "parts")
     filled = []
     def fill(progress):  # somebody else takes the rest of the disk in the middle of the download
-        if progress.done_bytes > 1_000_000 and not filled:
+        if progress > 1_000_000 and not filled:
             filled.append(True)
             with ballast.open("wb", buffering=0) as stream:
                 try:
@@ -342,14 +341,14 @@ def tls_context(files: tuple[Path, Path], client_ca: Path | None = None) -> ssl.
     return context
 
 
-def test_tls_with_the_library_authority_and_a_client_certificate(make: Make, tmp_path: Path) -> None:
+def test_tls_with_the_library_authority(make: Make, tmp_path: Path) -> None:
     library, box = certificate(tmp_path, "library"), certificate(tmp_path, "box")
-    with BadServer({"/metadata/timestamp.json": METADATA, f"/{NAME}": DATA}, tls=tls_context(library, box[0])) as server:
-        fetcher = make([server.url], ca_certificate=library[0], options={"client_certificate": box})
+    with BadServer({"/metadata/timestamp.json": METADATA, f"/{NAME}": DATA}, tls=tls_context(library)) as server:
+        fetcher = make([server.url], ca_certificate=library[0])
         assert fetcher.download_bytes("library:metadata/timestamp.json", 1000) == METADATA
         assert fetch(fetcher) == DATA
-        with pytest.raises(Unreachable):
-            make([server.url], ca_certificate=library[0], attempts=1).download_bytes("library:metadata/timestamp.json", 1000)
+    with BadServer({"/metadata/timestamp.json": METADATA}, tls=tls_context(library, box[0])) as server, pytest.raises(Unreachable):
+        make([server.url], ca_certificate=library[0], attempts=1).download_bytes("library:metadata/timestamp.json", 1000)
 
 
 @pytest.mark.parametrize("days", [10, -1])

@@ -26,7 +26,7 @@ from model_sync.fleet.accounts import Accounts
 from model_sync.fleet.database import Fleet
 from model_sync.fleet.rollout_pause_policy import RolloutPausePolicy
 from model_sync.fleet.rollouts import Rollouts
-from model_sync.fleet.tables import actions, operators
+from model_sync.fleet.tables import actions
 from model_sync.messages_central import WORDS
 from model_sync.trust.documents import RolloutStep
 from tests.support.fleet_seed import seed
@@ -135,9 +135,26 @@ def test_five_failures_lock_and_every_refusal_reads_the_same(centre: Centre) -> 
     answer = somebody.log_in("nobody", "wrong")
     pages.append(re.sub(r'value="[^"]*"', "", answer.text))
     assert len(set(pages)) == 1
-    with centre.fleet.writing() as tx:
-        tx.execute(operators.update().where(operators.c.name == "li").values(locked_until=0))
-    assert somebody.log_in("li", password).status_code == 302
+    assert somebody.log_in("li", Accounts(centre.fleet).reset("li")).status_code == 302
+
+
+def test_five_failures_lock_for_one_address_and_fifty_for_all(tmp_path: Path) -> None:
+    now = [1_800_000_000.0]
+    fleet = Fleet(f"sqlite:///{tmp_path}/fleet.db", clock=lambda: now[0])
+    accounts = Accounts(fleet)
+    password = accounts.add("li")
+    for _ in range(5):
+        assert accounts.login("li", "wrong", "192.0.2.1") is None
+    assert accounts.login("li", password, "192.0.2.1") is None
+    assert accounts.login("li", password, "192.0.2.2")
+    now[0] += 15 * 60 + 1
+    assert accounts.login("li", password, "192.0.2.1")
+    for number in range(50):
+        assert accounts.login("li", "wrong", f"192.0.2.{number}") is None
+    assert accounts.login("li", password, "192.0.2.99") is None
+    now[0] += 15 * 60 + 1
+    assert accounts.login("li", password, "192.0.2.99")
+    fleet.close()
 
 
 def test_a_form_without_its_token_is_refused(centre: Centre, person: Person) -> None:
@@ -310,7 +327,7 @@ def test_pause_and_resume_are_newly_signed_rollouts(centre: Centre, person: Pers
     assert (paused.paused, paused.version, paused.percent) == (True, "0.2.0", 100.0)
     assert centre.site.library.published("rollout").signed.version == before + 1  # type: ignore[union-attr]
     assert centre.site.library.verify()
-    assert "looked at the failures" in person.see()
+    assert "checked the failures" in person.see()
     person.submit("/fleet/pause", ring="stable", line=LINE, action="resume")
     assert step_of(centre).paused  # nobody said that they looked
     person.see()
@@ -370,7 +387,7 @@ def test_without_a_key_the_page_shows_commands_that_work(tmp_path: Path) -> None
         somebody = Person(centre)
         somebody.log_in("wang", centre.operator())
         page = somebody.see()
-        assert "holds no rollout key" in page
+        assert "has no rollout key" in page
         assert "Pause the rollout</button>" not in page
         somebody.submit("/fleet/pause", ring="stable", line=LINE, action="pause")
         assert "Nothing was signed" in somebody.see()

@@ -21,6 +21,7 @@ from model_sync.fleet.rollout_pause_policy import RolloutPausePolicy
 from model_sync.fleet.rollouts import Rollouts
 from model_sync.fleet.tables import boxes
 from model_sync.fleet.views import progress
+from model_sync.library import rollouts
 from model_sync.library.keys import load_signer
 from model_sync.library.library import Library
 from model_sync.trust.documents import ROLLOUT_ROLE, Rollout, RolloutStep, rollout_path
@@ -83,7 +84,7 @@ def test_a_pause_publishes_nothing_that_waits_and_what_waits_still_can_be_signed
     centre.site.rollout("stable", LINE, "0.1.0", 10.0)
     centre.site.rollout("canary", LINE, "0.1.0")
     by_hand = Library(centre.site.library.files.directory)
-    by_hand.rollout("canary", LINE, "0.2.0", 100.0)
+    rollouts.rollout(by_hand, "canary", LINE, "0.2.0", 100.0)
     assert rollouts_of(centre).set_paused("stable", LINE, True, "wang", ExpectedRollout("0.1.0"))
     assert (public_step(centre).version, public_step(centre).percent, public_step(centre).paused) == ("0.1.0", 10.0, True)
     assert public_step(centre, "canary").version == "0.1.0"  # nobody has signed the other yet
@@ -97,7 +98,7 @@ def test_a_pause_publishes_nothing_that_waits_and_what_waits_still_can_be_signed
 @pytest.mark.parametrize(("version", "paused"), [("0.1.0", True), ("0.2.0", False)])
 def test_a_waiting_step_of_the_paused_version_is_paused_too_and_another_version_is_not(centre: Centre, version: str, paused: bool) -> None:
     centre.site.rollout("stable", LINE, "0.1.0", 10.0)
-    Library(centre.site.library.files.directory).rollout("stable", LINE, version, 100.0)
+    rollouts.rollout(Library(centre.site.library.files.directory), "stable", LINE, version, 100.0)
     rollouts_of(centre).set_paused("stable", LINE, True, "wang", ExpectedRollout("0.1.0"))
     assert (public_step(centre).version, public_step(centre).percent, public_step(centre).paused) == ("0.1.0", 10.0, True)
     assert (staged_step(centre).version, staged_step(centre).percent, staged_step(centre).paused) == (version, 100.0, paused)
@@ -108,7 +109,7 @@ def test_where_one_key_does_not_suffice_what_waits_is_left_as_it_is(centre: Cent
     centre.site._keys("second", 1)
     keys: list[Key] = [centre.site.holders[ROLLOUT_ROLE][0].public_key, centre.site.holders["second"][0].public_key]
     centre.site.library.set_rollout_keys(keys, 2)
-    Library(centre.site.library.files.directory).rollout("stable", LINE, "0.2.0", 100.0)
+    rollouts.rollout(Library(centre.site.library.files.directory), "stable", LINE, "0.2.0", 100.0)
     before = centre.site.library.files.staged_path(ROLLOUT_ROLE).read_bytes()
     with pytest.raises(PublishError, match="needs more signatures") as caught:
         rollouts_of(centre).set_paused("stable", LINE, True, "wang", ExpectedRollout("0.1.0"))
@@ -119,7 +120,7 @@ def test_where_one_key_does_not_suffice_what_waits_is_left_as_it_is(centre: Cent
 
 def test_where_the_online_keys_do_not_open_what_waits_is_left_as_it_is(centre: Centre) -> None:
     centre.site.rollout("stable", LINE, "0.1.0", 10.0)
-    Library(centre.site.library.files.directory).rollout("stable", LINE, "0.2.0", 100.0)
+    rollouts.rollout(Library(centre.site.library.files.directory), "stable", LINE, "0.2.0", 100.0)
     before = centre.site.library.files.staged_path(ROLLOUT_ROLE).read_bytes()
     assert centre.rollout_key is not None
     signer = load_signer(str(centre.rollout_key), lambda _what: PASSPHRASE)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 
 import pytest
-from playwright.sync_api import Browser, Page, Playwright
+from playwright.sync_api import Browser, Page
 
 from model_sync.fleet.rollouts import Rollouts
 from tests.support.fleet_seed import LINE, seed
@@ -14,14 +14,6 @@ from tests.support.fleet_site import Centre
 from tests.support.library_site import tiny_bundle
 
 pytestmark = pytest.mark.browser
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 # The contrast of every text with what lies behind it (WCAG 2.2, 1.4.3); white where nothing is painted.
 CONTRAST = """() => {
   const parse = c => { const v = c.match(/[\\d.]+/g).map(Number); return v.length > 3 ? v : [...v, 1]; };
@@ -41,13 +33,6 @@ CONTRAST = """() => {
   return bad; }"""
 SMALL = """() => [...document.querySelectorAll('button, .button, select, summary, input:not([type=hidden], [type=checkbox])')]
   .filter(e => e.getClientRects().length && e.getBoundingClientRect().height < 43.5).map(e => e.outerHTML.slice(0, 90))"""
-
-
-@pytest.fixture(scope="module")
-def browser(playwright_driver: Playwright, chromium: str) -> Iterator[Browser]:
-    running = playwright_driver.chromium.launch(executable_path=chromium, args=FLAGS)
-    yield running
-    running.close()
 
 
 @pytest.fixture(scope="module")

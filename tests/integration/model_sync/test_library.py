@@ -13,8 +13,10 @@ from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata
 
 from model_sync.errors import SettingsError
+from model_sync.library import publish
 from model_sync.library.files import LibraryFiles
-from model_sync.library.library import Library, RoleState
+from model_sync.library.library import Library
+from model_sync.library.roles import RoleState
 from model_sync.trust.documents import LineIndex
 from tests.support.library_follower import Follower, refused
 from tests.support.library_site import Site, make_site, tiny_bundle
@@ -78,9 +80,9 @@ def test_a_stranger_cannot_sign(tmp_path: Path) -> None:
 
 def test_only_what_was_shown_is_signed(site: Site, tmp_path: Path) -> None:
     library, signer = site.by_hand(), site.holders[LINE][0]
-    library.publish(tiny_bundle(tmp_path, "0.1.0"), deltas=False)
+    publish.publish(library, tiny_bundle(tmp_path, "0.1.0"), deltas=False)
     shown = library.staged(LINE)
-    library.withdraw(LINE, "0.1.0", "changed behind the holder's back")
+    publish.withdraw(library, LINE, "0.1.0", "changed behind the holder's back")
     with refused("changed while you read it"):
         library.sign(LINE, signer, shown=shown)
     assert library.state(LINE).have == 0
@@ -136,7 +138,7 @@ def test_what_is_no_library(tmp_path: Path) -> None:
 def waiting(site: Site, tmp_path: Path) -> tuple[Library, Path]:
     """A library whose line has a new version that waits, and a copy of the waiting file on another machine."""
     library = site.by_hand()
-    library.publish(tiny_bundle(tmp_path, "0.1.0"), deltas=False)
+    publish.publish(library, tiny_bundle(tmp_path, "0.1.0"), deltas=False)
     copy = tmp_path / "away.json"
     copy.write_bytes(library.files.staged_path(LINE).read_bytes())
     return library, copy
@@ -184,7 +186,7 @@ def test_a_stale_copy_is_refused(site: Site, waiting: tuple[Library, Path]) -> N
 def test_a_copy_of_what_was_changed_here_since_is_refused(site: Site, waiting: tuple[Library, Path], tmp_path: Path) -> None:
     library, copy = waiting
     sign_file(copy, site.holders[LINE][0])
-    library.publish(tiny_bundle(tmp_path, "0.2.0"), deltas=False)
+    publish.publish(library, tiny_bundle(tmp_path, "0.2.0"), deltas=False)
     with refused("changed since"):
         library.merge(copy)
 
@@ -406,7 +408,7 @@ def test_rollout_keys_given_again_replace_the_old_ones(site: Site, box: Follower
 
 def test_without_the_online_keys_signatures_are_kept_and_published_later(site: Site, box: Follower, tmp_path: Path) -> None:
     locked = Library(site.library.files.directory)
-    locked.publish(tiny_bundle(tmp_path, "0.1.0"), deltas=False)
+    publish.publish(locked, tiny_bundle(tmp_path, "0.1.0"), deltas=False)
     locked.sign(LINE, site.holders[LINE][0])
     with refused("locked") as caught:
         locked.sign(LINE, site.holders[LINE][1])
@@ -439,7 +441,7 @@ def test_a_refresh_renews_the_snapshot_when_half_of_its_life_is_over(site: Site,
 
 def test_what_expired_while_it_waited_is_neither_signed_nor_published(site: Site, tmp_path: Path) -> None:
     library = site.by_hand()
-    library.publish(tiny_bundle(tmp_path, "0.1.0"), deltas=False)
+    publish.publish(library, tiny_bundle(tmp_path, "0.1.0"), deltas=False)
     late = Library(library.files.directory, library.signers.values(), clock=lambda: datetime.now(timezone.utc) + timedelta(days=181))
     with refused("expired while it waited"):
         late.sign(LINE, site.holders[LINE][0])
@@ -459,7 +461,7 @@ def test_renewal_is_for_what_people_sign(site: Site, box: Follower) -> None:
 
 def test_what_waits_can_be_discarded(site: Site, box: Follower, tmp_path: Path) -> None:
     library = site.by_hand()
-    library.publish(tiny_bundle(tmp_path, "0.1.0"), deltas=False)
+    publish.publish(library, tiny_bundle(tmp_path, "0.1.0"), deltas=False)
     library.add_line("ct-lung", [CryptoSigner.generate_ed25519().public_key], 1)
     assert library.discard() == ["targets", "ct-lung", LINE]
     assert library.lines() == [LINE]

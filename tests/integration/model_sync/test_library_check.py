@@ -12,6 +12,7 @@ from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import DelegatedRole, Delegations, Metadata, MetaFile, TargetFile
 
 from model_sync.library import check as library_check
+from model_sync.library import publish, rollouts
 from model_sync.library.library import Library
 from model_sync.library.text import describe, status_lines
 from model_sync.trust.documents import Rollout, RolloutStep
@@ -131,13 +132,13 @@ DAMAGE: dict[str, tuple[Callable[[Site], object], str]] = {
     ),
     "delegation of other paths": (
         lambda s: rewrite(s, "targets", lambda md: md.signed.delegations.roles["rollout"].paths.append("models/*/*")),
-        "not delegated as its own paths",
+        "is not terminating or has other paths",
     ),
     "delegation that is not terminating": (
         lambda s: rewrite(s, "targets", lambda md: setattr(md.signed.delegations.roles[LINE], "terminating", False)),
         "terminating",
     ),
-    "rollout of an unsigned version": (point_at_nothing, "no line role has signed"),
+    "rollout of an unsigned version": (point_at_nothing, "the role of no model line has signed"),
     "index that is none": (junk_index, "not valid"),
     "manifest that is none": (junk_manifest, "manifest.json is not valid"),
     "index not signed": (drop_target("line.json"), "is not signed"),
@@ -225,8 +226,8 @@ def words(site: Site, role: str, library: Library) -> str:
 
 def test_what_is_signed_is_said_in_plain_words(site: Site, tmp_path: Path) -> None:
     library = site.by_hand()
-    library.publish(tiny_bundle(tmp_path / "new", "0.3.0"), deltas=False, minimum_version="0.2.0")
-    library.withdraw(LINE, "0.1.0", "misses effusions")
+    publish.publish(library, tiny_bundle(tmp_path / "new", "0.3.0"), deltas=False, minimum_version="0.2.0")
+    publish.withdraw(library, LINE, "0.1.0", "misses effusions")
     text = words(site, LINE, library)
     for part in ("+ version 0.3.0: manifest", "! WITHDRAWN 0.1.0: misses effusions", "! oldest version that boxes may run: 0.2.0"):
         assert part in text
@@ -236,7 +237,7 @@ def test_what_is_signed_is_said_in_plain_words(site: Site, tmp_path: Path) -> No
 
 def test_a_rollout_is_said_in_plain_words(site: Site) -> None:
     library = site.by_hand()
-    library.rollout("stable", LINE, "0.1.0", 5.0, datetime(2030, 1, 2, 3, 4, tzinfo=timezone.utc), 12.0, paused=True)
+    rollouts.rollout(library, "stable", LINE, "0.1.0", 5.0, datetime(2030, 1, 2, 3, 4, tzinfo=timezone.utc), 12.0, paused=True)
     assert f"! ring stable: {LINE} 0.1.0 to 5 % of boxes from 2030-01-02 03:04 UTC over 12 h" in words(site, "rollout", library)
     assert "PAUSED" in words(site, "rollout", library)
 
@@ -255,7 +256,7 @@ def test_a_key_change_is_said_in_plain_words(site: Site) -> None:
 
 def test_an_index_that_is_not_at_hand_is_not_passed_over(site: Site) -> None:
     library = site.by_hand()
-    library.withdraw(LINE, "0.1.0", "misses effusions")
+    publish.withdraw(library, LINE, "0.1.0", "misses effusions")
     new = library.staged(LINE)
     assert new is not None
     text = "\n".join(describe(LINE, new, library.published(LINE), str, lambda _target: None))

@@ -118,13 +118,13 @@ def test_the_ceremony_ends_in_a_whole_library(ready: Shell) -> None:
     assert "next: nothing to do" in text
     assert "alice, bob, carol" in text
     assert "in 3.0 days" in text
-    assert "whole; 7 files" in ready.run("verify", "LIB")
-    assert "whole; 7 files" in ready.run("verify", "LIB/public")
+    assert "intact; 7 files" in ready.run("verify", "LIB")
+    assert "intact; 7 files" in ready.run("verify", "LIB/public")
     command = [sys.executable, "-m", "model_sync.fleet.cli", "verify", "LIB"]
     environment = ready.environment | {"PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run(command, cwd=ready.directory, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "whole; 7 files" in done.stdout
+    assert "intact; 7 files" in done.stdout
     status = json.loads(ready.run("status", "LIB", "--json"))
     assert status["lines"][LINE]["versions"] == ["0.1.0"]
 
@@ -144,11 +144,11 @@ def test_a_rollout_a_withdrawal_and_a_stick(copy: Shell) -> None:
     (copy.directory / "stick").mkdir()
     assert f"{LINE}: 0.1.0" in copy.run("export-usb", "LIB", "stick")
     text = copy.run("withdraw", "LIB", LINE, "0.1.0", "--reason", "misses effusions")
-    assert f"ring stable still names {LINE} 0.1.0; its boxes fall back by themselves meanwhile" in text
-    assert f"next: no version of {LINE} is left to boxes: publish a new one" in text
+    assert f"ring stable still names {LINE} 0.1.0; its boxes roll back by themselves" in text
+    assert f"next: boxes may run no version of {LINE}: publish a new one" in text
     copy.run("sign", "LIB", "--key", "alice.pem", "--yes")
     assert "! WITHDRAWN 0.1.0: misses effusions" in copy.run("sign", "LIB", "--key", "bob.pem", "--yes")
-    assert "withdrawn: no box takes it" in copy.run("status", "LIB")
+    assert "withdrawn: no box installs it" in copy.run("status", "LIB")
     assert "is public" in copy.run("refresh-timestamp", "LIB")
 
 
@@ -170,17 +170,17 @@ def test_a_line_is_ended_by_running_the_same_command_twice(copy: Shell) -> None:
     copy.run("sign", "LIB", "--key", "carol.pem", "--yes")
     text = copy.run("end-line", "LIB", LINE)
     assert "rollout version 3 waits" in text
-    assert f"boxes keep the model of {LINE} that they have, and take nothing new of it" in text
+    assert f"boxes keep the model of {LINE} that they have, and get no new version of it" in text
     assert f"run `model-library end-line LIB {LINE}` again" in text
-    assert f"ring stable: {LINE} is told nothing any more" in copy.run("sign", "LIB", "--key", "carol.pem", "--yes")
+    assert f"ring stable: {LINE} has no rollout any more" in copy.run("sign", "LIB", "--key", "carol.pem", "--yes")
     assert "again" not in copy.run("end-line", "LIB", LINE).replace("add the line again", "")
     for name in ("alice", "bob"):
-        assert f"- role {LINE} is delegated no more" in copy.run("sign", "LIB", "--key", f"{name}.pem", "--yes")
+        assert f"- role {LINE} has no delegation any more" in copy.run("sign", "LIB", "--key", f"{name}.pem", "--yes")
     text = copy.run("status", "LIB")
     assert LINE not in text
     assert "nothing to do" in text
     text = copy.run("verify", "LIB")
-    assert f"note: the snapshot names {LINE}.json, to which nobody delegates any more: a line that was ended" in text
+    assert f"note: the snapshot names {LINE}.json, which has no delegation any more: a model line that was ended" in text
     assert f"there is no model line '{LINE}'" in copy.run("end-line", "LIB", LINE, expect=1)
     copy.run("add-line", "LIB", LINE, "--key", "dave.pem.pub.json", "--threshold", "1")
     text = copy.run("sign", "LIB", "--key", "dave.pem", "--yes")
@@ -218,10 +218,10 @@ def test_an_online_key_is_replaced_as_the_guide_says(copy: Shell, role: str) -> 
         copy.run("sign", "LIB", "--key", f"{person}.pem", "--yes")
     text = copy.run("status", "LIB")
     assert name in text
-    assert f"{role}.pem is the key of no role any more: destroy it" in text
+    assert f"{role}.pem is the key of no role any more: delete it" in text
     (copy.directory / "LIB" / "online" / f"{role}.pem").unlink()
     copy.run("refresh-timestamp", "LIB")
-    assert "whole" in copy.run("verify", "LIB")
+    assert "intact" in copy.run("verify", "LIB")
 
 
 def test_without_the_online_passphrase_signatures_are_kept(copy: Shell) -> None:
@@ -238,7 +238,7 @@ def test_without_the_online_passphrase_signatures_are_kept(copy: Shell) -> None:
 def test_what_waits_is_discarded(copy: Shell) -> None:
     copy.run("minimum", "LIB", LINE, "0.1.0")
     assert "waits for 2 more" in copy.run("status", "LIB")
-    assert f"dropped: {LINE}" in copy.run("discard", "LIB", "--yes")
+    assert f"deleted: {LINE}" in copy.run("discard", "LIB", "--yes")
     assert "nothing to do" in copy.run("status", "LIB")
 
 
@@ -330,10 +330,10 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "merge nothing": (["merge", "LIB", "absent.json"], 1, "No such file"),
     "merge something else": (["merge", "LIB", "people.txt"], 1, "no TUF metadata"),
     "renew what nobody signs": (["renew", "LIB", "timestamp"], 1, "no role that people sign"),
-    "discard without asking": (["discard", "LIB"], 2, "nobody is there to confirm"),
+    "discard without asking": (["discard", "LIB"], 2, "nobody can confirm"),
     "verify nothing": (["verify", "absent"], 1, "does not exist"),
-    "export to nowhere": (["export-usb", "LIB", "absent"], 2, "is no folder"),
-    "export an unknown line": (["export-usb", "LIB", ".", "--line", "ct"], 2, "no line ct"),
+    "export to nowhere": (["export-usb", "LIB", "absent"], 2, "is not a directory"),
+    "export an unknown line": (["export-usb", "LIB", ".", "--line", "ct"], 2, "no model line ct"),
 }  # fmt: skip
 
 

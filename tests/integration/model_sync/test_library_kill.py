@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from securesystemslib.signer import CryptoSigner
 
+from model_sync.library import publish, rollouts
 from model_sync.library.files import LibraryFiles
 from model_sync.library.library import Library
 from tests.support.library_follower import Follower
@@ -80,11 +81,11 @@ def rotation(role: str) -> Callable[[Site, Path], Act]:
 
 def publishing(_site: Site, tmp: Path) -> Act:
     bundle = tiny_bundle(tmp / "new", "0.2.0", seed=1, hidden=200, drift=1e-4)
-    return lambda site: site.library.publish(bundle)
+    return lambda site: publish.publish(site.library, bundle)
 
 
 def rolling_out(_site: Site, _tmp: Path) -> Act:
-    return lambda site: site.library.rollout("stable", LINE, "0.1.0", 50.0)
+    return lambda site: rollouts.rollout(site.library, "stable", LINE, "0.1.0", 50.0)
 
 
 def adding_a_line(site: Site, _tmp: Path) -> Act:
@@ -150,18 +151,18 @@ def test_killed_at_random_moments_of_a_publication(tmp_path: Path, versions: int
     box = Follower(site, tmp_path / "box")
     bundles = [tiny_bundle(tmp_path, f"0.{n}.0", seed=n, hidden=400) for n in range(1, versions + 1)]
     took = time.perf_counter()
-    site.library.publish(bundles[0], deltas=False)
+    publish.publish(site.library, bundles[0], deltas=False)
     took = time.perf_counter() - took
     killed = 0
     for n, bundle in enumerate(bundles[1:], 2):
         for _ in range(5):
-            pid = in_a_process(lambda bundle=bundle: site.library.publish(bundle, deltas=False))  # type: ignore[misc]
+            pid = in_a_process(lambda bundle=bundle: publish.publish(site.library, bundle, deltas=False))  # type: ignore[misc]
             time.sleep(random.random() * 1.2 * took)
             os.kill(pid, signal.SIGKILL)
             killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
             assert site.library.verify().problems == []
             assert len(box.index().versions) in (n - 1, n)
-        site.library.publish(bundle, deltas=False)
+        publish.publish(site.library, bundle, deltas=False)
         assert [release.version for release in box.index().versions] == [f"0.{m}.0" for m in range(1, n + 1)]
     assert killed > 0
     print(f"{killed} kills struck a publication at work")

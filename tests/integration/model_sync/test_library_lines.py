@@ -10,7 +10,7 @@ import pytest
 from securesystemslib.signer import CryptoSigner
 
 from model_sync.errors import PublishError
-from model_sync.library import publish, usb_export
+from model_sync.library import publish, rollouts, usb_export
 from model_sync.library import roles as library_roles
 from model_sync.trust.documents import LineIndex, Rollout
 from tests.support.library_follower import Follower
@@ -52,7 +52,7 @@ def test_a_line_ends_and_begins_again_and_no_box_sees_a_rollback(site: Site, box
         real = make_box(tmp_path / "real", site, url)
         real.pull()
         versions = [box.index() and newest(site, LINE).signed.version]
-        site.library.end_line(LINE)
+        rollouts.end_line(site.library, LINE)
         assert site.library.lines() == [OTHER]
         assert LINE not in Rollout.parse(box.look("rollout/stable.json")).lines
         with pytest.raises(AssertionError):
@@ -85,28 +85,28 @@ def test_a_line_is_ended_only_when_no_public_rollout_names_it(site: Site, box: F
         site.rollout(ring, LINE, "0.1.0")
     library = site.by_hand()
     for _ in range(2):  # asked again it says the same
-        assert library.end_line(LINE).role == "rollout"
+        assert rollouts.end_line(library, LINE).role == "rollout"
         assert LINE in library.lines()
     site.sign_all()
     for ring in ("stable", "canary"):
         assert Rollout.parse(box.look(f"rollout/{ring}.json")).lines == {}
     for _ in range(2):
-        state = library.end_line(LINE)
+        state = rollouts.end_line(library, LINE)
         assert (state.role, state.published) == ("targets", False)
     assert library.lines() == [OTHER]
     box.index()  # until the holders of targets have signed, nothing has changed for boxes
     site.sign_all()
     assert library.staged_roles() == []
     with refused("no model line"):
-        library.end_line(LINE)
+        rollouts.end_line(library, LINE)
 
 
 def test_what_waited_for_an_ended_line_is_dropped(site: Site, tmp_path: Path) -> None:
     site.publish(tiny_bundle(tmp_path, "0.1.0"))
     library = site.by_hand()
-    library.publish(tiny_bundle(tmp_path, "0.2.0", seed=1))
+    publish.publish(library, tiny_bundle(tmp_path, "0.2.0", seed=1))
     assert library.staged_roles() == [LINE]
-    library.end_line(LINE)
+    rollouts.end_line(library, LINE)
     library.renew(OTHER)
     assert LINE not in library.staged_roles()
     site.sign_all()
@@ -115,7 +115,7 @@ def test_what_waited_for_an_ended_line_is_dropped(site: Site, tmp_path: Path) ->
 
 def test_an_end_that_is_discarded_did_not_happen(site: Site, box: Follower, tmp_path: Path) -> None:
     library = site.by_hand()
-    library.end_line(LINE)
+    rollouts.end_line(library, LINE)
     library.discard()
     assert LINE in library.lines()
     assert box.index().versions == []
@@ -123,7 +123,7 @@ def test_an_end_that_is_discarded_did_not_happen(site: Site, box: Follower, tmp_
 
 def test_an_end_that_is_taken_back_before_it_is_signed_changes_the_keys(site: Site, box: Follower) -> None:
     library = site.by_hand()
-    library.end_line(LINE)
+    rollouts.end_line(library, LINE)
     site.holders[LINE] = [CryptoSigner.generate_ed25519()]
     library.add_line(LINE, [site.holders[LINE][0].public_key], threshold=1)
     site.library.signers.update({signer.public_key.keyid: signer for signer in site.holders[LINE]})
@@ -134,7 +134,7 @@ def test_an_end_that_is_taken_back_before_it_is_signed_changes_the_keys(site: Si
 
 def test_a_line_begun_again_is_public_only_when_its_new_holders_have_signed(site: Site, box: Follower, tmp_path: Path) -> None:
     site.publish(tiny_bundle(tmp_path, "0.1.0"))
-    site.library.end_line(LINE)
+    rollouts.end_line(site.library, LINE)
     library, old = site.by_hand(), site.holders[LINE]
     library.add_line(LINE, [signer.public_key for signer in old])  # the same people: what they signed before is not enough
     for signer in site.holders["targets"]:
@@ -151,7 +151,7 @@ def test_a_line_begun_again_is_public_only_when_its_new_holders_have_signed(site
 
 def test_a_stick_of_a_library_with_an_ended_line_serves_a_box(site: Site, tmp_path: Path) -> None:
     site.rollout("stable", LINE, tiny(site, tmp_path, LINE))
-    site.library.end_line(OTHER)
+    rollouts.end_line(site.library, OTHER)
     (tmp_path / "stick").mkdir()
     assert usb_export.export(site.public, tmp_path / "stick").versions == {LINE: ["0.1.0"]}
     box = make_box(tmp_path / "box", site)
@@ -213,8 +213,8 @@ def test_an_index_that_boxes_would_not_read_is_not_staged(site: Site, tmp_path: 
     publish._stage_index(site.by_hand(), full)
     library = site.by_hand()
     before = library.staged(LINE)
-    with refused("this index cannot be: versions"):
-        library.publish(tiny_bundle(tmp_path, "0.2.0", seed=1))
+    with refused("this index is not valid: versions"):
+        publish.publish(library, tiny_bundle(tmp_path, "0.2.0", seed=1))
     after = library.staged(LINE)
     assert before is not None
     assert after is not None

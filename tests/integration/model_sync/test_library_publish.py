@@ -14,6 +14,7 @@ import pytest
 
 from model_sync.delta import codec as delta_codec
 from model_sync.errors import PublishError
+from model_sync.library import publish
 from model_sync.trust.documents import FailureBudget, LineIndex, Rollout
 from tests.support.library_follower import Follower, refused
 from tests.support.library_site import Site, make_site, tiny_bundle
@@ -103,7 +104,7 @@ def test_a_bad_bundle_is_refused_and_leaves_no_trace(site: Site, tmp_path: Path,
     damage, says = BAD[name]
     damage(bundle)
     with refused(says) as caught:
-        site.library.publish(bundle)
+        publish.publish(site.library, bundle)
     assert caught.value.hint
     assert site.library.staged_roles() == []
     assert not (site.library.files.staged / "targets").exists()
@@ -138,7 +139,7 @@ def test_a_bundle_that_changes_while_it_is_copied_is_refused(site: Site, tmp_pat
             flip(bundle)
 
     with refused("changed while"):
-        site.library.publish(bundle, on_progress=meddle)
+        publish.publish(site.library, bundle, on_progress=meddle)
     assert site.library.staged_roles() == []
     site.publish(tiny_bundle(tmp_path / "good"))
     assert site.library.verify().is_clean
@@ -157,7 +158,7 @@ def test_every_file_of_a_bundle_is_a_target(site: Site, box: Follower, tmp_path:
 
 def test_progress_is_told(site: Site, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    site.library.publish(tiny_bundle(tmp_path), on_progress=lambda *step: told.append(step))
+    publish.publish(site.library, tiny_bundle(tmp_path), on_progress=lambda *step: told.append(step))
     assert told[0] == ("copying MODEL_CARD.md", 0, 6)
     assert [number for _, number, _ in told] == list(range(6))
 
@@ -232,11 +233,11 @@ def test_the_minimum_only_rises(site: Site, box: Follower, tmp_path: Path) -> No
     assert box.index().refusal("0.1.0") == "below_minimum"
     for version, says in (("0.1.0", "only rise"), ("0.3.0", "reaches"), ("two", "no semantic version")):
         with refused(says):
-            site.library.set_minimum(LINE, version)
+            publish.set_minimum(site.library, LINE, version)
     with refused("only rise"):
         site.publish(tiny_bundle(tmp_path, "0.3.0"), minimum_version="0.1.0")
     assert site.library.staged_roles() == []
-    assert site.library.set_minimum(LINE, "0.2.0").published
+    assert publish.set_minimum(site.library, LINE, "0.2.0").published
 
 
 # --- rollouts -----------------------------------------------------------------------------------------------------------
@@ -284,7 +285,7 @@ def test_a_bad_rollout_is_refused(site: Site, tmp_path: Path, name: str) -> None
     for version in ("0.1.0", "0.2.0", "0.3.0"):
         site.publish(tiny_bundle(tmp_path, version))
     site.withdraw(LINE, "0.1.0")
-    site.library.set_minimum(LINE, "0.3.0")
+    publish.set_minimum(site.library, LINE, "0.3.0")
     change, says = BAD_ROLLOUTS[name]
     before = site.library.published("rollout")
     with refused(says):
@@ -294,7 +295,7 @@ def test_a_bad_rollout_is_refused(site: Site, tmp_path: Path, name: str) -> None
 
 
 def test_a_version_that_still_waits_cannot_be_rolled_out(site: Site, tmp_path: Path) -> None:
-    site.by_hand().publish(tiny_bundle(tmp_path), deltas=False)
+    publish.publish(site.by_hand(), tiny_bundle(tmp_path), deltas=False)
     with refused("no version 0.1.0"):
         site.rollout("stable", LINE, "0.1.0")
 
@@ -310,7 +311,7 @@ def test_a_rollout_of_a_withdrawn_version_can_still_be_paused_and_status_warns(s
     site.rollout("stable", LINE, "0.1.0")
     site.withdraw(LINE, "0.1.0")
     assert site.rollout("stable", LINE, "0.1.0", paused=True).published
-    assert any("withdrawn: no box takes it" in text for text in site.library.status()["warnings"])
+    assert any("withdrawn: no box installs it" in text for text in site.library.status()["warnings"])
     found = site.library.verify()
     assert found.is_clean
     assert any("withdrawn" in note for note in found.notes)
@@ -328,7 +329,7 @@ def test_a_library_that_lost_a_file_says_so(site: Site, tmp_path: Path) -> None:
 
 def test_a_signed_version_whose_files_are_lost_is_not_published(site: Site, tmp_path: Path, box: Follower) -> None:
     library = site.by_hand()
-    library.publish(tiny_bundle(tmp_path, "0.1.0"), deltas=False)
+    publish.publish(library, tiny_bundle(tmp_path, "0.1.0"), deltas=False)
     next((library.files.staged / "targets").rglob("*.onnx")).unlink()
     library.sign(LINE, site.holders[LINE][0])
     with pytest.raises(PublishError, match="its file is missing"):

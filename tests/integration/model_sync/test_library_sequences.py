@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from securesystemslib.signer import CryptoSigner
 
-from model_sync.library import usb_export
+from model_sync.library import publish, rollouts, usb_export
 from model_sync.library.library import Library
 from model_sync.trust.documents import Rollout
 from tests.support.library_follower import Follower
@@ -49,7 +49,7 @@ class Centre(RuleBasedStateMachine):
         version = f"0.{self.count}.0"
         bundle = tiny_bundle(self.directory / "bundles", version, seed=self.count % 3, line=line)
         library = self.working(late)
-        library.publish(bundle, deltas=not late, minimum_version=version if raised else None)
+        publish.publish(library, bundle, deltas=not late, minimum_version=version if raised else None)
         shutil.rmtree(bundle)
         self.versions[line].append(version)
 
@@ -60,7 +60,7 @@ class Centre(RuleBasedStateMachine):
         version = data.draw(st.sampled_from(self.versions[line]))
         if version not in self.withdrawn[line]:
             self.withdrawn[line].add(version)
-            self.working(late).withdraw(line, version, "for a test")
+            publish.withdraw(self.working(late), line, version, "for a test")
 
     @rule(data=st.data(), percent=st.floats(0, 100), paused=st.booleans(), ring=st.sampled_from(["stable", "canary"]))
     def rollout(self, data: st.DataObject, percent: float, paused: bool, ring: str) -> None:
@@ -69,7 +69,7 @@ class Centre(RuleBasedStateMachine):
         usable = [release.version for release in index.versions if index.refusal(release.version) is None]
         if usable:
             version = data.draw(st.sampled_from(usable))
-            self.library.rollout(ring, line, version, percent, paused=paused)
+            rollouts.rollout(self.library, ring, line, version, percent, paused=paused)
             if "rollout" not in self.library.staged_roles():
                 assert Rollout.parse(self.box.look(f"rollout/{ring}.json")).lines[line].version == version
 
@@ -91,7 +91,7 @@ class Centre(RuleBasedStateMachine):
     def end_and_begin_again(self, line: str) -> None:
         self.everybody_signs()
         while line in self.library.lines():
-            self.library.end_line(line)
+            rollouts.end_line(self.library, line)
             self.everybody_signs_what_waits()
         assert line not in self.box_lines()
         assert self.library.verify().problems == []

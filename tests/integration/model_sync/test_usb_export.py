@@ -166,7 +166,7 @@ def test_a_library_that_is_not_whole_or_has_expired_is_not_exported(site: Site, 
         usb_export.export(site.public, stick, now=datetime.now(timezone.utc) + timedelta(days=8))
     weights = next((site.public / "targets").rglob("*.onnx"))
     weights.write_bytes(b"x" + weights.read_bytes()[1:])
-    with pytest.raises(PublishError, match="not whole"):
+    with pytest.raises(PublishError, match="not intact"):
         usb_export.export(site.public, stick)
     assert tree(stick) == {}
 

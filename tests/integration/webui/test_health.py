@@ -46,11 +46,11 @@ def test_every_state_of_a_version_has_its_word_and_place(box: Box) -> None:
         assert now
         assert str(ACTIVATIONS[state].word) in words(now[0])
         assert "0.2.0" in words(page)
-        assert ("Version 0.1.0 reads patients meanwhile" in words(page)) == (state != "trial")
+        assert ("Version 0.1.0 analyses images meanwhile" in words(page)) == (state != "trial")
         assert "40.0%" in words(page)
         zh = words(chinese.open("/health"))
         assert "准备中的版本" in zh
-        assert ("其间由版本 0.1.0 阅片" in zh) == (state != "trial")
+        assert ("其间由版本 0.1.0 分析影像" in zh) == (state != "trial")
 
 
 def test_a_trial_is_told_against_its_bounds(box: Box) -> None:
@@ -60,7 +60,7 @@ def test_a_trial_is_told_against_its_bounds(box: Box) -> None:
     page = words(box.person("tech", "technician").open("/health"))
     for part in ("On trial", "50 of 200", "2 at most 10.0%", "82 ms self-test 41 ms, at most 205 ms", "0.46 at most 3.0", "25.0%"):
         assert part in page, part
-    assert "Nothing new is on its way to patients" in page  # the one on trial reads patients already
+    assert "Nothing new is on its way to patients" in page  # the one on trial analyses images already
 
 
 @pytest.mark.parametrize(("language", "said"), [("en", "more than"), ("zh", "超过上限")])
@@ -100,7 +100,7 @@ def test_what_went_wrong_is_said_with_what_to_do_until_it_is_mended(box: Box, st
     assert trouble
     said = words(trouble[0])
     assert f"Version 0.2.0: {ACTIVATIONS[state].word}" in said
-    assert "Version 0.1.0 reads patients as before" in said
+    assert "Version 0.1.0 analyses images as before" in said
     if code:
         assert "What to do" in said
         assert "golden-1: off by 0.2" in said
@@ -117,7 +117,7 @@ def test_going_back_to_an_older_version_mends_nothing(box: Box) -> None:
     journal(box, "0.1.0", "good", purpose="rollback")
     page = box.person().open("/health")
     assert 'data-trouble="rolled-back"' in page
-    assert "gone back to" in words(page)
+    assert "rolled back to" in words(page)
 
 
 def test_a_version_cut_short_by_a_newer_one_is_no_trouble_and_one_out_of_its_bounds_is(box: Box) -> None:
@@ -127,13 +127,13 @@ def test_a_version_cut_short_by_a_newer_one_is_no_trouble_and_one_out_of_its_bou
     assert "data-trouble" not in person.open("/health")
     entry = journal(box, "0.1.0", "good", "ab" * 32, trial='{"cases": 7, "watching": true}')
     page = words(person.open("/health"))
-    assert "Version 0.1.0 passed its self-test; its first images here are watched" in page
-    assert "Cases read 7 of 200" in page
+    assert "Version 0.1.0 passed its self-test; its first images here are observed" in page
+    assert "Cases analysed 7 of 200" in page
     with box.store.database.transaction() as tx:
         alarm = json.dumps(Note("activation.drift", "4.20, allowed 3").to_json())
         tx.execute("UPDATE activations SET trial = '{\"watching\": false}', reason = ? WHERE id = ?", (alarm, entry))
     page = words(person.open("/health"))
-    assert "Version 0.1.0: Out of its bounds" in page
+    assert "Version 0.1.0: Outside its limits" in page
     assert "4.20, allowed 3" in page
 
 
@@ -172,7 +172,7 @@ def test_one_version_on_trial_and_the_next_one_coming(box: Box) -> None:
     journal(box, "0.2.0", "self-test", purpose="rollback")
     page = words(box.person().open("/health"))
     assert "Version 0.1.0 on its way" in page
-    assert "Going back to version 0.2.0" in page
+    assert "Rolling back to version 0.2.0" in page
     assert "not enough cases yet" in page
 
 
@@ -301,9 +301,9 @@ def test_a_missing_report_a_pipe_a_link_and_a_forbidden_file(box: Box, settings:
 def test_an_old_report_is_said_to_be_old(box: Box) -> None:
     tell(box, at=(datetime.now(timezone.utc) - timedelta(days=2)).isoformat())
     person = box.person()
-    assert "This is old news" in person.open("/health")
+    assert "This report is old" in person.open("/health")
     tell(box)
-    assert "This is old news" not in person.open("/health")
+    assert "This report is old" not in person.open("/health")
 
 
 @pytest.mark.parametrize(
@@ -374,8 +374,8 @@ def test_a_finding_of_a_version_that_was_taken_back_says_so(box: Box, code: str)
     standing = box.take(scan_bytes())
     box.work(result(0.9))
     for language, mark, said in (
-        ("en", "By a model since taken back", "was taken back. Do not rely on it"),
-        ("zh", "模型版本已被收回", "请勿依据此结果"),
+        ("en", "By a model since rolled back or withdrawn", "was rolled back or withdrawn. Do not rely on it"),
+        ("zh", "模型版本已被回退或撤回", "请勿依据此结果"),
     ):
         person = box.person(language=language)
         assert mark in row(person, recalled.study_id)

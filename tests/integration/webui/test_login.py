@@ -12,9 +12,9 @@ import requests
 from requests.adapters import HTTPAdapter
 
 from appliance.core.settings import Settings
-from appliance.login_throttle import LOCKOUT_S, MAX_FAILURES, machine_of
-from appliance.store.accounts import MAX_FAILURES_EVERYWHERE, Accounts
+from appliance.store.accounts import Accounts
 from appliance.store.store import Store
+from model_sync.login_throttle import LOCKOUT_S, MAX_FAILURES, MAX_FAILURES_EVERYWHERE, machine_of
 from tests.support.scans import scan_bytes
 from tests.support.web_box import PASSWORD, Box, Person, in_process
 from webui.auth import pages as auth_pages

@@ -291,7 +291,7 @@ def test_the_status_of_the_box(box: Box) -> None:
     for part in (
         "Chest X-ray pneumonia",
         "cxr-pneumonia",
-        "Reads patients now",
+        "Analyses images now",
         "ONNX Runtime 1.0",
         "FP32",
         "abababababab",

@@ -153,7 +153,7 @@ def test_what_runs_as_it_was_chosen_needs_no_banner(box: Box) -> None:
     assert ("data-other" in page, "data-fallback" in page, "data-stopped" in page) == (False, False, False)
 
 
-@pytest.mark.parametrize(("language", "words"), [("en", "images it would read fail"), ("zh", "应由它判读的图像均会失败")])
+@pytest.mark.parametrize(("language", "words"), [("en", "images that it should analyse fail"), ("zh", "应由它分析的影像均会失败")])
 def test_a_version_that_nothing_can_run_is_not_shown_as_running(box: Box, language: str, words: str) -> None:
     store_choice(box, measured(runs=runs_now("runtime.unavailable", "the hub is gone", runtime="")))
     page = box.person("tech", "technician", language).open("/health")

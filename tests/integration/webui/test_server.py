@@ -19,6 +19,7 @@ import requests
 from appliance.cli.demo import _self_signed
 from appliance.core.errors import ApplianceError
 from appliance.core.settings import Settings
+from model_sync.web_server import ErrorOnlyLogger
 from tests.support.scans import scan_bytes
 from tests.support.web_box import ROOT, Served, begin, outcome, send, served, upload, wait_for
 from webui import app as app_module
@@ -137,7 +138,7 @@ def test_texts_must_be_compiled(settings: Settings, tmp_path: Path, monkeypatch:
     with pytest.raises(RuntimeError, match="make texts"):
         app_module._check_translations(tmp_path)
     assert create_app(settings).extensions["box"].stop() is None
-    quiet = process.QuietLogger(None)
+    quiet = ErrorOnlyLogger(None)
     quiet.access("x")
     quiet.reopen_files()
     quiet.close_on_exec()

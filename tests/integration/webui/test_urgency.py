@@ -43,7 +43,7 @@ def audited(box: Box) -> list[tuple[str, dict[str, Any]]]:
 @pytest.mark.parametrize(
     ("language", "press", "badge", "done", "again"),
     [
-        ("en", "Read first", "Urgent", "will be read first", "is already being read first"),
+        ("en", "Analyse first", "Urgent", "will be analysed first", "is already being analysed first"),
         ("zh", "优先分析", "加急", "该检查将优先分析", "已在优先分析中"),
     ],
 )
@@ -82,7 +82,7 @@ def test_the_button_of_the_worklist_comes_back_to_where_it_was_pressed(box: Box)
     assert re.search(r'<form id="read-first" method="post".*?name="csrf_token"', person.get("/").text, re.DOTALL)
     answer = person.post(f"/studies/{studies[0]}/urgent", data={"back": "worklist", "q": "", "before": ""})
     assert (answer.status_code, answer.headers["Location"]) == (302, "/")
-    assert "will be read first" in words(person.get("/").text)
+    assert "will be analysed first" in words(person.get("/").text)
     assert BUTTON.findall(person.get("/").text) == [f"/studies/{studies[1]}/urgent"]
     assert "no. 1" in row(person, studies[0])
     answer = person.post(f"/studies/{studies[1]}/urgent", data={"back": "worklist", "before": "7"})
@@ -90,7 +90,7 @@ def test_the_button_of_the_worklist_comes_back_to_where_it_was_pressed(box: Box)
     fields = {"back": "worklist", "q": "Li", "before": "3"}
     answer = person.post(f"/studies/{studies[1]}/urgent", data=fields)
     assert (answer.status_code, answer.headers["Location"]) == (307, "/")  # the browser asks again by POST, with the same fields
-    assert "is already being read first" in words(person.post("/", data=fields).text)
+    assert "is already being analysed first" in words(person.post("/", data=fields).text)
 
 
 def test_the_lines_do_not_change_by_being_fetched_again(box: Box) -> None:
@@ -112,7 +112,7 @@ def test_what_is_read_has_no_button_and_says_that_nothing_waits(box: Box) -> Non
     assert not BUTTON.findall(person.get(f"/studies/{study}").text)
     assert not BUTTON.findall(person.get("/").text)
     person.post(f"/studies/{study}/urgent")  # from a page that was open before
-    assert "Already read: nothing of this study waits any more" in words(person.get(f"/studies/{study}").text)
+    assert "Already analysed: nothing of this study waits any more" in words(person.get(f"/studies/{study}").text)
     assert audited(box) == [("doctor", {"urgent": 0, "origin": "person"})]
     box.take(scan_bytes())
     later = box.take(scan_bytes(StudyInstanceUID="1.2.3"))
@@ -157,7 +157,7 @@ def test_a_study_of_which_one_image_was_not_analysed_is_not_called_read(box: Box
 @pytest.mark.parametrize(
     ("language", "press", "done", "not_done"),
     [
-        ("en", "No longer first", "This study is no longer read first.", "was not to be read first"),
+        ("en", "No longer first", "This study is no longer analysed first.", "was not to be analysed first"),
         ("zh", "取消优先", "该检查不再优先分析。", "该检查原本未设为优先。"),
     ],
 )
@@ -190,7 +190,7 @@ def test_the_command_line_marks_and_takes_back(box: Box, capsys: pytest.CaptureF
         assert main(["urgent", str(study), *options, "--data-dir", str(box.settings.data_dir)]) == 0
         return capsys.readouterr().out
 
-    assert "1 will be read first" in said()
+    assert "1 will be analysed first" in said()
     assert "it is first already" in said()
     assert "1 no longer first" in said("--undo")
     assert box.store.queue.urgency_of(study) is None
@@ -217,9 +217,9 @@ def test_scripts_have_the_same_door(box: Box) -> None:
     told = answer.json()
     assert (told["study"], told["outcome"], told["jobs"]) == (study, "first", 1)
     assert (told["urgent"]["origin"], told["urgent"]["actor"]) == ("person", "robot")
-    assert told["message"] == "This study will be read first."
+    assert told["message"] == "This study will be analysed first."
     assert person.post(f"/api/v1/studies/{study}/urgent").json() == told | {
-        "outcome": "already_first", "jobs": 0, "message": "This study is already being read first.",
+        "outcome": "already_first", "jobs": 0, "message": "This study is already being analysed first.",
     }  # fmt: skip
     box.work(result())
     assert person.post(f"/api/v1/studies/{study}/urgent").json()["outcome"] == "already_read"

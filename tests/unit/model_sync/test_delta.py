@@ -119,7 +119,7 @@ def zstd_fast(old: bytes, new: bytes) -> bytes:
 
 
 def test_a_program_of_too_many_copies_is_written_with_fewer_and_longer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model_sync.delta.encoder.MAX_OPERATIONS", 50)
+    monkeypatch.setattr("model_sync.delta.format.MAX_OPERATIONS", 50)
     old = random.Random(3).randbytes(20_000)
     rng = random.Random(4)
     pieces = [old[at : at + rng.choice((50, 600))] + rng.randbytes(9) for at in range(0, 20_000, 200)]
@@ -177,7 +177,7 @@ def _refused(tmp_path: Path, codec: str, delta: bytes, says: str, *, old: bytes 
     with pytest.raises(DeltaError, match=says) as caught:
         rebuilt(tmp_path, codec, old, delta, new)
     assert isinstance(caught.value, ModelSyncError)
-    assert "full file" in caught.value.hint
+    assert "complete file" in caught.value.hint
 
 
 def test_the_parts_made_by_hand_make_a_good_delta(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_the_parts_made_by_hand_make_a_good_delta(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_empty_delta(tmp_path: Path, codec: str) -> None:
-    _refused(tmp_path, codec, b"", "lie beyond its end")
+    _refused(tmp_path, codec, b"", "are beyond its end")
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -218,7 +218,7 @@ def test_every_truncation(tmp_path: Path, codec: str) -> None:
 @pytest.mark.parametrize("garbage", [b"\0", b"garbage", zstd.compress(b"more"), b"\x50\x2a\x4d\x18\0\0\0\0"], ids=len)
 def test_trailing_garbage(tmp_path: Path, codec: str, garbage: bytes) -> None:
     """A second frame and a skippable one included."""
-    _refused(tmp_path, codec, encode_with(codec, OLD, NEW) + garbage, "after its end|not all of it")  # type: ignore[arg-type]
+    _refused(tmp_path, codec, encode_with(codec, OLD, NEW) + garbage, "after its end|does not end with")  # type: ignore[arg-type]
 
 
 def test_unknown_codec(tmp_path: Path) -> None:
@@ -278,9 +278,9 @@ def _tensor(streams: dict[int, bytes], *, new: bytes = NEW, **lies: dict[int, in
         (bytes([LITERAL]) + b"\xff" * 9 + b"\x01", "number that does not end"),
         (bytes([LITERAL]) + b"\xff" * 4, "number that does not end"),
         (bytes([COPY]) + varint(5), "number that does not end"),
-        (bytes([LITERAL]) + varint(0), "makes no sense"),
-        (bytes([COPY]) + varint(0) + step(0), "makes no sense"),
-        (bytes([GROUPED + 1]) + varint(2) + varint(16) + step(0), "makes no sense"),
+        (bytes([LITERAL]) + varint(0), "an invalid instruction"),
+        (bytes([COPY]) + varint(0) + step(0), "an invalid instruction"),
+        (bytes([GROUPED + 1]) + varint(2) + varint(16) + step(0), "an invalid instruction"),
         (bytes([DIFFERENCE + 4]) + varint(2) + step(0), "unknown instruction 0x14"),
         (bytes([0x02]) + varint(2) + step(0), "unknown instruction 0x2"),
         (bytes([NARROW + 3]) + varint(2) + step(0), "unknown instruction 0x33"),
@@ -326,12 +326,12 @@ def test_streams_that_lie_about_their_length(tmp_path: Path) -> None:
 
 def test_tables_that_lie(tmp_path: Path) -> None:
     streams = program(bytes([LITERAL]) + varint(len(NEW))) | {LITERALS: NEW}
-    _refused(tmp_path, "tensor", _tensor({LITERALS: NEW}), "not all of it")
-    _refused(tmp_path, "tensor", _tensor({}), "not all of it")
+    _refused(tmp_path, "tensor", _tensor({LITERALS: NEW}), "does not end with its last stream")
+    _refused(tmp_path, "tensor", _tensor({}), "does not end with its last stream")
     _refused(tmp_path, "tensor", _tensor(dict(reversed(streams.items()))), "out of order")
     _refused(tmp_path, "tensor", _tensor(streams | {20: b"x"}), "out of order")
     _refused(tmp_path, "tensor", _tensor(program(streams[PROGRAM])), "lacks stream 1")
-    _refused(tmp_path, "tensor", header("tensor", OLD, NEW) + b"\xff" + bytes(100), "lie beyond its end")
+    _refused(tmp_path, "tensor", header("tensor", OLD, NEW) + b"\xff" + bytes(100), "are beyond its end")
     twice = body(streams)
     _refused(tmp_path, "tensor", header("tensor", OLD, NEW) + twice[:1] + twice[1:18] * 2 + twice[35:], "out of order")
 
@@ -349,9 +349,9 @@ def test_more_instructions_than_allowed(tmp_path: Path) -> None:
     ("parts", "says"),
     [
         (segment(0, len(OLD) + 1, zstd.compress(NEW)), "beyond its end"),
-        (segment(2**64 - 1, 2**32 - 1, zstd.compress(NEW)), "looks back on"),
+        (segment(2**64 - 1, 2**32 - 1, zstd.compress(NEW)), "uses a prefix of"),
         (segment(0, 7, zstd.compress(NEW[:-1])), "less than it declares"),  # zstd itself refuses so short a prefix
-        (segment(0, PREFIX_BYTES + 1, zstd.compress(NEW)), "looks back on"),
+        (segment(0, PREFIX_BYTES + 1, zstd.compress(NEW)), "uses a prefix of"),
         (segment(0, 0, zstd.compress(NEW), packed=2**32 - 1), "before its declared end"),
         (segment(0, 0, zstd.compress(NEW), packed=3), "in the middle"),
         (segment(0, 0, zstd.compress(NEW + b"!")), "more than it declares"),
@@ -400,7 +400,7 @@ def test_the_old_file_is_never_written_over(tmp_path: Path) -> None:
     old, delta, out = _files(tmp_path)
     os.link(old, out)
     for target in (old, delta, out):
-        with pytest.raises(DeltaError, match="one of the files"):
+        with pytest.raises(DeltaError, match="one of the input files"):
             apply("tensor", old, delta, target, to_sha256=sha256(NEW), to_length=len(NEW))
     assert old.read_bytes() == OLD
 

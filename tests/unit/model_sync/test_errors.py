@@ -56,7 +56,7 @@ def raised() -> Iterator[ModelSyncError]:
             values = {"code": code.value} if isinstance(code, ast.Constant) else {}
             if isinstance(action, ast.Attribute):
                 values["action"] = Action[action.attr]
-            yield CLASSES[node.func.id]("what", hint="do", **values)
+            yield CLASSES[node.func.id]("what", **values)
 
 
 MADE = [

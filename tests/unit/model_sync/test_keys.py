@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from securesystemslib.signer import CryptoSigner
 
 from model_sync.errors import SettingsError
-from model_sync.library.keys import generate, load_holder, load_public, load_signer, public_path, write_public
+from model_sync.library.keys import generate, load_holder, load_signer, public_path, write_public
 
 SECRET = "correct horse battery staple"
 
@@ -33,7 +33,7 @@ def test_a_key_is_encrypted_private_and_signs(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "alice.pem").stat().st_mode) == 0o600
     assert b"ENCRYPTED" in (tmp_path / "alice.pem").read_bytes()
     assert load_holder(tmp_path / "alice.pem").name == "alice"
-    assert load_public(public_path(tmp_path / "alice.pem")) == key
+    assert load_holder(public_path(tmp_path / "alice.pem")).key == key
     signer = load_signer(tmp_path / "alice.pem", ask, key)
     key.verify_signature(signer.sign(b"data"), b"data")
 
@@ -255,7 +255,7 @@ def test_a_token_that_does_not_work_is_said_so(token: str, name: str) -> None:
 def test_a_token_with_another_key(token: str, tmp_path: Path) -> None:
     write_public(tmp_path / "other.pub.json", CryptoSigner.generate_ecdsa().public_key, "other")
     done = in_a_process(
-        f"key = load_public(Path({str(tmp_path / 'other.pub.json')!r}))\n"
+        f"key = load_holder(Path({str(tmp_path / 'other.pub.json')!r})).key\n"
         "try:\n"
         f"    load_signer({token!r}, lambda what: {PIN!r}, key)\n"
         "except SettingsError as error:\n"

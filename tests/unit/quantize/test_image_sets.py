@@ -267,7 +267,7 @@ DRAFT = build.DRAFT.read_text(encoding="utf-8")
 def test_the_draft_of_the_reference_bundle_is_read() -> None:
     draft = Draft.parse(DRAFT.encode())
     assert draft.label_names == ("pneumonia",)
-    assert draft.registration.to_manifest().number is None
+    assert draft.registration.number is None
     assert (draft.output("probability"), draft.output("cam"), draft.output("segmentation_logits")) == ("probability", "cam", None)
 
 
@@ -295,7 +295,7 @@ def test_a_draft_with_a_wrong_field_names_it(before: str, after: str, named: str
 
 
 def test_a_draft_that_is_missing_or_no_utf8(tmp_path: Path) -> None:
-    with pytest.raises(QuantizeError, match="not there"):
+    with pytest.raises(QuantizeError, match="does not exist"):
         Draft.load(tmp_path / "draft.toml")
     with pytest.raises(QuantizeError, match="not valid"):
         Draft.parse(DRAFT.encode("utf-16"))

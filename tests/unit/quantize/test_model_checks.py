@@ -62,7 +62,7 @@ def test_there_is_no_model(tmp_path: Path) -> None:
 def test_what_is_no_model(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
-    refused(path, "no whole ONNX model")
+    refused(path, "no complete ONNX model")
 
 
 @settings(max_examples=40, deadline=None)
@@ -79,7 +79,7 @@ def test_a_truncated_model(tmp_path_factory: pytest.TempPathFactory, data: st.Da
 def test_an_unsupported_opset_says_which_are_supported(tmp_path: Path, version: int) -> None:
     model = residual()
     model.opset_import[0].version = version
-    refused(saved(model, tmp_path), f"opset is {version}; supported are 9 to 21|no whole ONNX model")
+    refused(saved(model, tmp_path), f"opset is {version}; supported are 9 to 21|no complete ONNX model")
 
 
 def test_an_operator_of_another_domain_is_named(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_external_data_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(residual(), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
     (tmp_path / "weights.bin").write_bytes(b"\0" * 10)
-    refused(path, "no whole ONNX model")
+    refused(path, "no complete ONNX model")
 
 
 def test_external_data_elsewhere_on_the_disk_are_not_read(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_external_data_elsewhere_on_the_disk_are_not_read(tmp_path: Path) -> Non
         for entry in tensor.external_data:
             entry.value = "../weights.bin" if entry.key == "location" else entry.value
     path.write_bytes(model.SerializeToString())
-    refused(path, "no whole ONNX model|missing")
+    refused(path, "no complete ONNX model|missing")
 
 
 def test_more_than_two_gigabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

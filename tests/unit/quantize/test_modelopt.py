@@ -109,7 +109,7 @@ def test_what_is_no_python(python: str, why: str) -> None:
     [
         ("os.kill(os.getpid(), signal.SIGSEGV)", "was killed by SIGSEGV"),
         ("raise RuntimeError('no such\\nlayer')", "ended with exit code 1: RuntimeError: no such layer"),
-        ("os._exit(7)", "ended with exit code 7: said nothing"),
+        ("os._exit(7)", "ended with exit code 7: no output"),
         ("import nothing_of_this_name", "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
         ("return", "wrote no model that can be read"),
         ("open(out, 'wb').write(b'no model'); return", "wrote no model that can be read"),
@@ -269,7 +269,7 @@ def test_a_weight_outside_the_range_of_its_scale_is_cut_off(tmp_path: Path) -> N
 
 def test_asking_for_one_that_is_not_there_is_an_error_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = [word for name in ("model", "manifest", "calibration", "evaluation", "out") for word in (f"--{name}", str(tmp_path / name))]
-    assert cli.main(["run", *given, "--modelopt", "/nowhere/python"]) == cli.FAILED
+    assert cli.main(["run", *given, "--modelopt", "/nowhere/python"]) == 1
     said = capsys.readouterr().err
     assert "/nowhere/python does not start" in said
     assert "hint: pip install" in said

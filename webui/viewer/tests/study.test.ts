@@ -18,7 +18,7 @@ function report({ findings = "1 ", images = "10 11 12 ", unread = "{}", first = 
     `<div class="report" data-revision="7" data-images="${images}" data-findings="${findings}" data-unread='${unread}'>` +
     `<section class="image-report" data-images="10 11 "><h2><button class="to-image">Images 1, 2</button></h2>${first}<details><summary>more</summary></details></section>` +
     `<section class="image-report" data-images="12 "><h2><button class="to-image">Image 3</button></h2>${second}<details><summary>more</summary></details></section>` +
-    `<button class="first">Read first</button></div>`
+    `<button class="first">Analyse first</button></div>`
   );
 }
 

@@ -2,7 +2,7 @@ import { describe, expect, it, vi } from "vitest";
 import { fillIn, Row } from "../src/uploadRow";
 import type { Outcome } from "../src/uploadTransfer";
 
-const TEXTS = { waiting: "waiting", sending: "sending", cancel: "Cancel", open: "Open", stored: "stored", checked: "checked: {n} files", called_off: "called off" };
+const TEXTS = { waiting: "waiting", sending: "sending", cancel: "Cancel", open: "Open", stored: "stored", checked: "checked: {n} files", called_off: "cancelled" };
 
 function outcome(values: Partial<Outcome> = {}): Outcome {
   return { name: "a.dcm", result: "stored", word: "Stored", reason: "", hint: "", url: "/studies/1", ...values };
@@ -62,7 +62,7 @@ describe("Row", () => {
   it("says that it was cancelled", () => {
     const one = row();
     one.showCancelled();
-    expect(texts(one, ".file-state")).toEqual(["called off"]);
+    expect(texts(one, ".file-state")).toEqual(["cancelled"]);
     expect(one.node.dataset["state"]).toBe("called_off");
   });
 });

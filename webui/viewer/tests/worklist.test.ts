@@ -12,7 +12,7 @@ interface Study {
 }
 
 function row({ id, state = "queued", urgent = 0, more = "" }: Study): string {
-  const button = state === "queued" ? '<button class="first">Read first</button>' : "";
+  const button = state === "queued" ? '<button class="first">Analyse first</button>' : "";
   return (
     `<tr id="study-${id}" data-state="${state}" data-urgent="${urgent}" data-word="${state}">` +
     `<td><a class="row-link" href="/studies/${id}">Patient ${id}</a>${more}${button}</td></tr>`

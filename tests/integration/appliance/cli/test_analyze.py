@@ -245,7 +245,7 @@ def test_a_worker_that_falls_without_doing_anything_is_given_up(store: Store, mo
     said: list[str] = []
     module._wait_for_results(store, [stored.instance_id], said.append, store.settings.data_dir)
     assert len(lives) == 3
-    assert "1 scans were taken in but not read" in said[-1]
+    assert "1 scans were not analysed" in said[-1]
 
 
 def test_a_data_directory_that_cannot_be_is_said(samples: Path, tmp_path: Path) -> None:

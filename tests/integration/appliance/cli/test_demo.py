@@ -20,13 +20,15 @@ import pytest
 import requests
 
 from appliance.cli import demo
-from appliance.core.process import JsonFormatter
+from appliance.core.process import LOG_FIELDS
 from appliance.core.settings import Settings
 from appliance.service.supervisor import Supervisor
 from appliance.store.store import Store
+from model_sync.json_logging import JsonFormatter
 from quantize.reference.phantom import write_samples
-from tests.integration.appliance.dicom.test_receiver import send, wait_for
+from tests.support.dicom_sender import send
 from tests.support.paths import ROOT
+from tests.support.processes import wait_for
 from tests.support.scans import dataset, scan_bytes
 
 _POPEN = subprocess.Popen
@@ -144,7 +146,7 @@ def test_the_log_drops_what_an_exception_says() -> None:
     except ValueError:
         record = logging.LogRecord("x", logging.ERROR, __file__, 1, "job failed", None, sys.exc_info())
     record.job, record.patient = 7, "CANARY"
-    line = JsonFormatter().format(record)
+    line = JsonFormatter(LOG_FIELDS).format(record)
     assert "CANARY" not in line
     assert json.loads(line) | {"at": ""} == {
         "at": "", "level": "ERROR", "logger": "x", "message": "job failed", "job": 7, "exception": "ValueError",

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import pydicom
 import pytest
@@ -24,6 +23,8 @@ from appliance.core.settings import Settings
 from appliance.dicom.receiver import CANNOT_UNDERSTAND, OUT_OF_RESOURCES
 from appliance.store.store import Store
 from appliance.store.worklist import Worklist
+from tests.support.dicom_sender import send
+from tests.support.processes import wait_for
 from tests.support.scans import dataset, encode, scan_bytes
 
 
@@ -46,26 +47,6 @@ def receiver(settings: Settings) -> Iterator[tuple[int, subprocess.Popen[bytes]]
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(20)
-
-
-def send(port: int, *scans: pydicom.Dataset) -> list[int | None]:
-    """C-STORE over one association; the status of each."""
-    entity = AE(ae_title="MODALITY")
-    entity.add_requested_context(ComputedRadiographyImageStorage)
-    association = entity.associate("127.0.0.1", port)
-    assert association.is_established
-    statuses = [getattr(association.send_c_store(scan), "Status", None) for scan in scans]
-    association.release()
-    return statuses
-
-
-def wait_for(what: Any, timeout_s: float = 60.0) -> Any:
-    """Poll until ``what()`` is true."""
-    limit = time.monotonic() + timeout_s
-    while not (got := what()):
-        assert time.monotonic() < limit, "waited in vain"
-        time.sleep(0.05)
-    return got
 
 
 def test_echo_store_and_again(settings: Settings) -> None:

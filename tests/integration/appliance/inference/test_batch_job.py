@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,12 @@ from appliance.lifecycle.model_control import reference_bundle
 from appliance.store.store import Store
 from appliance.store.tuning_requests import TuningRequests
 from appliance.store.worklist import Worklist
-from quantize.reference.phantom import Phantom, dataset
 from tests.support import activation_box
 from tests.support.activated import activate
 from tests.support.activation_box import _constant, end_workers, finish_with, looping, rewire, worker, write_settings
 from tests.support.library_site import tiny_bundle
 from tests.support.scans import scan_bytes
-
-SOURCE = Source("upload", "demo")
+from tests.support.worker_box import prepared_worker, small_chest, take
 
 
 def in_batches(store: Store, digest: str, size: int) -> None:
@@ -41,27 +39,6 @@ def in_batches(store: Store, digest: str, size: int) -> None:
     tunings, report = TuningRequests(store.database), json.loads(store.model(digest)["self_test"])
     report["choice"] |= {"batch": size}
     tunings.done(tunings.ask(digest, "cxr-pneumonia", "test"), report | {"reason": {"code": "choice.measured", "detail": ""}})
-
-
-def take(store: Store, data: bytes) -> int:
-    """Take a scan in and plan it; the image's number."""
-    accepted = Ingest(store).accept(data, SOURCE)
-    store.planner.close_series([accepted.stored.series_id])
-    return accepted.stored.instance_id
-
-
-def chest(seed: int = 1, columns: int = 256) -> bytes:
-    """A small chest phantom as DICOM; a narrow one has dark borders in the model's input."""
-    buffer = BytesIO()
-    dataset(Phantom(rows=256, cols=columns, seed=seed), name=f"test-{seed}").save_as(buffer, enforce_file_format=True)
-    return buffer.getvalue()
-
-
-def reader(store: Store, on_deadline: Callable[[float], object] = lambda _seconds: None) -> Worker:
-    """A worker in this process."""
-    made = Worker(store, on_deadline)
-    made.prepare()
-    return made
 
 
 def together(store: Store, image: int) -> int:
@@ -96,13 +73,13 @@ def no_worker_is_left() -> Iterator[None]:
 
 def test_a_batch_says_what_each_image_says_alone(store: Store) -> None:
     digest = activate(store, reference_bundle(), "test")
-    scans = [chest(seed) for seed in range(6)]
+    scans = [small_chest(seed) for seed in range(6)]
     first = take(store, scans[0])
-    assert reader(store).run_once()
+    assert prepared_worker(store).run_once()
     alone = Worklist(store).instance(first).findings[0]
     in_batches(store, digest, 4)
     rest = [take(store, data) for data in scans[1:]]
-    again = reader(store)
+    again = prepared_worker(store)
     assert again.run_once()
     assert [together(store, image) for image in rest[:4]] == [4] * 4
     assert not Worklist(store).instance(rest[4]).findings
@@ -131,11 +108,11 @@ def reader_of_one(store: Store, digest: str) -> Any:
 
 
 def test_stat_goes_before_the_queue_alone_and_keeps_no_company(store: Store, tiny: str) -> None:
-    images = [take(store, chest(seed)) for seed in range(6)]
+    images = [take(store, small_chest(seed)) for seed in range(6)]
     study = Worklist(store).study_of(images[4])
     assert store.queue.make_urgent(study, "demo") == 1
     assert store.queue.make_urgent(study, "demo") == 0
-    made = reader(store)
+    made = prepared_worker(store)
     assert made.run_once()
     assert order(store) == [images[4]]
     assert together(store, images[4]) == 1
@@ -151,11 +128,11 @@ def test_stat_that_comes_in_the_middle_of_a_batch_does_not_wait_for_its_end(stor
         nonlocal steps
         steps += bool(seconds)
         if steps == 3 and not urgent:  # the third image of the batch is being decoded
-            urgent.append(take(store, chest(9)))
+            urgent.append(take(store, small_chest(9)))
             store.queue.make_urgent(Worklist(store).study_of(urgent[0]), "demo")
 
-    images = [take(store, chest(seed)) for seed in range(4)]
-    assert reader(store, comes).run_once()
+    images = [take(store, small_chest(seed)) for seed in range(4)]
+    assert prepared_worker(store, comes).run_once()
     assert order(store) == [*urgent, *images]
     assert together(store, urgent[0]) == 1
     assert [together(store, image) for image in images] == [4] * 4
@@ -170,7 +147,7 @@ def test_stat_of_a_sender_that_keeps_its_association_open_does_not_wait_for_the_
         nonlocal steps
         steps += bool(seconds)
         if steps == 3 and not stat:
-            made = pydicom.dcmread(BytesIO(chest(9)))
+            made = pydicom.dcmread(BytesIO(small_chest(9)))
             made.RequestedProcedurePriority = "STAT"
             buffer = BytesIO()
             made.save_as(buffer, enforce_file_format=True)
@@ -178,8 +155,8 @@ def test_stat_of_a_sender_that_keeps_its_association_open_does_not_wait_for_the_
             with store.database.transaction() as tx:
                 tx.execute("UPDATE series SET last_received_at = last_received_at - 1000 WHERE open = 1")
 
-    images = [take(store, chest(seed)) for seed in range(4)]
-    assert reader(store, comes).run_once()
+    images = [take(store, small_chest(seed)) for seed in range(4)]
+    assert prepared_worker(store, comes).run_once()
     assert order(store) == [*stat, *images]
     assert [together(store, image) for image in [*stat, *images]] == [1, 4, 4, 4, 4]
 
@@ -187,12 +164,12 @@ def test_stat_of_a_sender_that_keeps_its_association_open_does_not_wait_for_the_
 def test_a_sender_that_marks_everything_has_everything_read_in_its_order(store: Store, tiny: str) -> None:
     images = []
     for seed in range(6):
-        made = pydicom.dcmread(BytesIO(chest(seed)))
+        made = pydicom.dcmread(BytesIO(small_chest(seed)))
         made.RequestedProcedurePriority = "STAT"
         buffer = BytesIO()
         made.save_as(buffer, enforce_file_format=True)
         images.append(take(store, buffer.getvalue()))
-    made_reader = reader(store)
+    made_reader = prepared_worker(store)
     while made_reader.run_once():
         pass
     assert order(store) == images
@@ -200,7 +177,7 @@ def test_a_sender_that_marks_everything_has_everything_read_in_its_order(store: 
 
 
 def test_an_image_of_the_batch_that_becomes_urgent_before_its_turn_is_brought_forward(store: Store, tiny: str) -> None:
-    images = [take(store, chest(seed)) for seed in range(4)]
+    images = [take(store, small_chest(seed)) for seed in range(4)]
     said: list[int] = []
     steps = 0
 
@@ -210,7 +187,7 @@ def test_an_image_of_the_batch_that_becomes_urgent_before_its_turn_is_brought_fo
         if steps == 1 and not said:  # the first image of the batch is being decoded, the last is leased and waits
             said.append(store.queue.make_urgent(Worklist(store).study_of(images[3]), "demo"))
 
-    assert reader(store, comes).run_once()
+    assert prepared_worker(store, comes).run_once()
     assert said == [1]
     assert order(store) == [images[3], *images[:3]]
     assert [together(store, image) for image in images] == [3, 3, 3, 1]
@@ -220,7 +197,7 @@ def test_an_image_of_the_batch_that_becomes_urgent_before_its_turn_is_brought_fo
 @pytest.mark.parametrize("step", [2, 4, 5, 6])
 def test_one_that_becomes_urgent_when_it_is_prepared_or_answered_comes_next(store: Store, tiny: str, step: int) -> None:
     """Two is the decoding of the second image, five the model, six the first result."""
-    images = [take(store, chest(seed)) for seed in range(4)]
+    images = [take(store, small_chest(seed)) for seed in range(4)]
     steps = 0
 
     def comes(seconds: float) -> None:
@@ -229,14 +206,14 @@ def test_one_that_becomes_urgent_when_it_is_prepared_or_answered_comes_next(stor
         if seconds and steps == step:
             assert store.queue.make_urgent(Worklist(store).study_of(images[1]), "demo") == 1
 
-    assert reader(store, comes).run_once()
+    assert prepared_worker(store, comes).run_once()
     assert order(store) == ([images[1], images[0], *images[2:]] if step < 6 else images)
     assert together(store, images[1]) == (1 if step < 5 else 4)
     assert [Worklist(store).instance(image).state for image in images] == [ScanState.AI_READY] * 4
 
 
 def test_an_urgent_one_that_cannot_be_decoded_costs_the_batch_nothing(store: Store, tiny: str) -> None:
-    images = [take(store, chest(seed)) for seed in range(3)]
+    images = [take(store, small_chest(seed)) for seed in range(3)]
     blank = take(store, scan_bytes(Rows=600, Columns=600, PixelData=bytes(2 * 600 * 600)))
     asked: list[int] = []
 
@@ -244,7 +221,7 @@ def test_an_urgent_one_that_cannot_be_decoded_costs_the_batch_nothing(store: Sto
         if seconds and not asked:
             asked.append(store.queue.make_urgent(Worklist(store).study_of(blank), "demo"))
 
-    assert reader(store, comes).run_once()
+    assert prepared_worker(store, comes).run_once()
     assert asked == [1]
     assert order(store) == [blank, *images]
     assert [together(store, image) for image in images] == [3] * 3
@@ -252,7 +229,7 @@ def test_an_urgent_one_that_cannot_be_decoded_costs_the_batch_nothing(store: Sto
 
 def stat(seed: int) -> bytes:
     """A phantom whose sender says STAT."""
-    made, buffer = pydicom.dcmread(BytesIO(chest(seed))), BytesIO()
+    made, buffer = pydicom.dcmread(BytesIO(small_chest(seed))), BytesIO()
     made.RequestedProcedurePriority = "STAT"
     made.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
@@ -268,14 +245,14 @@ def untouched(store: Store, images: list[int]) -> bool:
 
 def test_a_batch_gives_way_to_a_burst_and_all_of_it_is_read_afterwards(store: Store, tiny: str) -> None:
     """What the worker does between two jobs cannot wait for the end of a burst."""
-    images = [take(store, chest(seed)) for seed in range(4)]
+    images = [take(store, small_chest(seed)) for seed in range(4)]
     burst: list[int] = []
 
     def comes(seconds: float) -> None:
         if seconds and not burst:
             burst.extend(take(store, stat(100 + number)) for number in range(10))
 
-    made = reader(store, comes)
+    made = prepared_worker(store, comes)
     assert made.run_once()
     assert order(store) == burst[:4]
     assert untouched(store, images)
@@ -289,7 +266,7 @@ def test_a_batch_gives_way_to_a_burst_and_all_of_it_is_read_afterwards(store: St
 @pytest.mark.parametrize("at", [1, 3, 5])
 def test_a_worker_that_is_to_stop_gives_the_batch_back(store: Store, tiny: str, at: int) -> None:
     """One is the decoding of the first image, three that of the second of the burst, five that of the second of the batch."""
-    images = [take(store, chest(seed)) for seed in range(4)]
+    images = [take(store, small_chest(seed)) for seed in range(4)]
     burst: list[int] = []
     steps: list[float] = []
 
@@ -311,7 +288,7 @@ def test_a_worker_that_is_to_stop_gives_the_batch_back(store: Store, tiny: str, 
 def test_a_version_that_is_withdrawn_in_the_middle_of_a_burst_reads_nothing_more(tmp_path: Path, store: Store) -> None:
     box = activation_box.Box(tmp_path, store)
     in_batches(store, box.first(), 4)
-    images = [take(store, chest(seed)) for seed in range(4)]
+    images = [take(store, small_chest(seed)) for seed in range(4)]
     burst: list[int] = []
     steps: list[float] = []
 
@@ -324,7 +301,7 @@ def test_a_version_that_is_withdrawn_in_the_middle_of_a_burst_reads_nothing_more
         if len(steps) == 3:  # the second of the burst is being read
             box.journal.record_restrictions("cxr-pneumonia", "9.0.0", {"1.0.0": "x"})
 
-    made = reader(store, comes)
+    made = prepared_worker(store, comes)
     assert made.run_once()
     assert order(store) == burst[:2]
     assert untouched(store, images)
@@ -335,7 +312,7 @@ def test_a_version_that_is_withdrawn_in_the_middle_of_a_burst_reads_nothing_more
 
 
 def test_a_lost_lease_is_not_given_back(store: Store, tiny: str) -> None:
-    image = take(store, chest())
+    image = take(store, small_chest())
     first = store.queue.claim_job("first", -1.0)
     second = store.queue.claim_job("second", 60)
     assert first
@@ -352,10 +329,10 @@ def of_study(number: int, patient: str = "U") -> bytes:
 
 
 def test_images_of_an_urgent_study_that_come_later_are_urgent_too(store: Store, tiny: str) -> None:
-    waiting = [take(store, chest(seed)) for seed in range(3)]
+    waiting = [take(store, small_chest(seed)) for seed in range(3)]
     first = take(store, of_study(1))
     assert store.queue.make_urgent(Worklist(store).study_of(first), "demo") == 1
-    made = reader(store)
+    made = prepared_worker(store)
     assert made.run_once()
     assert order(store) == [first]
     later = [take(store, of_study(2)), take(store, of_study(3))]
@@ -368,17 +345,17 @@ def test_images_of_an_urgent_study_that_come_later_are_urgent_too(store: Store, 
 
 def test_a_study_that_was_read_already_makes_what_comes_urgent_and_says_that_nothing_waits(store: Store, tiny: str) -> None:
     first = take(store, of_study(1))
-    made = reader(store)
+    made = prepared_worker(store)
     assert made.run_once()
     assert store.queue.make_urgent(Worklist(store).study_of(first), "demo") == 0
-    take(store, chest())
+    take(store, small_chest())
     later = take(store, of_study(2))
     assert made.run_once()
     assert order(store) == [first, later]
 
 
 def test_while_stat_waits_nobody_gathers_company(store: Store, tiny: str) -> None:
-    images = [take(store, chest(seed)) for seed in range(3)]
+    images = [take(store, small_chest(seed)) for seed in range(3)]
     job = store.queue.claim_job("test", 60)
     assert job is not None
     store.queue.make_urgent(Worklist(store).study_of(images[2]), "demo")
@@ -389,10 +366,10 @@ def test_while_stat_waits_nobody_gathers_company(store: Store, tiny: str) -> Non
 
 
 def test_what_was_tried_before_is_read_alone(store: Store, tiny: str) -> None:
-    images = [take(store, chest(seed)) for seed in range(4)]
+    images = [take(store, small_chest(seed)) for seed in range(4)]
     job = store.queue.claim_job("test", -1.0)  # a lease that is over at once: the worker fell
     assert job is not None
-    made = reader(store)
+    made = prepared_worker(store)
     assert made.run_once()
     assert [together(store, image) for image in order(store)] == [1]
     assert order(store) == [images[0]]
@@ -404,7 +381,7 @@ def test_one_attempt_only_means_no_company(store: Store, tiny: str) -> None:
     """Where a job has but one attempt, who reads it in company could lose it through another's fault."""
     once = Store(store.settings.model_copy(update={"job_max_attempts": 1}))
     for seed in range(3):
-        take(once, chest(seed))
+        take(once, small_chest(seed))
     job = once.queue.claim_job("test", 60)
     assert job is not None
     assert job.kind is JobKind.INFER
@@ -413,13 +390,13 @@ def test_one_attempt_only_means_no_company(store: Store, tiny: str) -> None:
 
 
 def test_an_image_that_cannot_be_decoded_costs_the_others_nothing(store: Store, tiny: str) -> None:
-    whole = [take(store, chest(seed)) for seed in range(2)]
+    whole = [take(store, small_chest(seed)) for seed in range(2)]
     blank = take(store, scan_bytes(Rows=600, Columns=600, PixelData=bytes(2 * 600 * 600)))
-    lost = take(store, chest(7))
+    lost = take(store, small_chest(7))
     row = store.database.one("SELECT content_sha256 FROM instances WHERE id = ?", lost)
     assert row
     (store.settings.data_dir / "content" / row["content_sha256"][:2] / row["content_sha256"]).unlink()
-    assert reader(store).run_once()
+    assert prepared_worker(store).run_once()
     states = [Worklist(store).instance(image).state for image in (*whole, blank, lost)]
     assert states == [ScanState.AI_READY, ScanState.AI_READY, ScanState.QUALITY_REJECTED, ScanState.NOT_ANALYSED]
     assert [together(store, image) for image in whole] == [2, 2]
@@ -445,9 +422,9 @@ def test_one_that_breaks_the_model_fails_alone(tmp_path: Path, store: Store) -> 
     bundle = tiny_bundle(tmp_path / "bundles", "1.0.0")
     digest = activate(store, breaks_on_dark(bundle, 0.33), "test")
     in_batches(store, digest, 4)
-    poison = take(store, chest(1, columns=120))
-    good = [take(store, chest(seed)) for seed in range(3)]
-    made = reader(store)
+    poison = take(store, small_chest(1, columns=120))
+    good = [take(store, small_chest(seed)) for seed in range(3)]
+    made = prepared_worker(store)
     while made.run_once():
         pass
     worklist = Worklist(store)
@@ -462,7 +439,7 @@ def test_a_worker_killed_in_the_middle_of_a_batch_gives_every_job_back_once_and_
     settings = write_settings(store.settings, job_max_attempts=2)
     digest = activate(store, looping(tiny_bundle(tmp_path / "bundles", "1.0.0"), picture=600_000), "test")
     in_batches(store, digest, 4)
-    images = [take(store, chest(seed)) for seed in range(4)]
+    images = [take(store, small_chest(seed)) for seed in range(4)]
     process = worker(settings)
     limit = time.monotonic() + 60
     while len(running := store.database.query("SELECT * FROM jobs WHERE state = 'running'")) < 4:
@@ -485,12 +462,12 @@ def test_a_worker_killed_in_the_middle_of_a_batch_gives_every_job_back_once_and_
 
 def test_urgent_by_command_says_how_many_and_knows_no_strangers(store: Store, tiny: str) -> None:
     settings = write_settings(store.settings)
-    images = [take(store, chest(seed)) for seed in range(2)]
+    images = [take(store, small_chest(seed)) for seed in range(2)]
     line = [sys.executable, "-m", "appliance", "urgent", "--data-dir", str(settings.data_dir)]
     study = str(Worklist(store).study_of(images[1]))
     done = subprocess.run([*line, study], capture_output=True, text=True, check=False, env=os.environ | {"LC_ALL": "C.UTF-8"})
-    assert (done.returncode, done.stdout.strip()) == (0, "1 will be read first")
-    assert reader(store).run_once()
+    assert (done.returncode, done.stdout.strip()) == (0, "1 will be analysed first")
+    assert prepared_worker(store).run_once()
     assert order(store) == [images[1]]
     unknown = subprocess.run([*line, "no-such-study"], capture_output=True, text=True, check=False)
     assert (unknown.returncode, "hint:" in unknown.stderr) == (1, True)

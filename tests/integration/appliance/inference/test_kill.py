@@ -19,9 +19,9 @@ from appliance.service import supervisor as module
 from appliance.service.supervisor import Supervisor, web_address
 from appliance.store.accounts import Accounts
 from appliance.store.store import Store
-from tests.integration.appliance.dicom.test_receiver import wait_for
-from tests.integration.appliance.inference.test_worker import chest
 from tests.support.activated import activate
+from tests.support.processes import wait_for
+from tests.support.worker_box import chest
 
 CHUNK_BYTES = 64 * 1024
 

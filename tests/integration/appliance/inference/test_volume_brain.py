@@ -17,8 +17,9 @@ from appliance.core.errors import VolumeError
 from appliance.core.settings import Settings
 from appliance.imaging.dicom_files import accept_invalid_values
 from appliance.imaging.volumes.acquisition import acquisitions, applies_to_sequence
+from appliance.imaging.volumes.resampling import resample_nearest
 from appliance.imaging.volumes.segmentation import dice, segment
-from appliance.imaging.volumes.volume import Series, mask_on_slices, prepare, read_series
+from appliance.imaging.volumes.volume import Series, prepare, read_series
 from appliance.inference.worker import Worker
 from appliance.ingest.ingest import Ingest
 from appliance.store.store import Store
@@ -178,7 +179,7 @@ def test_a_mirrored_volume_is_told_from_the_real_one(bundle: ModelBundle) -> Non
     prepared = prepare(series, spec)
     index = np.stack(np.meshgrid(*map(np.arange, prepared.values.shape), indexing="ij"), axis=-1)
     left = prepared.grid.to_patient(index)[..., 0] > prepared.grid.to_patient((np.array(prepared.values.shape) - 1) / 2)[0] + 20
-    back = mask_on_slices(left.astype(np.uint8), prepared.grid, series.grid)
+    back = resample_nearest(left.astype(np.uint8), prepared.grid, series.grid)
     marked = series.grid.to_patient(np.argwhere(back)[::1009])[:, 0]
     plain = series.grid.to_patient(np.argwhere(back == 0)[::1009])[:, 0]
     assert marked.min() > plain.min() + 50 and marked.mean() > plain.mean() + 50

@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
 
-from appliance.cli.analyze import analyse
-from appliance.cli.main import print_table
+from appliance.cli.analyze import analyse, print_table
 from appliance.core.domain import Note, PictureForm, ScanState, Source
 from appliance.core.errors import StoreError
 from appliance.core.settings import Settings
@@ -28,47 +26,14 @@ from model_sync.bundle import ModelBundle
 from tests.support import series as made_up
 from tests.support import volume_bundle, web_box
 from tests.support.activated import activate
+from tests.support.brightness_bundle import STEPS, brightness_model, write_bundle
 from tests.support.scans import dataset, encode
-from tests.unit.appliance.imaging.test_volume_segmentation import golden
-
-STEPS = {"scale": [{"step": "clip", "low": 0.0, "high": 5000.0}], "min_slices": 8, "spacing": (2.0, 2.0, 2.0), "apart": 6.0}
-
-
-def brightness_model() -> bytes:
-    """ONNX of ``by_brightness``: white matter above 620, grey matter above 100."""
-    nodes = [
-        helper.make_node("Mul", ["volume", "zero"], ["nothing"]),
-        helper.make_node("Add", ["nothing", "half"], ["background"]),
-        helper.make_node("Greater", ["volume", "high"], ["is_white"]),
-        helper.make_node("Cast", ["is_white"], ["one_white"], to=TensorProto.FLOAT),
-        helper.make_node("Mul", ["one_white", "two"], ["white"]),
-        helper.make_node("Greater", ["volume", "low"], ["is_grey"]),
-        helper.make_node("Cast", ["is_grey"], ["grey"], to=TensorProto.FLOAT),
-        helper.make_node("Concat", ["background", "white", "grey"], ["logits"], axis=1),
-    ]
-    numbers = {"zero": 0.0, "half": 0.5, "high": 620.0, "two": 2.0, "low": 100.0}
-    constants = [helper.make_tensor(name, TensorProto.FLOAT, [], [value]) for name, value in numbers.items()]
-    graph = helper.make_graph(
-        nodes, "brightness", [helper.make_tensor_value_info("volume", TensorProto.FLOAT, ["n", 1, "d", "h", "w"])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 3, "d", "h", "w"])], constants,
-    )  # fmt: skip
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return bytes(model.SerializeToString())
-
-
-def bundle_in(directory: Path, version: str = "1.0.0", **changes: Any) -> ModelBundle:
-    case = golden()
-    volume_bundle.write(
-        directory, brightness_model(), volume_bundle.golden_npz(case.values, case.affine, case.mask), version=version,
-        **({"input": volume_bundle.volume_input(24, **STEPS)} | changes),
-    )  # fmt: skip
-    return ModelBundle.load(directory)
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
     onnx.checker.check_model(onnx.load_from_string(brightness_model()))
-    return bundle_in(tmp_path_factory.mktemp("volume"))
+    return write_bundle(tmp_path_factory.mktemp("volume"))
 
 
 @pytest.fixture
@@ -313,7 +278,7 @@ def t1_store(tmp_path: Path) -> Iterator[Store]:
     """A box whose model says which sequences it was made for."""
     applies_to = volume_bundle.manifest_of({})["applies_to"] | {"sequence": volume_bundle.T1_SEQUENCE}
     store = Store(Settings(data_dir=tmp_path / "t1", tune_at_activation=False, disk_reserve_bytes=0))
-    activate(store, bundle_in(tmp_path / "t1-bundle", applies_to=applies_to).directory, "test")
+    activate(store, write_bundle(tmp_path / "t1-bundle", applies_to=applies_to).directory, "test")
     yield store
     store.close()
 
@@ -358,7 +323,7 @@ def test_damaged_slice_leaves_the_series_unread(store: Store) -> None:
 
 def test_new_version_reads_what_waited_for_the_one_before(store: Store, tmp_path: Path) -> None:
     take(store, made_up.slices())
-    newer = bundle_in(tmp_path / "newer", "1.1.0")
+    newer = write_bundle(tmp_path / "newer", "1.1.0")
     before = store.database.query("SELECT digest FROM models WHERE state = 'active'")[0]["digest"]
     activate(store, newer.directory, "test")
     with store.database.transaction() as tx:
@@ -375,7 +340,7 @@ def test_model_taken_back_leaves_its_series_not_analysed_until_another_comes(sto
         store.planner.hand_over(tx, before, None, Note("model.withdrawn"))
     ((state, reason),) = states(store)
     assert state == "not_analysed" and json.loads(str(reason))["code"] == "model.withdrawn"
-    activate(store, bundle_in(tmp_path / "newer", "1.1.0").directory, "test")
+    activate(store, write_bundle(tmp_path / "newer", "1.1.0").directory, "test")
     assert states(store) == {("waiting", None)}
     store.planner.close_series([1])
     work(store)
@@ -498,7 +463,7 @@ def test_tissue_outside_the_models_field_is_said_on_the_result(tmp_path: Path) -
     cut = volume_bundle.volume_input(24, **STEPS)
     cut["pipeline"][-1] = {"step": "crop_pad", "depth": 24, "height": 24, "width": 24, "fill": 0.0, "align": "center"}
     store = Store(Settings(data_dir=tmp_path / "box", tune_at_activation=False, disk_reserve_bytes=0))
-    activate(store, bundle_in(tmp_path / "bundle", input=cut).directory, "test")
+    activate(store, write_bundle(tmp_path / "bundle", input=cut).directory, "test")
     made = made_up.slices()
     take(store, made)
     work(store)
@@ -524,7 +489,9 @@ def test_missing_results_are_store_errors(store: Store) -> None:
         assert caught.value.code == "store.missing"
 
 
-def test_analyze_prints_the_millilitres_once(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_analyze_prints_the_millilitres_once(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     directory = tmp_path / "series"
     directory.mkdir()
     for number, one in enumerate(made_up.slices()):
@@ -533,10 +500,12 @@ def test_analyze_prints_the_millilitres_once(store: Store, tmp_path: Path, capsy
     assert {item.status for item in results} == {"analysed"}
     value = results[0].to_json()["volumes"][0]
     assert [item["unit"] for item in value["measurements"]] == ["ml", "ml"] and value["slices"] == 20
-    print_table(results, "en")
+    monkeypatch.setenv("LC_ALL", "C")
+    print_table(results)
     said = capsys.readouterr().out
     assert said.count("White matter 2 ml, Grey matter") == 1 and "Not for sole diagnosis" in said
-    print_table(results, "zh")
+    monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
+    print_table(results)
     assert "白质 2 ml" in capsys.readouterr().out
 
 

@@ -13,34 +13,19 @@ from typing import Any
 
 import pydicom
 
-from appliance.core.domain import ScanState, Source
+from appliance.core.domain import ScanState
 from appliance.core.errors import ApplianceError
 from appliance.core.process import Lock
 from appliance.core.settings import Settings
 from appliance.core.wakeup import wake
-from appliance.ingest.ingest import Ingest
 from appliance.lifecycle.model_control import reference_bundle
 from appliance.service.supervisor import Supervisor, web_address
 from appliance.store.store import Store
 from appliance.store.worklist import Worklist
-from quantize.reference.phantom import Phantom, dataset
-from tests.integration.appliance.dicom.test_receiver import wait_for
 from tests.support.activated import activate
-from tests.support.scans import scan_bytes
-
-SOURCE = Source("upload", "demo")
-
-
-def chest(seed: int) -> bytes:
-    """A small chest phantom as DICOM."""
-    return chest_file(dataset(Phantom(rows=512, cols=512, seed=seed), name=f"test-{seed}"))
-
-
-def chest_file(made: pydicom.Dataset) -> bytes:
-    """A dataset as a file."""
-    buffer = BytesIO()
-    made.save_as(buffer, enforce_file_format=True)
-    return buffer.getvalue()
+from tests.support.processes import wait_for
+from tests.support.scans import encode, scan_bytes
+from tests.support.worker_box import chest, take
 
 
 def box(settings: Settings, **changes: Any) -> tuple[Settings, Store]:
@@ -58,13 +43,6 @@ def work(settings: Settings) -> int:
     return subprocess.run(
         [sys.executable, "-m", "appliance", "worker", "--until-idle", "--data-dir", str(settings.data_dir)], check=False
     ).returncode
-
-
-def take(store: Store, data: bytes) -> int:
-    """Take a scan in and plan it; the image's number."""
-    accepted = Ingest(store).accept(data, SOURCE)
-    store.planner.close_series([accepted.stored.series_id])
-    return accepted.stored.instance_id
 
 
 def test_from_door_to_localised_finding(settings: Settings) -> None:
@@ -146,7 +124,7 @@ def test_what_is_assumed_stands_in_the_result(settings: Settings) -> None:
     for name in ("BodyPartExamined", "ViewPosition", "PatientAge", "PatientBirthDate", "PatientOrientation"):
         if name in made:
             delattr(made, name)
-    number = take(store, chest_file(made))
+    number = take(store, encode(made))
     work(settings)
     codes = {note.code for note in Worklist(store).instance(number).jobs[0].notes}
     assert {"assume.body_part", "assume.view", "caution.age_unknown"} <= codes

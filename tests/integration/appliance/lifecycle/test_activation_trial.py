@@ -12,11 +12,11 @@ import pytest
 
 from appliance.core.domain import Note, Source
 from appliance.core.errors import ActivationError
+from appliance.core.self_test_report import LATENCY_FLOOR_MS
 from appliance.core.settings import Settings
 from appliance.ingest.ingest import Ingest
 from appliance.lifecycle.activation import Activator
 from appliance.lifecycle.model_control import activate, roll_back
-from appliance.lifecycle.trial_monitor import LATENCY_FLOOR_MS
 from appliance.store.store import Store
 from appliance.store.worklist import Worklist
 from model_sync import messages

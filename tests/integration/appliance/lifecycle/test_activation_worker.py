@@ -29,7 +29,6 @@ from appliance.lifecycle.background_loader import Loading
 from appliance.store.store import Store
 from appliance.store.worklist import Worklist
 from quantize.reference.phantom import Phantom, dataset
-from tests.integration.appliance.dicom.test_receiver import wait_for
 from tests.support.activation_box import (
     ENDLESS,
     Box,
@@ -43,6 +42,7 @@ from tests.support.activation_box import (
     worker,
     write_settings,
 )
+from tests.support.processes import wait_for
 
 
 @pytest.fixture

@@ -121,7 +121,7 @@ def test_answers_as_onnx_runtime_does(address: str, tmp_path: Path, batch: Any) 
 
 
 def test_file_for_one_image_is_not_opened_for_more(small: KserveServer, tmp_path: Path) -> None:
-    with pytest.raises(InferenceError, match="reads 1 image at once, not 4"):
+    with pytest.raises(InferenceError, match="takes 1 image at a time, not 4"):
         opened(make_model(tmp_path / "model.onnx", 1), small.address)
     assert small.seen == []
 
@@ -274,7 +274,7 @@ def test_server_that_misbehaves_is_an_error_and_the_next_answer_is_right(small: 
 @pytest.mark.parametrize(
     ("fault", "code", "words"),
     [
-        ("another model", "job.error", "speaks of the model"),
+        ("another model", "job.error", "describes the model"),
         ("another type", "job.error", "the file FP32"),
         ("another input", "job.error", "the server has 'image'"),
         ("no output", "job.error", "the server has 'probability'"),

@@ -27,11 +27,11 @@ from appliance.store.tuning_requests import TuningRequests
 from appliance.tuning.selection import SAME_TIME, CandidateResult, Selection
 from appliance.tuning.tuner import Limits, Subject, tune
 from model_sync.bundle import ModelBundle
-from tests.integration.appliance.inference.test_batch_job import reader
 from tests.support.activation_box import Box, nan_on_pictures, self_tests
 from tests.support.library_site import tiny_bundle
 from tests.support.processes import children_running
-from tests.support.tune_box import add_junk, add_variant, brief, endless, not_a_number, not_on, slow, table_of, wrong
+from tests.support.tune_box import add_junk, add_variant, brief, command, endless, not_a_number, not_on, slow, table_of, wrong
+from tests.support.worker_box import prepared_worker
 
 ORT = (Availability("onnxruntime", "1", (CPU,)),)
 QUICK = Limits(seconds=150.0, measuring_s=90.0)
@@ -234,18 +234,12 @@ def test_a_worker_goes_on_with_a_record_of_a_measuring_that_cannot_be_read(store
     digest = activate(store, bundle, "test")
     with store.database.transaction() as tx:
         tx.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"tuning:{digest}", text))
-    worker = reader(store)
+    worker = prepared_worker(store)
     worker.step()
     assert TuningRequests(store.database).next() is None
 
 
 # -- by hand ---------------------------------------------------------------------------------------------------------
-
-
-def command(settings: Settings, *arguments: str, language: str = "C.UTF-8") -> subprocess.CompletedProcess[str]:
-    """``appliance tune ...`` on a box."""
-    line = [sys.executable, "-m", "appliance", "tune", *arguments, "--data-dir", str(settings.data_dir)]
-    return subprocess.run(line, capture_output=True, text=True, check=False, env=os.environ | {"LC_ALL": language}, timeout=200)
 
 
 def test_wrong_use_of_tune_says_how(settings: Settings, store: Store, bundle: Path) -> None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,11 @@ from appliance.store.store import Store
 from appliance.store.tuning_requests import TuningRequest, TuningRequests
 from appliance.store.worklist import Worklist
 from appliance.tuning.selection import Plan
-from tests.integration.appliance.inference.test_batch_job import chest, reader, take
-from tests.integration.appliance.tuning.test_tune import command
 from tests.support.activation_box import Box, end_workers, finish_with, self_tests, watched, worker, write_settings
 from tests.support.library_site import tiny_bundle
-from tests.support.tune_box import add_variant, wrong
+from tests.support.processes import wait_for
+from tests.support.tune_box import add_variant, command, wrong
+from tests.support.worker_box import prepared_worker, small_chest, take
 
 LINE = "cxr-pneumonia"
 
@@ -64,14 +64,6 @@ def chosen(store: Store, digest: str, table: list[dict[str, Any]] | None = None,
     tunings.done(tunings.ask(digest, LINE, "test"), report)
 
 
-def wait_until(reached: Callable[[], object], timeout_s: float = 90.0) -> None:
-    """Wait for something another process does."""
-    limit = time.monotonic() + timeout_s
-    while not reached():
-        assert time.monotonic() < limit, "waited in vain"
-        time.sleep(0.05)
-
-
 def process_of(store: Store) -> int:
     """Who holds the worker's lock."""
     path = store.settings.data_dir / "run" / "worker.lock"
@@ -87,13 +79,13 @@ def without_openvino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_result_says_what_ran_and_why(store: Store, digest: str) -> None:
-    image = take(store, chest())
-    assert reader(store).run_once()
+    image = take(store, small_chest())
+    assert prepared_worker(store).run_once()
     (job,) = Worklist(store).instance(image).jobs
     assert (job.runtime["runtime"], job.runtime["reason"]) == ("onnxruntime", {"code": "choice.untuned", "detail": ""})
     chosen(store, digest, threads=1)
-    image = take(store, chest(2))
-    assert reader(store).run_once()
+    image = take(store, small_chest(2))
+    assert prepared_worker(store).run_once()
     (job,) = Worklist(store).instance(image).jobs
     assert (job.runtime["threads"], job.runtime["reason"]["code"]) == (1, "choice.measured")
 
@@ -103,12 +95,12 @@ def test_a_runtime_that_is_gone_is_fallen_back_from_for_all_to_see(
 ) -> None:
     chosen(store, digest, runtime="openvino", provider="CPU")
     settings = write_settings(store.settings)
-    image = take(store, chest())
+    image = take(store, small_chest())
     assert finish_with(settings) == 0
     (finding,) = Worklist(store).instance(image).findings
     assert finding.runtime.startswith("openvino")
     without_openvino(tmp_path, monkeypatch)
-    image = take(store, chest(2))
+    image = take(store, small_chest(2))
     assert finish_with(settings) == 0
     view = Worklist(store).instance(image)
     assert view.state is ScanState.AI_READY
@@ -120,7 +112,7 @@ def test_a_runtime_that_is_gone_is_fallen_back_from_for_all_to_see(
     audit = [json.loads(row["entry"]) for row in store.database.query("SELECT entry FROM audit")]
     assert [entry["outcome"] for entry in audit if entry["detail"].get("code") == "choice.fallback"] == [4]  # once, not with every start
     monkeypatch.delenv("PYTHONPATH")
-    take(store, chest(3))
+    take(store, small_chest(3))
     assert finish_with(settings) == 0
     assert "fallback" not in report_of(store, digest)  # it is back, and nobody is warned any more
 
@@ -133,14 +125,14 @@ def test_after_a_fallback_the_box_measures_again_by_itself(
     settings = write_settings(store.settings, tune_at_activation=True, worker_threads=1, tune_measuring_s=10.0)
     without_openvino(tmp_path, monkeypatch)
     process = worker(settings)
-    wait_until(lambda: (report_of(store, digest).get("reason") or {}).get("code") in MEASURED and report_of(store, digest)["table"])
+    wait_for(lambda: (report_of(store, digest).get("reason") or {}).get("code") in MEASURED and report_of(store, digest)["table"])
     report = report_of(store, digest)
     assert report["choice"]["runtime"] == "onnxruntime"
     assert "fallback" not in report
     states = {row["candidate"]["runtime"]: row["state"] for row in report["table"]}
     assert states["openvino"] == "unavailable"
-    image = take(store, chest())
-    wait_until(lambda: Worklist(store).instance(image).state is ScanState.AI_READY)
+    image = take(store, small_chest())
+    wait_for(lambda: Worklist(store).instance(image).state is ScanState.AI_READY)
     assert Worklist(store).instance(image).jobs[0].runtime["reason"]["code"] in MEASURED
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
@@ -153,7 +145,7 @@ def test_another_device_is_measured_again_once(store: Store, digest: str) -> Non
     measured = report | {"profile": "another processor", "reason": {"code": "choice.measured", "detail": ""}}
     tunings.done(tunings.ask(digest, LINE, "test"), measured)
     process = worker(settings)
-    wait_until(lambda: report_of(store, digest)["profile"] == device_profile.profile())
+    wait_for(lambda: report_of(store, digest)["profile"] == device_profile.profile())
     tuning = tunings.of(digest)
     assert tuning is not None
     assert (tuning.state, tuning.actor) == ("done", "worker")
@@ -161,8 +153,8 @@ def test_another_device_is_measured_again_once(store: Store, digest: str) -> Non
     process.send_signal(signal.SIGTERM)
     process.wait(30)
     process = worker(settings)
-    image = take(store, chest())
-    wait_until(lambda: Worklist(store).instance(image).state is ScanState.AI_READY)  # it has looked what to measure before it reads
+    image = take(store, small_chest())
+    wait_for(lambda: Worklist(store).instance(image).state is ScanState.AI_READY)  # it has looked what to measure before it reads
     again = tunings.of(digest)
     assert again is not None
     assert again.asked_at == asked
@@ -179,7 +171,7 @@ def test_tune_by_hand_while_the_box_reads_switches_in_one_step_and_is_no_new_ver
     before = [(row["id"], row["state"], row["attempts"], row["trial"]) for row in box.journal.history()]
     settings = write_settings(store.settings, worker_threads=1, tune_measuring_s=10.0)
     process = worker(settings)
-    wait_until(lambda: process_of(store) == process.pid)
+    wait_for(lambda: process_of(store) == process.pid)
     line = [sys.executable, "-m", "appliance", "tune", "--data-dir", str(settings.data_dir)]
     measuring = subprocess.Popen(
         line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"LC_ALL": "zh_CN.UTF-8"}
@@ -187,9 +179,9 @@ def test_tune_by_hand_while_the_box_reads_switches_in_one_step_and_is_no_new_ver
     images: list[int] = []
     waits: list[float] = []
     while measuring.poll() is None:
-        images.append(take(store, chest(len(images))))
+        images.append(take(store, small_chest(len(images))))
         started = time.monotonic()
-        wait_until(lambda: Worklist(store).instance(images[-1]).state not in PENDING_STATES)
+        wait_for(lambda: Worklist(store).instance(images[-1]).state not in PENDING_STATES)
         assert Worklist(store).instance(images[-1]).state is ScanState.AI_READY, Worklist(store).instance(images[-1])
         waits.append(time.monotonic() - started)
     said, progress = measuring.communicate()
@@ -205,8 +197,8 @@ def test_tune_by_hand_while_the_box_reads_switches_in_one_step_and_is_no_new_ver
     assert after == [item[:3] for item in before]
     trial = json.loads(box.journal.history()[0]["trial"])
     assert (trial["since"], trial["after_job"]) == (json.loads(before[0][3])["since"], json.loads(before[0][3])["after_job"])
-    image = take(store, chest(99))
-    wait_until(lambda: Worklist(store).instance(image).state is ScanState.AI_READY)
+    image = take(store, small_chest(99))
+    wait_for(lambda: Worklist(store).instance(image).state is ScanState.AI_READY)
     assert Worklist(store).instance(image).jobs[0].runtime["reason"]["code"] in MEASURED
     shown = json.loads(command(settings, "--show", "--json").stdout)
     assert [row["table"] for row in shown] == [report["table"]]
@@ -274,7 +266,7 @@ def test_what_nobody_waits_for_lets_scans_go_first(store: Store, digest: str) ->
     tunings = TuningRequests(store.database)
     tunings.ask(digest, LINE, "worker")
     assert tunings.next()
-    take(store, chest())
+    take(store, small_chest())
     assert tunings.next() is None
     tunings.ask(digest, LINE, "demo")  # a person waits for it
     assert tunings.next()
@@ -285,8 +277,8 @@ def test_a_plain_way_that_was_wrong_does_not_take_over(store: Store, digest: str
     plain = Candidate("onnxruntime", "model_fp32.onnx", "fp32").to_json()
     row = {"candidate": plain, "state": "wrong", "code": "tune.wrong", "detail": "off", "median_ms": None}
     chosen(store, digest, [row], runtime="triton", provider="127.0.0.1:1")
-    image = take(store, chest())
-    made = reader(store)
+    image = take(store, small_chest())
+    made = prepared_worker(store)
     while made.run_once():
         pass
     assert Worklist(store).instance(image).state is ScanState.FAILED
@@ -297,7 +289,7 @@ def test_a_worker_that_fell_over_the_chosen_way_loads_the_plain_one(store: Store
     made = Worker(store, lambda _seconds: None)
     made.models.skip_tuned_runtime([digest])
     made.prepare()
-    image = take(store, chest())
+    image = take(store, small_chest())
     assert made.run_once()
     reason = Worklist(store).instance(image).jobs[0].runtime["reason"]
     assert (reason["code"], "the worker died while it loaded the model" in reason["detail"]) == ("choice.fallback", True)

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.core.applicability import applies
-from appliance.core.domain import STATE_URGENCY, Note, Patient, Scan, ScanState, age_years
+from appliance.core.domain import STATE_URGENCY, Note, ScanState, age_years
 from appliance.core.errors import ApplianceError
 from appliance.core.settings import Settings
-from model_sync.bundle import AppliesTo
+from tests.support.stored_scans import RULE, scan
 
 
 @pytest.mark.parametrize(
@@ -81,25 +81,6 @@ def test_a_relative_data_directory_is_where_it_says(tmp_path: Path, monkeypatch:
 
 def test_every_setting_says_what_it_is_for() -> None:
     assert all(field.description for field in Settings.model_fields.values())
-
-
-RULE = AppliesTo.model_validate(
-    {
-        "modality": ["CR", "DX"], "sop_class_uid": ["1.2.840.10008.5.1.4.1.1.1"], "body_part": ["CHEST"], "view_position": ["PA", "AP"],
-        "when_body_part_absent": "assume", "assumed_body_part": "CHEST", "when_view_absent": "assume", "assumed_view": "PA",
-        "age": {"min_years": 1, "max_years": 5, "outside": "caution", "absent": "caution", "note": {"zh": "儿童", "en": "children"}},
-    }
-)  # fmt: skip
-
-
-def scan(**changes: Any) -> Scan:
-    """A chest CR in scope."""
-    values: dict[str, Any] = {
-        "study_instance_uid": "1", "series_instance_uid": "2", "sop_instance_uid": "3", "sop_class_uid": "1.2.840.10008.5.1.4.1.1.1",
-        "transfer_syntax_uid": "1.2.840.10008.1.2.1", "patient": Patient(), "modality": "CR", "body_part_examined": "CHEST",
-        "view_position": "PA", "patient_age_years": 4.0,
-    }  # fmt: skip
-    return Scan(**(values | changes))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from appliance.imaging.postprocessing import HEATMAP_SIDE, OUTLINE_FRACTION, Loc
 from appliance.imaging.preprocessing import Geometry, from_display
 from appliance.runtime import Candidate, open_runtime
 from model_sync.bundle import InputSpec, Manifest
+from tests.support.scans import to_image
 
 SIZES = [(500, 2000), (2000, 500), (2048, 2048), (1059, 1404), (300, 2999), (224, 224), (1, 1), (3, 700)]
 
@@ -53,7 +54,7 @@ def one_hot(row: int, column: int, background: float = -1.0, cells: int = 7) -> 
 def test_peak_is_the_centre_of_the_strongest_cell_in_image_pixels(rows: int, columns: int) -> None:
     geometry = letterboxed(rows, columns)
     for row, column in [(3, 3), (3, 2), (3, 4), (2, 3), (4, 3)]:
-        x, y = geometry.to_image((column + 0.5) * 32, (row + 0.5) * 32)
+        x, y = to_image(geometry, (column + 0.5) * 32, (row + 0.5) * 32)
         if not (0 <= x <= columns and 0 <= y <= rows):
             continue
         place = localise(one_hot(row, column), geometry, 0.9, 0.5)
@@ -242,7 +243,7 @@ def test_heat_map_agrees_with_the_map_on_real_pictures(shared: Path) -> None:
         cam, geometry = outputs["cam"][0, 0], prepared.geometry
         place = localise(cam, geometry, float(outputs["probability"][0, 0]), 0.5)
         row, column = np.unravel_index(int(np.argmax(cam)), cam.shape)
-        x, y = geometry.to_image((float(column) + 0.5) * 32, (float(row) + 0.5) * 32)
+        x, y = to_image(geometry, (float(column) + 0.5) * 32, (float(row) + 0.5) * 32)
         cell = 32 / geometry.scale_x
         picture = heat(place)
         down, across = np.unravel_index(int(picture.argmax()), picture.shape)

@@ -16,7 +16,7 @@ from pydicom.dataset import FileDataset
 from appliance.core.errors import PixelError, VolumeError
 from appliance.imaging.volumes.geometry import Grid, reorient
 from appliance.imaging.volumes.resampling import rectangular_grid, resample_linear, resample_nearest
-from appliance.imaging.volumes.volume import crop_pad, mask_on_slices, prepare, read_series
+from appliance.imaging.volumes.volume import crop_pad, prepare, read_series
 from model_sync import messages
 from model_sync.bundle import VolumeSpec
 from tests.support import series as made_up
@@ -295,7 +295,7 @@ def test_mask_of_a_tilted_series_comes_back_on_its_slices() -> None:
     series = read(tilted(18.5))
     prepared = prepare(series, spec("LPS", spacing=1.0))
     mask = (prepared.values > 700 - 1024).astype(np.uint8)
-    back = mask_on_slices(mask, prepared.grid, series.grid)
+    back = resample_nearest(mask, prepared.grid, series.grid)
     marked = series.values > 700
     assert (back[marked] == 1).mean() > 0.7 and (back[~marked] == 0).mean() > 0.99
 

@@ -65,8 +65,8 @@ def test_manifest_with_the_rule_comes_back_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("rule", "words"),
     [
-        ({}, "must ask for something"),
-        ({"when_absent": "assume"}, "must ask for something"),
+        ({}, "must require something"),
+        ({"when_absent": "assume"}, "must require something"),
         ({"echo_time_ms": {"low": 30, "high": 3}}, "low < high"),
         ({"echo_time_ms": {"low": -1, "high": 3}}, "echo_time_ms.low"),
         ({"repetition_time_ms": {"low": 1}}, "repetition_time_ms.high"),

@@ -21,9 +21,10 @@ from appliance.imaging.volumes.segmentation import classify_voxels, dice, golden
 from appliance.imaging.volumes.sliding_window import crop, pad, slide, starts, weights, windows
 from appliance.imaging.volumes.volume import prepare, read_series
 from appliance.store.volume_results import COLOURS
-from model_sync.bundle import GoldenVolume, Manifest
+from model_sync.bundle import Manifest
 from tests.support import series as made_up
 from tests.support import volume_bundle
+from tests.support.brightness_bundle import golden_volume
 
 SIDES = st.integers(1, 12)
 FILES = {"model_fp32.onnx": b"", "golden/a.npz": b"", "MODEL_CARD.md": b"", "gate.json": b""}
@@ -179,22 +180,15 @@ def test_model_that_gives_something_else_is_an_error(outputs: Any) -> None:
         classify_voxels(prepare(series, manifest().volume_input), manifest(), lambda _given: outputs)
 
 
-def golden(shape: tuple[int, int, int] = (18, 20, 22)) -> GoldenVolume:
-    grid = Grid(shape, np.array([[0, 0, 2.0, -20], [0, 2.0, 0, -18], [-2.0, 0, 0, 20], [0, 0, 0, 1]]))
-    values = made_up.head(grid.to_patient(np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1))).astype(np.float32)
-    mask = np.select([values > 620, values > 100], [1, 2], 0).astype(np.uint8)
-    return GoldenVolume("head", values, grid.affine, mask, {"white_matter": 1.0, "grey_matter": 1.0}, {"fp32": 0.01})
-
-
 def test_golden_volume_is_answered_in_one_window() -> None:
-    tensor, difference = golden_tensor(golden(), manifest())
+    tensor, difference = golden_tensor(golden_volume(), manifest())
     assert tensor.shape == (1, 1, 24, 24, 24)
     assert difference(by_brightness({"volume": tensor})) == 0.0
     wrong = by_brightness({"volume": tensor})["logits"]
     assert difference({"logits": wrong[:, [0, 2, 1]]}) > 0.5
     assert math.isnan(difference({"logits": wrong * np.nan}))
     with pytest.raises(InferenceError, match="larger than one window"):
-        golden_tensor(golden((60, 60, 60)), manifest())
+        golden_tensor(golden_volume((60, 60, 60)), manifest())
 
 
 # -- pictures ------------------------------------------------------------------------------------------------------------

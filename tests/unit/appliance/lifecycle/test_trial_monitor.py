@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appliance.lifecycle.trial_monitor import LATENCY_FLOOR_MS, Statistics, find_violation, is_over, stability_index
+from appliance.core.self_test_report import LATENCY_FLOOR_MS
+from appliance.lifecycle.trial_monitor import Statistics, find_violation, is_over, stability_index
 from model_sync.bundle import ScoreHistogram, Watch
 
 EDGES = [number / 10 for number in range(11)]

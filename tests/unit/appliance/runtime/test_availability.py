@@ -112,7 +112,8 @@ class Driver:
 
 
 @pytest.mark.parametrize(
-    ("driver", "found"), [(Driver(2), (2, "")), (Driver(0), (0, "no GPU: CUDA's driver says error 0")), (Driver(1, 100), (0, "error 100"))]
+    ("driver", "found"),
+    [(Driver(2), (2, "")), (Driver(0), (0, "no GPU: CUDA's driver reports error 0")), (Driver(1, 100), (0, "error 100"))],
 )
 def test_gpus_are_counted_by_the_driver(monkeypatch: pytest.MonkeyPatch, driver: Driver, found: tuple[int, str]) -> None:
     monkeypatch.setattr(availability, "_DEVICE_FILES", ("/dev/null",))

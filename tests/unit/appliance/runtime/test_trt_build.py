@@ -191,7 +191,7 @@ def test_fixed_batch_and_free_sizes(yard: Yard, shape: list[int], expected: tupl
 
 
 def test_file_for_one_image_is_not_built_for_more(yard: Yard) -> None:
-    with pytest.raises(InferenceError, match="reads 1 image at once, not 4") as caught:
+    with pytest.raises(InferenceError, match="takes 1 image at a time, not 4") as caught:
         yard.build(shape=[1, 1, 4, 4])
     assert caught.value.code == "job.error"
 
@@ -206,7 +206,7 @@ def test_no_gpu_in_the_builder(yard: Yard) -> None:
 
 def test_disk_that_is_full(yard: Yard, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_cache, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(InferenceError, match="cannot be kept: No space") as caught:
+    with pytest.raises(InferenceError, match="cannot be stored: No space") as caught:
         yard.build()
     assert caught.value.code == "runtime.build"
     assert yard.left() == []
@@ -268,7 +268,7 @@ def test_adapter_and_builder_together(yard: Yard) -> None:
 
 
 def said(*texts: tuple[str, str]) -> Any:
-    return SimpleNamespace(kept=list(texts), errors=lambda: [text for severity, text in texts if severity != "WARNING"])
+    return SimpleNamespace(entries=list(texts), errors=lambda: [text for severity, text in texts if severity != "WARNING"])
 
 
 @pytest.mark.parametrize(

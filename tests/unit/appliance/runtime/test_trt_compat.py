@@ -94,7 +94,7 @@ def test_messages_are_kept_told_and_forgotten(version: str) -> None:
     assert len(messages.errors()[0]) == 400
     for _ in range(100):
         messages.log(severity.ERROR, "again")
-    assert len(messages.kept) == 40
+    assert len(messages.entries) == 40
     messages.clear()
     assert messages.errors() == []
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from appliance.core.errors import StoreError
-from appliance.login_throttle import LOCKOUT_S, MAX_FAILURES
 from appliance.store.accounts import Account, Accounts
 from appliance.store.store import Store
+from model_sync.login_throttle import LOCKOUT_S, MAX_FAILURES
 
 
 @pytest.fixture

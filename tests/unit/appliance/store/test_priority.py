@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian
 from appliance.core.domain import Note, Source
 from appliance.core.errors import StoreError
 from appliance.ingest.ingest import Ingest
-from appliance.store.database import Database, migrations
+from appliance.store.database import Database
 from appliance.store.priority import Urgency
 from appliance.store.store import Store
 from appliance.store.worklist import Worklist
+from tests.support.old_database import old_database
 from tests.support.scans import dataset, encode, scan_bytes
 
 ROOM = Source("dimse", "CR_ROOM1")
@@ -214,12 +214,7 @@ def test_idle_series_of_urgent_studies_are_planned_alone(store: Store) -> None:
 
 def test_what_was_urgent_before_this_was_written_down_is_urgent_still(tmp_path: Path) -> None:
     path = tmp_path / "old.sqlite3"
-    raw = sqlite3.connect(path)
-    for number, statements in migrations():
-        if number <= 3:
-            for statement in statements:
-                raw.execute(statement)
-    raw.execute("PRAGMA user_version = 3")
+    raw = old_database(path, 3)
     for number in (1, 2):
         raw.execute(
             "INSERT INTO studies VALUES (?, ?, 'k', '', '', '', '', NULL, '', '', '', '', '2026-01-01T00:00:00.000+00:00', 0, 1)",

@@ -26,8 +26,9 @@ from appliance.store import database
 from appliance.store.database import APPLICATION_ACTIVITY, Database
 from appliance.store.store import Store
 from appliance.store.worklist import Worklist
+from tests.support.old_database import old_database
 from tests.support.paths import ROOT
-from tests.unit.appliance.core.test_domain import RULE, scan
+from tests.support.stored_scans import RULE, add_scan, scan
 
 SOURCE = Source("upload", "demo", "a.dcm")
 FINDING = Finding(
@@ -37,41 +38,34 @@ FINDING = Finding(
 )  # fmt: skip
 
 
-def add(store: Store, number: int = 1, **changes: Any) -> Any:
-    """Store image ``number`` of one series."""
-    image = scan(sop_instance_uid=f"1.{number}", study_instance_uid="1.9", series_instance_uid="1.8", **changes)
-    return store.add_instance(image, lambda: f"{number:064x}", b"DICM" * 100, SOURCE, time.perf_counter())
-
-
 def put_model(store: Store, digest: str = "d" * 64) -> None:
     """An active model that reads chest CR (planning only; nothing here runs it)."""
     from appliance.lifecycle.model_control import reference_bundle
 
     manifest = json.loads((reference_bundle() / "manifest.json").read_text("utf-8"))
     manifest["applies_to"] = json.loads(RULE.model_dump_json())
-    store.switch_model(
-        {
-            "digest": digest, "name": "m", "version": "1.0.0", "directory": "models/m", "manifest": json.dumps(manifest),
-            "precision": "fp32", "runtime": "onnxruntime", "self_test": "{}",
-        },
-        "test",
-    )  # fmt: skip
+    values = {
+        "digest": digest, "name": "m", "version": "1.0.0", "directory": "models/m", "manifest": json.dumps(manifest),
+        "precision": "fp32", "runtime": "onnxruntime", "self_test": "{}",
+    }  # fmt: skip
+    with store.database.transaction() as tx:
+        store.switch_within(tx, values, "test")
 
 
 def test_scan_reads_back_byte_for_byte(store: Store) -> None:
-    stored = add(store)
+    stored = add_scan(store)
     assert store.read_instance(stored.instance_id) == b"DICM" * 100
 
 
 def test_the_same_scan_again_is_one_scan(store: Store) -> None:
-    first, again = add(store), add(store)
+    first, again = add_scan(store), add_scan(store)
     assert (first.outcome, again.outcome) == ("stored", "duplicate")
     assert first.instance_id == again.instance_id
     assert Worklist(store).count() == 1
 
 
 def test_same_uid_other_content_is_kept_beside_and_flagged(store: Store) -> None:
-    first = add(store)
+    first = add_scan(store)
     image = scan(sop_instance_uid="1.1", study_instance_uid="1.9", series_instance_uid="1.8")
     other = store.add_instance(image, lambda: "f" * 64, b"other", SOURCE, time.perf_counter())
     assert other.outcome == "conflict"
@@ -84,8 +78,8 @@ def test_same_uid_other_content_is_kept_beside_and_flagged(store: Store) -> None
 
 
 def test_two_patients_under_one_study_uid_stay_apart(store: Store) -> None:
-    one = add(store, 1, patient=Patient("P1", "A"))
-    two = add(store, 2, patient=Patient("P2", "B"))
+    one = add_scan(store, 1, patient=Patient("P1", "A"))
+    two = add_scan(store, 2, patient=Patient("P2", "B"))
     assert one.study_id != two.study_id
     rows = Worklist(store).page()
     assert [row.patient_mismatch for row in rows] == [True, True]
@@ -101,7 +95,7 @@ def test_no_plain_name_or_pixel_in_a_content_file(store: Store, settings: Settin
 
 
 def test_a_changed_content_file_is_found(store: Store, settings: Settings) -> None:
-    stored = add(store)
+    stored = add_scan(store)
     path = settings.data_dir / "content" / "00" / f"{1:064x}"
     blob = bytearray(path.read_bytes())
     blob[40] ^= 1
@@ -128,7 +122,7 @@ def test_unknown_numbers_are_missing(store: Store) -> None:
 def test_disk_reserve_refuses_before_anything_is_written(settings: Settings) -> None:
     tight = Store(settings.model_copy(update={"disk_reserve_bytes": 1 << 60}))
     with pytest.raises(StoreError, match=r"ingest\.disk_full"):
-        add(tight)
+        add_scan(tight)
     assert Worklist(tight).count() == 0
     assert not [path for path in (settings.data_dir / "content").rglob("*") if path.is_file()]
 
@@ -139,10 +133,10 @@ from pathlib import Path
 from appliance.core.errors import StoreError
 from appliance.core.settings import Settings
 from appliance.store.store import Store
-from tests.unit.appliance.store.test_store import add
+from tests.support.stored_scans import add_scan
 box = Path(sys.argv[1])
 store = Store(Settings.parse({"data_dir": box, "disk_reserve_bytes": 0}))
-add(store, 1)
+add_scan(store, 1)
 # Fill the disk but for a few blocks, then send scans until one is refused; make room again and send that one again.
 ballast = open(box / "ballast", "wb", buffering=0)
 try:
@@ -153,14 +147,14 @@ number = 1
 try:
     while number < 1000:
         number += 1
-        add(store, number)
+        add_scan(store, number)
 except StoreError as error:
     print(error.code)
 ballast.close()
 (box / "ballast").unlink()
 stored = [row["sop_instance_uid"] for row in store.database.query("SELECT sop_instance_uid FROM instances ORDER BY id")]
 print(stored == [f"1.{n}" for n in range(1, number)], store.read_instance(1) == b"DICM" * 100)
-print(len(list((box / "incoming").glob("*.part"))), add(store, number).outcome, store.database.verify_audit() == number)
+print(len(list((box / "incoming").glob("*.part"))), add_scan(store, number).outcome, store.database.verify_audit() == number)
 """
 
 
@@ -177,7 +171,7 @@ def test_disk_full_at_any_write_keeps_nothing_half_written(tmp_path: Path, room_
 
 def test_planning_one_job_per_image_and_model_however_often(store: Store) -> None:
     put_model(store)
-    stored = [add(store, number) for number in range(3)]
+    stored = [add_scan(store, number) for number in range(3)]
     assert store.planner.close_series([stored[0].series_id]) == 3
     assert store.planner.close_series([stored[0].series_id]) == 0
     assert store.queue.pending_jobs() == 3
@@ -185,13 +179,13 @@ def test_planning_one_job_per_image_and_model_however_often(store: Store) -> Non
 
 def test_a_late_image_of_a_closed_series_is_planned_too(store: Store) -> None:
     put_model(store)
-    store.planner.close_series([add(store, 1).series_id])
-    assert store.planner.close_series([add(store, 2).series_id]) == 1
+    store.planner.close_series([add_scan(store, 1).series_id])
+    assert store.planner.close_series([add_scan(store, 2).series_id]) == 1
 
 
 def test_idle_series_are_planned_without_anybody_saying_so(settings: Settings) -> None:
     store = Store(settings.model_copy(update={"series_idle_s": 0.05}))
-    add(store)
+    add_scan(store)
     assert store.planner.close_idle_series() == 0
     time.sleep(0.1)
     assert store.planner.close_idle_series() == 1
@@ -200,7 +194,7 @@ def test_idle_series_are_planned_without_anybody_saying_so(settings: Settings) -
 
 def test_a_series_from_the_future_is_not_kept_waiting(store: Store) -> None:
     """The clock was set back after the image came: the series must not wait for years."""
-    add(store)
+    add_scan(store)
     with store.database.transaction() as tx:
         tx.execute("UPDATE series SET last_received_at = ?", (time.time() + 1e6,))
     assert store.planner.close_idle_series() == 1
@@ -215,7 +209,7 @@ def claimed(store: Store, owner: str = "w", lease_s: float = 60.0) -> Job:
 
 def test_job_from_claim_to_finding(store: Store) -> None:
     put_model(store)
-    stored = add(store)
+    stored = add_scan(store)
     store.planner.close_series([stored.series_id])
     worklist = Worklist(store)
     assert worklist.page()[0].position == 1
@@ -239,7 +233,7 @@ def test_job_from_claim_to_finding(store: Store) -> None:
 
 def test_nothing_is_kept_of_a_job_whose_lease_was_lost(store: Store) -> None:
     put_model(store)
-    store.planner.close_series([add(store).series_id])
+    store.planner.close_series([add_scan(store).series_id])
     slow = claimed(store, "slow", -1.0)
     quick = claimed(store, "quick")
     assert quick.id == slow.id
@@ -251,8 +245,8 @@ def test_nothing_is_kept_of_a_job_whose_lease_was_lost(store: Store) -> None:
 
 def test_a_job_that_keeps_failing_is_poisoned_and_the_next_goes_on(store: Store) -> None:
     put_model(store)
-    store.planner.close_series([add(store, 1).series_id])
-    store.planner.close_series([add(store, 2).series_id])
+    store.planner.close_series([add_scan(store, 1).series_id])
+    store.planner.close_series([add_scan(store, 2).series_id])
     seen = []
     for _ in range(6):
         job = store.queue.claim_job("w", 60)
@@ -276,7 +270,7 @@ def test_recovery_tells_a_deadline_from_a_crash(settings: Settings) -> None:
     store = Store(settings.model_copy(update={"job_deadline_s": 0.05, "job_max_attempts": 1}))
     put_model(store)
     for number, wait_s in ((1, 0.0), (2, 0.1)):
-        store.planner.close_series([add(store, number).series_id])
+        store.planner.close_series([add_scan(store, number).series_id])
         claimed(store)
         time.sleep(wait_s)
         assert store.queue.recover_jobs() == 1
@@ -295,6 +289,7 @@ def test_search_and_pages(store: Store) -> None:
     assert [row.patient_id for row in worklist.page(search="张^3")] == ["ID_3"]
     assert [row.patient_id for row in worklist.page(search="D_3")] == ["ID_3"]
     assert worklist.page(search="%") == []
+    assert [row.id for row in worklist.page(search="_", before=3)] == [2, 1]  # searched literally, on a further page
     assert worklist.page(search="'; DROP TABLE studies; --") == []
     assert [row.id for row in worklist.page() if row.revision == worklist.revision()] == [5]
     assert worklist.queue_length() == 0
@@ -348,9 +343,9 @@ def test_two_senders_of_one_scan_never_replace_what_was_acknowledged(store: Stor
 
 
 def test_a_lost_file_comes_back_when_the_scan_is_sent_again(store: Store, settings: Settings) -> None:
-    stored = add(store)
+    stored = add_scan(store)
     (settings.data_dir / "content" / "00" / f"{1:064x}").unlink()
-    assert add(store).outcome == "duplicate"
+    assert add_scan(store).outcome == "duplicate"
     assert store.read_instance(stored.instance_id) == b"DICM" * 100
 
 
@@ -364,7 +359,7 @@ def test_sweeping_leaves_what_another_process_is_writing(store: Store, settings:
 
 
 def test_a_model_that_comes_later_reads_what_waited_for_one(store: Store) -> None:
-    stored = add(store)
+    stored = add_scan(store)
     store.planner.close_series([stored.series_id])
     store.queue.finish_job(claimed(store), JobResult(ScanState.NOT_ANALYSED, Note("scope.no_model")))
     put_model(store)
@@ -375,9 +370,9 @@ def test_a_model_that_comes_later_reads_what_waited_for_one(store: Store) -> Non
 
 @pytest.mark.parametrize("other", [Patient("0", "李^四", "19700101"), Patient("0", "张^三", "19800101")])
 def test_one_id_for_everybody_does_not_mix_patients(store: Store, other: Patient) -> None:
-    one = add(store, 1, patient=Patient("0", "张^三", "19700101"))
-    same = add(store, 2, patient=Patient("0", "张三", "19700101"))
-    two = add(store, 3, patient=other)
+    one = add_scan(store, 1, patient=Patient("0", "张^三", "19700101"))
+    same = add_scan(store, 2, patient=Patient("0", "张三", "19700101"))
+    two = add_scan(store, 3, patient=other)
     assert one.study_id == same.study_id != two.study_id
 
 
@@ -387,10 +382,10 @@ def test_change_and_audit_entry_share_one_transaction(store: Store, monkeypatch:
 
     monkeypatch.setattr(Database, "audit", staticmethod(broken))
     with pytest.raises(StoreError):
-        add(store)
+        add_scan(store)
     monkeypatch.undo()
     assert Worklist(store).count() == 0
-    assert add(store).outcome == "stored"
+    assert add_scan(store).outcome == "stored"
 
 
 def test_a_newer_database_is_refused(settings: Settings, tmp_path: Path) -> None:
@@ -412,6 +407,33 @@ def test_no_database_is_refused(tmp_path: Path) -> None:
 def test_migrations_are_numbered_in_order() -> None:
     numbers = [number for number, _ in database.migrations()]
     assert numbers == list(range(1, len(numbers) + 1))
+
+
+def test_no_memory_before_the_model_ran_gets_its_own_code(tmp_path: Path) -> None:
+    """Migration 5: ``job.memory`` had two meanings, which only its detail told apart."""
+    raw = old_database(tmp_path / "old.sqlite3", 4)
+    raw.execute("INSERT INTO studies VALUES (1, '1.1', 'k', '', '', '', '', NULL, '', '', '', '', '', 0, 1, NULL, NULL)")
+    raw.execute("INSERT INTO series VALUES (1, 1, '1', 'CR', '', 0, 0)")
+    before, during = '{"code": "job.memory", "detail": "before the model"}', '{"code": "job.memory", "detail": ""}'
+    other = '{"code": "job.crashed", "detail": ""}'
+    for number, reason in enumerate((before, during, other, None), start=1):
+        raw.execute(
+            "INSERT INTO instances VALUES"
+            " (?, 1, ?, '1', '1', ?, 1, 'CR', '', '', 1, 1, 1, NULL, 'cli', '', '', 0, 'failed', ?, '[]', 0, '')",
+            (number, f"1.{number}", str(number), reason),
+        )
+        raw.execute(
+            "INSERT INTO jobs (kind, instance_id, model_digest, state, created_at, notes, reason)"
+            " VALUES ('infer', ?, '', 'failed', '', '[]', ?)",
+            (number, reason),
+        )
+    raw.commit()
+    raw.close()
+    migrated = Database(tmp_path / "old.sqlite3", b"key")
+    for query in ("SELECT reason FROM jobs ORDER BY id", "SELECT reason FROM instances ORDER BY id"):
+        reasons = [Note.parse(row["reason"]) for row in migrated.query(query)]
+        assert reasons == [Note("job.memory_input"), Note("job.memory"), Note("job.crashed"), None]
+    migrated.close()
 
 
 def test_a_bad_query_is_a_store_error(store: Store) -> None:
@@ -442,7 +464,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(again=st.booleans())
     def arrive(self, again: bool) -> None:
         self.images += 0 if again and self.images else 1
-        self.store.planner.close_series([add(self.store, self.images).series_id])
+        self.store.planner.close_series([add_scan(self.store, self.images).series_id])
 
     @rule(target=jobs)
     def claim(self) -> Any:

@@ -1,8 +1,7 @@
-"""How often a password may be tried (R3): five failures lock a name for the machine they came from.
+"""How often a password may be tried (R3): five failures lock a name for the machine they came from, for 15 minutes.
 
-Locking a name everywhere after five failures would let anybody on the clinic's network keep a doctor out all day. So the strict
-limit is for name and machine together, and is kept in memory; a restart forgets it. The wide limit, for a name from every address,
-is in the database: see :data:`appliance.store.accounts.MAX_FAILURES_EVERYWHERE`.
+If five failures locked a name everywhere, anybody on the network could lock a doctor out all day. So the strict limit is for name and
+machine together, in memory; a restart forgets it. The wide limit, for a name from every address, is in the database of the accounts.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ from dataclasses import dataclass
 from typing import Final
 
 MAX_FAILURES: Final = 5
+# Failures of one name from all addresses since its last successful login: stops somebody who guesses from many addresses.
+MAX_FAILURES_EVERYWHERE: Final = 50
 LOCKOUT_S: Final = 15 * 60.0
 _MAX_ENTRIES: Final = 10_000
 
@@ -30,11 +31,7 @@ class _Entry:
 
 
 class LoginThrottle:
-    """Counts failed logins by name and machine; safe to use from several threads.
-
-    Args:
-        clock: the time in seconds.
-    """
+    """Counts failed logins by name and machine; safe to use from several threads."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

@@ -1,0 +1,19 @@
+"""A database as an older version of the appliance left it."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+from appliance.store.database import migrations
+
+
+def old_database(path: Path, version: int) -> sqlite3.Connection:
+    """Create a database with the schema of a version; the caller inserts rows, commits and closes it."""
+    connection = sqlite3.connect(path)
+    for number, statements in migrations():
+        if number <= version:
+            for statement in statements:
+                connection.execute(statement)
+    connection.execute(f"PRAGMA user_version = {version}")
+    return connection
