@@ -159,7 +159,7 @@ def _collector(method: Method) -> HistogramCollector:
 
 
 def _set_histogram(collector: HistogramCollector, name: str, counts: NDArray[np.int64], extremes: Range) -> None:
-    low, high = (np.float32(value) for value in extremes)
+    low, high = extremes
     reach = np.float32(max(abs(low), abs(high), float(np.finfo(np.float32).tiny)))
     edges = np.linspace(-reach, reach, len(counts) + 1, dtype=np.float32)
-    collector.histogram_dict[name] = (counts, edges, low, high, reach)
+    collector.histogram_dict[name] = (counts, edges, np.float32(low), np.float32(high), reach)
