@@ -72,6 +72,12 @@ _CODES: Final[Mapping[str, Message]] = {
     "scope.view": Message("This view is outside the model's scope (for example lateral)", _NO_MODEL),
     "scope.age": Message("The patient's age is outside the model's scope", _NO_MODEL),
     "scope.frames": Message("Multi-frame images are outside the model's scope", _NO_MODEL),
+    "scope.species": Message("The image is of an animal; no model is made for it", _NO_MODEL),
+    "scope.quality_control": Message("The image is a quality control image, not one of a patient", _NO_MODEL),
+    "scope.for_processing": Message(
+        "The image is raw data for further processing, not for reading",
+        "The image is kept. Send the image “for presentation” of the same exposure.",
+    ),
     "scope.no_model": Message("No model is active on this box; not analysed", "The image is kept. Ask the technician to activate a model."),
     "job.deadline": Message("The analysis took too long and was stopped", _RETRY),
     "job.crashed": Message("The analysis program stopped unexpectedly", _RETRY),
@@ -172,7 +178,29 @@ _CODES: Final[Mapping[str, Message]] = {
         "The new password is too weak: at least 8 characters, other than the old one and the user name", "Choose another one."
     ),
     "assume.body_part": Message("No body part is stated; treated as a chest", "Check that the image shows a chest."),
+    "assume.body_part_described": Message(
+        "No body part is stated; it was taken from the description", "Check that the image shows this body part."
+    ),
+    "assume.view_frontal": Message("The view is stated as frontal, without PA or AP", "Nothing to do if the image is a frontal view."),
     "assume.view": Message("No view is stated; treated as frontal", "Check that the image is a frontal view."),
+    "caution.body_part_conflict": Message(
+        "The description names another body part than the image states", "Check that the image shows the body part it states."
+    ),
+    "caution.body_part_several": Message("The image shows more body parts than the model is made for", "Use the score with care."),
+    "caution.turned": Message(
+        "The image was turned or mirrored as its header says, for the analysis and on this page",
+        "Check that it is upright and that left and right are correct.",
+    ),
+    "caution.text_encoding": Message(
+        "The header states another character set than its text is written in",
+        "Check the patient's name. The technician can correct the setting of the sender.",
+    ),
+    "caution.text_doubtful": Message(
+        "The character set of a text is unclear; it may be shown wrongly", "Check the patient's name against the request."
+    ),
+    "caution.long_uid": Message(
+        "A UID is longer than the standard allows", "Nothing to do; the technician can tell the maker of the sender."
+    ),
     "caution.age_unknown": Message(
         "The patient's age is unknown, so it is not known whether the model was trained for it", "Use the score with care."
     ),

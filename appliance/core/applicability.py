@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from appliance.core.clinical_terms import FRONTAL, body_parts_of, view_of
 from appliance.core.domain import Note, Scan
 from model_sync.bundle import AppliesTo, Manifest, VolumeSpec
 
+# Notes about an image that no model is for: an animal, a test image, an image that is not for people to look at.
+EXCLUSIONS: Final = ("scope.species", "scope.quality_control", "scope.for_processing")
 # The detail of a refusal because of an attribute that the image does not have.
 ABSENT: Final = "-"
 
@@ -69,6 +72,9 @@ def applies(rule: AppliesTo, scan: Scan, *, frames: bool = False) -> Verdict:
         return Verdict(Note("scope.sop_class", scan.sop_class_uid))
     if scan.number_of_frames > 1 and not frames:
         return Verdict(Note("scope.frames", str(scan.number_of_frames)))
+    excluded = next((note for note in scan.notes if note.code in EXCLUSIONS), None)
+    if excluded is not None:
+        return Verdict(excluded)
     notes: list[Note] = list(scan.notes)
     for check in (_body_part, _view, _age):
         refusal, remarks = check(rule, scan)
@@ -79,23 +85,34 @@ def applies(rule: AppliesTo, scan: Scan, *, frames: bool = False) -> Verdict:
 
 
 def _body_part(rule: AppliesTo, scan: Scan) -> tuple[Note | None, list[Note]]:
-    part = scan.body_part_examined.strip().upper()
-    if part:
-        return (None, []) if part in rule.body_part else (Note("scope.body_part", part), [])
-    if rule.when_body_part_absent == "out_of_scope":
-        return Note("scope.body_part", ABSENT), []
-    return None, [Note("assume.body_part", rule.assumed_body_part)]
+    stated = scan.body_part_examined.strip().upper()
+    if not stated:
+        if rule.when_body_part_absent == "out_of_scope":
+            return Note("scope.body_part", ABSENT), []
+        return None, [Note("assume.body_part", rule.assumed_body_part)]
+    if stated in rule.body_part:
+        return None, []
+    allowed = frozenset[str]().union(*(body_parts_of(part) | {part} for part in rule.body_part))
+    parts = body_parts_of(stated)
+    if not parts & allowed:
+        return Note("scope.body_part", stated), []
+    return None, [Note("caution.body_part_several", ", ".join(sorted(parts)))] if parts - allowed else []
 
 
 def _view(rule: AppliesTo, scan: Scan) -> tuple[Note | None, list[Note]]:
     if not rule.view_position and rule.when_view_absent == "assume":
         return None, []  # slices have no view
-    words = scan.view_position.strip().upper().split()
-    if words:  # "AP SUPINE", "PA ERECT": the first word names the projection
-        return (None, []) if words[0] in rule.view_position else (Note("scope.view", " ".join(words)), [])
-    if rule.when_view_absent == "out_of_scope":
-        return Note("scope.view", ABSENT), []
-    return None, [Note("assume.view", rule.assumed_view)]
+    stated = scan.view_position.strip().upper()
+    if not stated:
+        if rule.when_view_absent == "out_of_scope":
+            return Note("scope.view", ABSENT), []
+        return None, [Note("assume.view", rule.assumed_view)]
+    view = view_of(stated)
+    if view in rule.view_position or stated in rule.view_position:
+        return None, []
+    if view == FRONTAL and {"PA", "AP"} & set(rule.view_position):
+        return None, [Note("assume.view_frontal")]
+    return Note("scope.view", stated), []
 
 
 def _age(rule: AppliesTo, scan: Scan) -> tuple[Note | None, list[Note]]:

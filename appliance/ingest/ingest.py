@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-import re
 import time
-import uuid
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,38 +17,30 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Final
 
-import pydicom
 from pydicom.dataelem import RawDataElement
 from pydicom.filereader import read_partial
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from appliance.core.domain import Note, Patient, PictureForm, Scan, Source, StoredImage, age_years
+from appliance.core.domain import Note, PictureForm, Scan, Source, StoredImage
 from appliance.core.errors import ApplianceError, IngestError, StoreError
 from appliance.imaging.dicom_files import PARSE_ERRORS, accept_invalid_values
 from appliance.imaging.pixels import check_structure
+from appliance.ingest.description import describe
 from appliance.store.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from pydicom.dataset import Dataset, FileDataset
+    from pydicom.dataset import FileDataset
     from pydicom.tag import BaseTag
 
 logger = logging.getLogger(__name__)
 
 MAX_ELEMENTS: Final = 50_000
 MAX_ITEMS: Final = 200_000
-MAX_TEXT_BYTES: Final = 65_536
 _ITEM_TAGS: Final = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")
 _LONG_VRS: Final = (b"OB", b"OW", b"UN", b"SQ", b"UT", b"UC", b"UR", b"OF", b"OD", b"OL", b"OV", b"SV", b"UV")
 _PREAMBLE_BYTES: Final = 132
-_UID: Final = re.compile(r"[0-9]+(\.[0-9]+)*")
-_LATERAL: Final = re.compile(
-    r"(?<![A-Za-z])(?:[LR][-_ ]?)?LAT(?:ERAL)?(?![A-Za-z])|(?<![A-Za-z])(?:LL|RL|seitl)(?![A-Za-z])|侧位|側位", re.IGNORECASE
-)
-_PRIORITY: Final = 0x00401003
-_PRIORITIES: Final = ("STAT", "HIGH", "ROUTINE", "MEDIUM", "LOW")
-_MAX_SHORT_BYTES: Final = 64  # a SH of 16 characters in any character set
 _PIXEL_TAGS: Final = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10", b"\xe0\x7f\x08\x00", b"\xe0\x7f\x09\x00")
 
 
@@ -222,122 +212,3 @@ def content_digest(data: bytes, scan: Scan) -> str:
     digest = hashlib.sha256(f"{scan.transfer_syntax_uid}\0{scan.sop_instance_uid}\0".encode())
     digest.update(memoryview(data)[meta_end(data) :])
     return digest.hexdigest()
-
-
-def describe(dataset: FileDataset, notes: tuple[Note, ...] = ()) -> Scan:
-    """Extract the attributes that the store indexes and that decide which models apply.
-
-    An image without Study or Series Instance UID gets UIDs derived from its own (2.25 + UUID, PS3.5 B.2) and a note about it, so that it
-    is neither lost nor assigned to another study.
-
-    Raises:
-        IngestError: no SOP Instance UID, an invalid UID, or no Transfer Syntax UID.
-    """
-    meta = dataset.file_meta
-    if not meta.get("TransferSyntaxUID"):
-        raise IngestError("ingest.unreadable", "no Transfer Syntax UID")
-    transfer_syntax = _uid("TransferSyntaxUID", meta.TransferSyntaxUID)
-    frames = _text(dataset, "NumberOfFrames") or "1"
-    if not re.fullmatch(r"[+]?\d{1,9}", frames):
-        raise IngestError("ingest.pixel_attributes", "NumberOfFrames is no integer")
-    instance = _uid("SOPInstanceUID", dataset.get("SOPInstanceUID") or meta.get("MediaStorageSOPInstanceUID"))
-    missing = [name for name in ("StudyInstanceUID", "SeriesInstanceUID") if not dataset.get(name)]
-    study, series = (
-        f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, f'{name} {instance}').int}" if name in missing else _uid(name, dataset.get(name))
-        for name in ("StudyInstanceUID", "SeriesInstanceUID")
-    )
-    return Scan(
-        study_instance_uid=study,
-        series_instance_uid=series,
-        sop_instance_uid=instance,
-        sop_class_uid=_uid("SOPClassUID", dataset.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID")),
-        transfer_syntax_uid=transfer_syntax,
-        patient=Patient(*(_text(dataset, name) for name in ("PatientID", "PatientName", "PatientBirthDate", "PatientSex"))),
-        modality=_text(dataset, "Modality").upper(),
-        body_part_examined=_body_part(dataset),
-        view_position=_view(dataset),
-        patient_age_years=age_years(*(_text(dataset, name) for name in ("PatientAge", "PatientBirthDate", "StudyDate"))),
-        study_date=_text(dataset, "StudyDate"),
-        study_time=_text(dataset, "StudyTime"),
-        accession_number=_text(dataset, "AccessionNumber"),
-        study_description=_text(dataset, "StudyDescription"),
-        series_description=_text(dataset, "SeriesDescription"),
-        requested_procedure_priority=_priority(dataset),
-        rows=int(dataset.get("Rows") or 0),
-        columns=int(dataset.get("Columns") or 0),
-        number_of_frames=int(frames),
-        notes=(*notes, *_photograph(dataset), *(Note("caution.missing_uid", name) for name in missing)),
-    )
-
-
-def _uid(keyword: str, value: object) -> str:
-    """Validate a UID by PS3.5 9.1: digits and dots, at most 64 characters."""
-    text = str(value or "").strip("\0 ")
-    if not text:
-        raise IngestError("ingest.missing_uid", keyword)
-    if len(text) > 64 or not _UID.fullmatch(text):
-        raise IngestError("ingest.invalid_uid", keyword)
-    return text
-
-
-def _text(dataset: Dataset, keyword: str) -> str:
-    """A text value as one line of Unicode without control characters; empty where absent.
-
-    Raises:
-        IngestError: the value is too long (splitting it would take minutes).
-    """
-    if keyword not in dataset:
-        return ""
-    raw = dataset.get_item(keyword)
-    if isinstance(raw, RawDataElement) and raw.value is not None and len(raw.value) > MAX_TEXT_BYTES:
-        raise IngestError("ingest.unreadable", f"{keyword} too long")
-    value = dataset.get(keyword)
-    values = [str(item) for item in value] if isinstance(value, (list, pydicom.multival.MultiValue)) else [str(value)]
-    text = "" if value is None else " ".join(values)
-    # Chinese names contain the ideographic space, which Python does not count as printable.
-    return "".join(char for char in text if char.isprintable() or char == "\u3000").strip()[:256]
-
-
-def _priority(dataset: Dataset) -> str:
-    """Requested Procedure Priority (0040,1003) as one of its defined terms (PS3.3 Table C.4-11); empty for anything else.
-
-    The attribute belongs to the modality worklist: no image IOD contains it, nor does the Request Attributes Macro (PS3.3 10.6). Modalities
-    that copy it put it at the top level of the image, as a Standard Extended SOP Class may (PS3.2). Priority (0000,0700) of a C-STORE
-    request concerns the transfer (PS3.7 9.1.1.1), not the patient. An unknown value is ignored.
-    """
-    item = dataset.get_item(_PRIORITY) if _PRIORITY in dataset else None
-    value = item.value if item is not None else None
-    if not isinstance(value, (bytes, str)) or len(value) > _MAX_SHORT_BYTES:
-        return ""
-    text = value.decode("ascii", "replace") if isinstance(value, bytes) else value
-    term = text.strip(" \0").upper()
-    return term if term in _PRIORITIES else ""
-
-
-def _body_part(dataset: Dataset) -> str:
-    """Body Part Examined, else the meaning of the Anatomic Region Sequence, in capitals."""
-    part = _text(dataset, "BodyPartExamined").upper()
-    regions = dataset.get("AnatomicRegionSequence") or []
-    return part or (_text(regions[0], "CodeMeaning").upper() if regions else "")
-
-
-def _view(dataset: Dataset) -> str:
-    """View Position; else from View Code Sequence, Patient Orientation (rows along A-P are lateral) or a description."""
-    view = _text(dataset, "ViewPosition").upper()
-    if view:
-        return view
-    codes = dataset.get("ViewCodeSequence") or []
-    meaning = _text(codes[0], "CodeMeaning").lower().replace("-", "") if codes else ""
-    for word, position in (("lateral", "LL"), ("posteroanterior", "PA"), ("anteroposterior", "AP")):
-        if word in meaning:
-            return position
-    orientation = _text(dataset, "PatientOrientation").upper()
-    names = ("SeriesDescription", "ProtocolName", "AcquisitionDeviceProcessingDescription", "StudyDescription")
-    described = " ".join(_text(dataset, name) for name in names)
-    return "LL" if orientation[:1] in ("A", "P") or _LATERAL.search(described) else ""
-
-
-def _photograph(dataset: Dataset) -> tuple[Note, ...]:
-    """Return a caution for digitised film and captures (Conversion Type, PS3.3 C.8.6.1), which are less exact than the original."""
-    kind = _text(dataset, "ConversionType").upper()
-    return (Note("caution.photograph", kind),) if kind in ("DF", "SI", "SD", "DV", "WSD") else ()
