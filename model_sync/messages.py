@@ -316,7 +316,7 @@ _AGENT: Final[Mapping[str, Message]] = {
     "enrolment.csr": Message("The certificate request is not valid", "Nothing was enrolled. Run `model-sync enrol` again."),
     "enrolment.denied": Message("This box is denied", "The model in use stays. Ask the central team why it is denied."),
     "enrolment.certificate": Message("There is no valid certificate of this fleet", "Enrol the box with a token of the central team."),
-    "enrolment.expired": Message("The device certificate has expired", "Enrol the box again with a token of the central team."),
+    "enrolment.expired": Message("The device certificate has expired", "Enrol the box again with a new token of the central team."),
     "enrolment.too_early": Message("The device certificate is too new to be renewed", "Nothing to do: it is renewed when its time comes."),
     "delta.invalid": Message("A delta cannot be used", "Nothing was changed; the complete file is fetched instead."),
 }

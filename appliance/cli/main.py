@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from appliance import __version__
-from appliance.cli import models as model_commands
-from appliance.cli import tune as tune_commands
+from appliance.cli import models, tune
 from appliance.cli.terminal import UsageError, explain, say
 from appliance.core.errors import ApplianceError
 from appliance.core.process import limit_memory, make_data_dir, start_logging
@@ -100,14 +99,10 @@ def _parser() -> argparse.ArgumentParser:
     worker = command("worker", _worker, "Run the worker alone.")
     worker.add_argument("--until-idle", action="store_true", help="stop when nothing is left to do")
     command("receive", _receive, "Run the DICOM receiver alone.")
-    model_commands.add_arguments(
-        command("models", model_commands.run, "List the models of this box, activate one, roll back, or show the history.")
-    )
-    self_test = command("self-test", model_commands.run_self_test, "Self-test a model (started by the box itself).", aliases=("prove",))
-    model_commands.add_self_test_arguments(self_test)
-    tune_commands.add_arguments(
-        command("tune", tune_commands.run, "Measure the candidates of the active models, or show the last measurement.")
-    )
+    models.add_arguments(command("models", models.run, "List the models of this box, activate one, roll back, or show the history."))
+    self_test = command("self-test", models.run_self_test, "Self-test a model (started by the box itself).", aliases=("prove",))
+    models.add_self_test_arguments(self_test)
+    tune.add_arguments(command("tune", tune.run, "Measure the candidates of the active models, or show the last measurement."))
     urgent = command("urgent", _urgent, "STAT: analyse the waiting images of a study before everything else.")
     urgent.add_argument("study", help="the study's accession number, Study Instance UID or number on this box")
     urgent.add_argument("--undo", action="store_true", help="cancel it: the study is no longer first")

@@ -210,7 +210,7 @@ def test_a_folder_that_does_not_exist_is_named_whole(main: Any, tmp_path: Path, 
     assert main(["verify", str(missing)]) == 1
     said = capsys.readouterr().err
     assert f"{missing} does not exist" in said
-    assert "disk is healthy" not in said
+    assert "Check the path" in said
     missing.parent.mkdir()
     missing.write_text("")
     assert main(["verify", str(missing)]) == 1

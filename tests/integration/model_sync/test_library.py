@@ -475,7 +475,7 @@ def test_what_waits_can_be_discarded(site: Site, box: Follower, tmp_path: Path) 
 
 def test_a_second_command_waits_and_then_says_so(site: Site) -> None:
     impatient = Library(site.library.files.directory, lock_timeout_s=0.2)
-    with site.library.files.locked(), refused("at work"):
+    with site.library.files.locked(), refused("uses this library"):
         impatient.renew(LINE)
     impatient.renew(LINE)
     impatient.discard()

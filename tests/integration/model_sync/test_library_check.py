@@ -96,7 +96,7 @@ def drop_target(name: str) -> Callable[[Site], None]:
 
 
 DAMAGE: dict[str, tuple[Callable[[Site], object], str]] = {
-    "weights changed": (lambda s: weights(s).write_bytes(weights(s).read_bytes()[:-1] + b"x"), "another file"),
+    "weights changed": (lambda s: weights(s).write_bytes(weights(s).read_bytes()[:-1] + b"x"), "is not the file that is signed"),
     "weights cut": (lambda s: weights(s).write_bytes(weights(s).read_bytes()[:-1]), "bytes, not the"),
     "weights gone": (lambda s: weights(s).unlink(), "No such file"),
     "index gone": (lambda s: shutil.rmtree(s.public / "targets" / "models"), "No such file"),

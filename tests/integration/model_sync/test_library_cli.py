@@ -173,7 +173,7 @@ def test_a_line_is_ended_by_running_the_same_command_twice(copy: Shell) -> None:
     assert f"boxes keep the model of {LINE} that they have, and get no new version of it" in text
     assert f"run `model-library end-line LIB {LINE}` again" in text
     assert f"ring stable: {LINE} has no rollout any more" in copy.run("sign", "LIB", "--key", "carol.pem", "--yes")
-    assert "again" not in copy.run("end-line", "LIB", LINE).replace("add the line again", "")
+    assert "again" not in copy.run("end-line", "LIB", LINE).replace("add the model line again", "")
     for name in ("alice", "bob"):
         assert f"- role {LINE} has no delegation any more" in copy.run("sign", "LIB", "--key", f"{name}.pem", "--yes")
     text = copy.run("status", "LIB")

@@ -172,7 +172,7 @@ def test_a_library_that_is_not_whole_or_has_expired_is_not_exported(site: Site, 
 
 
 def test_no_stick(site: Site, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="no folder"):
+    with pytest.raises(SettingsError, match="is not a directory"):
         usb_export.export(site.public, tmp_path / "absent")
 
 

@@ -282,8 +282,8 @@ def test_the_threshold_is_the_highest_that_finds_enough(pairs: list[tuple[bool, 
     [
         (True, [], "hint: point --shared"),
         (False, ["--only", "fp16"], "hint: point --shared"),
-        (False, [], "hint: build it where lscpu lists avx512_vnni or avx_vnni"),
-        (False, ["--only", *SHIPPED], "hint: build it where lscpu lists avx512_vnni or avx_vnni"),
+        (False, [], "hint: Build it where lscpu lists avx512_vnni or avx_vnni"),
+        (False, ["--only", *SHIPPED], "hint: Build it where lscpu lists avx512_vnni or avx_vnni"),
     ],
 )
 def test_without_the_weights_or_the_processor_the_script_says_what_to_do(

@@ -354,7 +354,7 @@ def test_a_bundle_of_another_line_or_version_than_wanted_is_not_put_to_work(box:
 
 def test_the_room_that_is_kept_for_scans_is_not_taken_by_a_model(box: Box) -> None:
     kept, bundle = box.active(), box.bundle("1.1.0")
-    free = shutil.disk_usage(box.store.settings.data_dir).free
+    free = 2 * shutil.disk_usage(box.store.settings.data_dir).free  # other programs may free some space meanwhile
     tight = Box(box.bundles.parent, Store(box.store.settings.model_copy(update={"disk_reserve_bytes": free})))
     with pytest.raises(ActivationError, match=r"model\.disk_full"):
         activate(tight.store, bundle, "test")
