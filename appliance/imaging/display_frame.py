@@ -9,6 +9,7 @@ import numpy as np
 
 from appliance.core.errors import PixelError
 from appliance.imaging.greyscale import GreyHeader, Window, display_extent, grey_header, pixel_spacing
+from appliance.imaging.orientation import UPRIGHT, Orientation, orientation_of
 from appliance.imaging.pixel_checks import VALUE_ERRORS
 from appliance.imaging.pixels import decode_frame
 
@@ -44,22 +45,26 @@ class DisplayFrame:
     spacing: tuple[float, float] | None
     minimum: float
     maximum: float
+    orientation: Orientation = UPRIGHT
 
 
 def display_frame(ds: Dataset, index: int = 0) -> DisplayFrame:
-    """Decode one frame for the viewer; palette colour becomes RGB, more than 8 bits per colour become 8.
+    """Decode one frame for the viewer, upright; palette colour becomes RGB, more than 8 bits per colour become 8.
 
     Raises:
         PixelError: the frame cannot be decoded or its header is invalid.
         IndexError: there is no such frame.
     """
-    pixels = decode_frame(ds, index)
+    orientation = orientation_of(ds)
+    pixels = np.ascontiguousarray(orientation.apply(decode_frame(ds, index)))
     spacing = pixel_spacing(ds, index)
+    if spacing is not None and orientation.transpose:
+        spacing = (spacing[1], spacing[0])
     if str(ds.get("PhotometricInterpretation")).strip() == "PALETTE COLOR":
         pixels = palette_rgb(ds, pixels)
     if pixels.ndim == 3:
         colour = eight_bits(pixels, pixels.dtype.itemsize * 8 if "RedPaletteColorLookupTableDescriptor" in ds else int(ds.BitsStored))
-        return DisplayFrame(colour, "RGB", 1.0, 0.0, (), 8, False, spacing, float(colour.min()), float(colour.max()))
+        return DisplayFrame(colour, "RGB", 1.0, 0.0, (), 8, False, spacing, float(colour.min()), float(colour.max()), orientation)
     header = grey_header(ds, index)
     windows = header.windows or (_default_window(pixels, header, int(ds.get("BitsStored") or 32)),)
     slope, intercept = header.slope, header.intercept
@@ -69,7 +74,7 @@ def display_frame(ds: Dataset, index: int = 0) -> DisplayFrame:
         pixels = pixels.astype(np.float32)
     return DisplayFrame(
         pixels, "MONOCHROME1" if header.inverse else "MONOCHROME2", slope, intercept, windows,
-        int(ds.get("BitsStored") or 32), pixels.dtype.kind != "u", spacing, *_extremes(pixels),
+        int(ds.get("BitsStored") or 32), pixels.dtype.kind != "u", spacing, *_extremes(pixels), orientation,
     )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ _ROUNDING: Final = 1e-9
 class Localisation:
     """The location in the image that a score is based on.
 
-    Coordinates are (x, y) in pixels of the image, the origin at its top left corner; the centre of the first pixel is
+    Coordinates are (x, y) in pixels of the image as the file has it, the origin at its top left corner; the centre of the first pixel is
     (0.5, 0.5).
 
     Attributes:
@@ -108,7 +108,8 @@ def localise(cam: Map, geometry: Geometry, score: float, threshold: float) -> Lo
     evidence = _evidence(part)
     strength = 1.0 if positive else _NEGATIVE_STRENGTH
     outline = _outline(_enlarged(evidence, geometry, box, _OUTLINE_SIDE), geometry) if positive and part.max() > 0 else ()
-    return Localisation(_peak(part, geometry, box), outline, _png(_enlarged(evidence, geometry, box, HEATMAP_SIDE) * strength))
+    heat_map = geometry.orientation.restore(_enlarged(evidence, geometry, box, HEATMAP_SIDE))
+    return Localisation(geometry.to_file(*_peak(part, geometry, box)), outline, _png(np.asarray(heat_map * strength, np.float32)))
 
 
 def _on_image(cam: Map, geometry: Geometry) -> tuple[Map, Box]:
@@ -160,7 +161,7 @@ def _weights(pixels: int, start: float, end: float, cells: int) -> NDArray[np.fl
 
 
 def _peak(cam: Map, geometry: Geometry, box: Box) -> Point:
-    """The coordinates of the strongest cell in image pixels."""
+    """The coordinates of the strongest cell in pixels of the upright image."""
     row, column = np.unravel_index(int(np.argmax(cam)), cam.shape)
     x = (_nodes(box[0], box[2], cam.shape[1])[column] - box[0]) / (box[2] - box[0]) * geometry.columns
     y = (_nodes(box[1], box[3], cam.shape[0])[row] - box[1]) / (box[3] - box[1]) * geometry.rows
@@ -168,7 +169,7 @@ def _peak(cam: Map, geometry: Geometry, box: Box) -> Point:
 
 
 def _outline(shown: Map, geometry: Geometry) -> tuple[tuple[Point, ...], ...]:
-    """Closed polygons in image pixels; a region that reaches the image's edge is closed along it."""
+    """Closed polygons in pixels of the file's image; a region that reaches the image's edge is closed along it."""
     from contourpy import contour_generator
 
     height, width = shown.shape
@@ -178,7 +179,8 @@ def _outline(shown: Map, geometry: Geometry) -> tuple[tuple[Point, ...], ...]:
     y = np.concatenate(([0.0], (np.arange(height) + 0.5) * geometry.rows / height, [geometry.rows]))
     generator = contour_generator(x, y, framed, name="serial", line_type="Separate")
     lines = cast("list[NDArray[np.float64]]", generator.lines(OUTLINE_FRACTION * float(shown.max())))
-    return tuple(tuple((round(float(px), 1), round(float(py), 1)) for px, py in line) for line in lines if len(line) > 3)
+    polygons = [[geometry.to_file(float(px), float(py)) for px, py in line] for line in lines if len(line) > 3]
+    return tuple(tuple((round(px, 1), round(py, 1)) for px, py in polygon) for polygon in polygons)
 
 
 def _png(shown: Map) -> bytes:

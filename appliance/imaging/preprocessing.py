@@ -18,6 +18,7 @@ from PIL import Image
 from appliance.core.errors import InferenceError
 from appliance.imaging.display_frame import eight_bits, palette_rgb
 from appliance.imaging.greyscale import display_grey, grey_header, pixel_aspect
+from appliance.imaging.orientation import UPRIGHT, Orientation, orientation_of
 from appliance.imaging.pixels import decode_frame
 from model_sync.bundle import Letterbox, ModalityLut, Monochrome2, Normalise, Resize, Scale, ToUint8, Voi
 
@@ -46,10 +47,10 @@ _MAX_ROUGHNESS: Final = 0.6
 
 @dataclass(frozen=True)
 class Geometry:
-    """The exact mapping between pixels of the image and of the model's input.
+    """The exact mapping between pixels of the upright image and of the model's input.
 
     Coordinates are (x, y) with the origin at the top left corner: the centre of the first pixel is (0.5, 0.5).
-    ``x_input = x_image * scale_x + pad_x``, and the same for y.
+    ``x_input = x_image * scale_x + pad_x``, and the same for y. ``orientation`` turned the image of the file upright.
     """
 
     rows: int
@@ -60,10 +61,15 @@ class Geometry:
     pad_y: float
     input_h: int
     input_w: int
+    orientation: Orientation = UPRIGHT
 
     def to_input(self, x: float, y: float) -> tuple[float, float]:
         """Map a point of the image to the model's input."""
         return x * self.scale_x + self.pad_x, y * self.scale_y + self.pad_y
+
+    def to_file(self, x: float, y: float) -> tuple[float, float]:
+        """Map a point of the upright image to the image as the file has it."""
+        return self.orientation.restore_point(x, y, self.rows, self.columns)
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class PreparedInput:
 
     Attributes:
         tensor: float32 [1, channels, height, width].
-        display: uint8 [rows, columns], the display image in the original pixel grid.
+        display: uint8 [rows, columns], the display image, turned upright.
         geometry: mapping between image and tensor.
         steps: description of the steps.
     """
@@ -92,7 +98,11 @@ def to_tensor(ds: Dataset, input_spec: InputSpec, frame: int = 0, pixels: NDArra
     values = decode_frame(ds, frame) if pixels is None else pixels
     display, shown = display_image(ds, values, input_spec, frame)
     aspect = pixel_aspect(ds, frame)
-    return _prepare(display, input_spec, 1.0 if abs(aspect - 1) < _SQUARE else aspect, shown)
+    orientation = orientation_of(ds)
+    if not orientation.is_upright:
+        display, shown = np.ascontiguousarray(orientation.apply(display)), (*shown, f"turned {orientation.description}")
+        aspect = 1 / aspect if orientation.transpose else aspect
+    return _prepare(display, input_spec, 1.0 if abs(aspect - 1) < _SQUARE else aspect, shown, orientation)
 
 
 def from_display(pixels: NDArray[np.uint8], input_spec: InputSpec) -> PreparedInput:
@@ -130,7 +140,9 @@ def _luminance(colour: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(colour).convert("L"))
 
 
-def _prepare(display: NDArray[np.uint8], spec: InputSpec, aspect: float, shown: tuple[str, ...]) -> PreparedInput:
+def _prepare(
+    display: NDArray[np.uint8], spec: InputSpec, aspect: float, shown: tuple[str, ...], orientation: Orientation = UPRIGHT
+) -> PreparedInput:
     _display_steps(spec)
     rows, columns = display.shape
     picture: NDArray[Any] = display
@@ -154,7 +166,7 @@ def _prepare(display: NDArray[np.uint8], spec: InputSpec, aspect: float, shown: 
     scale_x, scale_y = spec.width / padded_w, spec.height / padded_h
     tensor = np.empty((1, spec.channels, spec.height, spec.width), np.float32)
     tensor[:] = picture
-    geometry = Geometry(rows, columns, scale_x, scale_y, pad_x * scale_x, pad_y * scale_y, spec.height, spec.width)
+    geometry = Geometry(rows, columns, scale_x, scale_y, pad_x * scale_x, pad_y * scale_y, spec.height, spec.width, orientation)
     return PreparedInput(tensor, display, geometry, tuple(steps))
 
 

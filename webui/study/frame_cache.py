@@ -112,4 +112,5 @@ def describe_frame(frame: DisplayFrame, frames: int) -> dict[str, Any]:
         "voi_function": frame.windows[0].function if frame.windows else "LINEAR",
         "photometric": frame.photometric, "spacing": list(frame.spacing) if frame.spacing else None,
         "min": frame.minimum if is_finite else None, "max": frame.maximum if is_finite else None,
+        "orientation": [frame.orientation.transpose, frame.orientation.flip_rows, frame.orientation.flip_columns],
     }  # fmt: skip

@@ -8,6 +8,8 @@ import { html, svg } from "./dom";
 import type { FindingConfig, Point, Polygon } from "./types";
 import type { Size } from "./view";
 
+export type Projection = (point: Point) => Point;
+
 export interface HeatLayer {
   finding: FindingConfig;
   /** The heat map in colours; covers exactly the extent of the image. */
@@ -40,16 +42,22 @@ export class Overlay {
     parent.append(this.heatCanvas, this.marks);
   }
 
-  /** Draws everything again; `corner` is the bottom right corner of the image in image coordinates. */
-  draw(stage: Size, corner: Point, project: (point: Point) => Point, marks: Marks): void {
-    this.drawHeat(stage, project([0, 0]), project(corner), marks);
+  /**
+   * Draws everything again.
+   *
+   * @param corner the bottom right corner of the image as the file has it.
+   * @param projectFile where a point of the file's image is on the stage: outlines, peaks and heat maps.
+   * @param project where a point of the upright image is: lengths.
+   */
+  draw(stage: Size, corner: Point, projectFile: Projection, project: Projection, marks: Marks): void {
+    this.drawHeat(stage, [projectFile([0, 0]), projectFile([corner[0], 0]), projectFile([0, corner[1]])], marks);
     const nodes: SVGElement[] = [];
     for (const finding of marks.outlines) {
-      nodes.push(...outlineNodes(finding, project));
+      nodes.push(...outlineNodes(finding, projectFile));
     }
     for (const { finding } of marks.heat) {
       if (finding.peak) {
-        nodes.push(...peakNodes(project(finding.peak)));
+        nodes.push(...peakNodes(projectFile(finding.peak)));
       }
     }
     for (const length of marks.lengths) {
@@ -66,7 +74,8 @@ export class Overlay {
     this.marks.replaceChildren();
   }
 
-  private drawHeat(stage: Size, topLeft: Point, bottomRight: Point, { heat, opacity }: Marks): void {
+  /** The corners are the stage points of the file's top left, top right and bottom left: the image may be turned. */
+  private drawHeat(stage: Size, [origin, right, below]: readonly [Point, Point, Point], { heat, opacity }: Marks): void {
     const ratio = window.devicePixelRatio || 1;
     const width = Math.round(stage.width * ratio);
     const height = Math.round(stage.height * ratio);
@@ -82,14 +91,11 @@ export class Overlay {
     context.clearRect(0, 0, stage.width, stage.height);
     context.globalAlpha = opacity;
     context.imageSmoothingQuality = "high";
+    context.transform(
+      right[0] - origin[0], right[1] - origin[1], below[0] - origin[0], below[1] - origin[1], origin[0], origin[1],
+    );
     for (const { canvas } of heat) {
-      context.drawImage(
-        canvas,
-        topLeft[0],
-        topLeft[1],
-        bottomRight[0] - topLeft[0],
-        bottomRight[1] - topLeft[1],
-      );
+      context.drawImage(canvas, 0, 0, 1, 1);
     }
   }
 }
@@ -112,9 +118,9 @@ function outlineNodes(finding: FindingConfig, project: (point: Point) => Point):
   const className = finding.positive ? "vw-outline" : "vw-outline vw-below";
   const nodes = finding.outline.flatMap((polygon) => haloed(pathData(polygon, project), className));
   // One label per finding, above its highest point: several polygons are one finding, not several.
-  const top = finding.outline.flat().reduce<Point | null>((best, p) => (best && best[1] <= p[1] ? best : p), null);
+  const top = finding.outline.flat().map(project).reduce<Point | null>((best, p) => (best && best[1] <= p[1] ? best : p), null);
   if (top) {
-    const [x, y] = project(top);
+    const [x, y] = top;
     nodes.push(label(`${finding.label} ${finding.score.toFixed(2)}`, [x, Math.max(14, y - 8)]));
   }
   return nodes;

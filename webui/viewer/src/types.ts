@@ -5,6 +5,7 @@
  * Image coordinates everywhere: pixels, x to the right, y down, origin at the top left corner of the image, so the
  * centre of the first pixel is (0.5, 0.5).
  */
+import { parseOrientation, type Orientation } from "./orientation";
 
 export type Point = readonly [x: number, y: number];
 export type Polygon = readonly Point[];
@@ -72,6 +73,8 @@ export interface ImageMeta {
   inverted: boolean;
   /** [row, column] spacing in mm, or null when the file has none that can be used. */
   spacing: readonly [row: number, column: number] | null;
+  /** How the image of the file was turned upright; findings have the coordinates of the file. */
+  orientation: Orientation;
 }
 
 /** An error whose text is meant for the person at the screen. */
@@ -162,5 +165,6 @@ export function parseMeta(value: unknown): ImageMeta {
     voiFunction: typeof value["voi_function"] === "string" ? value["voi_function"] : "LINEAR",
     inverted: value["photometric"] === "MONOCHROME1",
     spacing: usableSpacing(value["spacing"]),
+    orientation: parseOrientation(value["orientation"]),
   };
 }

@@ -13,6 +13,7 @@ import { html } from "./dom";
 import { HeatMaps } from "./heatmaps";
 import { helpDialog } from "./help";
 import { PointerInput } from "./input";
+import { toUpright } from "./orientation";
 import { Overlay } from "./overlay";
 import { Corners, FrameBar, ImageList, Legend, Message, Unread } from "./panels";
 import { drawnRange, type DrawnRange } from "./pixels";
@@ -21,7 +22,7 @@ import { Source } from "./source";
 import { formatValue, ImageState, type Settings } from "./state";
 import { translator, type Translate } from "./text";
 import { Toolbar } from "./toolbar";
-import { ViewerError, type ViewerConfig } from "./types";
+import { ViewerError, type Point, type ViewerConfig } from "./types";
 import { clamp, fit, type Size } from "./view";
 
 /** A frame that comes sooner than this is shown without the loading box: which would only flicker. */
@@ -343,7 +344,11 @@ export class Viewer implements Host {
     const findings = state.visibleFindings();
     const { columns, rows } = state.meta;
     const heat = settings.heatmap ? this.heatMaps.layers(findings) : [];
-    this.overlay.draw(stage.size, [columns, rows], (point) => stage.imageToStage(point), {
+    const { orientation } = state.meta;
+    const corner: Point = orientation.transpose ? [rows, columns] : [columns, rows];
+    const project = (point: Point): Point => stage.imageToStage(point);
+    const projectFile = (point: Point): Point => project(toUpright(point, orientation, { columns, rows }));
+    this.overlay.draw(stage.size, corner, projectFile, project, {
       outlines: settings.outline ? findings : [],
       heat,
       opacity: settings.opacity / 100,

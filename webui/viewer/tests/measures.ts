@@ -1,4 +1,5 @@
 /** Descriptions of images for the tests of the viewer's pure modules. */
+import { UPRIGHT } from "../src/orientation";
 import { translator } from "../src/text";
 import type { FindingConfig, ImageConfig, ImageMeta } from "../src/types";
 
@@ -7,7 +8,7 @@ export const english = translator({ lang: "en", text: {} });
 export function meta(values: Partial<ImageMeta> = {}): ImageMeta {
   return {
     rows: 4, columns: 8, frames: 1, samples: 1, dtype: "uint16", slope: 1, intercept: 0,
-    windows: [], voiFunction: "LINEAR", inverted: false, spacing: null, ...values,
+    windows: [], voiFunction: "LINEAR", inverted: false, spacing: null, orientation: UPRIGHT, ...values,
   };
 }
 

@@ -1,4 +1,5 @@
 // @vitest-environment node
+import { UPRIGHT } from "../src/orientation";
 import { describe, expect, it } from "vitest";
 import { parseConfig, parseMeta } from "../src/types";
 
@@ -8,7 +9,7 @@ describe("parseMeta", () => {
   it("reads what the box says and drops windows that make no sense", () => {
     expect(parseMeta(GOOD)).toEqual({
       rows: 4, columns: 8, frames: 1, samples: 1, dtype: "uint16", slope: 1, intercept: 0,
-      windows: [[40, 400]], voiFunction: "LINEAR", inverted: false, spacing: [0.2, 0.2],
+      windows: [[40, 400]], voiFunction: "LINEAR", inverted: false, spacing: [0.2, 0.2], orientation: UPRIGHT,
     });
     expect(parseMeta({ ...GOOD, photometric: "MONOCHROME1" }).inverted).toBe(true);
   });
