@@ -191,6 +191,18 @@ _CODES: Final[Mapping[str, Message]] = {
         "The image was turned or mirrored as its header says, for the analysis and on this page",
         "Check that it is upright and that left and right are correct.",
     ),
+    "caution.decimal_comma": Message(
+        "A number in the header has a decimal comma; it was read as a point",
+        "Nothing to do; the technician can tell the maker of the sender.",
+    ),
+    "caution.window": Message(
+        "The window in the header is invalid; another one was used for the analysis",
+        "Check brightness and contrast; use the score with care.",
+    ),
+    "caution.lut_short": Message(
+        "A look-up table of the header lacks its last entries; they were completed",
+        "Check brightness and contrast; use the score with care.",
+    ),
     "caution.text_encoding": Message(
         "The header states another character set than its text is written in",
         "Check the patient's name. The technician can correct the setting of the sender.",

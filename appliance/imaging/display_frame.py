@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from appliance.core.errors import PixelError
-from appliance.imaging.greyscale import GreyHeader, Window, display_extent, grey_header, pixel_spacing
+from appliance.imaging.greyscale import (
+    LUT_TOP,
+    GreyHeader,
+    Window,
+    display_extent,
+    grey_header,
+    pixel_spacing,
+    voi_lut_output,
+    without_windows_outside,
+)
 from appliance.imaging.orientation import UPRIGHT, Orientation, orientation_of
 from appliance.imaging.pixel_checks import VALUE_ERRORS
 from appliance.imaging.pixels import decode_frame
@@ -24,11 +33,10 @@ class DisplayFrame:
 
     Attributes:
         pixels: grey: [rows, columns], stored values as (u)int8, (u)int16 or float32 (modality values where the header has a
-            Modality LUT); colour: uint8 RGB [rows, columns, 3].
+            Modality LUT, values behind the VOI LUT where it has one of those); colour: uint8 RGB [rows, columns, 3].
         photometric: MONOCHROME1 (low is white), MONOCHROME2 or RGB.
         slope: factor for stored values before the window is applied; ``intercept`` is added after it.
-        windows: the windows to choose from, the default first; at least one for grey, none for colour. A VOI LUT is offered as the
-            window that spans its input.
+        windows: the windows to choose from, the default first; at least one for grey, none for colour.
         bits_stored: Bits Stored.
         signed: stored values can be negative.
         spacing: mm between rows and between columns; None: the viewer measures in pixels.
@@ -65,7 +73,9 @@ def display_frame(ds: Dataset, index: int = 0) -> DisplayFrame:
     if pixels.ndim == 3:
         colour = eight_bits(pixels, pixels.dtype.itemsize * 8 if "RedPaletteColorLookupTableDescriptor" in ds else int(ds.BitsStored))
         return DisplayFrame(colour, "RGB", 1.0, 0.0, (), 8, False, spacing, float(colour.min()), float(colour.max()), orientation)
-    header = grey_header(ds, index)
+    header = without_windows_outside(grey_header(ds, index), pixels)
+    if header.voi_lut is not None:
+        return _lut_frame(pixels, header, spacing, orientation)
     windows = header.windows or (_default_window(pixels, header, int(ds.get("BitsStored") or 32)),)
     slope, intercept = header.slope, header.intercept
     if header.modality_lut is not None:
@@ -78,15 +88,21 @@ def display_frame(ds: Dataset, index: int = 0) -> DisplayFrame:
     )  # fmt: skip
 
 
+def _lut_frame(pixels: NDArray[Any], header: GreyHeader, spacing: tuple[float, float] | None, orientation: Orientation) -> DisplayFrame:
+    """A frame behind its VOI LUT, with the window that shows all of it: the very grey levels that the model gets."""
+    shown = voi_lut_output(pixels, header)
+    window = Window(LUT_TOP / 2, LUT_TOP, "LINEAR_EXACT")
+    photometric: Literal["MONOCHROME1", "MONOCHROME2"] = "MONOCHROME1" if header.inverse else "MONOCHROME2"
+    return DisplayFrame(shown, photometric, 1.0, 0.0, (window,), 16, False, spacing, *_extremes(shown), orientation)
+
+
 def _extremes(pixels: NDArray[Any]) -> tuple[float, float]:
     finite = pixels[np.isfinite(pixels)] if pixels.dtype.kind == "f" else pixels
     return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
 
 
 def _default_window(pixels: NDArray[Any], header: GreyHeader, bits_stored: int) -> Window:
-    if header.voi_lut is not None:
-        low, high = float(header.voi_lut.first), float(header.voi_lut.first + len(header.voi_lut.entries) - 1)
-    elif bits_stored == 1:
+    if bits_stored == 1:
         low, high = 0.0, 1.0
     else:
         low, high = display_extent(pixels, header, "percentile")

@@ -10,13 +10,15 @@ is 0 to 1), and their lookup wraps around in 8-bit LUTs of more than 256 entries
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from pydicom.uid import ExplicitVRBigEndian
 
+from appliance.core.domain import Note
 from appliance.core.errors import PixelError
 from appliance.imaging.pixel_checks import VALUE_ERRORS
 
@@ -26,11 +28,20 @@ if TYPE_CHECKING:
 
     Values: TypeAlias = NDArray[np.float64]
 
+_T = TypeVar("_T", np.uint8, np.uint16)
+
 VoiFunction: TypeAlias = Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"]
 VoiDefault: TypeAlias = Literal["minmax", "percentile"]
 
 # Rows processed at a time: few enough for the processor's cache, which makes the lookup twice as fast.
 _ROWS: Final = 32
+LUT_TOP: Final = 65535.0
+_DECIMAL_COMMA: Final = re.compile(r"\s*[+-]?\d+,\d+([eE][+-]?\d+)?\s*")
+_NUMBERS: Final = (
+    "WindowCenter", "WindowWidth", "RescaleSlope", "RescaleIntercept", "PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing",
+)  # fmt: skip
+# A LUT that lacks no more than this share of its entries is completed by its last one.
+_LUT_TOLERANCE: Final = 0.01
 _PERCENTILES: Final = (1.0, 99.0)
 _PERCENTILE_SAMPLES: Final = 1_000_000
 
@@ -84,6 +95,7 @@ class GreyHeader:
         inverse: low values are white (MONOCHROME1 or Presentation LUT Shape INVERSE; both together invert only once).
         modality_lut: the first item of the Modality LUT Sequence, or None.
         voi_lut: the first item of the VOI LUT Sequence, or None.
+        notes: what was repaired or ignored.
     """
 
     slope: float = 1.0
@@ -93,6 +105,7 @@ class GreyHeader:
     inverse: bool = False
     modality_lut: Lut | None = None
     voi_lut: Lut | None = None
+    notes: tuple[Note, ...] = ()
 
     def modality(self, stored: Values) -> Values:
         """Convert stored values to modality units."""
@@ -123,14 +136,20 @@ def frame_type(ds: Dataset, frame: int) -> tuple[str, ...]:
     return next((words(value) for group in groups if (value := frame_value(ds, frame, group, "FrameType"))), ())
 
 
+def _items(value: Any) -> list[Any]:
+    """The values of an element of any multiplicity."""
+    if value is None or value == "":
+        return []
+    return [value] if isinstance(value, (str, int, float)) else list(value)
+
+
 def numbers(value: Any) -> list[float]:
-    """Convert a value of any multiplicity to numbers; text that is not a number becomes NaN."""
-    if value is None or isinstance(value, (str, int, float)):
-        value = [] if value is None or value == "" else [value]
+    """Convert a value of any multiplicity to numbers, also with a decimal comma; text that is not a number becomes NaN."""
     result = []
-    for item in value:
+    for item in _items(value):
         try:
-            result.append(float(item))
+            text = item.replace(",", ".") if isinstance(item, str) and _DECIMAL_COMMA.fullmatch(item) else item
+            result.append(float(text))
         except VALUE_ERRORS:
             result.append(math.nan)
     return result
@@ -154,31 +173,69 @@ def grey_header(ds: Dataset, frame: int = 0) -> GreyHeader:
     """Read what the header says about a grey frame; raises PixelError as :func:`rescale`."""
     slope, intercept = rescale(ds, frame)
     shape = str(ds.get("PresentationLUTShape") or "").strip().upper()
+    windows, is_inverting, window_notes = _windows(ds, frame)
+    modality_lut, modality_notes = _lut(ds, "ModalityLUTSequence")
+    voi_lut, voi_notes = _lut(ds, "VOILUTSequence")
+    commas = tuple(Note("caution.decimal_comma", name) for name in _NUMBERS if _has_decimal_comma(frame_value(ds, frame, "", name)))
+    is_inverse = str(ds.get("PhotometricInterpretation")).strip() == "MONOCHROME1" or shape == "INVERSE"
     return GreyHeader(
         slope=slope,
         intercept=intercept,
-        windows=_windows(ds, frame),
+        windows=windows,
         padding=_padding(ds),
-        inverse=str(ds.get("PhotometricInterpretation")).strip() == "MONOCHROME1" or shape == "INVERSE",
-        modality_lut=_lut(ds, "ModalityLUTSequence"),
-        voi_lut=_lut(ds, "VOILUTSequence"),
+        inverse=is_inverse ^ (is_inverting and voi_lut is None),
+        modality_lut=modality_lut,
+        voi_lut=voi_lut,
+        notes=(*commas, *modality_notes, *voi_notes, *(() if voi_lut else window_notes)),
     )
 
 
-def _windows(ds: Dataset, frame: int) -> tuple[Window, ...]:
-    """The windows of the header; those with an invalid width are ignored."""
+def _has_decimal_comma(value: Any) -> bool:
+    return any(isinstance(item, str) and _DECIMAL_COMMA.fullmatch(item) for item in _items(value))
+
+
+def _windows(ds: Dataset, frame: int) -> tuple[tuple[Window, ...], bool, tuple[Note, ...]]:
+    """The usable windows of the header, whether the first one inverts grey levels, and a note where something was wrong with it.
+
+    A width may not be negative (PS3.3 C.11.2.1.2). Devices that write one mean what its formula then does: high values are dark.
+    """
     group = "FrameVOILUTSequence"
     centers = numbers(frame_value(ds, frame, group, "WindowCenter"))
     widths = numbers(frame_value(ds, frame, group, "WindowWidth"))
     name = str(frame_value(ds, frame, group, "VOILUTFunction") or "").strip().upper()
     function: VoiFunction = name if name in ("LINEAR_EXACT", "SIGMOID") else "LINEAR"  # type: ignore[assignment]
     least = 1.0 if function == "LINEAR" else 0.0
-    pairs = zip(centers, widths, strict=False)
-    return tuple(
-        Window(center, width, function)
+    pairs = list(zip(centers, widths, strict=False))
+    windows = tuple(
+        Window(center, abs(width), function)
         for center, width in pairs
-        if math.isfinite(center) and math.isfinite(width) and width >= least and width > 0
+        if math.isfinite(center) and math.isfinite(width) and abs(width) >= least and width != 0
     )
+    is_bad = bool(centers or widths) and (not pairs or not windows or (windows[0].center, windows[0].width) != pairs[0])
+    stated = "/".join(f"{value:g}" for value in (*centers[:1], *widths[:1]))
+    is_inverting = bool(windows) and pairs[0] == (windows[0].center, -windows[0].width)
+    return windows, is_inverting, (Note("caution.window", stated),) if is_bad else ()
+
+
+def without_windows_outside(header: GreyHeader, frame: NDArray[Any]) -> GreyHeader:
+    """Drop the windows that would show a frame all black or all white; ``frame`` holds stored values [rows, columns]."""
+    if header.voi_lut is not None or not header.windows:
+        return header
+    for step in (16, 1):  # a sample of the pixels is enough where it proves that the first window shows something
+        values = np.asarray(frame[::step, ::step], np.float64)
+        shown = header.modality(values[np.isfinite(values)])
+        low, high = (float(shown.min()), float(shown.max())) if shown.size else (0.0, 0.0)
+        windows = tuple(window for window in header.windows if _overlaps(window, low, high))
+        if windows[:1] == header.windows[:1]:
+            return header
+    first = header.windows[0]
+    return replace(header, windows=windows, notes=(*header.notes, Note("caution.window", f"{first.center:g}/{first.width:g}")))
+
+
+def _overlaps(window: Window, low: float, high: float) -> bool:
+    """Whether a window distinguishes some of the values from ``low`` to ``high``; one value alone is distinguished by none."""
+    half = window.width / 2
+    return window.function == "SIGMOID" or low == high or (window.center - half < high and window.center + half > low)
 
 
 def _padding(ds: Dataset) -> tuple[float, float] | None:
@@ -193,28 +250,47 @@ def _padding(ds: Dataset) -> tuple[float, float] | None:
     return min(ends), max(ends)
 
 
-def _lut(ds: Dataset, keyword: str) -> Lut | None:
-    """The first LUT of a sequence; its data are 16-bit words, or bytes where there is only one per entry (PS3.3 C.11.1.1)."""
+def _lut(ds: Dataset, keyword: str) -> tuple[Lut | None, tuple[Note, ...]]:
+    """The first LUT of a sequence, and a note where its last entries were missing (PS3.3 C.11.1.1).
+
+    Entries of more than 8 bits are words. Entries of 8 bits are words or, where the data is half as long, packed into words.
+    """
     items = ds.get(keyword)
     if not items:
-        return None
+        return None, ()
     try:
-        count, first, _bits = (int(value) for value in items[0].LUTDescriptor)
-        data = items[0].LUTData
+        count, first, bits = (int(value) for value in items[0].LUTDescriptor)
         count = count or 1 << 16
-        if isinstance(data, bytes):
-            order = ">" if getattr(ds, "file_meta", {}).get("TransferSyntaxUID") == ExplicitVRBigEndian else "<"
-            words = np.frombuffer(data, np.uint8) if len(data) < 2 * count else np.frombuffer(data, f"{order}u2", count)
-        else:
-            words = np.asarray(data, dtype=np.int64)
-        entries = words[:count].astype(np.float64)
-        if len(entries) != count or entries.min() < 0:
+        entries = _lut_entries(ds, items[0].LUTData, count, bits)
+        missing = count - len(entries)
+        if missing > _LUT_TOLERANCE * count or entries.min() < 0:
             raise ValueError("LUT data too short")
     except VALUE_ERRORS as error:
         raise PixelError("ingest.pixel_attributes", f"{keyword} unreadable") from error
     if ds.get("PixelRepresentation") == 1 and first >= 1 << 15:
         first -= 1 << 16  # signed, though read as US
-    return Lut(first, entries)
+    notes = (Note("caution.lut_short", f"{keyword}, {missing} of {count}"),) if missing else ()
+    return Lut(first, np.concatenate((entries, np.repeat(entries[-1:], missing)))), notes
+
+
+def _lut_entries(ds: Dataset, data: Any, count: int, bits: int) -> Values:
+    if not isinstance(data, bytes):
+        return np.asarray(data, dtype=np.int64)[:count].astype(np.float64)
+    order = ">" if getattr(ds, "file_meta", {}).get("TransferSyntaxUID") == ExplicitVRBigEndian else "<"
+    is_packed = bits <= 8 and len(data) < 2 * count
+    words = np.frombuffer(data, np.uint8) if is_packed else np.frombuffer(data, f"{order}u2", min(count, len(data) // 2))
+    return words[:count].astype(np.float64)
+
+
+def voi_lut_output(frame: NDArray[Any], header: GreyHeader) -> NDArray[np.uint16]:
+    """A frame behind Modality and VOI LUT: 0 to ``LUT_TOP``, before any inversion; stored values that are not finite become 0."""
+    assert header.voi_lut is not None
+    lut = header.voi_lut
+
+    def convert(stored: Values) -> NDArray[np.uint16]:
+        return np.rint(LUT_TOP * lut.apply_unit(header.modality(stored))).astype(np.uint16)
+
+    return _apply(frame, convert, np.uint16)
 
 
 def display_grey(frame: NDArray[Any], header: GreyHeader, default: VoiDefault, bits_stored: int = 16) -> tuple[NDArray[np.uint8], str]:
@@ -242,7 +318,7 @@ def display_grey(frame: NDArray[Any], header: GreyHeader, default: VoiDefault, b
         return np.where(is_black, 0.0, np.rint(255.0 * unit)).astype(np.uint8)
 
     with np.errstate(invalid="ignore", over="ignore"):
-        return _apply(frame, convert), description
+        return _apply(frame, convert, np.uint8), description
 
 
 def _voi(frame: NDArray[Any], header: GreyHeader, default: VoiDefault, bits_stored: int) -> tuple[Callable[[Values], Values], str]:
@@ -279,9 +355,9 @@ def display_extent(frame: NDArray[Any], header: GreyHeader, default: VoiDefault)
     return float(values.min()), float(values.max())
 
 
-def _apply(frame: NDArray[Any], function: Callable[[Values], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+def _apply(frame: NDArray[Any], function: Callable[[Values], NDArray[_T]], dtype: type[_T]) -> NDArray[_T]:
     """Apply a function of single values to a frame: by a lookup table where few values can occur, else block by block."""
-    result = np.empty(frame.shape, np.uint8)
+    result = np.empty(frame.shape, dtype)
     table = None
     if frame.dtype.kind in "iu" and frame.dtype.itemsize <= 2:
         index_type = np.dtype(f"u{frame.dtype.itemsize}")

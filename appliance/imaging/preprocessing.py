@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from PIL import Image
 
+from appliance.core.domain import Note
 from appliance.core.errors import InferenceError
 from appliance.imaging.display_frame import eight_bits, palette_rgb
-from appliance.imaging.greyscale import display_grey, grey_header, pixel_aspect
+from appliance.imaging.greyscale import display_grey, grey_header, pixel_aspect, without_windows_outside
 from appliance.imaging.orientation import UPRIGHT, Orientation, orientation_of
 from appliance.imaging.pixels import decode_frame
 from model_sync.bundle import Letterbox, ModalityLut, Monochrome2, Normalise, Resize, Scale, ToUint8, Voi
@@ -87,6 +88,7 @@ class PreparedInput:
     display: NDArray[np.uint8]
     geometry: Geometry
     steps: tuple[str, ...]
+    notes: tuple[Note, ...] = ()
 
 
 def to_tensor(ds: Dataset, input_spec: InputSpec, frame: int = 0, pixels: NDArray[Any] | None = None) -> PreparedInput:
@@ -96,13 +98,13 @@ def to_tensor(ds: Dataset, input_spec: InputSpec, frame: int = 0, pixels: NDArra
         PixelError: the frame cannot be decoded, or its header is invalid.
     """
     values = decode_frame(ds, frame) if pixels is None else pixels
-    display, shown = display_image(ds, values, input_spec, frame)
+    display, shown, notes = display_image(ds, values, input_spec, frame)
     aspect = pixel_aspect(ds, frame)
     orientation = orientation_of(ds)
     if not orientation.is_upright:
         display, shown = np.ascontiguousarray(orientation.apply(display)), (*shown, f"turned {orientation.description}")
         aspect = 1 / aspect if orientation.transpose else aspect
-    return _prepare(display, input_spec, 1.0 if abs(aspect - 1) < _SQUARE else aspect, shown, orientation)
+    return _prepare(display, input_spec, 1.0 if abs(aspect - 1) < _SQUARE else aspect, shown, orientation, notes)
 
 
 def from_display(pixels: NDArray[np.uint8], input_spec: InputSpec) -> PreparedInput:
@@ -110,8 +112,10 @@ def from_display(pixels: NDArray[np.uint8], input_spec: InputSpec) -> PreparedIn
     return _prepare(pixels, input_spec, 1.0, ())
 
 
-def display_image(ds: Dataset, values: NDArray[Any], input_spec: InputSpec, frame: int = 0) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
-    """Convert a frame to the image that a person would see: uint8 [rows, columns], and a description of the steps.
+def display_image(
+    ds: Dataset, values: NDArray[Any], input_spec: InputSpec, frame: int = 0
+) -> tuple[NDArray[np.uint8], tuple[str, ...], tuple[Note, ...]]:
+    """Convert a frame to the image that a person would see: uint8 [rows, columns], a description of the steps, and cautions.
 
     Raises:
         PixelError: the transformations in the header are invalid, or the palette cannot be read.
@@ -119,12 +123,12 @@ def display_image(ds: Dataset, values: NDArray[Any], input_spec: InputSpec, fram
     voi_step = _display_steps(input_spec)
     if str(ds.get("PhotometricInterpretation")).strip() == "PALETTE COLOR":
         values = palette_rgb(ds, values)
-        return _luminance(eight_bits(values, 8 * values.dtype.itemsize)), ("palette to grey",)
+        return _luminance(eight_bits(values, 8 * values.dtype.itemsize)), ("palette to grey",), ()
     if values.ndim == 3:
-        return _luminance(eight_bits(values, int(ds.get("BitsStored") or 8))), ("colour to grey",)
-    header = grey_header(ds, frame)
+        return _luminance(eight_bits(values, int(ds.get("BitsStored") or 8))), ("colour to grey",), ()
+    header = without_windows_outside(grey_header(ds, frame), values)
     display, voi = display_grey(values, header, voi_step.default, int(ds.get("BitsStored") or 32))
-    return display, (f"rescale {header.slope:g} {header.intercept:g}", voi, *(("inverted",) if header.inverse else ()))
+    return display, (f"rescale {header.slope:g} {header.intercept:g}", voi, *(("inverted",) if header.inverse else ())), header.notes
 
 
 def _display_steps(spec: InputSpec) -> Voi:
@@ -141,7 +145,12 @@ def _luminance(colour: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _prepare(
-    display: NDArray[np.uint8], spec: InputSpec, aspect: float, shown: tuple[str, ...], orientation: Orientation = UPRIGHT
+    display: NDArray[np.uint8],
+    spec: InputSpec,
+    aspect: float,
+    shown: tuple[str, ...],
+    orientation: Orientation = UPRIGHT,
+    notes: tuple[Note, ...] = (),
 ) -> PreparedInput:
     _display_steps(spec)
     rows, columns = display.shape
@@ -167,7 +176,7 @@ def _prepare(
     tensor = np.empty((1, spec.channels, spec.height, spec.width), np.float32)
     tensor[:] = picture
     geometry = Geometry(rows, columns, scale_x, scale_y, pad_x * scale_x, pad_y * scale_y, spec.height, spec.width, orientation)
-    return PreparedInput(tensor, display, geometry, tuple(steps))
+    return PreparedInput(tensor, display, geometry, tuple(steps), notes)
 
 
 def _letterbox(picture: NDArray[Any], ratio: float, fill: int) -> tuple[NDArray[Any], int, int]:

@@ -103,7 +103,7 @@ def build_result(
         scored = classify(outputs, model.manifest, image.prepared.geometry)
         findings = tuple(_finding(model, run, label) for label in scored)
     run = run | ({"together": batch_size} if batch_size > 1 else {})
-    return JobResult(ScanState.AI_READY, None, findings, (), image.timer.ms, run)
+    return JobResult(ScanState.AI_READY, None, findings, image.prepared.notes, image.timer.ms, run)
 
 
 def _finding(model: ModelSession, run: dict[str, Any], scored: ScoredLabel) -> Finding:

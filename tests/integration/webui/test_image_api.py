@@ -35,7 +35,8 @@ def test_description_and_pixels_of_a_plain_image(box: Box) -> None:
     assert told == {
         "rows": 64, "columns": 48, "frames": 1, "samples": 1, "dtype": "uint16", "slope": 2.0, "intercept": -10.0,
         "windows": [[500.0, 900.0]],
-        "voi_function": "LINEAR", "photometric": "MONOCHROME1", "spacing": [0.2, 0.1], "min": 0.0, "max": 3037.0, "orientation": [False, False, False],
+        "voi_function": "LINEAR", "photometric": "MONOCHROME1", "spacing": [0.2, 0.1], "min": 0.0, "max": 3037.0,
+        "orientation": [False, False, False],
     }  # fmt: skip
     answer = person.get(f"/api/instances/{stored.instance_id}/frames/0")
     assert answer.headers["Content-Type"] == "application/octet-stream"

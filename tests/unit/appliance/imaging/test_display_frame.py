@@ -48,10 +48,12 @@ def lut(keyword: str) -> Dataset:
 
 
 def test_luts() -> None:
+    stored = display_frame(dataset()).pixels
     voi = display_frame(lut("VOILUTSequence"))
-    assert voi.windows == (Window(2047.5, 4095, "LINEAR_EXACT"),)
+    assert voi.windows == (Window(65535 / 2, 65535, "LINEAR_EXACT"),)
+    assert np.array_equal(voi.pixels, np.rint(65535 * (stored * 2.0 + 1) / 8191))
     modality = display_frame(lut("ModalityLUTSequence"))
-    assert np.array_equal(modality.pixels, voi.pixels * 2.0 + 1)
+    assert np.array_equal(modality.pixels, stored * 2.0 + 1)
     assert modality.pixels.dtype == np.float32
     assert (modality.slope, modality.intercept) == (1, 0)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 
 from appliance.core.errors import InferenceError
+from appliance.imaging.orientation import Orientation
 from appliance.imaging.postprocessing import HEATMAP_SIDE, OUTLINE_FRACTION, Localisation, classify, localise
 from appliance.imaging.preprocessing import Geometry, from_display
 from appliance.runtime import Candidate, open_runtime
@@ -253,3 +256,16 @@ def test_heat_map_agrees_with_the_map_on_real_pictures(shared: Path) -> None:
         assert agrees or in_padding, path.name
         elsewhere += not agrees
     assert elsewhere <= 1
+
+
+@pytest.mark.parametrize("orientation", [Orientation(*flags) for flags in itertools.product((False, True), repeat=3)])
+def test_a_turned_image_keeps_the_coordinates_of_its_file(orientation: Orientation) -> None:
+    cam = np.full((7, 7), -1.0, np.float32)
+    cam[1, 2] = 3.0
+    upright = letterboxed(300, 200)
+    turned = replace(upright, orientation=orientation)
+    straight, found = localise(cam, upright, 0.9, 0.5), localise(cam, turned, 0.9, 0.5)
+    assert found.peak == pytest.approx(orientation.restore_point(*straight.peak, 300, 200))
+    expected = [orientation.restore_point(*point, 300, 200) for point in straight.outline[0]]
+    assert np.allclose(found.outline[0], expected, atol=0.1)
+    assert np.array_equal(orientation.restore(heat(straight)), heat(found))

@@ -12,12 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
+from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRBigEndian
 
+from appliance.core.domain import Note
 from appliance.core.errors import InferenceError, PixelError
-from appliance.imaging.greyscale import Window, grey_header, pixel_aspect, pixel_spacing
+from appliance.imaging.dicom_files import accept_invalid_values
+from appliance.imaging.greyscale import Window, grey_header, numbers, pixel_aspect, pixel_spacing
 from appliance.imaging.pixels import decode_frame
 from appliance.imaging.preprocessing import PreparedInput, check_quality, from_display, to_tensor
 from model_sync.bundle import (
@@ -93,12 +97,72 @@ def test_window_of_width_one_is_a_step() -> None:
     assert np.array_equal(shown(WindowCenter=1000, WindowWidth=1), expected(RAMP > 999.5))
 
 
-@pytest.mark.parametrize(("center", "width"), [(100, 0), (100, -5), ("nan", 10), ("", ""), (100, None), (None, 10)])
-def test_senseless_window_counts_as_none(center: Any, width: Any) -> None:
+@pytest.mark.parametrize(("center", "width"), [(100, 0), ("nan", 10), (100, None), (None, 10), ("", "")])
+def test_senseless_window_counts_as_none_and_is_noted(center: Any, width: Any) -> None:
     ds = dataset(WindowCenter=None if center == "nan" else center, WindowWidth=width)
     if center == "nan":
         ds.WindowCenter = float("nan")
-    assert grey_header(ds).windows == ()
+    header = grey_header(ds)
+    assert header.windows == ()
+    assert [note.code for note in header.notes] == ([] if center == "" else ["caution.window"])
+
+
+@pytest.mark.parametrize(("photometric", "is_inverse"), [("MONOCHROME2", True), ("MONOCHROME1", False)])
+def test_a_negative_width_inverts(photometric: str, is_inverse: bool) -> None:
+    header = grey_header(dataset(WindowCenter=100, WindowWidth=-5, PhotometricInterpretation=photometric))
+    assert (header.windows, header.inverse) == ((Window(100, 5),), is_inverse)
+    assert header.notes == (Note("caution.window", "100/-5"),)
+
+
+@pytest.mark.parametrize("center", [-30000, 60000])
+def test_a_window_beside_all_values_is_replaced_and_noted(center: int) -> None:
+    prepared = to_tensor(dataset(WindowCenter=center, WindowWidth=100), SPEC)
+    assert np.array_equal(prepared.display, to_tensor(dataset(), SPEC).display)
+    assert [note.code for note in prepared.notes] == ["caution.window"]
+
+
+def test_of_several_windows_the_first_usable_one_counts() -> None:
+    prepared = to_tensor(dataset(WindowCenter=[60000, 1000], WindowWidth=[10, 500]), SPEC)
+    assert np.array_equal(prepared.display, to_tensor(dataset(WindowCenter=1000, WindowWidth=500), SPEC).display)
+
+
+@pytest.mark.parametrize("keyword", ["WindowCenter", "PixelSpacing", "ImagerPixelSpacing"])
+def test_a_decimal_comma_is_read_and_noted(keyword: str) -> None:
+    values = {"WindowCenter": "1000,5", "PixelSpacing": ["0,2", "0,1"], "ImagerPixelSpacing": ["0,2", "0,1"]}[keyword]
+    extra = {"WindowWidth": 500} if keyword == "WindowCenter" else {}
+    accept_invalid_values()
+    ds = dataset(**extra)
+    raw = "\\".join([values] if isinstance(values, str) else values).encode()
+    ds[keyword] = RawDataElement(Tag(keyword), "DS", len(raw), raw, 0, False, True)
+    prepared = to_tensor(ds, SPEC)
+    assert prepared.notes == (Note("caution.decimal_comma", keyword),)
+    assert numbers(ds.get(keyword)) == ([1000.5] if keyword == "WindowCenter" else [0.2, 0.1])
+
+
+@pytest.mark.parametrize(("missing", "is_refused"), [(1, False), (40, False), (100, True), (2048, True)])
+def test_a_lut_that_is_a_little_short_is_completed(missing: int, is_refused: bool) -> None:
+    entries = np.arange(4096, dtype="<u2")
+    item = Dataset()
+    item.LUTDescriptor, item.LUTData = [4096, 0, 12], entries[: 4096 - missing].tobytes()
+    ds = dataset(VOILUTSequence=[item])
+    if is_refused:
+        with pytest.raises(PixelError):
+            to_tensor(ds, SPEC)
+        return
+    prepared = to_tensor(ds, SPEC)
+    item.LUTData = np.minimum(entries, 4095 - missing).tobytes()
+    assert np.array_equal(prepared.display, to_tensor(ds, SPEC).display)
+    assert [note.code for note in prepared.notes] == ["caution.lut_short"]
+
+
+def test_lut_entries_of_8_bits_in_words_or_packed() -> None:
+    entries = np.repeat(np.arange(256), 16)
+    pictures = []
+    for kind in ("<u2", "u1"):
+        item = Dataset()
+        item.LUTDescriptor, item.LUTData = [4096, 0, 8], entries.astype(kind).tobytes()
+        pictures.append(to_tensor(dataset(VOILUTSequence=[item]), SPEC).display)
+    assert np.array_equal(*pictures)
 
 
 def test_rescale_before_the_window() -> None:

@@ -1,0 +1,140 @@
+"""The field cases of ../shared/data/field: what real senders do, and what a user expects of each file."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance.cli.main import main
+from appliance.core.settings import Settings
+from appliance.store.store import Store
+from tests.conftest import SHARED
+from tests.support.activated import reference_box
+
+FIELD = SHARED / "data" / "field"
+POSITIVE, NEGATIVE = 0.980, 0.014
+# The rows whose handling is not built yet; each must fail, so that none stays here once it is.
+NOT_YET = {
+    "j2k_not_closed.dcm", "j2k_closed_by_zeros.dcm", "says_j2k_is_native.dcm",
+    "negative_polarity_neg.dcm", "negative_polarity_pos.dcm", "zip_in_zip.zip",
+    # Its header contradicts PS3.3 C.7.6.1.1.1: rows that run from head to feet are labelled H. The input check has to find this.
+    "turned_90_neg.dcm",
+}  # fmt: skip
+
+Result = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reference_box(tmp_path_factory.mktemp("field") / "box")
+
+
+@pytest.fixture(scope="module")
+def results(box: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Result]]:
+    """The results of each file, by its name, from one call of ``appliance analyze``."""
+    if not FIELD.is_dir():
+        pytest.skip("needs ../shared")
+    output = tmp_path_factory.mktemp("output") / "results.json"
+    with pytest.MonkeyPatch.context() as patch, output.open("w") as stream:
+        patch.setattr("sys.stdout", stream)
+        main(["analyze", "--json", "--data-dir", str(box), str(FIELD)])
+    found: dict[str, list[Result]] = {}
+    for item in json.loads(output.read_text()):
+        name = Path(item["path"].split("!")[0]).relative_to(FIELD).parts[0]
+        found.setdefault(name, []).append(item)
+    return found
+
+
+@pytest.fixture
+def store(box: Path) -> Iterator[Store]:
+    with closing(Store(Settings.load(box))) as opened:
+        yield opened
+
+
+def rows() -> list[Any]:
+    """The rows of the manifest; those of NOT_YET are expected to fail."""
+    if not FIELD.is_dir():
+        return []
+    with (FIELD / "manifest.csv").open(encoding="utf-8") as stream:
+        names = [row["file"] for row in csv.DictReader(stream)]
+    return [pytest.param(name, marks=pytest.mark.xfail(strict=True) if name in NOT_YET else ()) for name in names]
+
+
+def scored(item: Result, score: float, tolerance: float = 0.02) -> bool:
+    return item["status"] == "analysed" and abs(item["findings"][0]["score"] - score) <= tolerance
+
+
+def codes(item: Result) -> set[str]:
+    return {note["code"] for note in item["notes"]}
+
+
+def patient_name(store: Store, item: Result) -> str:
+    row = store.database.one(
+        "SELECT patient_name FROM studies JOIN series s ON s.study_id = studies.id JOIN instances i ON i.series_id = s.id"
+        " WHERE i.sop_instance_uid = ?",
+        item["sop_instance_uid"],
+    )
+    assert row is not None
+    return str(row[0])
+
+
+CHINESE = {
+    "name_gbk_under_ir100.dcm": ("张^智宏", {"caution.text_encoding"}),
+    "name_gbk_no_charset.dcm": ("张^智宏", {"caution.text_encoding"}),
+    "name_utf8_no_charset.dcm": ("张^智宏", {"caution.text_encoding"}),
+    "name_ps35_ir58.dcm": ("Zhang^XiaoDong=张^小东=", set()),
+}
+TURNED = {"turned_90_neg.dcm": NEGATIVE, "turned_180_neg.dcm": NEGATIVE, "turned_270_pos.dcm": POSITIVE, "mirrored_neg.dcm": NEGATIVE}
+REFUSED = {
+    "words_view_cn_lateral.dcm": ("scope.view", "侧位"), "species_canine.dcm": ("scope.species", ""),
+    "words_hand_no_bodypart.dcm": ("scope.body_part", "HAND"), "for_processing.dcm": ("scope.for_processing", ""),
+    "quality_control_image.dcm": ("scope.quality_control", ""),
+}  # fmt: skip
+NOTED = {
+    "comma_window.dcm": "caution.decimal_comma",
+    "uid_65_characters.dcm": "caution.long_uid",
+    "words_view_frontal.dcm": "assume.view_frontal",
+    "words_view_cn.dcm": "assume.view_frontal",
+    "window_width_negative_pos.dcm": "caution.window",
+    "lut_one_entry_short_pos.dcm": "caution.lut_short",
+}
+
+
+@pytest.mark.parametrize("name", rows())
+def test_field_case(name: str, results: dict[str, list[Result]], store: Store) -> None:
+    (item,) = results[name]
+    if name in CHINESE:
+        expected, notes = CHINESE[name]
+        assert scored(item, POSITIVE)
+        assert patient_name(store, item) == expected
+        assert codes(item) == notes
+    elif name in TURNED:
+        assert scored(item, TURNED[name])
+        assert codes(item) == {"caution.turned"}
+    elif name in REFUSED:
+        assert item["status"] == "out_of_scope"
+        assert (item["reason"]["code"], item["reason"]["detail"]) == REFUSED[name]
+        assert not item["findings"]
+    elif name == "comma_spacing.dcm":
+        assert item["status"] == "analysed"
+        assert codes(item) == {"caution.decimal_comma"}
+    elif name in NOTED:
+        assert scored(item, POSITIVE)
+        assert codes(item) == {NOTED[name]}
+    elif name == "lut_one_entry_short_neg.dcm":
+        assert scored(item, NEGATIVE)
+        assert codes(item) == {"caution.lut_short"}
+    elif name.startswith("negative_polarity"):
+        assert item["status"] == "quality_rejected"
+    elif name in NOT_YET:
+        assert item["status"] == "analysed"
+        assert codes(item)
+    else:
+        assert scored(item, NEGATIVE if name == "base_negative.dcm" else POSITIVE)
+        assert codes(item) == set()
