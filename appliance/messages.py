@@ -35,6 +35,12 @@ _CODES: Final[Mapping[str, Message]] = {
     ),
     "ingest.pixel_representation": Message("Pixel Representation (signed or unsigned) is missing or wrong", _SENDER),
     "ingest.pixel_attributes": Message("Pixel attributes are missing or contradict each other", _SENDER),
+    "ingest.nested_archive": Message(
+        "A packed file of this kind, or inside an archive, is not unpacked",
+        "Unpack it on your computer and send its images, or one ZIP of them.",
+    ),
+    "ingest.not_closed": Message("The compressed image is not closed and may be incomplete", _SENDER),
+    "ingest.pixels": Message("The compressed pixel data is damaged", _SENDER),
     "ingest.missing_uid": Message("A required UID is missing", _SENDER),
     "ingest.invalid_uid": Message("A UID has forbidden characters or is too long", _SENDER),
     "ingest.conflict": Message(
@@ -202,6 +208,10 @@ _CODES: Final[Mapping[str, Message]] = {
     "caution.lut_short": Message(
         "A look-up table of the header lacks its last entries; they were completed",
         "Check brightness and contrast; use the score with care.",
+    ),
+    "caution.repaired": Message(
+        "The file broke the DICOM format; it was repaired without changing its pixels",
+        "Nothing to do; the technician can tell the maker of the sender.",
     ),
     "caution.text_encoding": Message(
         "The header states another character set than its text is written in",

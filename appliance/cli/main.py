@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from appliance import __version__
-from appliance.cli import models, tune
+from appliance.cli import models, studies, tune
 from appliance.cli.terminal import UsageError, explain, say
 from appliance.core.errors import ApplianceError
 from appliance.core.process import limit_memory, make_data_dir, start_logging
@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     worker = command("worker", _worker, "Run the worker alone.")
     worker.add_argument("--until-idle", action="store_true", help="stop when nothing is left to do")
     command("receive", _receive, "Run the DICOM receiver alone.")
+    studies.add_arguments(command("studies", studies.run, "List the studies of this box with their patients, states and findings."))
     models.add_arguments(command("models", models.run, "List the models of this box, activate one, roll back, or show the history."))
     self_test = command("self-test", models.run_self_test, "Self-test a model (started by the box itself).", aliases=("prove",))
     models.add_self_test_arguments(self_test)

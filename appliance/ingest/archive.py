@@ -21,9 +21,12 @@ from appliance.core.domain import PictureForm, Source
 from appliance.core.errors import ApplianceError, IngestError
 from appliance.core.settings import Settings
 from appliance.ingest.ingest import AcceptedScan, Ingest
+from appliance.ingest.text_encoding import decode_name
 
 _ZIP_MAGIC: Final = (b"PK\x03\x04", b"PK\x05\x06")
 _PICTURE_MAGIC: Final = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+# gzip, 7z, RAR, bzip2, xz: packed files that are not unpacked here.
+_PACKED_MAGIC: Final = (b"\x1f\x8b\x08", b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07", b"BZh", b"\xfd7zXZ\0")
 _MEDIA_DIRECTORY: Final = b"1.2.840.10008.1.3.10"
 _IGNORED_NAMES: Final = {"dicomdir", "thumbs.db", "desktop.ini", "autorun.inf", "lockfile", "version"}
 _IGNORED_SUFFIXES: Final = {".txt", ".pdf", ".xml", ".json", ".csv", ".html", ".htm", ".exe", ".dll", ".ini", ".inf", ".md", ".log", ".ico"}
@@ -61,16 +64,9 @@ def shown_name(path: str | Path) -> str:
     Python represents invalid UTF-8 as lone surrogates, which no database, JSON file or terminal accepts.
     """
     try:
-        return _decode_name(os.fsencode(path))
+        return decode_name(os.fsencode(path))
     except UnicodeEncodeError:  # surrogates that represent no byte: not from a file system
         return str(path).encode("utf-8", "replace").decode()
-
-
-def _decode_name(name: bytes) -> str:
-    try:
-        return name.decode("utf-8")
-    except UnicodeDecodeError:
-        return name.decode("gb18030", "replace")
 
 
 def files_below(path: Path) -> list[tuple[Path, str]]:
@@ -158,6 +154,8 @@ def _accept_bytes(ingest: Ingest, data: bytes, name: str, source: Source, form: 
     if _is_foreign(data, name):
         return Outcome(name, None, "ingest.skipped")
     named = Source(source.kind, source.actor, name)
+    if data.startswith(_PACKED_MAGIC) and data[128:132] != b"DICM":
+        return _refusal(ingest, source, name, len(data), "ingest.nested_archive", "packed file")
     try:
         if data.startswith(_PICTURE_MAGIC):
             return Outcome(name, ingest.accept_picture(data, form or PictureForm(), named))
@@ -213,7 +211,7 @@ def _accept_archive(
                 continue
             unpacked += len(data)
             if data.startswith(_ZIP_MAGIC) and data[128:132] != b"DICM":
-                yield Outcome(label, None, "ingest.skipped", "archive inside an archive")
+                yield _refusal(ingest, source, label, len(data), "ingest.nested_archive", "archive inside an archive")
             else:
                 yield _accept_bytes(ingest, data, label, source, form)
 
@@ -248,7 +246,7 @@ def _entry_name(info: zipfile.ZipInfo) -> str:
     if info.flag_bits & _UTF8_FLAG:
         return shown_name(info.filename)
     try:
-        return _decode_name(info.filename.encode("cp437"))
+        return decode_name(info.filename.encode("cp437"))
     except UnicodeEncodeError:  # zipfile took the name from a Unicode extra field
         return shown_name(info.filename)
 

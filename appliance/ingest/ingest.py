@@ -22,10 +22,11 @@ from pydicom.filereader import read_partial
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from appliance.core.domain import Note, PictureForm, Scan, Source, StoredImage
-from appliance.core.errors import ApplianceError, IngestError, StoreError
+from appliance.core.errors import ApplianceError, IngestError, PixelError, StoreError
 from appliance.imaging.dicom_files import PARSE_ERRORS, accept_invalid_values
 from appliance.imaging.pixels import check_structure
 from appliance.ingest.description import describe
+from appliance.ingest.repairs import PREAMBLE_BYTES, REPAIRED_PIXEL_DATA, UNCLOSED_PIXEL_DATA, meta_end, repair_pixel_data, repair_wrapping
 from appliance.store.store import Store
 
 if TYPE_CHECKING:
@@ -39,8 +40,6 @@ logger = logging.getLogger(__name__)
 MAX_ELEMENTS: Final = 50_000
 MAX_ITEMS: Final = 200_000
 _ITEM_TAGS: Final = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")
-_LONG_VRS: Final = (b"OB", b"OW", b"UN", b"SQ", b"UT", b"UC", b"UR", b"OF", b"OD", b"OL", b"OV", b"SV", b"UV")
-_PREAMBLE_BYTES: Final = 132
 _PIXEL_TAGS: Final = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10", b"\xe0\x7f\x08\x00", b"\xe0\x7f\x09\x00")
 
 
@@ -94,10 +93,14 @@ class Ingest:
     def _accept(self, data: bytes, source: Source, started: float | None, notes: tuple[Note, ...]) -> AcceptedScan:
         started = time.perf_counter() if started is None else started
         try:
+            data, repairs = repair_wrapping(data)
             dataset = self._parse(data)
+            if (repaired := repair_pixel_data(dataset, data)) is not None:
+                data, dataset, repairs = repaired, self._parse(repaired), (*repairs, REPAIRED_PIXEL_DATA)
+            _check_complete(dataset, data)
             with _convert_parse_errors():
-                scan = describe(dataset, notes)
-                check_structure(dataset)
+                scan = describe(dataset, (*notes, *repairs))
+                _check_pixels(dataset)
             del dataset
             # Hashing releases the interpreter lock, so it runs while the file is written.
             digest = self._hashing.submit(content_digest, data, scan)
@@ -125,15 +128,13 @@ class Ingest:
         if len(data) > self._store.settings.max_upload_bytes:
             raise IngestError("ingest.too_large", f"{len(data) >> 20} MiB")
         if data[128:132] != b"DICM":
-            raise IngestError("ingest.truncated" if len(data) < _PREAMBLE_BYTES and not data.strip(b"\0") else "ingest.not_dicom")
+            raise IngestError("ingest.truncated" if len(data) < PREAMBLE_BYTES and not data.strip(b"\0") else "ingest.not_dicom")
         if sum(data.count(tag) for tag in _ITEM_TAGS) > MAX_ITEMS:
             raise IngestError("ingest.unreadable", "too many sequence items")
         self._check_deflated(data, meta_end(data))
         accept_invalid_values()
         with _convert_parse_errors():
-            dataset = read_partial(BytesIO(data), stop_when=_element_counter())
-        _check_complete(dataset, data)
-        return dataset
+            return read_partial(BytesIO(data), stop_when=_element_counter())
 
     def _check_deflated(self, data: bytes, end: int) -> None:
         """Check that a deflated data set does not inflate beyond the size limit (wherever the file states the transfer syntax)."""
@@ -159,6 +160,14 @@ def _convert_parse_errors() -> Iterator[None]:
         raise IngestError("ingest.unreadable", type(error).__name__) from error
 
 
+def _check_pixels(dataset: FileDataset) -> None:
+    """Check the pixel data against the header; damage that is found here means that nothing was kept."""
+    try:
+        check_structure(dataset)
+    except PixelError as error:
+        raise IngestError("ingest.pixels" if error.code == "pixel.corrupt" else error.code, error.detail) from error
+
+
 def _element_counter() -> Callable[[BaseTag, str | None, int], bool]:
     """Make a ``stop_when`` that refuses files with too many elements (each takes far more memory than its bytes)."""
     counter = itertools.count(1)
@@ -175,36 +184,14 @@ def _check_complete(dataset: FileDataset, data: bytes) -> None:
     """Find elements that extend beyond the end of the file: pydicom parses a truncated file without an error."""
     if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         is_truncated = "Rows" in dataset and any(tag in data for tag in _PIXEL_TAGS)
+        if UNCLOSED_PIXEL_DATA in data:
+            raise IngestError("ingest.not_closed")
         raise IngestError("ingest.truncated" if is_truncated else "ingest.no_pixel_data")
     if dataset.file_meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
         return
     for element in dataset._dict.values():
         if isinstance(element, RawDataElement) and element.length != 0xFFFFFFFF and element.value_tell + element.length > len(data):
             raise IngestError("ingest.truncated", f"element {element.tag}")
-
-
-def meta_end(data: bytes) -> int:
-    """The offset of the data set: the end of group 0002, which is always Explicit VR Little Endian (PS3.10 7.1).
-
-    A group in another encoding counts as part of the data set. The data set decides whether two images are the same, so nothing of it
-    may be hidden in the group.
-
-    Raises:
-        IngestError: an element of the group has undefined length, or extends beyond the file.
-    """
-    position = _PREAMBLE_BYTES
-    while data[position : position + 2] == b"\x02\x00":
-        representation = data[position + 4 : position + 6]
-        if not (representation.isalpha() and representation.isupper()):
-            return _PREAMBLE_BYTES
-        if representation in _LONG_VRS:
-            length, header = int.from_bytes(data[position + 8 : position + 12], "little"), 12
-        else:
-            length, header = int.from_bytes(data[position + 6 : position + 8], "little"), 8
-        position += header + length
-        if length == 0xFFFFFFFF or position >= len(data):
-            raise IngestError("ingest.truncated" if length != 0xFFFFFFFF else "ingest.unreadable", "file meta group")
-    return position
 
 
 def content_digest(data: bytes, scan: Scan) -> str:

@@ -20,6 +20,7 @@ WRONG_USES: dict[str, list[str]] = {
     "serve": ["--data-dir", "{tmp}/none"],
     "worker": ["--data-dir", "{tmp}/none"],
     "receive": ["--data-dir", "{tmp}/none"],
+    "studies": ["--data-dir", "{tmp}/empty"],
     "models": ["activate", "--data-dir", "{tmp}/box"],
     "self-test": [*SELF_TEST, "--data-dir", "{tmp}/box"],
     "prove": [*SELF_TEST, "--data-dir", "{tmp}/box"],

@@ -23,7 +23,8 @@ from appliance.core.errors import ApplianceError, IngestError, StoreError
 from appliance.core.settings import Settings
 from appliance.ingest import ingest as module
 from appliance.ingest.archive import Outcome, accept_file, files_below
-from appliance.ingest.ingest import Ingest, content_digest, meta_end
+from appliance.ingest.ingest import Ingest, content_digest
+from appliance.ingest.repairs import meta_end
 from appliance.store.store import Store
 from appliance.store.worklist import Worklist
 from tests.support.scans import dataset, encode, scan_bytes
@@ -365,7 +366,7 @@ def test_an_archive_gives_one_outcome_per_entry(door: Ingest, settings: Settings
     assert got == {
         "folder/one.dcm": "", "picture.png": "", "../evil.dcm": "ingest.archive_unsafe", "/etc/evil.dcm": "ingest.archive_unsafe",
         "C:\\evil.dcm": "ingest.archive_unsafe", "DICOMDIR": "ingest.skipped", "readme.txt": "ingest.skipped",
-        "broken.dcm": "ingest.truncated", "inner.zip": "ingest.skipped", "胸片.dcm": "",
+        "broken.dcm": "ingest.truncated", "inner.zip": "ingest.nested_archive", "胸片.dcm": "",
     }  # fmt: skip
     assert not list(tmp_path.rglob("evil.dcm"))
 
