@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,12 @@ def codes(item: Result) -> set[str]:
 def command_output(tmp_path: Path, *arguments: str) -> str:
     with pytest.MonkeyPatch.context() as patch, (tmp_path / "output").open("w+", encoding="utf-8") as stream:
         patch.setattr("sys.stdout", stream)
-        main(list(arguments))
+        patch.setattr("appliance.cli.main.limit_memory", lambda _: None)  # it would limit the process of the tests
+        mask = os.umask(0o022)
+        try:
+            main(list(arguments))
+        finally:
+            os.umask(mask)
         stream.seek(0)
         return stream.read()
 
