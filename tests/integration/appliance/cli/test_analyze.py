@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import os
 import re
@@ -18,6 +20,7 @@ import pytest
 from PIL import Image
 
 from appliance.cli import analyze as module
+from appliance.cli import main as main_module
 from appliance.core import process
 from appliance.core.domain import Source
 from appliance.ingest.ingest import Ingest
@@ -32,7 +35,21 @@ STATUSES = {"analysed", "out_of_scope", "quality_rejected", "rejected", "failed"
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """The command with these arguments."""
+    """The command with these arguments, in this process; what it changes of the process is undone."""
+    out, errors, mask = io.StringIO(), io.StringIO(), os.umask(0o022)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        patch.setattr(main_module, "limit_memory", lambda _: None)
+        try:
+            code = main_module.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            os.umask(mask)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), errors.getvalue())
+
+
+def run_process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command with these arguments as a process of its own."""
     return subprocess.run([sys.executable, "-m", "appliance", *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
@@ -40,7 +57,7 @@ def analyze(*arguments: str | Path, fresh: bool = False) -> tuple[int, list[dict
     """Exit code and JSON of ``appliance analyze --json``, on a copy of a box with the reference model or, when fresh, on none."""
     with tempfile.TemporaryDirectory() as directory:
         box = [] if fresh or "--data-dir" in arguments else ["--data-dir", reference_box(Path(directory) / "box")]
-        done = run("analyze", "--json", *box, *arguments)
+        done = (run_process if fresh else run)("analyze", "--json", *box, *arguments)
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)
 
@@ -194,8 +211,8 @@ def test_every_command_explains_itself() -> None:
         assert run(name, "--help").returncode == 0
 
 
-def test_people_read_a_table(samples: Path) -> None:
-    done = run("analyze", samples / "02-opacity.dcm")
+def test_people_read_a_table(samples: Path, tmp_path: Path) -> None:
+    done = run("analyze", samples / "02-opacity.dcm", "--data-dir", reference_box(tmp_path / "box"))
     assert done.returncode == 0
     assert "threshold" in done.stdout
     assert "不得单独作为诊断依据" in done.stdout
@@ -263,7 +280,7 @@ def test_a_data_directory_that_cannot_be_written_is_said(tmp_path: Path, monkeyp
 
 
 def test_a_data_directory_is_for_its_account_alone(samples: Path, tmp_path: Path) -> None:
-    run("analyze", samples / "01-normal.dcm", "--data-dir", tmp_path / "box")
+    run_process("analyze", samples / "01-normal.dcm", "--data-dir", tmp_path / "box")
     assert [path for path in (tmp_path / "box", *(tmp_path / "box").iterdir()) if path.stat().st_mode & 0o077] == []
 
 
@@ -276,16 +293,19 @@ def test_an_unknown_log_level_is_said(tmp_path: Path) -> None:
 
 
 def test_nothing_analysed_can_be_a_failure(tmp_path: Path) -> None:
+    box = reference_box(tmp_path / "box")
     (tmp_path / "words.txt").write_text("x")
-    assert run("analyze", tmp_path).returncode == 0
-    assert run("analyze", "--require-analysed", tmp_path).returncode == 4
+    assert run("analyze", tmp_path / "words.txt", "--data-dir", box).returncode == 0
+    assert run("analyze", "--require-analysed", tmp_path / "words.txt", "--data-dir", box).returncode == 4
 
 
 def test_a_folder_without_a_file_is_said(tmp_path: Path) -> None:
-    done = run("analyze", tmp_path)
+    box, folder = reference_box(tmp_path / "box"), tmp_path / "empty"
+    folder.mkdir()
+    done = run("analyze", folder, "--data-dir", box)
     assert (done.returncode, done.stdout) == (4, "")
-    assert f"no file was found in {tmp_path}" in done.stderr
-    assert analyze(tmp_path) == (4, [])
+    assert f"no file was found in {folder}" in done.stderr
+    assert analyze(folder) == (4, [])
 
 
 def test_a_demo_of_a_folder_that_is_not_there_starts_nothing(tmp_path: Path) -> None:
