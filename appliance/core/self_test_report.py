@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from appliance.core.domain import Note
-from model_sync.bundle import Watch
+
+if TYPE_CHECKING:
+    from model_sync.bundle import Watch
 
 FIXED_BY_USER: Final = "choice.by_hand"
 NOT_MEASURED: Final = "choice.untuned"
