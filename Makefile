@@ -15,12 +15,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
 
-demo: setup samples ## lay a demo box, start it, read sample scans (ARGS=--once|--lan|--new-password, DATA=your folder)
+demo: setup samples ## create a demo box, start it, analyse sample scans (ARGS=--once|--lan|--new-password, DATA=your folder)
 	@$(BIN)/python -m appliance demo --data-dir $(BOX) --samples var/samples $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: setup-test lint test-front unit ## all checks and tests, Chromium included
 
-lint: setup-test ## style, types, room arrows
+lint: setup-test ## style, types, import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -21,7 +21,7 @@ from appliance.core.domain import PictureForm, Source
 from appliance.core.errors import ApplianceError, IngestError
 from appliance.core.settings import Settings
 from appliance.ingest.ingest import AcceptedScan, Ingest
-from appliance.ingest.text_encoding import decode_name
+from appliance.ingest.text_encoding import decode_file_name
 
 _ZIP_MAGIC: Final = (b"PK\x03\x04", b"PK\x05\x06")
 _PICTURE_MAGIC: Final = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
@@ -64,7 +64,7 @@ def shown_name(path: str | Path) -> str:
     Python represents invalid UTF-8 as lone surrogates, which no database, JSON file or terminal accepts.
     """
     try:
-        return decode_name(os.fsencode(path))
+        return decode_file_name(os.fsencode(path))
     except UnicodeEncodeError:  # surrogates that represent no byte: not from a file system
         return str(path).encode("utf-8", "replace").decode()
 
@@ -246,7 +246,7 @@ def _entry_name(info: zipfile.ZipInfo) -> str:
     if info.flag_bits & _UTF8_FLAG:
         return shown_name(info.filename)
     try:
-        return decode_name(info.filename.encode("cp437"))
+        return decode_file_name(info.filename.encode("cp437"))
     except UnicodeEncodeError:  # zipfile took the name from a Unicode extra field
         return shown_name(info.filename)
 

@@ -74,7 +74,7 @@ def decode_text(raw: bytes, declared: Sequence[str] = ()) -> DecodedText:
     return _declared_or_utf8(raw, declared)
 
 
-def decode_name(raw: bytes) -> str:
+def decode_file_name(raw: bytes) -> str:
     """Decode a file name of an archive: UTF-8, else GB18030, as Chinese Windows writes it."""
     try:
         return raw.decode("utf-8")

@@ -689,7 +689,7 @@ def test_old_bundles_go_only_when_nothing_names_them_and_three_newer_are_here(bo
     (box.settings.exchange_dir / "box-report.json").write_text(json.dumps(report))
     box.pull()
     assert box.bundles() == {"0.1.0", "0.3.0", "0.4.0", "0.5.0"}
-    assert any("dropped" in note for note in box.status()["notes"])
+    assert any("removed" in note for note in box.status()["notes"])
 
 
 def test_the_remains_of_a_version_that_nobody_wants_any_more_are_removed(box: Box, site: Site) -> None:

@@ -268,7 +268,7 @@ def test_a_server_without_ranges_on_a_cut_line_ends_at_the_byte_budget(make: Mak
     server.put("/targets/big", whole)
     server.always("/targets/big", Reply(ignore_range=True, cut_after=len(whole) - 1))
     fetcher = make(attempts=1000)
-    with pytest.raises(DownloadError, match="3 times its length"):
+    with pytest.raises(DownloadError, match="3 times the length"):
         fetch(fetcher, "targets/big", len(whole))
     assert fetcher.received_bytes <= 4 * len(whole) + 1024 * 1024
 

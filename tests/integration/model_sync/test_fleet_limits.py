@@ -57,7 +57,7 @@ def test_the_database_is_for_its_owner_alone_whoever_made_it(tmp_path: Path, bef
     usual = os.umask(0o022)
     try:
         opened = Fleet(f"sqlite:///{file}")
-        opened.record("wang", "token")
+        opened.record("wang", "withdraw", ring="stable", line="cxr", subject="1.0.0", figures="")
         found = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("fleet.db*")}
         assert len(found) == 3
         assert set(found.values()) == {0o600}

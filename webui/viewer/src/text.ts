@@ -1,6 +1,6 @@
 /**
- * The words on the screen. The page sends them (`config.text`, from TEXT_KEYS.json); the same file is the fallback,
- * so that a page that forgot a key shows a sentence and not a key.
+ * The words on the screen, from TEXT_KEYS.json in the language of the page. A page may replace some of them
+ * (`config.text`).
  */
 import words from "../TEXT_KEYS.json";
 import type { ViewerConfig } from "./types";

@@ -86,6 +86,8 @@ def test_an_exchange_directory_that_the_box_may_not_read_does_not_end_the_worker
     account = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     line = [*account, sys.executable, "-m", "appliance", "worker", "--until-idle", "--data-dir", str(settings.data_dir)]
     done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode == 127:
+        pytest.skip("this Python's shared library is not for other accounts")
     assert done.returncode == 0, done.stderr
     for path in (settings.data_dir, *settings.data_dir.rglob("*")):
         os.chown(path, 0, 0)
