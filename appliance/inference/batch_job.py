@@ -1,4 +1,4 @@
-"""Analyse several images in one inference, where tuning measured that to be faster; each is as safe as in an inference of its own.
+"""Analyse several images in one inference, where tuning measured that to be faster; a failure of one image does not affect the others.
 
 Before and after the inference every image has its own deadline and its own errors, and urgent jobs go first between any two steps. When
 the inference of the batch fails, each image is inferred alone, so that one bad image does not cost the others an attempt.
@@ -84,7 +84,7 @@ class BatchJob:
         return image
 
     def _infer(self, images: Sequence[PreparedImage]) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]] | None:
-        """Infer all images at once; None when that fails, which no single image is blamed for."""
+        """Infer all images at once; None when that fails, which does not count as an attempt of any image."""
         import numpy as np
 
         started = time.perf_counter()
@@ -103,7 +103,7 @@ class BatchJob:
             batch_size = 1
             with image.timer.part("infer"):
                 outputs, own_run = self._model.infer(image.prepared.tensor)
-            run = own_run | run  # keeps that the tensor left the box with the batch
+            run = own_run | run  # keep `leaves_box` of the batch
         commit(self._store, image.job, build_result(self._model, image, outputs, run, batch_size), image.timer)
 
 

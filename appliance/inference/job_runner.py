@@ -35,7 +35,7 @@ class JobRunner:
 
     Args:
         owner: the worker's name in leases.
-        set_deadline: kills the process after so many seconds; 0 cancels that.
+        set_deadline: kills the process after the given number of seconds; 0 cancels that.
         held: returns the digests of the models whose jobs must wait.
         withdrawn: checks for withdrawals, and returns the digests of the models that must not be used any more.
         is_stopping: whether the worker is asked to stop.

@@ -70,7 +70,7 @@ class ModelPool:
 
     @property
     def held(self) -> set[str]:
-        """Digests of the models whose jobs must wait: nothing runs them now, and a connection is being opened or is about to be."""
+        """Digests of the models whose jobs must wait: no runtime is available yet, or the connection is being opened."""
         return set(self._loading) | {digest for digest, session in self.sessions.items() if session.lost is not None}
 
     def skip_tuned_runtime(self, digests: Collection[str]) -> None:
@@ -103,7 +103,7 @@ class ModelPool:
             self._drop_unused(self._active())
 
     def record_changes(self) -> None:
-        """Store what runs a remote model since the last inference; load a model again that nothing runs any more."""
+        """Store what runs a remote model since the last inference; load models again whose runtime was lost."""
         for session in list(self.sessions.values()):
             if session.lost is not None:
                 self._reload(self.sessions.pop(session.digest), session.lost)
@@ -114,7 +114,7 @@ class ModelPool:
         """Open a new session in the background; the jobs of the model wait for it."""
 
         def load(digest: str, plan: Plan) -> ModelSession:
-            lost.close(wait=True)  # else its unloading could hit the model that is loaded anew on the server
+            lost.close(wait=True)  # otherwise the old session could unload the new model on the server
             return ModelSession(self._store.settings, digest, plan)
 
         self._tunings.record_cannot_run(lost.digest, Note(error.code, error.detail))
@@ -153,7 +153,7 @@ class ModelPool:
             release_memory()
 
     def get(self, digest: str) -> ModelSession:
-        """Return a model, which is loaded now unless it is; raises ApplianceError where that fails, or failed and is retried later."""
+        """Return a model, loaded first if necessary; raises ApplianceError if that fails, or failed and the next try is not due."""
         if (session := self.sessions.get(digest)) is not None:
             return session
         failure = self._failures.get(digest)
@@ -169,7 +169,7 @@ class ModelPool:
         return session
 
     def use(self, session: ModelSession) -> None:
-        """Run this session's model with it from now on."""
+        """Use this session for its model from now on."""
         previous = self.sessions.get(session.digest)
         if previous is not None and previous is not session:
             previous.close()

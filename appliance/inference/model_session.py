@@ -1,4 +1,4 @@
-"""A model that is ready for inference: the runtime that was chosen for this box, or the baseline as its fallback, never silently."""
+"""A model that is ready for inference: the runtime that was chosen for this box, or the baseline as its recorded fallback."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class ModelSession:
             detail = "another remote runtime is configured now" if configured else "the remote runtime is not configured any more"
             raise InferenceError("runtime.unavailable", detail)
         if chosen.runtime in _ENGINE_BUILDERS and self._is_other_device:
-            raise InferenceError("choice.other_device", "it was measured on another device than this has become")
+            raise InferenceError("choice.other_device", "measured on another device, or before a change of this one")
 
     def _open_remote(self, wait_s: float | None) -> None:
         self._remote = RemoteRuntime(partial(self._open, self._chosen))
@@ -145,7 +145,7 @@ class ModelSession:
         try:
             self._fall_back(self._open_baseline(error), error)
         except InferenceError:
-            if not self._remote.is_connecting:
+            if not self._remote.has_connection:
                 raise
             self._remote.wait_connected(None)  # nothing else can run the model
 
@@ -240,7 +240,7 @@ class ModelSession:
         remote = self._remote
         if remote is None or self.fallback is None:
             return
-        if not remote.is_connecting:
+        if not remote.has_connection:
             if time.monotonic() >= self._retry_at:
                 remote.connect()
             return
@@ -261,7 +261,7 @@ class ModelSession:
         return (self.runtime.describe() if self.runtime is not None else {}) | {"reason": reason.to_json()}
 
     def close(self, *, wait: bool = False) -> None:
-        """Free the runtimes; ``wait`` until a remote runtime is closed, else for a short time, and only where it answered until now."""
+        """Free the runtimes. With ``wait`` wait until a remote runtime is closed, else briefly, and only if it was answering."""
         local, remote = self._local, self._remote
         self._local = self._remote = None
         if local is not None:

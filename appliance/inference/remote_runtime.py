@@ -1,4 +1,4 @@
-"""A runtime on another machine. No caller waits longer for it than it wants to, and nobody trusts it for longer than a connection.
+"""A runtime on another machine. Calls have a time limit, and every new connection is verified again.
 
 What answers instead when it fails is decided by :class:`appliance.inference.model_session.ModelSession`.
 """
@@ -56,8 +56,8 @@ class RemoteRuntime:
         self.connect()
 
     @property
-    def is_connecting(self) -> bool:
-        """Whether a connection is being opened, or is open and nobody called :meth:`wait_connected` since."""
+    def has_connection(self) -> bool:
+        """Whether a connection is being opened or is open."""
         return self._connection is not None
 
     def connect(self) -> None:

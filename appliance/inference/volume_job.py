@@ -105,7 +105,7 @@ def _prepare(
         check_shape(prepared.grid.shape)
         cut = cropped_tissue_note(series, prepared, spec)
     on_step()
-    empty = np.empty((0, 0, 0), series.values.dtype)  # the stored slices are not needed any more, but their memory is
+    empty = np.empty((0, 0, 0), series.values.dtype)  # free the slices before the inference
     series = replace(series, values=empty, notes=(*notes, *series.notes, *([cut] if cut else [])))
     return series, prepared, [row["sop_instance_uid"] for row in rows]
 
@@ -126,7 +126,7 @@ def _check_acquisition(manifest: Manifest, headers: Iterable[Dataset], modalitie
 
 
 class _RuntimeChangedError(Exception):
-    """Another runtime answered than for the windows before."""
+    """The runtime changed between two windows."""
 
 
 class _WindowInference:

@@ -67,7 +67,7 @@ class Worker:
         self.models.load_active()
 
     def step(self) -> None:
-        """Between two jobs: continue activations and the loading of models, without waiting. A disk that hangs here ends the worker."""
+        """Between two jobs: continue activations and the loading of models, without waiting; the deadline of a job applies."""
         self._set_deadline(self._store.settings.job_deadline_s)
         try:
             self.activator.tick()

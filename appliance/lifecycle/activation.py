@@ -25,7 +25,7 @@ from appliance.lifecycle.trial_monitor import Trials
 from appliance.store.store import Store
 
 logger = logging.getLogger(__name__)
-# A command reports its errors itself: what it runs in its own process logs nothing.
+# An activator that runs inside a command does not log: the command prints the error.
 _silent_logger = logging.getLogger(f"{__name__}.command")
 _silent_logger.setLevel(logging.CRITICAL)
 
@@ -42,8 +42,8 @@ class Activator:
     Args:
         load: loads a model while others are active; called in a thread.
         on_activated: called with a loaded model in the moment it becomes active.
-        load_now: loads a model that takes over while no other analyses its scans; ``load`` when None.
-        follow: whether to follow the library and to survive errors of the disk. False for a command, which does only what was asked for.
+        load_now: loads a successor while its model line has no model that may run; ``load`` when None.
+        follow: whether to follow the library and to retry after errors of the disk; False for commands.
 
     Attributes:
         retuner: measures active models again when nothing else is to do.
@@ -161,7 +161,7 @@ class Activator:
         self._follow(LibraryFollower.poll)
         self._takeovers.hold_withdrawn()
         self._takeovers.step()
-        if not self._takeovers:  # a successor may be the very version that the library wants
+        if not self._takeovers:  # wait: the successor may be the version that the library requests
             self._follow(LibraryFollower.start_wanted)
         self._installer.step()
         self.retuner.tick(may_run=not self._is_changing())

@@ -55,7 +55,7 @@ class Journal(JournalQueries):
         store: of the box; the connection of the calling thread is used.
 
     Attributes:
-        changes: how many changes this object made; a report is due when it has grown.
+        changes: how many changes this object made; after an increase a new report is written.
     """
 
     def __init__(self, store: Store) -> None:
@@ -168,7 +168,7 @@ class Journal(JournalQueries):
                 self._store.planner.hand_over(tx, current["digest"], row["digest"], Note("activation.by_hand"))
 
     def _end_previous(self, tx: sqlite3.Connection, row: sqlite3.Row, current: sqlite3.Row) -> bool:
-        """End the activation of the model that is replaced; returns whether nobody may roll back to that model."""
+        """End the activation of the model that is replaced; returns True if nobody may roll back to that model."""
         trial = tx.execute(
             "SELECT * FROM activations WHERE name = ? AND state = ?", (row["name"], ActivationState.TRIAL.value)
         ).fetchone()  # fmt: skip

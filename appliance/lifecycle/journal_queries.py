@@ -134,7 +134,7 @@ class JournalQueries:
         return row["n"] if row else 0
 
     def is_overridden_by_user(self, name: str, digest: str) -> bool:
-        """Whether a person activated another model after the library's request for this one was met; the person's decision holds."""
+        """Whether a person activated another model after this one was activated for the library: the person's decision has priority."""
         row = self._db.one(
             "SELECT max(CASE WHEN digest = ?2 AND source IN ('library', 'usb') AND state IN (SELECT value FROM json_each(?3)) THEN id END)"
             " AS met, max(CASE WHEN digest != ?2 AND source = 'hand' AND state IN (SELECT value FROM json_each(?4)) THEN id END) AS chosen"

@@ -39,15 +39,15 @@ def apply_facts(store: Store, journal: Journal, facts: TrustFacts) -> TrustFacts
     """Store what the signed indexes forbid, and raise the alarm once for whatever cannot be trusted.
 
     Returns:
-        The facts after the check for rollback: a model line that is behind what this box knows is a trouble, and nothing of it is
-        activated.
+        The facts after the check for rollback: a model line whose index is less strict than the one verified before is a trouble,
+        and nothing of it is activated.
     """
     for name, line in facts.lines.items():
         journal.record_restrictions(name, line.minimum_version, {version: item.reason for version, item in line.withdrawn.items()})
     facts = RollbackProtection.load(store).check(facts, datetime.now(timezone.utc))
     known = store.database.one("SELECT value FROM meta WHERE key = 'facts_troubles'")
     before: dict[str, str] = json.loads(known["value"]) if known else {}
-    if facts.ok:  # that a model line was not received is no trouble of a box that has no model of it
+    if facts.ok:  # ignore `trust.missing` for model lines of which this box has no model
         troubles = ((name, trouble.code) for name, trouble in facts.troubles.items())
         now = {name: code for name, code in troubles if code != "trust.missing" or journal.has_line(name)}
     else:

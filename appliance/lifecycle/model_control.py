@@ -214,7 +214,7 @@ def _box_runs(store: Store) -> bool:
 
 
 def _is_active_as_requested(current: sqlite3.Row | None, digest: str, precision: str | None) -> bool:
-    """Whether the active model is this one and its precision is, or is not, fixed by a person just as it is requested now."""
+    """Whether the active model is this one, with the precision setting (fixed by a person, or free) that is requested now."""
     if current is None or current["digest"] != digest:
         return False
     is_fixed = SelfTestReport.from_json(current["self_test"]).is_fixed_by_user

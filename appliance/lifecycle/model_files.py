@@ -66,7 +66,8 @@ def is_intact(data_dir: Path, digest: str) -> bool:
 def install(data_dir: Path, origin: Path, digest: str, on_progress: Callable[[float], None], reserve_bytes: int = 0) -> ModelBundle:
     """Copy a bundle to the box; an intact copy is left as it is, a damaged one is renamed but not deleted.
 
-    Another account may be able to change ``origin`` at any moment; the copy must have the digest. ``reserve_bytes`` of the disk stay free.
+    Another account may be able to change ``origin`` at any moment, so the digest is checked again on the copy. ``reserve_bytes`` of the
+    disk stay free.
 
     Raises:
         ActivationError: ``model.invalid``, ``model.mismatch`` (another model than requested), ``model.too_new``, ``model.disk_full``

@@ -65,7 +65,7 @@ class Retuner:
         return self._current is not None or (waiting is not None and waiting.actor != "worker")
 
     def request(self, digest: str) -> None:
-        """Request a measurement because a model does not run as chosen; at most once per model and process."""
+        """Request a measurement because the selected candidate of a model does not run; at most once per model and process."""
         if self._store.settings.tune_at_activation and digest not in self._requested:
             self._requested.add(digest)
             self.tunings.ask(digest, self._store.model(digest)["name"], "worker")

@@ -29,8 +29,8 @@ class _Strictest:
     minimum: str
     withdrawn: frozenset[str]
 
-    def is_ahead_of(self, line: LineFacts) -> bool:
-        """Whether an index is less strict than this one; a library only ever makes its indexes stricter."""
+    def is_stricter_than(self, line: LineFacts) -> bool:
+        """Whether this stored index is stricter than ``line``; a library only ever makes its indexes stricter."""
         forgotten = self.withdrawn - line.withdrawn.keys()
         return is_older(line.minimum_version, self.minimum) or any(not is_older(version, line.minimum_version) for version in forgotten)
 
@@ -42,8 +42,8 @@ class RollbackProtection:
     Attributes:
         database: of the box.
         anchor: SHA-256 of the provisioned root.
-        now: the latest time of the box's clock, limited to the validity of what was verified then: a clock that was a week ahead does
-            not make the good metadata of the next day look old, and no key of the library can move it.
+        now: the latest time of the box's clock, limited to the validity of what was verified then: a clock that was wrong
+            once does not block later metadata, and times that the library signs never change this value.
         lines: model line -> its strictest index.
     """
 
@@ -76,7 +76,7 @@ class RollbackProtection:
         """
         if not facts.ok:
             return facts
-        behind = {name for name, line in facts.lines.items() if name in self.lines and self.lines[name].is_ahead_of(line)}
+        behind = {name for name, line in facts.lines.items() if name in self.lines and self.lines[name].is_stricter_than(line)}
         current = {name: line for name, line in facts.lines.items() if name not in behind}
         # A line that expired long ago must not limit the time of the others.
         valid = max((line.valid_until for line in current.values() if line.valid_until), default=facts.valid_until or _EPOCH)
@@ -90,7 +90,7 @@ class RollbackProtection:
         return facts.model_copy(update={"lines": current, "troubles": facts.troubles | dict.fromkeys(behind, trouble), "now": later})
 
     def save(self) -> None:
-        """Store it."""
+        """Write this state to the database."""
         lines = {name: {"minimum": line.minimum, "withdrawn": sorted(line.withdrawn)} for name, line in self.lines.items()}
         value = json.dumps({"anchor": self.anchor, "now": self.now.isoformat(), "lines": lines}, sort_keys=True)
         with self.database.transaction() as tx:

@@ -37,7 +37,7 @@ _TIMINGS: Final = 5
 _REPORT_EVERY_S: Final = 0.2
 # The measurement gets this share of the deadline, so that its best result so far is used before the self-test exceeds the deadline.
 _MEASURING_SHARE: Final = 0.9
-# A limit that every candidate exceeds is a limit of the self-test; any other code means that the self-test was not passed.
+# The codes where every candidate exceeds the same limit; any other code means that the self-test was not passed.
 _CODES: Final = {"runtime.deadline": "activation.deadline", "runtime.memory": "activation.memory"}
 
 Send = Callable[[dict[str, Any]], None]

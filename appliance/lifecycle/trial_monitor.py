@@ -20,7 +20,7 @@ from appliance.core.states import ActivationState
 from appliance.store.database import Database
 from model_sync.bundle import Manifest, ScoreHistogram, Watch
 
-if TYPE_CHECKING:  # the pages import this module, but none that loads models
+if TYPE_CHECKING:
     import logging
     import sqlite3
 

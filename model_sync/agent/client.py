@@ -93,7 +93,7 @@ class Client:
         return self._attempt(_LibraryAccess("library", self._fetcher), on_progress)
 
     def import_usb(self, directory: Path, on_progress: Callable[[Progress], None] | None = None) -> PullResult:
-        """Do the same from a USB stick, without any network.
+        """Import from a USB stick what ``pull`` would download, without any network.
 
         A box with a stick takes part in the rollout: its percentage, start and window are not checked. Its version, its pause, the
         minimum version and withdrawals apply as over the link.
@@ -203,7 +203,7 @@ class Client:
 
     @contextlib.contextmanager
     def _locked(self, status: StatusFile, wait_s: float) -> Iterator[None]:
-        """Hold the state directory; record in the status when it cannot be written."""
+        """Lock the state directory; an error of the disk is written to the status."""
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(process_lock.hold(self._settings.state_dir, wait_s))

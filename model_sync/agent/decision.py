@@ -80,7 +80,7 @@ class PullResult:
     """The result of a pull that reached the library.
 
     Attributes:
-        lines: the outcome of each model line; a problem of one stopped no other.
+        lines: the outcome of each model line; a problem of one does not affect the others.
         changed: whether the directives for the box changed.
         received_bytes: bytes received over the link.
         code: the code of the status.

@@ -38,7 +38,7 @@ class DownloadRules:
             self._is_in_bundle = False
 
     def check(self) -> None:
-        """Return when the download may continue.
+        """Return normally if the download may continue.
 
         Raises:
             LibraryUnreachable: ``sync.stopped`` or ``sync.window``; the received part is kept.

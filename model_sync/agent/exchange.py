@@ -58,7 +58,7 @@ class Exchange:
     def publish_metadata(self, metadata: Path, documents_dir: Path, trusted: TrustedMetadata, rollback_state: RollbackState) -> bool:
         """Give the box one complete, verified set of metadata and documents; return whether it is a new one.
 
-        The rollback state is written after the set, never before it: a box must not know of versions that it does not have.
+        The rollback state is written after the set, never before it: after a crash in between, the box would refuse the older metadata.
 
         Raises:
             OSError: a file cannot be written; the box keeps the set that it has.
@@ -81,7 +81,7 @@ class Exchange:
     def _write_set(self, name: str, files: Mapping[str, bytes]) -> str:
         """Write a set and return its name.
 
-        A set that exists is read again; when it is damaged, a new one is written beside it, so that a reader always finds one.
+        A set that exists is read again; when it is damaged, a new one is written beside it for the next readers.
         """
         final = next(path for path in self._names(name) if not os.path.lexists(path) or _has_files(path, files))
         if final.is_dir():

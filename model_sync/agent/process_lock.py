@@ -18,7 +18,7 @@ from model_sync.errors import Action, LibraryUnreachable
 
 LOCK_FILE = "lock"
 REQUEST_FILE = "wanted"
-_TRIES, _PAUSE_S = 3, 0.05  # another process may be testing at this moment who holds the lock
+_TRIES, _PAUSE_S = 3, 0.05  # `holder_pid` of another process takes the lock for a moment
 
 
 @contextlib.contextmanager

@@ -224,7 +224,7 @@ def verify(body: bytes, key: SSlibKey) -> StatusReport:
 def canonical(value: Any) -> bytes:
     """Return the bytes to sign, as canonical JSON; raise FormatError when there are none."""
     encoded = encode_canonical(value)
-    if encoded is None:  # only when a writer is given
+    if encoded is None:  # only with a writer, which is not given
         raise FormatError("no canonical form")
     return encoded.encode()
 

@@ -76,7 +76,7 @@ def renew_if_due(settings: SyncSettings, *, now: datetime | None = None) -> bool
 def send_report(settings: SyncSettings) -> Sent:
     """Send the status report to the centre.
 
-    The number of a report is on the disk before the report is sent: no number is ever used for two reports. While it is not known
+    The number of a report is stored before the report is sent, so that no number is used for two reports. While it is not known
     whether a report arrived, and nothing has changed, the same bytes are sent again.
 
     Raises:
@@ -240,7 +240,7 @@ class _ReportOutbox:
 
 
 def _deliver(settings: SyncSettings, body: bytes, identity: Identity) -> int | None:
-    """Send one report; return the number that the centre expects when it expects another one."""
+    """Send one report; return None if it was accepted, else the number that the centre expects."""
     for last in (False, True):
         try:
             post(settings, "reports", body, identity)

@@ -103,7 +103,7 @@ def _current(exchange_dir: Path) -> Path:
         OSError: a link points out of the exchange directory, or replaces a directory.
     """
     link = exchange_dir / CURRENT
-    name = os.readlink(link) if link.is_symlink() else CURRENT  # without a link no pull has ended yet
+    name = os.readlink(link) if link.is_symlink() else CURRENT  # no link yet: no pull has ended
     if "/" in name or name in ("", ".", ".."):
         raise OSError(errno.ELOOP, "its link points out of the exchange directory", str(link))
     base = exchange_dir / name
@@ -114,7 +114,7 @@ def _current(exchange_dir: Path) -> Path:
 
 
 def collect_facts(trusted: TrustedMetadata, directory: Path, now: datetime) -> TrustFacts:
-    """Read the index of every model line whose role is here; the reason is stored for a line without one."""
+    """Read the index of every model line whose role is here; where it cannot be verified, the reason is stored."""
     lines: dict[str, ModelLineFacts] = {}
     problems: dict[str, TrustError] = {}
     for name in trusted.line_names():

@@ -96,8 +96,8 @@ class RoleVersion:
 class RollbackState:
     """The content of ``floor.json``; of several copies the one with the highest ``serial`` counts.
 
-    ``anchor`` is the SHA-256 of the provisioned root under which the state was recorded; an older file without an anchor is bound
-    to the root of the next update.
+    ``anchor`` is the SHA-256 of the provisioned root under which the state was recorded; a file of an older version has none,
+    and the next update adds it.
     """
 
     serial: int = 0
@@ -131,7 +131,7 @@ class RollbackState:
         atomic_files.write_json(path, value)
 
     def valid_under(self, root: Root) -> RollbackState:
-        """Return the part that is valid under ``root``: nothing, when it was recorded under another provisioned root."""
+        """Return the part that is valid under ``root``: this state, or an empty one if it was recorded under another provisioned root."""
         anchor = _anchor(root)
         return RollbackState(self.serial) if self.anchor and anchor and self.anchor != anchor else self
 

@@ -150,7 +150,7 @@ def read_index(trusted: TrustedMetadata, directory: Path, line: str) -> document
 
 
 def read_document(trusted: TrustedMetadata, directory: Path, path: str, role: str) -> bytes:
-    """Return the bytes of a small target from its copy in ``directory``, verified against the chain."""
+    """Return the bytes of a small target from its copy in ``directory``, verified against the signed hash of ``role``."""
     target = trusted.target(path, role)
     if target is None:
         raise missing(f"{role} signs no {path}")

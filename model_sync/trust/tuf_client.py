@@ -112,8 +112,8 @@ class TufClient:
     def refresh(self) -> trusted_metadata.TrustedMetadata:
         """Bring root, timestamp, snapshot and targets up to date.
 
-        A mirror with old or damaged files is skipped for the next one; it is an alarm only when no mirror has better ones. A mirror
-        whose files are only old, while the others do not answer, is no alarm.
+        After a mirror with old or damaged files the next one is asked. It is an alarm only if no mirror has better files; it is none
+        if the files are only old and the other mirrors do not answer.
 
         Raises:
             LibraryUnreachable: the link, the disk or the state directory failed.
