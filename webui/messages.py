@@ -43,6 +43,20 @@ STATES: Final[dict[ScanState, StateWords]] = {
     ScanState.FAILED: StateWords(lazy_gettext("Analysis failed"), "failed", "bad"),
 }
 
+# Views of a radiograph, see appliance.core.clinical_terms.view_of.
+VIEWS: Final[dict[str, Any]] = {
+    "PA": lazy_gettext("Frontal (PA)"),
+    "AP": lazy_gettext("Frontal (AP)"),
+    "FRONTAL": lazy_gettext("Frontal"),
+    "LL": lazy_gettext("Lateral (left)"),
+    "RL": lazy_gettext("Lateral (right)"),
+    "LATERAL": lazy_gettext("Lateral"),
+    "OBLIQUE": lazy_gettext("Oblique"),
+    "LORDOTIC": lazy_gettext("Lordotic"),
+    "DECUBITUS": lazy_gettext("Decubitus"),
+    "": lazy_gettext("Image"),
+}
+
 ACTIVATIONS: Final[dict[str, StateWords]] = {
     ActivationState.STAGED: StateWords(lazy_gettext("Arrived"), "download", "calm"),
     ActivationState.BUILDING: StateWords(lazy_gettext("Being built"), "build", "calm"),

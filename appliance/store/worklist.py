@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sqlite3
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
+from appliance.core.clinical_terms import view_of
 from appliance.core.domain import PENDING_STATES, STATE_URGENCY, Finding, JobKind, Note, ScanState, Status, parse_notes
 from appliance.core.run_summary import RunSummary
 from appliance.store.priority import Urgency
@@ -17,6 +19,21 @@ from appliance.store.store import Store
 from appliance.store.study_summary import RECALLED, StudySummary, study_summaries
 
 PAGE_SIZE: Final = 50
+
+
+@dataclass(frozen=True)
+class ImageGroup:
+    """Images of one study with the same view and state.
+
+    Attributes:
+        view: as :func:`appliance.core.clinical_terms.view_of` names it; empty where it is unknown.
+        state: of each of these images.
+        images: how many there are.
+    """
+
+    view: str
+    state: ScanState
+    images: int
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,7 @@ class StudyRow:
         ran: what ran its models.
         pending: whether any of its images waits.
         urgent: who made it urgent.
+        groups: its images by view and state, in the order of arrival; a study is never described by its worst image alone.
     """
 
     id: int
@@ -60,6 +78,7 @@ class StudyRow:
     ran: tuple[RunSummary, ...] = ()
     pending: bool = False
     urgent: Urgency | None = None
+    groups: tuple[ImageGroup, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -222,7 +241,8 @@ class Worklist:
     def _rows(self, studies: list[sqlite3.Row]) -> list[StudyRow]:
         ids = json.dumps([row["id"] for row in studies])
         instances = self._db.query(
-            "SELECT s.study_id, i.id, i.state, i.reason, i.conflict, s.modality FROM instances i JOIN series s ON s.id = i.series_id"
+            "SELECT s.study_id, i.id, i.state, i.reason, i.conflict, i.view_position, s.modality"
+            " FROM instances i JOIN series s ON s.id = i.series_id"
             " WHERE s.study_id IN (SELECT value FROM json_each(?)) ORDER BY i.id",
             ids,
         )
@@ -290,6 +310,7 @@ def _study_row(
 ) -> StudyRow:
     worst = min(instances, key=lambda item: STATE_URGENCY.index(ScanState(item["state"])))
     places = [queue[item["id"]] for item in instances if item["id"] in queue]
+    groups = Counter((view_of(item["view_position"]), ScanState(item["state"])) for item in instances)
     same = (
         "id", "revision", "patient_id", "patient_name", "patient_birth_date", "patient_sex", "patient_age_years", "study_date",
         "study_time", "accession_number", "study_description", "received_at",
@@ -307,6 +328,7 @@ def _study_row(
         **vars(summary),
         pending=any(ScanState(item["state"]) in PENDING_STATES for item in instances),
         urgent=Urgency.of(row["urgent"]),
+        groups=tuple(ImageGroup(view, state, count) for (view, state), count in groups.items()),
     )
 
 

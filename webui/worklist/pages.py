@@ -8,11 +8,11 @@ from flask import Blueprint, jsonify, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 from flask_babel import gettext
 
-from appliance.core.domain import ANALYSED_STATES, PENDING_STATES
+from appliance.core.domain import ANALYSED_STATES, PENDING_STATES, ScanState
 from appliance.store.worklist import PAGE_SIZE, StudyRow
 from webui.context import current_box
 from webui.formatting import format_count, format_person_name, format_score, format_study_date, format_time, format_volume, localize
-from webui.messages import STATES
+from webui.messages import STATES, VIEWS
 from webui.server.security import parse_id
 from webui.view_models import DASH, View, run_view, sex_and_age, state_chip
 
@@ -48,11 +48,13 @@ def _row_view(row: StudyRow) -> View:
     """One study, ready to print.
 
     ``word`` is the state, and that it is urgent, as a screen reader announces a change; ``own_name`` is empty without a name; ``findings``
-    are labels above their threshold with their scores; ``volumes``: what was measured in a series; ``button``: which of the buttons for
-    the order of analysis the row has.
+    are labels above their threshold with their scores; ``parts``: the images by view, where their states differ; ``volumes``: what was
+    measured in a series; ``button``: which of the buttons for the order of analysis the row has.
     """
     own_name = format_person_name(row.patient_name)
-    words = [str(STATES[row.state].word), *([gettext("Urgent")] if row.urgent else [])]
+    parts = _parts(row)
+    states = [f"{part['view']}: {part['state']['word']}" for part in parts] or [str(STATES[row.state].word)]
+    words = [*states, *([gettext("Urgent")] if row.urgent else [])]
     return {
         "id": row.id,
         "url": url_for("study.show", study_id=row.id),
@@ -69,6 +71,7 @@ def _row_view(row: StudyRow) -> View:
         "modalities": row.modalities,
         "images": f" × {format_count(row.images)}" if row.images > 1 else "",
         "state": state_chip(row.state, row.position),
+        "parts": parts,
         "findings": [f"{localize(zh, en)} {format_score(value)}" for zh, en, value in row.positive],
         "without_findings": "" if row.positive else _without_findings(row),
         "volumes": [f"{localize(zh, en)} {format_volume(value)}" for zh, en, value in row.measured],
@@ -78,10 +81,24 @@ def _row_view(row: StudyRow) -> View:
     }
 
 
+def _parts(row: StudyRow) -> list[View]:
+    """The images by view with the state of each group, where they differ: an unanalysed lateral image hides no result of the frontal."""
+    if len({group.state for group in row.groups}) < 2:
+        return []
+    return [
+        {
+            "view": str(VIEWS.get(group.view, VIEWS[""])),
+            "images": f" × {format_count(group.images)}" if group.images > 1 else "",
+            "state": state_chip(group.state, row.position if group.state is ScanState.QUEUED else None),
+        }
+        for group in row.groups
+    ]
+
+
 def _without_findings(row: StudyRow) -> str:
     """What is shown in place of findings: nothing is above a threshold, there is no result yet, or there is none."""
-    if row.state in ANALYSED_STATES and row.scored:
-        return "below"
+    if row.scored and any(group.state in ANALYSED_STATES for group in row.groups):
+        return "below" if all(group.state in ANALYSED_STATES for group in row.groups) else "below_where_analysed"
     if row.state in PENDING_STATES:
         return "pending"
     return "" if row.measured else "none"

@@ -116,6 +116,33 @@ def test_below_the_threshold_is_no_clean_bill_of_health(box: Box) -> None:
         assert ("does not mean that the image is normal" if language == "en" else "不代表影像正常") in words(person.get("/").text)
 
 
+@pytest.mark.parametrize("score", [0.1, 0.9])
+def test_a_study_is_not_described_by_its_worst_image(box: Box, score: float) -> None:
+    """Frontal analysed and lateral out of scope, the commonest chest examination: both are shown."""
+    box.activate()
+    frontal = box.take(scan_bytes(ViewPosition="PA", StudyInstanceUID="1.2.3"))
+    box.work(result(score))
+    lateral = box.take(scan_bytes(ViewPosition="LL", StudyInstanceUID="1.2.3"))
+    assert frontal.study_id == lateral.study_id
+    with box.store.database.transaction() as tx:
+        tx.execute("UPDATE jobs SET state = 'done' WHERE state = 'queued'")
+        tx.execute("UPDATE instances SET state = 'out_of_scope' WHERE id = ?", (lateral.instance_id,))
+    shown = {
+        "en": (
+            "Frontal (PA) AI result ready",
+            "Lateral (left) Out of AI scope – not analysed",
+            "Nothing above threshold in the analysed images",
+        ),
+        "zh": ("正位（后前位） AI 结果已出", "侧位（左） 超出适用范围（未分析）", "已分析的影像中无高于阈值的发现"),
+    }
+    for language, (first, second, below) in shown.items():
+        line = row(box.person(language=language), frontal.study_id)
+        assert first in line
+        assert second in line
+        assert (below in line) == (score < 0.5)
+        assert ("0.900" in line) == (score > 0.5)
+
+
 def test_the_place_in_the_queue_is_told(box: Box) -> None:
     box.activate()
     studies = [box.take(scan_bytes()).study_id for _ in range(3)]
