@@ -15,6 +15,7 @@ from model_sync.settings import SyncSettings
 from model_sync.transport.connection import host_of
 
 _MIB = 2**20
+_NOTHING_TAKEN = 5  # as for a report that was not sent
 
 
 def pull(settings: SyncSettings) -> int:
@@ -34,14 +35,14 @@ def pull(settings: SyncSettings) -> int:
 
 
 def import_usb(settings: SyncSettings, directory: Path) -> int:
-    """Import what this box should have from a USB stick; return the exit code."""
+    """Import what this box should have from a USB stick; return the exit code: 5 when nothing was taken and nothing is here."""
     with ProgressLine() as progress_line:
         result = Client(settings).import_usb(directory, progress_line.show)
     _print_lines(result)
     code = _print_problems(result)
     what, names = _import_result(result, settings.ring)
     print(text(f"stick.{what}", choose_language(), what=names))
-    return code
+    return code or (_NOTHING_TAKEN if what in ("nothing", "no_rollout") else 0)
 
 
 def _import_result(result: PullResult, ring: str) -> tuple[str, str]:

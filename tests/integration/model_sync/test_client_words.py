@@ -144,14 +144,14 @@ def test_an_import_says_what_was_taken(box: Box, site: Site, capsys: pytest.Capt
 
 def test_an_import_without_a_rollout_for_this_ring_says_so(box: Box, site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     write_config(Box(box.settings.model_copy(update={"ring": "canary"})))
-    assert run(box, "import-usb", str(site.public)) == 0
+    assert run(box, "import-usb", str(site.public)) == 5
     said = capsys.readouterr().out
     assert "nothing was taken: no rollout on the USB stick names a model for the ring canary" in said
 
 
 def test_an_import_of_what_is_paused_says_that_nothing_was_taken(box: Box, site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     site.rollout("stable", LINE, "0.1.0", paused=True)
-    assert run(box, "import-usb", str(site.public)) == 0
+    assert run(box, "import-usb", str(site.public)) == 5
     said = capsys.readouterr().out
     assert f"{LINE} 0.1.0: the rollout is paused" in said
     assert said.endswith("nothing was taken from the USB stick; the reason is above\n")
