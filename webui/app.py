@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 
-from flask import Flask, url_for
+from flask import Flask
 from werkzeug.routing import IntegerConverter, Map
 
 from appliance.core.settings import Settings
@@ -14,7 +12,7 @@ from webui import formatting
 from webui.admin import pages as admin_pages
 from webui.auth import pages as auth_pages
 from webui.context import BoxContext
-from webui.server import page_frame, problems, security
+from webui.server import page_frame, problems, security, static_files
 from webui.study import access_log, frame_cache, image_api
 from webui.study import pages as study_pages
 from webui.upload import pages as upload_pages
@@ -50,7 +48,7 @@ def create_app(settings: Settings) -> Flask:
     service.init_app(app, box)
     for group in _PAGE_GROUPS:
         app.register_blueprint(group.blueprint)
-    app.jinja_env.globals.update(asset=_asset_of(app))
+    static_files.init_app(app)
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
     return app
 
@@ -60,20 +58,6 @@ class IdConverter(IntegerConverter):
 
     def __init__(self, url_map: Map) -> None:
         super().__init__(url_map, max=security.MAX_ID)
-
-
-def _asset_of(app: Flask) -> Callable[[str], str]:
-    """A function that returns the address of a static file; it changes with the file, so that no browser uses an old copy."""
-    static = Path(app.static_folder or "")
-
-    def asset(name: str) -> str:
-        try:
-            version = int(os.stat(static / name).st_mtime)
-        except FileNotFoundError:
-            version = 0
-        return url_for("static", filename=name, v=version)
-
-    return asset
 
 
 def _check_translations(root: Path) -> None:

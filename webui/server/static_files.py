@@ -1,0 +1,56 @@
+"""Scripts, style sheets and icons: compressed when they are built, and kept by the browser while their address stays the same."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import mimetypes
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from flask import request, send_from_directory, url_for
+
+if TYPE_CHECKING:
+    from flask import Flask, Response
+
+_VERSION_CHARS: Final = 12
+# What the build names by its content.
+_HASHED: Final = re.compile(r"-[\w-]{8}\.js$")
+
+
+def init_app(app: Flask) -> None:
+    """Serve the files below ``static``, and give templates ``asset(name)``: the address of a file, which changes with its content."""
+    static = Path(app.static_folder or "")
+
+    def asset(name: str) -> str:
+        return url_for("static", filename=name, v=_version(static / name))
+
+    def serve(filename: str) -> Response:
+        """A file; its compressed form where the browser accepts it and the build has made one."""
+        is_compressed = request.accept_encodings.quality("gzip") > 0 and (static / f"{filename}.gz").is_file()
+        kind = mimetypes.guess_type(filename)[0] or "application/octet-stream"
+        response = send_from_directory(static, f"{filename}.gz" if is_compressed else filename, mimetype=kind)
+        if is_compressed:
+            response.headers["Content-Encoding"] = "gzip"
+        response.headers["Vary"] = "Accept-Encoding"
+        is_versioned = _HASHED.search(filename) or request.args.get("v") == _version(static / filename)
+        response.headers["Cache-Control"] = "public, max-age=31536000, immutable" if is_versioned else "no-cache"
+        return response
+
+    app.view_functions["static"] = serve
+    app.jinja_env.globals.update(asset=asset)
+
+
+def _version(path: Path) -> str:
+    """A part of the file's digest; empty where there is no such file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ""
+    return _digest(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=256)
+def _digest(path: Path, _modified_ns: int, _size: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:_VERSION_CHARS]
