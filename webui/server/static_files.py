@@ -10,13 +10,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from flask import request, send_from_directory, url_for
+from flask.sessions import SecureCookieSessionInterface
 
 if TYPE_CHECKING:
     from flask import Flask, Response
+    from flask.sessions import SessionMixin
 
 _VERSION_CHARS: Final = 12
 # What the build names by its content.
 _HASHED: Final = re.compile(r"-[\w-]{8}\.js$")
+
+
+class _Sessions(SecureCookieSessionInterface):
+    """Flask's sessions without ``Vary: Cookie`` on static files: no cached copy would outlive a new cookie."""
+
+    def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
+        """Write the cookie as usual."""
+        super().save_session(app, session, response)
+        if request.endpoint == "static":
+            response.headers["Vary"] = "Accept-Encoding"
 
 
 def init_app(app: Flask) -> None:
@@ -33,12 +45,12 @@ def init_app(app: Flask) -> None:
         response = send_from_directory(static, f"{filename}.gz" if is_compressed else filename, mimetype=kind)
         if is_compressed:
             response.headers["Content-Encoding"] = "gzip"
-        response.headers["Vary"] = "Accept-Encoding"
         is_versioned = _HASHED.search(filename) or request.args.get("v") == _version(static / filename)
         response.headers["Cache-Control"] = "public, max-age=31536000, immutable" if is_versioned else "no-cache"
         return response
 
     app.view_functions["static"] = serve
+    app.session_interface = _Sessions()
     app.jinja_env.globals.update(asset=asset)
 
 
