@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
@@ -25,28 +21,8 @@ from appliance.store.store import Store
 from appliance.store.worklist import Worklist
 from tests.support.dicom_sender import send
 from tests.support.processes import wait_for
+from tests.support.receiver_process import receiver
 from tests.support.scans import dataset, encode, scan_bytes
-
-
-@contextmanager
-def receiver(settings: Settings) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
-    """A receiver process; its port and the process."""
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
-    lines = f"dicom_port = 0\ndisk_reserve_bytes = {settings.disk_reserve_bytes}\nmax_upload_bytes = {settings.max_upload_bytes}\n"
-    (settings.data_dir / "box.toml").write_text(lines)
-    marker = settings.data_dir / "run" / "dicom.port"
-    marker.unlink(missing_ok=True)
-    process = subprocess.Popen([sys.executable, "-m", "appliance", "receive", "--data-dir", str(settings.data_dir)])
-    try:
-        for _ in range(300):
-            if marker.exists() and marker.read_text():
-                break
-            assert process.poll() is None
-            time.sleep(0.1)
-        yield int(marker.read_text()), process
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(20)
 
 
 def test_echo_store_and_again(settings: Settings) -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from appliance.cli.main import main
+from appliance.core.settings import Settings
 from tests.conftest import SHARED
 from tests.support.activated import reference_box
+from tests.support.receiver_process import receiver
 
 FIELD = SHARED / "data" / "field"
 POSITIVE, NEGATIVE = 0.980, 0.014
@@ -159,3 +163,30 @@ def test_studies_lists_what_the_box_has(box: Path, studies: list[dict[str, Any]]
     table = command_output(tmp_path, "studies", "--search", "XiaoDong", "--data-dir", str(box)).splitlines()
     assert len(table) == 2
     assert found["patient_id"] in table[1]
+
+
+# What a C-STORE sender cannot read itself, or does not send with the transfer syntaxes that it proposes.
+NOT_SENT = {"j2k_not_closed.dcm", "j2k_closed_by_zeros.dcm", "says_j2k_is_native.dcm", "uid_65_characters.dcm"}
+
+
+def test_the_same_verdict_by_c_store(results: dict[str, list[Result]], tmp_path: Path) -> None:
+    """What ``appliance analyze`` says of a file is what the box says that receives it from storescu (DCMTK)."""
+    box = reference_box(tmp_path / "box")
+    names = [name for name in results if name.endswith(".dcm") and name not in NOT_SENT]
+    with receiver(Settings.load(box)) as (port, _):
+        files = [str(FIELD / name) for name in names]
+        subprocess.run(["storescu", "-aec", "CLINICBOX", "127.0.0.1", str(port), *files], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "appliance", "worker", "--until-idle", "--data-dir", str(box)], check=True, capture_output=True)
+    received = json.loads(command_output(tmp_path, "studies", "--json", "--data-dir", str(box)))
+    images = {image["sop_instance_uid"]: (study, image) for study in received for image in study["images"]}
+    states = {"analysed": "ai_ready"}
+    for name in names:
+        (item,) = results[name]
+        study, image = images[item["sop_instance_uid"]]
+        assert image["state"] == states.get(item["status"], item["status"]), name
+        reason = (item["reason"] or {}).get("code")
+        assert (image["reason"] or {}).get("code") == reason, name
+        assert {note["code"] for note in image["notes"]} - {reason} == codes(item) - {reason}, name
+        scores = [[round(finding["score"], 4) for finding in found["findings"]] for found in (image, item)]
+        assert scores[0] == scores[1], name
+        assert name not in CHINESE or study["patient_name"] == CHINESE[name][0]
