@@ -121,7 +121,8 @@ def test_blank_saturated_lateral_and_other_modalities_are_told_apart(settings: S
 def test_what_is_assumed_stands_in_the_result(settings: Settings) -> None:
     settings, store = box(settings)
     made = pydicom.dcmread(BytesIO(chest(seed=1)))
-    for name in ("BodyPartExamined", "ViewPosition", "PatientAge", "PatientBirthDate", "PatientOrientation"):
+    stated = ("BodyPartExamined", "ViewPosition", "PatientAge", "PatientBirthDate", "PatientOrientation")
+    for name in (*stated, "StudyDescription", "SeriesDescription", "ProtocolName"):
         if name in made:
             delattr(made, name)
     number = take(store, encode(made))
