@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Final
 
 # Defined term -> words of other senders, in capitals and without accents; Chinese words are found inside a text, Latin ones as words.
@@ -115,6 +116,7 @@ def first_body_parts(texts: Iterable[str]) -> frozenset[str]:
     return next(filter(None, map(body_parts_of, texts)), frozenset())
 
 
+@lru_cache(maxsize=1024)
 def view_of(text: str) -> str:
     """The view that a text names: PA, AP, LL, RL, FRONTAL, LATERAL, OBLIQUE, LORDOTIC or DECUBITUS; empty: none, or several.
 
