@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
 from functools import lru_cache
 from typing import Final
 
@@ -109,11 +108,6 @@ def body_parts_of(text: str) -> frozenset[str]:
             parts.add(part)
             rest = rest.replace(word, " ")
     return frozenset(parts)
-
-
-def first_body_parts(texts: Iterable[str]) -> frozenset[str]:
-    """The body parts of the first text that names any."""
-    return next(filter(None, map(body_parts_of, texts)), frozenset())
 
 
 @lru_cache(maxsize=1024)
