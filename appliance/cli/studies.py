@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from appliance.cli.terminal import print_columns, say
 from appliance.core.domain import Note
+from appliance.store.database import INSTANCES_ACCESSED
 from appliance.store.store import open_box
 from appliance.store.worklist import InstanceView, StudyView, Worklist
 
@@ -23,9 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the studies, newest first; returns the exit code."""
+    """Print the studies, newest first, and record the access in the audit; returns the exit code."""
     with closing(open_box(arguments.data_dir)) as store:
         studies = list(_studies(Worklist(store), arguments.search))
+        for study in studies:  # as on the page: whoever sees a patient is in the audit
+            store.record(INSTANCES_ACCESSED, "cli", "R", f"study:{study.row.id}")
     if arguments.json:
         print(json.dumps([_to_json(study) for study in studies], ensure_ascii=False, indent=1))
         return 0
