@@ -2,4 +2,4 @@
 
 import appliance.messages  # noqa: F401  (registers the codes of the box, so that every text can be found)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -173,6 +173,9 @@ REPORTED: Final[Mapping[str, Message]] = {
     "bundle.no_manifest": Message("The bundle has no manifest", "Give the directory of one model version: it contains manifest.json."),
     "bundle.no_variant": Message("The bundle has no variant of this precision", "Choose one of the precisions that the bundle has."),
     "bundle.too_large": Message("The bundle is too large", _FETCH),
+    "bundle.too_new": Message(
+        "The bundle needs a newer version of this software", "Update the software of the appliance and of the workbench first."
+    ),
     "bundle.unreadable": Message("The bundle cannot be read", "Check the path, the disk, and that this account may read the bundle."),
     "bundle.unsafe_path": Message("The bundle has an unsafe path", _FETCH),
     "model.absent": Message(

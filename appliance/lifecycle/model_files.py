@@ -29,12 +29,11 @@ _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def load(directory: Path) -> ModelBundle:
     """Read a bundle and verify the digest of every file; raises ActivationError ``model.invalid`` or ``model.too_new``."""
     try:
-        bundle = ModelBundle.load(directory)
+        return ModelBundle.load(directory, __version__)
     except BundleError as error:
+        if error.code == "bundle.too_new":
+            raise ActivationError("model.too_new", error.message) from error
         raise ActivationError("model.invalid", error.message, hint=error.hint) from error
-    if not bundle.manifest.runs_on(__version__):
-        raise ActivationError("model.too_new", f"needs {bundle.manifest.min_appliance_version}, this is {__version__}")
-    return bundle
 
 
 def model_dir(data_dir: Path, digest: str) -> Path:

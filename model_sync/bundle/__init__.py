@@ -5,6 +5,8 @@ Import these names from here; the modules below may change.
 
 # ruff: noqa: F401  (the names are re-exported)
 
+from model_sync.bundle.applies_to import AppliesTo, Synonyms, Text
+from model_sync.bundle.input_check_spec import MAX_INPUT_CHECK_BYTES, UPRIGHT, InputCheck, InputClass, MeasuredShare
 from model_sync.bundle.input_spec import (
     InputSpec,
     Letterbox,
@@ -21,13 +23,11 @@ from model_sync.bundle.input_spec import (
 )
 from model_sync.bundle.manifest import (
     MANIFEST_NAME,
-    AppliesTo,
     Document,
     Label,
     Manifest,
     Registration,
     SemVer,
-    Text,
     TrainingData,
     Variant,
     Watch,
@@ -37,6 +37,7 @@ from model_sync.bundle.output_spec import (
     BACKGROUND,
     Explain,
     Golden,
+    Group,
     Identifier,
     Interval,
     OperatingPoint,

@@ -7,13 +7,15 @@ intended use of a model (R28) or its threshold (R29).
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 from typing_extensions import Self
 
+from model_sync.bundle.applies_to import AppliesTo, Text
+from model_sync.bundle.envelope import FIRST_OF_SCHEMA_2, invalid_manifest, require_readable, version_core
+from model_sync.bundle.input_check_spec import InputCheck
 from model_sync.bundle.input_spec import InputSpec, NonEmpty, Strict
 from model_sync.bundle.output_spec import (
     BACKGROUND,
@@ -28,9 +30,7 @@ from model_sync.bundle.output_spec import (
     ScoreHistogram,
     Sha256,
 )
-from model_sync.bundle.sequence_spec import Missing, SequenceRule
 from model_sync.bundle.volume_spec import VolumeSpec
-from model_sync.errors import BundleError
 
 MANIFEST_NAME = "manifest.json"
 REQUIRED_DOCUMENTS = ("MODEL_CARD.md", "gate.json")
@@ -45,17 +45,7 @@ SemVer: TypeAlias = Annotated[
         max_length=64,
     ),
 ]
-Uid: TypeAlias = Annotated[str, StringConstraints(pattern=r"^(0|[1-9]\d*)(\.(0|[1-9]\d*))+$", max_length=64)]
-CodeString: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[A-Z0-9_ ]{1,16}$")]
 ModelInput: TypeAlias = Annotated[InputSpec | VolumeSpec, Field(discriminator="layout")]
-Outside: TypeAlias = Literal["caution", "out_of_scope"]
-
-
-class Text(Strict):
-    """A text for people, in both languages of the product."""
-
-    zh: NonEmpty
-    en: NonEmpty
 
 
 class Code(Strict):
@@ -72,49 +62,6 @@ class Label(Strict):
     name: Identifier
     title: Text
     code: Code
-
-
-class AgeRange(Strict):
-    """The ages in years that the training data supports, and what to do outside them."""
-
-    min_years: Annotated[float, Field(ge=0)]
-    max_years: Annotated[float, Field(gt=0, le=150)]
-    outside: Outside
-    absent: Outside
-    note: Text
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.min_years >= self.max_years:
-            raise ValueError("min_years must be below max_years")
-        return self
-
-
-class AppliesTo(Strict):
-    """The images that the model may analyse, by DICOM attributes, and the assumption when an attribute is absent.
-
-    ``sequence`` is for models of volumes only: how their series must have been acquired.
-    """
-
-    modality: Annotated[list[CodeString], Field(min_length=1)]
-    sop_class_uid: Annotated[list[Uid], Field(min_length=1)]
-    body_part: Annotated[list[CodeString], Field(min_length=1)]
-    view_position: list[CodeString]
-    when_body_part_absent: Missing
-    assumed_body_part: str
-    when_view_absent: Missing
-    assumed_view: str
-    age: AgeRange
-    sequence: SequenceRule | None = None
-
-    @model_validator(mode="after")
-    def _assumptions_are_in_scope(self) -> Self:
-        if self.when_body_part_absent == "assume" and self.assumed_body_part not in self.body_part:
-            raise ValueError("assumed_body_part must be one of body_part")
-        has_no_views = not self.view_position and not self.assumed_view  # slices have no view
-        if self.when_view_absent == "assume" and not has_no_views and self.assumed_view not in self.view_position:
-            raise ValueError("assumed_view must be one of view_position")
-        return self
 
 
 class Variant(Strict):
@@ -192,9 +139,13 @@ class Document(Strict):
 
 
 class Manifest(Strict):
-    """``manifest.json``, schema 1."""
+    """``manifest.json``, schema 1 or 2.
 
-    schema_: Literal[1] = Field(alias="schema")
+    Schema 2 adds optional fields: ``input_check``, ``operating_points[].groups`` and ``applies_to.synonyms``. A box that reads only schema
+    1 refuses it, and must: it would analyse images that the input check stops.
+    """
+
+    schema_: Literal[1, 2] = Field(alias="schema")
     name: Identifier
     version: SemVer
     task: Literal["classification", "detection", "segmentation", "measurement"]
@@ -216,14 +167,21 @@ class Manifest(Strict):
     min_appliance_version: SemVer
     documents: list[Document]
     watch: Watch = Watch()
+    input_check: InputCheck | None = None
 
     @classmethod
-    def parse(cls, raw: bytes) -> Manifest:
+    def parse(cls, raw: bytes, appliance_version: str = "") -> Manifest:
         """Read the bytes of a ``manifest.json``.
 
+        Args:
+            raw: the file.
+            appliance_version: of the box that reads it; empty where that does not matter, as at the central library.
+
         Raises:
-            BundleError: ``bundle.manifest_invalid``, naming each field that is wrong.
+            BundleError: ``bundle.too_new``: it needs a newer appliance, which is found out before any field is judged;
+                ``bundle.manifest_invalid``, naming each field that is wrong.
         """
+        require_readable(raw, appliance_version)
         try:
             manifest = cls.model_validate_json(raw, strict=True)
             json.loads(raw, object_pairs_hook=_refuse_duplicate_keys)
@@ -282,11 +240,22 @@ class Manifest(Strict):
             **{v.file: v.sha256 for v in self.variants},
             **{g.input: g.sha256 for g in self.golden},
             **{d.file: d.sha256 for d in self.documents},
+            **({self.input_check.file: self.input_check.sha256} if self.input_check else {}),
         }
 
-    def runs_on(self, appliance_version: str) -> bool:
-        """Return whether a box with ``appliance_version`` is new enough for this bundle."""
-        return _core(appliance_version) >= _core(self.min_appliance_version)
+    @model_validator(mode="after")
+    def _schema_has_its_fields(self) -> Self:
+        if self.schema_ == 1:
+            present = {
+                "input_check": self.input_check is not None,
+                "operating_points.groups": any(point.groups for point in self.operating_points),
+                "applies_to.synonyms": self.applies_to.synonyms is not None,
+            }
+            if newer := [name for name, is_present in present.items() if is_present]:
+                raise ValueError(f"schema 1 has no {', '.join(newer)}: write schema 2")
+        elif version_core(self.min_appliance_version) < version_core(FIRST_OF_SCHEMA_2):
+            raise ValueError(f"schema 2 needs a min_appliance_version of {FIRST_OF_SCHEMA_2} or newer")
+        return self
 
     @model_validator(mode="after")
     def _names_agree(self) -> Self:
@@ -309,7 +278,8 @@ class Manifest(Strict):
         precisions = [variant.precision for variant in self.variants]
         _unique("variants", [(variant.precision, variant.activations) for variant in self.variants])
         documents = [document.file for document in self.documents]
-        files = [v.file for v in self.variants] + [g.input for g in self.golden] + documents
+        checks = [self.input_check.file] if self.input_check else []
+        files = [v.file for v in self.variants] + [g.input for g in self.golden] + documents + checks
         _unique("files", [file.lower() for file in files])
         if MANIFEST_NAME in (file.lower() for file in files):
             raise ValueError("the manifest cannot list itself")
@@ -329,6 +299,8 @@ class Manifest(Strict):
     @model_validator(mode="after")
     def _volume_agrees(self) -> Self:
         segmented = [output for output in self.outputs if output.kind == "segmentation_logits"]
+        if isinstance(self.input, VolumeSpec) and self.input_check is not None:
+            raise ValueError("input_check is for models of images")
         if isinstance(self.input, VolumeSpec) and (self.task != "segmentation" or len(segmented) != 1 or self.explain is not None):
             raise ValueError("a model of volumes must be a segmentation with one output of kind segmentation_logits and no explain")
         if self.applies_to.sequence is not None and not isinstance(self.input, VolumeSpec):
@@ -339,11 +311,6 @@ class Manifest(Strict):
             if set(output.classes or ()) - {BACKGROUND} != {label.name for label in self.labels}:
                 raise ValueError(f"{output.name}: classes must be {BACKGROUND} and every label exactly once")
         return self
-
-
-def invalid_manifest(what: str) -> BundleError:
-    """Return the error for a manifest that is not valid."""
-    return BundleError("bundle.manifest_invalid", f"{MANIFEST_NAME} is not valid: {what}")
 
 
 def _where(location: tuple[int | str, ...]) -> str:
@@ -360,11 +327,3 @@ def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> None:
 def _unique(what: str, names: list[Any]) -> None:
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"{what} must not repeat: {', '.join(map(str, twice))}")
-
-
-def _core(version: str) -> tuple[int, ...]:
-    """Return major, minor and patch; a development or build suffix does not count."""
-    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
-    if match is None:
-        raise ValueError(f"not a version: {version!r}")
-    return tuple(int(part or 0) for part in match.groups())

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model_sync.bundle.manifest import MANIFEST_NAME, Manifest, Variant, invalid_manifest
+from model_sync.bundle.envelope import invalid_manifest
+from model_sync.bundle.manifest import MANIFEST_NAME, Manifest, Variant
 from model_sync.bundle.output_spec import Golden, Precision
 from model_sync.errors import BundleError
 
@@ -77,11 +78,13 @@ class ModelBundle:
     digest: str
 
     @classmethod
-    def load(cls, directory: Path | str) -> ModelBundle:
+    def load(cls, directory: Path | str, appliance_version: str = "") -> ModelBundle:
         """Read and check the bundle in ``directory``; files are hashed in chunks, not held in memory.
 
+        ``appliance_version`` as in :meth:`Manifest.parse`.
+
         Raises:
-            BundleError: ``bundle.no_manifest``, ``bundle.manifest_invalid``, ``bundle.unsafe_path`` (a link or a
+            BundleError: ``bundle.no_manifest``, ``bundle.too_new``, ``bundle.manifest_invalid``, ``bundle.unsafe_path`` (a link or a
                 device), ``bundle.file_missing``, ``bundle.file_unlisted``, ``bundle.digest_mismatch`` or
                 ``bundle.unreadable``.
         """
@@ -92,7 +95,7 @@ class ModelBundle:
         try:
             present = set(_walk(root))
             raw = _read_manifest(root, present)
-            manifest = Manifest.parse(raw)
+            manifest = Manifest.parse(raw, appliance_version)
             listed = manifest.digests()
             _compare_names(present - {MANIFEST_NAME}, set(listed))
             for relative, expected in sorted(listed.items()):

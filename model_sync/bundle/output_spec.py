@@ -92,8 +92,47 @@ class SourceMeasure(Strict):
     auc: Fraction | None
 
 
+class Group(Strict):
+    """The operating point as measured on one group of patients (schema 2); None where a class is missing.
+
+    Attributes:
+        population: the group as the sources state it.
+        min_years: youngest patients of the group, as the sources state it.
+        max_years: oldest patients of the group; a patient of this age in completed years belongs to it.
+        sources: where the images of the group come from.
+        n_positive: images with the finding.
+        n_negative: images without it.
+        sensitivity: at the threshold of the operating point.
+        specificity: at the threshold of the operating point.
+    """
+
+    population: Literal["child", "adult"]
+    min_years: Annotated[float, Field(ge=0)]
+    max_years: Annotated[float, Field(gt=0, le=150)]
+    sources: Annotated[list[NonEmpty], Field(min_length=1)]
+    n_positive: Count
+    n_negative: Count
+    sensitivity: Interval | None
+    specificity: Interval | None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.min_years >= self.max_years:
+            raise ValueError("min_years must be below max_years")
+        if (self.sensitivity is None) != (self.n_positive == 0) or (self.specificity is None) != (self.n_negative == 0):
+            raise ValueError("sensitivity needs images with the finding, and specificity images without it")
+        return self
+
+    def includes(self, age_years: float) -> bool:
+        """Whether a patient of this age belongs to the group."""
+        return self.min_years <= age_years < self.max_years + 1
+
+
 class OperatingPoint(Strict):
-    """The threshold from which a label is positive. It is valid for this version only (R29)."""
+    """The threshold from which a label is positive. It is valid for this version only (R29).
+
+    ``groups`` (schema 2) must not overlap in age, so that a patient belongs to one group at most.
+    """
 
     label: Identifier
     threshold: Annotated[float, Field(gt=0, lt=1)]
@@ -101,6 +140,18 @@ class OperatingPoint(Strict):
     specificity: Interval
     measured_on: NonEmpty
     per_source: list[SourceMeasure]
+    groups: list[Group] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _groups_are_apart(self) -> Self:
+        ordered = sorted(self.groups, key=lambda group: group.min_years)
+        if any(group.max_years + 1 > after.min_years for group, after in pairwise(ordered)):
+            raise ValueError(f"the groups of {self.label} must not overlap in age")
+        return self
+
+    def group_of(self, age_years: float | None) -> Group | None:
+        """The group that a patient belongs to; None where the age is not known, or nobody of this age was measured."""
+        return None if age_years is None else next((group for group in self.groups if group.includes(age_years)), None)
 
 
 class ScoreHistogram(Strict):

@@ -256,7 +256,7 @@ def test_a_number_that_is_none_is_an_error(number: str) -> None:
 
 
 INVALID = [
-    (("schema",), 2, "schema"),
+    (("schema",), 0, "schema"),
     (("name",), "Test Model", "name"),
     (("version",), "1.2", "version"),
     (("version",), "1.2.3\n", "version"),
@@ -330,12 +330,113 @@ def test_labels_and_operating_points_are_found_by_name() -> None:
     ("have", "enough"), [("0.1.0", True), ("0.1.0.dev3", True), ("0.2", True), ("0.0.9", False), ("1.0.0+local", True)]
 )
 def test_min_appliance_version(have: str, enough: bool) -> None:
-    assert parse(VALID).runs_on(have) is enough
+    raw = json.dumps(VALID).encode()
+    if enough:
+        assert Manifest.parse(raw, have).min_appliance_version == "0.1.0"
+    else:
+        with pytest.raises(BundleError) as caught:
+            Manifest.parse(raw, have)
+        assert caught.value.code == "bundle.too_new"
 
 
 def test_what_is_no_version_is_said_so() -> None:
     with pytest.raises(ValueError, match="not a version"):
-        parse(VALID).runs_on("latest")
+        Manifest.parse(json.dumps(VALID).encode(), "latest")
+
+
+def test_the_version_is_read_before_any_field_is_judged() -> None:
+    newer = VALID | {"schema": 3, "min_appliance_version": "9.4.0", "a_field_of_the_future": True}
+    for version in ("0.2.0", ""):
+        with pytest.raises(BundleError, match=r"needs appliance 9\.4\.0") as caught:
+            Manifest.parse(json.dumps(newer).encode(), version)
+        assert caught.value.code == "bundle.too_new"
+    with pytest.raises(BundleError, match="needs a newer appliance") as caught:
+        Manifest.parse(b'{"schema": 3}')
+    assert caught.value.code == "bundle.too_new"
+
+
+@given(st.recursive(st.none() | st.integers() | st.text(max_size=3), lambda c: st.lists(c) | st.dictionaries(
+    st.sampled_from(["schema", "min_appliance_version"]), c), max_leaves=6))  # fmt: skip
+def test_any_envelope_is_read_without_a_crash(value: Any) -> None:
+    with pytest.raises(BundleError) as caught:
+        Manifest.parse(json.dumps(value).encode(), "0.2.0")
+    assert caught.value.code in ("bundle.too_new", "bundle.manifest_invalid")
+
+
+# --- schema 2 -------------------------------------------------------------------------------------------------------
+
+CHECK = {
+    "file": "input_check.onnx",
+    "sha256": "1" * 64,
+    "input": {**VALID["input"], "height": 64, "width": 64,
+              "pipeline": [step | ({"height": 64, "width": 64} if step["step"] == "resize" else {}) for step in VALID["input"]["pipeline"]]},
+    "output": "probabilities",
+    "classes": ["upright", "turned_90", "negative", "other"],
+    "min_upright": 0.5,
+    "measured_on": "held-out patients",
+    "figures": [{"source": "a", "kind": "negative", "n": 20, "stopped": {"value": 0.95, "low": 0.76, "high": 0.99}}],
+}  # fmt: skip
+INTERVAL = {"value": 0.9, "low": 0.8, "high": 0.95}
+CHILDREN = {
+    "population": "child", "min_years": 1, "max_years": 5, "sources": ["a"], "n_positive": 10, "n_negative": 20,
+    "sensitivity": INTERVAL, "specificity": INTERVAL,
+}  # fmt: skip
+ADULTS = CHILDREN | {"population": "adult", "min_years": 18, "max_years": 120}
+
+
+def schema_2(**fields: Any) -> dict[str, Any]:
+    return copy.deepcopy(VALID) | {"schema": 2, "min_appliance_version": "0.2.0"} | fields
+
+
+def with_groups(*groups: dict[str, Any]) -> dict[str, Any]:
+    manifest = schema_2()
+    manifest["operating_points"][0]["groups"] = list(groups)
+    return manifest
+
+
+def with_synonyms(**synonyms: Any) -> dict[str, Any]:
+    manifest = schema_2()
+    manifest["applies_to"]["synonyms"] = synonyms
+    return manifest
+
+
+def test_a_complete_manifest_of_schema_2_is_read_and_written_without_loss() -> None:
+    complete = with_groups(CHILDREN, ADULTS) | {"input_check": CHECK}
+    complete["applies_to"]["synonyms"] = {"body_part": {"CHEST": ["RTG KLP"]}, "view": {"PA": ["站立位"]}}
+    manifest = parse(complete)
+    assert json.loads(manifest.to_json()) == complete
+    assert manifest.digests()["input_check.onnx"] == "1" * 64
+
+
+def test_a_patient_belongs_to_the_group_of_the_own_age() -> None:
+    point = parse(with_groups(CHILDREN, ADULTS)).operating_points[0]
+    for age, population in ((0.9, None), (1.0, "child"), (5.9, "child"), (6.0, None), (17.9, None), (18.0, "adult"), (72.0, "adult")):
+        group = point.group_of(age)
+        assert (group.population if group else None) == population, age
+    assert point.group_of(None) is None
+
+
+@pytest.mark.parametrize(
+    ("manifest", "what"),
+    [
+        (copy.deepcopy(VALID) | {"input_check": CHECK}, "schema 1 has no input_check"),
+        (with_groups(CHILDREN) | {"schema": 1}, "schema 1 has no operating_points.groups"),
+        (with_synonyms(view={"PA": ["x"]}) | {"schema": 1}, "schema 1 has no applies_to.synonyms"),
+        (schema_2(min_appliance_version="0.1.9"), "min_appliance_version of 0.2.0"),
+        (with_groups(CHILDREN, ADULTS | {"min_years": 5}), "must not overlap"),
+        (with_groups(CHILDREN | {"min_years": 5}), "min_years must be below"),
+        (with_groups(CHILDREN | {"n_positive": 0}), "sensitivity needs images with the finding"),
+        (with_synonyms(body_part={"CHEST": ["a"], "HAND": [" A "]}), "two meanings: A"),
+        (schema_2(input_check=CHECK | {"classes": ["negative", "other"]}), "must contain upright"),
+        (schema_2(input_check=CHECK | {"classes": ["upright", "other"]}), "figures of negative"),
+        (schema_2(input_check=CHECK | {"file": "MODEL_FP32.onnx"}), "files must not repeat"),
+    ],
+)  # fmt: skip
+def test_an_invalid_manifest_of_schema_2_is_refused_by_name(manifest: dict[str, Any], what: str) -> None:
+    with pytest.raises(BundleError) as caught:
+        parse(manifest)
+    assert caught.value.code == "bundle.manifest_invalid"
+    assert what in caught.value.message
 
 
 def test_a_manifest_cannot_be_changed() -> None:
