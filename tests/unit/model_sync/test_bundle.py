@@ -365,11 +365,11 @@ def test_any_envelope_is_read_without_a_crash(value: Any) -> None:
 
 # --- schema 2 -------------------------------------------------------------------------------------------------------
 
+SIDE = {"height": 64, "width": 64}
 CHECK = {
     "file": "input_check.onnx",
     "sha256": "1" * 64,
-    "input": {**VALID["input"], "height": 64, "width": 64,
-              "pipeline": [step | ({"height": 64, "width": 64} if step["step"] == "resize" else {}) for step in VALID["input"]["pipeline"]]},
+    "input": VALID["input"] | SIDE | {"pipeline": [step | (SIDE if step["step"] == "resize" else {}) for step in VALID["input"]["pipeline"]]},
     "output": "probabilities",
     "classes": ["upright", "turned_90", "negative", "other"],
     "min_upright": 0.5,
