@@ -366,10 +366,11 @@ def test_any_envelope_is_read_without_a_crash(value: Any) -> None:
 # --- schema 2 -------------------------------------------------------------------------------------------------------
 
 SIDE = {"height": 64, "width": 64}
+STEPS = [step | (SIDE if step["step"] == "resize" else {}) for step in VALID["input"]["pipeline"]]
 CHECK = {
     "file": "input_check.onnx",
     "sha256": "1" * 64,
-    "input": VALID["input"] | SIDE | {"pipeline": [step | (SIDE if step["step"] == "resize" else {}) for step in VALID["input"]["pipeline"]]},
+    "input": VALID["input"] | SIDE | {"pipeline": STEPS},
     "output": "probabilities",
     "classes": ["upright", "turned_90", "negative", "other"],
     "min_upright": 0.5,
