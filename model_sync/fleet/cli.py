@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from model_sync import messages
 from model_sync.errors import ModelSyncError, SettingsError
+from model_sync.fleet.field_results import read_field_results
 from model_sync.library import commands, console, signing
 
 _Add = Callable[..., argparse.ArgumentParser]
@@ -144,7 +145,7 @@ def _add_models(add: _Add) -> None:
     publish = add("publish", commands.publish, "Make a bundle the newest version of its model line.")
     publish.add_argument("bundle", type=Path, help="bundle directory")
     publish.add_argument("--no-deltas", action="store_true", help="make no deltas from earlier versions")
-    publish.add_argument("--minimum-version", metavar="VERSION", help="raise the oldest version that boxes may run")
+    publish.add_argument("--minimum-version", metavar="VERSION", help="raise the minimum: the oldest version that boxes may take")
     rollout = add("rollout", commands.rollout, "Roll a version out to the boxes of a ring.")
     for name in ("ring", "line", "version"):
         rollout.add_argument(f"--{name}", required=True)
@@ -158,9 +159,12 @@ def _add_models(add: _Add) -> None:
     withdraw.add_argument("line")
     withdraw.add_argument("version")
     withdraw.add_argument("--reason", required=True, help="one sentence; clinicians read it")
-    minimum = add("minimum", commands.minimum, "Raise the oldest version of a model line that boxes may run; it cannot be lowered.")
+    what = "Raise the oldest version of a model line that boxes may take; it cannot be lowered, and switches off nothing that runs."
+    minimum = add("minimum", commands.minimum, what)
     minimum.add_argument("line")
     minimum.add_argument("version")
+    for parser in (withdraw, minimum):
+        _fleet_database(parser)
 
 
 def _add_signing(add: _Add) -> None:
@@ -182,6 +186,7 @@ def _add_signing(add: _Add) -> None:
 def _add_checks(add: _Add) -> None:
     status = add("status", commands.status, "Show every role, its signatures and expiry, and what to do next.", online=False)
     status.add_argument("--json", action="store_true", help="for programs")
+    _fleet_database(status)
     verify = add("verify", commands.verify, "Check a library, its public folder, or a bundle.", library=False, online=False)
     verify.add_argument("directory", type=Path)
     usb = add("export-usb", commands.export_usb, "Write a USB stick for boxes without a link, or update one.", online=False)
@@ -193,6 +198,12 @@ def _add_checks(add: _Add) -> None:
 def _passphrase(parser: argparse.ArgumentParser) -> None:
     text = f"file with the key's passphrase or PIN; or ${console.PASSPHRASE_ENV}; else it is asked for"
     parser.add_argument("--passphrase-file", type=Path, metavar="FILE", help=text)
+
+
+def _fleet_database(parser: argparse.ArgumentParser) -> None:
+    """Let a command read what boxes have reported, so that it proposes no version that is known to be bad."""
+    parser.add_argument("--db", metavar="URL", help="fleet database, as for serve (default: the one in LIB, if there is one)")
+    parser.set_defaults(field_results=lambda arguments: read_field_results(arguments.library, arguments.db))
 
 
 def _when(text: str) -> datetime:

@@ -13,7 +13,7 @@ from model_sync.errors import SettingsError
 from model_sync.fleet.accounts import Accounts
 from model_sync.fleet.database import Fleet
 from model_sync.fleet.enrolment import DeviceAuthority, new_token
-from model_sync.fleet.tables import sqlite_url
+from model_sync.fleet.field_results import sqlite_url
 from model_sync.library import console
 
 _BOX: Final = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")

@@ -35,9 +35,9 @@ from model_sync.fleet.accounts import Accounts
 from model_sync.fleet.commands import passphrase
 from model_sync.fleet.database import Fleet
 from model_sync.fleet.enrolment import CERTIFICATE, DeviceAuthority, Enrolment
+from model_sync.fleet.field_results import mark_database, sqlite_url
 from model_sync.fleet.rollout_pause_policy import RolloutPausePolicy
 from model_sync.fleet.rollouts import Rollouts
-from model_sync.fleet.tables import sqlite_url
 from model_sync.json_logging import JsonFormatter
 from model_sync.library.console import ONLINE_ENV
 from model_sync.library.files import LibraryFiles
@@ -45,6 +45,7 @@ from model_sync.library.keys import load_signer
 from model_sync.web_server import ErrorOnlyLogger, is_loopback, tls_context_factory
 
 DEFAULT_PORT: Final = 8443
+logger = logging.getLogger(__name__)
 _REQUEST_START_S: Final = 10
 _SILENCE_S: Final = 60.0
 _KEEP_ALIVE_S: Final = 15
@@ -181,8 +182,17 @@ def run(arguments: argparse.Namespace) -> int:
     values = {name: getattr(arguments, name) for name in names}
     config = ServerConfig(db=arguments.db or sqlite_url(arguments.library), passphrases=secrets, **values)
     check(config)
+    _leave_note(config)
     Server(config).run()
     return 0
+
+
+def _leave_note(config: ServerConfig) -> None:
+    """Let the commands of the central team know where the fleet database is; a library that is only readable here is served too."""
+    try:
+        mark_database(config.library, config.db)
+    except OSError as error:
+        logger.warning("%s: the commands withdraw, minimum and status need --db: %s", config.library, error.strerror)
 
 
 def check(config: ServerConfig) -> None:

@@ -143,11 +143,6 @@ actions: Final = Table(  # actions of people and of the failure budget; never de
 )  # fmt: skip
 
 
-def sqlite_url(library: Path) -> str:
-    """Return the URL of the database in a library's directory."""
-    return f"sqlite:///{(library / 'fleet.db').resolve()}"
-
-
 def open_engine(url: str) -> Engine:
     """Return an engine; a transaction of one with the option ``fleet_writes`` takes SQLite's write lock when it begins.
 

@@ -17,6 +17,7 @@ from model_sync.library import check as library_check
 from model_sync.library import console, rollouts, usb_export
 from model_sync.library import publish as publishing
 from model_sync.library import text as library_text
+from model_sync.library.barred_rollouts import advise, find_barred, not_proposed
 from model_sync.library.files import CONFIG_NAME, Expiry, LibraryFiles
 from model_sync.library.keys import Holder, generate, load_holder, load_signer, public_path, write_public
 from model_sync.library.library import Library
@@ -178,19 +179,22 @@ def withdraw(arguments: Namespace) -> None:
     """Withdraw a version."""
     library = open_library(arguments)
     print_state(library, publishing.withdraw(library, arguments.line, arguments.version, arguments.reason))
-    _print_refused_rings(library, arguments.line)
+    _print_barred_rollouts(library, arguments)
 
 
 def minimum(arguments: Namespace) -> None:
-    """Raise the oldest allowed version."""
+    """Raise the minimum version."""
     library = open_library(arguments)
     print_state(library, publishing.set_minimum(library, arguments.line, arguments.version))
-    _print_refused_rings(library, arguments.line)
+    _print_barred_rollouts(library, arguments)
 
 
-def _print_refused_rings(library: Library, line: str) -> None:
-    """Print the rollouts that name a version which boxes may no longer run, and the command for another one."""
-    lines = library_text.rings_on_refused_versions(library.status()["rings"], library.index(line))
+def _print_barred_rollouts(library: Library, arguments: Namespace) -> None:
+    """Print the rollouts of a model line that name a barred version, what boxes do, and the command for another version."""
+    barred = [step for step in find_barred(library) if step.line == arguments.line]
+    results = arguments.field_results(arguments) if barred else None
+    advice = [advise(library, step, results) for step in barred if step.is_newest]
+    lines = [*dict.fromkeys(step.describe() for step in barred), *not_proposed(advice), *(f"next: {item.step}" for item in advice)]
     print("\n".join(lines).replace(" LIB", f" {library.files.directory}"), end="\n" if lines else "")
 
 
@@ -225,7 +229,7 @@ def refresh_timestamp(arguments: Namespace) -> None:
 
 def status(arguments: Namespace) -> int:
     """Print the state; return 1 when something has expired."""
-    state = Library.open_library(arguments.library).status()
+    state = Library.open_library(arguments.library).status(arguments.field_results(arguments))
     text = json.dumps(state, ensure_ascii=False, indent=2) if arguments.json else "\n".join(library_text.status_lines(state))
     print(text.replace(" LIB", f" {arguments.library}") if not arguments.json else text)
     return int(any(entry["days_left"] is not None and entry["days_left"] <= 0 for entry in state["roles"].values()))

@@ -31,6 +31,8 @@ from model_sync.bundle.input_spec import Strict
 from model_sync.errors import PublishError, SettingsError
 
 CONFIG_NAME = "library.json"
+DUE_DAYS = 10.0
+_DUE_SHARE = 0.1  # five weeks for a root of one year
 _CHUNK_BYTES = 1 << 20
 _LOCK_POLL_S = 0.05
 Days = Annotated[float, Field(gt=0, le=3650)]
@@ -49,6 +51,15 @@ class Expiry(Strict):
     def days(self, role: str) -> float:
         """Return the days of ``role``; ``lines`` for every model line."""
         return float(getattr(self, role)) if role in Expiry.model_fields else self.lines
+
+
+def due_days(validity_days: float) -> float:
+    """Return how many days before its expiry a role is due: a tenth of its validity, at least ten days, at most half of it.
+
+    The timestamp is valid for a week, so ten days before its expiry would be always.
+    """
+    longest = validity_days / 2 if validity_days <= DUE_DAYS else validity_days
+    return min(longest, max(DUE_DAYS, validity_days * _DUE_SHARE))
 
 
 class LibraryConfig(Strict):

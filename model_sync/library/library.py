@@ -19,6 +19,7 @@ from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, DelegatedRole, Delegations, R
 from model_sync.errors import PublishError
 from model_sync.library import check as library_check
 from model_sync.library import status as library_status
+from model_sync.library.barred_rollouts import FieldResults
 from model_sync.library.files import CONFIG_NAME, Expiry, LibraryConfig, read_metadata
 from model_sync.library.keys import Passphrase, token_error
 from model_sync.library.promotion import LibraryPromotion
@@ -293,9 +294,9 @@ class Library(LibraryPromotion):
             self.promote_complete()
             return self.state(role)
 
-    def status(self) -> dict[str, Any]:
+    def status(self, results: FieldResults | None = None) -> dict[str, Any]:
         """Return each role's version, expiry, signatures and keys, and what to do next; see ``status.status``."""
-        return library_status.status(self)
+        return library_status.status(self, results)
 
     def verify(self, on_progress: Callable[[int, int], None] | None = None) -> library_check.VerificationResult:
         """Verify the public tree; see ``check.verify``."""

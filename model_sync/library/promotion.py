@@ -12,6 +12,7 @@ from datetime import timedelta
 from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, Root, Snapshot, Targets, Timestamp
 
 from model_sync.errors import PublishError
+from model_sync.library.files import due_days
 from model_sync.library.roles import ONLINE, AnyMetadata, LibraryRoles, delegated, verifies
 
 
@@ -42,7 +43,7 @@ class LibraryPromotion(LibraryRoles):
             return fresh
 
     def refresh_timestamp(self) -> Timestamp:
-        """Sign a new timestamp, and a new snapshot after half of its validity; for cron.
+        """Sign a new timestamp, and a new snapshot a day before it is due; for cron, every day.
 
         Raises:
             PublishError: nothing is published yet, or the online keys are locked.
@@ -56,8 +57,8 @@ class LibraryPromotion(LibraryRoles):
                 )
             self._next = self._choose_versions()
             try:
-                half = timedelta(days=self.files.config().expiry_days.snapshot / 2)
-                self.do_snapshot(force=snapshot.signed.expires - self.now() < half)
+                due = timedelta(days=due_days(self.files.config().expiry_days.snapshot) + 1)
+                self.do_snapshot(force=snapshot.signed.expires - self.now() < due)
                 self.do_timestamp(force=True)
                 self._commit([])
             finally:

@@ -5,17 +5,21 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
+from model_sync.library.barred_rollouts import BarredStep, FieldResults, advise, find_barred, not_proposed
+from model_sync.library.files import due_days
 from model_sync.library.promotion import LibraryPromotion
 from model_sync.library.roles import ONLINE, delegated
 from model_sync.trust.documents import ROLLOUT_ROLE, Rollout
 
 _DAY = timedelta(days=1)
-# A role is due when less than this share of its validity is left: five weeks for a root of one year.
-_DUE_SHARE = 0.1
 
 
-def status(library: LibraryPromotion) -> dict[str, Any]:
+def status(library: LibraryPromotion, results: FieldResults | None = None) -> dict[str, Any]:
     """Return the library's state as plain values.
+
+    Args:
+        library: the library.
+        results: what boxes have reported about versions; None when there is no fleet database.
 
     Returns:
         ``roles`` by name, in the order of signing; ``lines`` and ``rings``: the signed documents; ``warnings``: present and coming
@@ -23,14 +27,15 @@ def status(library: LibraryPromotion) -> dict[str, Any]:
     """
     roles = {role: _role(library, role) for role in library.role_names() if library.staged(role) or library.published(role)}
     lines = {line: _line(library, line) for line in library.lines() if library.staged(line) or library.published(line)}
-    rings = _rings(library)
+    barred = find_barred(library)
+    advice = [advise(library, step, results) for step in barred if step.is_newest]
     return {
         "at": library.now().isoformat(),
         "roles": roles,
         "lines": lines,
-        "rings": rings,
-        "warnings": [*_expiries(roles), *_withdrawn_rollouts(lines, rings), *_unused_keys(library)],
-        "next": _next(roles),
+        "rings": _rings(library),
+        "warnings": [*_expiries(roles), *_barred_rollouts(barred), *not_proposed(advice), *_unused_keys(library)],
+        "next": [*_next(roles), *(item.step for item in advice)],
     }
 
 
@@ -46,7 +51,7 @@ def _role(library: LibraryPromotion, role: str) -> dict[str, Any]:
         "staged": staged.signed.version if staged is not None else None,
         "expires": expires.isoformat() if expires is not None else None,
         "days_left": round(left, 2) if left is not None else None,
-        "due": left is not None and left < days * (0.5 if role in ONLINE else _DUE_SHARE),
+        "due": left is not None and left < due_days(days),
         "have": state.have,
         "need": state.need,
         "signed": state.signed,
@@ -89,13 +94,8 @@ def _expiries(roles: dict[str, Any]) -> list[str]:
     return warnings
 
 
-def _withdrawn_rollouts(lines: dict[str, Any], rings: dict[str, Any]) -> list[str]:
-    warnings = []
-    for ring, steps in rings.items():
-        for line, step in steps.items():
-            if step["version"] in lines.get(line, {}).get("withdrawn", {}):
-                warnings.append(f"the rollout of ring {ring} names {line} {step['version']}, which is withdrawn: no box installs it")
-    return warnings
+def _barred_rollouts(barred: list[BarredStep]) -> list[str]:
+    return list(dict.fromkeys(step.describe() for step in barred))
 
 
 def _unused_keys(library: LibraryPromotion) -> list[str]:

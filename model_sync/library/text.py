@@ -6,7 +6,6 @@ import unicodedata
 from collections.abc import Callable
 from typing import Any
 
-import semver
 from tuf.api.metadata import Root, TargetFile, Targets
 
 from model_sync.library.roles import AnyMetadata, delegated
@@ -31,7 +30,7 @@ def status_lines(status: dict[str, Any]) -> list[str]:
         rows.append((role, public, waiting, f"{entry['have']} of {entry['need']}", _days(entry), keys))
     lines = _table(rows)
     if status["lines"]:
-        models = [("LINE", "VERSIONS", "OLDEST ALLOWED", "WITHDRAWN", "DELTAS")]
+        models = [("LINE", "VERSIONS", "MINIMUM", "WITHDRAWN", "DELTAS")]
         for line, entry in status["lines"].items():
             versions = ", ".join(f"{v} (waiting)" if v in entry["waiting"] else v for v in entry["versions"]) or "-"
             models.append((line, versions, entry["minimum_version"], ", ".join(entry["withdrawn"]) or "-", str(entry["deltas"])))
@@ -46,24 +45,6 @@ def status_lines(status: dict[str, Any]) -> list[str]:
         lines += ["", *_table(rings)]
     lines += ["", *(f"WARNING: {text}" for text in status["warnings"])] if status["warnings"] else []
     return [*lines, "", *(f"next: {text}" for text in status["next"] or ["nothing to do"])]
-
-
-def rings_on_refused_versions(rings: dict[str, Any], index: LineIndex) -> list[str]:
-    """Return the rings whose rollout names a version that boxes must not run, and the command for another version."""
-    usable = [release.version for release in index.versions if index.refusal(release.version) is None]
-    newest = max(usable, key=semver.Version.parse, default=None)
-    lines = []
-    for ring, steps in rings.items():
-        step = steps.get(index.line)
-        if step is None or index.refusal(step["version"]) is None:
-            continue
-        lines.append(f"ring {ring} still names {index.line} {step['version']}; its boxes roll back by themselves")
-        if newest is None:
-            lines.append(f"next: boxes may run no version of {index.line}: publish a new one, then sign a rollout to it")
-        else:
-            options = f"--ring {ring} --line {index.line} --version {newest} --percent {step['percent']:g}"
-            lines.append(f"next: `model-library rollout LIB {options}`, then have it signed")
-    return lines
 
 
 def _days(entry: dict[str, Any]) -> str:
@@ -142,7 +123,7 @@ def _index(new: LineIndex, old: LineIndex | None) -> list[str]:
     lines += [f"  ! WITHDRAWN {item.version}: {item.reason}" for item in new.withdrawn if item.version not in gone]
     lines += [f"  ! {version} is NO LONGER withdrawn" for version in sorted(gone - {item.version for item in new.withdrawn})]
     if old is None or old.minimum_version != new.minimum_version:
-        lines.append(f"  ! oldest version that boxes may run: {new.minimum_version}")
+        lines.append(f"  ! minimum: boxes take no version older than {new.minimum_version}; one that they run already goes on")
     return lines
 
 

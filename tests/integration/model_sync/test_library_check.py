@@ -229,7 +229,7 @@ def test_what_is_signed_is_said_in_plain_words(site: Site, tmp_path: Path) -> No
     publish.publish(library, tiny_bundle(tmp_path / "new", "0.3.0"), deltas=False, minimum_version="0.2.0")
     publish.withdraw(library, LINE, "0.1.0", "misses effusions")
     text = words(site, LINE, library)
-    for part in ("+ version 0.3.0: manifest", "! WITHDRAWN 0.1.0: misses effusions", "! oldest version that boxes may run: 0.2.0"):
+    for part in ("+ version 0.3.0: manifest", "! WITHDRAWN 0.1.0: misses effusions", "! minimum: boxes take no version older than 0.2.0"):
         assert part in text
     assert f"+ models/{LINE}/0.3.0/model_fp32.onnx" in text
     assert "0.2.0/model_fp32.onnx" not in text
