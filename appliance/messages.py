@@ -14,6 +14,7 @@ from model_sync.messages import Message, register
 # fmt: off  (a table reads best with one code in a line)
 _SENDER: Final = "Nothing was kept. Export the image again from its source and send it once more."
 _NOTHING: Final = "Nothing to do."
+_TURN: Final = "If the check is right, open the study and press the button that corrects the image and analyses it; else the one that analyses it as it is."
 _RETAKE: Final = "The image is kept but was not analysed. Check the exposure and take or export it again."
 _NO_MODEL: Final = "The image is kept and can be viewed; no model on this box analyses it. A doctor must read it."
 _RETRY: Final = "The image is kept. Press “Retry”; if it fails again, read the image without AI and call the technician."
@@ -71,6 +72,12 @@ _CODES: Final[Mapping[str, Message]] = {
     "quality.blank": Message("The image is blank and was not analysed", _RETAKE),
     "quality.saturated": Message("The image is saturated and was not analysed", _RETAKE),
     "quality.shape": Message("The image is of an unusual shape and was not analysed", _RETAKE),
+    "quality.turned": Message("The image seems to be turned and was not analysed", _TURN),
+    "quality.negative": Message("The image seems to be a negative (dark and bright exchanged) and was not analysed", _TURN),
+    "quality.other_image": Message(
+        "The image does not look like what this model was made for, and was not analysed",
+        "Read the image yourself. If it is the right kind of image, press the button to analyse it as it is.",
+    ),
     "quality.too_small": Message("The image is too small and was not analysed", _RETAKE),
     "scope.modality": Message("This modality is outside the model's scope", _NO_MODEL),
     "scope.sop_class": Message("This kind of object is outside the model's scope", _NO_MODEL),
@@ -196,6 +203,13 @@ _CODES: Final[Mapping[str, Message]] = {
     "caution.turned": Message(
         "The image was turned or mirrored as its header says, for the analysis and on this page",
         "Check that it is upright and that left and right are correct.",
+    ),
+    "caution.turned_by_person": Message("A person had the image turned before the analysis", "Check that it is upright and not mirrored."),
+    "caution.inverted_by_person": Message(
+        "A person had dark and bright of the image exchanged before the analysis", "Check that the lungs are dark and the bones bright."
+    ),
+    "caution.input_doubted": Message(
+        "The input check doubted the image; a person had it analysed nevertheless", "Use the score with special care."
     ),
     "caution.decimal_comma": Message(
         "A number in the header has a decimal comma; it was read as a point",

@@ -159,6 +159,8 @@ def note_detail(note: Note) -> str:
     age = AgeOutside.from_note(note)
     if age is not None:
         return str(gettext("%(age)s years; the model is for %(low)s to %(high)s", age=age.years, low=age.min_years, high=age.max_years))
+    if note.code in ("quality.turned", "caution.turned_by_person") and note.detail.isdecimal():
+        return str(gettext("clockwise by %(degrees)s°", degrees=note.detail))
     return note.detail if note.detail != ABSENT and note.code.startswith(_CODES_WITH_DETAIL) else ""
 
 

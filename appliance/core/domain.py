@@ -10,6 +10,8 @@ from datetime import date, datetime, timezone
 from enum import Enum
 from typing import Any, Literal
 
+from appliance.core.correction import NOTHING_DECIDED, Correction
+
 Status = Literal["analysed", "out_of_scope", "quality_rejected", "rejected", "failed"]
 Point = tuple[float, float]
 
@@ -253,6 +255,7 @@ class Job:
     Attributes:
         priority: above 0 is urgent.
         tried: whether an earlier attempt failed or was abandoned.
+        correction: what a person decided to do with the image before the analysis.
     """
 
     id: int
@@ -265,6 +268,7 @@ class Job:
     scope_code: str = ""
     priority: int = 0
     tried: bool = False
+    correction: Correction = NOTHING_DECIDED
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from appliance.core.correction import NOTHING_DECIDED, Correction
 from appliance.core.errors import PixelError
 from appliance.imaging.greyscale import (
     LUT_TOP,
@@ -56,14 +57,16 @@ class DisplayFrame:
     orientation: Orientation = UPRIGHT
 
 
-def display_frame(ds: Dataset, index: int = 0) -> DisplayFrame:
+def display_frame(ds: Dataset, index: int = 0, correction: Correction = NOTHING_DECIDED) -> DisplayFrame:
     """Decode one frame for the viewer, upright; palette colour becomes RGB, more than 8 bits per colour become 8.
+
+    It is turned by its header, then corrected as a person decided: the page shows what the model analysed.
 
     Raises:
         PixelError: the frame cannot be decoded or its header is invalid.
         IndexError: there is no such frame.
     """
-    orientation = orientation_of(ds)
+    orientation = orientation_of(ds).then_turn(correction.degrees)
     pixels = np.ascontiguousarray(orientation.apply(decode_frame(ds, index)))
     spacing = pixel_spacing(ds, index)
     if spacing is not None and orientation.transpose:
@@ -72,8 +75,10 @@ def display_frame(ds: Dataset, index: int = 0) -> DisplayFrame:
         pixels = palette_rgb(ds, pixels)
     if pixels.ndim == 3:
         colour = eight_bits(pixels, pixels.dtype.itemsize * 8 if "RedPaletteColorLookupTableDescriptor" in ds else int(ds.BitsStored))
+        colour = 255 - colour if correction.inverts else colour
         return DisplayFrame(colour, "RGB", 1.0, 0.0, (), 8, False, spacing, float(colour.min()), float(colour.max()), orientation)
     header = without_windows_outside(grey_header(ds, index), pixels)
+    header = replace(header, inverse=header.inverse ^ correction.inverts)
     if header.voi_lut is not None:
         return _lut_frame(pixels, header, spacing, orientation)
     windows = header.windows or (_default_window(pixels, header, int(ds.get("BitsStored") or 32)),)

@@ -47,6 +47,12 @@ class Orientation:
         degrees = (90 if self.flip_columns else 270) if self.transpose else half
         return f"{'mirrored ' if is_mirrored else ''}{degrees}"
 
+    def then_turn(self, degrees: int) -> Orientation:
+        """This orientation, then a clockwise turn by 0, 90, 180 or 270 degrees."""
+        transpose, flip_rows, flip_columns = _TURNS[degrees]
+        rows, columns = (self.flip_columns, self.flip_rows) if transpose else (self.flip_rows, self.flip_columns)
+        return Orientation(self.transpose ^ transpose, rows ^ flip_rows, columns ^ flip_columns)
+
     def apply(self, pixels: NDArray[Any]) -> NDArray[Any]:
         """A view of [rows, columns, ...] that is upright."""
         turned = pixels.swapaxes(0, 1) if self.transpose else pixels
@@ -69,6 +75,8 @@ class Orientation:
 
 
 UPRIGHT: Final = Orientation()
+# Clockwise turns as transposition and flips.
+_TURNS: Final = {0: (False, False, False), 90: (True, False, True), 180: (False, True, True), 270: (True, True, False)}
 
 
 def orientation_of(ds: Dataset) -> Orientation:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from PIL import Image
 
+from appliance.core.correction import NOTHING_DECIDED, Correction
 from appliance.core.domain import Note
 from appliance.core.errors import InferenceError
 from appliance.imaging.display_frame import eight_bits, palette_rgb
@@ -80,6 +81,7 @@ class PreparedInput:
     Attributes:
         tensor: float32 [1, channels, height, width].
         display: uint8 [rows, columns], the display image, turned upright.
+        aspect: height of a pixel of ``display`` as a multiple of its width.
         geometry: mapping between image and tensor.
         steps: description of the steps.
     """
@@ -89,10 +91,15 @@ class PreparedInput:
     geometry: Geometry
     steps: tuple[str, ...]
     notes: tuple[Note, ...] = ()
+    aspect: float = 1.0
 
 
-def to_tensor(ds: Dataset, input_spec: InputSpec, frame: int = 0, pixels: NDArray[Any] | None = None) -> PreparedInput:
-    """Prepare one frame of an image; ``pixels`` are its values where they are decoded already.
+def to_tensor(
+    ds: Dataset, input_spec: InputSpec, frame: int = 0, pixels: NDArray[Any] | None = None, correction: Correction = NOTHING_DECIDED
+) -> PreparedInput:
+    """Prepare one frame of an image: turned by its header, then corrected as a person decided.
+
+    ``pixels`` are its values where they are decoded already.
 
     Raises:
         PixelError: the frame cannot be decoded, or its header is invalid.
@@ -100,16 +107,18 @@ def to_tensor(ds: Dataset, input_spec: InputSpec, frame: int = 0, pixels: NDArra
     values = decode_frame(ds, frame) if pixels is None else pixels
     display, shown, notes = display_image(ds, values, input_spec, frame)
     aspect = pixel_aspect(ds, frame)
-    orientation = orientation_of(ds)
+    orientation = orientation_of(ds).then_turn(correction.degrees)
     if not orientation.is_upright:
         display, shown = np.ascontiguousarray(orientation.apply(display)), (*shown, f"turned {orientation.description}")
         aspect = 1 / aspect if orientation.transpose else aspect
+    if correction.inverts:
+        display, shown = 255 - display, (*shown, "inverted by a person")
     return _prepare(display, input_spec, 1.0 if abs(aspect - 1) < _SQUARE else aspect, shown, orientation, notes)
 
 
-def from_display(pixels: NDArray[np.uint8], input_spec: InputSpec) -> PreparedInput:
-    """Prepare a display image (uint8 [rows, columns], MONOCHROME2, square pixels), as golden cases contain it."""
-    return _prepare(pixels, input_spec, 1.0, ())
+def from_display(pixels: NDArray[np.uint8], input_spec: InputSpec, aspect: float = 1.0) -> PreparedInput:
+    """Prepare a display image (uint8 [rows, columns], MONOCHROME2), as golden cases contain it; ``aspect`` as in the result."""
+    return _prepare(pixels, input_spec, aspect, ())
 
 
 def display_image(
@@ -176,7 +185,7 @@ def _prepare(
     tensor = np.empty((1, spec.channels, spec.height, spec.width), np.float32)
     tensor[:] = picture
     geometry = Geometry(rows, columns, scale_x, scale_y, pad_x * scale_x, pad_y * scale_y, spec.height, spec.width, orientation)
-    return PreparedInput(tensor, display, geometry, tuple(steps), notes)
+    return PreparedInput(tensor, display, geometry, tuple(steps), notes, aspect)
 
 
 def _letterbox(picture: NDArray[Any], ratio: float, fill: int) -> tuple[NDArray[Any], int, int]:

@@ -77,7 +77,7 @@ class BatchJob:
 
     def _prepare(self, job: Job) -> PreparedImage | None:
         timer = Timer()
-        image = prepare_image(self._store, job, self._model.manifest.image_input, timer)
+        image = prepare_image(self._store, job, self._model.manifest.image_input, timer, self._model.input_checker)
         if isinstance(image, JobResult):
             commit(self._store, job, image, timer)
             return None

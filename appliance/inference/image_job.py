@@ -12,7 +12,7 @@ from appliance.core.errors import InferenceError, PixelError
 from appliance.imaging.dicom_files import PARSE_ERRORS, read_dataset
 from appliance.imaging.pixels import decode_frame
 from appliance.imaging.postprocessing import ScoredLabel, classify
-from appliance.imaging.preprocessing import PreparedInput, check_quality, to_tensor
+from appliance.imaging.preprocessing import PreparedInput, QualityVerdict, check_quality, to_tensor
 from appliance.store.store import Store
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pydicom.dataset import FileDataset
 
     from appliance.inference.model_session import ModelSession
+    from appliance.runtime.input_check import InputChecker
     from model_sync.bundle import InputSpec
 
 # No radiograph is five times as long as wide, and letterboxing such an image would cost gigabytes.
@@ -51,11 +52,12 @@ class Timer:
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """An image that is ready for its model, and how long that took so far."""
+    """An image that is ready for its model, how long that took so far, and cautions about what a person decided."""
 
     job: Job
     prepared: PreparedInput
     timer: Timer
+    cautions: tuple[Note, ...] = ()
 
 
 def read_image(store: Store, job: Job, timer: Timer) -> FileDataset:
@@ -64,8 +66,8 @@ def read_image(store: Store, job: Job, timer: Timer) -> FileDataset:
         return read_dataset(store.read_instance(job.instance_id))
 
 
-def prepare_image(store: Store, job: Job, spec: InputSpec, timer: Timer) -> PreparedImage | JobResult:
-    """Decode, check and preprocess the image of a job.
+def prepare_image(store: Store, job: Job, spec: InputSpec, timer: Timer, checker: InputChecker | None = None) -> PreparedImage | JobResult:
+    """Decode, correct, check and preprocess the image of a job; ``checker`` is the input check of the model's bundle.
 
     Returns:
         The prepared image; the job's result where the image cannot be decoded or its quality does not allow an analysis.
@@ -82,17 +84,35 @@ def prepare_image(store: Store, job: Job, spec: InputSpec, timer: Timer) -> Prep
             note = Note("quality.shape", f"{frame.shape[1]} x {frame.shape[0]}")
             return JobResult(ScanState.QUALITY_REJECTED, note, timing_ms=timer.ms)
         with timer.part("preprocess"):
-            prepared = to_tensor(dataset, spec, pixels=frame)
+            prepared = to_tensor(dataset, spec, pixels=frame, correction=job.correction)
             verdict = check_quality(prepared.display)
+        with timer.part("input_check"):
+            doubt = checker.doubt(prepared.display, prepared.aspect) if checker and verdict.ok else None
     except PixelError as error:
         return JobResult(ScanState.NOT_ANALYSED, Note(error.code, error.detail), timing_ms=timer.ms)
     except MemoryError as error:
         raise InferenceError("job.memory_input") from error
     except PARSE_ERRORS as error:
         return JobResult(ScanState.NOT_ANALYSED, Note("pixel.undecodable", type(error).__name__), timing_ms=timer.ms)
+    rejection = _rejection(verdict, doubt, job)
+    if rejection is not None:
+        return JobResult(ScanState.QUALITY_REJECTED, rejection, timing_ms=timer.ms)
+    return PreparedImage(job, prepared, timer, _decisions(job, doubt))
+
+
+def _rejection(verdict: QualityVerdict, doubt: Note | None, job: Job) -> Note | None:
+    """Why the image is not analysed; a person outranks the input check, but nobody can analyse a blank image."""
     if verdict.code is not None:
-        return JobResult(ScanState.QUALITY_REJECTED, Note(verdict.code), timing_ms=timer.ms)
-    return PreparedImage(job, prepared, timer)
+        return Note(verdict.code)
+    return None if job.correction.is_confirmed else doubt
+
+
+def _decisions(job: Job, doubt: Note | None) -> tuple[Note, ...]:
+    """What a person decided about the image, as cautions of its result."""
+    correction = job.correction
+    notes = [Note("caution.turned_by_person", str(correction.degrees))] if correction.degrees else []
+    notes += [Note("caution.inverted_by_person")] if correction.inverts else []
+    return (*notes, Note("caution.input_doubted")) if correction.is_confirmed and doubt is not None else tuple(notes)
 
 
 def build_result(
@@ -103,7 +123,7 @@ def build_result(
         scored = classify(outputs, model.manifest, image.prepared.geometry)
         findings = tuple(_finding(model, run, label) for label in scored)
     run = run | ({"together": batch_size} if batch_size > 1 else {})
-    return JobResult(ScanState.AI_READY, None, findings, image.prepared.notes, image.timer.ms, run)
+    return JobResult(ScanState.AI_READY, None, findings, (*image.prepared.notes, *image.cautions), image.timer.ms, run)
 
 
 def _finding(model: ModelSession, run: dict[str, Any], scored: ScoredLabel) -> Finding:

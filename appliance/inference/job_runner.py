@@ -142,7 +142,7 @@ class JobRunner:
         model = self._models.get(job.model_digest)
         if job.kind is JobKind.VOLUME:
             return analyse_volume(self._store, model, job, timer, lambda: self._after_step(job))
-        image = prepare_image(self._store, job, model.manifest.image_input, timer)
+        image = prepare_image(self._store, job, model.manifest.image_input, timer, model.input_checker)
         if not isinstance(image, PreparedImage):
             return image
         with timer.part("infer"):

@@ -15,6 +15,7 @@ from appliance.core.settings import Settings
 from appliance.inference.remote_runtime import MIN_ANSWER_S, REMOTE_RUNTIMES, RemoteRuntime
 from appliance.lifecycle import model_files
 from appliance.runtime import Candidate, Runtime, baseline_candidate, open_runtime
+from appliance.runtime.input_check import InputChecker
 from appliance.runtime.tensors import run_in_pieces
 from appliance.tuning.selection import Plan, baseline_variant
 from model_sync.errors import BundleError
@@ -55,6 +56,7 @@ class ModelSession:
     Attributes:
         fallback: why the chosen candidate does not run; None when it does.
         lost: why nothing runs the model any more; None while something does.
+        input_checker: the input check of the bundle, None where it has none; it runs on this box, wherever the model runs.
 
     Raises:
         ActivationError: the model files are damaged.
@@ -77,7 +79,14 @@ class ModelSession:
         self._fallback_at = self._retry_at = 0.0
         self.fallback: Note | None = None
         self.lost: InferenceError | None = None
+        self.input_checker = self._open_checker()
         self._open_session(skip_reason, wait_s)
+
+    def _open_checker(self) -> InputChecker | None:
+        try:
+            return InputChecker.open(self._bundle)
+        except BundleError as error:
+            raise InferenceError("job.error", error.message) from error
 
     def _chosen_candidate(self) -> tuple[Candidate, Note]:
         """Return the candidate to run and the reason to record with each result."""
@@ -264,6 +273,8 @@ class ModelSession:
         """Free the runtimes. With ``wait`` wait until a remote runtime is closed, else briefly, and only if it was answering."""
         local, remote = self._local, self._remote
         self._local = self._remote = None
+        if self.input_checker is not None:
+            self.input_checker.close()
         if local is not None:
             local.close()
         if remote is not None:

@@ -106,6 +106,7 @@ def run_self_test(request: SelfTestRequest, send: Send) -> SelfTestReport:
     bundle = model_files.install(request.data_dir, request.origin, request.digest, on_copied, request.reserve_bytes)
     _sweep_engines(request)
     try:
+        _test_input_check(bundle)
         report = _test_candidates(bundle, request, limit, progress) if request.tune else _test_baseline(bundle, request, progress)
     except InferenceError as error:
         detail = error.detail if error.code in ("job.error", "tune.wrong", *_CODES) else f"{error.code}: {error.detail}"
@@ -113,6 +114,28 @@ def run_self_test(request: SelfTestRequest, send: Send) -> SelfTestReport:
     except BundleError as error:
         raise ActivationError("model.invalid", error.message, hint=error.hint) from error
     return replace(report, tuned_at=utc_now(), profile=device_profile.profile(), hub=request.triton_url)
+
+
+def _test_input_check(bundle: ModelBundle) -> None:
+    """Run the input check over the golden cases: it must work on this box and stop none of them.
+
+    Raises:
+        ActivationError: ``model.self_test``: it stops a golden case.
+        InferenceError: it cannot be run.
+    """
+    from appliance.runtime.input_check import InputChecker
+
+    checker = InputChecker.open(bundle)
+    if checker is None:
+        return
+    try:
+        for golden in bundle.golden_cases():
+            doubt = checker.doubt(golden.pixels)
+            if doubt is not None:
+                detail = f"the input check stops the golden case {golden.name}: {doubt.code} {doubt.detail}"
+                raise ActivationError("model.self_test", detail)
+    finally:
+        checker.close()
 
 
 def _sweep_engines(request: SelfTestRequest) -> None:

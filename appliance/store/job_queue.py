@@ -11,7 +11,9 @@ import sqlite3
 import time
 from collections.abc import Collection
 from dataclasses import fields
+from typing import Final
 
+from appliance.core.correction import Correction
 from appliance.core.domain import (
     ANALYSED_STATES,
     PENDING_STATES,
@@ -32,6 +34,9 @@ from appliance.store import priority, series_jobs
 from appliance.store.database import Database
 from appliance.store.planning import Planner
 from appliance.store.priority import Origin, StudyProgress, Urgency
+
+# The reasons of the input check (appliance/runtime/input_check.py).
+STOPPED_BY_INPUT_CHECK: Final = ("quality.turned", "quality.negative", "quality.other_image")
 
 
 class JobQueue:
@@ -101,9 +106,11 @@ class JobQueue:
         )
         self._planner.update_state(tx, row["instance_id"])
         same = ("id", "instance_id", "model_digest", "scope_code", "priority")
+        image = tx.execute("SELECT correction FROM instances WHERE id = ?", (row["instance_id"],)).fetchone()
         return Job(
             **{name: row[name] for name in same}, kind=JobKind(row["kind"]), attempts=row["attempts"] + 1, lease_owner=owner,
             notes=parse_notes(row["notes"]), tried=row["attempts"] > 0 or row["reason"] is not None,
+            correction=Correction.parse(image["correction"]),
         )  # fmt: skip
 
     def find_studies(self, which: str) -> list[int]:
@@ -258,6 +265,29 @@ class JobQueue:
             if failed:
                 Database.audit(tx, db.APPLICATION_ACTIVITY, actor, "E", f"instance:{instance_id}", retried=len(failed))
         return bool(failed)
+
+    def analyse_corrected(self, instance_id: int, correction: Correction, actor: str) -> bool:
+        """Queue an image again that the input check stopped, to be analysed as a person decided.
+
+        Returns whether the input check had stopped it; else nothing is changed.
+        """
+        with self._database.transaction() as tx:
+            stopped = tx.execute(
+                "SELECT id FROM jobs WHERE instance_id = ? AND state = 'done' AND outcome = ?"
+                " AND json_extract(reason, '$.code') IN (SELECT value FROM json_each(?))",
+                (instance_id, ScanState.QUALITY_REJECTED.value, json.dumps(STOPPED_BY_INPUT_CHECK)),
+            ).fetchall()
+            if not stopped:
+                return False
+            tx.execute("UPDATE instances SET correction = ? WHERE id = ?", (correction.to_text(), instance_id))
+            for row in stopped:
+                tx.execute(
+                    "UPDATE jobs SET state = 'queued', attempts = 0, outcome = NULL, reason = NULL, finished_at = NULL WHERE id = ?",
+                    (row["id"],),
+                )
+            self._planner.update_state(tx, instance_id)
+            Database.audit(tx, db.APPLICATION_ACTIVITY, actor, "E", f"instance:{instance_id}", correction=correction.to_text())
+        return True
 
     def pending_jobs(self) -> int:
         """How many jobs and unplanned images wait for a result."""

@@ -203,3 +203,6 @@ UPDATE jobs SET reason = json_set(reason, '$.code', 'job.memory_input', '$.detai
   WHERE json_extract(reason, '$.code') = 'job.memory' AND json_extract(reason, '$.detail') = 'before the model';
 UPDATE instances SET reason = json_set(reason, '$.code', 'job.memory_input', '$.detail', '')
   WHERE json_extract(reason, '$.code') = 'job.memory' AND json_extract(reason, '$.detail') = 'before the model';
+
+-- migration 6: what a person decided to do with an image that the input check doubts (appliance/core/correction.py)
+ALTER TABLE instances ADD COLUMN correction TEXT NOT NULL DEFAULT '';

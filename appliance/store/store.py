@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+from appliance.core.correction import Correction
 from appliance.core.domain import Scan, ScanState, Source, StoredImage, notes_json, utc_now
 from appliance.core.errors import ApplianceError, StoreError
 from appliance.core.settings import Settings
@@ -181,6 +182,11 @@ class Store:
         """The DICOM file of one image, byte for byte as received; raises StoreError."""
         row = self.database.require(f"instance {instance_id}", "SELECT content_sha256 FROM instances WHERE id = ?", instance_id)
         return self.content.read(row["content_sha256"])
+
+    def correction_of(self, instance_id: int) -> Correction:
+        """What a person decided to do with one image before the analysis; raises StoreError ``store.missing``."""
+        row = self.database.require(f"instance {instance_id}", "SELECT correction FROM instances WHERE id = ?", instance_id)
+        return Correction.parse(row["correction"])
 
     # -- models ------------------------------------------------------------------------------------------------------
 

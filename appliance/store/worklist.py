@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from appliance.core.clinical_terms import view_of
+from appliance.core.correction import NOTHING_DECIDED, Correction
 from appliance.core.domain import PENDING_STATES, STATE_URGENCY, Finding, JobKind, Note, ScanState, Status, parse_notes
 from appliance.core.run_summary import RunSummary
 from appliance.store.priority import Urgency
@@ -122,6 +123,7 @@ class InstanceView:
     ingest_ms: float
     jobs: tuple[JobView, ...]
     findings: tuple[Finding, ...]
+    correction: Correction = NOTHING_DECIDED
 
     def recall(self, finding: Finding) -> Note | None:
         """Why the model version of this finding was withdrawn or rolled back; None where it was not."""
@@ -289,6 +291,7 @@ class Worklist:
             notes=(*parse_notes(row["notes"]), *((Note("ingest.conflict"),) if row["conflict"] else ())),
             jobs=tuple(_job_view(job) for job in jobs),
             findings=tuple(_finding(item) for item in findings),
+            correction=Correction.parse(row["correction"]),
         )
 
 

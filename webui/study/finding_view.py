@@ -113,8 +113,8 @@ def image_details(item: InstanceView, manifests: Mapping[str, Manifest]) -> View
 
 def _times(item: InstanceView, job: JobView) -> str:
     steps = {
-        "decode": gettext("Decoding"), "preprocess": gettext("Preparing"), "infer": gettext("AI model"),
-        "postprocess": gettext("Evaluating"), "store": gettext("Saving"), "total": gettext("Total"),
+        "decode": gettext("Decoding"), "preprocess": gettext("Preparing"), "input_check": gettext("Checking the image"),
+        "infer": gettext("AI model"), "postprocess": gettext("Evaluating"), "store": gettext("Saving"), "total": gettext("Total"),
     }  # fmt: skip
     durations = [(gettext("Receiving"), item.ingest_ms)]
     durations += [(word, job.timing_ms[key]) for key, word in steps.items() if key in job.timing_ms]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from flask import Flask, current_app
 from werkzeug.exceptions import ServiceUnavailable
 
+from appliance.core.correction import Correction
 from appliance.store.store import Store
 
 if TYPE_CHECKING:
@@ -33,10 +34,10 @@ class FrameCache:
         self._store = store
         self._lock = threading.Lock()
         self._files: OrderedDict[int, tuple[int, Dataset]] = OrderedDict()
-        self._frames: OrderedDict[tuple[int, int], DisplayFrame] = OrderedDict()
+        self._frames: OrderedDict[tuple[int, int, Correction], DisplayFrame] = OrderedDict()
 
     def frame(self, instance_id: int, number: int) -> DisplayFrame:
-        """One frame, numbered from 0, as the viewer draws it.
+        """One frame, numbered from 0, as the viewer draws it: turned by its header and corrected as a person decided.
 
         Raises:
             StoreError: the image is missing or was tampered with.
@@ -44,28 +45,29 @@ class FrameCache:
             IndexError: it has no such frame.
             ServiceUnavailable: too many wait for frames.
         """
+        correction = self._store.correction_of(instance_id)
         if not self._lock.acquire(timeout=_WAIT_S):
             raise ServiceUnavailable(retry_after=10)
         try:
-            return self._cached(instance_id, number) or self._decode(instance_id, number)
+            return self._cached((instance_id, number, correction)) or self._decode(instance_id, number, correction)
         finally:
             self._lock.release()
 
-    def _cached(self, instance_id: int, number: int) -> DisplayFrame | None:
-        frame = self._frames.get((instance_id, number))
+    def _cached(self, key: tuple[int, int, Correction]) -> DisplayFrame | None:
+        frame = self._frames.get(key)
         if frame is not None:
-            self._frames.move_to_end((instance_id, number))
+            self._frames.move_to_end(key)
         return frame
 
-    def _decode(self, instance_id: int, number: int) -> DisplayFrame:
+    def _decode(self, instance_id: int, number: int, correction: Correction) -> DisplayFrame:
         from appliance.imaging.display_frame import display_frame
         from appliance.imaging.pixels import register_decoders
 
         register_decoders()
-        frame = display_frame(self._dataset(instance_id), number)
+        frame = display_frame(self._dataset(instance_id), number, correction)
         if frame.pixels.base is not None:  # a view would keep all frames of the image in memory
             frame = replace(frame, pixels=frame.pixels.copy())
-        _put(self._frames, (instance_id, number), frame, lambda item: int(item.pixels.nbytes), _MAX_PIXEL_BYTES)
+        _put(self._frames, (instance_id, number, correction), frame, lambda item: int(item.pixels.nbytes), _MAX_PIXEL_BYTES)
         return frame
 
     def _dataset(self, instance_id: int) -> Dataset:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from typing import Final
 
-from flask import Blueprint, flash, redirect, render_template, request, url_for
+from flask import Blueprint, abort, flash, redirect, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 from flask_babel import gettext
 from flask_login import current_user
 
+from appliance.core.correction import Correction
 from appliance.core.domain import ScanState
 from appliance.core.wakeup import wake
 from appliance.store.volume_results import VolumeResults
@@ -44,4 +45,24 @@ def retry(study_id: int) -> ResponseReturnValue:
     if retried:
         wake(box.settings)
         flash(gettext("The image is in the queue again."))
+    return redirect(url_for("study.show", study_id=study_id))
+
+
+@blueprint.post("/studies/<int:study_id>/images/<int:instance_id>/analyse")
+def analyse(study_id: int, instance_id: int) -> ResponseReturnValue:
+    """Analyse an image that the input check stopped, corrected or as it is; the decision is in the audit and on the result."""
+    box = current_box()
+    if box.worklist.study_of(instance_id) != study_id:
+        abort(404)
+    try:
+        correction = Correction.parse(request.form.get("correction", ""))
+    except ValueError:
+        abort(400)
+    if not correction.is_confirmed:
+        abort(400)
+    if box.store.queue.analyse_corrected(instance_id, correction, current_user.account.username):
+        wake(box.settings)
+        flash(gettext("The image is in the queue again."))
+    else:
+        flash(gettext("The image was not waiting for a decision; nothing was changed."))
     return redirect(url_for("study.show", study_id=study_id))

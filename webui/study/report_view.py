@@ -9,7 +9,9 @@ from typing import Final
 from flask import url_for
 from flask_babel import gettext
 
+from appliance.core.correction import Correction
 from appliance.core.domain import PENDING_STATES, Note, ScanState
+from appliance.store.job_queue import STOPPED_BY_INPUT_CHECK
 from appliance.store.study_summary import RECALLED
 from appliance.store.volume_results import VolumeView
 from appliance.store.worklist import InstanceView, StudyRow, StudyView
@@ -166,7 +168,33 @@ def _state_box(item: InstanceView, position: int | None) -> View | None:
         kind = "failed"
     else:
         return None
-    return {"kind": kind, "chip": state_chip(state), "reason": _with_detail(item.reason) if item.reason else None, "can_retry": is_failed}
+    return {
+        "kind": kind,
+        "chip": state_chip(state),
+        "reason": _with_detail(item.reason) if item.reason else None,
+        "can_retry": is_failed,
+        "decisions": _decisions(item),
+    }
+
+
+def _decisions(item: InstanceView) -> list[View]:
+    """What a person may have done with an image that the input check stopped: the correction that it suggests, and none."""
+    reason = item.reason
+    if item.state is not ScanState.QUALITY_REJECTED or reason is None or reason.code not in STOPPED_BY_INPUT_CHECK:
+        return []
+    words = {
+        ("quality.turned", "90"): gettext("Turn left by 90° and analyse"),
+        ("quality.turned", "180"): gettext("Turn by 180° and analyse"),
+        ("quality.turned", "270"): gettext("Turn right by 90° and analyse"),
+        ("quality.negative", ""): gettext("Exchange dark and bright, and analyse"),
+    }
+    decisions = []
+    if word := words.get((reason.code, reason.detail)):
+        back = (item.correction.degrees - int(reason.detail or 0)) % 360
+        inverts = item.correction.inverts ^ (reason.code == "quality.negative")
+        decisions.append({"correction": Correction(back, inverts, True).to_text(), "word": word, "is_suggested": True})
+    as_it_is = Correction(item.correction.degrees, item.correction.inverts, True)
+    return [*decisions, {"correction": as_it_is.to_text(), "word": gettext("Analyse as it is"), "is_suggested": False}]
 
 
 def _cautions(item: InstanceView, manifests: Mapping[str, Manifest]) -> Iterator[View]:

@@ -95,3 +95,11 @@ def test_restore_undoes_apply(flags: tuple[bool, bool, bool]) -> None:
     pixels = np.arange(24).reshape(2, 4, 3)
     orientation = Orientation(*flags)
     assert (orientation.restore(orientation.apply(pixels)) == pixels).all()
+
+
+@given(st.builds(Orientation, st.booleans(), st.booleans(), st.booleans()), st.sampled_from([0, 90, 180, 270]))
+def test_a_further_turn_is_the_turn_of_the_result(orientation: Orientation, degrees: int) -> None:
+    picture = np.arange(6).reshape(2, 3)
+    turned = orientation.then_turn(degrees)
+    assert (turned.apply(picture) == np.rot90(orientation.apply(picture), -degrees // 90)).all()
+    assert (turned.restore(turned.apply(picture)) == picture).all()
