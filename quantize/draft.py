@@ -6,6 +6,8 @@ write thresholds: ``[[operating_points]]`` gives the wanted sensitivity per labe
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,11 +18,13 @@ from typing_extensions import Self
 from model_sync.bundle import (
     AppliesTo,
     Identifier,
+    InputCheck,
     InputSpec,
     Label,
     NonEmpty,
     OutputSpec,
     Registration,
+    RelativePath,
     SemVer,
     Strict,
     Text,
@@ -36,6 +40,7 @@ else:
     import tomli as tomllib
 
 MODEL_CARD = "MODEL_CARD.md"
+INPUT_CHECK = "input_check.onnx"
 
 
 class SensitivityTarget(Strict):
@@ -51,6 +56,13 @@ class DraftRegistration(Registration):
     number: str | None = None
     device_class: str | None = None
     pccp_id: str | None = None
+
+
+class InputCheckFiles(Strict):
+    """The input check of the bundle: its ONNX file, and the rest of the manifest's ``input_check`` as JSON; both beside the draft."""
+
+    network: RelativePath
+    record: RelativePath
 
 
 class Draft(Strict):
@@ -72,6 +84,7 @@ class Draft(Strict):
     licence: NonEmpty
     min_appliance_version: SemVer
     watch: Watch = Watch()
+    input_check: InputCheckFiles | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -113,6 +126,27 @@ class Draft(Strict):
     def label_names(self) -> tuple[str, ...]:
         """The labels that are scored: none for a task without scores."""
         return tuple(label.name for label in self.labels) if self.task in ("classification", "detection") else ()
+
+    def read_input_check(self, directory: Path) -> tuple[bytes, InputCheck] | None:
+        """Read the files of the input check beside the draft: the network, and the part of the manifest; None where there is none.
+
+        Raises:
+            QuantizeError: ``draft.invalid``: a file is missing, or the record is not valid.
+        """
+        if self.input_check is None:
+            return None
+        try:
+            network = (directory / self.input_check.network).read_bytes()
+            record = json.loads((directory / self.input_check.record).read_bytes())
+            own = {"file": INPUT_CHECK, "sha256": hashlib.sha256(network).hexdigest()}
+            return network, InputCheck.model_validate(record | own, strict=True)
+        except OSError as error:
+            raise _invalid(f"input_check: {error.filename} cannot be read: {error.strerror}") from error
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise _invalid(f"input_check: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        except (ValueError, TypeError) as error:
+            raise _invalid(f"input_check: {self.input_check.record} is no JSON object") from error
 
     def output(self, kind: str) -> str | None:
         """The name of the first output of a kind."""

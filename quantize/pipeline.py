@@ -136,6 +136,7 @@ def run(recipe: BundleRecipe, progress: Progress | None = None) -> RunResult:
         raise QuantizeError(f"{recipe.out} exists already", code=Code.OUT_EXISTS)
     model_checks.require_file(recipe.model)
     draft = Draft.load(recipe.draft)
+    draft.read_input_check(recipe.draft.parent)  # an error now, not after minutes of work
     with WorkDirectory(recipe.out.with_name(recipe.out.name + ".work")) as work:
         progress = progress or Progress({})
         progress.expect(_WEIGHTS)
@@ -250,7 +251,8 @@ def _assemble(
     recipe.out.resolve().parent.mkdir(parents=True, exist_ok=True)
     try:
         images, card = _golden(recipe, context), _card(recipe, results)
-        return assembly.write(context, shipped, operating, images, card, gate, recipe.out, on_progress), operating
+        input_check = context.float_model.draft.read_input_check(recipe.draft.parent)
+        return assembly.write(context, shipped, operating, images, card, gate, input_check, recipe.out, on_progress), operating
     except BundleError as error:
         raise QuantizeError(f"the result is not a valid bundle: {error.message}", hint=error.hint, code=Code.BUNDLE_INVALID) from error
 

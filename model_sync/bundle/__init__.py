@@ -43,6 +43,7 @@ from model_sync.bundle.output_spec import (
     OperatingPoint,
     OutputSpec,
     Precision,
+    RelativePath,
     ScoreHistogram,
     SourceMeasure,
 )

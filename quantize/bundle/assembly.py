@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from appliance.core.errors import InferenceError
 from appliance.imaging.golden_cases import cases
 from appliance.imaging.preprocessing import from_display
+from appliance.runtime.input_check import InputChecker
 from appliance.tuning.candidate_process import CandidateProcess
 from model_sync.bundle import (
     MANIFEST_NAME,
     Document,
     Explain,
     Golden,
+    InputCheck,
     Manifest,
     ModelBundle,
     OperatingPoint,
@@ -31,7 +33,7 @@ from model_sync.bundle import (
     Variant,
 )
 from quantize.bundle import golden_cases
-from quantize.draft import MODEL_CARD
+from quantize.draft import INPUT_CHECK, MODEL_CARD
 from quantize.errors import QuantizeError
 from quantize.gate import roc_statistics
 from quantize.gate.gate_runs import GateContext
@@ -113,6 +115,7 @@ def write(
     images: Mapping[str, NDArray[np.uint8]],
     card: str,
     gate: dict[str, Any],
+    input_check: tuple[bytes, InputCheck] | None,
     out: Path,
     on_progress: OnProgress,
 ) -> Manifest:
@@ -125,6 +128,7 @@ def write(
         images: the golden images by name.
         card: ``MODEL_CARD.md``.
         gate: ``gate.json``; the differences of the golden cases are added.
+        input_check: as :meth:`quantize.draft.Draft.read_input_check` returns it.
         out: the bundle's directory.
         on_progress: called as the golden cases are run.
 
@@ -138,15 +142,19 @@ def write(
     files = {entry.name: _copy_variant(entry, context, staging) for entry in shipped}
     loose: dict[Precision, float] = {entry.precision: _ANY for entry in shipped}
     cases = _golden(context, images, loose, staging)
-    draft_manifest = _manifest(context, shipped, files, operating, cases, _documents(staging, card, gate))
+    check = None if input_check is None else input_check[1]
+    if input_check is not None:
+        _put(staging, INPUT_CHECK, input_check[0])
+    draft_manifest = _manifest(context, shipped, files, operating, cases, _documents(staging, card, gate), check)
     _put(staging, MANIFEST_NAME, draft_manifest.to_json())
+    _try_input_check(ModelBundle.load(staging))
     differences = _try_cases(ModelBundle.load(staging), context, shipped, files, on_progress)
     tolerances = _tolerances(shipped, differences)
     for entry in shipped:
         record = gate["variants"][entry.precision]["files"][files[entry.name]]
         record["golden"] = {target.title: round(worst, 3) for target, worst in differences[entry.name].items()}
     cases = [case.model_copy(update={"tolerance": dict(tolerances)}) for case in cases]
-    manifest = _manifest(context, shipped, files, operating, cases, _documents(staging, card, gate))
+    manifest = _manifest(context, shipped, files, operating, cases, _documents(staging, card, gate), check)
     _put(staging, MANIFEST_NAME, manifest.to_json())
     ModelBundle.load(staging)
     _replace(staging, out)
@@ -215,6 +223,25 @@ def _try_cases(
     return result
 
 
+def _try_input_check(bundle: ModelBundle) -> None:
+    """Run the input check over the golden cases, as the self-test of every box will.
+
+    Raises:
+        QuantizeError: ``bundle.golden``: it stops one of them, or cannot be run.
+    """
+    try:
+        checker = InputChecker.open(bundle)
+        stopped = [] if checker is None else [case.name for case in bundle.golden_cases() if checker.doubt(case.pixels) is not None]
+    except InferenceError as error:
+        raise QuantizeError(f"the input check: {error}", hint=error.hint, code=Code.BUNDLE_GOLDEN) from error
+    if stopped:
+        raise QuantizeError(
+            f"the input check stops the golden cases {', '.join(stopped)}",
+            hint="choose golden pictures that the model is made for, or train the input check on pictures of their kind",
+            code=Code.BUNDLE_GOLDEN,
+        )
+
+
 def _tolerances(shipped: Sequence[VariantResult], differences: Mapping[str, Mapping[RuntimeTarget, float]]) -> dict[Precision, float]:
     operating: dict[Precision, list[float]] = {}
     for entry in shipped:
@@ -234,11 +261,12 @@ def _manifest(
     operating: OperatingPoints,
     cases: list[Golden],
     documents: list[Document],
+    input_check: InputCheck | None,
 ) -> Manifest:
     draft = context.float_model.draft
     cam = draft.output("cam")
     return Manifest(
-        schema=1,
+        schema=1 if input_check is None and draft.applies_to.synonyms is None else 2,
         name=draft.name,
         version=draft.version,
         task=draft.task,
@@ -259,6 +287,7 @@ def _manifest(
         licence=draft.licence,
         min_appliance_version=draft.min_appliance_version,
         documents=documents,
+        **({} if input_check is None else {"input_check": input_check}),
         **({"watch": draft.watch} if "watch" in draft.model_fields_set else {}),
     )
 

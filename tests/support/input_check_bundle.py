@@ -23,16 +23,25 @@ PIPELINE: list[dict[str, Any]] = [
     {"step": "resize", "height": SIDE, "width": SIDE, "filter": "antialias_bilinear"}, {"step": "scale", "divide_by": 255.0},
 ]  # fmt: skip
 
+# The manifest's ``input_check`` without its file.
+RECORD: dict[str, Any] = {
+    "output": "probabilities", "classes": CLASSES, "min_upright": 0.5, "measured_on": "phantoms", "figures": [],
+    "input": {"name": "image", "layout": "NCHW", "dtype": "float32", "channels": 1, "height": SIDE, "width": SIDE, "pipeline": PIPELINE},
+}  # fmt: skip
 
-def write_network(path: Path, *, classes: int = len(CLASSES), stops_all: bool = False) -> None:
-    """Write a network of one linear layer: the phantom is brighter below than above, and darker than half."""
+
+def write_network(path: Path, *, classes: int = len(CLASSES), upright: float = 0.0) -> None:
+    """Write a network of one linear layer: the phantom is brighter below than above, and darker than half.
+
+    ``upright`` is the bias of that class: -1e6 stops every image, 1e6 none.
+    """
     mean = np.full((SIDE, SIDE), 1 / SIDE**2, np.float32)
     below, right = mean.copy(), mean.copy()
     below[: SIDE // 2] *= -1
     right[:, : SIDE // 2] *= -1
     # Logits: the content of the phantom is brighter below by about 0.06, turned by 90 degrees clockwise on the left, and so on.
     rows = [0 * mean, -400 * right, -400 * below, 400 * right, 1000 * mean, -1000 * mean]
-    bias = np.array([-1e6 if stops_all else 0, -12, -12, -12, -530, 50], np.float32)[:classes]
+    bias = np.array([upright, -12, -12, -12, -530, 50], np.float32)[:classes]
     weights = np.stack([row.ravel() for row in rows], axis=1)[:, :classes].astype(np.float32)
     nodes = [
         helper.make_node("Flatten", ["image"], ["flat"]),
@@ -52,13 +61,8 @@ def add_input_check(bundle: Path, **network: Any) -> Path:
     """Add the input check to a bundle, in schema 2; ``network`` as in :func:`write_network`."""
     path = bundle / "input_check.onnx"
     write_network(path, **network)
-    spec = {
-        "file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "output": "probabilities", "classes": CLASSES,
-        "input": {"name": "image", "layout": "NCHW", "dtype": "float32", "channels": 1, "height": SIDE, "width": SIDE,
-                  "pipeline": PIPELINE},
-        "min_upright": 0.5, "measured_on": "phantoms", "figures": [],
-    }  # fmt: skip
-    return change_manifest(bundle, lambda manifest: manifest.update(schema=2, min_appliance_version="0.2.0", input_check=spec))
+    own = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return change_manifest(bundle, lambda manifest: manifest.update(schema=2, min_appliance_version="0.2.0", input_check=RECORD | own))
 
 
 def checked_bundle(directory: Path, version: str = "1.0.0", **options: Any) -> Path:

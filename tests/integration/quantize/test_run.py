@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from quantize.recipes import modelopt
 from quantize.recipes.variant_makers import Maker, Source
 from quantize.report import html_report
 from tests.support import quantize_site
+from tests.support.input_check_bundle import RECORD, write_network
 from tests.support.quantize_site import FP16, INT8, recipe, write_set, write_site
 
 
@@ -105,6 +107,50 @@ def test_no_picture_of_a_patient_is_in_the_bundle(made: tuple[RunResult, Path], 
     pictures = {np.asarray(Image.open(path)).tobytes() for path in (site / "evaluation").glob("*.png")}
     for case in ModelBundle.load(made[1]).golden_cases():
         assert case.pixels.tobytes() not in pictures
+
+
+# --- the input check ------------------------------------------------------------------------------------------------
+
+
+def with_input_check(site: Path, directory: Path, record: object = RECORD, **network: Any) -> BundleRecipe:
+    """The recipe of ``site`` with an input check beside its draft."""
+    draft = directory / "draft.toml"
+    directory.mkdir()
+    changed = (site / "draft.toml").read_text("utf-8").replace('min_appliance_version = "0.1.0"', 'min_appliance_version = "0.2.0"')
+    draft.write_text(changed + '\n[input_check]\nnetwork = "check.onnx"\nrecord = "check.json"\n', "utf-8")
+    write_network(directory / "check.onnx", **network)
+    (directory / "check.json").write_text(json.dumps(record), "utf-8")
+    return replace(recipe(site, directory / "bundle", FP16), draft=draft)
+
+
+@pytest.mark.usefixtures("only_onnxruntime")
+def test_the_input_check_goes_into_the_bundle(site: Path, tmp_path: Path) -> None:
+    manifest = run(with_input_check(site, tmp_path / "made", upright=1e6)).manifest
+    assert manifest.schema_ == 2
+    assert manifest.input_check is not None
+    assert (tmp_path / "made" / "bundle" / manifest.input_check.file).read_bytes() == (tmp_path / "made" / "check.onnx").read_bytes()
+    ModelBundle.load(tmp_path / "made" / "bundle")
+
+
+@pytest.mark.usefixtures("only_onnxruntime")
+def test_an_input_check_that_stops_golden_cases_is_refused(site: Path, tmp_path: Path) -> None:
+    with pytest.raises(QuantizeError, match="the input check stops the golden cases"):
+        run(with_input_check(site, tmp_path / "made", upright=-1e6))
+    assert not (tmp_path / "made" / "bundle").exists()
+
+
+@pytest.mark.parametrize("record", [{}, [], RECORD | {"classes": ["other", "negative"]}, RECORD | {"file": 3, "more": 1}])
+def test_a_record_of_the_input_check_that_is_not_valid_is_refused_at_once(site: Path, tmp_path: Path, record: object) -> None:
+    with pytest.raises(QuantizeError, match="input_check") as caught:
+        run(with_input_check(site, tmp_path / "made", record))
+    assert caught.value.code == "draft.invalid"
+
+
+def test_a_missing_network_of_the_input_check_is_refused_at_once(site: Path, tmp_path: Path) -> None:
+    asked = with_input_check(site, tmp_path / "made")
+    asked.draft.with_name("check.onnx").unlink()
+    with pytest.raises(QuantizeError, match=r"check\.onnx cannot be read"):
+        run(asked)
 
 
 # --- a slow int8 and a wrong fp16 -----------------------------------------------------------------------------------

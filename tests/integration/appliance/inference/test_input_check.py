@@ -115,7 +115,7 @@ def test_nobody_can_have_a_blank_image_analysed(store: Store, tmp_path: Path) ->
 
 def test_a_model_whose_check_stops_its_golden_cases_is_not_activated(store: Store, tmp_path: Path) -> None:
     with pytest.raises(ActivationError, match="the input check stops the golden case") as caught:
-        model_control.activate(store, checked_bundle(tmp_path, stops_all=True), "test")
+        model_control.activate(store, checked_bundle(tmp_path, upright=-1e6), "test")
     assert caught.value.code == "model.self_test"
 
 

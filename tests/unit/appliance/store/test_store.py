@@ -436,6 +436,22 @@ def test_no_memory_before_the_model_ran_gets_its_own_code(tmp_path: Path) -> Non
     migrated.close()
 
 
+def test_nothing_was_decided_about_the_images_of_an_older_version(tmp_path: Path) -> None:
+    """Migration 6: a person's decision about an image that the input check doubts."""
+    raw = old_database(tmp_path / "old.sqlite3", 5)
+    raw.execute("INSERT INTO studies VALUES (1, '1.1', 'k', '', '', '', '', NULL, '', '', '', '', '', 0, 1, NULL, NULL)")
+    raw.execute("INSERT INTO series VALUES (1, 1, '1', 'CR', '', 0, 0)")
+    raw.execute(
+        "INSERT INTO instances VALUES (1, 1, '1.1', '1', '1', '1', 1, 'CR', '', '', 1, 1, 1, NULL, 'cli', '', '', 0, 'failed', NULL,"
+        " '[]', 0, '')"
+    )
+    raw.commit()
+    raw.close()
+    migrated = Database(tmp_path / "old.sqlite3", b"key")
+    assert [row["correction"] for row in migrated.query("SELECT correction FROM instances")] == [""]
+    migrated.close()
+
+
 def test_a_bad_query_is_a_store_error(store: Store) -> None:
     with pytest.raises(StoreError):
         store.database.query("SELECT * FROM nothing")
