@@ -40,6 +40,7 @@ class Action(TextEnum):
         NONE: nothing; the central team wanted it so, such as a withdrawal.
         RETRY: the program tries again by itself.
         WAIT: the program continues by itself when a condition is met, such as a download window.
+        OUTDATED: what was offered is genuine and merely old; a person has to bring a newer copy.
         ALARM: somebody may be forging or replaying models; a person must act now.
         OPERATOR: a person has to repair something: the disk, a setting, the program, a document.
     """
@@ -47,6 +48,7 @@ class Action(TextEnum):
     NONE = "none"
     RETRY = "retry"
     WAIT = "wait"
+    OUTDATED = "outdated"
     ALARM = "alarm"
     OPERATOR = "operator"
 

@@ -82,6 +82,10 @@ LIBRARY: Final[dict[str, tuple[StateWords, Any]]] = {
         StateWords(lazy_gettext("Not reachable"), "cloud_off", "quiet"),
         lazy_gettext("The box keeps working with the model it has and tries again by itself. Nothing is wrong with the model."),
     ),
+    "outdated": (
+        StateWords(lazy_gettext("Outdated, not updated"), "not_analysed", "warn"),
+        lazy_gettext("The last USB stick is genuine and too old: nothing was taken. The box keeps the model it has. Bring a newer stick."),
+    ),
     "untrusted": (
         StateWords(lazy_gettext("Alarm: not to be trusted"), "shield", "alarm"),
         lazy_gettext(

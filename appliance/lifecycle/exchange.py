@@ -46,7 +46,7 @@ _MAX_NAMES: Final = 1000
 _REPORTED_ACTIVATIONS: Final = 20
 _REPORTED_MODELS: Final = 64
 _MODEL_KEYS: Final = ("version", "digest", "state", "precision", "runtime")
-_SEVERITY: Final = {"untrusted": 8, "error": 4, "unreachable": 4}
+_SEVERITY: Final = {"untrusted": 8, "error": 4, "outdated": 4, "unreachable": 4}
 
 _ModelT = TypeVar("_ModelT", bound=BaseModel)
 
@@ -69,7 +69,7 @@ class Directives(BaseModel, frozen=True):
 class SyncStatus(BaseModel, frozen=True):
     """The fields of ``sync-status.json`` that the box uses."""
 
-    state: Literal["ok", "unreachable", "untrusted", "waiting", "downloading", "error"]
+    state: Literal["ok", "unreachable", "outdated", "untrusted", "waiting", "downloading", "error"]
     code: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_.-]{0,64}$")] = ""
 
 

@@ -89,6 +89,11 @@ def _read(answer: requests.Response, content: bytes, identity: Identity | None) 
         raise _expired(identity)
     if answer.status_code in (401, 403, 422) or code.startswith("enrolment."):
         raise DeviceError(code or "device.refused", f"the centre refused: {detail}", hint="ask the central team; the model in use stays")
+    if answer.status_code == 429:
+        wait = answer.headers.get("Retry-After", "")
+        pause = f"; it asks to wait {wait} s" if wait.isdecimal() and len(wait) < 7 else ""
+        message = f"the centre answered 429, too many requests{pause}"
+        raise LibraryUnreachable(message, code=code if code == "report.rate" else "sync.rate")
     raise LibraryUnreachable(f"the centre cannot accept it now ({answer.status_code})", code="sync.report")
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from model_sync import messages
 from model_sync.agent.client import Client
 from model_sync.agent.decision import Decision, PullResult
+from model_sync.agent.exchange import Exchange
 from model_sync.agent.sync_status import Progress
+from model_sync.agent.version_words import BoxVersions
 from model_sync.errors import Action, LibraryUnreachable, ModelSyncError, exit_code
 from model_sync.messages import choose_language, text
 from model_sync.settings import SyncSettings
@@ -29,7 +31,7 @@ def pull(settings: SyncSettings) -> int:
         print(_with_code(error), file=sys.stderr)
         _print_advice(error)
         return exit_code(error)
-    _print_lines(result)
+    _print_lines(result, settings)
     print(f"{result.received_bytes} bytes received")
     return _print_problems(result)
 
@@ -38,7 +40,7 @@ def import_usb(settings: SyncSettings, directory: Path) -> int:
     """Import what this box should have from a USB stick; return the exit code: 5 when nothing was taken and nothing is here."""
     with ProgressLine() as progress_line:
         result = Client(settings).import_usb(directory, progress_line.show)
-    _print_lines(result)
+    _print_lines(result, settings)
     code = _print_problems(result)
     what, names = _import_result(result, settings.ring)
     print(text(f"stick.{what}", choose_language(), what=names))
@@ -57,10 +59,11 @@ def _import_result(result: PullResult, ring: str) -> tuple[str, str]:
     return "nothing", ""
 
 
-def _print_lines(result: PullResult) -> None:
+def _print_lines(result: PullResult, settings: SyncSettings) -> None:
+    box = BoxVersions(Exchange(settings.exchange_dir))
     for name, line in result.lines.items():
         at = f" ({line.at:%Y-%m-%d %H:%M} UTC)" if line.at else ""
-        print(f"{name} {line.version}: {text(f'decision.{line.decision}', choose_language())}{at}")
+        print(f"{name} {line.version}: {box.describe(name, line.version, line.decision, choose_language())}{at}")
 
 
 def _print_problems(result: PullResult) -> int:

@@ -3,44 +3,55 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from model_sync.agent.centre_status import read_centre_status
 from model_sync.agent.client import Client
 from model_sync.agent.exchange import Exchange
+from model_sync.agent.version_words import BoxVersions
 from model_sync.messages import Language, choose_language, current_code, hint, is_known, text
 from model_sync.settings import SyncSettings
 
 _WIDTH = 18
 _MIB = 2**20
+_Row = Callable[[str, str], str]
 
 
 def show(settings: SyncSettings, as_json: bool) -> int:
-    """Print the status; return the exit code of its state: 0 ok, 1 untrusted, 3 unreachable or error, 4 waiting."""
+    """Print the status; return the exit code of its state: 0 ok, 1 untrusted, 3 unreachable, outdated or error, 4 waiting."""
     client = Client(settings)
     status = client.status()
     exchange = Exchange(settings.exchange_dir)
-    models = exchange.reported_models()
+    models, centre = exchange.reported_models(), read_centre_status(settings.state_dir)
+    box = BoxVersions(exchange)
     if as_json:
         full = status | {"directives": exchange.directives(), "models": models, "working_process": client.working_process()}
+        full |= {"failed_versions": [failed._asdict() for failed in box.failed()], "centre": centre}
         print(json.dumps(full, ensure_ascii=False, indent=2, sort_keys=True))
     else:
-        for line in _page(settings, status, models, exchange.directives(), client.working_process()):
-            print(line)
-    return {"untrusted": 1, "unreachable": 3, "error": 3, "waiting": 4}.get(str(status.get("state")), 0)
+        lang = choose_language()
+
+        def row(label: str, value: str) -> str:
+            name = text(f"status.{label}", lang)
+            wide = sum(ord(letter) > 0x2E80 for letter in name)
+            return f"{name:<{_WIDTH - wide}}{value}"
+
+        print(row("box", f"{settings.box_id}, {text('status.ring', lang)} {settings.ring}"))
+        page = _page(status, models, exchange.directives(), client.working_process(), box, row, lang)
+        print("\n".join([*page, *_failures(box, centre, row, lang)]))
+    return {"untrusted": 1, "unreachable": 3, "outdated": 3, "error": 3, "waiting": 4}.get(str(status.get("state")), 0)
 
 
 def _page(
-    settings: SyncSettings, status: dict[str, Any], models: list[dict[str, Any]] | None, directives: dict[str, Any], working_pid: str | None
+    status: dict[str, Any],
+    models: list[dict[str, Any]] | None,
+    directives: dict[str, Any],
+    working_pid: str | None,
+    box: BoxVersions,
+    row: _Row,
+    lang: Language,
 ) -> Iterator[str]:
-    lang = choose_language()
-
-    def row(label: str, value: str) -> str:
-        name = text(f"status.{label}", lang)
-        wide = sum(ord(letter) > 0x2E80 for letter in name)
-        return f"{name:<{_WIDTH - wide}}{value}"
-
-    yield row("box", f"{settings.box_id}, {text('status.ring', lang)} {settings.ring}")
     if not status.get("last_attempt_at"):
         yield row("state", text("status.no_status", lang))
         return
@@ -52,7 +63,7 @@ def _page(
     yield row("last_look", str(status["last_attempt_at"]))
     yield row("last_success", str(status.get("last_success_at") or text("status.never", lang)))
     for name in sorted(set(_dict(status.get("lines"))) | set(directives) | {str(model.get("line")) for model in models or ()}):
-        yield row("line", _line(name, status, models, directives, lang))
+        yield row("line", _line(name, status, models, directives, box, lang))
     yield from _activity(status, working_pid, row, lang)
     if state not in ("ok", "downloading"):
         yield row("wrong", f"{text(code, lang) if is_known(code) else code} [{code}]")
@@ -73,7 +84,21 @@ def _page(
         yield row("note", str(note))
 
 
-def _line(name: str, status: dict[str, Any], models: list[dict[str, Any]] | None, directives: dict[str, Any], lang: Language) -> str:
+def _failures(box: BoxVersions, centre: dict[str, Any], row: _Row, lang: Language) -> Iterator[str]:
+    """Yield what failed on this box, and what the central server answered last, unless it accepted the request."""
+    for failed in box.failed():
+        yield row("failed", f"{failed.line} {failed.version}: {failed.describe(lang)} {failed.at}".rstrip())
+    if code := str(centre.get("code") or ""):
+        since = f"{text('status.since', lang)} {centre.get('since')}"
+        yield row("centre", f"{text(code, lang) if is_known(code) else code} [{code}] ({since}): {centre.get('message')}")
+        yield row("do", hint(code, lang) if is_known(code) else str(centre.get("hint")))
+    elif centre.get("last_success_at"):
+        yield row("centre", text("status.centre_ok", lang, at=centre["last_success_at"]))
+
+
+def _line(
+    name: str, status: dict[str, Any], models: list[dict[str, Any]] | None, directives: dict[str, Any], box: BoxVersions, lang: Language
+) -> str:
     wanted = str(_dict(directives.get(name)).get("version") or text("status.nothing", lang))
     running = [f"{model.get('version')} ({model.get('state')})" for model in models or () if model.get("line") == name]
     runs = ", ".join(running) or text("status.unknown" if models is None else "status.nothing", lang)
@@ -82,10 +107,11 @@ def _line(name: str, status: dict[str, Any], models: list[dict[str, Any]] | None
     if not about:
         return summary
     decision, _, at = str(about.get("decision")).partition(" ")
-    return f"{summary}; {about.get('version') or ''} {_word('decision', decision, lang)} {at}".rstrip()
+    version = str(about.get("version") or "")
+    return f"{summary}; {version} {box.describe(name, version, decision, lang)} {at}".rstrip()
 
 
-def _activity(status: dict[str, Any], working_pid: str | None, row: Any, lang: Language) -> Iterator[str]:
+def _activity(status: dict[str, Any], working_pid: str | None, row: _Row, lang: Language) -> Iterator[str]:
     progress = _dict(status.get("progress"))
     if working_pid is not None:
         yield row("working", working_pid)

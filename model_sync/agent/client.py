@@ -106,7 +106,9 @@ class Client:
         from model_sync.transport.directory_fetcher import DirectoryFetcher
 
         tree, root = usb_import.find_tree(directory), self._settings.root
-        access = _LibraryAccess("usb", lambda: DirectoryFetcher(tree), lambda error: usb_import.reword_error(error, tree, root))
+        access = _LibraryAccess(
+            "usb", lambda: DirectoryFetcher(tree), lambda error: usb_import.reword_error(error, tree, root, self._known_timestamp())
+        )
         return self._attempt(access, on_progress)
 
     def status(self) -> dict[str, Any]:
@@ -187,6 +189,10 @@ class Client:
 
     def _status_file(self) -> StatusFile:
         return StatusFile(self._settings.exchange_dir, self._settings.state_dir, self._settings.box_id, self._now, self._ticks)
+
+    def _known_timestamp(self) -> int:
+        known = RollbackState.load(self._rollback_files).roles.get("timestamp")
+        return known.version if known is not None else 0
 
     def _clocks(self, session: PullSession | None) -> Clocks:
         if session is not None:

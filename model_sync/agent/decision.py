@@ -43,10 +43,10 @@ _OF_CODE = {
 }  # fmt: skip
 _OF_STATE = {
     SyncState.UNTRUSTED: Decision.REFUSED, SyncState.ERROR: Decision.ERROR, SyncState.UNREACHABLE: Decision.UNREACHABLE,
-    SyncState.WAITING: Decision.WAITING,
+    SyncState.WAITING: Decision.WAITING, SyncState.OUTDATED: Decision.EXPIRED,
 }  # fmt: skip
 # The most urgent problem first.
-_SEVERITY = (SyncState.UNTRUSTED, SyncState.ERROR, SyncState.UNREACHABLE, SyncState.WAITING)
+_SEVERITY = (SyncState.UNTRUSTED, SyncState.ERROR, SyncState.OUTDATED, SyncState.UNREACHABLE, SyncState.WAITING)
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,10 @@ def find_refusal(line: str, index: LineIndex | None, version: str) -> TrustError
         "withdrawn": f"it is withdrawn: {withdrawal.reason if withdrawal else ''}",
         "below_minimum": f"it is older than the minimum version {index.minimum_version if index else ''}",
     }[code]
-    is_forged = code == "unknown"
-    hint = "tell the central team to sign a new rollout" if is_forged else "nothing to do: the central team will name another version"
-    action = Action.ALARM if is_forged else Action.NONE
-    return TrustError(
-        f"the rollout names {line} {version}, and {reason}", hint=f"{hint}; {MODEL_STAYS}", code=f"trust.{code}", action=action
-    )
+    hint = {
+        "unknown": f"tell the central team to sign a new rollout; {MODEL_STAYS}",
+        "withdrawn": "nothing to do: the central team will name another version; a box that runs the withdrawn one stops using it",
+        "below_minimum": f"nothing to do: the central team will name another version; {MODEL_STAYS}, also when it is below the minimum",
+    }[code]
+    action = Action.ALARM if code == "unknown" else Action.NONE
+    return TrustError(f"the rollout names {line} {version}, and {reason}", hint=hint, code=f"trust.{code}", action=action)

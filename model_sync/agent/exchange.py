@@ -147,10 +147,17 @@ class Exchange:
 
     def reported_models(self) -> list[dict[str, Any]] | None:
         """Return the models of the box's own report; None when there is no readable report."""
-        models = atomic_files.read_json(self.directory / REPORT_FILE).get("models")
-        if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
+        return self._reported("models")
+
+    def reported_activations(self) -> list[dict[str, Any]]:
+        """Return the activations of the box's own report, the newest first; empty when there is no readable report."""
+        return self._reported("activations") or []
+
+    def _reported(self, part: str) -> list[dict[str, Any]] | None:
+        entries = atomic_files.read_json(self.directory / REPORT_FILE).get(part)
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             return None
-        return models
+        return entries
 
     def bundles(self) -> Iterator[StagedBundle]:
         """Yield the complete bundles; one whose manifest was damaged on the disk is skipped."""

@@ -24,6 +24,7 @@ from securesystemslib.signer import CryptoSigner
 
 from model_sync import atomic_files
 from model_sync.agent.central_client import ReportSequenceError, post
+from model_sync.agent.centre_status import recorded
 from model_sync.agent.client import Client
 from model_sync.agent.device import Device, Identity, make_certificate_request
 from model_sync.agent.exchange import REPORT_FILE
@@ -52,8 +53,9 @@ def enrol(settings: SyncSettings, token: str) -> None:
     """
     device = Device(settings.state_dir, settings.box_id)
     key, csr = device.pending_request()
-    answer = post(settings, "enrol", json.dumps({"token": token.strip(), "csr_pem": csr}).encode(), None)
-    device.accept_certificate(key, str(answer.get("certificate_pem", "")), str(answer.get("ca_pem", "")), first=True)
+    with recorded(settings.state_dir):
+        answer = post(settings, "enrol", json.dumps({"token": token.strip(), "csr_pem": csr}).encode(), None)
+        device.accept_certificate(key, str(answer.get("certificate_pem", "")), str(answer.get("ca_pem", "")), first=True)
 
 
 def renew_if_due(settings: SyncSettings, *, now: datetime | None = None) -> bool:
@@ -68,8 +70,9 @@ def renew_if_due(settings: SyncSettings, *, now: datetime | None = None) -> bool
     if identity is None or not identity.is_renewal_due(now or datetime.now(timezone.utc)):
         return False
     key, csr = make_certificate_request(settings.box_id)
-    answer = post(settings, "renew", json.dumps({"csr_pem": csr}).encode(), identity)
-    device.accept_certificate(key, str(answer.get("certificate_pem", "")), "", first=False)
+    with recorded(settings.state_dir):
+        answer = post(settings, "renew", json.dumps({"csr_pem": csr}).encode(), identity)
+        device.accept_certificate(key, str(answer.get("certificate_pem", "")), "", first=False)
     return True
 
 
@@ -91,11 +94,12 @@ def send_report(settings: SyncSettings) -> Sent:
         return "not_enrolled"
     outbox = _ReportOutbox(settings)
     body = outbox.next(identity)
-    expected = _deliver(settings, body, identity)
-    if expected is not None:  # the number on this box is too low: its state was lost or restored
-        expected = _deliver(settings, outbox.again(identity, expected), identity)
-        if expected is not None:
-            raise LibraryUnreachable("the centre expects a third report number", code="sync.report")
+    with recorded(settings.state_dir):
+        expected = _deliver(settings, body, identity)
+        if expected is not None:  # the number on this box is too low: its state was lost or restored
+            expected = _deliver(settings, outbox.again(identity, expected), identity)
+            if expected is not None:
+                raise LibraryUnreachable("the centre expects a third report number", code="sync.report")
     outbox.delivered()
     return "sent"
 

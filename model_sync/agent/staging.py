@@ -242,7 +242,7 @@ class Stager:
             return False
         except LibraryUnreachable as error:
             # A stick need not carry deltas, and a server may have lost one: only a missing full file stops a bundle.
-            if not (concerns_one_file(error) or error.code in ("sync.refused", "sync.usb")):
+            if not (concerns_one_file(error) or error.code in ("sync.refused", "sync.denied", "sync.rate", "sync.usb")):
                 raise
             self._note_full_fetch(job, missing, f"there is no delta ({error.message})")
             return False

@@ -27,11 +27,12 @@ _log = logging.getLogger(__name__)
 class SyncState(TextEnum):
     """The state of the agent, as it is stored and reported; the message ``state.<value>`` explains it.
 
-    ``UNKNOWN`` is only in reports: no status could be read.
+    ``OUTDATED``: the last USB stick was genuine and merely old. ``UNKNOWN`` is only in reports: no status could be read.
     """
 
     OK = "ok"
     UNREACHABLE = "unreachable"
+    OUTDATED = "outdated"
     UNTRUSTED = "untrusted"
     WAITING = "waiting"
     DOWNLOADING = "downloading"
@@ -43,6 +44,7 @@ _STATE_OF_ACTION = {
     Action.NONE: SyncState.OK,
     Action.RETRY: SyncState.UNREACHABLE,
     Action.WAIT: SyncState.WAITING,
+    Action.OUTDATED: SyncState.OUTDATED,
     Action.ALARM: SyncState.UNTRUSTED,
     Action.OPERATOR: SyncState.ERROR,
 }

@@ -24,6 +24,8 @@ from tuf.api.exceptions import DownloadError, DownloadHTTPError, DownloadLengthM
 
 from model_sync.errors import Action, LibraryUnreachable
 
+_CODE_OF_STATUS = {401: "sync.denied", 403: "sync.denied", 404: "sync.unreachable", 407: "sync.denied", 429: "sync.rate"}
+
 
 class DownloadFailure(LibraryUnreachable):
     """Base of the errors of one download.
@@ -55,7 +57,7 @@ class Refused(DownloadHTTPError, DownloadFailure):
     """The server answered with the HTTP error ``status_code``; every status but 408, 429 and 5xx is final."""
 
     def __init__(self, message: str, status_code: int, *, retry_after_s: float = 0.0) -> None:
-        DownloadFailure.__init__(self, message, code="sync.unreachable" if status_code in (403, 404) else "sync.refused")
+        DownloadFailure.__init__(self, message, code=_CODE_OF_STATUS.get(status_code, "sync.refused"))
         self.status_code = status_code
         self.retry_after_s = retry_after_s
         self.final = status_code not in (408, 429) and status_code < 500

@@ -22,7 +22,7 @@ from webui.messages import LIBRARY, sync_text
 from webui.view_models import DASH, View, join_nonempty
 
 FILE_NAME: Final = "sync-status.json"
-STATES: Final = ("ok", "unreachable", "untrusted", "waiting", "downloading", "error")
+STATES: Final = ("ok", "unreachable", "outdated", "untrusted", "waiting", "downloading", "error")
 # Added by this page: no exchange directory is set, there is no file yet, or it is invalid.
 OWN_STATES: Final = ("none", "missing", "garbled")
 STALE_AFTER: Final = timedelta(hours=2)
