@@ -70,11 +70,6 @@ class Code(TextEnum):
     MODELOPT_FAILED = "modelopt.failed", "nvidia-modelopt failed", _MODELOPT
     MODELOPT_WROTE = "modelopt.wrote", "nvidia-modelopt wrote a model that cannot be used", _MODELOPT
     OUT_EXISTS = "out.exists", "The output exists already", "Nothing was overwritten. Name another directory, or add --replace."
-    PROCESSOR_NO_VNNI = (
-        "processor.no_vnni",
-        "This processor cannot gate and time an int8 variant",
-        "Build it where lscpu lists avx512_vnni or avx_vnni; --only fp16 builds a bundle without int8 on any processor.",
-    )
     REPORT_MATPLOTLIB = "report.matplotlib", "matplotlib is not installed, so the report cannot be drawn", "pip install -e '.[quantize]'"
     REPORT_RECORD = "report.record", "The record of the run cannot be used", _RECORD
     SPEED_FAILED = "speed.failed", "A variant failed while it was timed", "Start the command again: what was done is kept."

@@ -188,7 +188,7 @@ def _try_all(
     variants = [VariantResult("fp32", "fp32", None, context.float_model.path, "the float model as given")]
     _run_gate(variants[0], context, progress)
     variants += [_try(maker, source, context, progress) for maker in makers]
-    if not any(entry.passed for entry in variants if entry.precision == "int8"):
+    if not any(entry.run_here for entry in variants if entry.precision == "int8"):
         variants += _try_mixed(variants, source, context, progress)
     return variants, source
 
@@ -200,7 +200,7 @@ def _try_mixed(variants: Sequence[VariantResult], source: Source, context: GateC
         entry.layers = mixed_precision.measure_costs(entry, source, context, on_progress)
         for maker in mixed_precision.make_mixed(entry, entry.layers):
             mixed.append(_try(maker, source, context, progress))
-            if mixed[-1].passed:
+            if mixed[-1].run_here:
                 break
     return mixed
 

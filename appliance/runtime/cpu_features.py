@@ -1,8 +1,9 @@
 """Features of the CPU that change the results of a runtime.
 
 Without VNNI, x86 multiplies 8-bit numbers in pairs into 16-bit sums that saturate (VPMADDUBSW): two products of 255 x 127 do not fit, and
-the sum is clipped silently. Then the results differ from those that the gate measured on a processor with VNNI. ONNX Runtime has a
-slower mode that does not saturate, which is used there; OpenVINO has none, so int8 is refused on it.
+the sum is clipped silently. Then the results differ from those that the gate measured on a processor with VNNI. Weights of 7 bits cannot
+cause that (:mod:`appliance.runtime.weight_range`). For other models ONNX Runtime has a slower mode that does not saturate, which is used
+there; OpenVINO has none, so that they are refused on it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,6 @@ def saturates() -> bool:
 
 
 def avoid_saturation(options: Any) -> None:
-    """Set ONNX Runtime's ``SessionOptions`` so that 8-bit sums are exact on any processor; slower, and only where they would not be."""
+    """Set ONNX Runtime's ``SessionOptions`` so that 8-bit sums are exact on any processor; slower, and only where they may not be."""
     if saturates():
         options.add_session_config_entry("session.x64quantprecision", "1")

@@ -24,7 +24,7 @@ import onnxruntime as ort
 
 from appliance.core.errors import InferenceError
 from appliance.runtime import CPU, Candidate, OnProgress, TensorSpec
-from appliance.runtime.cpu_features import avoid_saturation
+from appliance.runtime.cpu_features import avoid_saturation, saturates
 from appliance.runtime.tensors import (
     Layer,
     check_outputs,
@@ -36,6 +36,7 @@ from appliance.runtime.tensors import (
     failure,
     ran_in,
 )
+from appliance.runtime.weight_range import fits_16_bits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -114,7 +115,9 @@ class OnnxRuntime:
         options.enable_mem_pattern = False
         options.log_severity_level = _LOG_ERRORS_ONLY
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        avoid_saturation(options)
+        is_float = self._candidate.precision in ("fp32", "fp16")  # its weights need not be read
+        if saturates() and (is_float or not fits_16_bits(model_path)):
+            avoid_saturation(options)
         with suppress(OSError):  # no disk space for a profile: then it is unknown what ran
             self._profile = TemporaryDirectory(prefix="appliance-ort-")
             options.profile_file_prefix = str(Path(self._profile.name) / "profile")

@@ -4,7 +4,8 @@ The precision is always forced to f32. By default OpenVINO silently runs a float
 fast, with 8 bits of mantissa, in a precision that no gate has tested. Quantized layers still run in 8 bits, because the graph says so.
 The hint does not show what ran (f16 runs as bf16), so the precision of every layer is read from the compiled model, and a candidate with
 another precision than its label is refused with ``runtime.precision``: an int8 or mixed file without any layer in 8 bits would be shown
-as int8 without being faster than the float model. The layers also show whether 8-bit sums may be clipped on a processor without VNNI.
+as int8 without being faster than the float model. On a processor without VNNI a model of which a layer runs in 8 bits is refused as well,
+unless its weights are so small that no sum is clipped (:mod:`appliance.runtime.weight_range`).
 
 Models are compiled for a fixed shape: with a dynamic batch the reference model takes up to 1.5 times as long, because some operators
 are not fused. One model is compiled for a single image, the most frequent case, and one for the batch size of the candidate; any other
@@ -37,6 +38,7 @@ from appliance.runtime.tensors import (
     in_eight_bits,
     ran_in,
 )
+from appliance.runtime.weight_range import fits_16_bits
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -114,7 +116,7 @@ class OpenVinoRuntime:
         self._outputs = [output_name(output) for output in model.outputs]
         self._threads = int(model.get_property("INFERENCE_NUM_THREADS"))  # fewer than requested if two threads share a core
         for ran in self._ran.values():
-            self._check_layers(ran)
+            self._check_layers(ran, model_path)
 
     def _load_or_compile(self, core: Any, model_path: Path, size: int, cache: Path | None) -> Any:
         """Return the model for one batch size, from the cache if it is there."""
@@ -154,14 +156,14 @@ class OpenVinoRuntime:
             "ENABLE_CPU_PINNING": False,
         }
 
-    def _check_layers(self, ran: list[Layer]) -> None:
+    def _check_layers(self, ran: list[Layer], model_path: Path) -> None:
         """Refuse layers with another precision than the variant's, or with results that differ from the gate; raises InferenceError."""
         rounded = sum(precision == "bf16" for _, precision in ran)
         if rounded:
             raise InferenceError("runtime.precision", f"{rounded} layers run in bf16 though f32 was asked for")
         heavy = _heavy(ran)
         check_precision(self.precision, heavy)
-        if in_eight_bits(heavy) and saturates():
+        if in_eight_bits(heavy) and saturates() and not fits_16_bits(model_path):
             raise InferenceError(
                 "runtime.precision",
                 f"sums of 8-bit products, of {in_eight_bits(heavy)} layers, may be clipped on this processor, which has no VNNI",

@@ -35,7 +35,7 @@ from model_sync.bundle import (
 from quantize.bundle import golden_cases
 from quantize.draft import INPUT_CHECK, MODEL_CARD
 from quantize.errors import QuantizeError
-from quantize.gate import roc_statistics
+from quantize.gate import processor_kinds, roc_statistics
 from quantize.gate.gate_runs import GateContext
 from quantize.gate.image_sets import ImageSet
 from quantize.gate.predictions import LOAD_S, REFERENCE, Predictions, RuntimeTarget, predict
@@ -201,7 +201,7 @@ def _try_cases(
     for number, entry in enumerate(shipped):
         result[entry.name] = {}
         path = bundle.path(files[entry.name])
-        for target in entry.passed:
+        for target in entry.run_here:
             try:
                 with CandidateProcess(
                     path, context.float_model.draft.input, target.candidate(path.name, entry.precision), deadline_s=LOAD_S
@@ -327,6 +327,7 @@ def gate_record(
         "limits": asdict(context.limits),
         "note": "Held against the float model's answers by ONNX Runtime on a CPU. Compare an AUC only within one source.",
         "variants": records,
+        "processors": {"measured_on": processor_kinds.kind_here(), "note": processor_kinds.NOTE},
         "not_measured_here": {
             "runtimes": dict(context.unavailable),
             "note": "On these the golden cases decide, on the box.",

@@ -52,7 +52,7 @@ def gate_chapter(context: GateContext, shipped: Sequence[VariantResult]) -> str:
                 rates = (label["sensitivity"]["value"], label["specificity"]["value"])
                 cells = (
                     _kind(entry),
-                    target.title,
+                    target.title if target in entry.run_here else f"{target.title} (模拟 simulated)",
                     f"{label['auc_difference']:.4f}",
                     *(f"{rate:.3f}" for rate in rates),
                     label["max_abs_delta"],

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
+import onnx
 
 from appliance.core.errors import InferenceError
+from appliance.runtime.weight_range import fits_16_bits
 from model_sync.bundle import sha256_of
 from quantize.errors import QuantizeError
-from quantize.gate import verdicts
+from quantize.gate import processor_kinds, verdicts
 from quantize.gate.image_sets import ImageSet
 from quantize.gate.predictions import REFERENCE, Predictions, RuntimeTarget, measure_interleaved, predict
 from quantize.gate.preparation import FloatModel
 from quantize.gate.selection import VariantResult
 from quantize.gate.verdicts import Limits, RefusalReason, Verdict
+from quantize.graph.float_simulation import simulate_in_float
 from quantize.messages import Code
 from quantize.progress import OnProgress, part_of
 from quantize.recipes.variant_makers import Maker, Source
@@ -109,6 +113,7 @@ def make_variant(maker: Maker, source: Source, context: GateContext, on_progress
         result.refused = RefusalReason(Code.MAKE_FAILED, error.message)
         return result
     result.path = directory / "model.onnx"
+    result.fits_16_bits = fits_16_bits(result.path)
     return result
 
 
@@ -124,6 +129,8 @@ def run_gate(result: VariantResult, context: GateContext, on_progress: OnProgres
 def _run_gate_on(result: VariantResult, target: RuntimeTarget, context: GateContext, on_progress: OnProgress) -> Verdict:
     assert result.path is not None
     path, float_model = result.path, context.float_model
+    processors = processor_kinds.find_evidence(path, target) if result.precision in ("int8", "mixed") else {}
+    is_simulated = processors.get("exact") == "simulated"
     inputs = [
         sha256_of(path),
         sha256_of(float_model.path),
@@ -131,23 +138,31 @@ def _run_gate_on(result: VariantResult, target: RuntimeTarget, context: GateCont
         asdict(target),
         asdict(context.limits),
         list(context.thresholds),
+        processors,
     ]
 
     def make(directory: Path) -> dict[str, Any]:
-        candidate = target.candidate(path.name, result.precision, threads=1)
         try:
-            predictions = predict(path, float_model.draft.input, candidate, context.evaluation.tensors, float_model.heads, on_progress)
+            if is_simulated:
+                predictions = _simulate(path, target, context, on_progress)
+            else:
+                candidate = target.candidate(path.name, result.precision, threads=1)
+                predictions = predict(path, float_model.draft.input, candidate, context.evaluation.tensors, float_model.heads, on_progress)
         except InferenceError as error:
             verdict = verdicts.failed_verdict(error.code, error.detail)
             if error.code in _TRANSIENT:
                 raise _TransientError(verdict) from error
             return {"verdict": verdict.to_json(), "describe": {}}
+        except QuantizeError as error:
+            return {"verdict": verdicts.failed_verdict(error.code, error.message).to_json(), "describe": {}}
         except KeyError as error:
             return {"verdict": verdicts.failed_verdict(Code.GATE_OUTPUT, f"it has no output {error}").to_json(), "describe": {}}
         _save(directory, predictions)
         verdict = verdicts.judge(
             context.reference, predictions, context.evaluation, float_model.draft.label_names, context.thresholds, context.limits
         )
+        if processors:
+            verdict = replace(verdict, figures=verdict.figures | {"processors": dict(processors)})
         return {"verdict": verdict.to_json(), "describe": dict(predictions.describe)}
 
     try:
@@ -162,6 +177,17 @@ def _run_gate_on(result: VariantResult, target: RuntimeTarget, context: GateCont
     return Verdict(passed, tuple(RefusalReason(**reason) for reason in reasons), figures)
 
 
+def _simulate(path: Path, target: RuntimeTarget, context: GateContext, on_progress: OnProgress) -> Predictions:
+    """Return the predictions of a quantized variant computed in float on ``target``, whose own 8-bit sums may be clipped here."""
+    float_model = context.float_model
+    with TemporaryDirectory(prefix="quantize.") as directory:
+        simulated = Path(directory, path.name)
+        onnx.save(simulate_in_float(onnx.load(path)), simulated)
+        candidate = target.candidate(simulated.name, "fp32", threads=1)
+        predictions = predict(simulated, float_model.draft.input, candidate, context.evaluation.tensors, float_model.heads, on_progress)
+    return replace(predictions, describe={})  # what ran is not what will run
+
+
 def measure_speed(result: Iterable[VariantResult], context: GateContext, on_progress: OnProgress) -> None:
     """Measure the speed of every remaining variant on every target where it passed, in turns, so that all times are comparable.
 
@@ -169,7 +195,7 @@ def measure_speed(result: Iterable[VariantResult], context: GateContext, on_prog
         QuantizeError: ``speed.failed``: something that ran before does not load any more.
     """
     tensor = np.ascontiguousarray(context.evaluation.tensors[:1])
-    runs = [(entry, target) for entry in result if entry.refused is None for target in entry.passed]
+    runs = [(entry, target) for entry in result if entry.refused is None for target in entry.run_here]
     pairs = [(entry.path, target.candidate(entry.path.name, entry.precision)) for entry, target in runs if entry.path is not None]
     try:
         times = measure_interleaved(pairs, context.float_model.draft.input, tensor, on_progress=on_progress)

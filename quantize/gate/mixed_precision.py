@@ -41,11 +41,15 @@ def measure_costs(entry: VariantResult, source: Source, context: GateContext, on
 
 
 def find_nearest(variants: Sequence[VariantResult]) -> list[VariantResult]:
-    """Return, for each kind of activations, the int8 variant nearest to the gate whose layers can be put back to float."""
+    """Return, for each kind of activations and width of weights, the int8 variant nearest to the gate.
+
+    Only variants whose layers can be put back to float are among them.
+    """
     best: dict[object, VariantResult] = {}
     for entry in sorted(variants, key=lambda entry: entry.failure):
-        if entry.precision == "int8" and find_recipe(entry) is not None and math.isfinite(entry.failure):
-            best.setdefault(entry.activations, entry)
+        recipe = find_recipe(entry)
+        if entry.precision == "int8" and recipe is not None and math.isfinite(entry.failure):
+            best.setdefault((entry.activations, recipe.weight_bits), entry)
     return list(best.values())
 
 

@@ -40,6 +40,7 @@ class VariantResult:
         timing: the speed on each target where it passed.
         refused: why it is not shipped; None where it is.
         layers: what quantizing each of its layers alone costs; empty where it was not measured.
+        fits_16_bits: whether its sums cannot be clipped on a processor without VNNI, so that its fastest kernels are used there.
     """
 
     name: str
@@ -52,11 +53,17 @@ class VariantResult:
     timing: dict[RuntimeTarget, Timing] = field(default_factory=dict)
     refused: RefusalReason | None = None
     layers: Sequence[LayerCost] = ()
+    fits_16_bits: bool = True
 
     @property
     def passed(self) -> list[RuntimeTarget]:
         """The runtime targets on which it passed the gate."""
         return [target for target, verdict in self.verdicts.items() if verdict.passed]
+
+    @property
+    def run_here(self) -> list[RuntimeTarget]:
+        """The runtime targets on which it passed and its own 8-bit kernels ran, not a simulation of them."""
+        return [target for target in self.passed if self.verdicts[target].figures.get("processors", {}).get("exact") != "simulated"]
 
     @property
     def not_on(self) -> list[str]:
@@ -83,7 +90,7 @@ class VariantResult:
 def refuse_failed(variants: Iterable[VariantResult]) -> None:
     """Refuse the variants that passed on no runtime, with the reason of each runtime."""
     for entry in variants:
-        if entry.refused is None and not entry.passed:
+        if entry.refused is None and not entry.run_here:
             reasons = [(target.title, verdict.reasons) for target, verdict in entry.verdicts.items()]
             text = "; ".join(f"{title}: {' | '.join(reason.detail for reason in some)}" for title, some in reasons)
             code = next((reason.code for _, some in reasons for reason in some), Code.GATE_UNTESTED)
@@ -99,10 +106,10 @@ def keep_best_calibration(variants: Sequence[VariantResult]) -> None:
         same = [entry for entry in variants if entry.family == family and entry.refused is None]
         if len(same) < 2:
             continue
-        best = min(same, key=lambda entry: (-len(entry.passed), entry.change, entry.name))
+        best = min(same, key=lambda entry: (-len(entry.run_here), entry.change, entry.name))
         for entry in same:
             if entry is not best:
-                mine, its = (f"{one.change:.5f} on {len(one.passed)} runtimes" for one in (entry, best))
+                mine, its = (f"{one.change:.5f} on {len(one.run_here)} runtimes" for one in (entry, best))
                 entry.refused = RefusalReason(Code.CALIBRATION_OTHER_BETTER, f"mean change of a score {mine}; {best.name}: {its}")
 
 
@@ -121,7 +128,7 @@ def refuse_slow(variants: Sequence[VariantResult], unavailable: Mapping[str, str
         more_exact = [
             other for other in variants if other.refused is None and EXACTNESS.index(other.precision) < EXACTNESS.index(entry.precision)
         ]
-        slower = [_find_faster(entry, target, more_exact) for target in entry.passed]
+        slower = [_find_faster(entry, target, more_exact) for target in entry.run_here]
         if all(slower):
             entry.refused = RefusalReason(Code.SPEED_SLOWER, "; ".join(slower))
 
@@ -141,7 +148,7 @@ def keep_fastest(variants: Sequence[VariantResult], *, one_int8: bool = False) -
     """Keep one variant per precision and kind of activations, as a manifest allows: the fastest over the targets here.
 
     Where a variant did not pass, the float model's time stands for it, because that is what runs there instead. Of variants that
-    are equally fast, it is the one that changes scores least.
+    are equally fast, it is one that processors without VNNI run as fast, and of those the one that changes scores least.
 
     Args:
         variants: all variants, timed where they passed.
@@ -156,7 +163,7 @@ def keep_fastest(variants: Sequence[VariantResult], *, one_int8: bool = False) -
     for same in kinds.values():
         fastest = min(_mean_log_time(entry, baseline) for entry in same)
         near = [entry for entry in same if _mean_log_time(entry, baseline) <= fastest + np.log(SAME_TIME)]
-        best = min(near, key=lambda entry: (-len(entry.passed), entry.change, entry.name))
+        best = min(near, key=lambda entry: (-len(entry.passed), not entry.fits_16_bits, entry.change, entry.name))
         for entry in same:
             if entry is not best:
                 detail = f"{_times(entry)}, change {entry.change:.5f}; {best.name}: {_times(best)}, change {best.change:.5f}"

@@ -13,6 +13,9 @@ Two kinds of activations are written:
 - ``unsigned``: uint8 with a zero point, what x86 multiplies with signed weights in one instruction (VNNI). Outputs are quantized as
   well, so that ONNX Runtime can keep whole chains in uint8; not those behind the last multiplication, because a score in 256 steps,
   cut off where calibration saw its largest, saves no time.
+
+Weights have 8 or 7 bits. With 7, from -64 to 64, an x86 processor without VNNI computes them fast and exactly
+(``appliance.runtime.weight_range``); with 8, ONNX Runtime has to take a slower mode there, and OpenVINO is refused.
 """
 
 from __future__ import annotations
@@ -71,6 +74,7 @@ class Recipe:
         method: how ranges are chosen from what calibration measured: all values; nearly all of them (``calibration.PERCENTILE``); or
             the range that loses the least information (Kullback-Leibler).
         op_types: the operators that are quantized.
+        weight_bits: bits that the weights use of the 8 in which they are stored.
         keep: names of nodes that stay float.
     """
 
@@ -79,6 +83,7 @@ class Recipe:
     activations: Activations
     method: Method
     op_types: tuple[str, ...]
+    weight_bits: Literal[7, 8] = 8
     keep: frozenset[str] = frozenset()
 
     def keeping(self, nodes: frozenset[str]) -> Recipe:
@@ -91,12 +96,14 @@ def recipes() -> tuple[Recipe, ...]:
 
     All are tried because the best placement of Q/DQ and the best calibration differ by graph and runtime.
     """
-    made = []
-    for method in METHODS:
-        made.append(Recipe(f"unsigned-weighted-{method}", "int8", "unsigned", method, WEIGHTED))
-        made.append(Recipe(f"unsigned-chained-{method}", "int8", "unsigned", method, CHAINED))
-        made.append(Recipe(f"symmetric-{method}", "int8", "symmetric", method, WEIGHTED))
-    made.append(Recipe("unsigned-everything-minmax", "int8", "unsigned", "minmax", EVERYTHING))
+    made: list[Recipe] = []
+    widths: tuple[tuple[Literal[7, 8], str], ...] = ((8, ""), (7, "7bit-"))
+    for bits, infix in widths:
+        for method in METHODS:
+            made.append(Recipe(f"unsigned-weighted-{infix}{method}", "int8", "unsigned", method, WEIGHTED, bits))
+            made.append(Recipe(f"unsigned-chained-{infix}{method}", "int8", "unsigned", method, CHAINED, bits))
+            made.append(Recipe(f"symmetric-{infix}{method}", "int8", "symmetric", method, WEIGHTED, bits))
+        made.append(Recipe(f"unsigned-everything-{infix}minmax", "int8", "unsigned", "minmax", EVERYTHING, bits))
     return tuple(made)
 
 
@@ -183,7 +190,7 @@ def _written(model: Model, recipe: Recipe, chosen: frozenset[str], ranges: dict[
         quantizer = QDQQuantizer(
             with_shapes(model),
             True,  # weights per channel
-            False,  # all 8 bits: where pairs of products would saturate, ONNX Runtime avoids it and OpenVINO is refused
+            recipe.weight_bits == 7,  # "reduced range": -64 to 64
             QuantType.QInt8,
             QuantType.QInt8 if symmetric else QuantType.QUInt8,
             TensorsData(CalibrationMethod.MinMax, data),

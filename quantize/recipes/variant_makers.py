@@ -75,9 +75,12 @@ def int8_maker(recipe: Recipe, words: str = "") -> Maker:
     name = f"{recipe.precision}-{recipe.name}"
     family = name.removesuffix(f"-{recipe.method}") if recipe.precision == "int8" else ""
     words_of_recipe = (
-        words or f"quantize.ptq: Q/DQ, {recipe.activations} activations, {recipe.method} ranges, on {', '.join(recipe.op_types)}"
+        words
+        or f"quantize.ptq: Q/DQ, {recipe.weight_bits}-bit weights, {recipe.activations} activations, {recipe.method} ranges, "
+        f"on {', '.join(recipe.op_types)}"
     )
-    return Maker(name, recipe.precision, recipe.activations, words_of_recipe, make, family, [*recipe.op_types, *sorted(recipe.keep)])
+    depends = [recipe.weight_bits, *recipe.op_types, *sorted(recipe.keep)]
+    return Maker(name, recipe.precision, recipe.activations, words_of_recipe, make, family, depends)
 
 
 def _make_fp16(source: Source, out: Path, on_progress: OnProgress) -> None:
