@@ -66,7 +66,9 @@ def _in_steps(model: Model, node: Node, constants: dict[str, NDArray[Any]]) -> l
     name = node.output[0]
 
     def constant(kind: str, value: Any) -> str:
-        model.graph.initializer.append(numpy_helper.from_array(np.float32(np.asarray(value).reshape(())), f"{name}_{kind}"))
+        model.graph.initializer.append(
+            numpy_helper.from_array(np.array(float(np.asarray(value).reshape(())), np.float32), f"{name}_{kind}")
+        )
         return f"{name}_{kind}"
 
     scale_name, zero_name = constant("simulated_scale", scale), constant("simulated_zero", zero_point)

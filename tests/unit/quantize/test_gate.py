@@ -241,6 +241,51 @@ def test_one_variant_of_a_kind_is_kept() -> None:
     assert [entry.name for entry in entries if entry.refused is None] == ["fp32", "near"]
 
 
+def test_of_equally_fast_ones_that_is_kept_which_old_processors_run_fast_too() -> None:
+    """Weights of 8 bits change scores less, but on a processor without VNNI they gain nothing."""
+    seven, eight = tried("seven", "int8", (4.1, 4.1), "unsigned"), tried("eight", "int8", (4, 4), "unsigned", change=0.0001)
+    eight.fits_16_bits = False
+    entries = [tried(*FP32), seven, eight]
+    selection.keep_fastest(entries)
+    assert [entry.name for entry in entries if entry.refused is None] == ["fp32", "seven"]
+
+
+def simulated(entry: VariantResult) -> VariantResult:
+    """The variant as a workbench without VNNI has it: not timed on OpenVINO, because its verdict there is a simulation's."""
+    figures = entry.verdicts[VINO].figures | {"processors": {"exact": "simulated", "saturating": "refused"}}
+    entry.verdicts = entry.verdicts | {VINO: replace(entry.verdicts[VINO], figures=figures)}
+    del entry.timing[VINO]
+    entry.fits_16_bits = False
+    return entry
+
+
+def test_a_simulated_verdict_bars_no_runtime_and_counts_for_no_speed() -> None:
+    entry, float_model = simulated(tried("eight", "int8", (8, 8), "unsigned")), tried(*FP32)
+    assert (entry.passed, entry.run_here, entry.not_on) == ([ORT, VINO], [ORT], [])
+    selection.refuse_failed([entry])
+    selection.refuse_slow([float_model, entry], {})
+    assert entry.refused is None
+    entry.timing[ORT] = timed(11)
+    selection.refuse_slow([float_model, entry], {})
+    assert entry.refused is not None
+    assert entry.refused.code == "speed.slower"
+
+
+def test_of_calibrations_one_that_ran_on_every_runtime_is_kept() -> None:
+    near, ran = simulated(tried("a", "int8", (5, 5), "unsigned", "f", 0.0001)), tried("b", "int8", (5, 5), "unsigned", "f", 0.004)
+    selection.keep_best_calibration([near, ran])
+    assert near.refused is not None
+    assert ran.refused is None
+
+
+def test_a_variant_that_only_a_simulation_passed_is_left_out() -> None:
+    entry = simulated(tried("eight", "int8", (8, 8), "unsigned"))
+    entry.verdicts[ORT] = failed_verdict("gate.auc", "AUC 0.5")
+    selection.refuse_failed([entry])
+    assert entry.refused is not None
+    assert entry.refused.code == "gate.auc"
+
+
 # --- golden cases, texts, steps, progress ---------------------------------------------------------------------------
 
 
