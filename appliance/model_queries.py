@@ -10,10 +10,12 @@ import json
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from pydantic import ValidationError
 
+from appliance.core.accuracy import accuracy_problem
 from appliance.core.domain import Note
 from appliance.core.run_summary import RuntimeStatus, name_of
 from appliance.core.self_test_report import allowed_latency_ms
@@ -33,7 +35,7 @@ HISTORY_PAGE: Final = 10
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """A version that is active on this box, or was."""
+    """A version that is active on this box, or was; ``accuracy_problem``: why its accuracy is not verified."""
 
     version: str
     digest: str
@@ -43,6 +45,7 @@ class ModelVersion:
     title: Mapping[str, str]
     watch: Watch
     running: RuntimeStatus
+    accuracy_problem: Note | None
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ def model_lines(store: Store) -> list[ModelLine]:
         "SELECT * FROM activations WHERE id IN (SELECT max(id) FROM activations GROUP BY name, state, purpose) ORDER BY id DESC"
     )
     names = sorted({row["name"] for row in (*models, *journal)} | set(rules))
-    versions = {row["digest"]: _version(row) for row in models}
+    versions = {row["digest"]: _version(row, store.settings.data_dir) for row in models}
     tunings = TuningRequests(database)
     lines = [
         _line(
@@ -201,7 +204,7 @@ def _is_problem(item: Activation) -> bool:
     return item.state in FAILURES and not (item.reason and item.reason.code == _SUPERSEDED)
 
 
-def _version(row: sqlite3.Row) -> ModelVersion:
+def _version(row: sqlite3.Row, data_dir: Path) -> ModelVersion:
     manifest = _object(row["manifest"])
     title = manifest.get("title")
     try:
@@ -211,7 +214,7 @@ def _version(row: sqlite3.Row) -> ModelVersion:
     return ModelVersion(
         version=row["version"], digest=row["digest"], precision=row["precision"], runtime=name_of(row["runtime"]),
         activated_at=row["activated_at"], title=title if isinstance(title, dict) and {"zh", "en"} <= title.keys() else {}, watch=watch,
-        running=RuntimeStatus.of(row["self_test"]),
+        running=RuntimeStatus.of(row["self_test"]), accuracy_problem=accuracy_problem(data_dir / row["directory"], row["digest"]),
     )  # fmt: skip
 
 

@@ -337,6 +337,28 @@ _AGENT: Final[Mapping[str, Message]] = {
     "enrolment.too_early": Message("The device certificate is too new to be renewed", "Nothing to do: it is renewed when its time comes."),
     "delta.invalid": Message("A delta cannot be used", "Nothing was changed; the complete file is fetched instead."),
 }
+# Why the accuracy of a model is not verified: no such bundle can be published, and a box shows no accuracy of it.
+_REMADE: Final = (
+    "The model may keep running, but its accuracy is not shown, and it cannot be published. Make the bundle with `quantize run`."
+)
+_GATE: Final[Mapping[str, Message]] = {
+    "gate.absent": Message("A variant has no gate record", _REMADE),
+    "gate.invalid": Message("The gate record cannot be read", _REMADE),
+    "gate.failed": Message(
+        "A variant has not passed its gate",
+        "Leave the variant out, or make it another way; its accuracy is not shown, and it cannot be published.",
+    ),
+    "gate.unbound": Message("The gate record does not name the digest of each file that was measured", _REMADE),
+    "gate.evaluation": Message("The gate record does not name the digest of the evaluation set", _REMADE),
+    "gate.weights": Message("The gate record was made with other weights", _REMADE),
+    "gate.runtime": Message(
+        "The manifest allows a variant on a runtime on which it did not pass its gate",
+        "Name the runtime in not_on of the variant; until then its accuracy is not shown, and it cannot be published.",
+    ),
+    "gate.threshold": Message("The accuracy was not measured at the threshold in force", _REMADE),
+    "gate.figures": Message("The manifest states another accuracy than the one that was measured", _REMADE),
+    "gate.input": Message("The accuracy was measured with another input pipeline or other labels", _REMADE),
+}
 # What `model-sync` prints besides.
 _WORDS: Final[Mapping[str, Message]] = {
     "word.error": Message("error: {what}"),
@@ -416,4 +438,4 @@ _WORDS: Final[Mapping[str, Message]] = {
     "word.no_path": Message("no such file or folder: {paths}"),
 }
 # fmt: on
-register("model_sync", {**REPORTED, **_AGENT, **_WORDS})
+register("model_sync", {**REPORTED, **_AGENT, **_GATE, **_WORDS})

@@ -33,7 +33,14 @@ _CODES: Final[Mapping[str, Message]] = {
     "library.stale": Message("The file was changed in the meantime", _RETURN),
     "library.signature": Message("The signature does not match", _RETURN),
     "library.bundle": Message("The bundle cannot be published", "Nothing was published. Correct the bundle, and publish it again."),
-    "library.gate": Message("A variant has not passed its gate", "Nothing was published. Run `quantize gate`, or leave the variant out."),
+    "library.golden": Message(
+        "A variant does not give the results of its golden cases",
+        "Nothing was published. These are not the weights that were made for this bundle: make it again with `quantize run`.",
+    ),
+    "library.golden_run": Message(
+        "The golden cases could not be run on this computer",
+        "Nothing was published. `quantize golden --bundle DIR` shows why; publish where ONNX Runtime runs every variant.",
+    ),
     "library.version": Message(
         "The version is not valid, or does not follow the published ones",
         "Nothing was published. Use a semantic version that is newer than the newest published one.",

@@ -14,7 +14,7 @@ from quantize.errors import DONE, run_command
 from quantize.recipes import modelopt
 
 GATE_FAILED: Final = 3
-_EPILOG: Final = "Exit codes: 0 done, 1 failed (the reason and what to do are printed), 2 wrong use, 3 a variant did not pass the gate."
+_EPILOG: Final = "Exit codes: 0 done, 1 failed (the reason and what to do are printed), 2 wrong use, 3 a variant did not pass."
 # These have parsers of their own, so that they can be started as modules too.
 _MODULES: Final = {"build-reference": "quantize.reference.build", "draw-phantoms": "quantize.reference.phantom"}
 
@@ -59,6 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     one.add_argument("--out", type=Path, help="file for the verdicts as JSON; standard output otherwise")
     _limits(one)
+    one = _command(
+        commands, "golden", _golden, "run every variant of a bundle on its golden cases; exit code 3 if one differs too much", bundle=bundle
+    )
+    one.add_argument("--json", action="store_true", help="print JSON instead of a table")
     _command(
         commands, "report", _report, "draw the HTML report of a run again from its record",
         record="BUNDLE.report.json, as quantize run wrote it", out="the HTML file",
@@ -128,6 +132,23 @@ def _gate(options: argparse.Namespace) -> int:
         print(text, end="")
     else:
         options.out.write_text(text, encoding="utf-8")
+    return DONE if passed else GATE_FAILED
+
+
+def _golden(options: argparse.Namespace) -> int:
+    from quantize.standalone import golden
+
+    results, passed = golden(options.bundle)
+    if options.json:
+        print(json.dumps(results, indent=2))
+        return DONE if passed else GATE_FAILED
+    for file, result in results["variants"].items():
+        for case in result["cases"]:
+            difference = "no result" if case["difference"] is None else f"{case['difference']:.6f}"
+            verdict = "passed" if case["passed"] else "FAILED"
+            print(f"{file:40} {result['runtime']:12} {case['name']:24} {difference} of {case['tolerance']:g}  {verdict}")
+        if result["error"]:
+            print(f"{file:40} {result['error']['code']}: {result['error']['detail']}")
     return DONE if passed else GATE_FAILED
 
 

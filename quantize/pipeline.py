@@ -245,7 +245,7 @@ def _assemble(
     named = recipe.measured_on or recipe.evaluation.resolve().name
     operating = OperatingPoints.of(context, named)
     results = CardInputs(context, operating, shipped)
-    gate = assembly.gate_record(context, variants, shipped, f"{named}: {len(context.evaluation)} pictures")
+    gate = assembly.gate_record(context, variants, shipped, operating, f"{named}: {len(context.evaluation)} pictures")
     if recipe.more is not None:
         gate |= recipe.more(results)
     recipe.out.resolve().parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
-"""Single steps of the pipeline as commands: make variants without a gate, run the gate on a bundle, measure the speed of a bundle."""
+"""Single steps of the pipeline as commands: make variants without a gate; gate a bundle, run its golden cases, or measure its speed."""
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from appliance.core.errors import InferenceError
+from appliance.imaging.golden_cases import Case, cases
+from appliance.runtime import open_runtime
 from model_sync.bundle import InputSpec, Manifest, ModelBundle, Variant
 from model_sync.errors import BundleError
 from quantize.draft import Draft
@@ -100,6 +103,55 @@ def gate(bundle_path: Path, evaluation: Path, limits: Limits) -> tuple[dict[str,
             result["variants"].setdefault(variant.file, {})[target.title] = verdict.to_json()
             passed &= verdict.passed
     return result, passed
+
+
+def golden(bundle_path: Path) -> tuple[dict[str, Any], bool]:
+    """Run every variant of a bundle on its golden cases, as a box does, in this process.
+
+    ONNX Runtime on the CPU is used, the baseline of every box; a variant that must not run there is run by another runtime here.
+
+    Returns:
+        The digest of the bundle and, per variant file, the runtime, the difference and the tolerance of each case, and the code and detail
+        of an error; and whether every variant is within its tolerances. A difference is None where there is no valid result.
+
+    Raises:
+        QuantizeError: there is no valid bundle.
+    """
+    try:
+        bundle = ModelBundle.load(bundle_path)
+        prepared = cases(bundle)
+    except BundleError as error:
+        raise QuantizeError(error.message, hint=error.hint, code=error.code) from error
+    targets, _ = predictions.runtime_targets()
+    results: dict[str, Any] = {}
+    for variant in bundle.manifest.variants:
+        allowed = [target for target in (REFERENCE, *targets) if target.runtime not in variant.not_on]
+        results[variant.file] = _golden_results(bundle, variant, allowed, prepared)
+    passed = all(not result["error"] and all(case["passed"] for case in result["cases"]) for result in results.values())
+    return {"digest": bundle.digest, "variants": results}, passed
+
+
+def _golden_results(bundle: ModelBundle, variant: Variant, targets: list[RuntimeTarget], prepared: list[Case]) -> dict[str, Any]:
+    if not targets:
+        return {"runtime": None, "cases": [], "error": {"code": "runtime.unavailable", "detail": "no runtime that may run it is here"}}
+    spec, candidate = bundle.manifest.input, targets[0].candidate(variant.file, variant.precision, 1)
+    results: list[dict[str, Any]] = []
+    error = None
+    try:
+        runtime = open_runtime(bundle.path(variant.file), spec, candidate)
+        try:
+            for case in prepared:
+                difference = case.difference(lambda tensor: runtime.infer({spec.name: tensor}))
+                tolerance = case.tolerance[variant.precision]
+                value = round(difference, 6) if math.isfinite(difference) else None
+                results.append({"name": case.name, "difference": value, "tolerance": tolerance, "passed": bool(difference <= tolerance)})
+        finally:
+            runtime.close()
+    except InferenceError as failed:
+        error = {"code": failed.code, "detail": failed.detail}
+    except KeyError as failed:
+        error = {"code": str(Code.GATE_OUTPUT), "detail": f"it has no output {failed}"}
+    return {"runtime": targets[0].title, "cases": results, "error": error}
 
 
 def bench(bundle_path: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from appliance.cli.terminal import explain, say
-from appliance.core.domain import PENDING_STATES, Note, PictureForm, Source, Status
+from appliance.core.domain import PENDING_STATES, Finding, Note, PictureForm, Source, Status
 from appliance.core.errors import ApplianceError
 from appliance.core.process import Lock, die_with_parent
 from appliance.core.states import ModelState
@@ -130,6 +130,7 @@ def print_table(results: Iterable[Analysed]) -> None:
             above = say("above threshold") if finding.positive else say("below threshold")
             print(f"  {finding.title_zh if zh else finding.title_en}: {finding.score:.3f} ({above} {finding.threshold:.3f})"
                   f"  {finding.model} {finding.model_version} {finding.precision} {finding.runtime}")  # fmt: skip
+            print(f"    {_accuracy(finding)}")
         for volume in item.volumes:
             if volume.job_id not in printed:  # once, not for every slice
                 printed.add(volume.job_id)
@@ -141,6 +142,14 @@ def print_table(results: Iterable[Analysed]) -> None:
         for note in (*((item.reason,) if item.reason else ()), *item.notes):
             print(f"  {explain(note.code, note.detail)}")
     print(say("Not for sole diagnosis.  不得单独作为诊断依据"))
+
+
+def _accuracy(finding: Finding) -> str:
+    """Sensitivity and specificity with their 95 % confidence intervals, or that they are not verified."""
+    if not finding.has_verified_accuracy:
+        return say("sensitivity and specificity: not verified")
+    rates = [f"{value:.1%} ({low:.1%}-{high:.1%})" for value, low, high in (finding.sensitivity, finding.specificity)]
+    return say("sensitivity {sensitivity}, specificity {specificity}", sensitivity=rates[0], specificity=rates[1])
 
 
 def _wait_for_results(store: Store, instance_ids: list[int], progress: Callable[[str], None], given: Path) -> None:

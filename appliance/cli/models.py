@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from appliance.cli.terminal import Progress, UsageError, explain, print_columns, say
+from appliance.core.accuracy import accuracy_problem
 from appliance.core.domain import Note
 from appliance.core.errors import ApplianceError
 from appliance.core.settings import Settings
@@ -20,7 +21,7 @@ from appliance.core.states import PENDING_STATES, ActivationState, ModelState
 from appliance.store.store import Store, open_box
 from model_sync import messages
 
-_MODEL_COLUMNS: Final = ("state", "line", "version", "digest", "precision", "runtime", "since")
+_MODEL_COLUMNS: Final = ("state", "line", "version", "digest", "precision", "runtime", "accuracy", "since")
 _HISTORY_COLUMNS: Final = ("number", "state", "line", "version", "digest", "source", "by", "since", "reason")
 
 
@@ -107,7 +108,18 @@ def _models(store: Store) -> list[dict[str, Any]]:
     order = list(ModelState)
     rows = sorted(store.models(), key=lambda row: (row["name"], order.index(row["state"])))
     columns = ("state", "version", "digest", "precision", "runtime")
-    return [{"line": row["name"], "since": row["activated_at"]} | {name: row[name] for name in columns} for row in rows]
+    return [
+        {"line": row["name"], "since": row["activated_at"], "accuracy": _accuracy(store, row)} | {name: row[name] for name in columns}
+        for row in rows
+    ]
+
+
+def _accuracy(store: Store, row: sqlite3.Row) -> dict[str, Any]:
+    """Whether the accuracy of a model is verified, and if not, why."""
+    problem = accuracy_problem(store.settings.data_dir / row["directory"], row["digest"])
+    if problem is None:
+        return {"is_verified": True, "code": None, "reason": ""}
+    return {"is_verified": False, "code": problem.code, "reason": explain(problem.code, problem.detail)}
 
 
 def _history(store: Store) -> list[dict[str, Any]]:
@@ -141,6 +153,8 @@ def _print(items: Sequence[dict[str, Any]], columns: Sequence[str], as_json: boo
 def _cell(column: str, value: Any) -> str:
     if column == "digest":
         return str(value)[:12]
+    if column == "accuracy":
+        return say("verified") if value["is_verified"] else say("not verified")
     if column == "since":
         return datetime.fromisoformat(value).astimezone().strftime("%Y-%m-%d %H:%M:%S")
     return str(value)

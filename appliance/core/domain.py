@@ -173,7 +173,11 @@ class StoredImage:
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one model for one label of one image (requirement R38)."""
+    """The result of one model for one label of one image (requirement R38).
+
+    ``sensitivity`` and ``specificity`` are what the manifest states. They may be shown only with ``has_verified_accuracy``: they were
+    measured on the weights that made the finding, at ``threshold``.
+    """
 
     label: str
     code: str
@@ -193,6 +197,7 @@ class Finding:
     peak: Point | None = None
     outline: tuple[tuple[Point, ...], ...] = ()
     heatmap_png: bytes = field(default=b"", repr=False)
+    has_verified_accuracy: bool = False
     id: int = 0
     job_id: int = 0
 
@@ -200,8 +205,9 @@ class Finding:
         """The finding as ``appliance analyze --json`` prints it (the heat map stays in the store)."""
         names = ("label", "code", "score", "threshold", "positive", "model", "model_version", "model_digest", "precision", "runtime")
         return {name: getattr(self, name) for name in names} | {
-            "sensitivity": list(self.sensitivity),
-            "specificity": list(self.specificity),
+            "has_verified_accuracy": self.has_verified_accuracy,
+            "sensitivity": list(self.sensitivity) if self.has_verified_accuracy else None,
+            "specificity": list(self.specificity) if self.has_verified_accuracy else None,
             "peak": list(self.peak) if self.peak else None,
             "outline": [[list(point) for point in polygon] for polygon in self.outline],
         }

@@ -139,5 +139,5 @@ def _finding(model: ModelSession, run: dict[str, Any], scored: ScoredLabel) -> F
         model=manifest.name, model_version=manifest.version, model_digest=model.digest,
         precision=run["precision"], runtime=f"{run['runtime']} {run['version']} {run['provider']}",
         peak=localisation.peak if localisation else None, outline=localisation.outline if localisation else (),
-        heatmap_png=localisation.heatmap_png if localisation else b"",
+        heatmap_png=localisation.heatmap_png if localisation else b"", has_verified_accuracy=model.has_verified_accuracy,
     )  # fmt: skip

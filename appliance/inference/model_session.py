@@ -57,6 +57,7 @@ class ModelSession:
         fallback: why the chosen candidate does not run; None when it does.
         lost: why nothing runs the model any more; None while something does.
         input_checker: the input check of the bundle, None where it has none; it runs on this box, wherever the model runs.
+        has_verified_accuracy: whether the gate record matches the weights and thresholds, so that accuracy may be shown.
 
     Raises:
         ActivationError: the model files are damaged.
@@ -69,6 +70,7 @@ class ModelSession:
         self._settings = settings
         self._bundle: ModelBundle = model_files.load_copy(settings.data_dir, digest)
         self.manifest: Manifest = self._bundle.manifest
+        self.has_verified_accuracy = self._check_accuracy()
         self.digest, self.plan = digest, plan
         self._is_other_device = plan.candidate is not None and plan.profile != device_profile.profile()
         requested = plan.precision if plan.candidate is None or plan.reason.code == "choice.by_hand" else None
@@ -87,6 +89,12 @@ class ModelSession:
             return InputChecker.open(self._bundle)
         except BundleError as error:
             raise InferenceError("job.error", error.message) from error
+
+    def _check_accuracy(self) -> bool:
+        problem = self._bundle.gate_problem()
+        if problem is not None:
+            logger.warning("the accuracy of the model is not verified", extra={"code": problem.code})
+        return problem is None
 
     def _chosen_candidate(self) -> tuple[Candidate, Note]:
         """Return the candidate to run and the reason to record with each result."""

@@ -310,5 +310,6 @@ class JobQueue:
         for name in ("sensitivity", "specificity", "outline"):
             values[name] = json.dumps(values[name])
         values["peak"] = json.dumps(finding.peak) if finding.peak else None
-        values["positive"] = int(finding.positive)
+        for name in ("positive", "has_verified_accuracy"):
+            values[name] = int(values[name])
         Database.insert(tx, "findings", job_id=job.id, instance_id=job.instance_id, **values)

@@ -206,3 +206,6 @@ UPDATE instances SET reason = json_set(reason, '$.code', 'job.memory_input', '$.
 
 -- migration 6: what a person decided to do with an image that the input check doubts (appliance/core/correction.py)
 ALTER TABLE instances ADD COLUMN correction TEXT NOT NULL DEFAULT '';
+
+-- migration 7: accuracy is shown only where the gate record matches weights and threshold; of earlier findings that was not recorded
+ALTER TABLE findings ADD COLUMN has_verified_accuracy INTEGER NOT NULL DEFAULT 0 CHECK (has_verified_accuracy IN (0, 1));

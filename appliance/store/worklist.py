@@ -355,6 +355,7 @@ def _finding(row: sqlite3.Row) -> Finding:
     return Finding(
         **{name: row[name] for name in same},
         positive=bool(row["positive"]),
+        has_verified_accuracy=bool(row["has_verified_accuracy"]),
         sensitivity=tuple(json.loads(row["sensitivity"])),
         specificity=tuple(json.loads(row["specificity"])),
         peak=tuple(json.loads(row["peak"])) if row["peak"] else None,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model_sync.bundle.envelope import invalid_manifest
+from model_sync.bundle.gate_record import check_gate
 from model_sync.bundle.manifest import MANIFEST_NAME, Manifest, Variant
 from model_sync.bundle.output_spec import Golden, Precision
 from model_sync.errors import BundleError
@@ -108,11 +109,21 @@ class ModelBundle:
         """Return a summary as lines of text: version, operating points, variants and golden cases."""
         manifest = self.manifest
         lines = [f"{manifest.name} {manifest.version} ({self.digest[:12]}): intact"]
+        problem = self.gate_problem()
         for point in manifest.operating_points:
             figures = f"sensitivity {point.sensitivity.value:.3f}, specificity {point.specificity.value:.3f}"
+            figures = figures if problem is None else f"accuracy not verified: {problem.message} [{problem.code}]"
             lines.append(f"  {point.label}: threshold {point.threshold:.4f}, {figures}")
         variants = ", ".join(variant.precision for variant in manifest.variants)
         return [*lines, f"  variants: {variants}; golden cases: {len(manifest.golden)}"]
+
+    def gate_problem(self) -> BundleError | None:
+        """Return why the gate record does not verify the accuracy of this bundle; None where it does. See :func:`check_gate`."""
+        try:
+            check_gate(self.manifest, lambda name: self.path(name).read_bytes())
+        except BundleError as error:
+            return error
+        return None
 
     def path(self, relative: str) -> Path:
         """Return the absolute path of a file that the manifest lists.

@@ -20,6 +20,7 @@ from model_sync.bundle import MANIFEST_NAME, Manifest, ModelBundle
 from model_sync.bundle.manifest import SemVer
 from model_sync.bundle.output_spec import Identifier
 from model_sync.errors import BundleError, PublishError
+from model_sync.library.golden_run import run_golden_cases
 from model_sync.library.promotion import LibraryPromotion
 from model_sync.library.roles import RoleState
 from model_sync.trust import documents
@@ -70,6 +71,7 @@ def publish(
     """
     bundle = _check_bundle(directory)
     manifest, on_progress = bundle.manifest, on_progress or (lambda *_: None)
+    _check_measured(library.index(manifest.name), bundle, on_progress)
     with library.files.locked():
         index = library.index(manifest.name)
         if (known := index.release(manifest.version)) is not None and known.digest == bundle.digest:
@@ -100,7 +102,6 @@ def _check_bundle(directory: Path) -> ModelBundle:
             hint="a score needs a measured threshold",
             code="library.bundle",
         )
-    _check_gate(bundle)
     names = [manifest.name, manifest.version, *manifest.digests(), MANIFEST_NAME]
     for segment in (segment for name in names for segment in name.split("/")):
         if segment.endswith(".") or segment.split(".")[0].lower() in _DEVICES or len(segment) > _MAX_NAME:
@@ -118,6 +119,21 @@ def _check_bundle(directory: Path) -> ModelBundle:
     return bundle
 
 
+def _check_measured(index: LineIndex, bundle: ModelBundle, on_progress: OnProgress) -> None:
+    """Check that the gate was made with these weights and thresholds, and run the golden cases, before the library is locked.
+
+    A published version is not checked again: a repeated command only finishes it, and older versions have older gate records.
+    """
+    version = bundle.manifest.version
+    if (known := index.release(version)) is not None and known.digest == bundle.digest:
+        return
+    _check_version(index, version)
+    if (problem := bundle.gate_problem()) is not None:
+        raise PublishError(f"{problem.message}{_NOTHING}", hint=problem.hint, code=problem.code)
+    on_progress("running the golden cases", 0, 1)
+    run_golden_cases(bundle)
+
+
 def _check_version_text(directory: Path) -> None:
     """Check the version first, because the error of the manifest's pattern is hard to understand."""
     try:
@@ -125,21 +141,6 @@ def _check_version_text(directory: Path) -> None:
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return  # reported when the complete bundle is read
     _parse(str(version))
-
-
-def _check_gate(bundle: ModelBundle) -> None:
-    for variant in bundle.manifest.variants:
-        if variant.gate is None:
-            raise PublishError(f"the {variant.precision} variant has no gate report{_NOTHING}", code="library.gate")
-        try:
-            report: Any = json.loads(bundle.path(variant.gate).read_bytes())
-            passed = report["variants"][variant.precision]["passed"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise PublishError(
-                f"{variant.gate} is no gate report on the {variant.precision} variant{_NOTHING}", code="library.gate"
-            ) from error
-        if passed is not True:
-            raise PublishError(f"the {variant.precision} variant did not pass its gate{_NOTHING}", code="library.gate")
 
 
 def _check_version(index: LineIndex, version: str) -> None:

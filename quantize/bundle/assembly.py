@@ -19,6 +19,7 @@ from appliance.imaging.preprocessing import from_display
 from appliance.runtime.input_check import InputChecker
 from appliance.tuning.candidate_process import CandidateProcess
 from model_sync.bundle import (
+    GATE_SCHEMA,
     MANIFEST_NAME,
     Document,
     Explain,
@@ -31,13 +32,14 @@ from model_sync.bundle import (
     Registration,
     ScoreHistogram,
     Variant,
+    sha256_of,
 )
 from quantize.bundle import golden_cases
 from quantize.draft import INPUT_CHECK, MODEL_CARD
 from quantize.errors import QuantizeError
 from quantize.gate import processor_kinds, roc_statistics
 from quantize.gate.gate_runs import GateContext
-from quantize.gate.image_sets import ImageSet
+from quantize.gate.image_sets import ImageSet, evaluation_digest
 from quantize.gate.predictions import LOAD_S, REFERENCE, Predictions, RuntimeTarget, predict
 from quantize.gate.selection import VariantResult
 from quantize.gate.verdicts import RefusalReason
@@ -134,7 +136,7 @@ def write(
 
     Raises:
         QuantizeError: ``bundle.golden``: a variant does not pass its own golden cases.
-        BundleError: it is no bundle.
+        BundleError: it is no bundle, or its gate record does not match it.
     """
     staging = out.with_name(out.name + ".new")
     shutil.rmtree(staging, ignore_errors=True)
@@ -156,7 +158,8 @@ def write(
     cases = [case.model_copy(update={"tolerance": dict(tolerances)}) for case in cases]
     manifest = _manifest(context, shipped, files, operating, cases, _documents(staging, card, gate), check)
     _put(staging, MANIFEST_NAME, manifest.to_json())
-    ModelBundle.load(staging)
+    if (problem := ModelBundle.load(staging).gate_problem()) is not None:
+        raise problem
     _replace(staging, out)
     return manifest
 
@@ -168,10 +171,15 @@ def file_name(entry: VariantResult, name: str) -> str:
 
 
 def _copy_variant(entry: VariantResult, context: GateContext, staging: Path) -> str:
-    assert entry.path is not None
     name = file_name(entry, context.float_model.draft.name)
-    shutil.copyfile(entry.path, staging / name)
+    shutil.copyfile(_path_of(entry), staging / name)
     return name
+
+
+def _path_of(entry: VariantResult) -> Path:
+    """The file of a variant that was made."""
+    assert entry.path is not None
+    return entry.path
 
 
 def _golden(context: GateContext, images: Mapping[str, NDArray[np.uint8]], loose: dict[Precision, float], staging: Path) -> list[Golden]:
@@ -293,9 +301,7 @@ def _manifest(
 
 
 def _variant(entry: VariantResult, file: str) -> Variant:
-    path = entry.path
-    assert path is not None
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = sha256_of(_path_of(entry))
     # Empty fields are left out, so that an appliance of an earlier version accepts the manifest too.
     more: dict[str, Any] = {}
     if entry.activations is not None:
@@ -306,24 +312,34 @@ def _variant(entry: VariantResult, file: str) -> Variant:
 
 
 def gate_record(
-    context: GateContext, variants: Sequence[VariantResult], shipped: Sequence[VariantResult], measured_on: str
+    context: GateContext, variants: Sequence[VariantResult], shipped: Sequence[VariantResult], operating: OperatingPoints, measured_on: str
 ) -> dict[str, Any]:
-    """Return ``gate.json``: the verdict on each shipped variant per runtime, and what was left out and why.
+    """Return ``gate.json`` (``model_sync/bundle/gate_record.py``): the verdict on each shipped variant per runtime, and what was left out.
 
-    Times are not in it: they belong to the machine that measured, and a second run has to write the same bytes.
+    It names what was measured: the files by digest, the operating points, the input, and the evaluation set by digest. Times are not in
+    it: they belong to the machine that measured, and a second run has to write the same bytes.
     """
+    draft = context.float_model.draft
     records: dict[str, Any] = {}
     for entry in shipped:
         record = records.setdefault(entry.precision, {"passed": True, "files": {}})
-        record["files"][file_name(entry, context.float_model.draft.name)] = {
+        record["files"][file_name(entry, draft.name)] = {
+            "sha256": sha256_of(_path_of(entry)),
             "recipe": entry.recipe,
             "not_on": entry.not_on,
             "runtimes": {target.title: {"version": target.version, **verdict.to_json()} for target, verdict in entry.verdicts.items()},
         }
     return {
-        "schema": 1,
+        "schema": GATE_SCHEMA,
         "reference": "fp32",
-        "dataset": measured_on,
+        "evaluation": {
+            "sha256": evaluation_digest(context.evaluation, draft.label_names),
+            "n_images": len(context.evaluation),
+            "name": measured_on,
+        },
+        "labels": [label.name for label in draft.labels],
+        "input": draft.input.model_dump(mode="json", exclude_unset=True),
+        "operating_points": [point.model_dump(mode="json", exclude_unset=True) for point in operating.points],
         "limits": asdict(context.limits),
         "note": "Held against the float model's answers by ONNX Runtime on a CPU. Compare an AUC only within one source.",
         "variants": records,

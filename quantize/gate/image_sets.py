@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -142,6 +143,28 @@ def read_evaluation(
                 code=Code.DATA_ONE_CLASS,
             )
     return _read(directory, rows, spec, modalities, work / "evaluation.npy", on_progress)
+
+
+def evaluation_digest(images: ImageSet, labels: Sequence[str]) -> str:
+    """Return the digest that ``gate.json`` names the evaluation set by: SHA-256 over one line per image, sorted, after the label names.
+
+    A line is a JSON array: the SHA-256 of the file, the index of the image in it, its labels as 0 and 1, its source, and a pseudonym of
+    its patient, which is the least image (file and index) of the same patient, so that no identifier enters. File names, their order and
+    the preprocessing do not change the digest; an image, a label, a source, or which images are of one patient does.
+
+    Args:
+        images: the set.
+        labels: names of its labels, in their order.
+    """
+    keys = _keys(images)
+    pseudonyms: dict[str, tuple[str, int]] = {}
+    for row, key in zip(images.rows, keys, strict=True):
+        pseudonyms[row.patient] = min(key, pseudonyms.get(row.patient, key))
+    lines = [
+        json.dumps([*key, [int(label) for label in row.labels], row.source, list(pseudonyms[row.patient]) if row.patient else None])
+        for row, key in zip(images.rows, keys, strict=True)
+    ]
+    return hashlib.sha256("\n".join((json.dumps(list(labels)), *sorted(lines), "")).encode()).hexdigest()
 
 
 def check_disjoint(calibration: ImageSet, evaluation: ImageSet) -> None:

@@ -25,9 +25,21 @@ from model_sync.library import publish, rollouts
 from model_sync.library.library import Library
 from model_sync.library.roles import RoleState
 from model_sync.trust.documents import FailureBudget
+from tests.support.binding_gate import write_gate
 
 _CAM = 7
 _SIZE = 224
+
+
+@contextmanager
+def older_publish() -> Iterator[None]:
+    """Publish as the central software did before it compared the gate record and ran golden cases: boxes must find out for themselves."""
+    before = publish._check_measured
+    publish._check_measured = lambda *_: None
+    try:
+        yield
+    finally:
+        publish._check_measured = before
 
 
 @dataclass
@@ -134,18 +146,16 @@ def tiny_bundle(
         line: its name.
         hidden: width of the layer that carries the weights; 2,000 make about 4 MB.
         drift: moves every weight of ``seed`` by this many standard deviations, as a fine-tuning does.
-        good: False writes golden cases that the model does not meet, for a self-test that fails.
+        good: False writes golden cases that the model does not meet, for a self-test that fails; such a bundle cannot be published.
     """
     bundle = directory / f"{line}-{version}"
     (bundle / "golden").mkdir(parents=True)
     onnx_bytes = _tiny_onnx(seed, hidden, drift)
     manifest = json.loads((reference_bundle() / "manifest.json").read_text("utf-8"))
     cases = _golden(onnx_bytes, seed, 0.0 if good else 0.5)
-    gate = {"schema": 1, "reference": "fp32", "variants": {"fp32": {"passed": True, "max_abs_delta": 0.0}}}
     files = {
         "model_fp32.onnx": onnx_bytes,
         "MODEL_CARD.md": f"# {line} {version}\n\nA test model.\n".encode(),
-        "gate.json": json.dumps(gate).encode(),
         **{name: data for name, (data, _) in cases.items()},
     }
     for name, data in files.items():
@@ -160,9 +170,10 @@ def tiny_bundle(
             {"input": name, "sha256": sha256[name], "expected": {"pneumonia": score}, "tolerance": {"fp32": 0.002}}
             for name, (_, score) in cases.items()
         ],
-        documents=[{"file": name, "sha256": sha256[name]} for name in ("MODEL_CARD.md", "gate.json")],
+        documents=[{"file": "MODEL_CARD.md", "sha256": sha256["MODEL_CARD.md"]}],
     )
     (bundle / "manifest.json").write_text(json.dumps(manifest, ensure_ascii=False, indent=2), "utf-8")
+    write_gate(bundle)
     return bundle
 
 

@@ -65,7 +65,7 @@ def _version_card(word: str, empty: str, version: ModelVersion | None) -> View:
     """A version; without one only ``empty`` is shown.
 
     ``run`` is how it is run now, as the worker reports it; ``stopped``: why nothing can run it; without both, ``chosen`` is how it was
-    chosen to be run.
+    chosen to be run. ``accuracy_problem``: why its accuracy is not verified.
     """
     if version is None:
         return {"word": word, "empty": empty}
@@ -78,6 +78,7 @@ def _version_card(word: str, empty: str, version: ModelVersion | None) -> View:
         "stopped": note_view(running.stopped),
         "chosen": " · ".join(filter(None, (version.runtime, version.precision.upper(), reason))),
         "since": gettext("since %(when)s", when=format_time(version.activated_at)),
+        "accuracy_problem": note_view(version.accuracy_problem),
     }
 
 

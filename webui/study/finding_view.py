@@ -43,6 +43,7 @@ def finding_card(item: InstanceView, finding: Finding, manifest: Manifest | None
         "threshold": format_score(finding.threshold),
         "score_x": f"{finding.score * _SCALE_WIDTH:.1f}",
         "threshold_x": f"{finding.threshold * _SCALE_WIDTH:.1f}",
+        "has_verified_accuracy": finding.has_verified_accuracy,
         "sensitivity": _rate(finding.sensitivity),
         "specificity": _rate(finding.specificity),
         "measured_on": finding.measured_on,
@@ -101,13 +102,13 @@ def image_details(item: InstanceView, manifests: Mapping[str, Manifest]) -> View
     ``manifests`` are by the model's digest; a model has a table per operating point of the label that it reported.
     """
     frames = (item.number_of_frames,) if item.number_of_frames > 1 else ()
-    findings = [(finding.label, manifests.get(finding.model_digest)) for finding in item.findings]
+    findings = [(finding, manifests.get(finding.model_digest)) for finding in item.findings]
     return {
         "size": gettext(", ").join((" × ".join(map(str, (item.columns, item.rows, *frames))), format_size(item.bytes))),
         "kind": join_nonempty((item.modality, item.body_part_examined, item.view_position)) or DASH,
         "received": format_time(item.received_at),
         "times": [_times(item, job) for job in item.jobs if job.timing_ms],
-        "models": [_model_details(label, manifest) for label, manifest in findings if manifest],
+        "models": [_model_details(finding, manifest) for finding, manifest in findings if manifest],
     }
 
 
@@ -121,8 +122,10 @@ def _times(item: InstanceView, job: JobView) -> str:
     return str(gettext("; ").join(f"{word} {format_milliseconds(duration)}" for word, duration in durations))
 
 
-def _model_details(label: str, manifest: Manifest) -> View:
-    points = [point["per_source"] for point in manifest["operating_points"] if point["label"] == label and point.get("per_source")]
+def _model_details(finding: Finding, manifest: Manifest) -> View:
+    """The intended use, and a table of accuracy per source; no table where the accuracy is not verified."""
+    points = [point["per_source"] for point in manifest["operating_points"] if point["label"] == finding.label and point.get("per_source")]
+    points = points if finding.has_verified_accuracy else []
     use = manifest["intended_use"]
     return {"intended_use": localize(use["zh"], use["en"]), "tables": [[_source_row(source) for source in sources] for sources in points]}
 

@@ -10,14 +10,19 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
+from model_sync import messages
 from model_sync.delta import codec as delta_codec
 from model_sync.errors import PublishError
 from model_sync.library import publish
 from model_sync.trust.documents import FailureBudget, LineIndex, Rollout
+from tests.support.binding_gate import write_gate
 from tests.support.library_follower import Follower, refused
-from tests.support.library_site import Site, make_site, tiny_bundle
+from tests.support.library_site import Site, make_site, older_publish, tiny_bundle
 
 LINE = "cxr-pneumonia"
 
@@ -74,10 +79,10 @@ def flip(bundle: Path) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no gate report": (no_gate_document, "gate"),
-    "variant without gate report": (lambda b: edit(b, lambda m: m["variants"][0].update(gate=None)), "no gate report"),
-    "gate report that is none": (lambda b: replace(b, "gate.json", b"passed"), "no gate report on"),
-    "gate report on other variants": (lambda b: replace(b, "gate.json", b'{"variants": {}}'), "no gate report on"),
+    "no gate record": (no_gate_document, "gate"),
+    "variant without gate record": (lambda b: edit(b, lambda m: m["variants"][0].update(gate=None)), "no gate record"),
+    "gate record that is none": (lambda b: replace(b, "gate.json", b"passed"), "no gate record"),
+    "gate record on other variants": (lambda b: replace(b, "gate.json", b'{"variants": {}}'), "no gate record"),
     "variant that did not pass its gate": (failed_gate, "did not pass"),
     "no golden case": (lambda b: edit(b, lambda m: m.update(golden=[])), "golden"),
     "no operating point": (lambda b: edit(b, lambda m: m.update(operating_points=[])), "operating_points"),
@@ -109,6 +114,138 @@ def test_a_bad_bundle_is_refused_and_leaves_no_trace(site: Site, tmp_path: Path,
     assert site.library.staged_roles() == []
     assert not (site.library.files.staged / "targets").exists()
     assert site.library.index(LINE).versions == []
+
+
+def change_gate(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Another gate record, with its new digest in the manifest."""
+    record = json.loads((bundle / "gate.json").read_text("utf-8"))
+    change(record)
+    replace(bundle, "gate.json", json.dumps(record).encode())
+
+
+def file_of(record: dict[str, Any]) -> dict[str, Any]:
+    """What the gate record states about the file of the float model."""
+    entry: dict[str, Any] = record["variants"]["fp32"]["files"]["model_fp32.onnx"]
+    return entry
+
+
+def randomise_weights(bundle: Path) -> None:
+    """Put random numbers where the weights were, and name the new file in the manifest; the gate record stays."""
+    path = bundle / "model_fp32.onnx"
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        values = np.random.default_rng(7).standard_normal(tuple(tensor.dims)).astype(np.float32)
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    edit(bundle, lambda m: m["variants"][0].update(sha256=digest))
+
+
+def randomise_weights_and_gate(bundle: Path) -> None:
+    """Random weights, and a gate record that claims to have measured them: only the golden cases can show it."""
+    randomise_weights(bundle)
+    write_gate(bundle)
+
+
+def no_model_at_all(bundle: Path) -> None:
+    (bundle / "model_fp32.onnx").write_bytes(b"no model")
+    edit(bundle, lambda m: m["variants"][0].update(sha256=hashlib.sha256(b"no model").hexdigest()))
+    write_gate(bundle)
+
+
+def gate_of_other_weights(bundle: Path) -> None:
+    """The gate record of another bundle, complete and valid there."""
+    other = tiny_bundle(bundle.parent / "other", seed=5)
+    replace(bundle, "gate.json", (other / "gate.json").read_bytes())
+
+
+def another_variant(bundle: Path) -> None:
+    """One more variant, which nobody measured."""
+    edit(bundle, lambda m: m["variants"].append(m["variants"][0] | {"precision": "fp16", "file": "model_fp16.onnx"}))
+    edit(bundle, lambda m: [case["tolerance"].update(fp16=0.01) for case in m["golden"]])
+    shutil.copyfile(bundle / "model_fp32.onnx", bundle / "model_fp16.onnx")
+
+
+def raise_threshold(bundle: Path) -> None:
+    edit(bundle, lambda m: m["operating_points"][0].update(threshold=0.9))
+
+
+def raise_threshold_in_both(bundle: Path) -> None:
+    """The threshold is raised in the manifest and in the record's list, but the measurements were at the old one."""
+    raise_threshold(bundle)
+    change_gate(bundle, lambda record: record["operating_points"][0].update(threshold=0.9))
+
+
+def better_sensitivity(bundle: Path) -> None:
+    edit(bundle, lambda m: m["operating_points"][0]["sensitivity"].update(value=0.99, high=0.995))
+
+
+def better_source(bundle: Path) -> None:
+    edit(bundle, lambda m: m["operating_points"][0]["per_source"][0].update(auc=0.5))
+
+
+def another_pipeline(bundle: Path) -> None:
+    edit(bundle, lambda m: m["input"]["pipeline"][1].update(default="minmax"))
+
+
+def renamed_label(bundle: Path) -> None:
+    edit(bundle, lambda m: m["labels"][0].update(name="opacity"))
+    for field in ("operating_points", "reference_scores"):
+        edit(bundle, lambda m, field=field: m[field][0].update(label="opacity"))
+    edit(bundle, lambda m: [case.update(expected={"opacity": case["expected"]["pneumonia"]}) for case in m["golden"]])
+
+
+def allowed_where_it_failed(bundle: Path) -> None:
+    change_gate(bundle, lambda record: file_of(record)["runtimes"].update(openvino={"passed": False, "reasons": []}))
+
+
+UNBOUND: dict[str, tuple[Callable[[Path], None], str]] = {
+    "randomised weights under an old gate": (randomise_weights, "gate.weights"),
+    "randomised weights under a gate that claims them": (randomise_weights_and_gate, "library.golden"),
+    "a file that is no model": (no_model_at_all, "library.golden_run"),
+    "a gate of other weights": (gate_of_other_weights, "gate.weights"),
+    "a variant that was never measured": (another_variant, "gate.invalid"),
+    "threshold 0.9 under the gate of 0.366": (raise_threshold, "gate.threshold"),
+    "threshold 0.9 in manifest and record, measured at 0.366": (raise_threshold_in_both, "gate.threshold"),
+    "another sensitivity than was measured": (better_sensitivity, "gate.figures"),
+    "another accuracy within one source": (better_source, "gate.figures"),
+    "another input pipeline": (another_pipeline, "gate.input"),
+    "another label": (renamed_label, "gate.input"),
+    "an old gate record without digests": (lambda b: change_gate(b, lambda r: r.update(schema=1)), "gate.unbound"),
+    "no digest of a file": (lambda b: change_gate(b, lambda r: file_of(r).pop("sha256")), "gate.unbound"),
+    "no digest of the evaluation set": (lambda b: change_gate(b, lambda r: r["evaluation"].pop("sha256")), "gate.evaluation"),
+    "no evaluation set": (lambda b: change_gate(b, lambda r: r.pop("evaluation")), "gate.evaluation"),
+    "an evaluation set of no images": (lambda b: change_gate(b, lambda r: r["evaluation"].update(n_images=0)), "gate.evaluation"),
+    "a runtime on which it failed is allowed": (allowed_where_it_failed, "gate.runtime"),
+    "measured on no runtime": (lambda b: change_gate(b, lambda r: file_of(r).update(runtimes={})), "gate.failed"),
+}
+
+
+@pytest.mark.parametrize("name", UNBOUND)
+def test_a_bundle_whose_gate_does_not_bind_is_refused_at_publish(site: Site, tmp_path: Path, name: str) -> None:
+    bundle = tiny_bundle(tmp_path)
+    damage, code = UNBOUND[name]
+    damage(bundle)
+    with pytest.raises(PublishError) as caught:
+        publish.publish(site.library, bundle)
+    assert caught.value.code == code, caught.value.message
+    for language in messages.LANGUAGES:
+        assert messages.text(code, language) and messages.hint(code, language)
+    assert site.library.staged_roles() == []
+    assert site.library.index(LINE).versions == []
+
+
+def test_a_version_that_an_older_program_published_can_still_be_finished(site: Site, tmp_path: Path) -> None:
+    """A killed `publish` is repeated by the next program, which would not accept the old gate record of a new version."""
+    bundle = tiny_bundle(tmp_path)
+    change_gate(bundle, lambda record: record.update(schema=1))
+    library = site.by_hand()
+    with older_publish():
+        publish.publish(library, bundle)
+    staged = library.staged(LINE)
+    assert publish.publish(library, bundle).published is False
+    assert staged is not None
+    assert library.staged(LINE) == staged
 
 
 @pytest.mark.parametrize("version", ["0.2.0", "0.1.9", "0.2.0-rc.1", "0.2.0+build.7", "0.0.1"])
@@ -159,8 +296,8 @@ def test_every_file_of_a_bundle_is_a_target(site: Site, box: Follower, tmp_path:
 def test_progress_is_told(site: Site, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     publish.publish(site.library, tiny_bundle(tmp_path), on_progress=lambda *step: told.append(step))
-    assert told[0] == ("copying MODEL_CARD.md", 0, 6)
-    assert [number for _, number, _ in told] == list(range(6))
+    assert told[:2] == [("running the golden cases", 0, 1), ("copying MODEL_CARD.md", 0, 6)]
+    assert [number for _, number, _ in told[1:]] == list(range(6))
 
 
 # --- deltas -------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +20,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from appliance.runtime.availability import available
-from model_sync.bundle import ModelBundle
+from model_sync.bundle import GateRecord, ModelBundle
 from quantize import cli, standalone
 from quantize.errors import QuantizeError
-from quantize.gate import mixed_precision, predictions
+from quantize.gate import image_sets, mixed_precision, predictions
 from quantize.gate.predictions import REFERENCE
 from quantize.gate.selection import VariantResult
 from quantize.gate.verdicts import Limits, Verdict
@@ -99,6 +100,44 @@ def test_what_was_left_out_is_named_with_its_reason(made: tuple[RunResult, Path]
     gate = json.loads((made[1] / "gate.json").read_text(encoding="utf-8"))
     refused = {entry.name: entry.refused for entry in made[0].variants if entry.refused is not None}
     assert {entry["name"]: entry["code"] for entry in gate["refused"]} == {name: reason.code for name, reason in refused.items()}
+
+
+def test_the_gate_names_what_was_measured(made: tuple[RunResult, Path], site: Path, tmp_path: Path) -> None:
+    bundle = ModelBundle.load(made[1])
+    record = GateRecord.model_validate_json(bundle.path("gate.json").read_bytes())
+    for variant in bundle.manifest.variants:
+        assert record.variants[variant.precision].files[variant.file].sha256 == variant.sha256
+    assert record.operating_points == bundle.manifest.operating_points
+    assert record.input == bundle.manifest.input
+    images = image_sets.read_evaluation(
+        site / "evaluation", bundle.manifest.image_input, bundle.manifest.applies_to.modality, ["spot"], tmp_path
+    )
+    assert record.evaluation.sha256 == image_sets.evaluation_digest(images, ["spot"])
+    assert record.evaluation.n_images == len(images)
+    assert bundle.gate_problem() is None
+    patients = {row.patient for row in images.rows} - {""}
+    text = bundle.path("gate.json").read_text("utf-8")
+    assert not any(patient in text for patient in patients)
+
+
+def test_the_golden_cases_of_a_bundle_are_run_as_a_command(
+    made: tuple[RunResult, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["golden", "--bundle", str(made[1]), "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    manifest = made[0].manifest
+    assert results["digest"] == ModelBundle.load(made[1]).digest
+    assert results["variants"].keys() == {variant.file for variant in manifest.variants}
+    for result in results["variants"].values():
+        assert result["error"] is None
+        assert [case["passed"] for case in result["cases"]] == [True] * len(manifest.golden)
+    wrong = Path(shutil.copytree(made[1], tmp_path / "wrong"))
+    document = json.loads((wrong / "manifest.json").read_text("utf-8"))
+    for case in document["golden"]:
+        case["expected"]["spot"] = 1 - case["expected"]["spot"]
+    (wrong / "manifest.json").write_text(json.dumps(document), "utf-8")
+    assert cli.main(["golden", "--bundle", str(wrong)]) == 3
+    assert "FAILED" in capsys.readouterr().out
 
 
 def test_no_picture_of_a_patient_is_in_the_bundle(made: tuple[RunResult, Path], site: Path) -> None:

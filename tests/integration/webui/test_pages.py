@@ -6,6 +6,7 @@ import re
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -100,6 +101,26 @@ def test_r38_a_finding_comes_with_all_that_it_rests_on(box: Box) -> None:
             assert part in page, (language, part)
         assert ("Pneumonia" if language == "en" else "肺炎") + " 0.987" in row(person, stored.study_id)
     assert '<svg class="scale"' in box.person().get(f"/studies/{stored.study_id}").text
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_r29_accuracy_that_was_not_measured_with_these_weights_and_threshold_is_not_shown(box: Box, language: str) -> None:
+    box.activate()
+    made = result(0.987)
+    unverified = replace(made, findings=tuple(replace(finding, has_verified_accuracy=False) for finding in made.findings))
+    shown = {}
+    for name, outcome, uid in (("verified", made, "1.2.3"), ("unverified", unverified, "1.2.4")):
+        stored = box.take(scan_bytes(StudyInstanceUID=uid))
+        box.work(outcome)
+        shown[name] = words(box.person(language=language).get(f"/studies/{stored.study_id}").text)
+    word = "not verified" if language == "en" else "未经核实"
+    assert word not in shown["verified"]
+    assert shown["unverified"].count(word) == 2
+    for figure in ("95.2%", "93.2%", "95.9%", "99.1%"):  # of the headline, and of the largest source in the table
+        assert figure in shown["verified"]
+        assert figure not in shown["unverified"]
+    assert "0.987" in shown["unverified"]
+    assert word in words(box.person(language=language).get("/health").text)  # the version of this test has no gate record on the disk
 
 
 def test_below_the_threshold_is_no_clean_bill_of_health(box: Box) -> None:

@@ -17,6 +17,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "run": ((*MODEL, "--evaluation", "empty", "--out", "here"), Code.OUT_EXISTS),
     "calibrate": ((*MODEL, "--out", "out"), Code.DRAFT_MISSING),
     "gate": (("--bundle", "empty", "--evaluation", "empty"), "bundle.no_manifest"),
+    "golden": (("--bundle", "empty"), "bundle.no_manifest"),
     "report": (("--record", "absent.json", "--out", "page.html"), Code.REPORT_RECORD),
     "bench": (("--bundle", "empty"), "bundle.no_manifest"),
     "build-reference": (("--shared", "empty", "--out", "out", "--only", "fp16"), Code.FAILED),

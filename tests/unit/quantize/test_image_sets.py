@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -299,3 +300,58 @@ def test_a_draft_that_is_missing_or_no_utf8(tmp_path: Path) -> None:
         Draft.load(tmp_path / "draft.toml")
     with pytest.raises(QuantizeError, match="not valid"):
         Draft.parse(DRAFT.encode("utf-16"))
+
+
+# --- the digest of the evaluation set ---------------------------------------------------------------------------------
+
+HEX = st.integers(0, 30).map(lambda number: f"{number:064x}")
+ROWS = st.lists(
+    st.tuples(HEX, st.integers(0, 3), st.booleans(), st.sampled_from(["", "a", "b", "a\tb", "a\nb"]), st.sampled_from(["", "p", "q", "r"])),
+    min_size=1,
+    max_size=12,
+    unique_by=lambda row: row[:2],
+)
+
+
+def set_of(rows: list[tuple[str, int, bool, str, str]], names: str = "") -> image_sets.ImageSet:
+    """A set of which only the digests and the rows count."""
+    made = tuple(
+        image_sets.Row(Path(f"{names}{n}"), index, (label,), source, patient) for n, (_, index, label, source, patient) in enumerate(rows)
+    )
+    return image_sets.ImageSet(Path(names), made, np.zeros((len(rows), 1), np.float32), tuple(row[0] for row in rows), names)
+
+
+def digest_of(rows: list[tuple[str, int, bool, str, str]], names: str = "") -> str:
+    return image_sets.evaluation_digest(set_of(rows, names), ["pneumonia"])
+
+
+@given(ROWS, st.randoms())
+def test_order_names_and_patient_identifiers_do_not_change_the_digest_of_a_set(
+    rows: list[tuple[str, int, bool, str, str]], random: Any
+) -> None:
+    renamed = [(*row[:4], {"": "", "p": "Zhang", "q": "Li", "r": "Wang"}[row[4]]) for row in rows]
+    random.shuffle(renamed)
+    assert digest_of(renamed, "other/") == digest_of(rows)
+
+
+@given(ROWS, st.data())
+def test_an_image_a_label_or_a_source_changes_the_digest_of_a_set(rows: list[tuple[str, int, bool, str, str]], data: st.DataObject) -> None:
+    place = data.draw(st.integers(0, len(rows) - 1))
+    digest, index, label, source, patient = rows[place]
+    for changed in (
+        ("f" * 64, index, label, source, patient),
+        (digest, index, not label, source, patient),
+        (digest, index, label, source + "x", patient),
+    ):
+        assert digest_of([*rows[:place], changed, *rows[place + 1 :]]) != digest_of(rows)
+    assert digest_of([*rows, ("e" * 64, 0, True, "", "")]) != digest_of(rows)
+    assert image_sets.evaluation_digest(set_of(rows), ["effusion"]) != digest_of(rows)
+
+
+def test_which_images_are_of_one_patient_changes_the_digest_of_a_set() -> None:
+    three = [(f"{number:064x}", 0, True, "a", patient) for number, patient in enumerate("ppq")]
+    apart = [(f"{number:064x}", 0, True, "a", patient) for number, patient in enumerate("pqr")]
+    unknown = [(f"{number:064x}", 0, True, "a", "") for number in range(3)]
+    in_one_file = [("0" * 64, number, True, "a", patient) for number, patient in enumerate("ppq")]
+    in_one_file_apart = [("0" * 64, number, True, "a", patient) for number, patient in enumerate("pqr")]
+    assert len({digest_of(rows) for rows in (three, apart, unknown, in_one_file, in_one_file_apart)}) == 5

@@ -452,6 +452,30 @@ def test_nothing_was_decided_about_the_images_of_an_older_version(tmp_path: Path
     migrated.close()
 
 
+def test_findings_of_older_versions_stay_readable_and_their_accuracy_is_not_verified(settings: Settings) -> None:
+    """Migration 7: until then nobody compared the gate record with the weights and the threshold."""
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    raw = old_database(settings.data_dir / "box.sqlite3", 6)
+    raw.execute("INSERT INTO studies VALUES (1, '1.1', 'k', '', '', '', '', NULL, '', '', '', '', '', 0, 1, NULL, NULL)")
+    raw.execute("INSERT INTO series VALUES (1, 1, '1', 'CR', '', 0, 0)")
+    raw.execute(
+        "INSERT INTO instances VALUES (1, 1, '1.1', '1', '1', '1', 1, 'CR', '', '', 1, 1, 1, NULL, 'cli', '', '', 0, 'ai_ready', NULL,"
+        " '[]', 0, '', '')"
+    )
+    raw.execute("INSERT INTO jobs (kind, instance_id, model_digest, state, created_at, notes) VALUES ('infer', 1, 'd', 'done', '', '[]')")
+    raw.execute(
+        "INSERT INTO findings VALUES (1, 1, 1, 'pneumonia', 'SCT:233604007', '肺炎', 'Pneumonia', 0.9, 0.4, 1,"
+        " '[0.95, 0.93, 0.97]', '[0.8, 0.7, 0.9]', 'x', 'm', '1.0.0', 'd', 'fp32', 'onnxruntime', NULL, '[]', x'00')"
+    )
+    raw.commit()
+    raw.close()
+    store = Store(settings)
+    (finding,) = Worklist(store).instance(1).findings
+    assert (finding.sensitivity, finding.has_verified_accuracy) == ((0.95, 0.93, 0.97), False)
+    assert finding.to_json()["sensitivity"] is None
+    store.close()
+
+
 def test_a_bad_query_is_a_store_error(store: Store) -> None:
     with pytest.raises(StoreError):
         store.database.query("SELECT * FROM nothing")
