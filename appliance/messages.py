@@ -211,6 +211,10 @@ _CODES: Final[Mapping[str, Message]] = {
     "caution.input_doubted": Message(
         "The input check doubted the image; a person had it analysed nevertheless", "Use the score with special care."
     ),
+    "caution.evidence_outside_body": Message(
+        "What contributed most to the score lies outside the body, such as a marker or a border",
+        "Do not rely on the score; look at the heat map.",
+    ),
     "caution.decimal_comma": Message(
         "A number in the header has a decimal comma; it was read as a point",
         "Nothing to do; the technician can tell the maker of the sender.",

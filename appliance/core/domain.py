@@ -172,11 +172,31 @@ class StoredImage:
 
 
 @dataclass(frozen=True)
+class Contour:
+    """Closed polygons (x, y) around the area where a map of evidence is above ``level`` times its maximum on the body."""
+
+    level: float
+    polygons: tuple[tuple[Point, ...], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The contour as it is stored, printed and sent to the viewer."""
+        return {"level": self.level, "polygons": [[list(point) for point in polygon] for polygon in self.polygons]}
+
+    @classmethod
+    def parse(cls, value: dict[str, Any]) -> Contour:
+        """Read what :meth:`to_json` returns."""
+        return cls(float(value["level"]), tuple(tuple((x, y) for x, y in polygon) for polygon in value["polygons"]))
+
+
+@dataclass(frozen=True)
 class Finding:
     """The result of one model for one label of one image (requirement R38).
 
     ``sensitivity`` and ``specificity`` are what the manifest states. They may be shown only with ``has_verified_accuracy``: they were
     measured on the weights that made the finding, at ``threshold``.
+
+    ``outline`` and ``inner_contours`` enclose the region that contributed most to the score; findings of older versions have the outline
+    alone.
     """
 
     label: str
@@ -198,6 +218,7 @@ class Finding:
     outline: tuple[tuple[Point, ...], ...] = ()
     heatmap_png: bytes = field(default=b"", repr=False)
     has_verified_accuracy: bool = False
+    inner_contours: tuple[Contour, ...] = ()
     id: int = 0
     job_id: int = 0
 
@@ -210,6 +231,7 @@ class Finding:
             "specificity": list(self.specificity) if self.has_verified_accuracy else None,
             "peak": list(self.peak) if self.peak else None,
             "outline": [[list(point) for point in polygon] for polygon in self.outline],
+            "inner_contours": [contour.to_json() for contour in self.inner_contours],
         }
 
 

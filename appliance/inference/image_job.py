@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from appliance.core.domain import Finding, Job, JobResult, Note, ScanState
 from appliance.core.errors import InferenceError, PixelError
+from appliance.imaging.body_mask import body_mask
 from appliance.imaging.dicom_files import PARSE_ERRORS, read_dataset
 from appliance.imaging.pixels import decode_frame
 from appliance.imaging.postprocessing import ScoredLabel, classify
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 # No radiograph is five times as long as wide, and letterboxing such an image would cost gigabytes.
 _MAX_ASPECT: Final = 5.0
+_OUTSIDE: Final = Note("caution.evidence_outside_body")
 
 
 class Timer:
@@ -120,10 +122,11 @@ def build_result(
 ) -> JobResult:
     """Turn the outputs for one image [1, ...], by name, into findings; ``run`` describes what computed them, see ``ModelSession.infer``."""
     with image.timer.part("postprocess"):
-        scored = classify(outputs, model.manifest, image.prepared.geometry)
+        scored = classify(outputs, model.manifest, image.prepared.geometry, body_mask(image.prepared.display))
         findings = tuple(_finding(model, run, label) for label in scored)
+        notes = tuple(_OUTSIDE for label in scored if label.positive and label.localisation and label.localisation.outside_body)[:1]
     run = run | ({"together": batch_size} if batch_size > 1 else {})
-    return JobResult(ScanState.AI_READY, None, findings, (*image.prepared.notes, *image.cautions), image.timer.ms, run)
+    return JobResult(ScanState.AI_READY, None, findings, (*image.prepared.notes, *image.cautions, *notes), image.timer.ms, run)
 
 
 def _finding(model: ModelSession, run: dict[str, Any], scored: ScoredLabel) -> Finding:
@@ -140,4 +143,5 @@ def _finding(model: ModelSession, run: dict[str, Any], scored: ScoredLabel) -> F
         precision=run["precision"], runtime=f"{run['runtime']} {run['version']} {run['provider']}",
         peak=localisation.peak if localisation else None, outline=localisation.outline if localisation else (),
         heatmap_png=localisation.heatmap_png if localisation else b"", has_verified_accuracy=model.has_verified_accuracy,
+        inner_contours=localisation.inner_contours if localisation else (),
     )  # fmt: skip

@@ -309,6 +309,7 @@ class JobQueue:
         values = {item.name: getattr(finding, item.name) for item in fields(finding) if item.name not in ("id", "job_id")}
         for name in ("sensitivity", "specificity", "outline"):
             values[name] = json.dumps(values[name])
+        values["inner_contours"] = json.dumps([contour.to_json() for contour in finding.inner_contours])
         values["peak"] = json.dumps(finding.peak) if finding.peak else None
         for name in ("positive", "has_verified_accuracy"):
             values[name] = int(values[name])

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from appliance.core.clinical_terms import view_of
 from appliance.core.correction import NOTHING_DECIDED, Correction
-from appliance.core.domain import PENDING_STATES, STATE_URGENCY, Finding, JobKind, Note, ScanState, Status, parse_notes
+from appliance.core.domain import PENDING_STATES, STATE_URGENCY, Contour, Finding, JobKind, Note, ScanState, Status, parse_notes
 from appliance.core.run_summary import RunSummary
 from appliance.store.priority import Urgency
 from appliance.store.series_jobs import CLAIMABLE
@@ -360,4 +360,5 @@ def _finding(row: sqlite3.Row) -> Finding:
         specificity=tuple(json.loads(row["specificity"])),
         peak=tuple(json.loads(row["peak"])) if row["peak"] else None,
         outline=outline,
+        inner_contours=tuple(map(Contour.parse, json.loads(row["inner_contours"]))),
     )

@@ -64,20 +64,27 @@ class Grid:
 
 def frontal(rows: int, cols: int, rng: np.random.Generator, opacity: Opacity | None = None) -> Plane:
     """Return the attenuation of a frontal chest, float32 [rows, cols], about 0 in air to 1 in the abdomen."""
+    return frontal_parts(rows, cols, rng, opacity)[0]
+
+
+def frontal_parts(rows: int, cols: int, rng: np.random.Generator, opacity: Opacity | None = None) -> tuple[Plane, Plane]:
+    """Return the attenuation of a frontal chest as ``frontal`` does, and the part of it that is the opacity's, 0 without one."""
     grid = Grid.of(rows, cols)
-    lungs = _lungs(grid)
+    lungs = lung_depth(grid)
     heart = _heart(grid)
     air = lungs * (1 - 0.8 * heart)
     vessels = _vessels(grid, rng) * air
-    body = _body(grid)
+    body = body_depth(grid)
     tau = 0.80 * body - 0.60 * air + 0.05 * heart
     tau += 0.11 * vessels
     tau += (0.012 * _noise(grid, rng, 9) + 0.010 * _noise(grid, rng, 40)) * air
+    added = np.zeros((rows, cols), np.float32)
     if opacity is not None:
-        tau += 0.50 * opacity.strength * _patch(grid, opacity, rng) * air
+        added = _plane(0.50 * opacity.strength * _patch(grid, opacity, rng) * air)
+        tau += added
     tau += _bones(grid) * np.minimum(1, body * 4)
     tau += _midline(grid) - _stomach(grid)
-    return _plane(tau + 0.007 * _noise(grid, rng, 12) * body)
+    return _plane(tau + 0.007 * _noise(grid, rng, 12) * body), added
 
 
 def lateral(rows: int, cols: int, rng: np.random.Generator) -> Plane:
@@ -154,7 +161,7 @@ def _resize(plane: Plane, rows: int, cols: int) -> Plane:
     return np.asarray(picture, dtype=np.float32)
 
 
-def _body(grid: Grid) -> Plane:
+def body_depth(grid: Grid) -> Plane:
     """Neck, shoulders, trunk and upper arms; thickest in the middle and in the abdomen."""
     x, y = np.abs(grid.x), grid.y
     half = _curve(y, (0, 0.10), (0.07, 0.105), (0.12, 0.20), (0.17, 0.37), (0.22, 0.46), (0.34, 0.455), (0.5, 0.425),
@@ -180,7 +187,7 @@ def _dome(x: Plane) -> Plane:
     return _plane(np.where(x < 0, right, left))
 
 
-def _lungs(grid: Grid) -> Plane:
+def lung_depth(grid: Grid) -> Plane:
     """Depth of air in the lungs, 0..1."""
     x, y = grid.x, grid.y
     width = _chest_width(y)

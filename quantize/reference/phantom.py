@@ -24,7 +24,7 @@ from quantize.errors import DONE, run_command
 from quantize.reference import anatomy
 from quantize.reference.anatomy import Opacity
 
-__all__ = ["SAMPLES", "Opacity", "Phantom", "Sample", "dataset", "display", "main", "stored", "uid", "write_samples"]
+__all__ = ["SAMPLES", "Opacity", "Phantom", "Sample", "dataset", "display", "drawn_opacity", "main", "stored", "uid", "write_samples"]
 
 # A fixed name space: PS3.5 B.2 makes a UID of a UUID, and a version 5 UUID makes the UUID of a name.
 _NAMESPACE = uuid.UUID("5c1f1c5e-2f0a-5f0e-9d2c-0b6c1d0f7a11")
@@ -98,6 +98,18 @@ def intensity(phantom: Phantom) -> NDArray[np.float32]:
 def display(phantom: Phantom) -> NDArray[np.uint8]:
     """Draw ``phantom`` as displayed: uint8 [rows, cols], MONOCHROME2."""
     return np.asarray(np.rint(intensity(phantom) * 255), dtype=np.uint8)
+
+
+def drawn_opacity(phantom: Phantom) -> NDArray[np.float32]:
+    """Return what the opacity of a frontal ``phantom`` adds to the attenuation: float32 [rows, cols], 0 where there is none.
+
+    Raises:
+        ValueError: the phantom is larger than what is drawn at full size, or not frontal.
+    """
+    if phantom.view != "PA" or phantom.rows > _DRAWN_ROWS:
+        raise ValueError(f"no opacity of a {phantom.view} phantom of {phantom.rows} rows can be returned")
+    rng = np.random.default_rng(phantom.seed)
+    return np.asarray(anatomy.frontal_parts(phantom.rows, phantom.cols, rng, phantom.opacity)[1], np.float32)
 
 
 def stored(phantom: Phantom, bits: int = 12) -> NDArray[np.uint16]:

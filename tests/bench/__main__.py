@@ -28,7 +28,7 @@ from appliance.core.settings import Settings
 from appliance.lifecycle.model_control import activate, reference_bundle
 from appliance.store.store import Store
 from quantize.reference.phantom import Phantom, dataset
-from tests.bench import delta, eight_bits, fleet, models, runtimes
+from tests.bench import delta, eight_bits, fleet, localisation, models, runtimes
 from tests.bench.floor import Floor
 from tests.bench.page import measure_page
 
@@ -44,9 +44,12 @@ def main() -> int:
     parser.add_argument("--studies", type=int, default=10_000, help="studies stored for the worklist page (default 10000)")
     parser.add_argument(
         "--only",
-        choices=("scans", "models", "runtimes", "int8"),
-        help="measure the analysis of images, the life of models, the runtimes, or what int8 gains in processor time (not in a full run)",
+        choices=("scans", "models", "runtimes", "int8", "localisation"),
+        help="measure the analysis of images, the life of models, the runtimes, what int8 gains in processor time (not in a full run), or "
+        "where the reference model looks",
     )
+    parser.add_argument("--phantoms", type=int, default=200, help="phantoms analysed for the localisation (default 200)")
+    parser.add_argument("--bundle", type=Path, help="bundle whose localisation is measured; the reference bundle by default")
     arguments = parser.parse_args()
     results: dict[str, Any] = {"machine": machine(), "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     scratch = Path(tempfile.mkdtemp(prefix="bench-", dir=_scratch()))
@@ -62,6 +65,9 @@ def main() -> int:
         if arguments.only == "int8":
             print("measuring what int8 gains in processor time (minutes) ...", file=sys.stderr)
             results["int8"] = eight_bits.run(scratch / "int8")
+        if arguments.only in (None, "localisation"):
+            print("measuring where the reference model looks (minutes) ...", file=sys.stderr)
+            results["localisation"] = localisation.run(arguments.phantoms, arguments.bundle)
     finally:
         shutil.rmtree(scratch)
     (ROOT / "var").mkdir(exist_ok=True)
@@ -77,6 +83,8 @@ def main() -> int:
     if "int8" in results:
         print(f"\nInstructions: {runtimes.instructions()}")
         runtimes.print_rows(results["int8"])
+    if "localisation" in results:
+        localisation.print_rows(results["localisation"])
     return 0
 
 

@@ -55,6 +55,7 @@ def _image_config(item: InstanceView) -> View:
             {
                 "id": finding.id, "label": localize(finding.title_zh, finding.title_en), "score": finding.score,
                 "threshold": finding.threshold, "positive": finding.positive, "outline": finding.outline, "peak": finding.peak,
+                "inner_contours": [contour.to_json() for contour in finding.inner_contours],
                 "heatmap_url": url_for("image_api.heatmap", finding_id=finding.id),
             }
             for finding in item.findings

@@ -55,7 +55,8 @@ export class Overlay {
     for (const finding of marks.outlines) {
       nodes.push(...outlineNodes(finding, projectFile));
     }
-    for (const { finding } of marks.heat) {
+    // A negative finding has no outline; its peak is marked with its heat map only.
+    for (const finding of new Set([...marks.outlines.filter((one) => one.outline.length), ...marks.heat.map((layer) => layer.finding)])) {
       if (finding.peak) {
         nodes.push(...peakNodes(projectFile(finding.peak)));
       }
@@ -116,7 +117,10 @@ function label(text: string, [x, y]: Point, className = "vw-label", anchor = "mi
 
 function outlineNodes(finding: FindingConfig, project: (point: Point) => Point): SVGElement[] {
   const className = finding.positive ? "vw-outline" : "vw-outline vw-below";
-  const nodes = finding.outline.flatMap((polygon) => haloed(pathData(polygon, project), className));
+  const inner = finding.inner_contours.flatMap(({ polygons }) =>
+    polygons.map((polygon) => svg("path", { class: "vw-contour", d: pathData(polygon, project) })),
+  );
+  const nodes = [...inner, ...finding.outline.flatMap((polygon) => haloed(pathData(polygon, project), className))];
   // One label per finding, above its highest point: several polygons are one finding, not several.
   const top = finding.outline.flat().map(project).reduce<Point | null>((best, p) => (best && best[1] <= p[1] ? best : p), null);
   if (top) {

@@ -175,9 +175,11 @@ export class FrameBar {
   }
 }
 
-/** What the colours of the heat map mean, and how opaque they are. */
+/** What the lines over the image mean, what the colours of the heat map mean, and how opaque they are. */
 export class Legend {
   private readonly root: HTMLElement;
+  private readonly lines: HTMLElement;
+  private readonly colours: HTMLElement;
   private readonly slider: HTMLInputElement;
   private readonly percent = html("output", { class: "vw-percent" });
 
@@ -185,19 +187,23 @@ export class Legend {
     const label = t("heatmap_opacity");
     this.slider = html("input", { type: "range", min: 0, max: 100, step: 5, "aria-label": label });
     this.slider.addEventListener("input", () => setOpacity(Number(this.slider.value)));
-    this.root = html(
+    this.lines = html("p", { class: "vw-lines" }, t("outline_legend"));
+    this.colours = html(
       "div",
-      { class: "vw-corner vw-top-right", role: "group", "aria-label": t("heatmap") },
+      { class: "vw-colours", role: "group", "aria-label": t("heatmap") },
       html("span", {}, t("heatmap_legend")),
       html("span", { class: "vw-legend" }, t("heatmap_low"), colourScale(), t("heatmap_high")),
       html("span", { class: "vw-opacity" }, html("span", { "aria-hidden": "true" }, label), this.slider, this.percent),
     );
+    this.root = html("div", { class: "vw-corner vw-top-right" }, this.lines, this.colours);
     parent.append(this.root);
-    this.update(false, 0);
+    this.update({ outline: false, heat: false }, 0);
   }
 
-  update(shown: boolean, opacity: number): void {
-    this.root.hidden = !shown;
+  update(shown: { outline: boolean; heat: boolean }, opacity: number): void {
+    this.root.hidden = !shown.outline && !shown.heat;
+    this.lines.hidden = !shown.outline;
+    this.colours.hidden = !shown.heat;
     this.slider.value = String(opacity);
     setText(this.percent, `${opacity} %`);
   }

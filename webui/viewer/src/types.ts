@@ -10,6 +10,12 @@ import { parseOrientation, type Orientation } from "./orientation";
 export type Point = readonly [x: number, y: number];
 export type Polygon = readonly Point[];
 
+/** The area where the evidence is above `level` times its maximum. */
+export interface Contour {
+  level: number;
+  polygons: readonly Polygon[];
+}
+
 export interface FindingConfig {
   id: number;
   label: string;
@@ -19,7 +25,11 @@ export interface FindingConfig {
   positive: boolean;
   /** 8-bit grey PNG that covers exactly the extent of the image, or null when the model explains nothing. */
   heatmap_url: string | null;
+  /** The region that contributed most to the score. */
   outline: readonly Polygon[];
+  /** Higher levels inside the outline; none in results of older versions. */
+  inner_contours: readonly Contour[];
+  /** Where the evidence is strongest. */
   peak: Point | null;
   /** The frame the finding was made on, from 0; its marks are shown on no other. */
   frame?: number;
@@ -110,6 +120,7 @@ export function parseConfig(json: string): ViewerConfig {
     image["findings"] ??= [];
     for (const finding of image["findings"] as Record<string, unknown>[]) {
       finding["outline"] ??= [];
+      finding["inner_contours"] ??= [];
     }
     image["title"] ??= "";
   }

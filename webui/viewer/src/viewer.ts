@@ -237,7 +237,7 @@ export class Viewer implements Host {
     // Do not show another frame in place of the one that failed.
     this.state.frame = null;
     this.overlay.clear();
-    this.legend.update(false, this.settings.opacity);
+    this.legend.update({ outline: false, heat: false }, this.settings.opacity);
     this.message.error(shown, () => void this.load(0));
     this.setState("error");
     this.updateControls();
@@ -355,7 +355,8 @@ export class Viewer implements Host {
       lengths: state.lengths.marks(state.shownNumber, state.meta),
       crosshair: settings.mode === "measure" && state.lengths.drawing,
     });
-    this.legend.update(heat.length > 0, settings.opacity);
+    const outline = settings.outline && findings.some((finding) => finding.outline.length > 0);
+    this.legend.update({ outline, heat: heat.length > 0 }, settings.opacity);
   }
 
   private heatChanged(failure: string | null): void {

@@ -13,7 +13,10 @@ export function meta(values: Partial<ImageMeta> = {}): ImageMeta {
 }
 
 export function finding(values: Partial<FindingConfig> = {}): FindingConfig {
-  return { id: 1, label: "pneumonia", score: 0.9, threshold: 0.4, positive: true, heatmap_url: null, outline: [], peak: null, ...values };
+  return {
+    id: 1, label: "pneumonia", score: 0.9, threshold: 0.4, positive: true, heatmap_url: null,
+    outline: [], inner_contours: [], peak: null, ...values,
+  };
 }
 
 export function image(...findings: FindingConfig[]): ImageConfig {

@@ -27,7 +27,7 @@ describe("parseConfig", () => {
   it("fills in what is left out", () => {
     const config = parseConfig('{"lang": "en", "images": [{"meta_url": "/m", "frame_url": "/f", "findings": [{"id": 1}]}]}');
     expect(config.text).toEqual({});
-    expect(config.images[0]).toMatchObject({ title: "", findings: [{ id: 1, outline: [] }] });
+    expect(config.images[0]).toMatchObject({ title: "", findings: [{ id: 1, outline: [], inner_contours: [] }] });
   });
 
   it.each(["{}", "null", '{"images": [{"meta_url": "/m"}]}'])("refuses %s", (json) => {

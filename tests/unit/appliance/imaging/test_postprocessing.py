@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,7 @@ from PIL import Image
 
 from appliance.core.errors import InferenceError
 from appliance.imaging.orientation import Orientation
-from appliance.imaging.postprocessing import HEATMAP_SIDE, OUTLINE_FRACTION, Localisation, classify, localise
+from appliance.imaging.postprocessing import HEATMAP_SIDE, INNER_FRACTIONS, OUTLINE_FRACTION, Localisation, classify, localise
 from appliance.imaging.preprocessing import Geometry, from_display
 from appliance.runtime import Candidate, open_runtime
 from model_sync.bundle import InputSpec, Manifest
@@ -162,6 +163,73 @@ def test_map_without_evidence_still_has_its_peak() -> None:
     assert hottest(place, letterboxed(700, 700)) == pytest.approx((450, 250), abs=5)
     flat = localise(np.zeros((7, 7), np.float32), letterboxed(700, 700), 0.9, 0.5)
     assert not heat(flat).any()
+
+
+def area(polygons: Sequence[Sequence[tuple[float, float]]]) -> float:
+    """In square pixels; a polygon inside another is a hole."""
+    total = 0.0
+    for polygon in polygons:
+        xs, ys = np.array(polygon).T
+        total += float(np.sum(xs[:-1] * ys[1:] - xs[1:] * ys[:-1])) / 2
+    return abs(total)
+
+
+@settings(deadline=None)
+@given(cam=arrays.arrays(np.float32, (14, 14), elements=st.floats(-20, 20, width=32)), size=st.sampled_from(SIZES[:5]))
+def test_inner_contours_lie_one_in_the_other(cam: np.ndarray[Any, Any], size: tuple[int, int]) -> None:
+    place = localise(cam, letterboxed(*size), 0.9, 0.5)
+    assert [contour.level for contour in place.inner_contours] == list(INNER_FRACTIONS)[: len(place.inner_contours)]
+    areas = [area(polygons) for polygons in (place.outline, *(contour.polygons for contour in place.inner_contours))]
+    assert all(inner <= outer + 1 for outer, inner in pairwise(areas))
+
+
+def test_negative_findings_have_no_inner_contours() -> None:
+    assert localise(one_hot(2, 2), letterboxed(700, 700), 0.9, 0.5).inner_contours
+    assert not localise(one_hot(2, 2), letterboxed(700, 700), 0.4, 0.5).inner_contours
+
+
+@settings(deadline=None)
+@given(
+    cam=arrays.arrays(np.float32, st.sampled_from([(7, 7), (14, 14)]), elements=st.floats(-20, 20, width=32)),
+    size=st.sampled_from(SIZES[:5]),
+    seed=st.integers(0, 2**32 - 1),
+    cells=st.integers(1, 6),
+)
+def test_nothing_is_marked_outside_the_body(cam: np.ndarray[Any, Any], size: tuple[int, int], seed: int, cells: int) -> None:
+    """Whatever the map says: each point of each contour, and the peak, lies on the body; where there is none, anywhere."""
+    coarse = np.random.default_rng(seed).random((cells, cells)) < 0.6
+    body = np.kron(coarse, np.ones((10, 10), np.bool_))
+    if not coarse.any():
+        return
+    geometry = letterboxed(*size)
+    place = localise(cam, geometry, 0.9, 0.5, body)
+    height, width = body.shape
+    points = [place.peak]
+    for polygons in (place.outline, *(contour.polygons for contour in place.inner_contours)):
+        points += [point for polygon in polygons for point in polygon]
+    for x, y in points:
+        # Coordinates are rounded to a tenth of a pixel.
+        columns = {min(max(int((x + d) / geometry.columns * width), 0), width - 1) for d in (-0.06, 0, 0.06)}
+        rows = {min(max(int((y + d) / geometry.rows * height), 0), height - 1) for d in (-0.06, 0, 0.06)}
+        assert any(body[row, column] for row in rows for column in columns)
+
+
+def test_evidence_outside_the_body_is_shown_and_said() -> None:
+    """The strongest cell lies on a marker: the outline follows the strongest evidence on the body, the heat map hides nothing."""
+    geometry = letterboxed(700, 700)
+    cam = one_hot(0, 0)
+    cam[4, 4] = 3.0
+    body = np.zeros((70, 70), np.bool_)
+    body[20:, :] = True
+    place = localise(cam, geometry, 0.9, 0.5, body)
+    assert place.outside_body
+    assert place.peak == pytest.approx((450, 450), abs=4)
+    assert len(place.outline) == 1
+    assert inside(place.peak, place.outline[0])
+    assert hottest(place, geometry) == pytest.approx((50, 50), abs=40)
+    assert not localise(cam, geometry, 0.9, 0.5).outside_body
+    cam[0, 0] = 3.5
+    assert not localise(cam, geometry, 0.9, 0.5, body).outside_body
 
 
 # --- classify ---------------------------------------------------------------------------------------------------------------

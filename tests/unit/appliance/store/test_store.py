@@ -19,7 +19,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from appliance.core.domain import Finding, Job, JobResult, Note, Patient, ScanState, Source
+from appliance.core.domain import Contour, Finding, Job, JobResult, Note, Patient, ScanState, Source
 from appliance.core.errors import StoreError
 from appliance.core.settings import Settings
 from appliance.store import database
@@ -35,6 +35,7 @@ FINDING = Finding(
     label="pneumonia", code="SCT:233604007", title_zh="肺炎", title_en="Pneumonia", score=0.9, threshold=0.4, positive=True,
     sensitivity=(0.95, 0.93, 0.97), specificity=(0.8, 0.7, 0.9), measured_on="x", model="m", model_version="1.0.0", model_digest="d" * 64,
     precision="fp32", runtime="onnxruntime", peak=(1.5, 2.5), outline=(((0.0, 0.0), (1.0, 0.0), (1.0, 1.0)),), heatmap_png=b"png",
+    inner_contours=(Contour(0.9, (((0.0, 0.0), (0.5, 0.0), (0.5, 0.5)),)),),
 )  # fmt: skip
 
 
@@ -474,6 +475,24 @@ def test_findings_of_older_versions_stay_readable_and_their_accuracy_is_not_veri
     assert (finding.sensitivity, finding.has_verified_accuracy) == ((0.95, 0.93, 0.97), False)
     assert finding.to_json()["sensitivity"] is None
     store.close()
+
+
+def test_findings_of_an_older_version_keep_their_outline(tmp_path: Path) -> None:
+    """The migration adds contours inside the outline: a finding that has none stays as it is."""
+    number = next(number for number, statements in database.migrations() if any("inner_contours" in text for text in statements))
+    raw = old_database(tmp_path / "old.sqlite3", number - 1)
+    raw.execute("PRAGMA foreign_keys = OFF")
+    raw.execute(
+        "INSERT INTO findings (job_id, instance_id, label, code, title_zh, title_en, score, threshold, positive, sensitivity, specificity,"
+        " measured_on, model, model_version, model_digest, precision, runtime, peak, outline, heatmap_png)"
+        " VALUES (1, 1, 'pneumonia', '', '', '', 0.9, 0.5, 1, '[]', '[]', '', '', '', '', '', '', '[1, 2]', '[[[0, 0], [1, 0]]]', x'')"
+    )
+    raw.commit()
+    raw.close()
+    migrated = Database(tmp_path / "old.sqlite3", b"key")
+    row = migrated.query("SELECT outline, inner_contours FROM findings")[0]
+    assert (row["outline"], row["inner_contours"]) == ("[[[0, 0], [1, 0]]]", "[]")
+    migrated.close()
 
 
 def test_a_bad_query_is_a_store_error(store: Store) -> None:
