@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 HEATMAP_SIDE: Final = 256
 # The outline encloses the area where the map is above this share of its maximum. Chosen by measurement: at a half the median outline of the
-# positive test pictures covers 36 % of the picture, at three quarters 14 % (`make bench ARGS="--only localisation"`).
+# positive test pictures covers 36 % of the picture, at three quarters 14 % (docs/adr/0037-outline-and-map.md).
 OUTLINE_FRACTION: Final = 0.75
 # Further contours inside the outline.
 INNER_FRACTIONS: Final = (0.9,)
