@@ -209,5 +209,6 @@ ALTER TABLE instances ADD COLUMN correction TEXT NOT NULL DEFAULT '';
 
 -- migration 7: accuracy is shown only where the gate record matches weights and threshold; of earlier findings that was not recorded
 ALTER TABLE findings ADD COLUMN has_verified_accuracy INTEGER NOT NULL DEFAULT 0 CHECK (has_verified_accuracy IN (0, 1));
--- migration 7: contours inside the outline of a finding; of earlier findings there is the outline alone
+
+-- migration 8: contours inside the outline of a finding; of earlier findings there is the outline alone
 ALTER TABLE findings ADD COLUMN inner_contours TEXT NOT NULL DEFAULT '[]'; -- JSON: level and polygons of each
