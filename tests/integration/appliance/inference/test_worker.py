@@ -59,7 +59,7 @@ def test_from_door_to_localised_finding(settings: Settings) -> None:
     assert finding.peak
     assert 0 <= finding.peak[0] <= 512
     assert Worklist(store).heatmap(finding.id).startswith(b"\x89PNG")
-    assert set(view.jobs[0].timing_ms) == {"decode", "preprocess", "infer", "postprocess", "store", "total"}
+    assert set(view.jobs[0].timing_ms) == {"decode", "preprocess", "input_check", "infer", "postprocess", "store", "total"}
     store.database.verify_audit()
 
 
