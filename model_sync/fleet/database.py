@@ -19,7 +19,19 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from model_sync.agent.report import ActivationReport, ModelState, StatusReport, canonical
 from model_sync.errors import ModelSyncError, SettingsError
-from model_sync.fleet.tables import SCHEMA, actions, activations, box_models, boxes, certificates, events, meta, metadata, open_engine
+from model_sync.fleet.tables import (
+    MIGRATIONS,
+    SCHEMA,
+    actions,
+    activations,
+    box_models,
+    boxes,
+    certificates,
+    events,
+    meta,
+    metadata,
+    open_engine,
+)
 
 # States of a model that analyses images, and of an activation that failed.
 RUNNING: Final = (ModelState.ACTIVE.value, ModelState.TRIAL.value, ModelState.GOOD.value)
@@ -66,7 +78,7 @@ class Fleet:
     """The fleet database; each method is one transaction."""
 
     def __init__(self, url: str, *, clock: Callable[[], float] = time.time) -> None:
-        """Open a database and create missing tables.
+        """Open a database, create missing tables, and migrate those of an older version.
 
         Args:
             url: a URL of SQLAlchemy, such as ``sqlite:////var/lib/fleet.db`` or ``postgresql+psycopg://user@host/fleet``.
@@ -119,11 +131,13 @@ class Fleet:
             tx.execute(self.insert(meta).values(key="secret", value=secrets.token_hex(32)).on_conflict_do_nothing())
             return str(tx.execute(select(meta.c.value).where(meta.c.key == "secret")).scalar_one())
 
-    def record(self, actor: str, action: str, *, ring: str, line: str, subject: str, figures: str, once: bool = False) -> None:
-        """Record an action about a version; with ``once`` not if the same one is recorded already."""
+    def record(
+        self, actor: str, action: str, *, ring: str, line: str, subject: str, figures: str, note: str = "", once: bool = False
+    ) -> None:
+        """Record an action about a version, with the reason in ``note``; with ``once`` not if the same one is recorded already."""
         here = actions.c
         same = here.action == action, here.ring == ring, here.line == line, here.subject == subject
-        row = {"actor": actor, "action": action, "ring": ring, "line": line, "subject": subject, "figures": figures}
+        row = {"actor": actor, "action": action, "ring": ring, "line": line, "subject": subject, "figures": figures, "note": note}
         with self.writing() as tx:
             if not once or tx.execute(select(here.id).where(*same).limit(1)).one_or_none() is None:
                 tx.execute(actions.insert().values(at=self.now(), **row))
@@ -277,7 +291,12 @@ class Fleet:
                 tx.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
             metadata.create_all(tx)
             tx.execute(self.insert(meta).values(key="schema", value=str(SCHEMA)).on_conflict_do_nothing())
-            schema = tx.execute(select(meta.c.value).where(meta.c.key == "schema")).scalar_one()
+            schema = str(tx.execute(select(meta.c.value).where(meta.c.key == "schema")).scalar_one())
+            while schema.isdecimal() and int(schema) + 1 in MIGRATIONS:
+                schema = str(int(schema) + 1)
+                for statement in MIGRATIONS[int(schema)]:
+                    tx.execute(text(statement))
+                tx.execute(update(meta).where(meta.c.key == "schema").values(value=schema))
         if schema != str(SCHEMA):
             raise SettingsError(f"the fleet database has tables of version {schema}, this is {SCHEMA}", code="fleet.database")
 

@@ -1,4 +1,7 @@
-"""The fleet page of the central team: rollouts, versions, boxes, pause and resume. It needs no JavaScript."""
+"""The fleet page of the central team: rollouts, versions, boxes, the log, pause and resume.
+
+It needs no JavaScript; a small script shows the times, which the server writes in UTC, in the time zone of the browser.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any, Final, Literal, TypeVar, cast
 
 from flask import Blueprint, Response, abort, current_app, flash, g, redirect, render_template, request, session, url_for
 from flask.typing import ResponseReturnValue
+from markupsafe import Markup
 
 from model_sync.errors import ModelSyncError
 from model_sync.fleet import chart as fleet_chart
@@ -18,8 +22,11 @@ from model_sync.fleet import views as fleet_views
 from model_sync.fleet.accounts import Accounts
 from model_sync.fleet.api import client_address
 from model_sync.fleet.database import RUNNING, Fleet
+from model_sync.fleet.event_log import LATEST, EventLog
 from model_sync.fleet.pause import ExpectedRollout
+from model_sync.fleet.rollout_pause_policy import SERVER
 from model_sync.fleet.rollouts import PublishedRollouts, Rollouts
+from model_sync.fleet.tables import NOTE_CHARS
 from model_sync.messages import LANGUAGES, Language, current_code, is_known, text
 from model_sync.trust.documents import RolloutStep, older
 
@@ -91,8 +98,17 @@ def language() -> ResponseReturnValue:
 @blueprint.get("/fleet/style.css")
 def style() -> Response:
     """Return the style sheet."""
-    css = (Path(blueprint.root_path) / "templates" / "fleet.css").read_bytes()
-    response = Response(css, content_type="text/css; charset=utf-8")
+    return _asset("fleet.css", "text/css")
+
+
+@blueprint.get("/fleet/script.js")
+def script() -> Response:
+    """Return the script that shows times in the zone of the browser."""
+    return _asset("fleet.js", "text/javascript")
+
+
+def _asset(name: str, kind: str) -> Response:
+    response = Response((Path(blueprint.root_path) / "templates" / name).read_bytes(), content_type=f"{kind}; charset=utf-8")
     response.headers["Cache-Control"] = "public, max-age=31536000, immutable"  # its URL contains its version
     return response
 
@@ -108,15 +124,24 @@ def fleet() -> ResponseReturnValue:
     except ModelSyncError:
         broken = True
     filters = _filters()
-    number = request.args.get("page", "1")
-    rows = fleet_views.list_boxes(store, filters, int(number) if number.isdecimal() and len(number) < 7 else 1)
+    rows = fleet_views.list_boxes(store, filters, _page_number())
     return render_template(
         "fleet.html",
         counts=fleet_views.counts(store), states=fleet_views.STATES, rings=fleet_views.rings(store),
         rollouts=cards, serial=published.serial,
         broken=broken, versions=_versions(store, published), filters=filters, rows=rows,
-        actions=fleet_views.latest_actions(store), can_sign=_rollouts().can_sign,
+        log=_log().read_actions() if broken else _log().read(size=LATEST), expiring=_log().expiring(), can_sign=_rollouts().can_sign,
     )  # fmt: skip
+
+
+@blueprint.get("/fleet/log")
+@operator_only
+def log() -> ResponseReturnValue:
+    """Show the log: what people and the failure budget did, and what the library's signatures say."""
+    try:
+        return render_template("log.html", log=_log().read(_page_number()), broken=False)
+    except ModelSyncError:
+        return render_template("log.html", log=_log().read_actions(), broken=True)
 
 
 @blueprint.get("/fleet/box/<box_id>")
@@ -141,7 +166,9 @@ def pause() -> ResponseReturnValue:
         flash(_t("done.look_first"), "bad")
         return redirect(url_for("page.fleet"))
     try:
-        changed = _rollouts().set_paused(ring, line, action == "pause", g.operator, _expected(action), _acknowledged(ring, line, action))
+        changed = _rollouts().set_paused(
+            ring, line, action == "pause", g.operator, _expected(action), _acknowledged(ring, line, action), note=_reason()
+        )
     except ModelSyncError as error:
         flash(_t("done.failed", why=f"{error.message}. {error.hint}"), "bad")
     else:
@@ -156,6 +183,16 @@ def _expected(action: str) -> ExpectedRollout:
     return ExpectedRollout(request.form.get("version", "")[:64], None if action == "pause" else number)
 
 
+def _reason() -> str:
+    """Return the reason that the person gave, in one line."""
+    return " ".join("".join(c if c.isprintable() else " " for c in request.form.get("why", "")).split())[:NOTE_CHARS]
+
+
+def _page_number() -> int:
+    number = request.args.get("page", "1")
+    return int(number) if number.isdecimal() and len(number) < 7 else 1
+
+
 def _acknowledged(ring: str, line: str, action: str) -> str:
     """Return failed/tried boxes as the form showed them, for a resume: these failures do not pause the version again."""
     if action == "pause":
@@ -168,8 +205,8 @@ def _acknowledged(ring: str, line: str, action: str) -> str:
 @blueprint.app_context_processor
 def _words() -> dict[str, Any]:
     return {
-        "t": _t, "language": _language(), "operator": g.get("operator"), "ago": _ago, "when": _when, "now": _fleet().now(),
-        "zone": _zone(), "why": _why,
+        "t": _t, "language": _language(), "operator": g.get("operator"), "ago": _ago, "when": _when, "utc": _utc, "now": _fleet().now(),
+        "zone": Markup('<span data-zone="{}">UTC</span>').format(_utc(_fleet().now())), "why": _why,
         "running_states": RUNNING, "style_version": current_app.config["STYLE_VERSION"], "gib": lambda value: f"{value / _GIB:.1f} GiB",
         "number": lambda value: f"{value:,}",
     }  # fmt: skip
@@ -177,12 +214,14 @@ def _words() -> dict[str, Any]:
 
 def _cards(store: Fleet, published: PublishedRollouts) -> list[dict[str, Any]]:
     """Return the cards of all rollouts: running ones first, then the newest."""
-    cards = [_card(store, ring, line, step) for ring, rollout in published.rollouts.items() for line, step in rollout.lines.items()]
-    order = ("running", "paused", "waiting", "complete")
+    cards = [
+        _card(store, published, ring, line, step) for ring, rollout in published.rollouts.items() for line, step in rollout.lines.items()
+    ]
+    order = ("running", "overdue", "paused", "waiting", "complete")
     return sorted(cards, key=lambda card: (not card["spent"], order.index(card["state"]), -card["starts"], card["ring"], card["line"]))
 
 
-def _card(store: Fleet, ring: str, line: str, step: RolloutStep) -> dict[str, Any]:
+def _card(store: Fleet, published: PublishedRollouts, ring: str, line: str, step: RolloutStep) -> dict[str, Any]:
     """Return the values of the card of one rollout."""
     now = store.now()
     begin, end = fleet_chart.span(step, now)
@@ -190,16 +229,43 @@ def _card(store: Fleet, ring: str, line: str, step: RolloutStep) -> dict[str, An
     tally = progress.tally
     moment = datetime.fromtimestamp(now, timezone.utc)
     past = [index for index, at in enumerate(progress.times) if at <= now]
-    done = (moment - step.start).total_seconds() >= step.duration_h * 3600
-    state = "paused" if step.paused else "waiting" if moment < step.start else "complete" if done else "running"
+    plan, index = fleet_views.plan_tally(store, ring, line, step), published.lines.get(line)
+    refusal = (index.refusal(step.version) or "") if index is not None else "unknown"
     return {
-        "ring": ring, "line": line, "step": step, "state": state, "tally": tally, "progress": progress, "running": progress.now,
+        "plan": plan, "refusal": refusal, "minimum": index.minimum_version if index is not None else "",
+        "why": _pause_reason(store, ring, line, step, published), "reasons": fleet_views.failure_codes(store, ring, line, step.version),
+        "ring": ring, "line": line, "step": step, "state": _card_state(step, plan, moment, refusal), "tally": tally,
+        "progress": progress, "running": progress.now,
         "share": _percent(progress.now, progress.total), "planned": f"{fleet_chart.planned_share(step, moment):.0f}",
         "limit": fleet_chart.pausing_failures(step, tally, store.acknowledged_failures(ring, line, step.version)),
         "spent": not step.paused and _rollouts().is_spent(ring, line, step, tally),
         "chart": fleet_chart.draw(step, progress, now), "starts": int(step.start.timestamp()), "begin": begin, "end": end,
         "command": _rollouts().command(ring, line, not step.paused), "table": past[:: max(1, len(past) // 8)] if past else [],
     }  # fmt: skip
+
+
+def _card_state(step: RolloutStep, plan: fleet_views.PlanTally, now: datetime, refusal: str) -> str:
+    """Return the state of a rollout; it is complete only when every box of its plan, and at least one, is on the version and well."""
+    if step.paused:
+        return "paused"
+    if now < step.start:
+        return "waiting"
+    if plan.boxes and plan.well == plan.boxes and not refusal:
+        return "complete"
+    is_over = (now - step.start).total_seconds() >= step.duration_h * 3600
+    return "overdue" if is_over else "running"
+
+
+def _pause_reason(store: Fleet, ring: str, line: str, step: RolloutStep, published: PublishedRollouts) -> dict[str, Any] | None:
+    """Return who paused a rollout, when and why; None when it is not paused."""
+    if not step.paused:
+        return None
+    row = fleet_views.pause_reason(store, ring, line, step.version)
+    if row is None:
+        return {"kind": "signed", "at": int(published.rollouts[ring].issued_at.timestamp())}
+    failed, _, tried = row["figures"].partition("/")
+    kind = "budget" if row["actor"] == SERVER else "person"
+    return {"kind": kind, "at": row["at"], "actor": row["actor"], "failed": failed, "tried": tried, "note": row["note"]}
 
 
 def _versions(store: Fleet, published: PublishedRollouts) -> list[dict[str, Any]]:
@@ -237,6 +303,9 @@ def _language() -> Language:
 
 
 def _t(key: str, **values: object) -> str:
+    """Return a text; with a value that is HTML, such as a time, it is HTML, and the other values are escaped."""
+    if any(isinstance(value, Markup) for value in values.values()):
+        return Markup(text(f"fleet.{key}", _language())).format(**values)  # noqa: S704 - the text is of this program
     return text(f"fleet.{key}", _language(), **values)
 
 
@@ -257,17 +326,16 @@ def _ago(moment: int | None) -> str:
     return _t("ago.hours", count=minutes // 60) if minutes < 48 * 60 else _t("ago.days", count=minutes // 1440)
 
 
-def _when(moment: int | str | None, form: str = "%Y-%m-%d %H:%M") -> str:
-    """Return a time in this server's time zone, which the page names."""
+def _when(moment: int | str | None) -> str:
+    """Return a time as an element: in UTC, which the page's script replaces by the time in the zone of the browser."""
     if moment is None:
         return "–"
+    return Markup('<time datetime="{}">{}</time>').format(_utc(moment), _utc(moment, "%Y-%m-%d %H:%M"))
+
+
+def _utc(moment: int | str, form: str = "%Y-%m-%dT%H:%M:%SZ") -> str:
     at = datetime.fromisoformat(moment.replace("Z", "+00:00")) if isinstance(moment, str) else datetime.fromtimestamp(moment, timezone.utc)
-    return at.astimezone().strftime(form)
-
-
-def _zone() -> str:
-    name = datetime.now().astimezone().strftime("%z")
-    return f"UTC{name[:3]}:{name[3:]}"
+    return at.astimezone(timezone.utc).strftime(form)
 
 
 def _percent(count: int, total: int) -> str:
@@ -280,6 +348,10 @@ def _fleet() -> Fleet:
 
 def _rollouts() -> Rollouts:
     return cast(Rollouts, current_app.extensions["rollouts"])
+
+
+def _log() -> EventLog:
+    return cast(EventLog, current_app.extensions["event_log"])
 
 
 def _accounts() -> Accounts:

@@ -116,7 +116,8 @@ def _headers(response: Response) -> Response:
     response.headers.setdefault("Cache-Control", "no-store")
     response.headers["Referrer-Policy"] = "no-referrer"
     response.headers["X-Frame-Options"] = "DENY"
-    policy = "default-src 'none'; style-src 'self'; img-src 'self' data:; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+    sources = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:"
+    policy = f"{sources}; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
     response.headers["Content-Security-Policy"] = policy
     response.headers["Cross-Origin-Opener-Policy"] = "same-origin"
     if request.is_secure:

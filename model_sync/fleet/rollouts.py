@@ -87,6 +87,7 @@ class Rollouts:
         expected: ExpectedRollout,
         figures: str = "",
         *,
+        note: str = "",
         lock_timeout_s: float = _LOCK_TIMEOUT_S,
     ) -> bool:
         """Sign the rollout of a ring with one model line paused or resumed; return False when nothing changed.
@@ -98,6 +99,7 @@ class Rollouts:
             actor: the person or program, for the record.
             expected: the rollout that the actor saw.
             figures: the failed/tried boxes that the actor saw.
+            note: the reason that a person gave.
             lock_timeout_s: the longest wait for another command.
 
         Raises:
@@ -113,7 +115,7 @@ class Rollouts:
         if not changed:
             return False
         action = "paused" if paused else "resumed"
-        self._fleet.record(actor, action, ring=ring, line=line, subject=step.version, figures=figures)
+        self._fleet.record(actor, action, ring=ring, line=line, subject=step.version, figures=figures, note=note)
         logger.warning("rollout %s: ring %s line %s version %s by %s", action, ring, line, step.version, actor)
         return True
 

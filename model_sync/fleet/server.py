@@ -35,6 +35,7 @@ from model_sync.fleet.accounts import Accounts
 from model_sync.fleet.commands import passphrase
 from model_sync.fleet.database import Fleet
 from model_sync.fleet.enrolment import CERTIFICATE, DeviceAuthority, Enrolment
+from model_sync.fleet.event_log import EventLog
 from model_sync.fleet.field_results import mark_database, sqlite_url
 from model_sync.fleet.rollout_pause_policy import RolloutPausePolicy
 from model_sync.fleet.rollouts import Rollouts
@@ -107,6 +108,7 @@ def create_app(config: ServerConfig, *, clock: Callable[[], float] = time.time) 
         enrolment=Enrolment(fleet, authority, certificate_days=config.certificate_days),
         rollouts=rollouts,
         pause_policy=RolloutPausePolicy(fleet, rollouts),
+        event_log=EventLog(fleet, config.library),
         accounts=Accounts(fleet, idle_s=config.session_idle_s),
         rate_limiters={
             "enrolments": server_api.RateLimiter(per_minute, per_minute),
@@ -114,7 +116,7 @@ def create_app(config: ServerConfig, *, clock: Callable[[], float] = time.time) 
             "logins": server_api.RateLimiter(max(1, per_minute / 10), max(5, per_minute // 10)),
         },
     )
-    style = Path(app.root_path) / "templates" / "fleet.css"
+    assets = [Path(app.root_path) / "templates" / name for name in ("fleet.css", "fleet.js")]
     app.config.update(
         SECRET_KEY=fleet.secret(),
         SESSION_COOKIE_NAME="fleet",
@@ -127,7 +129,7 @@ def create_app(config: ServerConfig, *, clock: Callable[[], float] = time.time) 
         PUBLIC=LibraryFiles(config.library).public.resolve(),
         BEHIND_PROXY=config.behind_proxy,
         REPORTS_PER_HOUR=config.reports_per_hour,
-        STYLE_VERSION=hashlib.sha256(style.read_bytes()).hexdigest()[:12],
+        STYLE_VERSION=hashlib.sha256(b"".join(path.read_bytes() for path in assets)).hexdigest()[:12],
     )
     app.url_map.merge_slashes = False  # a path with empty segments is not found
     app.json.sort_keys = False  # type: ignore[attr-defined]  # the default provider has it, the base class does not

@@ -27,7 +27,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import ArgumentError
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
+# The statements that bring an older database to each schema.
+MIGRATIONS: Final = {2: ("ALTER TABLE actions ADD COLUMN note VARCHAR(300) NOT NULL DEFAULT ''",)}
+NOTE_CHARS: Final = 300
 _BUSY_S: Final = 20
 
 metadata: Final = MetaData()
@@ -140,6 +143,7 @@ actions: Final = Table(  # actions of people and of the failure budget; never de
     Column("line", String(64), nullable=False, server_default=""),
     Column("subject", String(64), nullable=False, server_default=""),  # a version or a box
     Column("figures", String(64), nullable=False, server_default=""),
+    Column("note", String(NOTE_CHARS), nullable=False, server_default=""),  # the reason that a person gave
 )  # fmt: skip
 
 

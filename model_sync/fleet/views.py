@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from sqlalchemy import ColumnElement, RowMapping, and_, case, func, or_, select
+from sqlalchemy import ColumnElement, RowMapping, and_, case, func, not_, or_, select
 
+from model_sync.agent.report import ModelState
 from model_sync.fleet.database import RUNNING, Fleet, VersionTally, failed_by_model
 from model_sync.fleet.tables import actions, activations, box_models, boxes, certificates, events
+from model_sync.trust.documents import RolloutStep, place_of
 
 SILENT_S: Final = 24 * 3600
 PAGE_ROWS: Final = 50
-STATES: Final = ("attention", "failed", "untrusted", "unreachable", "silent", "never", "denied", "fine")
-_TROUBLED_SYNC: Final = ("untrusted", "error")
+STATES: Final = ("attention", "failed", "untrusted", "unreachable", "outdated", "silent", "never", "denied", "fine")
+# What needs a person, the worst first. A box with none of them, and not denied, is fine.
+TROUBLES: Final = ("untrusted", "failed", "error", "silent", "unreachable", "outdated", "never", "unknown")
+_SYNC_TROUBLES: Final = ("untrusted", "error", "unreachable", "outdated", "unknown")
 _POINTS: Final = 48
 
 
@@ -43,6 +47,16 @@ class BoxPage:
     def pages(self) -> int:
         """The number of pages; at least one."""
         return max(1, -(-self.total // PAGE_ROWS))
+
+
+class PlanTally(NamedTuple):
+    """The boxes of a rollout's plan: on the version and well, in its trial, on it and in need of attention, and not on it."""
+
+    boxes: int
+    well: int
+    trial: int
+    troubled: int
+    missing: int
 
 
 @dataclass(frozen=True)
@@ -89,16 +103,17 @@ def rings(fleet: Fleet) -> dict[str, int]:
 
 
 def list_boxes(fleet: Fleet, filters: Filters, page: int) -> BoxPage:
-    """Return one page of boxes, by name."""
+    """Return one page of boxes with their ``health``: those that need attention the worst and longest silent first, others by name."""
     where = _where(fleet, filters)
     wanted = (
         boxes.c.box_id, boxes.c.ring, boxes.c.reported_ring, boxes.c.last_seen, boxes.c.sync_state, boxes.c.sync_code, boxes.c.trouble,
-        boxes.c.trouble_line, boxes.c.trouble_version, boxes.c.denied_at, boxes.c.appliance_version,
+        boxes.c.trouble_line, boxes.c.trouble_version, boxes.c.denied_at, boxes.c.appliance_version, _health(fleet.now()),
     )  # fmt: skip
+    order = (_severity(fleet.now()), boxes.c.last_seen, boxes.c.box_id) if filters.state == "attention" else (boxes.c.box_id,)
     with fleet.reading() as tx:
         total = tx.execute(select(func.count()).select_from(boxes).where(*where)).scalar_one()
         page = min(max(1, page), max(1, -(-total // PAGE_ROWS)))
-        query = select(*wanted).where(*where).order_by(boxes.c.box_id).limit(PAGE_ROWS).offset((page - 1) * PAGE_ROWS)
+        query = select(*wanted).where(*where).order_by(*order).limit(PAGE_ROWS).offset((page - 1) * PAGE_ROWS)
         rows = list(tx.execute(query).mappings())
         names = [row["box_id"] for row in rows]
         running = select(box_models).where(box_models.c.box_id.in_(names), box_models.c.running == 1)
@@ -136,42 +151,91 @@ def progress(fleet: Fleet, ring: str, line: str, version: str, begin: int, end: 
 
 
 def box(fleet: Fleet, box_id: str) -> dict[str, Any] | None:
-    """Return everything about one box, or None."""
+    """Return everything about one box, its ``health`` too, or None."""
     mine = select(box_models).where(box_models.c.box_id == box_id).order_by(box_models.c.position)
     happened = select(events).where(events.c.box_id == box_id).order_by(events.c.at.desc(), events.c.id.desc())
     issued = select(certificates).where(certificates.c.box_id == box_id).order_by(certificates.c.not_after.desc()).limit(5)
     with fleet.reading() as tx:
-        row = tx.execute(select(boxes).where(boxes.c.box_id == box_id)).mappings().one_or_none()
+        row = tx.execute(select(boxes, _health(fleet.now())).where(boxes.c.box_id == box_id)).mappings().one_or_none()
         lists = {"models": mine, "events": happened, "certificates": issued}
         return {"box": row} | {name: list(tx.execute(query).mappings()) for name, query in lists.items()} if row is not None else None
 
 
-def latest_actions(fleet: Fleet, limit: int = 15) -> list[RowMapping]:
+def plan_tally(fleet: Fleet, ring: str, line: str, step: RolloutStep) -> PlanTally:
+    """Count the boxes of a rollout's plan: those of the ring whose place is below its percentage, however far they are."""
+    here, now = activations.c, fleet.now()
+    same = here.box_id == boxes.c.box_id, here.line == line, here.version == step.version
+    on_it = case((and_(here.running_since.is_not(None), here.ended_at.is_(None)), here.state), else_="").label("state")
+    query = select(boxes.c.box_id, _health(now), on_it).outerjoin(activations, and_(*same))
+    with fleet.reading() as tx:
+        rows = tx.execute(query.where(boxes.c.ring == ring, boxes.c.denied_at.is_(None))).all()
+    planned = [(health, state) for box_id, health, state in rows if place_of(line, step.version, box_id) < step.percent]
+    on = [health for health, state in planned if state in (ModelState.GOOD.value, ModelState.ACTIVE.value)]
+    well = sum(health == "fine" for health in on)
+    trial = sum(state == ModelState.TRIAL.value for _health_of_box, state in planned)
+    return PlanTally(len(planned), well, trial, len(on) - well, len(planned) - len(on) - trial)
+
+
+def pause_reason(fleet: Fleet, ring: str, line: str, version: str) -> RowMapping | None:
+    """Return the recorded action that paused a version; None when it was signed as paused elsewhere."""
+    here = actions.c
+    same = here.ring == ring, here.line == line, here.subject == version, here.action.in_(("paused", "resumed"))
+    with fleet.reading() as tx:
+        row = tx.execute(select(actions).where(*same).order_by(here.id.desc()).limit(1)).mappings().one_or_none()
+    return row if row is not None and row["action"] == "paused" else None
+
+
+def failure_codes(fleet: Fleet, ring: str, line: str, version: str) -> list[tuple[str, int]]:
+    """Return the reasons for which a version failed on a ring's boxes by the fault of the model, and how often, the most frequent first."""
+    here, count = activations.c, func.count()
+    query = select(here.code, count).where(here.ring == ring, here.line == line, here.version == version, failed_by_model())
+    with fleet.reading() as tx:
+        return [(str(code), int(number)) for code, number in tx.execute(query.group_by(here.code).order_by(count.desc(), here.code))]
+
+
+def latest_actions(fleet: Fleet, limit: int) -> list[RowMapping]:
     """Return the last actions."""
     with fleet.reading() as tx:
         return list(tx.execute(select(actions).order_by(actions.c.id.desc()).limit(limit)).mappings())
 
 
+def count_actions(fleet: Fleet) -> int:
+    """Return the number of recorded actions."""
+    with fleet.reading() as tx:
+        return int(tx.execute(select(func.count()).select_from(actions)).scalar_one())
+
+
 def in_state(state: str, now: int) -> ColumnElement[bool]:
-    """Return the SQL condition that a box is in one of ``STATES``; ``attention`` covers all that need a person."""
-    here = boxes.c
-    is_allowed = here.denied_at.is_(None)
-    each = {
-        "failed": here.trouble != "",
-        "untrusted": here.sync_state.in_(_TROUBLED_SYNC),
-        "unreachable": here.sync_state == "unreachable",
-        "silent": here.last_seen < now - SILENT_S,
-        "never": here.last_seen.is_(None),
-    }
+    """Return the SQL condition that a box is in one of ``STATES``; ``attention`` is true for all that need a person."""
+    is_allowed, each = boxes.c.denied_at.is_(None), _troubles(now)
     if state == "denied":
-        return here.denied_at.is_not(None)
+        return boxes.c.denied_at.is_not(None)
     if state == "attention":
-        return and_(is_allowed, or_(each["failed"], each["untrusted"], each["silent"]))
+        return and_(is_allowed, or_(*each.values()))
     if state == "fine":
-        return and_(
-            is_allowed, here.last_seen >= now - SILENT_S, here.trouble == "", here.sync_state.not_in((*_TROUBLED_SYNC, "unreachable"))
-        )
+        return and_(is_allowed, not_(or_(*each.values())))
+    if state == "untrusted":
+        return and_(is_allowed, or_(each["untrusted"], each["error"]))
     return and_(is_allowed, each[state])
+
+
+def _troubles(now: int) -> dict[str, ColumnElement[bool]]:
+    """Return the SQL condition of each of ``TROUBLES``, in that order; none of them is ever NULL."""
+    here, seen = boxes.c, boxes.c.last_seen.is_not(None)
+    each = {state: and_(seen, here.sync_state == state) for state in _SYNC_TROUBLES}
+    each |= {"failed": here.trouble != "", "silent": and_(seen, here.last_seen < now - SILENT_S), "never": here.last_seen.is_(None)}
+    return {trouble: each[trouble] for trouble in TROUBLES}
+
+
+def _health(now: int) -> ColumnElement[str]:
+    """Return the SQL column ``health``: ``denied``, the worst trouble of a box, or ``fine``."""
+    whens = [(boxes.c.denied_at.is_not(None), "denied"), *((condition, name) for name, condition in _troubles(now).items())]
+    return case(*whens, else_="fine").label("health")
+
+
+def _severity(now: int) -> ColumnElement[int]:
+    conditions = enumerate(_troubles(now).values())
+    return case(*((condition, number) for number, condition in conditions), else_=len(TROUBLES))
 
 
 def _where(fleet: Fleet, filters: Filters) -> list[ColumnElement[bool]]:

@@ -161,17 +161,21 @@ class RolloutTurn(NamedTuple):
 def decide(step: RolloutStep, line: str, box_id: str, now: datetime) -> RolloutTurn:
     """Return whether one box takes a version now; the result depends only on the arguments.
 
-    The place of a box in a rollout is a hash of its name, the model line and the version, in [0, 100): places below ``percent`` take
-    part, lower ones earlier. So a higher ``percent`` only adds boxes, and the first boxes differ from version to version.
+    Places below ``percent`` take part, lower ones earlier. So a higher ``percent`` only adds boxes.
     """
     if step.paused:
         return RolloutTurn(False, "paused")
-    draw = hashlib.sha256(f"{line}\n{step.version}\n{box_id}".encode()).digest()
-    place = int.from_bytes(draw[:8], "big") / 2**64 * 100
+    place = place_of(line, step.version, box_id)
     if place >= step.percent:
         return RolloutTurn(False, "not_chosen")
     at = step.start + timedelta(hours=step.duration_h * place / step.percent)
     return RolloutTurn(True) if now >= at else RolloutTurn(False, "not_yet", at)
+
+
+def place_of(line: str, version: str, box_id: str) -> float:
+    """Return the place of a box in the rollouts of a version, in [0, 100): a hash, so that each version begins with other boxes."""
+    draw = hashlib.sha256(f"{line}\n{version}\n{box_id}".encode()).digest()
+    return int.from_bytes(draw[:8], "big") / 2**64 * 100
 
 
 def older(version: str, than: str) -> bool:

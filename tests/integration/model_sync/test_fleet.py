@@ -30,35 +30,10 @@ from model_sync.fleet.tables import actions
 from model_sync.messages_central import WORDS
 from model_sync.trust.documents import RolloutStep
 from tests.support.fleet_seed import seed
-from tests.support.fleet_site import PASSPHRASE, ROOT, Box, Centre, Postgres, box_report
+from tests.support.fleet_site import PASSPHRASE, ROOT, Box, Centre, Person, Postgres, box_report
 from tests.support.library_site import tiny_bundle
 
 LINE = "cxr-pneumonia"
-
-
-class Person(requests.Session):
-    """An operator at a browser."""
-
-    def __init__(self, centre: Centre, language: str = "en") -> None:
-        super().__init__()
-        self.trust_env = False
-        self.verify = str(centre.ca) if centre.url.startswith("https") else True
-        self.base = centre.url
-        self.cookies.set("lang", language)
-
-    def see(self, path: str = "/fleet") -> str:
-        answer = self.get(self.base + path, timeout=30)
-        assert answer.status_code == 200, answer.text
-        self.csrf = re.findall(r'name="csrf_token" value="([^"]+)"', answer.text)[0]
-        self.seen = dict(re.findall(r'name="(version|serial|failed)" value="([^"]+)"', answer.text))
-        return answer.text
-
-    def submit(self, path: str, **fields: str) -> requests.Response:
-        return self.post(self.base + path, data={"csrf_token": self.csrf} | self.seen | fields, timeout=30, allow_redirects=False)
-
-    def log_in(self, name: str, password: str) -> requests.Response:
-        self.see("/fleet/login")
-        return self.submit("/fleet/login", name=name, password=password)
 
 
 @pytest.fixture(scope="module")

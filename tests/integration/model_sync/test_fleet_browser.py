@@ -1,4 +1,4 @@
-"""The fleet page in Chromium, without JavaScript: the pause button by keyboard, both languages, contrast, size of targets, phones."""
+"""The fleet page in Chromium, without JavaScript: keyboard, languages, contrast, targets, phones; with it: the viewer's time zone."""
 
 from __future__ import annotations
 
@@ -106,6 +106,7 @@ def test_the_rollout_is_paused_and_resumed_by_keyboard(page: Page, centre: Centr
     page.wait_for_selector(".banner.done")
     assert paused()
     assert page.locator("article .badge.warn").count() == 1
+    assert page.locator("article .banner.warn").count() == 1, "it says who paused it"
     page.focus("button[value=resume]")
     page.keyboard.press("Enter")  # refused by the browser: the box is not ticked
     assert paused()
@@ -132,6 +133,56 @@ def test_filters_and_pages_are_links_and_forms(page: Page) -> None:
     rows = page.locator("table.boxes tbody tr").count()
     assert 0 < rows < 50
     assert page.locator("table.boxes .badge.bad").count() == rows
+    assert page.locator("table.boxes .badge.done").count() == 0
     page.goto(page.url.partition("?")[0])
     page.click("a[rel=next]")
     page.wait_for_selector("a[rel=prev]")
+
+
+def test_the_log_is_legible_too(page: Page) -> None:
+    page.goto(f"{page.url.partition('/fleet')[0]}/fleet/log")
+    page.wait_for_selector("h1")
+    checked(page)
+
+
+def test_without_the_script_times_are_in_utc_and_say_so(page: Page) -> None:
+    assert page.inner_text(".heading [data-zone]") == "UTC"
+    assert page.inner_text(".heading time") == page.get_attribute(".heading time", "datetime")[:16].replace("T", " ")  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("zone", "offset", "shift"),
+    [
+        ("Asia/Shanghai", "+08:00", timedelta(hours=8)),
+        ("Asia/Kathmandu", "+05:45", timedelta(hours=5, minutes=45)),
+        ("America/Phoenix", "-07:00", timedelta(hours=-7)),
+    ],
+)
+def test_times_are_shown_in_the_zone_of_the_viewer(browser: Browser, centre: Centre, zone: str, offset: str, shift: timedelta) -> None:
+    """No zone here has daylight saving time, so that every time is shifted by the same."""
+    context = browser.new_context(ignore_https_errors=True, locale="en-GB", timezone_id=zone)
+    errors: list[str] = []
+    context.on("weberror", lambda error: errors.append(str(error.error)))
+    context.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
+    try:
+        opened = context.new_page()
+        opened.goto(f"{centre.url}/fleet")
+        opened.fill("#name", "wang")
+        opened.fill("#password", centre.operator())
+        opened.keyboard.press("Enter")
+        opened.wait_for_selector("table.boxes")
+        for path in ("/fleet", "/fleet/log", "/fleet/box/ankang-00020"):
+            opened.goto(f"{centre.url}{path}")
+            assert opened.inner_text(".heading [data-zone]").endswith(f"UTC{offset}")
+            shown = opened.eval_on_selector_all("time:not([title])", "all => all.map(e => [e.dateTime, e.textContent])")
+            assert shown
+            for utc, text in shown:
+                assert text == (datetime.strptime(utc, "%Y-%m-%dT%H:%M:%SZ") + shift).strftime("%Y-%m-%d %H:%M")
+        opened.goto(f"{centre.url}/fleet")
+        ticks = opened.eval_on_selector_all("svg [data-time]", "all => all.map(e => [e.dataset.time, e.textContent])")
+        assert len(ticks) >= 5
+        for utc, text in ticks:
+            assert text == (datetime.strptime(utc, "%Y-%m-%dT%H:%M:%SZ") + shift).strftime("%m-%d %H:%M")
+        assert errors == []
+    finally:
+        context.close()
