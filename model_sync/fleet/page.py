@@ -22,7 +22,7 @@ from model_sync.fleet import views as fleet_views
 from model_sync.fleet.accounts import Accounts
 from model_sync.fleet.api import client_address
 from model_sync.fleet.database import RUNNING, Fleet
-from model_sync.fleet.event_log import LATEST, EventLog
+from model_sync.fleet.event_log import LATEST, PAGE_ENTRIES, EventLog, LogPage
 from model_sync.fleet.pause import ExpectedRollout
 from model_sync.fleet.rollout_pause_policy import SERVER
 from model_sync.fleet.rollouts import PublishedRollouts, Rollouts
@@ -130,7 +130,7 @@ def fleet() -> ResponseReturnValue:
         counts=fleet_views.counts(store), states=fleet_views.STATES, rings=fleet_views.rings(store),
         rollouts=cards, serial=published.serial,
         broken=broken, versions=_versions(store, published), filters=filters, rows=rows,
-        log=_log().read_actions() if broken else _log().read(size=LATEST), expiring=_log().expiring(), can_sign=_rollouts().can_sign,
+        log=_read_log(1, LATEST)[0], expiring=_log().expiring(), can_sign=_rollouts().can_sign,
     )  # fmt: skip
 
 
@@ -138,10 +138,16 @@ def fleet() -> ResponseReturnValue:
 @operator_only
 def log() -> ResponseReturnValue:
     """Show the log: what people and the failure budget did, and what the library's signatures say."""
+    entries, broken = _read_log(_page_number(), PAGE_ENTRIES)
+    return render_template("log.html", log=entries, broken=broken)
+
+
+def _read_log(page: int, size: int) -> tuple[LogPage, bool]:
+    """Return a page of the log, and whether the library's part of it cannot be read."""
     try:
-        return render_template("log.html", log=_log().read(_page_number()), broken=False)
+        return _log().read(page, size), False
     except ModelSyncError:
-        return render_template("log.html", log=_log().read_actions(), broken=True)
+        return _log().read_actions(), True
 
 
 @blueprint.get("/fleet/box/<box_id>")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from tuf.api.metadata import Root, Targets
 
+from model_sync.errors import ModelSyncError
 from model_sync.library.files import due_days, read_metadata
 from model_sync.library.library import Library
 from model_sync.library.roles import ONLINE, AnyMetadata
@@ -86,7 +87,10 @@ class LibraryHistory:
         file_at, who = self._file_time(role, version), self._signers(new)
         if old is not None and old.signed.expires < file_at:
             yield LibraryEvent(old.signed.expires, "expired", (), (f"{role} v{version - 1}",))
-        changes = list(self._changes(role, new.signed, old.signed if old is not None else None))
+        try:
+            changes = list(self._changes(role, new.signed, old.signed if old is not None else None))
+        except ModelSyncError:  # a copy without the documents of earlier versions: the signatures are still known
+            changes = []
         for at, kind, subject, note in changes:
             yield LibraryEvent(at or file_at, kind, who, (*subject, f"{role} v{version}"), note)
         if not changes:

@@ -312,6 +312,16 @@ def test_an_expiry_that_was_mended_stays_in_the_log(tmp_path: Path) -> None:
     assert (expired.signed.expires, "expired", ("root v2",)) in [(event.at, event.kind, event.subject) for event in events]
 
 
+def test_the_log_of_a_copy_without_earlier_documents_still_has_the_signatures(tmp_path: Path) -> None:
+    centre = Centre(tmp_path / "centre")
+    centre.close()
+    centre.site.publish(tiny_bundle(tmp_path / "bundles", "0.1.0"), deltas=False)
+    for path in (centre.site.public / "targets" / "models" / LINE).glob("*.line.json"):
+        path.unlink()
+    events = LibraryHistory(centre.site.library.files.directory).events()
+    assert ("signed", (f"{LINE} v2",)) in [(event.kind, event.subject) for event in events]
+
+
 def test_the_log_has_pages_and_merges_both_sources_by_time(centre: Centre) -> None:
     log = EventLog(centre.fleet, centre.site.library.files.directory)
     first = log.read(1, 5)
