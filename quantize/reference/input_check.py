@@ -5,8 +5,8 @@
 measures the committed network and prints the tables of docs/performance.md.
 
 The network takes ``image`` (float32 [n, 1, 64, 64], the display image letterboxed, resized and divided by 255) and returns
-``probabilities`` (float32 [n, 6], softmax) in the order of ``Class``. A picture passes where the probability of UPRIGHT reaches the
-threshold; one that does not is stopped, for the reason that is the most probable of the other classes.
+``probabilities`` (float32 [n, 6], softmax) in the order of ``Class``. A picture passes where the probability of UPRIGHT is at least
+``min_upright``; one that does not is stopped, for the reason that is the most probable of the other classes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import numpy as np
 import onnxruntime
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from appliance.imaging.preprocessing import from_display, to_tensor
-from model_sync.bundle import InputSpec, Interval, Resize
+from model_sync.bundle import InputCheck, InputClass, InputSpec, Interval, MeasuredShare, Resize
 from quantize.draft import Draft
 from quantize.errors import DONE, QuantizeError, run_command
 from quantize.gate.roc_statistics import Flags, wilson
@@ -41,6 +41,7 @@ from quantize.reference.training_set import TrainingSet
 SIDE: Final = 64
 NETWORK: Final = Path(__file__).with_name("input_check.onnx")
 FIGURES: Final = Path(__file__).with_name("input_check.json")
+MEASURED_ON: Final = "patient-disjoint tenth of cxr_train_224.npz, seed 7; films of other collections; pictures of other things"
 VALIDATION_SEED: Final = 8
 _VALIDATION_PART: Final = 0.1
 # Other drawn pictures than those that train.
@@ -48,6 +49,11 @@ _TEST_SEED: Final = 12
 _DRAWN_TEST: Final = 40
 # At most this part of the upright films of the validation patients may be stopped.
 _MAY_STOP: Final = 0.002
+
+# Upright films among the DICOM files, and films whose header says how they are turned.
+_DICOM_FILMS: Final = (
+    ("dicom", "CR_*.dcm"), ("field", "base_*.dcm"), ("field", "turned_*.dcm"), ("field", "mirrored_*.dcm"), ("field", "words_*.dcm"),
+)  # fmt: skip
 
 Picture = NDArray[np.uint8]
 Probabilities = NDArray[np.float32]
@@ -68,7 +74,7 @@ class Class(IntEnum):
     OTHER = 5
 
 
-CLASSES: Final = tuple(entry.name.lower() for entry in Class)
+CLASSES: Final[tuple[InputClass, ...]] = get_args(InputClass)
 
 
 def turned(picture: Picture, quarters: int) -> Picture:
@@ -82,12 +88,16 @@ def negative(picture: Picture) -> Picture:
 
 
 # What is made of an upright film to measure the network; the first two must pass, all others be stopped.
-_VARIANTS: Final[dict[str, Callable[[Picture], list[Picture]]]] = {
-    "good": lambda film: [film],
-    "mirrored": lambda film: [np.ascontiguousarray(film[:, ::-1])],
-    "turned": lambda film: [turned(film, quarters) for quarters in (1, 2, 3)],
-    "negative": lambda film: [negative(film)],
-    "negative and turned": lambda film: [turned(negative(film), quarters) for quarters in (1, 2, 3)],
+VARIANTS: Final[dict[str, Callable[[Picture], Picture]]] = {
+    "upright": lambda film: film,
+    "mirrored": lambda film: np.ascontiguousarray(film[:, ::-1]),
+    "turned_90": lambda film: turned(film, 1),
+    "turned_180": lambda film: turned(film, 2),
+    "turned_270": lambda film: turned(film, 3),
+    "negative": negative,
+    "negative, turned_90": lambda film: turned(negative(film), 1),
+    "negative, turned_180": lambda film: turned(negative(film), 2),
+    "negative, turned_270": lambda film: turned(negative(film), 3),
 }
 
 
@@ -99,14 +109,14 @@ def input_spec(side: int = SIDE) -> InputSpec:
 
 
 @dataclass(frozen=True)
-class InputCheck:
+class Classifier:
     """The network in one ONNX Runtime session on the CPU."""
 
     session: Any
     spec: InputSpec
 
     @classmethod
-    def open(cls, path: Path = NETWORK, threads: int = 1) -> InputCheck:
+    def open(cls, path: Path = NETWORK, threads: int = 1) -> Classifier:
         """Load the ONNX file.
 
         Raises:
@@ -129,9 +139,9 @@ class InputCheck:
         return np.concatenate([self(np.concatenate(tensors[start : start + 64])) for start in range(0, len(tensors), 64)])
 
 
-def stopped(probabilities: Probabilities, threshold: float) -> Flags:
-    """Return which pictures are stopped: those whose probability of being upright is below the threshold."""
-    return np.asarray(probabilities[:, Class.UPRIGHT] < threshold)
+def stopped(probabilities: Probabilities, min_upright: float) -> Flags:
+    """Return which pictures are stopped: those whose probability of being upright is below ``min_upright``."""
+    return np.asarray(probabilities[:, Class.UPRIGHT] < min_upright)
 
 
 def reason(probabilities: Probabilities) -> NDArray[np.intp]:
@@ -187,10 +197,9 @@ def independent(shared: Path, patients: set[str]) -> Films:
         with Image.open(data / folder / row["file"]) as picture:
             loaded.append((f"{folder or 'cxr'}: {row.get('source', 'ieee8023/covid-chestxray-dataset')}", np.asarray(picture.convert("L"))))
     spec = input_spec()
-    for folder, names in {"dicom": "CR_*.dcm", "field": "*.dcm"}.items():
-        for path in sorted((data / folder).glob(names)):
-            if not path.name.startswith("negative_polarity"):
-                loaded.append((folder, to_tensor(pydicom.dcmread(path, force=True), spec).display))
+    for folder, pattern in _DICOM_FILMS:
+        for path in sorted((data / folder).glob(pattern)):
+            loaded.append((folder, to_tensor(pydicom.dcmread(path, force=True), spec).display))
     loaded += [("phantoms", display(Phantom(512, 420 + 20 * seed, seed=seed))) for seed in range(1, 10)]
     return Films(np.array([source for source, _ in loaded]), [picture for _, picture in loaded])
 
@@ -200,28 +209,25 @@ def _table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def measure_films(network: InputCheck, films: Films, threshold: float) -> list[Row]:
+def measure_films(network: Classifier, films: Films, min_upright: float) -> list[Row]:
     """Return what is stopped of each source, and of what is made of its films; the reason is right where it names turn or polarity."""
     rows = []
-    for variant, make in _VARIANTS.items():
-        made = [make(film) for film in films.pictures]
-        probabilities = network.probabilities(picture for group in made for picture in group)
-        source = np.repeat(films.source, len(made[0]))
-        expected = np.tile([1, 2, 3], len(made)) if variant == "turned" else np.full(len(source), Class.NEGATIVE)
-        stops = stopped(probabilities, threshold)
-        for name in sorted(set(source.tolist())):
-            chosen = source == name
-            right = stops & (reason(probabilities) == expected) & chosen
-            rows.append(Row(name, variant, int(chosen.sum()), int((stops & chosen).sum()), int(right.sum())))
+    for variant, make in VARIANTS.items():
+        probabilities = network.probabilities(make(film) for film in films.pictures)
+        stops = stopped(probabilities, min_upright)
+        right = stops & (reason(probabilities) == CLASSES.index(variant.partition(",")[0]) if variant != "mirrored" else stops)
+        for name in sorted(set(films.source.tolist())):
+            chosen = films.source == name
+            rows.append(Row(name, variant, int(chosen.sum()), int(stops[chosen].sum()), int(right[chosen].sum())))
     return rows
 
 
-def measure_others(network: InputCheck, shared: Path, threshold: float) -> list[Row]:
+def measure_others(network: Classifier, shared: Path, min_upright: float) -> list[Row]:
     """Return what is stopped of the held-out pictures that are no frontal chest film, by kind."""
     pictures = list(_test_others(shared))
     probabilities = network.probabilities(picture.pixels for picture in pictures)
     kinds = np.array([picture.kind for picture in pictures])
-    stops, right = stopped(probabilities, threshold), reason(probabilities) == Class.OTHER
+    stops, right = stopped(probabilities, min_upright), reason(probabilities) == Class.OTHER
     return [
         Row(kind, "other", int((kinds == kind).sum()), int(stops[kinds == kind].sum()), int((stops & right)[kinds == kind].sum()))
         for kind in sorted(set(kinds.tolist()))
@@ -234,43 +240,49 @@ def _test_others(shared: Path) -> Iterator[not_chest.OtherPicture]:
     yield from not_chest.lateral_phantoms(range(1, 21))
 
 
-def choose_threshold(network: InputCheck, films: Films) -> float:
-    """Return the highest threshold, in hundredths and at most 0.9, that stops at most 0.2 % of upright films and of their mirror images."""
-    pictures = [picture for make in (_VARIANTS["good"], _VARIANTS["mirrored"]) for film in films.pictures for picture in make(film)]
+def choose_min_upright(network: Classifier, films: Films) -> float:
+    """Return the highest threshold, in hundredths and at most 0.5, that stops at most 0.2 % of upright films and of their mirror images."""
+    pictures = [VARIANTS[variant](film) for variant in ("upright", "mirrored") for film in films.pictures]
     upright = np.sort(network.probabilities(pictures)[:, Class.UPRIGHT])
     may_stop = int(_MAY_STOP * len(upright))
-    return min(0.9, int(100 * float(upright[may_stop])) / 100)
+    return min(0.5, int(100 * float(upright[may_stop])) / 100)
 
 
-def evaluate(network: InputCheck, shared: Path, threshold: float) -> dict[str, list[Row]]:
+def evaluate(network: Classifier, shared: Path, min_upright: float) -> dict[str, list[Row]]:
     """Measure on the held-out patients, on independent films, and on what is no frontal chest film."""
     pictures = TrainingSet.load(shared / "data" / "cxr_train_224.npz")
     held_out = films_of(pictures, pictures.held_out())
     return {
-        "held-out patients": measure_films(network, held_out, threshold),
-        "independent films": measure_films(network, independent(shared, set(pictures.patient.tolist())), threshold),
-        "no frontal chest film": measure_others(network, shared, threshold),
+        "held-out patients": measure_films(network, held_out, min_upright),
+        "independent films": measure_films(network, independent(shared, set(pictures.patient.tolist())), min_upright),
+        "no frontal chest film": measure_others(network, shared, min_upright),
     }
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return figures of films as a Markdown table: one line per source, one column per variant."""
-    columns = {variant: [row for row in rows if row.variant == variant] for variant in _VARIANTS}
-    lines = ["| source | n | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-    for at, row in enumerate(columns["good"]):
-        lines.append(f"| {row.group} | {row.n} | " + " | ".join(_cell(column[at]) for column in columns.values()) + " |")
+    """Return figures of films as a Markdown table: one line per source; what must pass as counts, what must be stopped as shares."""
+    lines = [
+        "| source | n | upright | mirrored | turned by 90 / 180 / 270 | turn named | negative | negative and turned |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(row.group for row in rows):
+        of = {row.variant: row for row in rows if row.group == name}
+        good, named = of["upright"], [of[f"turned_{angle}"] for angle in (90, 180, 270)]
+        both = [of[f"negative, turned_{angle}"] for angle in (90, 180, 270)]
+        cells = [
+            f"{good.n_stopped} (≤ {100 * good.part_stopped.high:.1f} %)",
+            str(of["mirrored"].n_stopped),
+            " / ".join(_percent(row.n_stopped, row.n) for row in named),
+            _percent(sum(row.n_right for row in named), sum(row.n for row in named)),
+            _percent(of["negative"].n_stopped, good.n),
+            _percent(sum(row.n_stopped for row in both), sum(row.n for row in both)),
+        ]
+        lines.append(f"| {name} | {good.n} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(row: Row) -> str:
-    named = f", {100 * row.n_right / row.n:.1f} % named" if row.variant in ("turned", "negative") else ""
-    if row.variant in ("good", "mirrored"):
-        return f"{row.n_stopped} (0–{100 * row.part_stopped.high:.1f} %)" if not row.n_stopped else _interval(row)
-    return f"{100 * row.part_stopped.value:.1f} %{named}"
-
-
-def _interval(row: Row) -> str:
-    return f"{row.n_stopped} ({100 * row.part_stopped.low:.1f}–{100 * row.part_stopped.high:.1f} %)"
+def _percent(hits: int, total: int) -> str:
+    return f"{100 * hits / total:.1f} %" if hits < total else "100 %"
 
 
 def other_table(rows: Sequence[Row]) -> str:
@@ -293,7 +305,7 @@ def measure_time(path: Path, runs: int = 300) -> dict[str, float]:
         return round(1000 * statistics.median(taken), 2)
 
     for threads in (1, 2):
-        network = InputCheck.open(path, threads)
+        network = Classifier.open(path, threads)
         times[f"network, threads: {threads}"] = median(lambda network=network: network(prepared.tensor), runs)  # type: ignore[misc]
     times["preparation of 2048 x 2048"] = median(lambda: from_display(film, input_spec()), 20)
     return times
@@ -316,23 +328,40 @@ def train(shared: Path, out: Path) -> dict[str, list[Row]]:
 
 def measure(shared: Path, path: Path) -> dict[str, list[Row]]:
     """Choose the threshold of a trained network on the validation patients, measure it, and write its figures beside it."""
-    network = InputCheck.open(path)
+    network = Classifier.open(path)
     pictures = TrainingSet.load(shared / "data" / "cxr_train_224.npz")
-    threshold = choose_threshold(network, films_of(pictures, training_parts(pictures)[1]))
-    figures = evaluate(network, shared, threshold)
+    min_upright = choose_min_upright(network, films_of(pictures, training_parts(pictures)[1]))
+    figures = evaluate(network, shared, min_upright)
     written = {
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "classes": CLASSES,
-        "threshold": threshold,
+        "min_upright": min_upright,
         "figures": {name: [asdict(row) for row in rows] for name, rows in figures.items()},
     }
     path.with_suffix(".json").write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return figures
 
 
-def stated_threshold(path: Path = FIGURES) -> float:
+def stated_min_upright(path: Path = FIGURES) -> float:
     """Return the threshold that was chosen on the validation patients."""
-    return float(json.loads(path.read_text(encoding="utf-8"))["threshold"])
+    return float(json.loads(path.read_text(encoding="utf-8"))["min_upright"])
+
+
+def manifest_field(file: str, directory: Path = NETWORK.parent) -> InputCheck:
+    """Return the manifest's ``input_check`` for the network that ``train`` wrote into ``directory`` and the bundle holds as ``file``."""
+    written = json.loads((directory / FIGURES.name).read_text(encoding="utf-8"))
+    rows = [Row(**row) for group in written["figures"].values() for row in group]
+    kinds = [(row, row.variant) for row in rows if row.variant in CLASSES]
+    return InputCheck(
+        file=file,
+        sha256=hashlib.sha256((directory / NETWORK.name).read_bytes()).hexdigest(),
+        input=input_spec(),
+        output="probabilities",
+        classes=list(CLASSES),
+        min_upright=written["min_upright"],
+        measured_on=MEASURED_ON,
+        figures=[MeasuredShare(source=row.group, kind=kind, n=row.n, stopped=row.part_stopped) for row, kind in kinds],
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -350,8 +379,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.train:
         print(_report(train(options.shared, options.train)))
         return DONE
-    print(f"threshold {stated_threshold()}, {NETWORK.stat().st_size} bytes")
-    print(_report(evaluate(InputCheck.open(), options.shared, stated_threshold())))
+    print(f"min_upright {stated_min_upright()}, {NETWORK.stat().st_size} bytes")
+    print(_report(evaluate(Classifier.open(), options.shared, stated_min_upright())))
     print("median ms: " + ", ".join(f"{name}: {taken}" for name, taken in measure_time(NETWORK).items()))
     return DONE
 
