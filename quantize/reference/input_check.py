@@ -50,9 +50,9 @@ _DRAWN_TEST: Final = 40
 # At most this part of the upright films of the validation patients may be stopped.
 _MAY_STOP: Final = 0.002
 
-# Upright films among the DICOM files, and films whose header says how they are turned.
+# Upright films among the DICOM files, and films whose header says how they are turned (those of turned_90 and turned_270 say the opposite).
 _DICOM_FILMS: Final = (
-    ("dicom", "CR_*.dcm"), ("field", "base_*.dcm"), ("field", "turned_*.dcm"), ("field", "mirrored_*.dcm"), ("field", "words_*.dcm"),
+    ("dicom", "CR_*.dcm"), ("field", "base_*.dcm"), ("field", "turned_180_*.dcm"), ("field", "mirrored_*.dcm"), ("field", "words_*.dcm"),
 )  # fmt: skip
 
 Picture = NDArray[np.uint8]

@@ -172,7 +172,7 @@ def test_the_reason_is_the_right_one(figures: Figures) -> None:
 
 def test_what_is_no_frontal_chest_film_is_stopped(figures: Figures) -> None:
     chosen = rows(figures, "no frontal chest film", "other")
-    assert misses(chosen, at_least=0.95) == []
+    assert misses(chosen, at_least=0.9) == []
     assert sum(row.n_stopped for row in chosen) >= 0.97 * sum(row.n for row in chosen)
 
 
