@@ -1,8 +1,8 @@
 """The network that looks at a picture before the reference model does: an upright frontal chest film, or turned, negative, something else.
 
-``python -m quantize.reference.input_check --shared ../shared --train DIR`` trains it in minutes on two cores and writes
-``input_check.onnx`` and ``input_check.json``, its figures; the committed files beside this module are what it wrote. ``--evaluate``
-measures the committed network and prints the tables of docs/performance.md.
+``python -m quantize.reference.input_check --shared ../shared --train DIR`` trains it in minutes on one core and writes
+``input_check.onnx`` and ``input_check.json``, the rest of the manifest's entry; the committed files beside this module are what it
+wrote. ``--evaluate`` measures the committed network and prints the tables of docs/performance.md.
 
 The network takes ``image`` (float32 [n, 1, 64, 64], the display image letterboxed, resized and divided by 255) and returns
 ``probabilities`` (float32 [n, 6], softmax) in the order of ``Class``. A picture passes where the probability of UPRIGHT is at least
@@ -18,7 +18,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -40,7 +40,7 @@ from quantize.reference.training_set import TrainingSet
 
 SIDE: Final = 64
 NETWORK: Final = Path(__file__).with_name("input_check.onnx")
-FIGURES: Final = Path(__file__).with_name("input_check.json")
+RECORD: Final = Path(__file__).with_name("input_check.json")
 MEASURED_ON: Final = "patient-disjoint tenth of cxr_train_224.npz, seed 7; films of other collections; pictures of other things"
 VALIDATION_SEED: Final = 8
 _VALIDATION_PART: Final = 0.1
@@ -317,7 +317,7 @@ def _report(figures: dict[str, list[Row]]) -> str:
 
 
 def train(shared: Path, out: Path) -> dict[str, list[Row]]:
-    """Train, choose the threshold on the validation patients, measure, and write network and figures into ``out``."""
+    """Train, choose the threshold on the validation patients, measure, and write network and record into ``out``."""
     from quantize.reference import input_check_training
 
     out.mkdir(parents=True, exist_ok=True)
@@ -327,41 +327,36 @@ def train(shared: Path, out: Path) -> dict[str, list[Row]]:
 
 
 def measure(shared: Path, path: Path) -> dict[str, list[Row]]:
-    """Choose the threshold of a trained network on the validation patients, measure it, and write its figures beside it."""
+    """Choose the threshold of a trained network on the validation patients, measure it, and write its record beside it."""
     network = Classifier.open(path)
     pictures = TrainingSet.load(shared / "data" / "cxr_train_224.npz")
     min_upright = choose_min_upright(network, films_of(pictures, training_parts(pictures)[1]))
     figures = evaluate(network, shared, min_upright)
-    written = {
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "classes": CLASSES,
-        "min_upright": min_upright,
-        "figures": {name: [asdict(row) for row in rows] for name, rows in figures.items()},
-    }
+    entry = manifest_entry(path, min_upright, [row for rows in figures.values() for row in rows])
+    written = entry.model_dump(mode="json", exclude={"file"})
     path.with_suffix(".json").write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return figures
 
 
-def stated_min_upright(path: Path = FIGURES) -> float:
-    """Return the threshold that was chosen on the validation patients."""
-    return float(json.loads(path.read_text(encoding="utf-8"))["min_upright"])
-
-
-def manifest_field(file: str, directory: Path = NETWORK.parent) -> InputCheck:
-    """Return the manifest's ``input_check`` for the network that ``train`` wrote into ``directory`` and the bundle holds as ``file``."""
-    written = json.loads((directory / FIGURES.name).read_text(encoding="utf-8"))
-    rows = [Row(**row) for group in written["figures"].values() for row in group]
-    kinds = [(row, row.variant) for row in rows if row.variant in CLASSES]
+def manifest_entry(path: Path, min_upright: float, rows: Sequence[Row]) -> InputCheck:
+    """Return the manifest's ``input_check`` of a network: what was stopped of each source and kind; only UPRIGHT films should not be."""
     return InputCheck(
-        file=file,
-        sha256=hashlib.sha256((directory / NETWORK.name).read_bytes()).hexdigest(),
+        file=path.name,
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         input=input_spec(),
         output="probabilities",
         classes=list(CLASSES),
-        min_upright=written["min_upright"],
+        min_upright=min_upright,
         measured_on=MEASURED_ON,
-        figures=[MeasuredShare(source=row.group, kind=kind, n=row.n, stopped=row.part_stopped) for row, kind in kinds],
+        figures=[
+            MeasuredShare(source=row.group, kind=row.variant, n=row.n, stopped=row.part_stopped) for row in rows if row.variant in CLASSES
+        ],
     )
+
+
+def stated_min_upright(path: Path = RECORD) -> float:
+    """Return the threshold that was chosen on the validation patients."""
+    return float(json.loads(path.read_text(encoding="utf-8"))["min_upright"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from appliance.imaging.preprocessing import from_display
-from model_sync.bundle import Letterbox, Resize
+from model_sync.bundle import InputCheck, Letterbox, Resize
 from quantize.errors import QuantizeError
 from quantize.reference import build, input_check, not_chest
 from quantize.reference.input_check import Class, Classifier, Row
@@ -65,10 +65,15 @@ def test_the_network_has_the_agreed_form() -> None:
     assert input_check.CLASSES == ("upright", "turned_90", "turned_180", "turned_270", "negative", "other")
 
 
-def test_the_figures_are_those_of_the_committed_network() -> None:
-    written = json.loads(input_check.FIGURES.read_text("utf-8"))
-    assert written["sha256"] == hashlib.sha256(input_check.NETWORK.read_bytes()).hexdigest()
-    assert tuple(written["classes"]) == input_check.CLASSES
+def test_the_record_is_that_of_the_committed_network() -> None:
+    digest = hashlib.sha256(input_check.NETWORK.read_bytes()).hexdigest()
+    record = json.loads(input_check.RECORD.read_text("utf-8"))
+    entry = InputCheck.model_validate(record | {"file": "input_check.onnx"}, strict=True)
+    assert entry.sha256 == digest
+    assert entry.input == input_check.input_spec()
+    assert entry.classes == [entry.name.lower() for entry in Class]
+    assert entry.min_upright == input_check.stated_min_upright()
+    assert {figure.kind for figure in entry.figures} == set(entry.classes)
 
 
 def test_the_input_is_the_reference_models_at_64_pixels() -> None:
@@ -94,14 +99,6 @@ def test_the_same_picture_gives_the_same_probabilities_alone_and_in_a_batch(netw
 def test_a_missing_network_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(QuantizeError, match="input check"):
         Classifier.open(tmp_path / "none.onnx")
-
-
-def test_the_manifest_states_network_threshold_and_figures() -> None:
-    field = input_check.manifest_field("input_check.onnx")
-    assert field.sha256 == hashlib.sha256(input_check.NETWORK.read_bytes()).hexdigest()
-    assert field.min_upright == input_check.stated_min_upright()
-    assert field.classes == [entry.name.lower() for entry in Class]
-    assert {figure.kind for figure in field.figures} == set(field.classes)
 
 
 # --- what the classes mean ------------------------------------------------------------------------------------------
@@ -176,11 +173,16 @@ def test_what_is_no_frontal_chest_film_is_stopped(figures: Figures) -> None:
     assert sum(row.n_stopped for row in chosen) >= 0.97 * sum(row.n for row in chosen)
 
 
-def test_the_committed_figures_are_measured_again(figures: Figures) -> None:
-    """Another processor may round a picture over the min_upright, no more."""
-    written = json.loads(input_check.FIGURES.read_text("utf-8"))["figures"]
-    for name, measured in figures.items():
-        assert [(row["group"], row["variant"], row["n"]) for row in written[name]] == [(row.group, row.variant, row.n) for row in measured]
-        assert all(
-            abs(row["n_stopped"] - again.n_stopped) <= max(1, 0.01 * again.n) for row, again in zip(written[name], measured, strict=True)
-        )
+def test_the_recorded_figures_are_measured_again(figures: Figures) -> None:
+    """Another processor may round a picture over the threshold, no more."""
+    entry = InputCheck.model_validate_json(json.dumps(json.loads(input_check.RECORD.read_text("utf-8")) | {"file": "input_check.onnx"}))
+    measured = [row for rows in figures.values() for row in rows if row.variant in input_check.CLASSES]
+    assert [(figure.source, figure.kind, figure.n) for figure in entry.figures] == [(row.group, row.variant, row.n) for row in measured]
+    for figure, row in zip(entry.figures, measured, strict=True):
+        assert abs(figure.stopped.value - row.part_stopped.value) * row.n <= max(1, 0.01 * row.n) + 0.1
+
+
+@pytest.mark.parametrize("name", build.GOLDEN)
+def test_the_golden_cases_of_the_reference_bundle_pass(network: Classifier, name: str) -> None:
+    probabilities = network.probabilities([display(build.GOLDEN[name])])
+    assert input_check.stopped(probabilities, input_check.stated_min_upright()).tolist() == [False]
