@@ -65,6 +65,39 @@ _CODES: Final[Mapping[str, Message]] = {
     "library.module": Message("A library that this command needs is not installed", "pip install 'clinic-edge-appliance[library]'"),
     "library.interrupted": Message("The command was interrupted", _UNCHANGED),
 }
+# What `model-library sign` shows of a new version before it asks for the signature.
+_SIGN: Final[Mapping[str, Message]] = {
+    "sign.heading": Message("What changes for patients with {line} {version}"),
+    "sign.compared": Message("compared with {old}, the version in the field:"),
+    "sign.first": Message("first version, compared with nothing:"),
+    "sign.absent": Message("the files of version {version} are not here: copy the complete staged folder, and give --against"),
+    "sign.same": Message("nothing changes in the manifest but the number of the version"),
+    "sign.label.added": Message("label"),
+    "sign.label.removed": Message("label is gone"),
+    "sign.label.changed": Message("label"),
+    "sign.label.order": Message("order of the labels"),
+    "sign.threshold": Message("threshold"),
+    "sign.sensitivity": Message("sensitivity"),
+    "sign.specificity": Message("specificity"),
+    "sign.measured_on": Message("measured on"),
+    "sign.source": Message("source"),
+    "sign.group": Message("group of patients"),
+    "sign.cases": Message("{positive} with and {negative} without the finding"),
+    "sign.golden": Message("golden case"),
+    "sign.golden.other": Message("another image under the same name"),
+    "sign.golden.unread": Message("it is not known whether the image is the same"),
+    "sign.golden.crossed": Message("CHANGES SIDES"),
+    "sign.golden.tolerance": Message("tolerance of the golden case"),
+    "sign.above": Message("above {threshold}"),
+    "sign.below": Message("below {threshold}"),
+    "sign.no_threshold": Message("no threshold"),
+    "sign.intended_use": Message("intended use"),
+    "sign.pipeline": Message("input pipeline"),
+    "sign.variant": Message("variant"),
+    "sign.weights": Message("weights"),
+    "sign.not_on": Message("not on"),
+    "sign.applies_to": Message("applies to"),
+}
 # The texts of the fleet page.
 WORDS: Final[Mapping[str, Message]] = {
     "fleet.brand": Message("Model library · Fleet"),
@@ -284,4 +317,4 @@ WORDS: Final[Mapping[str, Message]] = {
     "fleet.model.withdrawn": Message("withdrawn"),
 }
 # fmt: on
-register("model_sync", {**_CODES, **WORDS})
+register("model_sync", {**_CODES, **_SIGN, **WORDS})

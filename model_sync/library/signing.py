@@ -10,7 +10,7 @@ from pathlib import Path
 from securesystemslib.signer import Signer
 from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, TargetFile
 
-from model_sync import atomic_files
+from model_sync import atomic_files, messages
 from model_sync.errors import PublishError, SettingsError
 from model_sync.library import console
 from model_sync.library import text as library_text
@@ -54,7 +54,11 @@ def _sign_waiting(library: Library, signer: Signer, only: str | None, yes: bool)
         md = library.staged(role)
         if md is None:
             continue  # already published with the signature of its delegator
-        print("\n".join(library_text.describe(role, md, library.published(role), library.files.config().name, read)))
+        shown = library_text.describe(
+            role, md, library.published(role), library.files.config().name, read,
+            published=library.published, language=messages.choose_language(),
+        )  # fmt: skip
+        print("\n".join(shown))
         console.confirm(f"sign {role} as {library.files.config().name(keyid)}?", yes)
         print_state(library, library.sign(role, signer, shown=md))
 
@@ -63,7 +67,11 @@ def _sign_file(file: Path, signer: Signer, against: Path | None, yes: bool) -> N
     md = read_metadata(file)
     role = str(md.signed.unrecognized_fields.get(ROLE_FIELD, file.name.removesuffix(".json")))
     folders = [file.parent / "targets", *([against / "targets"] if against is not None else [])]
-    print("\n".join(library_text.describe(role, md, _version_before(role, md, against), lambda keyid: keyid[:8], _target_reader(*folders))))
+    shown = library_text.describe(
+        role, md, _version_before(role, md, against), lambda keyid: keyid[:8], _target_reader(*folders),
+        published=lambda other: _newest(other, against), language=messages.choose_language(),
+    )  # fmt: skip
+    print("\n".join(shown))
     console.confirm(f"sign {role} with the key {signer.public_key.keyid[:8]}?", yes)
     add_signature(md, signer)
     part = file.with_name(f"{file.name}.part")
@@ -84,6 +92,13 @@ def _version_before(role: str, md: AnyMetadata, against: Path | None) -> AnyMeta
         return None  # a model line that is added again: its new key holders have to see all of it
     paths = (folder / f"{version}.{role}.json" for version in range(md.signed.version - 1, 0, -1))
     return next((read_metadata(path) for path in paths if path.is_file()), None)
+
+
+def _newest(role: str, against: Path | None) -> AnyMetadata | None:
+    """Return the newest version of a role in a copy of the public folder."""
+    paths = list((against / "metadata").glob(f"*.{role}.json")) if against is not None else []
+    numbered = [(int(path.name.split(".")[0]), path) for path in paths if path.name.split(".")[0].isdecimal()]
+    return read_metadata(max(numbered)[1]) if numbered else None
 
 
 def _target_reader(*folders: Path) -> Callable[[TargetFile], bytes | None]:

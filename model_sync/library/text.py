@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from tuf.api.metadata import Root, TargetFile, Targets
+from tuf.api.metadata import Root, Targets
 
+from model_sync import messages
+from model_sync.library.clinical_difference import Read, describe_difference, read_version, versions_in_field
 from model_sync.library.roles import AnyMetadata, delegated
-from model_sync.trust.documents import LineIndex, Rollout
+from model_sync.messages import Language
+from model_sync.trust.documents import ROLLOUT_ROLE, LineIndex, Rollout
 
 Name = Callable[[str], str]
-Read = Callable[[TargetFile], "bytes | None"]
-_MAX_LISTED = 12
+Published = Callable[[str], "AnyMetadata | None"]
 END_LINE_NOTES = (
     "boxes keep the model of LINE that they have, and get no new version of it; it cannot be withdrawn any more",
     "to stop its use, add the model line again (`model-library add-line`), and withdraw its versions before you end it",
@@ -65,8 +67,17 @@ def _width(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
-def describe(role: str, new: AnyMetadata, old: AnyMetadata | None, name: Name, read: Read) -> list[str]:
-    """Return what a signature on ``new`` would approve, as lines of text.
+def describe(
+    role: str,
+    new: AnyMetadata,
+    old: AnyMetadata | None,
+    name: Name,
+    read: Read,
+    *,
+    published: Published = lambda _role: None,
+    language: Language = "en",
+) -> list[str]:
+    """Return what a signature on ``new`` would approve, as lines of text; all of it, however long.
 
     Args:
         role: the role that ``new`` names.
@@ -74,6 +85,8 @@ def describe(role: str, new: AnyMetadata, old: AnyMetadata | None, name: Name, r
         old: the public version to compare with; None shows everything.
         name: returns the key holder of a key id.
         read: returns the verified bytes of a small target, or None when the file is missing.
+        published: returns the public version of another role: the rollouts say what is in the field, the model lines what it contains.
+        language: of what changes for patients.
     """
     signed = new.signed
     before = old.signed if old is not None else None
@@ -91,6 +104,7 @@ def describe(role: str, new: AnyMetadata, old: AnyMetadata | None, name: Name, r
                 lines.append(f"  {'!' if each in old_roles else '+'} {each} may sign: {', '.join(new_roles[each].paths or [])}")
         lines += [f"  - role {each} has no delegation any more" for each in sorted(old_roles.keys() - new_roles.keys())]
         lines += _documents(signed, before, read)
+        lines += _clinical(signed, before, read, published, language)
         lines += _targets(signed, before)
     if len(lines) == 2:
         lines.append("  nothing else changes: it is only valid for longer" if old is not None else "  it is still empty")
@@ -159,5 +173,61 @@ def _targets(new: Targets, old: Targets | None) -> list[str]:
 
 
 def _listed(mark: str, lines: list[str]) -> list[str]:
-    shown = [f"  {mark} {line}" for line in sorted(lines)[:_MAX_LISTED]]
-    return shown + ([f"  {mark} ... and {len(lines) - _MAX_LISTED} more"] if len(lines) > _MAX_LISTED else [])
+    return [f"  {mark} {line}" for line in sorted(lines)]
+
+
+def _clinical(new: Targets, old: Targets | None, read: Read, published: Published, language: Language) -> list[str]:
+    """Return what changes for patients: of each new version against those in the field, of each rollout against the one before."""
+    lines: list[str] = []
+    for path, document in sorted(_changed(new, old, read).items()):
+        parsed, before = document
+        if path.endswith("/line.json"):
+            index = LineIndex.parse(parsed)
+            known = {item.digest for item in LineIndex.parse(before).versions} if before is not None else set()
+            for release in (item for item in index.versions if item.digest not in known):
+                bases: Sequence[str | None] = versions_in_field(index, release.version, _rollouts(published, read)) or [None]
+                for base in bases:
+                    lines += _compare(index.line, (new, release.version), (new, base), read, language)
+        else:
+            rollout = Rollout.parse(parsed)
+            earlier = Rollout.parse(before) if before is not None else None
+            for line, step in sorted(rollout.lines.items()):
+                was = earlier.lines[line].version if earlier is not None and line in earlier.lines else None
+                if was != step.version:
+                    targets = _targets_of(published(line))
+                    lines += _compare(line, (targets, step.version), (targets, was), read, language)
+    return lines
+
+
+def _changed(new: Targets, old: Targets | None, read: Read) -> dict[str, tuple[bytes, bytes | None]]:
+    """Return the bytes of the changed indexes and rollouts, now and before; what is missing was named already."""
+    changed = {}
+    for path, target in new.targets.items():
+        before = old.targets.get(path) if old is not None else None
+        is_document = path.endswith("/line.json") or path.startswith("rollout/")
+        if is_document and (before is None or before.hashes != target.hashes) and (raw := read(target)) is not None:
+            changed[path] = (raw, read(before) if before is not None else None)
+    return changed
+
+
+def _rollouts(published: Published, read: Read) -> list[Rollout]:
+    targets = _targets_of(published(ROLLOUT_ROLE))
+    raws = [read(target) for _, target in sorted(targets.targets.items())] if targets is not None else []
+    return [Rollout.parse(raw) for raw in raws if raw is not None]
+
+
+def _targets_of(md: AnyMetadata | None) -> Targets | None:
+    return md.signed if md is not None and isinstance(md.signed, Targets) else None
+
+
+def _compare(
+    line: str, new: tuple[Targets | None, str], old: tuple[Targets | None, str | None], read: Read, language: Language
+) -> list[str]:
+    """Return the comparison of two versions, or that one of them is not at hand."""
+    heading = messages.text("sign.heading", language, line=line, version=new[1])
+    version = read_version(new[0], line, new[1], read)
+    base = read_version(old[0], line, old[1], read) if old[1] is not None else None
+    if version is None or (old[1] is not None and base is None):
+        absent = new[1] if version is None else old[1]
+        return [f"  {heading}", f"    ? {messages.text('sign.absent', language, version=absent)}"]
+    return [f"  {heading}", *(f"    {text}" for text in describe_difference(version, base, language))]
