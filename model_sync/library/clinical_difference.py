@@ -209,9 +209,9 @@ def _golden(new: Version, old: Version | None, words: _Words) -> list[str]:
             earlier_text = f"{was:.3f} ({_side(was, _point(old.manifest, label), words)})"
             if same is False:
                 lines.append(f"! {what}: {words('sign.golden.other')}: {earlier_text} → {shown}")
-            elif earlier_text != shown or was != score:
+            elif (crosses := _crosses(was, score, old, threshold, label)) or was != score:
                 doubt = f" [{words('sign.golden.unread')}]" if same is None else ""
-                crossed = f" ({words('sign.golden.crossed')})" if _crosses(was, score, old, threshold, label) else ""
+                crossed = f" ({words('sign.golden.crossed')})" if crosses else ""
                 lines.append(f"! {what}: {earlier_text} → {shown}{crossed}{doubt}")
         if earlier is not None and earlier.tolerance != case.tolerance:
             lines.append(words.change(f"{words('sign.golden.tolerance')} {name}", _flat(earlier.tolerance), _flat(case.tolerance)))
