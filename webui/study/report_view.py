@@ -113,11 +113,14 @@ def format_numbers(numbers: Sequence[int]) -> str:
 
 
 def _groups(study: StudyView) -> list[list[tuple[int, InstanceView]]]:
-    """The images, numbered from 1, in groups with the same report: 160 slices that no model analyses are one section."""
+    """The images, numbered from 1, in groups with the same report: 160 slices that no model analyses are one section.
+
+    An image that the input check stopped has a section of its own, for a person decides about each.
+    """
     groups: dict[object, list[tuple[int, InstanceView]]] = {}
     for number, item in enumerate(study.instances, start=1):
         series = item.series_id if item.measured else None
-        key = item.id if item.findings else (item.state, item.reason, series)
+        key = item.id if item.findings or is_stopped(item) else (item.state, item.reason, series)
         groups.setdefault(key, []).append((number, item))
     return list(groups.values())
 
@@ -178,10 +181,15 @@ def _state_box(item: InstanceView, position: int | None) -> View | None:
     }
 
 
+def is_stopped(item: InstanceView) -> bool:
+    """Whether the input check stopped an image, so that a person may decide what to do with it."""
+    return item.state is ScanState.QUALITY_REJECTED and item.reason is not None and item.reason.code in STOPPED_BY_INPUT_CHECK
+
+
 def _decisions(item: InstanceView) -> list[View]:
     """What a person may have done with an image that the input check stopped: the correction that it suggests, and none."""
     reason = item.reason
-    if item.state is not ScanState.QUALITY_REJECTED or reason is None or reason.code not in STOPPED_BY_INPUT_CHECK:
+    if reason is None or not is_stopped(item):
         return []
     words = {
         ("quality.turned", "90"): gettext("Turn left by 90° and analyse"),

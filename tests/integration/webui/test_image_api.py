@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from werkzeug.exceptions import ServiceUnavailable
 
+from appliance.core.correction import NOTHING_DECIDED
 from appliance.core.settings import Settings
 from tests.support.scans import dataset, encode, scan_bytes
 from tests.support.web_box import PASSWORD, Box, Person, in_process, result
@@ -65,11 +66,11 @@ def test_the_memory_for_frames_is_bounded(box: Box, monkeypatch: pytest.MonkeyPa
     cache = frame_cache.FrameCache(box.store)
     for stored in (first, second, first, first):
         cache.frame(stored.instance_id, 0)
-    assert list(cache._frames) == [(first.instance_id, 0)]
+    assert list(cache._frames) == [(first.instance_id, 0, NOTHING_DECIDED)]
     assert list(cache._files) == [first.instance_id]
     monkeypatch.setattr(frame_cache, "_MAX_PIXEL_BYTES", 1)
     cache.frame(second.instance_id, 0)
-    assert list(cache._frames) == [(first.instance_id, 0)]
+    assert list(cache._frames) == [(first.instance_id, 0, NOTHING_DECIDED)]
 
 
 def test_too_many_waiting_for_frames_are_told_to_wait(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
