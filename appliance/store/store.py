@@ -180,8 +180,12 @@ class Store:
 
     def read_instance(self, instance_id: int) -> bytes:
         """The DICOM file of one image, byte for byte as received; raises StoreError."""
+        return self.content.read(self.content_digest(instance_id))
+
+    def content_digest(self, instance_id: int) -> str:
+        """SHA-256 of the DICOM file of one image, in hex; raises StoreError ``store.missing``."""
         row = self.database.require(f"instance {instance_id}", "SELECT content_sha256 FROM instances WHERE id = ?", instance_id)
-        return self.content.read(row["content_sha256"])
+        return str(row["content_sha256"])
 
     def correction_of(self, instance_id: int) -> Correction:
         """What a person decided to do with one image before the analysis; raises StoreError ``store.missing``."""

@@ -99,11 +99,13 @@ def _begin_session(token: str) -> None:
 
 @blueprint.post("/logout")
 def logout() -> ResponseReturnValue:
-    """End the session on the server."""
+    """End the session on the server, and have the browser forget the films that it kept."""
     current_box().accounts.logout(current_user.token)
     logout_user()
     session.clear()
-    return redirect(url_for("auth.login"))
+    answer = redirect(url_for("auth.login"))
+    answer.headers["Clear-Site-Data"] = '"cache"'
+    return answer
 
 
 @blueprint.route("/password", methods=["GET", "POST"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Final
 
-from flask import Blueprint, Response, abort, jsonify
+from flask import Blueprint, Response, abort, jsonify, request
 from flask.typing import ResponseReturnValue
 
+from appliance import __version__
+from appliance.store.store import Store
 from appliance.store.volume_results import VolumeResults
 from webui.context import current_box
 from webui.study.access_log import record_access
@@ -29,7 +32,11 @@ def description(instance_id: int) -> ResponseReturnValue:
 @blueprint.get("/instances/<int:instance_id>/frames/<int:number>")
 def frame(instance_id: int, number: int) -> ResponseReturnValue:
     """One frame, numbered from 0: raw pixels row by row, little endian; the description states their type and samples."""
-    record_access(current_box().worklist.study_of(instance_id))
+    box = current_box()
+    record_access(box.worklist.study_of(instance_id))
+    tag = _entity_tag(box.store, instance_id, number)
+    if request.if_none_match.contains(tag):
+        return _with_tag(Response(status=304), tag)
     try:
         pixels = current_frames().frame(instance_id, number).pixels
     except IndexError:
@@ -37,6 +44,17 @@ def frame(instance_id: int, number: int) -> ResponseReturnValue:
     data = pixels.astype(pixels.dtype.newbyteorder("<"), order="C", copy=False).tobytes()
     response = Response(_chunks(data), content_type="application/octet-stream")
     response.content_length = len(data)
+    return _with_tag(response, tag)
+
+
+def _entity_tag(store: Store, instance_id: int, number: int) -> str:
+    """Names the pixels of a frame: the stored file, a person's correction, and the software that draws them."""
+    parts = (store.content_digest(instance_id), number, store.correction_of(instance_id).to_text(), __version__)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _with_tag(response: Response, tag: str) -> Response:
+    response.set_etag(tag)
     return response
 
 

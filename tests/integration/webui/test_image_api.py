@@ -44,6 +44,26 @@ def test_description_and_pixels_of_a_plain_image(box: Box) -> None:
     assert np.array_equal(np.frombuffer(answer.content, "<u2").reshape(64, 48), made.pixel_array)
 
 
+def test_a_film_is_revalidated_and_not_sent_again(box: Box) -> None:
+    stored = box.take(scan_bytes())
+    person, path = box.person(), f"/api/instances/{stored.instance_id}/frames/0"
+    first = person.get(path)
+    assert first.headers["Cache-Control"] == "private, no-cache"
+    again = person.get(path, headers={"If-None-Match": first.headers["ETag"]})
+    assert (again.status_code, again.content, again.headers["ETag"]) == (304, b"", first.headers["ETag"])
+    assert person.get(path, headers={"If-None-Match": '"another"'}).content == first.content
+    box.store.database.connection().execute("UPDATE instances SET correction = 'turn_180'")
+    corrected = person.get(path, headers={"If-None-Match": first.headers["ETag"]})
+    assert corrected.status_code == 200
+    assert corrected.headers["ETag"] != first.headers["ETag"]
+    page = person.open("/")
+    left = person.post("/logout", data={"csrf_token": page.split('name="csrf_token" value="')[1].split('"')[0]}, allow_redirects=False)
+    assert left.headers["Clear-Site-Data"] == '"cache"'
+    refused = person.get(path, headers={"If-None-Match": first.headers["ETag"]}, allow_redirects=False)
+    assert refused.status_code in (302, 401)
+    assert refused.headers["Cache-Control"] == "no-store"
+
+
 def test_frames_of_a_run_and_colour(box: Box) -> None:
     frames = np.random.default_rng(1).integers(0, 255, (3, 8, 10, 3), np.uint8)
     made = dataset(
