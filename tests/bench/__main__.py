@@ -28,7 +28,7 @@ from appliance.core.settings import Settings
 from appliance.lifecycle.model_control import activate, reference_bundle
 from appliance.store.store import Store
 from quantize.reference.phantom import Phantom, dataset
-from tests.bench import delta, eight_bits, fleet, localisation, models, runtimes
+from tests.bench import delta, eight_bits, fleet, localisation, models, runtimes, truth
 from tests.bench.floor import Floor
 from tests.bench.page import measure_page
 
@@ -44,12 +44,13 @@ def main() -> int:
     parser.add_argument("--studies", type=int, default=10_000, help="studies stored for the worklist page (default 10000)")
     parser.add_argument(
         "--only",
-        choices=("scans", "models", "runtimes", "int8", "localisation"),
-        help="measure the analysis of images, the life of models, the runtimes, what int8 gains in processor time (not in a full run), or "
-        "where the reference model looks",
+        choices=("scans", "models", "runtimes", "int8", "localisation", "truth"),
+        help="measure the analysis of images, the life of models, the runtimes, what int8 gains in processor time (not in a full run), "
+        "where the reference model looks, or what enters, counted per kind (not in a full run)",
     )
     parser.add_argument("--phantoms", type=int, default=200, help="phantoms analysed for the localisation (default 200)")
     parser.add_argument("--bundle", type=Path, help="bundle whose localisation is measured; the reference bundle by default")
+    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="the real data of `truth` (default ../shared)")
     arguments = parser.parse_args()
     results: dict[str, Any] = {"machine": machine(), "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     scratch = Path(tempfile.mkdtemp(prefix="bench-", dir=_scratch()))
@@ -68,6 +69,10 @@ def main() -> int:
         if arguments.only in (None, "localisation"):
             print("measuring where the reference model looks (minutes) ...", file=sys.stderr)
             results["localisation"] = localisation.run(arguments.phantoms, arguments.bundle)
+        if arguments.only == "truth":
+            rows = truth.run(scratch / "truth", arguments.shared)
+            results["truth"] = [vars(row) for row in rows]
+            truth.print_rows(rows)
     finally:
         shutil.rmtree(scratch)
     (ROOT / "var").mkdir(exist_ok=True)
