@@ -145,11 +145,11 @@ class _Header:
         return f"2.25.{uuid.uuid5(uuid.NAMESPACE_OID, f'{keyword} {instance}').int}"
 
     def _body_part(self) -> str:
-        """Body Part Examined, else the Anatomic Region Sequence, else the one part that a description names; in capitals."""
+        """Body Part Examined, else the Anatomic Region Sequence, else the parts that a description names; in capitals."""
         stated = self.text("BodyPartExamined").upper() or self._coded("AnatomicRegionSequence", "cid4031").upper()
         described = next(filter(None, (body_parts_of(self.text(name)) for name in _DESCRIPTIONS)), frozenset[str]())
-        if not stated and len(described) == 1:
-            (stated,) = described
+        if not stated and described:
+            stated = " ".join(sorted(described))
             self._add("assume.body_part_described", stated)
         elif described and body_parts_of(stated) and not described & body_parts_of(stated):
             self._add("caution.body_part_conflict", ", ".join(sorted(described)))

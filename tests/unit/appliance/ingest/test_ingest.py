@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydicom.uid import DeflatedExplicitVRLittleEndian, generate_uid
 
-from appliance.core.domain import PictureForm, Source
+from appliance.core.domain import Note, PictureForm, Source
 from appliance.core.errors import ApplianceError, IngestError, StoreError
 from appliance.core.settings import Settings
 from appliance.ingest import ingest as module
@@ -204,6 +204,15 @@ def test_hostile_strings_are_text(door: Ingest) -> None:
 )
 def test_view(door: Ingest, changes: dict[str, Any], view: str) -> None:
     assert door.accept(scan_bytes(**changes), SOURCE).scan.view_position == view
+
+
+@pytest.mark.parametrize(
+    ("description", "parts"), [("手腕", "HAND WRIST"), ("Hand li.", "HAND"), ("CHEST+ABD 2V, abdomen", "ABDOMEN CHEST"), ("routine", "")]
+)
+def test_a_description_may_name_several_body_parts(description: str, parts: str) -> None:
+    scan = module.describe(dataset(BodyPartExamined=None, SeriesDescription=description, StudyDescription=None, ProtocolName=None))
+    assert scan.body_part_examined == parts
+    assert (Note("assume.body_part_described", parts) in scan.notes) == bool(parts)
 
 
 def test_view_and_region_codes() -> None:
