@@ -37,7 +37,9 @@ def run(directory: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for title, shape, path in _networks(directory):
         print(f"measuring {title} ...", file=sys.stderr)
-        rows += _rows(title, Input("image", shape), _files(path, shape))
+        for row in _rows(title, Input("image", shape), _files(path, shape)):
+            print(f"  {row['name']}: {row['note']}", file=sys.stderr)
+            rows.append(row)
     return rows
 
 
