@@ -20,6 +20,7 @@ from appliance.core.domain import Note
 from appliance.core.run_summary import RuntimeStatus, name_of
 from appliance.core.self_test_report import allowed_latency_ms
 from appliance.core.states import PENDING_STATES
+from appliance.store.score_alarms import ScoreAlarm, ScoreAlarms
 from appliance.store.store import Store
 from appliance.store.tuning_requests import TuningRequest, TuningRequests
 from model_sync.bundle import Watch
@@ -122,6 +123,7 @@ class ModelLine:
             is no version to roll back to.
         is_problem_resolved: a later version is good (a rollback to an older one resolves nothing).
         tuning: the last measurement of the active version, perhaps still running.
+        score_alarms: what nobody acknowledged of the active version, one per label.
     """
 
     name: str
@@ -135,6 +137,7 @@ class ModelLine:
     minimum_version: str
     withdrawn: tuple[tuple[str, str], ...]
     tuning: TuningRequest | None = None
+    score_alarms: tuple[ScoreAlarm, ...] = ()
 
     @property
     def unfinished(self) -> tuple[Activation, ...]:
@@ -165,7 +168,11 @@ def model_lines(store: Store) -> list[ModelLine]:
         )
         for name in names
     ]  # fmt: skip
-    return [replace(line, tuning=tunings.of(line.active.digest)) if line.active else line for line in lines]
+    alarms = ScoreAlarms(database).active()
+    return [
+        replace(line, tuning=tunings.of(line.active.digest), score_alarms=tuple(alarm for alarm in alarms if alarm.name == line.name))
+        if line.active else line for line in lines
+    ]  # fmt: skip
 
 
 def activation_history(store: Store, before: int | None) -> tuple[list[Activation], bool]:

@@ -214,6 +214,10 @@ REPORTED: Final[Mapping[str, Message]] = {
         "This candidate is not used, because it would run in another precision without saying so. `appliance tune --show` lists the others.",
     ),
     "runtime.unavailable": Message("This runtime cannot be used on this box", _OTHER),
+    "scores.shifted": Message(
+        "The scores of the model shifted: they are not what they were on this box, or not what its reference allows",
+        "It goes on analysing. Look at new images: another device, other settings, other patients? Then an administrator acknowledges it, on this page or with `appliance models acknowledge`. If there is no reason for it, tell the central team.",
+    ),
     "store.failed": Message(
         "Storing failed",
         "Nothing was acknowledged. Send again; if it fails again call the technician.",

@@ -18,8 +18,10 @@ from appliance.core.domain import Note
 from appliance.core.errors import ApplianceError
 from appliance.core.settings import Settings
 from appliance.core.states import PENDING_STATES, ActivationState, ModelState
+from appliance.store.score_alarms import ScoreAlarms
 from appliance.store.store import Store, open_box
 from model_sync import messages
+from model_sync.messages import choose_language
 
 _MODEL_COLUMNS: Final = ("state", "line", "version", "digest", "precision", "runtime", "accuracy", "since")
 _HISTORY_COLUMNS: Final = ("number", "state", "line", "version", "digest", "source", "by", "since", "reason")
@@ -27,11 +29,11 @@ _HISTORY_COLUMNS: Final = ("number", "state", "line", "version", "digest", "sour
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``appliance models``."""
-    parser.add_argument("action", choices=("list", "activate", "rollback", "history"))
+    parser.add_argument("action", choices=("list", "activate", "rollback", "history", "acknowledge"))
     parser.add_argument(
         "which", nargs="?",
         help="with activate: a bundle directory, a digest or version of this box, or 'reference' for the embedded one;"
-        " with rollback: the model line",
+        " with rollback or acknowledge: the model line",
     )  # fmt: skip
     parser.add_argument("--again", action="store_true", help="with activate: try a model that failed on this box before")
     parser.add_argument(
@@ -48,6 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
     with closing(Store(Settings.load(arguments.data_dir)) if arguments.action == "activate" else open_box(arguments.data_dir)) as store:
         if arguments.action == "list":
             _print(_models(store), _MODEL_COLUMNS, arguments.json)
+            if not arguments.json:
+                _print_score_alarms(store)
+        elif arguments.action == "acknowledge":
+            _acknowledge(store, arguments.which)
         elif arguments.action == "history":
             _print(_history(store), _HISTORY_COLUMNS, arguments.json)
         else:
@@ -63,6 +69,8 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
             say("activate needs a bundle directory, or a digest or version of this box"),
             say("`appliance models activate reference` takes the embedded one; `appliance models list` shows what is here"),
         )
+    if action == "acknowledge" and not arguments.which:
+        raise UsageError(say("acknowledge needs a model line"), say("`appliance models list` shows the alarms with their model lines"))
     if action in ("list", "history") and arguments.which:
         raise UsageError(
             say("{action} takes no {argument!r}", action=action, argument=arguments.which),
@@ -108,10 +116,12 @@ def _models(store: Store) -> list[dict[str, Any]]:
     order = list(ModelState)
     rows = sorted(store.models(), key=lambda row: (row["name"], order.index(row["state"])))
     columns = ("state", "version", "digest", "precision", "runtime")
+    alarms = ScoreAlarms(store.database).active()
     return [
         {"line": row["name"], "since": row["activated_at"], "accuracy": _accuracy(store, row)} | {name: row[name] for name in columns}
+        | {"alarms": [alarm.note.to_json() | {"label": alarm.label, "at": alarm.at} for alarm in alarms if alarm.digest == row["digest"]]}
         for row in rows
-    ]
+    ]  # fmt: skip
 
 
 def _accuracy(store: Store, row: sqlite3.Row) -> dict[str, Any]:
@@ -120,6 +130,18 @@ def _accuracy(store: Store, row: sqlite3.Row) -> dict[str, Any]:
     if problem is None:
         return {"is_verified": True, "code": None, "reason": ""}
     return {"is_verified": False, "code": problem.code, "reason": explain(problem.code, problem.detail)}
+
+
+def _print_score_alarms(store: Store) -> None:
+    for alarm in ScoreAlarms(store.database).active():
+        print(f"{alarm.name} {alarm.version}: {explain(alarm.note.code, alarm.note.detail)}")
+        print("  " + messages.hint(alarm.note.code, choose_language()))
+
+
+def _acknowledge(store: Store, line: str) -> None:
+    """Acknowledge the alarms for shifted scores of a model line; prints how many there were."""
+    count = ScoreAlarms(store.database).acknowledge(line, "cli")
+    print(say("acknowledged: {count} alarms of {line}", count=count, line=line))
 
 
 def _history(store: Store) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from appliance.lifecycle.installer import Installer
 from appliance.lifecycle.journal import Journal
 from appliance.lifecycle.library_follower import LibraryFollower
 from appliance.lifecycle.retuning import Retuner
+from appliance.lifecycle.score_monitor import ScoreMonitors
 from appliance.lifecycle.takeover import Takeovers
 from appliance.lifecycle.trial_monitor import Trials
 from appliance.store.store import Store
@@ -68,6 +69,7 @@ class Activator:
         self._installer = Installer(store, self.journal, load, on_activated, self._follower, self._log)
         self._takeovers = Takeovers(store, self.journal, load_now or load, on_activated, self._log)
         self._trials = Trials(store.database, self.journal, self._takeovers, self._log)
+        self._scores = ScoreMonitors(store.database)
         self._next_tick = self._next_trial_check = self._follow_from = 0.0
 
     @property
@@ -168,6 +170,7 @@ class Activator:
         if now >= self._next_trial_check:
             self._next_trial_check = now + _TRIAL_CHECK_S
             self._trials.check()
+            self.journal.changes += self._scores.check()
         self._takeovers.annotate_findings()
         self._follow(LibraryFollower.report)
 

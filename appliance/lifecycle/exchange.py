@@ -26,10 +26,11 @@ from appliance import __version__
 from appliance.core.child_process import Child
 from appliance.core.domain import JobState, ScanState, utc_now
 from appliance.core.self_test_report import SelfTestReport
-from appliance.core.states import ModelState
+from appliance.core.states import IN_USE_STATES, ModelState
 from appliance.lifecycle.trust_facts import Digest, LineName, TrustFacts, Version
 from appliance.store import database as db
 from appliance.store.database import Database
+from appliance.store.score_alarms import ScoreAlarms
 from appliance.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -168,6 +169,7 @@ def box_report(store: Store) -> dict[str, Any]:
     waiting = database.one("SELECT count(*) AS n FROM jobs WHERE state IN (?, ?)", JobState.QUEUED.value, JobState.RUNNING.value)
     models = database.query("SELECT * FROM models ORDER BY activated_at DESC LIMIT ?", _REPORTED_MODELS)
     activations = database.query("SELECT * FROM activations ORDER BY id DESC LIMIT ?", _REPORTED_ACTIVATIONS)
+    alarms = {alarm.digest: alarm.note.code for alarm in ScoreAlarms(database).active()}
     return {
         "schema": 1,
         "at": utc_now(),
@@ -175,7 +177,7 @@ def box_report(store: Store) -> dict[str, Any]:
         "models": [{"line": row["name"]} | {key: row[key] for key in _MODEL_KEYS} | _running_as(row) for row in models],
         "activations": [
             {"line": row["name"]} | {key: row[key] for key in ("version", "digest", "state")}
-            | {"code": json.loads(row["reason"])["code"] if row["reason"] else None, "at": row["updated_at"]}
+            | {"code": _code(row, alarms), "at": row["updated_at"]}
             for row in activations
         ],
         "health": {
@@ -185,6 +187,13 @@ def box_report(store: Store) -> dict[str, Any]:
             "disk_free_bytes": shutil.disk_usage(store.settings.data_dir).free,
         },
     }  # fmt: skip
+
+
+def _code(row: sqlite3.Row, alarms: dict[str, str]) -> str | None:
+    """Return the code of an activation: why it ended, or the alarm of the version that it put to work, which its last activation gets."""
+    if row["reason"]:
+        return str(json.loads(row["reason"])["code"])
+    return alarms.pop(row["digest"], None) if row["state"] in IN_USE_STATES else None
 
 
 def _running_as(row: sqlite3.Row) -> dict[str, str]:

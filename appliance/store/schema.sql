@@ -212,3 +212,15 @@ ALTER TABLE findings ADD COLUMN has_verified_accuracy INTEGER NOT NULL DEFAULT 0
 
 -- migration 8: contours inside the outline of a finding; of earlier findings there is the outline alone
 ALTER TABLE findings ADD COLUMN inner_contours TEXT NOT NULL DEFAULT '[]'; -- JSON: level and polygons of each
+
+-- migration 9: the alarm for shifted scores, per label and model version
+CREATE TABLE score_monitors (
+  digest TEXT NOT NULL, label TEXT NOT NULL,
+  last_finding INTEGER NOT NULL,      -- findings up to this one were taken into account
+  first_finding INTEGER NOT NULL,     -- findings up to this one precede the comparison: of one study the first finding after it counts
+  studies INTEGER NOT NULL,           -- studies since then
+  compares_reference INTEGER NOT NULL,-- 0: an administrator acknowledged an alarm, so the box is compared with its own history alone
+  evidence TEXT NOT NULL,             -- JSON (appliance/lifecycle/score_shift.py)
+  alarm TEXT,                         -- JSON note with its time (at); NULL: none, or acknowledged
+  PRIMARY KEY (digest, label)
+) STRICT;

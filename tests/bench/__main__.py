@@ -28,7 +28,7 @@ from appliance.core.settings import Settings
 from appliance.lifecycle.model_control import activate, reference_bundle
 from appliance.store.store import Store
 from quantize.reference.phantom import Phantom, dataset
-from tests.bench import delta, eight_bits, fleet, localisation, models, runtimes, truth
+from tests.bench import delta, drift, eight_bits, fleet, localisation, models, runtimes, truth
 from tests.bench.floor import Floor
 from tests.bench.page import measure_page
 
@@ -44,9 +44,9 @@ def main() -> int:
     parser.add_argument("--studies", type=int, default=10_000, help="studies stored for the worklist page (default 10000)")
     parser.add_argument(
         "--only",
-        choices=("scans", "models", "runtimes", "int8", "localisation", "truth"),
+        choices=("scans", "models", "runtimes", "int8", "localisation", "truth", "drift"),
         help="measure the analysis of images, the life of models, the runtimes, what int8 gains in processor time (not in a full run), "
-        "where the reference model looks, or what enters, counted per kind (not in a full run)",
+        "where the reference model looks, or what enters, counted per kind (not in a full run); or simulate the alarm for shifted scores",
     )
     parser.add_argument("--phantoms", type=int, default=200, help="phantoms analysed for the localisation (default 200)")
     parser.add_argument("--bundle", type=Path, help="bundle whose localisation is measured; the reference bundle by default")
@@ -73,6 +73,9 @@ def main() -> int:
             rows = truth.run(scratch / "truth", arguments.shared)
             results["truth"] = [vars(row) for row in rows]
             truth.print_rows(rows)
+        if arguments.only in (None, "drift"):
+            print("simulating shifted scores (minutes) ...", file=sys.stderr)
+            results["drift"] = drift.run()
     finally:
         shutil.rmtree(scratch)
     (ROOT / "var").mkdir(exist_ok=True)
@@ -90,6 +93,8 @@ def main() -> int:
         runtimes.print_rows(results["int8"])
     if "localisation" in results:
         localisation.print_rows(results["localisation"])
+    if "drift" in results:
+        drift.print_rows(results["drift"])
     return 0
 
 

@@ -6,12 +6,14 @@ import platform
 import shutil
 from typing import Final
 
-from flask import Blueprint, jsonify, render_template, request
+from flask import Blueprint, abort, flash, jsonify, redirect, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 from flask_babel import gettext
+from flask_login import current_user
 
 from appliance import __version__
 from appliance.model_queries import activation_history, model_lines
+from appliance.store.score_alarms import ScoreAlarms
 from webui.context import BoxContext, current_box
 from webui.formatting import format_count, format_size, format_time
 from webui.messages import reason_hint, reason_text
@@ -22,6 +24,7 @@ from webui.view_models import View
 
 blueprint: Final = Blueprint("admin", __name__)
 _MAX_REJECTIONS: Final = 200
+ADMINISTRATOR: Final = "administrator"
 
 
 def _box_status(box: BoxContext) -> View:
@@ -63,7 +66,22 @@ def health() -> ResponseReturnValue:
         history=[history_row(entry) for entry in entries],
         before=before,
         next_before=entries[-1].id if has_older else None,
+        may_acknowledge=current_user.account.role == ADMINISTRATOR,
     )
+
+
+@blueprint.post("/health/score-alarms/<line>")
+def acknowledge_score_alarm(line: str) -> ResponseReturnValue:
+    """Acknowledge the alarms for shifted scores of a model line; for an administrator."""
+    if current_user.account.role != ADMINISTRATOR:
+        abort(403)
+    count = ScoreAlarms(current_box().store.database).acknowledge(line, current_user.account.username)
+    flash(
+        gettext("Acknowledged. The scores are compared with each other from now on.")
+        if count
+        else gettext("There is no such alarm any more.")
+    )
+    return redirect(url_for("admin.health"))
 
 
 @blueprint.get("/rejected")

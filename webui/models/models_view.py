@@ -11,6 +11,7 @@ from appliance.core.domain import Note
 from appliance.core.run_summary import CandidateSummary, RuntimeStatus
 from appliance.core.states import IN_USE_STATES, ActivationState, CandidateState, TuningState
 from appliance.model_queries import STEPS, Activation, ModelLine, ModelVersion, Trial
+from appliance.store.score_alarms import ScoreAlarm
 from webui.formatting import format_count, format_difference, format_milliseconds, format_percent, format_ratio, format_time, localize
 from webui.messages import ACTIVATIONS, DECISIONS, SOURCES, reason_hint, reason_text
 from webui.models.library_view import Offer
@@ -24,6 +25,7 @@ def model_line_card(line: ModelLine, offers: Mapping[str, Offer]) -> View:
         "name": line.name,
         "title": localize(line.title["zh"], line.title["en"]) if line.title else line.name,
         "problem": _problem(line),
+        "score_alarms": [_score_alarm(alarm) for alarm in line.score_alarms],
         "previous": _version_card(gettext("Previous version"), gettext("There is none to roll back to."), line.previous),
         "active": _version_card(gettext("Analyses images now"), gettext("None: images of this kind are stored but not analysed."), active)
         | {"chip": activation_chip(line.trial.state if line.trial else ActivationState.GOOD) if active else None},
@@ -169,6 +171,11 @@ def _problem(line: ModelLine) -> View | None:
         "hint": _hint(entry.reason),
         "meanwhile": gettext("Version %(version)s analyses images as before.", version=other.version) if other else "",
     }
+
+
+def _score_alarm(alarm: ScoreAlarm) -> View:
+    """An alarm for shifted scores, which switches nothing off."""
+    return {"note": note_view(alarm.note), "time": format_time(alarm.at) if alarm.at else ""}
 
 
 def _hint(reason: Note | None) -> str:

@@ -15,6 +15,7 @@ import pytest
 from appliance import model_queries
 from appliance.core.domain import Note, utc_now
 from appliance.core.settings import Settings
+from appliance.store.score_alarms import ScoreAlarms, ScoreMonitor
 from model_sync import messages
 from tests.support.model_journal import journal, rules, tell, told
 from tests.support.scans import scan_bytes
@@ -387,3 +388,37 @@ def test_a_finding_of_a_version_that_was_taken_back_says_so(box: Box, code: str)
         assert card[0].index('role="alert"') < card[0].index("<h3>")
         assert card[0].count(f'data-code="{code}"') == 1
         assert said not in words(person.open(f"/studies/{standing.study_id}"))
+
+
+@pytest.mark.parametrize(
+    ("language", "said", "press", "done"),
+    [
+        ("en", "The scores of the model shifted", "Acknowledge: these scores are usual from now on", "Acknowledged."),
+        ("zh", "模型的评分发生偏移", "确认：今后以此评分为常态", "已确认。"),
+    ],
+)
+def test_r44_an_administrator_acknowledges_shifted_scores(box: Box, language: str, said: str, press: str, done: str) -> None:
+    box.activate()
+    (model,) = box.store.models()
+    detail = "pneumonia: median 0.61 of the last 20, 0.34 of 180 before"
+    alarms = ScoreAlarms(box.store.database)
+    alarms.record(ScoreMonitor(model["digest"], "pneumonia"), Note("scores.shifted", detail), "cxr-pneumonia")
+    technician, administrator = box.person("tech", "technician", language), box.person("chief", "administrator", language)
+    address = "/health/score-alarms/cxr-pneumonia"
+    for person, may in ((technician, False), (administrator, True)):
+        page = person.open("/health")
+        assert said in words(page)
+        assert detail in words(page)
+        assert (press in words(page)) == may
+        assert (address in page) == may
+    assert technician.post(address).status_code == 403
+    assert box.person("doctor2", "clinician").post(address).status_code == 403
+    assert alarms.active()
+    assert administrator.post(address).headers["Location"] == "/health"
+    page = administrator.open("/health")
+    assert done in words(page)
+    assert "data-score-alarm" not in page
+    assert alarms.active() == []
+    entries = [json.loads(item["entry"]) for item in box.store.database.query("SELECT entry FROM audit")]
+    assert [entry["actor"] for entry in entries if entry["detail"].get("acknowledged") == "scores.shifted"] == ["chief"]
+    assert administrator.post("/health/score-alarms/none").status_code == 302  # nothing to acknowledge
