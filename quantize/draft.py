@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +32,7 @@ from model_sync.bundle import (
     TrainingData,
     Watch,
 )
+from model_sync.bundle.envelope import FIRST_OF_SCHEMA_2, version_core
 from quantize.errors import QuantizeError
 from quantize.messages import Code
 
@@ -48,6 +50,32 @@ class SensitivityTarget(Strict):
 
     label: Identifier
     sensitivity: Annotated[float, Field(gt=0, le=1)] = 0.95
+
+
+class Population(Strict):
+    """A population of patients, as the sources of the test images state it. The pipeline measures the operating points on each.
+
+    Attributes:
+        sources: how the names of its sources begin in ``labels.csv``.
+        population: the group.
+        min_years: age of the youngest patients.
+        max_years: age of the oldest patients, in completed years.
+    """
+
+    sources: Annotated[list[NonEmpty], Field(min_length=1)]
+    population: Literal["child", "adult"]
+    min_years: Annotated[float, Field(ge=0)]
+    max_years: Annotated[float, Field(gt=0, le=150)]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_years >= self.max_years:
+            raise ValueError("min_years must be below max_years")
+        return self
+
+    def includes_source(self, source: str) -> bool:
+        """Whether the images of a source show patients of this population."""
+        return source.startswith(tuple(self.sources))
 
 
 class DraftRegistration(Registration):
@@ -80,6 +108,7 @@ class Draft(Strict):
     input: InputSpec
     outputs: Annotated[list[OutputSpec], Field(min_length=1)]
     operating_points: list[SensitivityTarget] = Field(default_factory=list)
+    populations: list[Population] = Field(default_factory=list)
     training_data: TrainingData
     licence: NonEmpty
     min_appliance_version: SemVer
@@ -95,6 +124,32 @@ class Draft(Strict):
         if self.task in ("classification", "detection") and not any(output.kind == "probability" for output in self.outputs):
             raise ValueError("outputs must name the output of kind probability")
         return self
+
+    @model_validator(mode="after")
+    def _populations_are_apart(self) -> Self:
+        ordered = sorted(self.populations, key=lambda population: population.min_years)
+        if any(population.max_years + 1 > after.min_years for population, after in pairwise(ordered)):
+            raise ValueError("populations must not overlap in age")
+        return self
+
+    @model_validator(mode="after")
+    def _appliance_reads_it(self) -> Self:
+        if self.schema_version > 1 and version_core(self.min_appliance_version) < version_core(FIRST_OF_SCHEMA_2):
+            raise ValueError(
+                f"populations, verdicts, synonyms and an input check need a min_appliance_version of {FIRST_OF_SCHEMA_2} or newer"
+            )
+        return self
+
+    @property
+    def schema_version(self) -> Literal[1, 2]:
+        """The lowest schema of the manifest that has every field of this draft: older appliances read a manifest of schema 1 too."""
+        is_newer = (
+            self.populations
+            or self.input_check is not None
+            or self.applies_to.synonyms is not None
+            or any(label.verdict is not None for label in self.labels)
+        )
+        return 2 if is_newer else 1
 
     @classmethod
     def parse(cls, raw: bytes) -> Draft:

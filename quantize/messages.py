@@ -48,6 +48,7 @@ class Code(TextEnum):
     DATA_MODALITY = "data.modality", "Pictures of the set are of another modality than the model's", _PICTURES
     DATA_ONE_CLASS = "data.one_class", "The evaluation set lacks positive or negative pictures", _PICTURES
     DATA_OVERLAP = "data.overlap", "The calibration and the evaluation set share pictures or patients", _PICTURES
+    DATA_POPULATION = "data.population", "The sources of the evaluation set and the populations of the draft do not agree", _PICTURES
     DATA_TOO_FEW = "data.too_few", "The calibration set has too few pictures", _PICTURES
     DATA_UNREADABLE = "data.unreadable", "Pictures of the set cannot be read", _PICTURES
     DRAFT_INVALID = "draft.invalid", "The draft manifest is not valid", "docs/quantize.md lists its fields."

@@ -42,6 +42,12 @@ def localize(zh: str, en: str) -> str:
     return zh if language() == "zh" else en
 
 
+def untranslated(text: str) -> dict[str, str]:
+    """A text that exists in one language only: ``text``, its ``lang``, and a ``mark`` for people where it is not that of the page."""
+    lang = "zh" if re.search(r"[\u4e00-\u9fff]", text) else "en"
+    return {"text": text, "lang": _HTML_LANG[lang], "mark": "" if lang == language() else gettext("(not translated)")}
+
+
 def _timezone() -> tzinfo | None:
     """The browser's time zone, which its script sends as a cookie; None, the zone of the box, when there is none."""
     name = request.cookies.get(TIMEZONE_COOKIE, "")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from appliance.cli.terminal import explain, say
+from appliance.core.applicable_accuracy import AccuracyBasis
 from appliance.core.domain import PENDING_STATES, Finding, Note, PictureForm, Source, Status
 from appliance.core.errors import ApplianceError
 from appliance.core.process import Lock, die_with_parent
@@ -130,7 +131,7 @@ def print_table(results: Iterable[Analysed]) -> None:
             above = say("above threshold") if finding.positive else say("below threshold")
             print(f"  {finding.title_zh if zh else finding.title_en}: {finding.score:.3f} ({above} {finding.threshold:.3f})"
                   f"  {finding.model} {finding.model_version} {finding.precision} {finding.runtime}")  # fmt: skip
-            print(f"    {_accuracy(finding)}")
+            print(f"    {_accuracy_words(finding)}")
         for volume in item.volumes:
             if volume.job_id not in printed:  # once, not for every slice
                 printed.add(volume.job_id)
@@ -144,12 +145,21 @@ def print_table(results: Iterable[Analysed]) -> None:
     print(say("Not for sole diagnosis.  不得单独作为诊断依据"))
 
 
-def _accuracy(finding: Finding) -> str:
-    """Sensitivity and specificity with their 95 % confidence intervals, or that they are not verified."""
+def _accuracy_words(finding: Finding) -> str:
+    """Sensitivity and specificity for patients like this one with their 95 % confidence intervals, or why there are none."""
     if not finding.has_verified_accuracy:
         return say("sensitivity and specificity: not verified")
-    rates = [f"{value:.1%} ({low:.1%}-{high:.1%})" for value, low, high in (finding.sensitivity, finding.specificity)]
-    return say("sensitivity {sensitivity}, specificity {specificity}", sensitivity=rates[0], specificity=rates[1])
+    if finding.accuracy.basis is AccuracyBasis.AGE_UNKNOWN:
+        return say("accuracy: the patient's age is not known, so no figure applies")
+    if finding.accuracy.basis is AccuracyBasis.NOT_MEASURED:
+        return say("accuracy: not measured for patients like this one")
+    patients = say("all test images, of mixed ages")
+    if group := finding.accuracy.group:
+        words = {"child": say("children of {youngest} to {oldest} years"), "adult": say("adults of {youngest} to {oldest} years")}
+        patients = words[group.population].format(youngest=f"{group.min_years:g}", oldest=f"{group.max_years:g}")
+    sensitivity, specificity = (f"{rate[0]:.1%} ({rate[1]:.1%}–{rate[2]:.1%})" if rate else "–" for rate in finding.own_rates)
+    return say("sensitivity {sensitivity}, specificity {specificity}: {patients}",
+               sensitivity=sensitivity, specificity=specificity, patients=patients)  # fmt: skip
 
 
 def _wait_for_results(store: Store, instance_ids: list[int], progress: Callable[[str], None], given: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -84,8 +84,14 @@ def applies(rule: AppliesTo, scan: Scan, *, frames: bool = False) -> Verdict:
     return Verdict(notes=tuple(notes))
 
 
+def _defined_term(synonyms: Mapping[str, Sequence[str]], stated: str) -> str:
+    """The defined term that the manifest names for a whole value, else the value; case and spaces at the ends do not matter."""
+    value = stated.strip().upper()
+    return next((term for term, words in synonyms.items() if value in {word.strip().upper() for word in words}), value)
+
+
 def _body_part(rule: AppliesTo, scan: Scan) -> tuple[Note | None, list[Note]]:
-    stated = scan.body_part_examined.strip().upper()
+    stated = _defined_term(rule.synonyms.body_part if rule.synonyms else {}, scan.body_part_examined)
     if not stated:
         if rule.when_body_part_absent == "out_of_scope":
             return Note("scope.body_part", ABSENT), []
@@ -102,7 +108,7 @@ def _body_part(rule: AppliesTo, scan: Scan) -> tuple[Note | None, list[Note]]:
 def _view(rule: AppliesTo, scan: Scan) -> tuple[Note | None, list[Note]]:
     if not rule.view_position and rule.when_view_absent == "assume":
         return None, []  # slices have no view
-    stated = scan.view_position.strip().upper()
+    stated = _defined_term(rule.synonyms.view if rule.synonyms else {}, scan.view_position)
     if not stated:
         if rule.when_view_absent == "out_of_scope":
             return Note("scope.view", ABSENT), []
@@ -119,7 +125,7 @@ def _age(rule: AppliesTo, scan: Scan) -> tuple[Note | None, list[Note]]:
     age = rule.age
     if scan.patient_age_years is None:
         return (Note("scope.age", ABSENT), []) if age.absent == "out_of_scope" else (None, [Note("caution.age_unknown")])
-    if age.min_years <= scan.patient_age_years < age.max_years + 1:
+    if age.includes(scan.patient_age_years):
         return None, []
     years = f"{scan.patient_age_years:.0f}"
     if age.outside == "out_of_scope":

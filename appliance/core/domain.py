@@ -10,10 +10,14 @@ from datetime import date, datetime, timezone
 from enum import Enum
 from typing import Any, Literal
 
+from appliance.core.applicable_accuracy import MIXED_AGES, Accuracy, AccuracyBasis
 from appliance.core.correction import NOTHING_DECIDED, Correction
+from model_sync.bundle import Interval
 
 Status = Literal["analysed", "out_of_scope", "quality_rejected", "rejected", "failed"]
 Point = tuple[float, float]
+Rate = tuple[float, float, float]
+"""A sensitivity or specificity with its 95 % confidence interval: value, low, high."""
 
 
 class ScanState(str, Enum):
@@ -171,6 +175,11 @@ class StoredImage:
     outcome: Literal["stored", "duplicate", "conflict"]
 
 
+def rate_of(interval: Interval | None) -> Rate | None:
+    """A measured fraction of a manifest as a finding stores it; None for None."""
+    return (interval.value, interval.low, interval.high) if interval else None
+
+
 @dataclass(frozen=True)
 class Contour:
     """Closed polygons (x, y) around the area where a map of evidence is above ``level`` times its maximum on the body."""
@@ -193,10 +202,16 @@ class Finding:
     """The result of one model for one label of one image (requirement R38).
 
     ``sensitivity`` and ``specificity`` are what the manifest states. They may be shown only with ``has_verified_accuracy``: they were
-    measured on the weights that made the finding, at ``threshold``.
+    measured on the weights that made the finding, at ``threshold``; and only with the patients that they were measured on.
 
     ``outline`` and ``inner_contours`` enclose the region that contributed most to the score; findings of older versions have the outline
     alone.
+
+    Attributes:
+        sensitivity: on all test images together.
+        specificity: on all test images together.
+        measured_on: what the test images are.
+        accuracy: which figures apply to the patient; those of all test images only where it says so.
     """
 
     label: str
@@ -206,8 +221,8 @@ class Finding:
     score: float
     threshold: float
     positive: bool
-    sensitivity: tuple[float, float, float]
-    specificity: tuple[float, float, float]
+    sensitivity: Rate
+    specificity: Rate
     measured_on: str
     model: str
     model_version: str
@@ -219,20 +234,40 @@ class Finding:
     heatmap_png: bytes = field(default=b"", repr=False)
     has_verified_accuracy: bool = False
     inner_contours: tuple[Contour, ...] = ()
+    accuracy: Accuracy = MIXED_AGES
     id: int = 0
     job_id: int = 0
 
+    @property
+    def own_rates(self) -> tuple[Rate | None, Rate | None]:
+        """Sensitivity and specificity that apply to the patient; None where none was measured for such patients, or none is verified."""
+        if not self.has_verified_accuracy:
+            return None, None
+        if self.accuracy.basis is AccuracyBasis.MIXED:
+            return self.sensitivity, self.specificity
+        group = self.accuracy.group
+        return (rate_of(group.sensitivity), rate_of(group.specificity)) if group else (None, None)
+
     def to_json(self) -> dict[str, Any]:
-        """The finding as ``appliance analyze --json`` prints it (the heat map stays in the store)."""
+        """The finding as ``appliance analyze --json`` prints it (the heat map stays in the store).
+
+        ``sensitivity`` and ``specificity`` are those that apply to the patient, or null; ``accuracy`` has the others, if they are verified.
+        """
+        sensitivity, specificity = self.own_rates
         names = ("label", "code", "score", "threshold", "positive", "model", "model_version", "model_digest", "precision", "runtime")
         return {name: getattr(self, name) for name in names} | {
             "has_verified_accuracy": self.has_verified_accuracy,
-            "sensitivity": list(self.sensitivity) if self.has_verified_accuracy else None,
-            "specificity": list(self.specificity) if self.has_verified_accuracy else None,
+            "sensitivity": list(sensitivity) if sensitivity else None,
+            "specificity": list(specificity) if specificity else None,
+            "accuracy": self._accuracy_json() if self.has_verified_accuracy else None,
             "peak": list(self.peak) if self.peak else None,
             "outline": [[list(point) for point in polygon] for polygon in self.outline],
             "inner_contours": [contour.to_json() for contour in self.inner_contours],
         }
+
+    def _accuracy_json(self) -> dict[str, Any]:
+        whole = {"sensitivity": list(self.sensitivity), "specificity": list(self.specificity), "measured_on": self.measured_on}
+        return self.accuracy.model_dump(mode="json") | {"all_test_images": whole}
 
 
 Plane = Literal["axial", "coronal", "sagittal"]
@@ -284,6 +319,7 @@ class Job:
         priority: above 0 is urgent.
         tried: whether an earlier attempt failed or was abandoned.
         correction: what a person decided to do with the image before the analysis.
+        patient_age_years: of the patient when the image was taken; None where it is not known.
     """
 
     id: int
@@ -297,6 +333,7 @@ class Job:
     priority: int = 0
     tried: bool = False
     correction: Correction = NOTHING_DECIDED
+    patient_age_years: float | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from appliance.core.applicable_accuracy import accuracy_for
 from appliance.core.domain import Finding, Job, JobResult, Note, ScanState
 from appliance.core.errors import InferenceError, PixelError
 from appliance.imaging.body_mask import body_mask
@@ -123,13 +124,13 @@ def build_result(
     """Turn the outputs for one image [1, ...], by name, into findings; ``run`` describes what computed them, see ``ModelSession.infer``."""
     with image.timer.part("postprocess"):
         scored = classify(outputs, model.manifest, image.prepared.geometry, body_mask(image.prepared.display))
-        findings = tuple(_finding(model, run, label) for label in scored)
+        findings = tuple(_finding(model, run, label, image.job.patient_age_years) for label in scored)
         notes = tuple(_OUTSIDE for label in scored if label.positive and label.localisation and label.localisation.outside_body)[:1]
     run = run | ({"together": batch_size} if batch_size > 1 else {})
     return JobResult(ScanState.AI_READY, None, findings, (*image.prepared.notes, *image.cautions, *notes), image.timer.ms, run)
 
 
-def _finding(model: ModelSession, run: dict[str, Any], scored: ScoredLabel) -> Finding:
+def _finding(model: ModelSession, run: dict[str, Any], scored: ScoredLabel, age_years: float | None) -> Finding:
     manifest = model.manifest
     label = manifest.label(scored.label)
     point = manifest.operating_point(scored.label)
@@ -144,4 +145,5 @@ def _finding(model: ModelSession, run: dict[str, Any], scored: ScoredLabel) -> F
         peak=localisation.peak if localisation else None, outline=localisation.outline if localisation else (),
         heatmap_png=localisation.heatmap_png if localisation else b"", has_verified_accuracy=model.has_verified_accuracy,
         inner_contours=localisation.inner_contours if localisation else (),
+        accuracy=accuracy_for(point, manifest.applies_to.age, age_years),
     )  # fmt: skip

@@ -106,11 +106,12 @@ class JobQueue:
         )
         self._planner.update_state(tx, row["instance_id"])
         same = ("id", "instance_id", "model_digest", "scope_code", "priority")
-        image = tx.execute("SELECT correction FROM instances WHERE id = ?", (row["instance_id"],)).fetchone()
+        image = tx.execute("SELECT correction, patient_age_years FROM instances WHERE id = ?", (row["instance_id"],)).fetchone()
         return Job(
             **{name: row[name] for name in same}, kind=JobKind(row["kind"]), attempts=row["attempts"] + 1, lease_owner=owner,
             notes=parse_notes(row["notes"]), tried=row["attempts"] > 0 or row["reason"] is not None,
             correction=Correction.parse(image["correction"]),
+            patient_age_years=image["patient_age_years"],
         )  # fmt: skip
 
     def find_studies(self, which: str) -> list[int]:
@@ -313,4 +314,5 @@ class JobQueue:
         values["peak"] = json.dumps(finding.peak) if finding.peak else None
         for name in ("positive", "has_verified_accuracy"):
             values[name] = int(values[name])
+        values["accuracy"] = finding.accuracy.model_dump_json()
         Database.insert(tx, "findings", job_id=job.id, instance_id=job.instance_id, **values)

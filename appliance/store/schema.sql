@@ -224,3 +224,6 @@ CREATE TABLE score_monitors (
   alarm TEXT,                         -- JSON note with its time (at); NULL: none, or acknowledged
   PRIMARY KEY (digest, label)
 ) STRICT;
+
+-- migration 10: the accuracy that applies to the patient of a finding
+ALTER TABLE findings ADD COLUMN accuracy TEXT; -- JSON (appliance/core/applicable_accuracy.py); NULL: an earlier version made the finding; determined when it is read

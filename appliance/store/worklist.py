@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
+from pydantic import ValidationError
+
+from appliance.core.applicable_accuracy import Accuracy, AccuracyBasis, accuracy_for
 from appliance.core.clinical_terms import view_of
 from appliance.core.correction import NOTHING_DECIDED, Correction
 from appliance.core.domain import PENDING_STATES, STATE_URGENCY, Contour, Finding, JobKind, Note, ScanState, Status, parse_notes
@@ -18,6 +21,7 @@ from appliance.store.priority import Urgency
 from appliance.store.series_jobs import CLAIMABLE
 from appliance.store.store import Store
 from appliance.store.study_summary import RECALLED, StudySummary, study_summaries
+from model_sync.bundle import AgeRange, OperatingPoint
 
 PAGE_SIZE: Final = 50
 
@@ -276,7 +280,11 @@ class Worklist:
 
     def _instance(self, row: sqlite3.Row) -> InstanceView:
         jobs = self._db.query("SELECT * FROM jobs WHERE instance_id = ? OR series_id = ? ORDER BY id", row["id"], row["series_id"])
-        findings = self._db.query("SELECT * FROM findings WHERE instance_id = ? ORDER BY id", row["id"])
+        findings = self._db.query(
+            "SELECT f.*, m.manifest FROM findings f LEFT JOIN models m ON m.digest = f.model_digest AND f.accuracy IS NULL"
+            " WHERE f.instance_id = ? ORDER BY f.id",
+            row["id"],
+        )
         same = (
             "id", "series_id", "series_instance_uid", "sop_instance_uid", "sop_class_uid", "transfer_syntax_uid", "modality",
             "body_part_examined", "view_position", "number_of_frames", "bytes", "received_at", "source_kind", "ingest_ms",
@@ -290,8 +298,8 @@ class Worklist:
             reason=Note.parse(row["reason"]),
             notes=(*parse_notes(row["notes"]), *((Note("ingest.conflict"),) if row["conflict"] else ())),
             jobs=tuple(_job_view(job) for job in jobs),
-            findings=tuple(_finding(item) for item in findings),
             correction=Correction.parse(row["correction"]),
+            findings=tuple(_finding(item, row["patient_age_years"]) for item in findings),
         )
 
 
@@ -346,7 +354,7 @@ def _job_view(row: sqlite3.Row) -> JobView:
     )
 
 
-def _finding(row: sqlite3.Row) -> Finding:
+def _finding(row: sqlite3.Row, age_years: float | None) -> Finding:
     same = (
         "id", "job_id", "label", "code", "title_zh", "title_en", "score", "threshold", "measured_on", "model", "model_version",
         "model_digest", "precision", "runtime",
@@ -361,4 +369,19 @@ def _finding(row: sqlite3.Row) -> Finding:
         peak=tuple(json.loads(row["peak"])) if row["peak"] else None,
         outline=outline,
         inner_contours=tuple(map(Contour.parse, json.loads(row["inner_contours"]))),
+        accuracy=_accuracy(row, age_years),
     )
+
+
+def _accuracy(row: sqlite3.Row, age_years: float | None) -> Accuracy:
+    """The accuracy as stored; for a finding of an earlier version as the model's manifest and the patient's age determine it."""
+    if row["accuracy"]:
+        return Accuracy.model_validate_json(row["accuracy"])
+    manifest = json.loads(row["manifest"]) if row["manifest"] else {"operating_points": []}
+    point = next((item for item in manifest["operating_points"] if item["label"] == row["label"]), None)
+    if point is None:
+        return Accuracy(basis=AccuracyBasis.NOT_MEASURED)
+    try:
+        return accuracy_for(OperatingPoint.model_validate(point), AgeRange.model_validate(manifest["applies_to"]["age"]), age_years)
+    except ValidationError:  # a manifest of a newer format
+        return Accuracy(basis=AccuracyBasis.NOT_MEASURED)

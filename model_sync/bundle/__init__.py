@@ -5,7 +5,7 @@ Import these names from here; the modules below may change.
 
 # ruff: noqa: F401  (the names are re-exported)
 
-from model_sync.bundle.applies_to import AppliesTo, Synonyms, Text
+from model_sync.bundle.applies_to import AgeRange, AppliesTo, Synonyms, Text
 from model_sync.bundle.gate_record import GATE_SCHEMA, GateRecord, check_gate
 from model_sync.bundle.input_check_spec import MAX_INPUT_CHECK_BYTES, UPRIGHT, InputCheck, InputClass, MeasuredShare
 from model_sync.bundle.input_spec import (

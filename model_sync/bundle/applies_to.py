@@ -56,6 +56,10 @@ class AgeRange(Strict):
             raise ValueError("min_years must be below max_years")
         return self
 
+    def includes(self, age_years: float) -> bool:
+        """Whether a patient of this age is within the range; ``max_years`` is an age in completed years."""
+        return self.min_years <= age_years < self.max_years + 1
+
 
 class AppliesTo(Strict):
     """The images that the model may analyse, by DICOM attributes, and the assumption when an attribute is absent.

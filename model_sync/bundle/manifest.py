@@ -56,12 +56,25 @@ class Code(Strict):
     meaning: NonEmpty
 
 
+class Verdict(Strict):
+    """How the result of a label is put into words for a doctor.
+
+    Attributes:
+        positive: where the score reaches the threshold.
+        below: where it does not; it must not sound as if nothing were there.
+    """
+
+    positive: Text
+    below: Text
+
+
 class Label(Strict):
-    """One finding that the model detects."""
+    """One finding that the model detects; a box has general words where ``verdict`` (schema 2) is absent."""
 
     name: Identifier
     title: Text
     code: Code
+    verdict: Verdict | None = None
 
 
 class Variant(Strict):
@@ -141,8 +154,8 @@ class Document(Strict):
 class Manifest(Strict):
     """``manifest.json``, schema 1 or 2.
 
-    Schema 2 adds optional fields: ``input_check``, ``operating_points[].groups`` and ``applies_to.synonyms``. A box that reads only schema
-    1 refuses it, and must: it would analyse images that the input check stops.
+    Schema 2 adds optional fields: ``input_check``, ``labels[].verdict``, ``operating_points[].groups`` and ``applies_to.synonyms``.
+    A box that reads only schema 1 refuses it, and must: it would analyse images that the input check stops.
     """
 
     schema_: Literal[1, 2] = Field(alias="schema")
@@ -248,6 +261,7 @@ class Manifest(Strict):
         if self.schema_ == 1:
             present = {
                 "input_check": self.input_check is not None,
+                "labels.verdict": any(label.verdict is not None for label in self.labels),
                 "operating_points.groups": any(point.groups for point in self.operating_points),
                 "applies_to.synonyms": self.applies_to.synonyms is not None,
             }

@@ -76,6 +76,9 @@ class OperatingPoints:
                 raise QuantizeError("an operating point needs positive and negative pictures", hint="check the labels of the set")
             size = f"{measured_on}: {len(scored.score)} pictures, {int(scored.positive.sum())} positive"
             per_source = roc_statistics.per_source(scored, threshold)
+            populations = context.float_model.draft.populations
+            # Left out where there are none, so that an appliance that reads only schema 1 accepts the manifest.
+            groups = {"groups": roc_statistics.per_population(scored, threshold, populations)} if populations else {}
             points.append(
                 OperatingPoint(
                     label=label,
@@ -84,6 +87,7 @@ class OperatingPoints:
                     specificity=specificity,
                     measured_on=size,
                     per_source=per_source,
+                    **groups,
                 )
             )
             counts, _ = np.histogram(scored.score, bins=edges)
@@ -274,7 +278,7 @@ def _manifest(
     draft = context.float_model.draft
     cam = draft.output("cam")
     return Manifest(
-        schema=1 if input_check is None and draft.applies_to.synonyms is None else 2,
+        schema=draft.schema_version,
         name=draft.name,
         version=draft.version,
         task=draft.task,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from model_sync.bundle import Interval, OperatingPoint, SourceMeasure
+from model_sync.bundle import Group, Interval, OperatingPoint, SourceMeasure
 from quantize.bundle.assembly import OperatingPoints
 from quantize.draft import Draft
 from quantize.gate.gate_runs import GateContext
@@ -81,10 +81,23 @@ def table(measures: Sequence[SourceMeasure]) -> str:
     return "\n".join(lines)
 
 
+def groups_table(groups: Sequence[Group]) -> str:
+    """The measures per group of patients, as a Markdown table; a dash where the draft names no populations."""
+    if not groups:
+        return "–"
+    words = {"child": "儿童 children", "adult": "成人 adults"}
+    lines = ["| 人群 patients | 阳性 positive | 阴性 negative | 灵敏度 sensitivity | 特异度 specificity |", "|---|---|---|---|---|"]
+    for group in groups:
+        who = f"{words[group.population]} {group.min_years:g}–{group.max_years:g}"
+        cells = (who, group.n_positive, group.n_negative, interval(group.sensitivity), interval(group.specificity))
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
 def _kind(entry: VariantResult) -> str:
     return f"{entry.precision} {entry.activations}" if entry.activations else entry.precision
 
 
 def _point(point: OperatingPoint) -> str:
     head = f"{point.label}: {point.threshold:.4f}; {interval(point.sensitivity)} / {interval(point.specificity)}; {point.measured_on}"
-    return f"{head}\n\n{table(point.per_source)}"
+    return f"{head}\n\n{groups_table(point.groups)}\n\n{table(point.per_source)}"

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_sync.bundle import InputSpec
+from quantize.draft import Population
 from quantize.errors import QuantizeError
 from quantize.gate.image_files import SUFFIXES, UnreadableError, count_images, find_image_files, read_image
 from quantize.gate.roc_statistics import Flags, Scored
@@ -182,6 +183,29 @@ def check_disjoint(calibration: ImageSet, evaluation: ImageSet) -> None:
     if shared:
         message = f"patients of the evaluation set are in the calibration set too: {_some(shared)}"
         raise QuantizeError(message, hint=hint, code=Code.DATA_OVERLAP)
+
+
+def check_populations(evaluation: ImageSet, populations: Sequence[Population]) -> None:
+    """Check that every population has images, and that no source belongs to several of them.
+
+    Raises:
+        QuantizeError: ``data.population``, before anything is measured.
+    """
+    sources = sorted({row.source for row in evaluation.rows})
+    for population in populations:
+        if not any(map(population.includes_source, sources)):
+            raise QuantizeError(
+                f"no picture of the evaluation set comes from {' or '.join(population.sources)}",
+                hint=f"the sources in {LABELS_FILE} are: {', '.join(source or '-' for source in sources)}",
+                code=Code.DATA_POPULATION,
+            )
+    for source in sources:
+        if sum(population.includes_source(source) for population in populations) > 1:
+            raise QuantizeError(
+                f"the source {source!r} belongs to several populations",
+                hint="give each source to the population that it states",
+                code=Code.DATA_POPULATION,
+            )
 
 
 def _keys(images: ImageSet) -> list[tuple[str, int]]:

@@ -148,4 +148,5 @@ def read_sets(
         on_progress=on_progress,
     )
     image_sets.check_disjoint(one, other)
+    image_sets.check_populations(other, draft.populations)
     return one, other

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model_sync.bundle import Interval, SourceMeasure
+from model_sync.bundle import Group, Interval, SourceMeasure
+from quantize.draft import Population
 
 Scores: TypeAlias = NDArray[np.float64]
 Flags: TypeAlias = NDArray[np.bool_]
@@ -89,6 +91,30 @@ def per_source(scored: Scored, threshold: float) -> list[SourceMeasure]:
             )
         )
     return measures
+
+
+def per_population(scored: Scored, threshold: float, populations: Sequence[Population]) -> list[Group]:
+    """Measure on the images of each population that has any; an image whose source belongs to none is in no group."""
+    groups = []
+    for population in populations:
+        sources = [str(name) for name in np.unique(scored.source) if population.includes_source(str(name))]
+        if not sources:
+            continue
+        targets = np.isin(scored.source, sources)
+        part = Scored(scored.positive[targets], scored.source[targets], scored.score[targets])
+        groups.append(
+            Group(
+                population=population.population,
+                min_years=population.min_years,
+                max_years=population.max_years,
+                sources=sources,
+                n_positive=int(part.positive.sum()),
+                n_negative=int((~part.positive).sum()),
+                sensitivity=sensitivity_of(part, threshold),
+                specificity=specificity_of(part, threshold),
+            )
+        )
+    return groups
 
 
 def roc(positive: Flags, score: Scores) -> tuple[Scores, Scores]:

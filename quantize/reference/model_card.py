@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from model_sync.bundle import OperatingPoint, SourceMeasure
-from quantize.bundle.model_card import interval, table
+from quantize.bundle.model_card import groups_table, interval, table
 
 _CARD: Final = Path(__file__).with_suffix(".md")
 
@@ -19,6 +19,7 @@ def card(version: str, point: OperatingPoint, independent: Sequence[SourceMeasur
         threshold=f"{point.threshold:.4f}",
         sensitivity=interval(point.sensitivity),
         specificity=interval(point.specificity),
+        groups=groups_table(point.groups),
         n_held_out=_size(point.per_source),
         held_out=table(point.per_source),
         n_independent=_size(independent),

@@ -20,6 +20,7 @@ from typing import Any
 import requests
 from werkzeug.serving import make_server
 
+from appliance.core.applicable_accuracy import MIXED_AGES, Accuracy
 from appliance.core.domain import Finding, JobResult, Note, ScanState, Source
 from appliance.core.settings import Settings
 from appliance.ingest.ingest import Ingest
@@ -123,14 +124,14 @@ class Box:
             self.store.queue.fail_job(job, Note(code))
 
 
-def result(score: float = 0.9, notes: tuple[Note, ...] = ()) -> JobResult:
+def result(score: float = 0.9, notes: tuple[Note, ...] = (), accuracy: Accuracy = MIXED_AGES) -> JobResult:
     """What the reference model might have found."""
     finding = Finding(
         label="pneumonia", code="233604007", title_zh="肺炎", title_en="Pneumonia", score=score, threshold=0.3664,
         positive=score >= 0.3664, sensitivity=(0.9519, 0.9294, 0.9675), specificity=(0.9324, 0.8897, 0.9593),
         measured_on="a set of pictures", model="cxr-pneumonia", model_version="0.1.0", model_digest="ab" * 32, precision="fp32",
         runtime="onnxruntime 1.0 CPU", peak=(20.5, 30.5), outline=(((1.0, 1.0), (20.0, 1.0), (20.0, 30.0)),),
-        heatmap_png=b"\x89PNG\r\n\x1a\nheat", has_verified_accuracy=True,
+        heatmap_png=b"\x89PNG\r\n\x1a\nheat", has_verified_accuracy=True, accuracy=accuracy,
     )  # fmt: skip
     timing = {"ingest": 5.0, "decode": 3.2, "infer": 41.0, "total": 1234.0}
     return JobResult(ScanState.AI_READY, None, (finding,), notes, timing, {"name": "onnxruntime"})

@@ -20,7 +20,9 @@ from webui.formatting import (
     format_time,
     format_volume,
     localize,
+    untranslated,
 )
+from webui.study.accuracy_view import accuracy_view
 from webui.view_models import DASH, View, digest_view, join_nonempty, note_view, run_view
 
 Manifest: TypeAlias = Mapping[str, Any]
@@ -38,15 +40,13 @@ def finding_card(item: InstanceView, finding: Finding, manifest: Manifest | None
     return {
         "title": localize(finding.title_zh, finding.title_en),
         "is_positive": finding.positive,
+        "verdict": _verdict(finding, manifest),
         "recall": note_view(item.recall(finding)),
         "score": format_score(finding.score),
         "threshold": format_score(finding.threshold),
         "score_x": f"{finding.score * _SCALE_WIDTH:.1f}",
         "threshold_x": f"{finding.threshold * _SCALE_WIDTH:.1f}",
-        "has_verified_accuracy": finding.has_verified_accuracy,
-        "sensitivity": _rate(finding.sensitivity),
-        "specificity": _rate(finding.specificity),
-        "measured_on": finding.measured_on,
+        "accuracy": accuracy_view(finding),
         "model": _model_version(finding, manifest, run_view(item.ran(finding))),
         "cautions": cautions,
     }
@@ -90,10 +90,16 @@ def _model_version(result: Finding | VolumeView, manifest: Manifest | None, run:
     }
 
 
-def _rate(rate: tuple[float, float, float]) -> View:
-    """Sensitivity or specificity (a fraction) with its 95 % confidence interval, in words."""
-    value, low, high = (format_percent(item) for item in rate)
-    return {"value": value, "interval": gettext("95%% CI %(low)s to %(high)s", low=low, high=high)}
+def _verdict(finding: Finding, manifest: Manifest | None) -> str:
+    """The result in the words of the model's manifest, or in general words where it has none."""
+    labels = manifest["labels"] if manifest else []
+    words = next((label.get("verdict") for label in labels if label["name"] == finding.label), None)
+    if words:
+        chosen = words["positive" if finding.positive else "below"]
+        return localize(chosen["zh"], chosen["en"])
+    if finding.positive:
+        return str(gettext("%(label)s suggested: please review", label=localize(finding.title_zh, finding.title_en)))
+    return str(gettext("Below the threshold; does not exclude it"))
 
 
 def image_details(item: InstanceView, manifests: Mapping[str, Manifest]) -> View:
@@ -134,7 +140,7 @@ def _source_row(source: Mapping[str, Any]) -> View:
     """The accuracy on the test images of one source; ``cases`` counts those with and without the finding."""
     rates = {name: source.get(name) for name in ("sensitivity", "specificity")}
     return {
-        "source": source["source"],
+        "source": untranslated(source["source"]),
         "cases": f"{format_count(source['n_positive'])} / {format_count(source['n_negative'])}",
         **{name: format_percent(rate["value"]) if rate else DASH for name, rate in rates.items()},
     }

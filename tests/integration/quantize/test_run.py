@@ -261,6 +261,27 @@ def test_a_slow_int8_and_a_wrong_fp16_are_both_left_out_for_the_right_reason(sit
 
 
 @pytest.mark.usefixtures("only_onnxruntime")
+def test_the_operating_point_is_measured_on_each_population(site: Path, tmp_path: Path) -> None:
+    """Two thirds of the pictures come from the town, the others from the village."""
+    draft = (site / "draft.toml").read_text("utf-8").replace('"0.1.0"', '"0.2.0"')
+    for source, population, ages in (("vill", "child", (1, 5)), ("town", "adult", (18, 120))):
+        draft += f'[[populations]]\nsources = ["{source}"]\npopulation = "{population}"\nmin_years = {ages[0]}.0\nmax_years = {ages[1]}.0\n'
+    (tmp_path / "draft.toml").write_text(draft, "utf-8")
+    manifest = run(replace(recipe(site, tmp_path / "bundle", FP16), draft=tmp_path / "draft.toml")).manifest
+    assert ModelBundle.load(tmp_path / "bundle", "0.2.0").manifest == manifest
+    assert (manifest.schema_, manifest.min_appliance_version) == (2, "0.2.0")
+    point = manifest.operating_points[0]
+    for group, source in zip(point.groups, sorted(point.per_source, key=lambda item: item.source != "village"), strict=True):
+        assert group.sources == [source.source]
+        assert (group.n_positive, group.n_negative) == (source.n_positive, source.n_negative)
+        assert (group.sensitivity, group.specificity) == (source.sensitivity, source.specificity)
+    assert sum(group.n_positive for group in point.groups) == 75
+    card = (tmp_path / "bundle" / "MODEL_CARD.md").read_text("utf-8")
+    assert "儿童 children 1–5" in card
+    assert "成人 adults 18–120" in card
+
+
+@pytest.mark.usefixtures("only_onnxruntime")
 def test_a_variant_that_dies_in_a_compiler_is_left_out_with_the_reason(site: Path, tmp_path: Path) -> None:
     def make(source: Source, out: Path, _: Any) -> None:
         out.write_bytes(b"no model")

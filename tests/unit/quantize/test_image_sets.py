@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from appliance.imaging.preprocessing import from_display, to_tensor
-from quantize.draft import Draft
+from quantize.draft import Draft, Population
 from quantize.errors import QuantizeError
-from quantize.gate import image_sets
+from quantize.gate import image_sets, roc_statistics
 from quantize.reference import build
 from quantize.reference.phantom import Phantom, dataset
+from tests.support import quantize_site
 
 SPEC = build.INPUT
 CHEST = ("CR", "DX", "RG")
@@ -355,3 +357,80 @@ def test_which_images_are_of_one_patient_changes_the_digest_of_a_set() -> None:
     in_one_file = [("0" * 64, number, True, "a", patient) for number, patient in enumerate("ppq")]
     in_one_file_apart = [("0" * 64, number, True, "a", patient) for number, patient in enumerate("pqr")]
     assert len({digest_of(rows) for rows in (three, apart, unknown, in_one_file, in_one_file_apart)}) == 5
+
+
+POPULATIONS = (
+    Population(sources=["Children"], population="child", min_years=1, max_years=5),
+    Population(sources=["Adults A", "Adults B"], population="adult", min_years=18, max_years=120),
+)
+
+
+def populated(directory: Path, *sources: str) -> image_sets.ImageSet:
+    pictures(directory, len(sources))
+    rows = "".join(f"p{number:03d}.png,{number % 2},{source},\n" for number, source in enumerate(sources))
+    return evaluation(labelled(directory, rows), directory.parent / "work")
+
+
+def test_sources_and_populations_that_agree(tmp_path: Path) -> None:
+    image_sets.check_populations(populated(tmp_path / "set", "Children 2018", "Adults B", "Elsewhere"), POPULATIONS)
+
+
+def test_a_population_without_a_picture_is_refused(tmp_path: Path) -> None:
+    found = populated(tmp_path / "set", "Children 2018", "adults a")
+    refused(
+        "data.population", lambda *_: image_sets.check_populations(found, POPULATIONS), tmp_path / "set", "Adults A or Adults B", "adults a"
+    )
+
+
+def test_a_source_of_two_populations_is_refused(tmp_path: Path) -> None:
+    found = populated(tmp_path / "set", "Children 2018", "Adults A")
+    twice = (*POPULATIONS, Population(sources=["Child"], population="child", min_years=7, max_years=9))
+    refused("data.population", lambda *_: image_sets.check_populations(found, twice), tmp_path / "set", "Children 2018", "several")
+
+
+def draft_with(populations: str, version: str = "0.2.0") -> bytes:
+    return f"{re.sub('min_appliance_version = .*', f'min_appliance_version = {version!r}', plain_draft())}\n{populations}".encode()
+
+
+def plain_draft() -> str:
+    """The draft of a team whose model needs schema 1 only."""
+    return quantize_site.DRAFT
+
+
+CHILDREN = '[[populations]]\nsources = ["v"]\npopulation = "child"\nmin_years = 1.0\nmax_years = 5.0\n'
+YOUTHS = '[[populations]]\nsources = ["t"]\npopulation = "child"\nmin_years = 5.0\nmax_years = 17.0\n'
+
+
+@pytest.mark.parametrize(
+    ("draft", "what"),
+    [
+        (draft_with(CHILDREN + YOUTHS), "must not overlap in age"),
+        (draft_with(CHILDREN.replace("1.0", "5.0")), "min_years must be below max_years"),
+        (draft_with(CHILDREN.replace("child", "elderly")), "population"),
+        (draft_with(CHILDREN.replace('["v"]', "[]")), "sources"),
+        (draft_with(CHILDREN, version="0.1.9"), "min_appliance_version of 0.2.0"),
+    ],
+)
+def test_populations_that_are_wrong_are_named(draft: bytes, what: str) -> None:
+    with pytest.raises(QuantizeError, match=re.escape(what)):
+        Draft.parse(draft)
+
+
+def test_a_draft_without_newer_fields_makes_a_manifest_that_older_boxes_read() -> None:
+    assert Draft.parse(plain_draft().encode()).schema_version == 1
+    assert Draft.parse(draft_with(CHILDREN)).schema_version == 2
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from(["Children", "Adults A", "Adults B", "Other"]), st.floats(0, 1)), min_size=1))
+def test_the_groups_count_every_picture_of_their_sources_once(pictures_of: list[tuple[bool, str, float]]) -> None:
+    positive, source, score = (np.array(column) for column in zip(*pictures_of, strict=True))
+    scored = roc_statistics.Scored(positive, source, score)
+    present = [population for population in POPULATIONS if any(map(population.includes_source, source.tolist()))]
+    for one, population in zip(roc_statistics.per_population(scored, 0.5, POPULATIONS), present, strict=True):
+        chosen = np.array([population.includes_source(name) for name in source.tolist()])
+        assert (one.n_positive, one.n_negative) == ((positive & chosen).sum(), (~positive & chosen).sum())
+        alarms = int((score[positive & chosen] >= 0.5).sum())
+        assert one.sensitivity == (roc_statistics.wilson(alarms, one.n_positive) if one.n_positive else None)
+        quiet = int((score[~positive & chosen] < 0.5).sum())
+        assert one.specificity == (roc_statistics.wilson(quiet, one.n_negative) if one.n_negative else None)
+        assert set(one.sources) == set(source[chosen].tolist())

@@ -13,6 +13,7 @@ from appliance.core.applicability import applies
 from appliance.core.domain import STATE_URGENCY, Note, ScanState, age_years
 from appliance.core.errors import ApplianceError
 from appliance.core.settings import Settings
+from model_sync.bundle import Synonyms
 from tests.support.stored_scans import RULE, scan
 
 
@@ -133,3 +134,27 @@ def test_a_manifest_may_refuse_what_is_absent(rule: dict[str, Any], changes: dic
     verdict = applies(RULE.model_copy(update=rule), scan(**changes))
     assert verdict.refusal is not None
     assert verdict.refusal.code == refusal
+
+
+SYNONYMS = Synonyms(body_part={"CHEST": ["RTG KLP", "Grudnoy  Kletki"], "HAND": ["CXR HAND"]}, view={"PA": ["Z-A"], "LL": ["AP BOK"]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        ({"body_part_examined": "RTG KLP"}, None),
+        ({"body_part_examined": " rtg klp "}, None),
+        ({"body_part_examined": "RTG KLP 2"}, "scope.body_part"),  # not the whole value
+        ({"body_part_examined": "RTG  KLP"}, "scope.body_part"),  # spaces count except at the ends
+        ({"body_part_examined": "CXR HAND"}, "scope.body_part"),  # CXR alone means the chest: the manifest's word comes first
+        ({"view_position": "z-a"}, None),
+        ({"view_position": "AP BOK"}, "scope.view"),  # AP alone is in scope: the manifest's word comes first
+        ({"body_part_examined": "THORAX", "view_position": "AP SUPINE"}, None),  # the box's own words hold as before
+    ],
+)
+def test_words_of_the_manifest_are_understood_before_those_of_the_box(changes: dict[str, Any], refusal: str | None) -> None:
+    rule = RULE.model_copy(update={"synonyms": SYNONYMS})
+    verdict = applies(rule, scan(**changes))
+    assert (verdict.refusal.code if verdict.refusal else None) == refusal
+    without = applies(RULE, scan(body_part_examined="RTG KLP"))
+    assert without.refusal is not None

@@ -19,13 +19,15 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from appliance.core.applicable_accuracy import Accuracy, AccuracyBasis
 from appliance.core.domain import Contour, Finding, Job, JobResult, Note, Patient, ScanState, Source
 from appliance.core.errors import StoreError
 from appliance.core.settings import Settings
 from appliance.store import database
 from appliance.store.database import APPLICATION_ACTIVITY, Database
-from appliance.store.store import Store
+from appliance.store.store import DATABASE_NAME, Store
 from appliance.store.worklist import Worklist
+from model_sync.bundle import Group, Interval
 from tests.support.old_database import old_database
 from tests.support.paths import ROOT
 from tests.support.stored_scans import RULE, add_scan, scan
@@ -493,6 +495,64 @@ def test_findings_of_an_older_version_keep_their_outline(tmp_path: Path) -> None
     row = migrated.query("SELECT outline, inner_contours FROM findings")[0]
     assert (row["outline"], row["inner_contours"]) == ("[[[0, 0], [1, 0]]]", "[]")
     migrated.close()
+
+
+@pytest.mark.parametrize(
+    ("age", "basis"), [(4.0, AccuracyBasis.MIXED), (72.0, AccuracyBasis.NOT_MEASURED), (None, AccuracyBasis.AGE_UNKNOWN)]
+)
+def test_a_finding_of_an_earlier_version_is_read_with_the_accuracy_that_applies(
+    tmp_path: Path, age: float | None, basis: AccuracyBasis
+) -> None:
+    """Migration 10: an old row has no accuracy; the stored manifest and the patient's age say which figures apply."""
+    raw = old_database(tmp_path / DATABASE_NAME, 5)
+    manifest = (ROOT / "appliance" / "bundles" / "cxr-pneumonia" / "manifest.json").read_text("utf-8")
+    points = [point | {"groups": []} for point in json.loads(manifest)["operating_points"]]
+    manifest = json.dumps(json.loads(manifest) | {"operating_points": points})
+    raw.execute("INSERT INTO studies VALUES (1, '1.1', 'k', '', '', '', '', ?, '', '', '', '', '', 0, 1, NULL, NULL)", (age,))
+    raw.execute("INSERT INTO series VALUES (1, 1, '1', 'CR', '', 0, 0)")
+    raw.execute(
+        "INSERT INTO instances VALUES"
+        " (1, 1, '1.1', '1', '1', 'f', 1, 'CR', '', '', 1, 1, 1, ?, 'cli', '', '', 0, 'ai_ready', NULL, '[]', 0, '')",
+        (age,),
+    )
+    raw.execute("INSERT INTO models VALUES ('d', 'm', '1.0.0', 'x', ?, 'fp32', 'onnxruntime', 'active', '{}', '')", (manifest,))
+    raw.execute(
+        "INSERT INTO jobs (id, kind, instance_id, model_digest, state, created_at, notes) VALUES (1, 'infer', 1, 'd', 'done', '', '[]')"
+    )
+    raw.execute(
+        "INSERT INTO findings VALUES (1, 1, 1, 'pneumonia', 'c', '肺炎', 'Pneumonia', 0.9, 0.4, 1, '[0.95, 0.93, 0.97]', '[0.8, 0.7, 0.9]',"
+        " 'x', 'm', '1.0.0', 'd', 'fp32', 'onnxruntime', NULL, '[]', x'')"
+    )
+    raw.commit()
+    raw.close()
+    store = Store(Settings.parse({"data_dir": tmp_path}))
+    (finding,) = Worklist(store).instance(1).findings
+    store.close()
+    assert finding.accuracy.basis is basis
+    assert finding.sensitivity == (0.95, 0.93, 0.97)
+    assert finding.own_rates == (None, None)  # never verified either
+    rates = replace(finding, has_verified_accuracy=True).own_rates
+    assert rates == ((finding.sensitivity, finding.specificity) if age == 4.0 else (None, None))
+
+
+def test_the_accuracy_of_a_finding_is_stored_with_it(store: Store) -> None:
+    group = Group(
+        population="adult", min_years=18, max_years=120, sources=["A"], n_positive=1, n_negative=0,
+        sensitivity=Interval(value=1, low=0.2, high=1), specificity=None,
+    )  # fmt: skip
+    accuracy = Accuracy(basis=AccuracyBasis.GROUP, group=group)
+    put_model(store)
+    stored = add_scan(store, patient_age_years=72.0)
+    store.planner.close_series([stored.series_id])
+    job = store.queue.claim_job("w", 60)
+    assert job is not None
+    assert job.patient_age_years == 72.0
+    assert store.queue.finish_job(
+        job, JobResult(ScanState.AI_READY, None, (replace(FINDING, accuracy=accuracy, has_verified_accuracy=True),))
+    )
+    (finding,) = Worklist(store).instance(stored.instance_id).findings
+    assert finding.accuracy == accuracy
+    assert finding.own_rates == ((1, 0.2, 1), None)
 
 
 def test_a_bad_query_is_a_store_error(store: Store) -> None:
