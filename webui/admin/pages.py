@@ -14,6 +14,7 @@ from flask_login import current_user
 from appliance import __version__
 from appliance.model_queries import activation_history, model_lines
 from appliance.store.score_alarms import ScoreAlarms
+from webui.admin.box_health import health_verdict
 from webui.context import BoxContext, current_box
 from webui.formatting import format_count, format_size, format_time
 from webui.messages import reason_hint, reason_text
@@ -41,12 +42,15 @@ def _box_status(box: BoxContext) -> View:
         "free": format_size(disk.free),
         "total": format_size(disk.total),
         "reserve": format_size(settings.disk_reserve_bytes),
-        "is_disk_low": disk.free < 2 * settings.disk_reserve_bytes,
         "version": __version__,
         "python": platform.python_version(),
         "ae_title": settings.ae_title,
         "dicom_port": str(settings.dicom_port or ""),
     }
+
+
+def _is_disk_low(box: BoxContext) -> bool:
+    return shutil.disk_usage(box.settings.data_dir).free < 2 * box.settings.disk_reserve_bytes
 
 
 @blueprint.get("/health")
@@ -61,7 +65,7 @@ def health() -> ResponseReturnValue:
         status=None if is_fragment else _box_status(box),
         library=library_card(link),
         lines=[model_line_card(line, link.offers) for line in lines],
-        has_model=any(line.active for line in lines),
+        verdict=health_verdict(box.settings, lines, _is_disk_low(box), link.state == "untrusted"),
         is_busy=link.state == "downloading" or any(line.is_busy for line in lines),
         history=[history_row(entry) for entry in entries],
         before=before,

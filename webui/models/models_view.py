@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 from flask_babel import gettext
@@ -24,11 +25,11 @@ def model_line_card(line: ModelLine, offers: Mapping[str, Offer]) -> View:
     return {
         "name": line.name,
         "title": localize(line.title["zh"], line.title["en"]) if line.title else line.name,
-        "problem": _problem(line),
+        "problem": version_problem(line),
         "score_alarms": [_score_alarm(alarm) for alarm in line.score_alarms],
         "previous": _version_card(gettext("Previous version"), gettext("There is none to roll back to."), line.previous),
         "active": _version_card(gettext("Analyses images now"), gettext("None: images of this kind are stored but not analysed."), active)
-        | {"chip": activation_chip(line.trial.state if line.trial else ActivationState.GOOD) if active else None},
+        | {"chip": activation_chip(_shown_state(line.trial) if line.trial else ActivationState.GOOD) if active else None},
         "preparing": _preparing_card(line.preparing),
         "offer": _offer_text(line, offers.get(line.name)),
         "banner": _run_banner(active.running) if active else None,
@@ -46,7 +47,7 @@ def history_row(entry: Activation) -> View:
         "time": format_time(entry.ended_at or entry.updated_at),
         "version": entry.version,
         "name": entry.name,
-        "chip": activation_chip(entry.state),
+        "chip": activation_chip(_shown_state(entry)),
         "reason": note_view(entry.reason),
         "source": gettext("rolled back to") if entry.purpose == "rollback" else _source_word(entry),
     }
@@ -125,8 +126,17 @@ def _activation_title(entry: Activation) -> str:
     return str(gettext("Version %(version)s on its way", version=entry.version))
 
 
+def _shown_state(entry: Activation) -> str:
+    """The state as people see it: a version whose first images are still observed is on trial.
+
+    The journal calls it good where there is no version to roll back to.
+    """
+    return ActivationState.TRIAL.value if entry.state == ActivationState.GOOD and entry.is_observed else entry.state
+
+
 def _step(entry: Activation, name: str) -> View:
-    state, words = entry.step_state(name), ACTIVATIONS[name]
+    shown = replace(entry, state=_shown_state(entry))
+    state, words = shown.step_state(name), ACTIVATIONS[name]
     return {"state": state, "icon": "check" if state == "done" else words.icon, "word": words.word}
 
 
@@ -153,7 +163,7 @@ def _limit(limit: str, is_exceeded: bool) -> View:
     return {"text": text, "is_exceeded": is_exceeded}
 
 
-def _problem(line: ModelLine) -> View | None:
+def version_problem(line: ModelLine) -> View | None:
     """The last problem of a model line; ``hint`` is what to do, ``meanwhile`` which version is in use."""
     entry = line.problem
     if entry is None or line.is_problem_resolved:

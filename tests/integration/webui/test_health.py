@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -136,6 +139,95 @@ def test_a_version_cut_short_by_a_newer_one_is_no_trouble_and_one_out_of_its_bou
     page = words(person.open("/health"))
     assert "Version 0.1.0: Outside its limits" in page
     assert "4.20, allowed 3" in page
+
+
+_HOLD_ROLES = """
+import sys
+from pathlib import Path
+from appliance.core.process import Lock
+held = [Lock(Path(sys.argv[1]), role) for role in sys.argv[2:]]
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def running(settings: Settings, *roles: str) -> Iterator[None]:
+    """Another process that holds the locks of these roles, as the worker and the receiver do."""
+    command = [sys.executable, "-c", _HOLD_ROLES, str(settings.data_dir), *roles]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "held\n"
+        yield
+        process.communicate()
+
+
+def verdict(page: str) -> tuple[str, list[str], str]:
+    """The first line of the status page: its kind, the codes of its items, and its words."""
+    part = re.search(r'<section class="health-verdict.*?</section>', page, re.DOTALL)
+    assert part
+    kind = re.search(r'data-health="(\w+)"', part[0])
+    assert kind
+    return kind[1], re.findall(r'data-item="([^"]+)"', part[0]), words(part[0]).strip()
+
+
+def test_one_line_says_that_the_box_works_and_names_a_trial(box: Box) -> None:
+    box.activate()
+    person, chinese = box.person("tech", "technician"), box.person("jishu", "technician", "zh")
+    with running(box.settings, "worker", "receiver"):
+        assert verdict(person.open("/health")) == ("well", [], "This box works")
+        assert verdict(chinese.open("/health")) == ("well", [], "本机工作正常")
+        journal(box, "0.1.0", "trial", "ab" * 32, trial=json.dumps({"cases": 50}))
+        kind, items, said = verdict(person.open("/health"))
+        assert (kind, items) == ("trial", ["trial"])
+        assert "This box works; a version is on trial" in said
+        assert "50 of 200" in said
+        assert "50 / 200" in verdict(chinese.open("/health"))[2]
+
+
+@pytest.mark.parametrize(("roles", "items"), [(("receiver",), ["worker"]), (("worker",), ["receiver"]), ((), ["worker", "receiver"])])
+def test_a_part_of_the_box_that_does_not_run_is_named_with_what_to_do(box: Box, roles: tuple[str, ...], items: list[str]) -> None:
+    box.activate()
+    person = box.person("tech", "technician")
+    with running(box.settings, *roles):
+        kind, codes, said = verdict(person.open("/health"))
+    assert (kind, codes) == ("broken", items)
+    assert said.count("What to do: Restart the box") == len(items)
+
+
+def test_without_a_model_and_on_a_full_disk_the_box_does_not_say_that_it_works(settings: Settings) -> None:
+    """The disk counts as full since more than all of it is kept in reserve."""
+    with in_process(settings.model_copy(update={"disk_reserve_bytes": 1 << 60})) as box, running(settings, "worker", "receiver"):
+        person = box.person("tech", "technician")
+        assert verdict(person.open("/health"))[:2] == ("broken", ["disk", "no_model"])
+        box.activate()
+        kind, codes, said = verdict(person.open("/health"))
+    assert (kind, codes) == ("broken", ["disk"])
+    assert "The disk is nearly full" in said
+
+
+def test_a_new_version_that_failed_its_self_test_needs_somebody_while_the_box_works(box: Box) -> None:
+    box.activate()
+    journal(box, "0.2.0", "failed", reason=json.dumps(Note("model.self_test", "golden-1").to_json()))
+    with running(box.settings, "worker", "receiver"):
+        kind, codes, said = verdict(box.person("tech", "technician").open("/health"))
+    assert (kind, codes) == ("attention", ["failed"])
+    assert "Version 0.2.0: Failed: The model failed its self-test" in said
+    assert "What to do" in said
+
+
+@pytest.mark.parametrize(("state", "trial"), [("trial", {"cases": 7}), ("good", {"cases": 7, "watching": True})])
+def test_never_five_of_five_while_a_trial_runs(box: Box, state: str, trial: dict[str, Any]) -> None:
+    """A version without one to roll back to is good for the journal while its first images are observed."""
+    box.activate()
+    journal(box, "0.1.0", state, "ab" * 32, trial=json.dumps(trial))
+    page = box.person("tech", "technician").open("/health")
+    assert page.count('<li class="is-done">') == 3
+    now = re.search(r'<li class="is-now" aria-current="step">.*?</li>', page, re.DOTALL)
+    assert now
+    assert words(now[0]).strip() == "On trial"
+    assert words(page).count("Trial passed") == 1  # the step that is still to come
+    assert 'data-activation="trial"' in page
 
 
 def test_why_this_box_does_not_get_what_the_library_has(box: Box) -> None:

@@ -8,7 +8,7 @@ import { Poller } from "./poller";
 const BUSY_MS = 2000;
 const CALM_MS = 15_000;
 /** The parts of the page that are replaced when they differ. */
-const PARTS = [".life", ".passed"];
+const PARTS = [".health-verdict", ".life", ".passed"];
 
 /** Starts the polling; `place` holds the models and the address of the fragment. */
 export function startHealthPage(place: HTMLElement): void {
