@@ -48,9 +48,15 @@ def _image_config(item: InstanceView) -> View:
     return {
         "id": item.id,
         "title": _kind(item),
-        "unread": missing_result_word(item),
         "meta_url": url_for("image_api.description", instance_id=item.id),
         "frame_url": frame.removesuffix("0") + "{frame}",
+    } | _viewer_result(item)
+
+
+def _viewer_result(item: InstanceView) -> View:
+    """What the viewer draws of an image's result: the marks of its findings, or why there is none."""
+    return {
+        "unread": missing_result_word(item),
         "findings": [
             {
                 "id": finding.id, "label": localize(finding.title_zh, finding.title_en), "score": finding.score,
@@ -72,7 +78,7 @@ def study_report(study: StudyView, volumes: Sequence[VolumeView], manifests: Map
     """The report of a study.
 
     ``image_ids`` and ``finding_ids`` hold the ids of all images and results, separated by blanks, so that a script notices a new one;
-    ``missing`` is by image id why there is no result on it, for the viewer; ``urgency``: who made the study urgent, empty if it is not.
+    ``results`` is by image id what the viewer draws, so that a result that arrives is shown without a reload; ``urgency``: who made the study urgent, empty if it is not.
 
     Args:
         study: the study.
@@ -88,7 +94,7 @@ def study_report(study: StudyView, volumes: Sequence[VolumeView], manifests: Map
         "is_pending": row.state in PENDING_STATES or any(item.state in PENDING_STATES for item in study.instances),
         "image_ids": " ".join(str(item.id) for item in study.instances),
         "finding_ids": " ".join(results + [f"v{volume.job_id}" for volume in volumes]),
-        "missing": {str(item.id): missing_result_word(item) for item in study.instances if not item.findings},
+        "results": {str(item.id): _viewer_result(item) for item in study.instances},
         "urgency": urgency_text(row.urgent) if row.urgent else "",
         "can_be_urgent": row.pending and not row.urgent,
         "has_headings": len(study.instances) > 1,

@@ -2,14 +2,14 @@
 import "./styles/viewer.css";
 import type { Probe } from "./probe";
 import { translator } from "./text";
-import { parseConfig } from "./types";
+import { parseConfig, type Results } from "./types";
 import { Viewer } from "./viewer";
 
 export interface ViewerElement extends HTMLElement {
   /** Grey values that were drawn within the image. */
   viewerProbe?: () => Probe;
-  /** Sets why images were not analysed, by their ids. */
-  viewerUnread?: (why: Readonly<Record<string, string>>) => void;
+  /** Draws results that arrived since, by the ids of their images. */
+  viewerResults?: (results: Results) => void;
   /** Shows the image of that id. */
   viewerChoose?: (id: number) => void;
 }
@@ -18,7 +18,7 @@ function start(root: ViewerElement): void {
   try {
     const viewer = new Viewer(root, parseConfig(root.dataset["config"] ?? ""));
     root.viewerProbe = () => viewer.probe();
-    root.viewerUnread = (why) => viewer.setUnread(why);
+    root.viewerResults = (results) => viewer.setResults(results);
     root.viewerChoose = (id) => viewer.choose(id);
     void viewer.start();
   } catch (error) {

@@ -109,27 +109,22 @@ export class ImageList {
     this.root = html("nav", { class: "vw-images", "aria-label": t("images_label") });
     this.root.hidden = images.length < 2;
     images.forEach((image, index) => {
-      const positive = image.findings.some((finding) => finding.positive);
       const title = image.title || t("image_n", { n: index + 1 });
       const button = html("button", { type: "button", class: "vw-button vw-text vw-image" }, `${index + 1}  ${title}`);
-      if (positive) {
-        button.append(html("span", { class: "vw-verdict", role: "img", "aria-label": t("image_positive") }, "▲"));
-      }
-      const mark = html("span", { class: "vw-no-verdict", role: "img", "aria-label": t("image_unread") }, "⊘");
-      mark.hidden = !image.unread;
-      button.append(mark);
+      button.append(html("span", { class: "vw-verdict", role: "img", "aria-label": t("image_positive") }, "▲"));
+      button.append(html("span", { class: "vw-no-verdict", role: "img", "aria-label": t("image_unread") }, "⊘"));
       button.addEventListener("click", () => choose(index));
       this.root.append(button);
     });
+    this.mark(images);
   }
 
-  /** Shows which images were not analysed. */
+  /** Shows which images have a positive finding, and which were not analysed. */
   mark(images: readonly ImageConfig[]): void {
-    images.forEach(({ unread }, index) => {
-      const mark = this.root.children[index]?.querySelector<HTMLElement>(".vw-no-verdict");
-      if (mark) {
-        mark.hidden = !unread;
-      }
+    images.forEach(({ findings, unread }, index) => {
+      const button = this.root.children[index];
+      button?.querySelector(".vw-verdict")?.toggleAttribute("hidden", !findings.some((finding) => finding.positive));
+      button?.querySelector(".vw-no-verdict")?.toggleAttribute("hidden", !unread);
     });
   }
 

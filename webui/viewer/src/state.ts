@@ -3,7 +3,7 @@ import type { DragMode } from "./input";
 import { Lengths } from "./lengths";
 import { autoWindow, fullWindow, isExact, modalityValue, type Frame, type VoiWindow } from "./pixels";
 import type { Translate } from "./text";
-import type { FindingConfig, ImageConfig, ImageMeta, Point } from "./types";
+import type { FindingConfig, ImageConfig, ImageMeta, ImageResult, Point } from "./types";
 import { clamp, type Extent, type View } from "./view";
 
 export interface Preset {
@@ -41,9 +41,26 @@ export class ImageState {
     private readonly t: Translate,
   ) {
     this.lengths = new Lengths(t);
-    const positive = config.findings.filter((finding) => finding.positive);
-    // With a single finding there is nothing to choose: only the two toggles decide.
-    this.shown = new Set((config.findings.length === 1 ? config.findings : positive).map((finding) => finding.id));
+    this.shown = new Set(shownAtFirst(config.findings));
+  }
+
+  /** Takes a result that arrived; returns whether the findings changed. What a person switched on or off stays so. */
+  setResult(result: ImageResult | undefined): boolean {
+    const { config, shown } = this;
+    const findings = result?.findings ?? [];
+    const known = new Map(config.findings.map((finding) => [finding.id, finding]));
+    config.unread = result?.unread ?? "";
+    if (findings.length === known.size && findings.every(({ id }) => known.has(id))) {
+      return false;
+    }
+    config.findings = findings.map((finding) => known.get(finding.id) ?? finding);
+    const added = shownAtFirst(findings).filter((id) => !known.has(id));
+    const present = new Set(findings.map(({ id }) => id));
+    for (const id of [...shown].filter((one) => !present.has(one))) {
+      shown.delete(id);
+    }
+    added.forEach((id) => shown.add(id));
+    return true;
   }
 
   get extent(): Extent {
@@ -146,6 +163,11 @@ export class ImageState {
     );
     return `(${Math.floor(x)}, ${Math.floor(y)})  ${samples.join(" ")}`;
   }
+}
+
+/** The findings whose marks are shown until a person chooses: a single one, since there is nothing to choose, else the positive ones. */
+function shownAtFirst(findings: readonly FindingConfig[]): number[] {
+  return findings.filter((finding) => findings.length === 1 || finding.positive).map((finding) => finding.id);
 }
 
 /** A value as a short text: integers as they are, others with four significant digits. */

@@ -35,15 +35,22 @@ export interface FindingConfig {
   frame?: number;
 }
 
-export interface ImageConfig {
+/** The result of an image, as far as it is drawn. */
+export interface ImageResult {
+  findings: readonly FindingConfig[];
+  /** Why this image was not analysed, in a few words; empty when there is a result. */
+  unread?: string;
+}
+
+/** Results by the ids of their images. */
+export type Results = Readonly<Record<string, ImageResult>>;
+
+export interface ImageConfig extends ImageResult {
   id: number;
   meta_url: string;
   /** Address of a frame, with `{frame}` in place of its number (from 0). */
   frame_url: string;
   title: string;
-  findings: readonly FindingConfig[];
-  /** Why this image was not analysed, in a few words; empty when there is a result. */
-  unread?: string;
 }
 
 export interface ViewerConfig {
@@ -117,15 +124,30 @@ export function parseConfig(json: string): ViewerConfig {
     if (!isRecord(image) || typeof image["meta_url"] !== "string" || typeof image["frame_url"] !== "string") {
       throw new TypeError("data-config names an image without its addresses");
     }
-    image["findings"] ??= [];
-    for (const finding of image["findings"] as Record<string, unknown>[]) {
-      finding["outline"] ??= [];
-      finding["inner_contours"] ??= [];
-    }
+    completeResult(image);
     image["title"] ??= "";
   }
   value["text"] ??= {};
   return value as unknown as ViewerConfig;
+}
+
+/** Reads the results that came with a new report; an image without an object has none. */
+export function parseResults(json: string): Results {
+  const value: unknown = JSON.parse(json);
+  if (!isRecord(value)) {
+    throw new TypeError("data-results is no object");
+  }
+  const results = Object.entries(value).filter((entry): entry is [string, Record<string, unknown>] => isRecord(entry[1]));
+  results.forEach(([, result]) => completeResult(result));
+  return Object.fromEntries(results) as unknown as Results;
+}
+
+function completeResult(result: Record<string, unknown>): void {
+  result["findings"] ??= [];
+  for (const finding of result["findings"] as Record<string, unknown>[]) {
+    finding["outline"] ??= [];
+    finding["inner_contours"] ??= [];
+  }
 }
 
 /** The spacing, or null unless both numbers make sense: files in the field carry 0, absurd values, or nothing. */

@@ -22,7 +22,7 @@ import { Source } from "./source";
 import { formatValue, ImageState, type Settings } from "./state";
 import { translator, type Translate } from "./text";
 import { Toolbar } from "./toolbar";
-import { ViewerError, type Point, type ViewerConfig } from "./types";
+import { ViewerError, type Point, type Results, type ViewerConfig } from "./types";
 import { clamp, fit, type Size } from "./view";
 
 /** A frame that comes sooner than this is shown without the loading box: which would only flicker. */
@@ -117,14 +117,16 @@ export class Viewer implements Host {
     return measure(stage.canvas, stage.size, stage.imageToStage([0, 0]), stage.imageToStage([columns, rows]));
   }
 
-  /** Sets why images were not analysed, by their ids; an image that is not named has a result. */
-  setUnread(why: Readonly<Record<string, string>>): void {
-    for (const { config } of this.images) {
-      config.unread = why[String(config.id)] ?? "";
-    }
+  /** Draws results that arrived since, by the ids of their images: outline, buttons, or why an image was not analysed. */
+  setResults(results: Results): void {
+    const changed = this.images.filter((image) => image.setResult(results[String(image.config.id)]));
     this.list.mark(this.images.map(({ config }) => config));
     if (this.images.length > 0) {
       this.unread.update(this.state.config.unread ?? "");
+    }
+    if (changed.includes(this.state)) {
+      this.toolbar.setFindings(this.state.config.findings);
+      this.apply();
     }
   }
 

@@ -19,6 +19,23 @@ describe("ImageState", () => {
     expect([...new ImageState(image(below, above), english).shown]).toEqual([2]);
   });
 
+  it("takes a result that arrives, and leaves what a person chose", () => {
+    const one = new ImageState(image(), english);
+    expect(one.setResult({ findings: [], unread: "In the queue" })).toBe(false);
+    expect(one.config.unread).toBe("In the queue");
+    const below = finding({ id: 1, positive: false, score: 0.1 });
+    expect(one.setResult({ findings: [below] })).toBe(true);
+    expect(one.config.unread).toBe("");
+    expect([...one.shown]).toEqual([1]);
+    one.shown.delete(1);
+    expect(one.setResult({ findings: [{ ...below }] })).toBe(false);
+    expect(one.setResult({ findings: [{ ...below }, finding({ id: 2 })] })).toBe(true);
+    expect(one.config.findings[0]).toBe(below);
+    expect([...one.shown]).toEqual([2]);
+    expect(one.setResult(undefined)).toBe(true);
+    expect([...one.shown]).toEqual([]);
+  });
+
   it("shows the finding with the highest score when none is chosen", () => {
     const one = state({}, finding({ id: 1, positive: false, score: 0.1 }), finding({ id: 2, positive: false, score: 0.3 }));
     one.showSomething();

@@ -8,14 +8,14 @@ useFreshPage();
 interface Report {
   findings?: string;
   images?: string;
-  unread?: string;
+  results?: string;
   first?: string;
   second?: string;
 }
 
-function report({ findings = "1 ", images = "10 11 12 ", unread = "{}", first = "one", second = "two" }: Report = {}): string {
+function report({ findings = "1 ", images = "10 11 12 ", results = "{}", first = "one", second = "two" }: Report = {}): string {
   return (
-    `<div class="report" data-revision="7" data-images="${images}" data-findings="${findings}" data-unread='${unread}'>` +
+    `<div class="report" data-revision="7" data-images="${images}" data-findings="${findings}" data-results='${results}'>` +
     `<section class="image-report" data-images="10 11 "><h2><button class="to-image">Images 1, 2</button></h2>${first}<details><summary>more</summary></details></section>` +
     `<section class="image-report" data-images="12 "><h2><button class="to-image">Image 3</button></h2>${second}<details><summary>more</summary></details></section>` +
     `<button class="first">Analyse first</button></div>`
@@ -37,7 +37,7 @@ async function show(imageId: number): Promise<void> {
 beforeEach(() => {
   document.body.innerHTML =
     `<div id="viewer" data-image-id="10"></div><aside><div id="report" data-url="/studies/1">${report()}</div></aside>` +
-    `<p id="arrived" hidden><button>Show</button></p><p id="new-images" hidden><button>Reload</button></p>`;
+    `<p id="arrived" hidden></p><p id="new-images" hidden><button>Reload</button></p>`;
   viewer = document.getElementById("viewer") as ViewerElement;
   pane = document.getElementById("report") as HTMLElement;
 });
@@ -86,16 +86,16 @@ describe("ReportPane", () => {
   });
 
   it("shows a new report with the same details open and the same part first", async () => {
-    viewer.viewerUnread = vi.fn();
+    viewer.viewerResults = vi.fn();
     const shown = new ReportPane(pane, viewer);
     await show(12);
     pane.querySelectorAll("details")[0]!.open = true; // of image 12, which stands first
-    serve({ "/studies/1": () => page(report({ first: "new", unread: '{"12": "In the queue"}' })) });
+    serve({ "/studies/1": () => page(report({ first: "new", results: '{"12": {"unread": "In the queue"}}' })) });
     expect(await shown.refresh(signal)).toBe(true);
     expect(pane.textContent).toContain("new");
     expect(order()).toEqual(["12 ", "10 11 "]);
     expect([...pane.querySelectorAll("details")].map((details) => details.open)).toEqual([true, false]);
-    expect(viewer.viewerUnread).toHaveBeenCalledExactlyOnceWith({ "12": "In the queue" });
+    expect(viewer.viewerResults).toHaveBeenCalledExactlyOnceWith({ "12": { unread: "In the queue", findings: [] } });
   });
 
   it("keeps the focus on the button that asks for this study first", async () => {
@@ -122,7 +122,28 @@ describe("ReportPane", () => {
     expect(hidden("arrived")).toBe(true);
   });
 
-  it.each(["arrived", "new-images"])("loads the page again from the banner %s", (id) => {
+  it("draws a result that came without loading the page again", async () => {
+    const reload = vi.spyOn(location, "reload").mockImplementation(() => undefined);
+    viewer.viewerResults = vi.fn();
+    const shown = new ReportPane(pane, viewer);
+    serve({ "/studies/1": () => page(report({ findings: "1 2 ", second: "result", results: '{"12": {"findings": [{"id": 2}]}}' })) });
+    await shown.refresh(signal);
+    expect(viewer.viewerResults).toHaveBeenCalledExactlyOnceWith({ "12": { findings: [{ id: 2, outline: [], inner_contours: [] }] } });
+    expect(reload).not.toHaveBeenCalled();
+  });
+
+  it("keeps each of several folded parts of one image open or closed", async () => {
+    const two = '<details class="a"><summary>a</summary></details><details class="b"><summary>b</summary></details>';
+    serve({ "/studies/1": () => page(report({ first: `${two}new` })) });
+    pane.querySelector(".report")!.outerHTML = report({ first: two });
+    const shown = new ReportPane(pane, viewer);
+    pane.querySelector<HTMLDetailsElement>("details.b")!.open = true;
+    await shown.refresh(signal);
+    expect(pane.querySelector<HTMLDetailsElement>("details.a")!.open).toBe(false);
+    expect(pane.querySelector<HTMLDetailsElement>("details.b")!.open).toBe(true);
+  });
+
+  it.each(["new-images"])("loads the page again from the banner %s", (id) => {
     const reload = vi.spyOn(location, "reload").mockImplementation(() => undefined);
     new ReportPane(pane, viewer);
     document.querySelector<HTMLElement>(`#${id} button`)?.click();

@@ -5,6 +5,7 @@
 import "../styles/study.css";
 import { find } from "../dom";
 import type { ViewerElement } from "../main";
+import { parseResults } from "../types";
 import { fetchFragment } from "./fragment";
 import { followRevision } from "./revision";
 
@@ -30,9 +31,7 @@ export class ReportPane {
         viewer.viewerChoose?.(Number(imagesOf(part)[0]));
       }
     });
-    for (const banner of [this.arrived, this.newImages]) {
-      find(banner, "button").addEventListener("click", () => location.reload());
-    }
+    find(this.newImages, "button").addEventListener("click", () => location.reload());
     this.showCurrent();
   }
 
@@ -68,7 +67,7 @@ export class ReportPane {
     }
     this.newImages.hidden = fresh.dataset["images"] === this.opened.images;
     this.arrived.hidden = fresh.dataset["findings"] === this.opened.findings || !this.newImages.hidden;
-    this.viewer.viewerUnread?.(JSON.parse(fresh.dataset["unread"] ?? "{}") as Record<string, string>);
+    this.viewer.viewerResults?.(parseResults(fresh.dataset["results"] ?? "{}"));
     this.showCurrent();
   }
 
@@ -97,10 +96,11 @@ function imagesOf(part: HTMLElement): string[] {
   return (part.dataset["images"] ?? "").split(" ");
 }
 
-/** Identifies folded details in a new report: by the first image that they belong to. */
+/** Identifies folded details in a new report: by the first image that they belong to, their kind, and their number among these. */
 function placeOf(details: HTMLDetailsElement): string | undefined {
   const part = details.closest<HTMLElement>(".image-report");
-  return part ? imagesOf(part)[0] : undefined;
+  const alike = [...(part?.querySelectorAll("details") ?? [])].filter((other) => other.className === details.className);
+  return part ? `${imagesOf(part)[0]} ${details.className} ${alike.indexOf(details)}` : undefined;
 }
 
 const pane = document.getElementById("report");
