@@ -137,7 +137,11 @@ def _shown_state(entry: Activation) -> str:
 def _step(entry: Activation, name: str) -> View:
     shown = replace(entry, state=_shown_state(entry))
     state, words = shown.step_state(name), ACTIVATIONS[name]
-    return {"state": state, "icon": "check" if state == "done" else words.icon, "word": words.word}
+    return {
+        "state": state,
+        "icon": "check" if state == "done" else "waiting" if name == ActivationState.GOOD else words.icon,
+        "word": words.word,
+    }
 
 
 def _trial_view(trial: Trial) -> View:

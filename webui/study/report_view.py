@@ -78,7 +78,8 @@ def study_report(study: StudyView, volumes: Sequence[VolumeView], manifests: Map
     """The report of a study.
 
     ``image_ids`` and ``finding_ids`` hold the ids of all images and results, separated by blanks, so that a script notices a new one;
-    ``results`` is by image id what the viewer draws, so that a result that arrives is shown without a reload; ``urgency``: who made the study urgent, empty if it is not.
+    ``results`` is by image id what the viewer draws, so that a result that arrives is shown without a reload; ``urgency``: who made the
+    study urgent, empty if it is not.
 
     Args:
         study: the study.

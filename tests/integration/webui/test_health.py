@@ -226,6 +226,13 @@ def test_never_five_of_five_while_a_trial_runs(box: Box, state: str, trial: dict
     now = re.search(r'<li class="is-now" aria-current="step">.*?</li>', page, re.DOTALL)
     assert now
     assert words(now[0]).strip() == "On trial"
+    icons = [
+        re.findall(r' d="([^"]+)"', item)
+        for kind in ("done", "todo")
+        for item in re.findall(rf'<li class="is-{kind}">.*?</li>', page, re.DOTALL)
+    ]
+    assert len(icons) == 4
+    assert icons[3] not in icons[:3]
     assert words(page).count("Trial passed") == 1  # the step that is still to come
     assert 'data-activation="trial"' in page
 
