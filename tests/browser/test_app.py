@@ -262,7 +262,6 @@ def test_a_result_that_comes_while_one_looks_does_not_move_the_image(clinician: 
     expect(page.locator(READY)).to_be_visible(timeout=30_000)
     expect(page.locator("#arrived")).to_be_visible()
     expect(page.locator("#viewer [data-action=outline]")).to_be_visible()
-    expect(page.locator("#viewer svg .vw-outline").first).to_be_attached()
     assert page.evaluate("() => performance.getEntriesByType('navigation')[0].type") == "navigate"  # no reload
     clinician.clean()
 

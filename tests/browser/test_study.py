@@ -79,6 +79,9 @@ def test_a_result_that_comes_takes_the_words_off_the_image(box: Box, browser: Br
     expect(page.locator(".vw-unread")).to_be_hidden(timeout=15_000)
     expect(page.locator(".image-report.is-current")).to_contain_text("0.200")
     expect(page.locator("#arrived")).to_be_visible()
+    expect(page.locator("#viewer [data-action=outline]")).to_be_visible()
+    expect(page.locator("#viewer .vw-outline").first).to_be_attached()
+    assert page.evaluate("() => performance.getEntriesByType('navigation').length") == 1
     someone.clean()
     someone.context.close()
 
