@@ -30,7 +30,7 @@ _TITLES: Final[dict[str, tuple[Any, str, str]]] = {
     "broken": (lazy_gettext("Not everything on this box works"), "alert", "bad"),
     "attention": (lazy_gettext("This box works, but somebody must see to it"), "alert", "warn"),
     "trial": (lazy_gettext("This box works; a version is on trial"), "running", "calm"),
-    "well": (lazy_gettext("This box works"), "check", "ready"),
+    "well": (lazy_gettext("This box works"), "check", "done"),
 }
 
 
