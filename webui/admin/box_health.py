@@ -93,6 +93,9 @@ def _line_items(line: ModelLine) -> Iterator[HealthItem]:
         reason = problem["reason"]["text"] if problem["reason"] else ""
         text = gettext(": ").join(filter(None, (title, problem["title"], reason)))
         yield HealthItem("attention", problem["state"], text, problem["hint"])
+    for alarm in line.score_alarms:
+        text = gettext(": ").join((title, reason_text(alarm.note.code)))
+        yield HealthItem("attention", alarm.note.code, text, reason_hint(alarm.note.code))
     if line.trial is not None:
         trial = line.trial.trial
         cases, wanted = (
