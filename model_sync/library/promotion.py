@@ -15,6 +15,9 @@ from model_sync.errors import PublishError
 from model_sync.library.files import due_days
 from model_sync.library.roles import ONLINE, AnyMetadata, LibraryRoles, delegated, verifies
 
+# A command that runs once a day, a little earlier or later each time, renews the snapshot before it is due.
+_EARLY_DAYS = 1.5
+
 
 class LibraryPromotion(LibraryRoles):
     """Moves staged metadata to the public tree."""
@@ -57,7 +60,7 @@ class LibraryPromotion(LibraryRoles):
                 )
             self._next = self._choose_versions()
             try:
-                due = timedelta(days=due_days(self.files.config().expiry_days.snapshot) + 1)
+                due = timedelta(days=due_days(self.files.config().expiry_days.snapshot) + _EARLY_DAYS)
                 self.do_snapshot(force=snapshot.signed.expires - self.now() < due)
                 self.do_timestamp(force=True)
                 self._commit([])
