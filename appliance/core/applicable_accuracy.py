@@ -7,11 +7,14 @@ with the adult's result as if they were the adult's.
 from __future__ import annotations
 
 from enum import Enum
-from typing import Final
+from typing import Final, TypeAlias
 
 from pydantic import Field
 
 from model_sync.bundle import AgeRange, Group, OperatingPoint, Strict
+
+PatientGroup: TypeAlias = Group
+"""A group of patients with its measured accuracy, for packages that do not import the manifest."""
 
 
 class AccuracyBasis(str, Enum):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from flask_babel import gettext
 
-from appliance.core.applicable_accuracy import AccuracyBasis
+from appliance.core.applicable_accuracy import AccuracyBasis, PatientGroup
 from appliance.core.domain import Finding, Rate, rate_of
-from model_sync.bundle import Group
 from webui.formatting import format_count, format_percent, untranslated
 from webui.view_models import DASH, View
 
@@ -35,7 +34,7 @@ def accuracy_view(finding: Finding) -> View:
     }
 
 
-def group_row(group: Group) -> View:
+def group_row(group: PatientGroup) -> View:
     """A group of patients with its accuracy, in a table."""
     return {
         "patients": group_words(group),
@@ -45,7 +44,7 @@ def group_row(group: Group) -> View:
     }
 
 
-def group_words(group: Group) -> str:
+def group_words(group: PatientGroup) -> str:
     """A group of patients in words."""
     ages = {"youngest": f"{group.min_years:g}", "oldest": f"{group.max_years:g}"}
     if group.population == "child":
@@ -71,7 +70,7 @@ def _sources(finding: Finding) -> list[str]:
     return [finding.measured_on] if finding.accuracy.basis is AccuracyBasis.MIXED else []
 
 
-def _cases(group: Group) -> str:
+def _cases(group: PatientGroup) -> str:
     return f"{format_count(group.n_positive)} / {format_count(group.n_negative)}"
 
 
