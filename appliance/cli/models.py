@@ -10,18 +10,18 @@ from contextlib import closing
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from appliance.cli.terminal import Progress, UsageError, explain, print_columns, say
-from appliance.core.accuracy import accuracy_problem
 from appliance.core.domain import Note
 from appliance.core.errors import ApplianceError
 from appliance.core.settings import Settings
 from appliance.core.states import PENDING_STATES, ActivationState, ModelState
-from appliance.store.score_alarms import ScoreAlarms
-from appliance.store.store import Store, open_box
 from model_sync import messages
 from model_sync.messages import choose_language
+
+if TYPE_CHECKING:
+    from appliance.store.store import Store
 
 _MODEL_COLUMNS: Final = ("state", "line", "version", "digest", "precision", "runtime", "accuracy", "since")
 _HISTORY_COLUMNS: Final = ("number", "state", "line", "version", "digest", "source", "by", "since", "reason")
@@ -45,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run one action; returns the exit code."""
+    from appliance.store.store import Store, open_box
+
     _check_arguments(arguments)
     # Only `activate` may create a data directory.
     with closing(Store(Settings.load(arguments.data_dir)) if arguments.action == "activate" else open_box(arguments.data_dir)) as store:
@@ -113,6 +115,8 @@ def _change(store: Store, arguments: argparse.Namespace) -> None:
 
 
 def _models(store: Store) -> list[dict[str, Any]]:
+    from appliance.store.score_alarms import ScoreAlarms
+
     order = list(ModelState)
     rows = sorted(store.models(), key=lambda row: (row["name"], order.index(row["state"])))
     columns = ("state", "version", "digest", "precision", "runtime")
@@ -126,6 +130,8 @@ def _models(store: Store) -> list[dict[str, Any]]:
 
 def _accuracy(store: Store, row: sqlite3.Row) -> dict[str, Any]:
     """Whether the accuracy of a model is verified, and if not, why."""
+    from appliance.core.accuracy import accuracy_problem
+
     problem = accuracy_problem(store.settings.data_dir / row["directory"], row["digest"])
     if problem is None:
         return {"is_verified": True, "code": None, "reason": ""}
@@ -133,6 +139,8 @@ def _accuracy(store: Store, row: sqlite3.Row) -> dict[str, Any]:
 
 
 def _print_score_alarms(store: Store) -> None:
+    from appliance.store.score_alarms import ScoreAlarms
+
     for alarm in ScoreAlarms(store.database).active():
         print(f"{alarm.name} {alarm.version}: {explain(alarm.note.code, alarm.note.detail)}")
         print("  " + messages.hint(alarm.note.code, choose_language()))
@@ -140,6 +148,8 @@ def _print_score_alarms(store: Store) -> None:
 
 def _acknowledge(store: Store, line: str) -> None:
     """Acknowledge the alarms for shifted scores of a model line; prints how many there were."""
+    from appliance.store.score_alarms import ScoreAlarms
+
     count = ScoreAlarms(store.database).acknowledge(line, "cli")
     print(say("acknowledged: {count} alarms of {line}", count=count, line=line))
 

@@ -6,13 +6,13 @@ import argparse
 import json
 from collections.abc import Iterator
 from contextlib import closing
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from appliance.cli.terminal import print_columns, say
 from appliance.core.domain import Note
-from appliance.store.database import INSTANCES_ACCESSED
-from appliance.store.store import open_box
-from appliance.store.worklist import InstanceView, StudyView, Worklist
+
+if TYPE_CHECKING:
+    from appliance.store.worklist import InstanceView, StudyView, Worklist
 
 _PAGE: Final = 200
 
@@ -25,6 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the studies, newest first, and record the access in the audit; returns the exit code."""
+    from appliance.store.database import INSTANCES_ACCESSED
+    from appliance.store.store import open_box
+    from appliance.store.worklist import Worklist
+
     with closing(open_box(arguments.data_dir)) as store:
         studies = list(_studies(Worklist(store), arguments.search))
         for study in studies:  # as on the page: whoever sees a patient is in the audit

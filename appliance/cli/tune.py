@@ -7,15 +7,17 @@ import json
 import sqlite3
 from collections.abc import Mapping
 from contextlib import closing
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from appliance.cli.terminal import Progress, explain, hint_line, print_columns, say
 from appliance.core.run_summary import RuntimeStatus
 from appliance.core.self_test_report import NOT_MEASURED, SelfTestReport
 from appliance.core.states import ActivationState, CandidateState
-from appliance.store.store import Store, open_box
-from appliance.store.tuning_requests import TuningRequest
 from model_sync import messages
+
+if TYPE_CHECKING:
+    from appliance.store.store import Store
+    from appliance.store.tuning_requests import TuningRequest
 
 _MARK: Final = "*"
 
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure or show; returns the exit code."""
     from appliance.lifecycle.model_control import active_models
+    from appliance.store.store import open_box
 
     with closing(open_box(arguments.data_dir)) as store:
         active_models(store, arguments.name)  # an unknown name is an error before anything is measured

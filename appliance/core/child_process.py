@@ -21,7 +21,8 @@ _READS_AT_ONCE: Final = 64
 _REAP_S: Final = 1.0
 # The output is UTF-8 whatever the locale of the box (GB18030 is legal in China); what cannot be encoded becomes a question mark.
 ENVIRONMENT: Final = {
-    "OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1", "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:replace",
+    "OPENBLAS_NUM_THREADS": "1", "ORT_DISABLE_TELEMETRY": "1", "PYDANTIC_DISABLE_PLUGINS": "__all__", "PYTHONUTF8": "1",
+    "PYTHONIOENCODING": "utf-8:replace",
 }  # fmt: skip
 _CONTROL: Final = dict.fromkeys([*range(32), *range(127, 160)], " ")
 

@@ -19,9 +19,8 @@ from securesystemslib.formats import encode_canonical
 from securesystemslib.signer import CryptoSigner, Signature, SSlibKey
 
 from model_sync.agent.sync_status import SyncState
-from model_sync.bundle.manifest import SemVer
-from model_sync.bundle.output_spec import Identifier, Precision, Sha256
 from model_sync.errors import CodedError, TextEnum
+from model_sync.field_types import Identifier, Precision, SemVer, Sha256
 from model_sync.messages import REPORTED
 from model_sync.trust.rollback_protection import iso
 

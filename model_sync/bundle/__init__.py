@@ -13,12 +13,10 @@ from model_sync.bundle.input_spec import (
     Letterbox,
     ModalityLut,
     Monochrome2,
-    NonEmpty,
     Normalise,
     Resize,
     Scale,
     Step,
-    Strict,
     ToUint8,
     Voi,
 )
@@ -28,7 +26,6 @@ from model_sync.bundle.manifest import (
     Label,
     Manifest,
     Registration,
-    SemVer,
     TrainingData,
     Variant,
     Watch,
@@ -39,12 +36,9 @@ from model_sync.bundle.output_spec import (
     Explain,
     Golden,
     Group,
-    Identifier,
     Interval,
     OperatingPoint,
     OutputSpec,
-    Precision,
-    RelativePath,
     ScoreHistogram,
     SourceMeasure,
 )
@@ -63,3 +57,4 @@ from model_sync.bundle.volume_spec import (
     VolumeStep,
 )
 from model_sync.errors import BundleError
+from model_sync.field_types import Identifier, NonEmpty, Precision, RelativePath, SemVer, Strict

@@ -7,8 +7,8 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, StringConstraints, model_validator
 from typing_extensions import Self
 
-from model_sync.bundle.input_spec import NonEmpty, Strict
 from model_sync.bundle.sequence_spec import Missing, SequenceRule
+from model_sync.field_types import NonEmpty, Strict
 
 Uid: TypeAlias = Annotated[str, StringConstraints(pattern=r"^(0|[1-9]\d*)(\.(0|[1-9]\d*))+$", max_length=64)]
 CodeString: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[A-Z0-9_ ]{1,16}$")]

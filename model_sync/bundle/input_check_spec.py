@@ -7,8 +7,9 @@ from typing import Annotated, Final, Literal, TypeAlias
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from model_sync.bundle.input_spec import InputSpec, NonEmpty, Strict
-from model_sync.bundle.output_spec import Interval, RelativePath, Sha256
+from model_sync.bundle.input_spec import InputSpec
+from model_sync.bundle.output_spec import Interval
+from model_sync.field_types import NonEmpty, RelativePath, Sha256, Strict
 
 UPRIGHT: Final = "upright"
 # ``turned_90``: the content is turned by 90 degrees clockwise; turned by 90 degrees counter-clockwise it is upright.

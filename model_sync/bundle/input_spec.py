@@ -7,17 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
-NonEmpty: TypeAlias = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
-Positive: TypeAlias = Annotated[int, Field(gt=0)]
-
-
-class Strict(BaseModel):
-    """Base of every part of the manifest: unknown fields and NaN are errors, and objects are immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from model_sync.field_types import NonEmpty, Positive, Strict
 
 
 class ModalityLut(Strict):

@@ -10,41 +10,29 @@ import json
 from collections import Counter
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from model_sync.bundle.applies_to import AppliesTo, Text
 from model_sync.bundle.envelope import FIRST_OF_SCHEMA_2, invalid_manifest, require_readable, version_core
 from model_sync.bundle.input_check_spec import InputCheck
-from model_sync.bundle.input_spec import InputSpec, NonEmpty, Strict
+from model_sync.bundle.input_spec import InputSpec
 from model_sync.bundle.output_spec import (
     BACKGROUND,
     Count,
     Explain,
     Golden,
-    Identifier,
     OperatingPoint,
     OutputSpec,
-    Precision,
-    RelativePath,
     ScoreHistogram,
-    Sha256,
 )
 from model_sync.bundle.volume_spec import VolumeSpec
+from model_sync.field_types import Identifier, NonEmpty, Precision, RelativePath, SemVer, Sha256, Strict
 
 MANIFEST_NAME = "manifest.json"
 REQUIRED_DOCUMENTS = ("MODEL_CARD.md", "gate.json")
 
-# Semantic Versioning 2.0, clauses 2, 9 and 10, as strict as the library that compares versions.
-_NUMBER, _PRE, _BUILD = "(0|[1-9][0-9]*)", "(0|[1-9][0-9]*|[0-9]*[A-Za-z-][0-9A-Za-z-]*)", "[0-9A-Za-z-]+"
 _TAGS = {("input", "NCHW"), ("input", "NCDHW")}
-SemVer: TypeAlias = Annotated[
-    str,
-    StringConstraints(
-        pattern=rf"^{_NUMBER}\.{_NUMBER}\.{_NUMBER}(-{_PRE}(\.{_PRE})*)?(\+{_BUILD}(\.{_BUILD})*)?$",
-        max_length=64,
-    ),
-]
 ModelInput: TypeAlias = Annotated[InputSpec | VolumeSpec, Field(discriminator="layout")]
 
 

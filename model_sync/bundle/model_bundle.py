@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 from model_sync.bundle.envelope import invalid_manifest
 from model_sync.bundle.gate_record import check_gate
 from model_sync.bundle.manifest import MANIFEST_NAME, Manifest, Variant
-from model_sync.bundle.output_spec import Golden, Precision
+from model_sync.bundle.output_spec import Golden
 from model_sync.errors import BundleError
+from model_sync.field_types import Precision
 
 if TYPE_CHECKING:
     import numpy as np

@@ -5,20 +5,14 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, Final, Literal, TypeAlias
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from model_sync.bundle.input_spec import NonEmpty, Positive, Strict
+from model_sync.field_types import Identifier, NonEmpty, Positive, Precision, RelativePath, Sha256, Strict
 
 BACKGROUND: Final = "background"
 MAX_CLASSES: Final = 256
 
-Precision: TypeAlias = Literal["fp32", "fp16", "int8", "mixed"]
-# Each segment starts with a letter or a digit, which excludes "..", hidden files and absolute paths.
-_SEGMENT = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-RelativePath: TypeAlias = Annotated[str, StringConstraints(pattern=rf"^{_SEGMENT}(/{_SEGMENT})*$", max_length=200)]
-Sha256: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Identifier: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 Count: TypeAlias = Annotated[int, Field(ge=0)]
 Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 

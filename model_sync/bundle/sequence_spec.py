@@ -10,7 +10,8 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, StringConstraints, model_validator
 from typing_extensions import Self
 
-from model_sync.bundle.input_spec import Strict, require_low_below_high
+from model_sync.bundle.input_spec import require_low_below_high
+from model_sync.field_types import Strict
 
 ImageTypeValue: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[A-Z0-9_ ]{1,16}$")]
 Missing: TypeAlias = Literal["assume", "out_of_scope"]

@@ -11,7 +11,8 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, StringConstraints, model_validator
 from typing_extensions import Self
 
-from model_sync.bundle.input_spec import ModalityLut, NonEmpty, Normalise, Positive, Scale, Strict, require_low_below_high
+from model_sync.bundle.input_spec import ModalityLut, Normalise, Scale, require_low_below_high
+from model_sync.field_types import NonEmpty, Positive, Strict
 
 # Where an axis may point: left or right, anterior or posterior, superior or inferior.
 _DIRECTIONS = ({"L", "R"}, {"A", "P"}, {"S", "I"})

@@ -27,8 +27,8 @@ from tuf.api.metadata import Metadata, TargetFile
 from tuf.api.serialization import DeserializationError
 
 from model_sync import atomic_files
-from model_sync.bundle.input_spec import Strict
 from model_sync.errors import PublishError, SettingsError
+from model_sync.field_types import Strict
 
 CONFIG_NAME = "library.json"
 DUE_DAYS = 10.0

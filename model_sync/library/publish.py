@@ -17,9 +17,8 @@ from pydantic import TypeAdapter, ValidationError
 from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, DelegatedRole, TargetFile
 
 from model_sync.bundle import MANIFEST_NAME, Manifest, ModelBundle
-from model_sync.bundle.manifest import SemVer
-from model_sync.bundle.output_spec import Identifier
 from model_sync.errors import BundleError, PublishError
+from model_sync.field_types import Identifier, SemVer
 from model_sync.library.golden_run import run_golden_cases
 from model_sync.library.promotion import LibraryPromotion
 from model_sync.library.roles import RoleState

@@ -16,10 +16,8 @@ import semver
 from pydantic import AfterValidator, AwareDatetime, Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from model_sync.bundle.input_spec import NonEmpty, Strict
-from model_sync.bundle.manifest import SemVer
-from model_sync.bundle.output_spec import Identifier, RelativePath, Sha256
 from model_sync.errors import Action, TrustError
+from model_sync.field_types import Identifier, NonEmpty, RelativePath, SemVer, Sha256, Strict
 
 
 def _plausible_year(moment: datetime) -> datetime:

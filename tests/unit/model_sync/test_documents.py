@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from datetime import datetime, timedelta, timezone
 
 import pytest
@@ -24,6 +26,12 @@ def index(**changes: object) -> LineIndex:
         "withdrawn": [Withdrawal(version="0.3.0", reason="wrong laterality", at=NOW)],
     } | changes
     return LineIndex(**values)  # type: ignore[arg-type]
+
+
+def test_the_offline_check_does_not_load_the_schema_of_manifests() -> None:
+    """The box starts it before every activation, and a manifest's schema costs as much as everything else in it."""
+    code = "import sys, model_sync.trust.offline_check; print([name for name in sys.modules if name.startswith('model_sync.bundle')])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 def test_documents_round_trip_and_their_bytes_are_canonical() -> None:
