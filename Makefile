@@ -9,6 +9,8 @@ VIEWER := webui/viewer
 STATIC := webui/static/viewer
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Many tests start processes: one whose modules are not compiled costs a third more.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-long test-front test-gpu coverage lint unit bench viewer texts samples wheel clean help setup setup-test
 

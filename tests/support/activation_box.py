@@ -8,8 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,10 @@ from appliance.lifecycle.activation import Activator
 from appliance.lifecycle.journal import ActivationRequest, Journal
 from appliance.lifecycle.journal_queries import reason_code
 from appliance.store.store import Store
-from model_sync.agent.report import BoxReport
 from tests.support.activated import activate
-from tests.support.library_site import Site, make_site, serve, tiny_bundle
+from tests.support.library_site import tiny_bundle
 from tests.support.processes import children_running
 from tests.support.scans import scan_bytes
-from tests.support.sync_box import Box as Agent
-from tests.support.sync_box import make_box
 
 LINE = "cxr-pneumonia"
 ENDLESS = 2**62
@@ -289,70 +285,3 @@ def command(settings: Settings, *arguments: str | Path) -> subprocess.CompletedP
     """``appliance models ...`` on a box."""
     line = [sys.executable, "-m", "appliance", "models", *map(str, arguments), "--data-dir", str(settings.data_dir)]
     return subprocess.run(line, capture_output=True, text=True, check=False, env=os.environ | {"LC_ALL": "C.UTF-8"})
-
-
-class Clinic:
-    """A library, the agent of one box, and the box."""
-
-    def __init__(self, directory: Path, settings: Settings, url: str, site: Site) -> None:
-        self.site = site
-        self.agent: Agent = make_box(directory / "agent", site, url)
-        self.exchange = self.agent.settings.exchange_dir
-        self.exchange.mkdir(parents=True, exist_ok=True)
-        given = {"exchange_dir": self.exchange, "library_root": self.agent.settings.root}
-        self.box = Box(directory, Store(write_settings(settings, **given)))
-        self.activator: Activator = self.box.activator()
-
-    def release(self, version: str, bundle: Path | None = None, **options: Any) -> str:
-        """Publish a version and let this box's ring have it; its digest."""
-        made = bundle or self.box.bundle(version)
-        self.site.publish(made, **options)
-        self.site.rollout("stable", LINE, version)
-        return digest_of(made)
-
-    def follow(self) -> None:
-        """The agent pulls, the box follows until it has nothing more to do."""
-        self.agent.pull()
-        self.settle()
-
-    def settle(self) -> None:
-        """The box does what there is to do."""
-        self.activator = self.box.activator()  # as after a restart: nothing is known but what is on the disk
-        self.box.settle(self.activator)
-
-    def direct(self, **changes: str) -> None:
-        """What an agent that was broken into might want."""
-        path = self.exchange / "directives.json"
-        directives = json.loads(path.read_text())
-        directives["lines"][LINE] |= changes
-        path.unlink()
-        path.write_text(json.dumps(directives))
-
-    def report(self) -> dict[str, Any]:
-        """What the box tells, held against the centre's schema."""
-        raw = (self.exchange / "box-report.json").read_bytes()
-        BoxReport.parse(raw)
-        report: dict[str, Any] = json.loads(raw)
-        return report
-
-    def audited(self, actor: str | None = None) -> list[dict[str, Any]]:
-        """Audit entries about the library."""
-        rows = self.box.store.database.query("SELECT entry FROM audit ORDER BY seq")
-        entries = [json.loads(row["entry"]) for row in rows]
-        return [entry for entry in entries if entry["object"] == "library" and actor in (None, entry["actor"])]
-
-
-@contextmanager
-def open_clinic(directory: Path, settings: Settings, lines: tuple[str, ...] = (LINE,)) -> Iterator[Clinic]:
-    """A box that runs version 1.0.0 of the library's line; the others are only signed."""
-    site = make_site(directory / "library", lines=lines)
-    with serve(site.public) as url:
-        made = Clinic(directory, settings, url, site)
-        for line in lines[1:]:
-            site.publish(tiny_bundle(made.box.bundles, "1.0.0", line=line))
-        made.release("1.0.0")
-        made.follow()
-        assert made.box.last() == ("good", "")
-        yield made
-        made.box.store.database.verify_audit()
-        made.box.store.close()

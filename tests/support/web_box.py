@@ -17,13 +17,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import pytest
 import requests
+from argon2 import PasswordHasher
+from jinja2.bccache import Bucket
 from werkzeug.serving import make_server
 
 from appliance.core.applicable_accuracy import MIXED_AGES, Accuracy
 from appliance.core.domain import Finding, JobResult, Note, ScanState, Source
 from appliance.core.settings import Settings
 from appliance.ingest.ingest import Ingest
+from appliance.store import accounts
 from appliance.store.accounts import Accounts, Role
 from appliance.store.store import Store
 from model_sync.bundle import Manifest
@@ -33,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PASSWORD = "Spring-4-Rain"
 TUS = {"Tus-Resumable": "1.0.0"}
 HOSTILE = "<script>alert(1)</script>\"'&{{7*191}}"
+QUICK_HASHER = PasswordHasher(time_cost=1, memory_cost=1024, parallelism=1)
 _TOKEN = re.compile(r'name="csrf-token" content="([^"]+)"')
 
 
@@ -82,10 +88,12 @@ class Box:
 
     def person(self, username: str = "doctor", role: Role = "clinician", language: str = "en") -> Person:
         """Somebody logged in with a password of their own."""
-        one_time = self.accounts.add(username, role, "test")
-        account = self.accounts.find(username)
-        assert account
-        self.accounts.change_password(account, one_time, PASSWORD)
+        with pytest.MonkeyPatch.context() as patch:  # a real hash that costs less: each login in these tests checks it
+            patch.setattr(accounts, "_HASHER", QUICK_HASHER)
+            one_time = self.accounts.add(username, role, "test")
+            account = self.accounts.find(username)
+            assert account
+            self.accounts.change_password(account, one_time, PASSWORD)
         person = Person(self.base).speak(language)
         assert person.log_in(username, PASSWORD).status_code == 302
         person.open("/health")
@@ -137,10 +145,30 @@ def result(score: float = 0.9, notes: tuple[Note, ...] = (), accuracy: Accuracy 
     return JobResult(ScanState.AI_READY, None, (finding,), notes, timing, {"name": "onnxruntime"})
 
 
+class CompiledTemplates(jinja2.BytecodeCache):
+    """The compiled templates of this process: each test makes an application, and compiling them costs more than most requests."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[str, bytes] = {}
+
+    def load_bytecode(self, bucket: Bucket) -> None:
+        """Give what was compiled from the same source."""
+        if code := self._compiled.get(f"{bucket.key} {bucket.checksum}"):
+            bucket.bytecode_from_string(code)
+
+    def dump_bytecode(self, bucket: Bucket) -> None:
+        """Keep what was compiled."""
+        self._compiled[f"{bucket.key} {bucket.checksum}"] = bucket.bytecode_to_string()
+
+
+_TEMPLATES = CompiledTemplates()
+
+
 @contextmanager
 def in_process(settings: Settings) -> Iterator[Box]:
     """The pages served by threads of this process."""
     app = create_app(settings)
+    app.jinja_env.bytecode_cache = _TEMPLATES
     server = make_server("127.0.0.1", 0, app, threaded=True)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

@@ -9,7 +9,6 @@ import shutil
 import socket
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
@@ -32,6 +31,7 @@ from model_sync.trust.documents import RolloutStep
 from tests.support.fleet_seed import seed
 from tests.support.fleet_site import PASSPHRASE, ROOT, Box, Centre, Person, Postgres, box_report
 from tests.support.library_site import tiny_bundle
+from tests.support.processes import run_here
 
 LINE = "cxr-pneumonia"
 
@@ -430,9 +430,8 @@ def test_ten_thousand_boxes_are_shown_by_few_queries(tmp_path: Path, postgres: P
 
 
 def model_library(*arguments: str, code: int = 0) -> str:
-    """Run the command as a process; returns what it said."""
-    command = [sys.executable, "-m", "model_sync.fleet.cli", *arguments]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    """Run the command in this process; returns what it said."""
+    ended = run_here(cli.main, *arguments)
     assert ended.returncode == code, ended.stderr
     assert "Traceback" not in ended.stderr
     return (ended.stderr if code else ended.stdout).strip()

@@ -28,9 +28,11 @@ from appliance.core.domain import Source
 from appliance.core.settings import Settings
 from appliance.ingest.ingest import Ingest
 from appliance.store.store import Store
+from model_sync.fleet.cli import main as model_library
 from quantize.reference.phantom import Phantom, dataset
 from tests.support.fleet_site import make_tls
 from tests.support.library_site import tiny_bundle
+from tests.support.processes import run_here
 from tests.support.scans import encode
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -58,7 +60,6 @@ def wait_for(what: str, ready: Callable[[], object]) -> None:
         time.sleep(0.1)
 
 
-MODEL_LIBRARY = "model_sync.fleet.cli"
 
 
 def command(module: str, *arguments: object, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -89,10 +90,16 @@ class Central:
     def library(self) -> Path:
         return self.directory / "library"
 
-    def run(self, *arguments: object, check: bool = True, module: str = MODEL_LIBRARY) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: object, check: bool = True, module: str = "") -> subprocess.CompletedProcess[str]:
+        """Run ``model-library`` in this process, or as another module in its own; server, agents and boxes have their own in any case."""
         secret = self.directory / "passphrase"
-        environment = os.environ | {name: str(secret) for name in ("MODEL_LIBRARY_PASSPHRASE_FILE", "MODEL_LIBRARY_ONLINE_PASSPHRASE_FILE")}
-        return command(module, *arguments, check=check, env=environment)
+        environment = {name: str(secret) for name in ("MODEL_LIBRARY_PASSPHRASE_FILE", "MODEL_LIBRARY_ONLINE_PASSPHRASE_FILE")}
+        if module:
+            return command(module, *arguments, check=check, env=os.environ | environment)
+        done = run_here(model_library, *arguments, environment=environment)
+        assert not check or done.returncode == 0, f"{arguments}: {done.returncode}
+{done.stdout}{done.stderr}"
+        return done
 
     def key(self, name: str) -> Path:
         return self.directory / f"{name}.pem"
@@ -120,7 +127,7 @@ class Central:
         self.run("rollout-keys", self.library, "--key", self.public_key("rollout"))
         self.sign("bob", "carol", "rollout")
 
-    def publish(self, bundle: Path, module: str = MODEL_LIBRARY) -> None:
+    def publish(self, bundle: Path, module: str = "") -> None:
         self.run("publish", self.library, bundle, module=module)
         self.sign("line-1", "line-2")
 

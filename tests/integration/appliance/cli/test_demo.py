@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -29,7 +30,7 @@ from quantize.reference.phantom import write_samples
 from tests.support.activated import reference_box
 from tests.support.dicom_sender import send
 from tests.support.paths import ROOT
-from tests.support.processes import wait_for
+from tests.support.processes import run_here, wait_for
 from tests.support.scans import dataset, scan_bytes
 
 _POPEN = subprocess.Popen
@@ -61,19 +62,22 @@ def test_once_finds_something_and_a_second_start_keeps_it(tmp_path: Path, sample
     assert password[1] not in second.stdout
 
 
-def test_own_scans_come_first(tmp_path: Path, samples: Path) -> None:
+def test_own_scans_come_first_and_a_taken_port_is_no_obstacle(tmp_path: Path, samples: Path) -> None:
     own = tmp_path / "own"
     own.mkdir()
     (own / "mine.dcm").write_bytes(scan_bytes(Modality="CT"))
-    done = subprocess.run(
-        command(reference_box(tmp_path / "box"), samples, "--once", "--data", str(own)),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    line = command(reference_box(tmp_path / "box"), samples, "--once", "--data", str(own))
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind(("127.0.0.1", 8080))
+            taken.listen()
+        except OSError as somebody_has_it_already:
+            assert somebody_has_it_already.errno
+        done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0
     assert done.stdout.index("mine.dcm: out of scope") < done.stdout.index("01-normal.dcm")
+    assert "127.0.0.1:8080" not in done.stdout
 
 
 @pytest.fixture
@@ -214,30 +218,15 @@ def test_children_get_the_settings_file_that_was_given(tmp_path: Path) -> None:
     supervisor.stop()
 
 
-def test_a_taken_port_is_no_obstacle(tmp_path: Path, samples: Path) -> None:
-    with socket.socket() as taken:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            taken.bind(("127.0.0.1", 8080))
-            taken.listen()
-        except OSError as somebody_has_it_already:
-            assert somebody_has_it_already.errno
-        box = reference_box(tmp_path / "box")
-        done = subprocess.run(command(box, samples, "--once"), capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0
-    assert "127.0.0.1:8080" not in done.stdout
-
-
 def scripts(*arguments: str) -> subprocess.CompletedProcess[str]:
     """One of the console scripts, by the function its entry point names."""
     module, function, *rest = arguments
-    code = f"import sys; from {module} import {function}; sys.exit({function}({rest!r}))"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    return run_here(getattr(importlib.import_module(module), function), *rest)
 
 
 @pytest.mark.parametrize(("module", "function"), [("model_sync.agent.cli", "main"), ("model_sync.fleet.cli", "main")])
 def test_a_bundle_can_be_verified_by_hand(module: str, function: str, tmp_path: Path) -> None:
-    good = scripts(module, function, "verify", "appliance/bundles/cxr-pneumonia")
+    good = scripts(module, function, "verify", str(ROOT / "appliance/bundles/cxr-pneumonia"))
     assert good.returncode == 0
     assert "intact" in good.stdout
     bad = scripts(module, function, "verify", str(tmp_path))

@@ -86,7 +86,7 @@ class Browser:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("scans", "kills"), [(10, 8), pytest.param(40, 50, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("scans", "kills"), [(8, 4), pytest.param(40, 50, marks=pytest.mark.long)])
 def test_kill_9_of_worker_and_web_loses_and_doubles_nothing(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scans: int, kills: int
 ) -> None:

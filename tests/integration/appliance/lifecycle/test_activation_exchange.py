@@ -20,7 +20,8 @@ from appliance.lifecycle.journal_queries import reason_of
 from appliance.lifecycle.model_control import activate, reference_bundle
 from appliance.store.store import Store
 from model_sync.library.usb_export import export
-from tests.support.activation_box import LINE, Box, Clinic, finish_with, looping, open_clinic
+from tests.support.activation_box import LINE, Box, finish_with, looping
+from tests.support.clinic import Clinic, open_clinic
 from tests.support.library_site import make_site, older_publish, tiny_bundle
 from tests.support.scans import scan_bytes
 

@@ -21,7 +21,8 @@ from appliance.lifecycle.exchange import Directives, Exchange
 from appliance.lifecycle.journal import REFUSALS_PER_HOUR
 from appliance.lifecycle.journal_queries import is_older, reason_of
 from appliance.lifecycle.model_control import activate
-from tests.support.activation_box import LINE, Clinic, digest_of, finish_with, open_clinic, wanted
+from tests.support.activation_box import LINE, digest_of, finish_with, wanted
+from tests.support.clinic import Clinic, open_clinic
 
 OTHER = "bone-age"
 
