@@ -15,6 +15,7 @@ from appliance.core.errors import ActivationError
 from appliance.lifecycle import model_files
 from appliance.lifecycle.model_control import activate, reference_bundle
 from appliance.store.store import Store
+from tests.support import activated
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_the_reference_model_is_proven_and_active(store: Store) -> None:
 
 
 def test_a_new_version_takes_over_and_the_old_one_is_kept(store: Store, bundle: Path) -> None:
-    old = activate(store, reference_bundle(), "test")
+    old = activated.activate(store, reference_bundle())
     edit(bundle, lambda manifest: manifest.update(version="9.0.0"))
     activate(store, bundle, "test")
     assert store.model(old)["state"] == "previous"
@@ -111,7 +112,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_bundle_changes_nothing(store: Store, bundle: Path, name: str) -> None:
-    digest = activate(store, reference_bundle(), "test")
+    digest = activated.activate(store, reference_bundle())
     damage, code = BAD[name]
     damage(bundle)
     with pytest.raises(ActivationError) as caught:
@@ -123,7 +124,7 @@ def test_a_bad_bundle_changes_nothing(store: Store, bundle: Path, name: str) -> 
 
 
 def test_an_installed_copy_that_changed_on_disk_is_not_run(store: Store) -> None:
-    digest = activate(store, reference_bundle(), "test")
+    digest = activated.activate(store, reference_bundle())
     flip(store.settings.data_dir / "models" / digest)
     with pytest.raises(ActivationError, match=r"model\.invalid"):
         model_files.load_copy(store.settings.data_dir, digest)
@@ -131,7 +132,7 @@ def test_an_installed_copy_that_changed_on_disk_is_not_run(store: Store) -> None
 
 @pytest.mark.parametrize("damage", [flip, lambda directory: (directory / "manifest.json").unlink(), shutil.rmtree])
 def test_a_damaged_copy_is_repaired_by_activation(store: Store, damage: Callable[[Path], None]) -> None:
-    digest = activate(store, reference_bundle(), "test")
+    digest = activated.activate(store, reference_bundle())
     for number in (1, 2):
         damage(store.settings.data_dir / "models" / digest)
         assert activate(store, reference_bundle(), "test") == digest

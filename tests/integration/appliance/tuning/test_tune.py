@@ -27,6 +27,7 @@ from appliance.store.tuning_requests import TuningRequests
 from appliance.tuning.selection import SAME_TIME, CandidateResult, Selection
 from appliance.tuning.tuner import Limits, Subject, tune
 from model_sync.bundle import ModelBundle
+from tests.support import activated
 from tests.support.activation_box import Box, nan_on_pictures, self_tests
 from tests.support.library_site import tiny_bundle
 from tests.support.processes import children_running
@@ -231,7 +232,7 @@ def test_without_the_switch_nothing_is_measured_and_that_is_said(store: Store, b
 
 @pytest.mark.parametrize("text", ['{"digest":"', "[]", "null"])
 def test_a_worker_goes_on_with_a_record_of_a_measuring_that_cannot_be_read(store: Store, bundle: Path, text: str) -> None:
-    digest = activate(store, bundle, "test")
+    digest = activated.activate(store, bundle)
     with store.database.transaction() as tx:
         tx.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"tuning:{digest}", text))
     worker = prepared_worker(store)
@@ -245,7 +246,7 @@ def test_a_worker_goes_on_with_a_record_of_a_measuring_that_cannot_be_read(store
 def test_wrong_use_of_tune_says_how(settings: Settings, store: Store, bundle: Path) -> None:
     none = command(settings)
     assert (none.returncode, "no model is active" in none.stderr, "hint:" in none.stderr) == (1, True, True)
-    activate(store, bundle, "test")
+    activated.activate(store, bundle)
     other = command(settings, "bone-age")
     assert (other.returncode, "active: cxr-pneumonia" in other.stderr) == (1, True)
     shown = command(settings, "--show")
@@ -255,7 +256,7 @@ def test_wrong_use_of_tune_says_how(settings: Settings, store: Store, bundle: Pa
 
 @pytest.mark.parametrize(("language", "words"), [("C.UTF-8", "incomplete, 1 of 1 rows"), ("zh_CN.UTF-8", "表格不完整，1 行中 1 行未测量")])
 def test_a_table_with_holes_is_called_incomplete(settings: Settings, store: Store, bundle: Path, language: str, words: str) -> None:
-    digest = activate(store, bundle, "test")
+    digest = activated.activate(store, bundle)
     report = json.loads(store.model(digest)["self_test"])
     hole = CandidateResult(Candidate.from_json(report["choice"]), "unavailable", "tune.no_time").to_json()
     report |= {"table": [hole], "reason": {"code": "choice.measured_part", "detail": ""}}

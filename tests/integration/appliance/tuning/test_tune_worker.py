@@ -25,6 +25,7 @@ from appliance.store.store import Store
 from appliance.store.tuning_requests import TuningRequest, TuningRequests
 from appliance.store.worklist import Worklist
 from appliance.tuning.selection import Plan
+from tests.support import activated
 from tests.support.activation_box import Box, end_workers, finish_with, self_tests, watched, worker, write_settings
 from tests.support.library_site import tiny_bundle
 from tests.support.processes import wait_for
@@ -48,7 +49,7 @@ def nothing_is_left() -> Iterator[None]:
 @pytest.fixture
 def digest(tmp_path: Path, store: Store) -> str:
     """A small model at work, untuned; its digest."""
-    return activate(store, tiny_bundle(tmp_path / "bundles", "1.0.0"), "test")
+    return activated.activate(store, tiny_bundle(tmp_path / "bundles", "1.0.0"))
 
 
 def report_of(store: Store, digest: str) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def test_after_a_fallback_the_box_measures_again_by_itself(
     tmp_path: Path, store: Store, digest: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen(store, digest, runtime="openvino", provider="CPU")
-    settings = write_settings(store.settings, tune_at_activation=True, worker_threads=1, tune_measuring_s=10.0)
+    settings = write_settings(store.settings, tune_at_activation=True, worker_threads=1, tune_measuring_s=3.0)
     without_openvino(tmp_path, monkeypatch)
     process = worker(settings)
     wait_for(lambda: (report_of(store, digest).get("reason") or {}).get("code") in MEASURED and report_of(store, digest)["table"])
@@ -140,7 +141,7 @@ def test_after_a_fallback_the_box_measures_again_by_itself(
 
 @pytest.mark.timeout(900)
 def test_another_device_is_measured_again_once(store: Store, digest: str) -> None:
-    settings = write_settings(store.settings, tune_at_activation=True, worker_threads=1, tune_measuring_s=10.0)
+    settings = write_settings(store.settings, tune_at_activation=True, worker_threads=1, tune_measuring_s=3.0)
     tunings, report = TuningRequests(store.database), report_of(store, digest)
     measured = report | {"profile": "another processor", "reason": {"code": "choice.measured", "detail": ""}}
     tunings.done(tunings.ask(digest, LINE, "test"), measured)
@@ -169,7 +170,7 @@ def test_tune_by_hand_while_the_box_reads_switches_in_one_step_and_is_no_new_ver
     bundle = watched(add_variant(box.bundle("1.1.0"), "fp16", wrong).parent, max_score_drift=None, trial_cases=10_000)
     new = activate(store, bundle, "test")
     before = [(row["id"], row["state"], row["attempts"], row["trial"]) for row in box.journal.history()]
-    settings = write_settings(store.settings, worker_threads=1, tune_measuring_s=10.0)
+    settings = write_settings(store.settings, worker_threads=1, tune_measuring_s=3.0)
     process = worker(settings)
     wait_for(lambda: process_of(store) == process.pid)
     line = [sys.executable, "-m", "appliance", "tune", "--data-dir", str(settings.data_dir)]
@@ -209,7 +210,7 @@ def test_tune_by_hand_while_the_box_reads_switches_in_one_step_and_is_no_new_ver
 
 @pytest.mark.timeout(900)
 def test_tune_without_a_worker_does_it_here(store: Store, digest: str) -> None:
-    quick = Store(store.settings.model_copy(update={"worker_threads": 1, "tune_measuring_s": 8.0}))
+    quick = Store(store.settings.model_copy(update={"worker_threads": 1, "tune_measuring_s": 3.0}))
     steps: list[str] = []
     assert tune(quick, None, "test", lambda tuning: steps.append(tuning.step)) == [digest]
     assert [step for index, step in enumerate(steps) if step and step not in steps[:index]] == ["staged", "building", "self-test"]
@@ -353,7 +354,7 @@ def test_what_it_took_to_read_the_old_way_is_not_held_against_the_new_one(tmp_pa
 
 @pytest.mark.timeout(900)
 def test_going_back_by_hand_measures_what_it_goes_back_to(tmp_path: Path, store: Store) -> None:
-    quick = Store(store.settings.model_copy(update={"worker_threads": 1, "tune_measuring_s": 8.0, "tune_at_activation": True}))
+    quick = Store(store.settings.model_copy(update={"worker_threads": 1, "tune_measuring_s": 3.0, "tune_at_activation": True}))
     box = Box(tmp_path, quick)
     old = box.first()
     activate(quick, box.bundle("1.1.0"), "test")
