@@ -13,10 +13,10 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from model_sync.bundle.input_spec import NonEmpty
 from model_sync.bundle.manifest import Manifest, ModelInput, Variant
-from model_sync.bundle.output_spec import Count, Identifier, OperatingPoint, Precision, RelativePath, Sha256
+from model_sync.bundle.output_spec import Count, OperatingPoint
 from model_sync.errors import BundleError
+from model_sync.field_types import Identifier, NonEmpty, Precision, RelativePath, Sha256
 
 GATE_SCHEMA: Final = 2
 

@@ -60,8 +60,6 @@ def wait_for(what: str, ready: Callable[[], object]) -> None:
         time.sleep(0.1)
 
 
-
-
 def command(module: str, *arguments: object, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
@@ -97,8 +95,7 @@ class Central:
         if module:
             return command(module, *arguments, check=check, env=os.environ | environment)
         done = run_here(model_library, *arguments, environment=environment)
-        assert not check or done.returncode == 0, f"{arguments}: {done.returncode}
-{done.stdout}{done.stderr}"
+        assert not check or done.returncode == 0, f"{arguments}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done
 
     def key(self, name: str) -> Path:
