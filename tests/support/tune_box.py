@@ -67,7 +67,7 @@ def not_a_number(model: Any) -> None:
     _through(model, lambda graph: ("Mul", _constant(graph, "inf", np.float32(np.inf))))
 
 
-def slow(model: Any, rounds: int = 10_000) -> None:
+def slow(model: Any, rounds: int = 40_000) -> None:
     """Right, but it goes round and round before it says so."""
     from onnx import TensorProto, helper
 
