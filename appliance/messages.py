@@ -116,6 +116,12 @@ _CODES: Final[Mapping[str, Message]] = {
         "The chosen candidate was measured on other hardware or software",
         "The golden cases were correct on this box as it is now. It measures again when it is idle; `appliance tune` does so at any time.",
     ),
+    "choice.unstable": Message(
+        "The times did not agree on the fastest candidate: what ran before stays, else the baseline",
+        "Other work slows this box. Run `appliance tune` when it is idle.",
+    ),
+    "tune.kept": Message("Correct, and kept: the times did not agree on the fastest", _NOTHING),
+    "tune.not_stable": Message("Correct, but its times were not stable", _NOTHING),
     "tune.fastest": Message("Correct, and the fastest", _NOTHING),
     "tune.more_exact": Message("Correct, within 3 % of the fastest, and more exact", _NOTHING),
     "tune.faster_together": Message("Correct, the fastest, and still faster with several images at once", _NOTHING),

@@ -110,7 +110,9 @@ class Installer:
         if not self._journal.begin_attempt(row["id"]):
             return
         settings = self._store.settings
-        command = self_test_command(settings, row["origin"], row["digest"], row["precision"], self._journal.installed_digests())
+        active, installed = self._journal.active(row["name"]), self._journal.installed_digests()
+        stored = active["self_test"] if active else None
+        command = self_test_command(settings, row["origin"], row["digest"], row["precision"], installed, stored)
         try:
             self._current = _Installation(row["id"], SelfTestProcess(command, settings.activation_deadline_s))
         except OSError as error:  # counted as an attempt; the next step begins it again

@@ -125,7 +125,7 @@ class Retuner:
         precision = row["precision"] if SelfTestReport.from_json(row["self_test"]).is_fixed_by_user else None
         origin = model_files.model_dir(settings.data_dir, tuning.digest)
         with_tuning = settings.model_copy(update={"tune_at_activation": True})
-        command = self_test_command(with_tuning, origin, tuning.digest, precision, self._journal.installed_digests())
+        command = self_test_command(with_tuning, origin, tuning.digest, precision, self._journal.installed_digests(), row["self_test"])
         begun = replace(tuning, state=TuningState.MEASURING.value, attempts=tuning.attempts + 1)
         try:
             self._current = _Measuring(begun, SelfTestProcess(command, settings.activation_deadline_s))

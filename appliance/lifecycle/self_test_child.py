@@ -60,6 +60,7 @@ class SelfTestRequest:
     deadline_s: float = 1800.0
     measuring_s: float = 60.0
     triton_url: str = ""
+    established: str = ""
 
 
 def run(request: SelfTestRequest) -> int:
@@ -172,7 +173,7 @@ def _test_candidates(bundle: ModelBundle, request: SelfTestRequest, limit: float
     selection = tune(
         Subject.of_bundle(bundle, request.precision), threads=request.threads, runtimes=available(request.triton_url or None),
         cache=model_files.engine_dir(request.data_dir), limits=limits, on_progress=progress,
-        is_fixed_by_user=request.precision is not None,
+        is_fixed_by_user=request.precision is not None, established=_established(request.established),
     )  # fmt: skip
     row, details = selection.chosen, selection.details
     assert row.median_ms is not None
@@ -182,6 +183,12 @@ def _test_candidates(bundle: ModelBundle, request: SelfTestRequest, limit: float
         load_ms=row.load_ms, peak_rss_bytes=row.peak_rss_bytes, choice=selection.candidate.to_json(), reason=selection.reason,
         table=tuple(item.to_json() for item in selection.table),
     )  # fmt: skip
+
+
+def _established(text: str) -> tuple[str, str] | None:
+    """Read runtime and precision, separated by a colon, of the candidate that ran the model line before."""
+    runtime, _, precision = text.partition(":")
+    return (runtime, precision) if runtime and precision else None
 
 
 def _test_baseline(bundle: ModelBundle, request: SelfTestRequest, progress: _Progress) -> SelfTestReport:

@@ -22,10 +22,13 @@ logger = logging.getLogger(__name__)
 _DETAIL_CHARS: Final = 500
 
 
-def self_test_command(settings: Settings, origin: Path | str, digest: str, precision: str | None, keep: Sequence[str]) -> list[str]:
+def self_test_command(
+    settings: Settings, origin: Path | str, digest: str, precision: str | None, keep: Sequence[str], active: str | None = None
+) -> list[str]:
     """Build the arguments of ``python -m`` for a self-test on this box, see ``appliance self-test --help``.
 
-    A ``precision`` of None measures all variants, or takes the most exact one.
+    A ``precision`` of None measures all variants, or takes the most exact one. ``active`` is the stored report of the active version of the
+    model line: what runs it is preferred where the times do not tell candidates apart.
     """
     command = [
         "appliance", "self-test", "--data-dir", str(settings.data_dir), "--origin", str(origin), "--digest", digest,
@@ -34,6 +37,9 @@ def self_test_command(settings: Settings, origin: Path | str, digest: str, preci
         "--deadline-s", str(settings.activation_deadline_s), "--measuring-s", str(settings.tune_measuring_s),
     ]  # fmt: skip
     command += ["--tune"] if settings.tune_at_activation else []
+    choice = SelfTestReport.from_json(active).choice or {}
+    if choice.get("runtime") and choice.get("precision"):
+        command += ["--established", f"{choice['runtime']}:{choice['precision']}"]
     command += ["--triton-url", settings.triton_url] if settings.triton_url else []
     return [*command, "--precision", precision] if precision else command
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from appliance.core.domain import Note
 from appliance.core.errors import InferenceError
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 SAME_TIME: Final = 1.03
 # A batch must reduce the time per image to this ratio to be worth waiting for more images.
 BATCH_GAIN: Final = 0.95
+Established: TypeAlias = tuple[str, str]
+"""Runtime and precision of the candidate that ran this model line on this box before."""
+
 EXACTNESS: Final = ("fp32", "fp16", "mixed", "int8")
 
 
@@ -150,8 +153,11 @@ def exactness(precision: str) -> int:
     return EXACTNESS.index(precision) if precision in EXACTNESS else len(EXACTNESS)
 
 
-def select(rows: Sequence[CandidateResult]) -> tuple[CandidateResult, ...]:
+def select(rows: Sequence[CandidateResult], established: Established | None = None, *, keeps: bool = False) -> tuple[CandidateResult, ...]:
     """Choose the fastest correct candidate, and record for every other one why it was not chosen.
+
+    ``established`` (runtime, precision) is preferred to a more exact candidate within 3 % of the fastest. With ``keeps`` the times decide
+    nothing, because they were not stable: the established candidate is chosen, else the baseline, else the most exact one.
 
     Candidates with batch size 1 are compared first: the most exact of those within 3 % of the fastest is chosen. Then a larger batch of
     the same candidate is chosen if it makes a single image no slower and reduces the time per image by at least 5 % and by more than the
@@ -164,10 +170,25 @@ def select(rows: Sequence[CandidateResult]) -> tuple[CandidateResult, ...]:
     if not single:
         return tuple(rows)
     fastest = min(_ms(row) for row in single)
-    near = [row for row in single if _ms(row) <= SAME_TIME * fastest]
-    base = min(near, key=lambda row: (exactness(row.candidate.precision), _ms(row)))
+    near = single if keeps else [row for row in single if _ms(row) <= SAME_TIME * fastest]
+    base = min(near, key=lambda row: _preference(row, established, keeps=keeps))
+    if keeps:
+        return tuple(_judge_kept(row, base) if _measured(row) else row for row in rows)
     chosen = _best_batch(base, rows, fastest)
     return tuple(_judge(row, chosen, base, fastest) if _measured(row) else row for row in rows)
+
+
+def _preference(row: CandidateResult, established: Established | None, *, keeps: bool) -> tuple[bool, bool, int, float]:
+    """Return the rank of a candidate among those that the times do not tell apart; the least is chosen."""
+    candidate = row.candidate
+    is_other_runtime = keeps and (candidate.runtime, candidate.provider) != ("onnxruntime", CPU)
+    return (candidate.runtime, candidate.precision) != established, is_other_runtime, exactness(candidate.precision), _ms(row)
+
+
+def _judge_kept(row: CandidateResult, base: CandidateResult) -> CandidateResult:
+    if row is base:
+        return replace(row, state=CandidateState.CHOSEN, code="tune.kept")
+    return replace(row, code="tune.not_stable", detail=f"{_ms(row) / _ms(base):.2f}")
 
 
 def _measured(row: CandidateResult) -> bool:

@@ -23,7 +23,7 @@ from appliance.runtime.candidate import Candidate
 from appliance.tuning.batch_check import BatchCheck, repeats
 from appliance.tuning.budget import Budget, Limits
 from appliance.tuning.measurement import BATCHES, DEADLINE, NO_TIME, Measurement, Subject, runs_on_cpu
-from appliance.tuning.selection import SAME_TIME, CandidateResult, Selection, exactness, select
+from appliance.tuning.selection import SAME_TIME, CandidateResult, Established, Selection, exactness, select
 
 if TYPE_CHECKING:
     from appliance.runtime.availability import Availability
@@ -34,7 +34,10 @@ _EXCLUDE_RATIO: Final = 1.5
 _FIRST_TIMINGS: Final = 7
 _FIRST_MS: Final = 150.0  # a large model takes a second: seven inferences per candidate would leave no time for the last candidates
 _SLOW_MS: Final = 1000.0  # one inference this long is precise enough, and a second one would take the time of other candidates
-_ROUNDS: Final = 15
+# The comparison goes on, in blocks of rounds, until the same candidate was the fastest in so many blocks one after the other.
+_BLOCK_ROUNDS: Final = 5
+_STABLE_BLOCKS: Final = 3
+_MAX_BLOCKS: Final = 9
 _MAX_OPEN: Final = 6
 _RUNS_OF_A_BATCH: Final = 4  # full, nearly full, the warm-up, and its images alone
 
@@ -45,11 +48,13 @@ OnProgress = Callable[[ActivationState, float], None]
 def tune(
     subject: Subject, *, threads: int = 0, runtimes: Sequence[Availability] | None = None, cache: Path | None = None,
     limits: Limits | None = None, on_progress: OnProgress | None = None, is_fixed_by_user: bool = False,
+    established: Established | None = None,
 ) -> Selection:  # fmt: skip
     """Measure every candidate of this box for a model and choose the fastest correct one.
 
     ``threads`` are those of one inference: when 0, all cores, half of them and one are tried. ``runtimes`` are queried when None, and
     ``cache`` is the directory of engines and timing caches. ``is_fixed_by_user``: a person fixed the precision, which is then the reason.
+    ``established`` is preferred where the times do not differ by more than noise.
 
     Raises:
         InferenceError: no candidate is correct; code and detail are those of the first candidate, the most exact variant.
@@ -57,22 +62,24 @@ def tune(
     from appliance.runtime.availability import available
 
     limits = limits or Limits()
-    tuner = _Tuner(subject, threads, cache, limits, on_progress or (lambda _phase, _part: None))
+    tuner = _Tuner(subject, threads, cache, limits, on_progress or (lambda _phase, _part: None), established)
     try:
         rows = tuner.run(available() if runtimes is None else runtimes)
         chosen = next((row for row in rows if row.state == CandidateState.CHOSEN), None)
         if chosen is None:
             raise _no_correct_candidate(rows)
         entry = tuner.entries[chosen.candidate]
-        return Selection(chosen.candidate, _reason(rows, chosen, is_fixed_by_user), rows, entry.details, entry.differences)
+        return Selection(chosen.candidate, _reason(rows, chosen, is_fixed_by_user, tuner.is_stable), rows, entry.details, entry.differences)
     finally:
         tuner.close()
 
 
-def _reason(rows: Sequence[CandidateResult], chosen: CandidateResult, is_fixed_by_user: bool) -> Note:
+def _reason(rows: Sequence[CandidateResult], chosen: CandidateResult, is_fixed_by_user: bool, is_stable: bool) -> Note:
     """Return why the candidate was chosen; an incomplete table has a reason of its own."""
     if is_fixed_by_user:
         return Note(FIXED_BY_USER, chosen.candidate.precision)
+    if not is_stable:
+        return Note("choice.unstable", f"{_MAX_BLOCKS} blocks of {_BLOCK_ROUNDS} rounds")
     missing = sum(row.code == NO_TIME for row in rows)
     return Note("choice.measured_part", f"{missing} of {len(rows)} not measured") if missing else Note("choice.measured", chosen.detail)
 
@@ -87,11 +94,20 @@ def _no_correct_candidate(rows: Sequence[CandidateResult]) -> InferenceError:
 
 
 class _Tuner:
-    """One measurement, with the processes that it has open."""
+    """One measurement, with the processes that it has open.
 
-    def __init__(self, subject: Subject, threads: int, cache: Path | None, limits: Limits, on_progress: OnProgress) -> None:
+    Attributes:
+        entries: every candidate that was tried.
+        is_stable: whether the blocks of rounds agreed on the fastest candidate, as far as there was time for them.
+    """
+
+    def __init__(
+        self, subject: Subject, threads: int, cache: Path | None, limits: Limits, on_progress: OnProgress,
+        established: Established | None,
+    ) -> None:  # fmt: skip
         self._subject, self._threads, self._cache, self._on_progress = subject, threads, cache, on_progress
-        self._budget = Budget(limits)
+        self._budget, self._established = Budget(limits), established
+        self.is_stable = True
         self._sample = subject.cases[0].tensor
         self.entries: dict[Candidate, Measurement] = {}
         self._excluded: list[CandidateResult] = []
@@ -114,7 +130,8 @@ class _Tuner:
         self._on_progress(ActivationState.SELF_TEST, 0.7)
         self._measure_batches()
         self._on_progress(ActivationState.SELF_TEST, 1.0)
-        return select([*(entry.result() for entry in self.entries.values()), *self._excluded])
+        rows = [*(entry.result() for entry in self.entries.values()), *self._excluded]
+        return select(rows, self._established, keeps=not self.is_stable)
 
     def _report_building(self, index: int, count: int, part: float) -> None:
         self._on_progress(ActivationState.BUILDING, (index + part) / count)
@@ -252,21 +269,53 @@ class _Tuner:
             self._time_rounds(self._open())
 
     def _time_rounds(self, entries: Sequence[Measurement]) -> None:
-        """Time these in turns while there is measuring time; the order changes from round to round."""
+        """Time these in turns while there is measuring time, until the fastest is the same in several blocks of rounds.
+
+        The order changes from round to round. The times of the last blocks count: those of a time when other work slowed one candidate
+        are dropped.
+        """
         if self._budget.is_measuring_over():
             return
         for entry in entries:
             entry.medians = []
-        for number in range(_ROUNDS):
-            first = number % max(1, len(entries))
-            for entry in [*entries[first:], *entries[:first]]:
-                if self._budget.is_measuring_over():
+        leader, agreed = self._established_entry(entries), 0
+        for block in range(_MAX_BLOCKS):
+            for number in range(block * _BLOCK_ROUNDS, (block + 1) * _BLOCK_ROUNDS):
+                if not self._time_round(entries, number):
                     self._discard_partial_round(entries)
                     return
-                times = self._time_or_fail(entry, repeats(entry.first_ms)) if entry.is_open else []
-                if times:
-                    entry.medians.append(statistics.median(times))
-                    entry.worst_ms = max(entry.worst_ms, *times)
+            fastest = self._leader_of_block(entries, leader)
+            leader, agreed = fastest, agreed + 1 if fastest is leader and block else 1
+            if agreed >= _STABLE_BLOCKS or fastest is None:
+                break
+        self.is_stable = agreed >= _STABLE_BLOCKS or leader is None
+        for entry in entries:
+            entry.medians = entry.medians[-_STABLE_BLOCKS * _BLOCK_ROUNDS :]
+
+    def _time_round(self, entries: Sequence[Measurement], number: int) -> bool:
+        """Time each once; returns False when the measuring time is over."""
+        first = number % max(1, len(entries))
+        for entry in [*entries[first:], *entries[:first]]:
+            if self._budget.is_measuring_over():
+                return False
+            times = self._time_or_fail(entry, repeats(entry.first_ms)) if entry.is_open else []
+            if times:
+                entry.medians.append(statistics.median(times))
+                entry.worst_ms = max(entry.worst_ms, *times)
+        return True
+
+    def _established_entry(self, entries: Sequence[Measurement]) -> Measurement | None:
+        matching = (entry for entry in entries if (entry.row.candidate.runtime, entry.row.candidate.precision) == self._established)
+        return next(matching, None)
+
+    @staticmethod
+    def _leader_of_block(entries: Sequence[Measurement], leader: Measurement | None) -> Measurement | None:
+        """Return the fastest of the last block; the leader so far stays the leader within 3 % of it."""
+        times = {entry: statistics.median(entry.medians[-_BLOCK_ROUNDS:]) for entry in entries if entry.is_open and entry.medians}
+        fastest = min(times, key=lambda entry: times[entry], default=None)
+        if fastest is not None and leader in times and times[leader] <= SAME_TIME * times[fastest]:
+            return leader
+        return fastest
 
     @staticmethod
     def _discard_partial_round(entries: Sequence[Measurement]) -> None:

@@ -229,7 +229,7 @@ def subject(directory: Path, files: Sequence[str], *, values: Sequence[float] = 
             f"case-{value}",
             tensor,
             lambda infer: float(np.max(np.abs(infer(tensor)["cam"] - value))),
-            dict.fromkeys(("fp32", "fp16"), 0.01),
+            dict.fromkeys(("fp32", "fp16", "int8"), 0.01),
         )
 
     variants = [Variant(file.split("-")[0].split(".")[0], file) for file in files]
