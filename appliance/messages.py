@@ -210,6 +210,10 @@ _CODES: Final[Mapping[str, Message]] = {
         "The image was turned or mirrored as its header says, for the analysis and on this page",
         "Check that it is upright and that left and right are correct.",
     ),
+    "caution.orientation_reversed": Message(
+        "The header says that the film lies on its side, but on the wrong one; it was turned upright by the picture",
+        "Check that it is upright and that left and right are correct; tell the technician about the sender.",
+    ),
     "caution.turned_by_person": Message("A person had the image turned before the analysis", "Check that it is upright and not mirrored."),
     "caution.inverted_by_person": Message(
         "A person had dark and bright of the image exchanged before the analysis", "Check that the lungs are dark and the bones bright."

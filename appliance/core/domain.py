@@ -338,7 +338,10 @@ class Job:
 
 @dataclass(frozen=True)
 class JobResult:
-    """The result of a job: the state of the image and its reason, findings, what ran, and the duration of each part in ms."""
+    """The result of a job: the state of the image and its reason, findings, what ran, and the duration of each part in ms.
+
+    ``correction`` is stored with the image where nobody has decided one.
+    """
 
     state: ScanState
     reason: Note | None = None
@@ -347,6 +350,7 @@ class JobResult:
     timing_ms: dict[str, float] = field(default_factory=dict)
     runtime: dict[str, Any] = field(default_factory=dict)
     volume: VolumeResult | None = None
+    correction: Correction = NOTHING_DECIDED
 
 
 def utc_now() -> str:

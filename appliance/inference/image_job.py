@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from appliance.core.applicable_accuracy import accuracy_for
+from appliance.core.correction import NOTHING_DECIDED, OTHER_QUARTER_TURN
 from appliance.core.domain import Finding, Job, JobResult, Note, ScanState
 from appliance.core.errors import InferenceError, PixelError
 from appliance.imaging.body_mask import body_mask
 from appliance.imaging.dicom_files import PARSE_ERRORS, read_dataset
+from appliance.imaging.orientation import orientation_of
 from appliance.imaging.pixels import decode_frame
 from appliance.imaging.postprocessing import ScoredLabel, classify
 from appliance.imaging.preprocessing import PreparedInput, QualityVerdict, check_quality, to_tensor
+from appliance.runtime.input_check import UPSIDE_DOWN
 from appliance.store.store import Store
 
 if TYPE_CHECKING:
@@ -91,6 +94,10 @@ def prepare_image(store: Store, job: Job, spec: InputSpec, timer: Timer, checker
             verdict = check_quality(prepared.display)
         with timer.part("input_check"):
             doubt = checker.doubt(prepared.display, prepared.aspect) if checker and verdict.ok else None
+            if checker and doubt == UPSIDE_DOWN and job.correction == NOTHING_DECIDED and orientation_of(dataset).transpose:
+                other = to_tensor(dataset, spec, pixels=frame, correction=OTHER_QUARTER_TURN)
+                if checker.doubt(other.display, other.aspect) is None:
+                    job, prepared, doubt = replace(job, correction=OTHER_QUARTER_TURN), other, None
     except PixelError as error:
         return JobResult(ScanState.NOT_ANALYSED, Note(error.code, error.detail), timing_ms=timer.ms)
     except MemoryError as error:
@@ -100,7 +107,7 @@ def prepare_image(store: Store, job: Job, spec: InputSpec, timer: Timer, checker
     rejection = _rejection(verdict, doubt, job)
     if rejection is not None:
         return JobResult(ScanState.QUALITY_REJECTED, rejection, timing_ms=timer.ms)
-    return PreparedImage(job, prepared, timer, _decisions(job, doubt))
+    return PreparedImage(job, prepared, timer, _corrections(job, doubt))
 
 
 def _rejection(verdict: QualityVerdict, doubt: Note | None, job: Job) -> Note | None:
@@ -110,9 +117,11 @@ def _rejection(verdict: QualityVerdict, doubt: Note | None, job: Job) -> Note | 
     return None if job.correction.is_confirmed else doubt
 
 
-def _decisions(job: Job, doubt: Note | None) -> tuple[Note, ...]:
-    """What a person decided about the image, as cautions of its result."""
+def _corrections(job: Job, doubt: Note | None) -> tuple[Note, ...]:
+    """How the image was corrected, and who decided that, as cautions of its result."""
     correction = job.correction
+    if correction == OTHER_QUARTER_TURN:
+        return (Note("caution.orientation_reversed"),)
     notes = [Note("caution.turned_by_person", str(correction.degrees))] if correction.degrees else []
     notes += [Note("caution.inverted_by_person")] if correction.inverts else []
     return (*notes, Note("caution.input_doubted")) if correction.is_confirmed and doubt is not None else tuple(notes)
@@ -127,7 +136,15 @@ def build_result(
         findings = tuple(_finding(model, run, label, image.job.patient_age_years) for label in scored)
         notes = tuple(_OUTSIDE for label in scored if label.positive and label.localisation and label.localisation.outside_body)[:1]
     run = run | ({"together": batch_size} if batch_size > 1 else {})
-    return JobResult(ScanState.AI_READY, None, findings, (*image.prepared.notes, *image.cautions, *notes), image.timer.ms, run)
+    return JobResult(
+        ScanState.AI_READY,
+        None,
+        findings,
+        (*image.prepared.notes, *image.cautions, *notes),
+        image.timer.ms,
+        run,
+        correction=image.job.correction,
+    )
 
 
 def _finding(model: ModelSession, run: dict[str, Any], scored: ScoredLabel, age_years: float | None) -> Finding:

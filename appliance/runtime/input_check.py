@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
     from model_sync.bundle import InputCheck, InputClass, ModelBundle
 
+UPSIDE_DOWN: Final = Note("quality.turned", "180")
 # The reason of an image that is stopped, by the most probable class.
 REASONS: Final[dict[InputClass, Note]] = {
     "turned_90": Note("quality.turned", "90"),
-    "turned_180": Note("quality.turned", "180"),
+    "turned_180": UPSIDE_DOWN,
     "turned_270": Note("quality.turned", "270"),
     "negative": Note("quality.negative"),
     "other": Note("quality.other_image"),

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import Final
 
-from appliance.core.correction import Correction
+from appliance.core.correction import NOTHING_DECIDED, Correction
 from appliance.core.domain import (
     ANALYSED_STATES,
     PENDING_STATES,
@@ -239,6 +239,9 @@ class JobQueue:
             )
             for finding in result.findings:
                 self._insert_finding(tx, job, finding)
+            if result.correction != NOTHING_DECIDED:
+                text = result.correction.to_text()
+                tx.execute("UPDATE instances SET correction = ? WHERE id = ? AND correction = ''", (text, job.instance_id))
             if result.volume is not None:
                 series_jobs.save_result(tx, job, result.volume)
             Database.audit(

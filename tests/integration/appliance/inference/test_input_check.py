@@ -94,6 +94,23 @@ def test_a_header_that_turns_wrongly_is_stopped_and_the_correction_comes_on_top(
     assert upright.state is ScanState.AI_READY
 
 
+@pytest.mark.parametrize(("turns", "directions"), [(1, ["F", "R"]), (3, ["H", "L"])])
+def test_a_header_that_names_the_other_side_is_turned_by_the_picture(
+    store: Store, tmp_path: Path, turns: int, directions: list[str]
+) -> None:
+    """The film lies on its side as the header says, but on the other one: the correct values are H\\L and F\\R."""
+    worker = working(store, tmp_path)
+    upright = analyse(store, worker, take(store, encode(film(seed=6))))
+    reversed_header = film(turns=turns, seed=6, PatientOrientation=directions)
+    analysed = analyse(store, worker, take(store, encode(reversed_header)))
+    assert analysed.state is ScanState.AI_READY
+    assert analysed.findings[0].score == pytest.approx(upright.findings[0].score, abs=1e-5)
+    assert Note("caution.orientation_reversed") in analysed.jobs[0].notes
+    assert analysed.correction.to_text() == "header_reversed"
+    x, y = upright.findings[0].peak or (0.0, 0.0)
+    assert analysed.findings[0].peak == pytest.approx((256 - y, x) if turns == 1 else (y, 256 - x), abs=1)
+
+
 def test_an_image_can_be_analysed_as_it_is_with_a_caution(store: Store, tmp_path: Path) -> None:
     worker = working(store, tmp_path)
     stopped = analyse(store, worker, take(store, encode(film(turns=2))))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appliance.core.correction import NOTHING_DECIDED, Correction
+from appliance.core.correction import NOTHING_DECIDED, OTHER_QUARTER_TURN, Correction
 
 
 @given(st.sampled_from([0, 90, 180, 270]), st.booleans())
@@ -29,6 +29,12 @@ def test_anything_else_is_refused(text: str) -> None:
     except ValueError:
         return
     assert correction.to_text() == text
+
+
+def test_the_correction_of_the_box_is_no_decision_of_a_person() -> None:
+    assert Correction.parse(OTHER_QUARTER_TURN.to_text()) == OTHER_QUARTER_TURN
+    assert not OTHER_QUARTER_TURN.is_confirmed
+    assert Correction(180, False, True).to_text() == "turn_180"
 
 
 def test_a_correction_of_a_newer_version_is_refused() -> None:
