@@ -132,7 +132,7 @@ def _add_headers(response: Response) -> Response:
     response.headers.setdefault("Cross-Origin-Resource-Policy", "same-origin")
     response.headers.setdefault("Permissions-Policy", "camera=(), microphone=(), geolocation=()")
     if request.endpoint == "image_api.frame" and response.headers.get("ETag"):
-        # Pixels without a name may stay, so that a film is not sent again; the browser asks before each use, with its session (ADR 0036).
+        # Pixels without a name may stay, so that a film is not sent again; the browser asks before each use, with its session (ADR 0033).
         response.headers["Cache-Control"] = "private, no-cache"
     elif request.endpoint != "static":
         # Several people use one PC: no patient data may stay in its cache.
