@@ -5,7 +5,8 @@ package's ``locale/zh_CN/LC_MESSAGES/messages.po``, which is read at the first C
 text per code). Texts never contain patient data.
 
 The codes of this module are those that the box, its sync agent and the central library share, because reports carry them;
-:mod:`model_sync.messages_central` has those that only the central programs use.
+those of the agent's commands are in :mod:`model_sync.messages_agent`, and :mod:`model_sync.messages_central` has those that only the central
+programs use.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
 from typing import Final, Literal, NamedTuple, TypeAlias
+
+from model_sync.messages_agent import WORDS
 
 Language: TypeAlias = Literal["zh", "en"]
 LANGUAGES: Final[tuple[Language, ...]] = ("zh", "en")
@@ -363,83 +366,5 @@ _GATE: Final[Mapping[str, Message]] = {
     "gate.figures": Message("The manifest states another accuracy than the one that was measured", _REMADE),
     "gate.input": Message("The accuracy was measured with another input pipeline or other labels", _REMADE),
 }
-# What `model-sync` prints besides.
-_WORDS: Final[Mapping[str, Message]] = {
-    "word.error": Message("error: {what}"),
-    "word.hint": Message("hint: {hint}"),
-    "status.box": Message("Box"),
-    "status.ring": Message("ring"),
-    "status.state": Message("State"),
-    "status.since": Message("since"),
-    "status.last_look": Message("Last poll"),
-    "status.last_success": Message("Last success"),
-    "status.never": Message("never"),
-    "status.received": Message("Bytes received"),
-    "status.line": Message("Model line"),
-    "status.runs": Message("runs"),
-    "status.wanted": Message("wanted"),
-    "status.nothing": Message("nothing"),
-    "status.unknown": Message("unknown (the box has not reported)"),
-    "status.progress": Message("Download"),
-    "status.wrong": Message("Problem"),
-    "status.detail": Message("Detail"),
-    "status.do": Message("What to do"),
-    "status.clock": Message("Clock"),
-    "status.clock_floor": Message("at least"),
-    "status.clock_server": Message("server"),
-    "status.note": Message("Note"),
-    "status.retry": Message("Trying again"),
-    "status.last_problem": Message("Last problem"),
-    "status.working": Message("Working process"),
-    "status.failed": Message("Failed version"),
-    "status.centre": Message("Central server"),
-    "status.centre_ok": Message("it accepted the last request of this box ({at})"),
-    "status.works": Message("is in use on this box"),
-    "status.on_trial": Message("is in use on this box, in its trial"),
-    "status.failed_here": Message("failed on this box and is not tried again: {why}"),
-    "status.interrupted": Message("a download was interrupted; the next pull continues it"),
-    "status.retrying": Message("the network does not answer; the agent tries again (the model in use keeps working)"),
-    "status.no_status": Message("it has never run: run `model-sync pull`"),
-    "state.ok": Message("well"),
-    "state.unreachable": Message("the library cannot be reached (the model in use keeps working)"),
-    "state.outdated": Message("outdated: the last USB stick is too old; bring a newer one (the model in use keeps working)"),
-    "state.untrusted": Message("the library cannot be trusted (the model in use keeps working; act now)"),
-    "state.waiting": Message("waiting"),
-    "state.downloading": Message("downloading"),
-    "state.error": Message("something is wrong with this box"),
-    "decision.ready": Message("received; the box activates it after its self-test"),
-    "decision.paused": Message("the rollout is paused"),
-    "decision.not_chosen": Message("this box is not part of the rollout"),
-    "decision.not_yet": Message("the turn of this box has not come yet"),
-    "decision.waiting": Message("waits for its download window or its data budget"),
-    "decision.refused": Message("refused"),
-    "decision.withdrawn": Message("withdrawn by the central team, which will name another version"),
-    "decision.below_minimum": Message("below the minimum and not taken, but not switched off where it runs; another will be named"),
-    "decision.expired": Message("its signatures have expired; the central team has to sign again"),
-    "decision.ended": Message("ended by the library; the model in use keeps working"),
-    "decision.unknown": Message("not in the library"),
-    "decision.absent": Message("not on this USB stick"),
-    "decision.unreachable": Message("not complete yet; it continues by itself"),
-    "decision.error": Message("stopped by a fault of this box"),
-    "decision.none": Message("no rollout names it"),
-    "pull.asking": Message("asking the library at {hosts}"),
-    "pull.again": Message("{message} [{code}]; trying again in {pause:.1f} s"),
-    "pull.unreachable": Message("Unreachable is not untrusted: the model in use keeps working, and what was received is kept."),
-    "pull.then": Message("The service (`model-sync run`) tries again by itself; or run `model-sync pull` again."),
-    "report.no_server": Message(
-        "nothing was sent: no report_url is set in sync.toml. If the central team gave you its address, set it and run `model-sync enrol`."
-    ),
-    "report.not_enrolled": Message(
-        "nothing was sent: this box is not enrolled. Get a token from the central team, and run `model-sync enrol --token-file FILE`."
-    ),
-    "stick.taken": Message("taken from the USB stick and ready for the box: {what}"),
-    "stick.same": Message("nothing newer is on the USB stick: this box already has {what}"),
-    "stick.no_rollout": Message(
-        "nothing was taken: no rollout on the USB stick names a model for the ring {what}; compare `ring` in sync.toml with the central team's"
-    ),
-    "stick.nothing": Message("nothing was taken from the USB stick; the reason is above"),
-    "word.interrupted": Message("stopped; what was received is kept"),
-    "word.no_path": Message("no such file or folder: {paths}"),
-}
 # fmt: on
-register("model_sync", {**REPORTED, **_AGENT, **_GATE, **_WORDS})
+register("model_sync", {**REPORTED, **_AGENT, **_GATE, **{code: Message(words) for code, words in WORDS.items()}})
