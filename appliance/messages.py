@@ -120,6 +120,7 @@ _CODES: Final[Mapping[str, Message]] = {
         "The times did not agree on the fastest candidate: what ran before stays, else the baseline",
         "Other work slows this box. Run `appliance tune` when it is idle.",
     ),
+    "tune.busy": Message("Other work was going on while it was measured", "Run `appliance tune` when this box is idle."),
     "tune.kept": Message("Correct, and kept: the times did not agree on the fastest", _NOTHING),
     "tune.not_stable": Message("Correct, but its times were not stable", _NOTHING),
     "tune.fastest": Message("Correct, and the fastest", _NOTHING),

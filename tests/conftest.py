@@ -48,8 +48,8 @@ def shared() -> Path:
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     """Settings of a fresh box in a folder of its own, on ports the kernel chooses; nothing is measured when a model is put to work."""
-    given = {"data_dir": tmp_path / "box", "web_port": 0, "dicom_port": 0, "disk_reserve_bytes": 0, "tune_at_activation": False}
-    return Settings.parse(given)
+    given = {"data_dir": tmp_path / "box", "web_port": 0, "dicom_port": 0, "disk_reserve_bytes": 0}
+    return Settings.parse(given | {"tune_at_activation": False, "tune_idle_wait_s": 0})
 
 
 @pytest.fixture

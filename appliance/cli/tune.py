@@ -69,7 +69,7 @@ def _measure(store: Store, name: str | None) -> None:
 
 def _as_json(row: sqlite3.Row) -> dict[str, Any]:
     report = SelfTestReport.from_json(row["self_test"]).to_json()
-    names = ("choice", "reason", "runs", "fallback", "table", "median_ms", "tuned_at", "profile")
+    names = ("choice", "reason", "runs", "fallback", "busy", "table", "median_ms", "tuned_at", "profile")
     return {"line": row["name"], "version": row["version"], "digest": row["digest"]} | {name: report.get(name) for name in names}
 
 
@@ -89,6 +89,9 @@ def _print(row: sqlite3.Row) -> None:
     if missing := sum(item["code"] == "tune.no_time" for item in report.table):
         print(say("WARNING: incomplete, {missing} of {total} rows were not measured", missing=missing, total=len(report.table)))
         print(hint_line("tune.no_time"))
+    if busy := RuntimeStatus.of(row["self_test"]).busy:
+        print(say("WARNING: {what}", what=explain(busy.code, busy.detail)))
+        print(hint_line(busy.code))
     head = (
         "", say("runtime"), say("on"), say("precision"), say("threads"), say("batch"), say("ms"), say("ms/image"), say("difference"),
         say("layers ran in"), say("verdict"),

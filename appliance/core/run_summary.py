@@ -80,6 +80,7 @@ class RuntimeStatus:
         stopped: why nothing can run the model.
         tuned_at: when it was measured.
         profile: of the device it was measured on.
+        busy: that other work slowed the measurement.
     """
 
     reason: Note | None
@@ -92,6 +93,7 @@ class RuntimeStatus:
     stopped: Note | None
     tuned_at: str
     profile: str
+    busy: Note | None = None
 
     @classmethod
     def of(cls, self_test: str | None) -> RuntimeStatus:
@@ -114,6 +116,7 @@ class RuntimeStatus:
             stopped=why if now is None else None,
             tuned_at=str(report.get("tuned_at", "")),
             profile=str(report.get("profile", "")),
+            busy=_note(report.get("busy")),
         )
 
 

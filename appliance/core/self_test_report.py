@@ -16,7 +16,7 @@ FIXED_BY_USER: Final = "choice.by_hand"
 NOT_MEASURED: Final = "choice.untuned"
 # A faster model is compared as if it took this long: a busy box turns tenths of a millisecond into several.
 LATENCY_FLOOR_MS: Final = 20.0
-_OPTIONAL: Final = ("fallback", "runs", "watch_ms")
+_OPTIONAL: Final = ("busy", "fallback", "runs", "watch_ms")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class SelfTestReport:
         tuned_at: time of the measurement (UTC).
         profile: the device that it was measured on.
         hub: address of the remote runtime that was configured; empty when none was.
+        busy: the coded reason ``tune.busy`` when other work went on while it was measured; None when not.
         fallback: why the baseline runs instead of the choice, with ``at``; written by the worker.
         runs: what runs now and since when; written by the worker.
         watch_ms: time of an inference that the trial allows in place of ``median_ms``, after a fallback; written by the worker.
@@ -57,6 +58,7 @@ class SelfTestReport:
     tuned_at: str = ""
     profile: str = ""
     hub: str = ""
+    busy: Mapping[str, Any] | None = None
     fallback: Mapping[str, Any] | None = None
     runs: Mapping[str, Any] | None = None
     watch_ms: float | None = None
@@ -95,7 +97,7 @@ class SelfTestReport:
         value: dict[str, Any] = dict(stored) if isinstance(stored, Mapping) else {}
         known = {item.name: value[item.name] for item in fields(cls) if value.get(item.name) is not None}
         reason, table = value.get("reason"), value.get("table")
-        for name in ("details", "max_difference", "choice", "fallback", "runs"):
+        for name in ("details", "max_difference", "choice", "busy", "fallback", "runs"):
             if name in known and not isinstance(known[name], Mapping):
                 del known[name]
         known["reason"] = Note(str(reason.get("code", "")), str(reason.get("detail", ""))) if isinstance(reason, Mapping) else None

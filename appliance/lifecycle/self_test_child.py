@@ -37,6 +37,8 @@ _TIMINGS: Final = 5
 _REPORT_EVERY_S: Final = 0.2
 # The measurement gets this share of the deadline, so that its best result so far is used before the self-test exceeds the deadline.
 _MEASURING_SHARE: Final = 0.9
+# Waiting for an idle box gets at most this share of it.
+_WAITING_SHARE: Final = 0.1
 # The codes where every candidate exceeds the same limit; any other code means that the self-test was not passed.
 _CODES: Final = {"runtime.deadline": "activation.deadline", "runtime.memory": "activation.memory"}
 
@@ -61,6 +63,7 @@ class SelfTestRequest:
     measuring_s: float = 60.0
     triton_url: str = ""
     established: str = ""
+    idle_wait_s: float = 0.0
 
 
 def run(request: SelfTestRequest) -> int:
@@ -164,10 +167,12 @@ class _Progress:
 
 
 def _test_candidates(bundle: ModelBundle, request: SelfTestRequest, limit: float, progress: _Progress) -> SelfTestReport:
-    """Measure every candidate and take the fastest correct one."""
+    """Wait until the box is idle, within bounds; then measure every candidate and take the fastest correct one."""
     from appliance.runtime.availability import available
+    from appliance.tuning.idle_wait import wait_until_idle
     from appliance.tuning.tuner import Limits, Subject, tune
 
+    busy = wait_until_idle(min(request.idle_wait_s, _WAITING_SHARE * (limit - time.monotonic())))
     progress(ActivationState.BUILDING, 0.0)
     limits = Limits(_MEASURING_SHARE * (limit - time.monotonic()), request.measuring_s, request.memory_bytes)
     selection = tune(
@@ -181,7 +186,7 @@ def _test_candidates(bundle: ModelBundle, request: SelfTestRequest, limit: float
         precision=selection.candidate.precision, runtime=f"{details.get('runtime')} {details.get('version')}", details=dict(details),
         max_difference=dict(selection.differences), median_ms=row.median_ms, worst_ms=row.worst_ms or row.median_ms,
         load_ms=row.load_ms, peak_rss_bytes=row.peak_rss_bytes, choice=selection.candidate.to_json(), reason=selection.reason,
-        table=tuple(item.to_json() for item in selection.table),
+        table=tuple(item.to_json() for item in selection.table), busy=busy.to_json() if busy else None,
     )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ def self_test_command(
         "--threads", str(settings.worker_threads), "--memory-bytes", str(settings.process_memory_max_bytes),
         "--reserve-bytes", str(settings.disk_reserve_bytes), "--parent", str(os.getpid()), "--keep", ",".join(keep),
         "--deadline-s", str(settings.activation_deadline_s), "--measuring-s", str(settings.tune_measuring_s),
+        "--idle-wait-s", str(settings.tune_idle_wait_s),
     ]  # fmt: skip
     command += ["--tune"] if settings.tune_at_activation else []
     choice = SelfTestReport.from_json(active).choice or {}

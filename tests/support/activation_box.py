@@ -246,7 +246,7 @@ class Box:
 
 def write_settings(settings: Settings, **changes: Any) -> Settings:
     """Write the box's settings down for processes of their own."""
-    values = {"web_port": 0, "dicom_port": 0, "disk_reserve_bytes": 0, "tune_at_activation": False} | changes
+    values = {"web_port": 0, "dicom_port": 0, "disk_reserve_bytes": 0, "tune_at_activation": False, "tune_idle_wait_s": 0} | changes
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     text = "".join(f"{name} = {json.dumps(str(value) if isinstance(value, Path) else value)}\n" for name, value in values.items())
     (settings.data_dir / "box.toml").write_text(text)

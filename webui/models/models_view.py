@@ -235,13 +235,14 @@ def _tuning(line: ModelLine) -> View | None:
 def _candidate_table(running: RuntimeStatus) -> View:
     """What was measured on this box before the runtime of a model was chosen.
 
-    ``is_open``: unfolded, because something is wrong; ``incomplete``: that there was no time to measure all; ``untuned``: what to do
-    where nothing was measured.
+    ``is_open``: unfolded, because something is wrong; ``incomplete``: that there was no time to measure all; ``busy``: that other
+    work went on; ``untuned``: what to do where nothing was measured.
     """
     has_untimed = any(candidate.code == "tune.no_time" for candidate in running.table)
     return {
         "is_open": bool(running.fallback or running.other or running.stopped),
         "incomplete": note_view(Note("choice.measured_part")) if has_untimed else None,
+        "busy": note_view(running.busy),
         "untuned": reason_hint("choice.untuned"),
         "caption": gettext("Measured %(when)s", when=format_time(running.tuned_at)) if running.tuned_at else gettext("Measured"),
         "profile": running.profile,

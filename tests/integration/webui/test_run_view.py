@@ -219,6 +219,19 @@ def test_a_table_with_holes_is_called_incomplete(box: Box, language: str, words:
     assert ("data-incomplete" in said, words in text_of(said)) == (True, True)
 
 
+@pytest.mark.parametrize(
+    ("language", "words"),
+    [("en", "Other work was going on while it was measured. Run `appliance tune`"), ("zh", "测量时本机有其他任务在运行。请在本机空闲时")],
+)
+def test_a_table_measured_on_a_busy_box_says_so(box: Box, language: str, words: str) -> None:
+    report, person = measured(), box.person("tech", "technician", language)
+    store_choice(box, report)
+    assert "data-busy-measuring" not in person.open("/health")
+    store_choice(box, report | {"busy": {"code": "tune.busy", "detail": "50 % > 15 % after 180 s"}})
+    page = person.open("/health")
+    assert ("data-busy-measuring" in page, words in text_of(page)) == (True, True)
+
+
 def test_an_untuned_model_says_how_to_measure(box: Box) -> None:
     page = text_of(box.person("tech", "technician").open("/health"))
     assert "appliance tune" in page

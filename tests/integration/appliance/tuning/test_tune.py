@@ -16,14 +16,18 @@ from typing import Any
 import psutil
 import pytest
 
+from appliance.core.domain import Note
 from appliance.core.errors import ActivationError, InferenceError
+from appliance.core.self_test_report import SelfTestReport
 from appliance.core.settings import Settings
 from appliance.lifecycle.journal import Journal
 from appliance.lifecycle.model_control import activate, reference_bundle
+from appliance.lifecycle.self_test_child import SelfTestRequest, run_self_test
 from appliance.runtime import CPU, Candidate
 from appliance.runtime.availability import Availability, available
 from appliance.store.store import Store
 from appliance.store.tuning_requests import TuningRequests
+from appliance.tuning import idle_wait
 from appliance.tuning.selection import SAME_TIME, CandidateResult, Selection
 from appliance.tuning.tuner import Limits, Subject, tune
 from model_sync.bundle import ModelBundle
@@ -266,10 +270,56 @@ def test_a_table_with_holes_is_called_incomplete(settings: Settings, store: Stor
     assert (shown.returncode, words in shown.stdout) == (0, True)
 
 
+@pytest.mark.parametrize(
+    ("language", "words"),
+    [("C.UTF-8", "WARNING: Other work was going on while it was measured"), ("zh_CN.UTF-8", "测量时本机有其他任务在运行")],
+)
+def test_a_table_measured_on_a_busy_box_says_so(settings: Settings, store: Store, bundle: Path, language: str, words: str) -> None:
+    digest = activated.activate(store, bundle)
+    report = json.loads(store.model(digest)["self_test"])
+    row = CandidateResult(Candidate.from_json(report["choice"]), "chosen", "tune.fastest", median_ms=1.0).to_json()
+    report |= {"table": [row], "reason": {"code": "choice.measured", "detail": ""}}
+    for busy in (None, {"code": "tune.busy", "detail": "50 % > 15 % after 180 s"}):
+        with store.database.transaction() as tx:
+            tx.execute("UPDATE models SET self_test = ? WHERE digest = ?", (json.dumps(report | {"busy": busy}), digest))
+        shown = command(settings, "--show", language=language)
+        is_busy = busy is not None
+        assert (shown.returncode, words in shown.stdout, "50 % > 15 %" in shown.stdout) == (0, is_busy, is_busy)
+
+
+def _self_test(settings: Settings, bundle: Path, deadline_s: float) -> SelfTestReport:
+    """Run the self-test with tuning, in this process."""
+    request = SelfTestRequest(
+        settings.data_dir, bundle, ModelBundle.load(bundle).digest, None, 1, settings.process_memory_max_bytes, [], os.getpid(),
+        tune=True, deadline_s=deadline_s, measuring_s=3.0, idle_wait_s=180.0,
+    )  # fmt: skip
+    return run_self_test(request, lambda _message: None)
+
+
+def test_measuring_begins_after_the_wait_for_an_idle_box_and_says_when_there_was_none(
+    settings: Settings, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    busy = Note("tune.busy", "50 % > 15 % after 12 s")
+
+    def wait_busy(longest_s: float) -> Note | None:
+        waits.append(longest_s)
+        return busy
+
+    monkeypatch.setattr(idle_wait, "wait_until_idle", wait_busy)
+    report = _self_test(settings, bundle, 120.0)
+    assert SelfTestReport.from_json(json.dumps(report.to_json())).busy == busy.to_json()
+    assert report.is_measured
+    assert 0 < waits[0] <= 12.0  # a tenth of the deadline, which is less than the 180 s of the settings
+    monkeypatch.setattr(idle_wait, "wait_until_idle", lambda _longest_s: None)
+    assert "busy" not in _self_test(settings, bundle, 120.0).to_json()
+
+
 def test_a_precision_by_hand_is_taken_whatever_is_faster_and_one_that_is_not_there_is_said(settings: Settings, bundle: Path) -> None:
     add_variant(bundle, "int8", slow)
     settings.data_dir.mkdir(parents=True)
-    (settings.data_dir / "box.toml").write_text("disk_reserve_bytes = 0\nworker_threads = 1\ntune_measuring_s = 5.0\n")
+    values = "disk_reserve_bytes = 0\nworker_threads = 1\ntune_measuring_s = 5.0\ntune_idle_wait_s = 0\n"
+    (settings.data_dir / "box.toml").write_text(values)
     line = [sys.executable, "-m", "appliance", "models", "activate", str(bundle), "--data-dir", str(settings.data_dir), "--precision"]
     absent = subprocess.run([*line, "fp8"], capture_output=True, text=True, check=False, env=os.environ | {"LC_ALL": "C.UTF-8"})
     assert (absent.returncode, "has no fp8 variant, only int8, fp32" in absent.stderr) == (2, True)
