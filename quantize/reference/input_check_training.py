@@ -290,7 +290,7 @@ def _writings(rng: np.random.Generator, count: int = 400) -> NDArray[np.uint8]:
         draw = ImageDraw.Draw(picture)
         for _ in range(int(rng.integers(1, 5))):
             word = "".join(rng.choice(list("LRAPSITNGDE0123456789 /"), int(rng.integers(1, 10))))
-            along, edge = rng.uniform(0, 0.85), rng.choice([rng.uniform(0, 0.15), rng.uniform(0.8, 0.95)])
+            along, edge = rng.uniform(0, 0.85), float(rng.choice([rng.uniform(0, 0.15), rng.uniform(0.8, 0.95)]))
             at = (along, edge) if rng.random() < 0.5 else (edge, along)
             draw.text((at[0] * FILM_SIDE, at[1] * FILM_SIDE), word, fill=255, font=ImageFont.load_default(rng.uniform(5, 15)))
         drawn.append(np.asarray(picture))

@@ -239,7 +239,8 @@ def _words(box: Box, film: np.ndarray) -> Iterator[Row]:
 def _windows(box: Box, film: np.ndarray, score: float) -> Row:
     row = Row("invalid or useless windows, decimal commas", "near the score of the film, with a caution where one was given")
     for center, width in [*_WINDOWS, ("2048,0", "4096,0")]:
-        raw = _file(film, WindowCenter="11111", WindowWidth="22222")
+        is_inverting = isinstance(width, int) and width < 0  # such senders store high values for what is to be dark
+        raw = _file(255 - film if is_inverting else film, WindowCenter="11111", WindowWidth="22222")
         for marker, value in ((b"11111 ", center), (b"22222 ", width)):
             text = (str(value) if value == value else "NaN").encode()[:6].ljust(6)
             raw = raw.replace(marker, text)
