@@ -181,7 +181,7 @@ def _check_native(layout: Layout, data: bytes) -> None:
 
 def _check_encapsulated(ds: Dataset, syntax: UID, layout: Layout, data: bytes) -> None:
     if layout.bits_allocated == 1 or (syntax != RLELossless and layout.bits_allocated == 32):
-        raise IngestError("ingest.pixel_attributes", f"{layout.bits_allocated} bits in {syntax.name}")
+        raise IngestError("ingest.unsupported_syntax", f"{layout.bits_allocated} bits per sample in {syntax.name}")
     try:
         offsets = parse_basic_offsets(data)
         _, starts = parse_fragments(data)
