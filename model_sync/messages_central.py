@@ -190,6 +190,13 @@ WORDS: Final[Mapping[str, Message]] = {
     "fleet.column.serial": Message("Certificate serial"),
     "fleet.column.until": Message("Valid until"),
     "fleet.box.other_ring": Message("the box follows ring {ring}"),
+    "fleet.box.class": Message("Device class"),
+    "fleet.model.differs": Message("differs from its class"),
+    "fleet.differing": Message(
+        "Boxes that run a model with another runtime or precision than most boxes with the same processor and GPU: {count}. Run `appliance tune` on them while they are idle."
+    ),
+    "fleet.differing.show": Message("Show them"),
+    "fleet.filter.choice": Message("Runtime and precision"),
     "fleet.box.none_running": Message("none"),
     "fleet.box.no_failure": Message("no failure"),
     "fleet.box.facts": Message("The box"),

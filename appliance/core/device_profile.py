@@ -7,6 +7,7 @@ profile is read from files in milliseconds: no runtime library is loaded and no 
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import re
 from contextlib import suppress
@@ -23,6 +24,11 @@ _RUNTIMES: Final = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu13-bindings", "tensorrt-cu12", "tensorrt-cu12-bindings"),
     "tritonclient": ("tritonclient",),
 }
+# The instructions that inference uses, by the kernel's names for x86 and Arm.
+_FEATURES: Final = frozenset((
+    "avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "avx_vnni_int8", "avx512_bf16", "avx512_fp16", "amx_int8",
+    "amx_bf16", "amx_fp16", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2",
+))  # fmt: skip
 _CPU_INFO: Final = Path("/proc/cpuinfo")
 _BOARD: Final = Path("/proc/device-tree/model")  # the name of a Jetson
 _DRIVER: Final = Path("/proc/driver/nvidia/version")
@@ -37,6 +43,17 @@ def profile() -> str:
     driver = gpu_driver()
     runtimes = [f"{name} {installed}" for name, packages in _RUNTIMES.items() if (installed := _version(packages))]
     return "; ".join((_processor(), *gpus, *([f"driver {driver}"] if driver else []), *runtimes, f"appliance {__version__}"))
+
+
+def device_class() -> str:
+    """The identifier of boxes with the same processor, features, number of cores and GPUs: 16 hex digits.
+
+    Driver, runtimes and appliance do not count, and there is no serial number in it, so that it names a kind of box and never one.
+    """
+    features = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read(_CPU_INFO), re.MULTILINE)
+    known = sorted(_FEATURES.intersection(features[1].split())) if features else []
+    parts = (_processor(), " ".join(known), str(os.cpu_count()), *gpu_names())
+    return hashlib.sha256("; ".join(parts).encode()).hexdigest()[:16]
 
 
 def digest() -> str:

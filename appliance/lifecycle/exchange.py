@@ -23,6 +23,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 from pydantic import BaseModel, Field, StringConstraints, ValidationError
 
 from appliance import __version__
+from appliance.core import device_profile
 from appliance.core.child_process import Child
 from appliance.core.domain import JobState, ScanState, utc_now
 from appliance.core.self_test_report import SelfTestReport
@@ -174,6 +175,7 @@ def box_report(store: Store) -> dict[str, Any]:
         "schema": 1,
         "at": utc_now(),
         "appliance_version": __version__,
+        "device_class": device_profile.device_class(),
         "models": [{"line": row["name"]} | {key: row[key] for key in _MODEL_KEYS} | _running_as(row) for row in models],
         "activations": [
             {"line": row["name"]} | {key: row[key] for key in ("version", "digest", "state")}

@@ -80,6 +80,8 @@ RuntimeName: TypeAlias = Annotated[
         r"( (CPU|CUDA|Tensorrt|OpenVINO)ExecutionProvider)?)$"
     ),
 ]
+# A digest of processor, features, cores and GPUs: it names a kind of box, and has room for no text.
+DeviceClass: TypeAlias = Annotated[str, Pattern(pattern=r"^[0-9a-f]{16}$")]
 Count: TypeAlias = Annotated[int, Field(ge=0, lt=10**6)]
 Bytes: TypeAlias = Annotated[int, Field(ge=0, lt=2**53)]
 # Rounded down: the last digits are not needed, and could carry other information.
@@ -134,7 +136,10 @@ class Health(Allowed):
 
 
 class BoxReport(Allowed):
-    """``exchange/box-report.json``, written by the appliance; ``unlisted`` counts what the agent left out."""
+    """``exchange/box-report.json``, written by the appliance; ``unlisted`` counts what the agent left out.
+
+    ``device_class`` is the same for boxes with the same processor and GPUs; None of an appliance that does not report it.
+    """
 
     schema_: Annotated[Literal[1], Field(alias="schema")]
     at: Instant
@@ -143,6 +148,7 @@ class BoxReport(Allowed):
     activations: Annotated[list[ActivationReport], Field(max_length=64)]
     health: Health
     unlisted: Count = 0
+    device_class: DeviceClass | None = None
 
     @classmethod
     def parse(cls, raw: bytes) -> BoxReport:

@@ -217,7 +217,8 @@ class Fleet:
         }  # fmt: skip
         if report.box is not None:
             reported = sorted(report.box.activations, key=lambda item: item.at)
-            values |= {"appliance_version": report.box.appliance_version} | _newest_failure(reported)
+            values |= {"appliance_version": report.box.appliance_version, "device_class": report.box.device_class or ""}
+            values |= _newest_failure(reported)
             self._store_models(tx, report)
             self._store_activations(tx, report.box_id, reported, clock_offset_s)
             self._reconcile_running(

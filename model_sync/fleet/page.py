@@ -22,6 +22,7 @@ from model_sync.fleet import views as fleet_views
 from model_sync.fleet.accounts import Accounts
 from model_sync.fleet.api import client_address
 from model_sync.fleet.database import RUNNING, Fleet
+from model_sync.fleet.device_classes import differing_boxes
 from model_sync.fleet.event_log import LATEST, PAGE_ENTRIES, EventLog, LogPage
 from model_sync.fleet.pause import ExpectedRollout
 from model_sync.fleet.rollout_pause_policy import SERVER
@@ -124,12 +125,13 @@ def fleet() -> ResponseReturnValue:
     except ModelSyncError:
         broken = True
     filters = _filters()
-    rows = fleet_views.list_boxes(store, filters, _page_number())
+    differing = differing_boxes(store)
+    rows = fleet_views.list_boxes(store, filters, _page_number(), differing.keys())
     return render_template(
         "fleet.html",
         counts=fleet_views.counts(store), states=fleet_views.STATES, rings=fleet_views.rings(store),
         rollouts=cards, serial=published.serial,
-        broken=broken, versions=_versions(store, published), filters=filters, rows=rows,
+        broken=broken, versions=_versions(store, published), filters=filters, rows=rows, differing=differing,
         log=_read_log(1, LATEST)[0], expiring=_log().expiring(), can_sign=_rollouts().can_sign,
     )  # fmt: skip
 
@@ -158,7 +160,7 @@ def box(box_id: str) -> ResponseReturnValue:
     if values is None:
         abort(404)
     report = json.loads(values["box"]["report"]) if values["box"]["report"] else None
-    return render_template("box.html", report=report, **values)
+    return render_template("box.html", report=report, differs=differing_boxes(_fleet()).get(box_id, frozenset()), **values)
 
 
 @blueprint.post("/fleet/pause")
@@ -293,7 +295,7 @@ def _versions(store: Fleet, published: PublishedRollouts) -> list[dict[str, Any]
 
 
 def _filters() -> fleet_views.Filters:
-    values = {name: _asked(name) for name in ("ring", "state", "name")}
+    values = {name: _asked(name) for name in ("ring", "state", "name", "differs")}
     line, _, version = _asked("version", 130).partition("@")
     return fleet_views.Filters(line=line, version=version, **values)
 

@@ -27,9 +27,12 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import ArgumentError
 
-SCHEMA: Final = 2
+SCHEMA: Final = 3
 # The statements that bring an older database to each schema.
-MIGRATIONS: Final = {2: ("ALTER TABLE actions ADD COLUMN note VARCHAR(300) NOT NULL DEFAULT ''",)}
+MIGRATIONS: Final = {
+    2: ("ALTER TABLE actions ADD COLUMN note VARCHAR(300) NOT NULL DEFAULT ''",),
+    3: ("ALTER TABLE boxes ADD COLUMN device_class VARCHAR(16) NOT NULL DEFAULT ''",),
+}
 NOTE_CHARS: Final = 300
 _BUSY_S: Final = 20
 
@@ -61,6 +64,7 @@ boxes: Final = Table(
     Column("sync_code", String(64), nullable=False, server_default=""),
     Column("sync_since", BigInteger),
     Column("appliance_version", String(40), nullable=False, server_default=""),
+    Column("device_class", String(16), nullable=False, server_default=""),  # empty: not reported
     Column("trouble", String(64), nullable=False, server_default=""),  # code of the newest activation, when it failed
     Column("trouble_line", String(64), nullable=False, server_default=""),
     Column("trouble_version", String(64), nullable=False, server_default=""),

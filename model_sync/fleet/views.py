@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Final, NamedTuple
@@ -25,13 +25,14 @@ _POINTS: Final = 48
 
 @dataclass(frozen=True)
 class Filters:
-    """The filters of the fleet page; an empty text means no filter."""
+    """The filters of the fleet page; an empty text means no filter. ``differs`` keeps the boxes that differ from their device class."""
 
     ring: str = ""
     line: str = ""
     version: str = ""
     state: str = ""
     name: str = ""
+    differs: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,14 @@ def rings(fleet: Fleet) -> dict[str, int]:
         return {ring: int(count) for ring, count in tx.execute(query)}
 
 
-def list_boxes(fleet: Fleet, filters: Filters, page: int) -> BoxPage:
-    """Return one page of boxes with their ``health``: those that need attention the worst and longest silent first, others by name."""
+def list_boxes(fleet: Fleet, filters: Filters, page: int, differing: Collection[str] = ()) -> BoxPage:
+    """Return one page of boxes with their ``health``: those that need attention the worst and longest silent first, others by name.
+
+    ``differing`` are the names of the boxes that differ from their device class, for that filter.
+    """
     where = _where(fleet, filters)
+    if filters.differs:
+        where.append(boxes.c.box_id.in_(differing))
     wanted = (
         boxes.c.box_id, boxes.c.ring, boxes.c.reported_ring, boxes.c.last_seen, boxes.c.sync_state, boxes.c.sync_code, boxes.c.trouble,
         boxes.c.trouble_line, boxes.c.trouble_version, boxes.c.denied_at, boxes.c.appliance_version, _health(fleet.now()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sqlite3
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from model_sync.agent.report import StatusReport
+from model_sync.agent.report import BoxReport, ReportError, StatusReport
 from model_sync.errors import SettingsError
 from model_sync.fleet.database import Fleet
+from model_sync.fleet.device_classes import differing_boxes
 from model_sync.fleet.event_log import EventLog
 from model_sync.fleet.page import _card_state
 from model_sync.fleet.tables import SCHEMA, actions, boxes, meta
@@ -332,6 +334,60 @@ def test_the_log_has_pages_and_merges_both_sources_by_time(centre: Centre) -> No
     assert log.read(10_000, 5).page == first.pages
 
 
+# -- boxes of one device class
+
+
+def reported(device_class: str | None, precision: str, runtime: str = "onnxruntime 1.20.1") -> dict[str, Any]:
+    """Return a box report of a box of this class; None is a report of an older appliance."""
+    report = box_report("0.2.0")
+    report["models"][0] |= {"precision": precision, "runtime": runtime}
+    return report if device_class is None else report | {"device_class": device_class}
+
+
+@pytest.mark.parametrize(
+    ("language", "mark", "banner"),
+    [
+        ("en", "differs from its class", "than most boxes with the same processor and GPU: 2. Run `appliance tune`"),
+        ("zh", "与同类设备不同", "相同）不同的设备：2 台。请在其空闲时运行 `appliance tune`"),
+    ],
+)
+def test_boxes_that_chose_otherwise_than_their_class_are_marked_and_can_be_listed(
+    centre: Centre, person: Person, language: str, mark: str, banner: str
+) -> None:
+    take(centre.fleet, "same-1", "classes", reported("0" * 16, "int8", "onnxruntime 1.20.1"))
+    take(centre.fleet, "same-2", "classes", reported("0" * 16, "int8", "onnxruntime 1.23.0"))
+    take(centre.fleet, "unlike-1", "classes", reported("1" * 16, "int8"))
+    take(centre.fleet, "unlike-2", "classes", reported("1" * 16, "fp16"))
+    take(centre.fleet, "old-1", "classes", reported(None, "fp32"))
+    person.cookies.set("lang", language)
+    page = person.see("/fleet?ring=classes")
+    rows = {name: row for row in page.split("<tr>") for name in re.findall(r'href="/fleet/box/([^"]+)"', row)}
+    assert {name for name, row in rows.items() if mark in row} == {"unlike-1", "unlike-2"}
+    assert rows.keys() == {"same-1", "same-2", "unlike-1", "unlike-2", "old-1"}
+    assert banner in page
+    filtered = person.see("/fleet?differs=yes")
+    assert set(re.findall(r'href="/fleet/box/([^"]+)"', filtered)) == {"unlike-1", "unlike-2"}
+    assert mark in person.see("/fleet/box/unlike-1")
+    assert mark not in person.see("/fleet/box/same-1")
+    assert "1" * 16 in person.see("/fleet/box/unlike-1")
+
+
+def test_a_denied_box_is_not_compared(fleet: Fleet) -> None:
+    take(fleet, "a", "stable", reported("2" * 16, "int8"))
+    take(fleet, "b", "stable", reported("2" * 16, "fp32"))
+    assert differing_boxes(fleet) == {"a": {LINE}, "b": {LINE}}
+    fleet.deny("b", "wang")
+    assert differing_boxes(fleet) == {}
+
+
+def test_a_report_without_a_class_is_taken_and_one_that_is_text_is_refused(fleet: Fleet) -> None:
+    take(fleet, "a", "stable", reported(None, "int8"))
+    for device_class in ("Intel N100", "0" * 15, "0" * 17, "G" * 16, "", 7):
+        with pytest.raises(ReportError, match="device_class"):
+            BoxReport.parse(json.dumps(box_report() | {"device_class": device_class}).encode())
+    assert BoxReport.parse(json.dumps(reported("0" * 16, "int8")).encode()).device_class == "0" * 16
+
+
 # -- times, and the database
 
 
@@ -354,6 +410,7 @@ def test_a_database_of_the_first_schema_is_migrated_with_its_log(tmp_path: Path)
     old.close()
     database = sqlite3.connect(path)
     database.execute("ALTER TABLE actions DROP COLUMN note")
+    database.execute("ALTER TABLE boxes DROP COLUMN device_class")
     database.execute("UPDATE meta SET value = '1' WHERE key = 'schema'")
     database.commit()
     database.close()

@@ -65,6 +65,26 @@ def test_gpu_and_driver_make_another_device_and_serial_numbers_stay_out(bare: Pa
     assert len({before, with_gpu, device_profile.digest()}) == 3
 
 
+def test_a_device_class_is_the_kind_of_a_box(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_profile, "_CPU_INFO", bare / "cpuinfo")
+    info = "processor\t: 0\nmodel name\t: Intel(R) N100\nserial\t: 1234\ncpu MHz\t: 801.1\nflags\t\t: fpu avx2 avx_vnni\n"
+    (bare / "cpuinfo").write_text(info)
+    first = device_profile.device_class()
+    assert (len(first), int(first, 16) >= 0) == (16, True)
+    (bare / "cpuinfo").write_text(info.replace("1234", "5678").replace("801.1", "3400.0").replace("fpu ", "fpu ibrs "))
+    (bare / "_DRIVER").write_text(H200)  # a driver alone is no other hardware
+    monkeypatch.setattr(device_profile, "__version__", "9.9.9")
+    assert device_profile.device_class() == first
+    others = {first}
+    for changed in (info.replace("N100", "N200"), info.replace(" avx_vnni", ""), "Features\t: asimd asimddp\n", ""):
+        (bare / "cpuinfo").write_text(changed)
+        others.add(device_profile.device_class())
+    lay_gpu(bare)
+    others.add(device_profile.device_class())
+    monkeypatch.setattr(device_profile.os, "cpu_count", lambda: 77)
+    assert len(others | {device_profile.device_class()}) == 7
+
+
 def test_every_runtime_counts(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     have = {"onnxruntime-gpu": "1.30", "tensorrt-cu12-bindings": "10.3.0"}
 
