@@ -15,6 +15,7 @@ import pytest
 from appliance.cli.main import main
 from appliance.core.settings import Settings
 from tests.conftest import SHARED
+from tests.support import web_box
 from tests.support.activated import reference_box
 from tests.support.receiver_process import receiver
 
@@ -174,6 +175,25 @@ def test_the_same_verdict_by_c_store(results: dict[str, list[Result]], tmp_path:
     with receiver(Settings.load(box)) as (port, _):
         files = [str(FIELD / name) for name in names]
         subprocess.run(["storescu", "-aec", "CLINICBOX", "127.0.0.1", str(port), *files], check=True, capture_output=True)
+    compare(box, names, results, tmp_path)
+
+
+def test_the_same_verdict_by_upload(results: dict[str, list[Result]], tmp_path: Path) -> None:
+    """What ``appliance analyze`` says of a file is what the box says whose upload form takes it."""
+    box = reference_box(tmp_path / "box")
+    names = [name for name in results if name.endswith(".dcm")]
+    with web_box.in_process(Settings.load(box)) as served:
+        person = served.person()
+        for name in names:
+            (outcome,) = web_box.upload(person, name, (FIELD / name).read_bytes())
+            assert outcome["result"] in ("stored", "duplicate"), (name, outcome)  # two files are the same once they are repaired
+        nested = web_box.upload(person, "zip_in_zip.zip", (FIELD / "zip_in_zip.zip").read_bytes())
+        assert [item["result"] for item in nested] == ["refused", "refused"]
+    compare(box, names, results, tmp_path)
+
+
+def compare(box: Path, names: list[str], results: dict[str, list[Result]], tmp_path: Path) -> None:
+    """Analyse what a box has received, and compare it with what the command said of the same files."""
     subprocess.run([sys.executable, "-m", "appliance", "worker", "--until-idle", "--data-dir", str(box)], check=True, capture_output=True)
     received = json.loads(command_output(tmp_path, "studies", "--json", "--data-dir", str(box)))
     images = {image["sop_instance_uid"]: (study, image) for study in received for image in study["images"]}
