@@ -136,7 +136,7 @@ def _model(layers: list[Array], tensors: list[TensorProto], nodes: list[onnx.Nod
 
 def reference(change: Change | None) -> bytes:
     """Return the shipped float32 reference model, fine-tuned by noise."""
-    model = onnx.load(next(_REFERENCE.glob("*.onnx")))
+    model = onnx.load(next(_REFERENCE.glob("cxr_*.onnx")))
     chosen = [tensor for tensor in model.graph.initializer if len(tensor.dims) > 1]
     if change:
         for tensor, layer in zip(chosen, tuned([numpy_helper.to_array(tensor) for tensor in chosen], change), strict=True):

@@ -27,7 +27,7 @@ class Floor:
         self._database.execute("PRAGMA journal_mode = WAL")
         self._database.execute("PRAGMA synchronous = FULL")
         self._database.execute("CREATE TABLE findings (name TEXT, score REAL)")
-        weights = next(reference_bundle().glob("*.onnx"))
+        weights = next(reference_bundle().glob("cxr_*.onnx"))
         self._session = onnxruntime.InferenceSession(weights, providers=["CPUExecutionProvider"])
         self._number = 0
 

@@ -87,7 +87,7 @@ def test_r38_a_finding_comes_with_all_that_it_rests_on(box: Box) -> None:
     box.work(result(0.987, (Note("caution.age_outside", "64; 1-5"), Note("assume.view", "PA"))))
     said = {
         "en": (
-            "Not for sole diagnosis", "Pneumonia suggested: please review", "All test images, of mixed ages",
+            "Not for sole diagnosis", "Suggests pneumonia: please review", "All test images, of mixed ages",
             "0.987", "0.366", "95.2%", "95% CI 92.9% to 96.8%", "93.2%",
             "a set of pictures", "cxr-pneumonia 0.1.0", "abababababab", "onnxruntime 1.0 CPU", "FP32", "AI model 41 ms", "Total 1.2 s",
             "64 years; the model is for 1 to 5", "No view is stated; treated as frontal (PA)", "Demonstration and engineering only",
@@ -366,7 +366,7 @@ def test_one_model_failing_leaves_the_others_findings(box: Box) -> None:
     page = words(box.person().get(f"/studies/{stored.study_id}").text)
     assert "Another model failed on this image" in page
     assert "Not enough memory" in page
-    assert "Pneumonia suggested: please review" in page
+    assert "Suggests pneumonia: please review" in page
 
 
 def test_several_images_each_have_their_part(box: Box) -> None:

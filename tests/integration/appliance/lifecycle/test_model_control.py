@@ -73,14 +73,16 @@ def flip(bundle: Path) -> None:
 def _name_again(bundle: Path) -> None:
     """Let the manifest name the weights as they are now."""
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in bundle.glob("*.onnx")}
-    edit(bundle, lambda manifest: [variant.update(sha256=digests[variant["file"]]) for variant in manifest["variants"]])
+    edit(
+        bundle, lambda manifest: [entry.update(sha256=digests[entry["file"]]) for entry in (*manifest["variants"], manifest["input_check"])]
+    )
 
 
 def wrong_weights(bundle: Path) -> None:
     """Other weights in every variant under a manifest that names them: only the golden cases can tell."""
     import onnx
 
-    for path in bundle.glob("*.onnx"):
+    for path in bundle.glob("cxr_*.onnx"):
         model = onnx.load(path)
         weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
         weight.raw_data = bytes(len(weight.raw_data))
@@ -90,8 +92,14 @@ def wrong_weights(bundle: Path) -> None:
 
 def junk_weights(bundle: Path) -> None:
     """Files that are no models, correctly named."""
-    for path in bundle.glob("*.onnx"):
+    for path in bundle.glob("cxr_*.onnx"):
         path.write_bytes(b"junk")
+    _name_again(bundle)
+
+
+def junk_input_check(bundle: Path) -> None:
+    """An input check that is no network, correctly named."""
+    (bundle / "input_check.onnx").write_bytes(b"junk")
     _name_again(bundle)
 
 
@@ -107,6 +115,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "golden cases fail": (wrong_weights, "model.self_test"),
     "no model at all": (junk_weights, "model.self_test"),
+    "an input check that is no network": (junk_input_check, "model.self_test"),
 }
 
 
