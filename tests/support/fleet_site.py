@@ -45,6 +45,7 @@ from model_sync.fleet.accounts import Accounts
 from model_sync.fleet.database import Fleet
 from model_sync.fleet.enrolment import DeviceAuthority, new_token
 from model_sync.library.keys import public_path, write_public
+from tests.support.certificates import authority_usage
 from tests.support.library_site import Site, make_site
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,6 +69,7 @@ def make_tls(directory: Path) -> None:
     top = (
         build(name, authority.public_key())
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(authority_usage(), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(authority.public_key()), critical=False)
         .sign(authority, SHA256())
     )

@@ -26,6 +26,7 @@ from model_sync.transport.directory_fetcher import DirectoryFetcher
 from model_sync.transport.errors import DiskFull, NotTheLibrary, Refused, TooLong, Unreachable
 from model_sync.transport.parts import SYNC_S, open_part
 from tests.support.bad_server import CAPTIVE_FORBIDDEN, CAPTIVE_PORTAL, CAPTIVE_REDIRECT, GOOD, LOGIN_PAGE, BadServer, Reply
+from tests.support.certificates import authority_usage
 from tests.support.fetcher_site import (
     DATA,
     METADATA,
@@ -324,6 +325,8 @@ def certificate(directory: Path, name: str, *, days: int = 10) -> tuple[Path, Pa
         .serial_number(x509.random_serial_number()).not_valid_before(now - timedelta(days=20)).not_valid_after(now + timedelta(days=days))
         .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(authority_usage(), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA256())
     )  # fmt: skip
     files = directory / f"{name}.pem", directory / f"{name}.key"
