@@ -62,7 +62,7 @@ def decode_text(raw: bytes, declared: Sequence[str] = ()) -> DecodedText:
         return _with_escapes(raw, declared)
     first = (declared[0] if declared else "").strip().upper()
     if first == _UTF8:
-        return _first_of(raw, _as_utf8, _as_chinese, own="UTF-8")
+        return _declared_utf8(raw)
     if first in _CHINESE:
         return _first_of(raw, _as_utf8_chinese, _as_gb18030, own="GB18030")
     if first in _LATIN:
@@ -107,6 +107,25 @@ def _first_of(raw: bytes, *decoders: _Decoder, own: str, fallback: str = "utf-8"
     if own == "UTF-8" and is_plausible_latin(raw):
         return DecodedText(raw.decode("latin-1"), "ISO 8859-1", is_doubtful=True)
     return DecodedText(raw.decode(fallback, "replace"), is_doubtful=True)
+
+
+def _declared_utf8(raw: bytes) -> DecodedText:
+    """Declared UTF-8: as declared where that fits, unless it also is common Chinese and no name of one alphabet (the bytes of 薛^伟)."""
+    text = _as_utf8(raw)
+    chinese = _as_chinese(raw)
+    if text is None or chinese is None or _as_undeclared_utf8(raw) is not None:
+        return _first_of(raw, _as_utf8, _as_chinese, own="UTF-8")
+    return DecodedText(text, is_doubtful=True) if _is_name_of_one_alphabet(text) else DecodedText(chinese, "GB18030")
+
+
+def _is_name_of_one_alphabet(text: str) -> bool:
+    """Whether words are capitalised as names are, have letters of one alphabet in use today, and are more than initials."""
+    words = re.findall(r"\w+", text)
+    letters = [char for char in text if not char.isascii()]
+    alphabets = {unicodedata.name(char, "").partition(" ")[0] for char in letters}
+    is_historic = any("\u0460" <= char <= "\u0489" for char in letters)
+    is_capitalised = all(word.istitle() or word.isupper() for word in words)
+    return len(alphabets) == 1 and not is_historic and is_capitalised and any(len(word) > 1 for word in words)
 
 
 def _as_utf8(raw: bytes) -> str | None:
