@@ -95,7 +95,7 @@ def test_a_batch_says_what_each_image_says_alone(store: Store) -> None:
         assert finding.runtime == alone.runtime
         assert finding.peak
         job = Worklist(store).instance(image).jobs[0]
-        assert set(job.timing_ms) == {"decode", "preprocess", "infer", "postprocess", "store", "total"}
+        assert set(job.timing_ms) == {"decode", "preprocess", "input_check", "infer", "postprocess", "store", "total"}
         assert job.runtime["reason"]["code"] == "choice.measured"
 
 
