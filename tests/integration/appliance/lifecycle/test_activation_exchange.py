@@ -21,6 +21,7 @@ from appliance.lifecycle.model_control import activate, reference_bundle
 from appliance.store.store import Store
 from model_sync.library.usb_export import export
 from tests.support.activation_box import LINE, Box, finish_with, looping
+from tests.support.binding_gate import write_gate
 from tests.support.clinic import Clinic, open_clinic
 from tests.support.library_site import make_site, older_publish, tiny_bundle
 from tests.support.scans import scan_bytes
@@ -128,7 +129,9 @@ def test_without_an_exchange_directory_only_the_embedded_model_is_put_to_work(tm
 @pytest.mark.skipif(FAKETIME is None, reason="needs Debian's faketime")
 def test_metadata_that_expires_between_download_and_activation(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = clinic.box.active()
-    clinic.release("1.1.0", looping(clinic.box.bundle("1.1.0"), picture=50_000))
+    slow = looping(clinic.box.bundle("1.1.0"), picture=50_000)
+    write_gate(slow)  # it was measured with these weights
+    clinic.release("1.1.0", slow)
     clinic.agent.pull()
     activator = clinic.box.activator()
     clinic.box.step_until(activator, lambda: clinic.box.journal.pending())
