@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from model_sync.agent.sync_status import StatusFile
 from model_sync.errors import Action, LibraryUnreachable, ModelSyncError, TrustError
 from model_sync.transport.fetcher import Fetcher
 from model_sync.trust.rollback_protection import Clocks
+from tests.support.activation_box import change_manifest
 from tests.support.bad_server import CAPTIVE_PORTAL, DOWN, BadServer, Reply
 from tests.support.library_site import Site, make_site, tiny_bundle
 from tests.support.sync_box import LINE, Box, days, forge, make_box, newest
@@ -48,9 +50,15 @@ def box(tmp_path: Path, site: Site, server: BadServer) -> Box:
     return make_box(tmp_path / "box", site, server.url)
 
 
+LICENCE = b"the same in every version"
+
+
 def release(site: Site, version: str, **options: Any) -> Path:
-    """Publish a version and let the ring have it."""
+    """Publish a version, which holds a licence, and let the ring have it."""
     bundle = tiny_bundle(site.public.parent / "made", version, **options)
+    (bundle / "LICENCE.txt").write_bytes(LICENCE)
+    entry = {"file": "LICENCE.txt", "sha256": hashlib.sha256(LICENCE).hexdigest()}
+    change_manifest(bundle, lambda manifest: manifest["documents"].append(entry))
     site.publish(bundle)
     site.rollout("stable", LINE, version)
     return bundle
@@ -101,7 +109,7 @@ def test_a_second_version_comes_as_a_delta_and_shares_what_has_not_changed(box: 
     box.pull()
     paths = [request.path for request in server.log]
     assert any(path.startswith("/targets/deltas/") for path in paths)
-    assert not any(path.endswith(".onnx") or path.endswith("gate.json") for path in paths)
+    assert not any(path.endswith((".onnx", "LICENCE.txt")) for path in paths)
     assert box.wants() == "0.3.0"
     sent = sum(request.body_bytes for request in server.log if request.path.startswith("/targets"))
     assert sent < 0.8 * (plain / "model_fp32.onnx").stat().st_size
