@@ -92,7 +92,11 @@ class Fleet:
         try:
             self.engine = open_engine(url)
             self._writes = self.engine.execution_options(fleet_writes=True)
-            self._create_tables()
+            try:
+                self._create_tables()
+            except BaseException:
+                self.close()
+                raise
         except (ArgumentError, NoSuchModuleError, SQLAlchemyError, ImportError, OSError) as error:
             if isinstance(error, ModuleNotFoundError) and error.name == "psycopg":
                 raise  # the URL is right: the command prints what to install
