@@ -294,10 +294,10 @@ def test_every_file_of_a_bundle_is_a_target(site: Site, box: Follower, tmp_path:
 
 
 def test_progress_is_told(site: Site, tmp_path: Path) -> None:
-    told: list[tuple[str, int, int]] = []
-    publish.publish(site.library, tiny_bundle(tmp_path), on_progress=lambda *step: told.append(step))
-    assert told[:2] == [("running the golden cases", 0, 1), ("copying MODEL_CARD.md", 0, 6)]
-    assert [number for _, number, _ in told[1:]] == list(range(6))
+    steps: list[tuple[str, int, int]] = []
+    publish.publish(site.library, tiny_bundle(tmp_path), on_progress=lambda *step: steps.append(step))
+    assert steps[:2] == [("running the golden cases", 0, 1), ("copying MODEL_CARD.md", 0, 6)]
+    assert [number for _, number, _ in steps[1:]] == list(range(6))
 
 
 # --- deltas -------------------------------------------------------------------------------------------------------------
