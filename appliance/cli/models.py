@@ -217,7 +217,7 @@ def add_self_test_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tune", action="store_true", help="measure every candidate of this box (default: test the baseline)")
     parser.add_argument("--deadline-s", type=float, default=1800.0, help="for the self-test")
     parser.add_argument("--measuring-s", type=float, default=60.0, help="for measuring, without building engines")
-    parser.add_argument("--idle-wait-s", type=float, default=0.0, help="longest wait before measuring, while the box is busy")
+    parser.add_argument("--idle-wait-s", type=float, default=0.0, help="longest wait for other work of the box, before and between timings")
     parser.add_argument("--established", default="", help="RUNTIME:PRECISION that ran the model line before")
     parser.add_argument("--triton-url", default="", help="address of a Triton server")
     parser.add_argument("--parent", type=int, required=True, help="number of the parent process")

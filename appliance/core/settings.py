@@ -49,7 +49,7 @@ class Settings(BaseModel):
     activation_deadline_s: float = Field(1800.0, gt=0, description="Longest that the self-test of a new model may take.")
     tune_at_activation: bool = Field(True, description="Measure every candidate of a new model on this box, and take the fastest.")
     tune_measuring_s: float = Field(60.0, gt=0, description="Longest that measuring may take, engine builds apart.")
-    tune_idle_wait_s: float = Field(180.0, ge=0, description="Longest that measuring waits until other work on the box is low.")
+    tune_idle_wait_s: float = Field(180.0, ge=0, description="Longest that measuring waits for jobs and other work on the box.")
     triton_url: str = Field(
         "", pattern=r"^(?:(?:https?://)?(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._\-]+)(?::\d{1,5})?(?:/[A-Za-z0-9._~/\-]*)?)?$",
         description="Triton server of the county hub (https://host:port). Empty: nothing is sent. With it only the prepared tensor leaves "

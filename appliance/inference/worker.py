@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from appliance.core.job_activity import JobActivity
 from appliance.core.process import Lock, stop_on_signal
 from appliance.core.settings import Settings
 from appliance.core.wakeup import Wakeup
@@ -55,6 +56,7 @@ class Worker:
     ) -> None:
         self._store = store
         self._owner = f"{os.getpid()}-{secrets.token_hex(4)}"
+        self._activity = JobActivity(store.settings.data_dir)
         self._set_deadline = set_deadline or (lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds))
         self.models = ModelPool(store, lambda digest: self.activator.retuner.request(digest), wait_s)
         self.activator = Activator(store, self.models.load, self.models.use, load_now=self.models.load_successor)
@@ -79,7 +81,9 @@ class Worker:
         """Run one job, or a batch of jobs. Returns False when there was none."""
         job = self._store.queue.claim_job(self._owner, self._runner.lease_s(), self._held())
         if job is None:
+            self._activity.end()
             return False
+        self._activity.begin()
         model = self.models.sessions.get(job.model_digest)
         size = model.candidate.batch if model is not None else 1
         others = self._store.queue.claim_batch(job, size - 1, self._runner.lease_s(size)) if size > 1 else []

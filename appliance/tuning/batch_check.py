@@ -161,14 +161,18 @@ class BatchCheck:
         single_repeats, batch_repeats = repeats(base.first_ms), repeats(base.first_ms * batch)
         try:
             entry.time(stacked, 1, base.first_ms * batch)
+            self._budget.begin_timing()
             while len(of_batch) < _ROUNDS and not self._budget.is_measuring_over():
                 try:
-                    one.append(statistics.median(base.time(sample, single_repeats, base.first_ms)))
+                    single = base.time(sample, single_repeats, base.first_ms)
                 except InferenceError as error:
                     base.fail(error)
                     break
-                alone.append(statistics.median(entry.time(sample, single_repeats, base.first_ms)))
-                of_batch.append(statistics.median(entry.time(stacked, batch_repeats, base.first_ms * batch)))
+                row = entry.time(sample, single_repeats, base.first_ms)
+                full = entry.time(stacked, batch_repeats, base.first_ms * batch)
+                if not self._budget.was_disturbed():
+                    for times, turn in ((one, single), (alone, row), (of_batch, full)):
+                        times.append(statistics.median(turn))
         except InferenceError as error:
             entry.fail(error)
         if entry.row.state == CandidateState.CORRECT:

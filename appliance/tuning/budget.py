@@ -11,7 +11,10 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from appliance.tuning.idle_wait import IdleWait
 
 LEAST_CALL_S: Final = 10.0
 """The shortest deadline of a load, and of each call after it."""
@@ -44,18 +47,32 @@ class Limits:
 
 
 class Budget:
-    """The remaining part of the limits; the time starts with the construction."""
+    """The remaining part of the limits; the time starts with the construction. ``idle`` waits where jobs of the box disturb a timing."""
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+    def __init__(self, limits: Limits, idle: IdleWait | None = None) -> None:
+        self._limits, self._idle = limits, idle
         self._started = time.monotonic()
-        self._build_s = 0.0
+        self._uncounted_s = 0.0
         self.memory_bytes = limits.memory_bytes
         self.held_bytes = _free_bytes() // _FREE_SHARE if limits.held_bytes is None else limits.held_bytes
 
     def add_build_time(self, seconds: float) -> None:
         """Do not count the time of building an engine as measuring time."""
-        self._build_s += seconds
+        self._uncounted_s += seconds
+
+    def begin_timing(self) -> None:
+        """Begin a timing that :meth:`was_disturbed` is asked about."""
+        if self._idle is not None:
+            self._idle.begin_timing()
+
+    def was_disturbed(self) -> bool:
+        """Whether jobs of the box ran during the timing, which is to be repeated: they were waited for, within bounds.
+
+        The wait does not count as measuring time. Once the waiting time is used up every timing counts.
+        """
+        waited_s = self._idle.wait_after_disturbance() if self._idle is not None else 0.0
+        self._uncounted_s += waited_s
+        return waited_s > 0 and not self.is_measuring_over()
 
     def remaining_s(self) -> float:
         """Return the seconds until the end of the total time."""
@@ -63,7 +80,7 @@ class Budget:
 
     def measuring_remaining_s(self) -> float:
         """Return the seconds of measuring time; after it only untried candidates get one quick timing."""
-        return min(self.remaining_s(), self._limits.measuring_s - (time.monotonic() - self._started - self._build_s))
+        return min(self.remaining_s(), self._limits.measuring_s - (time.monotonic() - self._started - self._uncounted_s))
 
     def is_over(self) -> bool:
         """Whether the total time is over."""

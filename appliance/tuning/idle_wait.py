@@ -1,8 +1,9 @@
 """Waits until other work on this box leaves the processor to the measurement, for a bounded time.
 
 The share of processor time is read from ``/proc/stat`` (proc_stat(5)), for the cores that this process may use: in a container that file
-counts the work of the whole machine, which is what slows a measurement there too. A waiting or running job of the box is such work. Where
-the file is missing or has no such cores nothing is known, and nothing waits.
+counts the work of the whole machine, which is what slows a measurement there too. Where the file is missing or has no such cores nothing is
+known of the processor, and only the jobs of this box are waited for: those that the worker runs or is about to run, which may use an
+accelerator alone. Jobs that wait for something else, such as the model that is being measured, are not waited for.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ BUSY_SHARE: Final = 0.15
 WINDOW_S: Final = 2.0
 """The time over which the share is taken."""
 
+_JOBS: Final = "images are analysed"
 _STAT: Final = Path("/proc/stat")
 # user, nice, system, idle, iowait, irq, softirq, steal; the guest times after them are part of user and nice.
 _FIELDS: Final = 8
@@ -67,30 +69,63 @@ def busy_share(before: CpuTime | None, after: CpuTime | None) -> float | None:
     return min(1.0, max(0.0, (after.busy - before.busy) / (after.total - before.total)))
 
 
-def wait_until_idle(
-    longest_s: float, read: Callable[[], CpuTime | None] = read_cpu_time, sleep: Callable[[float], None] = time.sleep
-) -> Note | None:
-    """Wait until a window is not busy, for ``longest_s`` seconds at most; below two windows nothing waits.
+class IdleWait:
+    """Waits until the box is idle, before and between timings; all waits together last ``longest_s`` seconds at most.
 
     Args:
-        longest_s: seconds.
+        longest_s: seconds; below two windows nothing ever waits.
+        has_worked: whether jobs of this box run, or ran since the last call; :meth:`JobWatch.has_worked`.
         read: returns the processor time now.
         sleep: waits for some seconds.
 
-    Returns:
-        ``tune.busy`` with the share in the last window, when the box was busy to the end; else None.
+    Attributes:
+        note: ``tune.busy`` with the reason, once other work went on to the end of the waiting time; else None.
     """
-    if longest_s < _SHORTEST_WAIT_S:
-        return None
-    before, share = read(), 0.0
-    windows = int(longest_s / WINDOW_S)
-    for _ in range(windows):
-        if before is None:
-            return None
-        sleep(WINDOW_S)
-        after = read()
-        now = busy_share(before, after)
-        if now is None or now <= BUSY_SHARE:
-            return None
-        before, share = after, now
-    return Note(BUSY, f"{share * 100:.0f} % > {BUSY_SHARE * 100:.0f} % after {windows * WINDOW_S:.0f} s")
+
+    def __init__(
+        self, longest_s: float, has_worked: Callable[[], bool], read: Callable[[], CpuTime | None] = read_cpu_time,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:  # fmt: skip
+        self._windows = 0 if longest_s < _SHORTEST_WAIT_S else int(longest_s / WINDOW_S)
+        self._longest_s = self._windows * WINDOW_S
+        self._has_worked, self._read, self._sleep = has_worked, read, sleep
+        self.note: Note | None = None
+
+    def wait(self) -> float:
+        """Wait until no job ran in a window and the processor was idle in it; returns the seconds."""
+        waited, before, reason = 0, self._read(), ""
+        works = self._has_worked()
+        while waited < self._windows and (before is not None or works):
+            self._sleep(WINDOW_S)
+            waited += 1
+            after = self._read()
+            reason = self._reason(busy_share(before, after))
+            if not reason:
+                break
+            before, works = after, True
+        self._windows -= waited
+        if reason:
+            self._set_note(reason)
+        return waited * WINDOW_S
+
+    def begin_timing(self) -> None:
+        """Forget the jobs that ran before."""
+        self._has_worked()
+
+    def wait_after_disturbance(self) -> float:
+        """Wait where jobs ran since :meth:`begin_timing` or the last call; returns the seconds, 0 where the timing counts."""
+        if self._longest_s == 0 or not self._has_worked():
+            return 0.0
+        if self._windows == 0:
+            self._set_note(_JOBS)
+            return 0.0
+        return self.wait()
+
+    def _reason(self, share: float | None) -> str:
+        """Say what goes on besides the measuring; empty where nothing does, or nothing is known."""
+        if self._has_worked():
+            return _JOBS
+        return f"{share * 100:.0f} % > {BUSY_SHARE * 100:.0f} %" if share is not None and share > BUSY_SHARE else ""
+
+    def _set_note(self, reason: str) -> None:
+        self.note = Note(BUSY, f"{reason} after {self._longest_s:.0f} s")

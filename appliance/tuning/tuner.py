@@ -27,6 +27,7 @@ from appliance.tuning.selection import SAME_TIME, CandidateResult, Established, 
 
 if TYPE_CHECKING:
     from appliance.runtime.availability import Availability
+    from appliance.tuning.idle_wait import IdleWait
 
 __all__ = ["BATCHES", "Limits", "Selection", "Subject", "tune"]
 
@@ -48,13 +49,14 @@ OnProgress = Callable[[ActivationState, float], None]
 def tune(
     subject: Subject, *, threads: int = 0, runtimes: Sequence[Availability] | None = None, cache: Path | None = None,
     limits: Limits | None = None, on_progress: OnProgress | None = None, is_fixed_by_user: bool = False,
-    established: Established | None = None,
+    established: Established | None = None, idle: IdleWait | None = None,
 ) -> Selection:  # fmt: skip
     """Measure every candidate of this box for a model and choose the fastest correct one.
 
     ``threads`` are those of one inference: when 0, all cores, half of them and one are tried. ``runtimes`` are queried when None, and
     ``cache`` is the directory of engines and timing caches. ``is_fixed_by_user``: a person fixed the precision, which is then the reason.
-    ``established`` is preferred where the times do not differ by more than noise.
+    ``established`` is preferred where the times do not differ by more than noise. What is timed while ``idle`` sees jobs of the box is
+    timed again.
 
     Raises:
         InferenceError: no candidate is correct; code and detail are those of the first candidate, the most exact variant.
@@ -62,7 +64,7 @@ def tune(
     from appliance.runtime.availability import available
 
     limits = limits or Limits()
-    tuner = _Tuner(subject, threads, cache, limits, on_progress or (lambda _phase, _part: None), established)
+    tuner = _Tuner(subject, threads, cache, limits, on_progress or (lambda _phase, _part: None), established, idle)
     try:
         rows = tuner.run(available() if runtimes is None else runtimes)
         chosen = next((row for row in rows if row.state == CandidateState.CHOSEN), None)
@@ -103,10 +105,10 @@ class _Tuner:
 
     def __init__(
         self, subject: Subject, threads: int, cache: Path | None, limits: Limits, on_progress: OnProgress,
-        established: Established | None,
+        established: Established | None, idle: IdleWait | None,
     ) -> None:  # fmt: skip
         self._subject, self._threads, self._cache, self._on_progress = subject, threads, cache, on_progress
-        self._budget, self._established = Budget(limits), established
+        self._budget, self._established = Budget(limits, idle), established
         self.is_stable = True
         self._sample = subject.cases[0].tensor
         self.entries: dict[Candidate, Measurement] = {}
@@ -228,16 +230,12 @@ class _Tuner:
 
     def _time_first(self, entry: Measurement) -> None:
         """Time a candidate in turns with the fastest so far; one that is far slower is closed, a fastest one that fails is excluded."""
-        (once,) = entry.time(self._sample, 1)
-        repeat = 0 if once > _SLOW_MS else max(1, min(_FIRST_TIMINGS, round(_FIRST_MS / max(once, 0.01))))
-        mine: list[float] = []
-        others: list[float] = []
         best = min((other for other in self._open() if other.first_ms), key=lambda other: other.first_ms, default=None)
-        for _ in range(2 if repeat else 0):
-            mine += entry.time(self._sample, repeat, once)
-            if best is not None and best.is_open:
-                others += self._time_or_fail(best, repeat)
-        entry.first_ms, entry.worst_ms = statistics.median(mine or [once]), max(mine or [once])
+        self._budget.begin_timing()
+        mine, others = self._time_in_turns(entry, best)
+        while self._budget.was_disturbed():
+            mine, others = self._time_in_turns(entry, best)
+        entry.first_ms, entry.worst_ms = statistics.median(mine), max(mine)
         if best is None or not best.is_open:  # none, or it failed: later candidates are compared with this one
             return
         best_ms = statistics.median(others) if others else best.first_ms
@@ -246,6 +244,18 @@ class _Tuner:
         for other in self._open():
             if other is not entry and other.first_ms * best_ms / best.first_ms > _EXCLUDE_RATIO * entry.first_ms:
                 other.close()
+
+    def _time_in_turns(self, entry: Measurement, best: Measurement | None) -> tuple[list[float], list[float]]:
+        """Time a candidate and the fastest so far; returns milliseconds of each, none of the latter where it failed or one takes long."""
+        (once,) = entry.time(self._sample, 1)
+        repeat = 0 if once > _SLOW_MS else max(1, min(_FIRST_TIMINGS, round(_FIRST_MS / max(once, 0.01))))
+        mine: list[float] = []
+        others: list[float] = []
+        for _ in range(2 if repeat else 0):
+            mine += entry.time(self._sample, repeat, once)
+            if best is not None and best.is_open:
+                others += self._time_or_fail(best, repeat)
+        return mine or [once], others
 
     def _time_or_fail(self, entry: Measurement, repeat: int) -> list[float]:
         """Time an open candidate, which is excluded when that fails; returns milliseconds, none when it failed."""
@@ -293,12 +303,18 @@ class _Tuner:
             entry.medians = entry.medians[-_STABLE_BLOCKS * _BLOCK_ROUNDS :]
 
     def _time_round(self, entries: Sequence[Measurement], number: int) -> bool:
-        """Time each once; returns False when the measuring time is over."""
+        """Time each once, again where jobs of the box disturbed it; returns False when the measuring time is over."""
         first = number % max(1, len(entries))
-        for entry in [*entries[first:], *entries[:first]]:
-            if self._budget.is_measuring_over():
-                return False
-            times = self._time_or_fail(entry, repeats(entry.first_ms)) if entry.is_open else []
+        self._budget.begin_timing()
+        while True:
+            taken: list[tuple[Measurement, list[float]]] = []
+            for entry in [*entries[first:], *entries[:first]]:
+                if self._budget.is_measuring_over():
+                    return False
+                taken.append((entry, self._time_or_fail(entry, repeats(entry.first_ms)) if entry.is_open else []))
+            if not self._budget.was_disturbed():
+                break
+        for entry, times in taken:
             if times:
                 entry.medians.append(statistics.median(times))
                 entry.worst_ms = max(entry.worst_ms, *times)

@@ -25,7 +25,7 @@ from appliance.store.worklist import Worklist
 from tests.support.activated import activate
 from tests.support.processes import wait_for
 from tests.support.scans import encode, scan_bytes
-from tests.support.worker_box import chest, take
+from tests.support.worker_box import chest, prepared_worker, take
 
 
 def box(settings: Settings, **changes: Any) -> tuple[Settings, Store]:
@@ -247,3 +247,21 @@ def test_r40_nothing_reports_home(settings: Settings, tmp_path: Path) -> None:
     subprocess.run(command, check=True, env=os.environ | {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "cache")})
     assert not list(tmp_path.glob("home/**/*onnxruntime*"))
     assert not list(tmp_path.glob("cache/**/*onnxruntime*"))
+
+
+def test_other_processes_see_that_jobs_run_until_none_is_left(settings: Settings) -> None:
+    """What measures time waits for them (appliance/tuning/idle_wait.py)."""
+    settings, store = box(settings)
+    code = "import sys, pathlib, appliance.core.job_activity as it; print(it.JobWatch(pathlib.Path(sys.argv[1])).has_worked())"
+
+    def has_worked() -> bool:
+        done = subprocess.run([sys.executable, "-c", code, str(settings.data_dir)], capture_output=True, text=True, check=True)
+        return done.stdout == "True\n"
+
+    here = prepared_worker(store)
+    assert not has_worked()
+    take(store, chest(seed=1))
+    assert here.run_once()
+    assert has_worked()  # the next job may follow at once
+    assert not here.run_once()
+    assert not has_worked()

@@ -12,6 +12,7 @@ import pytest
 from appliance.runtime import CPU
 from appliance.runtime.availability import Availability
 from appliance.tuning.candidate_process import CandidateProcess
+from appliance.tuning.idle_wait import IdleWait
 from appliance.tuning.selection import Selection
 from appliance.tuning.tuner import Limits, tune
 from tests.support.tune_box import network, subject
@@ -36,10 +37,11 @@ def timed(monkeypatch: pytest.MonkeyPatch, is_disturbed: Neighbour, quiet_ms: di
     monkeypatch.setattr(CandidateProcess, "time", time)
 
 
-def choose(folder: Path, established: tuple[str, str] | None = None) -> Selection:
+def choose(folder: Path, established: tuple[str, str] | None = None, idle: IdleWait | None = None) -> Selection:
     for file in FILES:
         network(folder / file)
-    return tune(subject(folder, FILES, batches=()), threads=1, runtimes=ORT, limits=Limits(600.0, 300.0), established=established)
+    limits = Limits(600.0, 300.0)
+    return tune(subject(folder, FILES, batches=()), threads=1, runtimes=ORT, limits=limits, established=established, idle=idle)
 
 
 def first_rounds(file: str, number: int) -> bool:
@@ -56,6 +58,26 @@ def test_two_boxes_of_one_class_choose_the_same_though_one_was_disturbed(tmp_pat
         choice = choose(folder)
         chosen.append((choice.candidate.precision, choice.reason.code))
     assert chosen == [("int8", "choice.measured")] * 2
+
+
+def test_what_was_timed_while_images_were_analysed_is_timed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images come with every sixth timing and slow int8 until somebody waits for them."""
+    run: set[str] = set()
+
+    def is_disturbed(file: str, number: int) -> bool:
+        if number % 6 == 0:
+            run.add("jobs")
+        return file == "int8.onnx" and "jobs" in run
+
+    chosen = []
+    for name, idle in (("plain", None), ("waits", IdleWait(600, lambda: "jobs" in run, lambda: None, lambda _seconds: run.clear()))):
+        folder = tmp_path / name
+        folder.mkdir()
+        run.clear()
+        timed(monkeypatch, is_disturbed, QUIET_MS)
+        chosen.append(choose(folder, idle=idle).candidate.precision)
+        assert idle is None or idle.note is None
+    assert chosen == ["fp16", "int8"]
 
 
 def always(file: str, number: int) -> bool:

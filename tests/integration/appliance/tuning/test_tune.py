@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from appliance.runtime.availability import Availability, available
 from appliance.store.store import Store
 from appliance.store.tuning_requests import TuningRequests
 from appliance.tuning import idle_wait
+from appliance.tuning.idle_wait import IdleWait
 from appliance.tuning.selection import SAME_TIME, CandidateResult, Selection
 from appliance.tuning.tuner import Limits, Subject, tune
 from model_sync.bundle import ModelBundle
@@ -287,13 +288,15 @@ def test_a_table_measured_on_a_busy_box_says_so(settings: Settings, store: Store
         assert (shown.returncode, words in shown.stdout, "50 % > 15 %" in shown.stdout) == (0, is_busy, is_busy)
 
 
-def _self_test(settings: Settings, bundle: Path, deadline_s: float) -> SelfTestReport:
+def _self_test(
+    settings: Settings, bundle: Path, deadline_s: float, send: Callable[[dict[str, Any]], None] = lambda _message: None
+) -> SelfTestReport:
     """Run the self-test with tuning, in this process."""
     request = SelfTestRequest(
         settings.data_dir, bundle, ModelBundle.load(bundle).digest, None, 1, settings.process_memory_max_bytes, [], os.getpid(),
         tune=True, deadline_s=deadline_s, measuring_s=3.0, idle_wait_s=180.0,
     )  # fmt: skip
-    return run_self_test(request, lambda _message: None)
+    return run_self_test(request, send)
 
 
 def test_measuring_begins_after_the_wait_for_an_idle_box_and_says_when_there_was_none(
@@ -302,17 +305,75 @@ def test_measuring_begins_after_the_wait_for_an_idle_box_and_says_when_there_was
     waits: list[float] = []
     busy = Note("tune.busy", "50 % > 15 % after 12 s")
 
-    def wait_busy(longest_s: float) -> Note | None:
-        waits.append(longest_s)
-        return busy
+    class Busy(IdleWait):
+        def __init__(self, longest_s: float, has_worked: Callable[[], bool]) -> None:
+            waits.append(longest_s)
+            super().__init__(0, has_worked)
 
-    monkeypatch.setattr(idle_wait, "wait_until_idle", wait_busy)
+        def wait(self) -> float:
+            self.note = busy
+            return 0
+
+    monkeypatch.setattr(idle_wait, "IdleWait", Busy)
     report = _self_test(settings, bundle, 120.0)
     assert SelfTestReport.from_json(json.dumps(report.to_json())).busy == busy.to_json()
     assert report.is_measured
     assert 0 < waits[0] <= 12.0  # a tenth of the deadline, which is less than the 180 s of the settings
-    monkeypatch.setattr(idle_wait, "wait_until_idle", lambda _longest_s: None)
+    monkeypatch.setattr(Busy, "wait", lambda _self: 0)
     assert "busy" not in _self_test(settings, bundle, 120.0).to_json()
+
+
+def test_measuring_waits_for_the_jobs_of_the_box_and_begins_again_with_those_that_come(
+    settings: Settings, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process shows jobs as the worker does; the processor is injected as idle, and no time passes while it waits."""
+    jobs = subprocess.Popen([sys.executable, "-c", _JOBS, str(settings.data_dir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert jobs.stdin is not None and jobs.stdout is not None
+    waits: list[str] = []
+
+    class Wait(IdleWait):
+        def __init__(self, longest_s: float, has_worked: Callable[[], bool]) -> None:
+            super().__init__(longest_s, has_worked, lambda: None, lambda _seconds: self.let_jobs_end())
+
+        def let_jobs_end(self) -> None:
+            assert jobs.stdin is not None and jobs.stdout is not None
+            waits.append("building" if "building" in seen else "before")
+            jobs.stdin.write(b"end\n")
+            jobs.stdin.flush()
+            jobs.stdout.readline()
+
+    def on_message(message: dict[str, Any]) -> None:
+        assert jobs.stdin is not None and jobs.stdout is not None
+        if message["state"] == "self-test" and "self-test" not in seen:  # jobs come while the candidates are compared
+            jobs.stdin.write(b"begin\n")
+            jobs.stdin.flush()
+            jobs.stdout.readline()
+        seen.append(message["state"])
+
+    seen: list[str] = []
+    monkeypatch.setattr(idle_wait, "IdleWait", Wait)
+    try:
+        jobs.stdin.write(b"begin\n")
+        jobs.stdin.flush()
+        jobs.stdout.readline()
+        report = _self_test(settings, bundle, 600.0, on_message)
+    finally:
+        jobs.stdin.close()
+        jobs.wait(10)
+        jobs.stdout.close()
+    assert (waits[0], set(waits)) == ("before", {"before", "building"})
+    assert (report.busy, report.is_measured) == (None, True)
+
+
+_JOBS = """
+import sys
+from pathlib import Path
+from appliance.core.job_activity import JobActivity
+activity = JobActivity(Path(sys.argv[1]))
+for line in sys.stdin:
+    getattr(activity, line.strip())()
+    print("done", flush=True)
+"""
 
 
 def test_a_precision_by_hand_is_taken_whatever_is_faster_and_one_that_is_not_there_is_said(settings: Settings, bundle: Path) -> None:

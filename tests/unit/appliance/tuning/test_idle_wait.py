@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.core.domain import Note
-from appliance.tuning.idle_wait import BUSY, BUSY_SHARE, WINDOW_S, CpuTime, busy_share, parse_cpu_time, wait_until_idle
+from appliance.tuning.idle_wait import BUSY, BUSY_SHARE, WINDOW_S, CpuTime, IdleWait, busy_share, parse_cpu_time
 
 # Two cores: the first half busy, the second idle but for 5 of 100 ticks. The guest times, part of user, must not count twice.
 STAT = """cpu  55 0 0 145 0 0 0 0 40 0
@@ -22,10 +22,20 @@ ctxt 7
 
 
 class Machine:
-    """A machine that is busy to the given share in each window; counts what was slept."""
+    """A machine that is busy to the given share in each window; counts what was slept.
 
-    def __init__(self, *shares: float) -> None:
-        self._shares, self._now, self.slept = iter(shares), CpuTime(0, 0), list[float]()
+    Jobs of the box run in the windows of ``jobs`` (the first is 1; 0 is before it).
+    """
+
+    def __init__(self, *shares: float, jobs: Collection[int] = ()) -> None:
+        self._shares, self._now, self.slept, self.jobs = iter(shares), CpuTime(0, 0), list[float](), jobs
+
+    def has_worked(self) -> bool:
+        return len(self.slept) in self.jobs
+
+    def wait(self, longest_s: float) -> IdleWait:
+        """Return the wait on this machine."""
+        return IdleWait(longest_s, self.has_worked, self.read, self.sleep)
 
     def read(self) -> CpuTime:
         return self._now
@@ -54,28 +64,72 @@ def test_any_text_gives_a_time_or_nothing(text: str, cores: set[int]) -> None:
 
 def test_an_idle_box_waits_one_window() -> None:
     machine = Machine(0.05)
-    assert wait_until_idle(180, machine.read, machine.sleep) is None
-    assert machine.slept == [WINDOW_S]
+    idle = machine.wait(180)
+    assert (idle.wait(), idle.note, machine.slept) == (WINDOW_S, None, [WINDOW_S])
 
 
 def test_a_busy_box_waits_until_it_is_idle() -> None:
     machine = Machine(0.9, 0.5, BUSY_SHARE + 0.01, BUSY_SHARE)
-    assert wait_until_idle(180, machine.read, machine.sleep) is None
-    assert len(machine.slept) == 4
+    idle = machine.wait(180)
+    assert (idle.wait(), idle.note) == (4 * WINDOW_S, None)
 
 
 @pytest.mark.parametrize(("longest_s", "windows"), [(180.0, 90), (5.0, 2), (4.0, 2)])
 def test_a_box_that_never_becomes_idle_is_waited_for_no_longer_than_allowed_and_says_so(longest_s: float, windows: int) -> None:
     machine = Machine(*[0.5] * windows)
-    assert wait_until_idle(longest_s, machine.read, machine.sleep) == Note(BUSY, f"50 % > 15 % after {windows * WINDOW_S:.0f} s")
+    idle = machine.wait(longest_s)
+    idle.wait()
+    assert idle.note == Note(BUSY, f"50 % > 15 % after {windows * WINDOW_S:.0f} s")
     assert machine.slept == [WINDOW_S] * windows
+    assert (idle.wait(), len(machine.slept)) == (0, windows)  # all waits together
 
 
 @pytest.mark.parametrize("longest_s", [3.9, 0.0, -5.0])
 def test_without_time_nothing_waits(longest_s: float) -> None:
-    machine = Machine()
-    assert wait_until_idle(longest_s, machine.read, machine.sleep) is None
-    assert machine.slept == []
+    machine = Machine(jobs=range(99))
+    idle = machine.wait(longest_s)
+    assert (idle.wait(), idle.wait_after_disturbance(), idle.note, machine.slept) == (0, 0, None, [])
+
+
+def test_jobs_of_the_box_are_waited_for_though_the_processor_is_idle() -> None:
+    """A job may use an accelerator alone."""
+    machine = Machine(*[0.0] * 9, jobs=range(5))
+    idle = machine.wait(180)
+    assert (idle.wait(), idle.note) == (5 * WINDOW_S, None)
+
+
+def test_jobs_are_waited_for_where_the_system_does_not_tell_what_the_processor_does() -> None:
+    slept: list[float] = []
+    idle = IdleWait(180, lambda: len(slept) < 3, lambda: None, slept.append)
+    assert (idle.wait(), idle.note) == (3 * WINDOW_S, None)
+
+
+def test_jobs_without_end_are_waited_for_no_longer_than_allowed() -> None:
+    machine = Machine(*[0.0] * 5, jobs=range(99))
+    idle = machine.wait(10)
+    assert (idle.wait(), idle.note) == (10, Note(BUSY, "images are analysed after 10 s"))
+
+
+def test_jobs_that_come_while_it_measures_are_waited_for_with_the_time_that_is_left() -> None:
+    machine = Machine(0.5, *[0.0] * 9, jobs={3, 4})
+    idle = machine.wait(10)
+    assert idle.wait() == 2 * WINDOW_S
+    idle.begin_timing()
+    assert idle.wait_after_disturbance() == 0  # nothing ran
+    machine.jobs = {2, 3, 4, 5, 6}
+    assert (idle.wait_after_disturbance(), idle.note) == (3 * WINDOW_S, Note(BUSY, "images are analysed after 10 s"))
+    assert idle.wait_after_disturbance() == 0  # the timing counts
+
+
+def test_a_timing_that_counts_although_jobs_ran_is_noted() -> None:
+    machine = Machine(0.5, 0.0, jobs={2})
+    idle = machine.wait(4)
+    assert (idle.wait(), idle.note) == (4, Note(BUSY, "images are analysed after 4 s"))
+    other = Machine(0.5, 0.0)
+    idle = other.wait(4)
+    assert (idle.wait(), idle.note) == (4, None)
+    other.jobs = {2}
+    assert (idle.wait_after_disturbance(), idle.note) == (0, Note(BUSY, "images are analysed after 4 s"))
 
 
 def _readings(*values: CpuTime | None) -> Callable[[], CpuTime | None]:
@@ -90,8 +144,9 @@ def _readings(*values: CpuTime | None) -> Callable[[], CpuTime | None]:
 )
 def test_where_the_system_does_not_tell_nothing_waits(values: tuple[CpuTime | None, ...]) -> None:
     slept: list[float] = []
-    assert wait_until_idle(180, _readings(*values), slept.append) is None
-    assert len(slept) == len(values) - 1
+    idle = IdleWait(180, lambda: False, _readings(*values), slept.append)
+    idle.wait()
+    assert (idle.note, len(slept)) == (None, len(values) - 1)
 
 
 @given(st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)), st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)))
