@@ -17,7 +17,7 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, Table, case, delet
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-from model_sync.agent.report import ActivationReport, ModelState, StatusReport, canonical
+from model_sync.agent.report import ActivationReport, BoxReport, ModelState, StatusReport, canonical
 from model_sync.errors import ModelSyncError, SettingsError
 from model_sync.fleet.tables import (
     MIGRATIONS,
@@ -222,7 +222,7 @@ class Fleet:
         if report.box is not None:
             reported = sorted(report.box.activations, key=lambda item: item.at)
             values |= {"appliance_version": report.box.appliance_version, "device_class": report.box.device_class or ""}
-            values |= _newest_failure(reported)
+            values |= _newest_failure(reported) | _open_alarm(reported, report.box)
             self._store_models(tx, report)
             self._store_activations(tx, report.box_id, reported, clock_offset_s)
             self._reconcile_running(
@@ -339,6 +339,17 @@ def _newest_failure(reported: list[ActivationReport]) -> dict[str, str]:
     if bad is None:
         return {"trouble": "", "trouble_line": "", "trouble_version": ""}
     return {"trouble": bad.code or "unlisted", "trouble_line": bad.line, "trouble_version": bad.version}
+
+
+def _open_alarm(reported: list[ActivationReport], box: BoxReport) -> dict[str, str]:
+    """Return the columns of the newest alarm of a model that runs: such an activation has a code only while an alarm is open."""
+    running = {item.digest for item in box.models if item.state in RUNNING}
+    newest = {item.digest: item for item in reported if item.state in RUNNING}
+    alarms = [item for digest, item in newest.items() if item.code and digest in running]
+    if not alarms:
+        return {"alarm": "", "alarm_line": "", "alarm_version": ""}
+    last = max(alarms, key=lambda item: item.at)
+    return {"alarm": str(last.code), "alarm_line": last.line, "alarm_version": last.version}
 
 
 def _trim(tx: Connection, box_id: str) -> None:

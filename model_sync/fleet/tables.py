@@ -27,11 +27,15 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import ArgumentError
 
-SCHEMA: Final = 3
+SCHEMA: Final = 4
 # The statements that bring an older database to each schema.
 MIGRATIONS: Final = {
     2: ("ALTER TABLE actions ADD COLUMN note VARCHAR(300) NOT NULL DEFAULT ''",),
     3: ("ALTER TABLE boxes ADD COLUMN device_class VARCHAR(16) NOT NULL DEFAULT ''",),
+    4: (
+        *(f"ALTER TABLE boxes ADD COLUMN {name} VARCHAR(64) NOT NULL DEFAULT ''" for name in ("alarm", "alarm_line", "alarm_version")),
+        "CREATE INDEX boxes_by_alarm ON boxes (alarm, box_id)",
+    ),
 }
 NOTE_CHARS: Final = 300
 _BUSY_S: Final = 20
@@ -68,12 +72,16 @@ boxes: Final = Table(
     Column("trouble", String(64), nullable=False, server_default=""),  # code of the newest activation, when it failed
     Column("trouble_line", String(64), nullable=False, server_default=""),
     Column("trouble_version", String(64), nullable=False, server_default=""),
+    Column("alarm", String(64), nullable=False, server_default=""),  # code of an open alarm of a model that runs
+    Column("alarm_line", String(64), nullable=False, server_default=""),
+    Column("alarm_version", String(64), nullable=False, server_default=""),
     Column("window_start", BigInteger, nullable=False, server_default="0"),
     Column("window_count", Integer, nullable=False, server_default="0"),
     Index("boxes_by_ring", "ring", "box_id"),
     Index("boxes_by_last_seen", "last_seen"),
     Index("boxes_by_sync_state", "sync_state", "box_id"),
     Index("boxes_by_trouble", "trouble", "box_id"),
+    Index("boxes_by_alarm", "alarm", "box_id"),
 )  # fmt: skip
 certificates: Final = Table(
     "certificates", metadata,

@@ -16,9 +16,9 @@ from model_sync.trust.documents import RolloutStep, place_of
 
 SILENT_S: Final = 24 * 3600
 PAGE_ROWS: Final = 50
-STATES: Final = ("attention", "failed", "untrusted", "unreachable", "outdated", "silent", "never", "denied", "fine")
+STATES: Final = ("attention", "failed", "alarm", "untrusted", "unreachable", "outdated", "silent", "never", "denied", "fine")
 # What needs a person, the worst first. A box with none of them, and not denied, is fine.
-TROUBLES: Final = ("untrusted", "failed", "error", "silent", "unreachable", "outdated", "never", "unknown")
+TROUBLES: Final = ("untrusted", "failed", "alarm", "error", "silent", "unreachable", "outdated", "never", "unknown")
 _SYNC_TROUBLES: Final = ("untrusted", "error", "unreachable", "outdated", "unknown")
 _POINTS: Final = 48
 
@@ -113,7 +113,8 @@ def list_boxes(fleet: Fleet, filters: Filters, page: int, differing: Collection[
         where.append(boxes.c.box_id.in_(differing))
     wanted = (
         boxes.c.box_id, boxes.c.ring, boxes.c.reported_ring, boxes.c.last_seen, boxes.c.sync_state, boxes.c.sync_code, boxes.c.trouble,
-        boxes.c.trouble_line, boxes.c.trouble_version, boxes.c.denied_at, boxes.c.appliance_version, _health(fleet.now()),
+        boxes.c.trouble_line, boxes.c.trouble_version, boxes.c.alarm, boxes.c.alarm_line, boxes.c.alarm_version, boxes.c.denied_at,
+        boxes.c.appliance_version, _health(fleet.now()),
     )  # fmt: skip
     order = (_severity(fleet.now()), boxes.c.last_seen, boxes.c.box_id) if filters.state == "attention" else (boxes.c.box_id,)
     with fleet.reading() as tx:
@@ -229,7 +230,12 @@ def _troubles(now: int) -> dict[str, ColumnElement[bool]]:
     """Return the SQL condition of each of ``TROUBLES``, in that order; none of them is ever NULL."""
     here, seen = boxes.c, boxes.c.last_seen.is_not(None)
     each = {state: and_(seen, here.sync_state == state) for state in _SYNC_TROUBLES}
-    each |= {"failed": here.trouble != "", "silent": and_(seen, here.last_seen < now - SILENT_S), "never": here.last_seen.is_(None)}
+    each |= {
+        "failed": here.trouble != "",
+        "alarm": here.alarm != "",
+        "silent": and_(seen, here.last_seen < now - SILENT_S),
+        "never": here.last_seen.is_(None),
+    }
     return {trouble: each[trouble] for trouble in TROUBLES}
 
 

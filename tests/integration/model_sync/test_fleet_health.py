@@ -78,7 +78,10 @@ def over(site: Any, ring: str, version: str = "0.2.0", percent: float = 100.0) -
     site.rollout(ring, LINE, version, percent, datetime.now(timezone.utc) - timedelta(hours=2), 1.0)
 
 
+ALARM = box_report("0.2.0", "good", "scores.shifted")
+
 TROUBLED = {
+    "alarm": {"report": ALARM},
     "failed": {"report": box_report("0.2.0") | {"activations": box_report("0.3.0", "failed", "model.self_test")["activations"]}},
     "silent": {"report": box_report("0.2.0"), "age_s": 90_000},
     "never": {},
@@ -184,6 +187,7 @@ def test_what_needs_attention_is_listed_worst_first(fleet: Fleet) -> None:
     assert [row["health"] for row in rows] == [
         "untrusted",
         "failed",
+        "alarm",
         "error",
         "silent",
         "silent",
@@ -192,7 +196,39 @@ def test_what_needs_attention_is_listed_worst_first(fleet: Fleet) -> None:
         "never",
         "unknown",
     ]
-    assert rows[3]["box_id"] == "box-longest"
+    assert rows[4]["box_id"] == "box-longest"
+
+
+def test_an_open_alarm_of_shifted_scores_needs_attention_until_somebody_acknowledges_it(centre: Centre, person: Person) -> None:
+    """R44: on the list, and on the page of the box, with the reason in both languages."""
+    take(centre.fleet, "shift-1", "shift", ALARM)
+    for language, reason, word in (
+        ("zh", "模型的评分发生偏移", "模型报警"),
+        ("en", "The scores of the model shifted", "Model alarm"),
+    ):
+        person.cookies.set("lang", language)
+        for path in ("/fleet?state=attention", "/fleet?state=alarm", "/fleet/box/shift-1"):
+            page = person.see(path)
+            assert (reason in page, word in page, "shift-1" in page) == (True, True, True), (language, path)
+    take(centre.fleet, "shift-1", "shift", box_report("0.2.0"))
+    assert "shift-1" not in person.see("/fleet?state=attention")
+
+
+def test_an_alarm_of_a_version_that_does_not_run_any_more_is_none(fleet: Fleet) -> None:
+    """The first version of a line keeps the reason of its alarm; a later one replaced it."""
+    report = box_report("0.2.0")
+    old = ALARM["activations"][0] | {"version": "0.1.0", "digest": "0" * 64, "code": "activation.failures"}
+    take(fleet, "box-1", "stable", report | {"activations": [old, *report["activations"]]})
+    assert [row["health"] for row in list_boxes(fleet, Filters(), 1).boxes] == ["fine"]
+
+
+def test_a_failed_version_and_an_alarm_are_both_shown(centre: Centre, person: Person) -> None:
+    failed = box_report("0.3.0", "failed", "model.self_test")["activations"][0] | {"digest": "1" * 64}
+    take(centre.fleet, "both-1", "both", ALARM | {"activations": [*ALARM["activations"], failed]})
+    page = person.see("/fleet/box/both-1")
+    assert "0.2.0 · " in page
+    assert "0.3.0 · " in page
+    assert "scores.shifted" in page
 
 
 # -- why it is paused
@@ -411,6 +447,9 @@ def test_a_database_of_the_first_schema_is_migrated_with_its_log(tmp_path: Path)
     database = sqlite3.connect(path)
     database.execute("ALTER TABLE actions DROP COLUMN note")
     database.execute("ALTER TABLE boxes DROP COLUMN device_class")
+    database.execute("DROP INDEX boxes_by_alarm")
+    for column in ("alarm", "alarm_line", "alarm_version"):
+        database.execute(f"ALTER TABLE boxes DROP COLUMN {column}")
     database.execute("UPDATE meta SET value = '1' WHERE key = 'schema'")
     database.commit()
     database.close()
@@ -420,6 +459,8 @@ def test_a_database_of_the_first_schema_is_migrated_with_its_log(tmp_path: Path)
         with fleet.reading() as tx:
             assert [(row.figures, row.note) for row in tx.execute(select(actions))] == [("1/2", "")]
             assert tx.execute(select(meta.c.value).where(meta.c.key == "schema")).scalar_one() == str(SCHEMA)
+        take(fleet, "box-1", "stable", ALARM)
+        assert [row["health"] for row in list_boxes(fleet, Filters(), 1).boxes] == ["alarm"]
         fleet.close()
     database = sqlite3.connect(tmp_path / "copy.db")
     database.execute("UPDATE meta SET value = '99' WHERE key = 'schema'")
