@@ -16,14 +16,15 @@ from typing import Any, Final, Literal
 from pydantic import ValidationError
 
 from appliance.core.accuracy import accuracy_problem
-from appliance.core.domain import Note
+from appliance.core.applicable_accuracy import PatientGroup
+from appliance.core.domain import Note, Rate
 from appliance.core.run_summary import RuntimeStatus, name_of
 from appliance.core.self_test_report import allowed_latency_ms
 from appliance.core.states import PENDING_STATES
 from appliance.store.score_alarms import ScoreAlarm, ScoreAlarms
 from appliance.store.store import Store
 from appliance.store.tuning_requests import TuningRequest, TuningRequests
-from model_sync.bundle import Watch
+from model_sync.bundle import BundleError, Interval, Manifest, Watch
 
 # The states of an activation in their order; each may end in one of FAILURES instead.
 STEPS: Final = (*map(str, PENDING_STATES), "trial", "good")
@@ -35,8 +36,32 @@ HISTORY_PAGE: Final = 10
 
 
 @dataclass(frozen=True)
+class MeasuredLabel:
+    """What was measured for a label at its threshold: on all test images together and per group of patients.
+
+    Attributes:
+        title: of the label, by language.
+        n_positive: test images with the finding.
+        n_negative: test images without it.
+    """
+
+    title: Mapping[str, str]
+    threshold: float
+    sensitivity: Rate
+    specificity: Rate
+    n_positive: int
+    n_negative: int
+    groups: tuple[PatientGroup, ...]
+
+
+@dataclass(frozen=True)
 class ModelVersion:
-    """A version that is active on this box, or was; ``accuracy_problem``: why its accuracy is not verified."""
+    """A version that is active on this box, or was.
+
+    Attributes:
+        measured: its accuracy by the manifest; none for a model without thresholds, or of a newer format.
+        accuracy_problem: why its accuracy is not verified.
+    """
 
     version: str
     digest: str
@@ -46,6 +71,7 @@ class ModelVersion:
     title: Mapping[str, str]
     watch: Watch
     running: RuntimeStatus
+    measured: tuple[MeasuredLabel, ...]
     accuracy_problem: Note | None
 
 
@@ -221,8 +247,28 @@ def _version(row: sqlite3.Row, data_dir: Path) -> ModelVersion:
     return ModelVersion(
         version=row["version"], digest=row["digest"], precision=row["precision"], runtime=name_of(row["runtime"]),
         activated_at=row["activated_at"], title=title if isinstance(title, dict) and {"zh", "en"} <= title.keys() else {}, watch=watch,
-        running=RuntimeStatus.of(row["self_test"]), accuracy_problem=accuracy_problem(data_dir / row["directory"], row["digest"]),
+        running=RuntimeStatus.of(row["self_test"]), measured=_measured(row["manifest"]),
+        accuracy_problem=accuracy_problem(data_dir / row["directory"], row["digest"]),
     )  # fmt: skip
+
+
+def _measured(text: str) -> tuple[MeasuredLabel, ...]:
+    try:
+        manifest = Manifest.parse(text.encode())
+    except BundleError:  # of a newer format
+        return ()
+    return tuple(
+        MeasuredLabel(
+            manifest.label(point.label).title.model_dump(), point.threshold, _rate(point.sensitivity), _rate(point.specificity),
+            sum(source.n_positive for source in point.per_source), sum(source.n_negative for source in point.per_source),
+            tuple(point.groups),
+        )
+        for point in manifest.operating_points
+    )  # fmt: skip
+
+
+def _rate(interval: Interval) -> Rate:
+    return interval.value, interval.low, interval.high
 
 
 def _activation(row: sqlite3.Row, versions: Mapping[str, ModelVersion]) -> Activation:

@@ -16,6 +16,7 @@ from appliance.store.score_alarms import ScoreAlarm
 from webui.formatting import format_count, format_difference, format_milliseconds, format_percent, format_ratio, format_time, localize
 from webui.messages import ACTIVATIONS, DECISIONS, SOURCES, reason_hint, reason_text
 from webui.models.library_view import Offer
+from webui.models.patient_groups import accuracy_table
 from webui.view_models import DASH, View, digest_view, note_view, run_view
 
 
@@ -33,6 +34,7 @@ def model_line_card(line: ModelLine, offers: Mapping[str, Offer]) -> View:
         "preparing": _preparing_card(line.preparing),
         "offer": _offer_text(line, offers.get(line.name)),
         "banner": _run_banner(active.running) if active else None,
+        "accuracy": [accuracy_table(label) for label in active.measured] if active and not active.accuracy_problem else [],
         "tuning": _tuning(line),
         "candidates": _candidate_table(active.running) if active else None,
         "activations": [_activation_progress(entry, active) for entry in line.unfinished],

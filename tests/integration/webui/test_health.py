@@ -18,8 +18,10 @@ import pytest
 from appliance import model_queries
 from appliance.core.domain import Note, utc_now
 from appliance.core.settings import Settings
+from appliance.lifecycle.model_control import reference_bundle
 from appliance.store.score_alarms import ScoreAlarms, ScoreMonitor
 from model_sync import messages
+from tests.support import activated
 from tests.support.model_journal import journal, rules, tell, told
 from tests.support.scans import scan_bytes
 from tests.support.web_box import Box, in_process, result, row, words
@@ -55,6 +57,52 @@ def test_every_state_of_a_version_has_its_word_and_place(box: Box) -> None:
         zh = words(chinese.open("/health"))
         assert "准备中的版本" in zh
         assert ("其间由版本 0.1.0 分析影像" in zh) == (state != "trial")
+
+
+@pytest.mark.parametrize(
+    ("language", "said"),
+    [
+        ("en", ["Pneumonia, from a score of 0.37", "Children of 1 to 5 years", "407 / 137", "95.8%", "95% CI 93.4% to 97.4%", "99.3%",
+                "Adults of 18 to 120 years", "92 / 70", "92.4%", "81.4%", "All test images, of mixed ages", "499 / 207",
+                "Patients of other ages – not measured not measured"]),
+        ("zh", ["肺炎，评分 0.37 及以上", "1–5 岁儿童", "407 / 137", "95.8%", "18–120 岁成人", "92.4%", "全部测试影像（各年龄混合）",
+                "其他年龄的患者 – 未测量 未测量"]),
+    ],
+)  # fmt: skip
+def test_r42_the_accuracy_of_each_group_of_patients_is_on_the_page(box: Box, language: str, said: list[str]) -> None:
+    activated.activate(box.store, reference_bundle())
+    page = box.person("admin", "administrator", language).open("/health")
+    (table,) = re.findall(r"<table class=\"plain measured\".*?</table>", page, re.DOTALL)
+    shown = words(table)
+    assert [text for text in said if text not in shown] == []
+    assert [text for text in said if text in shown] == sorted(said, key=shown.index)  # the groups first
+    assert ("Kermany 2018 paediatric CXR" in shown, "（未翻译）" in shown or "not translated" in shown) == (True, language == "zh")
+
+
+def test_r42_a_class_that_was_not_measured_in_a_group_and_a_model_without_groups_say_so(box: Box) -> None:
+    digest = activated.activate(box.store, reference_bundle())
+    manifest = json.loads(box.store.model(digest)["manifest"])
+    (point,) = manifest["operating_points"]
+    point["groups"][1] |= {"n_negative": 0, "specificity": None}
+
+    def shown() -> str:
+        with box.store.database.transaction() as tx:
+            tx.execute("UPDATE models SET manifest = ?", (json.dumps(manifest),))
+        return words(box.person(f"p{len(point)}", "technician").open("/health"))
+
+    assert "Adults of 18 to 120 years" in shown()
+    assert re.search(r"92 / 0 92.4% 95% CI [\d.]+% to [\d.]+% not measured", shown())
+    del point["groups"]
+    page = shown()
+    assert "Children and adults, each alone – not measured not measured" in page
+    assert "All test images, of mixed ages" in page
+
+
+def test_r43_a_model_whose_accuracy_is_not_verified_shows_no_figure(box: Box) -> None:
+    box.activate()  # its files are not on this box
+    page = box.person("tech", "technician").open("/health")
+    assert "Accuracy: not verified" in words(page)
+    assert "measured accuracy" not in words(page).lower()
 
 
 def test_a_trial_is_told_against_its_bounds(box: Box) -> None:
