@@ -11,6 +11,7 @@ from typing import Final
 
 from model_sync.messages import Message, register
 
+_RESTORE: Final = "Restore it: appliance keys restore FILE --data-dir DIR. Without an escrow copy delete nothing and tell the central team."
 # fmt: off  (a table reads best with one code in a line)
 _SENDER: Final = "Nothing was kept. Export the image again from its source and send it once more."
 _NOTHING: Final = "Nothing to do."
@@ -193,6 +194,21 @@ _CODES: Final[Mapping[str, Message]] = {
     ),
     "box.busy": Message("Another program is using this data directory", "Stop it first, or use another --data-dir."),
     "box.none": Message("There is no box in this folder", "Check --data-dir: it should hold box.sqlite3. Nothing was written."),
+    "key.missing": Message(
+        "A key of this box is lost or damaged; the box does not start. All data are kept, nothing was changed", _RESTORE
+    ),
+    "key.wrong": Message(
+        "A key does not belong to the data of this box; the box does not start. All data are kept, nothing was changed", _RESTORE
+    ),
+    "key.other_box": Message("The escrow copy is of another box; nothing was changed", "Take the escrow copy of this box."),
+    "key.escrow_old": Message(
+        "The escrow copy is too old: the box has got new keys since; nothing was changed", "Take the latest escrow copy of this box."
+    ),
+    "key.no_escrow": Message("The file is no escrow copy, or it is damaged; nothing was changed", "Take another copy of the file."),
+    "key.passphrase": Message("The passphrase does not open the escrow copy; nothing was changed", "Type it again."),
+    "key.weak_passphrase": Message(
+        "The passphrase is too short: at least 12 characters; nothing was written", "Take four or five words that belong to nobody."
+    ),
     "account.wrong_password": Message("The current password is wrong", "Type it again."),
     "account.weak_password": Message(
         "The new password is too weak: at least 8 characters, other than the old one and the user name", "Choose another one."

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from appliance import __version__
-from appliance.cli import models, studies, tune
+from appliance.cli import keys, models, studies, tune
 from appliance.cli.terminal import UsageError, explain, say
 from appliance.core.errors import ApplianceError
 from appliance.core.process import limit_memory, make_data_dir, start_logging
@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     user.add_argument("--role", choices=("clinician", "technician", "administrator", "auditor"), default="clinician")
     audit = command("audit", _audit, "Check the audit's hash chain, or print it.")
     audit.add_argument("action", choices=("verify", "show"))
+    keys.add_arguments(command("keys", keys.run, "Check the keys of the box, copy them into escrow, restore them.", data_dir=False))
     command("settings", _settings, "Print every setting with its value and meaning.")
     demo = command("demo", _demo, "Create a demo box, start it and analyse sample scans.")
     demo.add_argument("--samples", type=Path, required=True, help="folder of sample scans")

@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from appliance.core.process import Lock, die_with_parent, stop_on_signal
 from appliance.core.settings import Settings
+from appliance.store.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -151,9 +152,15 @@ def web_address(settings: Settings) -> dict[str, Any] | None:
 
 
 def serve(given: Path) -> None:
-    """Run the supervisor of a data directory or settings file until SIGTERM or Ctrl-C."""
+    """Run the supervisor of a data directory or settings file until SIGTERM or Ctrl-C.
+
+    Raises:
+        ApplianceError: ``box.busy``; the box cannot be opened, as with a lost key: nothing is started, where it would only crash.
+    """
     is_stopping = stop_on_signal()
-    supervisor = Supervisor(Settings.load(given), given=given)
+    settings = Settings.load(given)
+    supervisor = Supervisor(settings, given=given)
+    Store(settings).close()
     supervisor.start()
     try:
         supervisor.run(is_stopping)

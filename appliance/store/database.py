@@ -176,6 +176,17 @@ class Database:
         cursor = tx.execute(f"INSERT INTO {table} ({columns}) VALUES ({marks}) {on_conflict}", values)  # noqa: S608
         return int(cursor.lastrowid or 0)
 
+    def key_ids(self, name: str) -> list[str]:
+        """The recorded ids of a key (see :mod:`appliance.store.keys`); none where an older appliance wrote the database."""
+        row = self.one("SELECT value FROM meta WHERE key = ?", f"key_ids:{name}")
+        return list(json.loads(row["value"])) if row else []
+
+    def record_key_ids(self, name: str, ids: list[str]) -> None:
+        """Record which ids of a key the data depend on, so that the box notices a lost or foreign key."""
+        if self.key_ids(name) != ids:
+            with self.transaction() as connection:
+                connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"key_ids:{name}", json.dumps(ids)))
+
     def _migrate(self) -> None:
         blocks = migrations()
         version = self.connection().execute("PRAGMA user_version").fetchone()[0]

@@ -3,14 +3,18 @@
 A file is written under ``incoming/``, flushed to the disk, and renamed to its place under ``content/``; a crash leaves either nothing or
 a complete file. Its name is the digest of the image, so that a repeated write gives the same file. The name is also encrypted at the end
 of the file, so that files cannot be exchanged for one another.
+
+A file begins with ``CEA2``, the id of its key (8 bytes) and the nonce (12 bytes). Files of older versions begin with ``CEA1`` and the
+nonce; they do not say their key.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -19,20 +23,38 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from appliance.core.errors import StoreError
 from appliance.store.database import store_error
+from appliance.store.keys import CONTENT_KEY, Keys
 from model_sync import atomic_files
 
-_MAGIC: Final = b"CEA1"
+_MAGIC: Final = b"CEA2"
+_MAGIC_1: Final = b"CEA1"
+_KEY_ID_BYTES: Final = 8
 _NONCE_BYTES: Final = 12
 _TAG_BYTES: Final = 16
 _NAME_BYTES: Final = 32
 _CHUNK_BYTES: Final = 1 << 20
 _ABANDONED_S: Final = 3600.0
+# Of a box that recorded no key: so many files may be damaged before its key counts as the wrong one.
+_SAMPLES: Final = 32
+_ANY_FILE: Final = "??/*"
 
 
 class EncryptedFiles:
-    """The encrypted files below one data directory; ``keys``, ``incoming`` and ``content`` are created in it."""
+    """The encrypted files below one data directory; ``incoming`` and ``content`` are created in it.
 
-    def __init__(self, data_dir: Path) -> None:
+    Args:
+        data_dir: the data directory.
+        keys: its keys; the key of the images is created with the first box.
+        recorded: ids of keys that the database says the images are encrypted with.
+
+    Attributes:
+        key_ids: ids of the keys that are loaded.
+
+    Raises:
+        StoreError: ``key.missing`` or ``key.wrong``: there are images which these keys do not decrypt; nothing was changed.
+    """
+
+    def __init__(self, data_dir: Path, keys: Keys, recorded: Collection[str] = ()) -> None:
         self._incoming = data_dir / "incoming"
         self._content = data_dir / "content"
         try:
@@ -41,7 +63,11 @@ class EncryptedFiles:
                     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
                 atomic_files.sync_directory(self._content)
                 atomic_files.sync_directory(data_dir)
-            self._key = load_key(data_dir / "keys", "content.key")
+            self._keys = keys.content_keys(recorded, lambda: any(self._content.glob(_ANY_FILE)))
+            self.key_ids = list(self._keys)
+            if not recorded and not keys.recorded(CONTENT_KEY) and not self._decrypts_samples():
+                raise StoreError("key.wrong", CONTENT_KEY)
+            keys.record(CONTENT_KEY, self.key_ids)
         except OSError as error:
             raise store_error(error) from error
 
@@ -58,9 +84,11 @@ class EncryptedFiles:
         temporary = self._incoming / f"{secrets.token_hex(8)}.part"
         try:
             with open(temporary, "xb") as file:
-                nonce = secrets.token_bytes(_NONCE_BYTES)
-                encryptor = Cipher(algorithms.AES(self._key), modes.GCM(nonce)).encryptor()
-                file.write(_MAGIC + nonce)
+                current = self.key_ids[0]
+                header = _MAGIC + bytes.fromhex(current) + (nonce := secrets.token_bytes(_NONCE_BYTES))
+                encryptor = Cipher(algorithms.AES(self._keys[current]), modes.GCM(nonce)).encryptor()
+                encryptor.authenticate_additional_data(header)
+                file.write(header)
                 view = memoryview(data)
                 for start in range(0, len(view), _CHUNK_BYTES):  # in chunks, so that a large image is not in memory twice
                     file.write(encryptor.update(view[start : start + _CHUNK_BYTES]))
@@ -96,16 +124,15 @@ class EncryptedFiles:
             blob = memoryview(self._path(name).read_bytes())
         except OSError as error:
             raise StoreError("store.missing", str(error)) from error
-        nonce, body, tag = blob[4 : 4 + _NONCE_BYTES], blob[4 + _NONCE_BYTES : -_TAG_BYTES], blob[-_TAG_BYTES:]
-        try:
-            decryptor = Cipher(algorithms.AES(self._key), modes.GCM(bytes(nonce), bytes(tag))).decryptor()
-            plain = decryptor.update(body[:-_NAME_BYTES])
-            sealed_name = decryptor.update(body[-_NAME_BYTES:]) + decryptor.finalize()
-        except (InvalidTag, ValueError) as error:
-            raise StoreError("store.tampered", f"content {name[:12]}") from error
-        if sealed_name.hex() != name:
-            raise StoreError("store.tampered", f"content {name[:12]}")
-        return plain
+        if bytes(blob[:4]) == _MAGIC:
+            known = self._keys.get(bytes(blob[4 : 4 + _KEY_ID_BYTES]).hex())
+            keys, start = [known] if known else [], 4 + _KEY_ID_BYTES
+        else:
+            keys, start = list(self._keys.values()), 4
+        for key in keys:
+            with suppress(InvalidTag, ValueError):
+                return _decrypt(blob, start, key, name)
+        raise StoreError("store.tampered", f"content {name[:12]}")
 
     def sweep(self) -> int:
         """Remove incomplete files that a crash left under ``incoming/``; they were never acknowledged. Returns how many.
@@ -120,21 +147,23 @@ class EncryptedFiles:
                     removed += 1
         return removed
 
+    def _decrypts_samples(self) -> bool:
+        """Whether the keys decrypt one of the first files at least, or there is none."""
+        names = [path.name for path in islice(self._content.glob(_ANY_FILE), _SAMPLES)]
+        return not names or any(self.holds(name) for name in names)
+
     def _path(self, name: str) -> Path:
         return self._content / name[:2] / name
 
 
-def load_key(directory: Path, name: str) -> bytes:
-    """Load a 256-bit key of the box, which is created on first use and readable by its owner only."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = directory / name
-    if not path.exists():
-        fresh = directory / f"{name}.{secrets.token_hex(4)}"
-        atomic_files.create(fresh, secrets.token_bytes(32), 0o600)
-        try:
-            with suppress(FileExistsError):  # another process was first: its key is used
-                path.hardlink_to(fresh)
-        finally:
-            fresh.unlink()
-        atomic_files.sync_directory(directory)
-    return path.read_bytes()
+def _decrypt(blob: memoryview, start: int, key: bytes, name: str) -> bytes:
+    """Decrypt a file whose nonce begins at ``start``; raises InvalidTag or ValueError where key, name or content do not fit."""
+    nonce, body, tag = blob[start : start + _NONCE_BYTES], blob[start + _NONCE_BYTES : -_TAG_BYTES], blob[-_TAG_BYTES:]
+    decryptor = Cipher(algorithms.AES(key), modes.GCM(bytes(nonce), bytes(tag))).decryptor()
+    if bytes(blob[:4]) != _MAGIC_1:
+        decryptor.authenticate_additional_data(bytes(blob[: start + _NONCE_BYTES]))
+    plain = decryptor.update(body[:-_NAME_BYTES])
+    sealed_name = decryptor.update(body[-_NAME_BYTES:]) + decryptor.finalize()
+    if sealed_name.hex() != name:
+        raise ValueError("the file belongs to another name")
+    return plain

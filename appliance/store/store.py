@@ -21,8 +21,9 @@ from appliance.core.settings import Settings
 from appliance.store import database as db
 from appliance.store import priority, series_jobs
 from appliance.store.database import Database, store_error
-from appliance.store.encrypted_files import EncryptedFiles, load_key
+from appliance.store.encrypted_files import EncryptedFiles
 from appliance.store.job_queue import JobQueue
+from appliance.store.keys import AUDIT_KEY, CONTENT_KEY, Keys
 from appliance.store.planning import Planner, next_revision, touch_study
 
 DATABASE_NAME: Final = "box.sqlite3"
@@ -46,21 +47,28 @@ def open_box(path: Path) -> Store:
 class Store:
     """The durable state of one box.
 
+    Raises:
+        StoreError: it cannot be used; ``key.missing`` or ``key.wrong`` where its data need another key, and then nothing was changed.
+
     Attributes:
         content: the encrypted files.
         database: the database.
+        keys: the keys of the box.
         planner: creates jobs.
         queue: leases jobs and commits their results.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.keys = Keys(settings.data_dir)
         try:
             settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            audit_key = self.keys.load(AUDIT_KEY, lambda: True)
         except OSError as error:
             raise store_error(error) from error
-        self.content = EncryptedFiles(settings.data_dir)
-        self.database = Database(settings.data_dir / DATABASE_NAME, load_key(settings.data_dir / "keys", "audit.key"))
+        self.database = Database(settings.data_dir / DATABASE_NAME, audit_key)
+        self.content = EncryptedFiles(settings.data_dir, self.keys, self.database.key_ids(CONTENT_KEY))
+        self.database.record_key_ids(CONTENT_KEY, self.content.key_ids)
         self.planner = Planner(settings, self.database)
         self.queue = JobQueue(settings, self.database, self.planner)
 

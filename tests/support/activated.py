@@ -64,6 +64,7 @@ def _copy(template: Path, store: Store, bundle: Path) -> None:
     connection = store.database.connection()
     with closing(sqlite3.connect(template / DATABASE_NAME)) as source:
         source.backup(connection)
+    connection.execute("DELETE FROM meta WHERE key GLOB 'key_ids:*'")  # they name the keys of the template's box
     connection.execute("UPDATE activations SET origin = ?", (str(bundle.resolve()),))
     connection.execute(
         "INSERT OR REPLACE INTO meta SELECT 'audit_head', audit_seal(seq || ' ' || digest) FROM audit ORDER BY seq DESC LIMIT 1"

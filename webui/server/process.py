@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from gunicorn.app.base import BaseApplication
+from gunicorn.errors import AppImportError
 
 from appliance.core.errors import ApplianceError
 from appliance.core.process import die_with_parent, start_logging
@@ -83,7 +84,10 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
     def load(self) -> WsgiApp:
         """Make the application, in the worker process."""
         threading.stack_size(_THREAD_STACK_BYTES)
-        app = self._create_app(self._settings)
+        try:
+            app = self._create_app(self._settings)
+        except ApplianceError as error:  # a box that cannot be opened (a lost key): said once, and the server ends
+            raise AppImportError(_error_lines(error)) from error
         self.box = app.extensions["box"]
         return _with_socket_timeout(app.wsgi_app)
 
@@ -115,10 +119,14 @@ def main(create_app: Callable[[Settings], Flask], argv: list[str] | None = None)
         settings = Settings.load(arguments.data_dir)
         check(settings)
     except ApplianceError as error:
-        print(f"error: {error}\nhint: {error.hint}", file=sys.stderr)
+        print(_error_lines(error), file=sys.stderr)
         return EXIT_USAGE
     Server(settings, create_app).run()
     return 0
+
+
+def _error_lines(error: ApplianceError) -> str:
+    return f"error: {error}\nhint: {error.hint}"
 
 
 def _announce(settings: Settings) -> Callable[[Any], None]:

@@ -13,7 +13,7 @@ from flask_login import current_user
 from flask_wtf.csrf import CSRFProtect
 
 from appliance.core.settings import Settings
-from appliance.store.encrypted_files import load_key
+from appliance.store.keys import Keys
 from webui.context import current_box
 from webui.server import problems
 
@@ -46,7 +46,7 @@ csrf: Final = CSRFProtect()
 def init_app(app: Flask, settings: Settings) -> None:
     """Install the checks before every request and the headers after it."""
     app.config.update(
-        SECRET_KEY=load_key(settings.data_dir / "keys", "web.key"),
+        SECRET_KEY=Keys(settings.data_dir).load_web_key(),
         SESSION_COOKIE_NAME="clinicbox",
         SESSION_COOKIE_HTTPONLY=True,
         SESSION_COOKIE_SAMESITE="Strict",

@@ -28,6 +28,7 @@ WRONG_USES: dict[str, list[str]] = {
     "urgent": ["no-such-study", "--data-dir", "{tmp}/box"],
     "user": ["wang", "--data-dir", "{tmp}/none"],
     "audit": ["verify", "--data-dir", "{tmp}/empty"],
+    "keys": ["check", "--data-dir", "{tmp}/empty"],
     "settings": ["--data-dir", "{tmp}/none"],
     "demo": ["--samples", "{tmp}/none", "--data-dir", "{tmp}/empty"],
 }

@@ -1,0 +1,78 @@
+"""``appliance keys``: check the keys of a box, copy them into escrow, restore them."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import sys
+from contextlib import closing
+from pathlib import Path
+
+from appliance.cli.terminal import UsageError, say
+from appliance.core.settings import Settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the actions of ``appliance keys``."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("check", help="check that the keys belong to the data of this box")
+    escrow = actions.add_parser("escrow", help="copy the keys into a file that a passphrase opens; keep both apart from the box")
+    escrow.add_argument("--out", type=Path, required=True, metavar="FILE", help="the new file")
+    restore = actions.add_parser("restore", help="restore the keys from an escrow copy of this box")
+    restore.add_argument("file", type=Path, metavar="FILE")
+    for action in (actions.choices[name] for name in ("check", "escrow", "restore")):
+        action.add_argument("--data-dir", type=Path, required=True, help="the box's data directory")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run one action; returns the exit code."""
+    if arguments.action == "escrow":
+        _escrow(arguments.data_dir, arguments.out)
+    elif arguments.action == "restore":
+        _restore(arguments.data_dir, arguments.file)
+    else:
+        _check(arguments.data_dir)
+    return 0
+
+
+def _check(data_dir: Path) -> None:
+    from appliance.store.store import open_box
+
+    with closing(open_box(data_dir)):
+        print(say("the keys belong to the data of this box"))
+
+
+def _escrow(data_dir: Path, path: Path) -> None:
+    from appliance.store import database as db
+    from appliance.store.key_escrow import write_escrow
+    from appliance.store.store import open_box
+
+    with closing(open_box(data_dir)) as store:  # keys that do not belong to the data are not worth a copy
+        write_escrow(path, store.keys.escrowed(), _passphrase(is_new=True))
+        store.record(db.SECURITY_ALERT, "cli", "R", "keys:escrow")
+    print(say("escrow copy written to {path}: keep it and its passphrase in two places, neither of them this box", path=path))
+
+
+def _restore(data_dir: Path, path: Path) -> None:
+    from appliance.store import database as db
+    from appliance.store.key_escrow import read_escrow
+    from appliance.store.keys import Keys
+    from appliance.store.store import DATABASE_NAME, open_box
+
+    settings = Settings.load(data_dir)
+    if not (settings.data_dir / DATABASE_NAME).is_file():
+        raise UsageError(say("there is no box in {path}", path=settings.data_dir), say("check --data-dir; nothing was changed"))
+    Keys(settings.data_dir).restore(read_escrow(path, _passphrase(is_new=False)))
+    with closing(open_box(data_dir)) as store:
+        store.record(db.SECURITY_ALERT, "cli", "U", "keys:restore")
+    print(say("the keys are restored; start the box again"))
+
+
+def _passphrase(*, is_new: bool) -> str:
+    """Ask for the passphrase, twice for a new one; without a terminal it is the first line of the standard input."""
+    if not sys.stdin.isatty():
+        return sys.stdin.readline().rstrip("\r\n")
+    passphrase = getpass.getpass(say("passphrase: "))
+    if is_new and getpass.getpass(say("the same again: ")) != passphrase:
+        raise UsageError(say("the two passphrases differ"), say("type the command again; nothing was written"))
+    return passphrase

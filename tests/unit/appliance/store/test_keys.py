@@ -1,0 +1,226 @@
+"""The keys of a box: checked against its data, never silently replaced, restored from an escrow copy (R46)."""
+
+from __future__ import annotations
+
+import io
+import os
+import secrets
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from appliance.cli.main import main
+from appliance.core.errors import StoreError
+from appliance.core.settings import Settings
+from appliance.store.database import APPLICATION_ACTIVITY
+from appliance.store.key_escrow import read_escrow, write_escrow
+from appliance.store.keys import Keys, key_id
+from appliance.store.store import Store
+
+PASSPHRASE = "four words of nobody"
+IMAGE, NAME = b"DICM" * 100, "ab" * 32
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """A box with one image."""
+    made = make_box(tmp_path / "box")
+    with closing(Store(made)) as store:
+        store.content.write(IMAGE, lambda: NAME)
+        store.record(APPLICATION_ACTIVITY, "test", "E", "x:1")
+    return made
+
+
+def make_box(data_dir: Path) -> Settings:
+    made = Settings.parse({"data_dir": data_dir, "disk_reserve_bytes": 0})
+    Store(made).close()
+    return made
+
+
+def damage(settings: Settings, how: str) -> None:
+    """What happens to ``content.key``."""
+    path = settings.data_dir / "keys" / "content.key"
+    if how == "lost":
+        path.unlink()
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "other bytes":
+        path.write_bytes(secrets.token_bytes(32))
+    else:
+        other = make_box(settings.data_dir.parent / "other")
+        path.write_bytes((other.data_dir / "keys" / "content.key").read_bytes())
+
+
+DAMAGE = {"lost": "key.missing", "empty": "key.missing", "other bytes": "key.wrong", "of another box": "key.wrong"}
+
+
+def state(folder: Path) -> dict[str, bytes]:
+    """Every file of a box, but not SQLite's own."""
+    skipped = ("-wal", "-shm")
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.name.endswith(skipped)}
+
+
+def cli(*arguments: object, passphrase: str = PASSPHRASE) -> int:
+    """A command with the passphrase on its standard input; its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.StringIO(passphrase + "\n"))
+        return main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_r46_a_box_whose_key_does_not_open_its_data_is_not_opened_and_not_changed(settings: Settings, how: str) -> None:
+    damage(settings, how)
+    before = state(settings.data_dir)
+    with pytest.raises(StoreError) as refused:
+        Store(settings)
+    assert refused.value.code == DAMAGE[how]
+    assert state(settings.data_dir) == before
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("recorded", ["beside the content", "in the database"])
+def test_r46_either_check_value_alone_shows_the_wrong_key(settings: Settings, how: str, recorded: str) -> None:
+    if recorded == "in the database":
+        (settings.data_dir / "content" / "keys.json").unlink()
+    else:
+        with closing(Store(settings)) as store, store.database.transaction() as tx:
+            tx.execute("DELETE FROM meta WHERE key GLOB 'key_ids:*'")
+    damage(settings, how)
+    with pytest.raises(StoreError, match=DAMAGE[how]):
+        Store(settings)
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_r46_a_box_of_an_older_appliance_recorded_no_key_and_is_checked_by_its_files(settings: Settings, how: str) -> None:
+    forget_records(settings)
+    damage(settings, how)
+    with pytest.raises(StoreError, match=DAMAGE[how]):
+        Store(settings)
+
+
+def forget_records(settings: Settings) -> None:
+    """Make the box look like one that recorded no key."""
+    with closing(Store(settings)) as store, store.database.transaction() as tx:
+        tx.execute("DELETE FROM meta WHERE key GLOB 'key_ids:*'")
+    (settings.data_dir / "content" / "keys.json").unlink()
+
+
+def test_r46_one_damaged_file_on_an_old_box_does_not_condemn_its_key(settings: Settings) -> None:
+    (settings.data_dir / "content" / "00" / ("00" * 32)).write_bytes(b"CEA1damaged")
+    forget_records(settings)
+    with closing(Store(settings)) as store:
+        assert store.content.read(NAME) == IMAGE
+
+
+def test_files_of_older_versions_stay_readable(settings: Settings) -> None:
+    """``CEA1``: nonce, then the image and its name, without the id of the key."""
+    key, nonce, name = (settings.data_dir / "keys" / "content.key").read_bytes(), secrets.token_bytes(12), "cd" * 32
+    path = settings.data_dir / "content" / "cd" / name
+    path.write_bytes(b"CEA1" + nonce + AESGCM(key).encrypt(nonce, b"older" + bytes.fromhex(name), None))
+    with closing(Store(settings)) as store:
+        assert store.content.read(name) == b"older"
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+        with pytest.raises(StoreError, match=r"store\.tampered"):
+            store.content.read(name)
+
+
+def test_a_changed_header_is_found(settings: Settings) -> None:
+    path = settings.data_dir / "content" / NAME[:2] / NAME
+    data = path.read_bytes()
+    for position in range(0, 24, 5):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+        with closing(Store(settings)) as store, pytest.raises(StoreError, match=r"store\.tampered"):
+            store.content.read(NAME)
+
+
+@pytest.mark.parametrize("role", ["serve", "worker", "receive", "web"])
+def test_r46_every_program_of_the_box_refuses_with_the_code_and_says_how_to_restore(settings: Settings, role: str) -> None:
+    damage(settings, "lost")
+    (settings.data_dir / "box.toml").write_text("web_port = 0\ndicom_port = 0\n")
+    command = ["-m", "webui"] if role == "web" else ["-m", "appliance", role]
+    done = subprocess.run(
+        [sys.executable, *command, "--data-dir", str(settings.data_dir)], capture_output=True, text=True, timeout=60, check=False,
+        env=os.environ | {"LANG": "en_US.UTF-8", "LANGUAGE": "en"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "key of this box is lost" in done.stderr
+    assert "All data are kept" in done.stderr
+    assert "appliance keys restore" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_r46_the_escrow_copy_restores_a_box(settings: Settings, tmp_path: Path, how: str) -> None:
+    copy = tmp_path / "escrow.json"
+    assert cli("keys", "escrow", "--out", copy, "--data-dir", settings.data_dir) == 0
+    damage(settings, how)
+    assert cli("keys", "check", "--data-dir", settings.data_dir) == 1
+    assert cli("keys", "restore", copy, "--data-dir", settings.data_dir) == 0
+    with closing(Store(settings)) as store:
+        assert store.content.read(NAME) == IMAGE
+        store.database.verify_audit()
+
+
+def test_r46_a_restored_box_keeps_the_key_that_was_in_the_way(settings: Settings, tmp_path: Path) -> None:
+    copy, key = tmp_path / "escrow.json", settings.data_dir / "keys" / "content.key"
+    cli("keys", "escrow", "--out", copy, "--data-dir", settings.data_dir)
+    damage(settings, "other bytes")
+    foreign = key.read_bytes()
+    cli("keys", "restore", copy, "--data-dir", settings.data_dir)
+    (kept,) = (settings.data_dir / "keys").glob("content.key.replaced-*")
+    assert kept.read_bytes() == foreign
+
+
+def test_r46_wrong_passphrase_and_the_copy_of_another_box_change_nothing(
+    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LANGUAGE", "en")
+    monkeypatch.setenv("LANG", "en_US.UTF-8")
+    copy, of_other = tmp_path / "escrow.json", tmp_path / "other.json"
+    cli("keys", "escrow", "--out", copy, "--data-dir", settings.data_dir)
+    cli("keys", "escrow", "--out", of_other, "--data-dir", make_box(tmp_path / "another").data_dir)
+    damage(settings, "lost")
+    before = state(settings.data_dir)
+    for path, passphrase, words in (
+        (copy, "not these words at all", "passphrase does not open"),
+        (of_other, PASSPHRASE, "of another box"),
+        (settings.data_dir / "content" / "keys.json", PASSPHRASE, "no escrow copy"),
+    ):
+        assert cli("keys", "restore", path, "--data-dir", settings.data_dir, passphrase=passphrase) == 1
+        assert words in capsys.readouterr().err
+        assert state(settings.data_dir) == before
+
+
+def test_an_escrow_copy_is_encrypted_and_replaces_no_file(settings: Settings, tmp_path: Path) -> None:
+    copy = tmp_path / "escrow.json"
+    keys = Keys(settings.data_dir).escrowed()
+    write_escrow(copy, keys, PASSPHRASE)
+    assert not any(key.hex().encode() in copy.read_bytes() or key in copy.read_bytes() for key in keys.values())
+    assert copy.stat().st_mode & 0o777 == 0o600
+    assert read_escrow(copy, PASSPHRASE) == keys
+    with pytest.raises(FileExistsError):
+        write_escrow(copy, keys, PASSPHRASE)
+    with pytest.raises(StoreError, match=r"key\.weak_passphrase"):
+        write_escrow(tmp_path / "weak", keys, "short")
+    assert not (tmp_path / "weak").exists()
+
+
+def test_a_lost_web_key_only_ends_the_sessions(settings: Settings) -> None:
+    keys = Keys(settings.data_dir)
+    first = keys.load_web_key()
+    assert keys.load_web_key() == first
+    for broken in (b"", b"short"):
+        (keys.directory / "web.key").write_bytes(broken)
+        fresh = keys.load_web_key()
+        assert (len(fresh), fresh != first) == (32, True)
+        assert keys.load_web_key() == fresh
+
+
+def test_a_key_check_value_depends_on_every_bit() -> None:
+    key = secrets.token_bytes(32)
+    others = {bytes([*key[:at], key[at] ^ 1 << bit, *key[at + 1 :]]) for at in range(32) for bit in range(8)}
+    assert len({key_id(other) for other in {key, *others}}) == 257
