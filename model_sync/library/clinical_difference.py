@@ -163,8 +163,8 @@ def _operating_point(manifest: Manifest, new: OperatingPoint, old: OperatingPoin
     before_sources = {source.source: _source(source, words) for source in old.per_source} if old else {}
     after_sources = {source.source: _source(source, words) for source in new.per_source}
     lines += _pairs(f"{title}: {words('sign.source')}", before_sources, after_sources, words)
-    groups = [{_group_name(group): _group(group, words) for group in point.groups} if point else {} for point in (old, new)]
-    return lines + _pairs(f"{title}: {words('sign.group')}", groups[0], groups[1], words)
+    groups = [{_group_name(group, words): _group(group, words) for group in point.groups} if point else {} for point in (old, new)]
+    return lines + _pairs(f"{title}:", groups[0], groups[1], words)
 
 
 def _source(source: Any, words: _Words) -> str:
@@ -172,8 +172,8 @@ def _source(source: Any, words: _Words) -> str:
     return f"AUC {auc}, {_measured(source, words)}"
 
 
-def _group_name(group: Any) -> str:
-    return f"{group.population} {group.min_years:g}-{group.max_years:g}"
+def _group_name(group: Any, words: _Words) -> str:
+    return words(f"sign.group.{group.population}", youngest=f"{group.min_years:g}", oldest=f"{group.max_years:g}")
 
 
 def _group(group: Any, words: _Words) -> str:

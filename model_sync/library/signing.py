@@ -64,6 +64,9 @@ def _sign_waiting(library: Library, signer: Signer, only: str | None, yes: bool)
 
 
 def _sign_file(file: Path, signer: Signer, against: Path | None, yes: bool) -> None:
+    if against is not None and not any((against / "metadata").glob("*.root.json")):
+        hint = "copy the folder `public` of the library to this machine, and name that copy"
+        raise SettingsError(f"{against} is no copy of the library's public folder", hint=hint, code="library.usage")
     md = read_metadata(file)
     role = str(md.signed.unrecognized_fields.get(ROLE_FIELD, file.name.removesuffix(".json")))
     folders = [file.parent / "targets", *([against / "targets"] if against is not None else [])]

@@ -223,11 +223,13 @@ def _targets_of(md: AnyMetadata | None) -> Targets | None:
 def _compare(
     line: str, new: tuple[Targets | None, str], old: tuple[Targets | None, str | None], read: Read, language: Language
 ) -> list[str]:
-    """Return the comparison of two versions, or that one of them is not at hand."""
+    """Return the comparison of two versions; all of the new one where the old one is not at hand, and which files are missing."""
     heading = messages.text("sign.heading", language, line=line, version=new[1])
     version = read_version(new[0], line, new[1], read)
     base = read_version(old[0], line, old[1], read) if old[1] is not None else None
-    if version is None or (old[1] is not None and base is None):
-        absent = new[1] if version is None else old[1]
-        return [f"  {heading}", f"    ? {messages.text('sign.absent', language, version=absent)}"]
-    return [f"  {heading}", *(f"    {text}" for text in describe_difference(version, base, language))]
+    if version is None:
+        return [f"  {heading}", f"    ? {messages.text('sign.absent', language, version=new[1])}"]
+    lines = describe_difference(version, base, language)
+    if old[1] is not None and base is None:
+        lines = [f"? {messages.text('sign.absent', language, version=old[1])}", *lines[1:]]
+    return [f"  {heading}", *(f"    {text}" for text in lines)]

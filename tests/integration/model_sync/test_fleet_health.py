@@ -228,7 +228,7 @@ def test_a_failed_version_and_an_alarm_are_both_shown(centre: Centre, person: Pe
     page = person.see("/fleet/box/both-1")
     assert "0.2.0 · " in page
     assert "0.3.0 · " in page
-    assert "scores.shifted" in page
+    assert "The scores of the model shifted" in page
 
 
 # -- why it is paused

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from model_sync.fleet import cli
+from tests.support.binding_gate import write_gate
 from tests.support.library_site import make_site, tiny_bundle
 
 LINE = "cxr-pneumonia"
@@ -208,6 +209,78 @@ def test_a_signature_from_another_machine(copy: Shell) -> None:
     assert "root version 2 is public" in copy.run("sign", "LIB/staged/root.json", "--key", "carol.pem", "--yes")
     assert "stale" in copy.run("merge", "LIB", "away/staged/root.json", expect=1)
     assert "dave" in copy.run("status", "LIB")
+
+
+def other_figures(directory: Path) -> Path:
+    """Version 0.2.0 with another threshold and another sensitivity of children, measured so."""
+    bundle = tiny_bundle(directory, "0.2.0", seed=1)
+    path = bundle / "manifest.json"
+    manifest = json.loads(path.read_text("utf-8"))
+    (point,) = manifest["operating_points"]
+    point["threshold"] = 0.9
+    point["groups"][0]["sensitivity"] = {"value": 0.5, "low": 0.4, "high": 0.6}
+    path.write_text(json.dumps(manifest, ensure_ascii=False), "utf-8")
+    write_gate(bundle)
+    return bundle
+
+
+def machine_without_library(copy: Shell) -> Shell:
+    """Another machine, with the files that one carries there and nothing else."""
+    away = Shell(copy.directory / "away")
+    for part in ("staged", "public"):
+        shutil.rmtree(away.directory / part, ignore_errors=True)
+        shutil.copytree(copy.directory / "LIB" / part, away.directory / part)
+    return away
+
+
+@pytest.mark.parametrize(
+    ("language", "said"),
+    [
+        ("C.UTF-8", ["compared with 0.1.0", "! Pneumonia: threshold: 0.3664 → 0.9",
+                     "! Pneumonia: children of 1 to 5 years: sensitivity 95.8% (93.4%-97.4%)", "→ sensitivity 50.0% (40.0%-60.0%)"]),
+        ("zh_CN.UTF-8", ["与正在使用的版本 0.1.0 相比", "! 肺炎: 阈值: 0.3664 → 0.9", "! 肺炎: 1–5 岁儿童: 灵敏度 95.8%",
+                         "→ 灵敏度 50.0%"]),
+    ],
+)  # fmt: skip
+def test_a_machine_without_a_library_shows_what_changes_for_patients(
+    copy: Shell, monkeypatch: pytest.MonkeyPatch, language: str, said: list[str]
+) -> None:
+    monkeypatch.setenv("LC_ALL", language)
+    copy.run("publish", "LIB", other_figures(copy.directory))
+    away = machine_without_library(copy)
+    text = away.run("sign", f"staged/{LINE}.json", "--against", "public", "--key", str(copy.directory / "alice.pem"), "--yes")
+    assert [part for part in said if part not in text] == []
+    assert "compared with nothing" not in text
+    assert "1 of 2 signatures" in copy.run("merge", "LIB", f"away/staged/{LINE}.json")
+    copy.run("sign", "LIB", "--key", "carol.pem", "--yes")
+
+    copy.run("rollout", "LIB", "--ring", "stable", "--line", LINE, "--version", "0.1.0")
+    copy.run("sign", "LIB", "--key", "carol.pem", "--yes")
+    copy.run("rollout", "LIB", "--ring", "stable", "--line", LINE, "--version", "0.2.0")
+    away = machine_without_library(copy)
+    text = away.run("sign", "staged/rollout.json", "--against", "public", "--key", str(copy.directory / "carol.pem"), "--yes")
+    assert [part for part in said[1:] if part not in text] == []
+    assert "is public" in copy.run("merge", "LIB", "away/staged/rollout.json")
+
+
+def test_without_a_copy_of_the_public_folder_all_of_it_is_shown_and_the_missing_copy_is_said(copy: Shell) -> None:
+    copy.run("publish", "LIB", other_figures(copy.directory))
+    away = machine_without_library(copy)
+    text = away.run("sign", f"staged/{LINE}.json", "--key", str(copy.directory / "alice.pem"), "--yes")
+    for part in ("compared with nothing", "+ Pneumonia: children of 1 to 5 years: sensitivity 50.0%", "give --against"):
+        assert part in text
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "staged", "public/metadata", "public/targets"])
+def test_a_folder_that_is_no_copy_of_the_public_one_is_refused(copy: Shell, folder: str) -> None:
+    """Else everything would look new, and nothing changed."""
+    copy.run("publish", "LIB", other_figures(copy.directory))
+    away = machine_without_library(copy)
+    before = (away.directory / "staged" / f"{LINE}.json").read_bytes()
+    key = str(copy.directory / "alice.pem")
+    text = away.run("sign", f"staged/{LINE}.json", "--against", folder, "--key", key, "--yes", expect=2)
+    assert "is no copy of the library's public folder" in text
+    assert (away.directory / "staged" / f"{LINE}.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("role", ["snapshot", "timestamp"])

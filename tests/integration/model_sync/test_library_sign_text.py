@@ -22,7 +22,7 @@ from model_sync.library.signing import _target_reader
 from model_sync.library.text import describe
 from model_sync.messages import Language
 from tests.support.binding_gate import write_gate
-from tests.support.library_site import Site, make_site, tiny_bundle
+from tests.support.library_site import Site, make_site, reference_bundle, tiny_bundle
 
 LINE = "cxr-pneumonia"
 
@@ -39,6 +39,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     bundle = tiny_bundle(tmp_path_factory.mktemp("base"), "0.2.0")
     document: dict[str, Any] = json.loads((bundle / "manifest.json").read_text("utf-8"))
     document["golden"][0]["expected"]["pneumonia"] = 0.3
+    document["input_check"] = json.loads((reference_bundle() / "manifest.json").read_text("utf-8"))["input_check"]
     return document
 
 
@@ -59,6 +60,11 @@ def second_label(document: dict[str, Any]) -> None:
     document["reference_scores"].append(document["reference_scores"][0] | {"label": "effusion"})
     for case in document["golden"]:
         case["expected"]["effusion"] = 0.5
+
+
+def groups(document: dict[str, Any]) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = point(document)["groups"]
+    return entries
 
 
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], dict[str, str]]] = {
@@ -93,6 +99,42 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], dict[str, str]]] = 
     "a source that is gone": (
         lambda d: point(d)["per_source"].pop(),
         {"en": "- Pneumonia: source ml-workgroup/", "zh": "- 肺炎: 来源 ml-workgroup/"},
+    ),
+    "the sensitivity of a group": (
+        lambda d: groups(d)[0]["sensitivity"].update(value=0.99, high=0.995),
+        {"en": "! Pneumonia: children of 1 to 5 years: sensitivity 95.8% (93.4%-97.4%), ", "zh": "! 肺炎: 1–5 岁儿童: 灵敏度 95.8%"},
+    ),
+    "the new sensitivity of a group": (
+        lambda d: groups(d)[0]["sensitivity"].update(value=0.99, high=0.995),
+        {"en": "→ sensitivity 99.0% (93.4%-99.5%), ", "zh": "→ 灵敏度 99.0% (93.4%-99.5%)"},
+    ),
+    "the number of a group": (
+        lambda d: groups(d)[1].update(n_positive=93),
+        {"en": "! Pneumonia: adults of 18 to 120 years: ", "zh": "! 肺炎: 18–120 岁成人: "},
+    ),
+    "the sources of a group": (
+        lambda d: groups(d)[1]["sources"].pop(),
+        {"en": "! Pneumonia: adults of 18 to 120 years: ", "zh": "! 肺炎: 18–120 岁成人: "},
+    ),
+    "the ages of a group": (
+        lambda d: groups(d)[1].update(min_years=16.0),
+        {"en": "+ Pneumonia: adults of 16 to 120 years: ", "zh": "+ 肺炎: 16–120 岁成人: "},
+    ),
+    "a group that is gone": (
+        lambda d: groups(d).pop(),
+        {"en": "- Pneumonia: adults of 18 to 120 years: sensitivity 92.4%", "zh": "- 肺炎: 18–120 岁成人: 灵敏度 92.4%"},
+    ),
+    "a group that lost a class": (
+        lambda d: groups(d)[1].update(n_negative=0, specificity=None),
+        {"en": "specificity –, 92 with and 0 without the finding", "zh": "特异度 –"},
+    ),
+    "the network of the input check": (
+        lambda d: d["input_check"].update(sha256="ab" * 32),
+        {"en": "! input_check.sha256: ", "zh": "! input_check.sha256: "},
+    ),
+    "the limit of the input check": (
+        lambda d: d["input_check"].update(min_upright=0.01),
+        {"en": "! input_check.min_upright: 0.5 → 0.01", "zh": "! input_check.min_upright: 0.5 → 0.01"},
     ),
     "a label": (second_label, {"en": "+ label: Effusion (effusion, SCT", "zh": "+ 标签: 胸腔积液 (effusion, SCT"}),
     "the title of a label": (
@@ -178,6 +220,8 @@ def test_of_a_first_version_everything_is_shown(base: dict[str, Any], language: 
         "voi default=percentile",
         base["intended_use"]["zh"],
         base["intended_use"]["en"],
+        {"en": "children of 1 to 5 years", "zh": "1–5 岁儿童"}[language],
+        {"en": "adults of 18 to 120 years", "zh": "18–120 岁成人"}[language],
     ):
         assert part in text
     assert all(line.startswith("  + ") for line in lines[1:])
