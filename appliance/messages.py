@@ -211,8 +211,31 @@ _CODES: Final[Mapping[str, Message]] = {
     ),
     "account.wrong_password": Message("The current password is wrong", "Type it again."),
     "account.weak_password": Message(
-        "The new password is too weak: at least 8 characters, other than the old one and the user name", "Choose another one."
+        "The new password is too short or too simple: at least 8 characters, 4 of them different", "Choose another one."
     ),
+    "account.long_password": Message("The new password is longer than 256 characters", "Choose a shorter one."),
+    "account.common_password": Message(
+        "The new password is one that is guessed first: a common word, a name, a date or a row of keys",
+        "Choose another one, for example three words that do not belong together.",
+    ),
+    "account.password_classes": Message(
+        "The new password needs three of these: small letters, capital letters, digits, signs", "Choose another one."
+    ),
+    "account.reused_password": Message("The new password was used before", "Choose another one."),
+    "account.exists": Message(
+        "There is already an account of this name", "Nothing was changed. Choose another name, or change the account that is there."
+    ),
+    "account.unknown": Message("There is no account of this name", "Nothing was changed. `appliance user list` shows the names."),
+    "account.name": Message(
+        "This cannot be a user name", "Use up to 64 letters, digits, dots, dashes or @, no blank and no word of a command."
+    ),
+    "account.role": Message(
+        "There is no such role", "Nothing was changed. Roles: clinician, technician, system_administrator, security_administrator, auditor."
+    ),
+    "account.last_administrator": Message(
+        "This is the last security administrator", "Nothing was changed. Give another account this role first."
+    ),
+    "account.not_allowed": Message("Your account may not do this", "Nothing was changed. Ask the security administrator of this box."),
     "assume.body_part": Message("No body part is stated; treated as a chest", "Check that the image shows a chest."),
     "assume.body_part_described": Message(
         "No body part is stated; it was taken from the description", "Check that the image shows this body part."

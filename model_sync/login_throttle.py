@@ -1,7 +1,9 @@
-"""How often a password may be tried (R3): five failures lock a name for the machine they came from, for 15 minutes.
+"""How often a password may be tried (R3): by name and machine, by name, and by machine.
 
-If five failures locked a name everywhere, anybody on the network could lock a doctor out all day. So the strict limit is for name and
-machine together, in memory; a restart forgets it. The wide limit, for a name from every address, is in the database of the accounts.
+Five failures lock a name for the machine they came from, for 15 minutes. If they locked a name everywhere, anybody on the network could
+keep a doctor out all day; so a name that is guessed from many machines is only slowed, and not at all for the machines from which its owner
+has logged in. A machine that fails with many names is slowed as well. Names that do not exist count like those that do. All of it is in
+memory and measured by a clock that nobody can set; a restart forgets it.
 """
 
 from __future__ import annotations
@@ -11,13 +13,21 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 MAX_FAILURES: Final = 5
-# Failures of one name from all addresses since its last successful login: stops somebody who guesses from many addresses.
+# Failures of one name from all addresses since its last successful login (used by the central server's accounts).
 MAX_FAILURES_EVERYWHERE: Final = 50
 LOCKOUT_S: Final = 15 * 60.0
+# Failures of one name, or from one machine, within 15 minutes: from then on each further attempt takes its turn.
+SLOW_AFTER: Final = 20
+SLOW_S: Final = 1.0
+# An attempt that would have to wait longer is refused: many waiting attempts would take the server's threads.
+MAX_WAIT_S: Final = 4.0
 _MAX_ENTRIES: Final = 10_000
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 @dataclass
@@ -30,12 +40,52 @@ class _Entry:
     locked_until: float = 0.0
 
 
+@dataclass
+class _Turns:
+    """Failures within a window of 15 minutes that began at ``since``, and when the next attempt may be made."""
+
+    since: float
+    failures: int = 0
+    next_at: float = 0.0
+
+
+class RecentEntries(Generic[Key, Value]):
+    """The entries that were used last; the oldest is forgotten when there are too many."""
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[Key, Value] = OrderedDict()
+
+    def get(self, key: Key) -> Value | None:
+        """The value of a key, or None."""
+        return self._entries.get(key)
+
+    def put(self, key: Key, value: Value) -> None:
+        """Store a value, which is now the newest."""
+        self._entries.pop(key, None)
+        self._entries[key] = value
+        if len(self._entries) > _MAX_ENTRIES:
+            self._entries.popitem(last=False)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def pop(self, key: Key) -> None:
+        """Forget a key, known or not."""
+        self._entries.pop(key, None)
+
+
 class LoginThrottle:
-    """Counts failed logins by name and machine; safe to use from several threads."""
+    """Counts failed logins; safe to use from several threads.
+
+    Args:
+        clock: seconds; one that nobody can set (``time.monotonic``) where there is no reason for another.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
+        self._entries: RecentEntries[tuple[str, str], _Entry] = RecentEntries()
+        self._turns: RecentEntries[tuple[str, str], _Turns] = RecentEntries()
+        self._familiar: RecentEntries[tuple[str, str], bool] = RecentEntries()
         self._lock = threading.Lock()
 
     def is_blocked(self, username: str, secret: str, peer: str) -> bool:
@@ -44,24 +94,51 @@ class LoginThrottle:
             entry = self._entries.get(_key(username, peer))
             return entry is not None and entry.secret == secret and entry.locked_until > self._clock()
 
+    def has_failed(self, peer: str) -> bool:
+        """Whether a login failed from this machine in the last 15 minutes."""
+        with self._lock:
+            return self._window(("", machine_of(peer))).failures > 0
+
+    def wait_s(self, username: str, peer: str) -> float | None:
+        """Seconds that this attempt has to wait for its turn, which it takes by this call; None where too many wait already."""
+        name, machine = _key(username, peer)
+        with self._lock:
+            limits = [("", machine)] if self._familiar.get((name, machine)) else [("", machine), (name, "")]
+            slow = [turns for turns in map(self._window, limits) if turns.failures >= SLOW_AFTER]
+            now = self._clock()
+            at = max([now, *(turns.next_at for turns in slow)])
+            if at - now > MAX_WAIT_S:
+                return None
+            for turns in slow:
+                turns.next_at = at + SLOW_S
+            return at - now
+
     def add_failure(self, username: str, secret: str, peer: str) -> None:
         """Count a failed attempt; the fifth within 15 minutes blocks the name for this machine."""
         now, key = self._clock(), _key(username, peer)
         with self._lock:
-            entry = self._entries.pop(key, None)
+            entry = self._entries.get(key)
             if entry is None or entry.secret != secret or now - entry.last_at > LOCKOUT_S:
                 entry = _Entry(secret)
             entry.failures, entry.last_at = entry.failures + 1, now
             if entry.failures >= MAX_FAILURES:
                 entry.failures, entry.locked_until = 0, now + LOCKOUT_S
-            self._entries[key] = entry
-            if len(self._entries) > _MAX_ENTRIES:
-                self._entries.popitem(last=False)
+            self._entries.put(key, entry)
+            for limit in (("", key[1]), (key[0], "")):
+                turns = self._window(limit)
+                turns.failures += 1
+                self._turns.put(limit, turns)
 
     def clear(self, username: str, peer: str) -> None:
-        """Forget the failures of this name from this machine, after a login that succeeded."""
+        """Forget the failures of this name from this machine, after a login that succeeded; from now on it knows the machine."""
         with self._lock:
-            self._entries.pop(_key(username, peer), None)
+            self._entries.pop(_key(username, peer))
+            self._familiar.put(_key(username, peer), True)
+
+    def _window(self, limit: tuple[str, str]) -> _Turns:
+        """The failures of the window that is open now."""
+        turns, now = self._turns.get(limit), self._clock()
+        return turns if turns is not None and now - turns.since <= LOCKOUT_S else _Turns(now)
 
 
 def machine_of(address: str) -> str:

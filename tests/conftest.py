@@ -9,9 +9,11 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from argon2 import PasswordHasher
 from playwright.sync_api import Browser, Playwright, sync_playwright
 
 from appliance.core.settings import Settings
+from appliance.store import passwords
 from appliance.store.store import Store
 
 CHROMIUM_FLAGS = [
@@ -58,6 +60,14 @@ def store(settings: Settings) -> Iterator[Store]:
     fresh = Store(settings)
     yield fresh
     fresh.close()
+
+
+@pytest.fixture
+def quick_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real hashes that cost less, for tests that check many passwords."""
+    quick = PasswordHasher(time_cost=1, memory_cost=1024, parallelism=1)
+    monkeypatch.setattr(passwords, "_HASHER", quick)
+    monkeypatch.setattr(passwords, "UNKNOWN_HASH", quick.hash("nobody's"))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What all pages of one web process share: the settings, the store and the queries over it, the accounts."""
+"""What all pages of one web process share: the settings, the store and the queries over it, the accounts and logins."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from flask import current_app
 
 from appliance.core.settings import Settings
 from appliance.store.accounts import Accounts
+from appliance.store.logins import Logins
 from appliance.store.store import Store
 from appliance.store.worklist import Worklist
 
@@ -25,13 +26,15 @@ class BoxContext:
     store: Store
     worklist: Worklist
     accounts: Accounts
+    logins: Logins
     on_stop: list[Callable[[], None]] = field(default_factory=list)
 
     @classmethod
     def open(cls, settings: Settings) -> BoxContext:
         """Open the store of a box; raises StoreError when it cannot be used."""
         store = Store(settings)
-        return cls(settings, store, Worklist(store), Accounts(store))
+        accounts = Accounts(store)
+        return cls(settings, store, Worklist(store), accounts, Logins(store, accounts))
 
     def stop(self) -> None:
         """Stop the work beside the requests; what is unfinished stays on the disk and continues at the next start."""

@@ -16,6 +16,7 @@ from typing import Final
 from appliance.cli.terminal import say
 from appliance.core.errors import ApplianceError
 from appliance.core.process import Lock, die_with_parent, make_data_dir, stop_on_signal
+from appliance.core.roles import Role
 from appliance.core.settings import FILE_NAME, Settings
 from appliance.lifecycle.model_control import activate, reference_bundle
 from appliance.service.supervisor import Supervisor, web_address
@@ -101,7 +102,11 @@ def _prepare(settings: Settings, *, new_password: bool) -> str:
     activate(store, reference_bundle(), "demo")
     accounts = Accounts(store)
     account = accounts.find(USERNAME)
-    password = accounts.add(USERNAME, "clinician", "demo") if new_password or account is None or account.must_change else ""
+    password = ""
+    if account is None:
+        password = accounts.add(USERNAME, Role.CLINICIAN, "demo")
+    elif new_password or account.must_change:
+        password = accounts.issue_one_time_password(USERNAME, "demo")
     store.close()
     return password
 

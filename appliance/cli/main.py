@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from appliance import __version__
-from appliance.cli import keys, models, studies, tune
+from appliance.cli import keys, models, studies, tune, user
 from appliance.cli.terminal import UsageError, explain, say
 from appliance.core.errors import ApplianceError
 from appliance.core.process import limit_memory, make_data_dir, start_logging
@@ -107,9 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     urgent = command("urgent", _urgent, "STAT: analyse the waiting images of a study before everything else.")
     urgent.add_argument("study", help="the study's accession number, Study Instance UID or number on this box")
     urgent.add_argument("--undo", action="store_true", help="cancel it: the study is no longer first")
-    user = command("user", _user, "Create an account, or give an existing one a new one-time password.")
-    user.add_argument("username")
-    user.add_argument("--role", choices=("clinician", "technician", "administrator", "auditor"), default="clinician")
+    user.add_arguments(command("user", user.run, "List accounts, create, disable or enable one, change its role, password or sessions."))
     audit = command("audit", _audit, "Check the audit's hash chain, or print it.")
     audit.add_argument("action", choices=("verify", "show"))
     keys.add_arguments(command("keys", keys.run, "Check the keys of the box, copy them into escrow, restore them.", data_dir=False))
@@ -205,15 +203,6 @@ def _urgent(arguments: argparse.Namespace) -> int:
         print(say("nothing more is brought forward: it is first already, or once all images are here"))
     else:
         print(say("nothing waits; that does not mean that it was analysed"))
-    return EXIT_OK
-
-
-def _user(arguments: argparse.Namespace) -> int:
-    from appliance.store.accounts import Accounts
-    from appliance.store.store import Store
-
-    password = Accounts(Store(Settings.load(arguments.data_dir))).add(arguments.username, arguments.role, "cli")
-    print(say("one-time password of {username}: {password}", username=arguments.username, password=password))
     return EXIT_OK
 
 

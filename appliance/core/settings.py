@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -57,6 +57,11 @@ class Settings(BaseModel):
     )  # fmt: skip
     session_idle_s: float = Field(30 * 60.0, gt=0, description="Inactivity after which a person is logged out.")
     session_absolute_s: float = Field(12 * 3600.0, gt=0, description="Longest a login lasts.")
+    one_time_password_s: float = Field(72 * 3600.0, gt=0, description="Time after which an unused one-time password is refused.")
+    password_profile: Literal["asvs", "mlps3"] = Field(
+        "asvs", description="Rules for passwords: asvs (8 characters, none of the common ones, no forced change) or mlps3 (GB/T 22239: "
+        "three kinds of characters, a change every 90 days, none of the last five).",
+    )  # fmt: skip
 
     @classmethod
     def load(cls, path: Path, **overrides: Any) -> Settings:

@@ -1,186 +1,263 @@
-"""Accounts and their logins: argon2 hashes, lockout after failed attempts, sessions that end on the server (R1-R5).
+"""The accounts of a box: who has one, with which role and password (R1, R2).
 
-There is no default account; ``appliance user add`` (or the demo) creates the first one with a one-time password that must be changed at
-the first login.
+There is no default account: ``appliance user add`` (or the demo) creates the first one with a one-time password, which must be changed at
+the first login and expires. Every change is audited in its own transaction and ends the sessions that it concerns.
 """
 
 from __future__ import annotations
 
-import hashlib
-import secrets
+import json
+import re
 import sqlite3
-import time
-from collections.abc import Callable
+import unicodedata
 from dataclasses import dataclass
-from typing import Final, Literal
-
-from argon2 import PasswordHasher
-from argon2.exceptions import InvalidHashError, VerifyMismatchError
+from typing import Any, Final
 
 from appliance.core.domain import utc_now
 from appliance.core.errors import StoreError
+from appliance.core.moments import Clock
+from appliance.core.roles import PASSWORD_HELPERS, Role
 from appliance.store import database as db
+from appliance.store import passwords
 from appliance.store.database import Database
 from appliance.store.store import Store
-from model_sync.login_throttle import LOCKOUT_S, MAX_FAILURES_EVERYWHERE, LoginThrottle
 
-Role = Literal["clinician", "technician", "administrator", "auditor"]
-MIN_PASSWORD_CHARS: Final = 8
-# RFC 9106's second recommended option scaled to a small box: 19 MiB, two passes (the minimum that OWASP recommends).
-_HASHER: Final = PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1)
-_UNKNOWN_USER: Final = _HASHER.hash(secrets.token_hex(16))
-# Without the letters and digits that people confuse on paper.
-_READABLE_CHARS: Final = "abcdefghjkmnpqrstuvwxyz23456789"
+# Words of the command `appliance user`, which would be ambiguous as names.
+COMMAND_WORDS: Final = ("list", "add", "role", "disable", "enable", "password", "sessions")
+_NAME: Final = re.compile(r"[\w.@-]{1,64}")
 
 
 @dataclass(frozen=True)
 class Account:
-    """A person who may log in."""
+    """A person who may log in.
+
+    Attributes:
+        must_change: the password is a one-time password, or too old for the profile ``mlps3``.
+        is_one_time: the password is a one-time password.
+        created_at, last_login_at: ISO 8601 in UTC, and a moment (:mod:`appliance.core.moments`), empty before the first login.
+    """
 
     id: int
     username: str
-    role: str
+    role: Role
     must_change: bool
+    is_one_time: bool = False
+    is_active: bool = True
+    created_at: str = ""
+    last_login_at: str = ""
+
+
+Actor = Account | str
+"""Who changes an account: an account on the pages, whose right is checked within the transaction, or the name of a program."""
 
 
 class Accounts:
-    """Accounts and sessions in one store.
+    """The accounts in one store.
 
     Args:
         store: of the box.
-        clock: the time in seconds; ``time.time`` by default.
+        clock: the time.
     """
 
-    def __init__(self, store: Store, clock: Callable[[], float] | None = None) -> None:
+    def __init__(self, store: Store, clock: Clock | None = None) -> None:
         self._db = store.database
         self._settings = store.settings
-        self._clock = clock or (lambda: time.time())
-        self._throttle = LoginThrottle(self._clock)
+        self.clock = clock or Clock()
+        self._audit_migrated_roles()
 
-    def add(self, username: str, role: Role, actor: str) -> str:
-        """Create an account, or give an existing one a new one-time password. Returns the password."""
-        password = "-".join("".join(secrets.choice(_READABLE_CHARS) for _ in range(4)) for _ in range(3))
+    def add(self, username: str, role: Role | str, actor: Actor) -> str:
+        """Create an account; returns its one-time password.
+
+        Raises:
+            StoreError: ``account.exists``, ``account.name``, ``account.role`` or ``account.not_allowed``. Nothing was changed.
+        """
+        username, role = unicodedata.normalize("NFC", username.strip()), _role(role)
+        if not _NAME.fullmatch(username) or username.casefold() in COMMAND_WORDS:
+            raise StoreError("account.name", username)
+        password = passwords.readable_secret()
+        password_hash = passwords.hash_password(password)
         with self._db.transaction() as tx:
-            tx.execute(
-                "INSERT INTO users (username, password_hash, role, must_change, created_at) VALUES (?, ?, ?, 1, ?)"
-                " ON CONFLICT (username) DO UPDATE SET password_hash = excluded.password_hash, must_change = 1,"
-                " failures = 0, locked_until = 0",
-                (username, _HASHER.hash(password), role, utc_now()),
-            )
-            tx.execute("DELETE FROM sessions WHERE user_id = (SELECT id FROM users WHERE username = ?)", (username,))
-            Database.audit(tx, db.SECURITY_ALERT, actor, "C", f"user:{username}", **db.SECURITY_ATTRIBUTES_CHANGED, role=role)
+            _check_right(tx, actor)
+            if _find(tx, username):
+                raise StoreError("account.exists", username)
+            Database.insert(
+                tx, "users", username=username, password_hash=password_hash, role=role, must_change=1, created_at=utc_now(),
+                password_set_at=self.clock.now(),
+            )  # fmt: skip
+            _audit(tx, actor, "C", username, role=role)
         return password
+
+    def issue_one_time_password(self, username: str, actor: Actor) -> str:
+        """Give an account a new one-time password; its sessions end, its second factor stays. Returns the password.
+
+        Raises:
+            StoreError: ``account.unknown`` or ``account.not_allowed``. Nothing was changed.
+        """
+        password = passwords.readable_secret()
+        password_hash = passwords.hash_password(password)
+        with self._db.transaction() as tx:
+            row = _require(tx, username)
+            _check_right(tx, actor, PASSWORD_HELPERS if row["role"] == Role.CLINICIAN else frozenset({Role.SECURITY_ADMINISTRATOR}))
+            self._set_password(tx, row, password_hash, must_change=1)
+            _audit(tx, actor, "U", row["username"], changed="one-time password")
+        return password
+
+    def set_role(self, username: str, role: Role | str, actor: Actor) -> None:
+        """Give an account another role; its sessions end.
+
+        Raises:
+            StoreError: ``account.unknown``, ``account.role``, ``account.last_administrator`` or ``account.not_allowed``; nothing was
+                changed.
+        """
+        role = _role(role)
+        with self._db.transaction() as tx:
+            _check_right(tx, actor)
+            row = _require(tx, username)
+            if row["role"] == role:
+                return
+            had_administrator = _has_administrator(tx)
+            tx.execute("UPDATE users SET role = ? WHERE id = ?", (role, row["id"]))
+            _keep_an_administrator(tx, had_administrator)
+            tx.execute("DELETE FROM sessions WHERE user_id = ?", (row["id"],))
+            _audit(tx, actor, "U", row["username"], changed="role", role=role, former_role=row["role"])
+
+    def set_active(self, username: str, is_active: bool, actor: Actor) -> None:
+        """Disable an account, whose sessions end, or enable it again.
+
+        Raises:
+            StoreError: ``account.unknown``, ``account.last_administrator`` or ``account.not_allowed``. Nothing was changed.
+        """
+        with self._db.transaction() as tx:
+            _check_right(tx, actor)
+            row = _require(tx, username)
+            if bool(row["is_active"]) == is_active:
+                return
+            had_administrator = _has_administrator(tx)
+            tx.execute("UPDATE users SET is_active = ? WHERE id = ?", (int(is_active), row["id"]))
+            _keep_an_administrator(tx, had_administrator)
+            tx.execute("DELETE FROM sessions WHERE user_id = ?", (row["id"],))
+            _audit(tx, actor, "U", row["username"], changed="enabled" if is_active else "disabled")
+
+    def end_sessions(self, username: str, actor: Actor, session_id: int | None = None) -> int:
+        """End all sessions of an account, or one of them; returns their number.
+
+        Raises:
+            StoreError: ``account.unknown`` or ``account.not_allowed``. Nothing was changed.
+        """
+        with self._db.transaction() as tx:
+            _check_right(tx, actor)
+            row = _require(tx, username)
+            condition, values = ("", (row["id"],)) if session_id is None else (" AND id = ?", (row["id"], session_id))
+            count = tx.execute(f"DELETE FROM sessions WHERE user_id = ?{condition}", values).rowcount  # noqa: S608 - constant texts
+            if count:
+                _audit(tx, actor, "U", row["username"], changed="sessions ended", count=count)
+        return count
 
     def find(self, username: str) -> Account | None:
         """The account of that name, ignoring case."""
         row = self._db.one("SELECT * FROM users WHERE username = ?", username)
-        return _account(row) if row else None
+        return self.account(row) if row else None
 
-    def login(self, username: str, password: str, peer: str) -> str | None:
-        """Check a password; returns a new session token, or None.
+    def require(self, username: str) -> Account:
+        """The account of that name; raises StoreError ``account.unknown`` where there is none."""
+        return self.account(_require(self._db.connection(), username))
 
-        An unknown name, a wrong password and a locked account take the same time and get the same answer (R3). While the machine at
-        ``peer`` (an IP address) is blocked for this name, every password counts as wrong.
-        """
-        row = self._db.one("SELECT * FROM users WHERE username = ?", username)
-        is_right = _verify(row["password_hash"] if row else _UNKNOWN_USER, "" if self.is_blocked(username, peer) else password)
-        now = self._clock()
-        locked = row is not None and row["locked_until"] > now
-        if row is None or locked or not is_right:
-            self._record_failure(username, peer, known=row is not None, locked=locked)
-            return None
-        token = secrets.token_urlsafe(32)
-        with self._db.transaction() as tx:
-            tx.execute("UPDATE users SET failures = 0, locked_until = 0 WHERE id = ?", (row["id"],))
-            tx.execute("DELETE FROM sessions WHERE created_at < ?", (now - self._settings.session_absolute_s,))
-            tx.execute("INSERT INTO sessions VALUES (?, ?, ?, ?)", (_digest(token), row["id"], now, now))
-            Database.audit(tx, db.USER_AUTHENTICATION, row["username"], "E", f"user:{row['id']}", **db.LOGIN, peer=peer)
-        self._throttle.clear(username, peer)
-        return token
+    def all(self) -> list[Account]:
+        """Every account, by name."""
+        return [self.account(row) for row in self._db.query("SELECT * FROM users ORDER BY username")]
 
-    def is_blocked(self, username: str, peer: str) -> bool:
-        """Whether the machine at this address has used up its attempts for this name."""
-        return self._throttle.is_blocked(username, self._password_hash(username), peer)
-
-    def record_wrong_password(self, account: Account, peer: str) -> None:
-        """Count a wrong old password, entered by a logged-in person who wants a new one."""
-        self._record_failure(account.username, peer, known=True, locked=False)
-
-    def _record_failure(self, username: str, peer: str, *, known: bool, locked: bool) -> None:
-        """Count a failed attempt for its machine and for the name, and write it to the audit.
-
-        The fiftieth of a name locks it for all machines for 15 minutes. Attempts during a lock do not extend it.
-        """
-        locked = locked or self.is_blocked(username, peer)
-        if known and not locked:
-            self._throttle.add_failure(username, self._password_hash(username), peer)
-        with self._db.transaction() as tx:
-            if known and not locked:
-                tx.execute("UPDATE users SET failures = failures + 1 WHERE username = ?", (username,))
-                tx.execute(
-                    "UPDATE users SET locked_until = ?, failures = 0 WHERE username = ? AND failures >= ?",
-                    (self._clock() + LOCKOUT_S, username, MAX_FAILURES_EVERYWHERE),
-                )
-            who = username[:64] if known else "unknown"
-            Database.audit(tx, db.USER_AUTHENTICATION, who, "E", "login", 4, peer=peer, locked=locked, **db.LOGIN)
-
-    def _password_hash(self, username: str) -> str:
-        row = self._db.one("SELECT password_hash FROM users WHERE username = ?", username)
-        return str(row["password_hash"]) if row else ""
-
-    def resume(self, token: str, *, touch: bool = True) -> Account | None:
-        """The account of a session token; None where the session has ended (logout, idle, too old).
-
-        ``touch`` says that a person made the request: a page that refreshes itself must not keep a session open.
-        """
-        now = self._clock()
-        row = self._db.one(
-            "SELECT u.*, s.created_at AS session_at, s.seen_at, s.token_sha256 FROM sessions s JOIN users u ON u.id = s.user_id"
-            " WHERE s.token_sha256 = ?",
-            _digest(token),
-        )
-        if row is None or now > min(row["seen_at"] + self._settings.session_idle_s, row["session_at"] + self._settings.session_absolute_s):
-            return None
-        if touch and now - row["seen_at"] > 30:  # one durable write per half minute is enough
-            with self._db.transaction() as tx:
-                tx.execute("UPDATE sessions SET seen_at = ? WHERE token_sha256 = ?", (now, row["token_sha256"]))
-        return _account(row)
-
-    def logout(self, token: str) -> None:
-        """End a session on the server."""
-        with self._db.transaction() as tx:
-            row = tx.execute("DELETE FROM sessions WHERE token_sha256 = ? RETURNING user_id", (_digest(token),)).fetchone()
-            if row:
-                user = f"user:{row['user_id']}"
-                Database.audit(tx, db.USER_AUTHENTICATION, user, "E", user, **db.LOGOUT)
+    def has_security_administrator(self) -> bool:
+        """Whether somebody can manage accounts on the pages."""
+        return _has_administrator(self._db.connection())
 
     def change_password(self, account: Account, old: str, new: str) -> None:
-        """Set a new password; all other sessions of the account end.
+        """Set a new password of one's own; all sessions of the account end.
 
         Raises:
-            StoreError: ``account.wrong_password`` or ``account.weak_password``.
+            StoreError: ``account.wrong_password``, or why the new one is refused (:func:`appliance.store.passwords.weakness`).
         """
-        row = self._db.one("SELECT password_hash FROM users WHERE id = ?", account.id)
-        if row is None or not _verify(row["password_hash"], old):
+        row = self._db.one("SELECT * FROM users WHERE id = ?", account.id)
+        if row is None or not passwords.verify_password(row["password_hash"], old):
             raise StoreError("account.wrong_password")
-        if len(new) < MIN_PASSWORD_CHARS or new == old or new.lower() == account.username.lower() or len(set(new)) < 4:
-            raise StoreError("account.weak_password")
+        former = [row["password_hash"], *json.loads(row["former_hashes"])]
+        code = passwords.weakness(self._settings.password_profile, new, account.username, former)
+        if code:
+            raise StoreError(code)
+        password_hash = passwords.hash_password(new)
         with self._db.transaction() as tx:
-            tx.execute("UPDATE users SET password_hash = ?, must_change = 0 WHERE id = ?", (_HASHER.hash(new), account.id))
-            tx.execute("DELETE FROM sessions WHERE user_id = ?", (account.id,))
-            Database.audit(tx, db.SECURITY_ALERT, account.username, "U", f"user:{account.id}", **db.SECURITY_ATTRIBUTES_CHANGED)
+            current = _require(tx, account.username)
+            if current["password_hash"] != row["password_hash"]:  # somebody gave a one-time password in between
+                raise StoreError("account.wrong_password")
+            self._set_password(tx, current, password_hash, must_change=0)
+            _audit(tx, account.username, "U", account.username, changed="password")
+
+    def account(self, row: sqlite3.Row) -> Account:
+        """An account from its row of ``users``."""
+        age = self.clock.age_s(row["password_set_at"])
+        is_old = passwords.is_due(self._settings.password_profile, age)
+        is_one_time = bool(row["must_change"])
+        return Account(
+            row["id"], row["username"], Role(row["role"]), is_one_time or is_old, is_one_time, bool(row["is_active"]), row["created_at"],
+            row["last_login_at"],
+        )  # fmt: skip
+
+    def _set_password(self, tx: sqlite3.Connection, row: sqlite3.Row, password_hash: str, *, must_change: int) -> None:
+        """Store a new hash, keep the former ones for the rule against reuse, and end the sessions."""
+        former = json.loads(row["former_hashes"])
+        if not row["must_change"]:
+            former = [row["password_hash"], *former][: passwords.HISTORY - 1]
+        values = (password_hash, must_change, self.clock.now(), json.dumps(former), row["id"])
+        tx.execute("UPDATE users SET password_hash = ?, must_change = ?, password_set_at = ?, former_hashes = ? WHERE id = ?", values)
+        tx.execute("DELETE FROM sessions WHERE user_id = ?", (row["id"],))
+
+    def _audit_migrated_roles(self) -> None:
+        """Write the changes of role that migration 11 made to the audit, once."""
+        if self._db.number("SELECT count(*) FROM users WHERE former_role IS NOT NULL"):
+            with self._db.transaction() as tx:
+                for row in tx.execute("SELECT id, username, role, former_role FROM users WHERE former_role IS NOT NULL").fetchall():
+                    _audit(tx, "migration", "U", row["username"], changed="role", role=row["role"], former_role=row["former_role"])
+                    tx.execute("UPDATE users SET former_role = NULL WHERE id = ?", (row["id"],))
 
 
-def _account(row: sqlite3.Row) -> Account:
-    return Account(row["id"], row["username"], row["role"], bool(row["must_change"]))
-
-
-def _digest(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()
-
-
-def _verify(password_hash: str, password: str) -> bool:
+def _role(role: Role | str) -> Role:
     try:
-        return _HASHER.verify(password_hash, password)
-    except (VerifyMismatchError, InvalidHashError):
-        return False
+        return Role(role)
+    except ValueError:
+        raise StoreError("account.role", str(role)) from None
+
+
+def _find(tx: sqlite3.Connection, username: str) -> sqlite3.Row | None:
+    row: sqlite3.Row | None = tx.execute("SELECT * FROM users WHERE username = ?", (username,)).fetchone()
+    return row
+
+
+def _require(tx: sqlite3.Connection, username: str) -> sqlite3.Row:
+    row = _find(tx, username)
+    if row is None:
+        raise StoreError("account.unknown", username)
+    return row
+
+
+def _check_right(tx: sqlite3.Connection, actor: Actor, roles: frozenset[Role] = frozenset({Role.SECURITY_ADMINISTRATOR})) -> None:
+    """Refuse an account that may not do this now, whatever it was allowed when its page was shown."""
+    if isinstance(actor, str):
+        return
+    row = tx.execute("SELECT role, is_active FROM users WHERE id = ?", (actor.id,)).fetchone()
+    if row is None or not row["is_active"] or row["role"] not in roles:
+        raise StoreError("account.not_allowed")
+
+
+def _has_administrator(tx: sqlite3.Connection) -> bool:
+    role = Role.SECURITY_ADMINISTRATOR
+    return tx.execute("SELECT 1 FROM users WHERE role = ? AND is_active = 1 LIMIT 1", (role,)).fetchone() is not None
+
+
+def _keep_an_administrator(tx: sqlite3.Connection, had_administrator: bool) -> None:
+    """Refuse the change, which the caller's transaction then undoes, where nobody could manage the accounts after it."""
+    if had_administrator and not _has_administrator(tx):
+        raise StoreError("account.last_administrator")
+
+
+def _audit(tx: sqlite3.Connection, actor: Actor, action: str, username: str, **detail: Any) -> None:
+    who = actor if isinstance(actor, str) else actor.username
+    Database.audit(tx, db.SECURITY_ALERT, who, action, f"user:{username}", **db.SECURITY_ATTRIBUTES_CHANGED, **detail)

@@ -227,3 +227,26 @@ CREATE TABLE score_monitors (
 
 -- migration 10: the accuracy that applies to the patient of a finding
 ALTER TABLE findings ADD COLUMN accuracy TEXT; -- JSON (appliance/core/applicable_accuracy.py); NULL: an earlier version made the finding; determined when it is read
+
+-- migration 11: five roles, accounts that can be disabled, passwords and sessions whose age does not depend on the wall clock
+ALTER TABLE users ADD COLUMN is_active INTEGER NOT NULL DEFAULT 1 CHECK (is_active IN (0, 1));
+ALTER TABLE users ADD COLUMN password_set_at TEXT NOT NULL DEFAULT ''; -- moment (appliance/core/moments.py)
+ALTER TABLE users ADD COLUMN former_hashes TEXT NOT NULL DEFAULT '[]';  -- JSON: hashes of earlier passwords, newest first
+ALTER TABLE users ADD COLUMN last_login_at TEXT NOT NULL DEFAULT '';   -- moment
+ALTER TABLE users ADD COLUMN former_role TEXT; -- the role before this migration, until its change is in the audit
+ALTER TABLE users DROP COLUMN failures;        -- a name is never locked everywhere; the limits are in memory (model_sync/login_throttle.py)
+ALTER TABLE users DROP COLUMN locked_until;
+UPDATE users SET password_set_at = printf('%.3f 0 -', (julianday('now') - 2440587.5) * 86400); -- not recorded: counts from now
+UPDATE users SET former_role = role, role = 'clinician' WHERE role = 'administrator'; -- keeps its access to patients (ADR 0040)
+DROP TABLE sessions;                           -- everybody logs in once more
+CREATE TABLE sessions (
+  id INTEGER PRIMARY KEY,
+  token_sha256 TEXT NOT NULL UNIQUE,
+  user_id INTEGER NOT NULL REFERENCES users (id),
+  created_at TEXT NOT NULL,           -- moment
+  seen_at TEXT NOT NULL,              -- moment of the last request that a person made
+  confirmed_at TEXT NOT NULL,         -- moment when the password was last typed
+  needs_code INTEGER NOT NULL DEFAULT 0 CHECK (needs_code IN (0, 1)), -- the password was right, the code of the second factor is outstanding
+  peer TEXT NOT NULL
+) STRICT;
+CREATE INDEX sessions_by_user ON sessions (user_id);

@@ -10,10 +10,10 @@ from playwright.sync_api import Browser, BrowserContext, Page
 from appliance.core.settings import Settings
 from appliance.lifecycle.model_control import reference_bundle
 from appliance.service.supervisor import Supervisor, web_address
-from appliance.store.accounts import Accounts, Role
+from appliance.store.accounts import Accounts
 from appliance.store.store import Store
 from tests.support.activated import activate
-from tests.support.web_box import PASSWORD, Box, wait_for
+from tests.support.web_box import Box, own_password, wait_for
 
 READY = "#viewer[data-state=ready]"
 
@@ -65,15 +65,6 @@ class Pages:
     def password(self, username: str) -> str:
         """An account with a password of its own."""
         return own_password(self.accounts, username)
-
-
-def own_password(accounts: Accounts, username: str, role: Role = "clinician") -> str:
-    """Give a fresh account a password that need not be changed."""
-    one_time = accounts.add(username, role, "test")
-    account = accounts.find(username)
-    assert account
-    accounts.change_password(account, one_time, PASSWORD)
-    return PASSWORD
 
 
 class Clinician:

@@ -291,7 +291,7 @@ def test_r39_small_screens_scroll_one_way_and_targets_are_large(
 def test_a_session_that_ended_elsewhere_is_said(clinician: Clinician) -> None:
     clinician.log_in("ended")
     expect(clinician.page.locator("#live")).to_have_text("This list updates by itself.")
-    clinician.app.accounts.add("ended", "clinician", "test")  # a new one-time password ends every session
+    clinician.app.accounts.issue_one_time_password("ended", "test")  # a new one-time password ends every session
     expect(clinician.page.locator("#logged-out")).to_be_visible(timeout=30_000)
 
 

@@ -26,13 +26,16 @@ from werkzeug.serving import make_server
 
 from appliance.core.applicable_accuracy import MIXED_AGES, Accuracy
 from appliance.core.domain import Finding, JobResult, Note, ScanState, Source
+from appliance.core.roles import Role
 from appliance.core.settings import Settings
 from appliance.ingest.ingest import Ingest
-from appliance.store import accounts
-from appliance.store.accounts import Accounts, Role
+from appliance.store import passwords
+from appliance.store.accounts import Accounts
 from appliance.store.store import Store
 from model_sync.bundle import Manifest
+from model_sync.login_throttle import LoginThrottle
 from webui import create_app
+from webui.context import BoxContext
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSWORD = "Spring-4-Rain"
@@ -77,23 +80,31 @@ class Person(requests.Session):
         return self
 
 
+def own_password(accounts: Accounts, username: str, role: Role | str = Role.CLINICIAN) -> str:
+    """Create an account, or reset that of this name, with a password that need not be changed; returns it."""
+    if accounts.find(username) is None:
+        one_time = accounts.add(username, role, "test")
+    else:
+        one_time = accounts.issue_one_time_password(username, "test")
+    accounts.change_password(accounts.require(username), one_time, PASSWORD)
+    return PASSWORD
+
+
 class Box:
     """A running box with its store at hand."""
 
-    def __init__(self, settings: Settings, base: str, store: Store) -> None:
+    def __init__(self, settings: Settings, base: str, store: Store, throttle: LoginThrottle | None = None) -> None:
+        self.throttle = throttle or LoginThrottle(time.monotonic)
         self.settings = settings
         self.base = base
         self.store = store
         self.accounts = Accounts(store)
 
-    def person(self, username: str = "doctor", role: Role = "clinician", language: str = "en") -> Person:
+    def person(self, username: str = "doctor", role: Role | str = Role.CLINICIAN, language: str = "en") -> Person:
         """Somebody logged in with a password of their own."""
         with pytest.MonkeyPatch.context() as patch:  # a real hash that costs less: each login in these tests checks it
-            patch.setattr(accounts, "_HASHER", QUICK_HASHER)
-            one_time = self.accounts.add(username, role, "test")
-            account = self.accounts.find(username)
-            assert account
-            self.accounts.change_password(account, one_time, PASSWORD)
+            patch.setattr(passwords, "_HASHER", QUICK_HASHER)
+            own_password(self.accounts, username, role)
         person = Person(self.base).speak(language)
         assert person.log_in(username, PASSWORD).status_code == 302
         person.open("/health")
@@ -173,7 +184,8 @@ def in_process(settings: Settings) -> Iterator[Box]:
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield Box(settings, f"http://127.0.0.1:{server.server_port}", app.extensions["box"].store)
+        box: BoxContext = app.extensions["box"]
+        yield Box(settings, f"http://127.0.0.1:{server.server_port}", box.store, box.logins.throttle)
     finally:
         app.extensions["box"].stop()
         server.shutdown()

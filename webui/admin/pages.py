@@ -6,7 +6,7 @@ import platform
 import shutil
 from typing import Final
 
-from flask import Blueprint, abort, flash, jsonify, redirect, render_template, request, url_for
+from flask import Blueprint, flash, jsonify, redirect, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 from flask_babel import gettext
 from flask_login import current_user
@@ -20,12 +20,12 @@ from webui.formatting import format_count, format_size, format_time
 from webui.messages import reason_hint, reason_text
 from webui.models.library_view import library_card, read_library_link
 from webui.models.models_view import history_row, model_line_card
+from webui.server.access import may_use
 from webui.server.security import parse_id
 from webui.view_models import View
 
 blueprint: Final = Blueprint("admin", __name__)
 _MAX_REJECTIONS: Final = 200
-ADMINISTRATOR: Final = "administrator"
 
 
 def _box_status(box: BoxContext) -> View:
@@ -70,15 +70,13 @@ def health() -> ResponseReturnValue:
         history=[history_row(entry) for entry in entries],
         before=before,
         next_before=entries[-1].id if has_older else None,
-        may_acknowledge=current_user.account.role == ADMINISTRATOR,
+        may_acknowledge=may_use(current_user.account.role, "admin.acknowledge_score_alarm"),
     )
 
 
 @blueprint.post("/health/score-alarms/<line>")
 def acknowledge_score_alarm(line: str) -> ResponseReturnValue:
-    """Acknowledge the alarms for shifted scores of a model line; for an administrator."""
-    if current_user.account.role != ADMINISTRATOR:
-        abort(403)
+    """Acknowledge the alarms for shifted scores of a model line."""
     count = ScoreAlarms(current_box().store.database).acknowledge(line, current_user.account.username)
     flash(
         gettext("Acknowledged. The scores are compared with each other from now on.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Final
 
 from flask import Blueprint, Flask, abort, flash, g, make_response, redirect, render_template, request, session, url_for
@@ -12,7 +11,10 @@ from flask_login import LoginManager, UserMixin, current_user, login_user, logou
 
 from appliance.core.errors import StoreError
 from appliance.store.accounts import Account
+from appliance.store.logins import Session
+from appliance.store.passwords import MAX_PASSWORD_CHARS
 from model_sync.messages import LANGUAGES
+from webui.auth.login_queue import password_check
 from webui.context import current_box
 from webui.formatting import LANGUAGE_COOKIE
 from webui.messages import reason_hint, reason_text
@@ -20,18 +22,15 @@ from webui.server.security import safe_next
 
 blueprint: Final = Blueprint("auth", __name__)
 
-_MAX_PASSWORD_CHARS: Final = 256
 _YEAR_S: Final = 365 * 24 * 3600
-# Each check of a password takes 19 MiB and one core; many logins at once must not overload the box.
-_PASSWORD_CHECKS: Final = threading.BoundedSemaphore(2)
-_WAIT_S: Final = 5.0
 
 
 class SessionUser(UserMixin):  # type: ignore[misc]  # flask_login has no types
-    """The account behind a request; its id for Flask-Login is the session's token, which the server can revoke."""
+    """The session and account behind a request; its id for Flask-Login is the session's token, which the server can revoke."""
 
-    def __init__(self, account: Account, token: str) -> None:
-        self.account = account
+    def __init__(self, session: Session, token: str) -> None:
+        self.session = session
+        self.account = session.account
         self.token = token
 
     def get_id(self) -> str:
@@ -47,15 +46,15 @@ def load_user(token: str) -> SessionUser | None:
     if g.get("is_loading_user", False):
         return None
     g.is_loading_user = True
-    account = current_box().accounts.resume(token, touch=not g.get("background", False))
+    resumed = current_box().logins.resume(token, touch=not g.get("background", False))
     g.is_loading_user = False
-    return SessionUser(account, token) if account else None
+    return SessionUser(resumed, token) if resumed else None
 
 
 def init_app(app: Flask) -> None:
     """Let an application know its users."""
     login_manager = LoginManager()
-    login_manager.session_protection = None  # sessions are kept and ended on the server (appliance.store.accounts)
+    login_manager.session_protection = None  # sessions are kept and ended on the server (appliance.store.logins)
     login_manager.user_loader(load_user)
     login_manager.init_app(app)
 
@@ -78,14 +77,10 @@ def _login_page(username: str = "", *, has_failed: bool = False) -> str:
 
 
 def _check_login(username: str, password: str) -> str | None:
-    if len(password) > _MAX_PASSWORD_CHARS:
+    if len(password) > MAX_PASSWORD_CHARS:
         password = ""
-    if not _PASSWORD_CHECKS.acquire(timeout=_WAIT_S):
-        abort(429)
-    try:
-        return current_box().accounts.login(username, password, request.remote_addr or "")
-    finally:
-        _PASSWORD_CHECKS.release()
+    with password_check(username):
+        return current_box().logins.login(username, password, request.remote_addr or "")
 
 
 def _begin_session(token: str) -> None:
@@ -100,7 +95,7 @@ def _begin_session(token: str) -> None:
 @blueprint.post("/logout")
 def logout() -> ResponseReturnValue:
     """End the session on the server, and have the browser forget the films that it kept."""
-    current_box().accounts.logout(current_user.token)
+    current_box().logins.logout(current_user.token)
     logout_user()
     session.clear()
     answer = redirect(url_for("auth.login"))
@@ -130,23 +125,18 @@ def _change_password(account: Account, old: str, new: str, again: str) -> str:
     """Change the password; returns what is wrong, or an empty text after success."""
     if new != again:
         return str(gettext("The two new passwords differ. Type the same one twice."))
-    if len(new) > _MAX_PASSWORD_CHARS:
-        return str(gettext("The new password is too long."))
-    accounts, peer = current_box().accounts, request.remote_addr or ""
-    if accounts.is_blocked(account.username, peer):
+    box, peer = current_box(), request.remote_addr or ""
+    if box.logins.is_blocked(account, peer):
         return str(gettext("Too many wrong passwords. Wait 15 minutes, then try again."))
-    if not _PASSWORD_CHECKS.acquire(timeout=_WAIT_S):
-        abort(429)
-    try:
-        accounts.change_password(account, old[:_MAX_PASSWORD_CHARS], new)
-    except StoreError as refusal:
-        if not refusal.code.startswith("account."):
-            raise
-        if refusal.code == "account.wrong_password":
-            accounts.record_wrong_password(account, peer)
-        return f"{reason_text(refusal.code)}{gettext('. ')}{reason_hint(refusal.code)}"
-    finally:
-        _PASSWORD_CHECKS.release()
+    with password_check(account.username):
+        try:
+            box.accounts.change_password(account, old[:MAX_PASSWORD_CHARS], new)
+        except StoreError as refusal:
+            if not refusal.code.startswith("account."):
+                raise
+            if refusal.code == "account.wrong_password":
+                box.logins.record_wrong_password(account, peer)
+            return f"{reason_text(refusal.code)}{gettext('. ')}{reason_hint(refusal.code)}"
     return ""
 
 

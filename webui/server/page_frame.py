@@ -8,8 +8,9 @@ from flask import Flask, request, url_for
 from flask_babel import gettext
 from flask_login import current_user
 
+from appliance.core.roles import Role
 from webui.formatting import html_lang
-from webui.server.security import PATIENT_ROLES
+from webui.server.access import may_use
 
 
 def init_app(app: Flask) -> None:
@@ -28,13 +29,16 @@ def _frame() -> dict[str, Any]:
     }
 
 
-def _menu(role: str) -> list[dict[str, Any]]:
-    entries: list[tuple[str, str, tuple[str, ...]]] = [("admin.health", gettext("Status"), ("admin.health",))]
-    if role in PATIENT_ROLES:
-        entries = [
-            ("worklist.show", gettext("Worklist"), ("worklist.show", "study.show")),
-            ("upload.show", gettext("Upload"), ("upload.show",)),
-            ("admin.rejected", gettext("Refused files"), ("admin.rejected",)),
-            *entries,
-        ]
-    return [{"word": word, "url": url_for(name), "is_current": request.endpoint in current} for name, word, current in entries]
+def _menu(role: Role) -> list[dict[str, Any]]:
+    """The pages of the main menu that a role may use."""
+    entries: list[tuple[str, str, tuple[str, ...]]] = [
+        ("worklist.show", gettext("Worklist"), ("worklist.show", "study.show")),
+        ("upload.show", gettext("Upload"), ("upload.show",)),
+        ("admin.rejected", gettext("Refused files"), ("admin.rejected",)),
+        ("admin.health", gettext("Status"), ("admin.health",)),
+    ]
+    return [
+        {"word": word, "url": url_for(name), "is_current": request.endpoint in current}
+        for name, word, current in entries
+        if may_use(role, name)
+    ]

@@ -15,7 +15,7 @@ from flask_wtf.csrf import CSRFProtect
 from appliance.core.settings import Settings
 from appliance.store.keys import Keys
 from webui.context import current_box
-from webui.server import problems
+from webui.server import access, problems
 
 # Never 'unsafe-eval' and no inline script or style; 'wasm-unsafe-eval' is for the viewer's own modules.
 CONTENT_SECURITY_POLICY: Final = "; ".join(
@@ -25,14 +25,6 @@ CONTENT_SECURITY_POLICY: Final = "; ".join(
         "form-action 'self'",
     )
 )  # fmt: skip
-
-# Need no login; everything else needs a session.
-OPEN_ENDPOINTS: Final = frozenset({"static", "auth.login", "auth.language", "admin.healthz"})
-# What an account with a one-time password may do: set its own password, or log out.
-_BEFORE_PASSWORD_CHANGE: Final = OPEN_ENDPOINTS | {"auth.password", "auth.logout"}
-# Show no patient data; a technician or auditor may see nothing else (R6).
-WITHOUT_PATIENTS: Final = _BEFORE_PASSWORD_CHANGE | {"admin.health"}
-PATIENT_ROLES: Final = frozenset({"clinician", "administrator"})
 
 _FORM_BYTES: Final = 64 << 10
 _BATCH_BYTES: Final = 1 << 20
@@ -67,8 +59,8 @@ def parse_id(text: str | None) -> int | None:
 
 
 def safe_next(target: str | None) -> str:
-    """Where to go after a login: a path of this box, never another site; the worklist when in doubt."""
-    home = url_for("worklist.show")
+    """Where to go after a login: a path of this box, never another site; the first page when in doubt."""
+    home = url_for("worklist.show")  # which leads everybody to the page of their role
     if not target or not target.startswith("/") or target.startswith("//") or "\\" in target or not target.isprintable():
         return home
     parts = urlsplit(target)
@@ -82,15 +74,16 @@ def _check_request() -> ResponseReturnValue | None:
     g.background = request.headers.get("X-Background") == "1"
     request.max_content_length = _largest_body()
     endpoint = request.endpoint or ""
-    if endpoint in OPEN_ENDPOINTS:
+    if endpoint in access.OPEN_ENDPOINTS:
         return None
     if not current_user.is_authenticated:
         return _ask_to_log_in()
-    if current_user.account.must_change and endpoint not in _BEFORE_PASSWORD_CHANGE:
+    account = current_user.account
+    if account.must_change and endpoint not in access.BEFORE_PASSWORD_CHANGE:
         return problems.password_change_required() if problems.wants_json() else redirect(url_for("auth.password"))
-    if current_user.account.role not in PATIENT_ROLES and endpoint and endpoint not in WITHOUT_PATIENTS:
+    if endpoint and not access.may_use(account.role, endpoint):
         if endpoint == "worklist.show" and request.method == "GET":
-            return redirect(url_for("admin.health"))
+            return redirect(url_for(access.HOME[account.role]))
         abort(403)
     return None
 

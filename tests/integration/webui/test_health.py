@@ -550,7 +550,7 @@ def test_r44_an_administrator_acknowledges_shifted_scores(box: Box, language: st
     detail = "pneumonia: median 0.61 of the last 20, 0.34 of 180 before"
     alarms = ScoreAlarms(box.store.database)
     alarms.record(ScoreMonitor(model["digest"], "pneumonia"), Note("scores.shifted", detail), "cxr-pneumonia")
-    technician, administrator = box.person("tech", "technician", language), box.person("chief", "administrator", language)
+    technician, administrator = box.person("tech", "technician", language), box.person("chief", "system_administrator", language)
     address = "/health/score-alarms/cxr-pneumonia"
     for person, may in ((technician, False), (administrator, True)):
         page = person.open("/health")

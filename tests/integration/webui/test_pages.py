@@ -458,13 +458,13 @@ def test_r25_a_bug_is_told_without_particulars_and_logged_without_values(
 
 def test_a_broken_database_is_told_on_a_page_that_needs_none(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     from appliance.core.errors import StoreError
-    from appliance.store.accounts import Accounts
+    from appliance.store.logins import Logins
 
     def fail(*_: object, **__: object) -> None:
         raise StoreError("store.failed", "disk I/O error")
 
     person = box.person()
-    monkeypatch.setattr(Accounts, "resume", fail)
+    monkeypatch.setattr(Logins, "resume", fail)
     answer = person.get("/")
     assert answer.status_code == 500
     assert "Storing failed" in answer.text

@@ -1,0 +1,201 @@
+"""Logins and the sessions that they begin: limits for guessing, sessions that end on the server (R3, R5)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import secrets
+import sqlite3
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from appliance.store import database as db
+from appliance.store import passwords
+from appliance.store.accounts import Account, Accounts
+from appliance.store.database import Database
+from appliance.store.store import Store
+from model_sync.login_throttle import LoginThrottle, RecentEntries, machine_of
+
+_TOUCH_S: Final = 30.0
+# Rows of the audit for failed logins: so many per machine in a window, then one per minute and machine; and so many per minute over all.
+_ROWS_PER_MACHINE: Final = 20
+_ROWS_PER_MINUTE: Final = 60
+_WINDOW_S: Final = 15 * 60.0
+_MINUTE_S: Final = 60.0
+
+
+@dataclass(frozen=True)
+class Session:
+    """A login of an account.
+
+    Attributes:
+        id: its number, for lists.
+        account: who logged in.
+        confirmed_s: seconds since the password was last typed.
+        needs_code: the password was right, the code of the second factor is still outstanding.
+        created_at, seen_at: moments (:mod:`appliance.core.moments`) of the login and of the last request that a person made.
+        peer: address it was begun from.
+    """
+
+    id: int
+    account: Account
+    confirmed_s: float
+    needs_code: bool
+    created_at: str
+    seen_at: str
+    peer: str
+
+
+class Logins:
+    """Checks passwords and keeps the sessions of one store; used by several threads."""
+
+    def __init__(self, store: Store, accounts: Accounts) -> None:
+        self._db = store.database
+        self._settings = store.settings
+        self._accounts = accounts
+        self._clock = accounts.clock
+        self.throttle = LoginThrottle(self._clock.uptime_s)
+        self._rows = _FailureRows(self._clock.uptime_s)
+
+    def login(self, username: str, password: str, peer: str) -> str | None:
+        """Check a password; returns a new session token, or None.
+
+        An unknown name, a wrong or expired password, a disabled account and a locked name take the same time and get the same answer
+        (R3). While the machine at ``peer`` (an IP address) is blocked for this name, every password counts as wrong.
+        """
+        row = self._db.one("SELECT * FROM users WHERE username = ?", username)
+        is_blocked = self.throttle.is_blocked(username, row["password_hash"] if row else "", peer)
+        is_right = passwords.verify_password(row["password_hash"] if row else passwords.UNKNOWN_HASH, password)
+        if row is None or not is_right or is_blocked or not row["is_active"] or self._is_expired(row):
+            self._record_failure(username, row, peer, is_blocked=is_blocked)
+            return None
+        self.throttle.clear(username, peer)
+        return self._begin(row, peer)
+
+    def is_blocked(self, account: Account, peer: str) -> bool:
+        """Whether the machine at this address has used up its attempts for this account."""
+        row = self._db.one("SELECT password_hash FROM users WHERE id = ?", account.id)
+        return self.throttle.is_blocked(account.username, row["password_hash"] if row else "", peer)
+
+    def record_wrong_password(self, account: Account, peer: str) -> None:
+        """Count a wrong present password, typed by a person who is logged in."""
+        row = self._db.one("SELECT * FROM users WHERE id = ?", account.id)
+        self._record_failure(account.username, row, peer, is_blocked=False)
+
+    def resume(self, token: str, *, touch: bool = True) -> Session | None:
+        """The session of a token; None where it has ended (logout, idle, too old, account disabled).
+
+        ``touch`` says that a person made the request: a page that refreshes itself must not keep a session open.
+        """
+        row = self._db.one(f"{_SESSIONS} WHERE s.token_sha256 = ?", _digest(token))
+        if row is None or not self._is_alive(row):
+            return None
+        if touch and self._clock.age_s(row["seen_at"]) > _TOUCH_S:  # one durable write per half minute is enough
+            with self._db.transaction() as tx:
+                tx.execute("UPDATE sessions SET seen_at = ? WHERE id = ?", (self._clock.now(), row["session_id"]))
+        return self._session(row)
+
+    def logout(self, token: str) -> None:
+        """End a session on the server."""
+        with self._db.transaction() as tx:
+            row = tx.execute("DELETE FROM sessions WHERE token_sha256 = ? RETURNING user_id", (_digest(token),)).fetchone()
+            if row:
+                user = f"user:{row['user_id']}"
+                Database.audit(tx, db.USER_AUTHENTICATION, user, "E", user, **db.LOGOUT)
+
+    def sessions(self, account: Account | None = None) -> list[Session]:
+        """The sessions that have not ended, of one account or of all; the newest first."""
+        rows = self._db.query(f"{_SESSIONS} ORDER BY s.id DESC")
+        return [self._session(row) for row in rows if self._is_alive(row) and (account is None or row["id"] == account.id)]
+
+    def _begin(self, row: sqlite3.Row, peer: str) -> str | None:
+        token, now = secrets.token_urlsafe(32), self._clock.now()
+        with self._db.transaction() as tx:
+            current = tx.execute("SELECT password_hash, is_active FROM users WHERE id = ?", (row["id"],)).fetchone()
+            if tuple(current) != (row["password_hash"], 1):  # changed or disabled while the password was being checked
+                return None
+            tx.execute("UPDATE users SET last_login_at = ? WHERE id = ?", (now, row["id"]))
+            if self._clock.age_s(row["password_set_at"]) == math.inf:  # set under another clock: its age counts from now
+                tx.execute("UPDATE users SET password_set_at = ? WHERE id = ?", (now, row["id"]))
+            for session in tx.execute(_SESSIONS).fetchall():
+                if not self._is_alive(session):
+                    tx.execute("DELETE FROM sessions WHERE id = ?", (session["session_id"],))
+            values = {"token_sha256": _digest(token), "user_id": row["id"], "created_at": now, "seen_at": now, "confirmed_at": now}
+            Database.insert(tx, "sessions", **values, peer=peer)
+            Database.audit(tx, db.USER_AUTHENTICATION, row["username"], "E", f"user:{row['id']}", **db.LOGIN, peer=peer)
+        return token
+
+    def _is_expired(self, row: sqlite3.Row) -> bool:
+        """Whether the password is a one-time password whose time is over."""
+        return bool(row["must_change"]) and self._clock.age_s(row["password_set_at"]) > self._settings.one_time_password_s
+
+    def _is_alive(self, row: sqlite3.Row) -> bool:
+        is_idle = self._clock.age_s(row["seen_at"]) > self._settings.session_idle_s
+        is_old = self._clock.age_s(row["session_at"]) > self._settings.session_absolute_s
+        return bool(row["is_active"]) and not is_idle and not is_old
+
+    def _session(self, row: sqlite3.Row) -> Session:
+        confirmed_s = self._clock.age_s(row["confirmed_at"])
+        account = self._accounts.account(row)
+        return Session(row["session_id"], account, confirmed_s, bool(row["needs_code"]), row["session_at"], row["seen_at"], row["peer"])
+
+    def _record_failure(self, username: str, row: sqlite3.Row | None, peer: str, *, is_blocked: bool) -> None:
+        """Count a failed attempt for its machine and for the name, and audit it. An attempt during a lock does not extend it."""
+        if not is_blocked:
+            self.throttle.add_failure(username, row["password_hash"] if row else "", peer)
+        attempts = self._rows.take(machine_of(peer))
+        if attempts:
+            who = row["username"] if row else "unknown"
+            with self._db.transaction() as tx:
+                particulars = {"peer": peer, "locked": is_blocked} | ({"attempts": attempts} if attempts > 1 else {})
+                Database.audit(tx, db.USER_AUTHENTICATION, who, "E", "login", 4, **particulars, **db.LOGIN)
+
+
+_SESSIONS: Final = (
+    "SELECT u.*, s.id AS session_id, s.created_at AS session_at, s.seen_at, s.confirmed_at, s.needs_code, s.peer"
+    " FROM sessions s JOIN users u ON u.id = s.user_id"
+)
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+@dataclass
+class _Rows:
+    """Rows of one machine in the window that began at ``since``."""
+
+    since: float
+    count: int = 0
+    next_at: float = 0.0
+
+
+class _FailureRows:
+    """Decides which failed logins get a row of the audit, so that guessing cannot fill the disk; a row says how many it stands for."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._machines: RecentEntries[str, _Rows] = RecentEntries()
+        self._minute = _Rows(clock())
+        self._held = 0
+
+    def take(self, machine: str) -> int:
+        """Count a failed attempt; returns the number of attempts that a row written now stands for, 0 for no row."""
+        with self._lock:
+            now = self._clock()
+            self._held += 1
+            rows = self._machines.get(machine)
+            if rows is None or now - rows.since > _WINDOW_S:
+                rows = _Rows(now)
+            if now - self._minute.since > _MINUTE_S:
+                self._minute = _Rows(now)
+            if self._minute.count >= _ROWS_PER_MINUTE or (rows.count >= _ROWS_PER_MACHINE and now < rows.next_at):
+                return 0
+            rows.count, rows.next_at = rows.count + 1, now + _MINUTE_S
+            self._machines.put(machine, rows)
+            self._minute.count += 1
+            held, self._held = self._held, 0
+            return held

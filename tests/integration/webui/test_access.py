@@ -1,0 +1,94 @@
+"""The route x role matrix: every route, every method, every role, over HTTP (R6)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import pytest
+from werkzeug.routing import Rule
+
+from appliance.core.roles import Role
+from appliance.core.settings import Settings
+from tests.support.scans import scan_bytes
+from tests.support.web_box import ROOT, TUS, Box, in_process
+from webui import create_app
+from webui.server.access import ACCESS, HOME, OPEN_ENDPOINTS, may_use
+from webui.server.access_table import access_table
+
+
+@pytest.fixture
+def box(settings: Settings) -> Iterator[Box]:
+    with in_process(settings) as running:
+        yield running
+
+
+@pytest.fixture
+def rules(settings: Settings) -> Iterator[list[Rule]]:
+    app = create_app(settings)
+    yield list(app.url_map.iter_rules())
+    app.extensions["box"].stop()
+    app.extensions["box"].store.close()
+
+
+def test_r6_the_matrix_names_every_endpoint_and_no_other(rules: list[Rule]) -> None:
+    assert {rule.endpoint for rule in rules} == OPEN_ENDPOINTS | set(ACCESS)
+    assert not OPEN_ENDPOINTS & set(ACCESS)
+    assert all(ACCESS.values())
+    assert set(HOME) == set(Role)
+    assert all(may_use(role, endpoint) for role, endpoint in HOME.items())
+
+
+def test_r6_the_table_in_the_docs_is_the_matrix(settings: Settings) -> None:
+    app = create_app(settings)
+    assert (ROOT / "docs" / "access.md").read_text("utf-8") == access_table(app), (
+        "run: python -m webui.server.access_table > docs/access.md"
+    )
+    app.extensions["box"].stop()
+    app.extensions["box"].store.close()
+
+
+def test_r6_only_a_clinician_sees_patients() -> None:
+    groups = ("worklist.", "study.", "image_api.", "tus.", "upload.", "urgency.")
+    about_patients = {endpoint for endpoint in ACCESS if endpoint.startswith(groups)}
+    assert len(about_patients) > 20
+    assert {endpoint for endpoint in ACCESS if ACCESS[endpoint] == {Role.CLINICIAN}} == about_patients | {"admin.rejected"}
+
+
+@pytest.mark.parametrize("role", Role)
+def test_r6_every_route_answers_each_role_as_the_matrix_says(box: Box, rules: list[Rule], role: Role) -> None:
+    box.take(scan_bytes())
+    person = box.person(f"p-{role}", role)
+    asked = 0
+    for rule in rules:
+        if rule.endpoint in OPEN_ENDPOINTS | {"auth.logout"}:
+            continue
+        path = re.sub(r"<(?:\w+:)?\w+>", "1", rule.rule)
+        for method in (rule.methods or set()) - {"OPTIONS", "HEAD"}:
+            answer = person.request(method, path, headers={"Tus-Resumable": "1.0.0"})
+            home = urlsplit(answer.headers.get("Location", "")).path
+            is_led_home = rule.endpoint == "worklist.show" and answer.status_code == 302 and home != "/login"
+            assert (answer.status_code != 403 and not is_led_home) == may_use(role, rule.endpoint), (role, method, path, answer.status_code)
+            assert answer.status_code != 401
+            asked += 1
+    assert asked > 25
+    assert person.get("/no/such/page").status_code == 404
+
+
+@pytest.mark.parametrize("role", sorted(set(Role) - {Role.CLINICIAN}))
+def test_r6_a_role_without_patients_sees_none_of_them_on_its_pages(box: Box, role: Role) -> None:
+    box.take(scan_bytes())
+    person = box.person(f"p-{role}", role)
+    start = person.get("/").headers["Location"]
+    page = person.open(start)
+    for word in ("Refused files", "Upload", "Worklist"):
+        assert f">{word}</a>" not in page
+    assert person.post("/", headers=TUS).status_code == 403
+
+
+def test_a_change_of_role_holds_from_the_next_request(box: Box) -> None:
+    person = box.person("wang")
+    assert person.get("/").status_code == 200
+    box.accounts.set_role("wang", Role.AUDITOR, "test")
+    assert person.get("/").headers["Location"] == "/login"

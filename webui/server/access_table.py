@@ -1,0 +1,46 @@
+"""The route x role matrix as a page of the docs: ``python -m webui.server.access_table > docs/access.md``."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from flask import Flask
+
+from appliance.core.roles import Role
+from appliance.core.settings import Settings
+from webui.server.access import ACCESS, OPEN_ENDPOINTS
+
+_HEAD = """# Who may use which page
+
+Made from `webui/server/access.py` by `python -m webui.server.access_table`; a test compares it. What is not listed is for nobody.
+"""
+
+
+def access_table(app: Flask) -> str:
+    """The page: one line per address and method, with the roles that may use it."""
+    titles = [str(role).replace("_", " ") for role in Role]
+    lines = [_HEAD, f"| address | methods | {' | '.join(titles)} |", f"|---|---|{'---|' * len(titles)}"]
+    for rule in sorted(app.url_map.iter_rules(), key=lambda rule: (rule.rule, sorted(rule.methods or ()))):
+        methods = ", ".join(sorted((rule.methods or set()) - {"OPTIONS"} - ({"HEAD"} if "GET" in (rule.methods or ()) else set())))
+        if rule.endpoint in OPEN_ENDPOINTS:
+            marks = ["without login"] * len(titles)
+        else:
+            marks = ["yes" if role in ACCESS.get(rule.endpoint, ()) else "" for role in Role]
+        lines.append(f"| `{rule.rule}` | {methods or 'OPTIONS'} | {' | '.join(marks)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Print the page."""
+    from webui.app import create_app
+
+    with tempfile.TemporaryDirectory() as directory:
+        app = create_app(Settings.load(Path(directory)))
+        print(access_table(app), end="")
+        app.extensions["box"].stop()
+        app.extensions["box"].store.close()
+
+
+if __name__ == "__main__":
+    main()
