@@ -11,11 +11,11 @@ from werkzeug.routing import Rule
 
 from appliance.core.roles import Role
 from appliance.core.settings import Settings
+from tests.support.access_table import access_table
 from tests.support.scans import scan_bytes
 from tests.support.web_box import ROOT, TUS, Box, in_process
 from webui import create_app
 from webui.server.access import ACCESS, HOME, OPEN_ENDPOINTS, may_use
-from webui.server.access_table import access_table
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The route x role matrix as a page of the docs: ``python -m webui.server.access_table > docs/access.md``."""
+"""The route x role matrix as a page of the docs: ``python -m tests.support.access_table > docs/access.md``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from flask import Flask
 
 from appliance.core.roles import Role
 from appliance.core.settings import Settings
+from webui.app import create_app
 from webui.server.access import ACCESS, OPEN_ENDPOINTS
 
 _HEAD = """# Who may use which page
 
-Made from `webui/server/access.py` by `python -m webui.server.access_table`; a test compares it. What is not listed is for nobody.
+Made from `webui/server/access.py` by `python -m tests.support.access_table`; a test compares it. What is not listed is for nobody.
 """
 
 
@@ -33,8 +34,6 @@ def access_table(app: Flask) -> str:
 
 def main() -> None:
     """Print the page."""
-    from webui.app import create_app
-
     with tempfile.TemporaryDirectory() as directory:
         app = create_app(Settings.load(Path(directory)))
         print(access_table(app), end="")
