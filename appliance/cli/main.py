@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from appliance import __version__
-from appliance.cli import keys, models, studies, tune, user
+from appliance.cli import audit, keys, models, studies, tune, user
 from appliance.cli.terminal import UsageError, explain, say
 from appliance.core.errors import ApplianceError
 from appliance.core.process import limit_memory, make_data_dir, start_logging
@@ -108,8 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     urgent.add_argument("study", help="the study's accession number, Study Instance UID or number on this box")
     urgent.add_argument("--undo", action="store_true", help="cancel it: the study is no longer first")
     user.add_arguments(command("user", user.run, "List accounts, create, disable or enable one, change its role, password or sessions."))
-    audit = command("audit", _audit, "Check the audit's hash chain, or print it.")
-    audit.add_argument("action", choices=("verify", "show"))
+    audit.add_arguments(command("audit", audit.run, "Verify the audit, print it, or acknowledge what was found."))
     keys.add_arguments(command("keys", keys.run, "Check the keys of the box, copy them into escrow, restore them.", data_dir=False))
     command("settings", _settings, "Print every setting with its value and meaning.")
     demo = command("demo", _demo, "Create a demo box, start it and analyse sample scans.")
@@ -203,18 +202,6 @@ def _urgent(arguments: argparse.Namespace) -> int:
         print(say("nothing more is brought forward: it is first already, or once all images are here"))
     else:
         print(say("nothing waits; that does not mean that it was analysed"))
-    return EXIT_OK
-
-
-def _audit(arguments: argparse.Namespace) -> int:
-    from appliance.store.store import open_box
-
-    store = open_box(arguments.data_dir)
-    if arguments.action == "show":
-        for row in store.database.query("SELECT entry FROM audit ORDER BY seq"):
-            print(row["entry"])
-    else:
-        print(say("audit chain whole: {count} entries", count=store.database.verify_audit()))
     return EXIT_OK
 
 

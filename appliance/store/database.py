@@ -6,36 +6,36 @@ Plain ``sqlite3``: a change and its audit entry must share one transaction, and 
 from __future__ import annotations
 
 import errno
-import hashlib
-import hmac
 import json
 import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
-from appliance.core.domain import utc_now
 from appliance.core.errors import StoreError
+from appliance.store import audit
+from appliance.store.audit import (
+    APPLICATION_ACTIVITY,
+    DATA_IMPORT,
+    INSTANCES_ACCESSED,
+    LOGIN,
+    LOGOUT,
+    SECURITY_ALERT,
+    SECURITY_ATTRIBUTES_CHANGED,
+    SOFTWARE_CONFIGURATION,
+    USER_AUTHENTICATION,
+)
+from appliance.store.audit_anchors import AnchorFile
 
+__all__ = [
+    "APPLICATION_ACTIVITY", "DATA_IMPORT", "INSTANCES_ACCESSED", "LOGIN", "LOGOUT", "SECURITY_ALERT", "SECURITY_ATTRIBUTES_CHANGED",
+    "SOFTWARE_CONFIGURATION", "USER_AUTHENTICATION", "Database", "migrations", "store_error",
+]  # fmt: skip
 BUSY_TIMEOUT_S: Final = 30.0
 _MIGRATION_MARK: Final = "-- migration "
-_GENESIS: Final = "0" * 64
-
-# Audit events: DICOM PS3.15 A.5.3 (event identifiers) and CID 401 (event types), code value and meaning.
-APPLICATION_ACTIVITY: Final = ("110100", "Application Activity")
-INSTANCES_ACCESSED: Final = ("110103", "DICOM Instances Accessed")
-DATA_IMPORT: Final = ("110107", "Import")
-SECURITY_ALERT: Final = ("110113", "Security Alert")
-USER_AUTHENTICATION: Final = ("110114", "User Authentication")
-# Event types, as particulars of an entry.
-LOGIN: Final[dict[str, Any]] = {"type": "110122", "type_meaning": "Login"}
-LOGOUT: Final[dict[str, Any]] = {"type": "110123", "type_meaning": "Logout"}
-SOFTWARE_CONFIGURATION: Final[dict[str, Any]] = {"type": "110131", "type_meaning": "Software Configuration"}
-SECURITY_ATTRIBUTES_CHANGED: Final[dict[str, Any]] = {"type": "110137", "type_meaning": "User security Attributes Changed"}
 
 
 def migrations() -> list[tuple[int, list[str]]]:
@@ -80,17 +80,20 @@ class Database:
     Args:
         path: the database file; created, with its schema, when absent.
         audit_key: seals the last entry of the audit, so that removing entries at its end is detected too.
+        is_key_new: the key replaces a lost one, which the caller records (``appliance.store.audit.record_new_key``).
 
     Raises:
-        StoreError: the file is not a database, or a newer appliance wrote it.
+        StoreError: the file is not a database, or a newer appliance wrote it; ``key.wrong``: its audit was sealed with another key.
     """
 
-    def __init__(self, path: Path, audit_key: bytes) -> None:
+    def __init__(self, path: Path, audit_key: bytes, *, is_key_new: bool = False) -> None:
         self.path = path
         self._audit_key = audit_key
         self._local = threading.local()
         try:
             self._migrate()
+            if not is_key_new:
+                audit.require_key(self.connection())
         except sqlite3.Error as error:
             raise store_error(error) from error
 
@@ -103,8 +106,7 @@ class Database:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
-            # Not a method: SQLite would reference this object, and so the connection would never be closed.
-            connection.create_function("audit_seal", 1, partial(_seal, self._audit_key), deterministic=True)
+            audit.prepare(connection, self._audit_key, self.path.parent)
             self._local.connection = connection
         return connection
 
@@ -219,36 +221,18 @@ class Database:
             outcome: EventOutcomeIndicator, 0 success, 4 minor, 8 serious, 12 major failure.
             **detail: further particulars.
         """
-        last = connection.execute("SELECT seq, digest FROM audit ORDER BY seq DESC LIMIT 1").fetchone()
-        seq, previous = (last["seq"] + 1, last["digest"]) if last else (1, _GENESIS)
-        fields = {"seq": seq, "at": utc_now(), "event": event[0], "meaning": event[1], "actor": actor, "action": action, "object": obj}
-        entry = json.dumps(fields | {"outcome": outcome, "detail": detail}, ensure_ascii=False, sort_keys=True)
-        digest = chain(previous, entry)
-        connection.execute("INSERT INTO audit VALUES (?, ?, ?)", (seq, entry, digest))
-        connection.execute("INSERT OR REPLACE INTO meta VALUES ('audit_head', audit_seal(?))", (f"{seq} {digest}",))
+        audit.append(connection, event, actor, action, obj, outcome, **detail)
+
+    def anchors(self) -> AnchorFile:
+        """The file that keeps the head of the audit at intervals, and what is verified with it."""
+        return AnchorFile(self.path.parent, self._audit_key, self.connection, self.transaction)
 
     def verify_audit(self) -> int:
-        """Verify the hash chain; returns the number of entries.
+        """Verify hash chain, head and anchors; returns the number of entries.
 
         Raises:
-            StoreError: ``audit.broken`` with the first entry that does not match.
+            StoreError: ``audit.broken`` with what was changed or removed, and not acknowledged since.
         """
-        previous, expected = _GENESIS, 1
-        for row in self.connection().execute("SELECT seq, entry, digest FROM audit ORDER BY seq"):
-            if row["seq"] != expected or row["digest"] != chain(previous, row["entry"]):
-                raise StoreError("audit.broken", f"entry {expected}")
-            previous, expected = row["digest"], expected + 1
-        head = self.one("SELECT value FROM meta WHERE key = 'audit_head'")
-        if (head["value"] if head else None) != (_seal(self._audit_key, f"{expected - 1} {previous}") if expected > 1 else None):
-            raise StoreError("audit.broken", f"the end after entry {expected - 1}")
-        return expected - 1
-
-
-def _seal(key: bytes, head: str) -> str:
-    """The head of the chain with a MAC by the audit key."""
-    return f"{head} {hmac.new(key, head.encode(), 'sha256').hexdigest()}"
-
-
-def chain(previous: str, entry: str) -> str:
-    """The digest of an entry: SHA-256 over the previous digest and the canonical JSON of the entry."""
-    return hashlib.sha256(f"{previous}\n{entry}".encode()).hexdigest()
+        found = self.anchors().verify()
+        audit.require_whole(found)
+        return found.entries

@@ -250,3 +250,8 @@ CREATE TABLE sessions (
   peer TEXT NOT NULL
 ) STRICT;
 CREATE INDEX sessions_by_user ON sessions (user_id);
+
+-- migration 12: the key of the audit is known, and an audit without entries has a sealed head: removing all of them is found
+INSERT OR REPLACE INTO meta VALUES ('audit_key_check', audit_seal('key'));
+INSERT OR IGNORE INTO meta SELECT 'audit_head', audit_seal('0 0000000000000000000000000000000000000000000000000000000000000000')
+  WHERE NOT EXISTS (SELECT 1 FROM audit);

@@ -6,6 +6,7 @@ UID and other content is stored as well, and both are flagged.
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import sqlite3
 import time
@@ -17,13 +18,14 @@ from typing import Any, Final
 from appliance.core.correction import Correction
 from appliance.core.domain import Scan, ScanState, Source, StoredImage, notes_json, utc_now
 from appliance.core.errors import ApplianceError, StoreError
+from appliance.core.process import Lock
 from appliance.core.settings import Settings
+from appliance.store import audit, audit_reserve, priority, series_jobs
 from appliance.store import database as db
-from appliance.store import priority, series_jobs
 from appliance.store.database import Database, store_error
 from appliance.store.encrypted_files import EncryptedFiles
 from appliance.store.job_queue import JobQueue
-from appliance.store.keys import AUDIT_KEY, CONTENT_KEY, Keys
+from appliance.store.keys import AUDIT_KEY, CONTENT_KEY, KEY_BYTES, Keys
 from appliance.store.planning import Planner, next_revision, touch_study
 
 DATABASE_NAME: Final = "box.sqlite3"
@@ -44,6 +46,32 @@ def open_box(path: Path) -> Store:
     return Store(settings)
 
 
+def replace_audit_key(settings: Settings, actor: str, reason: str) -> None:
+    """Give a box whose audit key is lost a new one; that, and whoever did it, stays in the audit as a break until it is acknowledged.
+
+    What the old file holds is kept beside the new one.
+
+    Raises:
+        ApplianceError: ``box.none``; ``box.busy``: the box runs.
+        StoreError: the database cannot be used.
+    """
+    path, keys = settings.data_dir / DATABASE_NAME, Keys(settings.data_dir)
+    if not path.is_file():
+        raise ApplianceError("box.none", str(settings.data_dir))
+    lock = Lock(settings.data_dir, "supervisor")
+    try:
+        file = keys.directory / AUDIT_KEY
+        if file.exists():
+            file.rename(file.with_name(f"{AUDIT_KEY}.replaced-{time.time_ns()}"))
+        keys.install(AUDIT_KEY, key := secrets.token_bytes(KEY_BYTES))
+        database = Database(path, key, is_key_new=True)
+        with database.transaction() as tx:
+            audit.record_new_key(tx, actor, reason)
+        database.close()
+    finally:
+        lock.release()
+
+
 class Store:
     """The durable state of one box.
 
@@ -61,16 +89,18 @@ class Store:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.keys = Keys(settings.data_dir)
+        database = settings.data_dir / DATABASE_NAME
         try:
             settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            audit_key = self.keys.load(AUDIT_KEY, lambda: True)
+            audit_key = self.keys.load(AUDIT_KEY, lambda: not database.exists())
         except OSError as error:
             raise store_error(error) from error
-        self.database = Database(settings.data_dir / DATABASE_NAME, audit_key)
+        self.database = Database(database, audit_key)
         self.content = EncryptedFiles(settings.data_dir, self.keys, self.database.key_ids(CONTENT_KEY))
         self.database.record_key_ids(CONTENT_KEY, self.content.key_ids)
         self.planner = Planner(settings, self.database)
         self.queue = JobQueue(settings, self.database, self.planner)
+        audit_reserve.fill(settings.data_dir)
 
     def close(self) -> None:
         """Close this thread's database connection."""

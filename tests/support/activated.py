@@ -66,6 +66,7 @@ def _copy(template: Path, store: Store, bundle: Path) -> None:
         source.backup(connection)
     connection.execute("DELETE FROM meta WHERE key GLOB 'key_ids:*'")  # they name the keys of the template's box
     connection.execute("UPDATE activations SET origin = ?", (str(bundle.resolve()),))
+    connection.execute("UPDATE meta SET value = audit_seal('key') WHERE key = 'audit_key_check'")
     connection.execute(
         "INSERT OR REPLACE INTO meta SELECT 'audit_head', audit_seal(seq || ' ' || digest) FROM audit ORDER BY seq DESC LIMIT 1"
     )

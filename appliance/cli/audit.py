@@ -1,0 +1,81 @@
+"""``appliance audit``: verify the audit, print or export it, and acknowledge what was found."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import sys
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from appliance.cli.terminal import UsageError, say
+from appliance.core.errors import StoreError
+from appliance.core.settings import Settings
+
+if TYPE_CHECKING:
+    from appliance.store.store import Store
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``appliance audit``."""
+    parser.add_argument(
+        "action", choices=("verify", "show", "acknowledge", "new-key"),
+        help="verify: search for changes; show: print every entry; acknowledge: record that a person has seen what verify found; "
+        "new-key: replace a lost keys/audit.key",
+    )  # fmt: skip
+    parser.add_argument("--reason", default="", help="why, for acknowledge and new-key; it is written into the audit")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do one of the actions; returns the exit code."""
+    from appliance.store import audit
+    from appliance.store.store import open_box
+
+    if arguments.action in ("acknowledge", "new-key") and not arguments.reason.strip():
+        raise UsageError(say("a reason is needed"), say("add --reason TEXT; it is written into the audit"))
+    if arguments.action == "new-key":
+        return _replace_key(arguments)
+    with closing(open_box(arguments.data_dir)) as store:
+        if arguments.action == "verify":
+            found = store.database.anchors().verify()
+            for problem in found.problems:
+                print(problem.text, file=sys.stderr)
+            audit.require_whole(found)
+            print(say("audit chain whole: {count} entries", count=found.entries))
+        elif arguments.action == "acknowledge":
+            for problem in store.database.anchors().acknowledge(_actor(), arguments.reason.strip()):
+                print(say("acknowledged: {problem}", problem=problem.text))
+        else:
+            _show(store)
+    return 0
+
+
+def _show(store: Store) -> None:
+    from appliance.store import audit
+
+    store.record(audit.AUDIT_LOG_USED, _actor(), "R", audit.AUDIT_OBJECT)
+    for row in store.database.query("SELECT entry FROM audit ORDER BY seq"):
+        print(row["entry"])
+
+
+def _replace_key(arguments: argparse.Namespace) -> int:
+    """Replace the key where it is lost; one that opens the audit is left alone."""
+    from appliance.store.keys import AUDIT_KEY
+    from appliance.store.store import open_box, replace_audit_key
+
+    try:
+        open_box(arguments.data_dir).close()
+    except StoreError as error:
+        if error.code not in ("key.missing", "key.wrong") or not error.detail.startswith(AUDIT_KEY):
+            raise
+    else:
+        print(say("the key of the audit is whole; nothing was changed"), file=sys.stderr)
+        return 1
+    replace_audit_key(Settings.load(arguments.data_dir), _actor(), arguments.reason.strip())
+    print(say("there is a new key; `appliance audit acknowledge` records that this was seen"))
+    return 0
+
+
+def _actor() -> str:
+    """The system account that runs the command."""
+    return f"cli:{getpass.getuser()}"

@@ -1,0 +1,185 @@
+"""Anchors of the audit: its head at intervals, in a file of its own beside the database, append-only and flushed (requirement R10).
+
+A database that was replaced by an older copy, or emptied, does not match them. Each line has a MAC over itself and the line before it;
+the database knows how many lines there were, so that a shortened file is found as well. The sync agent takes the newest head to the
+centre in its signed report (``model_sync.agent.report``).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hmac
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import IO, Final
+
+from appliance.core.domain import utc_now
+from appliance.store import audit
+from appliance.store.audit import Head, Problem
+from model_sync import atomic_files
+
+ANCHORS_NAME: Final = "audit.anchors"
+_INTERVAL: Final = timedelta(hours=1)
+_MAX_ENTRIES: Final = 500
+_META: Final = "audit_anchors"
+_FIELDS: Final = 5
+_NEVER: Final = "1970-01-01T00:00:00+00:00"
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """One line: when it was written, the head, the key that sealed it, and its MAC."""
+
+    at: str
+    head: Head
+    key: str
+    mac: str
+
+
+class AnchorFile:
+    """The anchors of one box.
+
+    Args:
+        data_dir: where the file is, beside the database.
+        key: the audit key.
+        connect: returns the database connection of this thread.
+        transaction: opens a durable write transaction.
+    """
+
+    def __init__(
+        self,
+        data_dir: Path,
+        key: bytes,
+        connect: Callable[[], sqlite3.Connection],
+        transaction: Callable[[], AbstractContextManager[sqlite3.Connection]],
+    ) -> None:
+        self.path = data_dir / ANCHORS_NAME
+        self._key, self._connect, self._transaction = key, connect, transaction
+        self._key_name = audit.seal(key, "key").rpartition(" ")[2][:16]
+
+    def read(self) -> list[Anchor]:
+        """Every complete line; a torn last one, of a power cut, was never in use."""
+        try:
+            return _parse(self.path.read_bytes())
+        except FileNotFoundError:
+            return []
+
+    def verify(self, confirmed: Head | None = None) -> audit.Inspection:
+        """Inspect the audit of this moment, with the anchors and with the head that the centre confirmed last.
+
+        The chain and its head are read in one transaction, so that a box at work is never taken for a changed one.
+        """
+        connection = self._connect()
+        known = audit.unseal(connection, _META)  # before the lines: there are at least as many as the database knows
+        anchors = self.read()  # before the snapshot, which therefore contains whatever they name
+        heads = [anchor.head for anchor in anchors] + ([confirmed] if confirmed else [])
+        connection.execute("BEGIN")
+        try:
+            return audit.inspect(connection, heads, self._problems(anchors, known))
+        finally:
+            connection.execute("ROLLBACK")
+
+    def take(self) -> bool:
+        """Write the head of this moment where the last anchor is an hour or 500 entries old; returns whether it was written."""
+        with self._locked() as file:
+            anchors = _lines(file)
+            if not self._is_due(anchors[-1] if anchors else None):
+                return False
+            with self._transaction() as tx:  # its commit makes every entry before it durable, before an anchor names them
+                known = audit.unseal(tx, _META)
+                if _is_shortened(anchors, known):
+                    audit.record_break(tx, f"anchors {_state(anchors)}", f"anchors {known}")
+                _remember(tx, anchors)
+                head = audit.head(tx)
+            at, previous = utc_now(), anchors[-1].mac if anchors else audit.GENESIS
+            line = f"{at} {head} {self._key_name}"
+            file.write(f"{line} {self._mac(previous, line)}\n".encode())
+            atomic_files.flush(file)
+        return True
+
+    def acknowledge(self, actor: str, reason: str, confirmed: Head | None = None) -> list[Problem]:
+        """Record that a person has seen every problem that there is; returns them. What happens later is found again."""
+        with self._locked() as file, self._transaction() as tx:
+            anchors = _lines(file)
+            heads = [anchor.head for anchor in anchors] + ([confirmed] if confirmed else [])
+            problems = audit.acknowledge(tx, actor, reason, heads, self._problems(anchors, audit.unseal(tx, _META)))
+            _remember(tx, anchors)
+        return problems
+
+    def _is_due(self, last: Anchor | None) -> bool:
+        head = audit.head(self._connect())
+        if last is None:
+            return head.seq > 0
+        age = abs(datetime.now(timezone.utc) - datetime.fromisoformat(last.at))  # a clock may be set back
+        return head != last.head and (age >= _INTERVAL or not 0 <= head.seq - last.head.seq < _MAX_ENTRIES)
+
+    def _problems(self, anchors: list[Anchor], known: str) -> list[Problem]:
+        """The lines that were changed, and a file that is shorter than the database knows."""
+        previous, problems = audit.GENESIS, []
+        for number, anchor in enumerate(anchors, 1):
+            line = f"{anchor.at} {anchor.head} {anchor.key}"
+            # Of lines under a key that was lost only the heads can be compared.
+            if anchor.key == self._key_name and not hmac.compare_digest(anchor.mac, self._mac(previous, line)):
+                problems.append(audit.problem(f"line {number} of {ANCHORS_NAME} was changed", line, anchor.mac))
+            previous = anchor.mac
+        if _is_shortened(anchors, known):
+            problems.append(audit.problem(f"{ANCHORS_NAME} has been shortened or replaced", known, _state(anchors)))
+        return problems
+
+    def _mac(self, previous: str, line: str) -> str:
+        return hmac.new(self._key, f"{previous}\n{line}".encode(), "sha256").hexdigest()
+
+    @contextmanager
+    def _locked(self) -> Iterator[IO[bytes]]:
+        """The file, open for appending, and for no other process at the same time."""
+        is_new = not self.path.exists()
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        with open(descriptor, "r+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if is_new:
+                atomic_files.sync_directory(self.path.parent)
+            yield file
+
+
+def _lines(file: IO[bytes]) -> list[Anchor]:
+    """Every complete line; the rest of a torn one is cut off, so that the next line begins where it should."""
+    data = file.read()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.ftruncate(file.fileno(), len(whole))
+    return _parse(whole)
+
+
+def _parse(data: bytes) -> list[Anchor]:
+    return [_parse_line(line) for line in data.decode("ascii", errors="replace").split("\n")[:-1]]
+
+
+def _parse_line(line: str) -> Anchor:
+    """An anchor; a line that is none gives one that is not valid for any key."""
+    fields = line.split(" ")
+    if len(fields) == _FIELDS and fields[1].isascii() and fields[1].isdigit():
+        try:
+            datetime.fromisoformat(fields[0])
+        except ValueError:
+            return Anchor(_NEVER, Head(0, line), "", "")
+        return Anchor(fields[0], Head(int(fields[1]), fields[2]), fields[3], fields[4])
+    return Anchor(_NEVER, Head(0, line), "", "")
+
+
+def _state(anchors: list[Anchor]) -> str:
+    return f"{len(anchors)} {anchors[-1].mac if anchors else audit.GENESIS}"
+
+
+def _is_shortened(anchors: list[Anchor], known: str) -> bool:
+    """Whether the file does not begin with the lines that the database knows."""
+    count = int(known.partition(" ")[0]) if known else 0
+    return bool(known) and known != _state(anchors[:count])
+
+
+def _remember(tx: sqlite3.Connection, anchors: list[Anchor]) -> None:
+    tx.execute("INSERT OR REPLACE INTO meta VALUES (?, audit_seal(?))", (_META, _state(anchors)))

@@ -1,0 +1,311 @@
+"""The audit finds whatever was cut off, wiped, edited or replaced, keeps the evidence, and never accuses a box at work (R9, R10)."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from appliance.cli.main import main
+from appliance.core.errors import StoreError
+from appliance.core.settings import Settings
+from appliance.store import audit
+from appliance.store.audit import APPLICATION_ACTIVITY, Head
+from appliance.store.database import Database
+from appliance.store.keys import AUDIT_KEY
+from appliance.store.store import DATABASE_NAME, Store
+from tests.support.old_database import old_database
+
+
+@pytest.fixture
+def store(settings: Settings) -> Iterator[Store]:
+    made = Store(settings)
+    yield made
+    made.close()
+
+
+def write(store: Store, count: int = 1) -> None:
+    with store.database.transaction() as tx:
+        for number in range(count):
+            Database.audit(tx, APPLICATION_ACTIVITY, "t", "E", f"x:{number}")
+
+
+def damage(path: Path, *statements: str) -> None:
+    """Change the database as somebody does who has the file and ignores its rules."""
+    with closing(sqlite3.connect(path)) as raw, raw:
+        raw.execute("DROP TRIGGER IF EXISTS audit_no_update")
+        raw.execute("DROP TRIGGER IF EXISTS audit_no_delete")
+        for statement in statements:
+            raw.execute(statement)
+
+
+def problems(store: Store) -> list[str]:
+    return [problem.text for problem in store.database.anchors().verify().problems]
+
+
+def test_r10_a_cut_end_is_found_and_still_found_after_the_next_entry(store: Store) -> None:
+    write(store, 40)
+    damage(store.database.path, "DELETE FROM audit WHERE seq > 10")
+    assert problems(store) == ["the end after entry 10"]
+    write(store)
+    for _ in range(2):
+        missing, recorded = problems(store)
+        assert missing == "entries 11 to 40 are missing"
+        assert recorded.startswith("entry 41, of ")
+        write(store, 3)
+    with pytest.raises(StoreError, match=r"audit\.broken.*entries 11 to 40 are missing"):
+        store.database.verify_audit()
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        ["DELETE FROM audit", "DELETE FROM meta WHERE key = 'audit_head'"],
+        ["DELETE FROM audit"],
+        ["DELETE FROM meta WHERE key = 'audit_head'"],
+        ["UPDATE meta SET value = '3 ' || substr(value, 3) WHERE key = 'audit_head'", "DELETE FROM audit WHERE seq > 3"],
+        ["DELETE FROM audit WHERE seq = 5"],
+        ["UPDATE audit SET entry = replace(entry, 'x:2', 'x:9')"],
+        ["UPDATE audit SET seq = seq + 100 WHERE seq = 5"],
+        ["UPDATE audit SET entry = 'no JSON' WHERE seq = 2"],
+    ],
+)
+def test_r10_every_wipe_and_edit_is_found_before_and_after_the_next_entries(store: Store, statements: list[str]) -> None:
+    write(store, 5)
+    damage(store.database.path, *statements)
+    assert problems(store)
+    write(store, 3)
+    assert problems(store)
+
+
+def test_r10_a_wipe_before_the_first_anchor_leaves_the_key_and_is_found(settings: Settings) -> None:
+    with closing(Store(settings)) as store:
+        assert store.database.verify_audit() == 0
+        write(store, 3)
+        store.database.anchors().take()
+    for name in (DATABASE_NAME, f"{DATABASE_NAME}-wal", f"{DATABASE_NAME}-shm"):
+        (settings.data_dir / name).unlink(missing_ok=True)
+    with closing(Store(settings)) as empty:
+        assert problems(empty) == ["entry 3, of which there is an anchor, is missing"]
+
+
+def test_r10_an_older_copy_of_the_database_is_found_by_the_anchors(settings: Settings, tmp_path: Path) -> None:
+    with closing(Store(settings)) as store:
+        write(store, 3)
+        assert store.database.anchors().take()
+        with closing(sqlite3.connect(store.database.path)) as source, closing(sqlite3.connect(tmp_path / "old")) as copy:
+            source.backup(copy)
+        write(store, 700)
+        assert store.database.anchors().take()
+    for name in (f"{DATABASE_NAME}-wal", f"{DATABASE_NAME}-shm"):
+        (settings.data_dir / name).unlink(missing_ok=True)
+    shutil.copy(tmp_path / "old", settings.data_dir / DATABASE_NAME)
+    with closing(Store(settings)) as old:
+        assert problems(old) == ["entry 703, of which there is an anchor, is missing"]
+        write(old, 1300)
+        assert problems(old) == ["entry 703 differs from an anchor"]
+        assert old.database.anchors().take()
+        assert problems(old) == ["entry 703 differs from an anchor"]
+
+
+def test_r10_a_head_that_the_centre_confirmed_is_compared_too(store: Store) -> None:
+    write(store, 5)
+    anchors = store.database.anchors()
+    assert anchors.verify(audit.head(store.database.connection())).problems == []
+    assert [item.text for item in anchors.verify(Head(5, "a" * 64)).problems] == ["entry 5 differs from an anchor"]
+    assert [item.text for item in anchors.verify(Head(9, "a" * 64)).problems] == ["entry 9, of which there is an anchor, is missing"]
+
+
+@pytest.mark.parametrize("change", ["delete", "empty", "shorten", "edit"])
+def test_r10_anchors_that_were_deleted_shortened_or_edited_are_found(store: Store, change: str) -> None:
+    anchors = store.database.anchors()
+    for _ in range(3):
+        write(store, 501)
+        assert anchors.take()
+    assert not anchors.take()
+    lines = anchors.path.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 3
+    if change == "delete":
+        anchors.path.unlink()
+    else:
+        text = {"empty": b"", "shorten": lines[0], "edit": b"".join(lines).replace(b" 501 ", b" 502 ")}[change]
+        anchors.path.write_bytes(text)
+    assert problems(store)
+    write(store, 501)
+    assert anchors.take()
+    write(store, 501)
+    assert anchors.take()
+    assert problems(store)
+
+
+def test_r10_a_power_cut_while_an_anchor_is_written_is_no_break(store: Store) -> None:
+    anchors = store.database.anchors()
+    write(store, 501)
+    anchors.take()
+    with anchors.path.open("ab") as file:
+        file.write(b"2026-01-01T00:0")
+    assert problems(store) == []
+    write(store, 501)
+    assert anchors.take()
+    assert problems(store) == []
+    assert [anchor.head.seq for anchor in anchors.read()] == [501, 1002]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"short", b"k" * 32], ids=["deleted", "empty", "damaged", "replaced"])
+def test_r10_a_lost_emptied_or_replaced_key_is_refused_and_never_remade(settings: Settings, content: bytes | None) -> None:
+    with closing(Store(settings)) as store:
+        write(store, 2)
+    path = settings.data_dir / "keys" / AUDIT_KEY
+    right = path.read_bytes()
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(StoreError) as refused:
+            Store(settings)
+        assert refused.value.code == ("key.wrong" if content == b"k" * 32 else "key.missing")
+        assert refused.value.detail.startswith(AUDIT_KEY)
+    assert (path.read_bytes() if path.exists() else None) == content
+    path.write_bytes(right)
+    with closing(Store(settings)) as store:
+        assert store.database.verify_audit() == 2
+
+
+def test_r10_the_key_of_an_older_box_without_entries_is_refused_too(settings: Settings) -> None:
+    Store(settings).close()
+    (settings.data_dir / "keys" / AUDIT_KEY).unlink()
+    with pytest.raises(StoreError, match=r"key\.missing"):
+        Store(settings)
+
+
+def test_r10_an_administrator_acknowledges_a_break_once_and_the_next_one_is_found_again(store: Store) -> None:
+    write(store, 20)
+    store.database.anchors().take()
+    damage(store.database.path, "DELETE FROM audit WHERE seq > 15", "UPDATE audit SET entry = replace(entry, 'x:3', 'x:4')")
+    seen = store.database.anchors().acknowledge("security", "disk exchanged, case 7")
+    assert [item.text.split(",")[0] for item in seen] == ["entry 4 was changed", "entries 16 to 20 are missing", "entry 21", "entry 20"]
+    assert store.database.verify_audit() == 18  # 15, the break, that it was looked at, the acknowledgement
+    last = store.database.query("SELECT entry FROM audit ORDER BY seq DESC LIMIT 1")[0]["entry"]
+    assert "disk exchanged, case 7" in last
+    write(store)
+    assert store.database.verify_audit() == 19
+    assert store.database.anchors().acknowledge("security", "nothing") == []
+    damage(store.database.path, "UPDATE audit SET entry = replace(entry, 'x:4', 'x:5') WHERE seq = 4")
+    assert problems(store) == ["entry 4 was changed"]
+
+
+def test_r10_an_entry_that_somebody_forges_acknowledges_nothing(store: Store) -> None:
+    write(store, 5)
+    damage(store.database.path, "UPDATE audit SET entry = replace(entry, 'x:3', 'x:4')")
+    (found,) = store.database.anchors().verify().problems
+    with closing(sqlite3.connect(store.database.path)) as raw, raw:
+        (digest,) = raw.execute("SELECT digest FROM audit WHERE seq = 5").fetchone()
+        entry = f'{{"at": "", "detail": {{"acknowledged": ["{found.identity}"]}}, "object": "audit", "seq": 6}}'
+        raw.execute("INSERT INTO audit VALUES (6, ?, ?)", (entry, audit.chain(digest, entry)))
+    assert problems(store) == ["the end after entry 6"]
+    write(store)
+    assert problems(store)[0].startswith("entry 7, of ")
+
+
+def test_r10_a_lost_key_is_replaced_by_a_person_on_record(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    with closing(Store(settings)) as store:
+        write(store, 600)
+        store.database.anchors().take()
+    box = ["--data-dir", str(settings.data_dir)]
+    assert main(["audit", "new-key", "--reason", "case 8", *box]) == 1  # the key is whole
+    (settings.data_dir / "keys" / AUDIT_KEY).write_bytes(b"")
+    assert main(["audit", "verify", *box]) == 1
+    assert main(["audit", "acknowledge", "--reason", "case 8", *box]) == 1
+    assert main(["audit", "new-key", "--reason", " ", *box]) == 2
+    assert main(["audit", "new-key", "--reason", "case 8", *box]) == 0
+    assert main(["audit", "verify", *box]) == 1
+    assert "audit.key_replaced" in capsys.readouterr().err
+    assert main(["audit", "acknowledge", "--reason", "case 8", *box]) == 0
+    assert main(["audit", "verify", *box]) == 0
+    with closing(Store(settings)) as store:
+        write(store, 600)
+        assert store.database.anchors().take()
+        assert store.database.verify_audit() > 1200
+
+
+_WRITE = """
+import sys
+from pathlib import Path
+from appliance.core.settings import Settings
+from appliance.store.audit import APPLICATION_ACTIVITY
+from appliance.store.keys import AUDIT_KEY
+from appliance.store.store import Store
+store = Store(Settings.load(Path(sys.argv[1])))
+print("ready", flush=True)
+while True:
+    store.record(APPLICATION_ACTIVITY, "t", "E", "x")
+    store.database.anchors().take()
+"""
+
+
+def test_r10_verify_on_a_busy_box_never_cries_tampering(store: Store, settings: Settings) -> None:
+    writers = [subprocess.Popen([sys.executable, "-c", _WRITE, str(settings.data_dir)], stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        for writer in writers:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == b"ready\n"
+        counts = [store.database.verify_audit() for _ in range(60)]
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
+    assert counts == sorted(counts)
+    assert counts[-1] > counts[0]
+    assert store.database.verify_audit() >= counts[-1]
+
+
+def test_r10_the_audit_of_an_older_version_is_taken_over(settings: Settings) -> None:
+    """Migration 12: the key of the audit is known from then on."""
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    for rows in (0, 2):
+        path = settings.data_dir / DATABASE_NAME
+        raw = old_database(path, 11)
+        raw.row_factory = sqlite3.Row
+        with raw:
+            if rows:
+                raw.execute("INSERT INTO meta VALUES ('audit_head', audit_seal(?))", (f"0 {audit.GENESIS}",))
+            for _ in range(rows):
+                audit.append(raw, APPLICATION_ACTIVITY, "t", "E", "x", 0)
+        raw.close()
+        with closing(Store(settings)) as store:
+            assert store.database.verify_audit() >= rows
+            write(store)
+            store.database.verify_audit()
+        for name in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
+            name.unlink(missing_ok=True)
+
+
+CHANGES = st.sampled_from(
+    [
+        "DELETE FROM audit WHERE seq > {n}", "DELETE FROM audit WHERE seq = {n}", "UPDATE audit SET digest = entry WHERE seq = {n}",
+        "UPDATE audit SET entry = entry || ' ' WHERE seq = {n}", "UPDATE audit SET entry = replace(entry, 't', 'u') WHERE seq >= {n}",
+        "UPDATE meta SET value = '{n} ' || value WHERE key = 'audit_head'", "DELETE FROM meta WHERE key = 'audit_head'",
+    ]
+)  # fmt: skip
+
+
+@hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(CHANGES, st.integers(1, 7), st.integers(0, 2)), min_size=1, max_size=3))
+def test_r10_whatever_is_changed_in_whatever_order_stays_found(settings: Settings, changes: list[tuple[str, int, int]]) -> None:
+    shutil.rmtree(settings.data_dir, ignore_errors=True)
+    with closing(Store(settings)) as store:
+        write(store, 8)
+        for statement, number, entries in changes:
+            damage(store.database.path, statement.format(n=number))
+            assert problems(store)
+            write(store, entries)
+            assert problems(store)
