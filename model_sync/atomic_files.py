@@ -18,10 +18,19 @@ _SHARED_FILE, _SHARED_DIRECTORY = 0o644, 0o755
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_FILE = (errno.ELOOP, errno.ENXIO)  # a link, a socket
 MAX_JSON_BYTES = 4 << 20
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class NotRegularFileError(OSError):
     """A path is not the small regular file that is expected: a link, a pipe, a device, a directory, or too large."""
+
+
+def boot_id() -> str:
+    """Return the boot id of the running kernel, or an empty string where there is none."""
+    try:
+        return _BOOT_ID.read_text("ascii").strip()
+    except OSError:
+        return ""
 
 
 def write(path: Path, *chunks: bytes, mode: int = _SHARED_FILE) -> None:

@@ -152,6 +152,10 @@ REPORTED: Final[Mapping[str, Message]] = {
     "activation.ended": Message("This activation has ended already", "See `appliance models history` for what happened."),
     "activation.failed_before": Message("This model failed on this box before", "The model in use stays. Add --again to try it anyway."),
     "activation.failures": Message("Too many analyses of the new model failed in its trial", _ROLLED),
+    "activation.interrupted": Message(
+        "The box went down again and again during the self-test of the new model",
+        "The model in use stays. Check the power supply of this box. If the power did not fail, tell the central team: the model may be the cause. It is tried again later, less and less often.",
+    ),
     "activation.latency": Message("The new model was too slow in its trial", _ROLLED),
     "activation.memory": Message("The new model needs more memory than it may have", _PREVIOUS),
     "activation.reboot_loop": Message(

@@ -106,7 +106,7 @@ class Activator:
         crashed_loading = self.journal.replace_loading_marker(active)
         for row in self.journal.count_worker_crash({*running, *crashed_loading}):
             self._takeovers.roll_back(
-                row, Note("activation.reboot_loop", f"{row['attempts']} crashes of the worker without a finished case")
+                row, Note("activation.reboot_loop", f"{row['attempts']} crashes, {row['interrupted']} reboots without a finished case")
             )
         self._takeovers.hold_withdrawn()
         while self._takeovers:

@@ -13,20 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
+from appliance.core.attempts import MAX_ATTEMPTS, MAX_INTERRUPTED, Attempts
 from appliance.core.domain import Note, utc_now
 from appliance.core.errors import ActivationError
 from appliance.core.self_test_report import SelfTestReport
 from appliance.core.states import IN_USE_STATES, PENDING_STATES, ActivationState, ModelState
-from appliance.lifecycle.journal_queries import PENDING_JSON, JournalQueries, is_older, reason_code, reason_of
+from appliance.lifecycle.journal_queries import INTERRUPTED, PENDING_JSON, JournalQueries, is_older, reason_code, reason_of
 from appliance.store import database as db
 from appliance.store.database import Database
 from appliance.store.store import Store
+from model_sync.atomic_files import boot_id
 from model_sync.bundle import Manifest
 
 Source = Literal["library", "usb", "hand", "embedded"]
 _States: TypeAlias = tuple[ActivationState, ...]
 
-MAX_ATTEMPTS: Final = 3
 FINDINGS_PER_STEP: Final = 500
 REFUSALS_PER_HOUR: Final = 8
 CONFIGURATION: Final[dict[str, Any]] = {"type": "110131", "type_meaning": "Software Configuration"}
@@ -96,15 +97,25 @@ class Journal(JournalQueries):
             self._audit(tx, request.actor, request, ActivationState.FAILED, 8, code=note.code, activation=number)
 
     def begin_attempt(self, number: int) -> bool:
-        """Count an attempt at the self-test; after three that crashed the activation fails. Returns whether to run it."""
+        """Count an attempt at the self-test. Returns whether to run it.
+
+        After three that crashed the activation fails for good on this device. Attempts that a new boot ended do not count among them; after
+        ten it fails for now. A later activation of the same model then fails with the first one: no model takes a machine down again and
+        again.
+        """
         with self._db.transaction() as tx:
             row = self._expect(tx, number, PENDING_STATES)
-            if row["attempts"] >= MAX_ATTEMPTS:
-                note = Note("activation.crash_loop", f"{row['attempts']} attempts, last in {row['state']}")
+            attempts = _attempts(row).since_boot()
+            most = 1 if self.was_interrupted_before(row["digest"]) else MAX_INTERRUPTED
+            if attempts.begun >= MAX_ATTEMPTS or attempts.interrupted >= most:
+                is_crash = attempts.begun >= MAX_ATTEMPTS
+                count = attempts.begun if is_crash else attempts.interrupted
+                note = Note("activation.crash_loop" if is_crash else INTERRUPTED, f"{count} attempts, last in {row['state']}")
                 self._end(tx, row, ActivationState.FAILED, note)
                 return False
-            self._set(tx, number, state=ActivationState.STAGED.value, attempts=row["attempts"] + 1, progress=0.0, self_test=None)
-            self._audit(tx, row["actor"], row, ActivationState.STAGED, attempt=row["attempts"] + 1)
+            attempts = attempts.begin()
+            self._set(tx, number, state=ActivationState.STAGED.value, progress=0.0, self_test=None, **_columns(attempts))
+            self._audit(tx, row["actor"], row, ActivationState.STAGED, attempt=attempts.begun)
         return True
 
     def set_state(self, number: int, state: ActivationState) -> None:
@@ -128,12 +139,10 @@ class Journal(JournalQueries):
 
     def cancel_attempts(self, numbers: list[int]) -> None:
         """Take back the current attempt of activations whose self-test was stopped for a reason that is not the model's fault."""
-        if pending := [number for number in numbers if self.row(number)["state"] in PENDING_STATES]:
+        if pending := [row for number in numbers if (row := self.row(number))["state"] in PENDING_STATES]:
             with self._db.transaction() as tx:
-                tx.execute(
-                    "UPDATE activations SET attempts = max(0, attempts - 1) WHERE id IN (SELECT value FROM json_each(?))",
-                    (json.dumps(pending),),
-                )
+                for row in pending:
+                    self._set(tx, row["id"], **_columns(_attempts(row).take_back()))
 
     def switch(self, number: int, manifest: Manifest) -> None:
         """Activate a tested model: active model, previous model, state and audit entry change in one transaction.
@@ -163,7 +172,9 @@ class Journal(JournalQueries):
             (last_job,) = tx.execute("SELECT coalesce(max(id), 0) FROM jobs").fetchone()
             trial = _TRIAL_START | {"since": utc_now(), "after_job": last_job, "watching": current is None}
             ended = None if is_trial else utc_now()
-            self._set(tx, number, state=state.value, attempts=0, progress=0.0, trial=json.dumps(trial), ended_at=ended)
+            self._set(
+                tx, number, state=state.value, progress=0.0, trial=json.dumps(trial), ended_at=ended, **_columns(Attempts(0, 0, boot_id()))
+            )
             if current is not None and replaces and row["purpose"] == "rollback":
                 self._store.planner.hand_over(tx, current["digest"], row["digest"], Note("activation.by_hand"))
 
@@ -182,24 +193,31 @@ class Journal(JournalQueries):
         return trial is not None
 
     def count_worker_crash(self, suspects: Collection[str]) -> list[sqlite3.Row]:
-        """Count a crash of the worker for every suspect that is on trial.
+        """Count a crash of the worker for every suspect that is on trial; called once when a worker starts.
+
+        Where the machine booted since the last worker started it is no crash: the attempt counts as interrupted.
 
         Args:
             suspects: digests of the models that analysed scans, or were being loaded, when the worker crashed. After a power cut of an
                 idle box, or a crash while an image was only decoded, there are none.
 
         Returns:
-            The activations that reached the limit of crashes without a finished case.
+            The activations that reached a limit without a finished case.
         """
         trial = ActivationState.TRIAL.value
-        crashed = [row["id"] for row in self.monitored() if row["state"] == trial and row["digest"] in suspects]
-        if crashed:
-            with self._db.transaction() as tx:
-                tx.execute(
-                    "UPDATE activations SET attempts = attempts + 1 WHERE state = ? AND id IN (SELECT value FROM json_each(?))",
-                    (trial, json.dumps(crashed)),
-                )
-        return self._db.query("SELECT * FROM activations WHERE state = ? AND attempts >= ?", trial, MAX_ATTEMPTS)
+        for row in self.monitored():
+            before = _attempts(row)
+            after = Attempts(before.begun + 1, before.interrupted, before.boot_id).since_boot() if row["digest"] in suspects else before
+            after = after._replace(boot_id=boot_id())
+            if row["state"] == trial and after != before:
+                with self._db.transaction() as tx:
+                    tx.execute(
+                        "UPDATE activations SET attempts = :attempts, interrupted = :interrupted, boot_id = :boot_id WHERE id = :id",
+                        _columns(after) | {"id": row["id"]},
+                    )
+        return self._db.query(
+            "SELECT * FROM activations WHERE state = ? AND (attempts >= ? OR interrupted >= ?)", trial, MAX_ATTEMPTS, MAX_INTERRUPTED
+        )
 
     def replace_loading_marker(self, digests: Collection[str]) -> list[str]:
         """Store which models the worker is about to load (none once it has loaded them); returns what was stored before."""
@@ -214,7 +232,8 @@ class Journal(JournalQueries):
         """Store the statistics of a trial; a finished case resets the count of crashes."""
         with self._db.transaction(durable=False) as tx:
             tx.execute(
-                "UPDATE activations SET trial = ?, updated_at = ?, attempts = CASE WHEN ? THEN 0 ELSE attempts END WHERE id = ?",
+                "UPDATE activations SET trial = ?1, updated_at = ?2, attempts = CASE WHEN ?3 THEN 0 ELSE attempts END,"
+                " interrupted = CASE WHEN ?3 THEN 0 ELSE interrupted END WHERE id = ?4",
                 (json.dumps(trial), utc_now(), case_finished, number),
             )
 
@@ -363,6 +382,14 @@ class Journal(JournalQueries):
 
 def _stored(note: Note) -> str:
     return json.dumps(note.to_json(), ensure_ascii=False)
+
+
+def _attempts(row: sqlite3.Row) -> Attempts:
+    return Attempts(row["attempts"], row["interrupted"], row["boot_id"])
+
+
+def _columns(attempts: Attempts) -> dict[str, Any]:
+    return {"attempts": attempts.begun, "interrupted": attempts.interrupted, "boot_id": attempts.boot_id}
 
 
 def _retire(tx: sqlite3.Connection, digest: str) -> None:

@@ -28,6 +28,7 @@ REFUSALS: Final = frozenset(
         "activation.superseded", "model.absent", "model.not_signed", "model.mismatch", "model.below_minimum", "model.withdrawn",
     }
 )  # fmt: skip
+INTERRUPTED: Final = "activation.interrupted"
 _RETRY: Final = timedelta(minutes=10)
 _LONGEST_RETRY: Final = timedelta(days=1)
 
@@ -121,6 +122,16 @@ class JournalQueries:
         pause = min(_RETRY * 2 ** (len(failed) - 1), _LONGEST_RETRY)
         since = datetime.now(timezone.utc) - datetime.fromisoformat(failed[0]["ended_at"])
         return reason if timedelta() <= since < pause else None
+
+    def was_interrupted_before(self, digest: str) -> bool:
+        """Whether an activation of a model ended because this device booted during its self-test, again and again."""
+        rows = self._db.query(
+            "SELECT 1 FROM activations WHERE digest = ? AND device = ? AND json_extract(reason, '$.code') = ?",
+            digest,
+            self.device,
+            INTERRUPTED,
+        )
+        return bool(rows)
 
     def count_recent_refusals(self, name: str) -> int:
         """Count the requests of the sync agent for a model line that were refused in the last hour, before a self-test."""

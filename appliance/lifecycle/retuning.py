@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 from appliance.core import device_profile
@@ -119,14 +119,14 @@ class Retuner:
         if row is None or row["state"] != ModelState.ACTIVE:
             self.tunings.fail(tuning, Note("activation.superseded", "it is not active any more"))
             return
-        if not self.tunings.begin(tuning):
+        begun = self.tunings.begin(tuning)
+        if begun is None:
             return
         settings = self._store.settings
         precision = row["precision"] if SelfTestReport.from_json(row["self_test"]).is_fixed_by_user else None
         origin = model_files.model_dir(settings.data_dir, tuning.digest)
         with_tuning = settings.model_copy(update={"tune_at_activation": True})
         command = self_test_command(with_tuning, origin, tuning.digest, precision, self._journal.installed_digests(), row["self_test"])
-        begun = replace(tuning, state=TuningState.MEASURING.value, attempts=tuning.attempts + 1)
         try:
             self._current = _Measuring(begun, SelfTestProcess(command, settings.activation_deadline_s))
         except OSError as error:  # counted as an attempt

@@ -255,3 +255,7 @@ CREATE INDEX sessions_by_user ON sessions (user_id);
 INSERT OR REPLACE INTO meta VALUES ('audit_key_check', audit_seal('key'));
 INSERT OR IGNORE INTO meta SELECT 'audit_head', audit_seal('0 0000000000000000000000000000000000000000000000000000000000000000')
   WHERE NOT EXISTS (SELECT 1 FROM audit);
+
+-- migration 13: an attempt that a new boot of the machine ended is no crash of the model (appliance/core/attempts.py)
+ALTER TABLE activations ADD COLUMN boot_id TEXT NOT NULL DEFAULT ''; -- of the boot in which the attempt began; on trial, in which the worker started
+ALTER TABLE activations ADD COLUMN interrupted INTEGER NOT NULL DEFAULT 0; -- attempts that a new boot ended

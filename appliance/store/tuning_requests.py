@@ -14,12 +14,12 @@ from datetime import datetime, timedelta, timezone
 from typing import Any, Final
 
 from appliance.core import device_profile
+from appliance.core.attempts import MAX_ATTEMPTS, MAX_INTERRUPTED, Attempts
 from appliance.core.domain import Note, utc_now
 from appliance.core.states import TuningState
 from appliance.store import database as db
 from appliance.store.database import Database
 
-MAX_ATTEMPTS: Final = 3
 # A request of the worker waits until no job is queued, but not for longer than this: a box may never be idle.
 _MAX_WAIT: Final = timedelta(minutes=10)
 _KEY: Final = "tuning:"
@@ -43,11 +43,22 @@ class TuningRequest:
     attempts: int = 0
     reason: Note | None = None
     profile: str = ""
+    interrupted: int = 0
+    boot_id: str = ""
 
     @property
     def open(self) -> bool:
         """Whether tuning has not ended."""
         return self.state in (TuningState.REQUESTED, TuningState.MEASURING)
+
+    @property
+    def counted(self) -> Attempts:
+        """Its attempts so far."""
+        return Attempts(self.attempts, self.interrupted, self.boot_id)
+
+    def with_attempts(self, counted: Attempts) -> TuningRequest:
+        """The same request after other attempts."""
+        return replace(self, attempts=counted.begun, interrupted=counted.interrupted, boot_id=counted.boot_id)
 
     @classmethod
     def from_json(cls, digest: str, text: str) -> TuningRequest:
@@ -70,12 +81,12 @@ class TuningRequest:
 
     def _check(self) -> None:
         """Raise ValueError or TypeError where a field has an invalid value."""
-        texts = (self.name, self.actor, self.updated_at, self.step, self.profile)
+        texts = (self.name, self.actor, self.updated_at, self.step, self.profile, self.boot_id)
         if not all(isinstance(text, str) for text in (TuningState(self.state), *texts)):
             raise ValueError("a field has an invalid value")
         if datetime.fromisoformat(self.asked_at).tzinfo is None:
             raise ValueError("a time without a zone")
-        if type(self.attempts) is not int or not 0 <= self.progress <= 1:
+        if type(self.attempts) is not int or type(self.interrupted) is not int or not 0 <= self.progress <= 1:
             raise ValueError("a number is out of range")
 
     def to_json(self) -> str:
@@ -114,14 +125,23 @@ class TuningRequests:
             Database.audit(tx, db.APPLICATION_ACTIVITY, actor, "U", f"model:{digest[:12]}", name=name, tuning="asked")
         return request
 
-    def begin(self, tuning: TuningRequest) -> bool:
-        """Count an attempt; after three attempts that crashed the request has failed. Returns whether to tune."""
-        if tuning.attempts >= MAX_ATTEMPTS:
-            self.fail(tuning, Note("activation.crash_loop", f"{tuning.attempts} attempts"))
-            return False
+    def begin(self, tuning: TuningRequest) -> TuningRequest | None:
+        """Count an attempt; after three that crashed, or ten that a new boot ended, the request has failed.
+
+        Returns:
+            The request with the attempt, to be worked on; None when it failed.
+        """
+        attempts = tuning.counted.since_boot()
+        if attempts.begun >= MAX_ATTEMPTS:
+            self.fail(tuning, Note("activation.crash_loop", f"{attempts.begun} attempts"))
+            return None
+        if attempts.interrupted >= MAX_INTERRUPTED:
+            self.fail(tuning, Note("activation.interrupted", f"{attempts.interrupted} attempts"))
+            return None
+        begun = replace(tuning.with_attempts(attempts.begin()), state=TuningState.MEASURING.value, step="staged", progress=0.0)
         with self._db.transaction() as tx:
-            self._store(tx, replace(tuning, state=TuningState.MEASURING.value, attempts=tuning.attempts + 1, step="staged", progress=0.0))
-        return True
+            self._store(tx, begun)
+        return begun
 
     def progress(self, tuning: TuningRequest, step: str, part: float) -> None:
         """Store the progress; it is only shown, so a power cut may lose it."""
@@ -131,7 +151,8 @@ class TuningRequests:
     def pause(self, tuning: TuningRequest) -> None:
         """Interrupt tuning for something more important: it starts again later, and the attempt does not count."""
         with self._db.transaction() as tx:
-            self._store(tx, replace(tuning, state=TuningState.REQUESTED.value, attempts=max(0, tuning.attempts - 1), step="", progress=0.0))
+            paused = tuning.with_attempts(tuning.counted.take_back())
+            self._store(tx, replace(paused, state=TuningState.REQUESTED.value, step="", progress=0.0))
 
     def fail(self, tuning: TuningRequest, note: Note) -> None:
         """End a request without a result; the model runs as before."""

@@ -30,7 +30,6 @@ SYNC_S = 2.0
 MAX_PART_AGE_S = 30 * 86400.0
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _DIGEST = re.compile(r"^[0-9a-f]{64,128}\.")
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Part:
         self._file = file
         self._info_file = file.with_name(file.name + ".json")
         self._clock = clock
-        self._boot_id = boot_id()
+        self._boot_id = atomic_files.boot_id()
         self.info = self._usable(info)
         self.length = info.length
         self.restarts = 0
@@ -220,14 +219,6 @@ def part_name(path: str) -> str:
     """Return the file name of a part: valid on every file system, unique for each path in the library."""
     tail = re.sub(r"[^A-Za-z0-9._-]", "_", path.rsplit("/", 1)[-1])[-80:]
     return f"{hashlib.sha256(path.encode()).hexdigest()[:16]}-{tail}.part"
-
-
-def boot_id() -> str:
-    """Return the boot id of the running kernel, or an empty string where there is none."""
-    try:
-        return _BOOT_ID.read_text("ascii").strip()
-    except OSError:
-        return ""
 
 
 def _read_info(file: Path) -> PartInfo | None:

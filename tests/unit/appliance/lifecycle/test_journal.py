@@ -15,12 +15,13 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from appliance.core.attempts import MAX_ATTEMPTS
 from appliance.core.domain import Note
 from appliance.core.errors import ActivationError
 from appliance.core.self_test_report import SelfTestReport
 from appliance.core.settings import Settings
 from appliance.core.states import PENDING_STATES, ActivationState
-from appliance.lifecycle.journal import MAX_ATTEMPTS, ActivationRequest, Journal
+from appliance.lifecycle.journal import ActivationRequest, Journal
 from appliance.lifecycle.model_control import reference_bundle
 from appliance.store.database import Database
 from appliance.store.store import Store
