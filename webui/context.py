@@ -40,6 +40,7 @@ class BoxContext:
         """Stop the work beside the requests; what is unfinished stays on the disk and continues at the next start."""
         for stop in self.on_stop:
             stop()
+        self.store.refusals.flush()
 
 
 def current_box() -> BoxContext:

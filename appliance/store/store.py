@@ -22,6 +22,7 @@ from appliance.core.process import Lock
 from appliance.core.settings import Settings
 from appliance.store import audit, audit_reserve, priority, series_jobs
 from appliance.store import database as db
+from appliance.store.audit_refusals import Refusals
 from appliance.store.database import Database, store_error
 from appliance.store.encrypted_files import EncryptedFiles
 from appliance.store.job_queue import JobQueue
@@ -82,6 +83,7 @@ class Store:
         content: the encrypted files.
         database: the database.
         keys: the keys of the box.
+        refusals: writes refused requests to the audit.
         planner: creates jobs.
         queue: leases jobs and commits their results.
     """
@@ -98,6 +100,7 @@ class Store:
         self.database = Database(database, audit_key)
         self.content = EncryptedFiles(settings.data_dir, self.keys, self.database.key_ids(CONTENT_KEY))
         self.database.record_key_ids(CONTENT_KEY, self.content.key_ids)
+        self.refusals = Refusals(self.database)
         self.planner = Planner(settings, self.database)
         self.queue = JobQueue(settings, self.database, self.planner)
         audit_reserve.fill(settings.data_dir)

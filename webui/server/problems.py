@@ -9,11 +9,15 @@ import logging
 from http import HTTPStatus
 from typing import Any, Final
 
-from flask import Flask, Response, jsonify, render_template, request
+from flask import Flask, Response, g, jsonify, render_template, request
 from flask_babel import gettext, lazy_gettext
+from flask_login import current_user
+from flask_wtf.csrf import CSRFError
 from werkzeug.exceptions import HTTPException, InternalServerError
 
 from appliance.core.errors import ApplianceError, IngestError, PixelError, StoreError
+from appliance.store.audit import NODE_AUTHENTICATION, USE_OF_RESTRICTED_FUNCTION
+from webui.context import current_box
 from webui.messages import reason_hint, reason_text
 
 logger = logging.getLogger(__name__)
@@ -96,7 +100,19 @@ def _appliance_error(error: ApplianceError) -> Response:
     return _answer(status, error.code, reason_text(error.code), reason_hint(error.code))
 
 
+def _record_refusal(error: HTTPException) -> None:
+    """Write to the audit that somebody was refused (requirement R9): by role, by the CSRF token, or by the name of the host."""
+    code = "web.csrf" if isinstance(error, CSRFError) else "web.forbidden" if error.code == 403 else g.get("refused", "")
+    if not code:
+        return
+    is_logged_in = code != "web.host" and current_user.is_authenticated
+    account, peer = current_user.account.username if is_logged_in else "", request.remote_addr or ""
+    kind = NODE_AUTHENTICATION if code == "web.host" else USE_OF_RESTRICTED_FUNCTION
+    current_box().store.refusals.record(account, peer, code, endpoint=request.endpoint or "", method=request.method[:16], **kind)
+
+
 def _http_error(error: HTTPException) -> Response:
+    _record_refusal(error)
     if isinstance(error, InternalServerError):
         # The traceback is logged without values: an exception's text may quote a patient's name.
         logger.error("request crashed", exc_info=error.original_exception or error, extra={"status": 500})

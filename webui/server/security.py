@@ -70,6 +70,7 @@ def safe_next(target: str | None) -> str:
 def _check_request() -> ResponseReturnValue | None:
     """Deny by default: host name, size, session, own password, role, in this order."""
     if not _is_own_host(request.host, current_box().settings):
+        g.refused = "web.host"
         abort(400)
     g.background = request.headers.get("X-Background") == "1"
     request.max_content_length = _largest_body()
