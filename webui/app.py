@@ -12,8 +12,8 @@ from webui import formatting
 from webui.admin import pages as admin_pages
 from webui.auth import pages as auth_pages
 from webui.context import BoxContext
-from webui.server import page_frame, problems, security, static_files
-from webui.study import access_log, frame_cache, image_api
+from webui.server import access_log, page_frame, problems, security, static_files
+from webui.study import frame_cache, image_api
 from webui.study import pages as study_pages
 from webui.upload import pages as upload_pages
 from webui.upload import service, tus

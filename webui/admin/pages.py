@@ -20,6 +20,7 @@ from webui.formatting import format_count, format_size, format_time
 from webui.messages import reason_hint, reason_text
 from webui.models.library_view import library_card, read_library_link
 from webui.models.models_view import history_row, model_line_card
+from webui.server.access_log import record_list
 from webui.server.access import may_use
 from webui.server.security import parse_id
 from webui.view_models import View
@@ -88,7 +89,8 @@ def acknowledge_score_alarm(line: str) -> ResponseReturnValue:
 
 @blueprint.get("/rejected")
 def rejected() -> ResponseReturnValue:
-    """The files that were refused lately, with the reason."""
+    """The files that were refused lately, with the reason; their names may be those of patients."""
+    record_list("rejections", (), is_opened=True)
     files = [
         {
             "code": item["code"], "name": item["name"] or gettext("(sent by DICOM)"), "size": format_size(item["bytes"]),

@@ -13,7 +13,7 @@ from appliance import __version__
 from appliance.store.store import Store
 from appliance.store.volume_results import VolumeResults
 from webui.context import current_box
-from webui.study.access_log import record_access
+from webui.server.access_log import record_access
 from webui.study.frame_cache import current_frames, describe_frame
 
 blueprint: Final = Blueprint("image_api", __name__, url_prefix="/api")

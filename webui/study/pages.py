@@ -15,7 +15,7 @@ from appliance.core.domain import ScanState
 from appliance.core.wakeup import wake
 from appliance.store.volume_results import VolumeResults
 from webui.context import current_box
-from webui.study.access_log import record_access
+from webui.server.access_log import record_access
 from webui.study.report_view import study_header, study_report, viewer_config
 
 blueprint: Final = Blueprint("study", __name__)

@@ -13,6 +13,7 @@ from appliance.store.worklist import PAGE_SIZE, StudyRow
 from webui.context import current_box
 from webui.formatting import format_count, format_person_name, format_score, format_study_date, format_time, format_volume, localize
 from webui.messages import STATES, VIEWS
+from webui.server.access_log import record_list
 from webui.server.security import parse_id
 from webui.view_models import DASH, View, run_view, sex_and_age, state_chip
 
@@ -28,7 +29,9 @@ def show() -> ResponseReturnValue:
     before = parse_id((request.form if request.method == "POST" else request.args).get("before"))
     revision = worklist.revision()  # before the rows: a change in between raises it, so that the page asks again
     rows = worklist.page(before=before, search=search, limit=PAGE_SIZE + 1)
-    template = "worklist_rows.html" if request.headers.get("X-Fragment") else "worklist.html"
+    is_fragment = bool(request.headers.get("X-Fragment"))
+    record_list("worklist", [row.id for row in rows[:PAGE_SIZE]], is_opened=not is_fragment, is_search=bool(search))
+    template = "worklist_rows.html" if is_fragment else "worklist.html"
     return render_template(
         template, rows=[_row_view(row) for row in rows[:PAGE_SIZE]], next_before=rows[PAGE_SIZE - 1].id if rows[PAGE_SIZE:] else None,
         search=search, before=before or "", revision=revision, total=format_count(worklist.count()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,6 +13,8 @@ from appliance.core.correction import NOTHING_DECIDED
 from appliance.core.settings import Settings
 from tests.support.scans import dataset, encode, scan_bytes
 from tests.support.web_box import PASSWORD, Box, Person, in_process, result
+from webui import create_app
+from webui.server.security import WITHOUT_PATIENTS
 from webui.study import frame_cache
 
 
@@ -173,7 +176,44 @@ def test_heat_maps_and_refreshes_are_looks_too_once_in_a_while(box: Box, monkeyp
     assert again.log_in("second", PASSWORD).status_code == 302
     again.get(f"/api/findings/{finding}/heatmap.png")
     assert looks() == 2  # the same person
-    monkeypatch.setattr("webui.study.access_log.REPEAT_AFTER_S", 0.0)
+    monkeypatch.setattr("webui.server.access_log.REPEAT_AFTER_S", 0.0)
     second.get(f"/studies/{stored.study_id}", headers={"X-Fragment": "1"})
     assert looks() == 3
     assert second.get("/api/findings/999/heatmap.png").status_code == 404
+
+
+def lists(box: Box) -> list[tuple[str, list[int], bool]]:
+    rows = [json.loads(row["entry"]) for row in box.store.database.query("SELECT entry FROM audit WHERE entry LIKE '%\"110112\"%'")]
+    return [(row["object"], row["detail"]["studies"], row["detail"]["search"]) for row in rows]
+
+
+def test_r9_a_list_of_patients_is_an_event_once_per_visit_and_what_a_refresh_adds(box: Box) -> None:
+    first = box.take(scan_bytes())
+    person = box.person()
+    person.open("/")
+    for _ in range(3):
+        person.get("/", headers={"X-Fragment": "1", "X-Background": "1"})
+    assert lists(box) == [("worklist", [first.study_id], False)]
+    second = box.take(scan_bytes(StudyInstanceUID="1.2.3.4", SeriesInstanceUID="1.2.3.5", SOPInstanceUID="1.2.3.6"))
+    person.get("/", headers={"X-Fragment": "1", "X-Background": "1"})
+    assert lists(box)[1:] == [("worklist", [second.study_id], False)]
+    person.post("/", data={"q": "nobody of this name"})
+    person.open("/rejected")
+    assert lists(box)[2:] == [("worklist", [], True), ("rejections", [], False)]
+    assert not box.store.database.query("SELECT 1 FROM audit WHERE entry LIKE '%nobody of this name%'")
+
+
+# What each page and address that shows patient data leaves in the audit; the others show none.
+SHOWN = {
+    "worklist.show": "110112", "admin.rejected": "110112", "study.show": "110103", "image_api.description": "110103",
+    "image_api.frame": "110103", "image_api.heatmap": "110103", "image_api.key_picture": "110103",
+}  # fmt: skip
+SHOWS_NONE = {"worklist.revision", "upload.show", "tus.options", "tus.outcome", "tus.head"}
+
+
+def test_r9_every_address_that_shows_patient_data_is_known(settings: Settings) -> None:
+    app = create_app(settings)
+    readable = {rule.endpoint for rule in app.url_map.iter_rules() if "GET" in (rule.methods or ())} - WITHOUT_PATIENTS
+    assert SHOWN.keys() <= readable <= SHOWN.keys() | SHOWS_NONE
+    app.extensions["box"].stop()
+    app.extensions["box"].store.close()

@@ -1,15 +1,19 @@
-"""Audit entries for opened studies (DICOM PS3.15 A.5.3.7): one per visit, not one per image and refresh that an open page loads."""
+"""Audit entries for patient data that was shown: opened studies (DICOM PS3.15 A.5.3.6) and lists of patients (A.5.3.10).
+
+One per visit, not one per image and refresh that an open page loads.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from typing import Final
 
 from flask import Flask, current_app
 from flask_login import current_user
 
-from appliance.store.database import INSTANCES_ACCESSED
+from appliance.store.audit import INSTANCES_ACCESSED, QUERY
 from webui.context import current_box
 
 _MAX_ENTRIES: Final = 10_000
@@ -39,7 +43,7 @@ class RecentVisits:
 
 def init_app(app: Flask) -> None:
     """Start to record the visits of an application."""
-    app.extensions["visits"] = RecentVisits()
+    app.extensions["visits"], app.extensions["listed"] = RecentVisits(), RecentVisits()
 
 
 def record_access(study_id: int, *, is_opened: bool = False) -> None:
@@ -48,3 +52,19 @@ def record_access(study_id: int, *, is_opened: bool = False) -> None:
     is_new = visits.is_new(current_user.account.id, study_id)
     if is_opened or is_new:
         current_box().store.record(INSTANCES_ACCESSED, current_user.account.username, "R", f"study:{study_id}")
+
+
+def record_list(name: str, studies: Sequence[int], *, is_opened: bool, is_search: bool = False) -> None:
+    """Write to the audit that this person sees a list of patients: all of it when it is opened, else what was not on it lately.
+
+    Args:
+        name: of the list.
+        studies: the numbers of the studies that are shown.
+        is_opened: whether a person opened it, and no page refreshed itself.
+        is_search: whether it shows what a person searched for; the words are not written, they may be a patient's name.
+    """
+    listed: RecentVisits = current_app.extensions["listed"]
+    new = [study for study in studies if listed.is_new(current_user.account.id, study)]
+    if is_opened or new:
+        shown = list(studies) if is_opened else new
+        current_box().store.record(QUERY, current_user.account.username, "E", name, studies=shown, search=is_search)
