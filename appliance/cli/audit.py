@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``appliance audit``."""
     parser.add_argument(
-        "action", choices=("verify", "show", "acknowledge", "new-key"),
-        help="verify: search for changes; show: print every entry; acknowledge: record that a person has seen what verify found; "
+        "action", choices=("verify", "show", "export", "acknowledge", "new-key"),
+        help="verify: search for changes; show: print every entry; export: the same as messages of DICOM PS3.15; "
+        "acknowledge: record that a person has seen what verify found; "
         "new-key: replace a lost keys/audit.key",
     )  # fmt: skip
+    parser.add_argument("--xml", action="store_true", help="the form of export, one message per line (the only one)")
     parser.add_argument("--reason", default="", help="why, for acknowledge and new-key; it is written into the audit")
 
 
@@ -46,16 +48,19 @@ def run(arguments: argparse.Namespace) -> int:
             for problem in store.database.anchors().acknowledge(_actor(), arguments.reason.strip()):
                 print(say("acknowledged: {problem}", problem=problem.text))
         else:
-            _show(store)
+            _print_entries(store, is_xml=arguments.action == "export")
     return 0
 
 
-def _show(store: Store) -> None:
+def _print_entries(store: Store, *, is_xml: bool) -> None:
+    """Print every entry, this very access included, one per line."""
     from appliance.store import audit
+    from appliance.store.audit_messages import AuditMessages
 
-    store.record(audit.AUDIT_LOG_USED, _actor(), "R", audit.AUDIT_OBJECT)
+    store.record(audit.AUDIT_LOG_USED, _actor(), "R", audit.AUDIT_OBJECT, purpose="export" if is_xml else "show")
+    messages = AuditMessages(store.database, store.settings.ae_title)
     for row in store.database.query("SELECT entry FROM audit ORDER BY seq"):
-        print(row["entry"])
+        print(messages.message(row["entry"]) if is_xml else row["entry"])
 
 
 def _replace_key(arguments: argparse.Namespace) -> int:

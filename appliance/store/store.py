@@ -143,7 +143,8 @@ class Store:
             series_id = self._series(tx, scan, study_id)
             instance_id = self._insert_instance(tx, scan, series_id, content_sha256, len(data), source, conflict, started)
             particulars: dict[str, Any] = {"source": source.kind, "bytes": len(data), "conflict": conflict}
-            Database.audit(tx, db.DATA_IMPORT, source.actor, "C", f"instance:{instance_id}", 4 if conflict else 0, **particulars)
+            event = audit.INSTANCES_TRANSFERRED if source.kind == "dimse" else db.DATA_IMPORT
+            Database.audit(tx, event, source.actor, "C", f"instance:{instance_id}", 4 if conflict else 0, **particulars)
             series_jobs.restart_all(tx, series_id)
             if scan.requested_procedure_priority in priority.URGENT_TERMS:
                 priority.mark(tx, study_id, "sender", source.actor, scan.requested_procedure_priority)

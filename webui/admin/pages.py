@@ -20,8 +20,8 @@ from webui.formatting import format_count, format_size, format_time
 from webui.messages import reason_hint, reason_text
 from webui.models.library_view import library_card, read_library_link
 from webui.models.models_view import history_row, model_line_card
-from webui.server.access_log import record_list
 from webui.server.access import may_use
+from webui.server.access_log import record_list
 from webui.server.security import parse_id
 from webui.view_models import View
 
