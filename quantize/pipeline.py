@@ -245,13 +245,14 @@ def _assemble(
     named = recipe.measured_on or recipe.evaluation.resolve().name
     operating = OperatingPoints.of(context, named)
     results = CardInputs(context, operating, shipped)
-    gate = assembly.gate_record(context, variants, shipped, operating, f"{named}: {len(context.evaluation)} pictures")
+    input_check = context.float_model.draft.read_input_check(recipe.draft.parent)
+    size = f"{named}: {len(context.evaluation)} pictures"
+    gate = assembly.gate_record(context, variants, shipped, operating, size, input_check[1] if input_check else None)
     if recipe.more is not None:
         gate |= recipe.more(results)
     recipe.out.resolve().parent.mkdir(parents=True, exist_ok=True)
     try:
         images, card = _golden(recipe, context), _card(recipe, results)
-        input_check = context.float_model.draft.read_input_check(recipe.draft.parent)
         return assembly.write(context, shipped, operating, images, card, gate, input_check, recipe.out, on_progress), operating
     except BundleError as error:
         raise QuantizeError(f"the result is not a valid bundle: {error.message}", hint=error.hint, code=Code.BUNDLE_INVALID) from error

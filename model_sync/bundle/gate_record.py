@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from model_sync.bundle.input_check_spec import InputCheck
 from model_sync.bundle.manifest import Manifest, ModelInput, Variant
 from model_sync.bundle.output_spec import Count, OperatingPoint
 from model_sync.errors import BundleError
@@ -80,7 +81,8 @@ class GateRecord(_Part):
         evaluation: the images.
         labels: of the manifest, in the order of the scores.
         input: of the manifest: the pipeline that prepared the images.
-        operating_points: of the manifest: the thresholds, and what was measured at them.
+        operating_points: of the manifest: the thresholds, and what was measured at them, groups of patients included.
+        input_check: of the manifest: its network by digest, its limit, and what it stopped; None where the bundle has none.
         variants: the files of each precision.
     """
 
@@ -89,6 +91,7 @@ class GateRecord(_Part):
     labels: list[Identifier]
     input: ModelInput
     operating_points: list[OperatingPoint]
+    input_check: InputCheck | None = None
     variants: dict[Precision, MeasuredVariant]
 
 
@@ -154,7 +157,7 @@ def _record(name: str, document: dict[str, Any]) -> GateRecord:
 
 
 def _check_model(manifest: Manifest, record: GateRecord) -> None:
-    """Compare what all variants share: labels, thresholds, figures, input."""
+    """Compare what all variants share: labels, thresholds, figures, input, input check."""
     if record.labels != [label.name for label in manifest.labels]:
         raise BundleError("gate.input", f"measured were the labels {', '.join(record.labels)}, in this order")
     measured = {point.label: point for point in record.operating_points}
@@ -168,6 +171,10 @@ def _check_model(manifest: Manifest, record: GateRecord) -> None:
             raise BundleError("gate.figures", f"{point.label}: the figures of the manifest are not those that were measured")
     if record.input != manifest.input:
         raise BundleError("gate.input", "the images of the gate were prepared by another pipeline")
+    if record.input_check is None and manifest.input_check is not None:
+        raise BundleError("gate.unbound", "the gate record does not name the input check of the bundle")
+    if record.input_check != manifest.input_check:
+        raise BundleError("gate.input", "the input check of the bundle is not the one that was measured")
 
 
 def _check_variant(manifest: Manifest, variant: Variant, record: GateRecord) -> None:

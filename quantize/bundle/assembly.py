@@ -316,12 +316,13 @@ def _variant(entry: VariantResult, file: str) -> Variant:
 
 
 def gate_record(
-    context: GateContext, variants: Sequence[VariantResult], shipped: Sequence[VariantResult], operating: OperatingPoints, measured_on: str
-) -> dict[str, Any]:
+    context: GateContext, variants: Sequence[VariantResult], shipped: Sequence[VariantResult], operating: OperatingPoints, measured_on: str,
+    input_check: InputCheck | None,
+) -> dict[str, Any]:  # fmt: skip
     """Return ``gate.json`` (``model_sync/bundle/gate_record.py``): the verdict on each shipped variant per runtime, and what was left out.
 
-    It names what was measured: the files by digest, the operating points, the input, and the evaluation set by digest. Times are not in
-    it: they belong to the machine that measured, and a second run has to write the same bytes.
+    It names what was measured: the files by digest, the operating points, the input, the input check, and the evaluation set by digest.
+    Times are not in it: they belong to the machine that measured, and a second run has to write the same bytes.
     """
     draft = context.float_model.draft
     records: dict[str, Any] = {}
@@ -344,6 +345,7 @@ def gate_record(
         "labels": [label.name for label in draft.labels],
         "input": draft.input.model_dump(mode="json", exclude_unset=True),
         "operating_points": [point.model_dump(mode="json", exclude_unset=True) for point in operating.points],
+        **({} if input_check is None else {"input_check": input_check.model_dump(mode="json", exclude_unset=True)}),
         "limits": asdict(context.limits),
         "note": "Held against the float model's answers by ONNX Runtime on a CPU. Compare an AUC only within one source.",
         "variants": records,

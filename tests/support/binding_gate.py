@@ -26,6 +26,7 @@ def gate_of(manifest: dict[str, Any]) -> dict[str, Any]:
         "labels": [label["name"] for label in manifest["labels"]],
         "input": manifest["input"],
         "operating_points": points,
+        **({"input_check": manifest["input_check"]} if "input_check" in manifest else {}),
         "variants": variants,
     }
 

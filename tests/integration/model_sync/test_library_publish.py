@@ -22,7 +22,7 @@ from model_sync.library import publish
 from model_sync.trust.documents import FailureBudget, LineIndex, Rollout
 from tests.support.binding_gate import write_gate
 from tests.support.library_follower import Follower, refused
-from tests.support.library_site import Site, make_site, older_publish, tiny_bundle
+from tests.support.library_site import Site, make_site, older_publish, reference_bundle, tiny_bundle
 
 LINE = "cxr-pneumonia"
 
@@ -199,6 +199,47 @@ def allowed_where_it_failed(bundle: Path) -> None:
     change_gate(bundle, lambda record: file_of(record)["runtimes"].update(openvino={"passed": False, "reasons": []}))
 
 
+def add_input_check(bundle: Path) -> None:
+    """The input check of the reference model, named by the gate record."""
+    raw = (reference_bundle() / "input_check.onnx").read_bytes()
+    (bundle / "input_check.onnx").write_bytes(raw)
+    check = json.loads((reference_bundle() / "manifest.json").read_text("utf-8"))["input_check"]
+    edit(bundle, lambda m: m.update(input_check=check))
+    write_gate(bundle)
+
+
+def input_check_that_stops_nothing(bundle: Path) -> None:
+    add_input_check(bundle)
+    edit(bundle, lambda m: m["input_check"].update(min_upright=0.001))
+
+
+def another_network_of_the_input_check(bundle: Path) -> None:
+    add_input_check(bundle)
+    raw = (bundle / "model_fp32.onnx").read_bytes()
+    (bundle / "input_check.onnx").write_bytes(raw)
+    edit(bundle, lambda m: m["input_check"].update(sha256=hashlib.sha256(raw).hexdigest()))
+
+
+def better_input_check(bundle: Path) -> None:
+    add_input_check(bundle)
+    edit(bundle, lambda m: m["input_check"]["figures"][-1]["stopped"].update(value=1.0, high=1.0))
+
+
+def without_its_input_check(bundle: Path) -> None:
+    add_input_check(bundle)
+    (bundle / "input_check.onnx").unlink()
+    edit(bundle, lambda m: m.pop("input_check"))
+
+
+def input_check_that_the_gate_does_not_name(bundle: Path) -> None:
+    add_input_check(bundle)
+    change_gate(bundle, lambda record: record.pop("input_check"))
+
+
+def better_group(bundle: Path) -> None:
+    edit(bundle, lambda m: m["operating_points"][0]["groups"][1]["sensitivity"].update(value=0.99, high=0.995))
+
+
 UNBOUND: dict[str, tuple[Callable[[Path], None], str]] = {
     "randomised weights under an old gate": (randomise_weights, "gate.weights"),
     "randomised weights under a gate that claims them": (randomise_weights_and_gate, "library.golden"),
@@ -209,6 +250,19 @@ UNBOUND: dict[str, tuple[Callable[[Path], None], str]] = {
     "threshold 0.9 in manifest and record, measured at 0.366": (raise_threshold_in_both, "gate.threshold"),
     "another sensitivity than was measured": (better_sensitivity, "gate.figures"),
     "another accuracy within one source": (better_source, "gate.figures"),
+    "another sensitivity of a group of patients": (better_group, "gate.figures"),
+    "other ages of a group": (lambda b: edit(b, lambda m: m["operating_points"][0]["groups"][1].update(min_years=6.0)), "gate.figures"),
+    "a group that was not measured": (
+        lambda b: change_gate(b, lambda record: record["operating_points"][0]["groups"].pop()), "gate.figures",
+    ),
+    "groups of which the record has none": (
+        lambda b: change_gate(b, lambda record: record["operating_points"][0].pop("groups")), "gate.figures",
+    ),
+    "an input check that stops nothing": (input_check_that_stops_nothing, "gate.input"),
+    "another network of the input check": (another_network_of_the_input_check, "gate.input"),
+    "other figures of the input check": (better_input_check, "gate.input"),
+    "the input check is left out": (without_its_input_check, "gate.input"),
+    "an input check that the record does not name": (input_check_that_the_gate_does_not_name, "gate.unbound"),
     "another input pipeline": (another_pipeline, "gate.input"),
     "another label": (renamed_label, "gate.input"),
     "an old gate record without digests": (lambda b: change_gate(b, lambda r: r.update(schema=1)), "gate.unbound"),
@@ -218,7 +272,7 @@ UNBOUND: dict[str, tuple[Callable[[Path], None], str]] = {
     "an evaluation set of no images": (lambda b: change_gate(b, lambda r: r["evaluation"].update(n_images=0)), "gate.evaluation"),
     "a runtime on which it failed is allowed": (allowed_where_it_failed, "gate.runtime"),
     "measured on no runtime": (lambda b: change_gate(b, lambda r: file_of(r).update(runtimes={})), "gate.failed"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", UNBOUND)

@@ -13,13 +13,14 @@ import pytest
 
 from appliance.cli import main
 from appliance.core.accuracy import accuracy_problem
+from appliance.lifecycle.model_control import reference_bundle
 from appliance.model_queries import model_lines
 from appliance.store.store import Store
 from appliance.store.worklist import Worklist
 from tests.support.activated import activate
 from tests.support.activation_box import change_manifest
 from tests.support.library_site import tiny_bundle
-from tests.support.worker_box import prepared_worker, small_chest, take
+from tests.support.worker_box import chest, prepared_worker, small_chest, take
 
 
 def change_gate(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -92,3 +93,16 @@ def test_a_copy_that_was_changed_on_the_disk_is_not_verified(tmp_path: Path) -> 
         absent = accuracy_problem(other, digest)
         assert absent is not None
         assert absent.code == "bundle.unreadable"
+
+
+def test_a_bundle_whose_gate_does_not_name_its_input_check_runs_and_is_not_verified(store: Store, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(reference_bundle(), tmp_path / "bundle"))
+    change_gate(bundle, lambda record: record.pop("input_check"))
+    activate(store, bundle, "test")
+    image = take(store, chest(seed=1))
+    assert prepared_worker(store).run_once()
+    (finding,) = Worklist(store).instance(image).findings
+    assert not finding.has_verified_accuracy
+    (line,) = model_lines(store)
+    assert line.active is not None and line.active.accuracy_problem is not None
+    assert line.active.accuracy_problem.code == "gate.unbound"
