@@ -1,6 +1,7 @@
-"""SQLite as the box uses it: WAL, synchronous=FULL, BEGIN IMMEDIATE, one connection per thread, migrations, audit chain.
+"""SQLite as the box uses it: encrypted, WAL, synchronous=FULL, BEGIN IMMEDIATE, one connection per thread, migrations, audit chain.
 
-Plain ``sqlite3``: a change and its audit entry must share one transaction, and sqlite-utils commits inside its helpers.
+The interface of ``sqlite3`` (PEP 249), as SQLCipher offers it: a change and its audit entry must share one transaction, and sqlite-utils
+commits inside its helpers. Types are named after ``sqlite3``; the objects and the errors are those of ``sqlcipher3``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
+
+from sqlcipher3 import dbapi2 as sqlcipher
 
 from appliance.core.errors import StoreError
 from appliance.store import audit
@@ -29,12 +32,14 @@ from appliance.store.audit import (
     USER_AUTHENTICATION,
 )
 from appliance.store.audit_anchors import AnchorFile
+from appliance.store.database_encryption import Error, connect, encrypt_plain
 
 __all__ = [
     "APPLICATION_ACTIVITY", "DATA_IMPORT", "INSTANCES_ACCESSED", "LOGIN", "LOGOUT", "SECURITY_ALERT", "SECURITY_ATTRIBUTES_CHANGED",
     "SOFTWARE_CONFIGURATION", "USER_AUTHENTICATION", "Database", "migrations", "store_error",
 ]  # fmt: skip
 BUSY_TIMEOUT_S: Final = 30.0
+NOT_A_DATABASE: Final = "file is not a database"  # what SQLite says of a damaged file, and of a key that does not decrypt it
 _MIGRATION_MARK: Final = "-- migration "
 
 
@@ -53,24 +58,24 @@ def _statements(script: str) -> list[str]:
     statements, pending = [], ""
     for line in script.splitlines(keepends=True):
         pending += line
-        if sqlite3.complete_statement(pending):
+        if sqlcipher.complete_statement(pending):
             statements.append(pending.strip())
             pending = ""
     return statements
 
 
-def store_error(error: sqlite3.Error | OSError) -> StoreError:
+def store_error(error: Exception) -> StoreError:
     """Convert an error of the database or the file system to a StoreError, with a code of its own for a full disk."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    full = full or (isinstance(error, sqlite3.Error) and "full" in str(error))
+    full = full or (isinstance(error, Error) and "full" in str(error))
     return StoreError("ingest.disk_full" if full else "store.failed", str(error))
 
 
-class _Connection(sqlite3.Connection):
+class _Connection(sqlcipher.Connection):  # type: ignore[misc]  # sqlcipher3 has no types
     """Closes itself when nothing references it any more; without that Python 3.13 gives a ResourceWarning."""
 
     def __del__(self) -> None:
-        with suppress(sqlite3.ProgrammingError):  # destroyed in another thread, or never opened: SQLite frees it all the same
+        with suppress(sqlcipher.ProgrammingError):  # destroyed in another thread, or never opened: SQLite frees it all the same
             self.close()
 
 
@@ -78,31 +83,33 @@ class Database:
     """One SQLite file; each thread that uses it has its own connection.
 
     Args:
-        path: the database file; created, with its schema, when absent.
+        path: the database file; created, with its schema, when absent. A plain one of an older appliance is encrypted first.
         audit_key: seals the last entry of the audit, so that removing entries at its end is detected too.
+        key: encrypts the file (256 bits).
         is_key_new: the key replaces a lost one, which the caller records (``appliance.store.audit.record_new_key``).
 
     Raises:
         StoreError: the file is not a database, or a newer appliance wrote it; ``key.wrong``: its audit was sealed with another key.
     """
 
-    def __init__(self, path: Path, audit_key: bytes, *, is_key_new: bool = False) -> None:
+    def __init__(self, path: Path, audit_key: bytes, key: bytes, *, is_key_new: bool = False) -> None:
         self.path = path
         self._audit_key = audit_key
+        self._key = key
         self._local = threading.local()
         try:
+            encrypt_plain(path, key)
             self._migrate()
             if not is_key_new:
                 audit.require_key(self.connection())
-        except sqlite3.Error as error:
+        except (Error, OSError) as error:
             raise store_error(error) from error
 
     def connection(self) -> sqlite3.Connection:
         """This thread's connection."""
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None:
-            connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None, factory=_Connection)
-            connection.row_factory = sqlite3.Row
+            connection = connect(self.path, self._key, timeout=BUSY_TIMEOUT_S, factory=_Connection)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
@@ -121,7 +128,7 @@ class Database:
         """All rows of a query."""
         try:
             return self.connection().execute(sql, values).fetchall()
-        except sqlite3.Error as error:
+        except Error as error:
             raise store_error(error) from error
 
     def one(self, sql: str, *values: Any) -> sqlite3.Row | None:
@@ -161,7 +168,7 @@ class Database:
         except BaseException as error:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, Error):
                 raise store_error(error) from error
             raise
         finally:

@@ -4,6 +4,7 @@ Every key is 256 bits in a file of its own below ``keys``, which only its owner 
 
     content.key          encrypts the images
     content.<id>.key     an earlier content key, while files are encrypted with it
+    database.key         encrypts the database
     audit.key            seals the audit
     web.key              signs the cookies of the pages
 
@@ -29,11 +30,12 @@ logger = logging.getLogger(__name__)
 
 KEY_BYTES: Final = 32
 CONTENT_KEY: Final = "content.key"
+DATABASE_KEY: Final = "database.key"
 AUDIT_KEY: Final = "audit.key"
 WEB_KEY: Final = "web.key"
 # What an escrow copy holds: without these keys data are lost; a new web.key only ends the sessions.
-ESCROWED: Final = (CONTENT_KEY, AUDIT_KEY)
-RECORD_NAME: Final = "keys.json"
+ESCROWED: Final = (CONTENT_KEY, DATABASE_KEY, AUDIT_KEY)
+RECORD_NAME: Final = "key-ids.json"
 
 
 def never() -> bool:
@@ -46,7 +48,7 @@ class Keys:
 
     def __init__(self, data_dir: Path) -> None:
         self.directory = data_dir / "keys"
-        self._record = data_dir / "content" / RECORD_NAME
+        self._record = data_dir / RECORD_NAME
 
     def load(self, name: str, can_create: Callable[[], bool] = never) -> bytes:
         """Load a key.
@@ -106,6 +108,22 @@ class Keys:
             raise StoreError("key.missing", f"content.{lost[0]}.key")
         return keys
 
+    def database_key(self, is_encrypted: Callable[[], bool]) -> bytes:
+        """Load the key of the database, which is created with the first database.
+
+        Args:
+            is_encrypted: returns whether there is an encrypted database already.
+
+        Raises:
+            StoreError: ``key.missing`` or ``key.wrong``.
+            OSError: a file cannot be read or written.
+        """
+        recorded = self.recorded(DATABASE_KEY)
+        key = self.load(DATABASE_KEY, lambda: not recorded and not is_encrypted())
+        if recorded and key_id(key) not in recorded:
+            raise StoreError("key.wrong", DATABASE_KEY)
+        return key
+
     def escrowed(self) -> dict[str, bytes]:
         """What an escrow copy holds, by file name; raises StoreError ``key.missing`` and OSError."""
         earlier = (path.name for path in sorted(self.directory.glob("content.*.key")))
@@ -121,9 +139,9 @@ class Keys:
             StoreError: ``key.other_box``; ``key.escrow_old``: the box has got more keys since. Nothing was changed in these cases.
             OSError: a file cannot be written; what is missing can be restored again.
         """
-        needed, given = set(self.recorded(CONTENT_KEY)), {key_id(key) for name, key in keys.items() if name.startswith("content.")}
+        needed, given = {*self.recorded(CONTENT_KEY), *self.recorded(DATABASE_KEY)}, {key_id(key) for key in keys.values()}
         if needed - given:
-            raise StoreError("key.escrow_old" if needed & given else "key.other_box", f"content key {sorted(needed - given)[0]}")
+            raise StoreError("key.escrow_old" if needed & given else "key.other_box", f"key {sorted(needed - given)[0]}")
         for name, key in keys.items():
             path = self.directory / name
             if path.exists() and (present := path.read_bytes()) != key:

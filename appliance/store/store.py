@@ -23,10 +23,11 @@ from appliance.core.settings import Settings
 from appliance.store import audit, audit_reserve, priority, series_jobs
 from appliance.store import database as db
 from appliance.store.audit_refusals import Refusals
-from appliance.store.database import Database, store_error
+from appliance.store.database import NOT_A_DATABASE, Database, store_error
+from appliance.store.database_encryption import is_encrypted
 from appliance.store.encrypted_files import EncryptedFiles
 from appliance.store.job_queue import JobQueue
-from appliance.store.keys import AUDIT_KEY, CONTENT_KEY, KEY_BYTES, Keys
+from appliance.store.keys import AUDIT_KEY, CONTENT_KEY, DATABASE_KEY, KEY_BYTES, Keys, key_id
 from appliance.store.planning import Planner, next_revision, touch_study
 
 DATABASE_NAME: Final = "box.sqlite3"
@@ -65,12 +66,28 @@ def replace_audit_key(settings: Settings, actor: str, reason: str) -> None:
         if file.exists():
             file.rename(file.with_name(f"{AUDIT_KEY}.replaced-{time.time_ns()}"))
         keys.install(AUDIT_KEY, key := secrets.token_bytes(KEY_BYTES))
-        database = Database(path, key, is_key_new=True)
+        database = _open_database(path, keys, key, is_audit_key_new=True)
         with database.transaction() as tx:
             audit.record_new_key(tx, actor, reason)
         database.close()
     finally:
         lock.release()
+
+
+def _open_database(path: Path, keys: Keys, audit_key: bytes, *, is_audit_key_new: bool = False) -> Database:
+    """Open the database with the key that is recorded for it, or create both."""
+    is_recorded = bool(keys.recorded(DATABASE_KEY))
+    try:
+        key = keys.database_key(lambda: is_encrypted(path))
+        database = Database(path, audit_key, key, is_key_new=is_audit_key_new)
+        keys.record(DATABASE_KEY, [key_id(key)])
+    except OSError as error:
+        raise store_error(error) from error
+    except StoreError as error:
+        if error.detail == NOT_A_DATABASE and not is_recorded and is_encrypted(path):
+            raise StoreError("key.wrong", DATABASE_KEY) from error
+        raise
+    return database
 
 
 class Store:
@@ -97,7 +114,7 @@ class Store:
             audit_key = self.keys.load(AUDIT_KEY, lambda: not database.exists())
         except OSError as error:
             raise store_error(error) from error
-        self.database = Database(database, audit_key)
+        self.database = _open_database(database, self.keys, audit_key)
         self.content = EncryptedFiles(settings.data_dir, self.keys, self.database.key_ids(CONTENT_KEY))
         self.database.record_key_ids(CONTENT_KEY, self.content.key_ids)
         self.refusals = Refusals(self.database)

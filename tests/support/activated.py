@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import hashlib
 import shutil
-import sqlite3
 import tempfile
 from contextlib import closing
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import Any
 
 from appliance.core.settings import Settings
 from appliance.lifecycle import model_control
-from appliance.store.store import DATABASE_NAME, Store
+from appliance.store.store import Store
+from tests.support.box_database import raw_connection
 
 _templates: dict[str, Path] = {}
 _ANY_BOX = {"data_dir", "web_port", "dicom_port"}
@@ -62,7 +62,7 @@ def _copy(template: Path, store: Store, bundle: Path) -> None:
     """Give a fresh store the content of a template: database, sealed with the store's own key, and model files."""
     shutil.copytree(template / "models", store.settings.data_dir / "models", dirs_exist_ok=True)
     connection = store.database.connection()
-    with closing(sqlite3.connect(template / DATABASE_NAME)) as source:
+    with closing(raw_connection(template)) as source:
         source.backup(connection)
     connection.execute("DELETE FROM meta WHERE key GLOB 'key_ids:*'")  # they name the keys of the template's box
     connection.execute("UPDATE activations SET origin = ?", (str(bundle.resolve()),))

@@ -22,6 +22,7 @@ from appliance.store.store import Store
 from model_sync.agent.report import BoxReport
 from tests.bench.drift import AFTER, BEFORE, sample
 from tests.support.activation_box import LINE, Box, watched
+from tests.support.box_database import TEST_KEY
 from tests.support.old_database import old_database
 
 
@@ -183,7 +184,7 @@ def test_an_old_database_gets_the_table(tmp_path: Path) -> None:
     connection = old_database(path, 8)
     connection.commit()
     connection.close()
-    database = Database(path, b"k" * 32)
+    database = Database(path, b"k" * 32, TEST_KEY)
     assert ScoreAlarms(database).active() == []
     database.close()
 

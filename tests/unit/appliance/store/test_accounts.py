@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,11 @@ import pytest
 from appliance.core.errors import StoreError
 from appliance.core.roles import Role
 from appliance.core.settings import Settings
-from appliance.store import database
 from appliance.store.accounts import COMMAND_WORDS, Account, Accounts
 from appliance.store.logins import Logins
 from appliance.store.store import Store
 from tests.support.clocks import TestClock
+from tests.support.old_database import old_database
 
 OWN = "a new phrase 7"
 pytestmark = pytest.mark.usefixtures("quick_passwords")
@@ -283,13 +282,7 @@ def test_no_token_or_password_is_stored_plain(accounts: Accounts, logins: Logins
 
 def old_box(path: Path) -> None:
     """The database of a box before migration 11, with accounts of all former roles and an open session."""
-    connection = sqlite3.connect(path)
-    connection.create_function("audit_seal", 1, lambda head: head)
-    for number, statements in database.migrations():
-        if number <= 10:
-            for statement in statements:
-                connection.execute(statement)
-            connection.execute(f"PRAGMA user_version = {number}")
+    connection = old_database(path, 10)
     for number, role in enumerate(("clinician", "technician", "auditor", "administrator"), 1):
         values = (number, f"p-{role}", "hash", role, int(role == "auditor"), "2026-01-01T00:00:00.000+00:00", 4e9 if number == 1 else 0)
         connection.execute("INSERT INTO users VALUES (?, ?, ?, ?, ?, 3, ?, ?)", (*values[:5], values[6], values[5]))

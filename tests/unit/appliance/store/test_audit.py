@@ -23,6 +23,7 @@ from appliance.store.audit import APPLICATION_ACTIVITY, Head
 from appliance.store.database import Database
 from appliance.store.keys import AUDIT_KEY
 from appliance.store.store import DATABASE_NAME, Store
+from tests.support.box_database import copy_database, raw_connection
 from tests.support.old_database import old_database
 
 
@@ -41,7 +42,7 @@ def write(store: Store, count: int = 1) -> None:
 
 def damage(path: Path, *statements: str) -> None:
     """Change the database as somebody does who has the file and ignores its rules."""
-    with closing(sqlite3.connect(path)) as raw, raw:
+    with closing(raw_connection(path.parent)) as raw:
         raw.execute("DROP TRIGGER IF EXISTS audit_no_update")
         raw.execute("DROP TRIGGER IF EXISTS audit_no_delete")
         for statement in statements:
@@ -102,8 +103,7 @@ def test_r10_an_older_copy_of_the_database_is_found_by_the_anchors(settings: Set
     with closing(Store(settings)) as store:
         write(store, 3)
         assert store.database.anchors().take()
-        with closing(sqlite3.connect(store.database.path)) as source, closing(sqlite3.connect(tmp_path / "old")) as copy:
-            source.backup(copy)
+        copy_database(settings.data_dir, tmp_path / "old")
         write(store, 700)
         assert store.database.anchors().take()
     for name in (f"{DATABASE_NAME}-wal", f"{DATABASE_NAME}-shm"):
@@ -207,7 +207,7 @@ def test_r10_an_entry_that_somebody_forges_acknowledges_nothing(store: Store) ->
     write(store, 5)
     damage(store.database.path, "UPDATE audit SET entry = replace(entry, 'x:3', 'x:4')")
     (found,) = store.database.anchors().verify().problems
-    with closing(sqlite3.connect(store.database.path)) as raw, raw:
+    with closing(raw_connection(store.settings.data_dir)) as raw:
         (digest,) = raw.execute("SELECT digest FROM audit WHERE seq = 5").fetchone()
         entry = f'{{"at": "", "detail": {{"acknowledged": ["{found.identity}"]}}, "object": "audit", "seq": 6}}'
         raw.execute("INSERT INTO audit VALUES (6, ?, ?)", (entry, audit.chain(digest, entry)))

@@ -18,7 +18,7 @@ from appliance.core.errors import StoreError
 from appliance.core.settings import Settings
 from appliance.store.database import APPLICATION_ACTIVITY
 from appliance.store.key_escrow import read_escrow, write_escrow
-from appliance.store.keys import Keys, key_id
+from appliance.store.keys import RECORD_NAME, Keys, key_id
 from appliance.store.store import Store
 
 PASSPHRASE = "four words of nobody"
@@ -85,7 +85,7 @@ def test_r46_a_box_whose_key_does_not_open_its_data_is_not_opened_and_not_change
 @pytest.mark.parametrize("recorded", ["beside the content", "in the database"])
 def test_r46_either_check_value_alone_shows_the_wrong_key(settings: Settings, how: str, recorded: str) -> None:
     if recorded == "in the database":
-        (settings.data_dir / "content" / "keys.json").unlink()
+        (settings.data_dir / RECORD_NAME).unlink()
     else:
         with closing(Store(settings)) as store, store.database.transaction() as tx:
             tx.execute("DELETE FROM meta WHERE key GLOB 'key_ids:*'")
@@ -106,7 +106,7 @@ def forget_records(settings: Settings) -> None:
     """Make the box look like one that recorded no key."""
     with closing(Store(settings)) as store, store.database.transaction() as tx:
         tx.execute("DELETE FROM meta WHERE key GLOB 'key_ids:*'")
-    (settings.data_dir / "content" / "keys.json").unlink()
+    (settings.data_dir / RECORD_NAME).unlink()
 
 
 def test_r46_one_damaged_file_on_an_old_box_does_not_condemn_its_key(settings: Settings) -> None:
@@ -188,7 +188,7 @@ def test_r46_wrong_passphrase_and_the_copy_of_another_box_change_nothing(
     for path, passphrase, words in (
         (copy, "not these words at all", "passphrase does not open"),
         (of_other, PASSPHRASE, "of another box"),
-        (settings.data_dir / "content" / "keys.json", PASSPHRASE, "no escrow copy"),
+        (settings.data_dir / RECORD_NAME, PASSPHRASE, "no escrow copy"),
     ):
         assert cli("keys", "restore", path, "--data-dir", settings.data_dir, passphrase=passphrase) == 1
         assert words in capsys.readouterr().err

@@ -17,6 +17,7 @@ from appliance.store.database import Database
 from appliance.store.priority import Urgency
 from appliance.store.store import Store
 from appliance.store.worklist import Worklist
+from tests.support.box_database import TEST_KEY
 from tests.support.old_database import old_database
 from tests.support.scans import dataset, encode, scan_bytes
 
@@ -233,7 +234,7 @@ def test_what_was_urgent_before_this_was_written_down_is_urgent_still(tmp_path: 
         )
     raw.commit()
     raw.close()
-    database = Database(path, b"key")
+    database = Database(path, b"key", TEST_KEY)
     told = [Urgency.of(row["urgent"]) for row in database.query("SELECT urgent FROM studies ORDER BY id")]
     assert told == [None, Urgency("cli", "cli", "")]  # nobody wrote down when
     database.close()

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from sqlcipher3 import dbapi2 as sqlcipher
 
 from appliance.core.applicable_accuracy import Accuracy, AccuracyBasis
 from appliance.core.domain import Contour, Finding, Job, JobResult, Note, Patient, ScanState, Source
@@ -28,6 +30,7 @@ from appliance.store.database import APPLICATION_ACTIVITY, Database
 from appliance.store.store import DATABASE_NAME, Store
 from appliance.store.worklist import Worklist
 from model_sync.bundle import Group, Interval
+from tests.support.box_database import TEST_KEY, raw_connection
 from tests.support.old_database import old_database
 from tests.support.paths import ROOT
 from tests.support.stored_scans import RULE, add_scan, scan
@@ -326,11 +329,10 @@ def test_r10_audit_chain_finds_any_edit_or_deletion(store: Store) -> None:
 def test_r10_somebody_with_the_file_and_without_our_rules_is_found_out(store: Store, damage: str) -> None:
     for number in range(5):
         store.record(APPLICATION_ACTIVITY, "t", "E", f"x:{number}")
-    with sqlite3.connect(store.database.path) as raw:
+    with closing(raw_connection(store.settings.data_dir)) as raw:
         raw.execute("DROP TRIGGER audit_no_update")
         raw.execute("DROP TRIGGER audit_no_delete")
         raw.execute(damage)
-    raw.close()
     with pytest.raises(StoreError, match=r"audit\.broken"):
         store.database.verify_audit()
 
@@ -381,7 +383,7 @@ def test_one_id_for_everybody_does_not_mix_patients(store: Store, other: Patient
 
 def test_change_and_audit_entry_share_one_transaction(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
-        raise sqlite3.OperationalError("no audit")
+        raise sqlcipher.OperationalError("no audit")
 
     monkeypatch.setattr(Database, "audit", staticmethod(broken))
     with pytest.raises(StoreError):
@@ -397,14 +399,14 @@ def test_a_newer_database_is_refused(settings: Settings, tmp_path: Path) -> None
         raw.execute("PRAGMA user_version = 999")
     raw.close()
     with pytest.raises(StoreError, match="newer"):
-        Database(path, b"key")
+        Database(path, b"key", TEST_KEY)
 
 
 def test_no_database_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "junk.sqlite3"
     path.write_bytes(b"junk" * 1000)
     with pytest.raises(StoreError, match=r"store\.failed"):
-        Database(path, b"key")
+        Database(path, b"key", TEST_KEY)
 
 
 def test_migrations_are_numbered_in_order() -> None:
@@ -432,7 +434,7 @@ def test_no_memory_before_the_model_ran_gets_its_own_code(tmp_path: Path) -> Non
         )
     raw.commit()
     raw.close()
-    migrated = Database(tmp_path / "old.sqlite3", b"key")
+    migrated = Database(tmp_path / "old.sqlite3", b"key", TEST_KEY)
     for query in ("SELECT reason FROM jobs ORDER BY id", "SELECT reason FROM instances ORDER BY id"):
         reasons = [Note.parse(row["reason"]) for row in migrated.query(query)]
         assert reasons == [Note("job.memory_input"), Note("job.memory"), Note("job.crashed"), None]
@@ -450,7 +452,7 @@ def test_nothing_was_decided_about_the_images_of_an_older_version(tmp_path: Path
     )
     raw.commit()
     raw.close()
-    migrated = Database(tmp_path / "old.sqlite3", b"key")
+    migrated = Database(tmp_path / "old.sqlite3", b"key", TEST_KEY)
     assert [row["correction"] for row in migrated.query("SELECT correction FROM instances")] == [""]
     migrated.close()
 
@@ -491,7 +493,7 @@ def test_findings_of_an_older_version_keep_their_outline(tmp_path: Path) -> None
     )
     raw.commit()
     raw.close()
-    migrated = Database(tmp_path / "old.sqlite3", b"key")
+    migrated = Database(tmp_path / "old.sqlite3", b"key", TEST_KEY)
     row = migrated.query("SELECT outline, inner_contours FROM findings")[0]
     assert (row["outline"], row["inner_contours"]) == ("[[[0, 0], [1, 0]]]", "[]")
     migrated.close()

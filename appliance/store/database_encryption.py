@@ -1,0 +1,148 @@
+"""Encrypted database files: opening one with its key, and the encryption of the plain database that an older appliance left (R13).
+
+SQLCipher encrypts each page with AES-256 and authenticates it with HMAC-SHA512. The key is given as it is, without a key derivation.
+
+A plain database is copied to an encrypted one beside it, compared row by row, flushed, and renamed to its place; the old bytes are then
+overwritten. A crash at any point leaves the plain database or the encrypted one, complete, and the next opening goes on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import secrets
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Final, cast
+
+from sqlcipher3 import dbapi2 as sqlcipher
+
+from appliance.core.errors import StoreError
+from model_sync import atomic_files
+
+logger = logging.getLogger(__name__)
+
+Error: Final = sqlcipher.Error
+PLAIN_HEADER: Final = b"SQLite format 3\0"
+PAGE_BYTES: Final = 4096
+_CHUNK_BYTES: Final = 1 << 20
+
+
+def connect(path: Path, key: bytes | None, **options: Any) -> sqlite3.Connection:
+    """Open a database in autocommit mode; its connection has the interface of ``sqlite3``, its errors are those of SQLCipher.
+
+    Args:
+        path: the file.
+        key: 256 bits; None for a plain database.
+        **options: of ``sqlite3.connect``.
+    """
+    connection = sqlcipher.connect(str(path), isolation_level=None, **options)
+    connection.row_factory = sqlcipher.Row
+    if key is not None:
+        connection.execute("PRAGMA cipher_log_level = NONE")  # it would write to the standard error
+        connection.execute(f"PRAGMA key = \"x'{key.hex()}'\"")
+    return cast("sqlite3.Connection", connection)
+
+
+def is_plain(path: Path) -> bool:
+    """Whether the file is a plain SQLite database."""
+    return _head(path) == PLAIN_HEADER
+
+
+def is_encrypted(path: Path) -> bool:
+    """Whether the file can be an encrypted database, whose bytes look random: whole pages, and not a plain one."""
+    head = _head(path)
+    return bool(head) and head != PLAIN_HEADER and path.stat().st_size % PAGE_BYTES == 0
+
+
+def encrypt_plain(path: Path, key: bytes) -> None:
+    """Encrypt the database in ``path`` where it is plain, and finish what a crash left of an earlier attempt.
+
+    Raises:
+        StoreError: ``store.failed``: the copy differs; the plain database was kept.
+        sqlcipher3 Error, OSError: it cannot be read or written (the disk is full); the plain database was kept.
+    """
+    old, fresh = path.with_name(f"{path.name}.plain"), path.with_name(f"{path.name}.encrypting")
+    if not is_plain(path) and not old.exists():
+        return
+    with _lock(path.with_name(f"{path.name}.lock")):
+        if old.exists() and is_plain(path):  # a second name of the same file
+            old.unlink()
+        if is_plain(path):
+            try:
+                _copy(path, fresh, key)
+                _compare(path, fresh, key)
+            except BaseException:
+                _remove(fresh)
+                raise
+            atomic_files.sync_file(fresh)
+            os.link(path, old)
+            atomic_files.move(fresh, path)
+            logger.info("database encrypted")
+        if old.exists():
+            _destroy(old)
+
+
+def _copy(path: Path, fresh: Path, key: bytes) -> None:
+    """Copy the plain database into an encrypted file, in one transaction that excludes every writer."""
+    _remove(fresh)
+    os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+    with closing(connect(path, None)) as source:
+        source.execute("PRAGMA journal_mode = DELETE").fetchone()  # a write-ahead log must not survive the renaming
+        source.execute("ATTACH ? AS encrypted KEY ?", (str(fresh), f"x'{key.hex()}'"))
+        source.execute("BEGIN EXCLUSIVE")
+        source.execute("SELECT sqlcipher_export('encrypted')").fetchone()
+        version = source.execute("PRAGMA main.user_version").fetchone()[0]
+        source.execute(f"PRAGMA encrypted.user_version = {version}")
+        source.execute("COMMIT")
+    if Path(f"{path}-wal").exists():
+        raise StoreError("store.failed", "another program uses the database")
+
+
+def _compare(path: Path, fresh: Path, key: bytes) -> None:
+    """Raise StoreError where the copy is damaged, or differs from its source in the schema, the version or any row."""
+    schema = "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY type, name"
+    with closing(connect(path, None)) as plain, closing(connect(fresh, key)) as copy:
+        tables = [row["name"] for row in plain.execute(schema) if row["type"] == "table"]
+        queries = [schema, "PRAGMA user_version", *(f'SELECT * FROM "{name}"' for name in tables)]  # noqa: S608 - names of the schema
+        is_damaged = any(copy.execute("PRAGMA cipher_integrity_check"))
+        for query in queries:
+            pairs = zip_longest(plain.execute(query), copy.execute(query), fillvalue=())
+            is_damaged = is_damaged or any(tuple(one) != tuple(two) for one, two in pairs)
+    if is_damaged:
+        raise StoreError("store.failed", "the encrypted copy of the database differs; the plain one was kept")
+
+
+def _destroy(path: Path) -> None:
+    """Overwrite a file with random bytes, then delete it; a file system that copies on write keeps the old ones."""
+    with open(path, "r+b") as file:
+        for start in range(0, path.stat().st_size, _CHUNK_BYTES):
+            file.write(secrets.token_bytes(min(_CHUNK_BYTES, path.stat().st_size - start)))
+        atomic_files.flush(file)
+    path.unlink()
+    atomic_files.sync_directory(path.parent)
+
+
+def _remove(fresh: Path) -> None:
+    for suffix in ("", "-journal", "-wal", "-shm"):
+        Path(f"{fresh}{suffix}").unlink(missing_ok=True)
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(PLAIN_HEADER))
+    except FileNotFoundError:
+        return b""
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock; several programs of the box may open it at the same moment."""
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
