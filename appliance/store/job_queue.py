@@ -30,7 +30,7 @@ from appliance.core.domain import (
 )  # fmt: skip
 from appliance.core.settings import Settings
 from appliance.store import database as db
-from appliance.store import priority, series_jobs
+from appliance.store import priority, series_jobs, taken_back
 from appliance.store.database import Database
 from appliance.store.planning import Planner
 from appliance.store.priority import Origin, StudyProgress, Urgency
@@ -293,6 +293,10 @@ class JobQueue:
             Database.audit(tx, db.APPLICATION_ACTIVITY, actor, "E", f"instance:{instance_id}", correction=correction.to_text())
         return True
 
+    def take_back_decision(self, instance_id: int, actor: str) -> bool:
+        """Undo :meth:`analyse_corrected`, see :func:`appliance.store.taken_back.take_back`."""
+        return taken_back.take_back(self._database, self._planner, instance_id, actor)
+
     def pending_jobs(self) -> int:
         """How many jobs and unplanned images wait for a result."""
         return self._database.number(
@@ -318,4 +322,4 @@ class JobQueue:
         for name in ("positive", "has_verified_accuracy"):
             values[name] = int(values[name])
         values["accuracy"] = finding.accuracy.model_dump_json()
-        Database.insert(tx, "findings", job_id=job.id, instance_id=job.instance_id, **values)
+        Database.insert(tx, "findings", id=taken_back.next_finding_id(tx), job_id=job.id, instance_id=job.instance_id, **values)

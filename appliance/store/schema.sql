@@ -259,3 +259,14 @@ INSERT OR IGNORE INTO meta SELECT 'audit_head', audit_seal('0 000000000000000000
 -- migration 13: an attempt that a new boot of the machine ended is no crash of the model (appliance/core/attempts.py)
 ALTER TABLE activations ADD COLUMN boot_id TEXT NOT NULL DEFAULT ''; -- of the boot in which the attempt began; on trial, in which the worker started
 ALTER TABLE activations ADD COLUMN interrupted INTEGER NOT NULL DEFAULT 0; -- attempts that a new boot ended
+
+-- migration 14: results that a person took back with the decision that they rest on (appliance/store/taken_back.py)
+CREATE TABLE superseded_findings (    -- rows of findings, moved; their ids are never used again
+  id INTEGER PRIMARY KEY,
+  instance_id INTEGER NOT NULL REFERENCES instances (id),
+  correction TEXT NOT NULL,           -- what the person had decided (appliance/core/correction.py)
+  at TEXT NOT NULL, actor TEXT NOT NULL, -- when and who took it back
+  finding TEXT NOT NULL,              -- JSON: the columns of findings but the heat map
+  heatmap_png BLOB NOT NULL
+) STRICT;
+CREATE INDEX superseded_by_instance ON superseded_findings (instance_id);

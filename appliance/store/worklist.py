@@ -21,6 +21,7 @@ from appliance.store.priority import Urgency
 from appliance.store.series_jobs import CLAIMABLE
 from appliance.store.store import Store
 from appliance.store.study_summary import RECALLED, StudySummary, study_summaries
+from appliance.store.taken_back import SupersededFinding, superseded
 from model_sync.bundle import AgeRange, OperatingPoint
 
 PAGE_SIZE: Final = 50
@@ -128,6 +129,7 @@ class InstanceView:
     jobs: tuple[JobView, ...]
     findings: tuple[Finding, ...]
     correction: Correction = NOTHING_DECIDED
+    superseded: tuple[SupersededFinding, ...] = ()
 
     def recall(self, finding: Finding) -> Note | None:
         """Why the model version of this finding was withdrawn or rolled back; None where it was not."""
@@ -300,6 +302,7 @@ class Worklist:
             jobs=tuple(_job_view(job) for job in jobs),
             correction=Correction.parse(row["correction"]),
             findings=tuple(_finding(item, row["patient_age_years"]) for item in findings),
+            superseded=superseded(self._db, row["id"]),
         )
 
 

@@ -32,6 +32,7 @@ ACCESS: Final[Mapping[str, frozenset[Role]]] = {
     "study.show": _CLINICIAN,
     "study.retry": _CLINICIAN,
     "study.analyse": _CLINICIAN,
+    "study.take_back": _CLINICIAN,
     "urgency.set_urgent": _CLINICIAN,
     "urgency.set_routine": _CLINICIAN,
     "urgency.set_urgent_by_api": _CLINICIAN,

@@ -66,3 +66,17 @@ def analyse(study_id: int, instance_id: int) -> ResponseReturnValue:
     else:
         flash(gettext("The image was not waiting for a decision; nothing was changed."))
     return redirect(url_for("study.show", study_id=study_id))
+
+
+@blueprint.post("/studies/<int:study_id>/images/<int:instance_id>/take-back")
+def take_back(study_id: int, instance_id: int) -> ResponseReturnValue:
+    """Take a person's decision about an image back: it is analysed again as it came, and its results count no more."""
+    box = current_box()
+    if box.worklist.study_of(instance_id) != study_id:
+        abort(404)
+    if box.store.queue.take_back_decision(instance_id, current_user.account.username):
+        wake(box.settings)
+        flash(gettext("The image is in the queue again, as it came. The earlier result does not count any more."))
+    else:
+        flash(gettext("There was no decision to take back, or the image is being analysed; nothing was changed."))
+    return redirect(url_for("study.show", study_id=study_id))

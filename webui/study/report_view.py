@@ -13,10 +13,11 @@ from appliance.core.correction import Correction
 from appliance.core.domain import PENDING_STATES, Note, ScanState
 from appliance.store.job_queue import STOPPED_BY_INPUT_CHECK
 from appliance.store.study_summary import RECALLED
+from appliance.store.taken_back import SupersededFinding
 from appliance.store.volume_results import VolumeView
 from appliance.store.worklist import InstanceView, StudyRow, StudyView
-from webui.formatting import format_person_name, format_study_date, format_time, language, localize
-from webui.messages import STATES, note_detail, urgency_text
+from webui.formatting import format_person_name, format_score, format_study_date, format_time, language, localize
+from webui.messages import STATES, note_detail, reason_text, urgency_text
 from webui.study.finding_view import Manifest, finding_card, image_details, volume_card
 from webui.view_models import DASH, View, join_nonempty, note_view, sex_and_age, state_chip
 
@@ -122,12 +123,16 @@ def format_numbers(numbers: Sequence[int]) -> str:
 def _groups(study: StudyView) -> list[list[tuple[int, InstanceView]]]:
     """The images, numbered from 1, in groups with the same report: 160 slices that no model analyses are one section.
 
-    An image that the input check stopped has a section of its own, for a person decides about each.
+    An image that the input check stopped, or that a person decided about, has a section of its own.
     """
     groups: dict[object, list[tuple[int, InstanceView]]] = {}
     for number, item in enumerate(study.instances, start=1):
         series = item.series_id if item.measured else None
-        key = item.id if item.findings or is_stopped(item) else (item.state, item.reason, series)
+        key = (
+            item.id
+            if item.findings or item.superseded or item.correction.is_confirmed or is_stopped(item)
+            else (item.state, item.reason, series)
+        )
         groups.setdefault(key, []).append((number, item))
     return list(groups.values())
 
@@ -158,6 +163,24 @@ def _image_report(
         ],
         "cautions": () if item.findings or item.measured else cautions,
         "details": image_details(item, manifests) if is_single else None,
+        "take_back": item.id if is_single and item.correction.is_confirmed and item.state not in PENDING_STATES else None,
+        "superseded": [_superseded(finding) for finding in item.superseded] if is_single else [],
+    }
+
+
+def _superseded(finding: SupersededFinding) -> View:
+    """An earlier result that does not count any more: what it was, on which decision, and who took that back."""
+    done = [Note("caution.turned_by_person", str(finding.correction.degrees))] if finding.correction.degrees else []
+    done += [Note("caution.inverted_by_person")] if finding.correction.inverts else []
+    words = [" ".join(filter(None, (reason_text(note.code), note_detail(note)))) for note in done] or [gettext("Analysed as it was")]
+    return {
+        "title": localize(finding.title_zh, finding.title_en),
+        "score": gettext(
+            "%(score)s (threshold %(threshold)s)", score=format_score(finding.score), threshold=format_score(finding.threshold)
+        ),
+        "version": finding.model_version,
+        "decision": gettext("; ").join(words),
+        "taken_back": gettext("Taken back %(when)s by %(who)s", when=format_time(finding.at), who=finding.actor),
     }
 
 

@@ -164,3 +164,64 @@ def test_a_doctor_decides_on_the_page(settings: Settings, tmp_path: Path) -> Non
             box.person("tech", "technician").post(f"/studies/{study}/images/{stopped.id}/analyse", data={"correction": "as_is"}).status_code
             == 403
         )
+
+
+def test_a_decision_is_taken_back_after_the_result(settings: Settings, tmp_path: Path) -> None:
+    """The image is analysed again as it came; the earlier result is shown and counted nowhere."""
+    with web_box.in_process(settings) as box:
+        worker = working(box.store, tmp_path)
+        image = analyse(box.store, worker, take(box.store, encode(film(turns=1))))
+        study = Worklist(box.store).study_of(image.id)
+        assert box.store.queue.analyse_corrected(image.id, Correction(270, False, True), "li")
+        first = analyse(box.store, worker, image.id)
+        assert first.state is ScanState.AI_READY
+        doctor, path = box.person(), f"/studies/{study}/images/{image.id}/take-back"
+        assert path in doctor.open(f"/studies/{study}")
+        assert doctor.post(f"/studies/{study + 1}/images/{image.id}/take-back").status_code == 404
+        assert doctor.post(path).status_code == 302
+        waiting = Worklist(box.store).instance(image.id)
+        assert (waiting.findings, waiting.correction.is_confirmed, len(waiting.superseded)) == ((), False, 1)
+
+        again = analyse(box.store, worker, image.id)
+        assert (again.state, again.reason, again.findings) == (ScanState.QUALITY_REJECTED, Note("quality.turned", "90"), ())
+        assert not [note for job in again.jobs for note in job.notes if "person" in note.code]
+        page = doctor.open(f"/studies/{study}")
+        for words in ("Earlier results: they do not count any more", "Taken back", 'value="turn_270"', "clockwise by 270°"):
+            assert words in page
+        assert path not in page
+        (row,) = Worklist(box.store).page()
+        assert row.state is ScanState.QUALITY_REJECTED
+        assert doctor.get(f"{box.base}/api/findings/{first.findings[0].id}/heatmap.png").status_code == 404
+        chinese = doctor.speak("zh").open(f"/studies/{study}")
+        assert "以前的结果（已作废）" in chinese
+
+        assert box.store.queue.analyse_corrected(image.id, Correction(270, False, True), "li")
+        second = analyse(box.store, worker, image.id)
+        assert [finding.score for finding in second.findings] == [finding.score for finding in first.findings]
+        assert not {finding.id for finding in second.findings} & {finding.id for finding in first.findings}  # an id is never used again
+        assert [entry[1] for entry in decisions(box.store)] == ["turn_270", "", "turn_270"]
+        assert box.person("tech", "technician").post(path).status_code == 403
+        box.store.database.verify_audit()
+
+
+def test_where_nobody_decided_or_it_is_being_analysed_nothing_is_taken_back(store: Store, tmp_path: Path) -> None:
+    worker = working(store, tmp_path)
+    upright = analyse(store, worker, take(store, encode(film(seed=2))))
+    assert not store.queue.take_back_decision(upright.id, "doctor")
+    assert not store.queue.take_back_decision(upright.id + 99, "doctor")
+    assert Worklist(store).instance(upright.id).findings == upright.findings
+    stopped = analyse(store, worker, take(store, encode(film(turns=1, seed=2))))
+    assert not store.queue.take_back_decision(stopped.id, "doctor")
+    assert store.queue.analyse_corrected(stopped.id, Correction(270, False, True), "doctor")
+    assert store.queue.claim_job("test", 60) is not None
+    assert not store.queue.take_back_decision(stopped.id, "doctor")
+    assert Worklist(store).instance(stopped.id).correction == Correction(270, False, True)
+
+
+def test_a_decision_is_taken_back_while_the_image_still_waits(store: Store, tmp_path: Path) -> None:
+    worker = working(store, tmp_path)
+    stopped = analyse(store, worker, take(store, encode(film(turns=1))))
+    assert store.queue.analyse_corrected(stopped.id, Correction(270, False, True), "doctor")
+    assert store.queue.take_back_decision(stopped.id, "doctor")
+    again = analyse(store, worker, stopped.id)
+    assert (again.state, again.superseded) == (ScanState.QUALITY_REJECTED, ())
