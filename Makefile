@@ -18,6 +18,7 @@ help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 14
 
 demo: setup samples ## create a demo box, start it, analyse sample scans (ARGS=--once|--lan|--new-password, DATA=your folder)
+	@case " $(ARGS) " in *" --lan "*) sh packaging/need.sh lan ;; esac
 	@$(BIN)/python -m appliance demo --data-dir $(BOX) --samples var/samples $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: setup-test lint test-front unit ## all checks and tests, Chromium included

@@ -22,6 +22,8 @@ _RETRY: Final = "The image is kept. Press “Retry”; if it fails again, read t
 _VOLUME: Final = "The images are kept and can be viewed, but the volume was not analysed. A doctor must read them without AI."
 _SERIES: Final = "The images are kept and can be viewed, but the volume was not analysed. Check that the series is complete and send all of it again from the scanner; otherwise read it without AI."
 _MEASURE: Final = "Raise tune_measuring_s or activation_deadline_s and run `appliance tune`."
+_PAIR: Final = "Put certificate and key from the same order in place; `appliance tls status` checks them. A page that is running goes on with the pair before."
+_RENEW: Final = "Get a new one from the clinic or the county and put it in the place of the old one; the box takes it within a minute."
 _ORIGINAL: Final = "The images are kept and can be viewed. Where there is an original series of the kind the model was made for, send that one; otherwise read it without AI."
 
 _CODES: Final[Mapping[str, Message]] = {
@@ -186,6 +188,21 @@ _CODES: Final[Mapping[str, Message]] = {
     "caution.cropped": Message(
         "Tissue lies outside the field that the model analyses; it was not measured",
         "The figures may be too small; compare them with the slices.",
+    ),
+    "tls.incomplete": Message("A certificate needs its key, and a key its certificate: one of the two is not set", _PAIR),
+    "tls.unreadable": Message("The certificate or its key is missing, damaged or not readable by this account", _PAIR),
+    "tls.key_mismatch": Message("The key belongs to another certificate", _PAIR),
+    "tls.no_nginx": Message(
+        "nginx, which serves the page to the network, is not installed", "Install it: sudo apt-get install nginx-light"
+    ),
+    "tls.expired": Message("The certificate has expired; browsers and DICOM devices refuse it or warn", _RENEW),
+    "tls.expires_soon": Message("The certificate expires within 30 days", _RENEW),
+    "tls.not_yet_valid": Message(
+        "The certificate is not valid yet", "Check the date and time of the box; if they are right, get a new certificate."
+    ),
+    "tls.other_name": Message(
+        "The certificate is made for another name than the box has",
+        "Get one for the name that people type, and write that name in web_hostname.",
     ),
     "settings.invalid": Message("The settings are invalid", "Correct the settings named; `appliance settings` explains each."),
     "settings.missing": Message("There is no such folder or settings file", "Check --data-dir; for a new box make the folder first."),

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Make sure that the system has what pip cannot bring: by apt when root, otherwise say in one line what to install.
 #   need.sh venv PYTHON    Python >= 3.10 with venv
+#   need.sh lan            nginx, which serves the page to the network (make demo ARGS=--lan)
 #   need.sh test           what the tests talk to: Chromium, Chinese fonts, dcmtk, nginx, PostgreSQL, SoftHSM, FAT tools
 set -eu
 
@@ -22,6 +23,9 @@ venv)
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed; try: make PYTHON=python3.11" >&2; exit 1; }
     "$python" -c 'import ensurepip, venv' 2>/dev/null || install "Python's venv" python3-venv
     ;;
+lan)
+    command -v nginx >/dev/null || [ -x /usr/sbin/nginx ] || install "serves the page to the network" nginx-light
+    ;;
 test)
     missing=
     command -v chromium >/dev/null || command -v chromium-browser >/dev/null || missing="$missing chromium"
@@ -41,5 +45,5 @@ test)
     fi
     ;;
 *)
-    echo "usage: need.sh venv PYTHON | test" >&2; exit 2 ;;
+    echo "usage: need.sh venv PYTHON | lan | test" >&2; exit 2 ;;
 esac

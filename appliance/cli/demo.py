@@ -15,7 +15,7 @@ from typing import Final
 
 from appliance.cli.terminal import say
 from appliance.core.errors import ApplianceError
-from appliance.core.process import Lock, die_with_parent, make_data_dir, stop_on_signal
+from appliance.core.process import Lock, die_with_parent, find_nginx, make_data_dir, stop_on_signal
 from appliance.core.roles import Role
 from appliance.core.settings import FILE_NAME, Settings
 from appliance.lifecycle.model_control import activate, reference_bundle
@@ -76,6 +76,7 @@ def _configure(data_dir: Path, *, lan: bool) -> Settings:
     web_port, dicom_port = _free_port(_WEB_PORT, host), _free_port(_DICOM_PORT, host)
     lines = [f"web_port = {web_port}", f"dicom_port = {dicom_port}"]
     if lan:
+        find_nginx()
         _self_signed(data_dir / "keys")
         lines += ['web_host = "0.0.0.0"', 'dicom_host = "0.0.0.0"', 'tls_certificate = "keys/web.crt"', 'tls_key = "keys/web.pem"']
     (data_dir / FILE_NAME).write_text("# Written by `make demo` at every start.\n" + "\n".join(lines) + "\n", "utf-8")
@@ -189,18 +190,23 @@ def _lan_address() -> str:
 
 
 def _self_signed(directory: Path) -> None:
-    """Create a self-signed certificate for the names and addresses of this machine, valid for one year, unless there is one."""
+    """Create a self-signed certificate for the names and addresses of this machine, valid for one year, unless there is one.
+
+    One that ends within 30 days is replaced.
+    """
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.x509.oid import NameOID
 
-    if (directory / "web.crt").exists():
+    from appliance.core.certificates import WARN_BEFORE, load_pair
+
+    now = datetime.datetime.now(datetime.timezone.utc)
+    if (directory / "web.crt").exists() and load_pair(directory / "web.crt", directory / "web.pem").not_after - now > WARN_BEFORE:
         return
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, socket.gethostname()[:64])])
-    now = datetime.datetime.now(datetime.timezone.utc)
     names = [x509.DNSName("localhost"), x509.DNSName(socket.gethostname()), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
     names.append(x509.IPAddress(ipaddress.ip_address(_lan_address())))
     builder = (

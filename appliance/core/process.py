@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import resource
+import shutil
 import signal
 import sys
 import warnings
@@ -70,6 +71,14 @@ def stop_on_signal() -> Callable[[], bool]:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: received.append(number))
     return lambda: bool(received)
+
+
+def find_nginx() -> str:
+    """The path of nginx, which Debian keeps outside the search path of ordinary accounts; raises ApplianceError ``tls.no_nginx``."""
+    path = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+    if path is None:
+        raise ApplianceError("tls.no_nginx")
+    return path
 
 
 class Lock:

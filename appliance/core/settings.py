@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,7 +16,10 @@ else:
     import tomli as tomllib
 
 FILE_NAME = "box.toml"
-_PATHS = ("data_dir", "tls_certificate", "tls_key", "exchange_dir", "library_root")
+_PATHS = (
+    "data_dir", "tls_certificate", "tls_key", "tls_authority", "dicom_tls_certificate", "dicom_tls_key", "dicom_client_authority",
+    "exchange_dir", "library_root",
+)  # fmt: skip
 
 
 class Settings(BaseModel):
@@ -30,11 +33,20 @@ class Settings(BaseModel):
     dicom_host: str = Field("127.0.0.1", description="Address the DICOM receiver listens on.")
     dicom_port: int = Field(11112, ge=0, le=65535, description="Port of the DICOM receiver.")
     dicom_max_associations: int = Field(20, ge=1, description="Senders served at the same time.")
+    dicom_tls_port: int | None = Field(None, ge=0, le=65535, description="Port of the DICOM receiver over TLS, usually 2762.")
+    dicom_tls_certificate: Path | None = Field(None, description="PEM certificate of the DICOM receiver; tls_certificate without it.")
+    dicom_tls_key: Path | None = Field(None, description="PEM private key of that certificate; tls_key without it.")
+    dicom_client_authority: Path | None = Field(None, description="PEM of the authority that signs senders: they must show a certificate.")
+    dicom_plain_senders: tuple[Annotated[str, Field(pattern=r"^[!-?A-\[\]-~]{1,16}@[0-9A-Fa-f.:]+$")], ...] | None = Field(
+        None, description="Senders that may do without TLS, as AETITLE@address. Unset: every one, or none where dicom_tls_port is set."
+    )
     web_host: str = Field("127.0.0.1", description="Address the web page listens on; any but loopback needs TLS.")
+    web_hostname: str = Field("", pattern=r"^[A-Za-z0-9.\-]*$", description="Name that people type for the page; the certificate has it.")
     web_port: int = Field(8080, ge=0, le=65535, description="Port of the web page.")
     web_threads: int = Field(24, ge=2, description="Requests served at the same time.")
     tls_certificate: Path | None = Field(None, description="PEM certificate; with it the page is served over TLS.")
     tls_key: Path | None = Field(None, description="PEM private key of the certificate.")
+    tls_authority: Path | None = Field(None, description="PEM of the clinic's authority, where the system's own do not include it.")
     max_upload_bytes: int = Field(256 * 2**20, ge=1, description="Largest single scan or archive entry.")
     max_archive_bytes: int = Field(2 * 2**30, ge=1, description="Largest total that one archive may unpack to.")
     max_archive_files: int = Field(5000, ge=1, description="Most entries that one archive may hold.")

@@ -1,6 +1,7 @@
-"""The supervisor: starts the processes of the box (worker, DICOM receiver, web server), restarts them after a crash, and stops them.
+"""The supervisor: starts the processes of the box (worker, DICOM receiver, web server, nginx), restarts them after a crash, stops them.
 
-It imports little and does nothing else, so that it has no reason to crash.
+nginx runs only where the page has a certificate, and is told to load a new one. The supervisor imports little, so that it has no
+reason to crash.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ _LONGEST_BACKOFF_S: Final = 10.0
 _STABLE_S: Final = 30.0
 _STOP_S: Final = 15.0
 _TICK_S: Final = 0.1
+# A certificate and its key are copied one after the other: a change is taken once both have stayed the same for so long.
+_CHECK_FILES_S: Final = 2.0
 # Saves memory on a small box: two malloc arenas per process instead of eight per core, early release of freed memory, no BLAS threads.
 # And no telemetry: the box contacts only configured destinations.
 _ENVIRONMENT: Final = {
@@ -72,6 +75,13 @@ class Supervisor:
             ManagedProcess("receiver", [*box, "receive", *data]),
             ManagedProcess("web", [sys.executable, "-m", "webui", *data]),
         ]
+        self._reload: list[str] = []
+        self._reloading: subprocess.Popen[bytes] | None = None
+        self._pair, self._loaded_pair, self._checked_at = _versions(settings), _versions(settings), 0.0
+        if settings.tls_certificate is not None:
+            proxy = [sys.executable, "-m", "webui.server.proxy", *data]
+            self.children.append(ManagedProcess("proxy", proxy))
+            self._reload = [*proxy, "--reload"]
 
     def start(self) -> None:
         """Start every process; does not wait until they are ready."""
@@ -86,11 +96,24 @@ class Supervisor:
         for child in self.children:
             if child.process is not None and (code := child.process.poll()) is not None:
                 logger.error("process crashed", extra={"role": child.name, "exit_code": code})
+                _end_group(child.process.pid)
                 was_stable = now - child.started_at > _STABLE_S
                 child.backoff_s = _FIRST_BACKOFF_S if was_stable else min(child.backoff_s * 2, _LONGEST_BACKOFF_S)
                 child.next_start_at, child.process = now + child.backoff_s, None
             if child.process is None and now >= child.next_start_at:
                 self._spawn(child)
+        if self._reload and now - self._checked_at > _CHECK_FILES_S:
+            self._checked_at = now
+            self._take_certificate()
+
+    def _take_certificate(self) -> None:
+        """Let nginx load the certificate when it or its key was replaced; one that cannot be used is reported in the log, and not taken."""
+        before, self._pair = self._pair, _versions(self._settings)
+        is_at_rest = self._pair == before and (self._reloading is None or self._reloading.poll() is not None)
+        if is_at_rest and self._pair != self._loaded_pair:
+            self._loaded_pair = self._pair
+            logger.info("certificate changed", extra={"role": "proxy"})
+            self._reloading = self._launch(self._reload)
 
     def run(self, until: Callable[[], bool]) -> None:
         """Restart crashed processes until ``until()`` returns True."""
@@ -105,7 +128,8 @@ class Supervisor:
 
     def stop(self) -> None:
         """Stop every process, after 15 seconds by SIGKILL; acknowledged scans are on the disk in any case."""
-        running = [child.process for child in self.children if child.process is not None and child.process.poll() is None]
+        started = [*(child.process for child in self.children), self._reloading]
+        running = [process for process in started if process is not None and process.poll() is None]
         for process in running:
             process.send_signal(signal.SIGTERM)
         limit = time.monotonic() + _STOP_S
@@ -118,10 +142,14 @@ class Supervisor:
         self._lock.release()
 
     def _spawn(self, child: ManagedProcess) -> None:
+        child.process = self._launch(child.command)
+        child.started_at = time.monotonic()
+
+    def _launch(self, command: list[str]) -> subprocess.Popen[bytes]:
         cap = self._settings.process_memory_max_bytes
         output = open(self._log, "ab") if self._log else None  # noqa: SIM115 - closed below, the process has its own copy
-        child.process = subprocess.Popen(
-            child.command,
+        process = subprocess.Popen(
+            command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -129,10 +157,30 @@ class Supervisor:
             preexec_fn=die_with_parent,
             env=_ENVIRONMENT | os.environ,
         )  # fmt: skip  (own session: Ctrl-C reaches only the supervisor, which stops the processes in order)
-        resource.prlimit(child.process.pid, resource.RLIMIT_DATA, (cap, cap))
+        resource.prlimit(process.pid, resource.RLIMIT_DATA, (cap, cap))
         if output:
             output.close()
-        child.started_at = time.monotonic()
+        return process
+
+
+def _versions(settings: Settings) -> list[tuple[int, int, int] | None]:
+    """What changes when a file of the page's certificate is replaced; None where it is absent."""
+    found: list[tuple[int, int, int] | None] = []
+    for path in (settings.tls_certificate, settings.tls_key):
+        try:
+            status = path.stat() if path else None
+        except OSError:
+            status = None
+        found.append((status.st_mtime_ns, status.st_size, status.st_ino) if status else None)
+    return found
+
+
+def _end_group(pid: int) -> None:
+    """End what a process that ended has left: workers of nginx go on without their master and would hold its port."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        return  # nothing is left
 
 
 def web_address(settings: Settings) -> dict[str, Any] | None:
@@ -142,13 +190,20 @@ def web_address(settings: Settings) -> dict[str, Any] | None:
         address: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    # A health check of the box's own server on the loopback interface: any certificate is accepted.
+    # A health check of the box's own server at its own address: any certificate is accepted.
     context = ssl._create_unverified_context()  # noqa: S323
+    url = f"{address['scheme']}://{_own_address(settings.web_host)}:{address['port']}/healthz"
     try:
-        with urllib.request.urlopen(f"{address['scheme']}://127.0.0.1:{address['port']}/healthz", timeout=5, context=context) as answer:  # noqa: S310
+        with urllib.request.urlopen(url, timeout=5, context=context) as answer:  # noqa: S310
             return address if answer.status == 200 else None
     except OSError:
         return None
+
+
+def _own_address(host: str) -> str:
+    """Where this machine reaches a server that listens on a host."""
+    own = {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}.get(host, host)  # noqa: S104 - looked up, not bound
+    return f"[{own}]" if ":" in own else own
 
 
 def serve(given: Path) -> None:

@@ -48,9 +48,11 @@ _TOKEN = re.compile(r'name="csrf-token" content="([^"]+)"')
 class Person(requests.Session):
     """Somebody at a browser; ``get`` and ``post`` take a path of the box and never follow redirects by themselves."""
 
-    def __init__(self, base: str) -> None:
+    def __init__(self, base: str, trusted: Path | None = None) -> None:
         super().__init__()
         self.base = base
+        if trusted is not None:
+            self.verify = str(trusted)
         self.trust_env = False
         self.token = ""
 
@@ -105,10 +107,14 @@ class Box:
         with pytest.MonkeyPatch.context() as patch:  # a real hash that costs less: each login in these tests checks it
             patch.setattr(passwords, "_HASHER", QUICK_HASHER)
             own_password(self.accounts, username, role)
-        person = Person(self.base).speak(language)
+        person = self.visitor(language)
         assert person.log_in(username, PASSWORD).status_code == 302
         person.open("/health")
         return person
+
+    def visitor(self, language: str = "en") -> Person:
+        """Somebody who has opened no page yet."""
+        return Person(self.base, self.settings.tls_authority or self.settings.tls_certificate).speak(language)
 
     def take(self, data: bytes, name: str = "scan.dcm") -> Any:
         """Bring one scan through the door and close its series."""
@@ -205,6 +211,7 @@ class Served:
         self.settings = Settings.load(data_dir)
         self.log = data_dir / "web.log"
         self.process: subprocess.Popen[bytes] | None = None
+        self.proxy: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Box:
         """Start the server and wait until it listens."""
@@ -213,11 +220,15 @@ class Served:
         with open(self.log, "ab") as log:
             command = [sys.executable, "-m", "webui", "--data-dir", str(self.settings.data_dir)]
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
+            if self.settings.tls_certificate is not None:
+                command[2] = "webui.server.proxy"
+                self.proxy = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
         wait_for(address.is_file, 60)
         told = json.loads(address.read_text())
         box = Box(self.settings, f"{told['scheme']}://127.0.0.1:{told['port']}", Store(self.settings))
-        if told["scheme"] == "http":
-            wait_for(lambda: requests.get(box.base + "/healthz", timeout=60).ok, 60)
+        processes = [process for process in (self.process, self.proxy) if process]
+        wait_for(lambda: answers(box) or any(process.poll() is not None for process in processes), 60)
+        assert [process.poll() for process in processes] == [None] * len(processes), self.log.read_text()
         return box
 
     def kill(self) -> None:
@@ -231,9 +242,20 @@ class Served:
     def stop(self) -> int:
         """End it as the supervisor does; returns the exit code."""
         assert self.process
+        if self.proxy and self.proxy.poll() is None:
+            self.proxy.terminate()
+            self.proxy.wait(30)
         if self.process.poll() is None:
             self.process.terminate()
         return self.process.wait(30)
+
+
+def answers(box: Box) -> bool:
+    """Whether the pages can be reached; not while nginx starts or waits for them."""
+    try:
+        return box.visitor().get("/healthz", timeout=60).ok
+    except requests.ConnectionError:
+        return False
 
 
 @contextmanager

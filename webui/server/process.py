@@ -1,7 +1,9 @@
 """The web process: gunicorn with one worker process of several threads, configured from the settings of the box.
 
-Plain http is served on loopback only; every other address needs TLS. The master process imports nothing of the application and stays
-small; it starts the worker process again when that ends unexpectedly.
+Plain http is served on loopback only. With a certificate the pages are served over TLS by nginx (:mod:`webui.server.proxy`), and this
+process listens on a Unix socket that no other account can open; only there it believes the address that nginx states.
+
+The master process imports nothing of the application and stays small; it starts the worker process again when that ends unexpectedly.
 """
 
 from __future__ import annotations
@@ -12,18 +14,21 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from gunicorn import util
 from gunicorn.app.base import BaseApplication
 from gunicorn.errors import AppImportError
+from gunicorn.http.errors import ParseException
+from gunicorn.workers.gthread import ThreadWorker
 
 from appliance.core.errors import ApplianceError
 from appliance.core.process import die_with_parent, start_logging
 from appliance.core.settings import Settings
-from model_sync.web_server import ErrorOnlyLogger, is_loopback, tls_context_factory
-from webui.server import connection_guard
+from model_sync.web_server import ErrorOnlyLogger, is_loopback
+from webui.server.paced_body import WsgiApp, pace_bodies
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -32,13 +37,30 @@ if TYPE_CHECKING:
 
 EXIT_USAGE: Final = 2
 ADDRESS_FILE: Final = "web.json"
-# The longest time that a sender or reader may hold a thread without transferring a byte.
+# The longest time that a reader may hold a thread without taking a byte.
 _SILENCE_S: Final = 30.0
+# Linux: sun_path, with its last null byte.
+_MAX_SOCKET_PATH: Final = 107
 _STOP_S: Final = 10
 _KEEP_ALIVE_S: Final = 75
 _THREAD_STACK_BYTES: Final = 1 << 20
 
-WsgiApp = Callable[[dict[str, Any], Any], Iterable[bytes]]
+
+class QuietWorker(ThreadWorker):  # type: ignore[misc]
+    """Gunicorn's threaded worker; an invalid request is quoted neither in the log nor in the answer (R18, R25)."""
+
+    def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
+        """Refuse an invalid request, or answer one that crashed outside the application."""
+        del req, addr
+        is_invalid = isinstance(exc, ParseException)
+        if is_invalid:
+            self.log.warning("invalid request: %s", type(exc).__name__)
+        else:
+            self.log.error("request crashed", exc_info=exc)
+        try:
+            util.write_error(client, *((400, "Bad Request") if is_invalid else (500, "Internal Server Error")), "")
+        except OSError:
+            self.log.debug("client closed before its answer")
 
 
 class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
@@ -59,26 +81,25 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
         """Translate the settings into gunicorn's."""
         settings = self._settings
         values: dict[str, Any] = {
-            "bind": f"{_bracketed(settings.web_host)}:{settings.web_port}",
-            "worker_class": "webui.server.connection_guard.GuardedWorker",
+            "bind": f"unix:{socket_path(settings)}" if has_proxy(settings) else f"{bracketed(settings.web_host)}:{settings.web_port}",
+            "umask": 0o077,
+            "worker_class": "webui.server.process.QuietWorker",
             "workers": 1,
             "threads": settings.web_threads,
-            "worker_connections": connection_guard.MAX_CONNECTIONS,
             "keepalive": _KEEP_ALIVE_S,
             "graceful_timeout": _STOP_S,
             "worker_tmp_dir": _heartbeat_directory(settings),
             "logger_class": ErrorOnlyLogger,
             "proc_name": "clinic-box-web",
             "forwarded_allow_ips": "",
-            "when_ready": _announce(settings),
+            "forwarder_headers": "",
+            "when_ready": None if has_proxy(settings) else _announce(settings),
             "post_fork": lambda _arbiter, _worker: die_with_parent(),
             "worker_exit": _stop_box,
             "control_socket_disable": True,
         }
-        if settings.tls_certificate:
-            values |= {"certfile": str(settings.tls_certificate), "keyfile": str(settings.tls_key), "ssl_context": tls_context_factory()}
         for name, value in values.items():
-            if name in self.cfg.settings:  # versions of gunicorn differ in the newest ones
+            if value is not None and name in self.cfg.settings:  # versions of gunicorn differ in the newest ones
                 self.cfg.set(name, value)
 
     def load(self) -> WsgiApp:
@@ -87,25 +108,40 @@ class Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
         try:
             app = self._create_app(self._settings)
         except ApplianceError as error:  # a box that cannot be opened (a lost key): said once, and the server ends
-            raise AppImportError(_error_lines(error)) from error
+            raise AppImportError(error_lines(error)) from error
         self.box = app.extensions["box"]
-        return _with_socket_timeout(app.wsgi_app)
+        from werkzeug.middleware.proxy_fix import ProxyFix  # here: the master process does without
+
+        served = ProxyFix(app.wsgi_app, x_for=1, x_proto=1, x_host=0) if has_proxy(self._settings) else app.wsgi_app
+        return pace_bodies(served, _SILENCE_S)
+
+
+def has_proxy(settings: Settings) -> bool:
+    """Whether nginx stands in front of this process: wherever there is TLS."""
+    return settings.tls_certificate is not None
 
 
 def check(settings: Settings) -> None:
     """Refuse settings that must not be served.
 
     Raises:
-        ApplianceError: plain http beyond loopback, or half a TLS configuration.
+        ApplianceError: plain http beyond loopback; half of a pair, or one that does not fit together (``tls.…``); a data directory whose
+            path is too long for a socket.
     """
-    if (settings.tls_certificate is None) != (settings.tls_key is None):
-        raise ApplianceError("settings.invalid", "tls_certificate and tls_key belong together")
-    for path in (settings.tls_certificate, settings.tls_key):
-        if path is not None and not path.is_file():
-            raise ApplianceError("settings.invalid", f"no such file: {path}")
-    if settings.tls_certificate is None and not is_loopback(settings.web_host):
+    if settings.tls_certificate is not None or settings.tls_key is not None:
+        from appliance.core.certificates import load_pair  # here: a box on loopback does without
+
+        load_pair(settings.tls_certificate, settings.tls_key)
+        if len(os.fsencode(socket_path(settings))) > _MAX_SOCKET_PATH:
+            raise ApplianceError("settings.invalid", f"data_dir: longer than a socket's path may be: {settings.data_dir}")
+    elif not is_loopback(settings.web_host):
         hint = "Set tls_certificate and tls_key, or web_host = 127.0.0.1."
         raise ApplianceError("settings.invalid", f"web_host {settings.web_host} needs TLS: plain http is for loopback only", hint=hint)
+
+
+def socket_path(settings: Settings) -> Path:
+    """Where this process listens behind nginx."""
+    return run_directory(settings) / "web.sock"
 
 
 def main(create_app: Callable[[Settings], Flask], argv: list[str] | None = None) -> int:
@@ -119,30 +155,30 @@ def main(create_app: Callable[[Settings], Flask], argv: list[str] | None = None)
         settings = Settings.load(arguments.data_dir)
         check(settings)
     except ApplianceError as error:
-        print(_error_lines(error), file=sys.stderr)
+        print(error_lines(error), file=sys.stderr)
         return EXIT_USAGE
     Server(settings, create_app).run()
     return 0
 
 
-def _error_lines(error: ApplianceError) -> str:
+def error_lines(error: ApplianceError) -> str:
+    """What the log says of an error that ends the process."""
     return f"error: {error}\nhint: {error.hint}"
 
 
+def write_address(settings: Settings, scheme: str, port: int) -> None:
+    """Publish the address of the pages: one printed line for people, ``run/web.json`` for programs."""
+    url = f"{scheme}://{bracketed(settings.web_host)}:{port}/"
+    path = run_directory(settings) / ADDRESS_FILE
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps({"scheme": scheme, "port": port, "url": url, "pid": os.getpid()}))
+    new.replace(path)
+    print(f"Listening on {url}", flush=True)
+
+
 def _announce(settings: Settings) -> Callable[[Any], None]:
-    """Publish the address once the port is open: one printed line for people, ``run/web.json`` for programs."""
-
-    def when_ready(arbiter: Any) -> None:
-        scheme = "https" if settings.tls_certificate else "http"
-        port = arbiter.LISTENERS[0].sock.getsockname()[1]
-        url = f"{scheme}://{_bracketed(settings.web_host)}:{port}/"
-        path = _run_directory(settings) / ADDRESS_FILE
-        new = path.with_suffix(".new")
-        new.write_text(json.dumps({"scheme": scheme, "port": port, "url": url, "pid": os.getpid()}))
-        new.replace(path)
-        print(f"Listening on {url}", flush=True)
-
-    return when_ready
+    """Publish the address once the port is open."""
+    return lambda arbiter: write_address(settings, "http", arbiter.LISTENERS[0].sock.getsockname()[1])
 
 
 def _stop_box(_arbiter: Any, worker: Any) -> None:
@@ -152,19 +188,8 @@ def _stop_box(_arbiter: Any, worker: Any) -> None:
         box.stop()
 
 
-def _with_socket_timeout(app: WsgiApp) -> WsgiApp:
-    """Limit how long a connection may be silent within a request, so that a pulled cable does not hold a thread for ever."""
-
-    def call(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        connection = environ.get("gunicorn.socket")
-        if connection is not None:
-            connection.settimeout(_SILENCE_S)
-        return app(environ, start_response)
-
-    return call
-
-
-def _run_directory(settings: Settings) -> Path:
+def run_directory(settings: Settings) -> Path:
+    """``run``: sockets, addresses and locks of what runs now."""
     directory = settings.data_dir / "run"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     return directory
@@ -173,8 +198,9 @@ def _run_directory(settings: Settings) -> Path:
 def _heartbeat_directory(settings: Settings) -> str:
     """The directory where gunicorn touches a file every second: in memory if possible, to spare flash storage."""
     memory = Path("/dev/shm")  # noqa: S108 - an empty, unlinked file without content
-    return str(memory if os.access(memory, os.W_OK) else _run_directory(settings))
+    return str(memory if os.access(memory, os.W_OK) else run_directory(settings))
 
 
-def _bracketed(host: str) -> str:
+def bracketed(host: str) -> str:
+    """A host as an address has it: IPv6 in brackets."""
     return f"[{host}]" if ":" in host else host

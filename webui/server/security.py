@@ -26,7 +26,14 @@ CONTENT_SECURITY_POLICY: Final = "; ".join(
     )
 )  # fmt: skip
 
-_FORM_BYTES: Final = 64 << 10
+# What every answer carries, a file that nginx serves included.
+HEADERS: Final = {
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "DENY", "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
+}  # fmt: skip
+
+FORM_BYTES: Final = 64 << 10
 _BATCH_BYTES: Final = 1 << 20
 TUS_CHUNK_BYTES: Final = 64 << 20
 # The largest row number of SQLite.
@@ -45,7 +52,7 @@ def init_app(app: Flask, settings: Settings) -> None:
         SESSION_COOKIE_SECURE=settings.tls_certificate is not None,
         WTF_CSRF_TIME_LIMIT=None,  # as long as the session: an upload page stays open for hours
         WTF_CSRF_SSL_STRICT=False,  # pages send no Referer at all
-        MAX_CONTENT_LENGTH=_FORM_BYTES,
+        MAX_CONTENT_LENGTH=FORM_BYTES,
     )
     app.before_request(_check_request)
     csrf.init_app(app)
@@ -103,7 +110,7 @@ def _largest_body() -> int:
         return settings.max_archive_bytes if getattr(current_user, "is_authenticated", False) else 0
     if request.endpoint == "upload.close":
         return _BATCH_BYTES
-    return TUS_CHUNK_BYTES if (request.endpoint or "").startswith("tus.") else _FORM_BYTES
+    return TUS_CHUNK_BYTES if (request.endpoint or "").startswith("tus.") else FORM_BYTES
 
 
 def _is_own_host(host: str, settings: Settings) -> bool:
@@ -113,18 +120,14 @@ def _is_own_host(host: str, settings: Settings) -> bool:
         ipaddress.ip_address(name)
     except ValueError:
         own = socket.gethostname().lower()
-        return name in {"localhost", own, own.partition(".")[0], f"{own.partition('.')[0]}.local", settings.web_host.lower()}
+        named = {settings.web_host.lower(), settings.web_hostname.lower()}
+        return name in {"localhost", own, own.partition(".")[0], f"{own.partition('.')[0]}.local"} | named
     return True
 
 
 def _add_headers(response: Response) -> Response:
-    response.headers.setdefault("Content-Security-Policy", CONTENT_SECURITY_POLICY)
-    response.headers.setdefault("X-Content-Type-Options", "nosniff")
-    response.headers.setdefault("Referrer-Policy", "no-referrer")
-    response.headers.setdefault("X-Frame-Options", "DENY")
-    response.headers.setdefault("Cross-Origin-Opener-Policy", "same-origin")
-    response.headers.setdefault("Cross-Origin-Resource-Policy", "same-origin")
-    response.headers.setdefault("Permissions-Policy", "camera=(), microphone=(), geolocation=()")
+    for name, value in HEADERS.items():
+        response.headers.setdefault(name, value)
     if request.endpoint == "image_api.frame" and response.headers.get("ETag"):
         # Pixels without a name may stay, so that a film is not sent again; the browser asks before each use, with its session (ADR 0033).
         response.headers["Cache-Control"] = "private, no-cache"

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import mimetypes
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -52,6 +53,15 @@ def init_app(app: Flask) -> None:
     app.view_functions["static"] = serve
     app.session_interface = _Sessions()
     app.jinja_env.globals.update(asset=asset)
+
+
+def versioned_addresses(static: Path) -> Iterator[str]:
+    """Every file's address with its version behind ``?``, under which a browser may keep it; nginx answers with these rules too."""
+    for path in sorted(path for path in static.rglob("*") if path.is_file() and path.suffix != ".gz"):
+        name = path.relative_to(static).as_posix()
+        yield f"/static/{name}?{_version(path)}"
+        if _HASHED.search(name):
+            yield f"/static/{name}?"
 
 
 def _version(path: Path) -> str:

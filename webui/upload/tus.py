@@ -32,8 +32,6 @@ _EXTENSIONS: Final = "creation,creation-with-upload,expiration,termination"
 _BODY_TYPE: Final = "application/offset+octet-stream"
 _LONGEST_WAIT_S: Final = 20.0
 _MAX_NAME_CHARS: Final = 400
-# A connection that is silent for so long is broken; the browser notices that later and can then continue the upload.
-_SILENCE_S: Final = 20.0
 _RETRY_AFTER_S: Final = 3
 
 
@@ -151,9 +149,7 @@ def _append(upload: Upload, offset: int) -> int:
 
 def _reader() -> Callable[[int], bytes]:
     """A function that reads the body; a client that hangs or closes counts as a broken connection."""
-    stream, connection = request.stream, request.environ.get("gunicorn.socket")
-    if connection is not None:
-        connection.settimeout(_SILENCE_S)
+    stream = request.stream
 
     def read(size: int) -> bytes:
         try:

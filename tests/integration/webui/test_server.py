@@ -33,11 +33,6 @@ def test_r14_plain_http_is_for_loopback_alone(tmp_path: Path) -> None:
             process.check(Settings.parse({"data_dir": tmp_path, "web_host": host}))
     for host in ("127.0.0.1", "::1", "localhost"):
         process.check(Settings.parse({"data_dir": tmp_path, "web_host": host}))
-    half = Settings.parse({"data_dir": tmp_path, "tls_key": tmp_path / "key"})
-    with pytest.raises(ApplianceError, match="belong together"):
-        process.check(half)
-    with pytest.raises(ApplianceError, match="no such file"):
-        process.check(Settings.parse({"data_dir": tmp_path, "tls_key": tmp_path / "key", "tls_certificate": tmp_path / "crt"}))
 
 
 def test_what_must_not_be_served_is_said_in_one_line(tmp_path: Path) -> None:
@@ -143,6 +138,6 @@ def test_texts_must_be_compiled(settings: Settings, tmp_path: Path, monkeypatch:
     quiet.reopen_files()
     quiet.close_on_exec()
     assert quiet.error_log.level == logging.WARNING
-    assert re.match(r"\[::1\]$", process._bracketed("::1"))
+    assert re.match(r"\[::1\]$", process.bracketed("::1"))
     monkeypatch.setattr("os.access", lambda *_: False)
     assert process._heartbeat_directory(settings).endswith("run")
