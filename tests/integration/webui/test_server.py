@@ -129,6 +129,19 @@ def test_r18_no_patient_data_in_the_log(tmp_path: Path) -> None:
     assert "refused" in log
 
 
+def test_r18_an_invalid_request_on_loopback_is_not_quoted_in_the_log(tmp_path: Path) -> None:
+    with served(tmp_path / "box") as (running, box):
+        for raw in (b"CANARY CANARY CANARY\r\n\r\n", b"GET /CANARY HTTP/1.1\r\nCANARY HEADER: x\r\n\r\n", b"GET / CANARY/9\r\n\r\n"):
+            with socket.create_connection(("127.0.0.1", int(box.base.rsplit(":", 1)[1])), timeout=30) as line:
+                line.sendall(raw)
+                answer = line.recv(4000)
+            assert answer.startswith(b"HTTP/1.1 400")
+            assert b"CANARY" not in answer
+    log = running.log.read_text()
+    assert "CANARY" not in log
+    assert "invalid request" in log
+
+
 def test_texts_must_be_compiled(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="make texts"):
         app_module._check_translations(tmp_path)
