@@ -37,7 +37,7 @@ class Settings(BaseModel):
     dicom_tls_certificate: Path | None = Field(None, description="PEM certificate of the DICOM receiver; tls_certificate without it.")
     dicom_tls_key: Path | None = Field(None, description="PEM private key of that certificate; tls_key without it.")
     dicom_client_authority: Path | None = Field(None, description="PEM of the authority that signs senders: they must show a certificate.")
-    dicom_plain_senders: tuple[Annotated[str, Field(pattern=r"^[!-?A-\[\]-~]{1,16}@[0-9A-Fa-f.:]+$")], ...] | None = Field(
+    dicom_plain_senders: tuple[Annotated[str, Field(pattern=r"^[ -\[\]-~]{1,16}@[0-9A-Fa-f.:]+$")], ...] | None = Field(
         None, description="Senders that may do without TLS, as AETITLE@address. Unset: every one, or none where dicom_tls_port is set."
     )
     web_host: str = Field("127.0.0.1", description="Address the web page listens on; any but loopback needs TLS.")

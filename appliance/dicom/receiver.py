@@ -19,6 +19,7 @@ from appliance.core.errors import IngestError, StoreError
 from appliance.core.process import Lock
 from appliance.core.settings import Settings
 from appliance.core.wakeup import wake
+from appliance.dicom.secure_server import PlainSenders, SecureServer, ServerCredentials
 from appliance.ingest.ingest import Ingest
 from appliance.store.store import Store
 
@@ -51,6 +52,8 @@ class Receiver:
         self._settings = settings
         self._store = Store(settings)
         self._ingest = Ingest(self._store)
+        self._plain_senders = PlainSenders(settings)
+        self._secure: SecureServer | None = None
         self._open_series: dict[int, set[int]] = {}
         self._open_series_lock = threading.Lock()
         self._ae = AE(ae_title=settings.ae_title)
@@ -60,19 +63,47 @@ class Receiver:
         for context in AllStoragePresentationContexts:
             self._ae.add_supported_context(str(context.abstract_syntax), TRANSFER_SYNTAXES)
 
-    def start(self) -> int:
-        """Listen in the background; returns the port, which the system chooses where the setting is 0."""
+    def start(self) -> tuple[int, int | None]:
+        """Listen in the background.
+
+        Returns:
+            The port, and the one for TLS if there is one; the system chooses where the setting is 0.
+
+        Raises:
+            ApplianceError: ``tls.…``: a port for TLS is set without a usable certificate.
+        """
+        settings = self._settings
+        credentials = ServerCredentials(settings) if settings.dicom_tls_port is not None else None
         handlers: list[Any] = [
             (evt.EVT_C_STORE, self._on_store), (evt.EVT_C_ECHO, lambda _event: SUCCESS), (evt.EVT_RELEASED, self._on_end),
             (evt.EVT_ABORTED, self._on_end), (evt.EVT_CONN_CLOSE, self._on_end),
         ]  # fmt: skip
-        server = self._ae.start_server((self._settings.dicom_host, self._settings.dicom_port), block=False, evt_handlers=handlers)
+        plain = [*handlers, (evt.EVT_REQUESTED, self._on_plain_request)]
+        server = self._ae.start_server((settings.dicom_host, settings.dicom_port), block=False, evt_handlers=plain)
         assert server is not None  # it is None only when start_server blocks
-        return int(server.server_address[1])
+        if credentials is None:
+            return int(server.server_address[1]), None
+        address = settings.dicom_host, settings.dicom_tls_port or 0
+        secure = self._ae.make_server(address, evt_handlers=handlers, server_class=SecureServer, credentials=credentials)
+        assert isinstance(secure, SecureServer)
+        self._secure = secure
+        threading.Thread(target=secure.serve_forever, name="dicom-tls", daemon=True).start()
+        return int(server.server_address[1]), int(secure.server_address[1])
 
     def stop(self) -> None:
         """Stop listening; open associations are aborted, and their senders send again."""
+        if self._secure is not None:
+            self._secure.shutdown()
         self._ae.shutdown()
+
+    def _on_plain_request(self, event: Any) -> None:
+        """Reject an association without TLS of a sender that is not listed (PS3.8 9.3.4: calling AE title not recognised)."""
+        sender = event.assoc.requestor
+        title, address = str(sender.primitive.calling_ae_title).strip(), str(sender.address)
+        if not self._plain_senders.admits(title, address):
+            logger.warning("sender without TLS refused", extra={"peer": f"{title}@{address}", "code": "dicom.not_listed"})
+            event.assoc.acse.send_reject(0x01, 0x01, 0x03)
+            event.assoc.kill()
 
     def _on_store(self, event: Any) -> int:
         """Store one composite instance (PS3.7 9.1.1); after any other status than success the sender keeps it."""
@@ -107,7 +138,9 @@ def run(settings: Settings) -> None:
     done = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: done.set())
-    port = receiver.start()
+    port, secure_port = receiver.start()
+    if secure_port is not None:
+        (settings.data_dir / "run" / "dicom-tls.port").write_text(str(secure_port))
     (settings.data_dir / "run" / "dicom.port").write_text(str(port))
     logger.info("receiver ready", extra={"port": port})
     done.wait()

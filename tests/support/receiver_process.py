@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from appliance.core.settings import Settings
 
 
 @contextmanager
-def receiver(settings: Settings) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
-    """A receiver process; its port and the process."""
+def receiver(settings: Settings, **more: object) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """A receiver process with further settings; its port and the process."""
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     lines = f"dicom_port = 0\ndisk_reserve_bytes = {settings.disk_reserve_bytes}\nmax_upload_bytes = {settings.max_upload_bytes}\n"
+    lines += "".join(f"{name} = {json.dumps(value)}\n" for name, value in more.items())
     (settings.data_dir / "box.toml").write_text(lines)
     marker = settings.data_dir / "run" / "dicom.port"
     marker.unlink(missing_ok=True)

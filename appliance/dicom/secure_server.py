@@ -1,0 +1,165 @@
+"""DICOM over TLS as in the BCP 195 profile (PS3.15 B.12: TLS 1.2 or newer, forward secrecy, authenticated encryption), R14.
+
+pynetdicom shakes hands in its accept loop, where one client that says nothing would stop the receiver. Here each connection does it in its
+own thread, within a time, and at most ``_MOST_HANDSHAKES`` at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import ssl
+import threading
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
+from socketserver import BaseServer
+from typing import Any, Final
+
+from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
+
+from appliance.core.certificates import load_pair
+from appliance.core.errors import ApplianceError
+from appliance.core.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+HANDSHAKE_S: Final = 10.0
+_MOST_HANDSHAKES: Final = 64
+_CIPHERS: Final = "ECDHE+AESGCM:ECDHE+CHACHA20"
+
+
+class ServerCredentials:
+    """The receiver's certificate and key as an SSL context, which takes a renewed pair by itself.
+
+    Args:
+        settings: ``dicom_tls_certificate`` and ``dicom_tls_key``, or without them those of the page; ``dicom_client_authority``.
+
+    Raises:
+        ApplianceError: ``tls.…``: the pair or the authority cannot be used.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._pair = pair_of(settings)
+        load_pair(*self._pair)
+        self._versions = self._read_versions()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_ciphers(_CIPHERS)
+        if settings.dicom_client_authority is not None:
+            try:
+                context.load_verify_locations(settings.dicom_client_authority)
+            except (OSError, ssl.SSLError) as error:
+                raise ApplianceError("tls.unreadable", str(settings.dicom_client_authority)) from error
+            context.verify_mode = ssl.CERT_REQUIRED
+        self._context = context
+        self._load()
+
+    def context(self) -> ssl.SSLContext:
+        """The context for the next connection; a new pair that cannot be used is reported once, and not taken."""
+        versions = self._read_versions()
+        if versions != self._versions:
+            self._versions = versions
+            try:
+                load_pair(*self._pair)
+                self._load()
+            except ApplianceError as error:
+                logger.error("certificate not taken", extra={"code": error.code, "role": "receiver"})
+        return self._context
+
+    def _load(self) -> None:
+        certificate, key = self._pair
+        assert certificate is not None
+        self._context.load_cert_chain(certificate, key)
+
+    def _read_versions(self) -> list[tuple[int, int] | None]:
+        found: list[tuple[int, int] | None] = []
+        for path in self._pair:
+            try:
+                status = path.stat() if path else None
+            except OSError:
+                status = None
+            found.append((status.st_mtime_ns, status.st_ino) if status else None)
+        return found
+
+
+def pair_of(settings: Settings) -> tuple[Path | None, Path | None]:
+    """Certificate and key of the receiver: its own, or without them those of the page."""
+    if settings.dicom_tls_certificate is None and settings.dicom_tls_key is None:
+        return settings.tls_certificate, settings.tls_key
+    return settings.dicom_tls_certificate, settings.dicom_tls_key
+
+
+class SecureServer(ThreadedAssociationServer):
+    """pynetdicom's server, with handshakes outside the accept loop."""
+
+    credentials: ServerCredentials
+    handshakes: threading.BoundedSemaphore
+
+    def __init__(self, *args: Any, credentials: ServerCredentials, evt_handlers: list[Any]) -> None:
+        super().__init__(*args, evt_handlers=evt_handlers, request_handler=_Handler)  # type: ignore[misc]
+        self.credentials = credentials
+        self.handshakes = threading.BoundedSemaphore(_MOST_HANDSHAKES)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection; the handshake follows in its own thread."""
+        assert self.socket is not None
+        line, address = self.socket.accept()
+        try:
+            wrapped = self.credentials.context().wrap_socket(line, server_side=True, do_handshake_on_connect=False)
+        except (OSError, ValueError):
+            line.close()
+            raise OSError("closed before its handshake") from None  # the loop goes on after an OSError
+        return wrapped, address
+
+    def shutdown(self) -> None:
+        """Stop listening; pynetdicom's own method is for servers that it started itself."""
+        BaseServer.shutdown(self)
+        self.server_close()
+
+
+class _Handler(RequestHandler):
+    """Shakes hands, then starts the association; a client that cannot is closed, without a traceback in the log."""
+
+    server: SecureServer
+
+    def handle(self) -> None:
+        """Shake hands within ``HANDSHAKE_S``."""
+        if not self.server.handshakes.acquire(blocking=False):
+            self.server.shutdown_request(self.request)
+            return
+        try:
+            self.request.settimeout(HANDSHAKE_S)
+            self.request.do_handshake()
+            self.request.settimeout(None)
+        except OSError as error:
+            logger.info("no TLS handshake", extra={"code": type(error).__name__, "peer": str(self.client_address[0])})
+            self.server.shutdown_request(self.request)
+            return
+        finally:
+            self.server.handshakes.release()
+        super().handle()
+
+
+class PlainSenders:
+    """Who may send without TLS: AE title and address together.
+
+    Args:
+        settings: ``dicom_plain_senders``; unset it means everybody, or nobody where there is a port for TLS.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        listed = settings.dicom_plain_senders
+        self._is_open = listed is None and settings.dicom_tls_port is None
+        self._listed = {(title.strip(), _canonical(address)) for title, _, address in (item.rpartition("@") for item in listed or ())}
+
+    def admits(self, title: str, address: str) -> bool:
+        """Whether this AE title may send from this address."""
+        return self._is_open or (title.strip(), _canonical(address)) in self._listed
+
+
+def _canonical(address: str) -> IPv4Address | IPv6Address | str:
+    try:
+        parsed = ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    return parsed.ipv4_mapped or parsed if isinstance(parsed, IPv6Address) else parsed
