@@ -94,11 +94,11 @@ class ScoreAlarms:
                 **vars(monitor) | {"compares_reference": int(monitor.compares_reference)}, alarm=stored,
             )  # fmt: skip
             if alarm is not None:
-                _touch_activation(tx, monitor.digest)
                 Database.audit(
                     tx, db.SECURITY_ALERT, "worker", "E", f"model:{monitor.digest[:12]}", 4, model=model, code=alarm.code,
                     measured=alarm.detail,
                 )  # fmt: skip
+                _touch_activation(tx, monitor.digest)
 
     def active(self) -> list[ScoreAlarm]:
         """List the alarms of the active models that nobody acknowledged."""
@@ -126,11 +126,11 @@ class ScoreAlarms:
                     " first_finding = ? WHERE digest = ? AND label = ?",
                     (_EMPTY, last, last, alarm.digest, alarm.label),
                 )
-                _touch_activation(tx, alarm.digest)
                 Database.audit(
                     tx, db.SECURITY_ALERT, actor, "U", f"model:{alarm.digest[:12]}", 0, name=alarm.name, version=alarm.version,
                     label=alarm.label, acknowledged=alarm.note.code, raised_at=alarm.at,
                 )  # fmt: skip
+                _touch_activation(tx, alarm.digest)
         return len(alarms)
 
 
