@@ -239,6 +239,9 @@ _CODES: Final[Mapping[str, Message]] = {
         "The new password needs three of these: small letters, capital letters, digits, signs", "Choose another one."
     ),
     "account.reused_password": Message("The new password was used before", "Choose another one."),
+    "account.wrong_code": Message(
+        "The code does not fit", "Type the code that the app shows now. If it still does not fit, compare the clocks of phone and box."
+    ),
     "account.exists": Message(
         "There is already an account of this name", "Nothing was changed. Choose another name, or change the account that is there."
     ),
@@ -252,6 +255,10 @@ _CODES: Final[Mapping[str, Message]] = {
     "account.last_administrator": Message(
         "This is the last security administrator", "Nothing was changed. Give another account this role first."
     ),
+    "emergency.reason": Message(
+        "The reason is too short", "Nothing was changed. Say in at least 10 characters why it cannot wait for a clinician."
+    ),
+    "emergency.running": Message("This emergency access has not ended yet", "Nothing was changed. Acknowledge it when it has ended."),
     "account.not_allowed": Message("Your account may not do this", "Nothing was changed. Ask the security administrator of this box."),
     "assume.body_part": Message("No body part is stated; treated as a chest", "Check that the image shows a chest."),
     "assume.body_part_described": Message(

@@ -9,8 +9,12 @@ from werkzeug.routing import IntegerConverter, Map
 
 from appliance.core.settings import Settings
 from webui import formatting
+from webui.accounts import emergency_pages
+from webui.accounts import pages as accounts_pages
+from webui.admin import audit_pages
 from webui.admin import pages as admin_pages
 from webui.auth import pages as auth_pages
+from webui.auth import second_factor_pages
 from webui.context import BoxContext
 from webui.server import access_log, page_frame, problems, security, static_files
 from webui.study import frame_cache, image_api
@@ -20,7 +24,10 @@ from webui.upload import service, tus
 from webui.worklist import pages as worklist_pages
 from webui.worklist import urgency
 
-_PAGE_GROUPS = (auth_pages, worklist_pages, urgency, study_pages, image_api, upload_pages, tus, admin_pages)
+_PAGE_GROUPS = (
+    auth_pages, second_factor_pages, worklist_pages, urgency, study_pages, image_api, upload_pages, tus, admin_pages, accounts_pages,
+    emergency_pages, audit_pages,
+)  # fmt: skip
 
 
 def create_app(settings: Settings) -> Flask:

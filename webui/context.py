@@ -9,6 +9,7 @@ from flask import current_app
 
 from appliance.core.settings import Settings
 from appliance.store.accounts import Accounts
+from appliance.store.emergency_access import EmergencyAccesses
 from appliance.store.logins import Logins
 from appliance.store.store import Store
 from appliance.store.worklist import Worklist
@@ -27,6 +28,7 @@ class BoxContext:
     worklist: Worklist
     accounts: Accounts
     logins: Logins
+    emergencies: EmergencyAccesses
     on_stop: list[Callable[[], None]] = field(default_factory=list)
 
     @classmethod
@@ -34,7 +36,7 @@ class BoxContext:
         """Open the store of a box; raises StoreError when it cannot be used."""
         store = Store(settings)
         accounts = Accounts(store)
-        return cls(settings, store, Worklist(store), accounts, Logins(store, accounts))
+        return cls(settings, store, Worklist(store), accounts, Logins(store, accounts), EmergencyAccesses(store, accounts))
 
     def stop(self) -> None:
         """Stop the work beside the requests; what is unfinished stays on the disk and continues at the next start."""

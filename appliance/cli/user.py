@@ -14,6 +14,7 @@ from appliance.core.roles import Role
 from appliance.core.settings import Settings
 from appliance.store.accounts import COMMAND_WORDS, Account, Accounts
 from appliance.store.logins import Logins
+from appliance.store.second_factor import SecondFactors
 from appliance.store.store import Store, open_box
 
 _ACTOR: Final = "cli"
@@ -24,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "`user NAME [--role ROLE]` is deprecated: it creates the account, or changes its role and its password."
     parser.add_argument(
         "words", nargs="+", metavar="ACTION [NAME [ROLE]]",
-        help="list; add NAME; role NAME ROLE; disable NAME; enable NAME; password NAME (a new one-time password); sessions [NAME]",
+        help="list; add NAME; role NAME ROLE; disable NAME; enable NAME; password NAME (a new one-time password); sessions [NAME]; "
+        "second-factor NAME (remove it)",
     )  # fmt: skip
     parser.add_argument("--role", choices=[str(role) for role in Role], help="of a new account (default: clinician)")
     parser.add_argument("--end", action="store_true", help="with `sessions NAME`: log this account out everywhere")
@@ -92,6 +94,11 @@ def _sessions(store: Store, accounts: Accounts, names: list[str], arguments: arg
     print_columns(rows)
 
 
+def _remove_second_factor(store: Store, accounts: Accounts, names: list[str], _arguments: argparse.Namespace) -> None:
+    SecondFactors(store, accounts).remove(names[0], _ACTOR)
+    print(say("{username} has no second factor any more and was logged out", username=names[0]))
+
+
 def _create_or_reset(store: Store, accounts: Accounts, names: list[str], arguments: argparse.Namespace) -> None:
     print(say("deprecated: use `appliance user add`, `role` or `password`"), file=sys.stderr)
     if accounts.find(names[0]) is None:
@@ -108,10 +115,11 @@ def _print_password(username: str, password: str) -> None:
 
 _ACTIONS: Final[dict[str, Callable[[Store, Accounts, list[str], argparse.Namespace], None]]] = {
     "list": _list, "add": _add, "role": _set_role, "disable": _disable, "enable": _enable, "password": _issue_password,
-    "sessions": _sessions, "deprecated": _create_or_reset,
+    "sessions": _sessions, "second-factor": _remove_second_factor, "deprecated": _create_or_reset,
 }  # fmt: skip
 # The least and the greatest number of words after the action.
 _NAMES: Final = {
     "list": (0, 0), "add": (1, 1), "role": (2, 2), "disable": (1, 1), "enable": (1, 1), "password": (1, 1), "sessions": (0, 1),
+    "second-factor": (1, 1),
     "deprecated": (1, 1),
 }  # fmt: skip

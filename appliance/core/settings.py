@@ -69,6 +69,16 @@ class Settings(BaseModel):
     )  # fmt: skip
     session_idle_s: float = Field(30 * 60.0, gt=0, description="Inactivity after which a person is logged out.")
     session_absolute_s: float = Field(12 * 3600.0, gt=0, description="Longest a login lasts.")
+    help_contact: str = Field(
+        "", max_length=80, description="Who gives one-time passwords, as the login page names them (a name, a telephone number)."
+    )
+    second_factor_for_clinicians: bool = Field(
+        False, description="Whether clinicians need a second factor too; all other accounts always do."
+    )
+    emergency_access_s: float = Field(
+        30 * 60.0, gt=0, le=4 * 3600.0, description="How long an emergency access to patient data lasts (technician, system administrator)."
+    )
+    confirmation_s: float = Field(300.0, gt=0, description="Time after which the password is asked again before what is dangerous.")
     one_time_password_s: float = Field(72 * 3600.0, gt=0, description="Time after which an unused one-time password is refused.")
     password_profile: Literal["asvs", "mlps3"] = Field(
         "asvs", description="Rules for passwords: asvs (8 characters, none of the common ones, no forced change) or mlps3 (GB/T 22239: "

@@ -23,7 +23,7 @@ from appliance.store.database import Database
 from appliance.store.store import Store
 
 # Words of the command `appliance user`, which would be ambiguous as names.
-COMMAND_WORDS: Final = ("list", "add", "role", "disable", "enable", "password", "sessions")
+COMMAND_WORDS: Final = ("list", "add", "role", "disable", "enable", "password", "sessions", "second-factor")
 _NAME: Final = re.compile(r"[\w.@-]{1,64}")
 
 
@@ -43,6 +43,7 @@ class Account:
     must_change: bool
     is_one_time: bool = False
     is_active: bool = True
+    has_second_factor: bool = False
     created_at: str = ""
     last_login_at: str = ""
 
@@ -77,14 +78,14 @@ class Accounts:
         password = passwords.readable_secret()
         password_hash = passwords.hash_password(password)
         with self._db.transaction() as tx:
-            _check_right(tx, actor)
+            check_right(tx, actor)
             if _find(tx, username):
                 raise StoreError("account.exists", username)
             Database.insert(
                 tx, "users", username=username, password_hash=password_hash, role=role, must_change=1, created_at=utc_now(),
                 password_set_at=self.clock.now(),
             )  # fmt: skip
-            _audit(tx, actor, "C", username, role=role)
+            audit_change(tx, actor, "C", username, role=role)
         return password
 
     def issue_one_time_password(self, username: str, actor: Actor) -> str:
@@ -96,10 +97,10 @@ class Accounts:
         password = passwords.readable_secret()
         password_hash = passwords.hash_password(password)
         with self._db.transaction() as tx:
-            row = _require(tx, username)
-            _check_right(tx, actor, PASSWORD_HELPERS if row["role"] == Role.CLINICIAN else frozenset({Role.SECURITY_ADMINISTRATOR}))
+            row = require_row(tx, username)
+            check_right(tx, actor, PASSWORD_HELPERS if row["role"] == Role.CLINICIAN else frozenset({Role.SECURITY_ADMINISTRATOR}))
             self._set_password(tx, row, password_hash, must_change=1)
-            _audit(tx, actor, "U", row["username"], changed="one-time password")
+            audit_change(tx, actor, "U", row["username"], changed="one-time password")
         return password
 
     def set_role(self, username: str, role: Role | str, actor: Actor) -> None:
@@ -111,15 +112,15 @@ class Accounts:
         """
         role = _role(role)
         with self._db.transaction() as tx:
-            _check_right(tx, actor)
-            row = _require(tx, username)
+            check_right(tx, actor)
+            row = require_row(tx, username)
             if row["role"] == role:
                 return
             had_administrator = _has_administrator(tx)
             tx.execute("UPDATE users SET role = ? WHERE id = ?", (role, row["id"]))
             _keep_an_administrator(tx, had_administrator)
             tx.execute("DELETE FROM sessions WHERE user_id = ?", (row["id"],))
-            _audit(tx, actor, "U", row["username"], changed="role", role=role, former_role=row["role"])
+            audit_change(tx, actor, "U", row["username"], changed="role", role=role, former_role=row["role"])
 
     def set_active(self, username: str, is_active: bool, actor: Actor) -> None:
         """Disable an account, whose sessions end, or enable it again.
@@ -128,15 +129,15 @@ class Accounts:
             StoreError: ``account.unknown``, ``account.last_administrator`` or ``account.not_allowed``. Nothing was changed.
         """
         with self._db.transaction() as tx:
-            _check_right(tx, actor)
-            row = _require(tx, username)
+            check_right(tx, actor)
+            row = require_row(tx, username)
             if bool(row["is_active"]) == is_active:
                 return
             had_administrator = _has_administrator(tx)
             tx.execute("UPDATE users SET is_active = ? WHERE id = ?", (int(is_active), row["id"]))
             _keep_an_administrator(tx, had_administrator)
             tx.execute("DELETE FROM sessions WHERE user_id = ?", (row["id"],))
-            _audit(tx, actor, "U", row["username"], changed="enabled" if is_active else "disabled")
+            audit_change(tx, actor, "U", row["username"], changed="enabled" if is_active else "disabled")
 
     def end_sessions(self, username: str, actor: Actor, session_id: int | None = None) -> int:
         """End all sessions of an account, or one of them; returns their number.
@@ -145,12 +146,12 @@ class Accounts:
             StoreError: ``account.unknown`` or ``account.not_allowed``. Nothing was changed.
         """
         with self._db.transaction() as tx:
-            _check_right(tx, actor)
-            row = _require(tx, username)
+            check_right(tx, actor)
+            row = require_row(tx, username)
             condition, values = ("", (row["id"],)) if session_id is None else (" AND id = ?", (row["id"], session_id))
             count = tx.execute(f"DELETE FROM sessions WHERE user_id = ?{condition}", values).rowcount  # noqa: S608 - constant texts
             if count:
-                _audit(tx, actor, "U", row["username"], changed="sessions ended", count=count)
+                audit_change(tx, actor, "U", row["username"], changed="sessions ended", count=count)
         return count
 
     def find(self, username: str) -> Account | None:
@@ -160,11 +161,19 @@ class Accounts:
 
     def require(self, username: str) -> Account:
         """The account of that name; raises StoreError ``account.unknown`` where there is none."""
-        return self.account(_require(self._db.connection(), username))
+        return self.account(require_row(self._db.connection(), username))
+
+    def by_id(self, number: int) -> Account:
+        """The account of that number; raises StoreError ``store.missing`` where there is none."""
+        return self.account(self._db.require("account", "SELECT * FROM users WHERE id = ?", number))
 
     def all(self) -> list[Account]:
         """Every account, by name."""
         return [self.account(row) for row in self._db.query("SELECT * FROM users ORDER BY username")]
+
+    def is_empty(self) -> bool:
+        """Whether nobody has an account yet."""
+        return self._db.one("SELECT 1 FROM users LIMIT 1") is None
 
     def has_security_administrator(self) -> bool:
         """Whether somebody can manage accounts on the pages."""
@@ -185,11 +194,11 @@ class Accounts:
             raise StoreError(code)
         password_hash = passwords.hash_password(new)
         with self._db.transaction() as tx:
-            current = _require(tx, account.username)
+            current = require_row(tx, account.username)
             if current["password_hash"] != row["password_hash"]:  # somebody gave a one-time password in between
                 raise StoreError("account.wrong_password")
             self._set_password(tx, current, password_hash, must_change=0)
-            _audit(tx, account.username, "U", account.username, changed="password")
+            audit_change(tx, account.username, "U", account.username, changed="password")
 
     def account(self, row: sqlite3.Row) -> Account:
         """An account from its row of ``users``."""
@@ -197,8 +206,8 @@ class Accounts:
         is_old = passwords.is_due(self._settings.password_profile, age)
         is_one_time = bool(row["must_change"])
         return Account(
-            row["id"], row["username"], Role(row["role"]), is_one_time or is_old, is_one_time, bool(row["is_active"]), row["created_at"],
-            row["last_login_at"],
+            row["id"], row["username"], Role(row["role"]), is_one_time or is_old, is_one_time, bool(row["is_active"]),
+            row["totp_secret"] is not None, row["created_at"], row["last_login_at"],
         )  # fmt: skip
 
     def _set_password(self, tx: sqlite3.Connection, row: sqlite3.Row, password_hash: str, *, must_change: int) -> None:
@@ -215,7 +224,7 @@ class Accounts:
         if self._db.number("SELECT count(*) FROM users WHERE former_role IS NOT NULL"):
             with self._db.transaction() as tx:
                 for row in tx.execute("SELECT id, username, role, former_role FROM users WHERE former_role IS NOT NULL").fetchall():
-                    _audit(tx, "migration", "U", row["username"], changed="role", role=row["role"], former_role=row["former_role"])
+                    audit_change(tx, "migration", "U", row["username"], changed="role", role=row["role"], former_role=row["former_role"])
                     tx.execute("UPDATE users SET former_role = NULL WHERE id = ?", (row["id"],))
 
 
@@ -231,14 +240,15 @@ def _find(tx: sqlite3.Connection, username: str) -> sqlite3.Row | None:
     return row
 
 
-def _require(tx: sqlite3.Connection, username: str) -> sqlite3.Row:
+def require_row(tx: sqlite3.Connection, username: str) -> sqlite3.Row:
+    """The row of an account; raises StoreError ``account.unknown`` where there is none."""
     row = _find(tx, username)
     if row is None:
         raise StoreError("account.unknown", username)
     return row
 
 
-def _check_right(tx: sqlite3.Connection, actor: Actor, roles: frozenset[Role] = frozenset({Role.SECURITY_ADMINISTRATOR})) -> None:
+def check_right(tx: sqlite3.Connection, actor: Actor, roles: frozenset[Role] = frozenset({Role.SECURITY_ADMINISTRATOR})) -> None:
     """Refuse an account that may not do this now, whatever it was allowed when its page was shown."""
     if isinstance(actor, str):
         return
@@ -258,6 +268,7 @@ def _keep_an_administrator(tx: sqlite3.Connection, had_administrator: bool) -> N
         raise StoreError("account.last_administrator")
 
 
-def _audit(tx: sqlite3.Connection, actor: Actor, action: str, username: str, **detail: Any) -> None:
+def audit_change(tx: sqlite3.Connection, actor: Actor, action: str, username: str, **detail: Any) -> None:
+    """Write a change of an account to the audit, in the caller's transaction."""
     who = actor if isinstance(actor, str) else actor.username
     Database.audit(tx, db.SECURITY_ALERT, who, action, f"user:{username}", **db.SECURITY_ATTRIBUTES_CHANGED, **detail)

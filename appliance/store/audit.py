@@ -46,6 +46,8 @@ NODE_AUTHENTICATION: Final[dict[str, Any]] = {"type": "110126", "type_meaning": 
 USE_OF_RESTRICTED_FUNCTION: Final[dict[str, Any]] = {"type": "110132", "type_meaning": "Use of Restricted Function"}
 SOFTWARE_CONFIGURATION: Final[dict[str, Any]] = {"type": "110131", "type_meaning": "Software Configuration"}
 SECURITY_CONFIGURATION: Final[dict[str, Any]] = {"type": "110129", "type_meaning": "Security Configuration"}
+EMERGENCY_OVERRIDE_STARTED: Final[dict[str, Any]] = {"type": "110127", "type_meaning": "Emergency Override Started"}
+EMERGENCY_OVERRIDE_STOPPED: Final[dict[str, Any]] = {"type": "110138", "type_meaning": "Emergency Override Stopped"}
 SECURITY_ATTRIBUTES_CHANGED: Final[dict[str, Any]] = {"type": "110137", "type_meaning": "User security Attributes Changed"}
 # Entries of these events are written on a full disk too: from the space that is reserved for them.
 _RESERVED_EVENTS: Final = frozenset({SECURITY_ALERT, USER_AUTHENTICATION, AUDIT_LOG_USED})

@@ -15,10 +15,13 @@ from appliance.store import database as db
 from appliance.store import passwords
 from appliance.store.accounts import Account, Accounts
 from appliance.store.database import Database
+from appliance.store.second_factor import SecondFactors
 from appliance.store.store import Store
 from model_sync.login_throttle import LoginThrottle, RecentEntries, machine_of
 
 _TOUCH_S: Final = 30.0
+# From the right password to the code of the second factor.
+_CODE_S: Final = 300.0
 # Rows of the audit for failed logins: so many per machine in a window, then one per minute and machine; and so many per minute over all.
 _ROWS_PER_MACHINE: Final = 20
 _ROWS_PER_MINUTE: Final = 60
@@ -49,13 +52,19 @@ class Session:
 
 
 class Logins:
-    """Checks passwords and keeps the sessions of one store; used by several threads."""
+    """Checks passwords and codes, and keeps the sessions of one store; used by several threads.
+
+    Attributes:
+        second_factors: of the accounts.
+        throttle: how often a password may be tried.
+    """
 
     def __init__(self, store: Store, accounts: Accounts) -> None:
         self._db = store.database
         self._settings = store.settings
         self._accounts = accounts
         self._clock = accounts.clock
+        self.second_factors = SecondFactors(store, accounts)
         self.throttle = LoginThrottle(self._clock.uptime_s)
         self._rows = _FailureRows(self._clock.uptime_s)
 
@@ -71,18 +80,55 @@ class Logins:
         if row is None or not is_right or is_blocked or not row["is_active"] or self._is_expired(row):
             self._record_failure(username, row, peer, is_blocked=is_blocked)
             return None
-        self.throttle.clear(username, peer)
-        return self._begin(row, peer)
+        if row["totp_secret"] is None:
+            self.throttle.clear(username, peer)
+        return self._begin(row, peer, needs_code=row["totp_secret"] is not None)
+
+    def begin_again(self, session: Session) -> str | None:
+        """Begin a new session for a person who has just proved who it is, when all sessions ended with the old password."""
+        row = self._db.require("account", "SELECT * FROM users WHERE id = ?", session.account.id)
+        return self._begin(row, session.peer, needs_code=False)
+
+    def complete(self, session: Session, token: str, code: str) -> bool:
+        """Complete a login by the code of the second factor; a wrong one counts like a wrong password."""
+        account = session.account
+        if self.is_blocked(account, session.peer):
+            self.record_wrong_secret(account, session.peer, is_blocked=True)
+            return False
+        kind = self.second_factors.take(account, code)
+        if not kind:
+            self.record_wrong_secret(account, session.peer)
+            return False
+        self.throttle.clear(account.username, session.peer)
+        now = self._clock.now()
+        with self._db.transaction() as tx:
+            changed = tx.execute("UPDATE sessions SET needs_code = 0 WHERE token_sha256 = ?", (_digest(token),)).rowcount
+            tx.execute("UPDATE users SET last_login_at = ? WHERE id = ?", (now, account.id))
+            self._audit_login(tx, account.username, account.id, session.peer, kind)
+        return changed == 1
+
+    def confirm(self, session: Session, token: str, password: str, code: str) -> bool:
+        """Check password, and second factor where there is one, again, before what is dangerous (R8); wrong ones count as usual."""
+        account, peer = session.account, session.peer
+        row = self._db.require("account", "SELECT * FROM users WHERE id = ?", account.id)
+        is_right = passwords.verify_password(row["password_hash"], password) and not self.is_blocked(account, peer)
+        if not is_right or (account.has_second_factor and not self.second_factors.take(account, code)):
+            self.record_wrong_secret(account, peer)
+            return False
+        self.throttle.clear(account.username, peer)
+        with self._db.transaction() as tx:
+            values = (self._clock.now(), _digest(token))
+            return tx.execute("UPDATE sessions SET confirmed_at = ? WHERE token_sha256 = ?", values).rowcount == 1
 
     def is_blocked(self, account: Account, peer: str) -> bool:
         """Whether the machine at this address has used up its attempts for this account."""
         row = self._db.one("SELECT password_hash FROM users WHERE id = ?", account.id)
         return self.throttle.is_blocked(account.username, row["password_hash"] if row else "", peer)
 
-    def record_wrong_password(self, account: Account, peer: str) -> None:
-        """Count a wrong present password, typed by a person who is logged in."""
+    def record_wrong_secret(self, account: Account, peer: str, *, is_blocked: bool = False) -> None:
+        """Count a wrong password or code, typed by a person whose password was right before."""
         row = self._db.one("SELECT * FROM users WHERE id = ?", account.id)
-        self._record_failure(account.username, row, peer, is_blocked=False)
+        self._record_failure(account.username, row, peer, is_blocked=is_blocked)
 
     def resume(self, token: str, *, touch: bool = True) -> Session | None:
         """The session of a token; None where it has ended (logout, idle, too old, account disabled).
@@ -110,22 +156,26 @@ class Logins:
         rows = self._db.query(f"{_SESSIONS} ORDER BY s.id DESC")
         return [self._session(row) for row in rows if self._is_alive(row) and (account is None or row["id"] == account.id)]
 
-    def _begin(self, row: sqlite3.Row, peer: str) -> str | None:
+    def _begin(self, row: sqlite3.Row, peer: str, *, needs_code: bool) -> str | None:
         token, now = secrets.token_urlsafe(32), self._clock.now()
         with self._db.transaction() as tx:
             current = tx.execute("SELECT password_hash, is_active FROM users WHERE id = ?", (row["id"],)).fetchone()
             if tuple(current) != (row["password_hash"], 1):  # changed or disabled while the password was being checked
                 return None
-            tx.execute("UPDATE users SET last_login_at = ? WHERE id = ?", (now, row["id"]))
             if self._clock.age_s(row["password_set_at"]) == math.inf:  # set under another clock: its age counts from now
                 tx.execute("UPDATE users SET password_set_at = ? WHERE id = ?", (now, row["id"]))
             for session in tx.execute(_SESSIONS).fetchall():
                 if not self._is_alive(session):
                     tx.execute("DELETE FROM sessions WHERE id = ?", (session["session_id"],))
             values = {"token_sha256": _digest(token), "user_id": row["id"], "created_at": now, "seen_at": now, "confirmed_at": now}
-            Database.insert(tx, "sessions", **values, peer=peer)
-            Database.audit(tx, db.USER_AUTHENTICATION, row["username"], "E", f"user:{row['id']}", **db.LOGIN, peer=peer)
+            Database.insert(tx, "sessions", **values, needs_code=int(needs_code), peer=peer)
+            if not needs_code:
+                tx.execute("UPDATE users SET last_login_at = ? WHERE id = ?", (now, row["id"]))
+                self._audit_login(tx, row["username"], row["id"], peer, "password")
         return token
+
+    def _audit_login(self, tx: sqlite3.Connection, username: str, user_id: int, peer: str, kind: str) -> None:
+        Database.audit(tx, db.USER_AUTHENTICATION, username, "E", f"user:{user_id}", **db.LOGIN, peer=peer, proved_by=kind)
 
     def _is_expired(self, row: sqlite3.Row) -> bool:
         """Whether the password is a one-time password whose time is over."""
@@ -133,7 +183,8 @@ class Logins:
 
     def _is_alive(self, row: sqlite3.Row) -> bool:
         is_idle = self._clock.age_s(row["seen_at"]) > self._settings.session_idle_s
-        is_old = self._clock.age_s(row["session_at"]) > self._settings.session_absolute_s
+        limit_s = _CODE_S if row["needs_code"] else self._settings.session_absolute_s
+        is_old = self._clock.age_s(row["session_at"]) > limit_s
         return bool(row["is_active"]) and not is_idle and not is_old
 
     def _session(self, row: sqlite3.Row) -> Session:

@@ -270,3 +270,30 @@ CREATE TABLE superseded_findings (    -- rows of findings, moved; their ids are 
   heatmap_png BLOB NOT NULL
 ) STRICT;
 CREATE INDEX superseded_by_instance ON superseded_findings (instance_id);
+
+-- migration 15: second factor (appliance/store/second_factor.py)
+ALTER TABLE users ADD COLUMN totp_secret BLOB;  -- encrypted by accounts.key; NULL: none
+ALTER TABLE users ADD COLUMN totp_pending BLOB; -- the same, while it is being set up
+CREATE TABLE used_codes (
+  id INTEGER PRIMARY KEY AUTOINCREMENT,
+  user_id INTEGER NOT NULL REFERENCES users (id),
+  step INTEGER NOT NULL,              -- seconds since the epoch / 30
+  UNIQUE (user_id, step)
+) STRICT;
+CREATE TABLE recovery_codes (
+  user_id INTEGER NOT NULL REFERENCES users (id),
+  code_sha256 TEXT NOT NULL,
+  PRIMARY KEY (user_id, code_sha256)
+) STRICT;
+
+-- migration 16: emergency access (appliance/store/emergency_access.py)
+CREATE TABLE emergency_accesses (
+  id INTEGER PRIMARY KEY,
+  user_id INTEGER NOT NULL REFERENCES users (id),
+  reason TEXT NOT NULL,
+  began_at TEXT NOT NULL,             -- moment
+  duration_s REAL NOT NULL,
+  has_ended INTEGER NOT NULL DEFAULT 0 CHECK (has_ended IN (0, 1)), -- 1: the person ended it before its time
+  seen_by TEXT NOT NULL DEFAULT ''    -- the security administrator who looked at it
+) STRICT;
+CREATE INDEX emergency_accesses_by_user ON emergency_accesses (user_id);

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import pyotp
 import pytest
 import requests
 from argon2 import PasswordHasher
@@ -31,6 +32,7 @@ from appliance.core.settings import Settings
 from appliance.ingest.ingest import Ingest
 from appliance.store import passwords
 from appliance.store.accounts import Accounts
+from appliance.store.second_factor import SecondFactors
 from appliance.store.store import Store
 from model_sync.bundle import Manifest
 from model_sync.login_throttle import LoginThrottle
@@ -108,13 +110,23 @@ class Box:
             patch.setattr(passwords, "_HASHER", QUICK_HASHER)
             own_password(self.accounts, username, role)
         person = self.visitor(language)
+        code = "" if role == Role.CLINICIAN else self.second_factor(username)
         assert person.log_in(username, PASSWORD).status_code == 302
+        if code:
+            person.open("/second-factor")
+            assert person.post("/second-factor", data={"code": code}).status_code == 302
         person.open("/health")
         return person
 
     def visitor(self, language: str = "en") -> Person:
         """Somebody who has opened no page yet."""
         return Person(self.base, self.settings.tls_authority or self.settings.tls_certificate).speak(language)
+
+    def second_factor(self, username: str) -> str:
+        """Set up a second factor; returns a recovery code."""
+        factors = SecondFactors(self.store, self.accounts)
+        account = self.accounts.require(username)
+        return factors.confirm(account, pyotp.TOTP(factors.begin(account)).now())[0]
 
     def take(self, data: bytes, name: str = "scan.dcm") -> Any:
         """Bring one scan through the door and close its series."""

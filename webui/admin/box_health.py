@@ -8,10 +8,12 @@ from typing import Any, Final
 
 from flask_babel import gettext, lazy_gettext
 
+from appliance.core.moments import moment_utc
 from appliance.core.process import is_held_by_another
 from appliance.core.settings import Settings
 from appliance.model_queries import ModelLine
-from webui.formatting import format_count, localize
+from appliance.store.emergency_access import Emergency
+from webui.formatting import format_count, format_time, localize
 from webui.messages import reason_hint, reason_text
 from webui.models.models_view import version_problem
 from webui.view_models import DASH, View
@@ -51,9 +53,23 @@ class HealthItem:
     hint: str = ""
 
 
-def health_verdict(settings: Settings, lines: Sequence[ModelLine], is_disk_low: bool, is_untrusted: bool) -> View:
+def _emergency_items(emergencies: Sequence[Emergency]) -> Iterator[HealthItem]:
+    """Emergency accesses that nobody has looked at; without their reasons, which could name a patient."""
+    for emergency in emergencies:
+        values = {"username": emergency.username, "time": format_time(moment_utc(emergency.began_at))}
+        text = (
+            gettext("Emergency access to patients by %(username)s, running since %(time)s.", **values)
+            if emergency.remaining_s
+            else gettext("Emergency access to patients by %(username)s, begun %(time)s, ended.", **values)
+        )
+        yield HealthItem("attention", "emergency", text, gettext("The security administrator looks at it on the page of the accounts."))
+
+
+def health_verdict(
+    settings: Settings, lines: Sequence[ModelLine], is_disk_low: bool, is_untrusted: bool, emergencies: Sequence[Emergency] = ()
+) -> View:
     """The line at the top of the status page: the worst kind of its items decides its words."""
-    items = list(_items(settings, lines, is_disk_low, is_untrusted))
+    items = [*_items(settings, lines, is_disk_low, is_untrusted), *_emergency_items(emergencies)]
     kind = next((kind for kind in _TITLES if any(item.kind == kind for item in items)), "well")
     title, icon, tone = _TITLES[kind]
     return {

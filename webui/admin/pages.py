@@ -66,7 +66,7 @@ def health() -> ResponseReturnValue:
         status=None if is_fragment else _box_status(box),
         library=library_card(link),
         lines=[model_line_card(line, link.offers) for line in lines],
-        verdict=health_verdict(box.settings, lines, _is_disk_low(box), link.state == "untrusted"),
+        verdict=health_verdict(box.settings, lines, _is_disk_low(box), link.state == "untrusted", box.emergencies.open_alarms()),
         is_busy=link.state == "downloading" or any(line.is_busy for line in lines),
         history=[history_row(entry) for entry in entries],
         before=before,

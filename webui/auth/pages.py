@@ -22,6 +22,7 @@ from webui.server.security import safe_next
 
 blueprint: Final = Blueprint("auth", __name__)
 
+_FIRST_ACCOUNT: Final = "appliance user add NAME --role security_administrator --data-dir DIR"
 _YEAR_S: Final = 365 * 24 * 3600
 
 
@@ -31,6 +32,7 @@ class SessionUser(UserMixin):  # type: ignore[misc]  # flask_login has no types
     def __init__(self, session: Session, token: str) -> None:
         self.session = session
         self.account = session.account
+        self.emergency_s = current_box().emergencies.remaining_s(session.account)
         self.token = token
 
     def get_id(self) -> str:
@@ -69,11 +71,17 @@ def login() -> ResponseReturnValue:
     if token is None:
         return _login_page(request.form.get("username", ""), has_failed=True), 401
     _begin_session(token)
+    if current_user.session.needs_code:
+        return redirect(url_for("second_factor.enter", next=target))
     return redirect(target)
 
 
 def _login_page(username: str = "", *, has_failed: bool = False) -> str:
-    return render_template("login.html", username=username, has_failed=has_failed)
+    box = current_box()
+    return render_template(
+        "login.html", username=username, has_failed=has_failed, help_contact=box.settings.help_contact,
+        first_account=_FIRST_ACCOUNT if box.accounts.is_empty() else "",
+    )  # fmt: skip
 
 
 def _check_login(username: str, password: str) -> str | None:
@@ -106,14 +114,14 @@ def logout() -> ResponseReturnValue:
 @blueprint.route("/password", methods=["GET", "POST"])
 def password() -> ResponseReturnValue:
     """Change one's own password; the first login with a one-time password is redirected here."""
-    account = current_user.account
+    account, has_rules = current_user.account, current_box().settings.password_profile == "mlps3"  # noqa: S105 - a profile
     if request.method == "GET":
-        return render_template("password.html", must_change=account.must_change, error="")
+        return render_template("password.html", account=account, has_rules=has_rules, error="")
     old, new, again = (request.form.get(name, "") for name in ("old", "new", "again"))
     error = _change_password(account, old, new, again)
     if error:
-        return render_template("password.html", must_change=account.must_change, error=error), 422
-    token = _check_login(account.username, new)  # changing it ended every session, this one too
+        return render_template("password.html", account=account, has_rules=has_rules, error=error), 422
+    token = current_box().logins.begin_again(current_user.session)  # changing it ended every session, this one too
     if token is None:
         return redirect(url_for("auth.login"))
     _begin_session(token)
@@ -135,9 +143,24 @@ def _change_password(account: Account, old: str, new: str, again: str) -> str:
             if not refusal.code.startswith("account."):
                 raise
             if refusal.code == "account.wrong_password":
-                box.logins.record_wrong_password(account, peer)
+                box.logins.record_wrong_secret(account, peer)
             return f"{reason_text(refusal.code)}{gettext('. ')}{reason_hint(refusal.code)}"
     return ""
+
+
+@blueprint.route("/confirm", methods=["GET", "POST"])
+def confirm() -> ResponseReturnValue:
+    """Ask for the password again, and the second factor where there is one, before what is dangerous (R8)."""
+    target, needs_code = safe_next(request.args.get("next")), current_user.account.has_second_factor
+    if request.method == "GET":
+        return render_template("confirm.html", needs_code=needs_code, has_failed=False)
+    typed, code = request.form.get("password", "")[:MAX_PASSWORD_CHARS], request.form.get("code", "")[:64]
+    with password_check(current_user.account.username):
+        is_right = current_box().logins.confirm(current_user.session, current_user.token, typed, code)
+    if not is_right:
+        return render_template("confirm.html", needs_code=needs_code, has_failed=True), 422
+    flash(gettext("Confirmed. Press the button once more."))
+    return redirect(target)
 
 
 @blueprint.post("/language")

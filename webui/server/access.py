@@ -8,21 +8,45 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from appliance.core.roles import Role
+from appliance.core.roles import EMERGENCY_ROLES, PASSWORD_HELPERS, Role
 
 OPEN_ENDPOINTS: Final = frozenset({"static", "auth.login", "auth.language", "admin.healthz"})
 """Need no login."""
-BEFORE_PASSWORD_CHANGE: Final = OPEN_ENDPOINTS | {"auth.password", "auth.logout"}
-"""What an account may use that has to set a password of its own first."""
+STEPS: Final = {
+    "second_factor.enter": "web.second_factor_required",
+    "auth.password": "web.password_change_required",
+    "second_factor.set_up": "web.second_factor_set_up_required",
+}
+"""The pages that complete a login, each with the code that programs get while it is outstanding."""
 
 _EVERYBODY: Final = frozenset(Role)
 _CLINICIAN: Final = frozenset({Role.CLINICIAN})
 _SYSTEM: Final = frozenset({Role.SYSTEM_ADMINISTRATOR})
 _SECURITY: Final = frozenset({Role.SECURITY_ADMINISTRATOR})
+_AUDITOR: Final = frozenset({Role.AUDITOR})
 
 ACCESS: Final[Mapping[str, frozenset[Role]]] = {
     "auth.logout": _EVERYBODY,
     "auth.password": _EVERYBODY,
+    "auth.confirm": _EVERYBODY,
+    "second_factor.enter": _EVERYBODY,
+    "second_factor.set_up": _EVERYBODY,
+    "audit.show": _AUDITOR,
+    "audit.verify": _AUDITOR,
+    "emergency.show": EMERGENCY_ROLES,
+    "emergency.begin": EMERGENCY_ROLES,
+    "emergency.end": EMERGENCY_ROLES,
+    "emergency.acknowledge": _SECURITY,
+    # Clinicians' one-time passwords; those of others are refused by the store.
+    "accounts.show": PASSWORD_HELPERS,
+    "accounts.issue_password": PASSWORD_HELPERS,
+    "accounts.add": _SECURITY,
+    "accounts.details": _SECURITY,
+    "accounts.set_role": _SECURITY,
+    "accounts.disable": _SECURITY,
+    "accounts.enable": _SECURITY,
+    "accounts.remove_second_factor": _SECURITY,
+    "accounts.end_sessions": _SECURITY,
     "admin.health": _EVERYBODY,
     "admin.acknowledge_score_alarm": _SYSTEM,
     # Patient data: names of refused files are often names of patients.
@@ -56,12 +80,13 @@ HOME: Final[Mapping[Role, str]] = {
     Role.CLINICIAN: "worklist.show",
     Role.TECHNICIAN: "admin.health",
     Role.SYSTEM_ADMINISTRATOR: "admin.health",
-    Role.SECURITY_ADMINISTRATOR: "admin.health",
-    Role.AUDITOR: "admin.health",
+    Role.SECURITY_ADMINISTRATOR: "accounts.show",
+    Role.AUDITOR: "audit.show",
 }
 """The page that a role begins with."""
 
 
-def may_use(role: Role, endpoint: str) -> bool:
-    """Whether a role may use an endpoint."""
-    return endpoint in OPEN_ENDPOINTS or role in ACCESS.get(endpoint, ())
+def may_use(role: Role, endpoint: str, *, is_emergency: bool = False) -> bool:
+    """Whether a role may use an endpoint; in an emergency access also what a clinician may use."""
+    roles = ACCESS.get(endpoint, frozenset())
+    return endpoint in OPEN_ENDPOINTS or role in roles or (is_emergency and Role.CLINICIAN in roles)

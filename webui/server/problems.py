@@ -29,6 +29,9 @@ STATUS_OF_CODE: Final[dict[str, int]] = {
     "ingest.disk_full": 507,
     "store.missing": 404,
     "model.unknown": 404,
+    "account.unknown": 404,
+    "account.not_allowed": 403,
+    "emergency.running": 409,
     "box.busy": 503,
 }
 _STATUS_OF_CLASS: Final[tuple[tuple[type[ApplianceError], int], ...]] = ((PixelError, 422), (IngestError, 422), (StoreError, 500))
@@ -129,6 +132,11 @@ def _code_name(status: int) -> str:
     return f"web.{HTTPStatus(status).name.lower()}"
 
 
-def password_change_required() -> Response:
-    """What a program gets until the person has set a password of their own."""
-    return problem(403, "web.password_change_required", gettext("Set a password of your own first"), gettext("Open the page and log in."))
+def login_incomplete(code: str) -> Response:
+    """What a program gets until the person has completed the login; ``code`` says what is outstanding."""
+    return problem(403, code, gettext("The login is not complete"), gettext("Open the page and log in."))
+
+
+def confirmation_required() -> Response:
+    """What a program gets where the password must be typed again."""
+    return problem(403, "web.confirmation_required", gettext("Confirm that it is you"), gettext("Open the page and log in."))

@@ -86,14 +86,25 @@ def _check_request() -> ResponseReturnValue | None:
         return None
     if not current_user.is_authenticated:
         return _ask_to_log_in()
-    account = current_user.account
-    if account.must_change and endpoint not in access.BEFORE_PASSWORD_CHANGE:
-        return problems.password_change_required() if problems.wants_json() else redirect(url_for("auth.password"))
-    if endpoint and not access.may_use(account.role, endpoint):
+    account, step = current_user.account, outstanding_step()
+    may_confirm = step == "second_factor.set_up"  # which asks for the password again after a while
+    if step and endpoint not in (step, "auth.logout", "auth.confirm" if may_confirm else step):
+        return problems.login_incomplete(access.STEPS[step]) if problems.wants_json() else redirect(url_for(step))
+    if endpoint and not access.may_use(account.role, endpoint, is_emergency=current_user.emergency_s > 0):
         if endpoint == "worklist.show" and request.method == "GET":
             return redirect(url_for(access.HOME[account.role]))
         abort(403)
     return None
+
+
+def outstanding_step() -> str:
+    """The page by which the current user still has to complete the login; empty where it is complete."""
+    session = current_user.session
+    if session.needs_code:
+        return "second_factor.enter"
+    if session.account.must_change:
+        return "auth.password"
+    return "second_factor.set_up" if current_box().logins.second_factors.is_required(session.account) else ""
 
 
 def _ask_to_log_in() -> ResponseReturnValue:

@@ -62,7 +62,7 @@ def test_r6_every_route_answers_each_role_as_the_matrix_says(box: Box, rules: li
     for rule in rules:
         if rule.endpoint in OPEN_ENDPOINTS | {"auth.logout"}:
             continue
-        path = re.sub(r"<(?:\w+:)?\w+>", "1", rule.rule)
+        path = re.sub(r"<(?:\w+:)?\w+>", "1", rule.rule.replace("<int:account_id>", "999"))  # no account: nobody ends this session
         for method in (rule.methods or set()) - {"OPTIONS", "HEAD"}:
             answer = person.request(method, path, headers={"Tus-Resumable": "1.0.0"})
             home = urlsplit(answer.headers.get("Location", "")).path

@@ -71,7 +71,7 @@ def test_every_state_of_a_version_has_its_word_and_place(box: Box) -> None:
 )  # fmt: skip
 def test_r42_the_accuracy_of_each_group_of_patients_is_on_the_page(box: Box, language: str, said: list[str]) -> None:
     activated.activate(box.store, reference_bundle())
-    page = box.person("admin", "administrator", language).open("/health")
+    page = box.person("admin", "system_administrator", language).open("/health")
     (table,) = re.findall(r"<table class=\"plain measured\".*?</table>", page, re.DOTALL)
     shown = words(table)
     assert [text for text in said if text not in shown] == []

@@ -1,0 +1,69 @@
+"""The audit on the auditor's page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from appliance.core.roles import Role
+from appliance.core.settings import Settings
+from tests.support.scans import scan_bytes
+from tests.support.web_box import HOSTILE, Box, in_process
+
+
+@pytest.fixture
+def box(settings: Settings, quick_passwords: None) -> Iterator[Box]:
+    with in_process(settings) as running:
+        yield running
+
+
+def test_the_auditor_reads_the_audit_which_is_an_entry_too(box: Box) -> None:
+    study = box.take(scan_bytes(PatientName="CANARY^NAME", PatientID="CANARY-ID")).study_id
+    assert box.person("wang").get(f"/studies/{study}").status_code == 200
+    auditor = box.person("li", Role.AUDITOR)
+    assert auditor.get("/").headers["Location"] == "/audit"
+    page = auditor.open("/audit")
+    assert "CANARY" not in page
+    for said in (
+        "Study was seen",
+        f"study:{study}",
+        "Login or logout: Login",
+        "Security: Account changed",
+        "role = auditor",
+        "Audit was read",
+    ):
+        assert said in page
+    assert auditor.open("/audit").count("Audit was read") > page.count("Audit was read")
+
+
+def test_older_entries_are_on_further_pages(box: Box) -> None:
+    auditor = box.person("li", Role.AUDITOR)
+    for number in range(120):
+        box.store.record(("110100", "Application Activity"), HOSTILE, "E", f"object:{number}")
+    page = auditor.open("/audit")
+    assert HOSTILE not in page
+    first = [int(number) for number in re.findall(r'data-entry="(\d+)"', page)]
+    assert len(first) == 100
+    (older,) = re.findall(r'href="(/audit\?before=\d+)"', page)
+    rest = auditor.open(older)
+    second = [int(number) for number in re.findall(r'data-entry="(\d+)"', rest)]
+    assert [*first, *second] == list(range(first[0], 0, -1))
+    assert "Newest" in rest
+    for odd in ("²", "-1", "0", "9" * 40, str(2**63), "x"):
+        assert auditor.get(f"/audit?before={odd}").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("language", "whole", "broken"), [("en", "The audit is whole", "has been changed"), ("zh", "审计记录完整", "被改动")]
+)
+def test_the_auditor_searches_for_changes(box: Box, language: str, whole: str, broken: str) -> None:
+    auditor = box.person("li", Role.AUDITOR, language)
+    assert auditor.post("/audit/verify").headers["Location"] == "/audit"
+    assert whole in auditor.open("/audit")
+    with box.store.database.transaction() as tx:
+        tx.execute("DROP TRIGGER audit_no_update")
+        tx.execute("UPDATE audit SET entry = replace(entry, 'auditor', 'nobody') WHERE seq = 1")
+    auditor.post("/audit/verify")
+    assert broken in auditor.open("/audit")

@@ -1,0 +1,73 @@
+"""The audit for the auditor: entries, the newest first, and the search for changes. Reading it is an event of the audit too."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from flask import Blueprint, flash, redirect, render_template, request, url_for
+from flask.typing import ResponseReturnValue
+from flask_babel import gettext, lazy_gettext
+from flask_login import current_user
+
+from appliance.store import audit
+from webui.context import current_box
+from webui.formatting import format_count, format_time
+from webui.server.security import MAX_ID, parse_id
+from webui.view_models import View
+
+blueprint: Final = Blueprint("audit", __name__)
+_PAGE_ENTRIES: Final = 100
+
+# Event identifiers and types of DICOM PS3.15 A.5.3 and CID 401, by code.
+_WORDS: Final[dict[str, Any]] = {
+    "110100": lazy_gettext("Application activity"), "110101": lazy_gettext("Audit was read"), "110103": lazy_gettext("Study was seen"),
+    "110104": lazy_gettext("Images were transferred"), "110105": lazy_gettext("Study was deleted"), "110106": lazy_gettext("Export"),
+    "110107": lazy_gettext("Import"), "110112": lazy_gettext("List of patients was seen"), "110113": lazy_gettext("Security"),
+    "110114": lazy_gettext("Login or logout"), "110122": lazy_gettext("Login"), "110123": lazy_gettext("Logout"),
+    "110126": lazy_gettext("Unknown sender"), "110127": lazy_gettext("Emergency access began"),
+    "110129": lazy_gettext("Security settings changed"), "110131": lazy_gettext("Software or model changed"),
+    "110132": lazy_gettext("Refused: no right to it"), "110137": lazy_gettext("Account changed"),
+    "110138": lazy_gettext("Emergency access ended"),
+}  # fmt: skip
+
+
+@blueprint.get("/audit")
+def show() -> ResponseReturnValue:
+    """A page of entries; ``before`` is the number of the entry that it ends before."""
+    box, before = current_box(), parse_id(request.args.get("before")) or MAX_ID
+    box.store.record(audit.AUDIT_LOG_USED, current_user.account.username, "R", audit.AUDIT_OBJECT, purpose="page")
+    rows = box.store.database.query("SELECT entry FROM audit WHERE seq < ? ORDER BY seq DESC LIMIT ?", before, _PAGE_ENTRIES + 1)
+    entries = [_entry_row(json.loads(row["entry"])) for row in rows[:_PAGE_ENTRIES]]
+    return render_template(
+        "audit.html", entries=entries, is_newest=before == MAX_ID, next_before=entries[-1]["seq"] if len(rows) > _PAGE_ENTRIES else None
+    )
+
+
+def _entry_row(entry: dict[str, Any]) -> View:
+    detail = dict(entry["detail"])
+    code, meaning = (detail.pop("type", ""), detail.pop("type_meaning", ""))
+    words = [_WORDS.get(entry["event"], entry["meaning"])] + ([_WORDS.get(code, meaning)] if code else [])
+    return {
+        "seq": entry["seq"],
+        "at": format_time(entry["at"]),
+        "event": gettext(": ").join(str(word) for word in words),
+        "actor": entry["actor"],
+        "object": entry["object"],
+        "is_failure": entry["outcome"] != 0,
+        "details": [{"name": name, "value": value if isinstance(value, str) else json.dumps(value)} for name, value in detail.items()],
+    }
+
+
+@blueprint.post("/audit/verify")
+def verify() -> ResponseReturnValue:
+    """Search the whole audit for changes."""
+    found = current_box().store.database.anchors().verify()
+    flash(
+        gettext(
+            "The audit has been changed: %(count)s problems. Leave the disk as it is and call the central team.", count=len(found.problems)
+        )
+        if found.problems
+        else gettext("The audit is whole: %(count)s entries.", count=format_count(found.entries))
+    )
+    return redirect(url_for("audit.show"))
