@@ -63,11 +63,7 @@ def _entry_row(entry: dict[str, Any]) -> View:
 def verify() -> ResponseReturnValue:
     """Search the whole audit for changes."""
     found = current_box().store.database.anchors().verify()
-    flash(
-        gettext(
-            "The audit has been changed: %(count)s problems. Leave the disk as it is and call the central team.", count=len(found.problems)
-        )
-        if found.problems
-        else gettext("The audit is whole: %(count)s entries.", count=format_count(found.entries))
-    )
+    count = format_count(len(found.problems) or found.entries)
+    changed = gettext("The audit has been changed: %(count)s problems. Leave the disk as it is and call the central team.", count=count)
+    flash(changed if found.problems else gettext("The audit is whole: %(count)s entries.", count=count))
     return redirect(url_for("audit.show"))
