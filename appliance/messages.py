@@ -209,6 +209,14 @@ _CODES: Final[Mapping[str, Message]] = {
     "audit.broken": Message(
         "The audit chain is broken: an entry was changed or removed", "Tell the security administrator at once and leave the disk as it is."
     ),
+    "audit.certificate": Message(
+        "The syslog server's certificate is not trusted; nothing was sent to it, and no entry of the audit is lost",
+        "Check audit_syslog and audit_syslog_ca in the settings. If they are right, tell the security administrator.",
+    ),
+    "audit.unreachable": Message(
+        "The syslog server does not answer; the entries of the audit wait on the box and are sent later",
+        "Check the network and the server; the box tries again by itself.",
+    ),
     "box.busy": Message("Another program is using this data directory", "Stop it first, or use another --data-dir."),
     "box.none": Message("There is no box in this folder", "Check --data-dir: it should hold box.sqlite3. Nothing was written."),
     "key.missing": Message(

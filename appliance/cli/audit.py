@@ -9,8 +9,9 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from appliance.cli.terminal import UsageError, say
-from appliance.core.errors import StoreError
+from appliance.core.errors import ApplianceError, StoreError
 from appliance.core.settings import Settings
+from model_sync import atomic_files
 
 if TYPE_CHECKING:
     from appliance.store.store import Store
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``appliance audit``."""
     parser.add_argument(
-        "action", choices=("verify", "show", "export", "acknowledge", "new-key"),
+        "action", choices=("verify", "show", "export", "status", "acknowledge", "new-key"),
         help="verify: search for changes; show: print every entry; export: the same as messages of DICOM PS3.15; "
-        "acknowledge: record that a person has seen what verify found; "
+        "status: what the syslog server has got; acknowledge: record that a person has seen what verify found; "
         "new-key: replace a lost keys/audit.key",
     )  # fmt: skip
     parser.add_argument("--xml", action="store_true", help="the form of export, one message per line (the only one)")
@@ -44,6 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
                 print(problem.text, file=sys.stderr)
             audit.require_whole(found)
             print(say("audit chain whole: {count} entries", count=found.entries))
+        elif arguments.action == "status":
+            return _print_status(store)
         elif arguments.action == "acknowledge":
             for problem in store.database.anchors().acknowledge(_actor(), arguments.reason.strip()):
                 print(say("acknowledged: {problem}", problem=problem.text))
@@ -61,6 +64,30 @@ def _print_entries(store: Store, *, is_xml: bool) -> None:
     messages = AuditMessages(store.database, store.settings.ae_title)
     for row in store.database.query("SELECT entry FROM audit ORDER BY seq"):
         print(messages.message(row["entry"]) if is_xml else row["entry"])
+
+
+def _print_status(store: Store) -> int:
+    """Print what the syslog server has got, and why it gets nothing; returns the exit code."""
+    from appliance.service.audit_sender import STATUS_NAME, AuditSender
+    from appliance.store import audit
+
+    destination = store.settings.audit_syslog
+    if not destination:
+        print(say("no syslog server is configured (audit_syslog); the audit stays on the box"))
+        return 0
+    last, arrived = audit.head(store.database.connection()).seq, AuditSender(store).arrived()
+    print(
+        say(
+            "{destination}: {arrived} entries have arrived, {waiting} wait",
+            destination=destination,
+            arrived=arrived,
+            waiting=last - arrived,
+        )
+    )
+    state = atomic_files.read_json(store.settings.data_dir / "run" / STATUS_NAME)
+    if state.get("code"):
+        raise ApplianceError(str(state["code"]), str(state.get("detail", "")))
+    return 0
 
 
 def _replace_key(arguments: argparse.Namespace) -> int:

@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     command("serve", _serve, "Run the box: worker, DICOM receiver and web page under one supervisor.")
     worker = command("worker", _worker, "Run the worker alone.")
     worker.add_argument("--until-idle", action="store_true", help="stop when nothing is left to do")
+    command("send-audit", _send_audit, "Send the audit to the syslog server alone.")
     command("receive", _receive, "Run the DICOM receiver alone.")
     studies.add_arguments(command("studies", studies.run, "List the studies of this box with their patients, states and findings."))
     models.add_arguments(command("models", models.run, "List the models of this box, activate one, roll back, or show the history."))
@@ -179,6 +180,13 @@ def _worker(arguments: argparse.Namespace) -> int:
 
 def _receive(arguments: argparse.Namespace) -> int:
     from appliance.dicom.receiver import run
+
+    run(Settings.load(arguments.data_dir))
+    return EXIT_OK
+
+
+def _send_audit(arguments: argparse.Namespace) -> int:
+    from appliance.service.audit_sender import run
 
     run(Settings.load(arguments.data_dir))
     return EXIT_OK

@@ -19,6 +19,7 @@ FILE_NAME = "box.toml"
 _PATHS = (
     "data_dir", "tls_certificate", "tls_key", "tls_authority", "dicom_tls_certificate", "dicom_tls_key", "dicom_client_authority",
     "exchange_dir", "library_root",
+    "audit_syslog_ca", "audit_syslog_certificate", "audit_syslog_key",
 )  # fmt: skip
 
 
@@ -67,6 +68,14 @@ class Settings(BaseModel):
         description="Triton server of the county hub (https://host:port). Empty: nothing is sent. With it only the prepared tensor leaves "
         "the box: pixels, no name, no number, no tag of the scan.",
     )  # fmt: skip
+    audit_syslog: str = Field(
+        "", pattern=r"^(?:(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._\-]+)(?::\d{1,5})?)?$",
+        description="Syslog server of the clinic (host:port, TLS, port 6514 by default) that gets every entry of the audit as a message of "
+        "DICOM PS3.15. Empty: nothing is sent. The messages name accounts, patient IDs and UIDs, no patient's name.",
+    )  # fmt: skip
+    audit_syslog_ca: Path | None = Field(None, description="PEM of the authority that signed the syslog server's certificate.")
+    audit_syslog_certificate: Path | None = Field(None, description="PEM certificate that the box shows to the syslog server.")
+    audit_syslog_key: Path | None = Field(None, description="PEM private key of that certificate.")
     session_idle_s: float = Field(30 * 60.0, gt=0, description="Inactivity after which a person is logged out.")
     session_absolute_s: float = Field(12 * 3600.0, gt=0, description="Longest a login lasts.")
     help_contact: str = Field(

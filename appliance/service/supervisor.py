@@ -1,4 +1,4 @@
-"""The supervisor: starts the processes of the box (worker, DICOM receiver, web server, nginx), restarts them after a crash, stops them.
+"""The supervisor: starts the processes of the box (worker, receiver, web server, nginx, audit sender), restarts what crashed, stops them.
 
 nginx runs only where the page has a certificate, and is told to load a new one. The supervisor imports little, so that it has no
 reason to crash.
@@ -82,6 +82,8 @@ class Supervisor:
             proxy = [sys.executable, "-m", "webui.server.proxy", *data]
             self.children.append(ManagedProcess("proxy", proxy))
             self._reload = [*proxy, "--reload"]
+        if settings.audit_syslog:
+            self.children.append(ManagedProcess("audit-sender", [*box, "send-audit", *data]))
 
     def start(self) -> None:
         """Start every process; does not wait until they are ready."""
