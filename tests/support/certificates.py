@@ -15,15 +15,19 @@ from cryptography.x509.oid import NameOID
 Authority: TypeAlias = "tuple[x509.Certificate, ec.EllipticCurvePrivateKey]"
 
 
-def make_authority(path: Path, name: str = "Clinic CA") -> Authority:
-    """An authority; its certificate is written to a file."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    usage = x509.KeyUsage(
+def authority_usage() -> x509.KeyUsage:
+    """Key usage of a certificate that signs others; Python 3.13 verifies strictly (``ssl.VERIFY_X509_STRICT``, RFC 5280 4.2.1)."""
+    return x509.KeyUsage(
         digital_signature=True, key_cert_sign=True, crl_sign=True, content_commitment=False, key_encipherment=False,
         data_encipherment=False, key_agreement=False, encipher_only=False, decipher_only=False,
     )  # fmt: skip
+
+
+def make_authority(path: Path, name: str = "Clinic CA") -> Authority:
+    """An authority; its certificate is written to a file."""
+    key = ec.generate_private_key(ec.SECP256R1())
     builder = _builder(name, name, key, 3650).add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-    certificate = builder.add_extension(usage, critical=True).sign(key, hashes.SHA256())
+    certificate = builder.add_extension(authority_usage(), critical=True).sign(key, hashes.SHA256())
     path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     return certificate, key
 
