@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from appliance.core.errors import StoreError
 from appliance.core.job_activity import JobActivity
 from appliance.core.process import Lock, stop_on_signal
 from appliance.core.settings import Settings
@@ -24,6 +25,7 @@ from appliance.inference.batch_job import BatchJob
 from appliance.inference.job_runner import InterruptedJobError, JobRunner
 from appliance.inference.model_pool import CONNECT_WAIT_S, ModelPool
 from appliance.lifecycle.activation import Activator
+from appliance.store import audit_reserve
 from appliance.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 _IDLE_S: Final = 0.5
 _BUSY_IDLE_S: Final = 0.05
 _PLAN_INTERVAL_S: Final = 1.0
+_ANCHOR_INTERVAL_S: Final = 60.0
 
 
 class Worker:
@@ -142,9 +145,21 @@ def _recover(store: Store, worker: Worker) -> None:
     worker.activator.confirm_loaded()
 
 
+def _anchor_audit(store: Store) -> None:
+    """Write an anchor of the audit where one is due, and reserve space for it again; a full disk delays both."""
+    try:
+        store.database.anchors().take()
+    except (OSError, StoreError) as error:
+        logger.error("the audit cannot be anchored", extra={"code": getattr(error, "code", "store.failed")})
+    audit_reserve.fill(store.settings.data_dir)
+
+
 def _loop(store: Store, worker: Worker, wakeup: Wakeup, is_stopping: Callable[[], bool], *, until_idle: bool) -> None:
-    planned_at = 0.0
+    planned_at = anchored_at = float("-inf")
     while not is_stopping():
+        if time.monotonic() - anchored_at > _ANCHOR_INTERVAL_S:
+            _anchor_audit(store)
+            anchored_at = time.monotonic()
         if time.monotonic() - planned_at > _PLAN_INTERVAL_S:  # under load too: an idle series must not wait for an empty queue
             store.planner.close_idle_series()
             planned_at = time.monotonic()

@@ -30,7 +30,7 @@ def scan(**changes: Any) -> Scan:
     return Scan(**(values | changes))
 
 
-def add_scan(store: Store, number: int = 1, *, source: Source = SOURCE, **changes: Any) -> Any:
+def add_scan(store: Store, number: int = 1, *, source: Source = SOURCE, data: bytes = b"DICM" * 100, **changes: Any) -> Any:
     """Store image ``number`` of one series."""
     image = scan(sop_instance_uid=f"1.{number}", study_instance_uid="1.9", series_instance_uid="1.8", **changes)
-    return store.add_instance(image, lambda: f"{number:064x}", b"DICM" * 100, source, time.perf_counter())
+    return store.add_instance(image, lambda: f"{number:064x}", data, source, time.perf_counter())
