@@ -14,6 +14,7 @@ from appliance.core.settings import Settings
 from model_sync import atomic_files
 
 if TYPE_CHECKING:
+    from appliance.store.audit import Head
     from appliance.store.store import Store
 
 
@@ -40,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _replace_key(arguments)
     with closing(open_box(arguments.data_dir)) as store:
         if arguments.action == "verify":
-            found = store.database.anchors().verify()
+            found = store.database.anchors().verify(_confirmed(store))
             for problem in found.problems:
                 print(problem.text, file=sys.stderr)
             audit.require_whole(found)
@@ -48,11 +49,19 @@ def run(arguments: argparse.Namespace) -> int:
         elif arguments.action == "status":
             return _print_status(store)
         elif arguments.action == "acknowledge":
-            for problem in store.database.anchors().acknowledge(_actor(), arguments.reason.strip()):
+            for problem in store.database.anchors().acknowledge(_actor(), arguments.reason.strip(), _confirmed(store)):
                 print(say("acknowledged: {problem}", problem=problem.text))
         else:
             _print_entries(store, is_xml=arguments.action == "export")
     return 0
+
+
+def _confirmed(store: Store) -> Head | None:
+    """The head of the audit that the centre has, on a box with a sync agent."""
+    from appliance.lifecycle.exchange import Exchange
+
+    directory = store.settings.exchange_dir
+    return Exchange(store, directory).confirmed_anchor() if directory else None
 
 
 def _print_entries(store: Store, *, is_xml: bool) -> None:

@@ -31,6 +31,7 @@ from model_sync.trust.trusted_metadata import TrustedMetadata, read_document
 
 DIRECTIVES_FILE = "directives.json"
 REPORT_FILE = "box-report.json"
+ANCHOR_FILE = "audit-anchor.json"
 BUNDLES = "bundles"
 MAX_UNUSED_BUNDLES = 3
 _MAX_SETS = 3

@@ -135,10 +135,24 @@ class Health(Allowed):
     disk_free_bytes: DiskBytes
 
 
+class AuditHead(Allowed):
+    """The number of entries of the box's audit, and the digest of the last one."""
+
+    entries: Bytes
+    digest: Sha256
+
+
+class AuditReport(Allowed):
+    """The head of the box's audit, and the digests that entries which earlier heads named have now (zeros: the entry is missing)."""
+
+    head: AuditHead
+    anchors: Annotated[list[AuditHead], Field(max_length=16)]
+
+
 class BoxReport(Allowed):
     """``exchange/box-report.json``, written by the appliance; ``unlisted`` counts what the agent left out.
 
-    ``device_class`` is the same for boxes with the same processor and GPUs; None of an appliance that does not report it.
+    ``device_class`` is the same for boxes with the same processor and GPUs; None of an appliance that does not report it. So is ``audit``.
     """
 
     schema_: Annotated[Literal[1], Field(alias="schema")]
@@ -149,6 +163,7 @@ class BoxReport(Allowed):
     health: Health
     unlisted: Count = 0
     device_class: DeviceClass | None = None
+    audit: AuditReport | None = None
 
     @classmethod
     def parse(cls, raw: bytes) -> BoxReport:
@@ -282,7 +297,7 @@ def _is_release(version: str) -> bool:
 # An error names fields of the schema and never a key that was received.
 _FIELDS: Final = frozenset(
     name
-    for kind in (ModelReport, ActivationReport, Health, BoxReport, SyncReport, StatusReport)
+    for kind in (ModelReport, ActivationReport, Health, AuditHead, AuditReport, BoxReport, SyncReport, StatusReport)
     for field, info in kind.model_fields.items()
     for name in (field, info.alias or field)
 )

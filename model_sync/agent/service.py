@@ -27,7 +27,7 @@ from model_sync.agent.central_client import ReportSequenceError, post
 from model_sync.agent.centre_status import recorded
 from model_sync.agent.client import Client
 from model_sync.agent.device import Device, Identity, make_certificate_request
-from model_sync.agent.exchange import REPORT_FILE
+from model_sync.agent.exchange import ANCHOR_FILE, REPORT_FILE
 from model_sync.agent.report import MAX_BOX_REPORT_BYTES, RELEASE, BoxReport, ReportError, StatusReport, SyncReport, canonical, sign
 from model_sync.agent.sync_status import STATUS_FILE, SyncState
 from model_sync.errors import Action, LibraryUnreachable, ModelSyncError, TrustError
@@ -101,7 +101,18 @@ def send_report(settings: SyncSettings) -> Sent:
             if expected is not None:
                 raise LibraryUnreachable("the centre expects a third report number", code="sync.report")
     outbox.delivered()
+    _confirm_audit(settings, outbox.sent)
     return "sent"
+
+
+def _confirm_audit(settings: SyncSettings, report: bytes) -> None:
+    """Tell the box which head of its audit the centre has now: the next report proves that it is still in the audit."""
+    box = json.loads(report)["signed"]["box"]
+    if box and box.get("audit"):
+        try:
+            atomic_files.write_json(settings.exchange_dir / ANCHOR_FILE, box["audit"]["head"])
+        except OSError as error:
+            raise atomic_files.disk_error(error) from error
 
 
 def build_report(settings: SyncSettings, sequence: int) -> StatusReport:
@@ -202,12 +213,17 @@ class Agent:
 
 
 class _ReportOutbox:
-    """The report being sent: its number and bytes are on the disk before the first byte is sent."""
+    """The report being sent: its number and bytes are on the disk before the first byte is sent.
+
+    Attributes:
+        sent: the bytes that were returned last.
+    """
 
     def __init__(self, settings: SyncSettings) -> None:
         self._settings = settings
         self._file = settings.state_dir / SENT_FILE
         self._stored = atomic_files.read_json(self._file)
+        self.sent = b""
 
     def next(self, identity: Identity) -> bytes:
         """Return the bytes to send: the last report if it may not have arrived and nothing changed, or a new one."""
@@ -216,7 +232,8 @@ class _ReportOutbox:
         report = build_report(self._settings, sequence)
         body = self._stored.get("body")
         if isinstance(body, str) and self._stored.get("content") == _content(report) and self._stored.get("key") == _key_name(identity):
-            return body.encode()
+            self.sent = body.encode()
+            return self.sent
         return self._store(report, identity)
 
     def again(self, identity: Identity, sequence: int) -> bytes:
@@ -233,6 +250,7 @@ class _ReportOutbox:
         body = sign(report, CryptoSigner(identity.key))
         entry = {"sequence": report.sequence, "content": _content(report), "key": _key_name(identity), "body": body.decode()}
         self._write(entry)
+        self.sent = body
         return body
 
     def _write(self, entry: dict[str, Any]) -> None:

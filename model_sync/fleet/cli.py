@@ -23,6 +23,7 @@ _FLEET = {
     "serve": "Serve the library, enrol boxes, and show the fleet.",
     "device-ca": "Create the authority that signs the certificates of boxes.",
     "token": "Make a token with which one box enrols, once.",
+    "acknowledge-audit": "Record why the audit of a box went backwards or was changed; its next report begins anew.",
     "deny": "Deny a box at once, or one certificate with --serial.",
     "allow": "Allow a denied box again.",
     "move": "Assign a box to another ring; the box's own settings decide which ring it follows.",

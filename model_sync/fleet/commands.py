@@ -34,7 +34,7 @@ def passphrase(*files: Path | None, variable: str = console.PASSPHRASE_ENV) -> s
 
 
 def add_commands(commands: Any, texts: Mapping[str, str]) -> None:
-    """Add ``device-ca``, ``token``, ``deny``, ``allow``, ``move`` and ``operator``; ``texts`` has their descriptions."""
+    """Add the commands of the fleet; ``texts`` has their descriptions."""
 
     def add(name: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = commands.add_parser(name, help=texts[name], description=texts[name])
@@ -55,10 +55,13 @@ def add_commands(commands: Any, texts: Mapping[str, str]) -> None:
     allow.add_argument("box", metavar="BOX", help="the box's name")
     move.add_argument("box", metavar="BOX", help="the box's name")
     move.add_argument("--ring", required=True, help="the ring")
+    acknowledge = add("acknowledge-audit", _acknowledge_audit)
+    acknowledge.add_argument("box", metavar="BOX", help="the box's name")
+    acknowledge.add_argument("--note", required=True, help="the reason; it is kept with the action")
     operator = add("operator", _operator)
     operator.add_argument("what", choices=["add", "reset", "remove"], help="add and reset print a new password, once")
     operator.add_argument("name", metavar="NAME", help="letters, digits, dot, dash, underscore")
-    for parser in (token, deny, allow, move, operator):
+    for parser in (token, deny, allow, move, acknowledge, operator):
         parser.add_argument("--library", type=Path, default=Path(), metavar="LIB", help="the library's directory (default: here)")
         parser.add_argument("--db", metavar="URL", help="fleet database (default: sqlite in LIB)")
 
@@ -103,6 +106,13 @@ def _move(arguments: argparse.Namespace) -> int:
     with _fleet(arguments) as fleet:
         fleet.move(arguments.box, arguments.ring, _ACTOR)
     print(f"{arguments.box}: assigned to ring {arguments.ring}; set `ring` in its sync.toml as well")
+    return 0
+
+
+def _acknowledge_audit(arguments: argparse.Namespace) -> int:
+    with _fleet(arguments) as fleet:
+        fleet.acknowledge_audit(arguments.box, _ACTOR, arguments.note)
+    print(f"{arguments.box}: acknowledged; its next report begins anew")
     return 0
 
 

@@ -19,8 +19,10 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from model_sync.agent.report import ActivationReport, BoxReport, ModelState, StatusReport, canonical
 from model_sync.errors import ModelSyncError, SettingsError
+from model_sync.fleet import audit_heads
 from model_sync.fleet.tables import (
     MIGRATIONS,
+    NOTE_CHARS,
     SCHEMA,
     actions,
     activations,
@@ -162,6 +164,17 @@ class Fleet:
             assign_ring(tx, box_id)
             tx.execute(actions.insert().values(at=self.now(), actor=actor, action="move", ring=ring, subject=box_id))
 
+    def acknowledge_audit(self, box_id: str, actor: str, note: str) -> None:
+        """Record that a person knows why the audit of a box went backwards or was changed: the next report begins anew.
+
+        Raises:
+            SettingsError: there is no such box.
+        """
+        with self.writing() as tx:
+            if not tx.execute(update(boxes).where(boxes.c.box_id == box_id).values(audit_state="", audit_heads="")).rowcount:
+                raise _no_box(box_id)
+            tx.execute(actions.insert().values(at=self.now(), actor=actor, action="audit", subject=box_id, note=note[:NOTE_CHARS]))
+
     def deny_serial(self, serial: str, actor: str) -> None:
         """Revoke one certificate at once, by its serial in hexadecimal; raise SettingsError when there is none."""
         wanted = serial.lower().replace(":", "").lstrip("0")
@@ -223,6 +236,9 @@ class Fleet:
             reported = sorted(report.box.activations, key=lambda item: item.at)
             values |= {"appliance_version": report.box.appliance_version, "device_class": report.box.device_class or ""}
             values |= _newest_failure(reported) | _open_alarm(reported, report.box)
+            if not box["audit_state"]:  # what was found stays until a person acknowledges it
+                values["audit_heads"], state = audit_heads.compare(box["audit_heads"], report.box.audit)
+                values["audit_state"] = state.value
             self._store_models(tx, report)
             self._store_activations(tx, report.box_id, reported, clock_offset_s)
             self._reconcile_running(

@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import ArgumentError
 
-SCHEMA: Final = 4
+SCHEMA: Final = 5
 # The statements that bring an older database to each schema.
 MIGRATIONS: Final = {
     2: ("ALTER TABLE actions ADD COLUMN note VARCHAR(300) NOT NULL DEFAULT ''",),
@@ -35,6 +35,11 @@ MIGRATIONS: Final = {
     4: (
         *(f"ALTER TABLE boxes ADD COLUMN {name} VARCHAR(64) NOT NULL DEFAULT ''" for name in ("alarm", "alarm_line", "alarm_version")),
         "CREATE INDEX boxes_by_alarm ON boxes (alarm, box_id)",
+    ),
+    5: (
+        "ALTER TABLE boxes ADD COLUMN audit_heads TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE boxes ADD COLUMN audit_state VARCHAR(16) NOT NULL DEFAULT ''",
+        "CREATE INDEX boxes_by_audit_state ON boxes (audit_state, box_id)",
     ),
 }
 NOTE_CHARS: Final = 300
@@ -75,6 +80,8 @@ boxes: Final = Table(
     Column("alarm", String(64), nullable=False, server_default=""),  # code of an open alarm of a model that runs
     Column("alarm_line", String(64), nullable=False, server_default=""),
     Column("alarm_version", String(64), nullable=False, server_default=""),
+    Column("audit_heads", Text, nullable=False, server_default=""),  # JSON (model_sync/fleet/audit_heads.py)
+    Column("audit_state", String(16), nullable=False, server_default=""),  # backwards or changed, until a person acknowledges it
     Column("window_start", BigInteger, nullable=False, server_default="0"),
     Column("window_count", Integer, nullable=False, server_default="0"),
     Index("boxes_by_ring", "ring", "box_id"),
@@ -82,6 +89,7 @@ boxes: Final = Table(
     Index("boxes_by_sync_state", "sync_state", "box_id"),
     Index("boxes_by_trouble", "trouble", "box_id"),
     Index("boxes_by_alarm", "alarm", "box_id"),
+    Index("boxes_by_audit_state", "audit_state", "box_id"),
 )  # fmt: skip
 certificates: Final = Table(
     "certificates", metadata,

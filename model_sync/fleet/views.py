@@ -16,9 +16,9 @@ from model_sync.trust.documents import RolloutStep, place_of
 
 SILENT_S: Final = 24 * 3600
 PAGE_ROWS: Final = 50
-STATES: Final = ("attention", "failed", "alarm", "untrusted", "unreachable", "outdated", "silent", "never", "denied", "fine")
+STATES: Final = ("attention", "audit", "failed", "alarm", "untrusted", "unreachable", "outdated", "silent", "never", "denied", "fine")
 # What needs a person, the worst first. A box with none of them, and not denied, is fine.
-TROUBLES: Final = ("untrusted", "failed", "alarm", "error", "silent", "unreachable", "outdated", "never", "unknown")
+TROUBLES: Final = ("audit", "untrusted", "failed", "alarm", "error", "silent", "unreachable", "outdated", "never", "unknown")
 _SYNC_TROUBLES: Final = ("untrusted", "error", "unreachable", "outdated", "unknown")
 _POINTS: Final = 48
 
@@ -233,6 +233,7 @@ def _troubles(now: int) -> dict[str, ColumnElement[bool]]:
     each |= {
         "failed": here.trouble != "",
         "alarm": here.alarm != "",
+        "audit": here.audit_state != "",
         "silent": and_(seen, here.last_seen < now - SILENT_S),
         "never": here.last_seen.is_(None),
     }

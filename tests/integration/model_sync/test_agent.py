@@ -220,6 +220,17 @@ def test_a_report_arrives_with_what_box_and_agent_say(centre: Centre, settings: 
     assert (row["sequence"], row["sync_state"], row["trouble"]) == (1, "ok", "trust.digest")
 
 
+def test_r10_the_box_learns_which_head_of_its_audit_the_centre_has(centre: Centre, settings: SyncSettings) -> None:
+    head = {"entries": 9, "digest": "cd" * 32}
+    tell(settings, box_report() | {"audit": {"head": head, "anchors": []}})
+    assert send_report(settings) == "sent"
+    assert json.loads((settings.exchange_dir / "audit-anchor.json").read_text()) == head
+    assert json.loads(stored(centre, settings)["audit_heads"])["heads"] == [[9, "cd" * 32]]
+    tell(settings, box_report() | {"audit": {"head": head | {"entries": 8}, "anchors": []}})
+    assert send_report(settings) == "sent"
+    assert stored(centre, settings)["audit_state"] == "backwards"
+
+
 def agent_pull(settings: SyncSettings) -> None:
     from model_sync.agent.client import Client
 

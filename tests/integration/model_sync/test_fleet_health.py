@@ -16,6 +16,7 @@ from sqlalchemy import select
 
 from model_sync.agent.report import BoxReport, ReportError, StatusReport
 from model_sync.errors import SettingsError
+from model_sync.fleet.cli import main
 from model_sync.fleet.database import Fleet
 from model_sync.fleet.device_classes import differing_boxes
 from model_sync.fleet.event_log import EventLog
@@ -56,8 +57,16 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
     made.close()
 
 
-def take(fleet: Fleet, box_id: str, ring: str, report: dict[str, Any] | None = None, *, sync: str = "ok", age_s: int = 0) -> None:
-    """Store a report of a box that is enrolled without a connection; without one the box has never reported."""
+def take(
+    fleet: Fleet, box_id: str, ring: str, report: dict[str, Any] | None = None, *, sync: str = "ok", age_s: int = 0,
+    before: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Store a report of a box that is enrolled without a connection; without one the box has never reported.
+
+    ``before`` is the box's part of a report that comes first.
+    """
+    if before is not None:
+        take(fleet, box_id, ring, before)
     with fleet.writing() as tx:
         tx.execute(fleet.insert(boxes).values(box_id=box_id, ring=ring, enrolled_at=1).on_conflict_do_nothing())
         sequence = tx.execute(select(boxes.c.sequence).where(boxes.c.box_id == box_id)).scalar_one() + 1
@@ -80,7 +89,11 @@ def over(site: Any, ring: str, version: str = "0.2.0", percent: float = 100.0) -
 
 ALARM = box_report("0.2.0", "good", "scores.shifted")
 
+AUDIT = {"head": {"entries": 7, "digest": "ab" * 32}, "anchors": []}
+LESS = {"head": {"entries": 6, "digest": "ab" * 32}, "anchors": []}
+
 TROUBLED = {
+    "audit": {"report": box_report("0.2.0") | {"audit": LESS}, "before": box_report("0.2.0") | {"audit": AUDIT}},
     "alarm": {"report": ALARM},
     "failed": {"report": box_report("0.2.0") | {"activations": box_report("0.3.0", "failed", "model.self_test")["activations"]}},
     "silent": {"report": box_report("0.2.0"), "age_s": 90_000},
@@ -185,6 +198,7 @@ def test_what_needs_attention_is_listed_worst_first(fleet: Fleet) -> None:
     take(fleet, "box-longest", "stable", box_report("0.2.0"), age_s=900_000)
     rows = list_boxes(fleet, Filters(state="attention"), 1).boxes
     assert [row["health"] for row in rows] == [
+        "audit",
         "untrusted",
         "failed",
         "alarm",
@@ -196,7 +210,7 @@ def test_what_needs_attention_is_listed_worst_first(fleet: Fleet) -> None:
         "never",
         "unknown",
     ]
-    assert rows[4]["box_id"] == "box-longest"
+    assert rows[5]["box_id"] == "box-longest"
 
 
 def test_an_open_alarm_of_shifted_scores_needs_attention_until_somebody_acknowledges_it(centre: Centre, person: Person) -> None:
@@ -447,8 +461,9 @@ def test_a_database_of_the_first_schema_is_migrated_with_its_log(tmp_path: Path)
     database = sqlite3.connect(path)
     database.execute("ALTER TABLE actions DROP COLUMN note")
     database.execute("ALTER TABLE boxes DROP COLUMN device_class")
-    database.execute("DROP INDEX boxes_by_alarm")
-    for column in ("alarm", "alarm_line", "alarm_version"):
+    for index in ("boxes_by_alarm", "boxes_by_audit_state"):
+        database.execute(f"DROP INDEX {index}")
+    for column in ("alarm", "alarm_line", "alarm_version", "audit_heads", "audit_state"):
         database.execute(f"ALTER TABLE boxes DROP COLUMN {column}")
     database.execute("UPDATE meta SET value = '1' WHERE key = 'schema'")
     database.commit()
@@ -468,3 +483,22 @@ def test_a_database_of_the_first_schema_is_migrated_with_its_log(tmp_path: Path)
     database.close()
     with pytest.raises(SettingsError, match="tables of version 99"):
         Fleet(f"sqlite:///{tmp_path}/copy.db")
+
+
+def test_r10_an_audit_that_went_backwards_is_marked_until_a_person_acknowledges_it(centre: Centre, person: Person) -> None:
+    fleet = centre.fleet
+    take(fleet, "audited", "audited", box_report("0.2.0") | {"audit": AUDIT})
+    assert "Audit changed" not in person.see("/fleet/box/audited")
+    take(fleet, "audited", "audited", box_report("0.2.0") | {"audit": LESS})
+    take(fleet, "audited", "audited", box_report("0.2.0") | {"audit": AUDIT})  # that it is back does not explain it
+    page = person.see("/fleet/box/audited")
+    assert "It has fewer entries than it had" in page
+    assert "model-library acknowledge-audit audited" in page
+    library = ["--db", centre.db]
+    assert main(["acknowledge-audit", "audited", "--note", "restored from its backup, case 9", *library]) == 0
+    take(fleet, "audited", "audited", box_report("0.2.0") | {"audit": LESS})
+    assert "It has fewer entries" not in person.see("/fleet/box/audited")
+    with fleet.reading() as tx:
+        notes = [row.note for row in tx.execute(select(actions).where(actions.c.action == "audit"))]
+    assert notes == ["restored from its backup, case 9"]
+    assert main(["acknowledge-audit", "nobody", "--note", "x", *library]) != 0
