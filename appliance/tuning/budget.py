@@ -72,7 +72,7 @@ class Budget:
         """
         waited_s = self._idle.wait_after_disturbance() if self._idle is not None else 0.0
         self._uncounted_s += waited_s
-        return waited_s > 0 and not self.is_measuring_over()
+        return waited_s > 0 and not self.is_over()
 
     def remaining_s(self) -> float:
         """Return the seconds until the end of the total time."""

@@ -93,20 +93,7 @@ class IdleWait:
 
     def wait(self) -> float:
         """Wait until no job ran in a window and the processor was idle in it; returns the seconds."""
-        waited, before, reason = 0, self._read(), ""
-        works = self._has_worked()
-        while waited < self._windows and (before is not None or works):
-            self._sleep(WINDOW_S)
-            waited += 1
-            after = self._read()
-            reason = self._reason(busy_share(before, after))
-            if not reason:
-                break
-            before, works = after, True
-        self._windows -= waited
-        if reason:
-            self._set_note(reason)
-        return waited * WINDOW_S
+        return self._wait(self._has_worked())
 
     def begin_timing(self) -> None:
         """Forget the jobs that ran before."""
@@ -119,7 +106,23 @@ class IdleWait:
         if self._windows == 0:
             self._set_note(_JOBS)
             return 0.0
-        return self.wait()
+        return self._wait(works=True)
+
+    def _wait(self, works: bool) -> float:
+        """Wait as :meth:`wait` does; ``works``: whether jobs ran just now, which are waited for where nothing is known of the processor."""
+        waited, before, reason = 0, self._read(), ""
+        while waited < self._windows and (before is not None or works):
+            self._sleep(WINDOW_S)
+            waited += 1
+            after = self._read()
+            reason = self._reason(busy_share(before, after))
+            if not reason:
+                break
+            before, works = after, True
+        self._windows -= waited
+        if reason:
+            self._set_note(reason)
+        return waited * WINDOW_S
 
     def _reason(self, share: float | None) -> str:
         """Say what goes on besides the measuring; empty where nothing does, or nothing is known."""

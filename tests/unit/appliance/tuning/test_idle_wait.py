@@ -121,6 +121,12 @@ def test_jobs_that_come_while_it_measures_are_waited_for_with_the_time_that_is_l
     assert idle.wait_after_disturbance() == 0  # the timing counts
 
 
+def test_a_short_job_during_a_timing_is_seen_where_the_processor_tells_nothing() -> None:
+    jobs, slept = [True], list[float]()
+    idle = IdleWait(10, lambda: bool(jobs and jobs.pop()), lambda: None, slept.append)
+    assert (idle.wait_after_disturbance(), idle.note, slept) == (WINDOW_S, None, [WINDOW_S])
+
+
 def test_a_timing_that_counts_although_jobs_ran_is_noted() -> None:
     machine = Machine(0.5, 0.0, jobs={2})
     idle = machine.wait(4)
