@@ -11,7 +11,6 @@ import socket
 import ssl
 import threading
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from pathlib import Path
 from socketserver import BaseServer
 from typing import Any, Final
 
@@ -20,6 +19,7 @@ from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
 from appliance.core.certificates import load_pair
 from appliance.core.errors import ApplianceError
 from appliance.core.settings import Settings
+from appliance.core.tls_status import dicom_pair
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class ServerCredentials:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._pair = pair_of(settings)
+        self._pair = dicom_pair(settings)
         load_pair(*self._pair)
         self._versions = self._read_versions()
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -80,13 +80,6 @@ class ServerCredentials:
                 status = None
             found.append((status.st_mtime_ns, status.st_ino) if status else None)
         return found
-
-
-def pair_of(settings: Settings) -> tuple[Path | None, Path | None]:
-    """Certificate and key of the receiver: its own, or without them those of the page."""
-    if settings.dicom_tls_certificate is None and settings.dicom_tls_key is None:
-        return settings.tls_certificate, settings.tls_key
-    return settings.dicom_tls_certificate, settings.dicom_tls_key
 
 
 class SecureServer(ThreadedAssociationServer):

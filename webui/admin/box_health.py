@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any, Final
 
 from flask_babel import gettext, lazy_gettext
@@ -11,6 +12,7 @@ from flask_babel import gettext, lazy_gettext
 from appliance.core.moments import moment_utc
 from appliance.core.process import is_held_by_another
 from appliance.core.settings import Settings
+from appliance.core.tls_status import tls_statuses
 from appliance.model_queries import ModelLine
 from appliance.store.emergency_access import Emergency
 from webui.formatting import format_count, format_time, localize
@@ -94,8 +96,17 @@ def _items(settings: Settings, lines: Sequence[ModelLine], is_disk_low: bool, is
     if is_untrusted:
         text = gettext("What the model library sent is not trusted; the box analyses images as before.")
         yield HealthItem("attention", "untrusted", text, gettext("Tell the central team."))
+    yield from _certificate_items(settings)
     for line in lines:
         yield from _line_items(line)
+
+
+def _certificate_items(settings: Settings) -> Iterator[HealthItem]:
+    uses = {"page": gettext("Certificate of the page"), "dicom": gettext("Certificate of the DICOM receiver")}
+    for status in tls_statuses(settings, datetime.now(timezone.utc)):
+        for problem in status.problems:
+            text = gettext(": ").join((uses[status.uses[0]], reason_text(problem.code)))
+            yield HealthItem("attention", problem.code, text, reason_hint(problem.code))
 
 
 def _line_items(line: ModelLine) -> Iterator[HealthItem]:

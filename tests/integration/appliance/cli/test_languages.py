@@ -29,6 +29,7 @@ WRONG_USES: dict[str, list[str]] = {
     "user": ["wang", "--data-dir", "{tmp}/none"],
     "audit": ["verify", "--data-dir", "{tmp}/empty"],
     "keys": ["check", "--data-dir", "{tmp}/empty"],
+    "tls": ["status", "--data-dir", "{tmp}/none"],
     "settings": ["--data-dir", "{tmp}/none"],
     "demo": ["--samples", "{tmp}/none", "--data-dir", "{tmp}/empty"],
 }
