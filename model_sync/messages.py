@@ -166,9 +166,14 @@ REPORTED: Final[Mapping[str, Message]] = {
         "The model version that made this finding was rolled back", "Do not rely on this finding: a doctor must read the image again."
     ),
     "activation.superseded": Message("Another version replaced it", _NOTHING),
+    "box_report.absent": Message(
+        "The box has left no report here: the central team sees nothing of it",
+        "Start the box, with exchange_dir set to this directory. If it runs, its account may not write here: packaging/make_accounts.sh sets the owners right.",
+    ),
     "box_report.invalid": Message("The box's own report is invalid and was not sent", "Analyses continue. Report it to the central team."),
     "box_report.unreadable": Message(
-        "The box's own report cannot be read", "Analyses continue. Check the disk and the permissions of the exchange directory."
+        "The box's own report cannot be read",
+        "Analyses continue. Check the disk, and that both accounts are in the group of the exchange directory: packaging/make_accounts.sh sets the owners right.",
     ),
     "bundle.digest_mismatch": Message("A file of the bundle is not the one that its manifest names", _FETCH),
     "bundle.file_missing": Message("The bundle lacks a file", _FETCH),

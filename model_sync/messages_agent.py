@@ -34,6 +34,7 @@ WORDS: Final[Mapping[str, str]] = {
     "status.last_problem": "Last problem",
     "status.working": "Working process",
     "status.failed": "Failed version",
+    "status.box_report": "Box's report",
     "status.centre": "Central server",
     "status.centre_ok": "it accepted the last request of this box ({at})",
     "status.works": "is in use on this box",

@@ -9,6 +9,7 @@ from typing import Any
 from model_sync.agent.centre_status import read_centre_status
 from model_sync.agent.client import Client
 from model_sync.agent.exchange import Exchange
+from model_sync.agent.service import read_box_report
 from model_sync.agent.version_words import BoxVersions
 from model_sync.messages import Language, choose_language, current_code, hint, is_known, text
 from model_sync.settings import SyncSettings
@@ -19,15 +20,21 @@ _Row = Callable[[str, str], str]
 
 
 def show(settings: SyncSettings, as_json: bool) -> int:
-    """Print the status; return the exit code of its state: 0 ok, 1 untrusted, 3 unreachable, outdated or error, 4 waiting."""
+    """Print the status; return the exit code of its state: 0 ok, 1 untrusted, 3 unreachable, outdated or error, 4 waiting.
+
+    A report of the box that this account cannot read is an error too.
+    """
     client = Client(settings)
     status = client.status()
     exchange = Exchange(settings.exchange_dir)
+    report, report_code = read_box_report(settings)
+    if report is None and not report_code:
+        report_code = "box_report.absent"
     models, centre = exchange.reported_models(), read_centre_status(settings.state_dir)
     box = BoxVersions(exchange)
     if as_json:
         full = status | {"directives": exchange.directives(), "models": models, "working_process": client.working_process()}
-        full |= {"failed_versions": [failed._asdict() for failed in box.failed()], "centre": centre}
+        full |= {"failed_versions": [failed._asdict() for failed in box.failed()], "centre": centre, "box_report": report_code}
         print(json.dumps(full, ensure_ascii=False, indent=2, sort_keys=True))
     else:
         lang = choose_language()
@@ -39,8 +46,9 @@ def show(settings: SyncSettings, as_json: bool) -> int:
 
         print(row("box", f"{settings.box_id}, {text('status.ring', lang)} {settings.ring}"))
         page = _page(status, models, exchange.directives(), client.working_process(), box, row, lang)
-        print("\n".join([*page, *_failures(box, centre, row, lang)]))
-    return {"untrusted": 1, "unreachable": 3, "outdated": 3, "error": 3, "waiting": 4}.get(str(status.get("state")), 0)
+        print("\n".join([*page, *_box_report_rows(report_code, row, lang), *_failures(box, centre, row, lang)]))
+    state = "error" if report_code == "box_report.unreadable" and status.get("state") == "ok" else str(status.get("state"))
+    return {"untrusted": 1, "unreachable": 3, "outdated": 3, "error": 3, "waiting": 4}.get(state, 0)
 
 
 def _page(
@@ -82,6 +90,13 @@ def _page(
     notes = status.get("notes")
     for note in notes if isinstance(notes, list) else ():
         yield row("note", str(note))
+
+
+def _box_report_rows(code: str, row: _Row, lang: Language) -> Iterator[str]:
+    """Yield why the central team learns nothing of the box itself, and what to do."""
+    if code:
+        yield row("box_report", f"{text(code, lang)} [{code}]")
+        yield row("do", hint(code, lang))
 
 
 def _failures(box: BoxVersions, centre: dict[str, Any], row: _Row, lang: Language) -> Iterator[str]:

@@ -117,7 +117,7 @@ def _confirm_audit(settings: SyncSettings, report: bytes) -> None:
 
 def build_report(settings: SyncSettings, sequence: int) -> StatusReport:
     """Return the report of this moment: the agent's status, and the allowed part of the box's own report."""
-    box, code = _box_report(settings)
+    box, code = read_box_report(settings)
     values = {
         "schema": 1, "box_id": settings.box_id, "sequence": sequence, "at": datetime.now(timezone.utc), "agent_version": _version(),
         "ring": settings.ring, "sync": _sync_report(settings), "box": box, "box_code": code,
@@ -277,8 +277,8 @@ def _deliver(settings: SyncSettings, body: bytes, identity: Identity) -> int | N
     return None
 
 
-def _box_report(settings: SyncSettings) -> tuple[BoxReport | None, str]:
-    """Return the box's own report, or the code that says why there is none."""
+def read_box_report(settings: SyncSettings) -> tuple[BoxReport | None, str]:
+    """Return the box's own report, or the code that says why there is none; no code where the box has left none so far."""
     path = settings.exchange_dir / REPORT_FILE
     try:
         raw = atomic_files.read(path, MAX_BOX_REPORT_BYTES)

@@ -105,7 +105,7 @@ def _certificate_items(settings: Settings) -> Iterator[HealthItem]:
     uses = {"page": gettext("Certificate of the page"), "dicom": gettext("Certificate of the DICOM receiver")}
     for status in tls_statuses(settings, datetime.now(timezone.utc)):
         for problem in status.problems:
-            text = gettext(": ").join((uses[status.uses[0]], reason_text(problem.code)))
+            text = gettext(": ").join((uses[status.uses[0]], f"{reason_text(problem.code)} ({problem.detail})"))
             yield HealthItem("attention", problem.code, text, reason_hint(problem.code))
 
 

@@ -201,6 +201,30 @@ def test_status_says_what_runs_what_is_wanted_what_is_wrong_and_what_to_do(
     assert "Last problem" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("language", "unreadable", "absent"),
+    [("C", "own report cannot be read", "has left no report here"), ("zh_CN.UTF-8", "设备自身的报告无法读取", "没有在此留下报告")],
+)
+def test_status_says_when_the_report_of_the_box_is_absent_or_cannot_be_read(
+    box: Box, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], language: str, unreadable: str, absent: str
+) -> None:
+    """Two accounts without a common group: the fleet went blind, and nobody was told."""
+    monkeypatch.setenv("LC_ALL", language)
+    run(box, "pull")
+    capsys.readouterr()
+    assert run(box, "status") == 0
+    out = capsys.readouterr().out
+    assert absent in out
+    assert "packaging/make_accounts.sh" in out
+    (box.settings.exchange_dir / "box-report.json").mkdir()  # what no account can read as a file, root included
+    assert run(box, "status") == 3
+    out = capsys.readouterr().out
+    assert unreadable in out
+    assert "packaging/make_accounts.sh" in out
+    assert run(box, "status", "--json") == 3
+    assert json.loads(capsys.readouterr().out)["box_report"] == "box_report.unreadable"
+
+
 def test_status_in_chinese(box: Box, server: BadServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
     server.always("/metadata/timestamp.json", DOWN)
