@@ -28,7 +28,7 @@ from appliance.core.settings import Settings
 from appliance.lifecycle.model_control import activate, reference_bundle
 from appliance.store.store import Store
 from quantize.reference.phantom import Phantom, dataset
-from tests.bench import delta, drift, eight_bits, fleet, localisation, models, runtimes, truth
+from tests.bench import delta, drift, eight_bits, fleet, localisation, login, models, runtimes, truth
 from tests.bench.floor import Floor
 from tests.bench.page import measure_page
 
@@ -44,9 +44,10 @@ def main() -> int:
     parser.add_argument("--studies", type=int, default=10_000, help="studies stored for the worklist page (default 10000)")
     parser.add_argument(
         "--only",
-        choices=("scans", "models", "runtimes", "int8", "localisation", "truth", "drift"),
+        choices=("scans", "models", "runtimes", "int8", "localisation", "truth", "drift", "login"),
         help="measure the analysis of images, the life of models, the runtimes, what int8 gains in processor time (not in a full run), "
-        "where the reference model looks, or what enters, counted per kind (not in a full run); or simulate the alarm for shifted scores",
+        "where the reference model looks, or what enters, counted per kind (not in a full run); or simulate the alarm for shifted scores; "
+        "or time logins while 20 threads guess passwords (not in a full run)",
     )
     parser.add_argument("--phantoms", type=int, default=200, help="phantoms analysed for the localisation (default 200)")
     parser.add_argument("--bundle", type=Path, help="bundle whose localisation is measured; the reference bundle by default")
@@ -73,6 +74,9 @@ def main() -> int:
             rows = truth.run(scratch / "truth", arguments.shared)
             results["truth"] = [vars(row) for row in rows]
             truth.print_rows(rows)
+        if arguments.only == "login":
+            results["login"] = login.run(scratch / "login")
+            login.print_rows(results["login"])
         if arguments.only in (None, "drift"):
             print("simulating shifted scores (minutes) ...", file=sys.stderr)
             results["drift"] = drift.run()
