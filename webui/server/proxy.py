@@ -70,6 +70,7 @@ def render(settings: Settings, port: int) -> str:
     return environment.from_string(Path(__file__).with_name("nginx.conf.j2").read_text("utf-8")).render(
         values,
         listen=f"{bracketed(settings.web_host if settings.web_host != 'localhost' else '127.0.0.1')}:{port}",
+        is_dual=settings.web_host == "::",
         connections=_connections(),
         requests_per_machine=max(2, settings.web_threads * 3 // 4),  # one machine never gets the last quarter of the threads
         head_s=HEAD_S,

@@ -163,6 +163,61 @@ def test_while_the_web_process_is_away_a_page_in_both_languages_says_so(tmp_path
             assert answer.headers["Retry-After"] == "3"
 
 
+_MANY_MACHINES = """
+set -eu
+ip link set lo up
+for number in 2 3 4 5 6 7 8 9; do ip -6 addr add "fd00:1::$number/64" dev lo nodad; done
+ip -6 addr add fd00:2::1/64 dev lo nodad
+exec "$@"
+"""
+_READY = (
+    "import sys, time; from pathlib import Path; from appliance.core.settings import Settings; "
+    "from appliance.service.supervisor import web_address; settings = Settings.load(Path(sys.argv[1])); "
+    "[time.sleep(0.2) for _ in range(300) if web_address(settings) is None]"
+)
+_QUOTA = """
+import json, socket, ssl, sys
+
+address, certificate = json.load(open(sys.argv[1])), sys.argv[2]
+context = ssl.create_default_context(cafile=certificate)
+
+def line(source):
+    host = "::1" if ":" in source else "127.0.0.1"
+    plain = socket.create_connection((host, address["port"]), source_address=(source, 0), timeout=30)
+    return context.wrap_socket(plain, server_hostname=host)
+
+def status(source):
+    with line(source) as sock:
+        sock.sendall(b"GET /login HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n")
+        return sock.recv(12)[9:].decode()
+
+def hold(source):
+    sock = line(source)
+    sock.sendall(b"POST /login HTTP/1.1\\r\\nHost: localhost\\r\\nContent-Length: 500\\r\\n\\r\\na")
+    return sock
+
+held = [hold(f"fd00:1::{number}") for number in range(2, 8)]
+print(status("fd00:1::9"), status("fd00:2::1"), status("127.0.0.1"))
+held += [hold("127.0.0.1") for _ in range(6)]
+print(status("127.0.0.1"), status("127.0.0.2"))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="addresses of many machines need a network of their own, which only root can make")
+def test_a_machine_has_all_addresses_of_its_ipv6_network_and_ipv4_counts_singly(tmp_path: Path) -> None:
+    make_pair(tmp_path / "web.crt", tmp_path / "web.key", ["::1", "127.0.0.1"])
+    settings = settings_of(tmp_path, web_host="::", web_threads=8)
+    (tmp_path / "ask.py").write_text(_QUOTA)
+    ask = f'"{sys.executable}" "{tmp_path / "ask.py"}" "{settings.data_dir / "run" / "web.json"}" "{tmp_path / "web.crt"}"'
+    serve = f'"{sys.executable}" -m webui --data-dir "$1" & "{sys.executable}" -m webui.server.proxy --data-dir "$1" &'
+    ready = f'"{sys.executable}" -c "{_READY}" "$1"'
+    script = f"{serve} {ready} && {ask}; code=$?; kill %1 %2; wait; exit $code"
+    command = ["unshare", "--net", "sh", "-c", _MANY_MACHINES, "sh", "bash", "-c", script, "bash", str(settings.data_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"^\d{3}.*", done.stdout, re.MULTILINE) == ["429 200 200", "429 200"]
+
+
 def refusal(settings: Settings) -> str:
     """The code with which both the web process and nginx's start refuse these settings."""
     with pytest.raises(ApplianceError) as by_web:
