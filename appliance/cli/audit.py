@@ -110,8 +110,7 @@ def _replace_key(arguments: argparse.Namespace) -> int:
         if error.code not in ("key.missing", "key.wrong") or not error.detail.startswith(AUDIT_KEY):
             raise
     else:
-        print(say("the key of the audit is whole; nothing was changed"), file=sys.stderr)
-        return 1
+        raise UsageError(say("the key of the audit is whole; nothing was changed"), say("new-key is only for a lost keys/audit.key"))
     replace_audit_key(Settings.load(arguments.data_dir), _actor(), arguments.reason.strip())
     print(say("there is a new key; `appliance audit acknowledge` records that this was seen"))
     return 0

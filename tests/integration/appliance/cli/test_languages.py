@@ -28,6 +28,7 @@ WRONG_USES: dict[str, list[str]] = {
     "urgent": ["no-such-study", "--data-dir", "{tmp}/box"],
     "user": ["wang", "--data-dir", "{tmp}/none"],
     "audit": ["verify", "--data-dir", "{tmp}/empty"],
+    "send-audit": ["--data-dir", "{tmp}/box"],
     "keys": ["check", "--data-dir", "{tmp}/empty"],
     "tls": ["status", "--data-dir", "{tmp}/none"],
     "settings": ["--data-dir", "{tmp}/none"],
@@ -39,6 +40,8 @@ MORE: list[list[str]] = [
     ["models", "rollback", "--precision", "int8", "--data-dir", "{tmp}/box"],
     ["models", "rollback", "--data-dir", "{tmp}/box"],
     ["models", "activate", "9.9.9", "--data-dir", "{tmp}/box"],
+    ["audit", "acknowledge", "--data-dir", "{tmp}/box"],
+    ["audit", "new-key", "--reason", "x", "--data-dir", "{tmp}/box"],
     ["models", "history", "--data-dir", "{tmp}/empty"],
     ["analyze", "{tmp}/empty", "--data-dir", "{tmp}/none.toml/none"],
 ]
