@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import IO, Final
 
 from appliance.core.domain import PictureForm, Source
 from appliance.core.errors import ApplianceError, IngestError
@@ -105,12 +105,32 @@ def accept_below(ingest: Ingest, settings: Settings, path: Path, source: Source,
 def accept_file(
     ingest: Ingest, settings: Settings, path: Path, name: str, source: Source, form: PictureForm | None = None
 ) -> Iterator[Outcome]:
-    """Accept one file of any kind.
+    """Accept one file of any kind; arguments as for :func:`accept_stream`. Yields one outcome, or one per entry of an archive."""
+    name = shown_name(name)
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would block, a device may have no end
+            raise IngestError("ingest.skipped", "not a regular file")
+        file = open(path, "rb")  # noqa: SIM115 - closed below
+    except OSError as error:
+        yield _refusal(ingest, source, name, 0, "ingest.unreadable", error.strerror or type(error).__name__)
+    except IngestError as error:
+        yield _refusal(ingest, source, name, 0, error.code, error.detail)
+    else:
+        with file:
+            yield from accept_stream(ingest, settings, file, status.st_size, name, source, form)
+
+
+def accept_stream(
+    ingest: Ingest, settings: Settings, file: IO[bytes], size: int, name: str, source: Source, form: PictureForm | None = None
+) -> Iterator[Outcome]:
+    """Accept an open file of any kind.
 
     Args:
         ingest: accepts the images.
         settings: the limits.
-        path: of the file.
+        file: open for reading at any place.
+        size: its length in bytes.
         name: the file name as the person knows it.
         source: where it came from; its name is replaced by that of the entry.
         form: what was entered about a PNG or JPEG; without it a frontal chest image is assumed, which is stated.
@@ -118,20 +138,16 @@ def accept_file(
     Yields:
         One outcome for the file, or one per entry of an archive.
     """
-    name, size = shown_name(name), 0
+    name = shown_name(name)
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe would block, a device may have no end
-            raise IngestError("ingest.skipped", "not a regular file")
-        size = status.st_size
-        with open(path, "rb") as file:
-            magic = file.read(8)
+        file.seek(0)
+        magic = file.read(8)
         if magic.startswith(_ZIP_MAGIC):
-            yield from _accept_archive(ingest, settings, path, name, source, form)
+            yield from _accept_archive(ingest, settings, file, size, name, source, form)
             return
         if size > settings.max_upload_bytes:
             raise IngestError("ingest.too_large", f"{size >> 20} MiB")
-        data = path.read_bytes()
+        data = magic + file.read()
     except OSError as error:
         yield _refusal(ingest, source, name, size, "ingest.unreadable", error.strerror or type(error).__name__)
     except MemoryError:
@@ -175,13 +191,12 @@ def _is_foreign(data: bytes, name: str) -> bool:
 
 
 def _accept_archive(
-    ingest: Ingest, settings: Settings, path: Path, name: str, source: Source, form: PictureForm | None
+    ingest: Ingest, settings: Settings, file: IO[bytes], size: int, name: str, source: Source, form: PictureForm | None
 ) -> Iterator[Outcome]:
     """Accept each entry by itself: a bad one does not stop the others; after an archive bomb the rest is refused unread."""
-    size = path.stat().st_size
     try:
-        _check_directory(path, settings)
-        archive = zipfile.ZipFile(path)
+        _check_directory(file, size, settings)
+        archive = zipfile.ZipFile(file)
     except IngestError as error:
         yield _refusal(ingest, source, name, size, error.code, error.detail)
         return
@@ -223,11 +238,10 @@ def _unpacked_bytes(code: str, info: zipfile.ZipInfo, settings: Settings) -> int
     return min(info.file_size, settings.max_upload_bytes) if code == "ingest.archive_corrupt" else 0
 
 
-def _check_directory(path: Path, settings: Settings) -> None:
+def _check_directory(file: IO[bytes], size: int, settings: Settings) -> None:
     """Refuse a huge central directory by the record at the end of the archive, before zipfile makes an object of each entry."""
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - _END.size - _LONGEST_COMMENT - _LOCATOR_BYTES - _END64.size))
-        tail = file.read()
+    file.seek(max(0, size - _END.size - _LONGEST_COMMENT - _LOCATOR_BYTES - _END64.size))
+    tail = file.read()
     last = tail[-_END.size :]
     at = len(tail) - _END.size if last.startswith(_END_MAGIC) and last.endswith(b"\0\0") else tail.rfind(_END_MAGIC)
     if at < 0 or len(tail) - at < _END.size:

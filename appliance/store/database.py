@@ -32,7 +32,7 @@ from appliance.store.audit import (
     USER_AUTHENTICATION,
 )
 from appliance.store.audit_anchors import AnchorFile
-from appliance.store.database_encryption import Error, connect, encrypt_plain
+from appliance.store.database_encryption import Error, connect, encrypt_plain, finish_encryption, is_plain
 
 __all__ = [
     "APPLICATION_ACTIVITY", "DATA_IMPORT", "INSTANCES_ACCESSED", "LOGIN", "LOGOUT", "SECURITY_ALERT", "SECURITY_ATTRIBUTES_CHANGED",
@@ -98,8 +98,7 @@ class Database:
         self._key = key
         self._local = threading.local()
         try:
-            encrypt_plain(path, key)
-            self._migrate()
+            self._prepare()
             if not is_key_new:
                 audit.require_key(self.connection())
         except (Error, OSError) as error:
@@ -110,10 +109,14 @@ class Database:
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None:
             connection = connect(self.path, self._key, timeout=BUSY_TIMEOUT_S, factory=_Connection)
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("PRAGMA foreign_keys = ON")
-            audit.prepare(connection, self._audit_key, self.path.parent)
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = FULL")
+                connection.execute("PRAGMA foreign_keys = ON")
+                audit.prepare(connection, self._audit_key, self.path.parent)
+            except BaseException:
+                connection.close()  # it would hold locks for as long as the error is looked at
+                raise
             self._local.connection = connection
         return connection
 
@@ -195,6 +198,19 @@ class Database:
         if self.key_ids(name) != ids:
             with self.transaction() as connection:
                 connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"key_ids:{name}", json.dumps(ids)))
+
+    def _prepare(self) -> None:
+        """Bring the file to this version: encrypted, and with all migrations."""
+        finish_encryption(self.path)
+        try:
+            self._migrate()
+        except Error as error:
+            # Looked at only now: closing a file ends the locks that SQLite has on it for this whole process (howtocorrupt.html, 2.2).
+            if str(error) != NOT_A_DATABASE or not is_plain(self.path):
+                raise
+            self.close()
+            encrypt_plain(self.path, self._key)
+            self._migrate()
 
     def _migrate(self) -> None:
         blocks = migrations()

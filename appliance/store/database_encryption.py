@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import secrets
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -22,14 +21,13 @@ from typing import Any, Final, cast
 from sqlcipher3 import dbapi2 as sqlcipher
 
 from appliance.core.errors import StoreError
-from model_sync import atomic_files
+from appliance.store import plain_files
 
 logger = logging.getLogger(__name__)
 
 Error: Final = sqlcipher.Error
 PLAIN_HEADER: Final = b"SQLite format 3\0"
 PAGE_BYTES: Final = 4096
-_CHUNK_BYTES: Final = 1 << 20
 
 
 def connect(path: Path, key: bytes | None, **options: Any) -> sqlite3.Connection:
@@ -59,19 +57,23 @@ def is_encrypted(path: Path) -> bool:
     return bool(head) and head != PLAIN_HEADER and path.stat().st_size % PAGE_BYTES == 0
 
 
+def finish_encryption(path: Path) -> None:
+    """Finish what a crash left of :func:`encrypt_plain` after the renaming; raises OSError."""
+    if path.with_name(path.name + plain_files.SUFFIX).exists():
+        with _lock(path):
+            plain_files.finish(path)
+
+
 def encrypt_plain(path: Path, key: bytes) -> None:
-    """Encrypt the database in ``path`` where it is plain, and finish what a crash left of an earlier attempt.
+    """Encrypt the plain database in ``path``; another program may be first.
 
     Raises:
         StoreError: ``store.failed``: the copy differs; the plain database was kept.
         sqlcipher3 Error, OSError: it cannot be read or written (the disk is full); the plain database was kept.
     """
-    old, fresh = path.with_name(f"{path.name}.plain"), path.with_name(f"{path.name}.encrypting")
-    if not is_plain(path) and not old.exists():
-        return
-    with _lock(path.with_name(f"{path.name}.lock")):
-        if old.exists() and is_plain(path):  # a second name of the same file
-            old.unlink()
+    fresh = path.with_name(f"{path.name}.encrypting")
+    with _lock(path):
+        plain_files.finish(path)
         if is_plain(path):
             try:
                 _copy(path, fresh, key)
@@ -79,12 +81,8 @@ def encrypt_plain(path: Path, key: bytes) -> None:
             except BaseException:
                 _remove(fresh)
                 raise
-            atomic_files.sync_file(fresh)
-            os.link(path, old)
-            atomic_files.move(fresh, path)
+            plain_files.replace(path, fresh)
             logger.info("database encrypted")
-        if old.exists():
-            _destroy(old)
 
 
 def _copy(path: Path, fresh: Path, key: bytes) -> None:
@@ -117,16 +115,6 @@ def _compare(path: Path, fresh: Path, key: bytes) -> None:
         raise StoreError("store.failed", "the encrypted copy of the database differs; the plain one was kept")
 
 
-def _destroy(path: Path) -> None:
-    """Overwrite a file with random bytes, then delete it; a file system that copies on write keeps the old ones."""
-    with open(path, "r+b") as file:
-        for start in range(0, path.stat().st_size, _CHUNK_BYTES):
-            file.write(secrets.token_bytes(min(_CHUNK_BYTES, path.stat().st_size - start)))
-        atomic_files.flush(file)
-    path.unlink()
-    atomic_files.sync_directory(path.parent)
-
-
 def _remove(fresh: Path) -> None:
     for suffix in ("", "-journal", "-wal", "-shm"):
         Path(f"{fresh}{suffix}").unlink(missing_ok=True)
@@ -142,7 +130,7 @@ def _head(path: Path) -> bytes:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock; several programs of the box may open it at the same moment."""
-    with open(path, "a") as file:
+    """Hold the lock on the encryption of a database; several programs of the box may open it at the same moment."""
+    with open(path.with_name(f"{path.name}.lock"), "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -12,8 +12,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final
 
 from appliance.core.domain import PictureForm, Source
 from appliance.core.errors import StoreError
@@ -86,14 +85,16 @@ class Finaliser:
         with self._changed:
             return self._running.get(upload.id, 0)
 
-    def accept(self, path: Path, name: str, source: Source, form: dict[str, Any] | None, upload_id: str = "") -> list[dict[str, Any]]:
-        """Ingest one file, or every file of an archive; returns the outcome of each as JSON values."""
-        from appliance.ingest.archive import accept_file
+    def accept(
+        self, file: IO[bytes], size: int, name: str, source: Source, form: dict[str, Any] | None, upload_id: str = ""
+    ) -> list[dict[str, Any]]:
+        """Ingest one open file of that many bytes, or every file of an archive; returns the outcome of each as JSON values."""
+        from appliance.ingest.archive import accept_stream
 
         outcomes = []
-        slot_for_large = self._large_slot if path.stat().st_size > _LARGE_BYTES else nullcontext()
+        slot_for_large = self._large_slot if size > _LARGE_BYTES else nullcontext()
         with slot_for_large, self._slots:
-            for outcome in accept_file(self.ingest, self._settings, path, name, source, PictureForm(**form) if form else None):
+            for outcome in accept_stream(self.ingest, self._settings, file, size, name, source, PictureForm(**form) if form else None):
                 outcomes.append(outcome_json(outcome))
                 self._count_file(upload_id, len(outcomes))
         return outcomes
@@ -143,7 +144,8 @@ class Finaliser:
             self._store.add_rejection(source, upload.length, "ingest.unreadable", "ingest failed again and again")
             return [refusal_json(upload.name, "ingest.unreadable")]
         try:
-            return self.accept(self._uploads.path(upload), upload.name, source, upload.form, upload.id)
+            with self._uploads.open(upload) as file:
+                return self.accept(file, upload.length, upload.name, source, upload.form, upload.id)
         except _StoppedError:
             raise
         except Exception:  # a thread's top level: the person gets a definite answer, the log the traceback

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from flask import Blueprint, abort, jsonify, render_template, request, url_for
 from flask.typing import ResponseReturnValue
@@ -16,6 +16,7 @@ from wtforms import ValidationError
 
 from appliance.core.domain import Source
 from appliance.core.errors import IngestError
+from appliance.store.encrypted_stream import RECORD_BYTES
 from webui.context import current_box
 from webui.formatting import format_count, format_size
 from webui.messages import RESULTS, reason_hint, reason_text
@@ -110,10 +111,11 @@ def multipart() -> ResponseReturnValue:
     with ExitStack() as stack:
         for file in files:
             stack.callback(file.close)
-            file.stream.flush()
+            stream = io.BufferedReader(cast("io.RawIOBase", file.stream), RECORD_BYTES)
+            size = stream.seek(0, io.SEEK_END)
             name = display_name(file.filename or "")
             source = Source("upload", current_user.account.username, name)
-            outcomes += finaliser.accept(Path(getattr(file.stream, "name")), name, source, form)  # noqa: B009 - IO has no name
+            outcomes += finaliser.accept(stream, size, name, source, form)
     finaliser.close_series(outcomes)
     return jsonify(outcomes=[localize_outcome(item) for item in outcomes])
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any, Final
+from typing import IO, Any, Final, cast
 
 from flask import Flask, Request, current_app, url_for
 from flask_login import current_user
 
 from appliance.core.domain import Source
 from appliance.core.errors import IngestError, StoreError
+from appliance.store.encrypted_stream import EncryptedSpool
+from appliance.store.keys import DATABASE_KEY
 from webui.context import BoxContext, current_box
 from webui.messages import RESULTS, reason_hint, reason_text
 from webui.upload.finaliser import Finaliser
@@ -55,9 +56,9 @@ def current_uploads() -> UploadService:
 def init_app(app: Flask, box: BoxContext) -> None:
     """Make the service of an application, and continue with the complete uploads that a former process left.
 
-    Multipart bodies are spooled inside the data directory, so that no patient data gets into the system's ``/tmp``.
+    Multipart bodies are spooled inside the data directory and encrypted, so that no patient data gets onto the disk.
     """
-    uploads, threads = UploadStore(box.settings, box.store.check_space), box.settings.web_threads
+    uploads, threads = UploadStore(box.settings, box.store.keys.load(DATABASE_KEY), box.store.check_space), box.settings.web_threads
     service = UploadService(
         uploads,
         Finaliser(box.store, uploads),
@@ -68,13 +69,13 @@ def init_app(app: Flask, box: BoxContext) -> None:
     box.on_stop.append(service.finaliser.stop)
 
     class SpoolingRequest(Request):
-        """A request whose uploaded files are written to the data directory."""
+        """A request whose uploaded files are written to the data directory, encrypted."""
 
         def _get_file_stream(
             self, total_content_length: int | None, content_type: str | None, filename: str | None = None, content_length: int | None = None
         ) -> IO[bytes]:
             del total_content_length, content_type, filename, content_length
-            return tempfile.NamedTemporaryFile(dir=uploads.directory, prefix="multipart-")
+            return cast("IO[bytes]", EncryptedSpool(uploads.directory))
 
     app.request_class = SpoolingRequest
     if resumed := service.finaliser.recover():

@@ -3,9 +3,12 @@
 One upload is a few files under ``incoming/uploads``, named by a random id::
 
     <id>.json       account, file name and length (written once, when it is created)
-    <id>.data       the bytes received; its length is the offset
+    <id>.data       the bytes received; their number is the offset
     <id>.tries      one byte for each attempt to ingest it
     <id>.outcome    the result (written once, before <id>.data is deleted)
+
+All but the attempts are encrypted from the first byte, each file with a key of its own
+(:mod:`appliance.store.encrypted_stream`); the plain files of an older appliance are encrypted at its first start.
 
 A crash at any point leaves an upload that can be continued, a complete one that waits for ingest, or one with an outcome. The protocol
 (tus 1.0) is in :mod:`webui.upload.tus`.
@@ -14,27 +17,30 @@ A crash at any point leaves an upload that can be continued, a complete one that
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from appliance.core.errors import IngestError, StoreError
 from appliance.core.settings import Settings
+from appliance.store import plain_files
 from appliance.store.database import store_error
+from appliance.store.encrypted_stream import DOCUMENT, MAGIC, RECORD_BYTES, EncryptedStream, decrypt_document, derive_key, encrypt_document
 from model_sync import atomic_files
 
 ABANDONED_AFTER_S: Final = 24 * 3600.0
 _SWEEP_EVERY_S: Final = 3600.0
-_CHUNK_BYTES: Final = 256 << 10
 _ID_BYTES: Final = 16
 _SUFFIXES: Final = ("data", "tries", "outcome", "json")
+_ENCRYPTED: Final = {".data": MAGIC, ".json": DOCUMENT, ".outcome": DOCUMENT}
 
 
 class BusyError(Exception):
@@ -62,18 +68,22 @@ class UploadStore:
 
     Args:
         settings: the data directory, and the caps on sizes and numbers.
+        key: 256 bits, from which the keys of the uploads are derived.
         check_space: raises StoreError ``ingest.disk_full`` when that many more bytes would not fit.
     """
 
-    def __init__(self, settings: Settings, check_space: Callable[[int], None]) -> None:
+    def __init__(self, settings: Settings, key: bytes, check_space: Callable[[int], None]) -> None:
         self._settings = settings
+        self._key = key
         self._check_space = check_space
         self.directory = settings.data_dir / "incoming" / "uploads"
         self._guard = threading.Lock()
         self._swept_at = 0.0
         self._known: dict[str, Upload] = {}
+        self._offsets: dict[str, tuple[int, int]] = {}
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._encrypt_plain()
         except OSError as error:
             raise store_error(error) from error
 
@@ -110,9 +120,14 @@ class UploadStore:
     def offset(self, upload: Upload) -> int:
         """How many bytes are stored; the full length once the outcome is known."""
         try:
-            return (self.directory / f"{upload.id}.data").stat().st_size
+            size = (self.directory / f"{upload.id}.data").stat().st_size
         except FileNotFoundError:
             return upload.length
+        known = self._offsets.get(upload.id)
+        if known is None or known[0] != size:
+            with suppress(FileNotFoundError), self._stream(upload, "rb") as stream:
+                known = self._offsets[upload.id] = size, stream.length
+        return known[1] if known else upload.length
 
     def append(self, upload: Upload, offset: int, read: Callable[[int], bytes]) -> int:
         """Write the bytes received from ``offset`` on, until the body ends or the connection breaks. Returns the new, durable offset.
@@ -132,29 +147,28 @@ class UploadStore:
                 raise ValueError("offset")
             if offset == upload.length:  # complete, and perhaps ingested already
                 return offset
-            return self._copy(upload, offset, read)
+            return self._copy(upload, read)
 
-    def _copy(self, upload: Upload, start: int, read: Callable[[int], bytes]) -> int:
-        offset, failure = start, None
-        with _open_data(self.directory / f"{upload.id}.data") as descriptor:
-            while offset < upload.length and failure is None:
+    def _copy(self, upload: Upload, read: Callable[[int], bytes]) -> int:
+        failure = None
+        with self._stream(upload, "r+b") as stream:
+            first = stream.end
+            while stream.length < upload.length and failure is None:
                 try:
-                    chunk = read(min(_CHUNK_BYTES, upload.length - offset))
+                    chunk = read(min(RECORD_BYTES, upload.length - stream.length))
                 except OSError:  # broken connection or timeout: what was received before is kept
                     break
                 if not chunk:
                     break
                 try:
                     self._check_space(len(chunk))
-                    _write_all(descriptor, chunk)
+                    stream.append(chunk)
                 except StoreError as error:
                     failure = error
                 except OSError as error:
                     failure = store_error(error)
-                    os.ftruncate(descriptor, offset)  # an unknown part of the chunk may have been written
-                else:
-                    offset += len(chunk)
-            _make_durable(descriptor, start)
+            _make_durable(stream, first)
+            offset = stream.length
         if failure is not None:
             raise failure
         return offset
@@ -163,9 +177,9 @@ class UploadStore:
         """Whether all bytes have been received."""
         return self.offset(upload) >= upload.length
 
-    def path(self, upload: Upload) -> Path:
-        """The file with the bytes, as long as there is no outcome."""
-        return self.directory / f"{upload.id}.data"
+    def open(self, upload: Upload) -> IO[bytes]:
+        """The bytes, as long as there is no outcome; raises StoreError."""
+        return io.BufferedReader(self._stream(upload, "rb"), RECORD_BYTES)
 
     def finish(self, upload: Upload, outcome: list[dict[str, Any]]) -> None:
         """Make the outcome durable, then delete the bytes: ingest has stored or refused each file."""
@@ -176,7 +190,7 @@ class UploadStore:
     def outcome(self, upload: Upload) -> list[dict[str, Any]] | None:
         """The result of each file of the upload; None while it is not known."""
         try:
-            known: list[dict[str, Any]] = json.loads((self.directory / f"{upload.id}.outcome").read_bytes())
+            known: list[dict[str, Any]] = self._load(f"{upload.id}.outcome")
         except FileNotFoundError:
             return None
         return known
@@ -184,6 +198,7 @@ class UploadStore:
     def remove(self, upload: Upload) -> None:
         """Delete a cancelled upload."""
         self._known.pop(upload.id, None)
+        self._offsets.pop(upload.id, None)
         for suffix in _SUFFIXES:
             (self.directory / f"{upload.id}.{suffix}").unlink(missing_ok=True)
 
@@ -264,35 +279,68 @@ class UploadStore:
         if upload_id in self._known and path.exists():
             return self._known[upload_id]
         try:
-            upload = Upload(**json.loads(path.read_bytes()))
+            upload = Upload(**self._load(path.name))
         except (FileNotFoundError, ValueError, TypeError):
             self._known.pop(upload_id, None)
             return None
         return self._known.setdefault(upload_id, upload)
 
     def _write(self, name: str, value: object) -> None:
-        """Write a small JSON file atomically and durably."""
-        atomic_files.write(self.directory / name, json.dumps(value, ensure_ascii=False).encode(), mode=0o600)
+        """Write a small JSON file atomically, durably and encrypted."""
+        text = json.dumps(value, ensure_ascii=False).encode()
+        atomic_files.write(self.directory / name, encrypt_document(self._key_of(name), name, text), mode=0o600)
+
+    def _load(self, name: str) -> Any:
+        """Load a small JSON file; raises ValueError where it was changed, and OSError."""
+        return json.loads(decrypt_document(self._key_of(name), name, (self.directory / name).read_bytes()))
+
+    def _key_of(self, name: str) -> bytes:
+        return derive_key(self._key, f"upload {name}")
+
+    def _stream(self, upload: Upload, mode: str) -> EncryptedStream:
+        """Open the bytes of an upload; raises StoreError."""
+        name = f"{upload.id}.data"
+        try:
+            return EncryptedStream(open(self.directory / name, mode, buffering=0), self._key_of(name), name)
+        except OSError as error:
+            raise store_error(error) from error
+
+    def _encrypt_plain(self) -> None:
+        """Encrypt the files of an older appliance; what a crash leaves is finished at the next start."""
+        for path in list(self.directory.iterdir()):
+            if path.name.endswith(plain_files.SUFFIX):
+                plain_files.finish(path.with_name(path.name.removesuffix(plain_files.SUFFIX)))
+        for path in list(self.directory.iterdir()):
+            if path.suffix in (".data", ".json", ".outcome") and (head := _head(path)) and head != _ENCRYPTED[path.suffix]:
+                self._encrypt_file(path)
+
+    def _encrypt_file(self, path: Path) -> None:
+        fresh = path.with_name(f"{path.name}.encrypting")
+        with open(path, "rb") as plain, open(fresh, "w+b", buffering=0, opener=_private) as file:
+            if path.suffix == ".data":
+                stream = EncryptedStream(file, self._key_of(path.name), path.name)
+                while chunk := plain.read(RECORD_BYTES):
+                    stream.append(chunk)
+            else:
+                file.write(encrypt_document(self._key_of(path.name), path.name, plain.read()))
+        plain_files.replace(path, fresh)
 
 
-@contextmanager
-def _open_data(path: Path) -> Iterator[int]:
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _head(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC))
+
+
+def _make_durable(stream: EncryptedStream, first: int) -> None:
+    """Fsync the written records, or remove them: after a failed fsync the content beyond ``first`` is unknown."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.fsync(stream.fileno())
     except OSError as error:
-        raise store_error(error) from error
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _make_durable(descriptor: int, start: int) -> None:
-    """Fsync the written bytes, or remove them: after a failed fsync the content beyond ``start`` is unknown."""
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        os.ftruncate(descriptor, start)
+        stream.truncate_to(first)
         raise store_error(error) from error
 
 
@@ -301,9 +349,3 @@ def _mtime(path: Path) -> float:
         return path.stat().st_mtime
     except FileNotFoundError:
         return 0.0
-
-
-def _write_all(descriptor: int, chunk: bytes) -> None:
-    view = memoryview(chunk)
-    while view:
-        view = view[os.write(descriptor, view) :]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gc
+import json
 import os
 import re
 import resource
@@ -23,6 +24,7 @@ from PIL import Image
 
 from appliance.core.errors import StoreError
 from appliance.core.settings import Settings
+from appliance.store.keys import DATABASE_KEY
 from appliance.store.store import Store
 from tests.support.scans import scan_bytes
 from tests.support.web_box import TUS, Box, Person, begin, in_process, metadata, outcome, send, served, upload, wait_for
@@ -236,7 +238,7 @@ def test_an_upload_is_its_owners_alone(box: Box, person: Person) -> None:
 def test_two_senders_of_one_upload_do_not_mix(box: Box, person: Person) -> None:
     path = begin(person, "a.dcm", 10).headers["Location"]
     held, go = threading.Event(), threading.Event()
-    own = UploadStore(box.settings, box.store.check_space)
+    own = UploadStore(box.settings, box.store.keys.load(DATABASE_KEY), box.store.check_space)
     found = own.find(path.rsplit("/", 1)[1], box.accounts.find("doctor").id)  # type: ignore[union-attr]
     assert found
 
@@ -305,7 +307,7 @@ def test_a_disk_that_fills_up_midway_keeps_what_came_and_the_upload_goes_on_when
     if where == "reserve":
         monkeypatch.setattr(own, "_check_space", full)
     else:
-        monkeypatch.setattr(*((upload_store, "_write_all") if where == "write" else (os, "fsync")), full)
+        monkeypatch.setattr(os, "pwrite" if where == "write" else "fsync", full)
     answer = send(person, path, data[100:], offset=100)
     assert (answer.status_code, answer.json()["code"]) == (507, "ingest.disk_full")
     monkeypatch.undo()
@@ -326,7 +328,7 @@ def test_a_full_disk_on_a_real_file_system_keeps_what_fits(box: Box, person: Per
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        own = UploadStore(box.settings, box.store.check_space)
+        own = UploadStore(box.settings, box.store.keys.load(DATABASE_KEY), box.store.check_space)
         found = own.find(path.rsplit("/", 1)[1], box.accounts.find("doctor").id)  # type: ignore[union-attr]
         assert found
         for _ in range(2):
@@ -382,7 +384,7 @@ def _begin_multipart(box: Box, sender: Person, length: int) -> int:
 def test_waiters_for_outcomes_are_bounded_and_the_rest_answered_at_once(tmp_path: Path) -> None:
     with served(tmp_path / "box", web_threads=8) as (server, box):
         person = box.person()
-        own = UploadStore(server.settings, box.store.check_space)
+        own = UploadStore(server.settings, box.store.keys.load(DATABASE_KEY), box.store.check_space)
         waiting = own.create(box.accounts.find("doctor").id, "doctor", "w.dcm", 3, None)  # type: ignore[union-attr]
         own.append(waiting, 0, BytesIO(b"abc").read)
         with own.lock(waiting):  # nobody can bring it in as long as this test holds it
@@ -423,9 +425,9 @@ def test_senders_are_bounded_and_the_next_is_told_to_come_again(box: Box, person
 
 
 def test_a_list_of_many_abandoned_uploads_reads_each_once(settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = UploadStore(settings, store.check_space)
+    own = UploadStore(settings, store.keys.load(DATABASE_KEY), store.check_space)
     begun = [own.create(1, "a", f"{number}.dcm", 3, None) for number in range(200)]
-    fresh, reads = UploadStore(settings, store.check_space), []
+    fresh, reads = UploadStore(settings, store.keys.load(DATABASE_KEY), store.check_space), []
     whole = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path) or whole(path))  # type: ignore[func-returns-value]
     for _ in range(5):
@@ -528,7 +530,7 @@ def test_no_room_for_the_outcome_loses_nothing(box: Box, person: Person, monkeyp
 
 
 def test_abandoned_uploads_go_after_a_day_and_acknowledged_ones_never(settings: Settings, store: Store) -> None:
-    own = UploadStore(settings, store.check_space)
+    own = UploadStore(settings, store.keys.load(DATABASE_KEY), store.check_space)
     abandoned, complete, known = (own.create(1, "a", name, 3, None) for name in ("abandoned", "complete", "known"))
     for item in (complete, known):
         own.append(item, 0, BytesIO(b"abc").read)
@@ -554,7 +556,7 @@ def test_kill_9_between_the_last_byte_and_the_door_loses_nothing(tmp_path: Path)
         half = begin(person, "half.dcm", len(data)).headers["Location"]
         send(person, half, data[:2000])
         server.kill()
-        own = UploadStore(server.settings, box.store.check_space)
+        own = UploadStore(server.settings, box.store.keys.load(DATABASE_KEY), box.store.check_space)
         whole = own.create(box.accounts.find("doctor").id, "doctor", "whole.dcm", len(data), None)  # type: ignore[union-attr]
         own.append(whole, 0, BytesIO(data).read)
         again = server.start()
@@ -603,3 +605,26 @@ def test_a_full_disk_asked_for_the_outcome_again_and_again_does_not_condemn_the_
     answer = person.get(f"{path}/outcome?wait=10")
     assert answer.status_code == 200
     assert answer.json()["outcomes"][0]["result"] in ("stored", "duplicate")
+
+
+def test_r13_uploads_that_an_older_appliance_left_are_encrypted_and_go_on(settings: Settings) -> None:
+    data, directory = scan_bytes(), settings.data_dir / "incoming" / "uploads"
+    ids = {"whole": "a" * 32, "half": "b" * 32}
+    with in_process(settings) as box:
+        box.person()
+        owner = box.accounts.find("doctor").id  # type: ignore[union-attr]
+        for kind, upload_id in ids.items():
+            upload = {"id": upload_id, "owner": owner, "actor": "doctor", "name": "王小明.dcm", "length": len(data), "form": None}
+            text = json.dumps(upload | {"created_at": time.time()}, ensure_ascii=False)
+            (directory / f"{upload_id}.json").write_text(text, "utf-8")
+            (directory / f"{upload_id}.data").write_bytes(data if kind == "whole" else data[:3000])
+    with in_process(settings) as box:
+        person = box.person()
+        files = b"".join(path.read_bytes() for path in directory.iterdir())
+        assert "王小明".encode() not in files
+        assert data[:3000] not in files
+        half = f"/api/v1/tus/{ids['half']}"
+        assert person.head(half, headers=TUS).headers["Upload-Offset"] == "3000"
+        assert send(person, half, data[3000:], offset=3000).status_code == 204
+        for upload_id in ids.values():
+            assert outcome(person, f"/api/v1/tus/{upload_id}")[0]["result"] in ("stored", "duplicate")

@@ -7,6 +7,7 @@ import os
 import struct
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -101,14 +102,14 @@ def test_a_file_too_big_for_memory_costs_only_itself(
 ) -> None:
     for name in ("1.dcm", "2.dcm"):
         (tmp_path / name).write_bytes(scan_bytes())
-    read_bytes = Path.read_bytes
 
-    def short_of_memory(path: Path) -> bytes:
-        if path.name == "1.dcm":
-            raise MemoryError
-        return read_bytes(path)
+    class Huge(io.FileIO):
+        def read(self, size: int | None = -1, /) -> Any:
+            if size == -1:
+                raise MemoryError
+            return super().read(size)
 
-    monkeypatch.setattr(Path, "read_bytes", short_of_memory)
+    monkeypatch.setattr(module, "open", lambda path, mode: (Huge if path.name == "1.dcm" else open)(path, mode), raising=False)
     got = [outcome for name in ("1.dcm", "2.dcm") for outcome in accept_file(door, settings, tmp_path / name, name, SOURCE)]
     assert [outcome.code for outcome in got] == ["ingest.too_large", ""]
 

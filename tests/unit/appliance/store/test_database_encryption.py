@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +34,8 @@ def old_box(data_dir: Path, rows: int = ROWS) -> Settings:
     """A box of an older appliance with a plain database in WAL mode, of which a part is in the log only."""
     data_dir.mkdir(parents=True)
     raw = old_database(data_dir / DATABASE_NAME, VERSION)
-    raw.execute("PRAGMA journal_mode = WAL")
+    raw.commit()
+    assert raw.execute("PRAGMA journal_mode = WAL").fetchone()[0] == "wal"
     raw.execute("PRAGMA wal_autocheckpoint = 50")
     for number in range(rows):
         raw.execute(
@@ -45,7 +47,12 @@ def old_box(data_dir: Path, rows: int = ROWS) -> Settings:
         if number % 100 == 0:
             raw.commit()
     raw.commit()
+    path = data_dir / DATABASE_NAME
+    for suffix in ("", "-wal"):  # as a power cut leaves them: closing would empty the log
+        shutil.copy(f"{path}{suffix}", f"{path}{suffix}.kept")
     raw.close()
+    for suffix in ("", "-wal"):
+        os.replace(f"{path}{suffix}.kept", f"{path}{suffix}")
     return Settings.parse({"data_dir": data_dir, "disk_reserve_bytes": 0})
 
 
@@ -183,13 +190,16 @@ print(studies(box) == ROWS, leftovers(box))
 
 
 @pytest.mark.parametrize("room_bytes", [8192, 65_536, 300_000])
-def test_a_disk_that_is_full_keeps_the_plain_database(tmp_path: Path, room_bytes: int) -> None:
+def test_a_disk_that_is_full_keeps_the_database_whole(tmp_path: Path, room_bytes: int) -> None:
     script = 'mount -t tmpfs -o size=4m none "$1" && exec "$2" -c "$3" "$1" "$4"'
     command = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh", str(tmp_path), sys.executable, FULL, str(room_bytes)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode and ("unshare" in done.stderr or "mount" in done.stderr):
         pytest.skip("this kernel lets no user mount a file system of its own")
-    assert done.stdout.split() == ["ingest.disk_full", "True", "0", "True", "[]"], done.stdout + done.stderr
+    first, *rest = done.stdout.split()
+    # With little room SQLite cannot even make its index of the log, which it reports as an I/O error; with much there is enough.
+    assert first in {8192: ("store.failed", "ingest.disk_full"), 65_536: ("ingest.disk_full",)}.get(room_bytes, (str(ROWS),)), done.stderr
+    assert rest == [str(first != str(ROWS)), "0", "True", "[]"], done.stdout + done.stderr
 
 
 def test_two_programs_that_start_at_once_migrate_once(tmp_path: Path) -> None:
@@ -271,6 +281,41 @@ def test_r46_a_database_whose_key_does_not_open_it_is_refused(tmp_path: Path, ho
     key.write_bytes(kept)
     with closing(Store(settings)) as store:
         assert store.database.verify_audit() == 1
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from appliance.store.database import Database
+database = Database(Path(sys.argv[1]), b"key", bytes(range(32)))
+for line in sys.stdin:
+    database.close()
+    database.connection().execute("SELECT count(*) FROM meta").fetchone()
+    database.close()
+    print("closed", flush=True)
+"""
+
+
+def test_a_second_opening_in_one_process_keeps_the_locks_of_the_first(tmp_path: Path) -> None:
+    """Else another program, which takes itself for the last one, deletes the log that the first still writes."""
+    path = tmp_path / "box.sqlite3"
+    first = Database(path, b"key", TEST_KEY)
+    with first.transaction() as tx:
+        tx.execute("INSERT INTO meta VALUES ('a', '1')")
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        Database(path, b"key", TEST_KEY).close()
+        other.stdin.write(b"go\n")
+        other.stdin.flush()
+        assert other.stdout.readline() == b"closed\n"
+        assert path.with_name("box.sqlite3-wal").exists()
+        with first.transaction() as tx:
+            tx.execute("INSERT INTO meta VALUES ('b', '2')")
+        first.close()
+        other.communicate()
+    with closing(Database(path, b"key", TEST_KEY)) as again:
+        assert again.number("SELECT count(*) FROM meta WHERE key IN ('a', 'b')") == 2
 
 
 def test_every_thread_has_its_own_connection_and_rows_have_names(tmp_path: Path) -> None:
