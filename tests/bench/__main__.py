@@ -28,7 +28,7 @@ from appliance.core.settings import Settings
 from appliance.lifecycle.model_control import activate, reference_bundle
 from appliance.store.store import Store
 from quantize.reference.phantom import Phantom, dataset
-from tests.bench import delta, drift, eight_bits, fleet, localisation, login, models, runtimes, truth
+from tests.bench import delta, drift, eight_bits, encryption, fleet, localisation, login, models, runtimes, truth
 from tests.bench.floor import Floor
 from tests.bench.page import measure_page
 
@@ -44,8 +44,9 @@ def main() -> int:
     parser.add_argument("--studies", type=int, default=10_000, help="studies stored for the worklist page (default 10000)")
     parser.add_argument(
         "--only",
-        choices=("scans", "models", "runtimes", "int8", "localisation", "truth", "drift", "login"),
-        help="measure the analysis of images, the life of models, the runtimes, what int8 gains in processor time (not in a full run), "
+        choices=("scans", "encryption", "models", "runtimes", "int8", "localisation", "truth", "drift", "login"),
+        help="measure the analysis of images, what encryption and audit cost of it, the life of models, the runtimes, "
+        "what int8 gains in processor time (not in a full run), "
         "where the reference model looks, or what enters, counted per kind (not in a full run); or simulate the alarm for shifted scores; "
         "or time logins while 20 threads guess passwords (not in a full run)",
     )
@@ -58,6 +59,12 @@ def main() -> int:
     try:
         if arguments.only in (None, "scans"):
             measure_scans(results, scratch, arguments)
+        if arguments.only in (None, "encryption"):
+            print("measuring what encryption and audit cost ...", file=sys.stderr)
+            template = dataset(Phantom(rows=2048, cols=2048, seed=5), name="bench", bits=16)
+            results["encryption"] = encryption.run(
+                scratch / "encryption", arguments.studies, lambda number: _plain(number, template), arguments.singles
+            )
         if arguments.only in (None, "models"):
             print("measuring what a new model costs the line, the boxes and the library (minutes) ...", file=sys.stderr)
             results["models"] = [*models.run(scratch / "models"), *delta.run(), *fleet.run()]
@@ -87,6 +94,8 @@ def main() -> int:
     print(f"\nMachine: {results['machine']}\n")
     if "box" in results:
         print_table(results, arguments.scans)
+    if "encryption" in results:
+        encryption.print_rows(results["encryption"])
     if "models" in results:
         print_rows(results["models"])
     if "runtimes" in results:
