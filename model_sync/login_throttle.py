@@ -21,6 +21,8 @@ MAX_FAILURES_EVERYWHERE: Final = 50
 LOCKOUT_S: Final = 15 * 60.0
 # Failures of one name, or from one machine, within 15 minutes: from then on each further attempt takes its turn.
 SLOW_AFTER: Final = 20
+# Failures from one machine after which it does not compete any more with the logins of other machines.
+SUSPECT_AFTER: Final = 3
 SLOW_S: Final = 1.0
 # An attempt that would have to wait longer is refused: many waiting attempts would take the server's threads.
 MAX_WAIT_S: Final = 4.0
@@ -94,10 +96,10 @@ class LoginThrottle:
             entry = self._entries.get(_key(username, peer))
             return entry is not None and entry.secret == secret and entry.locked_until > self._clock()
 
-    def has_failed(self, peer: str) -> bool:
-        """Whether a login failed from this machine in the last 15 minutes."""
+    def is_suspect(self, peer: str) -> bool:
+        """Whether several logins failed from this machine in the last 15 minutes, more than a person mistypes."""
         with self._lock:
-            return self._window(("", machine_of(peer))).failures > 0
+            return self._window(("", machine_of(peer))).failures >= SUSPECT_AFTER
 
     def wait_s(self, username: str, peer: str) -> float | None:
         """Seconds that this attempt has to wait for its turn, which it takes by this call; None where too many wait already."""

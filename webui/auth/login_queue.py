@@ -12,9 +12,10 @@ from flask import abort, request
 
 from webui.context import current_box
 
-# Machines from which a login failed lately share one place, so that all others always find one free.
+# Machines from which several logins failed share one place, so that all others always find one free, and few threads wait for it.
 _CHECKS: Final = threading.BoundedSemaphore(2)
-_CHECKS_OF_FAILED: Final = threading.BoundedSemaphore(1)
+_CHECKS_OF_SUSPECTS: Final = threading.BoundedSemaphore(1)
+_WAITING_SUSPECTS: Final = threading.BoundedSemaphore(3)
 # Attempts that wait for their turn, each on a thread of the server.
 _WAITING: Final = threading.BoundedSemaphore(6)
 _WAIT_S: Final = 5.0
@@ -37,10 +38,24 @@ def password_check(username: str) -> Iterator[None]:
             time.sleep(wait_s)
         finally:
             _WAITING.release()
-    checks = _CHECKS_OF_FAILED if throttle.has_failed(peer) else _CHECKS
-    if not checks.acquire(timeout=_WAIT_S):
+    if not throttle.is_suspect(peer):
+        with _place(_CHECKS):
+            yield
+        return
+    if not _WAITING_SUSPECTS.acquire(blocking=False):
+        abort(429)
+    try:
+        with _place(_CHECKS_OF_SUSPECTS):
+            yield
+    finally:
+        _WAITING_SUSPECTS.release()
+
+
+@contextmanager
+def _place(places: threading.BoundedSemaphore) -> Iterator[None]:
+    if not places.acquire(timeout=_WAIT_S):
         abort(429)
     try:
         yield
     finally:
-        checks.release()
+        places.release()

@@ -12,7 +12,7 @@ import requests
 from requests.adapters import HTTPAdapter
 
 from appliance.core.settings import Settings
-from model_sync.login_throttle import MAX_FAILURES, SLOW_AFTER, machine_of
+from model_sync.login_throttle import MAX_FAILURES, SLOW_AFTER, SUSPECT_AFTER, machine_of
 from tests.support.scans import scan_bytes
 from tests.support.web_box import PASSWORD, Box, Person, in_process
 from webui.auth import login_queue
@@ -196,6 +196,19 @@ def test_a_crowd_at_the_door_is_told_to_wait(box: Box, monkeypatch: pytest.Monke
     for answer in (crowd, change):
         assert answer.status_code == 429
         assert "Wait a moment" in answer.text
+
+
+def test_r3_machines_that_guess_take_neither_the_places_nor_the_threads_of_others(box: Box) -> None:
+    box.person()
+    for _ in range(SUSPECT_AFTER):
+        box.throttle.add_failure("nobody", "", "127.0.6.1")
+    guesser = from_address(box, "127.0.6.1")
+    with login_queue._WAITING_SUSPECTS, login_queue._WAITING_SUSPECTS, login_queue._WAITING_SUSPECTS:
+        assert guesser.log_in("doctor", PASSWORD).status_code == 429  # at once: it does not hold a thread
+        assert Person(box.base).log_in("doctor", PASSWORD).status_code == 302
+    with login_queue._CHECKS_OF_SUSPECTS:
+        assert Person(box.base).log_in("doctor", PASSWORD).status_code == 302
+    assert guesser.log_in("doctor", PASSWORD).status_code == 302
 
 
 def test_the_language_is_switched_and_remembered(box: Box) -> None:
