@@ -167,12 +167,13 @@ def test_r45_slow_heads_and_bodies_hold_no_thread(site: tuple[Served, Box]) -> N
         f"Upload-Offset: 0\nContent-Type: application/offset+octet-stream\nContent-Length: {len(data)}"
     )
     strange = "POST /api/v1/tus HTTP/1.1\nHost: localhost\nTus-Resumable: 1.0.0\nContent-Length: 5000000"
-    kinds = [(b"G", head[1:], 30), (request(strange), b"a", 6), (request(form), b"a", 40), (request(patch, data[:3000]), data[3000:], 1)]
+    kinds = [(b"G", head[1:], 30), (request(strange), b"a", 60), (request(form), b"a", 40), (request(patch, data[:3000]), data[3000:], 1)]
     with ExitStack() as stack:
         lines: list[tuple[socket.socket, bytes]] = []
         for begun, rest, count in kinds:
-            for _ in range(count):
-                line = stack.enter_context(line_to(box, "127.0.0.1" if begun.startswith(b"PATCH") else OTHER))
+            for number in range(count):  # the uploads of strangers come from ten machines, each within its share
+                other = f"127.0.1.{number % 10 + 1}" if begun == request(strange) else OTHER
+                line = stack.enter_context(line_to(box, "127.0.0.1" if begun.startswith(b"PATCH") else other))
                 line.sendall(begun)
                 lines.append((line, rest))
         must_end = {*range(30), len(lines) - 1}
