@@ -80,7 +80,7 @@ def frontal_parts(rows: int, cols: int, rng: np.random.Generator, opacity: Opaci
     tau += (0.012 * _noise(grid, rng, 9) + 0.010 * _noise(grid, rng, 40)) * air
     added = np.zeros((rows, cols), np.float32)
     if opacity is not None:
-        added = _plane(0.50 * opacity.strength * _patch(grid, opacity, rng) * air)
+        added = _plane(0.50 * opacity.strength * patch(grid, opacity, rng) * air)
         tau += added
     tau += _bones(grid) * np.minimum(1, body * 4)
     tau += _midline(grid) - _stomach(grid)
@@ -269,7 +269,7 @@ def _stomach(grid: Grid) -> Plane:
     return 0.12 * bubble * _step((0.872 - grid.y) / 0.01)
 
 
-def _patch(grid: Grid, opacity: Opacity, rng: np.random.Generator) -> Plane:
+def patch(grid: Grid, opacity: Opacity, rng: np.random.Generator) -> Plane:
     """A cloud with ragged borders around the opacity's centre, 0..1."""
     x, y = grid.x - opacity.x, grid.y - opacity.y
     cloud = np.zeros((grid.rows, grid.cols), np.float32)

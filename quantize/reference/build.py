@@ -1,4 +1,4 @@
-"""Build the reference bundle with the pipeline of ``quantize run``, from the trained weights and the labelled pictures.
+"""Build the reference bundle with the pipeline of ``quantize run``, from the trained weights, the head that says where, and the pictures.
 
 ``python -m quantize.reference.build --shared ../shared --out appliance/bundles/cxr-pneumonia`` writes the pictures of the held-out
 patients as the evaluation set and some of the others as the calibration set, draws the golden phantoms (no picture of a patient gets into
@@ -34,7 +34,7 @@ from quantize.pipeline import BundleRecipe, CardInputs, RunResult, run, write_re
 from quantize.progress import Progress
 from quantize.recipes import modelopt
 from quantize.recipes.variant_makers import all_makers
-from quantize.reference import model_card, training_set
+from quantize.reference import localisation_head, model_card, training_set
 from quantize.reference.phantom import Opacity, Phantom, display
 from quantize.report import plots
 
@@ -74,16 +74,13 @@ class Reference:
             QuantizeError: the file does not exist.
         """
         if not weights.is_file():
-            raise QuantizeError(
-                f"the trained weights are not at {weights}",
-                hint="point --shared to the directory that holds models/cxr_pneumonia, or train: quantize.reference.train",
-            )
+            raise QuantizeError(f"there is no model at {weights}")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         return cls(onnxruntime.InferenceSession(str(weights), options, providers=["CPUExecutionProvider"]))
 
     def __call__(self, tensor: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return probability [n, 1] and class activation map [n, 1, 7, 7] of ``tensor`` [n, 1, 224, 224]."""
+        """Return probability [n, 1] and class activation map [n, 1, 14, 14] of ``tensor`` [n, 1, 224, 224]."""
         probability, cam = self.session.run(["probability", "cam"], {INPUT.name: tensor})
         return probability, cam
 
@@ -144,10 +141,10 @@ def build(
         QuantizeError: weights or pictures are missing; or see ``quantize.pipeline.run``.
     """
     makers = tuple(maker for maker in (*all_makers(), *modelopt.makers(optimizer)) if not only or maker.name in only)
-    weights = shared / "models" / "cxr_pneumonia" / WEIGHTS
-    reference = Reference.open(weights)
     sets = out.with_name(out.name + ".sets")
     write_image_sets(shared, sets)
+    weights = localisation_head.compose(shared / "models" / "cxr_pneumonia" / WEIGHTS, sets / WEIGHTS)
+    reference = Reference.open(weights)
     apart = training_set.independent(shared / "data", reference.score)
 
     def independent(results: CardInputs) -> list[SourceMeasure]:

@@ -59,7 +59,7 @@ def augment(x: torch.Tensor) -> torch.Tensor:
     The exposure varies most: clinics send photographed films, and windows that a person has set.
     """
     x = _move(x)
-    x = _expose(x)
+    x = expose(x)
     return _mask(x).clamp(0, 1)
 
 
@@ -83,7 +83,8 @@ def _move(x: torch.Tensor) -> torch.Tensor:
     return functional.grid_sample(x, grid, align_corners=False, padding_mode="zeros")
 
 
-def _expose(x: torch.Tensor) -> torch.Tensor:
+def expose(x: torch.Tensor) -> torch.Tensor:
+    """Return the pictures [n, 1, h, w] with another contrast, brightness and gamma, some blurred, with noise."""
     import torch
     import torch.nn.functional as functional
 

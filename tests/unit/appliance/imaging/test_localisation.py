@@ -12,9 +12,10 @@ from quantize.reference.phantom import Opacity, Phantom, display, drawn_opacity
 from tests.bench.localisation import Analyser, enclosed_share, locate_phantoms, phantoms
 
 
-def test_no_outline_touches_the_background_and_their_median_is_small() -> None:
-    found = locate_phantoms(Analyser(reference_bundle()), 24)
-    assert len(found) >= 8
+def test_the_peak_lies_in_the_drawn_opacity_and_the_outline_is_small_and_on_the_body() -> None:
+    found = locate_phantoms(Analyser(reference_bundle()), 32)
+    assert len(found) >= 16
+    assert statistics.mean(bool(item.in_opacity) for item in found) >= 0.95
     assert not any(item.touches_background for item in found)
     assert statistics.median(item.area for item in found) <= 0.15
 
