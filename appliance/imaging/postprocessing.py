@@ -1,8 +1,9 @@
 """Convert the outputs of a model to findings: probability, threshold, and location in the image.
 
 The class activation map (CAM) is the logit before the sigmoid, cell by cell: the logit of the probability is formed from its cells, as
-their mean plus a bias or as the logarithm of the mean of their exponentials. Values above zero are evidence for the label. A cell covers ``input / cells`` pixels of the model's input, and its value
-belongs to the centre of that square; enlarging the map and mapping it to the image take that into account.
+their mean plus a bias or as the logarithm of the mean of their exponentials. Values above zero are evidence for the label. A cell covers
+``input / cells`` pixels of the model's input, and its value belongs to the centre of that square; enlarging the map and mapping it to the
+image take that into account.
 
 Outlines and the peak lie on the body only. The heat map is not cut: it shows what the model used, on the body or not.
 """

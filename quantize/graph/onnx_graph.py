@@ -199,6 +199,10 @@ def _inputs_of(node: Node) -> Iterator[str]:
 def _at_opset(model: Model) -> Model:
     version = opset_of(model)
     converted = copy_of(model)
+    # onnx.compose.merge_models states the opset of each part; ONNX Runtime's quantizer takes one entry of a domain only.
+    entries = {entry.domain: entry for entry in model.opset_import}
+    del converted.opset_import[:]
+    converted.opset_import.extend(entries.values())
     if version < OPSET:
         try:
             converted = version_converter.convert_version(converted, OPSET)

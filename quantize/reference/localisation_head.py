@@ -67,6 +67,7 @@ def compose(weights: Path, out: Path, head: Path = HEAD) -> Path:
     model.graph.value_info.append(_trunk_output())
     trunk = Extractor(model).extract_model(["image"], [_TRUNK_OUTPUT])
     joined = onnx_compose.merge_models(trunk, onnx.load(head), io_map=[(_TRUNK_OUTPUT, FEATURES)])
+    del joined.opset_import[1:]  # each part brought the same one
     onnx.checker.check_model(joined, full_check=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(joined, out)
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--shared", type=Path, required=True, help="directory with data/cxr_train_224.npz (pictures) and models/cxr_pneumonia/ (weights)"
     )
-    parser.add_argument("--train", type=Path, required=True, metavar="DIR", help="train with PyTorch; write localisation_head.onnx into DIR")
+    parser.add_argument("--train", type=Path, required=True, metavar="DIR", help="train with PyTorch; write the head into DIR")
     options = parser.parse_args(argv)
     return run_command(lambda: _train(options))
 

@@ -165,13 +165,13 @@ def _make_examples(pictures: TrainingSet, trunk: Any, recipe: Recipe, folder: Pa
     positive = pictures.positive[chosen].astype(np.float32)
     draws = sampling_weights(pictures, training, recipe.balance)
     draws = draws / draws.mean()
-    films = [np.float32(pictures.picture(int(index))) / 255 for index in chosen]
+    films = [_film(pictures, int(index)) for index in chosen]
     for turn in range(1 + recipe.augmented):
         made = (_moved(film) if turn else film for film in films)
         features, logits = _features(trunk, made, len(films), folder / f"films{turn}")
         # Half of what the trained weights said of the very picture, half of its label.
-        target = 0.5 / (1 + np.exp(-logits)) + 0.5 * (0.96 * positive + 0.02)
-        yield Examples(features, target.astype(np.float32), 1.0, draws)
+        taught = 0.5 / (1 + np.exp(-logits)) + 0.5 * (0.96 * positive + 0.02)
+        yield Examples(features, taught.astype(np.float32), 1.0, draws)
     normal = [film for film, ill in zip(films, positive, strict=True) if not ill]
     for name, target, weight, count, make in (
         ("drawn", 0.90, 0.3, recipe.drawn_into_films, lambda: draw_into_film(normal[rng.integers(len(normal))], rng)),
@@ -205,6 +205,10 @@ def _exposed(make: Callable[[], Example], covered: NDArray[np.float16], rng: np.
         yield picture
 
 
+def _film(pictures: TrainingSet, index: int) -> Picture:
+    return np.asarray(pictures.picture(index) / 255, np.float32)
+
+
 def _moved(film: Picture) -> Picture:
     return np.asarray(augment(torch.from_numpy(film)[None, None])[0, 0].numpy(), np.float32)
 
@@ -213,21 +217,21 @@ def draw_into_film(film: Picture, rng: np.random.Generator) -> Example:
     """Draw an opacity into a film, [224, 224] in 0..1, where it is dark within its trunk: mostly in a lung."""
     if rng.random() < 0.5:
         film = film[:, ::-1]
-    blurred = Image.fromarray(np.uint8(film * 255)).filter(ImageFilter.GaussianBlur(5))
-    smooth = np.float32(blurred) / 255
+    blurred = Image.fromarray((film * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(5))
+    smooth = np.asarray(blurred, np.float32) / 255
     dark, bright = np.percentile(smooth[40:180, 30:194], (10, 90))
     air = np.clip((dark + 0.65 * (bright - dark) - smooth) / (0.35 * (bright - dark) + 1e-3), 0, 1) * (smooth > 0.05)
     coarse = 56
     at = (np.arange(coarse, dtype=np.float32) + 0.5) / coarse
     grid = anatomy.Grid(coarse, coarse, (at - 0.5)[None], at[:, None])
-    small_air = np.asarray(Image.fromarray(np.float32(air)).resize((coarse, coarse)))
+    small_air = np.asarray(Image.fromarray(np.asarray(air, np.float32)).resize((coarse, coarse)))
     candidates = []
     for _ in range(4):
         opacity = Opacity(rng.uniform(-0.36, 0.36), rng.uniform(0.2, 0.78), rng.uniform(0.05, 0.13), rng.uniform(0.5, 1))
         patch = anatomy.patch(grid, opacity, rng)
         candidates.append((float((patch * small_air).sum() / opacity.size), patch, opacity))
     _, patch, opacity = max(candidates, key=lambda candidate: candidate[0])
-    large = np.asarray(Image.fromarray(np.float32(patch)).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)) * air
+    large = np.asarray(Image.fromarray(np.asarray(patch, np.float32)).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)) * air
     added = (0.30 + 0.35 * rng.random()) * opacity.strength * large
     return np.clip(film + added, 0, 1).astype(np.float32), added >= _IN_OPACITY * max(float(added.max()), 1e-3)
 
@@ -249,7 +253,7 @@ def _phantom_maker(first_seed: int, rng: np.random.Generator, *, is_opaque: bool
         if opacity is None:
             return picture, np.zeros((_SIDE, _SIDE), np.bool_)
         added = drawn_opacity(phantom)
-        return picture, from_display(np.uint8(255 * (added >= _IN_OPACITY * added.max())), INPUT).tensor[0, 0] > 0.5
+        return picture, from_display((added >= _IN_OPACITY * added.max()).astype(np.uint8) * 255, INPUT).tensor[0, 0] > 0.5
 
     return make
 
@@ -313,7 +317,7 @@ def _figures(head: Head, pictures: TrainingSet, trunk: Any, held_out: NDArray[np
     scores: dict[str, list[float]] = {"trained weights": [], "head": []}
     with torch.inference_mode():
         for start in range(0, len(held_out), _BATCH):
-            films = np.stack([np.float32(pictures.picture(int(index))) / 255 for index in held_out[start : start + _BATCH]])[:, None]
+            films = np.stack([_film(pictures, int(index)) for index in held_out[start : start + _BATCH]])[:, None]
             features, logits = run_trunk(trunk, films)
             scores["trained weights"] += (1 / (1 + np.exp(-logits))).tolist()
             scores["head"] += torch.sigmoid(head(torch.from_numpy(features).float())[0][:, 0]).tolist()

@@ -47,6 +47,7 @@ def test_weights_that_are_absent_or_of_another_network_are_refused(tmp_path: Pat
         localisation_head.compose(tmp_path / "absent.onnx", tmp_path / "out.onnx")
     value = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 1, 224, 224])
     out = helper.make_tensor_value_info("out", TensorProto.FLOAT, ["n", 1, 224, 224])
-    onnx.save(helper.make_model(helper.make_graph([helper.make_node("Relu", ["image"], ["out"])], "g", [value], [out])), tmp_path / "x.onnx")
+    graph = helper.make_graph([helper.make_node("Relu", ["image"], ["out"])], "other", [value], [out])
+    onnx.save(helper.make_model(graph), tmp_path / "x.onnx")
     with pytest.raises(QuantizeError, match="no tensor"):
         localisation_head.compose(tmp_path / "x.onnx", tmp_path / "out.onnx")

@@ -94,6 +94,13 @@ def test_an_old_opset_is_raised_and_a_newer_one_left() -> None:
     assert [entry.version for entry in clean_up(newer.model("y")).opset_import] == [20]
 
 
+def test_an_opset_that_is_stated_twice_is_stated_once() -> None:
+    """As ``onnx.compose.merge_models`` leaves it."""
+    model = residual()
+    model.opset_import.append(helper.make_opsetid("", model.opset_import[0].version))
+    assert len(clean_up(model).opset_import) == 1
+
+
 def test_nodes_without_a_name_or_with_the_same_get_one_of_their_own() -> None:
     model = residual()
     for node in model.graph.node:
