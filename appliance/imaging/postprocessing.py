@@ -35,11 +35,12 @@ if TYPE_CHECKING:
     Box: TypeAlias = tuple[float, float, float, float]
 
 HEATMAP_SIDE: Final = 256
-# The outline encloses the area where the map is above this share of its maximum. Chosen by measurement: at a half the median outline of the
-# positive test pictures covers 36 % of the picture, at three quarters 14 % (docs/adr/0037-outline-and-map.md).
-OUTLINE_FRACTION: Final = 0.75
-# Further contours inside the outline.
-INNER_FRACTIONS: Final = (0.9,)
+# The outline encloses the area where the map is above the first of these shares of its maximum, the inner contours that above the others.
+# Chosen by measurement: on a map of 7 x 7 half of the maximum encloses 36 % of the picture, three quarters 14 % (ADR 0037); on one of
+# 14 x 14 a third covers most of a drawn opacity and 7 % of a real positive picture, three quarters not even 1 % (ADR 0052).
+COARSE_LEVELS: Final = (0.75, 0.9)
+FINE_LEVELS: Final = (0.3, 0.6, 0.9)
+_FINE_CELLS: Final = 14
 # A finer grid would only make the outlines longer: one cell of a map of 14 x 14 spans 9 of these steps.
 _OUTLINE_SIDE: Final = 128
 # The map of a negative finding is fainter, so that it never looks like a mark; 128 levels still show its maximum.
@@ -59,8 +60,9 @@ class Localisation:
     Attributes:
         peak: the centre of the strongest cell of the map, clipped to the image where the cell extends into the padding; where that is
             not on the body, the strongest place on the body.
-        outline: closed polygons around the area of the body above ``OUTLINE_FRACTION`` of the maximum there; empty for a negative finding.
-        inner_contours: the same for each of ``INNER_FRACTIONS``.
+        outline: closed polygons around the area of the body above the first of the map's levels (:func:`contour_levels`), in shares of the
+            maximum there; empty for a negative finding.
+        inner_contours: the same for each of the other levels.
         heatmap_png: 8-bit grey PNG, longest side ``HEATMAP_SIDE``, covering exactly the image; 0 is no evidence, the maximum is 255 for
             a positive finding and 128 for a negative one.
         outside_body: whether the strongest evidence lies outside the body, so that the score rests on something that is no anatomy.
@@ -139,13 +141,19 @@ def localise(cam: Map, geometry: Geometry, score: float, threshold: float, body:
     whole = _enlarged(evidence, geometry, box, _OUTLINE_SIDE)
     inside = _inside(body, whole.shape)
     shown = np.where(inside, whole, np.float32(0))
-    outlines: list[Polygons] = [() for _ in (OUTLINE_FRACTION, *INNER_FRACTIONS)]
+    levels = contour_levels(cam)
+    outlines: list[Polygons] = [() for _ in levels]
     if positive and part.max() > 0 and shown.max() > 0:
-        outlines = [_outline(shown, geometry, fraction) for fraction in (OUTLINE_FRACTION, *INNER_FRACTIONS)]
-    contours = tuple(Contour(level, lines) for level, lines in zip(INNER_FRACTIONS, outlines[1:], strict=True) if lines)
+        outlines = [_outline(shown, geometry, level) for level in levels]
+    contours = tuple(Contour(level, lines) for level, lines in zip(levels[1:], outlines[1:], strict=True) if lines)
     outside = bool(shown.max() < _OUTSIDE_SHARE * whole.max())
     peak = geometry.to_file(*_peak(part, geometry, box, shown, inside))
     return Localisation(peak, outlines[0], _png(np.asarray(heat_map * strength, np.float32)), contours, outside)
+
+
+def contour_levels(cam: Map) -> tuple[float, ...]:
+    """Return the levels of the outline and of the inner contours of a map [h, w], in shares of its maximum."""
+    return FINE_LEVELS if min(cam.shape) >= _FINE_CELLS else COARSE_LEVELS
 
 
 def _inside(body: Flags | None, shape: tuple[int, ...]) -> Flags:

@@ -22,7 +22,7 @@ from quantize.reference import build, phantom, train, training_set
 from tests.support.quantize_site import only_onnxruntime
 
 BUNDLE = Path(__file__).resolve().parents[3] / "appliance" / "bundles" / build.NAME
-THRESHOLD = 0.3664
+THRESHOLD = 0.6208
 # The candidates that won; the others take minutes.
 SHIPPED = ("fp16", "int8-unsigned-everything-7bit-minmax")
 
@@ -41,7 +41,7 @@ def reference(bundle: ModelBundle) -> build.Reference:
 
 
 def test_the_bundle_is_small_enough_to_be_shipped(bundle: ModelBundle) -> None:
-    assert sum(path.stat().st_size for path in bundle.directory.rglob("*")) <= 26 * 1000 * 1000
+    assert sum(path.stat().st_size for path in bundle.directory.rglob("*")) <= 12 * 1000 * 1000
 
 
 def test_the_manifest_is_written_the_canonical_way(bundle: ModelBundle) -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from appliance.core.errors import InferenceError
 from appliance.imaging.orientation import Orientation
-from appliance.imaging.postprocessing import HEATMAP_SIDE, INNER_FRACTIONS, OUTLINE_FRACTION, Localisation, classify, localise
+from appliance.imaging.postprocessing import HEATMAP_SIDE, Localisation, classify, contour_levels, localise
 from appliance.imaging.preprocessing import Geometry, from_display
 from appliance.runtime import Candidate, open_runtime
 from model_sync.bundle import InputSpec, Manifest
@@ -132,7 +132,7 @@ def test_outline_encloses_the_peak(row: int, column: int) -> None:
     cell = 1000 / 7
     xs, ys = np.array(place.outline[0]).T
     # from the peak the value falls to nothing within a cell: half of it after half a cell
-    reach = cell * (1 - OUTLINE_FRACTION)
+    reach = cell * (1 - contour_levels(one_hot(row, column, 0.0))[0])
     for values, centre in ((xs, place.peak[0]), (ys, place.peak[1])):
         assert values.min() == pytest.approx(max(0, centre - reach), abs=0.15 * cell) or centre < cell
         assert values.max() == pytest.approx(min(1000, centre + reach), abs=0.15 * cell) or centre > 1000 - cell
@@ -178,7 +178,7 @@ def area(polygons: Sequence[Sequence[tuple[float, float]]]) -> float:
 @given(cam=arrays.arrays(np.float32, (14, 14), elements=st.floats(-20, 20, width=32)), size=st.sampled_from(SIZES[:5]))
 def test_inner_contours_lie_one_in_the_other(cam: np.ndarray[Any, Any], size: tuple[int, int]) -> None:
     place = localise(cam, letterboxed(*size), 0.9, 0.5)
-    assert [contour.level for contour in place.inner_contours] == list(INNER_FRACTIONS)[: len(place.inner_contours)]
+    assert [contour.level for contour in place.inner_contours] == list(contour_levels(cam)[1:])[: len(place.inner_contours)]
     areas = [area(polygons) for polygons in (place.outline, *(contour.polygons for contour in place.inner_contours))]
     assert all(inner <= outer + 1 for outer, inner in pairwise(areas))
 
