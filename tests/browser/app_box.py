@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from playwright.sync_api import Browser, BrowserContext, Page
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page
 
 from appliance.core.settings import Settings
 from appliance.lifecycle.model_control import reference_bundle
@@ -83,7 +83,7 @@ class Clinician:
     def open(self) -> Page:
         """Another tab."""
         page = self.context.new_page()
-        page.on("console", lambda message: self.errors.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("console", self._note_console)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on(
             "request",
@@ -93,6 +93,10 @@ class Clinician:
 
     def speak(self, language: str) -> None:
         self.context.add_cookies([{"name": "lang", "value": language, "url": self.app.url}])
+
+    def _note_console(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self.errors.append(f"{message.text} {message.location['url']}")
 
     def log_in(self, username: str, language: str = "en") -> None:
         """Log in with a password of one's own."""
@@ -110,5 +114,5 @@ class Clinician:
 
     def clean(self) -> None:
         """Nothing went wrong and nothing left the box."""
-        assert self.errors == []
+        assert self.errors == [], self.errors
         assert self.outside == []
