@@ -33,6 +33,7 @@ REFUSED = {
     "serve": (["serve", "LIB", "--device-ca", "ca"], 2, "no passphrase was given"),
     "device-ca": (["device-ca", "ca", "--passphrase-file", "absent.txt"], 2, "absent.txt"),
     "token": (["token", "new", "box-1", "--library", "LIB"], 2, "is no library"),
+    "acknowledge-audit": (["acknowledge-audit", "box-1", "--note", "replaced", "--library", "LIB"], 2, "is no library"),
     "deny": (["deny", "box-1", "--library", "LIB"], 2, "is no library"),
     "allow": (["allow", "box-1", "--library", "LIB"], 2, "is no library"),
     "move": (["move", "box-1", "--ring", "stable", "--library", "LIB"], 2, "is no library"),
