@@ -24,7 +24,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Final
@@ -121,13 +121,15 @@ class UploadStore:
         """How many bytes are stored; the full length once the outcome is known."""
         try:
             size = (self.directory / f"{upload.id}.data").stat().st_size
-        except FileNotFoundError:
+            known = self._offsets.get(upload.id)
+            if known is None or known[0] != size:
+                with self._open(upload, "rb") as stream:
+                    known = self._offsets[upload.id] = size, stream.length
+        except FileNotFoundError:  # perhaps deleted since: the outcome is known
             return upload.length
-        known = self._offsets.get(upload.id)
-        if known is None or known[0] != size:
-            with suppress(FileNotFoundError), self._stream(upload, "rb") as stream:
-                known = self._offsets[upload.id] = size, stream.length
-        return known[1] if known else upload.length
+        except OSError as error:
+            raise store_error(error) from error
+        return known[1]
 
     def append(self, upload: Upload, offset: int, read: Callable[[int], bytes]) -> int:
         """Write the bytes received from ``offset`` on, until the body ends or the connection breaks. Returns the new, durable offset.
@@ -299,11 +301,14 @@ class UploadStore:
 
     def _stream(self, upload: Upload, mode: str) -> EncryptedStream:
         """Open the bytes of an upload; raises StoreError."""
-        name = f"{upload.id}.data"
         try:
-            return EncryptedStream(open(self.directory / name, mode, buffering=0), self._key_of(name), name)
+            return self._open(upload, mode)
         except OSError as error:
             raise store_error(error) from error
+
+    def _open(self, upload: Upload, mode: str) -> EncryptedStream:
+        name = f"{upload.id}.data"
+        return EncryptedStream(open(self.directory / name, mode, buffering=0), self._key_of(name), name)
 
     def _encrypt_plain(self) -> None:
         """Encrypt the files of an older appliance; what a crash leaves is finished at the next start."""

@@ -437,6 +437,20 @@ def test_a_list_of_many_abandoned_uploads_reads_each_once(settings: Settings, st
     assert fresh.find(begun[0].id, 1) is None
 
 
+def test_an_upload_that_is_finished_while_its_offset_is_asked_for_is_complete(
+    settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = UploadStore(settings, store.keys.load(DATABASE_KEY), store.check_space)
+    begun = own.create(1, "a", "film.dcm", 3, None)
+
+    def finished_first(path: Path, *args: Any, **kwargs: Any) -> Any:
+        path.unlink()
+        return open(path, *args, **kwargs)
+
+    monkeypatch.setattr(upload_store, "open", finished_first, raising=False)
+    assert own.offset(begun) == 3
+
+
 def test_the_upload_page_shows_the_newest_of_many_interrupted_uploads(box: Box, person: Person) -> None:
     for number in range(60):
         begin(person, f"film-{number}.dcm", 10)
