@@ -1,6 +1,6 @@
 """The supervisor: starts the processes of the box (worker, receiver, web server, nginx, audit sender), restarts what crashed, stops them.
 
-nginx runs only where the page has a certificate, and is told to load a new one. The supervisor imports little, so that it has no
+nginx runs only where the page has a certificate; a signal makes it load a new one. The supervisor imports little, so that it has no
 reason to crash.
 """
 

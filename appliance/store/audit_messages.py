@@ -86,7 +86,7 @@ class AuditMessages:
     # -- who -----------------------------------------------------------------------------------------------------------
 
     def _participants(self, fields: dict[str, Any]) -> Iterator[ET.Element]:
-        """Who took part, in the roles of the event's table; whoever caused it is the requestor."""
+        """Who took part, in the roles of the event's table; the person or program that caused it is the requestor."""
         event, actor, peer = fields["event"], fields["actor"], str(fields["detail"].get("peer", ""))
         if event == audit.APPLICATION_ACTIVITY[0]:
             yield _participant(self._ae_title, False, _APPLICATION)

@@ -49,7 +49,7 @@ def open_box(path: Path) -> Store:
 
 
 def replace_audit_key(settings: Settings, actor: str, reason: str) -> None:
-    """Give a box whose audit key is lost a new one; that, and whoever did it, stays in the audit as a break until it is acknowledged.
+    """Give a box whose audit key is lost a new one; the audit shows this, and who did it, as a break until it is acknowledged.
 
     What the old file holds is kept beside the new one.
 

@@ -1,4 +1,4 @@
-"""Build the reference bundle with the pipeline of ``quantize run``, from the trained weights, the head that says where, and the pictures.
+"""Build the reference bundle with the pipeline of ``quantize run``, from the trained weights, the localisation head and the pictures.
 
 ``python -m quantize.reference.build --shared ../shared --out appliance/bundles/cxr-pneumonia`` writes the pictures of the held-out
 patients as the evaluation set and some of the others as the calibration set, draws the golden phantoms (no picture of a patient gets into

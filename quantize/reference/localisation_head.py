@@ -1,4 +1,4 @@
-"""The head of the reference model that says where: a map of 14 x 14 cells from which the probability is formed.
+"""The localisation head of the reference model: a map of 14 x 14 cells from which the probability is formed.
 
 The trained weights end in a map of 7 x 7 whose cells see the whole picture, so that its peak is rarely where the opacity is
 (docs/adr/0037-outline-and-map.md). Their features at 14 x 14, before the last four convolutions, do change there. The head takes these
@@ -91,7 +91,7 @@ def _load(weights: Path) -> onnx.ModelProto:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train the head that says where, and print its figures on the held-out patients."""
+    """Train the localisation head, and print its figures on the held-out patients."""
     parser = argparse.ArgumentParser(prog="python -m quantize.reference.localisation_head", description=main.__doc__)
     parser.add_argument(
         "--shared", type=Path, required=True, help="directory with data/cxr_train_224.npz (pictures) and models/cxr_pneumonia/ (weights)"

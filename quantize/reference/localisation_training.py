@@ -1,9 +1,8 @@
-"""How the head that says where is trained, in PyTorch on the CPU; imported only where it is trained, never on a box.
+"""How the localisation head is trained, in PyTorch on the CPU; imported only where it is trained, never on a box.
 
-Its pictures are of four kinds: the training films with their labels, as they are and moved and exposed otherwise; normal training films
-with an opacity drawn into a lung; phantoms with an opacity; and phantoms without one. Of the second and third kind it is known where the
-opacity is: there the cells have to be higher than elsewhere. The weights before the head stay as they are, so that what they make of a
-picture is computed once.
+Four kinds of pictures train it: the training films with their labels, unchanged and augmented; normal training films with an opacity drawn
+into a lung; phantoms with an opacity; phantoms without one. In the second and third kind the place of the opacity is known: the loss makes
+the cells inside it higher than the cells outside. The weights before the head do not change, so their features are computed once.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Examples:
-    """What the weights before the head make of pictures of one kind.
+    """The features of pictures of one kind, and what is to be learnt from them.
 
     Attributes:
         features: float16 [n, 160, 14, 14].

@@ -27,7 +27,7 @@ _HEAD = re.compile(rb'<(\d+)>1 (\S+) (\S+) clinicbox - DICOM\+RFC3881 \[meta seq
 
 
 class SyslogServer:
-    """A server of RFC 5425: counts octets, keeps every message; may be told to read nothing."""
+    """A server of RFC 5425: counts octets, keeps every message; can be set to read nothing."""
 
     def __init__(self, tls: Path, port: int = 0, *, reads: bool = True, host: str = "127.0.0.1") -> None:
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -208,7 +208,7 @@ def test_status_says_what_runs_what_is_wanted_what_is_wrong_and_what_to_do(
 def test_status_says_when_the_report_of_the_box_is_absent_or_cannot_be_read(
     box: Box, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], language: str, unreadable: str, absent: str
 ) -> None:
-    """Two accounts without a common group: the fleet went blind, and nobody was told."""
+    """Two accounts without a common group: the box's report was missing from the fleet, without a message."""
     monkeypatch.setenv("LC_ALL", language)
     run(box, "pull")
     capsys.readouterr()

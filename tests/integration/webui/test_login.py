@@ -267,7 +267,7 @@ def test_r3_a_name_guessed_from_many_addresses_is_slowed_and_its_owner_gets_in(b
     assert box.throttle.wait_s("doctor", "127.0.2.2") > 0  # the turn after that one
     owner.post("/logout")
     assert owner.log_in("doctor", PASSWORD).status_code == 302  # at the usual PC nobody waits
-    assert from_address(box, "127.0.3.1").log_in("doctor", PASSWORD).status_code == 302  # elsewhere a moment
+    assert from_address(box, "127.0.3.1").log_in("doctor", PASSWORD).status_code == 302  # from another address, after a moment
 
 
 def test_r3_more_guesses_than_turns_are_asked_to_wait_whatever_the_name(box: Box) -> None:

@@ -1,4 +1,4 @@
-"""``appliance tls status`` and the status page: what a technician is told of the certificates, in both languages."""
+"""``appliance tls status`` and the status page: what they say of the certificates, in both languages."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ _numbers = count()
 
 
 class Machine:
-    """A machine that boots when told; a box on it with its journal."""
+    """A machine whose boots the test controls, and the journal of a box on it."""
 
     def __init__(self, store: Store, file: Path) -> None:
         self.store, self.journal, self._file = store, Journal(store), file
