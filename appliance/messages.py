@@ -101,6 +101,9 @@ _CODES: Final[Mapping[str, Message]] = {
     "job.memory_input": Message("Not enough memory to decode or prepare the image; the model did not run", _RETRY),
     "job.error": Message("The analysis failed", _RETRY),
     "store.missing": Message("There is no such record", "Reload the page."),
+    "store.outcome_damaged": Message(
+        "The result of this upload was damaged on the disk", "Look for the image in the worklist; where it is absent, send it again."
+    ),
     "store.tampered": Message("A stored file failed its integrity check", "Do not use this image; call the technician."),
     "choice.measured": Message("Measured fastest on this box", _NOTHING),
     "choice.measured_part": Message("Fastest of the measured candidates; some were not measured, for lack of time", _MEASURE),

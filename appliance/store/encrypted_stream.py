@@ -28,6 +28,15 @@ _TAG_BYTES: Final = 16
 DOCUMENT: Final = b"CED1"
 
 
+FileState = tuple[int, int]
+"""Size in bytes and time of the last change in ns; another content of a file has another state."""
+
+
+def file_state(status: os.stat_result) -> FileState:
+    """The state of a file."""
+    return status.st_size, status.st_mtime_ns
+
+
 class EncryptedStream(io.RawIOBase):
     """An encrypted file that is read at any place and written at its end.
 
@@ -38,6 +47,7 @@ class EncryptedStream(io.RawIOBase):
 
     Attributes:
         length: bytes that it holds, before encryption.
+        opened: state of the file in which its records were counted.
     """
 
     def __init__(self, file: IO[bytes], key: bytes, context: str) -> None:
@@ -81,6 +91,7 @@ class EncryptedStream(io.RawIOBase):
             self._places.pop()
             self.length = self._starts.pop()
         self._end = end
+        self._decrypted = (-1, b"")
         os.ftruncate(self._file.fileno(), end if self._places else 0)
 
     @property
@@ -128,7 +139,8 @@ class EncryptedStream(io.RawIOBase):
         super().close()
 
     def _find_records(self) -> None:
-        size = os.fstat(self._file.fileno()).st_size
+        self.opened = file_state(os.fstat(self._file.fileno()))
+        size = self.opened[0]
         if os.pread(self._file.fileno(), len(MAGIC), 0) != MAGIC:  # empty, or cut off within the first bytes
             return
         while self._end + _HEAD.size <= size:

@@ -61,10 +61,18 @@ class Finaliser:
 
     def recover(self) -> int:
         """Continue with the uploads that were complete when the last process ended; returns how many."""
-        pending = [upload for upload in self._uploads.unfinished() if self._uploads.is_complete(upload)]
-        for upload in pending:
+        return sum(self._recover(upload) for upload in list(self._uploads.unfinished()))
+
+    def _recover(self, upload: Upload) -> bool:
+        """Continue with one upload if it is complete; one that the disk does not give waits for the next start."""
+        try:
+            if not self._uploads.is_complete(upload):
+                return False
             self.submit(upload)
-        return len(pending)
+        except StoreError as error:
+            logger.error("upload left to the next start", extra={"code": error.code})
+            return False
+        return True
 
     def submit(self, upload: Upload) -> None:
         """Start the ingest of a complete upload, unless it runs already or is done."""
@@ -124,12 +132,16 @@ class Finaliser:
     def _run(self, upload: Upload) -> None:
         try:
             with self._uploads.lock(upload, wait=True):
-                if self._uploads.outcome(upload) is None:
+                if self._uploads.outcome(upload) is None and self._uploads.is_complete(upload):
                     self._uploads.finish(upload, self._outcome(upload))
         except _StoppedError:
             logger.info("upload left to the next start")
-        except StoreError:  # cancelled while it waited
-            logger.info("upload cancelled")
+        except StoreError as error:
+            if error.code == "store.missing":
+                logger.info("upload cancelled")
+            else:  # the disk failed, not the upload: its bytes are kept
+                logger.error("upload left to the next start", extra={"code": error.code})
+                self._uploads.reset_attempts(upload)
         except OSError:  # the disk has no room for the outcome: the complete upload waits for the next start
             logger.exception("outcome not recorded")
             self._uploads.reset_attempts(upload)
@@ -143,14 +155,14 @@ class Finaliser:
         if self._uploads.count_attempt(upload) > _MAX_ATTEMPTS:
             self._store.add_rejection(source, upload.length, "ingest.unreadable", "ingest failed again and again")
             return [refusal_json(upload.name, "ingest.unreadable")]
-        try:
-            with self._uploads.open(upload) as file:
+        with self._uploads.open(upload) as file:
+            try:
                 return self.accept(file, upload.length, upload.name, source, upload.form, upload.id)
-        except _StoppedError:
-            raise
-        except Exception:  # a thread's top level: the person gets a definite answer, the log the traceback
-            logger.exception("ingest failed")
-            return [refusal_json(upload.name, "ingest.unreadable")]
+            except _StoppedError:
+                raise
+            except Exception:  # a thread's top level: the person gets a definite answer, the log the traceback
+                logger.exception("ingest failed")
+                return [refusal_json(upload.name, "ingest.unreadable")]
 
 
 def outcome_json(outcome: Outcome) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def current_uploads() -> UploadService:
 def init_app(app: Flask, box: BoxContext) -> None:
     """Make the service of an application, and continue with the complete uploads that a former process left.
 
-    Multipart bodies are spooled inside the data directory and encrypted, so that no patient data gets onto the disk.
+    Multipart bodies are spooled inside the data directory and encrypted, so that no patient data is on the disk in plain form.
     """
     uploads, threads = UploadStore(box.settings, box.store.keys.load(DATABASE_KEY), box.store.check_space), box.settings.web_threads
     service = UploadService(

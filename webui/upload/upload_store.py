@@ -19,6 +19,7 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import logging
 import os
 import secrets
 import threading
@@ -31,16 +32,19 @@ from typing import IO, Any, Final
 
 from appliance.core.errors import IngestError, StoreError
 from appliance.core.settings import Settings
-from appliance.store import plain_files
+from appliance.store import encrypted_stream, plain_files
 from appliance.store.database import store_error
-from appliance.store.encrypted_stream import DOCUMENT, MAGIC, RECORD_BYTES, EncryptedStream, decrypt_document, derive_key, encrypt_document
+from appliance.store.encrypted_stream import RECORD_BYTES, EncryptedStream
 from model_sync import atomic_files
 
+logger = logging.getLogger(__name__)
+
 ABANDONED_AFTER_S: Final = 24 * 3600.0
+_OUTCOME_DAMAGED: Final = "store.outcome_damaged"
 _SWEEP_EVERY_S: Final = 3600.0
 _ID_BYTES: Final = 16
 _SUFFIXES: Final = ("data", "tries", "outcome", "json")
-_ENCRYPTED: Final = {".data": MAGIC, ".json": DOCUMENT, ".outcome": DOCUMENT}
+_ENCRYPTED: Final = {".data": encrypted_stream.MAGIC, ".json": encrypted_stream.DOCUMENT, ".outcome": encrypted_stream.DOCUMENT}
 
 
 class BusyError(Exception):
@@ -80,7 +84,7 @@ class UploadStore:
         self._guard = threading.Lock()
         self._swept_at = 0.0
         self._known: dict[str, Upload] = {}
-        self._offsets: dict[str, tuple[int, int]] = {}
+        self._offsets: dict[str, tuple[encrypted_stream.FileState, int]] = {}
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._encrypt_plain()
@@ -120,11 +124,11 @@ class UploadStore:
     def offset(self, upload: Upload) -> int:
         """How many bytes are stored; the full length once the outcome is known."""
         try:
-            size = (self.directory / f"{upload.id}.data").stat().st_size
+            state = encrypted_stream.file_state((self.directory / f"{upload.id}.data").stat())
             known = self._offsets.get(upload.id)
-            if known is None or known[0] != size:
+            if known is None or known[0] != state:
                 with self._open(upload, "rb") as stream:
-                    known = self._offsets[upload.id] = size, stream.length
+                    known = self._offsets[upload.id] = stream.opened, stream.length
         except FileNotFoundError:  # perhaps deleted since: the outcome is known
             return upload.length
         except OSError as error:
@@ -186,15 +190,26 @@ class UploadStore:
     def finish(self, upload: Upload, outcome: list[dict[str, Any]]) -> None:
         """Make the outcome durable, then delete the bytes: ingest has stored or refused each file."""
         self._write(f"{upload.id}.outcome", outcome)
+        self._offsets.pop(upload.id, None)
         for suffix in ("data", "tries"):
             (self.directory / f"{upload.id}.{suffix}").unlink(missing_ok=True)
 
     def outcome(self, upload: Upload) -> list[dict[str, Any]] | None:
-        """The result of each file of the upload; None while it is not known."""
+        """The result of each file of the upload; None while it is not known.
+
+        Raises:
+            StoreError: ``store.outcome_damaged``: it was damaged, and the bytes are deleted, so that they cannot be ingested again.
+        """
         try:
             known: list[dict[str, Any]] = self._load(f"{upload.id}.outcome")
         except FileNotFoundError:
             return None
+        except ValueError as error:
+            if (self.directory / f"{upload.id}.data").exists():
+                return None
+            raise StoreError(_OUTCOME_DAMAGED) from error
+        except OSError as error:
+            raise store_error(error) from error
         return known
 
     def remove(self, upload: Upload) -> None:
@@ -210,7 +225,12 @@ class UploadStore:
         """Uploads without an outcome, of one account or of all, oldest first."""
         with os.scandir(self.directory) as entries:
             names = [entry.name.removesuffix(".data") for entry in entries if entry.name.endswith(".data")]
-        waiting = [upload for name in names if (upload := self._read(name)) is not None]
+        waiting = []
+        for name in names:
+            try:
+                waiting += [upload] if (upload := self._read(name)) else []
+            except StoreError as error:
+                logger.error("upload not listed", extra={"code": error.code})
         for upload in sorted(waiting, key=lambda item: item.created_at):
             if owner is None or upload.owner == owner:
                 yield upload
@@ -230,14 +250,28 @@ class UploadStore:
         """
         limit = time.time() - ABANDONED_AFTER_S
         for path in list(self.directory.iterdir()):
-            upload = self._read(path.stem)
-            touched = [mtime for suffix in _SUFFIXES if (mtime := _mtime(self.directory / f"{path.stem}.{suffix}"))] if upload else []
-            if max(touched, default=_mtime(path)) > limit:
-                continue
-            if upload is None:
-                path.unlink(missing_ok=True)
-            elif self.outcome(upload) is not None or not self.is_complete(upload):
-                self.remove(upload)
+            try:
+                self._sweep_file(path, limit)
+            except StoreError as error:  # the disk does not say what it is: it is kept
+                logger.warning("upload not swept", extra={"code": error.code})
+
+    def _sweep_file(self, path: Path, limit: float) -> None:
+        upload = self._read(path.stem)
+        touched = [mtime for suffix in _SUFFIXES if (mtime := _mtime(self.directory / f"{path.stem}.{suffix}"))] if upload else []
+        if max(touched, default=_mtime(path)) > limit:
+            return
+        if upload is None:
+            path.unlink(missing_ok=True)
+        elif not self._waits_for_ingest(upload):
+            self.remove(upload)
+
+    def _waits_for_ingest(self, upload: Upload) -> bool:
+        try:
+            return self.outcome(upload) is None and self.is_complete(upload)
+        except StoreError as error:
+            if error.code != _OUTCOME_DAMAGED:
+                raise
+            return False
 
     def count_attempt(self, upload: Upload) -> int:
         """Count an attempt to ingest the upload, before it starts; returns its number, from 1."""
@@ -285,19 +319,21 @@ class UploadStore:
         except (FileNotFoundError, ValueError, TypeError):
             self._known.pop(upload_id, None)
             return None
+        except OSError as error:
+            raise store_error(error) from error
         return self._known.setdefault(upload_id, upload)
 
     def _write(self, name: str, value: object) -> None:
         """Write a small JSON file atomically, durably and encrypted."""
         text = json.dumps(value, ensure_ascii=False).encode()
-        atomic_files.write(self.directory / name, encrypt_document(self._key_of(name), name, text), mode=0o600)
+        atomic_files.write(self.directory / name, encrypted_stream.encrypt_document(self._key_of(name), name, text), mode=0o600)
 
     def _load(self, name: str) -> Any:
         """Load a small JSON file; raises ValueError where it was changed, and OSError."""
-        return json.loads(decrypt_document(self._key_of(name), name, (self.directory / name).read_bytes()))
+        return json.loads(encrypted_stream.decrypt_document(self._key_of(name), name, (self.directory / name).read_bytes()))
 
     def _key_of(self, name: str) -> bytes:
-        return derive_key(self._key, f"upload {name}")
+        return encrypted_stream.derive_key(self._key, f"upload {name}")
 
     def _stream(self, upload: Upload, mode: str) -> EncryptedStream:
         """Open the bytes of an upload; raises StoreError."""
@@ -311,13 +347,20 @@ class UploadStore:
         return EncryptedStream(open(self.directory / name, mode, buffering=0), self._key_of(name), name)
 
     def _encrypt_plain(self) -> None:
-        """Encrypt the files of an older appliance; what a crash leaves is finished at the next start."""
+        """Encrypt the uploads of an older appliance; what a crash leaves is finished at the next start.
+
+        The plain ``.json`` shows that an upload is of an older appliance, so it is encrypted last: bytes beside an encrypted one that
+        do not begin like an encrypted file are what a power cut left, and count as nothing received.
+        """
         for path in list(self.directory.iterdir()):
             if path.name.endswith(plain_files.SUFFIX):
                 plain_files.finish(path.with_name(path.name.removesuffix(plain_files.SUFFIX)))
-        for path in list(self.directory.iterdir()):
-            if path.suffix in (".data", ".json", ".outcome") and (head := _head(path)) and head != _ENCRYPTED[path.suffix]:
-                self._encrypt_file(path)
+        for path in list(self.directory.glob("*.json")):
+            if _head(path) in (b"", encrypted_stream.DOCUMENT):
+                continue
+            for part in (path.with_suffix(".data"), path.with_suffix(".outcome"), path):
+                if part.exists() and _head(part) not in (b"", _ENCRYPTED[part.suffix]):
+                    self._encrypt_file(part)
 
     def _encrypt_file(self, path: Path) -> None:
         fresh = path.with_name(f"{path.name}.encrypting")
@@ -327,7 +370,7 @@ class UploadStore:
                 while chunk := plain.read(RECORD_BYTES):
                     stream.append(chunk)
             else:
-                file.write(encrypt_document(self._key_of(path.name), path.name, plain.read()))
+                file.write(encrypted_stream.encrypt_document(self._key_of(path.name), path.name, plain.read()))
         plain_files.replace(path, fresh)
 
 
@@ -337,7 +380,7 @@ def _private(path: str, flags: int) -> int:
 
 def _head(path: Path) -> bytes:
     with open(path, "rb") as file:
-        return file.read(len(MAGIC))
+        return file.read(len(encrypted_stream.MAGIC))
 
 
 def _make_durable(stream: EncryptedStream, first: int) -> None:

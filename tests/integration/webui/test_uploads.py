@@ -451,6 +451,101 @@ def test_an_upload_that_is_finished_while_its_offset_is_asked_for_is_complete(
     assert own.offset(begun) == 3
 
 
+def uploads_of(settings: Settings, store: Store) -> UploadStore:
+    return UploadStore(settings, store.keys.load(DATABASE_KEY), store.check_space)
+
+
+@pytest.mark.parametrize("head", [b"\0" * 300, b"CE", b"junk"])
+def test_bytes_that_a_power_cut_left_are_not_taken_for_those_of_an_older_appliance(settings: Settings, store: Store, head: bytes) -> None:
+    begun = uploads_of(settings, store).create(1, "a", "film.dcm", 600, None)
+    (settings.data_dir / "incoming" / "uploads" / f"{begun.id}.data").write_bytes(head)
+    again = uploads_of(settings, store)
+    assert again.offset(begun) == 0
+    assert again.append(begun, 0, BytesIO(b"x" * 600).read) == 600
+    assert again.open(begun).read() == b"x" * 600
+
+
+def test_an_upload_of_an_older_appliance_whose_encryption_was_cut_off_goes_on(
+    settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = uploads_of(settings, store)
+    begun = own.create(1, "a", "film.dcm", 6, None)
+    base = settings.data_dir / "incoming" / "uploads" / begun.id
+    base.with_suffix(".json").write_text(json.dumps(vars(begun)))
+    base.with_suffix(".data").write_bytes(b"pla")
+    encrypt = UploadStore._encrypt_file
+
+    def cut_off(store: UploadStore, path: Path) -> None:
+        encrypt(store, path)
+        raise OSError("cut off")
+
+    monkeypatch.setattr(UploadStore, "_encrypt_file", cut_off)
+    with pytest.raises(StoreError):
+        uploads_of(settings, store)
+    monkeypatch.undo()
+    again = uploads_of(settings, store)
+    assert again.find(begun.id, 1) == begun
+    assert again.append(begun, 3, BytesIO(b"ins").read) == 6
+    assert again.open(begun).read() == b"plains"
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"CED1 changed"])
+def test_a_damaged_outcome_stops_neither_the_start_nor_the_sweep(settings: Settings, damage: bytes) -> None:
+    with in_process(settings) as box:
+        person = box.person()
+        data = scan_bytes()
+        kept, gone = (begin(person, name, len(data)).headers["Location"] for name in ("kept.dcm", "gone.dcm"))
+        for path in (kept, gone):
+            send(person, path, data)
+            assert outcome(person, path)[0]["result"] in ("stored", "duplicate")
+    own = uploads_of(settings, box.store)
+    directory = own.directory
+    for path in (kept, gone):
+        (directory / f"{path.rsplit('/', 1)[1]}.outcome").write_bytes(damage)
+    upload_id = kept.rsplit("/", 1)[1]
+    kept_upload = own.find(upload_id, box.accounts.find("doctor").id)  # type: ignore[union-attr]
+    assert kept_upload
+    (directory / f"{upload_id}.data").touch()
+    stream = own._open(kept_upload, "r+b")
+    stream.append(data)
+    stream.close()
+    with in_process(settings) as box:
+        person = box.person()
+        assert outcome(person, kept)[0]["result"] == "duplicate"
+        answer = person.get(f"{gone}/outcome?wait=1")
+        assert (answer.status_code, answer.json()["code"]) == (500, "store.outcome_damaged")
+        box_parts(box).sweep()
+
+
+def test_an_upload_whose_bytes_cannot_be_opened_for_a_moment_is_kept(box: Box, person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = scan_bytes()
+    path = begin(person, "a.dcm", len(data)).headers["Location"]
+    monkeypatch.setattr(UploadStore, "open", lambda *_: (_ for _ in ()).throw(StoreError("store.failed", "Too many open files")))
+    send(person, path, data)
+    for _ in range(finaliser._MAX_ATTEMPTS + 3):
+        assert person.get(f"{path}/outcome?wait=2").status_code == 202
+    monkeypatch.undo()
+    assert outcome(person, path)[0]["result"] == "stored"
+
+
+def test_an_offset_that_was_read_before_a_failed_flush_is_not_believed_afterwards(
+    settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = uploads_of(settings, store)
+    begun = own.create(1, "a", "film.dcm", 6, None)
+
+    def fail(_: int) -> None:
+        assert own.offset(begun) == 6  # somebody asks while it is written
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(upload_store.os, "fsync", fail)
+    with pytest.raises(StoreError):
+        own.append(begun, 0, BytesIO(b"abcdef").read)
+    monkeypatch.undo()
+    assert own.offset(begun) == 0
+    assert not own.is_complete(begun)
+
+
 def test_the_upload_page_shows_the_newest_of_many_interrupted_uploads(box: Box, person: Person) -> None:
     for number in range(60):
         begin(person, f"film-{number}.dcm", 10)
