@@ -192,17 +192,17 @@ def _lan_address() -> str:
 def _self_signed(directory: Path) -> None:
     """Create a self-signed certificate for the names and addresses of this machine, valid for one year, unless there is one.
 
-    One that ends within 30 days is replaced.
+    One that ends within 30 days is replaced, and one that a kill left half written.
     """
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.x509.oid import NameOID
 
-    from appliance.core.certificates import WARN_BEFORE, load_pair
+    from model_sync import atomic_files
 
     now = datetime.datetime.now(datetime.timezone.utc)
-    if (directory / "web.crt").exists() and load_pair(directory / "web.crt", directory / "web.pem").not_after - now > WARN_BEFORE:
+    if _is_usable(directory, now):
         return
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     key = ec.generate_private_key(ec.SECP256R1())
@@ -219,6 +219,14 @@ def _self_signed(directory: Path) -> None:
     builder = builder.not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=365))
     certificate = builder.add_extension(x509.SubjectAlternativeName(names), critical=False).sign(key, hashes.SHA256())
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    with open(os.open(directory / "web.pem", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(pem)
-    (directory / "web.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    atomic_files.write(directory / "web.pem", pem, mode=0o600)
+    atomic_files.write(directory / "web.crt", certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
+
+
+def _is_usable(directory: Path, now: datetime.datetime) -> bool:
+    from appliance.core.certificates import WARN_BEFORE, load_pair
+
+    try:
+        return load_pair(directory / "web.crt", directory / "web.pem").not_after - now > WARN_BEFORE
+    except ApplianceError:  # absent, or torn
+        return False

@@ -141,6 +141,7 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            _end_group(process.pid)
         self._lock.release()
 
     def _spawn(self, child: ManagedProcess) -> None:

@@ -41,6 +41,8 @@ __all__ = [
 BUSY_TIMEOUT_S: Final = 30.0
 NOT_A_DATABASE: Final = "file is not a database"  # what SQLite says of a damaged file, and of a key that does not decrypt it
 _MIGRATION_MARK: Final = "-- migration "
+_first_look = threading.Lock()
+_seen: set[Path] = set()  # the databases that this process has opened
 
 
 def migrations() -> list[tuple[int, list[str]]]:
@@ -202,10 +204,15 @@ class Database:
     def _prepare(self) -> None:
         """Bring the file to this version: encrypted, and with all migrations."""
         finish_encryption(self.path)
+        # Before SQLite opens it, which would delete a write-ahead log without overwriting the plain text in it. Only once: closing
+        # a file ends the locks that SQLite has on it for this whole process (howtocorrupt.html, 2.2).
+        with _first_look:
+            if self.path not in _seen and is_plain(self.path):
+                encrypt_plain(self.path, self._key)
+            _seen.add(self.path)
         try:
             self._migrate()
         except Error as error:
-            # Looked at only now: closing a file ends the locks that SQLite has on it for this whole process (howtocorrupt.html, 2.2).
             if str(error) != NOT_A_DATABASE or not is_plain(self.path):
                 raise
             self.close()

@@ -59,9 +59,11 @@ def is_encrypted(path: Path) -> bool:
 
 def finish_encryption(path: Path) -> None:
     """Finish what a crash left of :func:`encrypt_plain` after the renaming; raises OSError."""
-    if path.with_name(path.name + plain_files.SUFFIX).exists():
+    files = (path, _log(path))
+    if any(file.with_name(file.name + plain_files.SUFFIX).exists() for file in files):
         with _lock(path):
-            plain_files.finish(path)
+            for file in files:
+                plain_files.finish(file)
 
 
 def encrypt_plain(path: Path, key: bytes) -> None:
@@ -74,12 +76,14 @@ def encrypt_plain(path: Path, key: bytes) -> None:
     fresh = path.with_name(f"{path.name}.encrypting")
     with _lock(path):
         plain_files.finish(path)
+        plain_files.finish(_log(path))
         if is_plain(path):
             try:
                 _copy(path, fresh, key)
                 _compare(path, fresh, key)
             except BaseException:
                 _remove(fresh)
+                plain_files.finish(_log(path))
                 raise
             plain_files.replace(path, fresh)
             logger.info("database encrypted")
@@ -89,15 +93,18 @@ def _copy(path: Path, fresh: Path, key: bytes) -> None:
     """Copy the plain database into an encrypted file, in one transaction that excludes every writer."""
     _remove(fresh)
     os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+    if _log(path).exists():  # of a program that was killed; SQLite deletes it without overwriting it
+        plain_files.keep(_log(path))
     with closing(connect(path, None)) as source:
         source.execute("PRAGMA journal_mode = DELETE").fetchone()  # a write-ahead log must not survive the renaming
+        plain_files.finish(_log(path))
         source.execute("ATTACH ? AS encrypted KEY ?", (str(fresh), f"x'{key.hex()}'"))
         source.execute("BEGIN EXCLUSIVE")
         source.execute("SELECT sqlcipher_export('encrypted')").fetchone()
         version = source.execute("PRAGMA main.user_version").fetchone()[0]
         source.execute(f"PRAGMA encrypted.user_version = {version}")
         source.execute("COMMIT")
-    if Path(f"{path}-wal").exists():
+    if _log(path).exists():
         raise StoreError("store.failed", "another program uses the database")
 
 
@@ -113,6 +120,11 @@ def _compare(path: Path, fresh: Path, key: bytes) -> None:
             is_damaged = is_damaged or any(tuple(one) != tuple(two) for one, two in pairs)
     if is_damaged:
         raise StoreError("store.failed", "the encrypted copy of the database differs; the plain one was kept")
+
+
+def _log(path: Path) -> Path:
+    """The write-ahead log of a database."""
+    return Path(f"{path}-wal")
 
 
 def _remove(fresh: Path) -> None:

@@ -19,14 +19,18 @@ def replace(path: Path, encrypted: Path) -> None:
     A crash at any point leaves one of the two in the place, and perhaps a second name of the plain one for :func:`finish`.
     """
     atomic_files.sync_file(encrypted)
-    old = path.with_name(path.name + SUFFIX)
-    os.link(path, old)
+    keep(path)
     atomic_files.move(encrypted, path)
-    _destroy(old)
+    finish(path)
+
+
+def keep(path: Path) -> None:
+    """Give a plain file a second name, so that :func:`finish` destroys its bytes once the first name is gone or replaced."""
+    os.link(path, path.with_name(path.name + SUFFIX))
 
 
 def finish(path: Path) -> None:
-    """Finish what a crash left of :func:`replace`."""
+    """Destroy the bytes of a plain file that :func:`keep` gave a second name, where the first one is gone or replaced."""
     old = path.with_name(path.name + SUFFIX)
     if not old.exists():
         return

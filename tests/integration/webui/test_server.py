@@ -17,6 +17,7 @@ import pytest
 import requests
 
 from appliance.cli.demo import _self_signed
+from appliance.core.certificates import load_pair
 from appliance.core.errors import ApplianceError
 from appliance.core.settings import Settings
 from model_sync.web_server import ErrorOnlyLogger
@@ -43,6 +44,17 @@ def test_what_must_not_be_served_is_said_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == process.EXIT_USAGE
     assert "hint: Set tls_certificate" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("torn", ["web.crt", "web.pem"])
+def test_a_certificate_of_the_demo_that_a_kill_left_torn_is_made_anew(tmp_path: Path, torn: str) -> None:
+    _self_signed(tmp_path)
+    (tmp_path / torn).write_bytes((tmp_path / torn).read_bytes()[:60])
+    _self_signed(tmp_path)
+    assert load_pair(tmp_path / "web.crt", tmp_path / "web.pem")
+    whole = (tmp_path / "web.crt").read_bytes()
+    _self_signed(tmp_path)
+    assert (tmp_path / "web.crt").read_bytes() == whole
 
 
 def test_r14_tls_1_2_or_newer_and_secure_cookies(tmp_path: Path) -> None:

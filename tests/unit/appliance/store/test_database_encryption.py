@@ -70,6 +70,17 @@ def is_canary_on_disk(data_dir: Path) -> bool:
     return any(CANARY.encode() in path.read_bytes() for path in data_dir.rglob("*") if path.is_file())
 
 
+def test_r13_the_bytes_of_the_write_ahead_log_are_destroyed_too(tmp_path: Path) -> None:
+    old_box(tmp_path / "box")
+    log = tmp_path / "box" / f"{DATABASE_NAME}-wal"
+    blocks = tmp_path / "blocks"  # what a scan of the raw disk would find after SQLite deleted the log
+    os.link(log, blocks)
+    assert CANARY.encode() in blocks.read_bytes()
+    assert studies(tmp_path / "box") == ROWS
+    assert CANARY.encode() not in blocks.read_bytes()
+    assert leftovers(tmp_path / "box") == []
+
+
 def test_r13_a_plain_database_is_encrypted_at_the_first_start(tmp_path: Path) -> None:
     old_box(tmp_path / "box")
     assert is_canary_on_disk(tmp_path / "box")
