@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from model_sync.messages import Message, register
+from model_sync.messages import Message, register, text
+
+DISCLAIMER: Final = {"zh": "不得单独作为诊断依据", "en": "Not for sole diagnosis"}
 
 _RESTORE: Final = "Restore it: appliance keys restore FILE --data-dir DIR. Without an escrow copy delete nothing and tell the central team."
 # fmt: off  (a table reads best with one code in a line)
@@ -212,6 +214,15 @@ _CODES: Final[Mapping[str, Message]] = {
     "audit.broken": Message(
         "The audit chain is broken: an entry was changed or removed", "Tell the security administrator at once and leave the disk as it is."
     ),
+    # The English texts of these eight are part of the names by which problems were acknowledged: they never change.
+    "audit.entries_missing": Message("entries {first} to {last} are missing"),
+    "audit.entry_changed": Message("entry {seq} was changed"),
+    "audit.entry_differs": Message("entry {seq} differs from an anchor"),
+    "audit.end_changed": Message("the end after entry {seq}"),
+    "audit.anchored_entry_missing": Message("entry {seq}, of which there is an anchor, is missing"),
+    "audit.break_recorded": Message("entry {seq}, of {at}, records a break ({code})"),
+    "audit.anchor_changed": Message("line {number} of {name} was changed"),
+    "audit.anchors_shortened": Message("{name} has been shortened or replaced"),
     "audit.certificate": Message(
         "The syslog server's certificate is not trusted; nothing was sent to it, and no entry of the audit is lost",
         "Check audit_syslog and audit_syslog_ca in the settings. If they are right, tell the security administrator.",
@@ -270,6 +281,19 @@ _CODES: Final[Mapping[str, Message]] = {
         "The reason is too short", "Nothing was changed. Say in at least 10 characters why it cannot wait for a clinician."
     ),
     "emergency.running": Message("This emergency access has not ended yet", "Nothing was changed. Acknowledge it when it has ended."),
+    "account.disabled": Message("This account is disabled", "Nothing was changed. Enable it first, or take another account."),
+    "account.scope": Message(
+        "No API token can be made with these scopes for this account",
+        "Nothing was changed. Choose upload, results or both, and the account of a clinician.",
+    ),
+    "account.token_days": Message("An API token works for 1 to 365 days", "Nothing was changed. Give a whole number of days."),
+    "account.token_unknown": Message(
+        "There is no API token of this number", "Nothing was changed. `appliance user token list` shows them."
+    ),
+    "account.token_second_address": Message(
+        "An API token was used from a second machine; it may have been copied",
+        "Ask whose machine this is. If nobody knows, revoke the token and make a new one.",
+    ),
     "account.not_allowed": Message("Your account may not do this", "Nothing was changed. Ask the security administrator of this box."),
     "assume.body_part": Message("No body part is stated; treated as a chest", "Check that the image shows a chest."),
     "assume.body_part_described": Message(
@@ -341,3 +365,8 @@ _CODES: Final[Mapping[str, Message]] = {
 }
 # fmt: on
 register("appliance", _CODES)
+
+
+def both_languages(code: str, detail: str = "") -> dict[str, str]:
+    """A code with its text in both languages, as the JSON for programs has it."""
+    return {"code": code, "zh": text(code, "zh"), "en": text(code, "en"), "detail": detail}

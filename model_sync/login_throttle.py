@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import ipaddress
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
 MAX_FAILURES: Final = 5
-# Failures of one name from all addresses since its last successful login (used by the central server's accounts).
-MAX_FAILURES_EVERYWHERE: Final = 50
 LOCKOUT_S: Final = 15 * 60.0
 # Failures of one name, or from one machine, within 15 minutes: from then on each further attempt takes its turn.
 SLOW_AFTER: Final = 20
@@ -27,6 +27,12 @@ SLOW_S: Final = 1.0
 # An attempt that would have to wait longer is refused: many waiting attempts would take the server's threads.
 MAX_WAIT_S: Final = 4.0
 _MAX_ENTRIES: Final = 10_000
+# How long an attempt waits for a place where its password is checked.
+_PLACE_WAIT_S: Final = 5.0
+# Records of failed logins: so many per machine in a window, then one per minute and machine; and so many per minute over all.
+_ROWS_PER_MACHINE: Final = 20
+_ROWS_PER_MINUTE: Final = 60
+_MINUTE_S: Final = 60.0
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -101,6 +107,11 @@ class LoginThrottle:
         with self._lock:
             return self._window(("", machine_of(peer))).failures >= SUSPECT_AFTER
 
+    def is_familiar(self, username: str, peer: str) -> bool:
+        """Whether a login of this name from this machine has succeeded."""
+        with self._lock:
+            return self._familiar.get(_key(username, peer)) is not None
+
     def wait_s(self, username: str, peer: str) -> float | None:
         """Seconds that this attempt has to wait for its turn, which it takes by this call; None where too many wait already."""
         name, machine = _key(username, peer)
@@ -141,6 +152,101 @@ class LoginThrottle:
         """The failures of the window that is open now."""
         turns, now = self._turns.get(limit), self._clock()
         return turns if turns is not None and now - turns.since <= LOCKOUT_S else _Turns(now)
+
+
+class TooManyAttemptsError(Exception):
+    """Too many attempts wait already; the server answers 429, and nothing was checked."""
+
+
+class LoginQueue:
+    """The places of one server where passwords are checked: a check takes 19 MiB and a core, and guessing must not slow others' logins.
+
+    Args:
+        throttle: says who has to wait.
+    """
+
+    def __init__(self, throttle: LoginThrottle) -> None:
+        self._throttle = throttle
+        # Machines from which several logins failed share one place, so that all others always find one free, and few threads wait for it.
+        self._checks = threading.BoundedSemaphore(2)
+        self._checks_of_suspects = threading.BoundedSemaphore(1)
+        self._waiting_suspects = threading.BoundedSemaphore(3)
+        # Attempts that wait for their turn, each on a thread of the server.
+        self._waiting = threading.BoundedSemaphore(6)
+
+    @contextmanager
+    def turn(self, username: str, peer: str) -> Iterator[None]:
+        """Wait until a password for this name may be checked.
+
+        The wait depends on the name, known or not, and on the machine at the IP address ``peer``, never on the password.
+
+        Raises:
+            TooManyAttemptsError: too many wait already.
+        """
+        wait_s = self._throttle.wait_s(username, peer)
+        if wait_s is None:
+            raise TooManyAttemptsError
+        if wait_s > 0:
+            with _place(self._waiting, 0):
+                time.sleep(wait_s)
+        if self._throttle.is_suspect(peer):
+            with _place(self._waiting_suspects, 0), _place(self._checks_of_suspects, _PLACE_WAIT_S):
+                yield
+        else:
+            with _place(self._checks, _PLACE_WAIT_S):
+                yield
+
+
+@contextmanager
+def _place(places: threading.BoundedSemaphore, timeout_s: float) -> Iterator[None]:
+    if not places.acquire(timeout=timeout_s):
+        raise TooManyAttemptsError
+    try:
+        yield
+    finally:
+        places.release()
+
+
+@dataclass
+class _Rows:
+    """Rows of one machine in the window that began at ``since``."""
+
+    since: float
+    count: int = 0
+    next_at: float = 0.0
+
+
+class FailureRows:
+    """Decides which failed logins get a record, so that guessing cannot fill the disk; a record says how many it stands for.
+
+    Args:
+        clock: like that of :class:`LoginThrottle`.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._machines: RecentEntries[str, _Rows] = RecentEntries()
+        self._minute = _Rows(clock())
+        self._held = 0
+
+    def take(self, machine: str) -> int:
+        """Count a failed attempt; returns the number of attempts that a record written now stands for, 0 for no record."""
+        with self._lock:
+            now = self._clock()
+            self._held += 1
+            rows = self._machines.get(machine)
+            if rows is None or now - rows.since > LOCKOUT_S:
+                rows = _Rows(now)
+            if now - self._minute.since > _MINUTE_S:
+                self._minute = _Rows(now)
+            if self._minute.count >= _ROWS_PER_MINUTE or (rows.count >= _ROWS_PER_MACHINE and now < rows.next_at):
+                return 0
+            rows.count, rows.next_at = rows.count + 1, now + _MINUTE_S
+            self._machines.put(machine, rows)
+            self._minute.count += 1
+            held, self._held = self._held, 0
+            return held
 
 
 def machine_of(address: str) -> str:

@@ -17,7 +17,7 @@ from webui.auth import pages as auth_pages
 from webui.auth import second_factor_pages
 from webui.context import BoxContext
 from webui.server import access_log, page_frame, problems, security, static_files
-from webui.study import frame_cache, image_api
+from webui.study import frame_cache, image_api, results_api
 from webui.study import pages as study_pages
 from webui.upload import pages as upload_pages
 from webui.upload import service, tus
@@ -25,8 +25,8 @@ from webui.worklist import pages as worklist_pages
 from webui.worklist import urgency
 
 _PAGE_GROUPS = (
-    auth_pages, second_factor_pages, worklist_pages, urgency, study_pages, image_api, upload_pages, tus, admin_pages, accounts_pages,
-    emergency_pages, audit_pages,
+    auth_pages, second_factor_pages, worklist_pages, urgency, study_pages, image_api, results_api, upload_pages, tus, admin_pages,
+    accounts_pages, emergency_pages, audit_pages,
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from flask import current_app
 
 from appliance.core.settings import Settings
 from appliance.store.accounts import Accounts
+from appliance.store.api_tokens import ApiTokens
 from appliance.store.emergency_access import EmergencyAccesses
 from appliance.store.logins import Logins
 from appliance.store.store import Store
@@ -29,6 +30,7 @@ class BoxContext:
     accounts: Accounts
     logins: Logins
     emergencies: EmergencyAccesses
+    api_tokens: ApiTokens
     on_stop: list[Callable[[], None]] = field(default_factory=list)
 
     @classmethod
@@ -36,7 +38,8 @@ class BoxContext:
         """Open the store of a box; raises StoreError when it cannot be used."""
         store = Store(settings)
         accounts = Accounts(store)
-        return cls(settings, store, Worklist(store), accounts, Logins(store, accounts), EmergencyAccesses(store, accounts))
+        logins, emergencies = Logins(store, accounts), EmergencyAccesses(store, accounts)
+        return cls(settings, store, Worklist(store), accounts, logins, emergencies, ApiTokens(store, accounts))
 
     def stop(self) -> None:
         """Stop the work beside the requests; what is unfinished stays on the disk and continues at the next start."""

@@ -26,6 +26,7 @@ from appliance.core.wakeup import wake
 from appliance.ingest.archive import Outcome, accept_below
 from appliance.ingest.ingest import Ingest
 from appliance.lifecycle.model_control import activate, reference_bundle
+from appliance.messages import DISCLAIMER, both_languages
 from appliance.store.store import Store
 from appliance.store.volume_results import VolumeResults, VolumeView
 from appliance.store.worklist import InstanceView, Worklist
@@ -76,15 +77,15 @@ class Analysed:
         return {
             "path": self.outcome.name,
             "status": self.status,
-            "reason": _reason_json(reason) if reason else None,
-            "notes": [_reason_json(note) for note in self.notes],
+            "reason": both_languages(reason.code, reason.detail) if reason else None,
+            "notes": [both_languages(note.code, note.detail) for note in self.notes],
             "study_instance_uid": self.study_instance_uid or None,
             "series_instance_uid": view.series_instance_uid if view else None,
             "sop_instance_uid": view.sop_instance_uid if view else None,
             "findings": [finding.to_json() for finding in view.findings] if view else [],
             "volumes": [volume.to_json() for volume in self.volumes],
             "timing_ms": _timing(view) if view else {},
-            "disclaimer": {"zh": "不得单独作为诊断依据", "en": "Not for sole diagnosis"},
+            "disclaimer": DISCLAIMER,
         }
 
 
@@ -230,10 +231,6 @@ def _run_worker(tracker: ResultTracker, given: Path) -> int:
     if worker.returncode:
         logger.error("worker crashed", extra={"exit_code": worker.returncode})
     return worker.returncode
-
-
-def _reason_json(note: Note) -> dict[str, str]:
-    return {"code": note.code, "zh": messages.text(note.code, "zh"), "en": messages.text(note.code, "en"), "detail": note.detail}
 
 
 def _timing(view: InstanceView) -> dict[str, float]:

@@ -12,6 +12,7 @@ from appliance.cli.terminal import UsageError, say
 from appliance.core.errors import ApplianceError, StoreError
 from appliance.core.settings import Settings
 from model_sync import atomic_files
+from model_sync.messages import choose_language
 
 if TYPE_CHECKING:
     from appliance.store.audit import Head
@@ -43,14 +44,15 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.action == "verify":
             found = store.database.anchors().verify(_confirmed(store))
             for problem in found.problems:
-                print(problem.text, file=sys.stderr)
-            audit.require_whole(found)
+                print(problem.describe(choose_language()), file=sys.stderr)
+            if found.problems:
+                raise StoreError(audit.BROKEN, say("{count} problems", count=len(found.problems)))
             print(say("audit chain whole: {count} entries", count=found.entries))
         elif arguments.action == "status":
             return _print_status(store)
         elif arguments.action == "acknowledge":
             for problem in store.database.anchors().acknowledge(_actor(), arguments.reason.strip(), _confirmed(store)):
-                print(say("acknowledged: {problem}", problem=problem.text))
+                print(say("acknowledged: {problem}", problem=problem.describe(choose_language())))
         else:
             _print_entries(store, is_xml=arguments.action == "export")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -10,14 +11,17 @@ from typing import Final
 
 from appliance.cli.terminal import UsageError, print_columns, say
 from appliance.core.moments import moment_utc
-from appliance.core.roles import Role
+from appliance.core.roles import Role, Scope
 from appliance.core.settings import Settings
 from appliance.store.accounts import COMMAND_WORDS, Account, Accounts
+from appliance.store.api_tokens import MAX_DAYS, USUAL_DAYS, ApiToken, ApiTokens
 from appliance.store.logins import Logins
 from appliance.store.second_factor import SecondFactors
 from appliance.store.store import Store, open_box
 
 _ACTOR: Final = "cli"
+_DAY_S: Final = 24 * 3600
+_ID_DIGITS: Final = 19  # of the largest row number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,9 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "words", nargs="+", metavar="ACTION [NAME [ROLE]]",
         help="list; add NAME; role NAME ROLE; disable NAME; enable NAME; password NAME (a new one-time password); sessions [NAME]; "
-        "second-factor NAME (remove it)",
+        "second-factor NAME (remove it); token add NAME, token list [NAME], token revoke NUMBER (API tokens for programs)",
     )  # fmt: skip
     parser.add_argument("--role", choices=[str(role) for role in Role], help="of a new account (default: clinician)")
+    parser.add_argument(
+        "--scope", action="append", default=[], choices=[str(scope) for scope in Scope], help="with `token add`: what the program may do; "
+        "may be given twice",
+    )  # fmt: skip
+    parser.add_argument("--days", type=int, default=USUAL_DAYS, help=f"with `token add`: 1 to {MAX_DAYS} (default {USUAL_DAYS})")
     parser.add_argument("--end", action="store_true", help="with `sessions NAME`: log this account out everywhere")
 
 
@@ -41,9 +50,13 @@ def run(arguments: argparse.Namespace) -> int:
     with closing(Store(Settings.load(arguments.data_dir)) if may_create else open_box(arguments.data_dir)) as store:
         least, most = _NAMES[action]
         if not least <= len(names) <= most:
-            raise UsageError(say("the number of names does not fit"), say("see `appliance user --help`; nothing was changed"))
+            raise _wrong_words()
         _ACTIONS[action](store, Accounts(store), names, arguments)
     return 0
+
+
+def _wrong_words() -> UsageError:
+    return UsageError(say("the number of names does not fit"), say("see `appliance user --help`; nothing was changed"))
 
 
 def _list(_store: Store, accounts: Accounts, _names: list[str], _arguments: argparse.Namespace) -> None:
@@ -84,7 +97,7 @@ def _issue_password(_store: Store, accounts: Accounts, names: list[str], _argume
 def _sessions(store: Store, accounts: Accounts, names: list[str], arguments: argparse.Namespace) -> None:
     if arguments.end:
         if not names:
-            raise UsageError(say("the number of names does not fit"), say("see `appliance user --help`; nothing was changed"))
+            raise _wrong_words()
         print(say("{count} sessions ended", count=accounts.end_sessions(names[0], _ACTOR)))
         return
     logins = Logins(store, accounts)
@@ -97,6 +110,32 @@ def _sessions(store: Store, accounts: Accounts, names: list[str], arguments: arg
 def _remove_second_factor(store: Store, accounts: Accounts, names: list[str], _arguments: argparse.Namespace) -> None:
     SecondFactors(store, accounts).remove(names[0], _ACTOR)
     print(say("{username} has no second factor any more and was logged out", username=names[0]))
+
+
+def _token(store: Store, accounts: Accounts, names: list[str], arguments: argparse.Namespace) -> None:
+    tokens, (what, *given) = ApiTokens(store, accounts), names
+    if what == "list":
+        _print_tokens(tokens.all(accounts.require(given[0]) if given else None))
+    elif what == "add" and given:
+        token = tokens.issue(given[0], arguments.scope, arguments.days, _ACTOR)
+        print(say("API token of {username}, shown only this once: {token}", username=given[0], token=token))
+    elif what == "revoke" and given:
+        number = int(given[0]) if given[0].isascii() and given[0].isdigit() and len(given[0]) < _ID_DIGITS else 0
+        print(say("API token {number} of {username} is revoked", number=number, username=tokens.revoke(number, _ACTOR)))
+    else:
+        raise _wrong_words()
+
+
+def _print_tokens(tokens: list[ApiToken]) -> None:
+    rows = [(say("number"), say("name"), say("scopes"), say("days left"), say("last use"), say("addresses"))]
+    for item in tokens:
+        left = str(math.ceil(item.remaining_s / _DAY_S)) if item.remaining_s else say("expired")
+        addresses = ", ".join(item.addresses) or "-"
+        if len(item.addresses) > 1:
+            addresses = say("SEVERAL: {addresses}", addresses=addresses)
+        scopes = ", ".join(sorted(item.scopes))
+        rows.append((str(item.id), item.account.username, scopes, left, moment_utc(item.last_used_at) or "-", addresses))
+    print_columns(rows)
 
 
 def _create_or_reset(store: Store, accounts: Accounts, names: list[str], arguments: argparse.Namespace) -> None:
@@ -115,11 +154,11 @@ def _print_password(username: str, password: str) -> None:
 
 _ACTIONS: Final[dict[str, Callable[[Store, Accounts, list[str], argparse.Namespace], None]]] = {
     "list": _list, "add": _add, "role": _set_role, "disable": _disable, "enable": _enable, "password": _issue_password,
-    "sessions": _sessions, "second-factor": _remove_second_factor, "deprecated": _create_or_reset,
+    "sessions": _sessions, "second-factor": _remove_second_factor, "token": _token, "deprecated": _create_or_reset,
 }  # fmt: skip
 # The least and the greatest number of words after the action.
 _NAMES: Final = {
     "list": (0, 0), "add": (1, 1), "role": (2, 2), "disable": (1, 1), "enable": (1, 1), "password": (1, 1), "sessions": (0, 1),
-    "second-factor": (1, 1),
+    "second-factor": (1, 1), "token": (1, 2),
     "deprecated": (1, 1),
 }  # fmt: skip

@@ -15,6 +15,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Final
 
+# A moment is stored in milliseconds: read at once, it may seem to lie so far in the future.
+_ROUNDING_S: Final = 0.001
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -55,7 +57,7 @@ class Clock:
         wall, uptime, boot_id = parts
         same_start = boot_id == self._boot_id()
         age = self.uptime_s() - float(uptime) if same_start else self.wall_s() - float(wall)
-        return age if age >= 0 else math.inf
+        return max(age, 0.0) if age > -_ROUNDING_S else math.inf
 
 
 def moment_utc(moment: str) -> str:

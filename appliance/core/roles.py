@@ -28,3 +28,16 @@ EMERGENCY_ROLES: Final = frozenset({Role.TECHNICIAN, Role.SYSTEM_ADMINISTRATOR})
 """Roles that may ask for emergency access to patient data (R7)."""
 PASSWORD_HELPERS: Final = frozenset({Role.TECHNICIAN, Role.SYSTEM_ADMINISTRATOR, Role.SECURITY_ADMINISTRATOR})
 """Roles that may give a clinician a new one-time password."""
+
+
+class Scope(str, Enum):
+    """What a program may do with an API token; stored as its value. ``webui/server/access.py`` says which endpoints each one opens."""
+
+    __str__ = str.__str__
+
+    UPLOAD = "upload"
+    RESULTS = "results"
+
+
+TOKEN_ROLES: Final = frozenset({Role.CLINICIAN})
+"""Roles whose accounts may have API tokens: those that may use the endpoints of the scopes."""

@@ -23,7 +23,7 @@ from appliance.store.database import Database
 from appliance.store.store import Store
 
 # Words of the command `appliance user`, which would be ambiguous as names.
-COMMAND_WORDS: Final = ("list", "add", "role", "disable", "enable", "password", "sessions", "second-factor")
+COMMAND_WORDS: Final = ("list", "add", "role", "disable", "enable", "password", "sessions", "second-factor", "token")
 _NAME: Final = re.compile(r"[\w.@-]{1,64}")
 
 
@@ -104,7 +104,7 @@ class Accounts:
         return password
 
     def set_role(self, username: str, role: Role | str, actor: Actor) -> None:
-        """Give an account another role; its sessions end.
+        """Give an account another role; its sessions end and its API tokens are revoked.
 
         Raises:
             StoreError: ``account.unknown``, ``account.role``, ``account.last_administrator`` or ``account.not_allowed``; nothing was
@@ -119,11 +119,11 @@ class Accounts:
             had_administrator = _has_administrator(tx)
             tx.execute("UPDATE users SET role = ? WHERE id = ?", (role, row["id"]))
             _keep_an_administrator(tx, had_administrator)
-            tx.execute("DELETE FROM sessions WHERE user_id = ?", (row["id"],))
-            audit_change(tx, actor, "U", row["username"], changed="role", role=role, former_role=row["role"])
+            revoked = _end_access(tx, row["id"])
+            audit_change(tx, actor, "U", row["username"], changed="role", role=role, former_role=row["role"], **revoked)
 
     def set_active(self, username: str, is_active: bool, actor: Actor) -> None:
-        """Disable an account, whose sessions end, or enable it again.
+        """Disable an account, whose sessions end and whose API tokens are revoked, or enable it again.
 
         Raises:
             StoreError: ``account.unknown``, ``account.last_administrator`` or ``account.not_allowed``. Nothing was changed.
@@ -136,8 +136,8 @@ class Accounts:
             had_administrator = _has_administrator(tx)
             tx.execute("UPDATE users SET is_active = ? WHERE id = ?", (int(is_active), row["id"]))
             _keep_an_administrator(tx, had_administrator)
-            tx.execute("DELETE FROM sessions WHERE user_id = ?", (row["id"],))
-            audit_change(tx, actor, "U", row["username"], changed="enabled" if is_active else "disabled")
+            revoked = _end_access(tx, row["id"])
+            audit_change(tx, actor, "U", row["username"], changed="enabled" if is_active else "disabled", **revoked)
 
     def end_sessions(self, username: str, actor: Actor, session_id: int | None = None) -> int:
         """End all sessions of an account, or one of them; returns their number.
@@ -226,6 +226,13 @@ class Accounts:
                 for row in tx.execute("SELECT id, username, role, former_role FROM users WHERE former_role IS NOT NULL").fetchall():
                     audit_change(tx, "migration", "U", row["username"], changed="role", role=row["role"], former_role=row["former_role"])
                     tx.execute("UPDATE users SET former_role = NULL WHERE id = ?", (row["id"],))
+
+
+def _end_access(tx: sqlite3.Connection, user_id: int) -> dict[str, Any]:
+    """End the sessions of an account and revoke its API tokens; returns the numbers of those tokens, as particulars for the audit."""
+    tx.execute("DELETE FROM sessions WHERE user_id = ?", (user_id,))
+    revoked = [row["id"] for row in tx.execute("DELETE FROM api_tokens WHERE user_id = ? RETURNING id", (user_id,)).fetchall()]
+    return {"tokens_revoked": sorted(revoked)} if revoked else {}
 
 
 def _role(role: Role | str) -> Role:

@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,8 @@ from typing import Any, Final, NamedTuple
 from appliance.core.domain import utc_now
 from appliance.core.errors import StoreError
 from appliance.store.audit_reserve import make_room
+from model_sync import messages
+from model_sync.messages import Language
 
 GENESIS: Final = "0" * 64
 # The object of entries about the audit itself.
@@ -69,11 +71,21 @@ class Problem:
 
     Attributes:
         identity: 32 hex digits that name this very state: another change of the same entry is another problem.
-        text: what it is, for the security administrator.
+        code: what it is, for the security administrator; its text is in :mod:`appliance.messages`, with places for ``values``.
     """
 
     identity: str
-    text: str
+    code: str
+    values: Mapping[str, object]
+
+    @property
+    def text(self) -> str:
+        """What it is, in English."""
+        return self.describe("en")
+
+    def describe(self, language: Language) -> str:
+        """What it is."""
+        return messages.text(self.code, language, **self.values)
 
 
 @dataclass(frozen=True)
@@ -172,31 +184,39 @@ def inspect(connection: sqlite3.Connection, anchored: Iterable[Head] = (), other
     for row in connection.execute("SELECT seq, entry, digest FROM audit ORDER BY seq"):
         seq, entry, digest = row["seq"], row["entry"], row["digest"]
         if seq != end.seq + 1:
-            problems.append(problem(f"entries {end.seq + 1} to {seq - 1} are missing", digest))
+            problems.append(problem("audit.entries_missing", digest, first=end.seq + 1, last=seq - 1))
         if digest != chain(end.digest, entry):
-            problems.append(problem(f"entry {seq} was changed", digest, entry))
+            problems.append(problem("audit.entry_changed", digest, entry, seq=seq))
         elif '"object": "audit"' in entry:
             acknowledged |= _acknowledged(entry)
             problems.extend(_recorded_break(entry, digest))
         for mark in sorted(marks.pop(seq, set()) - {digest}):
-            problems.append(problem(f"entry {seq} differs from an anchor", mark))
+            problems.append(problem("audit.entry_differs", mark, seq=seq))
         end, entries = Head(seq, digest), entries + 1
     if _sealed_head(connection) != end:
-        problems.append(problem(f"the end after entry {end.seq}", end.digest))
-    problems.extend(problem(f"entry {seq}, of which there is an anchor, is missing", *sorted(marks[seq])) for seq in sorted(marks) if seq)
+        problems.append(problem("audit.end_changed", end.digest, seq=end.seq))
+    problems.extend(problem("audit.anchored_entry_missing", *sorted(marks[seq]), seq=seq) for seq in sorted(marks) if seq)
     return Inspection(entries, end, [item for item in problems if item.identity not in acknowledged])
 
 
-def problem(text: str, *state: str) -> Problem:
-    """A problem, named by its text and by what was found in this place."""
-    return Problem(hashlib.sha256("\n".join((text, *state)).encode()).hexdigest()[:32], text)
+def problem(kind: str, *state: str, **values: object) -> Problem:
+    """A problem, named by its English text, which therefore must never change, and by what was found in this place.
+
+    Args:
+        kind: its code.
+        *state: what was found.
+        **values: what the text of the code has places for.
+    """
+    text = messages.text(kind, "en", **values)
+    return Problem(hashlib.sha256("\n".join((text, *state)).encode()).hexdigest()[:32], kind, values)
 
 
 def _recorded_break(entry: str, digest: str) -> Iterator[Problem]:
     """The problem that an entry of :func:`append` or of :func:`replace_key` records."""
     fields = json.loads(entry)
     if fields["detail"].get("code") in (BROKEN, KEY_REPLACED):
-        yield problem(f"entry {fields['seq']}, of {fields['at']}, records a break ({fields['detail']['code']})", digest)
+        values = {"seq": fields["seq"], "at": fields["at"], "code": fields["detail"]["code"]}
+        yield problem("audit.break_recorded", digest, **values)
 
 
 def _acknowledged(entry: str) -> set[str]:

@@ -125,10 +125,10 @@ class AnchorFile:
             line = f"{anchor.at} {anchor.head} {anchor.key}"
             # Of lines under a key that was lost only the heads can be compared.
             if anchor.key == self._key_name and not hmac.compare_digest(anchor.mac, self._mac(previous, line)):
-                problems.append(audit.problem(f"line {number} of {ANCHORS_NAME} was changed", line, anchor.mac))
+                problems.append(audit.problem("audit.anchor_changed", line, anchor.mac, number=number, name=ANCHORS_NAME))
             previous = anchor.mac
         if _is_shortened(anchors, known):
-            problems.append(audit.problem(f"{ANCHORS_NAME} has been shortened or replaced", known, _state(anchors)))
+            problems.append(audit.problem("audit.anchors_shortened", known, _state(anchors), name=ANCHORS_NAME))
         return problems
 
     def _mac(self, previous: str, line: str) -> str:

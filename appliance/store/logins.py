@@ -6,8 +6,6 @@ import hashlib
 import math
 import secrets
 import sqlite3
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,16 +15,12 @@ from appliance.store.accounts import Account, Accounts
 from appliance.store.database import Database
 from appliance.store.second_factor import SecondFactors
 from appliance.store.store import Store
-from model_sync.login_throttle import LoginThrottle, RecentEntries, machine_of
+from model_sync.login_throttle import FailureRows, LoginQueue, LoginThrottle, TooManyAttemptsError, machine_of
 
+__all__ = ["Logins", "Session", "TooManyAttemptsError"]
 _TOUCH_S: Final = 30.0
 # From the right password to the code of the second factor.
 _CODE_S: Final = 300.0
-# Rows of the audit for failed logins: so many per machine in a window, then one per minute and machine; and so many per minute over all.
-_ROWS_PER_MACHINE: Final = 20
-_ROWS_PER_MINUTE: Final = 60
-_WINDOW_S: Final = 15 * 60.0
-_MINUTE_S: Final = 60.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +51,7 @@ class Logins:
     Attributes:
         second_factors: of the accounts.
         throttle: how often a password may be tried.
+        queue: whose turn it is to try one.
     """
 
     def __init__(self, store: Store, accounts: Accounts) -> None:
@@ -66,7 +61,8 @@ class Logins:
         self._clock = accounts.clock
         self.second_factors = SecondFactors(store, accounts)
         self.throttle = LoginThrottle(self._clock.uptime_s)
-        self._rows = _FailureRows(self._clock.uptime_s)
+        self.queue = LoginQueue(self.throttle)
+        self._rows = FailureRows(self._clock.uptime_s)
 
     def login(self, username: str, password: str, peer: str) -> str | None:
         """Check a password; returns a new session token, or None.
@@ -212,41 +208,3 @@ _SESSIONS: Final = (
 
 def _digest(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
-
-
-@dataclass
-class _Rows:
-    """Rows of one machine in the window that began at ``since``."""
-
-    since: float
-    count: int = 0
-    next_at: float = 0.0
-
-
-class _FailureRows:
-    """Decides which failed logins get a row of the audit, so that guessing cannot fill the disk; a row says how many it stands for."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._machines: RecentEntries[str, _Rows] = RecentEntries()
-        self._minute = _Rows(clock())
-        self._held = 0
-
-    def take(self, machine: str) -> int:
-        """Count a failed attempt; returns the number of attempts that a row written now stands for, 0 for no row."""
-        with self._lock:
-            now = self._clock()
-            self._held += 1
-            rows = self._machines.get(machine)
-            if rows is None or now - rows.since > _WINDOW_S:
-                rows = _Rows(now)
-            if now - self._minute.since > _MINUTE_S:
-                self._minute = _Rows(now)
-            if self._minute.count >= _ROWS_PER_MINUTE or (rows.count >= _ROWS_PER_MACHINE and now < rows.next_at):
-                return 0
-            rows.count, rows.next_at = rows.count + 1, now + _MINUTE_S
-            self._machines.put(machine, rows)
-            self._minute.count += 1
-            held, self._held = self._held, 0
-            return held

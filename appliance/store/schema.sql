@@ -297,3 +297,22 @@ CREATE TABLE emergency_accesses (
   seen_by TEXT NOT NULL DEFAULT ''    -- the security administrator who looked at it
 ) STRICT;
 CREATE INDEX emergency_accesses_by_user ON emergency_accesses (user_id);
+
+-- migration 17: API tokens for programs (appliance/store/api_tokens.py)
+CREATE TABLE api_tokens (
+  id INTEGER PRIMARY KEY AUTOINCREMENT,-- never used again: the audit names tokens by it
+  token_sha256 TEXT NOT NULL UNIQUE,
+  user_id INTEGER NOT NULL REFERENCES users (id),
+  scopes TEXT NOT NULL,               -- JSON: list of scopes (appliance/core/roles.py)
+  created_at TEXT NOT NULL,           -- moment
+  created_by TEXT NOT NULL,
+  lifetime_s REAL NOT NULL,           -- 0: has expired, whatever the clock says later
+  last_used_at TEXT NOT NULL DEFAULT '' -- moment; empty before the first use
+) STRICT;
+CREATE INDEX api_tokens_by_user ON api_tokens (user_id);
+CREATE TABLE api_token_addresses (    -- the machines that used a token, the latest of them
+  token_id INTEGER NOT NULL REFERENCES api_tokens (id) ON DELETE CASCADE,
+  address TEXT NOT NULL,              -- of IPv6 the /64 network
+  last_used_at TEXT NOT NULL,         -- moment
+  PRIMARY KEY (token_id, address)
+) STRICT;

@@ -1,4 +1,4 @@
-"""Accounts of operators, who may see the fleet and pause a rollout: argon2 hashes, lockout, server-side sessions.
+"""Accounts of operators, who may see the fleet and pause a rollout: argon2 hashes, slowed guessing, server-side sessions.
 
 There is no default account: ``model-library operator add NAME`` creates one and prints its password once.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-import threading
+import time
+from collections.abc import Callable
 from typing import Any, Final
 
 from argon2 import PasswordHasher
@@ -18,26 +19,32 @@ from sqlalchemy import RowMapping, delete, select, update
 from model_sync.errors import SettingsError
 from model_sync.fleet.database import Fleet
 from model_sync.fleet.tables import actions, operators, sessions
-from model_sync.login_throttle import LOCKOUT_S, MAX_FAILURES_EVERYWHERE, LoginThrottle
+from model_sync.login_throttle import FailureRows, LoginQueue, LoginThrottle, machine_of
 
 MAX_PASSWORD_CHARS: Final = 256
 _NAME: Final = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 # RFC 9106's second recommended option with OWASP's floor of memory: 19 MiB, two passes.
 _HASHER: Final = PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1)
 _DUMMY_HASH: Final = _HASHER.hash(secrets.token_hex(16))
-# Each check uses a core for a moment and 19 MiB: many logins at once must not stop the server.
-_CHECKS: Final = threading.BoundedSemaphore(2)
-_CHECK_WAIT_S: Final = 5.0
 _TOUCH_S: Final = 30
 
 
 class Accounts:
-    """Operators and their sessions, which end after ``idle_s`` without a request, and after ``absolute_s`` in any case."""
+    """Operators and their sessions, which end after ``idle_s`` without a request, and after ``absolute_s`` in any case.
 
-    def __init__(self, fleet: Fleet, *, idle_s: int = 30 * 60, absolute_s: int = 12 * 3600) -> None:
+    Args:
+        fleet: the fleet's database.
+        clock: for the limits of guessing: seconds, by a clock that nobody can set.
+    """
+
+    def __init__(
+        self, fleet: Fleet, *, idle_s: int = 30 * 60, absolute_s: int = 12 * 3600, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._fleet = fleet
         self._idle_s, self._absolute_s = idle_s, absolute_s
-        self._throttle = LoginThrottle(fleet.now)
+        self._throttle = LoginThrottle(clock)
+        self._queue = LoginQueue(self._throttle)
+        self._rows = FailureRows(clock)
 
     def add(self, name: str) -> str:
         """Create an operator; return the password of 80 random bits.
@@ -59,7 +66,7 @@ class Accounts:
         return password
 
     def reset(self, name: str) -> str:
-        """Set a new password, unlock the account and end its sessions; return the password.
+        """Set a new password, which ends every lock of the name, and end its sessions; return the password.
 
         Raises:
             SettingsError: there is no such operator.
@@ -83,21 +90,24 @@ class Accounts:
     def login(self, name: str, password: str, peer: str = "") -> str | None:
         """Check a password that came from the IP address ``peer``; return the token of a new session, or None.
 
-        An unknown name, a wrong password and a locked account take the same time and have the same result.
+        An unknown name, a wrong password and a locked name take the same time and have the same result. Five failures lock the name for
+        their machine; guessing from many machines slows it, and locks nobody out.
+
+        Raises:
+            TooManyAttemptsError: too many attempts wait already. Nothing was checked.
         """
         with self._fleet.reading() as tx:
             row = tx.execute(select(operators).where(operators.c.name == name)).mappings().one_or_none()
-        fits = _verify(row["password_hash"] if row else _DUMMY_HASH, password[:MAX_PASSWORD_CHARS])
-        now = self._fleet.now()
-        if row is None or row["locked_until"] > now or self._throttle.is_blocked(name, row["password_hash"], peer):
-            return None
-        if not fits:
-            self._count_failure(row, peer, now)
+        with self._queue.turn(name, peer):
+            is_blocked = self._throttle.is_blocked(name, row["password_hash"] if row else "", peer)
+            fits = _verify(row["password_hash"] if row else _DUMMY_HASH, password[:MAX_PASSWORD_CHARS])
+        if row is None or is_blocked or not fits:
+            if not is_blocked:
+                self._count_failure(name, row, peer)
             return None
         self._throttle.clear(name, peer)
-        token = secrets.token_urlsafe(32)
+        token, now = secrets.token_urlsafe(32), self._fleet.now()
         with self._fleet.writing() as tx:
-            tx.execute(update(operators).where(operators.c.name == name).values(failures=0, locked_until=0))
             tx.execute(delete(sessions).where(sessions.c.created_at < now - self._absolute_s))
             tx.execute(sessions.insert().values(token_sha256=_digest(token), operator=name, created_at=now, seen_at=now))
         return token
@@ -119,16 +129,13 @@ class Accounts:
         with self._fleet.writing() as tx:
             tx.execute(delete(sessions).where(sessions.c.token_sha256 == _digest(token)))
 
-    def _count_failure(self, row: RowMapping, peer: str, now: int) -> None:
-        """Count a failure: the fifth from a machine locks the account for it, the fiftieth from anywhere locks it everywhere."""
-        here, name = operators.c, row["name"]
-        self._throttle.add_failure(name, row["password_hash"], peer)
-        with self._fleet.writing() as tx:
-            tx.execute(update(operators).where(here.name == name).values(failures=here.failures + 1))
-            full = here.name == name, here.failures >= MAX_FAILURES_EVERYWHERE
-            locked = tx.execute(update(operators).where(*full).values(failures=0, locked_until=now + int(LOCKOUT_S))).rowcount
-            if locked or self._throttle.is_blocked(name, row["password_hash"], peer):
-                tx.execute(actions.insert().values(at=now, actor="server", action="locked", subject=name))
+    def _count_failure(self, name: str, row: RowMapping | None, peer: str) -> None:
+        """Count a failure, of a name that exists or not; a lock of an operator is recorded, but not each one of a flood."""
+        secret = row["password_hash"] if row else ""
+        self._throttle.add_failure(name, secret, peer)
+        if row is not None and self._throttle.is_blocked(name, secret, peer) and self._rows.take(machine_of(peer)):
+            with self._fleet.writing() as tx:
+                tx.execute(actions.insert().values(at=self._fleet.now(), actor="server", action="locked", subject=name))
 
 
 def _unknown_operator(name: str) -> SettingsError:
@@ -139,18 +146,14 @@ def _unknown_operator(name: str) -> SettingsError:
 def _new_password() -> tuple[str, dict[str, Any]]:
     """Return a new password, and the columns that are stored."""
     password = "-".join(secrets.token_hex(2) for _ in range(5))
-    return password, {"password_hash": _HASHER.hash(password), "failures": 0, "locked_until": 0}
+    return password, {"password_hash": _HASHER.hash(password)}
 
 
 def _verify(password_hash: str, password: str) -> bool:
-    if not _CHECKS.acquire(timeout=_CHECK_WAIT_S):
-        return False
     try:
         return _HASHER.verify(password_hash, password)
     except (VerifyMismatchError, InvalidHashError):
         return False
-    finally:
-        _CHECKS.release()
 
 
 def _digest(token: str) -> str:

@@ -28,6 +28,7 @@ from model_sync.fleet.pause import ExpectedRollout
 from model_sync.fleet.rollout_pause_policy import SERVER
 from model_sync.fleet.rollouts import PublishedRollouts, Rollouts
 from model_sync.fleet.tables import NOTE_CHARS
+from model_sync.login_throttle import TooManyAttemptsError
 from model_sync.messages import LANGUAGES, Language, current_code, is_known, text
 from model_sync.trust.documents import RolloutStep, older
 
@@ -65,7 +66,10 @@ def login() -> ResponseReturnValue:
     if not current_app.extensions["rate_limiters"]["logins"].allow(client_address()):
         abort(429)
     name = request.form.get("name", "").strip()[:64]
-    token = _accounts().login(name if name.isprintable() else "", request.form.get("password", ""), client_address())
+    try:
+        token = _accounts().login(name if name.isprintable() else "", request.form.get("password", ""), client_address())
+    except TooManyAttemptsError:
+        abort(429)
     if token is None:
         return render_template("login.html", failed=True, name=name), 401
     session.clear()

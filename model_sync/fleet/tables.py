@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import ArgumentError
 
-SCHEMA: Final = 5
+SCHEMA: Final = 6
 # The statements that bring an older database to each schema.
 MIGRATIONS: Final = {
     2: ("ALTER TABLE actions ADD COLUMN note VARCHAR(300) NOT NULL DEFAULT ''",),
@@ -41,6 +41,7 @@ MIGRATIONS: Final = {
         "ALTER TABLE boxes ADD COLUMN audit_state VARCHAR(16) NOT NULL DEFAULT ''",
         "CREATE INDEX boxes_by_audit_state ON boxes (audit_state, box_id)",
     ),
+    6: tuple(f"ALTER TABLE operators DROP COLUMN {name}" for name in ("failures", "locked_until")),  # a name is slowed, never locked
 }
 NOTE_CHARS: Final = 300
 _BUSY_S: Final = 20
@@ -143,8 +144,6 @@ operators: Final = Table(
     "operators", metadata,
     Column("name", String(64), primary_key=True),
     Column("password_hash", Text, nullable=False),
-    Column("failures", Integer, nullable=False, server_default="0"),
-    Column("locked_until", BigInteger, nullable=False, server_default="0"),
 )  # fmt: skip
 sessions: Final = Table(
     "sessions", metadata,

@@ -10,25 +10,27 @@ from flask import Flask
 from appliance.core.roles import Role
 from appliance.core.settings import Settings
 from webui.app import create_app
-from webui.server.access import ACCESS, OPEN_ENDPOINTS
+from webui.server.access import ACCESS, OPEN_ENDPOINTS, SCOPES
 
 _HEAD = """# Who may use which page
 
 Made from `webui/server/access.py` by `python -m tests.support.access_table`; a test compares it. What is not listed is for nobody.
+A program with an API token may use only the addresses of the token's scopes, and of them those that its account may use.
 """
 
 
 def access_table(app: Flask) -> str:
     """The page: one line per address and method, with the roles that may use it."""
     titles = [str(role).replace("_", " ") for role in Role]
-    lines = [_HEAD, f"| address | methods | {' | '.join(titles)} |", f"|---|---|{'---|' * len(titles)}"]
+    lines = [_HEAD, f"| address | methods | {' | '.join(titles)} | scope of tokens |", f"|---|---|{'---|' * len(titles)}---|"]
     for rule in sorted(app.url_map.iter_rules(), key=lambda rule: (rule.rule, sorted(rule.methods or ()))):
         methods = ", ".join(sorted((rule.methods or set()) - {"OPTIONS"} - ({"HEAD"} if "GET" in (rule.methods or ()) else set())))
         if rule.endpoint in OPEN_ENDPOINTS:
             marks = ["without login"] * len(titles)
         else:
             marks = ["yes" if role in ACCESS.get(rule.endpoint, ()) else "" for role in Role]
-        lines.append(f"| `{rule.rule}` | {methods or 'OPTIONS'} | {' | '.join(marks)} |")
+        scopes = ", ".join(str(scope) for scope, endpoints in SCOPES.items() if rule.endpoint in endpoints)
+        lines.append(f"| `{rule.rule}` | {methods or 'OPTIONS'} | {' | '.join(marks)} | {scopes} |")
     return "\n".join(lines) + "\n"
 
 

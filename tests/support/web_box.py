@@ -32,10 +32,11 @@ from appliance.core.settings import Settings
 from appliance.ingest.ingest import Ingest
 from appliance.store import passwords
 from appliance.store.accounts import Accounts
+from appliance.store.logins import Logins
 from appliance.store.second_factor import SecondFactors
 from appliance.store.store import Store
 from model_sync.bundle import Manifest
-from model_sync.login_throttle import LoginThrottle
+from model_sync.login_throttle import LoginQueue, LoginThrottle
 from webui import create_app
 from webui.context import BoxContext
 
@@ -97,8 +98,9 @@ def own_password(accounts: Accounts, username: str, role: Role | str = Role.CLIN
 class Box:
     """A running box with its store at hand."""
 
-    def __init__(self, settings: Settings, base: str, store: Store, throttle: LoginThrottle | None = None) -> None:
-        self.throttle = throttle or LoginThrottle(time.monotonic)
+    def __init__(self, settings: Settings, base: str, store: Store, logins: Logins | None = None) -> None:
+        self.throttle = logins.throttle if logins else LoginThrottle(time.monotonic)
+        self.queue = logins.queue if logins else LoginQueue(self.throttle)
         self.settings = settings
         self.base = base
         self.store = store
@@ -203,7 +205,7 @@ def in_process(settings: Settings) -> Iterator[Box]:
     thread.start()
     try:
         box: BoxContext = app.extensions["box"]
-        yield Box(settings, f"http://127.0.0.1:{server.server_port}", box.store, box.logins.throttle)
+        yield Box(settings, f"http://127.0.0.1:{server.server_port}", box.store, box.logins)
     finally:
         app.extensions["box"].stop()
         server.shutdown()

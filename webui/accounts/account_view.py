@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 from flask_babel import gettext, lazy_gettext
 
 from appliance.core.moments import moment_utc
-from appliance.core.roles import SECOND_FACTOR_ROLES, Role
+from appliance.core.roles import SECOND_FACTOR_ROLES, Role, Scope
 from appliance.store.accounts import Account
+from appliance.store.api_tokens import ApiToken
 from appliance.store.emergency_access import Emergency
 from appliance.store.logins import Session
-from webui.formatting import format_time
+from webui.formatting import format_count, format_time
 from webui.view_models import DASH, View
 
+_DAY_S: Final = 24 * 3600
 ROLES: Final[dict[Role, Any]] = {
     Role.CLINICIAN: lazy_gettext("Clinician"),
     Role.TECHNICIAN: lazy_gettext("Technician"),
     Role.SYSTEM_ADMINISTRATOR: lazy_gettext("System administrator"),
     Role.SECURITY_ADMINISTRATOR: lazy_gettext("Security administrator"),
     Role.AUDITOR: lazy_gettext("Auditor"),
+}
+
+
+SCOPES: Final[dict[Scope, Any]] = {
+    Scope.UPLOAD: lazy_gettext("Send images to this box"),
+    Scope.RESULTS: lazy_gettext("Fetch the results of a study"),
 }
 
 
@@ -56,6 +65,20 @@ def _second_factor(account: Account) -> str:
 def session_row(session: Session) -> View:
     """A session as the page of its account shows it."""
     return {"id": session.id, "peer": session.peer, "since": _time(session.created_at), "seen": _time(session.seen_at)}
+
+
+def token_row(token: ApiToken) -> View:
+    """An API token as the page of its account shows it."""
+    return {
+        "id": token.id,
+        "scopes": gettext("; ").join(str(SCOPES[scope]) for scope in SCOPES if scope in token.scopes),
+        "days": format_count(math.ceil(token.remaining_s / _DAY_S)) if token.remaining_s else "",
+        "seen": _time(token.last_used_at),
+        "made": _time(token.created_at),
+        "made_by": token.created_by,
+        "addresses": token.addresses,
+        "is_shared": len(token.addresses) > 1,
+    }
 
 
 def emergency_row(emergency: Emergency) -> View:

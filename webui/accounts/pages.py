@@ -11,9 +11,10 @@ from flask_babel import gettext
 from flask_login import current_user
 
 from appliance.core.errors import StoreError
-from appliance.core.roles import Role
+from appliance.core.roles import TOKEN_ROLES, Role
 from appliance.store.accounts import Account
-from webui.accounts.account_view import ROLES, account_row, emergency_row, session_row
+from appliance.store.api_tokens import MAX_DAYS, USUAL_DAYS
+from webui.accounts.account_view import ROLES, SCOPES, account_row, emergency_row, session_row, token_row
 from webui.context import current_box
 from webui.formatting import format_count
 from webui.messages import reason_hint, reason_text
@@ -77,7 +78,11 @@ def details(account_id: int) -> ResponseReturnValue:
 
 def _details_page(account: Account, error: str = "") -> str:
     sessions = [session_row(item) for item in current_box().logins.sessions(account)]
-    return render_template("account.html", account=account_row(account), roles=ROLES, sessions=sessions, error=error)
+    tokens = [token_row(item) for item in current_box().api_tokens.all(account)]
+    return render_template(
+        "account.html", account=account_row(account), roles=ROLES, sessions=sessions, error=error, tokens=tokens, scopes=SCOPES,
+        may_have_tokens=account.is_active and account.role in TOKEN_ROLES, days=USUAL_DAYS, most_days=MAX_DAYS,
+    )  # fmt: skip
 
 
 @blueprint.post("/accounts/<int:account_id>/role")
@@ -115,6 +120,25 @@ def end_sessions(account_id: int) -> ResponseReturnValue:
     """Log an account out everywhere, or end the one session that the form names."""
     session_id = parse_id(request.form.get("session"))
     return _change(account_id, lambda name: current_box().accounts.end_sessions(name, current_user.account, session_id))
+
+
+@blueprint.post("/accounts/<int:account_id>/tokens")
+@confirmed("accounts.details")
+def issue_token(account_id: int) -> ResponseReturnValue:
+    """Make an API token for a program, and show it once."""
+    account, days = current_box().accounts.by_id(account_id), parse_id(request.form.get("days")) or 0
+    try:
+        token = current_box().api_tokens.issue(account.username, request.form.getlist("scope"), days, current_user.account)
+    except StoreError as refusal:
+        return _details_page(account, _explain(refusal)), 422
+    return render_template("api_token.html", account=account_row(account), token=token, days=format_count(days))
+
+
+@blueprint.post("/accounts/<int:account_id>/tokens/<int:number>/revoke")
+@confirmed("accounts.details")
+def revoke_token(account_id: int, number: int) -> ResponseReturnValue:
+    """Revoke an API token."""
+    return _change(account_id, lambda _name: current_box().api_tokens.revoke(number, current_user.account))
 
 
 def _change(account_id: int, change: Callable[[str], object]) -> ResponseReturnValue:

@@ -18,6 +18,7 @@ from webui.auth.login_queue import password_check
 from webui.context import current_box
 from webui.formatting import LANGUAGE_COOKIE
 from webui.messages import reason_hint, reason_text
+from webui.server.bearer import has_bearer
 from webui.server.security import safe_next
 
 blueprint: Final = Blueprint("auth", __name__)
@@ -45,7 +46,7 @@ def load_user(token: str) -> SessionUser | None:
 
     Called again within one request after the database failed, it returns None, so that the error page can be shown.
     """
-    if g.get("is_loading_user", False):
+    if g.get("is_loading_user", False) or has_bearer():  # a program is who its token says, whatever cookie it sends
         return None
     g.is_loading_user = True
     resumed = current_box().logins.resume(token, touch=not g.get("background", False))

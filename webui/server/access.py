@@ -5,10 +5,10 @@ Deny by default: an endpoint that is not listed is for nobody, and a test finds 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final
 
-from appliance.core.roles import EMERGENCY_ROLES, PASSWORD_HELPERS, Role
+from appliance.core.roles import EMERGENCY_ROLES, PASSWORD_HELPERS, Role, Scope
 
 OPEN_ENDPOINTS: Final = frozenset({"static", "auth.login", "auth.language", "admin.healthz"})
 """Need no login."""
@@ -47,6 +47,8 @@ ACCESS: Final[Mapping[str, frozenset[Role]]] = {
     "accounts.enable": _SECURITY,
     "accounts.remove_second_factor": _SECURITY,
     "accounts.end_sessions": _SECURITY,
+    "accounts.issue_token": _SECURITY,
+    "accounts.revoke_token": _SECURITY,
     "admin.health": _EVERYBODY,
     "admin.acknowledge_score_alarm": _SYSTEM,
     # Patient data: names of refused files are often names of patients.
@@ -57,6 +59,7 @@ ACCESS: Final[Mapping[str, frozenset[Role]]] = {
     "study.retry": _CLINICIAN,
     "study.analyse": _CLINICIAN,
     "study.take_back": _CLINICIAN,
+    "results_api.show": _CLINICIAN,
     "urgency.set_urgent": _CLINICIAN,
     "urgency.set_routine": _CLINICIAN,
     "urgency.set_urgent_by_api": _CLINICIAN,
@@ -76,6 +79,14 @@ ACCESS: Final[Mapping[str, frozenset[Role]]] = {
     "tus.outcome": _CLINICIAN,
 }
 
+SCOPES: Final[Mapping[Scope, frozenset[str]]] = {
+    Scope.UPLOAD: frozenset(
+        {"upload.multipart", "upload.close", "tus.options", "tus.create", "tus.resume", "tus.status", "tus.terminate", "tus.outcome"}
+    ),
+    Scope.RESULTS: frozenset({"results_api.show"}),
+}
+"""The endpoints that each scope of an API token opens, for an account whose role may use them; no token opens any other."""
+
 HOME: Final[Mapping[Role, str]] = {
     Role.CLINICIAN: "worklist.show",
     Role.TECHNICIAN: "admin.health",
@@ -90,3 +101,8 @@ def may_use(role: Role, endpoint: str, *, is_emergency: bool = False) -> bool:
     """Whether a role may use an endpoint; in an emergency access also what a clinician may use."""
     roles = ACCESS.get(endpoint, frozenset())
     return endpoint in OPEN_ENDPOINTS or role in roles or (is_emergency and Role.CLINICIAN in roles)
+
+
+def token_may_use(scopes: Collection[Scope], role: Role, endpoint: str) -> bool:
+    """Whether a program may use an endpoint: by its token's scopes and by the role of its account; an emergency access never counts."""
+    return any(endpoint in SCOPES[scope] for scope in scopes) and role in ACCESS.get(endpoint, ())

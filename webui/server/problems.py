@@ -19,6 +19,7 @@ from appliance.core.errors import ApplianceError, IngestError, PixelError, Store
 from appliance.store.audit import NODE_AUTHENTICATION, USE_OF_RESTRICTED_FUNCTION
 from webui.context import current_box
 from webui.messages import reason_hint, reason_text
+from webui.server.bearer import has_bearer
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ STATUS_OF_CODE: Final[dict[str, int]] = {
     "model.unknown": 404,
     "account.unknown": 404,
     "account.not_allowed": 403,
+    "account.token_unknown": 404,
     "emergency.running": 409,
     "box.busy": 503,
 }
@@ -70,8 +72,8 @@ def init_app(app: Flask) -> None:
 
 
 def wants_json() -> bool:
-    """Whether the client is a program: everything below ``/api/``, and scripts that accept JSON."""
-    return request.path.startswith("/api/") or request.accept_mimetypes.best == "application/json"
+    """Whether the client is a program: everything below ``/api/``, scripts that accept JSON, and whoever presents an API token."""
+    return has_bearer() or request.path.startswith("/api/") or request.accept_mimetypes.best == "application/json"
 
 
 def status_of(error: ApplianceError) -> int:
@@ -140,3 +142,19 @@ def login_incomplete(code: str) -> Response:
 def confirmation_required() -> Response:
     """What a program gets where the password must be typed again."""
     return problem(403, "web.confirmation_required", gettext("Confirm that it is you"), gettext("Open the page and log in."))
+
+
+def token_refused() -> Response:
+    """What a program gets whose API token is wrong, has expired or was revoked: the same for all of them."""
+    hint = gettext("It is wrong, has expired or was revoked. The security administrator of this box makes a new one.")
+    answer = problem(401, "web.token", gettext("This token is not valid"), hint)
+    answer.headers["WWW-Authenticate"] = 'Bearer error="invalid_token"'
+    return answer
+
+
+def scope_refused() -> Response:
+    """What a program gets whose API token is valid, but not for this."""
+    hint = gettext("Its scopes do not name this address. The security administrator of this box makes one with another scope.")
+    answer = problem(403, "web.token_scope", gettext("This token is not for that"), hint)
+    answer.headers["WWW-Authenticate"] = 'Bearer error="insufficient_scope"'
+    return answer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from typing import Final
+from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
 from flask import Flask, Response, abort, g, redirect, request, url_for
@@ -13,9 +13,10 @@ from flask_login import current_user
 from flask_wtf.csrf import CSRFProtect
 
 from appliance.core.settings import Settings
+from appliance.store.audit import NODE_AUTHENTICATION, SECURITY_ALERT, USE_OF_RESTRICTED_FUNCTION
 from appliance.store.keys import Keys
 from webui.context import current_box
-from webui.server import access, problems
+from webui.server import access, bearer, problems
 
 # Never 'unsafe-eval' and no inline script or style; 'wasm-unsafe-eval' is for the viewer's own modules.
 CONTENT_SECURITY_POLICY: Final = "; ".join(
@@ -39,7 +40,17 @@ TUS_CHUNK_BYTES: Final = 64 << 20
 # The largest row number of SQLite.
 MAX_ID: Final = 2**63 - 1
 
-csrf: Final = CSRFProtect()
+
+class _CsrfProtect(CSRFProtect):  # type: ignore[misc]  # flask_wtf has no types
+    """The check of the CSRF token, which a program with an API token does not need: no other site can make a browser send that header."""
+
+    def protect(self, *args: Any, **options: Any) -> None:
+        """Check the token of a request that a browser's cookie identifies."""
+        if not bearer.has_bearer():
+            super().protect(*args, **options)
+
+
+csrf: Final = _CsrfProtect()
 
 
 def init_app(app: Flask, settings: Settings) -> None:
@@ -56,6 +67,7 @@ def init_app(app: Flask, settings: Settings) -> None:
     )
     app.before_request(_check_request)
     csrf.init_app(app)
+    bearer.init_app(app)
     app.after_request(_add_headers)
 
 
@@ -75,13 +87,15 @@ def safe_next(target: str | None) -> str:
 
 
 def _check_request() -> ResponseReturnValue | None:
-    """Deny by default: host name, size, session, own password, role, in this order."""
+    """Deny by default: host name, size, API token or else session, own password, role, in this order."""
     if not _is_own_host(request.host, current_box().settings):
         g.refused = "web.host"
         abort(400)
     g.background = request.headers.get("X-Background") == "1"
     request.max_content_length = _largest_body()
     endpoint = request.endpoint or ""
+    if bearer.has_bearer():
+        return _check_program(endpoint)
     if endpoint in access.OPEN_ENDPOINTS:
         return None
     if not current_user.is_authenticated:
@@ -95,6 +109,25 @@ def _check_request() -> ResponseReturnValue | None:
             return redirect(url_for(access.HOME[account.role]))
         abort(403)
     return None
+
+
+def _check_program(endpoint: str) -> ResponseReturnValue | None:
+    """Deny by default: a token that is not valid, and every endpoint that its scopes and its account's role do not open."""
+    if not current_user.is_authenticated:
+        _record_refusal("web.token", "", NODE_AUTHENTICATION)
+        return problems.token_refused()
+    token = current_user.api_token
+    if endpoint and not access.token_may_use(token.scopes, token.account.role, endpoint):
+        _record_refusal("web.token_scope", token.account.username, USE_OF_RESTRICTED_FUNCTION, token=token.id)
+        return problems.scope_refused()
+    return None
+
+
+def _record_refusal(code: str, username: str, kind: dict[str, object], **detail: object) -> None:
+    """Write it to the audit, bounded like the refusals of strangers: a program repeats its mistakes all day."""
+    named = {"in_name_of": username} if username else {}
+    particulars = {"endpoint": request.endpoint or "", "method": request.method[:16]} | named | detail | kind
+    current_box().store.refusals.record("", request.remote_addr or "", code, SECURITY_ALERT, **particulars)
 
 
 def outstanding_step() -> str:

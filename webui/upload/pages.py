@@ -20,6 +20,7 @@ from appliance.store.encrypted_stream import RECORD_BYTES
 from webui.context import current_box
 from webui.formatting import format_count, format_size
 from webui.messages import RESULTS, reason_hint, reason_text
+from webui.server.bearer import has_bearer
 from webui.server.problems import problem
 from webui.server.security import csrf
 from webui.upload.service import current_uploads, display_name, localize_outcome, parse_form, record_refusal
@@ -79,14 +80,15 @@ def _script_texts() -> dict[str, str]:
 
 @blueprint.before_app_request
 def check_multipart() -> None:
-    """Refuse a multipart request by its head, before its body is written to the disk: no token, no length, too large, no room.
+    """Refuse a multipart request by its head, before its body is written to the disk: no CSRF token, no length, too large, no room.
 
-    The CSRF token must be in the header ``X-CSRFToken``, since a form's field is known only when the form is on the disk.
+    The CSRF token of a browser must be in the header ``X-CSRFToken``, since a form's field is known only when the form is on the disk.
     """
     if request.endpoint != "upload.multipart":
         return
     try:
-        validate_csrf(request.headers.get("X-CSRFToken"))
+        if not has_bearer():
+            validate_csrf(request.headers.get("X-CSRFToken"))
     except ValidationError:
         abort(400)
     if request.content_length is None:

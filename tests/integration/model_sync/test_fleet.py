@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import socket
+import sqlite3
 import statistics
 import subprocess
 import time
@@ -17,15 +18,19 @@ from typing import Any
 
 import pytest
 import requests
+from argon2 import PasswordHasher
 from sqlalchemy import select
 
+from model_sync import login_throttle
 from model_sync.errors import SettingsError
+from model_sync.fleet import accounts as accounts_module
 from model_sync.fleet import cli
 from model_sync.fleet.accounts import Accounts
 from model_sync.fleet.database import Fleet
 from model_sync.fleet.rollout_pause_policy import RolloutPausePolicy
 from model_sync.fleet.rollouts import Rollouts
 from model_sync.fleet.tables import actions
+from model_sync.login_throttle import LOCKOUT_S, MAX_WAIT_S, SLOW_AFTER, SLOW_S, TooManyAttemptsError
 from model_sync.messages_central import WORDS
 from model_sync.trust.documents import RolloutStep
 from tests.support.fleet_seed import seed
@@ -113,22 +118,86 @@ def test_five_failures_lock_and_every_refusal_reads_the_same(centre: Centre) -> 
     assert somebody.log_in("li", Accounts(centre.fleet).reset("li")).status_code == 302
 
 
-def test_five_failures_lock_for_one_address_and_fifty_for_all(tmp_path: Path) -> None:
-    now = [1_800_000_000.0]
-    fleet = Fleet(f"sqlite:///{tmp_path}/fleet.db", clock=lambda: now[0])
-    accounts = Accounts(fleet)
-    password = accounts.add("li")
+class Guessing:
+    """A fleet with the operator ``li`` and a clock for the limits of logins, which stands still."""
+
+    def __init__(self, directory: Path) -> None:
+        self.now, self.directory = 1000.0, directory
+        self.fleet = Fleet(f"sqlite:///{directory}/fleet.db")
+        self.accounts = Accounts(self.fleet, clock=lambda: self.now)
+        self.password = self.accounts.add("li")
+
+    def log_in(self, password: str, peer: str, name: str = "li") -> str | None:
+        """One login."""
+        return self.accounts.login(name, password, peer)
+
+    def locks(self) -> int:
+        """Recorded locks."""
+        with self.fleet.reading() as tx:
+            return len(tx.execute(select(actions).where(actions.c.action == "locked")).all())
+
+
+@pytest.fixture
+def guessing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guessing]:
+    monkeypatch.setattr(accounts_module, "_HASHER", PasswordHasher(time_cost=1, memory_cost=1024, parallelism=1))
+    found = Guessing(tmp_path)
+    yield found
+    found.fleet.close()
+
+
+def test_five_failures_lock_a_name_for_one_address_only(guessing: Guessing) -> None:
     for _ in range(5):
-        assert accounts.login("li", "wrong", "192.0.2.1") is None
-    assert accounts.login("li", password, "192.0.2.1") is None
-    assert accounts.login("li", password, "192.0.2.2")
-    now[0] += 15 * 60 + 1
-    assert accounts.login("li", password, "192.0.2.1")
-    for number in range(50):
-        assert accounts.login("li", "wrong", f"192.0.2.{number}") is None
-    assert accounts.login("li", password, "192.0.2.99") is None
-    now[0] += 15 * 60 + 1
-    assert accounts.login("li", password, "192.0.2.99")
+        assert guessing.log_in("wrong", "192.0.2.1") is None
+    assert guessing.log_in(guessing.password, "192.0.2.1") is None
+    assert guessing.log_in(guessing.password, "192.0.2.2")
+    guessing.now += LOCKOUT_S + 1
+    assert guessing.log_in(guessing.password, "192.0.2.1")
+
+
+def test_r3_a_hundred_failures_from_everywhere_lock_no_operator_out(guessing: Guessing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(login_throttle, "SLOW_S", 0.001)
+    assert guessing.log_in(guessing.password, "192.0.2.200")  # the machine of li is familiar
+    for number in range(100):
+        assert guessing.log_in("wrong", f"192.0.2.{number}") is None
+        guessing.now += 1
+    assert guessing.log_in(guessing.password, "192.0.2.200")
+    assert guessing.log_in(guessing.password, "192.0.2.201")  # slowed, not locked
+
+
+def test_r3_a_guessed_name_is_slowed_whether_it_exists_or_not(guessing: Guessing) -> None:
+    for name in ("li", "nobody"):
+        for number in range(SLOW_AFTER):
+            assert guessing.log_in("wrong", f"192.0.2.{number}", name) is None
+        assert guessing.accounts._throttle.wait_s(name, "192.0.2.99") == 0
+        assert guessing.accounts._throttle.wait_s(name, "192.0.2.99") == SLOW_S
+        for _ in range(int(MAX_WAIT_S / SLOW_S)):
+            guessing.accounts._throttle.wait_s(name, "192.0.2.99")
+        with pytest.raises(TooManyAttemptsError):
+            guessing.log_in("wrong", "192.0.2.99", name)
+
+
+def test_r3_a_flood_of_guesses_writes_a_bounded_number_of_records(guessing: Guessing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(login_throttle, "SLOW_AFTER", 10**9)
+    for number in range(80):
+        for _ in range(5):
+            assert guessing.log_in("wrong", f"192.0.2.{number}") is None
+    assert guessing.locks() == 60  # in a minute that has not ended
+    for _ in range(30):
+        assert guessing.log_in("wrong", "192.0.2.99", "nobody") is None
+    assert guessing.locks() == 60
+
+
+def test_a_lock_of_an_older_centre_ends_with_the_update(tmp_path: Path) -> None:
+    password = (old := Guessing(tmp_path)).password
+    old.fleet.close()
+    database = sqlite3.connect(tmp_path / "fleet.db")
+    for column in ("failures INTEGER NOT NULL DEFAULT 0", "locked_until BIGINT NOT NULL DEFAULT 99999999999"):
+        database.execute(f"ALTER TABLE operators ADD COLUMN {column}")
+    database.execute("UPDATE meta SET value = '5' WHERE key = 'schema'")
+    database.commit()
+    database.close()
+    fleet = Fleet(f"sqlite:///{tmp_path}/fleet.db")
+    assert Accounts(fleet).login("li", password, "192.0.2.1")
     fleet.close()
 
 

@@ -465,6 +465,8 @@ def test_a_database_of_the_first_schema_is_migrated_with_its_log(tmp_path: Path)
         database.execute(f"DROP INDEX {index}")
     for column in ("alarm", "alarm_line", "alarm_version", "audit_heads", "audit_state"):
         database.execute(f"ALTER TABLE boxes DROP COLUMN {column}")
+    for column in ("failures INTEGER", "locked_until BIGINT"):
+        database.execute(f"ALTER TABLE operators ADD COLUMN {column} NOT NULL DEFAULT 0")
     database.execute("UPDATE meta SET value = '1' WHERE key = 'schema'")
     database.commit()
     database.close()

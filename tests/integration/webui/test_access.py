@@ -48,7 +48,7 @@ def test_r6_the_table_in_the_docs_is_the_matrix(settings: Settings) -> None:
 
 
 def test_r6_only_a_clinician_sees_patients() -> None:
-    groups = ("worklist.", "study.", "image_api.", "tus.", "upload.", "urgency.")
+    groups = ("worklist.", "study.", "image_api.", "tus.", "upload.", "urgency.", "results_api.")
     about_patients = {endpoint for endpoint in ACCESS if endpoint.startswith(groups)}
     assert len(about_patients) > 20
     assert {endpoint for endpoint in ACCESS if ACCESS[endpoint] == {Role.CLINICIAN}} == about_patients | {"admin.rejected"}

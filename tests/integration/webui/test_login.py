@@ -12,10 +12,10 @@ import requests
 from requests.adapters import HTTPAdapter
 
 from appliance.core.settings import Settings
+from model_sync import login_throttle
 from model_sync.login_throttle import MAX_FAILURES, SLOW_AFTER, SUSPECT_AFTER, machine_of
 from tests.support.scans import scan_bytes
 from tests.support.web_box import PASSWORD, Box, Person, in_process
-from webui.auth import login_queue
 from webui.server.access import OPEN_ENDPOINTS
 from webui.server.security import CONTENT_SECURITY_POLICY
 
@@ -188,8 +188,8 @@ def test_a_crowd_at_the_door_is_told_to_wait(box: Box, monkeypatch: pytest.Monke
     one_time = box.accounts.add("doctor", "clinician", "test")
     person = Person(box.base).speak("en")
     assert person.log_in("doctor", one_time).status_code == 302
-    monkeypatch.setattr(login_queue, "_WAIT_S", 0.05)
-    with login_queue._CHECKS, login_queue._CHECKS:
+    monkeypatch.setattr(login_throttle, "_PLACE_WAIT_S", 0.05)
+    with box.queue._checks, box.queue._checks:
         crowd = Person(box.base).speak("en").log_in("doctor", "x")
         person.open("/password")
         change = person.post("/password", data={"old": one_time, "new": PASSWORD, "again": PASSWORD})
@@ -203,10 +203,10 @@ def test_r3_machines_that_guess_take_neither_the_places_nor_the_threads_of_other
     for _ in range(SUSPECT_AFTER):
         box.throttle.add_failure("nobody", "", "127.0.6.1")
     guesser = from_address(box, "127.0.6.1")
-    with login_queue._WAITING_SUSPECTS, login_queue._WAITING_SUSPECTS, login_queue._WAITING_SUSPECTS:
+    with box.queue._waiting_suspects, box.queue._waiting_suspects, box.queue._waiting_suspects:
         assert guesser.log_in("doctor", PASSWORD).status_code == 429  # at once: it does not hold a thread
         assert Person(box.base).log_in("doctor", PASSWORD).status_code == 302
-    with login_queue._CHECKS_OF_SUSPECTS:
+    with box.queue._checks_of_suspects:
         assert Person(box.base).log_in("doctor", PASSWORD).status_code == 302
     assert guesser.log_in("doctor", PASSWORD).status_code == 302
 

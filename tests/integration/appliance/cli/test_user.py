@@ -11,6 +11,7 @@ import pytest
 from appliance.cli.main import main
 from appliance.core.settings import Settings
 from appliance.store.accounts import Accounts
+from appliance.store.api_tokens import ApiTokens
 from appliance.store.logins import Logins
 from appliance.store.store import Store
 
@@ -130,3 +131,48 @@ def test_a_box_is_made_by_add_alone(tmp_path: Path, capsys: pytest.CaptureFixtur
     store = Store(Settings.load(tmp_path / "none"))
     assert Accounts(store).has_security_administrator()
     store.close()
+
+
+def test_tokens_are_made_listed_and_revoked(console: Console, box: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    console.run("add", "wang")
+    printed = console.run("token", "add", "wang", "--scope", "upload", "--scope", "results", "--days", "7")
+    token = password_in(printed)
+    tokens = ApiTokens(box, Accounts(box))
+    assert tokens.use(token, "192.0.2.7")
+    assert "SEVERAL" not in console.run("token", "list")
+    assert tokens.use(token, "192.0.2.8")
+    listed = console.run("token", "list", "wang").splitlines()[1]
+    assert listed.split()[:5] == ["1", "wang", "results,", "upload", "7"]
+    assert re.search(r"SEVERAL: .*192\.0\.2\.7", listed)
+    assert token not in listed
+    monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
+    assert "多个：" in console.run("token", "list")
+    assert "已吊销" in console.run("token", "revoke", "1")
+    assert tokens.use(token, "192.0.2.7") is None
+    assert [change["changed"] for change in changes(box) if "token" in change] == ["token made", "token revoked"]
+
+
+@pytest.mark.parametrize(
+    ("words", "exit_code"),
+    [
+        (["add"], 2),
+        (["revoke"], 2),
+        (["frobnicate", "wang"], 2),
+        (["add", "wang"], 1),
+        (["add", "nobody", "--scope", "upload"], 1),
+        (["add", "chief", "--scope", "upload"], 1),
+        (["add", "wang", "--scope", "upload", "--days", "0"], 1),
+        (["add", "wang", "--scope", "upload", "--days", "366"], 1),
+        (["revoke", "1"], 1),
+        (["revoke", "x"], 1),
+        (["revoke", "9" * 30], 1),
+        (["list", "nobody"], 1),
+    ],
+)
+def test_wrong_uses_of_tokens_change_nothing(console: Console, box: Store, words: list[str], exit_code: int) -> None:
+    console.run("add", "wang")
+    console.run("add", "chief", "--role", "security_administrator")
+    before = len(changes(box))
+    console.run("token", *words, exit_code=exit_code)
+    assert "hint" in console.error
+    assert len(changes(box)) == before

@@ -57,6 +57,13 @@ def test_a_moment_of_a_clock_a_year_ahead_has_ended_after_a_restart_with_the_rig
     assert clock.age_s(moment) == math.inf
 
 
+@pytest.mark.parametrize("uptime", [101.09375, 100.0006, 100.9999])
+def test_a_moment_that_was_just_stored_is_new_although_it_is_rounded_up(uptime: float) -> None:
+    clock = TestClock()
+    clock.uptime = uptime
+    assert clock.age_s(clock.now()) == pytest.approx(0, abs=0.001)
+
+
 @pytest.mark.parametrize("moment", ["", "1800000000", "1 2"])
 def test_an_unknown_moment_is_infinitely_old(moment: str) -> None:
     assert TestClock().age_s(moment) == math.inf

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -309,3 +311,22 @@ def test_r10_whatever_is_changed_in_whatever_order_stays_found(settings: Setting
             assert problems(store)
             write(store, entries)
             assert problems(store)
+
+
+def test_problems_keep_the_names_by_which_they_were_acknowledged_and_have_both_languages() -> None:
+    """The identities are those that version 0.1.0 computed: what was acknowledged then stays acknowledged."""
+    known = {
+        "audit.entries_missing": ({"first": 3, "last": 7}, "entries 3 to 7 are missing"),
+        "audit.entry_changed": ({"seq": 3}, "entry 3 was changed"),
+        "audit.entry_differs": ({"seq": 3}, "entry 3 differs from an anchor"),
+        "audit.end_changed": ({"seq": 3}, "the end after entry 3"),
+        "audit.anchored_entry_missing": ({"seq": 3}, "entry 3, of which there is an anchor, is missing"),
+        "audit.break_recorded": ({"seq": 3, "at": "x", "code": "audit.broken"}, "entry 3, of x, records a break (audit.broken)"),
+        "audit.anchor_changed": ({"number": 3, "name": "audit.anchors"}, "line 3 of audit.anchors was changed"),
+        "audit.anchors_shortened": ({"name": "audit.anchors"}, "audit.anchors has been shortened or replaced"),
+    }
+    for code, (values, english) in known.items():
+        found = audit.problem(code, "a", "b", **values)
+        assert found.text == english
+        assert found.identity == hashlib.sha256(f"{english}\na\nb".encode()).hexdigest()[:32]
+        assert re.search(r"[\u4e00-\u9fff]", found.describe("zh"))

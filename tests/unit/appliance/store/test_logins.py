@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from appliance.core.roles import Role
 from appliance.store import passwords
 from appliance.store.accounts import Accounts
-from appliance.store.logins import Logins, _FailureRows
+from appliance.store.logins import Logins
 from appliance.store.store import Store
-from model_sync.login_throttle import LOCKOUT_S, MAX_FAILURES
+from model_sync.login_throttle import LOCKOUT_S, MAX_FAILURES, FailureRows
 from tests.support.clocks import TestClock
 
 YEAR_S = 365 * 86400.0
@@ -181,7 +181,7 @@ def test_the_audit_of_guessing_is_bounded_and_counts_every_attempt(desk: Desk, m
 @settings(suppress_health_check=list(HealthCheck))
 def test_rows_for_failures_never_exceed_one_per_second_over_all(attempts: list[tuple[int, float]]) -> None:
     clock = TestClock()
-    rows, written, counted, start = _FailureRows(clock.uptime_s), 0, 0, clock.uptime
+    rows, written, counted, start = FailureRows(clock.uptime_s), 0, 0, clock.uptime
     for machine, seconds in attempts:
         clock.wait(seconds)
         stands_for = rows.take(str(machine))
