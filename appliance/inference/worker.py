@@ -25,7 +25,8 @@ from appliance.inference.batch_job import BatchJob
 from appliance.inference.job_runner import InterruptedJobError, JobRunner
 from appliance.inference.model_pool import CONNECT_WAIT_S, ModelPool
 from appliance.lifecycle.activation import Activator
-from appliance.store import audit_reserve
+from appliance.lifecycle.exchange import Exchange
+from appliance.store import audit_check, audit_reserve
 from appliance.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -154,8 +155,18 @@ def _anchor_audit(store: Store) -> None:
     audit_reserve.fill(store.settings.data_dir)
 
 
+def _check_audit(store: Store) -> float:
+    """Search the audit for changes while there is no work; returns the seconds until the next search."""
+    directory = store.settings.exchange_dir
+    try:
+        return audit_check.check_audit(store.database, Exchange(store, directory).confirmed_anchor() if directory else None).interval_s
+    except (OSError, StoreError) as error:
+        logger.error("the audit cannot be searched", extra={"code": getattr(error, "code", "store.failed")})
+        return audit_check.BROKEN_INTERVAL_S
+
+
 def _loop(store: Store, worker: Worker, wakeup: Wakeup, is_stopping: Callable[[], bool], *, until_idle: bool) -> None:
-    planned_at = anchored_at = float("-inf")
+    planned_at = anchored_at = check_at = float("-inf")
     while not is_stopping():
         if time.monotonic() - anchored_at > _ANCHOR_INTERVAL_S:
             _anchor_audit(store)
@@ -175,4 +186,6 @@ def _loop(store: Store, worker: Worker, wakeup: Wakeup, is_stopping: Callable[[]
         if until_idle and not is_busy:
             return
         worker.prepare()
+        if time.monotonic() >= check_at and not until_idle:
+            check_at = time.monotonic() + _check_audit(store)
         wakeup.wait(_BUSY_IDLE_S if is_busy else _IDLE_S)

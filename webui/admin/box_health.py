@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, Final
@@ -36,6 +36,7 @@ _TITLES: Final[dict[str, tuple[Any, str, str]]] = {
     "trial": (lazy_gettext("This box works; a version is on trial"), "running", "calm"),
     "well": (lazy_gettext("This box works"), "check", "done"),
 }
+_ORDER: Final = ("broken", "attention", "trial", "notice")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class HealthItem:
     """Something that a technician has to know.
 
     Attributes:
-        kind: ``broken``: a part of the box does not work; ``attention``: the box works, but a person has to do something; ``trial``.
+        kind: ``broken``: a part of the box does not work; ``attention``: the box works, but a person has to do something; ``trial``;
+            ``notice``: something is missing that the box works without, which changes no colour.
         code: for scripts and tests.
         text: what it is.
         hint: what to do; empty where there is nothing to do.
@@ -68,10 +70,11 @@ def _emergency_items(emergencies: Sequence[Emergency]) -> Iterator[HealthItem]:
 
 
 def health_verdict(
-    settings: Settings, lines: Sequence[ModelLine], is_disk_low: bool, is_untrusted: bool, emergencies: Sequence[Emergency] = ()
-) -> View:
+    settings: Settings, lines: Sequence[ModelLine], is_disk_low: bool, is_untrusted: bool, emergencies: Sequence[Emergency] = (),
+    duties: Iterable[HealthItem] = (),
+) -> View:  # fmt: skip
     """The line at the top of the status page: the worst kind of its items decides its words."""
-    items = [*_items(settings, lines, is_disk_low, is_untrusted), *_emergency_items(emergencies)]
+    items = [*_items(settings, lines, is_disk_low, is_untrusted), *_emergency_items(emergencies), *duties]
     kind = next((kind for kind in _TITLES if any(item.kind == kind for item in items)), "well")
     title, icon, tone = _TITLES[kind]
     return {
@@ -79,7 +82,7 @@ def health_verdict(
         "title": title,
         "icon": icon,
         "tone": tone,
-        "items": sorted(items, key=lambda item: list(_TITLES).index(item.kind)),
+        "items": sorted(items, key=lambda item: _ORDER.index(item.kind)),
     }
 
 

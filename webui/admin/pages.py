@@ -15,6 +15,7 @@ from appliance import __version__
 from appliance.model_queries import activation_history, model_lines
 from appliance.store.score_alarms import ScoreAlarms
 from webui.admin.box_health import health_verdict
+from webui.admin.duties import duty_items
 from webui.context import BoxContext, current_box
 from webui.formatting import format_count, format_size, format_time
 from webui.messages import reason_hint, reason_text
@@ -66,7 +67,14 @@ def health() -> ResponseReturnValue:
         status=None if is_fragment else _box_status(box),
         library=library_card(link),
         lines=[model_line_card(line, link.offers) for line in lines],
-        verdict=health_verdict(box.settings, lines, _is_disk_low(box), link.state == "untrusted", box.emergencies.open_alarms()),
+        verdict=health_verdict(
+            box.settings,
+            lines,
+            _is_disk_low(box),
+            link.state == "untrusted",
+            box.emergencies.open_alarms(),
+            duty_items(box, current_user.account.role),
+        ),
         is_busy=link.state == "downloading" or any(line.is_busy for line in lines),
         history=[history_row(entry) for entry in entries],
         before=before,

@@ -85,6 +85,30 @@ def test_r6_a_role_without_patients_sees_none_of_them_on_its_pages(box: Box, rol
     assert person.post("/", headers=TUS).status_code == 403
 
 
+CONFIRMED = {
+    "second_factor.set_up", "emergency.begin", "emergency.acknowledge", "accounts.add", "accounts.issue_password", "accounts.set_role",
+    "accounts.disable", "accounts.enable", "accounts.remove_second_factor", "accounts.end_sessions", "accounts.issue_token",
+    "accounts.revoke_token",
+}  # fmt: skip
+# None of these exports, rolls a model back or touches a key; a page that does belongs above.
+UNCONFIRMED = {
+    "auth.login", "auth.logout", "auth.language", "auth.password", "auth.confirm", "second_factor.enter", "emergency.end", "audit.verify",
+    "admin.acknowledge_score_alarm", "worklist.show", "study.retry", "study.analyse", "study.take_back", "urgency.set_urgent",
+    "urgency.set_routine", "urgency.set_urgent_by_api", "urgency.set_routine_by_api", "upload.close", "upload.multipart", "tus.create",
+    "tus.resume", "tus.terminate",
+}  # fmt: skip
+
+
+def test_r8_every_page_action_is_known_to_ask_for_the_password_again_or_not(settings: Settings) -> None:
+    app = create_app(settings)
+    changing = {rule.endpoint for rule in app.url_map.iter_rules() if (rule.methods or set()) & {"POST", "PATCH", "PUT", "DELETE"}}
+    confirmed = {endpoint for endpoint in changing if hasattr(app.view_functions[endpoint], "__wrapped__")}
+    app.extensions["box"].stop()
+    app.extensions["box"].store.close()
+    assert confirmed == CONFIRMED
+    assert changing - confirmed == UNCONFIRMED
+
+
 def test_a_change_of_role_holds_from_the_next_request(box: Box) -> None:
     person = box.person("wang")
     assert person.get("/").status_code == 200
