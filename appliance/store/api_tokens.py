@@ -147,12 +147,12 @@ class ApiTokens:
         if row is None or not row["is_active"] or not self._remaining_s(row):
             self.throttle.add_failure(_digest(token), "", peer)
             return None
-        self._record_use(row, machine_of(peer))
+        self._record_use(row, peer)
         self.throttle.clear(_digest(token), peer)
         return self._token(row)
 
-    def _record_use(self, row: sqlite3.Row, machine: str) -> None:
-        number, now = row["token_id"], self._clock.now()
+    def _record_use(self, row: sqlite3.Row, peer: str) -> None:
+        number, machine, now = row["token_id"], machine_of(peer), self._clock.now()
         seen = self._db.one("SELECT last_used_at FROM api_token_addresses WHERE token_id = ? AND address = ?", number, machine)
         if seen is not None and self._clock.age_s(seen["last_used_at"]) <= _TOUCH_S:  # one durable write per half minute is enough
             return
@@ -166,7 +166,7 @@ class ApiTokens:
             for address in known[_MAX_ADDRESSES - 1 :]:
                 tx.execute("DELETE FROM api_token_addresses WHERE token_id = ? AND address = ?", (number, address))
             if known:
-                particulars = {"code": SECOND_ADDRESS, "peer": machine, "others": known[: _MAX_ADDRESSES - 1]}
+                particulars = {"code": SECOND_ADDRESS, "peer": peer, "others": known[: _MAX_ADDRESSES - 1]}
                 event = (audit.SECURITY_ALERT, row["username"], "E", f"token:{number}", 4)
                 Database.audit(tx, *event, **particulars, **audit.NODE_AUTHENTICATION)
 

@@ -22,7 +22,7 @@ REPEAT_AFTER_S: Final = 600.0
 
 
 class RecentVisits:
-    """Which account has visited which study lately."""
+    """Which account, or API token (its number below zero), has visited which study lately."""
 
     def __init__(self) -> None:
         self._times: dict[tuple[int, int], float] = {}
@@ -47,11 +47,13 @@ def init_app(app: Flask) -> None:
 
 
 def record_access(study_id: int, *, is_opened: bool = False) -> None:
-    """Write to the audit that this person sees this study: always when it is opened, else if the last visit was long ago."""
+    """Write to the audit that this person or program sees this study: always when it is opened, else if the last visit was long ago."""
     visits: RecentVisits = current_app.extensions["visits"]
-    is_new = visits.is_new(current_user.account.id, study_id)
+    token = getattr(current_user, "api_token", None)
+    is_new = visits.is_new(-token.id if token else current_user.account.id, study_id)  # a person and a program are two visitors
     if is_opened or is_new:
-        current_box().store.record(INSTANCES_ACCESSED, current_user.account.username, "R", f"study:{study_id}")
+        particulars = {"token": token.id} if token else {}
+        current_box().store.record(INSTANCES_ACCESSED, current_user.account.username, "R", f"study:{study_id}", **particulars)
 
 
 def record_list(name: str, studies: Sequence[int], *, is_opened: bool, is_search: bool = False) -> None:

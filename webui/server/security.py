@@ -123,10 +123,10 @@ def _check_program(endpoint: str) -> ResponseReturnValue | None:
     return None
 
 
-def _record_refusal(code: str, username: str, kind: dict[str, object], **detail: object) -> None:
+def _record_refusal(code: str, username: str, kind: dict[str, Any], **detail: Any) -> None:
     """Write it to the audit, bounded like the refusals of strangers: a program repeats its mistakes all day."""
     named = {"in_name_of": username} if username else {}
-    particulars = {"endpoint": request.endpoint or "", "method": request.method[:16]} | named | detail | kind
+    particulars: dict[str, Any] = {"endpoint": request.endpoint or "", "method": request.method[:16]} | named | detail | kind
     current_box().store.refusals.record("", request.remote_addr or "", code, SECURITY_ALERT, **particulars)
 
 

@@ -183,7 +183,7 @@ def test_a_token_used_from_two_addresses_is_shown_as_such_and_audited_once_per_a
     (shown,) = desk.tokens.all()
     assert set(shown.addresses) == {PEER, "192.0.2.8", "2001:db8::/64"}
     alerts = desk.alerts()
-    assert [alert["detail"]["peer"] for alert in alerts] == ["192.0.2.8", "2001:db8::/64"]  # type: ignore[index]
+    assert [alert["detail"]["peer"] for alert in alerts] == ["192.0.2.8", "2001:db8::1"]  # type: ignore[index]
     assert {(alert["event"], alert["actor"], alert["object"]) for alert in alerts} == {("110113", "wang", f"token:{shown.id}")}
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -242,6 +243,7 @@ def test_r10_a_lost_key_is_replaced_by_a_person_on_record(settings: Settings, ca
 _WRITE = """
 import sys
 from pathlib import Path
+from typing import Any
 from appliance.core.settings import Settings
 from appliance.store.audit import APPLICATION_ACTIVITY
 from appliance.store.keys import AUDIT_KEY
@@ -315,7 +317,7 @@ def test_r10_whatever_is_changed_in_whatever_order_stays_found(settings: Setting
 
 def test_problems_keep_the_names_by_which_they_were_acknowledged_and_have_both_languages() -> None:
     """The identities are those that version 0.1.0 computed: what was acknowledged then stays acknowledged."""
-    known = {
+    known: dict[str, tuple[dict[str, Any], str]] = {
         "audit.entries_missing": ({"first": 3, "last": 7}, "entries 3 to 7 are missing"),
         "audit.entry_changed": ({"seq": 3}, "entry 3 was changed"),
         "audit.entry_differs": ({"seq": 3}, "entry 3 differs from an anchor"),
