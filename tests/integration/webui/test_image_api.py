@@ -208,6 +208,7 @@ def test_r9_a_list_of_patients_is_an_event_once_per_visit_and_what_a_refresh_add
 SHOWN = {
     "worklist.show": "110112", "admin.rejected": "110112", "study.show": "110103", "image_api.description": "110103",
     "image_api.frame": "110103", "image_api.heatmap": "110103", "image_api.key_picture": "110103",
+    "results_api.show": "110103",
 }  # fmt: skip
 SHOWS_NONE = {"worklist.revision", "upload.show", "tus.options", "tus.status", "tus.outcome"}
 
