@@ -15,7 +15,7 @@ import secrets
 import sqlite3
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from appliance.core.errors import StoreError
 from appliance.core.roles import TOKEN_ROLES, Scope
@@ -166,15 +166,15 @@ class ApiTokens:
             for address in known[_MAX_ADDRESSES - 1 :]:
                 tx.execute("DELETE FROM api_token_addresses WHERE token_id = ? AND address = ?", (number, address))
             if known:
-                particulars = {"code": SECOND_ADDRESS, "peer": peer, "others": known[: _MAX_ADDRESSES - 1]}
-                event = (audit.SECURITY_ALERT, row["username"], "E", f"token:{number}", 4)
-                Database.audit(tx, *event, **particulars, **audit.NODE_AUTHENTICATION)
+                others = known[: _MAX_ADDRESSES - 1]
+                particulars: dict[str, Any] = {"code": SECOND_ADDRESS, "peer": peer, "others": others} | audit.NODE_AUTHENTICATION
+                Database.audit(tx, audit.SECURITY_ALERT, row["username"], "E", f"token:{number}", 4, **particulars)
 
     def _remaining_s(self, row: sqlite3.Row) -> float:
         """Seconds that are left; 0 also while the clock is before the last use, so that setting it back stretches nothing."""
         if row["last_used_at"] and self._clock.age_s(row["last_used_at"]) == math.inf:
             return 0.0
-        return max(0.0, row["lifetime_s"] - self._clock.age_s(row["made_at"]))
+        return max(0.0, float(row["lifetime_s"]) - self._clock.age_s(row["made_at"]))
 
     def _end_expired(self) -> None:
         """End for good the tokens whose days are over: a clock that is set back later does not revive them."""
