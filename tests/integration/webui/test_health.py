@@ -17,6 +17,7 @@ import pytest
 
 from appliance import model_queries
 from appliance.core.domain import Note, utc_now
+from appliance.core.roles import Role
 from appliance.core.settings import Settings
 from appliance.lifecycle.model_control import reference_bundle
 from appliance.store.score_alarms import ScoreAlarms, ScoreMonitor
@@ -220,6 +221,7 @@ def verdict(page: str) -> tuple[str, list[str], str]:
 
 
 def test_one_line_says_that_the_box_works_and_names_a_trial(box: Box) -> None:
+    box.accounts.add("security", Role.SECURITY_ADMINISTRATOR, "test")
     box.activate()
     person, chinese = box.person("tech", "technician"), box.person("jishu", "technician", "zh")
     with running(box.settings, "worker", "receiver"):
@@ -235,6 +237,7 @@ def test_one_line_says_that_the_box_works_and_names_a_trial(box: Box) -> None:
 
 @pytest.mark.parametrize(("roles", "items"), [(("receiver",), ["worker"]), (("worker",), ["receiver"]), ((), ["worker", "receiver"])])
 def test_a_part_of_the_box_that_does_not_run_is_named_with_what_to_do(box: Box, roles: tuple[str, ...], items: list[str]) -> None:
+    box.accounts.add("security", Role.SECURITY_ADMINISTRATOR, "test")
     box.activate()
     person = box.person("tech", "technician")
     with running(box.settings, *roles):
@@ -246,6 +249,7 @@ def test_a_part_of_the_box_that_does_not_run_is_named_with_what_to_do(box: Box, 
 def test_without_a_model_and_on_a_full_disk_the_box_does_not_say_that_it_works(settings: Settings) -> None:
     """The disk counts as full since more than all of it is kept in reserve."""
     with in_process(settings.model_copy(update={"disk_reserve_bytes": 1 << 60})) as box, running(settings, "worker", "receiver"):
+        box.accounts.add("security", Role.SECURITY_ADMINISTRATOR, "test")
         person = box.person("tech", "technician")
         assert verdict(person.open("/health"))[:2] == ("broken", ["disk", "no_model"])
         box.activate()
@@ -255,6 +259,7 @@ def test_without_a_model_and_on_a_full_disk_the_box_does_not_say_that_it_works(s
 
 
 def test_a_new_version_that_failed_its_self_test_needs_somebody_while_the_box_works(box: Box) -> None:
+    box.accounts.add("security", Role.SECURITY_ADMINISTRATOR, "test")
     box.activate()
     journal(box, "0.2.0", "failed", reason=json.dumps(Note("model.self_test", "golden-1").to_json()))
     with running(box.settings, "worker", "receiver"):
