@@ -83,6 +83,8 @@ class Logins:
     def begin_again(self, session: Session) -> str | None:
         """Begin a new session for a person who has just proved who it is, when all sessions ended with the old password."""
         row = self._db.require("account", "SELECT * FROM users WHERE id = ?", session.account.id)
+        if row["totp_secret"] is not None and not session.account.has_second_factor:  # set up since, by somebody else
+            return None
         return self._begin(row, session.peer, needs_code=False)
 
     def complete(self, session: Session, token: str, code: str) -> bool:
@@ -155,8 +157,9 @@ class Logins:
     def _begin(self, row: sqlite3.Row, peer: str, *, needs_code: bool) -> str | None:
         token, now = secrets.token_urlsafe(32), self._clock.now()
         with self._db.transaction() as tx:
-            current = tx.execute("SELECT password_hash, is_active FROM users WHERE id = ?", (row["id"],)).fetchone()
-            if tuple(current) != (row["password_hash"], 1):  # changed or disabled while the password was being checked
+            current = tx.execute("SELECT password_hash, totp_secret, is_active FROM users WHERE id = ?", (row["id"],)).fetchone()
+            # Changed, or disabled, while the password was being checked.
+            if tuple(current) != (row["password_hash"], row["totp_secret"], 1):
                 return None
             if self._clock.age_s(row["password_set_at"]) == math.inf:  # set under another clock: its age counts from now
                 tx.execute("UPDATE users SET password_set_at = ? WHERE id = ?", (now, row["id"]))

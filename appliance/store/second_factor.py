@@ -63,8 +63,10 @@ class SecondFactors:
         """The ``otpauth:`` address of a secret, which a QR code shows to the app."""
         return pyotp.TOTP(secret).provisioning_uri(name=account.username, issuer_name=ISSUER)
 
-    def confirm(self, account: Account, code: str) -> list[str]:
+    def confirm(self, account: Account, code: str, own_session: int | None = None) -> list[str]:
         """Put the secret that is being set up into force; returns new recovery codes, which are shown once.
+
+        All sessions of the account end but the person's own: none that was opened without this factor goes on.
 
         Raises:
             StoreError: ``account.wrong_code``. Nothing was changed.
@@ -81,6 +83,7 @@ class SecondFactors:
             tx.execute("INSERT INTO used_codes (user_id, step) VALUES (?, ?)", (row["id"], step))
             tx.execute("DELETE FROM recovery_codes WHERE user_id = ?", (row["id"],))
             tx.executemany("INSERT INTO recovery_codes VALUES (?, ?)", [(row["id"], _digest(item)) for item in codes])
+            tx.execute("DELETE FROM sessions WHERE user_id = ? AND id IS NOT ?", (row["id"], own_session))
             audit_change(tx, account, "U", account.username, changed="second factor set up")
         return codes
 

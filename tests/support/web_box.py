@@ -33,7 +33,6 @@ from appliance.ingest.ingest import Ingest
 from appliance.store import passwords
 from appliance.store.accounts import Accounts
 from appliance.store.logins import Logins
-from appliance.store.second_factor import SecondFactors
 from appliance.store.store import Store
 from model_sync.bundle import Manifest
 from model_sync.login_throttle import LoginQueue, LoginThrottle
@@ -125,10 +124,10 @@ class Box:
         return Person(self.base, self.settings.tls_authority or self.settings.tls_certificate).speak(language)
 
     def second_factor(self, username: str) -> str:
-        """Set up a second factor; returns a recovery code."""
-        factors = SecondFactors(self.store, self.accounts)
-        account = self.accounts.require(username)
-        return factors.confirm(account, pyotp.TOTP(factors.begin(account)).now())[0]
+        """Set up a second factor, in the newest session where there is one; returns a recovery code."""
+        logins, account = Logins(self.store, self.accounts), self.accounts.require(username)
+        factors, own = logins.second_factors, next((item.id for item in logins.sessions(account)), None)
+        return factors.confirm(account, pyotp.TOTP(factors.begin(account)).now(), own)[0]
 
     def take(self, data: bytes, name: str = "scan.dcm") -> Any:
         """Bring one scan through the door and close its series."""

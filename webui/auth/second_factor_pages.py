@@ -45,7 +45,7 @@ def set_up() -> ResponseReturnValue:
     factors, account, error = current_box().logins.second_factors, current_user.account, ""
     if request.method == "POST":
         try:
-            codes = factors.confirm(account, request.form.get("code", "")[:64])
+            codes = factors.confirm(account, request.form.get("code", "")[:64], current_user.session.id)
             return render_template("recovery_codes.html", codes=codes)
         except StoreError as refusal:
             if refusal.code != "account.wrong_code":

@@ -120,6 +120,18 @@ def test_r4_a_technician_sets_up_a_second_factor_before_anything_else(box: Box) 
     assert "7 recovery codes are left" in again.open("/second-factor/set-up")
 
 
+def test_r4_a_session_that_waits_at_the_set_up_ends_when_the_owner_sets_it_up_elsewhere(box: Box) -> None:
+    own_password(box.accounts, "zhao", Role.TECHNICIAN)
+    guest, owner = Person(box.base).speak("en"), Person(box.base).speak("en")
+    for person in (guest, owner):
+        assert person.log_in("zhao", PASSWORD).status_code == 302
+        assert person.get("/health").headers["Location"] == "/second-factor/set-up"
+    secret = re.findall(r"<code>([A-Z2-7 ]+)</code>", owner.open("/second-factor/set-up"))[0].replace(" ", "")
+    assert owner.post("/second-factor/set-up", data={"code": pyotp.TOTP(secret).now()}).status_code == 200
+    assert owner.get("/health").status_code == 200
+    assert guest.get("/health").headers["Location"].startswith("/login")
+
+
 def test_r4_a_clinician_may_set_one_up_and_keeps_it_with_a_new_password(box: Box) -> None:
     person = box.person("wang")
     page = person.open("/second-factor/set-up")

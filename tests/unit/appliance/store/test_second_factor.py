@@ -12,6 +12,7 @@ import pytest
 
 from appliance.core.errors import StoreError
 from appliance.core.roles import Role
+from appliance.store import passwords
 from appliance.store.accounts import Accounts
 from appliance.store.logins import Logins, Session
 from appliance.store.second_factor import ACCOUNTS_KEY, RECOVERY_CODES, SecondFactors
@@ -216,6 +217,42 @@ def test_r4_a_lost_phone_the_second_factor_is_removed_which_is_audited(desk: Des
     with pytest.raises(StoreError) as refused:
         desk.factors.remove("zhao", desk.account)
     assert refused.value.code == "account.not_allowed"
+
+
+def test_r4_a_new_second_factor_ends_the_sessions_that_never_needed_its_code(store: Store) -> None:
+    accounts = Accounts(store)
+    one_time = accounts.add("zhao", Role.TECHNICIAN, "t")
+    accounts.change_password(accounts.require("zhao"), one_time, OWN)
+    logins = Logins(store, accounts)
+    guest, own = (logins.login("zhao", OWN, peer) or "" for peer in ("10.0.0.66", "10.0.0.1"))
+    session = logins.resume(own)
+    assert session
+    assert logins.resume(guest)
+    totp = pyotp.TOTP(logins.second_factors.begin(session.account))
+    with pytest.raises(StoreError):
+        logins.second_factors.confirm(session.account, "000000", session.id)
+    assert logins.resume(guest)
+    logins.second_factors.confirm(session.account, totp.now(), session.id)
+    assert logins.resume(guest) is None
+    assert logins.resume(own)
+
+
+def test_r4_a_login_that_is_under_way_when_the_second_factor_is_set_up_fails(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    accounts = Accounts(store)
+    one_time = accounts.add("zhao", Role.TECHNICIAN, "t")
+    accounts.change_password(accounts.require("zhao"), one_time, OWN)
+    logins, account = Logins(store, accounts), accounts.require("zhao")
+    verify = passwords.verify_password
+
+    def slowly(*given: str) -> bool:
+        logins.second_factors.confirm(account, pyotp.TOTP(logins.second_factors.begin(account)).now())
+        return verify(*given)
+
+    session = logins.resume(logins.login("zhao", OWN, "10.0.0.1") or "")
+    assert session
+    monkeypatch.setattr(passwords, "verify_password", slowly)
+    assert logins.login("zhao", OWN, "10.0.0.66") is None
+    assert logins.begin_again(session) is None
 
 
 def test_r8_confirming_needs_password_and_code(desk: Desk) -> None:
