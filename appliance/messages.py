@@ -239,6 +239,17 @@ _CODES: Final[Mapping[str, Message]] = {
     "key.wrong": Message(
         "A key does not belong to the data of this box; the box does not start. All data are kept, nothing was changed", _RESTORE
     ),
+    "key.sealed_elsewhere": Message(
+        "This machine cannot unseal the keys of this box: the disk is of another machine, or the TPM does not answer; the box does not start."
+        " All data are kept, nothing was changed",
+        "Start it on its own machine, or restore the keys here: appliance keys restore FILE --data-dir DIR."
+        " Without an escrow copy delete nothing and tell the central team.",
+    ),
+    "key.not_sealed": Message(
+        "The keys of this box are not sealed by its machine: whoever takes the whole disk can open the images",
+        "If the machine has a TPM 2.0, install tpm2-tools, give the account of the box access to it, and start the box again."
+        " Lock the box away, and erase its disk before it leaves the clinic.",
+    ),
     "key.other_box": Message("The escrow copy is of another box; nothing was changed", "Take the escrow copy of this box."),
     "key.escrow_old": Message(
         "The escrow copy is too old: the box has got new keys since; nothing was changed", "Take the latest escrow copy of this box."

@@ -16,6 +16,8 @@ for account in "clinicbox:$box" "model-sync:$agent"; do
     exists passwd "$name" || useradd --system --user-group --no-create-home --home-dir "${account#*:}" --shell /usr/sbin/nologin "$name"
     usermod --append --groups clinic-exchange "$name"
 done
+# The group of the TPM, by which the box seals its keys; without it they are in an owner-only file.
+if exists group tss; then usermod --append --groups tss clinicbox; fi
 umask 022
 mkdir -p "$(dirname "$box")" "$(dirname "$exchange")" "$(dirname "$agent")"
 install -d -m 0700 -o clinicbox -g clinicbox "$box"

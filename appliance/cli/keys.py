@@ -8,7 +8,7 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-from appliance.cli.terminal import UsageError, say
+from appliance.cli.terminal import UsageError, explain, hint_line, say
 from appliance.core.settings import Settings
 
 
@@ -38,8 +38,14 @@ def run(arguments: argparse.Namespace) -> int:
 def _check(data_dir: Path) -> None:
     from appliance.store.store import open_box
 
-    with closing(open_box(data_dir)):
+    with closing(open_box(data_dir)) as store:
         print(say("the keys belong to the data of this box"))
+        sealed = {
+            "tpm2": say("the keys are sealed by the TPM of this machine"),
+            "systemd-creds": say("the keys are sealed by the host key of this machine (systemd-creds)"),
+        }
+        protection = store.keys.protection()
+        print(sealed[protection] if protection in sealed else f"{explain('key.not_sealed')}\n{hint_line('key.not_sealed')}")
 
 
 def _escrow(data_dir: Path, path: Path) -> None:

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from appliance.core.domain import utc_now
 from appliance.core.errors import StoreError
-from appliance.store.keys import KEY_BYTES
+from appliance.store.master_key import KEY_BYTES
 from model_sync import atomic_files
 
 MIN_PASSPHRASE_CHARS: Final = 12

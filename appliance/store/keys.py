@@ -1,12 +1,14 @@
 """The keys of one box: loaded, created, checked, and never silently replaced (requirement R46).
 
-Every key is 256 bits in a file of its own below ``keys``, which only its owner can read::
+Every key is 256 bits in a file of its own below ``keys``, which only its owner can read and the master key encrypts
+(:mod:`appliance.store.master_key`); plain files, which an older appliance wrote, are read and then encrypted::
 
     content.key          encrypts the images
     content.<id>.key     an earlier content key, while files are encrypted with it
     database.key         encrypts the database
     audit.key            seals the audit
     web.key              signs the cookies of the pages
+    accounts.key         encrypts the secrets of second factors
 
 A key is known by its id, a MAC by the key itself (key check value): the id of a wrong key differs. The ids that the data of the box
 depend on are recorded beside the content and in the database, so that either alone shows that a key is lost, damaged or of another box.
@@ -17,25 +19,31 @@ from __future__ import annotations
 import hmac
 import json
 import logging
+import os
 import secrets
-from collections.abc import Callable, Collection, Iterable
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from appliance.core.errors import StoreError
+from appliance.store import plain_files
+from appliance.store.master_key import KEY_BYTES, NOT_SEALED, REPLACED, MasterKey, is_sealed, lock, open_key, seal_key
 from model_sync import atomic_files
 
 logger = logging.getLogger(__name__)
 
-KEY_BYTES: Final = 32
 CONTENT_KEY: Final = "content.key"
 DATABASE_KEY: Final = "database.key"
 AUDIT_KEY: Final = "audit.key"
 WEB_KEY: Final = "web.key"
-# What an escrow copy holds: without these keys data are lost; a new web.key only ends the sessions.
+ACCOUNTS_KEY: Final = "accounts.key"
+"""When it is lost, recovery codes still work, and a new second factor can be set up."""
+# What an escrow copy holds at least: without these keys data are lost; a new web.key only ends the sessions.
 ESCROWED: Final = (CONTENT_KEY, DATABASE_KEY, AUDIT_KEY)
 RECORD_NAME: Final = "key-ids.json"
+_SEALING: Final = ".sealing"
 
 
 def never() -> bool:
@@ -49,6 +57,7 @@ class Keys:
     def __init__(self, data_dir: Path) -> None:
         self.directory = data_dir / "keys"
         self._record = data_dir / RECORD_NAME
+        self._master = MasterKey(self.directory)
 
     def load(self, name: str, can_create: Callable[[], bool] = never) -> bytes:
         """Load a key.
@@ -58,32 +67,65 @@ class Keys:
             can_create: asked where the key is absent: whether nothing depends on it yet, so that it may be created. Never by default.
 
         Raises:
-            StoreError: ``key.missing``: the file is absent, or empty or of another length.
+            StoreError: ``key.missing``: the file is absent, damaged or of another length; ``key.wrong``: another master key encrypted it;
+                ``key.sealed_elsewhere``: this machine does not unseal the master key.
             OSError: it cannot be read or written.
         """
         try:
-            key = (self.directory / name).read_bytes()
+            blob = (self.directory / name).read_bytes()
         except FileNotFoundError:
             if not can_create():
                 raise StoreError("key.missing", name) from None
             return self._create(name)
-        if len(key) != KEY_BYTES:
-            raise StoreError("key.missing", f"{name}: {len(key)} bytes")
-        return key
+        return self._open(name, blob)
+
+    def protection(self) -> str:
+        """What protects the key files: ``tpm2``, ``systemd-creds``, or ``file``: whoever has the disk has them."""
+        return NOT_SEALED if any(self._plain()) else self._master.protection()
+
+    def seal(self) -> None:
+        """Encrypt the plain key files of an older appliance, and seal the master key where this machine can; kill-safe.
+
+        Only the account of the box does it, and only after the keys have opened their data.
+
+        Raises:
+            StoreError: the master key cannot be used.
+            OSError: a file cannot be written; what is plain still opens.
+        """
+        if os.geteuid() != self.directory.stat().st_uid:
+            return
+        master = self._master.load_or_create()
+        with lock(self.directory):
+            for path in self.directory.glob(f"*{plain_files.SUFFIX}"):
+                plain_files.finish(path.with_name(path.name.removesuffix(plain_files.SUFFIX)))
+            for path in [*self.directory.glob(f"*{_SEALING}"), *self.directory.glob(".master.*.tmp")]:
+                path.unlink()  # of a killed process: they are written under this lock
+            for path in list(self._plain()):
+                fresh = path.with_name(path.name + _SEALING)
+                atomic_files.create(fresh, seal_key(master, path.name, path.read_bytes()), 0o600)
+                plain_files.replace(path, fresh)
+            self._master.seal()
 
     def load_web_key(self) -> bytes:
-        """Load the key of the pages' cookies; a lost or damaged one is replaced, which only ends the sessions."""
+        """Load the key of the pages' cookies; a lost or damaged one is replaced, which only ends the sessions.
+
+        Raises:
+            StoreError: ``key.sealed_elsewhere``; the master key is missing or another one.
+            OSError: it cannot be read or written.
+        """
         try:
             return self.load(WEB_KEY, lambda: True)
         except StoreError as error:
+            if error.code == "key.sealed_elsewhere":
+                raise  # no program of this box starts
             logger.warning("web key replaced, sessions ended", extra={"code": error.code})
             self.install(WEB_KEY, secrets.token_bytes(KEY_BYTES))
             return self.load(WEB_KEY)
 
     def install(self, name: str, key: bytes) -> None:
-        """Replace a key file, durably and at once; raises OSError and changes nothing where that fails."""
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        atomic_files.write(self.directory / name, key, mode=0o600)
+        """Replace a key file, durably and at once; raises OSError or StoreError (master key) and changes nothing where that fails."""
+        master = self._master.load_or_create()
+        atomic_files.write(self.directory / name, seal_key(master, name, key), mode=0o600)
 
     def content_keys(self, recorded: Collection[str], has_content: Callable[[], bool]) -> dict[str, bytes]:
         """Load the keys of the images by their id, the one that new files are encrypted with first.
@@ -126,11 +168,13 @@ class Keys:
 
     def escrowed(self) -> dict[str, bytes]:
         """What an escrow copy holds, by file name; raises StoreError ``key.missing`` and OSError."""
-        earlier = (path.name for path in sorted(self.directory.glob("content.*.key")))
-        return {name: self.load(name) for name in (*ESCROWED, *earlier)}
+        more = (path.name for pattern in ("content.*.key", ACCOUNTS_KEY) for path in sorted(self.directory.glob(pattern)))
+        return {name: self.load(name) for name in (*ESCROWED, *more)}
 
     def restore(self, keys: dict[str, bytes]) -> None:
         """Install the keys of an escrow copy that belong to this box; a key file with another content is kept under another name.
+
+        On another machine than the one that the keys were sealed to, they are sealed to this one.
 
         Args:
             keys: by file name.
@@ -142,10 +186,12 @@ class Keys:
         needed, given = {*self.recorded(CONTENT_KEY), *self.recorded(DATABASE_KEY)}, {key_id(key) for key in keys.values()}
         if needed - given:
             raise StoreError("key.escrow_old" if needed & given else "key.other_box", f"key {sorted(needed - given)[0]}")
+        try:
+            self._master.load()
+        except StoreError:
+            self._master.set_aside()
         for name, key in keys.items():
-            path = self.directory / name
-            if path.exists() and (present := path.read_bytes()) != key:
-                self.install(f"{name}.replaced-{key_id(present)}", present)
+            self._set_aside(name, key)
             self.install(name, key)
 
     def recorded(self, name: str) -> list[str]:
@@ -160,19 +206,45 @@ class Keys:
             text = json.dumps(values | {name: list(ids)}, indent=1, sort_keys=True)
             atomic_files.write(self._record, text.encode(), mode=0o600)
 
+    def _plain(self) -> Iterator[Path]:
+        """The key files that are not encrypted, with those that were replaced."""
+        for path in [*self.directory.glob("*.key"), *self.directory.glob(f"*.key{REPLACED}*")]:
+            if not path.name.startswith("master.") and path.stat().st_size == KEY_BYTES:
+                yield path
+
+    def _open(self, name: str, blob: bytes) -> bytes:
+        """The key in the content of its file; raises StoreError."""
+        if is_sealed(blob):
+            return open_key(self._master.load(), name, blob)
+        if len(blob) != KEY_BYTES:
+            raise StoreError("key.missing", f"{name}: {len(blob)} bytes")
+        return blob
+
+    def _set_aside(self, name: str, key: bytes) -> None:
+        """Keep what a key file holds under another name, unless it is the key."""
+        path = self.directory / name
+        with suppress(FileNotFoundError):
+            blob = path.read_bytes()
+            try:
+                if self._open(name, blob) == key:
+                    return
+            except StoreError as error:
+                logger.info("unreadable key file kept under another name", extra={"code": error.code})
+            atomic_files.write(path.with_name(f"{name}{REPLACED}{time.time_ns()}"), blob, mode=0o600)
+
     def _create(self, name: str) -> bytes:
         """Create a key; where another process is first, its key is used."""
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        master = self._master.load_or_create()
         path = self.directory / name
         fresh = self.directory / f"{name}.{secrets.token_hex(4)}"
-        atomic_files.create(fresh, secrets.token_bytes(KEY_BYTES), 0o600)
+        atomic_files.create(fresh, seal_key(master, name, secrets.token_bytes(KEY_BYTES)), 0o600)
         try:
             with suppress(FileExistsError):
                 path.hardlink_to(fresh)
         finally:
             fresh.unlink()
         atomic_files.sync_directory(self.directory)
-        return path.read_bytes()
+        return self.load(name)
 
 
 def key_id(key: bytes) -> str:

@@ -37,10 +37,10 @@ def finish(path: Path) -> None:
     if path.exists() and path.samefile(old):  # a second name: the file was not replaced yet
         old.unlink()
     else:
-        _destroy(old)
+        destroy(old)
 
 
-def _destroy(path: Path) -> None:
+def destroy(path: Path) -> None:
     """Overwrite a file with random bytes, then delete it; a file system that copies on write keeps the old ones."""
     size = path.stat().st_size
     with open(path, "r+b") as file:

@@ -16,13 +16,12 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from appliance.core.errors import StoreError
 from appliance.core.roles import SECOND_FACTOR_ROLES, Role
 from appliance.store.accounts import Account, Accounts, Actor, audit_change, check_right, require_row
+from appliance.store.keys import ACCOUNTS_KEY
 from appliance.store.passwords import readable_secret
 from appliance.store.store import Store
 
 logger = logging.getLogger(__name__)
 
-ACCOUNTS_KEY: Final = "accounts.key"
-"""Encrypts the secrets; when it is lost, recovery codes still work, and a new second factor can be set up."""
 RECOVERY_CODES: Final = 8
 ISSUER: Final = "ClinicBox"
 _STEP_S: Final = 30

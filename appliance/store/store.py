@@ -6,6 +6,7 @@ UID and other content is stored as well, and both are flagged.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import shutil
 import sqlite3
@@ -27,8 +28,11 @@ from appliance.store.database import NOT_A_DATABASE, Database, store_error
 from appliance.store.database_encryption import is_encrypted
 from appliance.store.encrypted_files import EncryptedFiles
 from appliance.store.job_queue import JobQueue
-from appliance.store.keys import AUDIT_KEY, CONTENT_KEY, DATABASE_KEY, KEY_BYTES, Keys, key_id
+from appliance.store.keys import AUDIT_KEY, CONTENT_KEY, DATABASE_KEY, Keys, key_id
+from appliance.store.master_key import KEY_BYTES
 from appliance.store.planning import Planner, next_revision, touch_study
+
+logger = logging.getLogger(__name__)
 
 DATABASE_NAME: Final = "box.sqlite3"
 
@@ -117,6 +121,10 @@ class Store:
         self.database = _open_database(database, self.keys, audit_key)
         self.content = EncryptedFiles(settings.data_dir, self.keys, self.database.key_ids(CONTENT_KEY))
         self.database.record_key_ids(CONTENT_KEY, self.content.key_ids)
+        try:
+            self.keys.seal()
+        except OSError:  # a full disk: the box works, the status page warns, the next start tries again
+            logger.warning("key files not encrypted", exc_info=True, extra={"code": "key.not_sealed"})
         self.refusals = Refusals(self.database)
         self.planner = Planner(settings, self.database)
         self.queue = JobQueue(settings, self.database, self.planner)

@@ -118,7 +118,7 @@ def test_r46_one_damaged_file_on_an_old_box_does_not_condemn_its_key(settings: S
 
 def test_files_of_older_versions_stay_readable(settings: Settings) -> None:
     """``CEA1``: nonce, then the image and its name, without the id of the key."""
-    key, nonce, name = (settings.data_dir / "keys" / "content.key").read_bytes(), secrets.token_bytes(12), "cd" * 32
+    key, nonce, name = Keys(settings.data_dir).load("content.key"), secrets.token_bytes(12), "cd" * 32
     path = settings.data_dir / "content" / "cd" / name
     path.write_bytes(b"CEA1" + nonce + AESGCM(key).encrypt(nonce, b"older" + bytes.fromhex(name), None))
     with closing(Store(settings)) as store:
@@ -172,7 +172,7 @@ def test_r46_a_restored_box_keeps_the_key_that_was_in_the_way(settings: Settings
     foreign = key.read_bytes()
     cli("keys", "restore", copy, "--data-dir", settings.data_dir)
     (kept,) = (settings.data_dir / "keys").glob("content.key.replaced-*")
-    assert kept.read_bytes() == foreign
+    assert Keys(settings.data_dir).load(kept.name) == foreign
 
 
 def test_r46_wrong_passphrase_and_the_copy_of_another_box_change_nothing(

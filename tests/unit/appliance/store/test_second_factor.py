@@ -14,8 +14,9 @@ from appliance.core.errors import StoreError
 from appliance.core.roles import Role
 from appliance.store import passwords
 from appliance.store.accounts import Accounts
+from appliance.store.keys import ACCOUNTS_KEY
 from appliance.store.logins import Logins, Session
-from appliance.store.second_factor import ACCOUNTS_KEY, RECOVERY_CODES, SecondFactors
+from appliance.store.second_factor import RECOVERY_CODES, SecondFactors
 from appliance.store.store import Store
 from model_sync.login_throttle import MAX_FAILURES
 from tests.support.clocks import TestClock
