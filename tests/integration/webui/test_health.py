@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from appliance.core.domain import Note, utc_now
 from appliance.core.roles import Role
 from appliance.core.settings import Settings
 from appliance.lifecycle.model_control import reference_bundle
+from appliance.store import master_key
 from appliance.store.score_alarms import ScoreAlarms, ScoreMonitor
 from model_sync import messages
 from tests.support import activated
@@ -38,6 +40,22 @@ def box(settings: Settings, tmp_path: Path) -> Iterator[Box]:
     exchange.mkdir()
     with in_process(settings.model_copy(update={"exchange_dir": exchange})) as running:
         yield running
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_r46_the_status_page_says_what_protects_the_keys(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sealed: bool
+) -> None:
+    if sealed:
+        if shutil.which("systemd-creds") is None or os.geteuid() != 0:
+            pytest.skip("needs systemd-creds and root")
+        monkeypatch.setattr(master_key, "_SYSTEMD_RUNS", tmp_path)
+        monkeypatch.setenv("SYSTEMD_CREDENTIAL_SECRET", str(tmp_path / "host"))
+    with in_process(settings) as box:
+        english = words(box.person("tech", "technician").open("/health"))
+        chinese = words(box.person("jishu", "technician", "zh").open("/health"))
+    assert ("sealed by this machine" in english, "由本机封存" in chinese) == (sealed, sealed)
+    assert ("takes the whole disk" in english, "拿走整块磁盘的人可以打开影像" in chinese) == (not sealed, not sealed)
 
 
 def test_every_state_of_a_version_has_its_word_and_place(box: Box) -> None:
