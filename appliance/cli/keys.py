@@ -8,7 +8,7 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-from appliance.cli.terminal import UsageError, explain, hint_line, say
+from appliance.cli.terminal import Progress, UsageError, explain, hint_line, say
 from appliance.core.settings import Settings
 
 
@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     escrow.add_argument("--out", type=Path, required=True, metavar="FILE", help="the new file")
     restore = actions.add_parser("restore", help="restore the keys from an escrow copy of this box")
     restore.add_argument("file", type=Path, metavar="FILE")
-    for action in (actions.choices[name] for name in ("check", "escrow", "restore")):
+    actions.add_parser("rotate", help="exchange the key of the images, also while the box runs; again goes on with an interrupted exchange")
+    for action in actions.choices.values():
         action.add_argument("--data-dir", type=Path, required=True, help="the box's data directory")
 
 
@@ -30,6 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
         _escrow(arguments.data_dir, arguments.out)
     elif arguments.action == "restore":
         _restore(arguments.data_dir, arguments.file)
+    elif arguments.action == "rotate":
+        return _rotate(arguments.data_dir)
     else:
         _check(arguments.data_dir)
     return 0
@@ -72,6 +75,28 @@ def _restore(data_dir: Path, path: Path) -> None:
     with closing(open_box(data_dir)) as store:
         store.record(db.SECURITY_ALERT, "cli", "U", "keys:restore")
     print(say("the keys are restored; start the box again"))
+
+
+def _rotate(data_dir: Path) -> int:
+    from appliance.store import database as db
+    from appliance.store.key_rotation import rotate_content_key
+    from appliance.store.store import open_box
+
+    progress = Progress()
+    with closing(open_box(data_dir)) as store:
+        store.record(db.SECURITY_ALERT, "cli", "U", "keys:rotate")
+        try:
+            done = rotate_content_key(store, lambda count, of: progress.show("content.key", say("encrypting the images again"), count / of))
+        finally:
+            progress.end()
+        store.record(db.SECURITY_ALERT, "cli", "U", "keys:rotated", 4 if done.damaged else 0, files=done.files, damaged=done.damaged)
+    if done.damaged:
+        print(say("{count} damaged files cannot be opened; the earlier key is kept for them", count=done.damaged))
+    else:
+        print(say("{count} files are encrypted with the new key; the earlier key is destroyed", count=done.files))
+    print(say("make a new escrow copy now: older copies do not restore this box any more"))
+    print(say("database.key and audit.key are not exchanged by this command"))
+    return int(bool(done.damaged))
 
 
 def _passphrase(*, is_new: bool) -> str:

@@ -6,14 +6,19 @@ of the file, so that files cannot be exchanged for one another.
 
 A file begins with ``CEA2``, the id of its key (8 bytes) and the nonce (12 bytes). Files of older versions begin with ``CEA1`` and the
 nonce; they do not say their key.
+
+The key of new files can be exchanged while several processes write (:mod:`appliance.store.key_rotation`): a writer holds a shared lock on
+``content`` and looks whether the key file changed; the exchange takes the lock exclusively, for a moment.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
 import secrets
 import time
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -45,16 +50,15 @@ class EncryptedFiles:
     Args:
         data_dir: the data directory.
         keys: its keys; the key of the images is created with the first box.
-        recorded: ids of keys that the database says the images are encrypted with.
-
-    Attributes:
-        key_ids: ids of the keys that are loaded.
+        recorded: returns the ids of keys that the database says the images are encrypted with.
+        record: writes them to the database.
 
     Raises:
         StoreError: ``key.missing`` or ``key.wrong``: there are images which these keys do not decrypt; nothing was changed.
     """
 
-    def __init__(self, data_dir: Path, keys: Keys, recorded: Collection[str] = ()) -> None:
+    def __init__(self, data_dir: Path, keys: Keys, recorded: Callable[[], Collection[str]], record: Callable[[list[str]], None]) -> None:
+        self._key_files = keys
         self._incoming = data_dir / "incoming"
         self._content = data_dir / "content"
         try:
@@ -63,13 +67,31 @@ class EncryptedFiles:
                     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
                 atomic_files.sync_directory(self._content)
                 atomic_files.sync_directory(data_dir)
-            self._keys = keys.content_keys(recorded, lambda: any(self._content.glob(_ANY_FILE)))
-            self.key_ids = list(self._keys)
-            if not recorded and not keys.recorded(CONTENT_KEY) and not self._decrypts_samples():
-                raise StoreError("key.wrong", CONTENT_KEY)
-            keys.record(CONTENT_KEY, self.key_ids)
+            with self.locked():  # an exchange destroys no key between loading and recording
+                known = recorded()
+                self._keys = keys.content_keys(known, lambda: any(self._content.glob(_ANY_FILE)))
+                self._version = self._key_version()
+                if not known and not keys.recorded(CONTENT_KEY) and not self._decrypts_samples():
+                    raise StoreError("key.wrong", CONTENT_KEY)
+                keys.record(CONTENT_KEY, self.key_ids)
+                record(self.key_ids)
         except OSError as error:
             raise store_error(error) from error
+
+    @property
+    def key_ids(self) -> list[str]:
+        """Ids of the keys that are loaded; new files are encrypted with the first."""
+        return list(self._keys)
+
+    @contextmanager
+    def locked(self, *, is_exclusive: bool = False) -> Iterator[None]:
+        """Hold the lock on the exchange of the key: shared for a writer, exclusive for the exchange. Raises OSError."""
+        descriptor = os.open(self._content, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if is_exclusive else fcntl.LOCK_SH)
+            yield
+        finally:
+            os.close(descriptor)
 
     def write(self, data: bytes, digest: Callable[[], str]) -> str:
         """Make ``data`` durable and return its name.
@@ -81,12 +103,73 @@ class EncryptedFiles:
         Raises:
             StoreError: nothing was stored; code ``ingest.disk_full`` when the disk is full.
         """
+        try:
+            with self.locked():
+                self.load_new_keys()
+                return self._write(data, digest, is_replacing=False)
+        except OSError as error:
+            raise store_error(error) from error
+
+    def encrypt_again(self, name: str) -> bool:
+        """Encrypt a file with the key of new files, where it is not; returns whether it is now.
+
+        Raises:
+            StoreError: it cannot be written; the file is as before.
+        """
+        if self.key_of(name) == self.key_ids[0]:
+            return True
+        try:
+            data = self.read(name)
+        except StoreError:  # damaged: whoever looks for what is left of it needs its key
+            return False
+        try:
+            with self.locked():
+                self._write(data, lambda: name, is_replacing=True)
+        except OSError as error:
+            raise store_error(error) from error
+        return True
+
+    def names(self) -> Iterator[str]:
+        """The names of all files."""
+        return (path.name for path in self._content.glob(_ANY_FILE))
+
+    def key_of(self, name: str) -> str:
+        """The id of the key that a file names; empty where it names none. Raises StoreError ``store.missing``."""
+        try:
+            with open(self._path(name), "rb") as file:
+                head = file.read(len(_MAGIC) + _KEY_ID_BYTES)
+        except OSError as error:
+            raise StoreError("store.missing", str(error)) from error
+        return head[len(_MAGIC) :].hex() if head.startswith(_MAGIC) else ""
+
+    def load_new_keys(self) -> bool:
+        """Load the keys again where another process exchanged them; the caller holds the lock. Returns whether they were exchanged.
+
+        Raises StoreError and OSError.
+        """
+        version = self._key_version()
+        if version == self._version:
+            return False
+        self._keys = self._key_files.content_keys((), lambda: True)
+        self._version = version
+        return True
+
+    def forget_old_keys(self) -> None:
+        """Keep only the key of new files in this process."""
+        self._keys = dict([next(iter(self._keys.items()))])
+
+    def _key_version(self) -> tuple[int, int]:
+        stat = (self._key_files.directory / CONTENT_KEY).stat()
+        return stat.st_ino, stat.st_mtime_ns
+
+    def _write(self, data: bytes, digest: Callable[[], str], *, is_replacing: bool) -> str:
+        """Write a file, flush it, and rename it to its place; raises OSError."""
         temporary = self._incoming / f"{secrets.token_hex(8)}.part"
         try:
             with open(temporary, "xb") as file:
-                current = self.key_ids[0]
+                current, key = next(iter(self._keys.items()))
                 header = _MAGIC + bytes.fromhex(current) + (nonce := secrets.token_bytes(_NONCE_BYTES))
-                encryptor = Cipher(algorithms.AES(self._keys[current]), modes.GCM(nonce)).encryptor()
+                encryptor = Cipher(algorithms.AES(key), modes.GCM(nonce)).encryptor()
                 encryptor.authenticate_additional_data(header)
                 file.write(header)
                 view = memoryview(data)
@@ -95,13 +178,13 @@ class EncryptedFiles:
                 name = digest()
                 file.write(encryptor.update(bytes.fromhex(name)) + encryptor.finalize() + encryptor.tag)
                 atomic_files.flush(file)
-            if self.holds(name):  # an acknowledged file is never replaced
+            if not is_replacing and self.holds(name):  # an acknowledged file is never replaced
                 temporary.unlink()
             else:
                 atomic_files.move(temporary, self._path(name))
-        except OSError as error:
+        except OSError:
             temporary.unlink(missing_ok=True)
-            raise store_error(error) from error
+            raise
         return name
 
     def holds(self, name: str) -> bool:
@@ -120,19 +203,30 @@ class EncryptedFiles:
         Raises:
             StoreError: ``store.missing``, or ``store.tampered`` where the file was changed on disk or belongs to another name.
         """
-        try:
-            blob = memoryview(self._path(name).read_bytes())
-        except OSError as error:
-            raise StoreError("store.missing", str(error)) from error
-        if bytes(blob[:4]) == _MAGIC:
-            known = self._keys.get(bytes(blob[4 : 4 + _KEY_ID_BYTES]).hex())
-            keys, start = [known] if known else [], 4 + _KEY_ID_BYTES
-        else:
-            keys, start = list(self._keys.values()), 4
-        for key in keys:
-            with suppress(InvalidTag, ValueError):
-                return _decrypt(blob, start, key, name)
+        for _ in range(2):
+            try:
+                blob = memoryview(self._path(name).read_bytes())
+            except OSError as error:
+                raise StoreError("store.missing", str(error)) from error
+            for key, start in self._candidates(blob):
+                with suppress(InvalidTag, ValueError):
+                    return _decrypt(blob, start, key, name)
+            try:
+                # Another process encrypted it with a new key, or the key went while it was read: then it is looked at once more.
+                with self.locked():
+                    is_exchanged = self.load_new_keys()
+                if not is_exchanged and self.key_of(name) in ("", bytes(blob[len(_MAGIC) :][:_KEY_ID_BYTES]).hex()):
+                    break
+            except OSError as error:
+                raise store_error(error) from error
         raise StoreError("store.tampered", f"content {name[:12]}")
+
+    def _candidates(self, blob: memoryview) -> list[tuple[bytes, int]]:
+        """The keys that may decrypt a file, with the place of its nonce."""
+        if bytes(blob[:4]) != _MAGIC:
+            return [(key, 4) for key in self._keys.values()]
+        known = self._keys.get(bytes(blob[4 : 4 + _KEY_ID_BYTES]).hex())
+        return [(known, 4 + _KEY_ID_BYTES)] if known else []
 
     def sweep(self) -> int:
         """Remove incomplete files that a crash left under ``incoming/``; they were never acknowledged. Returns how many.

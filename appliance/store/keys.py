@@ -5,6 +5,7 @@ Every key is 256 bits in a file of its own below ``keys``, which only its owner 
 
     content.key          encrypts the images
     content.<id>.key     an earlier content key, while files are encrypted with it
+    content.next.key     a new content key, for the moment of an exchange
     database.key         encrypts the database
     audit.key            seals the audit
     web.key              signs the cookies of the pages
@@ -43,6 +44,8 @@ ACCOUNTS_KEY: Final = "accounts.key"
 # What an escrow copy holds at least: without these keys data are lost; a new web.key only ends the sessions.
 ESCROWED: Final = (CONTENT_KEY, DATABASE_KEY, AUDIT_KEY)
 RECORD_NAME: Final = "key-ids.json"
+# The new content key, until it is the one of new files.
+NEXT_KEY: Final = "content.next.key"
 _SEALING: Final = ".sealing"
 
 
@@ -165,6 +168,11 @@ class Keys:
         if recorded and key_id(key) not in recorded:
             raise StoreError("key.wrong", DATABASE_KEY)
         return key
+
+    def destroy(self, name: str) -> None:
+        """Overwrite and delete a key file; one that is absent is no error. Raises OSError."""
+        with suppress(FileNotFoundError):
+            plain_files.destroy(self.directory / name)
 
     def escrowed(self) -> dict[str, bytes]:
         """What an escrow copy holds, by file name; raises StoreError ``key.missing`` and OSError."""

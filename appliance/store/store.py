@@ -119,8 +119,12 @@ class Store:
         except OSError as error:
             raise store_error(error) from error
         self.database = _open_database(database, self.keys, audit_key)
-        self.content = EncryptedFiles(settings.data_dir, self.keys, self.database.key_ids(CONTENT_KEY))
-        self.database.record_key_ids(CONTENT_KEY, self.content.key_ids)
+        self.content = EncryptedFiles(
+            settings.data_dir,
+            self.keys,
+            lambda: self.database.key_ids(CONTENT_KEY),
+            lambda ids: self.database.record_key_ids(CONTENT_KEY, ids),
+        )
         try:
             self.keys.seal()
         except OSError:  # a full disk: the box works, the status page warns, the next start tries again

@@ -6,9 +6,7 @@ import os
 import resource
 import secrets
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -23,6 +21,7 @@ from appliance.store.key_escrow import read_escrow, write_escrow
 from appliance.store.keys import ACCOUNTS_KEY, AUDIT_KEY, CONTENT_KEY, DATABASE_KEY, WEB_KEY, Keys
 from appliance.store.master_key import KEY_BYTES, SEALINGS, is_sealed, sealed_files
 from appliance.store.store import Store
+from tests.support.killed_work import kill_at
 from tests.support.processes import run_here
 
 NAMES = (CONTENT_KEY, "content.0011223344556677.key", DATABASE_KEY, AUDIT_KEY, WEB_KEY, ACCOUNTS_KEY)
@@ -125,27 +124,6 @@ def test_r46_a_box_is_encrypted_when_it_is_opened_by_its_own_account_alone(tmp_p
         os.chown(folder, 0, 0)
     Store(settings).close()
     assert is_sealed((folder / CONTENT_KEY).read_bytes())
-
-
-def kill_at(operation: int, work: Callable[[], None]) -> bool:
-    """Do the work in a process that SIGKILL ends before its n-th operation on files; returns whether it came so far."""
-    child = os.fork()
-    if child == 0:
-        left = operation
-
-        def count(event: str, _arguments: object) -> None:
-            nonlocal left
-            if event in ("open", "os.rename", "os.link", "os.remove", "subprocess.Popen"):
-                left -= 1
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(count)
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return os.waitpid(child, 0)[1] == signal.SIGKILL
 
 
 def test_r46_the_migration_killed_before_each_of_its_operations_loses_no_key(tmp_path: Path) -> None:
