@@ -170,9 +170,11 @@ class Keys:
         return key
 
     def destroy(self, name: str) -> None:
-        """Overwrite and delete a key file; one that is absent is no error. Raises OSError."""
-        with suppress(FileNotFoundError):
-            plain_files.destroy(self.directory / name)
+        """Overwrite and delete a key file; one that is absent is no error. What a crash leaves, :meth:`seal` finishes. Raises OSError."""
+        with lock(self.directory), suppress(FileNotFoundError):
+            old = self.directory / f"{name}{plain_files.SUFFIX}"
+            os.replace(self.directory / name, old)  # a half overwritten file must not be taken for a key
+            plain_files.destroy(old)
 
     def escrowed(self) -> dict[str, bytes]:
         """What an escrow copy holds, by file name; raises StoreError ``key.missing`` and OSError."""

@@ -53,6 +53,21 @@ def content_keys(data_dir: Path) -> list[str]:
     return sorted(path.name for path in (data_dir / "keys").glob("content.*"))
 
 
+@pytest.mark.parametrize("name", ["content.next.key", "content.0011223344556677.key"])
+def test_a_key_whose_destruction_is_killed_at_any_operation_does_not_stop_the_box(tmp_path: Path, name: str) -> None:
+    settings, images = make_box(tmp_path / "box")
+    is_killed, operation = True, 0
+    while is_killed:
+        operation += 1
+        Keys(settings.data_dir).install(name, secrets.token_bytes(32))
+        is_killed = kill_at(operation, lambda: Keys(settings.data_dir).destroy(name))
+        for path in (settings.data_dir / "keys").glob("content.*.key"):
+            assert len(Keys(settings.data_dir).load(path.name)) == 32
+        Keys(settings.data_dir).destroy(name)
+    read_all(settings, images)
+    assert content_keys(settings.data_dir) == [CONTENT_KEY]
+
+
 def test_a_running_box_uses_the_new_key_at_once_and_opens_everything(tmp_path: Path) -> None:
     settings, images = make_box(tmp_path / "box")
     old = Keys(settings.data_dir).load(CONTENT_KEY)
