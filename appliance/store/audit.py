@@ -256,6 +256,12 @@ def record_new_key(connection: sqlite3.Connection, actor: str, reason: str) -> N
     _insert(connection, end, end.seq + 1, SECURITY_ALERT, actor, "U", AUDIT_OBJECT, 12, alert | SECURITY_CONFIGURATION)
 
 
+def last_key_replacement(connection: sqlite3.Connection) -> int:
+    """The number of the last entry about a replaced key; 0 where there is none."""
+    text = f'%"code": "{KEY_REPLACED}"%'  # inside a value its quotation marks would be escaped
+    return int(connection.execute("SELECT coalesce(max(seq), 0) FROM audit WHERE entry LIKE ?", (text,)).fetchone()[0])
+
+
 def head(connection: sqlite3.Connection) -> Head:
     """The last entry of the chain."""
     return _end(connection)

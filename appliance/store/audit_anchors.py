@@ -10,10 +10,11 @@ from __future__ import annotations
 import fcntl
 import hmac
 import os
+import re
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import IO, Final
@@ -27,8 +28,10 @@ ANCHORS_NAME: Final = "audit.anchors"
 _INTERVAL: Final = timedelta(hours=1)
 _MAX_ENTRIES: Final = 500
 _META: Final = "audit_anchors"
-_FIELDS: Final = 5
-_NEVER: Final = "1970-01-01T00:00:00+00:00"
+_LINE: Final = re.compile(
+    r"(\d{4}(?:-\d\d){2}T\d\d(?::\d\d){2}\.\d{3}\+00:00) ([1-9]\d{0,17}) ([0-9a-f]{64}) ([0-9a-f]{16}) ([0-9a-f]{64})", re.ASCII
+)
+_NEVER: Final = "1970-01-01T00:00:00.000+00:00"
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class Anchor:
     key: str
     mac: str
 
+    @property
+    def sealed(self) -> str:
+        """What the MAC is over, with the MAC of the line before it."""
+        return f"{self.at} {self.head} {self.key}"
+
 
 class AnchorFile:
     """The anchors of one box.
@@ -47,7 +55,7 @@ class AnchorFile:
     Args:
         data_dir: where the file is, beside the database.
         key: the audit key.
-        connect: returns the database connection of this thread.
+        snapshot: opens a read transaction.
         transaction: opens a durable write transaction.
     """
 
@@ -55,11 +63,11 @@ class AnchorFile:
         self,
         data_dir: Path,
         key: bytes,
-        connect: Callable[[], sqlite3.Connection],
+        snapshot: Callable[[], AbstractContextManager[sqlite3.Connection]],
         transaction: Callable[[], AbstractContextManager[sqlite3.Connection]],
     ) -> None:
         self.path = data_dir / ANCHORS_NAME
-        self._key, self._connect, self._transaction = key, connect, transaction
+        self._key, self._snapshot, self._transaction = key, snapshot, transaction
         self._key_name = audit.seal(key, "key").rpartition(" ")[2][:16]
 
     def read(self) -> list[Anchor]:
@@ -74,15 +82,20 @@ class AnchorFile:
 
         The chain and its head are read in one transaction, so that a box at work is never taken for a changed one.
         """
-        connection = self._connect()
-        known = audit.unseal(connection, _META)  # before the lines: there are at least as many as the database knows
-        anchors = self.read()  # before the snapshot, which therefore contains whatever they name
+        known, anchors = self._known_and_lines()  # before the snapshot, which therefore contains whatever they name
         heads = [anchor.head for anchor in anchors] + ([confirmed] if confirmed else [])
-        connection.execute("BEGIN")
-        try:
-            return audit.inspect(connection, heads, self._problems(anchors, known))
-        finally:
-            connection.execute("ROLLBACK")
+        with self._snapshot() as connection:
+            return audit.inspect(connection, heads, self._problems(connection, anchors, known))
+
+    def _known_and_lines(self) -> tuple[str, list[Anchor]]:
+        """What the database knows of the lines, and the lines, of which there are at least as many."""
+        for _ in range(2):  # the very first line may have been written in between: what it follows is known by then
+            with self._snapshot() as connection:
+                known = audit.unseal(connection, _META)
+            anchors = self.read()
+            if known or not anchors:
+                break
+        return known, anchors
 
     def take(self) -> bool:
         """Write the head of this moment where the last anchor is an hour or 500 entries old; returns whether it was written."""
@@ -96,10 +109,13 @@ class AnchorFile:
                     audit.record_break(tx, f"anchors {_state(anchors)}", f"anchors {known}")
                 _remember(tx, anchors)
                 head = audit.head(tx)
-            at, previous = utc_now(), anchors[-1].mac if anchors else audit.GENESIS
-            line = f"{at} {head} {self._key_name}"
-            file.write(f"{line} {self._mac(previous, line)}\n".encode())
+            previous = anchors[-1].mac if anchors else audit.GENESIS
+            unsigned = Anchor(utc_now(), head, self._key_name, "")
+            anchor = replace(unsigned, mac=self._mac(previous, unsigned.sealed))
+            file.write(f"{anchor.sealed} {anchor.mac}\n".encode())
             atomic_files.flush(file)
+            with self._transaction() as tx:  # where a power cut prevents this, the next anchor makes up for it
+                _remember(tx, [*anchors, anchor])
         return True
 
     def acknowledge(self, actor: str, reason: str, confirmed: Head | None = None) -> list[Problem]:
@@ -107,25 +123,32 @@ class AnchorFile:
         with self._locked() as file, self._transaction() as tx:
             anchors = _lines(file)
             heads = [anchor.head for anchor in anchors] + ([confirmed] if confirmed else [])
-            problems = audit.acknowledge(tx, actor, reason, heads, self._problems(anchors, audit.unseal(tx, _META)))
+            problems = audit.acknowledge(tx, actor, reason, heads, self._problems(tx, anchors, audit.unseal(tx, _META)))
             _remember(tx, anchors)
         return problems
 
     def _is_due(self, last: Anchor | None) -> bool:
-        head = audit.head(self._connect())
-        if last is None:
+        with self._snapshot() as connection:
+            head = audit.head(connection)
+        if last is None or not head.seq:
             return head.seq > 0
         age = abs(datetime.now(timezone.utc) - datetime.fromisoformat(last.at))  # a clock may be set back
         return head != last.head and (age >= _INTERVAL or not 0 <= head.seq - last.head.seq < _MAX_ENTRIES)
 
-    def _problems(self, anchors: list[Anchor], known: str) -> list[Problem]:
-        """The lines that were changed, and a file that is shorter than the database knows."""
-        previous, problems = audit.GENESIS, []
+    def _problems(self, connection: sqlite3.Connection, anchors: list[Anchor], known: str) -> list[Problem]:
+        """The lines that were changed, and a file that does not begin with the lines that the database knows.
+
+        A line of another key is one from before the key was replaced, which the chain says. Only its head can be compared.
+        """
+        replaced = audit.last_key_replacement(connection)
+        previous, is_of_present, problems = audit.GENESIS, False, []
         for number, anchor in enumerate(anchors, 1):
-            line = f"{anchor.at} {anchor.head} {anchor.key}"
-            # Of lines under a key that was lost only the heads can be compared.
-            if anchor.key == self._key_name and not hmac.compare_digest(anchor.mac, self._mac(previous, line)):
-                problems.append(audit.problem("audit.anchor_changed", line, anchor.mac, number=number, name=ANCHORS_NAME))
+            if anchor.key == self._key_name:
+                is_of_present, is_whole = True, hmac.compare_digest(anchor.mac, self._mac(previous, anchor.sealed))
+            else:
+                is_whole = not is_of_present and 0 < anchor.head.seq < replaced
+            if not is_whole:
+                problems.append(audit.problem("audit.anchor_changed", anchor.sealed, anchor.mac, number=number, name=ANCHORS_NAME))
             previous = anchor.mac
         if _is_shortened(anchors, known):
             problems.append(audit.problem("audit.anchors_shortened", known, _state(anchors), name=ANCHORS_NAME))
@@ -156,29 +179,33 @@ def _lines(file: IO[bytes]) -> list[Anchor]:
 
 
 def _parse(data: bytes) -> list[Anchor]:
-    return [_parse_line(line) for line in data.decode("ascii", errors="replace").split("\n")[:-1]]
+    return [_parse_line(line) for line in data.decode("latin-1").split("\n")[:-1]]
 
 
 def _parse_line(line: str) -> Anchor:
-    """An anchor; a line that is none gives one that is not valid for any key."""
-    fields = line.split(" ")
-    if len(fields) == _FIELDS and fields[1].isascii() and fields[1].isdigit():
-        try:
-            datetime.fromisoformat(fields[0])
-        except ValueError:
-            return Anchor(_NEVER, Head(0, line), "", "")
-        return Anchor(fields[0], Head(int(fields[1]), fields[2]), fields[3], fields[4])
+    """An anchor; a line that is none gives one with the number 0, which no line of the box has."""
+    if fields := _LINE.fullmatch(line):
+        with suppress(ValueError):
+            datetime.fromisoformat(fields[1])
+            return Anchor(fields[1], Head(int(fields[2]), fields[3]), fields[4], fields[5])
     return Anchor(_NEVER, Head(0, line), "", "")
 
 
 def _state(anchors: list[Anchor]) -> str:
-    return f"{len(anchors)} {anchors[-1].mac if anchors else audit.GENESIS}"
+    """How many lines there are, and a digest of all of them."""
+    digest = audit.GENESIS
+    for anchor in anchors:
+        digest = audit.chain(digest, f"{anchor.sealed} {anchor.mac}")
+    return f"{len(anchors)} {digest}"
 
 
 def _is_shortened(anchors: list[Anchor], known: str) -> bool:
-    """Whether the file does not begin with the lines that the database knows."""
-    count = int(known.partition(" ")[0]) if known else 0
-    return bool(known) and known != _state(anchors[:count])
+    """Whether the file does not begin with the lines that the database knows; from the first line on it always knows them."""
+    if not known:
+        return bool(anchors)
+    count = int(known.partition(" ")[0])
+    by_mac = f"{count} {anchors[count - 1].mac}" if 0 < count <= len(anchors) else ""  # as development versions of 0.2.0 sealed it
+    return known not in (_state(anchors[:count]), by_mac)
 
 
 def _remember(tx: sqlite3.Connection, anchors: list[Anchor]) -> None:

@@ -153,6 +153,20 @@ class Database:
         return int(row[0] or 0) if row else 0
 
     @contextmanager
+    def snapshot(self) -> Iterator[sqlite3.Connection]:
+        """One read transaction: its queries see the data of the same moment, while others write. Raises StoreError."""
+        try:
+            connection = self.connection()
+            connection.execute("BEGIN")
+            try:
+                yield connection
+            finally:
+                if connection.in_transaction:  # some errors end it
+                    connection.execute("ROLLBACK")
+        except Error as error:
+            raise store_error(error) from error
+
+    @contextmanager
     def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
         """One write: BEGIN IMMEDIATE, COMMIT with fsync, ROLLBACK on any error.
 
@@ -255,7 +269,7 @@ class Database:
 
     def anchors(self) -> AnchorFile:
         """The file that keeps the head of the audit at intervals, and what is verified with it."""
-        return AnchorFile(self.path.parent, self._audit_key, self.connection, self.transaction)
+        return AnchorFile(self.path.parent, self._audit_key, self.snapshot, self.transaction)
 
     def verify_audit(self) -> int:
         """Verify hash chain, head and anchors; returns the number of entries.

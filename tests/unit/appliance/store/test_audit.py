@@ -8,7 +8,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from appliance.store import audit
 from appliance.store.audit import APPLICATION_ACTIVITY, Head
 from appliance.store.database import Database
 from appliance.store.keys import AUDIT_KEY
-from appliance.store.store import DATABASE_NAME, Store
+from appliance.store.store import DATABASE_NAME, Store, replace_audit_key
 from tests.support.box_database import copy_database, raw_connection
 from tests.support.old_database import old_database
 
@@ -99,7 +99,9 @@ def test_r10_a_wipe_before_the_first_anchor_leaves_the_key_and_is_found(settings
     for name in (DATABASE_NAME, f"{DATABASE_NAME}-wal", f"{DATABASE_NAME}-shm"):
         (settings.data_dir / name).unlink(missing_ok=True)
     with closing(Store(settings)) as empty:
-        assert problems(empty) == ["entry 3, of which there is an anchor, is missing"]
+        assert problems(empty) == [
+            "audit.anchors has been shortened or replaced", "entry 3, of which there is an anchor, is missing"
+        ]  # fmt: skip
 
 
 def test_r10_an_older_copy_of_the_database_is_found_by_the_anchors(settings: Settings, tmp_path: Path) -> None:
@@ -332,3 +334,113 @@ def test_problems_keep_the_names_by_which_they_were_acknowledged_and_have_both_l
         assert found.text == english
         assert found.identity == hashlib.sha256(f"{english}\na\nb".encode()).hexdigest()[:32]
         assert re.search(r"[\u4e00-\u9fff]", found.describe("zh"))
+
+
+@pytest.fixture(scope="module")
+def anchored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Store, bytes]]:
+    """A box with four anchors, and the bytes of their file."""
+    with closing(Store(Settings.parse({"data_dir": tmp_path_factory.mktemp("anchored") / "box"}))) as store:
+        for _ in range(4):
+            write(store, 501)
+            assert store.database.anchors().take()
+        yield store, store.database.anchors().path.read_bytes()
+
+
+def zero_key_and_number(lines: list[list[bytes]], at: int, _other: int) -> None:
+    lines[at][1], lines[at][3] = b"0", b"0" * 16
+
+
+def foreign_key(lines: list[list[bytes]], at: int, field: int) -> None:
+    lines[at][3] = b"0" * 16
+    lines[at][1 + field % 2] = b"7" * len(lines[at][1 + field % 2])
+
+
+def remove_line(lines: list[list[bytes]], at: int, _other: int) -> None:
+    del lines[at]
+
+
+def repeat_line(lines: list[list[bytes]], at: int, other: int) -> None:
+    lines.insert(other % 4, lines[at])
+    if lines[: len(lines) - 1] == lines[1:]:
+        del lines[0]
+
+
+def spoil_field(lines: list[list[bytes]], at: int, other: int) -> None:
+    lines[at][other] = [b"", b"9" * 5000, b"\xff", b"2026-01-01", b"-1"][(at + other) % 5]
+
+
+def pad_number(lines: list[list[bytes]], at: int, _other: int) -> None:
+    lines[at][1] = b"0" + lines[at][1]
+
+
+EDITS = [zero_key_and_number, foreign_key, remove_line, repeat_line, spoil_field, pad_number]
+
+
+@hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(EDITS), st.integers(0, 3), st.integers(0, 4), st.booleans())
+def test_r10_whatever_is_changed_in_the_anchors_is_found(
+    anchored: tuple[Store, bytes], edit: Callable[[list[list[bytes]], int, int], None], at: int, other: int, is_unknown: bool
+) -> None:
+    store, whole = anchored
+    path = store.database.anchors().path
+    lines = [line.split(b" ") for line in whole.splitlines()]
+    edit(lines, at, other)
+    path.write_bytes(b"".join(b" ".join(line) + b"\n" for line in lines))
+    (known,) = store.database.query("SELECT value FROM meta WHERE key = 'audit_anchors'")
+    if is_unknown:
+        damage(store.database.path, "DELETE FROM meta WHERE key = 'audit_anchors'")
+    try:
+        assert problems(store)
+    finally:
+        path.write_bytes(whole)
+        with store.database.transaction() as tx:
+            tx.execute("INSERT OR REPLACE INTO meta VALUES ('audit_anchors', ?)", (known["value"],))
+    assert problems(store) == []
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_r10_what_was_changed_in_the_anchors_stays_found_after_the_next_anchor(
+    store: Store, edit: Callable[[list[list[bytes]], int, int], None]
+) -> None:
+    anchors = store.database.anchors()
+    for _ in range(4):
+        write(store, 501)
+        assert anchors.take()
+    lines = [line.split(b" ") for line in anchors.path.read_bytes().splitlines()]
+    edit(lines, 3, 1)
+    anchors.path.write_bytes(b"".join(b" ".join(line) + b"\n" for line in lines))
+    write(store, 501)
+    assert anchors.take()
+    assert problems(store)
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_r10_the_mac_of_an_anchor_is_checked_though_its_key_and_number_say_otherwise(anchored: tuple[Store, bytes], at: int) -> None:
+    store, whole = anchored
+    path = store.database.anchors().path
+    lines = [line.split(b" ") for line in whole.splitlines()]
+    zero_key_and_number(lines, at, 0)
+    path.write_bytes(b"".join(b" ".join(line) + b"\n" for line in lines))
+    found = problems(store)
+    path.write_bytes(whole)
+    assert found[0] == f"line {at + 1} of audit.anchors was changed"
+
+
+def test_r10_a_line_of_a_key_that_was_replaced_is_accepted_only_before_the_lines_of_the_present_one(settings: Settings) -> None:
+    with closing(Store(settings)) as store:
+        write(store, 600)
+        store.database.anchors().take()
+    (settings.data_dir / "keys" / AUDIT_KEY).unlink()
+    replace_audit_key(settings, "cli:root", "case 9")
+    with closing(Store(settings)) as store:
+        anchors = store.database.anchors()
+        anchors.acknowledge("security", "case 9")
+        assert problems(store) == []
+        write(store, 600)
+        assert anchors.take()
+        assert problems(store) == []
+        first, second = anchors.path.read_bytes().splitlines(keepends=True)
+        anchors.path.write_bytes(first + second.replace(second.split()[3], b"0" * 16))
+        assert problems(store)[0] == "line 2 of audit.anchors was changed"
+        anchors.path.write_bytes(first + second + first)
+        assert problems(store) == ["line 3 of audit.anchors was changed"]
