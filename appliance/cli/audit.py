@@ -15,7 +15,6 @@ from model_sync import atomic_files
 from model_sync.messages import choose_language
 
 if TYPE_CHECKING:
-    from appliance.store.audit import Head
     from appliance.store.store import Store
 
 
@@ -42,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _replace_key(arguments)
     with closing(open_box(arguments.data_dir)) as store:
         if arguments.action == "verify":
-            found = store.database.anchors().verify(_confirmed(store))
+            found = store.database.anchors().verify()
             for problem in found.problems:
                 print(problem.describe(choose_language()), file=sys.stderr)
             if found.problems:
@@ -51,19 +50,11 @@ def run(arguments: argparse.Namespace) -> int:
         elif arguments.action == "status":
             return _print_status(store)
         elif arguments.action == "acknowledge":
-            for problem in store.database.anchors().acknowledge(_actor(), arguments.reason.strip(), _confirmed(store)):
+            for problem in store.database.anchors().acknowledge(_actor(), arguments.reason.strip()):
                 print(say("acknowledged: {problem}", problem=problem.describe(choose_language())))
         else:
             _print_entries(store, is_xml=arguments.action == "export")
     return 0
-
-
-def _confirmed(store: Store) -> Head | None:
-    """The head of the audit that the centre has, on a box with a sync agent."""
-    from appliance.lifecycle.exchange import Exchange
-
-    directory = store.settings.exchange_dir
-    return Exchange(store, directory).confirmed_anchor() if directory else None
 
 
 def _print_entries(store: Store, *, is_xml: bool) -> None:

@@ -31,7 +31,6 @@ from appliance.core.states import IN_USE_STATES, ModelState
 from appliance.lifecycle.trust_facts import Digest, LineName, TrustFacts, Version
 from appliance.store import audit
 from appliance.store import database as db
-from appliance.store.audit import Head
 from appliance.store.database import Database
 from appliance.store.score_alarms import ScoreAlarms
 from appliance.store.store import Store
@@ -41,7 +40,6 @@ logger = logging.getLogger(__name__)
 DIRECTIVES: Final = "directives.json"
 SYNC_STATUS: Final = "sync-status.json"
 BOX_REPORT: Final = "box-report.json"
-AUDIT_ANCHOR: Final = "audit-anchor.json"
 TRUST: Final = "trust"
 CHECK_DEADLINE_S: Final = 60.0
 _MAX_BYTES: Final = 1 << 20
@@ -77,13 +75,6 @@ class SyncStatus(BaseModel, frozen=True):
 
     state: Literal["ok", "unreachable", "outdated", "untrusted", "waiting", "downloading", "error"]
     code: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_.-]{0,64}$")] = ""
-
-
-class ConfirmedAnchor(BaseModel, frozen=True):
-    """The file ``audit-anchor.json``: the head of the audit in the last report that the centre took."""
-
-    entries: Annotated[int, Field(ge=0, lt=2**53)]
-    digest: Digest
 
 
 class TrustCheck(Child):
@@ -155,29 +146,19 @@ class Exchange:
             Database.audit(tx, event, "model-sync", "E", "library", _SEVERITY.get(now, 0), state=now, code=status.code)
         return True
 
-    def confirmed_anchor(self) -> Head | None:
-        """Read which head of the audit the centre has; None where the sync agent has not said so."""
-        anchor = _read(self.directory / AUDIT_ANCHOR, ConfirmedAnchor)
-        return Head(anchor.entries, anchor.digest) if anchor else None
-
     def write_report(self) -> None:
         """Write ``box-report.json``: versions, digests, states, codes and counts, but no patient data (requirement R18)."""
         failed_before, self._write_failed = self._write_failed, False
         try:
-            _write_file(self.directory, BOX_REPORT, json.dumps(box_report(self._store, self.confirmed_anchor()), sort_keys=True).encode())
+            _write_file(self.directory, BOX_REPORT, json.dumps(box_report(self._store), sort_keys=True).encode())
         except OSError as error:
             self._write_failed = True
             if not failed_before:
                 logger.error("the report to the sync agent cannot be written", extra={"code": "exchange.invalid", "status": error.errno})
 
 
-def box_report(store: Store, confirmed: Head | None = None) -> dict[str, Any]:
-    """Build the report to the central team from an allow-list; ``model_sync`` validates it against the same schema.
-
-    Args:
-        store: of the box.
-        confirmed: the head of the audit that the centre has, as far as the sync agent says.
-    """
+def box_report(store: Store) -> dict[str, Any]:
+    """Build the report to the central team from an allow-list; ``model_sync`` validates it against the same schema."""
     database = store.database
     day_ago = (datetime.now(timezone.utc) - timedelta(days=1)).isoformat(timespec="milliseconds")
     # By model, so that the index on model and time is used and not every job is read.
@@ -209,16 +190,18 @@ def box_report(store: Store, confirmed: Head | None = None) -> dict[str, Any]:
             "analysed_24h": ended["analysed"] if ended else 0,
             "disk_free_bytes": shutil.disk_usage(store.settings.data_dir).free,
         },
-        "audit": _audit_heads(store, confirmed),
+        "audit": _audit_heads(store),
     }  # fmt: skip
 
 
-def _audit_heads(store: Store, confirmed: Head | None) -> dict[str, Any]:
+def _audit_heads(store: Store) -> dict[str, Any]:
     """Return the head of the audit, and what entries that earlier heads named are now; zeros for an entry that is missing."""
-    connection, anchors = store.database.connection(), store.database.anchors().read()
-    head = audit.head(connection)
-    named = {anchor.head.seq for anchor in anchors[-_REPORTED_ANCHORS:]} | ({confirmed.seq} if confirmed else set())
-    digests = {seq: audit.digest_at(connection, seq) or audit.GENESIS for seq in sorted(named) if seq}
+    anchors = store.database.anchors()
+    confirmed = anchors.confirmed()
+    named = {anchor.head.seq for anchor in anchors.read()[-_REPORTED_ANCHORS:]} | ({confirmed.seq} if confirmed else set())
+    with store.database.snapshot() as connection:
+        head = audit.head(connection)
+        digests = {seq: audit.digest_at(connection, seq) or audit.GENESIS for seq in sorted(named) if seq}
     return {
         "head": {"entries": head.seq, "digest": head.digest},
         "anchors": [{"entries": seq, "digest": digest} for seq, digest in digests.items()],

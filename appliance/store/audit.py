@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ AUDIT_OBJECT: Final = "audit"
 BROKEN: Final = "audit.broken"
 KEY_REPLACED: Final = "audit.key_replaced"
 _SHOWN_PROBLEMS: Final = 5
+_MAX_DIGITS: Final = 15  # no box has more entries; a larger number in a damaged place is none
 
 # Audit events: DICOM PS3.15 A.5.3 (event identifiers) and CID 401 (event types), code value and meaning.
 APPLICATION_ACTIVITY: Final = ("110100", "Application Activity")
@@ -107,13 +108,16 @@ def chain(previous: str, entry: str) -> str:
     return hashlib.sha256(f"{previous}\n{entry}".encode()).hexdigest()
 
 
-def prepare(connection: sqlite3.Connection, key: bytes, data_dir: Path) -> None:
+def prepare(connection: sqlite3.Connection, key: bytes, data_dir: Path, highest: Callable[[], int]) -> None:
     """Give a new connection the functions that :func:`append` needs.
+
+    ``highest`` returns the highest number of an entry that is known outside the database.
 
     They reference no Database: SQLite would keep it, and so the connection would never be closed.
     """
     connection.create_function("audit_seal", 1, partial(seal, key), deterministic=True)
     connection.create_function("audit_make_room", 0, partial(make_room, data_dir))
+    connection.create_function("audit_highest", 0, highest)
 
 
 def require_key(connection: sqlite3.Connection) -> None:
@@ -130,8 +134,7 @@ def append(connection: sqlite3.Connection, event: tuple[str, str], actor: str, a
     end, sealed = _end(connection), _sealed_head(connection)
     if sealed != end:
         alert = {"code": BROKEN, "found": str(end), "sealed": str(sealed) if sealed else ""}
-        number = max(end.seq, sealed.seq if sealed else 0) + 1
-        end = _insert(connection, end, number, SECURITY_ALERT, "audit", "E", AUDIT_OBJECT, 12, alert)
+        end = _insert(connection, end, _number_after_break(connection), SECURITY_ALERT, "audit", "E", AUDIT_OBJECT, 12, alert)
     _insert(connection, end, end.seq + 1, event, actor, action, obj, outcome, detail)
 
 
@@ -158,6 +161,14 @@ def _sealed_head(connection: sqlite3.Connection) -> Head | None:
     text = unseal(connection, "audit_head")
     seq, _, digest = text.partition(" ")
     return Head(int(seq), digest) if text else None
+
+
+def _number_after_break(connection: sqlite3.Connection) -> int:
+    """The number of the entry about a break: after the last entry, and after every other number that is known, with a right MAC or not."""
+    row = connection.execute("SELECT value FROM meta WHERE key = 'audit_head'").fetchone()
+    sealed = str(row["value"]).partition(" ")[0] if row else ""
+    known = int(sealed) if sealed.isascii() and sealed.isdigit() and len(sealed) <= _MAX_DIGITS else 0
+    return max(_end(connection).seq, known, int(connection.execute("SELECT audit_highest()").fetchone()[0])) + 1
 
 
 def unseal(connection: sqlite3.Connection, name: str) -> str:
@@ -251,9 +262,9 @@ def record_break(connection: sqlite3.Connection, found: str, sealed: str) -> Non
 def record_new_key(connection: sqlite3.Connection, actor: str, reason: str) -> None:
     """Seal the chain with the key of this connection, which replaces a lost one; the entry about it is a break until acknowledged."""
     connection.execute("INSERT OR REPLACE INTO meta VALUES ('audit_key_check', audit_seal('key'))")
-    end = _end(connection)
-    alert = {"code": KEY_REPLACED, "reason": reason}
-    _insert(connection, end, end.seq + 1, SECURITY_ALERT, actor, "U", AUDIT_OBJECT, 12, alert | SECURITY_CONFIGURATION)
+    end, number = _end(connection), _number_after_break(connection)
+    alert = {"code": KEY_REPLACED, "reason": reason, "found": str(end)}
+    _insert(connection, end, number, SECURITY_ALERT, actor, "U", AUDIT_OBJECT, 12, alert | SECURITY_CONFIGURATION)
 
 
 def last_key_replacement(connection: sqlite3.Connection) -> int:

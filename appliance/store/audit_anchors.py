@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hmac
+import logging
 import os
 import re
 import sqlite3
@@ -17,21 +18,29 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Annotated, Final
+
+from pydantic import BaseModel, Field, StringConstraints
 
 from appliance.core.domain import utc_now
 from appliance.store import audit
 from appliance.store.audit import Head, Problem
 from model_sync import atomic_files
 
+logger = logging.getLogger(__name__)
+
 ANCHORS_NAME: Final = "audit.anchors"
+CONFIRMED_NAME: Final = "audit-anchor.json"
 _INTERVAL: Final = timedelta(hours=1)
 _MAX_ENTRIES: Final = 500
 _META: Final = "audit_anchors"
 _LINE: Final = re.compile(
     r"(\d{4}(?:-\d\d){2}T\d\d(?::\d\d){2}\.\d{3}\+00:00) ([1-9]\d{0,17}) ([0-9a-f]{64}) ([0-9a-f]{16}) ([0-9a-f]{64})", re.ASCII
 )
+_MAX_CONFIRMED_BYTES: Final = 1 << 20
 _NEVER: Final = "1970-01-01T00:00:00.000+00:00"
+# A larger number in a line whose MAC cannot be checked is no number of a box: at a thousand entries a second it takes 30,000 years.
+_MAX_CREDIBLE: Final = 10**15
 
 
 @dataclass(frozen=True)
@@ -49,11 +58,19 @@ class Anchor:
         return f"{self.at} {self.head} {self.key}"
 
 
+class ConfirmedAnchor(BaseModel, frozen=True):
+    """The file ``audit-anchor.json``: the head of the audit in the last report that the centre took."""
+
+    entries: Annotated[int, Field(ge=0, lt=2**53)]
+    digest: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
 class AnchorFile:
     """The anchors of one box.
 
     Args:
         data_dir: where the file is, beside the database.
+        exchange_dir: where the sync agent says what the centre has confirmed; None on a box without one.
         key: the audit key.
         snapshot: opens a read transaction.
         transaction: opens a durable write transaction.
@@ -62,28 +79,30 @@ class AnchorFile:
     def __init__(
         self,
         data_dir: Path,
+        exchange_dir: Path | None,
         key: bytes,
         snapshot: Callable[[], AbstractContextManager[sqlite3.Connection]],
         transaction: Callable[[], AbstractContextManager[sqlite3.Connection]],
     ) -> None:
-        self.path = data_dir / ANCHORS_NAME
+        self.path, self._exchange_dir = data_dir / ANCHORS_NAME, exchange_dir
         self._key, self._snapshot, self._transaction = key, snapshot, transaction
         self._key_name = audit.seal(key, "key").rpartition(" ")[2][:16]
 
     def read(self) -> list[Anchor]:
         """Every complete line; a torn last one, of a power cut, was never in use."""
-        try:
-            return _parse(self.path.read_bytes())
-        except FileNotFoundError:
-            return []
+        return _read(self.path)
 
-    def verify(self, confirmed: Head | None = None) -> audit.Inspection:
+    def confirmed(self) -> Head | None:
+        """The head of the audit that the centre has; None where the sync agent has not said so."""
+        return _confirmed_head(self._exchange_dir)
+
+    def verify(self) -> audit.Inspection:
         """Inspect the audit of this moment, with the anchors and with the head that the centre confirmed last.
 
         The chain and its head are read in one transaction, so that a box at work is never taken for a changed one.
         """
         known, anchors = self._known_and_lines()  # before the snapshot, which therefore contains whatever they name
-        heads = [anchor.head for anchor in anchors] + ([confirmed] if confirmed else [])
+        heads = self._heads(anchors)
         with self._snapshot() as connection:
             return audit.inspect(connection, heads, self._problems(connection, anchors, known))
 
@@ -118,14 +137,18 @@ class AnchorFile:
                 _remember(tx, [*anchors, anchor])
         return True
 
-    def acknowledge(self, actor: str, reason: str, confirmed: Head | None = None) -> list[Problem]:
+    def acknowledge(self, actor: str, reason: str) -> list[Problem]:
         """Record that a person has seen every problem that there is; returns them. What happens later is found again."""
         with self._locked() as file, self._transaction() as tx:
             anchors = _lines(file)
-            heads = [anchor.head for anchor in anchors] + ([confirmed] if confirmed else [])
-            problems = audit.acknowledge(tx, actor, reason, heads, self._problems(tx, anchors, audit.unseal(tx, _META)))
+            problems = audit.acknowledge(tx, actor, reason, self._heads(anchors), self._problems(tx, anchors, audit.unseal(tx, _META)))
             _remember(tx, anchors)
         return problems
+
+    def _heads(self, anchors: list[Anchor]) -> list[Head]:
+        """Every head that was kept outside the database."""
+        confirmed = self.confirmed()
+        return [anchor.head for anchor in anchors] + ([confirmed] if confirmed else [])
 
     def _is_due(self, last: Anchor | None) -> bool:
         with self._snapshot() as connection:
@@ -167,6 +190,37 @@ class AnchorFile:
             if is_new:
                 atomic_files.sync_directory(self.path.parent)
             yield file
+
+
+def highest_number(data_dir: Path, exchange_dir: Path | None) -> int:
+    """The highest number of an entry that is known outside the database, whoever wrote it: no entry gets a lower one after a break."""
+    confirmed = _confirmed_head(exchange_dir)
+    try:
+        heads = [anchor.head for anchor in _read(data_dir / ANCHORS_NAME)] + ([confirmed] if confirmed else [])
+    except OSError:  # the entry about the break is the more important one
+        logger.exception("the anchors of the audit cannot be read")
+        return 0
+    return max((head.seq for head in heads if head.seq < _MAX_CREDIBLE), default=0)
+
+
+def _confirmed_head(exchange_dir: Path | None) -> Head | None:
+    if exchange_dir is None:
+        return None
+    try:
+        anchor = ConfirmedAnchor.model_validate_json(atomic_files.read(exchange_dir / CONFIRMED_NAME, _MAX_CONFIRMED_BYTES))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        logger.warning("invalid file of the sync agent", extra={"code": "exchange.invalid", "status": type(error).__name__})
+        return None
+    return Head(anchor.entries, anchor.digest)
+
+
+def _read(path: Path) -> list[Anchor]:
+    try:
+        return _parse(path.read_bytes())
+    except FileNotFoundError:
+        return []
 
 
 def _lines(file: IO[bytes]) -> list[Anchor]:

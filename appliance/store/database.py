@@ -12,6 +12,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +20,7 @@ from typing import Any, Final
 from sqlcipher3 import dbapi2 as sqlcipher
 
 from appliance.core.errors import StoreError
-from appliance.store import audit
+from appliance.store import audit, audit_anchors
 from appliance.store.audit import (
     APPLICATION_ACTIVITY,
     DATA_IMPORT,
@@ -88,14 +89,15 @@ class Database:
         path: the database file; created, with its schema, when absent. A plain one of an older appliance is encrypted first.
         audit_key: seals the last entry of the audit, so that removing entries at its end is detected too.
         key: encrypts the file (256 bits).
+        exchange_dir: where the sync agent says which head of the audit the centre has; None on a box without one.
         is_key_new: the key replaces a lost one, which the caller records (``appliance.store.audit.record_new_key``).
 
     Raises:
         StoreError: the file is not a database, or a newer appliance wrote it; ``key.wrong``: its audit was sealed with another key.
     """
 
-    def __init__(self, path: Path, audit_key: bytes, key: bytes, *, is_key_new: bool = False) -> None:
-        self.path = path
+    def __init__(self, path: Path, audit_key: bytes, key: bytes, *, exchange_dir: Path | None = None, is_key_new: bool = False) -> None:
+        self.path, self._exchange_dir = path, exchange_dir
         self._audit_key = audit_key
         self._key = key
         self._local = threading.local()
@@ -115,7 +117,8 @@ class Database:
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("PRAGMA synchronous = FULL")
                 connection.execute("PRAGMA foreign_keys = ON")
-                audit.prepare(connection, self._audit_key, self.path.parent)
+                highest = partial(audit_anchors.highest_number, self.path.parent, self._exchange_dir)
+                audit.prepare(connection, self._audit_key, self.path.parent, highest)
             except BaseException:
                 connection.close()  # it would hold locks for as long as the error is looked at
                 raise
@@ -269,7 +272,7 @@ class Database:
 
     def anchors(self) -> AnchorFile:
         """The file that keeps the head of the audit at intervals, and what is verified with it."""
-        return AnchorFile(self.path.parent, self._audit_key, self.snapshot, self.transaction)
+        return AnchorFile(self.path.parent, self._exchange_dir, self._audit_key, self.snapshot, self.transaction)
 
     def verify_audit(self) -> int:
         """Verify hash chain, head and anchors; returns the number of entries.

@@ -70,7 +70,7 @@ def replace_audit_key(settings: Settings, actor: str, reason: str) -> None:
         if file.exists():
             file.rename(file.with_name(f"{AUDIT_KEY}.replaced-{time.time_ns()}"))
         keys.install(AUDIT_KEY, key := secrets.token_bytes(KEY_BYTES))
-        database = _open_database(path, keys, key, is_audit_key_new=True)
+        database = _open_database(settings, keys, key, is_audit_key_new=True)
         with database.transaction() as tx:
             audit.record_new_key(tx, actor, reason)
         database.close()
@@ -78,12 +78,12 @@ def replace_audit_key(settings: Settings, actor: str, reason: str) -> None:
         lock.release()
 
 
-def _open_database(path: Path, keys: Keys, audit_key: bytes, *, is_audit_key_new: bool = False) -> Database:
+def _open_database(settings: Settings, keys: Keys, audit_key: bytes, *, is_audit_key_new: bool = False) -> Database:
     """Open the database with the key that is recorded for it, or create both."""
-    is_recorded = bool(keys.recorded(DATABASE_KEY))
+    path, is_recorded = settings.data_dir / DATABASE_NAME, bool(keys.recorded(DATABASE_KEY))
     try:
         key = keys.database_key(lambda: is_encrypted(path))
-        database = Database(path, audit_key, key, is_key_new=is_audit_key_new)
+        database = Database(path, audit_key, key, exchange_dir=settings.exchange_dir, is_key_new=is_audit_key_new)
         keys.record(DATABASE_KEY, [key_id(key)])
     except OSError as error:
         raise store_error(error) from error
@@ -118,7 +118,7 @@ class Store:
             audit_key = self.keys.load(AUDIT_KEY, lambda: not database.exists())
         except OSError as error:
             raise store_error(error) from error
-        self.database = _open_database(database, self.keys, audit_key)
+        self.database = _open_database(settings, self.keys, audit_key)
         self.content = EncryptedFiles(
             settings.data_dir,
             self.keys,

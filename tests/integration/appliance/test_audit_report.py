@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,21 @@ import pytest
 
 from appliance.cli.main import main
 from appliance.core.settings import Settings
-from appliance.lifecycle.exchange import AUDIT_ANCHOR, Exchange
+from appliance.lifecycle.exchange import Exchange
 from appliance.store import audit
+from appliance.store.audit_anchors import CONFIRMED_NAME
 from appliance.store.database import Database
 from appliance.store.store import Store
 from model_sync.agent.report import BoxReport
 from model_sync.fleet.audit_heads import AuditState, compare
 from tests.support.box_database import raw_connection
+
+
+@pytest.fixture
+def store(settings: Settings, tmp_path: Path) -> Iterator[Store]:
+    made = Store(settings.model_copy(update={"exchange_dir": tmp_path}))
+    yield made
+    made.close()
 
 
 def write(store: Store, count: int) -> None:
@@ -35,7 +44,7 @@ def report(exchange: Exchange) -> Any:
 
 
 def confirm(exchange: Exchange, head: Any) -> None:
-    (exchange.directory / AUDIT_ANCHOR).write_text(json.dumps({"entries": head.entries, "digest": head.digest}))
+    (exchange.directory / CONFIRMED_NAME).write_text(json.dumps({"entries": head.entries, "digest": head.digest}))
 
 
 def test_r10_a_report_proves_that_the_audit_goes_on_and_a_cut_one_is_found_by_the_centre(store: Store, tmp_path: Path) -> None:
@@ -63,12 +72,11 @@ def test_r10_verify_compares_with_the_head_that_the_centre_confirmed(
     write(store, 5)
     (settings.data_dir / "box.toml").write_text(f'exchange_dir = "{tmp_path}"\n')
     box = ["--data-dir", str(settings.data_dir)]
-    (tmp_path / AUDIT_ANCHOR).write_text('{"entries": 5, "digest": "' + audit.digest_at(store.database.connection(), 5) + '"}')
+    (tmp_path / CONFIRMED_NAME).write_text('{"entries": 5, "digest": "' + audit.digest_at(store.database.connection(), 5) + '"}')
     assert main(["audit", "verify", *box]) == 0
-    (tmp_path / AUDIT_ANCHOR).write_text('{"entries": 7, "digest": "' + "ab" * 32 + '"}')
+    (tmp_path / CONFIRMED_NAME).write_text('{"entries": 7, "digest": "' + "ab" * 32 + '"}')
     assert main(["audit", "verify", *box]) == 1
     assert "entry 7, of which there is an anchor, is missing" in capsys.readouterr().err
     for hostile in ("", "[]", '{"entries": -1, "digest": ""}', '{"entries": 1e400, "digest": "x"}'):
-        (tmp_path / AUDIT_ANCHOR).write_text(hostile)
-        assert Exchange(store, tmp_path).confirmed_anchor() is None
+        (tmp_path / CONFIRMED_NAME).write_text(hostile)
         assert main(["audit", "verify", *box]) == 0

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from appliance.core.roles import Role
 from appliance.core.settings import Settings
+from appliance.store.audit_anchors import CONFIRMED_NAME
 from tests.support.scans import scan_bytes
 from tests.support.web_box import HOSTILE, Box, in_process
 
@@ -67,3 +70,13 @@ def test_the_auditor_searches_for_changes(box: Box, language: str, whole: str, b
         tx.execute("UPDATE audit SET entry = replace(entry, 'auditor', 'nobody') WHERE seq = 1")
     auditor.post("/audit/verify")
     assert broken in auditor.open("/audit")
+
+
+def test_the_page_compares_with_the_head_that_the_centre_confirmed(settings: Settings, quick_passwords: None, tmp_path: Path) -> None:
+    with in_process(settings.model_copy(update={"exchange_dir": tmp_path})) as box:
+        auditor = box.person("li", Role.AUDITOR, "en")
+        auditor.post("/audit/verify")
+        assert "The audit is whole" in auditor.open("/audit")
+        (tmp_path / CONFIRMED_NAME).write_text(json.dumps({"entries": 1, "digest": "ab" * 32}))
+        auditor.post("/audit/verify")
+        assert "has been changed" in auditor.open("/audit")

@@ -23,6 +23,7 @@ from appliance.core.errors import StoreError
 from appliance.core.settings import Settings
 from appliance.store import audit
 from appliance.store.audit import APPLICATION_ACTIVITY, Head
+from appliance.store.audit_anchors import ANCHORS_NAME, CONFIRMED_NAME
 from appliance.store.database import Database
 from appliance.store.keys import AUDIT_KEY
 from appliance.store.store import DATABASE_NAME, Store, replace_audit_key
@@ -122,12 +123,21 @@ def test_r10_an_older_copy_of_the_database_is_found_by_the_anchors(settings: Set
         assert problems(old) == ["entry 703 differs from an anchor"]
 
 
-def test_r10_a_head_that_the_centre_confirmed_is_compared_too(store: Store) -> None:
-    write(store, 5)
-    anchors = store.database.anchors()
-    assert anchors.verify(audit.head(store.database.connection())).problems == []
-    assert [item.text for item in anchors.verify(Head(5, "a" * 64)).problems] == ["entry 5 differs from an anchor"]
-    assert [item.text for item in anchors.verify(Head(9, "a" * 64)).problems] == ["entry 9, of which there is an anchor, is missing"]
+def test_r10_a_head_that_the_centre_confirmed_is_compared_too(settings: Settings, tmp_path: Path) -> None:
+    def confirm(head: Head) -> None:
+        (tmp_path / CONFIRMED_NAME).write_text(f'{{"entries": {head.seq}, "digest": "{head.digest}"}}')
+
+    with closing(Store(settings.model_copy(update={"exchange_dir": tmp_path}))) as store:
+        write(store, 5)
+        confirm(audit.head(store.database.connection()))
+        assert problems(store) == []
+        confirm(Head(5, "a" * 64))
+        assert problems(store) == ["entry 5 differs from an anchor"]
+        confirm(Head(9, "a" * 64))
+        assert problems(store) == ["entry 9, of which there is an anchor, is missing"]
+        seen = store.database.anchors().acknowledge("security", "case 10")
+        assert [item.text for item in seen] == ["entry 9, of which there is an anchor, is missing"]
+        assert problems(store) == []
 
 
 @pytest.mark.parametrize("change", ["delete", "empty", "shorten", "edit"])
@@ -240,6 +250,44 @@ def test_r10_a_lost_key_is_replaced_by_a_person_on_record(settings: Settings, ca
         write(store, 600)
         assert store.database.anchors().take()
         assert store.database.verify_audit() > 1200
+
+
+def numbers(store: Store) -> list[int]:
+    return [row["seq"] for row in store.database.query("SELECT seq FROM audit ORDER BY seq")]
+
+
+@pytest.mark.parametrize("known_by", ["head", "anchors", "centre"])
+@pytest.mark.parametrize("is_key_lost", [True, False], ids=["new_key", "same_key"])
+def test_r10_no_number_is_used_twice_after_a_cut_end(settings: Settings, tmp_path: Path, known_by: str, is_key_lost: bool) -> None:
+    settings = settings.model_copy(update={"exchange_dir": tmp_path})
+    with closing(Store(settings)) as store:
+        write(store, 40)
+        if known_by == "anchors":
+            assert store.database.anchors().take()
+        if known_by == "centre":
+            head = audit.head(store.database.connection())
+            (tmp_path / CONFIRMED_NAME).write_text(f'{{"entries": {head.seq}, "digest": "{head.digest}"}}')
+    lose_head = [] if known_by == "head" else ["DELETE FROM meta WHERE key = 'audit_head'"]
+    damage(settings.data_dir / DATABASE_NAME, "DELETE FROM audit WHERE seq > 10", *lose_head)
+    if is_key_lost:
+        (settings.data_dir / "keys" / AUDIT_KEY).unlink()
+        replace_audit_key(settings, "cli:root", "case 9")
+    with closing(Store(settings)) as store:
+        write(store, 3)
+        assert numbers(store)[:12] == [*range(1, 11), 41, 42]
+        assert "entries 11 to 40 are missing" in problems(store)
+
+
+def test_r10_a_number_that_no_box_reaches_does_not_end_the_audit(settings: Settings) -> None:
+    with closing(Store(settings)) as store:
+        write(store, 3)
+    (settings.data_dir / ANCHORS_NAME).write_text(f"2026-01-01T00:00:00.000+00:00 9223372036854775807 {'a' * 64} {'b' * 16} {'c' * 64}\n")
+    damage(settings.data_dir / DATABASE_NAME, "UPDATE meta SET value = '9223372036854775807 ' || value WHERE key = 'audit_head'")
+    with closing(Store(settings)) as store:
+        write(store, 3)
+        assert numbers(store) == list(range(1, 8))
+        assert store.database.anchors().take()
+        assert problems(store)
 
 
 _WRITE = """
