@@ -25,7 +25,6 @@ from appliance.inference.batch_job import BatchJob
 from appliance.inference.job_runner import InterruptedJobError, JobRunner
 from appliance.inference.model_pool import CONNECT_WAIT_S, ModelPool
 from appliance.lifecycle.activation import Activator
-from appliance.lifecycle.exchange import Exchange
 from appliance.store import audit_check, audit_reserve
 from appliance.store.store import Store
 
@@ -157,9 +156,8 @@ def _anchor_audit(store: Store) -> None:
 
 def _check_audit(store: Store) -> float:
     """Search the audit for changes while there is no work; returns the seconds until the next search."""
-    directory = store.settings.exchange_dir
     try:
-        return audit_check.check_audit(store.database, Exchange(store, directory).confirmed_anchor() if directory else None).interval_s
+        return audit_check.check_audit(store.database).interval_s
     except (OSError, StoreError) as error:
         logger.error("the audit cannot be searched", extra={"code": getattr(error, "code", "store.failed")})
         return audit_check.BROKEN_INTERVAL_S

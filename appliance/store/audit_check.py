@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Final
 
 from appliance.core.domain import utc_now
-from appliance.store.audit import Head
 from appliance.store.database import Database
 from model_sync import atomic_files
 
@@ -33,14 +32,14 @@ class AuditCheck:
         return BROKEN_INTERVAL_S if self.problems else INTERVAL_S
 
 
-def check_audit(database: Database, confirmed: Head | None = None) -> AuditCheck:
-    """Search the whole audit and record the result beside the database; ``confirmed`` is the head that the centre has.
+def check_audit(database: Database) -> AuditCheck:
+    """Search the whole audit and record the result beside the database.
 
     Raises:
         OSError: the result cannot be written.
         StoreError: the database cannot be read.
     """
-    done = AuditCheck(utc_now(), len(database.anchors().verify(confirmed).problems))
+    done = AuditCheck(utc_now(), len(database.anchors().verify().problems))
     path = _path(database.path.parent)
     path.parent.mkdir(exist_ok=True)
     atomic_files.write(path, json.dumps({"at": done.at, "problems": done.problems}).encode(), mode=0o600)
