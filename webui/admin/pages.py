@@ -45,7 +45,7 @@ def _box_status(box: BoxContext) -> View:
         "total": format_size(disk.total),
         "reserve": format_size(settings.disk_reserve_bytes),
         "key_protection": box.store.keys.protection(),
-        "key_warning": f"{reason_text('key.not_sealed')} {reason_hint('key.not_sealed')}",
+        "key_warning": (reason_text("key.not_sealed"), reason_hint("key.not_sealed")),
         "version": __version__,
         "python": platform.python_version(),
         "ae_title": settings.ae_title,

@@ -50,7 +50,7 @@ _PAGES: Final[dict[int, tuple[Any, Any]]] = {
     ),
     404: (
         lazy_gettext("There is no such page"),
-        lazy_gettext("The address is wrong, or the record is not on this box. Go to the worklist."),
+        lazy_gettext("The address is wrong, or the record is not on this box. Go back to your first page."),
     ),
     405: (lazy_gettext("This request is not valid"), lazy_gettext("Go back, reload the page and try again; nothing was changed.")),
     413: (lazy_gettext("Too large"), lazy_gettext("Nothing was kept. Upload fewer or smaller files at once.")),

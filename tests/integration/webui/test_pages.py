@@ -434,7 +434,7 @@ def test_errors_are_explained(box: Box) -> None:
         answer = person.get(path)
         assert answer.status_code == status
         assert said in answer.text
-        assert "To the worklist" in answer.text
+        assert "To my first page" in answer.text
     assert "没有这个页面" in box.person(language="zh").get("/nothing").text
 
 
