@@ -160,6 +160,11 @@ def drop_unused(model: Model) -> None:
     replace_all(model.opset_import, [entry for entry in model.opset_import if entry.domain in used])
 
 
+def state_opsets_once(model: Model) -> None:
+    """Leave one opset of each domain, the last: onnx.compose.merge_models states those of each part, ONNX Runtime's quantizer takes one."""
+    replace_all(model.opset_import, list({entry.domain: entry for entry in model.opset_import}.values()))
+
+
 def sort_nodes(model: Model) -> None:
     """Sort the nodes so that each tensor is produced before it is read, as ONNX requires."""
     producer_of = producers(model)
@@ -199,10 +204,7 @@ def _inputs_of(node: Node) -> Iterator[str]:
 def _at_opset(model: Model) -> Model:
     version = opset_of(model)
     converted = copy_of(model)
-    # onnx.compose.merge_models states the opset of each part; ONNX Runtime's quantizer takes one entry of a domain only.
-    entries = {entry.domain: entry for entry in model.opset_import}
-    del converted.opset_import[:]
-    converted.opset_import.extend(entries.values())
+    state_opsets_once(converted)
     if version < OPSET:
         try:
             converted = version_converter.convert_version(converted, OPSET)

@@ -24,6 +24,7 @@ from onnx import compose as onnx_compose
 from onnx.utils import Extractor
 
 from quantize.errors import DONE, QuantizeError, run_command
+from quantize.graph.onnx_graph import state_opsets_once
 
 HEAD: Final = Path(__file__).with_name("localisation_head.onnx")
 CELLS: Final = 14
@@ -67,7 +68,7 @@ def compose(weights: Path, out: Path, head: Path = HEAD) -> Path:
     model.graph.value_info.append(_trunk_output())
     trunk = Extractor(model).extract_model(["image"], [_TRUNK_OUTPUT])
     joined = onnx_compose.merge_models(trunk, onnx.load(head), io_map=[(_TRUNK_OUTPUT, FEATURES)])
-    del joined.opset_import[1:]  # each part brought the same one
+    state_opsets_once(joined)
     onnx.checker.check_model(joined, full_check=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(joined, out)

@@ -42,6 +42,15 @@ def test_the_cells_add_up_to_the_probability(tmp_path: Path) -> None:
     np.testing.assert_allclose(probability, 1 / (1 + np.exp(-logits)), atol=1e-4)
 
 
+def test_an_operator_of_another_domain_keeps_its_opset(shared: Path, tmp_path: Path) -> None:
+    head = onnx.load(localisation_head.HEAD)
+    head.opset_import.append(helper.make_opsetid("com.example", 3))
+    onnx.save(head, tmp_path / "head.onnx")
+    composed = onnx.load(localisation_head.compose(shared / WEIGHTS, tmp_path / "model.onnx", tmp_path / "head.onnx"))
+    assert {entry.domain: entry.version for entry in composed.opset_import}["com.example"] == 3
+    assert len(composed.opset_import) == 2
+
+
 def test_weights_that_are_absent_or_of_another_network_are_refused(tmp_path: Path) -> None:
     with pytest.raises(QuantizeError, match="not at"):
         localisation_head.compose(tmp_path / "absent.onnx", tmp_path / "out.onnx")
