@@ -58,7 +58,7 @@ class _Turns:
 
 
 class RecentEntries(Generic[Key, Value]):
-    """The entries that were used last; the oldest is forgotten when there are too many."""
+    """The entries that were stored last; the oldest is forgotten when there are too many."""
 
     def __init__(self) -> None:
         self._entries: OrderedDict[Key, Value] = OrderedDict()
@@ -143,7 +143,10 @@ class LoginThrottle:
                 self._turns.put(limit, turns)
 
     def clear(self, username: str, peer: str) -> None:
-        """Forget the failures of this name from this machine, after a login that succeeded; from now on it knows the machine."""
+        """Forget the failures of this name from this machine, after a login that succeeded.
+
+        From now on attempts for this name from this machine are no longer slowed because of other machines.
+        """
         with self._lock:
             self._entries.pop(_key(username, peer))
             self._familiar.put(_key(username, peer), True)

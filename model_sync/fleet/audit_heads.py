@@ -13,7 +13,7 @@ from model_sync.agent.report import AuditReport
 from model_sync.errors import TextEnum
 
 _KEPT: Final = 8
-# A report may cross the confirmation of the one before; several in a row that name no known head hide something.
+# The box may write a report before it has read the confirmation of the previous one; several in a row that name no known head hide something.
 _MAX_UNPROVEN: Final = 3
 
 

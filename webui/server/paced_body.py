@@ -100,7 +100,7 @@ class SpeedGuard:
 
 
 def pace_bodies(app: WsgiApp, silence_s: float) -> WsgiApp:
-    """Wrap an application: its bodies keep the minimum speed, and a reader that takes nothing for ``silence_s`` loses its connection."""
+    """Wrap an application: its bodies keep the minimum speed, and a reader that does not take a chunk within ``silence_s`` is cut off."""
     guard = SpeedGuard()
 
     def call(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 EXIT_USAGE: Final = 2
 ADDRESS_FILE: Final = "web.json"
-# The longest time that a reader may hold a thread without taking a byte.
+# A reader that does not take a chunk of an answer within this time loses its connection.
 _SILENCE_S: Final = 30.0
 # Linux: sun_path, with its last null byte.
 _MAX_SOCKET_PATH: Final = 107

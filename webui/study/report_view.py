@@ -242,9 +242,9 @@ def _cautions(item: InstanceView, manifests: Mapping[str, Manifest]) -> Iterator
     Left out is what the report says at another place: the reason of the state, and on a result that the model was withdrawn.
     """
     has_result = bool(item.findings or item.measured)
-    shown_elsewhere = ({item.reason.code} if item.reason else set()) | (set(RECALLED) if has_result else set())
+    codes_in_other_rows = ({item.reason.code} if item.reason else set()) | (set(RECALLED) if has_result else set())
     notes: dict[str, Note] = {}
-    for note in (*item.notes, *(note for job in item.jobs for note in job.notes if note.code not in shown_elsewhere)):
+    for note in (*item.notes, *(note for job in item.jobs for note in job.notes if note.code not in codes_in_other_rows)):
         notes.setdefault(note.code, note)
     manifest = manifests.get(item.findings[0].model_digest) if item.findings else None
     for note in notes.values():
