@@ -13,7 +13,7 @@ from model_sync.agent.report import AuditReport
 from model_sync.errors import TextEnum
 
 _KEPT: Final = 8
-# The box may write a report before it has read the confirmation of the previous one; several in a row that name no known head hide something.
+# A box may write a report before it has read the confirmation of the last one; several in a row that name no known head hide something.
 _MAX_UNPROVEN: Final = 3
 
 
