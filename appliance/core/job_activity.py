@@ -33,9 +33,10 @@ class JobActivity:
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._held = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._held, fcntl.LOCK_SH | fcntl.LOCK_NB)
             os.utime(self._held)
+            fcntl.flock(self._held, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
+            self.end()
             logger.warning("other processes cannot see that images are analysed", extra={"status": error.errno})
 
     def end(self) -> None:

@@ -12,16 +12,12 @@ import math
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Final
+
+from model_sync.atomic_files import boot_id
 
 # A moment is stored in milliseconds: read at once, it may seem to lie so far in the future.
 _ROUNDING_S: Final = 0.001
-_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
-
-
-def _boot_id() -> str:
-    return _BOOT_ID.read_text("ascii").strip()
 
 
 def _uptime_s() -> float:
@@ -34,14 +30,14 @@ class Clock:
     Args:
         wall_s: seconds since the epoch, which a person may set.
         uptime_s: seconds since the machine started, which nobody can set.
-        boot_id: identity of this start of the machine.
+        boot_id: identity of this start of the machine; empty where the system has none, and then only the wall clock counts.
     """
 
     def __init__(
         self,
         wall_s: Callable[[], float] = time.time,
         uptime_s: Callable[[], float] = _uptime_s,
-        boot_id: Callable[[], str] = _boot_id,
+        boot_id: Callable[[], str] = boot_id,
     ) -> None:
         self.wall_s, self.uptime_s, self._boot_id = wall_s, uptime_s, boot_id
 
@@ -55,7 +51,7 @@ class Clock:
         if len(parts) != 3:
             return math.inf
         wall, uptime, boot_id = parts
-        same_start = boot_id == self._boot_id()
+        same_start = bool(boot_id) and boot_id == self._boot_id()
         age = self.uptime_s() - float(uptime) if same_start else self.wall_s() - float(wall)
         return max(age, 0.0) if age > -_ROUNDING_S else math.inf
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -93,3 +94,15 @@ def test_a_disk_that_refuses_the_file_stops_no_analysis(tmp_path: Path, caplog: 
     activity.end()
     assert "cannot see" in caplog.text
     assert not JobWatch(tmp_path).has_worked()
+
+
+def test_a_lock_that_is_refused_once_is_taken_at_the_next_job(tmp_path: Path, watcher: Watcher) -> None:
+    activity, lock = JobActivity(tmp_path), tmp_path / "run" / "jobs.lock"
+    lock.parent.mkdir()
+    with open(lock, "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        activity.begin()
+    watcher.has_worked()
+    activity.begin()
+    assert [watcher.has_worked() for _ in range(2)] == [True, True]
+    activity.end()

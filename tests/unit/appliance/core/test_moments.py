@@ -75,3 +75,13 @@ def test_the_clock_of_this_machine() -> None:
     assert 0 <= clock.age_s(moment) < 600
     assert moment_utc(moment).endswith("+00:00")
     assert moment_utc("") == ""
+
+
+def test_without_an_identity_of_the_start_only_the_wall_clock_counts() -> None:
+    times = [1000.0, 50.0]
+    clock = Clock(lambda: times[0], lambda: times[1], lambda: "")
+    moment = clock.now()
+    times[:] = [4600.0, 60.0]  # perhaps a restart, perhaps not
+    assert clock.age_s(moment) == 3600.0
+    times[:] = [900.0, 3650.0]
+    assert clock.age_s(moment) == math.inf
