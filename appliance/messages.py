@@ -197,6 +197,18 @@ _CODES: Final[Mapping[str, Message]] = {
     "tls.incomplete": Message("A certificate needs its key, and a key its certificate: one of the two is not set", _PAIR),
     "tls.unreadable": Message("The certificate or its key is missing, damaged or not readable by this account", _PAIR),
     "tls.key_mismatch": Message("The key belongs to another certificate", _PAIR),
+    "tls.refused": Message(
+        "OpenSSL refuses the certificate or its key: the key is too short, SHA-1 signs it, or the algorithm is unknown",
+        "Get a new one: an RSA key of 2048 bits or more, or an ECDSA P-256 key, signed with SHA-256. A server that is running goes on with the pair before.",
+    ),
+    "tls.authority_unreadable": Message(
+        "The certificate of the authority is missing, damaged or not readable by this account",
+        "Put the PEM file of the clinic's authority where tls_authority or dicom_client_authority names it.",
+    ),
+    "tls.not_served": Message(
+        "A server of the box does not use the certificate in the file, but another one",
+        "Wait a minute. If this line stays, restart the box; its log gives the reason.",
+    ),
     "tls.no_nginx": Message(
         "nginx, which serves the page to the network, is not installed", "Install it: sudo apt-get install nginx-light"
     ),
@@ -232,6 +244,10 @@ _CODES: Final[Mapping[str, Message]] = {
         "Check the network and the server; the box tries again by itself.",
     ),
     "box.busy": Message("Another program is using this data directory", "Stop it first, or use another --data-dir."),
+    "box.port": Message(
+        "The box cannot listen on a port",
+        "Stop the program that uses the port (sudo ss -ltnp lists them), or set another port in box.toml. Ports below 1024 need a permission of the system.",
+    ),
     "box.none": Message("There is no box in this folder", "Check --data-dir: it should hold box.sqlite3. Nothing was written."),
     "key.missing": Message(
         "A key of this box is lost or damaged; the box does not start. All data are kept, nothing was changed", _RESTORE

@@ -31,7 +31,7 @@ EXIT_ERROR: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_FAILED: Final = 3
 EXIT_NOTHING: Final = 4
-_USAGE_CODES: Final = ("settings.invalid", "settings.missing", "box.busy", "box.none", "model.precision")
+_USAGE_CODES: Final = ("settings.invalid", "settings.missing", "box.busy", "box.port", "box.none", "model.precision")
 _VIEWS: Final = {"frontal": "", "PA": "PA", "AP": "AP", "lateral": "LL"}
 
 

@@ -10,6 +10,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import sys
 import warnings
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from appliance.core.errors import ApplianceError
 from model_sync.json_logging import JsonFormatter
 
 _PR_SET_PDEATHSIG: Final = 1
+_BACKLOG: Final = 511
 LOG_FIELDS: Final = ("job", "code", "role", "exit_code", "state", "seconds", "peer", "port", "count", "status")
 
 
@@ -79,6 +81,49 @@ def find_nginx() -> str:
     if path is None:
         raise ApplianceError("tls.no_nginx")
     return path
+
+
+def open_port(setting: str, host: str, port: int) -> socket.socket:
+    """Listen on an address of this machine.
+
+    Args:
+        setting: the name of the setting that the port is from.
+        host: a name or address; ``::`` is every address, IPv4 included.
+        port: 0 lets the system choose.
+
+    Raises:
+        ApplianceError: ``box.port``: the port is in use or not allowed, or the address is none of this machine.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        opened = socket.socket(family, kind)
+    except OSError as error:
+        raise port_error(setting, host, port, error) from error
+    try:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(host != "::"))
+        opened.bind(address)
+        opened.listen(_BACKLOG)
+    except OSError as error:
+        opened.close()
+        raise port_error(setting, host, port, error) from error
+    return opened
+
+
+def port_error(setting: str, host: str, port: int, error: OSError) -> ApplianceError:
+    """The error for a port that cannot be opened, ``box.port``."""
+    return ApplianceError("box.port", f"{setting} = {port}, {host}: {error.strerror}")
+
+
+def own_address(host: str) -> str:
+    """Where this machine reaches a server that listens on a host."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}.get(host, host)  # noqa: S104 - looked up, not bound
+
+
+def bracketed(host: str) -> str:
+    """A host as an address of a page has it: IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 class Lock:

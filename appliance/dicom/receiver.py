@@ -7,8 +7,8 @@ worker are other processes, so that parallel senders have this interpreter for t
 from __future__ import annotations
 
 import logging
-import signal
 import threading
+import time
 from typing import Any, Final
 
 from pynetdicom import AE, AllStoragePresentationContexts, evt
@@ -16,12 +16,13 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
 from appliance.core.domain import Source
 from appliance.core.errors import IngestError, StoreError
-from appliance.core.process import Lock
+from appliance.core.process import Lock, port_error, stop_on_signal
 from appliance.core.settings import Settings
 from appliance.core.wakeup import wake
 from appliance.dicom.secure_server import PlainSenders, SecureServer, ServerCredentials
 from appliance.ingest.ingest import Ingest
 from appliance.store.store import Store
+from model_sync import atomic_files
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ SUCCESS: Final = 0x0000
 OUT_OF_RESOURCES: Final = 0xA700
 CANNOT_UNDERSTAND: Final = 0xC000
 NOT_STORED: Final = 0xC001
+_TICK_S: Final = 0.2
 STATUS: Final = dict.fromkeys(("ingest.disk_full", "ingest.too_large", "ingest.memory", "store.failed"), OUT_OF_RESOURCES)
 
 # The syntaxes that appliance.imaging.pixels decodes; a sender that offers only others sees that in the negotiation and can transcode.
@@ -70,7 +72,7 @@ class Receiver:
             The port, and the one for TLS if there is one; the system chooses where the setting is 0.
 
         Raises:
-            ApplianceError: ``tls.…``: a port for TLS is set without a usable certificate.
+            ApplianceError: ``tls.…``: a port for TLS is set without a usable certificate; ``box.port``: a port is in use.
         """
         settings = self._settings
         credentials = ServerCredentials(settings) if settings.dicom_tls_port is not None else None
@@ -79,12 +81,18 @@ class Receiver:
             (evt.EVT_ABORTED, self._on_end), (evt.EVT_CONN_CLOSE, self._on_end),
         ]  # fmt: skip
         plain = [*handlers, (evt.EVT_REQUESTED, self._on_plain_request)]
-        server = self._ae.start_server((settings.dicom_host, settings.dicom_port), block=False, evt_handlers=plain)
+        try:
+            server = self._ae.start_server((settings.dicom_host, settings.dicom_port), block=False, evt_handlers=plain)
+        except OSError as error:
+            raise port_error("dicom_port", settings.dicom_host, settings.dicom_port, error) from error
         assert server is not None  # it is None only when start_server blocks
         if credentials is None:
             return int(server.server_address[1]), None
         address = settings.dicom_host, settings.dicom_tls_port or 0
-        secure = self._ae.make_server(address, evt_handlers=handlers, server_class=SecureServer, credentials=credentials)
+        try:
+            secure = self._ae.make_server(address, evt_handlers=handlers, server_class=SecureServer, credentials=credentials)
+        except OSError as error:
+            raise port_error("dicom_tls_port", *address, error) from error
         assert isinstance(secure, SecureServer)
         self._secure = secure
         threading.Thread(target=secure.serve_forever, name="dicom-tls", daemon=True).start()
@@ -135,14 +143,22 @@ def run(settings: Settings) -> None:
     """Run the receiver until SIGTERM."""
     lock = Lock(settings.data_dir, "receiver")
     receiver = Receiver(settings)
-    done = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: done.set())
-    port, secure_port = receiver.start()
-    if secure_port is not None:
-        (settings.data_dir / "run" / "dicom-tls.port").write_text(str(secure_port))
-    (settings.data_dir / "run" / "dicom.port").write_text(str(port))
-    logger.info("receiver ready", extra={"port": port})
-    done.wait()
-    receiver.stop()
-    lock.release()
+    is_stopping = stop_on_signal()
+    run_dir = settings.data_dir / "run"
+    files = run_dir / "dicom.port", run_dir / "dicom-tls.port"
+    for file in files:  # of a run that was killed
+        file.unlink(missing_ok=True)
+    try:
+        ports = receiver.start()
+        for file, port in reversed(list(zip(files, ports, strict=True))):  # the first one last: who waits for it finds both
+            if port is not None:
+                atomic_files.write(file, str(port).encode(), mode=0o600)
+        logger.info("receiver ready", extra={"port": ports[0]})
+        while not is_stopping():
+            # No wait without an end: a signal that another thread receives does not interrupt it, and Python would not handle the signal.
+            time.sleep(_TICK_S)
+    finally:
+        for file in files:
+            file.unlink(missing_ok=True)
+        receiver.stop()
+        lock.release()

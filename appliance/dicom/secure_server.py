@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
 
-from appliance.core.certificates import load_pair
+from appliance.core.certificates import Renewal, load_authority, load_pair, server_context
 from appliance.core.errors import ApplianceError
 from appliance.core.settings import Settings
 from appliance.core.tls_status import dicom_pair
@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 HANDSHAKE_S: Final = 10.0
 _MOST_HANDSHAKES: Final = 64
-_CIPHERS: Final = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
 
 class ServerCredentials:
@@ -39,47 +38,35 @@ class ServerCredentials:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._pair = dicom_pair(settings)
-        load_pair(*self._pair)
-        self._versions = self._read_versions()
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.set_ciphers(_CIPHERS)
-        if settings.dicom_client_authority is not None:
-            try:
-                context.load_verify_locations(settings.dicom_client_authority)
-            except (OSError, ssl.SSLError) as error:
-                raise ApplianceError("tls.unreadable", str(settings.dicom_client_authority)) from error
-            context.verify_mode = ssl.CERT_REQUIRED
-        self._context = context
-        self._load()
+        self._pair, self._authority = dicom_pair(settings), settings.dicom_client_authority
+        self._renewal = Renewal((*self._pair, self._authority))
+        self._context = self._load()
+        self._reported = ""
 
     def context(self) -> ssl.SSLContext:
-        """The context for the next connection; a new pair that cannot be used is reported once, and not taken."""
-        versions = self._read_versions()
-        if versions != self._versions:
-            self._versions = versions
+        """The context for the next connection; while a new pair cannot be used, the former one stays, and the reason is logged once."""
+        if self._renewal.is_due():
             try:
-                load_pair(*self._pair)
-                self._load()
+                self._context = self._load()
             except ApplianceError as error:
-                logger.error("certificate not taken", extra={"code": error.code, "role": "receiver"})
+                if error.code != self._reported:
+                    logger.error("certificate not taken", extra={"code": error.code, "role": "receiver"})
+                self._reported = error.code
+            else:
+                self._renewal.confirm()
+                self._reported = ""
         return self._context
 
-    def _load(self) -> None:
+    def _load(self) -> ssl.SSLContext:
         certificate, key = self._pair
+        load_pair(certificate, key)
         assert certificate is not None
-        self._context.load_cert_chain(certificate, key)
-
-    def _read_versions(self) -> list[tuple[int, int] | None]:
-        found: list[tuple[int, int] | None] = []
-        for path in self._pair:
-            try:
-                status = path.stat() if path else None
-            except OSError:
-                status = None
-            found.append((status.st_mtime_ns, status.st_ino) if status else None)
-        return found
+        assert key is not None
+        context = server_context(certificate, key)
+        if self._authority is not None:
+            load_authority(context, self._authority)
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
 
 
 class SecureServer(ThreadedAssociationServer):

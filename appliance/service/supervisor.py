@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from appliance.core.process import Lock, die_with_parent, stop_on_signal
+from appliance.core.certificates import Renewal
+from appliance.core.process import Lock, bracketed, die_with_parent, own_address, stop_on_signal
 from appliance.core.settings import Settings
 from appliance.store.store import Store
 
@@ -32,7 +33,6 @@ _LONGEST_BACKOFF_S: Final = 10.0
 _STABLE_S: Final = 30.0
 _STOP_S: Final = 15.0
 _TICK_S: Final = 0.1
-# A certificate and its key are copied one after the other: a change is taken once both have stayed the same for so long.
 _CHECK_FILES_S: Final = 2.0
 # Saves memory on a small box: two malloc arenas per process instead of eight per core, early release of freed memory, no BLAS threads.
 # And no telemetry: the box contacts only configured destinations.
@@ -77,7 +77,7 @@ class Supervisor:
         ]
         self._reload: list[str] = []
         self._reloading: subprocess.Popen[bytes] | None = None
-        self._pair, self._loaded_pair, self._checked_at = _versions(settings), _versions(settings), 0.0
+        self._renewal, self._checked_at = Renewal((settings.tls_certificate, settings.tls_key)), 0.0
         if settings.tls_certificate is not None:
             proxy = [sys.executable, "-m", "webui.server.proxy", *data]
             self.children.append(ManagedProcess("proxy", proxy))
@@ -87,7 +87,7 @@ class Supervisor:
 
     def start(self) -> None:
         """Start every process; does not wait until they are ready."""
-        for name in ("web.json", "dicom.port"):  # files of the last run
+        for name in ("web.json", "dicom.port", "dicom-tls.port"):  # files of the last run
             (self._settings.data_dir / "run" / name).unlink(missing_ok=True)
         for child in self.children:
             self._spawn(child)
@@ -109,11 +109,15 @@ class Supervisor:
             self._take_certificate()
 
     def _take_certificate(self) -> None:
-        """Let nginx load the certificate when it or its key was replaced; one that cannot be used is reported in the log, and not taken."""
-        before, self._pair = self._pair, _versions(self._settings)
-        is_at_rest = self._pair == before and (self._reloading is None or self._reloading.poll() is not None)
-        if is_at_rest and self._pair != self._loaded_pair:
-            self._loaded_pair = self._pair
+        """Let nginx load the certificate when it or its key was replaced; one that is not taken is in the log and on the status page."""
+        if self._reloading is not None:
+            code = self._reloading.poll()
+            if code is None:
+                return
+            if code == 0:
+                self._renewal.confirm()
+            self._reloading = None
+        if self._renewal.is_due():
             logger.info("certificate changed", extra={"role": "proxy"})
             self._reloading = self._launch(self._reload)
 
@@ -166,18 +170,6 @@ class Supervisor:
         return process
 
 
-def _versions(settings: Settings) -> list[tuple[int, int, int] | None]:
-    """What changes when a file of the page's certificate is replaced; None where it is absent."""
-    found: list[tuple[int, int, int] | None] = []
-    for path in (settings.tls_certificate, settings.tls_key):
-        try:
-            status = path.stat() if path else None
-        except OSError:
-            status = None
-        found.append((status.st_mtime_ns, status.st_size, status.st_ino) if status else None)
-    return found
-
-
 def _end_group(pid: int) -> None:
     """End what a process that ended has left: workers of nginx go on without their master and would hold its port."""
     try:
@@ -195,18 +187,12 @@ def web_address(settings: Settings) -> dict[str, Any] | None:
         return None
     # A health check of the box's own server at its own address: any certificate is accepted.
     context = ssl._create_unverified_context()  # noqa: S323
-    url = f"{address['scheme']}://{_own_address(settings.web_host)}:{address['port']}/healthz"
+    url = f"{address['scheme']}://{bracketed(own_address(settings.web_host))}:{address['port']}/healthz"
     try:
         with urllib.request.urlopen(url, timeout=5, context=context) as answer:  # noqa: S310
             return address if answer.status == 200 else None
     except OSError:
         return None
-
-
-def _own_address(host: str) -> str:
-    """Where this machine reaches a server that listens on a host."""
-    own = {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}.get(host, host)  # noqa: S104 - looked up, not bound
-    return f"[{own}]" if ":" in own else own
 
 
 def serve(given: Path) -> None:

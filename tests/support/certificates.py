@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 Authority: TypeAlias = "tuple[x509.Certificate, ec.EllipticCurvePrivateKey]"
@@ -32,9 +32,20 @@ def make_authority(path: Path, name: str = "Clinic CA") -> Authority:
     return certificate, key
 
 
-def make_pair(certificate: Path, key: Path, names: list[str], *, authority: Authority | None = None, days: float = 365) -> None:
-    """A server's or client's certificate and its key, in two files; ``days`` from now it ends (negative: it has ended)."""
-    own = ec.generate_private_key(ec.SECP256R1())
+def make_pair(
+    certificate: Path, key: Path, names: list[str], *, authority: Authority | None = None, days: float = 365, is_weak: bool = False
+) -> None:
+    """A server's or client's certificate and its key, in two files.
+
+    Args:
+        certificate: where to write it.
+        key: where to write it.
+        names: the names and addresses that it is made for.
+        authority: who signs it; itself when None.
+        days: from now it ends; negative: it has ended.
+        is_weak: with a key of 1024 bits, which OpenSSL refuses.
+    """
+    own = rsa.generate_private_key(65537, 1024) if is_weak else ec.generate_private_key(ec.SECP256R1())  # noqa: S505
     issuer, signer = (authority[0].subject.rfc4514_string().partition("=")[2], authority[1]) if authority else (names[0], own)
     alternative = x509.SubjectAlternativeName([_general(name) for name in names])
     builder = _builder(names[0], issuer, own, days).add_extension(alternative, critical=False)
@@ -51,7 +62,7 @@ def make_pair(certificate: Path, key: Path, names: list[str], *, authority: Auth
     key.write_bytes(own.private_bytes(*form))
 
 
-def _builder(subject: str, issuer: str, key: ec.EllipticCurvePrivateKey, days: float) -> x509.CertificateBuilder:
+def _builder(subject: str, issuer: str, key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey, days: float) -> x509.CertificateBuilder:
     now = datetime.now(timezone.utc)
     end = now + timedelta(days=days)
     return (

@@ -25,7 +25,7 @@ from gunicorn.http.errors import ParseException
 from gunicorn.workers.gthread import ThreadWorker
 
 from appliance.core.errors import ApplianceError
-from appliance.core.process import die_with_parent, start_logging
+from appliance.core.process import bracketed, die_with_parent, open_port, start_logging
 from appliance.core.settings import Settings
 from model_sync.web_server import ErrorOnlyLogger, is_loopback
 from webui.server.paced_body import WsgiApp, pace_bodies
@@ -154,6 +154,8 @@ def main(create_app: Callable[[Settings], Flask], argv: list[str] | None = None)
     try:
         settings = Settings.load(arguments.data_dir)
         check(settings)
+        if not has_proxy(settings):
+            open_port("web_port", settings.web_host, settings.web_port).close()  # gunicorn would try five times and name no setting
     except ApplianceError as error:
         print(error_lines(error), file=sys.stderr)
         return EXIT_USAGE
@@ -199,8 +201,3 @@ def _heartbeat_directory(settings: Settings) -> str:
     """The directory where gunicorn touches a file every second: in memory if possible, to spare flash storage."""
     memory = Path("/dev/shm")  # noqa: S108 - an empty, unlinked file without content
     return str(memory if os.access(memory, os.W_OK) else run_directory(settings))
-
-
-def bracketed(host: str) -> str:
-    """A host as an address has it: IPv6 in brackets."""
-    return f"[{host}]" if ":" in host else host

@@ -1,7 +1,8 @@
 """nginx in front of the web process, wherever the page is served over TLS: its configuration from the settings, its start, its renewal.
 
 ``python -m webui.server.proxy --data-dir DIR`` writes ``run/nginx/nginx.conf`` and becomes nginx; with ``--reload`` it makes the nginx that
-runs take a new certificate, without losing a request. nginx runs as the account of the box: all its files are below ``run/nginx``.
+runs take a new certificate, without losing a request, and fails where nginx refuses it. nginx runs as the account of the box: all its
+files are below ``run/nginx``.
 """
 
 from __future__ import annotations
@@ -13,22 +14,21 @@ import os
 import pwd
 import resource
 import signal
-import socket
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import jinja2
 
-from appliance.core.certificates import is_trusted, load_pair
+from appliance.core.certificates import is_trusted, load_pair, served_fingerprint
 from appliance.core.errors import ApplianceError
-from appliance.core.process import find_nginx, start_logging
+from appliance.core.process import bracketed, find_nginx, open_port, own_address, start_logging
 from appliance.core.settings import Settings
 from webui.server.process import (
     ADDRESS_FILE,
     EXIT_USAGE,
-    bracketed,
     error_lines,
     run_directory,
     socket_path,
@@ -44,6 +44,7 @@ _SILENCE_S: Final = 20
 # Connections at the same time; one takes 50 KiB while it shakes hands.
 _MOST_CONNECTIONS: Final = 4096
 _OTHER_FILES: Final = 64
+_TAKEN_S: Final = 10.0
 _STATIC: Final = Path(__file__).resolve().parents[1] / "static"
 _PID_FILE: Final = "nginx.pid"
 
@@ -116,20 +117,56 @@ def reload(settings: Settings) -> None:
     """Write the configuration again and let nginx load it, with the certificate; requests under way are answered by the former workers.
 
     Raises:
-        ApplianceError: the pair cannot be used: nginx goes on with the former one.
+        ApplianceError: the pair cannot be used, or ``tls.not_served``: nginx does not run or refuses it, and goes on with the former one.
     """
-    address = json.loads((run_directory(settings) / ADDRESS_FILE).read_text())
-    _write(settings, render(settings, int(address["port"])))
-    os.kill(int((_directory(settings) / _PID_FILE).read_text()), signal.SIGHUP)
+    certificate = load_pair(settings.tls_certificate, settings.tls_key)
+    try:
+        port = int(json.loads((run_directory(settings) / ADDRESS_FILE).read_text())["port"])
+    except (OSError, ValueError) as error:
+        raise ApplianceError("tls.not_served", "nginx does not run") from error
+    _write(settings, render(settings, port))
+    _signal(settings)
+    host, limit = own_address(settings.web_host), time.monotonic() + _TAKEN_S
+    while served_fingerprint(host, port) != certificate.fingerprint:
+        if time.monotonic() > limit:
+            raise ApplianceError("tls.not_served", f"{settings.web_host}:{port}")
+        time.sleep(0.1)
+
+
+def _signal(settings: Settings) -> None:
+    """Send SIGHUP to the nginx of this box; the PID in its file may be that of another process, after a power cut for example."""
+    directory = _directory(settings)
+    try:
+        pid = int((directory / _PID_FILE).read_text())
+        process = os.pidfd_open(pid)  # from here on the PID cannot become another process
+    except (OSError, ValueError) as error:
+        raise ApplianceError("tls.not_served", "nginx does not run") from error
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        if not command.startswith(b"nginx: master process") or os.fsencode(directory / "nginx.conf") not in command:
+            raise ApplianceError("tls.not_served", f"nginx does not run: process {pid} is another program")
+        signal.pidfd_send_signal(process, signal.SIGHUP)
+    except OSError as error:
+        raise ApplianceError("tls.not_served", "nginx does not run") from error
+    finally:
+        os.close(process)
 
 
 def _start(settings: Settings) -> None:
-    """Write the configuration, publish the address, become nginx."""
+    """Open the port, write the configuration, publish the address, become nginx, which takes over the open port.
+
+    Raises:
+        ApplianceError: ``box.port``: the port is in use; the pair or a path cannot be used; nginx is not installed.
+    """
     program = find_nginx()
-    port = settings.web_port or _free_port(settings.web_host)
+    load_pair(settings.tls_certificate, settings.tls_key)
+    listener = open_port("web_port", settings.web_host, settings.web_port)
+    port = int(listener.getsockname()[1])
     _write(settings, render(settings, port))
+    os.set_inheritable(listener.fileno(), True)
     write_address(settings, "https", port)
-    os.execv(program, [program, *_arguments(settings)])  # noqa: S606 - a program of the system, with arguments of ours
+    # In this variable nginx finds the ports that it takes over open, as in an upgrade of nginx.
+    os.execve(program, [program, *_arguments(settings)], {**os.environ, "NGINX": f"{listener.fileno()};"})  # noqa: S606
 
 
 def _arguments(settings: Settings) -> Sequence[str]:
@@ -159,13 +196,6 @@ def _connections() -> int:
     """How many connections nginx serves: each takes two open files at most, and this account has a limit of them."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MOST_CONNECTIONS if hard == resource.RLIM_INFINITY else max(64, min(_MOST_CONNECTIONS, (hard - _OTHER_FILES) // 2))
-
-
-def _free_port(host: str) -> int:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

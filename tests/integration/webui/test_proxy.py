@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 
 import psutil
@@ -20,10 +22,11 @@ import requests
 
 from appliance.core.errors import ApplianceError
 from appliance.core.settings import Settings
+from appliance.core.tls_status import tls_statuses
 from appliance.service.supervisor import Supervisor, web_address
 from tests.support.certificates import make_authority, make_pair
 from tests.support.paths import ROOT
-from tests.support.web_box import served, wait_for
+from tests.support.web_box import TUS, served, wait_for
 from webui.server import process, proxy
 from webui.server.security import HEADERS
 
@@ -108,6 +111,56 @@ def test_r14_nginx_is_started_again_and_takes_a_new_certificate_without_losing_a
     assert "Traceback" not in log.read_text()
     wait_for(lambda: not any(pid.info["name"] == "nginx" and str(tmp_path) in " ".join(pid.info["cmdline"] or ())
                              for pid in psutil.process_iter(["name", "cmdline"])))  # fmt: skip
+
+
+def test_what_nginx_refuses_is_reported_and_the_former_certificate_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_pair(tmp_path / "web.crt", tmp_path / "web.key", ["127.0.0.1"])
+    pair = {"tls_certificate": str(tmp_path / "web.crt"), "tls_key": str(tmp_path / "web.key")}
+    with served(tmp_path / "box", **pair) as (server, _):
+        settings = server.settings
+        assert not tls_statuses(settings, datetime.now(timezone.utc))[0].problems
+        make_pair(tmp_path / "web.crt", tmp_path / "web.key", ["127.0.0.1"])
+        with monkeypatch.context() as patch:
+            patch.setattr(proxy, "render", lambda *_: "unknown_directive;")
+            patch.setattr(proxy, "_TAKEN_S", 1.0)
+            with pytest.raises(ApplianceError, match=r"tls\.not_served"):
+                proxy.reload(settings)
+        assert [problem.code for problem in tls_statuses(settings, datetime.now(timezone.utc))[0].problems] == ["tls.not_served"]
+        proxy.reload(settings)
+        assert not tls_statuses(settings, datetime.now(timezone.utc))[0].problems
+
+
+def test_a_process_that_is_not_nginx_gets_no_signal(tmp_path: Path) -> None:
+    make_pair(tmp_path / "web.crt", tmp_path / "web.key", ["127.0.0.1"])
+    settings = settings_of(tmp_path)
+    run = settings.data_dir / "run" / "nginx"
+    run.mkdir(parents=True)
+    (run.parent / "web.json").write_text('{"port": 8443}')
+    with subprocess.Popen(["sleep", "60"]) as other:
+        for pid in (str(other.pid), "", "4194304"):
+            (run / "nginx.pid").write_text(pid)
+            with pytest.raises(ApplianceError, match="nginx does not run"):
+                proxy.reload(settings)
+        assert other.poll() is None
+        other.kill()
+
+
+@pytest.mark.parametrize("module", ["webui", "webui.server.proxy"])
+def test_a_port_in_use_is_an_error_before_anything_says_that_it_listens(tmp_path: Path, module: str) -> None:
+    make_pair(tmp_path / "web.crt", tmp_path / "web.key", ["localhost"])
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        settings = settings_of(tmp_path, web_port=port)
+        if module == "webui":
+            (settings.data_dir / "box.toml").write_text(f"web_port = {port}\n")
+        command = [sys.executable, "-m", module, "--data-dir", str(settings.data_dir)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=60)
+    assert done.returncode == process.EXIT_USAGE
+    assert f"web_port = {port}, 127.0.0.1" in done.stderr
+    assert "hint: Stop the program" in done.stderr
+    assert "Listening" not in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (settings.data_dir / "run" / "web.json").exists()
 
 
 def test_hsts_only_with_a_name_and_a_certificate_that_its_authority_trusts(tmp_path: Path) -> None:
@@ -244,6 +297,15 @@ def test_the_key_of_another_certificate_is_refused(tmp_path: Path) -> None:
     assert refusal(settings_of(tmp_path)) == "tls.key_mismatch"
 
 
+def test_a_pair_that_openssl_refuses_is_refused(tmp_path: Path) -> None:
+    make_pair(tmp_path / "web.crt", tmp_path / "web.key", ["localhost"], is_weak=True)
+    assert refusal(settings_of(tmp_path)) == "tls.refused"
+    curve = ["-pkeyopt", "ec_paramgen_curve:brainpoolP256t1", "-pkeyopt", "ec_param_enc:named_curve"]  # which cryptography does not know
+    names = ["-subj", "/CN=localhost", "-keyout", str(tmp_path / "web.key"), "-out", str(tmp_path / "web.crt")]
+    subprocess.run(["openssl", "req", "-x509", "-nodes", "-newkey", "ec", *curve, *names], check=True, capture_output=True)
+    assert refusal(settings_of(tmp_path)) == "tls.refused"
+
+
 def test_a_damaged_certificate_is_refused(tmp_path: Path) -> None:
     make_pair(tmp_path / "web.crt", tmp_path / "web.key", ["localhost"])
     text = (tmp_path / "web.crt").read_text()
@@ -280,3 +342,21 @@ def test_a_path_that_nginx_cannot_name_or_that_is_too_long_is_refused(tmp_path: 
     make_pair(deep / "web.crt", deep / "web.key", ["localhost"])
     with pytest.raises(ApplianceError, match="longer than a socket"):
         process.check(settings_of(deep))
+
+
+def test_an_upload_that_is_refused_gets_the_answer_of_the_box_with_its_body_still_on_the_way(tmp_path: Path) -> None:
+    """nginx passes these bodies on as they come; the web process answers without reading them (413, 401)."""
+    make_pair(tmp_path / "web.crt", tmp_path / "web.key", ["127.0.0.1"])
+    pair = {"tls_certificate": str(tmp_path / "web.crt"), "tls_key": str(tmp_path / "web.key")}
+    with served(tmp_path / "box", **pair, max_upload_bytes=1 << 20, max_archive_bytes=2 << 20) as (_, box):
+        person, stranger, body = box.person(), box.visitor(), b"x" * (8 << 20)
+        form = {"Content-Type": "multipart/form-data; boundary=b"}
+        tus = {**TUS, "Upload-Length": "9000000", "Content-Type": "application/offset+octet-stream"}
+        for _ in range(10):
+            answers = [
+                person.post("/api/v1/uploads", data=body, headers=form), person.post("/api/v1/tus", data=body, headers=tus),
+                stranger.post("/api/v1/uploads", data=body, headers=form), stranger.post("/api/v1/tus", data=body, headers=tus),
+            ]  # fmt: skip
+            assert [answer.status_code for answer in answers] == [413, 413, 401, 401]
+        assert {answer.headers["Content-Type"] for answer in answers} == {"application/problem+json"}
+        assert person.get("/").status_code == 200

@@ -16,6 +16,7 @@ from tests.support.certificates import make_authority, make_pair
 from tests.support.processes import run_here
 from webui import create_app
 from webui.admin.box_health import health_verdict
+from webui.server import proxy
 
 NAME = "clinicbox.county.example"
 
@@ -71,7 +72,7 @@ def test_without_a_certificate_it_says_so(settings: Settings, monkeypatch: pytes
         ("expired", "tls.expired", 1, "has expired", "已过期"), ("soon", "tls.expires_soon", 0, "within 30 days", "30 天内到期"),
         ("future", "tls.not_yet_valid", 0, "not valid yet", "尚未生效"), ("name", "tls.other_name", 0, "another name", "不是本设备的名称"),
         ("key", "tls.key_mismatch", 1, "another certificate", "属于另一张证书"),
-        ("half", "tls.unreadable", 1, "missing, damaged", "不存在、已损坏"),
+        ("half", "tls.unreadable", 1, "missing, damaged", "不存在、已损坏"), ("weak", "tls.refused", 1, "OpenSSL refuses", "OpenSSL 拒绝"),
         ("cut", "tls.unreadable", 1, "missing, damaged", "不存在、已损坏"),
     ],
 )  # fmt: skip
@@ -85,6 +86,8 @@ def test_what_is_wrong_is_named_on_the_page_and_by_the_command(
     now = datetime.now(timezone.utc)
     if damage == "key":
         make_pair(tmp_path / "new.crt", tmp_path / "web.key", names, authority=authority)
+    elif damage == "weak":
+        make_pair(tmp_path / "web.crt", tmp_path / "web.key", names, is_weak=True)
     elif damage == "half":
         (tmp_path / "web.key").unlink()
     elif damage == "cut":
@@ -115,6 +118,24 @@ def lines_of_the_status_page(box: Settings, language: str) -> list[str]:
     app.extensions["box"].stop()
     app.extensions["box"].store.close()
     return [item.text for item in items if item.code.startswith("tls.")]
+
+
+@pytest.mark.parametrize("damage", ["missing", "damaged", "directory"])
+def test_an_authority_that_cannot_be_read_is_a_line_and_stops_nothing(
+    box: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    make_pair(tmp_path / "web.crt", tmp_path / "web.key", [NAME])
+    if damage == "damaged":
+        (tmp_path / "ca.crt").write_text("no certificate")
+    elif damage == "directory":
+        (tmp_path / "ca.crt").mkdir()
+    for language, part in (("en", "authority is missing, damaged"), ("zh", "证书机构的证书不存在、已损坏")):
+        [line] = lines_of_the_status_page(box, language)
+        assert part in line
+        code, text = report(box, language, monkeypatch)
+        assert code == 1
+        assert part in text
+    assert "Strict-Transport-Security" not in proxy.render(box, 8443)
 
 
 def test_a_certificate_that_is_well_is_no_line_on_the_status_page(box: Settings, tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,10 +18,12 @@ from pydicom.uid import generate_uid
 from pynetdicom import AE
 from pynetdicom.sop_class import ComputedRadiographyImageStorage, Verification  # type: ignore[attr-defined]
 
+from appliance.core.errors import ApplianceError
 from appliance.core.settings import Settings
-from appliance.dicom.receiver import CANNOT_UNDERSTAND, OUT_OF_RESOURCES
+from appliance.dicom.receiver import CANNOT_UNDERSTAND, OUT_OF_RESOURCES, Receiver
 from appliance.store.store import Store
 from appliance.store.worklist import Worklist
+from tests.support.certificates import make_pair
 from tests.support.dicom_sender import send
 from tests.support.processes import wait_for
 from tests.support.receiver_process import receiver
@@ -109,6 +114,39 @@ def test_killed_in_the_middle_everything_acknowledged_is_there(settings: Setting
     for uid in acknowledged:
         assert pydicom.dcmread(BytesIO(store.read_instance(stored[uid]))).SOPInstanceUID == uid
     store.database.verify_audit()
+
+
+@pytest.mark.parametrize("name", ["dicom_port", "dicom_tls_port"])
+def test_a_port_in_use_is_an_error_that_names_its_setting(settings: Settings, tmp_path: Path, name: str) -> None:
+    make_pair(tmp_path / "box.crt", tmp_path / "box.key", ["localhost"])
+    pair = {"tls_certificate": tmp_path / "box.crt", "tls_key": tmp_path / "box.key"}
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        box = Receiver(settings.model_copy(update={"dicom_port": 0, "dicom_tls_port": 0, name: port} | pair))
+        try:
+            with pytest.raises(ApplianceError, match=f"{name} = {port}") as error:
+                box.start()
+            assert error.value.code == "box.port"
+        finally:
+            box.stop()
+
+
+def test_ports_of_a_former_run_are_not_believed(settings: Settings) -> None:
+    run = settings.data_dir / "run"
+    run.mkdir(parents=True)
+    (run / "dicom-tls.port").write_text("2762")
+    with receiver(settings) as (port, _):
+        assert (run / "dicom.port").read_text() == str(port)
+        assert not (run / "dicom-tls.port").exists()
+    assert not (run / "dicom.port").exists()
+
+
+def test_sigterm_that_another_thread_receives_stops_the_receiver(settings: Settings) -> None:
+    """The kernel gives a signal to any thread of a process; Python handles it in the main thread, which must not wait without an end."""
+    with receiver(settings) as (_, process):
+        other = next(int(task.name) for task in Path(f"/proc/{process.pid}/task").iterdir() if int(task.name) != process.pid)
+        assert ctypes.CDLL(None).tgkill(process.pid, other, int(signal.SIGTERM)) == 0
+        assert process.wait(20) == 0
 
 
 @pytest.mark.skipif(shutil.which("storescu") is None, reason="needs dcmtk")

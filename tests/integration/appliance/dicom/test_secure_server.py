@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import socket
 import ssl
@@ -14,10 +15,11 @@ from pydantic import ValidationError
 from pynetdicom import AE
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
+from appliance.core import certificates
 from appliance.core.errors import ApplianceError
 from appliance.core.settings import Settings
 from appliance.dicom.receiver import Receiver
-from appliance.dicom.secure_server import PlainSenders
+from appliance.dicom.secure_server import PlainSenders, ServerCredentials
 from appliance.store.store import Store
 from appliance.store.worklist import Worklist
 from tests.support.certificates import make_authority, make_pair
@@ -111,8 +113,9 @@ def test_silent_handshakes_stop_nobody_and_a_new_certificate_is_taken(settings: 
     pair = {"tls_certificate": str(tmp_path / "box.crt"), "tls_key": str(tmp_path / "box.key")}
     with receiver(settings, dicom_tls_port=0, **pair), ExitStack() as stack:
         port = port_of_tls(settings)
-        for _ in range(40):
-            stack.enter_context(socket.create_connection(("127.0.0.1", port))).sendall(b"\x16\x03\x01")
+        for _ in range(80):  # one machine gets a share of the handshakes, not all of them
+            line = stack.enter_context(socket.create_connection(("127.0.0.1", port), source_address=("127.0.0.2", 0)))
+            line.sendall(b"\x16\x03\x01")
         assert echo(port, trusted=tmp_path / "ca.crt") == "accepted"
         before = ssl.get_server_certificate(("127.0.0.1", port))
         make_pair(tmp_path / "new.crt", tmp_path / "new.key", ["localhost"], authority=authority)
@@ -123,7 +126,7 @@ def test_silent_handshakes_stop_nobody_and_a_new_certificate_is_taken(settings: 
         assert echo(port, trusted=tmp_path / "ca.crt") == "accepted"
 
 
-@pytest.mark.parametrize("damage", ["half", "other", "cut", "authority"])
+@pytest.mark.parametrize("damage", ["half", "other", "cut", "authority", "weak"])
 def test_a_pair_that_cannot_be_used_is_refused_by_its_name(settings: Settings, tmp_path: Path, damage: str) -> None:
     make_pair(tmp_path / "box.crt", tmp_path / "box.key", ["localhost"])
     values = {"dicom_tls_port": 0, "dicom_tls_certificate": tmp_path / "box.crt", "dicom_tls_key": tmp_path / "box.key"}
@@ -131,14 +134,50 @@ def test_a_pair_that_cannot_be_used_is_refused_by_its_name(settings: Settings, t
         del values["dicom_tls_key"]
     elif damage == "other":
         make_pair(tmp_path / "other.crt", tmp_path / "box.key", ["localhost"])
+    elif damage == "weak":
+        make_pair(tmp_path / "box.crt", tmp_path / "box.key", ["localhost"], is_weak=True)
     elif damage == "cut":
         (tmp_path / "box.crt").write_text((tmp_path / "box.crt").read_text()[:200])
     else:
         values["dicom_client_authority"] = tmp_path / "none.crt"
-    code = {"half": "tls.incomplete", "other": "tls.key_mismatch"}.get(damage, "tls.unreadable")
+    codes = {"half": "tls.incomplete", "other": "tls.key_mismatch", "weak": "tls.refused", "authority": "tls.authority_unreadable"}
     with pytest.raises(ApplianceError) as error:
         Receiver(settings.model_copy(update=values)).start()
-    assert error.value.code == code
+    assert error.value.code == codes.get(damage, "tls.unreadable")
+
+
+def test_a_pair_that_openssl_refuses_leaves_the_former_one_in_use(
+    settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    certificate, key = tmp_path / "box.crt", tmp_path / "box.key"
+    make_pair(certificate, key, ["localhost"])
+    credentials = ServerCredentials(settings.model_copy(update={"dicom_tls_certificate": certificate, "dicom_tls_key": key}))
+    before = credentials.context()
+    make_pair(certificate, key, ["localhost"], is_weak=True)
+    with caplog.at_level(logging.ERROR):
+        assert credentials.context() is before
+        assert credentials.context() is before
+    assert [getattr(record, "code", "") for record in caplog.records] == ["tls.refused"]
+    make_pair(certificate, key, ["localhost"])
+    assert credentials.context() is not before
+
+
+def test_a_pair_that_could_not_be_read_is_tried_again_without_a_change_of_its_files(
+    settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate, key = tmp_path / "box.crt", tmp_path / "box.key"
+    make_pair(certificate, key, ["localhost"])
+    credentials = ServerCredentials(settings.model_copy(update={"dicom_tls_certificate": certificate, "dicom_tls_key": key}))
+    before = credentials.context()
+    make_pair(certificate, key, ["localhost"])
+    with caplog.at_level(logging.ERROR), monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda _path: (_ for _ in ()).throw(PermissionError()))
+        assert credentials.context() is before
+        assert credentials.context() is before
+    assert [getattr(record, "code", "") for record in caplog.records] == ["tls.unreadable"]
+    assert credentials.context() is before
+    monkeypatch.setattr(certificates, "RETRY_S", 0.0)
+    assert credentials.context() is not before
 
 
 @pytest.mark.parametrize(
