@@ -226,9 +226,10 @@ _CODES: Final[Mapping[str, Message]] = {
     "audit.broken": Message(
         "The audit chain is broken: an entry was changed or removed", "Tell the security administrator at once and leave the disk as it is."
     ),
-    # The English texts of these eight are part of the names by which problems were acknowledged: they never change.
+    # The English texts of these nine are part of the names by which problems were acknowledged: they never change.
     "audit.entries_missing": Message("entries {first} to {last} are missing"),
     "audit.entry_changed": Message("entry {seq} was changed"),
+    "audit.entry_unreadable": Message("entry {seq} cannot be read"),
     "audit.entry_differs": Message("entry {seq} differs from an anchor"),
     "audit.end_changed": Message("the end after entry {seq}"),
     "audit.anchored_entry_missing": Message("entry {seq}, of which there is an anchor, is missing"),

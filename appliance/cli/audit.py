@@ -15,6 +15,7 @@ from model_sync import atomic_files
 from model_sync.messages import choose_language
 
 if TYPE_CHECKING:
+    from appliance.store.audit import Problem
     from appliance.store.store import Store
 
 
@@ -32,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do one of the actions; returns the exit code."""
-    from appliance.store import audit
     from appliance.store.store import open_box
 
     if arguments.action in ("acknowledge", "new-key") and not arguments.reason.strip():
@@ -42,10 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     with closing(open_box(arguments.data_dir)) as store:
         if arguments.action == "verify":
             found = store.database.anchors().verify()
-            for problem in found.problems:
-                print(problem.describe(choose_language()), file=sys.stderr)
-            if found.problems:
-                raise StoreError(audit.BROKEN, say("{count} problems", count=len(found.problems)))
+            _require_none(found.problems)
             print(say("audit chain whole: {count} entries", count=found.entries))
         elif arguments.action == "status":
             return _print_status(store)
@@ -58,26 +55,39 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print_entries(store: Store, *, is_xml: bool) -> None:
-    """Print every entry, this very access included, one per line."""
+    """Print every entry, this very access included, one per line; raises StoreError ``audit.broken`` at the end where some are damaged."""
     from appliance.store import audit
+    from appliance.store.audit_entries import read_entries
     from appliance.store.audit_messages import AuditMessages
 
     store.record(audit.AUDIT_LOG_USED, _actor(), "R", audit.AUDIT_OBJECT, purpose="export" if is_xml else "show")
     messages = AuditMessages(store.database, store.settings.ae_title)
-    for row in store.database.query("SELECT entry FROM audit ORDER BY seq"):
-        print(messages.message(row["entry"]) if is_xml else row["entry"])
+    with store.database.snapshot() as connection:
+        entries = list(read_entries(connection))
+    for entry in entries:
+        print(messages.message(audit.fields_of(entry)) if is_xml else entry.text)
+    _require_none([audit.problem(audit.UNREADABLE, entry.digest, seq=entry.seq) for entry in entries if entry.fields() is None])
+
+
+def _require_none(problems: list[Problem]) -> None:
+    """Print each problem; raises StoreError ``audit.broken`` where there are some."""
+    from appliance.store import audit
+
+    for problem in problems:
+        print(problem.describe(choose_language()), file=sys.stderr)
+    if problems:
+        raise StoreError(audit.BROKEN, say("{count} problems", count=len(problems)))
 
 
 def _print_status(store: Store) -> int:
     """Print what the syslog server has got, and why it gets nothing; returns the exit code."""
     from appliance.service.audit_sender import STATUS_NAME, AuditSender
-    from appliance.store import audit
 
     destination = store.settings.audit_syslog
     if not destination:
         print(say("no syslog server is configured (audit_syslog); the audit stays on the box"))
         return 0
-    last, arrived = audit.head(store.database.connection()).seq, AuditSender(store).arrived()
+    last, arrived = store.database.number("SELECT max(seq) FROM audit"), AuditSender(store).arrived()
     print(
         say(
             "{destination}: {arrived} entries have arrived, {waiting} wait",

@@ -18,12 +18,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
 from appliance.core.errors import ApplianceError, StoreError
 from appliance.core.process import Lock, stop_on_signal
 from appliance.core.settings import Settings
 from appliance.store import audit
+from appliance.store.audit_entries import read_entries
 from appliance.store.audit_messages import AuditMessages
 from appliance.store.store import Store
 from model_sync import atomic_files
@@ -56,11 +57,10 @@ def split_destination(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port or DEFAULT_PORT)
 
 
-def frame(seq: int, entry: str, message: str, hostname: str) -> bytes:
-    """One entry as a syslog message with its length before it (RFC 5425 4.3)."""
-    fields = json.loads(entry)
-    priority = _FACILITY * 8 + _SEVERITY.get(int(fields["outcome"]), 4)
-    sequence = (seq - 1) % (2**31 - 1) + 1
+def frame(fields: dict[str, Any], message: str, hostname: str) -> bytes:
+    """One entry, by its fields, as a syslog message with its length before it (RFC 5425 4.3)."""
+    priority = _FACILITY * 8 + _SEVERITY.get(fields["outcome"], 4)
+    sequence = (fields["seq"] - 1) % (2**31 - 1) + 1
     head = f'<{priority}>1 {fields["at"]} {hostname} {_APP_NAME} - {_MESSAGE_ID} [meta sequenceId="{sequence}"] '
     body = head.encode("ascii", "replace") + _BYTE_ORDER_MARK + message.encode()
     return f"{len(body)} ".encode() + body
@@ -90,7 +90,8 @@ class AuditSender:
         """The last entry that has arrived at this destination."""
         row = self._store.database.one("SELECT value FROM meta WHERE key = ?", _CURSOR)
         destination, _, seq = str(row["value"]).rpartition(" ") if row else ("", "", "0")
-        return int(seq) if destination == self._settings.audit_syslog else 0
+        is_of_this = destination == self._settings.audit_syslog and seq.isascii() and seq.isdigit()
+        return int(seq) if is_of_this else 0
 
     def step(self) -> bool:
         """Connect where that is due, send what is new, record what has arrived; returns whether more waits and can be sent."""
@@ -147,14 +148,18 @@ class AuditSender:
         raise ConnectionResetError("the server closed the connection")
 
     def _send_batch(self, connection: ssl.SSLSocket) -> bool:
-        rows = self._store.database.query("SELECT seq, entry FROM audit WHERE seq >= ? ORDER BY seq LIMIT ?", self._next, _BATCH)
-        for row in rows:
-            connection.sendall(frame(row["seq"], row["entry"], self._messages.message(row["entry"]), self._hostname))
-            self._next = row["seq"] + 1
-        if rows:
+        with self._store.database.snapshot() as snapshot:
+            entries = list(read_entries(snapshot, "WHERE seq >= ? ORDER BY seq LIMIT ?", self._next, _BATCH))
+        for entry in entries:
+            if entry.fields() is None:
+                logger.error("damaged entry of the audit: an alert is sent instead", extra={"code": audit.UNREADABLE, "count": entry.seq})
+            fields = audit.fields_of(entry)
+            connection.sendall(frame(fields, self._messages.message(fields), self._hostname))
+            self._next = entry.seq + 1
+        if entries:
             self._wait_for_acknowledgement(connection)
-            self._unsettled.append((self._clock(), rows[-1]["seq"]))
-        return len(rows) == _BATCH
+            self._unsettled.append((self._clock(), entries[-1].seq))
+        return len(entries) == _BATCH
 
     def _wait_for_acknowledgement(self, connection: ssl.SSLSocket) -> None:
         """Wait until TCP has no unacknowledged byte of ours; raises OSError where that takes too long."""

@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple
 
 from appliance.core.domain import utc_now
 from appliance.core.errors import StoreError
+from appliance.store.audit_entries import Entry, read_entries
 from appliance.store.audit_reserve import make_room
 from model_sync import messages
 from model_sync.messages import Language
@@ -27,6 +28,7 @@ GENESIS: Final = "0" * 64
 # The object of entries about the audit itself.
 AUDIT_OBJECT: Final = "audit"
 BROKEN: Final = "audit.broken"
+UNREADABLE: Final = "audit.entry_unreadable"
 KEY_REPLACED: Final = "audit.key_replaced"
 _SHOWN_PROBLEMS: Final = 5
 _MAX_DIGITS: Final = 15  # no box has more entries; a larger number in a damaged place is none
@@ -152,8 +154,8 @@ def _insert(
 
 def _end(connection: sqlite3.Connection) -> Head:
     """The last entry that the table has."""
-    row = connection.execute("SELECT seq, digest FROM audit ORDER BY seq DESC LIMIT 1").fetchone()
-    return Head(row["seq"], row["digest"]) if row else Head(0, GENESIS)
+    last = next(read_entries(connection, "ORDER BY seq DESC LIMIT 1"), None)
+    return Head(last.seq, last.digest) if last else Head(0, GENESIS)
 
 
 def _sealed_head(connection: sqlite3.Connection) -> Head | None:
@@ -165,18 +167,22 @@ def _sealed_head(connection: sqlite3.Connection) -> Head | None:
 
 def _number_after_break(connection: sqlite3.Connection) -> int:
     """The number of the entry about a break: after the last entry, and after every other number that is known, with a right MAC or not."""
-    row = connection.execute("SELECT value FROM meta WHERE key = 'audit_head'").fetchone()
-    sealed = str(row["value"]).partition(" ")[0] if row else ""
+    sealed = _stored(connection, "audit_head").partition(" ")[0]
     known = int(sealed) if sealed.isascii() and sealed.isdigit() and len(sealed) <= _MAX_DIGITS else 0
     return max(_end(connection).seq, known, int(connection.execute("SELECT audit_highest()").fetchone()[0])) + 1
 
 
 def unseal(connection: sqlite3.Connection, name: str) -> str:
     """The text that is stored sealed under a name in ``meta``; an empty one where there is none or its MAC is wrong."""
-    row = connection.execute("SELECT value FROM meta WHERE key = ?", (name,)).fetchone()
-    text = str(row["value"]).rpartition(" ")[0] if row else ""
-    is_whole = text and connection.execute("SELECT audit_seal(?)", (text,)).fetchone()[0] == row["value"]
+    value = _stored(connection, name)
+    text = value.rpartition(" ")[0]
+    is_whole = text and connection.execute("SELECT audit_seal(?)", (text,)).fetchone()[0] == value
     return text if is_whole else ""
+
+
+def _stored(connection: sqlite3.Connection, name: str) -> str:
+    row = connection.execute("SELECT CAST(value AS BLOB) AS value FROM meta WHERE key = ?", (name,)).fetchone()
+    return row["value"].decode(errors="replace") if row else ""
 
 
 def inspect(connection: sqlite3.Connection, anchored: Iterable[Head] = (), others: Iterable[Problem] = ()) -> Inspection:
@@ -192,15 +198,17 @@ def inspect(connection: sqlite3.Connection, anchored: Iterable[Head] = (), other
         marks.setdefault(head.seq, set()).add(head.digest)
     problems, acknowledged = list(others), set()
     end, entries = Head(0, GENESIS), 0
-    for row in connection.execute("SELECT seq, entry, digest FROM audit ORDER BY seq"):
-        seq, entry, digest = row["seq"], row["entry"], row["digest"]
+    for entry in read_entries(connection):
+        seq, text, digest = entry
         if seq != end.seq + 1:
             problems.append(problem("audit.entries_missing", digest, first=end.seq + 1, last=seq - 1))
-        if digest != chain(end.digest, entry):
-            problems.append(problem("audit.entry_changed", digest, entry, seq=seq))
-        elif '"object": "audit"' in entry:
-            acknowledged |= _acknowledged(entry)
-            problems.extend(_recorded_break(entry, digest))
+        if digest != chain(end.digest, text):
+            problems.append(problem("audit.entry_changed", digest, text, seq=seq))
+        elif (fields := entry.fields()) is None:
+            problems.append(problem(UNREADABLE, digest, seq=seq))
+        elif fields["object"] == AUDIT_OBJECT:
+            acknowledged |= set(fields["detail"].get("acknowledged", ()))
+            problems.extend(_recorded_break(fields, digest))
         for mark in sorted(marks.pop(seq, set()) - {digest}):
             problems.append(problem("audit.entry_differs", mark, seq=seq))
         end, entries = Head(seq, digest), entries + 1
@@ -222,16 +230,11 @@ def problem(kind: str, *state: str, **values: object) -> Problem:
     return Problem(hashlib.sha256("\n".join((text, *state)).encode()).hexdigest()[:32], kind, values)
 
 
-def _recorded_break(entry: str, digest: str) -> Iterator[Problem]:
-    """The problem that an entry of :func:`append` or of :func:`replace_key` records."""
-    fields = json.loads(entry)
+def _recorded_break(fields: dict[str, Any], digest: str) -> Iterator[Problem]:
+    """The problem that an entry of :func:`append` or of :func:`record_new_key` records."""
     if fields["detail"].get("code") in (BROKEN, KEY_REPLACED):
         values = {"seq": fields["seq"], "at": fields["at"], "code": fields["detail"]["code"]}
         yield problem("audit.break_recorded", digest, **values)
-
-
-def _acknowledged(entry: str) -> set[str]:
-    return set(json.loads(entry)["detail"].get("acknowledged", ()))
 
 
 def require_whole(found: Inspection) -> None:
@@ -280,5 +283,14 @@ def head(connection: sqlite3.Connection) -> Head:
 
 def digest_at(connection: sqlite3.Connection, seq: int) -> str:
     """The digest of one entry; an empty text where there is none."""
-    row = connection.execute("SELECT digest FROM audit WHERE seq = ?", (seq,)).fetchone()
-    return str(row["digest"]) if row else ""
+    entry = next(read_entries(connection, "WHERE seq = ?", seq), None)
+    return entry.digest if entry else ""
+
+
+def fields_of(entry: Entry) -> dict[str, Any]:
+    """The fields of an entry; for a damaged one those of a security alert that says so."""
+    alert = {
+        "seq": entry.seq, "at": utc_now(), "event": SECURITY_ALERT[0], "meaning": SECURITY_ALERT[1], "actor": "audit", "action": "E",
+        "object": AUDIT_OBJECT, "outcome": 12, "detail": {"code": UNREADABLE, "entry": entry.seq},
+    }  # fmt: skip
+    return entry.fields() or alert

@@ -70,9 +70,8 @@ class AuditMessages:
     def __init__(self, database: Database, ae_title: str) -> None:
         self._database, self._ae_title = database, ae_title
 
-    def message(self, entry: str) -> str:
-        """One entry as an ``AuditMessage``, without XML declaration."""
-        fields = json.loads(entry)
+    def message(self, fields: dict[str, Any]) -> str:
+        """One entry, by its fields (``audit.fields_of``), as an ``AuditMessage`` without XML declaration."""
         root = ET.Element("AuditMessage")
         _add_event(root, fields)
         for participant in self._participants(fields):

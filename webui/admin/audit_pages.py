@@ -11,13 +11,15 @@ from flask_babel import gettext, lazy_gettext
 from flask_login import current_user
 
 from appliance.store import audit
+from appliance.store.audit_entries import read_entries
 from webui.context import current_box
-from webui.formatting import format_count, format_time
+from webui.formatting import format_count, format_time, language
 from webui.server.security import MAX_ID, parse_id
 from webui.view_models import View
 
 blueprint: Final = Blueprint("audit", __name__)
 _PAGE_ENTRIES: Final = 100
+_SHOWN_PROBLEMS: Final = 5
 
 # Event identifiers and types of DICOM PS3.15 A.5.3 and CID 401, by code.
 _WORDS: Final[dict[str, Any]] = {
@@ -37,10 +39,16 @@ def show() -> ResponseReturnValue:
     """A page of entries; ``before`` is the number of the entry that it ends before."""
     box, before = current_box(), parse_id(request.args.get("before")) or MAX_ID
     box.store.record(audit.AUDIT_LOG_USED, current_user.account.username, "R", audit.AUDIT_OBJECT, purpose="page")
-    rows = box.store.database.query("SELECT entry FROM audit WHERE seq < ? ORDER BY seq DESC LIMIT ?", before, _PAGE_ENTRIES + 1)
-    entries = [_entry_row(json.loads(row["entry"])) for row in rows[:_PAGE_ENTRIES]]
+    with box.store.database.snapshot() as connection:
+        entries = list(read_entries(connection, "WHERE seq < ? ORDER BY seq DESC LIMIT ?", before, _PAGE_ENTRIES + 1))
+    shown = entries[:_PAGE_ENTRIES]
+    rows = [_entry_row(fields) if (fields := entry.fields()) else {"seq": entry.seq, "is_damaged": True} for entry in shown]
     return render_template(
-        "audit.html", entries=entries, is_newest=before == MAX_ID, next_before=entries[-1]["seq"] if len(rows) > _PAGE_ENTRIES else None
+        "audit.html",
+        entries=rows,
+        has_damaged=any("is_damaged" in row for row in rows),
+        is_newest=before == MAX_ID,
+        next_before=shown[-1].seq if len(entries) > _PAGE_ENTRIES else None,
     )
 
 
@@ -64,6 +72,16 @@ def verify() -> ResponseReturnValue:
     """Search the whole audit for changes."""
     found = current_box().store.database.anchors().verify()
     count = format_count(len(found.problems) or found.entries)
-    changed = gettext("The audit has been changed: %(count)s problems. Leave the disk as it is and call the central team.", count=count)
-    flash(changed if found.problems else gettext("The audit is whole: %(count)s entries.", count=count))
+    if found.problems:
+        first = [problem.describe(language()) for problem in found.problems[:_SHOWN_PROBLEMS]]
+        first += ["…"] if len(found.problems) > _SHOWN_PROBLEMS else []
+        flash(
+            gettext(
+                "The audit has been changed: %(count)s problems (%(problems)s). Leave the disk as it is and tell the security administrator.",
+                count=count,
+                problems=gettext("; ").join(first),
+            )
+        )
+    else:
+        flash(gettext("The audit is whole: %(count)s entries.", count=count))
     return redirect(url_for("audit.show"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import ssl
@@ -20,6 +21,7 @@ from appliance.service.audit_sender import AuditSender, frame, split_destination
 from appliance.service.supervisor import Supervisor
 from appliance.store import audit
 from appliance.store.store import Store
+from tests.support.audit_damage import FIRST, LAST, damage_entries
 from tests.support.fleet_site import make_tls
 
 SCHEMA = etree.RelaxNG(etree.parse(Path(__file__).parents[2] / "support" / "audit_message.rng"))
@@ -144,6 +146,33 @@ def test_r12_every_entry_arrives_as_a_valid_message_of_the_standard(store: Store
         SCHEMA.assertValid(etree.fromstring(head[5].decode()))
 
 
+def test_r12_damaged_entries_are_sent_as_alerts_and_those_after_them_follow(store: Store, tls: Path) -> None:
+    write(store, LAST + 1)
+    damage_entries(store.settings.data_dir)
+    server = SyslogServer(tls, port(store))
+    sender = AuditSender(store, settle_s=0)
+    try:
+        assert not sender.step()
+        until(lambda: len(server.messages) == LAST + 1)
+    finally:
+        sender.close()
+        server.stop()
+    assert sender.arrived() == LAST + 1
+    for number in range(FIRST, LAST + 1):
+        head = _HEAD.fullmatch(server.messages[number])
+        assert head
+        assert head[1] == b"82"  # severity 2: critical
+        message = etree.fromstring(head[5].decode())
+        SCHEMA.assertValid(message)
+        assert message.findtext("EventIdentification/EventOutcomeDescription") == audit.UNREADABLE
+
+
+def test_r12_a_damaged_cursor_sends_every_entry_again(store: Store) -> None:
+    with store.database.transaction() as tx:
+        tx.execute("INSERT INTO meta VALUES ('audit_sent', ?)", (f"{store.settings.audit_syslog} seven",))
+    assert AuditSender(store).arrived() == 0
+
+
 def test_r12_a_server_that_goes_away_and_comes_back_gets_every_entry(store: Store, tls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("appliance.service.audit_sender._TIMEOUT_S", 1.0)
     now = [0.0]
@@ -258,6 +287,6 @@ def test_r12_nothing_is_sent_by_default(settings: Settings, capsys: pytest.Captu
 
 def test_r12_the_length_before_a_message_counts_octets(store: Store) -> None:
     write(store, 1)
-    (row,) = store.database.query("SELECT seq, entry FROM audit")
-    length, _, body = frame(row["seq"], row["entry"], "<é/>", "box").partition(b" ")
+    (row,) = store.database.query("SELECT entry FROM audit")
+    length, _, body = frame(json.loads(row["entry"]), "<é/>", "box").partition(b" ")
     assert int(length) == len(body)

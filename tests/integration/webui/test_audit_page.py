@@ -12,6 +12,7 @@ import pytest
 from appliance.core.roles import Role
 from appliance.core.settings import Settings
 from appliance.store.audit_anchors import CONFIRMED_NAME
+from tests.support.audit_damage import FIRST, LAST, damage_entries
 from tests.support.scans import scan_bytes
 from tests.support.web_box import HOSTILE, Box, in_process
 
@@ -80,3 +81,19 @@ def test_the_page_compares_with_the_head_that_the_centre_confirmed(settings: Set
         (tmp_path / CONFIRMED_NAME).write_text(json.dumps({"entries": 1, "digest": "ab" * 32}))
         auditor.post("/audit/verify")
         assert "has been changed" in auditor.open("/audit")
+
+
+def test_damaged_entries_are_shown_as_such_and_hide_no_other(box: Box) -> None:
+    auditor = box.person("li", Role.AUDITOR, "en")
+    for _ in range(LAST):
+        box.store.record(("110100", "Application Activity"), "t", "E", "x:1")
+    assert "Some entries below are damaged" not in auditor.open("/audit")
+    damage_entries(box.settings.data_dir)
+    page = auditor.open("/audit")
+    assert "Some entries below are damaged" in page
+    damaged = re.findall(r'data-entry="(\d+)".*This entry was changed and cannot be read', page)
+    assert damaged == [str(number) for number in range(LAST, FIRST - 1, -1)]
+    assert "x:1" in page
+    assert 'data-entry="1"' in page
+    auditor.post("/audit/verify")
+    assert "has been changed" in auditor.open("/audit")

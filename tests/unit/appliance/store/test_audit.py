@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 import sqlite3
@@ -27,6 +28,7 @@ from appliance.store.audit_anchors import ANCHORS_NAME, CONFIRMED_NAME
 from appliance.store.database import Database
 from appliance.store.keys import AUDIT_KEY
 from appliance.store.store import DATABASE_NAME, Store, replace_audit_key
+from tests.support.audit_damage import FIRST, LAST, damage_entries
 from tests.support.box_database import copy_database, raw_connection
 from tests.support.old_database import old_database
 
@@ -224,7 +226,9 @@ def test_r10_an_entry_that_somebody_forges_acknowledges_nothing(store: Store) ->
     (found,) = store.database.anchors().verify().problems
     with closing(raw_connection(store.settings.data_dir)) as raw:
         (digest,) = raw.execute("SELECT digest FROM audit WHERE seq = 5").fetchone()
-        entry = f'{{"at": "", "detail": {{"acknowledged": ["{found.identity}"]}}, "object": "audit", "seq": 6}}'
+        fields = {"at": "2026-01-01T00:00:00.000+00:00", "event": "110113", "meaning": "Security Alert", "actor": "x", "action": "U"}
+        detail = {"acknowledged": [found.identity]}
+        entry = json.dumps(fields | {"seq": 6, "object": "audit", "outcome": 4, "detail": detail}, sort_keys=True)
         raw.execute("INSERT INTO audit VALUES (6, ?, ?)", (entry, audit.chain(digest, entry)))
     assert problems(store) == ["the end after entry 6"]
     write(store)
@@ -250,6 +254,48 @@ def test_r10_a_lost_key_is_replaced_by_a_person_on_record(settings: Settings, ca
         write(store, 600)
         assert store.database.anchors().take()
         assert store.database.verify_audit() > 1200
+
+
+def test_r10_damaged_entries_are_found_shown_and_exported_and_stop_nothing(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    with closing(Store(settings)) as store:
+        write(store, LAST + 1)
+    damage_entries(settings.data_dir)
+    box = ["--data-dir", str(settings.data_dir)]
+    changed = [f"entry {number} was changed" for number in range(FIRST, LAST + 1)]
+    assert main(["audit", "verify", *box]) == 1
+    assert capsys.readouterr().err.splitlines()[: len(changed)] == changed
+    for action, count in (("show", LAST + 2), ("export", LAST + 3)):
+        assert main(["audit", action, *box]) == 1
+        shown = capsys.readouterr()
+        assert len(shown.out.splitlines()) == count
+        assert re.findall(r"entry (\d+) cannot be read", shown.err) == [str(number) for number in range(FIRST, LAST + 1)]
+    with closing(Store(settings)) as store:
+        write(store)
+        assert problems(store) == changed
+        store.database.anchors().acknowledge("security", "case 11")
+        assert problems(store) == []
+
+
+def test_r10_a_damaged_entry_whose_digests_were_made_to_fit_is_found(store: Store) -> None:
+    write(store, 1)
+    digest = audit.digest_at(store.database.connection(), 1)
+    with closing(raw_connection(store.settings.data_dir)) as raw:
+        raw.execute("INSERT INTO audit VALUES (2, 'no JSON', ?)", (audit.chain(digest, "no JSON"),))
+    assert problems(store) == ["entry 2 cannot be read", "the end after entry 2"]
+
+
+@pytest.mark.parametrize("column", ["digest", "value"])
+def test_r10_a_last_digest_or_sealed_head_that_is_no_text_stops_no_entry(store: Store, column: str) -> None:
+    write(store, 3)
+    statements = {
+        "digest": "UPDATE audit SET digest = CAST(x'ff' AS TEXT) WHERE seq = 3",
+        "value": "UPDATE meta SET value = CAST(x'ff' AS TEXT) WHERE key = 'audit_head'",
+    }
+    damage(store.database.path, statements[column])
+    assert problems(store)
+    write(store, 3)
+    assert numbers(store) == list(range(1, 8))
+    assert problems(store)
 
 
 def numbers(store: Store) -> list[int]:
@@ -370,6 +416,7 @@ def test_problems_keep_the_names_by_which_they_were_acknowledged_and_have_both_l
     known: dict[str, tuple[dict[str, Any], str]] = {
         "audit.entries_missing": ({"first": 3, "last": 7}, "entries 3 to 7 are missing"),
         "audit.entry_changed": ({"seq": 3}, "entry 3 was changed"),
+        "audit.entry_unreadable": ({"seq": 3}, "entry 3 cannot be read"),
         "audit.entry_differs": ({"seq": 3}, "entry 3 differs from an anchor"),
         "audit.end_changed": ({"seq": 3}, "the end after entry 3"),
         "audit.anchored_entry_missing": ({"seq": 3}, "entry 3, of which there is an anchor, is missing"),
