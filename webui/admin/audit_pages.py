@@ -11,6 +11,7 @@ from flask_babel import gettext, lazy_gettext
 from flask_login import current_user
 
 from appliance.store import audit
+from appliance.store.audit import Problem
 from appliance.store.audit_entries import read_entries
 from webui.context import current_box
 from webui.formatting import format_count, format_time, language
@@ -71,17 +72,17 @@ def _entry_row(entry: dict[str, Any]) -> View:
 def verify() -> ResponseReturnValue:
     """Search the whole audit for changes."""
     found = current_box().store.database.anchors().verify()
-    count = format_count(len(found.problems) or found.entries)
-    if found.problems:
-        first = [problem.describe(language()) for problem in found.problems[:_SHOWN_PROBLEMS]]
-        first += ["…"] if len(found.problems) > _SHOWN_PROBLEMS else []
-        flash(
-            gettext(
-                "The audit has been changed: %(count)s problems (%(problems)s). Leave the disk as it is and tell the security administrator.",
-                count=count,
-                problems=gettext("; ").join(first),
-            )
-        )
-    else:
-        flash(gettext("The audit is whole: %(count)s entries.", count=count))
+    whole = gettext("The audit is whole: %(count)s entries.", count=format_count(found.entries))
+    flash(_say_changed(found.problems) if found.problems else whole)
     return redirect(url_for("audit.show"))
+
+
+def _say_changed(problems: list[Problem]) -> str:
+    first = [problem.describe(language()) for problem in problems[:_SHOWN_PROBLEMS]]
+    if len(problems) > _SHOWN_PROBLEMS:
+        first.append("…")
+    return gettext(
+        "The audit has been changed: %(count)s problems (%(problems)s). Leave the disk as it is and tell the security administrator.",
+        count=format_count(len(problems)),
+        problems=gettext("; ").join(first),
+    )
