@@ -81,8 +81,9 @@ def _say_changed(problems: list[Problem]) -> str:
     first = [problem.describe(language()) for problem in problems[:_SHOWN_PROBLEMS]]
     if len(problems) > _SHOWN_PROBLEMS:
         first.append("…")
-    return gettext(
+    text: str = gettext(
         "The audit has been changed: %(count)s problems (%(problems)s). Leave the disk as it is and tell the security administrator.",
         count=format_count(len(problems)),
         problems=gettext("; ").join(first),
     )
+    return text
