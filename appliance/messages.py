@@ -256,6 +256,12 @@ _CODES: Final[Mapping[str, Message]] = {
     "key.wrong": Message(
         "A key does not belong to the data of this box; the box does not start. All data are kept, nothing was changed", _RESTORE
     ),
+    "key.accounts": Message(
+        "The key of the second factors (accounts.key) is lost, damaged or of another box; the box does not start. All data are kept, nothing"
+        " was changed",
+        "Restore it from the escrow copy: appliance keys restore FILE --data-dir DIR. Without a copy of it: appliance keys"
+        " forget-second-factors --reason TEXT --data-dir DIR; then everybody sets up a new second factor at the next login.",
+    ),
     "key.sealed_elsewhere": Message(
         "This machine cannot unseal the keys of this box: the disk is of another machine, or the TPM does not answer; the box does not start."
         " All data are kept, nothing was changed",
@@ -299,6 +305,7 @@ _CODES: Final[Mapping[str, Message]] = {
     "account.name": Message(
         "This cannot be a user name", "Use up to 64 letters, digits, dots, dashes or @, no blank and no word of a command."
     ),
+    "account.session_ended": Message("A wrong password or code was typed five times; you are logged out", "Log in again."),
     "account.role": Message(
         "There is no such role", "Nothing was changed. Roles: clinician, technician, system_administrator, security_administrator, auditor."
     ),

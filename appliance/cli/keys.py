@@ -21,6 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     restore = actions.add_parser("restore", help="restore the keys from an escrow copy of this box")
     restore.add_argument("file", type=Path, metavar="FILE")
     actions.add_parser("rotate", help="exchange the key of the images, also while the box runs; again goes on with an interrupted exchange")
+    forget = actions.add_parser(
+        "forget-second-factors", help="remove every second factor, where accounts.key is lost and no escrow copy has it; the box is stopped"
+    )
+    forget.add_argument("--reason", required=True, metavar="TEXT", help="why; it is written into the audit")
     for action in actions.choices.values():
         action.add_argument("--data-dir", type=Path, required=True, help="the box's data directory")
 
@@ -33,6 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
         _restore(arguments.data_dir, arguments.file)
     elif arguments.action == "rotate":
         return _rotate(arguments.data_dir)
+    elif arguments.action == "forget-second-factors":
+        _forget_second_factors(arguments.data_dir, arguments.reason.strip())
     else:
         _check(arguments.data_dir)
     return 0
@@ -57,6 +63,7 @@ def _escrow(data_dir: Path, path: Path) -> None:
     from appliance.store.store import open_box
 
     with closing(open_box(data_dir)) as store:  # keys that do not belong to the data are not worth a copy
+        store.account_secrets.ensure_key()  # so that the copy also restores the second factors that are set up later
         write_escrow(path, store.keys.escrowed(), _passphrase(is_new=True))
         store.record(db.SECURITY_ALERT, "cli", "R", "keys:escrow")
     print(say("escrow copy written to {path}: keep it and its passphrase in two places, neither of them this box", path=path))
@@ -97,6 +104,27 @@ def _rotate(data_dir: Path) -> int:
     print(say("make a new escrow copy now: older copies do not restore this box any more"))
     print(say("database.key and audit.key are not exchanged by this command"))
     return int(bool(done.damaged))
+
+
+def _forget_second_factors(data_dir: Path, reason: str) -> None:
+    """Remove them where their key is lost; a key that opens them is left alone."""
+    from appliance.core.errors import StoreError
+    from appliance.store.second_factor import remove_all
+    from appliance.store.store import open_box
+
+    if not reason:
+        raise UsageError(say("a reason is needed"), say("add --reason TEXT; it is written into the audit"))
+    try:
+        open_box(data_dir).close()
+    except StoreError as error:
+        if error.code != "key.accounts":
+            raise
+    else:
+        raise UsageError(
+            say("the key of the second factors is whole; nothing was changed"), say("one account: appliance user second-factor NAME")
+        )
+    count = remove_all(Settings.load(data_dir), f"cli:{getpass.getuser()}", reason)
+    print(say("{count} second factors are removed; start the box: each account sets up a new one at its next login", count=count))
 
 
 def _passphrase(*, is_new: bool) -> str:

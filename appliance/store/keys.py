@@ -40,9 +40,8 @@ DATABASE_KEY: Final = "database.key"
 AUDIT_KEY: Final = "audit.key"
 WEB_KEY: Final = "web.key"
 ACCOUNTS_KEY: Final = "accounts.key"
-"""When it is lost, recovery codes still work, and a new second factor can be set up."""
-# What an escrow copy holds at least: without these keys data are lost; a new web.key only ends the sessions.
-ESCROWED: Final = (CONTENT_KEY, DATABASE_KEY, AUDIT_KEY)
+# What an escrow copy holds at least; a new web.key only ends the sessions.
+ESCROWED: Final = (CONTENT_KEY, DATABASE_KEY, AUDIT_KEY, ACCOUNTS_KEY)
 RECORD_NAME: Final = "key-ids.json"
 # The new content key, until it is the one of new files.
 NEXT_KEY: Final = "content.next.key"
@@ -130,6 +129,13 @@ class Keys:
         master = self._master.load_or_create()
         atomic_files.write(self.directory / name, seal_key(master, name, key), mode=0o600)
 
+    def renew(self, name: str) -> bytes:
+        """Replace a damaged key that nothing depends on, and return it; what the file held is kept. Raises OSError or StoreError."""
+        key = secrets.token_bytes(KEY_BYTES)
+        self._set_aside(name, key)
+        self.install(name, key)
+        return key
+
     def content_keys(self, recorded: Collection[str], has_content: Callable[[], bool]) -> dict[str, bytes]:
         """Load the keys of the images by their id, the one that new files are encrypted with first.
 
@@ -178,7 +184,7 @@ class Keys:
 
     def escrowed(self) -> dict[str, bytes]:
         """What an escrow copy holds, by file name; raises StoreError ``key.missing`` and OSError."""
-        more = (path.name for pattern in ("content.*.key", ACCOUNTS_KEY) for path in sorted(self.directory.glob(pattern)))
+        more = (path.name for path in sorted(self.directory.glob("content.*.key")))
         return {name: self.load(name) for name in (*ESCROWED, *more)}
 
     def restore(self, keys: dict[str, bytes]) -> None:

@@ -6,16 +6,19 @@ import hashlib
 import math
 import secrets
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
+from appliance.core.errors import StoreError
 from appliance.store import database as db
 from appliance.store import passwords
 from appliance.store.accounts import Account, Accounts
 from appliance.store.database import Database
 from appliance.store.second_factor import SecondFactors
 from appliance.store.store import Store
-from model_sync.login_throttle import FailureRows, LoginQueue, LoginThrottle, TooManyAttemptsError, machine_of
+from model_sync.login_throttle import MAX_FAILURES, FailureRows, LoginQueue, LoginThrottle, TooManyAttemptsError, machine_of
 
 __all__ = ["Logins", "Session", "TooManyAttemptsError"]
 _TOUCH_S: Final = 30.0
@@ -90,12 +93,11 @@ class Logins:
     def complete(self, session: Session, token: str, code: str) -> bool:
         """Complete a login by the code of the second factor; a wrong one counts like a wrong password."""
         account = session.account
-        if self.is_blocked(account, session.peer):
-            self.record_wrong_secret(account, session.peer, is_blocked=True)
-            return False
-        kind = self.second_factors.take(account, code)
+        row = self._db.require("account", "SELECT * FROM users WHERE id = ?", account.id)
+        is_blocked = self.throttle.is_blocked(account.username, row["password_hash"], session.peer)
+        kind = "" if is_blocked else self.second_factors.take(account, code)
         if not kind:
-            self.record_wrong_secret(account, session.peer)
+            self._record_failure(account.username, row, session.peer, is_blocked=is_blocked)
             return False
         self.throttle.clear(account.username, session.peer)
         now = self._clock.now()
@@ -106,27 +108,29 @@ class Logins:
         return changed == 1
 
     def confirm(self, session: Session, token: str, password: str, code: str) -> bool:
-        """Check password, and second factor where there is one, again, before what is dangerous (R8); wrong ones count as usual."""
-        account, peer = session.account, session.peer
+        """Check password, and second factor where there is one, again, before what is dangerous (R8).
+
+        Wrong ones count for this session, and the fifth ends it: who sits at an open session cannot lock its owner out of the login.
+        """
+        account = session.account
         row = self._db.require("account", "SELECT * FROM users WHERE id = ?", account.id)
-        is_right = passwords.verify_password(row["password_hash"], password) and not self.is_blocked(account, peer)
-        if not is_right or (account.has_second_factor and not self.second_factors.take(account, code)):
-            self.record_wrong_secret(account, peer)
+        try:
+            with self._attempt(session):
+                is_right = passwords.verify_password(row["password_hash"], password)
+                if not is_right or (account.has_second_factor and not self.second_factors.take(account, code)):
+                    raise StoreError("account.wrong_password")
+        except StoreError as refusal:
+            if refusal.code != "account.wrong_password":
+                raise
             return False
-        self.throttle.clear(account.username, peer)
         with self._db.transaction() as tx:
             values = (self._clock.now(), _digest(token))
             return tx.execute("UPDATE sessions SET confirmed_at = ? WHERE token_sha256 = ?", values).rowcount == 1
 
-    def is_blocked(self, account: Account, peer: str) -> bool:
-        """Whether the machine at this address has used up its attempts for this account."""
-        row = self._db.one("SELECT password_hash FROM users WHERE id = ?", account.id)
-        return self.throttle.is_blocked(account.username, row["password_hash"] if row else "", peer)
-
-    def record_wrong_secret(self, account: Account, peer: str, *, is_blocked: bool = False) -> None:
-        """Count a wrong password or code, typed by a person whose password was right before."""
-        row = self._db.one("SELECT * FROM users WHERE id = ?", account.id)
-        self._record_failure(account.username, row, peer, is_blocked=is_blocked)
+    def change_password(self, session: Session, old: str, new: str) -> None:
+        """Set a new password of one's own, as :meth:`Accounts.change_password`; wrong present ones count as in :meth:`confirm`."""
+        with self._attempt(session):
+            self._accounts.change_password(session.account, old, new)
 
     def resume(self, token: str, *, touch: bool = True) -> Session | None:
         """The session of a token; None where it has ended (logout, idle, too old, account disabled).
@@ -195,18 +199,56 @@ class Logins:
         """Count a failed attempt for its machine and for the name, and audit it. An attempt during a lock does not extend it."""
         if not is_blocked:
             self.throttle.add_failure(username, row["password_hash"] if row else "", peer)
+        self._audit_failure(row["username"] if row else "unknown", peer, locked=is_blocked)
+
+    def _audit_failure(self, who: str, peer: str, **particulars: Any) -> None:
         attempts = self._rows.take(machine_of(peer))
         if attempts:
-            who = row["username"] if row else "unknown"
             with self._db.transaction() as tx:
-                particulars = {"peer": peer, "locked": is_blocked} | ({"attempts": attempts} if attempts > 1 else {})
+                particulars |= {"peer": peer} | ({"attempts": attempts} if attempts > 1 else {})
                 Database.audit(tx, db.USER_AUTHENTICATION, who, "E", "login", 4, **particulars, **db.LOGIN)
+
+    @contextmanager
+    def _attempt(self, session: Session) -> Iterator[None]:
+        """One try at the secrets of an account from within its session; the fifth wrong one in a row ends the session.
+
+        It is counted before it is checked, so that tries at the same moment count too.
+        """
+        with self._db.transaction() as tx:
+            row = tx.execute(_COUNT_ATTEMPT, (session.id, MAX_FAILURES)).fetchone()
+        if row is None:
+            raise StoreError("account.wrong_password")
+        try:
+            yield
+        except StoreError as refusal:
+            if refusal.code == "account.wrong_password":
+                self._fail(session, row["wrong_secrets"])
+                raise
+            self._forget_attempts(session)
+            raise
+        self._forget_attempts(session)
+
+    def _fail(self, session: Session, count: int) -> None:
+        username, peer = session.account.username, session.peer
+        self._audit_failure(username, peer, session=session.id)
+        if count >= MAX_FAILURES:
+            with self._db.transaction() as tx:
+                tx.execute("DELETE FROM sessions WHERE id = ?", (session.id,))
+                particulars = {"peer": peer, "session": session.id, "code": "account.session_ended"}
+                Database.audit(tx, db.USER_AUTHENTICATION, username, "E", f"user:{username}", 4, **particulars, **db.LOGOUT)
+
+    def _forget_attempts(self, session: Session) -> None:
+        with self._db.transaction() as tx:
+            tx.execute("UPDATE sessions SET wrong_secrets = 0 WHERE id = ?", (session.id,))
 
 
 _SESSIONS: Final = (
     "SELECT u.*, s.id AS session_id, s.created_at AS session_at, s.seen_at, s.confirmed_at, s.needs_code, s.peer"
     " FROM sessions s JOIN users u ON u.id = s.user_id"
 )
+
+
+_COUNT_ATTEMPT: Final = "UPDATE sessions SET wrong_secrets = wrong_secrets + 1 WHERE id = ? AND wrong_secrets < ? RETURNING wrong_secrets"
 
 
 def _digest(token: str) -> str:

@@ -316,3 +316,8 @@ CREATE TABLE api_token_addresses (    -- the machines that used a token, the lat
   last_used_at TEXT NOT NULL,         -- moment
   PRIMARY KEY (token_id, address)
 ) STRICT;
+
+-- migration 18: what belongs to one session and ends with it (appliance/store/second_factor.py, appliance/store/logins.py)
+ALTER TABLE sessions ADD COLUMN totp_pending BLOB; -- the second factor that is being set up in it, encrypted by accounts.key
+ALTER TABLE sessions ADD COLUMN wrong_secrets INTEGER NOT NULL DEFAULT 0; -- wrong passwords and codes typed in it since the last right ones
+ALTER TABLE users DROP COLUMN totp_pending;

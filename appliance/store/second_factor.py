@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import logging
-import secrets
 import sqlite3
+from contextlib import closing
 from typing import Final
 
 import pyotp
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from appliance.core.errors import StoreError
+from appliance.core.process import Lock
 from appliance.core.roles import SECOND_FACTOR_ROLES, Role
+from appliance.core.settings import Settings
 from appliance.store.accounts import Account, Accounts, Actor, audit_change, check_right, require_row
-from appliance.store.keys import ACCOUNTS_KEY
 from appliance.store.passwords import readable_secret
 from appliance.store.store import Store
-
-logger = logging.getLogger(__name__)
 
 RECOVERY_CODES: Final = 8
 ISSUER: Final = "ClinicBox"
@@ -29,7 +25,7 @@ _STEP_S: Final = 30
 _DRIFT: Final = 1
 # Used codes that are remembered: more than can be valid at the same time, and not by time, so that setting the clock forgets none.
 _REMEMBERED: Final = 20
-_NONCE_BYTES: Final = 12
+_PENDING: Final = "SELECT totp_pending FROM sessions WHERE id = ? AND user_id = ?"
 
 
 class SecondFactors:
@@ -37,7 +33,7 @@ class SecondFactors:
 
     def __init__(self, store: Store, accounts: Accounts) -> None:
         self._db = store.database
-        self._keys = store.keys
+        self._secrets = store.account_secrets
         self._settings = store.settings
         self._clock = accounts.clock
 
@@ -46,50 +42,57 @@ class SecondFactors:
         roles = SECOND_FACTOR_ROLES | ({Role.CLINICIAN} if self._settings.second_factor_for_clinicians else set())
         return account.role in roles and not account.has_second_factor
 
-    def begin(self, account: Account) -> str:
-        """The secret that is being set up (base32), the same until it is confirmed."""
-        row = self._db.require("account", "SELECT totp_pending FROM users WHERE id = ?", account.id)
-        pending = self._open(account.id, row["totp_pending"])
+    def begin(self, account: Account, session_id: int) -> str:
+        """The secret that is being set up in a session (base32): the same until it is confirmed, unknown to other sessions, gone with it.
+
+        Raises:
+            StoreError: ``store.missing``: the session has ended; ``key.missing``: ``accounts.key`` is lost.
+        """
+        row = self._db.require("session", _PENDING, session_id, account.id)
+        pending = self._secrets.open(account.id, row["totp_pending"])
         if pending:
             return pending
         secret = pyotp.random_base32()
-        sealed = self._seal(account.id, secret)
+        sealed = self._secrets.seal(account.id, secret)
         with self._db.transaction() as tx:
-            tx.execute("UPDATE users SET totp_pending = ? WHERE id = ?", (sealed, account.id))
+            tx.execute("UPDATE sessions SET totp_pending = ? WHERE id = ?", (sealed, session_id))
         return secret
 
     def address(self, account: Account, secret: str) -> str:
         """The ``otpauth:`` address of a secret, which a QR code shows to the app."""
         return pyotp.TOTP(secret).provisioning_uri(name=account.username, issuer_name=ISSUER)
 
-    def confirm(self, account: Account, code: str, own_session: int | None = None) -> list[str]:
+    def confirm(self, account: Account, session_id: int, code: str) -> list[str]:
         """Put the secret that is being set up into force; returns new recovery codes, which are shown once.
 
-        All sessions of the account end but the person's own: none that was opened without this factor goes on.
+        All sessions of the account end but this one: none that was opened without this factor goes on.
 
         Raises:
-            StoreError: ``account.wrong_code``. Nothing was changed.
+            StoreError: ``account.wrong_code``; ``store.missing``: the session has ended. Nothing was changed.
         """
-        secret = self.begin(account)
+        secret = self.begin(account, session_id)
         step = self._step(secret, code)
         if step is None:
             raise StoreError("account.wrong_code")
-        codes = [readable_secret() for _ in range(RECOVERY_CODES)]
+        codes, sealed = [readable_secret() for _ in range(RECOVERY_CODES)], self._secrets.seal(account.id, secret)
         with self._db.transaction() as tx:
-            row = require_row(tx, account.username)
-            tx.execute("UPDATE users SET totp_secret = ?, totp_pending = NULL WHERE id = ?", (self._seal(row["id"], secret), row["id"]))
-            tx.execute("DELETE FROM used_codes WHERE user_id = ?", (row["id"],))
-            tx.execute("INSERT INTO used_codes (user_id, step) VALUES (?, ?)", (row["id"], step))
-            tx.execute("DELETE FROM recovery_codes WHERE user_id = ?", (row["id"],))
-            tx.executemany("INSERT INTO recovery_codes VALUES (?, ?)", [(row["id"], _digest(item)) for item in codes])
-            tx.execute("DELETE FROM sessions WHERE user_id = ? AND id IS NOT ?", (row["id"], own_session))
+            row = tx.execute(_PENDING, (session_id, account.id)).fetchone()
+            if row is None or self._secrets.open(account.id, row["totp_pending"]) != secret:  # it ended meanwhile, or was faster elsewhere
+                raise StoreError("store.missing", "session")
+            tx.execute("UPDATE users SET totp_secret = ? WHERE id = ?", (sealed, account.id))
+            tx.execute("UPDATE sessions SET totp_pending = NULL WHERE id = ?", (session_id,))
+            tx.execute("DELETE FROM used_codes WHERE user_id = ?", (account.id,))
+            tx.execute("INSERT INTO used_codes (user_id, step) VALUES (?, ?)", (account.id, step))
+            tx.execute("DELETE FROM recovery_codes WHERE user_id = ?", (account.id,))
+            tx.executemany("INSERT INTO recovery_codes VALUES (?, ?)", [(account.id, _digest(item)) for item in codes])
+            tx.execute("DELETE FROM sessions WHERE user_id = ? AND id IS NOT ?", (account.id, session_id))
             audit_change(tx, account, "U", account.username, changed="second factor set up")
         return codes
 
     def take(self, account: Account, code: str) -> str:
         """Use a code, which then works never again, in no process; returns ``totp`` or ``recovery``, or an empty text for a wrong one."""
         row = self._db.require("account", "SELECT totp_secret FROM users WHERE id = ?", account.id)
-        secret = self._open(account.id, row["totp_secret"])
+        secret = self._secrets.open(account.id, row["totp_secret"])
         step = self._step(secret, code) if secret else None
         with self._db.transaction() as tx:
             if step is not None:
@@ -113,9 +116,7 @@ class SecondFactors:
         with self._db.transaction() as tx:
             check_right(tx, actor)
             row = require_row(tx, username)
-            tx.execute("UPDATE users SET totp_secret = NULL, totp_pending = NULL WHERE id = ?", (row["id"],))
-            for table in ("used_codes", "recovery_codes", "sessions"):
-                tx.execute(f"DELETE FROM {table} WHERE user_id = ?", (row["id"],))  # noqa: S608 - constant names
+            _remove_within(tx, row["id"])
             audit_change(tx, actor, "U", row["username"], changed="second factor removed")
 
     def _step(self, secret: str, code: str) -> int | None:
@@ -135,23 +136,34 @@ class SecondFactors:
         )
         return True
 
-    def _key(self) -> bytes:
-        sealed = "SELECT 1 FROM users WHERE totp_secret IS NOT NULL OR totp_pending IS NOT NULL LIMIT 1"
-        return self._keys.load(ACCOUNTS_KEY, lambda: self._db.one(sealed) is None)
 
-    def _seal(self, user_id: int, secret: str) -> bytes:
-        nonce = secrets.token_bytes(_NONCE_BYTES)
-        return nonce + AESGCM(self._key()).encrypt(nonce, secret.encode(), str(user_id).encode())
+def remove_all(settings: Settings, actor: str, reason: str) -> int:
+    """Remove every second factor of a box whose ``accounts.key`` is lost and has no escrow copy; returns how many there were.
 
-    def _open(self, user_id: int, sealed: bytes | None) -> str:
-        """The secret of a row; empty where there is none, or where its key is lost: then only recovery codes work."""
-        if not sealed:
-            return ""
-        try:
-            return AESGCM(self._key()).decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], str(user_id).encode()).decode()
-        except (StoreError, InvalidTag):
-            logger.error("a second factor cannot be decrypted", extra={"code": "key.wrong"})
-            return ""
+    Each account is logged out, and sets up a new one at its next login.
+
+    Raises:
+        ApplianceError: ``box.busy``: the box runs.
+        StoreError: the box cannot be opened, for another reason than that key.
+    """
+    lock = Lock(settings.data_dir, "supervisor")
+    try:
+        store = Store(settings, needs_accounts_key=False)
+        with closing(store), store.database.transaction() as tx:
+            rows = tx.execute("SELECT id, username FROM users WHERE totp_secret IS NOT NULL ORDER BY id").fetchall()
+            for row in rows:
+                _remove_within(tx, row["id"])
+                audit_change(tx, actor, "U", row["username"], changed="second factor removed", code="key.accounts", reason=reason)
+    finally:
+        lock.release()
+    return len(rows)
+
+
+def _remove_within(tx: sqlite3.Connection, user_id: int) -> None:
+    """Remove a second factor with all that belongs to it, and end the sessions, in the caller's transaction."""
+    tx.execute("UPDATE users SET totp_secret = NULL WHERE id = ?", (user_id,))
+    for table in ("used_codes", "recovery_codes", "sessions"):
+        tx.execute(f"DELETE FROM {table} WHERE user_id = ?", (user_id,))  # noqa: S608 - constant names
 
 
 def _count(tx: sqlite3.Connection, user_id: int) -> int:

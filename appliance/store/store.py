@@ -23,6 +23,7 @@ from appliance.core.process import Lock
 from appliance.core.settings import Settings
 from appliance.store import audit, audit_reserve, priority, series_jobs
 from appliance.store import database as db
+from appliance.store.account_secrets import AccountSecrets
 from appliance.store.audit_refusals import Refusals
 from appliance.store.database import NOT_A_DATABASE, Database, store_error
 from appliance.store.database_encryption import is_encrypted
@@ -98,9 +99,11 @@ class Store:
     """The durable state of one box.
 
     Raises:
-        StoreError: it cannot be used; ``key.missing`` or ``key.wrong`` where its data need another key, and then nothing was changed.
+        StoreError: it cannot be used; ``key.missing``, ``key.wrong`` or ``key.accounts`` where its data need another key, and then
+            nothing was changed.
 
     Attributes:
+        account_secrets: encrypts the secrets of second factors.
         content: the encrypted files.
         database: the database.
         keys: the keys of the box.
@@ -109,7 +112,7 @@ class Store:
         queue: leases jobs and commits their results.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, needs_accounts_key: bool = True) -> None:
         self.settings = settings
         self.keys = Keys(settings.data_dir)
         database = settings.data_dir / DATABASE_NAME
@@ -125,6 +128,9 @@ class Store:
             lambda: self.database.key_ids(CONTENT_KEY),
             lambda ids: self.database.record_key_ids(CONTENT_KEY, ids),
         )
+        self.account_secrets = AccountSecrets(self.database, self.keys)
+        if needs_accounts_key:
+            self.account_secrets.check()
         try:
             self.keys.seal()
         except OSError:  # a full disk: the box works, the status page warns, the next start tries again

@@ -124,10 +124,14 @@ class Box:
         return Person(self.base, self.settings.tls_authority or self.settings.tls_certificate).speak(language)
 
     def second_factor(self, username: str) -> str:
-        """Set up a second factor, in the newest session where there is one; returns a recovery code."""
+        """Set up a second factor, in the newest session or else in one that ends then; returns a recovery code."""
         logins, account = Logins(self.store, self.accounts), self.accounts.require(username)
-        factors, own = logins.second_factors, next((item.id for item in logins.sessions(account)), None)
-        return factors.confirm(account, pyotp.TOTP(factors.begin(account)).now(), own)[0]
+        token = "" if logins.sessions(account) else logins.login(username, PASSWORD, "127.0.0.1") or ""
+        session = logins.sessions(account)[0]
+        totp = pyotp.TOTP(logins.second_factors.begin(account, session.id))
+        code = logins.second_factors.confirm(account, session.id, totp.now())[0]
+        logins.logout(token)
+        return code
 
     def take(self, data: bytes, name: str = "scan.dcm") -> Any:
         """Bring one scan through the door and close its series."""

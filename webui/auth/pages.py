@@ -10,7 +10,6 @@ from flask_babel import gettext
 from flask_login import LoginManager, UserMixin, current_user, login_user, logout_user
 
 from appliance.core.errors import StoreError
-from appliance.store.accounts import Account
 from appliance.store.logins import Session
 from appliance.store.passwords import MAX_PASSWORD_CHARS
 from model_sync.messages import LANGUAGES
@@ -118,10 +117,10 @@ def password() -> ResponseReturnValue:
     account, has_rules = current_user.account, current_box().settings.password_profile == "mlps3"  # noqa: S105 - a profile
     if request.method == "GET":
         return render_template("password.html", account=account, has_rules=has_rules, error="")
-    old, new, again = (request.form.get(name, "") for name in ("old", "new", "again"))
-    error = _change_password(account, old, new, again)
+    error = _change_password(*(request.form.get(name, "") for name in ("old", "new", "again")))
     if error:
-        return render_template("password.html", account=account, has_rules=has_rules, error=error), 422
+        page = render_template("password.html", account=account, has_rules=has_rules, error=error)
+        return _begin_again_where_ended() or (page, 422)
     token = current_box().logins.begin_again(current_user.session)  # changing it ended every session, this one too
     if token is None:
         return redirect(url_for("auth.login"))
@@ -130,23 +129,28 @@ def password() -> ResponseReturnValue:
     return redirect(url_for("worklist.show"))
 
 
-def _change_password(account: Account, old: str, new: str, again: str) -> str:
+def _change_password(old: str, new: str, again: str) -> str:
     """Change the password; returns what is wrong, or an empty text after success."""
     if new != again:
         return str(gettext("The two new passwords differ. Type the same one twice."))
-    box, peer = current_box(), request.remote_addr or ""
-    if box.logins.is_blocked(account, peer):
-        return str(gettext("Too many wrong passwords. Wait 15 minutes, then try again."))
-    with password_check(account.username):
+    with password_check(current_user.account.username):
         try:
-            box.accounts.change_password(account, old[:MAX_PASSWORD_CHARS], new)
+            current_box().logins.change_password(current_user.session, old[:MAX_PASSWORD_CHARS], new)
         except StoreError as refusal:
             if not refusal.code.startswith("account."):
                 raise
-            if refusal.code == "account.wrong_password":
-                box.logins.record_wrong_secret(account, peer)
             return f"{reason_text(refusal.code)}{gettext('. ')}{reason_hint(refusal.code)}"
     return ""
+
+
+def _begin_again_where_ended() -> ResponseReturnValue | None:
+    """Lead a person to the login whose session has ended by too many wrong passwords."""
+    if current_box().logins.resume(current_user.token, touch=False) is not None:
+        return None
+    logout_user()
+    session.clear()
+    flash(f"{reason_text('account.session_ended')}{gettext('. ')}{reason_hint('account.session_ended')}")
+    return redirect(url_for("auth.login"))
 
 
 @blueprint.route("/confirm", methods=["GET", "POST"])
@@ -159,7 +163,7 @@ def confirm() -> ResponseReturnValue:
     with password_check(current_user.account.username):
         is_right = current_box().logins.confirm(current_user.session, current_user.token, typed, code)
     if not is_right:
-        return render_template("confirm.html", needs_code=needs_code, has_failed=True), 422
+        return _begin_again_where_ended() or (render_template("confirm.html", needs_code=needs_code, has_failed=True), 422)
     flash(gettext("Confirmed. Press the button once more."))
     return redirect(target)
 

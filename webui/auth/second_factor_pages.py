@@ -42,16 +42,16 @@ def _code_page(*, has_failed: bool = False) -> str:
 @confirmed("second_factor.set_up")
 def set_up() -> ResponseReturnValue:
     """Show the secret as QR code and text; the first right code puts it into force and shows the recovery codes, once."""
-    factors, account, error = current_box().logins.second_factors, current_user.account, ""
+    factors, account, session_id, error = current_box().logins.second_factors, current_user.account, current_user.session.id, ""
     if request.method == "POST":
         try:
-            codes = factors.confirm(account, request.form.get("code", "")[:64], current_user.session.id)
+            codes = factors.confirm(account, session_id, request.form.get("code", "")[:64])
             return render_template("recovery_codes.html", codes=codes)
         except StoreError as refusal:
             if refusal.code != "account.wrong_code":
                 raise
             error = f"{reason_text(refusal.code)}{gettext('. ')}{reason_hint(refusal.code)}"
-    secret = factors.begin(account)
+    secret = factors.begin(account, session_id)
     page = render_template(
         "second_factor_set_up.html",
         picture=segno.make(factors.address(account, secret), error="m").svg_data_uri(scale=5, border=4),

@@ -12,6 +12,8 @@ import requests
 from requests.adapters import HTTPAdapter
 
 from appliance.core.settings import Settings
+from appliance.store import passwords
+from appliance.store.logins import Logins
 from model_sync import login_throttle
 from model_sync.login_throttle import MAX_FAILURES, SLOW_AFTER, SUSPECT_AFTER, machine_of
 from tests.support.scans import scan_bytes
@@ -282,17 +284,57 @@ def test_r3_more_guesses_than_turns_are_asked_to_wait_whatever_the_name(box: Box
         assert "Wait a moment" in answer.text
 
 
-def test_r3_the_present_password_cannot_be_guessed_and_every_guess_is_audited(box: Box) -> None:
-    person = box.person()
+WRONG = {"/password": {"old": "wrong", "new": "Another-Pass-1", "again": "Another-Pass-1"}, "/confirm": {"password": "wrong"}}
+
+
+@pytest.mark.parametrize("path", WRONG)
+def test_r3_whoever_guesses_at_an_open_session_loses_it_and_does_not_lock_its_owner_out(box: Box, path: str) -> None:
+    left_open = box.person()
     before = audited(box, '"110114"', "doctor")
-    for _ in range(MAX_FAILURES):
-        answer = person.post("/password", data={"old": "wrong", "new": "Another-Pass-1", "again": "Another-Pass-1"})
-        assert "current password is wrong" in answer.text
-    assert audited(box, '"110114"', "doctor") == before + MAX_FAILURES
-    answer = person.post("/password", data={"old": PASSWORD, "new": "Another-Pass-1", "again": "Another-Pass-1"})
-    assert answer.status_code == 422
-    assert "Too many wrong passwords" in answer.text
-    assert Person(box.base).log_in("doctor", PASSWORD).status_code == 401
+    for _ in range(MAX_FAILURES - 1):
+        answer = left_open.post(path, data=WRONG[path])
+        assert answer.status_code == 422
+        assert "wrong" in answer.text
+    answer = left_open.post(path, data=WRONG[path])
+    assert answer.headers["Location"] == "/login"
+    assert "typed five times; you are logged out. Log in again." in left_open.open("/login")
+    assert left_open.get("/").headers["Location"].startswith("/login")
+    assert audited(box, '"110114"', "doctor") == before + MAX_FAILURES + 1  # the end of the session has an entry of its own
+    assert audited(box, '"account.session_ended"', '"110123"') == 1
+    assert Person(box.base).log_in("doctor", PASSWORD).status_code == 302  # at the same machine
+    assert box.throttle.wait_s("doctor", "127.0.0.9") == 0
+
+
+def test_r3_the_right_password_forgets_the_wrong_ones_of_a_session(box: Box) -> None:
+    person = box.person()
+    for _ in range(2):
+        for _ in range(MAX_FAILURES - 1):
+            assert person.post("/confirm", data=WRONG["/confirm"]).status_code == 422
+        assert person.post("/confirm", data={"password": PASSWORD}).status_code == 302
+    for _ in range(2):
+        for _ in range(MAX_FAILURES - 1):
+            assert person.post("/password", data=WRONG["/password"]).status_code == 422
+        weak = person.post("/password", data={"old": PASSWORD, "new": "short", "again": "short"})
+        assert "at least 8 characters" in weak.text
+
+
+def test_r3_guesses_at_one_session_in_the_same_moment_are_all_counted(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    box.person()
+    account = box.accounts.require("doctor")
+    logins = Logins(box.store, box.accounts)
+    (session,) = logins.sessions(account)
+    verify, checked = passwords.verify_password, []
+
+    def slowly(password_hash: str, password: str) -> bool:
+        checked.append(password)
+        if len(checked) < 20:
+            logins.confirm(session, "", f"guess {len(checked)}", "")
+        return verify(password_hash, password)
+
+    monkeypatch.setattr(passwords, "verify_password", slowly)
+    assert not logins.confirm(session, "", "guess 0", "")
+    assert len(checked) == MAX_FAILURES
+    assert logins.sessions(account) == []
 
 
 @pytest.mark.parametrize("number", [2**63, 10**40, "٣" * 30])

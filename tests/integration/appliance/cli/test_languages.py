@@ -41,6 +41,7 @@ MORE: list[list[str]] = [
     ["models", "rollback", "--data-dir", "{tmp}/box"],
     ["models", "activate", "9.9.9", "--data-dir", "{tmp}/box"],
     ["audit", "acknowledge", "--data-dir", "{tmp}/box"],
+    ["keys", "forget-second-factors", "--reason", "x", "--data-dir", "{tmp}/box"],
     ["audit", "new-key", "--reason", "x", "--data-dir", "{tmp}/box"],
     ["models", "history", "--data-dir", "{tmp}/empty"],
     ["analyze", "{tmp}/empty", "--data-dir", "{tmp}/none.toml/none"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import secrets
 import subprocess
@@ -10,15 +11,20 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
+import pyotp
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from appliance.cli.main import main
 from appliance.core.errors import StoreError
+from appliance.core.process import Lock
+from appliance.core.roles import Role
 from appliance.core.settings import Settings
+from appliance.store.accounts import Accounts
 from appliance.store.database import APPLICATION_ACTIVITY
 from appliance.store.key_escrow import read_escrow, write_escrow
 from appliance.store.keys import RECORD_NAME, Keys, key_id
+from appliance.store.logins import Logins
 from appliance.store.store import Store
 
 PASSPHRASE = "four words of nobody"
@@ -197,7 +203,9 @@ def test_r46_wrong_passphrase_and_the_copy_of_another_box_change_nothing(
 
 def test_an_escrow_copy_is_encrypted_and_replaces_no_file(settings: Settings, tmp_path: Path) -> None:
     copy = tmp_path / "escrow.json"
-    keys = Keys(settings.data_dir).escrowed()
+    with closing(Store(settings)) as store:
+        store.account_secrets.ensure_key()
+        keys = store.keys.escrowed()
     write_escrow(copy, keys, PASSPHRASE)
     assert not any(key.hex().encode() in copy.read_bytes() or key in copy.read_bytes() for key in keys.values())
     assert copy.stat().st_mode & 0o777 == 0o600
@@ -224,3 +232,94 @@ def test_a_key_check_value_depends_on_every_bit() -> None:
     key = secrets.token_bytes(32)
     others = {bytes([*key[:at], key[at] ^ 1 << bit, *key[at + 1 :]]) for at in range(32) for bit in range(8)}
     assert len({key_id(other) for other in {key, *others}}) == 257
+
+
+SECOND_FACTOR_PASSWORD = "a new phrase 7"
+
+
+def with_second_factor(settings: Settings) -> pyotp.TOTP:
+    """Give the box a technician with a second factor; returns the phone."""
+    with closing(Store(settings)) as store:
+        accounts = Accounts(store)
+        one_time = accounts.add("zhao", Role.TECHNICIAN, "t")
+        accounts.change_password(accounts.require("zhao"), one_time, SECOND_FACTOR_PASSWORD)
+        logins = Logins(store, accounts)
+        session = logins.resume(logins.login("zhao", SECOND_FACTOR_PASSWORD, "10.0.0.1") or "")
+        assert session
+        phone = pyotp.TOTP(logins.second_factors.begin(session.account, session.id))
+        logins.second_factors.confirm(session.account, session.id, phone.now())
+    return phone
+
+
+def damage_accounts_key(settings: Settings, how: str) -> None:
+    path = settings.data_dir / "keys" / "accounts.key"
+    if how == "lost":
+        path.unlink()
+    elif how == "of another box":
+        other = make_box(settings.data_dir.parent / "other")
+        with_second_factor(other)
+        Keys(settings.data_dir).install("accounts.key", Keys(other.data_dir).load("accounts.key"))
+    else:
+        path.write_bytes(b"" if how == "empty" else secrets.token_bytes(32))
+
+
+@pytest.mark.usefixtures("quick_passwords")
+@pytest.mark.parametrize("how", DAMAGE)
+def test_r46_a_lost_key_of_the_second_factors_is_refused_at_the_start_and_restored_from_the_escrow_copy(
+    settings: Settings, tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LC_ALL", "C")
+    copy, box = tmp_path / "escrow.json", ("--data-dir", settings.data_dir)
+    (settings.data_dir / "keys" / "accounts.key").write_bytes(b"")  # nothing needs it yet
+    assert cli("keys", "escrow", "--out", copy, *box) == 0  # at provisioning, before anybody has a second factor
+    phone = with_second_factor(settings)
+    damage_accounts_key(settings, how)
+    before = state(settings.data_dir)
+    with pytest.raises(StoreError, match=r"key\.accounts"):
+        Store(settings)
+    assert cli("keys", "check", *box) == 1
+    assert state(settings.data_dir) == before
+    said = capsys.readouterr().err
+    assert "appliance keys restore" in said
+    assert "appliance keys forget-second-factors" in said
+    assert cli("keys", "restore", copy, *box) == 0
+    with closing(Store(settings)) as store:
+        accounts = Accounts(store)
+        later = phone.at(int(accounts.clock.wall_s()) + 30)  # the code of the set-up is used
+        assert Logins(store, accounts).second_factors.take(accounts.require("zhao"), later) == "totp"
+
+
+@pytest.mark.usefixtures("quick_passwords")
+@pytest.mark.parametrize("how", DAMAGE)
+def test_r46_without_a_copy_the_second_factors_are_removed_by_a_command_and_that_is_audited(settings: Settings, how: str) -> None:
+    with_second_factor(settings)
+    box = ("--data-dir", settings.data_dir)
+    assert cli("keys", "forget-second-factors", "--reason", "why", *box) == 2  # the key is whole
+    damage_accounts_key(settings, how)
+    assert cli("keys", "forget-second-factors", "--reason", " ", *box) == 2
+    lock = Lock(settings.data_dir, "supervisor")
+    assert cli("keys", "forget-second-factors", "--reason", "why", *box) == 2  # the box runs
+    lock.release()
+    assert cli("keys", "forget-second-factors", "--reason", "case 8", *box) == 0
+    with closing(Store(settings)) as store:
+        accounts = Accounts(store)
+        assert not accounts.require("zhao").has_second_factor
+        last = json.loads(store.database.query("SELECT entry FROM audit ORDER BY seq DESC LIMIT 1")[0]["entry"])
+        assert last["object"] == "user:zhao"
+        assert last["detail"] | {"changed": "second factor removed", "code": "key.accounts", "reason": "case 8"} == last["detail"]
+        logins = Logins(store, accounts)
+        session = logins.resume(logins.login("zhao", SECOND_FACTOR_PASSWORD, "10.0.0.1") or "")
+        assert session
+        phone = pyotp.TOTP(logins.second_factors.begin(session.account, session.id))
+        logins.second_factors.confirm(session.account, session.id, phone.now())
+    Store(settings).close()
+
+
+@pytest.mark.usefixtures("quick_passwords")
+def test_r46_one_damaged_second_factor_does_not_condemn_the_key(settings: Settings) -> None:
+    with_second_factor(settings)
+    with closing(Store(settings)) as store:
+        Accounts(store).add("other", Role.TECHNICIAN, "t")
+        with store.database.transaction() as tx:
+            tx.execute("UPDATE users SET totp_secret = X'00' WHERE username = 'other'")
+    Store(settings).close()

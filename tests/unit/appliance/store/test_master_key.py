@@ -169,6 +169,7 @@ def test_r46_a_box_that_was_moved_to_another_machine_refuses_and_is_restored_fro
     with closing(Store(settings)) as store:
         store.content.write(b"image", lambda: "ab" * 32)
         web_key = store.keys.load_web_key()
+        store.account_secrets.ensure_key()
         write_escrow(tmp_path / "escrow", store.keys.escrowed(), PASSPHRASE)
     assert (Keys(settings.data_dir).protection(), (tmp_path / "box" / "keys" / "master.key").exists()) == ("systemd-creds", False)
     machine("second")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from contextlib import closing
 
 import pyotp
 import pytest
 
 from appliance.core.errors import StoreError
 from appliance.core.roles import Role
+from appliance.core.settings import Settings
 from appliance.store import passwords
 from appliance.store.accounts import Accounts
 from appliance.store.keys import ACCOUNTS_KEY
@@ -20,6 +24,7 @@ from appliance.store.second_factor import RECOVERY_CODES, SecondFactors
 from appliance.store.store import Store
 from model_sync.login_throttle import MAX_FAILURES
 from tests.support.clocks import TestClock
+from tests.support.old_database import old_database
 from tests.support.paths import ROOT
 
 OWN = "a new phrase 7"
@@ -36,8 +41,9 @@ class Desk:
         self.factors = self.logins.second_factors
         one_time = self.accounts.add("zhao", Role.TECHNICIAN, "t")
         self.accounts.change_password(self.accounts.require("zhao"), one_time, OWN)
-        self.secret = self.factors.begin(self.accounts.require("zhao"))
-        self.recovery = self.factors.confirm(self.accounts.require("zhao"), self.code())
+        first = open_session(self.logins, OWN)
+        self.secret = self.factors.begin(first.account, first.id)
+        self.recovery = self.factors.confirm(first.account, first.id, self.code())
         self.account = self.accounts.require("zhao")
 
     def code(self, steps: int = 0) -> str:
@@ -50,6 +56,13 @@ class Desk:
         assert session
         assert session.needs_code
         return session, token
+
+
+def open_session(logins: Logins, password: str, peer: str = "10.0.0.1") -> Session:
+    """A new session of ``zhao``."""
+    session = logins.resume(logins.login("zhao", password, peer) or "")
+    assert session
+    return session
 
 
 @pytest.fixture
@@ -113,11 +126,11 @@ def test_r4_of_threads_that_use_a_code_at_once_one_gets_in(desk: Desk) -> None:
 
 def test_r4_another_process_does_not_accept_a_used_code(store: Store) -> None:
     accounts = Accounts(store)
-    accounts.add("zhao", Role.TECHNICIAN, "t")
-    factors, account = SecondFactors(store, accounts), accounts.require("zhao")
-    totp = pyotp.TOTP(factors.begin(account))
+    session = open_session(Logins(store, accounts), accounts.add("zhao", Role.TECHNICIAN, "t"))
+    factors = SecondFactors(store, accounts)
+    totp = pyotp.TOTP(factors.begin(session.account, session.id))
     code = totp.now()
-    factors.confirm(account, code)
+    factors.confirm(session.account, session.id, code)
     script = (
         "import sys; from pathlib import Path; from appliance.store.store import open_box; from appliance.store.accounts import Accounts;"
         "from appliance.store.second_factor import SecondFactors; store = open_box(Path(sys.argv[1])); accounts = Accounts(store);"
@@ -198,13 +211,19 @@ def test_r4_a_secret_of_another_account_does_not_decrypt(desk: Desk) -> None:
 def test_r4_a_lost_key_is_not_made_anew_and_leaves_the_recovery_codes(desk: Desk) -> None:
     key = desk.store.settings.data_dir / "keys" / ACCOUNTS_KEY
     assert key.stat().st_mode & 0o777 == 0o600
+    one_time = desk.accounts.add("li", Role.TECHNICIAN, "t")
+    other = desk.logins.resume(desk.logins.login("li", one_time, "10.0.0.9") or "")
+    assert other
     key.unlink()
     desk.clock.wait(60)
     assert desk.factors.take(desk.account, desk.code()) == ""
     assert desk.factors.take(desk.account, desk.recovery[0]) == "recovery"
     assert not key.exists()
+    with pytest.raises(StoreError, match=r"key\.missing"):  # the old secret of zhao needs the lost key
+        desk.factors.begin(other.account, other.id)
     desk.factors.remove("zhao", "cli")
-    assert desk.factors.begin(desk.accounts.require("zhao"))
+    assert desk.factors.begin(other.account, other.id)
+    assert key.exists()
 
 
 def test_r4_a_lost_phone_the_second_factor_is_removed_which_is_audited(desk: Desk) -> None:
@@ -229,11 +248,11 @@ def test_r4_a_new_second_factor_ends_the_sessions_that_never_needed_its_code(sto
     session = logins.resume(own)
     assert session
     assert logins.resume(guest)
-    totp = pyotp.TOTP(logins.second_factors.begin(session.account))
+    totp = pyotp.TOTP(logins.second_factors.begin(session.account, session.id))
     with pytest.raises(StoreError):
-        logins.second_factors.confirm(session.account, "000000", session.id)
+        logins.second_factors.confirm(session.account, session.id, "000000")
     assert logins.resume(guest)
-    logins.second_factors.confirm(session.account, totp.now(), session.id)
+    logins.second_factors.confirm(session.account, session.id, totp.now())
     assert logins.resume(guest) is None
     assert logins.resume(own)
 
@@ -242,18 +261,70 @@ def test_r4_a_login_that_is_under_way_when_the_second_factor_is_set_up_fails(sto
     accounts = Accounts(store)
     one_time = accounts.add("zhao", Role.TECHNICIAN, "t")
     accounts.change_password(accounts.require("zhao"), one_time, OWN)
-    logins, account = Logins(store, accounts), accounts.require("zhao")
-    verify = passwords.verify_password
+    logins = Logins(store, accounts)
+    verify, session = passwords.verify_password, open_session(logins, OWN)
 
     def slowly(*given: str) -> bool:
-        logins.second_factors.confirm(account, pyotp.TOTP(logins.second_factors.begin(account)).now())
+        secret = logins.second_factors.begin(session.account, session.id)
+        logins.second_factors.confirm(session.account, session.id, pyotp.TOTP(secret).now())
         return verify(*given)
 
-    session = logins.resume(logins.login("zhao", OWN, "10.0.0.1") or "")
-    assert session
     monkeypatch.setattr(passwords, "verify_password", slowly)
     assert logins.login("zhao", OWN, "10.0.0.66") is None
     assert logins.begin_again(session) is None
+
+
+@pytest.mark.parametrize(
+    "reset",
+    [
+        lambda desk: desk.accounts.change_password(desk.account, OWN, "another phrase 8"),
+        lambda desk: desk.accounts.issue_one_time_password("zhao", "t"), lambda desk: desk.factors.remove("zhao", "t"),
+        lambda desk: desk.accounts.set_role("zhao", Role.AUDITOR, "t"), lambda desk: desk.accounts.end_sessions("zhao", "t"),
+        lambda desk: desk.accounts.set_active("zhao", False, "t"),
+    ],
+    ids=["password", "one-time password", "second factor", "role", "sessions", "disabled"],
+)  # fmt: skip
+def test_r4_a_secret_that_was_shown_and_not_confirmed_is_gone_after_every_reset(desk: Desk, reset: Callable[[Desk], object]) -> None:
+    desk.factors.remove("zhao", "t")
+    thief = open_session(desk.logins, OWN, "10.0.0.66")
+    seen = desk.factors.begin(thief.account, thief.id)
+    reset(desk)
+    for attempt in (lambda: desk.factors.begin(thief.account, thief.id), lambda: desk.factors.confirm(thief.account, thief.id, "000000")):
+        with pytest.raises(StoreError, match=r"store\.missing"):
+            attempt()
+    assert desk.store.database.number("SELECT count(*) FROM sessions") == 0
+    assert desk.store.database.number("SELECT count(*) FROM users WHERE totp_secret IS NOT NULL") == 0
+    if seen_in := desk.logins.resume(desk.logins.login("zhao", OWN, "10.0.0.1") or ""):
+        assert desk.factors.begin(seen_in.account, seen_in.id) != seen
+
+
+def test_r4_the_secret_that_one_session_shows_is_unknown_to_the_others(desk: Desk) -> None:
+    desk.factors.remove("zhao", "t")
+    thief, owner = open_session(desk.logins, OWN, "10.0.0.66"), open_session(desk.logins, OWN)
+    seen = desk.factors.begin(thief.account, thief.id)
+    own = desk.factors.begin(owner.account, owner.id)
+    assert own == desk.factors.begin(owner.account, owner.id) != seen
+    with pytest.raises(StoreError, match=r"account\.wrong_code"):
+        desk.factors.confirm(owner.account, owner.id, pyotp.TOTP(seen).at(int(desk.clock.wall)))
+    desk.factors.confirm(owner.account, owner.id, pyotp.TOTP(own).at(int(desk.clock.wall)))
+    with pytest.raises(StoreError, match=r"store\.missing"):
+        desk.factors.begin(thief.account, thief.id)
+
+
+def test_r4_a_session_that_ends_while_its_code_is_checked_sets_up_nothing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk.factors.remove("zhao", "t")
+    thief = open_session(desk.logins, OWN, "10.0.0.66")
+    code = pyotp.TOTP(desk.factors.begin(thief.account, thief.id)).at(int(desk.clock.wall))
+    step = desk.factors._step
+
+    def slowly(secret: str, typed: str) -> int | None:
+        desk.accounts.end_sessions("zhao", "t")
+        return step(secret, typed)
+
+    monkeypatch.setattr(desk.factors, "_step", slowly)
+    with pytest.raises(StoreError, match=r"store\.missing"):
+        desk.factors.confirm(thief.account, thief.id, code)
+    assert not desk.accounts.require("zhao").has_second_factor
 
 
 def test_r8_confirming_needs_password_and_code(desk: Desk) -> None:
@@ -270,3 +341,27 @@ def test_r8_confirming_needs_password_and_code(desk: Desk) -> None:
     resumed = desk.logins.resume(token)
     assert resumed
     assert resumed.confirmed_s < 1
+
+
+def test_migration_18_a_secret_that_was_being_set_up_is_forgotten_and_sessions_go_on(settings: Settings) -> None:
+    settings.data_dir.mkdir(parents=True)
+    clock = TestClock()
+    old = old_database(settings.data_dir / "box.sqlite3", 17)
+    old.execute(
+        "INSERT INTO users (id, username, password_hash, role, must_change, created_at, password_set_at, totp_pending)"
+        " VALUES (1, 'zhao', 'hash', 'technician', 0, '2026-01-01T00:00:00.000+00:00', ?, X'0011')", (clock.now(),),
+    )  # fmt: skip
+    digest = hashlib.sha256(b"token").hexdigest()
+    old.execute(
+        "INSERT INTO sessions (token_sha256, user_id, created_at, seen_at, confirmed_at, needs_code, peer) VALUES (?, 1, ?, ?, ?, 0, 'p')",
+        (digest, *[clock.now()] * 3),
+    )
+    old.commit()
+    old.close()
+    with closing(Store(settings)) as store:
+        logins = Logins(store, Accounts(store, clock))
+        session = logins.resume("token")
+        assert session
+        secret = logins.second_factors.begin(session.account, session.id)
+        assert logins.second_factors.confirm(session.account, session.id, pyotp.TOTP(secret).at(int(clock.wall)))
+        assert "totp_pending" not in {row["name"] for row in store.database.query("SELECT name FROM pragma_table_info('users')")}
