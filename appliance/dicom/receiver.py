@@ -15,10 +15,11 @@ from pynetdicom import AE, AllStoragePresentationContexts, evt
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
 from appliance.core.domain import Source
-from appliance.core.errors import IngestError, StoreError
+from appliance.core.errors import ApplianceError, IngestError, StoreError
 from appliance.core.process import Lock, port_error, stop_on_signal
 from appliance.core.settings import Settings
 from appliance.core.wakeup import wake
+from appliance.dicom.connections import MAX_PDU_BYTES, ConnectionLimits, LimitedServer
 from appliance.dicom.secure_server import PlainSenders, SecureServer, ServerCredentials
 from appliance.ingest.ingest import Ingest
 from appliance.store.store import Store
@@ -55,12 +56,14 @@ class Receiver:
         self._store = Store(settings)
         self._ingest = Ingest(self._store)
         self._plain_senders = PlainSenders(settings)
-        self._secure: SecureServer | None = None
+        self._limits = ConnectionLimits(settings)
+        self._servers: list[LimitedServer] = []
         self._open_series: dict[int, set[int]] = {}
         self._open_series_lock = threading.Lock()
         self._ae = AE(ae_title=settings.ae_title)
         self._ae.maximum_associations = settings.dicom_max_associations
-        self._ae.maximum_pdu_size = 0
+        self._ae.acse_timeout = self._limits.acse_timeout_s
+        self._ae.maximum_pdu_size = MAX_PDU_BYTES
         self._ae.add_supported_context(Verification)
         for context in AllStoragePresentationContexts:
             self._ae.add_supported_context(str(context.abstract_syntax), TRANSFER_SYNTAXES)
@@ -82,27 +85,34 @@ class Receiver:
         ]  # fmt: skip
         plain = [*handlers, (evt.EVT_REQUESTED, self._on_plain_request)]
         try:
-            server = self._ae.start_server((settings.dicom_host, settings.dicom_port), block=False, evt_handlers=plain)
-        except OSError as error:
-            raise port_error("dicom_port", settings.dicom_host, settings.dicom_port, error) from error
-        assert server is not None  # it is None only when start_server blocks
-        if credentials is None:
-            return int(server.server_address[1]), None
-        address = settings.dicom_host, settings.dicom_tls_port or 0
-        try:
-            secure = self._ae.make_server(address, evt_handlers=handlers, server_class=SecureServer, credentials=credentials)
-        except OSError as error:
-            raise port_error("dicom_tls_port", *address, error) from error
-        assert isinstance(secure, SecureServer)
-        self._secure = secure
-        threading.Thread(target=secure.serve_forever, name="dicom-tls", daemon=True).start()
-        return int(server.server_address[1]), int(secure.server_address[1])
+            self._servers.append(self._listen("dicom_port", settings.dicom_port, LimitedServer, evt_handlers=plain))
+            if credentials is not None:
+                more = {"evt_handlers": handlers, "credentials": credentials}
+                self._servers.append(self._listen("dicom_tls_port", settings.dicom_tls_port or 0, SecureServer, **more))
+        except ApplianceError:
+            for server in self._servers:
+                server.server_close()
+            self._servers = []
+            raise
+        for server in self._servers:
+            threading.Thread(target=server.serve_forever, name="dicom-server", daemon=True).start()
+        ports = [int(server.server_address[1]) for server in self._servers]
+        return ports[0], ports[1] if credentials is not None else None
 
     def stop(self) -> None:
-        """Stop listening; open associations are aborted, and their senders send again."""
-        if self._secure is not None:
-            self._secure.shutdown()
-        self._ae.shutdown()
+        """Stop listening and close open associations, whose senders send again."""
+        for server in self._servers:
+            server.shutdown()
+        self._limits.end_all()
+
+    def _listen(self, setting: str, port: int, kind: type[LimitedServer], **more: Any) -> LimitedServer:
+        host = self._settings.dicom_host
+        try:
+            server = self._ae.make_server((host, port), server_class=kind, limits=self._limits, **more)
+        except OSError as error:
+            raise port_error(setting, host, port, error) from error
+        assert isinstance(server, LimitedServer)
+        return server
 
     def _on_plain_request(self, event: Any) -> None:
         """Reject an association without TLS of a sender that is not listed (PS3.8 9.3.4: calling AE title not recognised)."""

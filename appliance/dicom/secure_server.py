@@ -1,7 +1,7 @@
 """DICOM over TLS as in the BCP 195 profile (PS3.15 B.12: TLS 1.2 or newer, forward secrecy, authenticated encryption), R14.
 
 pynetdicom shakes hands in its accept loop, where one client that says nothing would stop the receiver. Here each connection does it in its
-own thread, within a time, and at most ``_MOST_HANDSHAKES`` at once.
+own thread, within a time; a connection counts from its acceptance (:mod:`appliance.dicom.connections`).
 """
 
 from __future__ import annotations
@@ -9,22 +9,20 @@ from __future__ import annotations
 import logging
 import socket
 import ssl
-import threading
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from socketserver import BaseServer
 from typing import Any, Final
 
-from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
+from pynetdicom.transport import RequestHandler
 
 from appliance.core.certificates import Renewal, load_authority, load_pair, server_context
 from appliance.core.errors import ApplianceError
 from appliance.core.settings import Settings
 from appliance.core.tls_status import dicom_pair
+from appliance.dicom.connections import LimitedServer
 
 logger = logging.getLogger(__name__)
 
 HANDSHAKE_S: Final = 10.0
-_MOST_HANDSHAKES: Final = 64
 
 
 class ServerCredentials:
@@ -69,44 +67,34 @@ class ServerCredentials:
         return context
 
 
-class SecureServer(ThreadedAssociationServer):
-    """pynetdicom's server, with handshakes outside the accept loop."""
+class SecureServer(LimitedServer):
+    """The server for the port with TLS, with handshakes outside the accept loop.
 
-    credentials: ServerCredentials
-    handshakes: threading.BoundedSemaphore
+    Args:
+        credentials: certificate and key.
+    """
 
-    def __init__(self, *args: Any, credentials: ServerCredentials, evt_handlers: list[Any]) -> None:
-        super().__init__(*args, evt_handlers=evt_handlers, request_handler=_Handler)  # type: ignore[misc]
-        self.credentials = credentials
-        self.handshakes = threading.BoundedSemaphore(_MOST_HANDSHAKES)
+    def __init__(self, *args: Any, credentials: ServerCredentials, **more: Any) -> None:
+        self._credentials = credentials
+        super().__init__(*args, request_handler=_Handler, **more)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection; the handshake follows in its own thread."""
         assert self.socket is not None
         line, address = self.socket.accept()
         try:
-            wrapped = self.credentials.context().wrap_socket(line, server_side=True, do_handshake_on_connect=False)
+            wrapped = self._credentials.context().wrap_socket(line, server_side=True, do_handshake_on_connect=False)
         except (OSError, ValueError):
             line.close()
             raise OSError("closed before its handshake") from None  # the loop goes on after an OSError
         return wrapped, address
 
-    def shutdown(self) -> None:
-        """Stop listening; pynetdicom's own method is for servers that it started itself."""
-        BaseServer.shutdown(self)
-        self.server_close()
-
 
 class _Handler(RequestHandler):
     """Shakes hands, then starts the association; a client that cannot is closed, without a traceback in the log."""
 
-    server: SecureServer
-
     def handle(self) -> None:
         """Shake hands within ``HANDSHAKE_S``."""
-        if not self.server.handshakes.acquire(blocking=False):
-            self.server.shutdown_request(self.request)
-            return
         try:
             self.request.settimeout(HANDSHAKE_S)
             self.request.do_handshake()
@@ -115,8 +103,6 @@ class _Handler(RequestHandler):
             logger.info("no TLS handshake", extra={"code": type(error).__name__, "peer": str(self.client_address[0])})
             self.server.shutdown_request(self.request)
             return
-        finally:
-            self.server.handshakes.release()
         super().handle()
 
 

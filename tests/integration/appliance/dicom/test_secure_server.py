@@ -113,7 +113,7 @@ def test_silent_handshakes_stop_nobody_and_a_new_certificate_is_taken(settings: 
     pair = {"tls_certificate": str(tmp_path / "box.crt"), "tls_key": str(tmp_path / "box.key")}
     with receiver(settings, dicom_tls_port=0, **pair), ExitStack() as stack:
         port = port_of_tls(settings)
-        for _ in range(80):  # one machine gets a share of the handshakes, not all of them
+        for _ in range(80):  # one machine gets a share of the connections, not all of them
             line = stack.enter_context(socket.create_connection(("127.0.0.1", port), source_address=("127.0.0.2", 0)))
             line.sendall(b"\x16\x03\x01")
         assert echo(port, trusted=tmp_path / "ca.crt") == "accepted"
