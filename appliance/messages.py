@@ -273,6 +273,13 @@ _CODES: Final[Mapping[str, Message]] = {
         "If the machine has a TPM 2.0, install tpm2-tools, give the account of the box access to it, and start the box again."
         " Lock the box away, and erase its disk before it leaves the clinic.",
     ),
+    "box.wiping": Message(
+        "The wipe of this box has begun; it does not start again", "Finish it: appliance wipe --data-dir DIR. Then it can be set up anew."
+    ),
+    "wipe.not_approved": Message(
+        "The wipe was not approved; nothing was deleted",
+        "A system administrator and a security administrator must each give user name, password and the code of the second factor.",
+    ),
     "key.other_box": Message("The escrow copy is of another box; nothing was changed", "Take the escrow copy of this box."),
     "key.escrow_old": Message(
         "The escrow copy is too old: the box has got new keys since; nothing was changed", "Take the latest escrow copy of this box."

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from appliance import __version__
-from appliance.cli import audit, keys, models, studies, tls, tune, user
+from appliance.cli import audit, keys, models, studies, tls, tune, user, wipe
 from appliance.cli.terminal import UsageError, explain, say
 from appliance.core.errors import ApplianceError
 from appliance.core.process import limit_memory, make_data_dir, start_logging
@@ -111,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     user.add_arguments(command("user", user.run, "List accounts, create, disable or enable one, change its role, password or sessions."))
     audit.add_arguments(command("audit", audit.run, "Verify the audit, print it, or acknowledge what was found."))
     keys.add_arguments(command("keys", keys.run, "Check the keys of the box, copy them into escrow, restore them.", data_dir=False))
+    wipe.add_arguments(command("wipe", wipe.run, "Destroy the keys and all data of a box that leaves the clinic; two persons approve it."))
     tls.add_arguments(command("tls", tls.run, "Show the certificates of the box: names, end, who trusts them."))
     command("settings", _settings, "Print every setting with its value and meaning.")
     demo = command("demo", _demo, "Create a demo box, start it and analyse sample scans.")

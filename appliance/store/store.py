@@ -36,6 +36,7 @@ from appliance.store.planning import Planner, next_revision, touch_study
 logger = logging.getLogger(__name__)
 
 DATABASE_NAME: Final = "box.sqlite3"
+WIPE_MARK: Final = "wipe.json"  # a wipe has begun (:mod:`appliance.store.wipe`)
 
 
 def open_box(path: Path) -> Store:
@@ -48,9 +49,16 @@ def open_box(path: Path) -> Store:
         ApplianceError: ``settings.missing``, ``settings.invalid``; ``box.none``: there is no box. Nothing is written in these cases.
     """
     settings = Settings.load(path)
+    _refuse_wiped(settings)
     if not (settings.data_dir / DATABASE_NAME).is_file():
         raise ApplianceError("box.none", str(settings.data_dir))
     return Store(settings)
+
+
+def _refuse_wiped(settings: Settings) -> None:
+    """Raise StoreError ``box.wiping`` where a wipe has begun: some keys may be gone, and new ones must not take their place."""
+    if (settings.data_dir / WIPE_MARK).exists():
+        raise StoreError("box.wiping")
 
 
 def replace_audit_key(settings: Settings, actor: str, reason: str) -> None:
@@ -100,7 +108,7 @@ class Store:
 
     Raises:
         StoreError: it cannot be used; ``key.missing``, ``key.wrong`` or ``key.accounts`` where its data need another key, and then
-            nothing was changed.
+            nothing was changed; ``box.wiping``.
 
     Attributes:
         account_secrets: encrypts the secrets of second factors.
@@ -113,6 +121,7 @@ class Store:
     """
 
     def __init__(self, settings: Settings, *, needs_accounts_key: bool = True) -> None:
+        _refuse_wiped(settings)
         self.settings = settings
         self.keys = Keys(settings.data_dir)
         database = settings.data_dir / DATABASE_NAME

@@ -30,6 +30,7 @@ WRONG_USES: dict[str, list[str]] = {
     "audit": ["verify", "--data-dir", "{tmp}/empty"],
     "send-audit": ["--data-dir", "{tmp}/box"],
     "keys": ["check", "--data-dir", "{tmp}/empty"],
+    "wipe": ["--data-dir", "{tmp}/box"],
     "tls": ["status", "--data-dir", "{tmp}/none"],
     "settings": ["--data-dir", "{tmp}/none"],
     "demo": ["--samples", "{tmp}/none", "--data-dir", "{tmp}/empty"],
