@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-import pyotp
 import pytest
 
 from appliance.cli.main import EXIT_ERROR, EXIT_OK, EXIT_USAGE, main
@@ -24,7 +23,7 @@ from appliance.store.logins import Logins
 from appliance.store.store import DATABASE_NAME, WIPE_MARK, Store, open_box
 from appliance.store.wipe import ROLES, Secrets, approve, begin_wipe, finish_wipe, stop_programs
 from tests.support.killed_work import kill_at
-from tests.support.web_box import PASSWORD, QUICK_HASHER, own_password
+from tests.support.web_box import PASSWORD, QUICK_HASHER, Box, own_password
 
 CANARY = "WANG^XIAOMING"
 NAMES = {Role.SYSTEM_ADMINISTRATOR: "sysadmin", Role.SECURITY_ADMINISTRATOR: "secadmin", Role.AUDITOR: "auditor"}
@@ -45,12 +44,10 @@ def make_box(data_dir: Path) -> tuple[Settings, dict[Role, Secrets]]:
     secrets = {}
     with closing(Store(settings)) as store:
         store.content.write(CANARY.encode(), lambda: "ab" * 32)
-        logins, accounts = Logins(store, Accounts(store)), Accounts(store)
+        box = Box(settings, "", store)
         for role, name in NAMES.items():
-            own_password(accounts, name, role)
-            account = accounts.require(name)
-            codes = logins.second_factors.confirm(account, pyotp.TOTP(logins.second_factors.begin(account)).now())
-            secrets[role] = Secrets(name, PASSWORD, codes[0])
+            own_password(box.accounts, name, role)
+            secrets[role] = Secrets(name, PASSWORD, box.second_factor(name))
     return settings, secrets
 
 
