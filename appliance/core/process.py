@@ -95,7 +95,8 @@ def open_port(setting: str, host: str, port: int) -> socket.socket:
         ApplianceError: ``box.port``: the port is in use or not allowed, or the address is none of this machine.
     """
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        named = "127.0.0.1" if host == "localhost" else host  # not ::1, which a machine without IPv6 names but does not have
+        family, kind, _, _, address = socket.getaddrinfo(named, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         opened = socket.socket(family, kind)
     except OSError as error:
         raise port_error(setting, host, port, error) from error

@@ -87,6 +87,8 @@ def test_r14_a_sender_shows_a_certificate_of_the_clinics_authority(settings: Set
     trust = ("+cf", str(tmp_path / "ca.crt"))
     with receiver(settings, **given):
         port = port_of_tls(settings)
+        own = certificates.load_pair(tmp_path / "box.crt", tmp_path / "box.key")
+        assert certificates.served_fingerprint("127.0.0.1", port) == own.fingerprint  # the status page asks without a certificate
         ct, stranger = ((str(tmp_path / f"{name}.key"), str(tmp_path / f"{name}.crt")) for name in ("ct", "stranger"))
         assert storescu(port, tmp_path / "scan.dcm", "+tla", *trust) != 0
         assert storescu(port, tmp_path / "scan.dcm", "+tls", *stranger, *trust) != 0
