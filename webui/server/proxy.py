@@ -165,7 +165,7 @@ def _start(settings: Settings) -> None:
     _write(settings, render(settings, port))
     os.set_inheritable(listener.fileno(), True)
     write_address(settings, "https", port)
-    # In this variable nginx finds the ports that it takes over open, as in an upgrade of nginx.
+    # In this variable nginx finds the open ports that it takes over, as in an upgrade of nginx; it logs one line about that.
     os.execve(program, [program, *_arguments(settings)], {**os.environ, "NGINX": f"{listener.fileno()};"})  # noqa: S606
 
 
