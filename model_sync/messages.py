@@ -233,7 +233,9 @@ REPORTED: Final[Mapping[str, Message]] = {
     "store.failed": Message(
         "Storing failed",
         "Nothing was acknowledged. Send again; if it fails again call the technician.",
-        {"technician": "Check the path, its permissions and the space on the disk."},
+        {
+            "technician": "Check the path, its permissions and the space on the disk. Where the database is damaged (malformed), leave the disk as it is and call the central team."
+        },
     ),
     "sync.budget": Message("Today's data budget is used up", "It continues tomorrow; or raise day_budget_bytes in sync.toml."),
     "sync.busy": Message("Another model-sync process runs on this box", "Wait until it has ended; `model-sync status` shows what it does."),

@@ -72,16 +72,19 @@ def _escrow(data_dir: Path, path: Path) -> None:
 def _restore(data_dir: Path, path: Path) -> None:
     from appliance.store import database as db
     from appliance.store.key_escrow import read_escrow
-    from appliance.store.keys import Keys
+    from appliance.store.key_restore import restore_keys
     from appliance.store.store import DATABASE_NAME, open_box
 
     settings = Settings.load(data_dir)
     if not (settings.data_dir / DATABASE_NAME).is_file():
         raise UsageError(say("there is no box in {path}", path=settings.data_dir), say("check --data-dir; nothing was changed"))
-    Keys(settings.data_dir).restore(read_escrow(path, _passphrase(is_new=False)))
+    names = restore_keys(settings, read_escrow(path, _passphrase(is_new=False)))
     with closing(open_box(data_dir)) as store:
-        store.record(db.SECURITY_ALERT, "cli", "U", "keys:restore")
-    print(say("the keys are restored; start the box again"))
+        store.record(db.SECURITY_ALERT, "cli", "U", "keys:restore", names=names)
+    if names:
+        print(say("restored: {names}; start the box again", names=", ".join(names)))
+    else:
+        print(say("nothing was changed: the keys that are here open the data of this box"))
 
 
 def _rotate(data_dir: Path) -> int:

@@ -161,7 +161,9 @@ class Accounts:
 
     def require(self, username: str) -> Account:
         """The account of that name; raises StoreError ``account.unknown`` where there is none."""
-        return self.account(require_row(self._db.connection(), username))
+        with self._db.snapshot() as connection:
+            row = require_row(connection, username)
+        return self.account(row)
 
     def by_id(self, number: int) -> Account:
         """The account of that number; raises StoreError ``store.missing`` where there is none."""
@@ -177,7 +179,8 @@ class Accounts:
 
     def has_security_administrator(self) -> bool:
         """Whether somebody can manage accounts on the pages."""
-        return _has_administrator(self._db.connection())
+        with self._db.snapshot() as connection:
+            return _has_administrator(connection)
 
     def change_password(self, account: Account, old: str, new: str) -> None:
         """Set a new password of one's own; all sessions of the account end.

@@ -157,14 +157,16 @@ class Database:
 
     @contextmanager
     def snapshot(self) -> Iterator[sqlite3.Connection]:
-        """One read transaction: its queries see the data of the same moment, while others write. Raises StoreError."""
+        """One read transaction, or the open one: its queries see the data of the same moment, while others write. Raises StoreError."""
         try:
             connection = self.connection()
-            connection.execute("BEGIN")
+            is_outer = not connection.in_transaction
+            if is_outer:
+                connection.execute("BEGIN")
             try:
                 yield connection
             finally:
-                if connection.in_transaction:  # some errors end it
+                if is_outer and connection.in_transaction:  # some errors end it
                     connection.execute("ROLLBACK")
         except Error as error:
             raise store_error(error) from error
@@ -180,7 +182,10 @@ class Database:
         Raises:
             StoreError: the transaction was rolled back.
         """
-        connection = self.connection()
+        try:
+            connection = self.connection()
+        except Error as error:
+            raise store_error(error) from error
         try:
             if not durable:
                 connection.execute("PRAGMA synchronous = NORMAL")

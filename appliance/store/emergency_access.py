@@ -76,7 +76,8 @@ class EmergencyAccesses:
         """Seconds for which an account sees patients; 0 where it has no emergency access."""
         if account.role not in EMERGENCY_ROLES:
             return 0.0
-        return max((self._remaining(row) for row in self._active(self._db.connection(), account.id)), default=0.0)
+        with self._db.snapshot() as connection:
+            return max((self._remaining(row) for row in self._active(connection, account.id)), default=0.0)
 
     def open_alarms(self) -> list[Emergency]:
         """The emergency accesses that no security administrator has looked at, the newest first."""

@@ -41,7 +41,13 @@ _CHUNK_BYTES: Final = 1 << 20
 _ABANDONED_S: Final = 3600.0
 # Of a box that recorded no key: so many files may be damaged before its key counts as the wrong one.
 _SAMPLES: Final = 32
+_CONTENT: Final = "content"
 _ANY_FILE: Final = "??/*"
+
+
+def has_content(data_dir: Path) -> bool:
+    """Whether there are encrypted files below a data directory."""
+    return any((data_dir / _CONTENT).glob(_ANY_FILE))
 
 
 class EncryptedFiles:
@@ -60,7 +66,7 @@ class EncryptedFiles:
     def __init__(self, data_dir: Path, keys: Keys, recorded: Callable[[], Collection[str]], record: Callable[[list[str]], None]) -> None:
         self._key_files = keys
         self._incoming = data_dir / "incoming"
-        self._content = data_dir / "content"
+        self._content = data_dir / _CONTENT
         try:
             if not (self._content / "ff").is_dir():
                 for directory in (self._incoming, self._content, *(self._content / f"{i:02x}" for i in range(256))):
@@ -69,7 +75,7 @@ class EncryptedFiles:
                 atomic_files.sync_directory(data_dir)
             with self.locked():  # an exchange destroys no key between loading and recording
                 known = recorded()
-                self._keys = keys.content_keys(known, lambda: any(self._content.glob(_ANY_FILE)))
+                self._keys = keys.content_keys(known, lambda: has_content(data_dir))
                 self._version = self._key_version()
                 if not known and not keys.recorded(CONTENT_KEY) and not self._decrypts_samples():
                     raise StoreError("key.wrong", CONTENT_KEY)

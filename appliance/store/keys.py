@@ -81,6 +81,10 @@ class Keys:
             return self._create(name)
         return self._open(name, blob)
 
+    def exists(self, name: str) -> bool:
+        """Whether there is a key file of this name, whatever it holds."""
+        return (self.directory / name).exists()
+
     def protection(self) -> str:
         """What protects the key files: ``tpm2``, ``systemd-creds``, or ``file``: whoever has the disk has them."""
         return NOT_SEALED if any(self._plain()) else self._master.protection()
@@ -187,13 +191,22 @@ class Keys:
         more = (path.name for path in sorted(self.directory.glob("content.*.key")))
         return {name: self.load(name) for name in (*ESCROWED, *more)}
 
-    def restore(self, keys: dict[str, bytes]) -> None:
+    def is_recorded(self, name: str, key: bytes) -> bool:
+        """Whether a key is the one that is recorded beside the content: for new files (``content.key``), the database, or by its name."""
+        known = self.recorded(DATABASE_KEY) if name == DATABASE_KEY else self.recorded(CONTENT_KEY)[:1]
+        return key_id(key) in (known if name in (DATABASE_KEY, CONTENT_KEY) else name.split("."))
+
+    def restore(self, keys: dict[str, bytes], is_right: Callable[[str, bytes], bool]) -> list[str]:
         """Install the keys of an escrow copy that belong to this box; a key file with another content is kept under another name.
 
         On another machine than the one that the keys were sealed to, they are sealed to this one.
 
         Args:
             keys: by file name.
+            is_right: returns whether the present key of a name opens what it is for; then it stays.
+
+        Returns:
+            The names of the files that were written.
 
         Raises:
             StoreError: ``key.other_box``; ``key.escrow_old``: the box has got more keys since. Nothing was changed in these cases.
@@ -202,13 +215,19 @@ class Keys:
         needed, given = {*self.recorded(CONTENT_KEY), *self.recorded(DATABASE_KEY)}, {key_id(key) for key in keys.values()}
         if needed - given:
             raise StoreError("key.escrow_old" if needed & given else "key.other_box", f"key {sorted(needed - given)[0]}")
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             self._master.load()
         except StoreError:
             self._master.set_aside()
-        for name, key in keys.items():
-            self._set_aside(name, key)
-            self.install(name, key)
+        installed = []
+        for name in sorted(keys, key=(DATABASE_KEY, AUDIT_KEY).__contains__, reverse=True):  # first what the others are compared with
+            present = self._present(name)
+            if present is None or (present != keys[name] and not is_right(name, present)):
+                self._set_aside(name)
+                self.install(name, keys[name])
+                installed.append(name)
+        return installed
 
     def recorded(self, name: str) -> list[str]:
         """The ids of a key that are recorded beside the content; none on a box that an older appliance made."""
@@ -236,17 +255,19 @@ class Keys:
             raise StoreError("key.missing", f"{name}: {len(blob)} bytes")
         return blob
 
-    def _set_aside(self, name: str, key: bytes) -> None:
-        """Keep what a key file holds under another name, unless it is the key."""
+    def _present(self, name: str) -> bytes | None:
+        """The key in a file; None where there is none, or none that can be used."""
+        try:
+            return self.load(name)
+        except StoreError as error:
+            logger.info("key file cannot be used", extra={"code": error.code})
+            return None
+
+    def _set_aside(self, name: str) -> None:
+        """Keep what a key file holds under another name."""
         path = self.directory / name
         with suppress(FileNotFoundError):
-            blob = path.read_bytes()
-            try:
-                if self._open(name, blob) == key:
-                    return
-            except StoreError as error:
-                logger.info("unreadable key file kept under another name", extra={"code": error.code})
-            atomic_files.write(path.with_name(f"{name}{REPLACED}{time.time_ns()}"), blob, mode=0o600)
+            atomic_files.write(path.with_name(f"{name}{REPLACED}{time.time_ns()}"), path.read_bytes(), mode=0o600)
 
     def _create(self, name: str) -> bytes:
         """Create a key; where another process is first, its key is used."""

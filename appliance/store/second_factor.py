@@ -105,7 +105,8 @@ class SecondFactors:
 
     def recovery_codes_left(self, account: Account) -> int:
         """How many recovery codes of an account are unused."""
-        return _count(self._db.connection(), account.id)
+        with self._db.snapshot() as connection:
+            return _count(connection, account.id)
 
     def remove(self, username: str, actor: Actor) -> None:
         """Remove the second factor of an account whose device is lost; its sessions end, and it sets up a new one at the next login.

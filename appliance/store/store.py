@@ -6,12 +6,15 @@ UID and other content is stored as well, and both are flagged.
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 import secrets
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -27,9 +30,9 @@ from appliance.store.account_secrets import AccountSecrets
 from appliance.store.audit_refusals import Refusals
 from appliance.store.database import NOT_A_DATABASE, Database, store_error
 from appliance.store.database_encryption import is_encrypted
-from appliance.store.encrypted_files import EncryptedFiles
+from appliance.store.encrypted_files import EncryptedFiles, has_content
 from appliance.store.job_queue import JobQueue
-from appliance.store.keys import AUDIT_KEY, CONTENT_KEY, DATABASE_KEY, Keys, key_id
+from appliance.store.keys import AUDIT_KEY, CONTENT_KEY, DATABASE_KEY, ESCROWED, Keys, key_id
 from appliance.store.master_key import KEY_BYTES
 from appliance.store.planning import Planner, next_revision, touch_study
 
@@ -87,6 +90,19 @@ def replace_audit_key(settings: Settings, actor: str, reason: str) -> None:
         lock.release()
 
 
+@contextmanager
+def _first_start(data_dir: Path, keys: Keys) -> Iterator[None]:
+    """Hold a lock while the keys and the database of a new box are created: several of its programs may start at the same moment."""
+    is_complete = (data_dir / DATABASE_NAME).exists() and all(map(keys.exists, ESCROWED))
+    descriptor = os.open(data_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if not is_complete:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _open_database(settings: Settings, keys: Keys, audit_key: bytes, *, is_audit_key_new: bool = False) -> Database:
     """Open the database with the key that is recorded for it, or create both."""
     path, is_recorded = settings.data_dir / DATABASE_NAME, bool(keys.recorded(DATABASE_KEY))
@@ -124,19 +140,12 @@ class Store:
         _refuse_wiped(settings)
         self.settings = settings
         self.keys = Keys(settings.data_dir)
-        database = settings.data_dir / DATABASE_NAME
         try:
             settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            audit_key = self.keys.load(AUDIT_KEY, lambda: not database.exists())
+            with _first_start(settings.data_dir, self.keys):
+                self._open()
         except OSError as error:
             raise store_error(error) from error
-        self.database = _open_database(settings, self.keys, audit_key)
-        self.content = EncryptedFiles(
-            settings.data_dir,
-            self.keys,
-            lambda: self.database.key_ids(CONTENT_KEY),
-            lambda ids: self.database.record_key_ids(CONTENT_KEY, ids),
-        )
         self.account_secrets = AccountSecrets(self.database, self.keys)
         if needs_accounts_key:
             self.account_secrets.check()
@@ -148,6 +157,19 @@ class Store:
         self.planner = Planner(settings, self.database)
         self.queue = JobQueue(settings, self.database, self.planner)
         audit_reserve.fill(settings.data_dir)
+
+    def _open(self) -> None:
+        """Open database and files with their keys, created only where there are no data that could need others. Raises OSError."""
+        data_dir, keys = self.settings.data_dir, self.keys
+        has_database, has_files = (data_dir / DATABASE_NAME).exists(), has_content(data_dir)
+        if has_files and not keys.exists(CONTENT_KEY):
+            raise StoreError("key.missing", CONTENT_KEY)  # before another key is created, which would only hinder the restoring
+        is_recorded = bool(keys.recorded(DATABASE_KEY) or keys.recorded(CONTENT_KEY))
+        audit_key = keys.load(AUDIT_KEY, lambda: not (has_database or has_files or is_recorded))
+        self.database = _open_database(self.settings, keys, audit_key)
+        self.content = EncryptedFiles(
+            data_dir, keys, lambda: self.database.key_ids(CONTENT_KEY), lambda ids: self.database.record_key_ids(CONTENT_KEY, ids)
+        )
 
     def close(self) -> None:
         """Close this thread's database connection."""
@@ -174,9 +196,12 @@ class Store:
         Raises:
             StoreError: nothing was stored and nothing may be acknowledged.
         """
-        is_uid_known = self.database.one("SELECT 1 FROM instances WHERE sop_instance_uid = ?", scan.sop_instance_uid) is not None
-        if is_uid_known and (known := self._find(self.database.connection(), scan, digest())) and self.content.holds(digest()):
-            return known
+        if self.database.one("SELECT 1 FROM instances WHERE sop_instance_uid = ?", scan.sop_instance_uid) is not None:
+            name = digest()
+            with self.database.snapshot() as connection:
+                known = self._find(connection, scan, name)
+            if known and self.content.holds(name):
+                return known
         self.check_space(len(data))
         content_sha256 = self.content.write(data, digest)
         with self.database.transaction() as tx:

@@ -200,7 +200,8 @@ class Worklist:
             known = _SEPARATOR.join(map(_folded, columns))
             return all(part in known for part in parts)
 
-        self._db.connection().create_function("fits", 3, fits, deterministic=True)
+        with self._db.snapshot() as connection:
+            connection.create_function("fits", 3, fits, deterministic=True)
         return "fits(patient_name, patient_id, accession_number)", []
 
     def count(self) -> int:

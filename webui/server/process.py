@@ -27,6 +27,7 @@ from gunicorn.workers.gthread import ThreadWorker
 from appliance.core.errors import ApplianceError
 from appliance.core.process import bracketed, die_with_parent, open_port, start_logging
 from appliance.core.settings import Settings
+from model_sync import messages
 from model_sync.web_server import ErrorOnlyLogger, is_loopback
 from webui.server.paced_body import WsgiApp, pace_bodies
 
@@ -164,8 +165,9 @@ def main(create_app: Callable[[Settings], Flask], argv: list[str] | None = None)
 
 
 def error_lines(error: ApplianceError) -> str:
-    """What the log says of an error that ends the process."""
-    return f"error: {error}\nhint: {error.hint}"
+    """What the log says of an error that ends the process, for the technician."""
+    is_own_hint = error.hint != messages.hint(error.code, "en")
+    return f"error: {error}\nhint: {error.hint if is_own_hint else messages.hint(error.code, 'en', 'technician')}"
 
 
 def write_address(settings: Settings, scheme: str, port: int) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import secrets
 import shutil
 import sqlite3
 import subprocess
@@ -296,6 +298,48 @@ def test_r10_a_last_digest_or_sealed_head_that_is_no_text_stops_no_entry(store: 
     write(store, 3)
     assert numbers(store) == list(range(1, 8))
     assert problems(store)
+
+
+PAGE = 4096
+
+
+def damage_page(path: Path, number: int) -> bytes:
+    """Replace a page of the database by random bytes; returns the whole content from before."""
+    whole = path.read_bytes()
+    path.write_bytes(whole[: number * PAGE] + secrets.token_bytes(PAGE) + whole[(number + 1) * PAGE :])
+    return whole
+
+
+def test_r10_a_damaged_database_is_an_error_with_a_hint_in_every_command(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    with closing(Store(settings)) as store:
+        write(store, 400)
+    (settings.data_dir / "box.toml").write_text('audit_syslog = "127.0.0.1:9"\n')
+    path = settings.data_dir / DATABASE_NAME
+    codes = set()
+    for number in range(0, path.stat().st_size // PAGE, 11):
+        whole = damage_page(path, number)
+        for action in (["verify"], ["show"], ["export"], ["status"], ["acknowledge", "--reason", "case 12"]):
+            codes.add(main(["audit", *action, "--data-dir", str(settings.data_dir)]))
+            error = capsys.readouterr().err
+            assert not error or "leave the disk as it is" in error
+        for name in (f"{DATABASE_NAME}-wal", f"{DATABASE_NAME}-shm"):
+            (settings.data_dir / name).unlink(missing_ok=True)
+        path.write_bytes(whole)
+    assert codes == {0, 1}
+
+
+@pytest.mark.parametrize("role", ["serve", "worker", "web"])
+def test_r10_a_program_does_not_start_on_a_damaged_database_and_says_what_to_do(settings: Settings, role: str) -> None:
+    Store(settings).close()
+    damage_page(settings.data_dir / DATABASE_NAME, 1)
+    command = ["-m", "webui"] if role == "web" else ["-m", "appliance", role]
+    done = subprocess.run(
+        [sys.executable, *command, "--data-dir", str(settings.data_dir)], capture_output=True, text=True, timeout=60, check=False,
+        env=os.environ | {"LANG": "en_US.UTF-8", "LANGUAGE": "en"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "leave the disk as it is and call the central team" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def numbers(store: Store) -> list[int]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 from contextlib import closing
@@ -23,7 +25,7 @@ from appliance.core.settings import Settings
 from appliance.store.accounts import Accounts
 from appliance.store.database import APPLICATION_ACTIVITY
 from appliance.store.key_escrow import read_escrow, write_escrow
-from appliance.store.keys import RECORD_NAME, Keys, key_id
+from appliance.store.keys import ACCOUNTS_KEY, AUDIT_KEY, CONTENT_KEY, RECORD_NAME, Keys, key_id
 from appliance.store.logins import Logins
 from appliance.store.store import Store
 
@@ -65,8 +67,8 @@ DAMAGE = {"lost": "key.missing", "empty": "key.missing", "other bytes": "key.wro
 
 
 def state(folder: Path) -> dict[str, bytes]:
-    """Every file of a box, but not SQLite's own."""
-    skipped = ("-wal", "-shm")
+    """Every file of a box, but not SQLite's own and no lock."""
+    skipped = ("-wal", "-shm", ".lock")
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.name.endswith(skipped)}
 
 
@@ -179,6 +181,139 @@ def test_r46_a_restored_box_keeps_the_key_that_was_in_the_way(settings: Settings
     cli("keys", "restore", copy, "--data-dir", settings.data_dir)
     (kept,) = (settings.data_dir / "keys").glob("content.key.replaced-*")
     assert Keys(settings.data_dir).load(kept.name) == foreign
+
+
+def test_r46_a_restore_leaves_a_key_that_opens_the_data(settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An older copy has an earlier audit.key than the one that replaced a lost one."""
+    copy, directory = tmp_path / "escrow.json", settings.data_dir / "keys"
+    cli("keys", "escrow", "--out", copy, "--data-dir", settings.data_dir)
+    (directory / AUDIT_KEY).unlink()
+    assert cli("audit", "new-key", "--reason", "case 8", "--data-dir", settings.data_dir) == 0
+    new = Keys(settings.data_dir).load(AUDIT_KEY)
+    capsys.readouterr()
+    assert cli("keys", "restore", copy, "--data-dir", settings.data_dir) == 0
+    assert "nothing was changed" in capsys.readouterr().out
+    damage(settings, "lost")
+    assert cli("keys", "restore", copy, "--data-dir", settings.data_dir) == 0
+    assert "restored: content.key" in capsys.readouterr().out
+    assert Keys(settings.data_dir).load(AUDIT_KEY) == new
+    assert not list(directory.glob("audit.key.replaced-*"))
+    Keys(settings.data_dir).install(AUDIT_KEY, b"k" * 32)  # one that opens nothing
+    copy_of_new = tmp_path / "new.json"
+    write_escrow(copy_of_new, Keys(settings.data_dir).escrowed() | {AUDIT_KEY: new}, PASSPHRASE)
+    assert cli("keys", "restore", copy_of_new, "--data-dir", settings.data_dir) == 0
+    assert Keys(settings.data_dir).load(AUDIT_KEY) == new
+    with closing(Store(settings)) as store:
+        assert store.content.read(NAME) == IMAGE
+
+
+def test_r46_a_restore_without_any_record_of_keys_leaves_those_that_open_the_data(settings: Settings, tmp_path: Path) -> None:
+    """What is recorded beside the content is gone: the copy of another box must not take the place of good keys."""
+    of_other = tmp_path / "other.json"
+    cli("keys", "escrow", "--out", of_other, "--data-dir", make_box(tmp_path / "another").data_dir)
+    (settings.data_dir / RECORD_NAME).unlink()
+    before = Keys(settings.data_dir).escrowed()
+    cli("keys", "restore", of_other, "--data-dir", settings.data_dir)
+    assert Keys(settings.data_dir).escrowed() == before
+    with closing(Store(settings)) as store:
+        assert store.content.read(NAME) == IMAGE
+
+
+@pytest.mark.usefixtures("quick_passwords")
+def test_r46_accounts_key_is_restored_only_where_it_opens_no_second_factor(settings: Settings, tmp_path: Path) -> None:
+    with_second_factor(settings)
+    keys, copy = Keys(settings.data_dir), tmp_path / "escrow.json"
+    right = keys.load(ACCOUNTS_KEY)
+    write_escrow(copy, keys.escrowed() | {ACCOUNTS_KEY: b"o" * 32}, PASSPHRASE)
+    assert cli("keys", "restore", copy, "--data-dir", settings.data_dir) == 0
+    assert keys.load(ACCOUNTS_KEY) == right
+    write_escrow(tmp_path / "right.json", keys.escrowed(), PASSPHRASE)
+    keys.install(ACCOUNTS_KEY, b"o" * 32)
+    assert cli("keys", "restore", tmp_path / "right.json", "--data-dir", settings.data_dir) == 0
+    assert keys.load(ACCOUNTS_KEY) == right
+
+
+def test_r46_a_restore_is_refused_while_the_box_runs(settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "escrow.json"
+    cli("keys", "escrow", "--out", copy, "--data-dir", settings.data_dir)
+    damage(settings, "other bytes")
+    before = state(settings.data_dir / "keys")
+    lock = Lock(settings.data_dir, "supervisor")
+    try:
+        assert cli("keys", "restore", copy, "--data-dir", settings.data_dir) == 2
+        assert "is using this data directory" in capsys.readouterr().err
+    finally:
+        lock.release()
+    assert state(settings.data_dir / "keys") == before
+    assert cli("keys", "restore", copy, "--data-dir", settings.data_dir) == 0
+
+
+_START = """
+import sys
+from pathlib import Path
+from appliance.core.settings import Settings
+from appliance.store.store import Store
+settings = Settings.parse({"data_dir": Path(sys.argv[1])})
+print("ready", flush=True)
+sys.stdin.readline()
+Store(settings).close()
+"""
+
+
+def test_r46_programs_that_start_together_on_a_new_box_create_its_keys_once(tmp_path: Path) -> None:
+    for number in range(3):
+        data_dir = tmp_path / str(number)
+        command = [sys.executable, "-c", _START, str(data_dir)]
+        started = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(5)]
+        for process in started:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+        for process in started:
+            assert process.stdin is not None
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+        assert [process.communicate()[1].decode() for process in started] == [""] * len(started)
+        assert [process.returncode for process in started] == [0] * len(started)
+        with closing(Store(Settings.parse({"data_dir": data_dir}))) as store:
+            assert store.keys.recorded(CONTENT_KEY) == [key_id(store.keys.load(CONTENT_KEY))]
+
+
+def test_r46_a_program_waits_while_another_one_creates_the_keys(tmp_path: Path) -> None:
+    """The lock that the first start holds is the one that every other first start waits for."""
+    data_dir = tmp_path / "box"
+    data_dir.mkdir()
+    descriptor = os.open(data_dir, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    command = [sys.executable, "-c", _START, str(data_dir)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.communicate(b"\n", timeout=1)
+    assert not (data_dir / "keys").exists()
+    os.close(descriptor)
+    assert process.communicate()[1] == b""
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_r46_a_box_that_has_lost_everything_but_its_images_creates_no_key(settings: Settings, tmp_path: Path, is_recorded: bool) -> None:
+    """A key of today would keep the escrow copy from restoring what a backup of the database brings back."""
+    copy, backup = tmp_path / "escrow.json", tmp_path / "backup"
+    cli("keys", "escrow", "--out", copy, "--data-dir", settings.data_dir)
+    shutil.copytree(settings.data_dir, backup)
+    shutil.rmtree(settings.data_dir / "keys")
+    for path in settings.data_dir.glob("box.sqlite3*"):
+        path.unlink()
+    if not is_recorded:
+        (settings.data_dir / RECORD_NAME).unlink()
+    with pytest.raises(StoreError, match=r"key\.missing"):
+        Store(settings)
+    assert not (settings.data_dir / "keys").exists()
+    shutil.copy(backup / "box.sqlite3", settings.data_dir)
+    assert cli("keys", "restore", copy, "--data-dir", settings.data_dir) == 0
+    with closing(Store(settings)) as store:
+        assert store.content.read(NAME) == IMAGE
 
 
 def test_r46_wrong_passphrase_and_the_copy_of_another_box_change_nothing(
