@@ -136,7 +136,7 @@ class Keys:
     def renew(self, name: str) -> bytes:
         """Replace a damaged key that nothing depends on, and return it; what the file held is kept. Raises OSError or StoreError."""
         key = secrets.token_bytes(KEY_BYTES)
-        self._set_aside(name, key)
+        self._set_aside(name)
         self.install(name, key)
         return key
 

@@ -32,7 +32,7 @@ from appliance.store.database import NOT_A_DATABASE, Database, store_error
 from appliance.store.database_encryption import is_encrypted
 from appliance.store.encrypted_files import EncryptedFiles, has_content
 from appliance.store.job_queue import JobQueue
-from appliance.store.keys import AUDIT_KEY, CONTENT_KEY, DATABASE_KEY, ESCROWED, Keys, key_id
+from appliance.store.keys import AUDIT_KEY, CONTENT_KEY, DATABASE_KEY, Keys, key_id
 from appliance.store.master_key import KEY_BYTES
 from appliance.store.planning import Planner, next_revision, touch_study
 
@@ -93,7 +93,7 @@ def replace_audit_key(settings: Settings, actor: str, reason: str) -> None:
 @contextmanager
 def _first_start(data_dir: Path, keys: Keys) -> Iterator[None]:
     """Hold a lock while the keys and the database of a new box are created: several of its programs may start at the same moment."""
-    is_complete = (data_dir / DATABASE_NAME).exists() and all(map(keys.exists, ESCROWED))
+    is_complete = (data_dir / DATABASE_NAME).exists() and all(map(keys.exists, (AUDIT_KEY, DATABASE_KEY, CONTENT_KEY)))
     descriptor = os.open(data_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if not is_complete:
