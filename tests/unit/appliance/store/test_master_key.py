@@ -30,6 +30,11 @@ needs_systemd = pytest.mark.skipif(shutil.which("systemd-creds") is None or os.g
 needs_tpm = pytest.mark.skipif(None in (shutil.which("swtpm"), shutil.which("tpm2_unseal")), reason="needs swtpm and tpm2-tools")
 
 
+def is_right(_name: str, _key: bytes) -> bool:
+    """What the box says of every key that is present: it opens nothing."""
+    return False
+
+
 def old_keys(data_dir: Path, names: tuple[str, ...] = NAMES) -> dict[str, bytes]:
     """Key files as an older appliance wrote them, with one that was replaced."""
     keys = {name: secrets.token_bytes(KEY_BYTES) for name in (*names, "audit.key.replaced-17")}
@@ -106,7 +111,7 @@ def test_r46_plain_key_files_of_an_older_box_are_encrypted_in_place(tmp_path: Pa
     assert len(list(sealed_files(tmp_path / "keys"))) == len(NAMES)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "keys").iterdir()} == {0o600}
     (tmp_path / "keys" / CONTENT_KEY).unlink()
-    Keys(tmp_path).restore(read_escrow(tmp_path / "escrow", PASSPHRASE))
+    Keys(tmp_path).restore(read_escrow(tmp_path / "escrow", PASSPHRASE), is_right)
     assert loaded(tmp_path, keys) == keys
 
 
@@ -179,7 +184,7 @@ def test_r46_a_box_that_was_moved_to_another_machine_refuses_and_is_restored_fro
             use()
         assert "appliance keys restore" in refused.value.hint
     assert state(tmp_path / "box") == before
-    Keys(settings.data_dir).restore(read_escrow(tmp_path / "escrow", PASSPHRASE))
+    Keys(settings.data_dir).restore(read_escrow(tmp_path / "escrow", PASSPHRASE), is_right)
     with closing(Store(settings)) as store:
         assert store.content.read("ab" * 32) == b"image"
         assert store.keys.load_web_key() != web_key
@@ -197,8 +202,8 @@ def test_r46_a_restore_killed_before_each_of_its_operations_is_done_again(tmp_pa
         operation += 1
         data_dir = tmp_path / str(operation)
         shutil.copytree(tmp_path / "box", data_dir)
-        is_killed = kill_at(operation, lambda folder=data_dir: Keys(folder).restore(escrow))  # type: ignore[misc]
-        Keys(data_dir).restore(escrow)
+        is_killed = kill_at(operation, lambda folder=data_dir: Keys(folder).restore(escrow, is_right))  # type: ignore[misc]
+        Keys(data_dir).restore(escrow, is_right)
         assert loaded(data_dir, escrow) == escrow
     assert operation > 10
 
