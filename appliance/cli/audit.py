@@ -35,8 +35,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Do one of the actions; returns the exit code."""
     from appliance.store.store import open_box
 
-    if arguments.action in ("acknowledge", "new-key") and not arguments.reason.strip():
+    needs_reason = arguments.action in ("acknowledge", "new-key")
+    if needs_reason and not arguments.reason.strip():
         raise UsageError(say("a reason is needed"), say("add --reason TEXT; it is written into the audit"))
+    if arguments.reason and not needs_reason:
+        raise UsageError(say("--reason belongs to acknowledge and new-key"), say("leave it out; nothing was done"))
+    if arguments.xml and arguments.action != "export":
+        raise UsageError(say("--xml belongs to export"), say("use `appliance audit export --xml`; nothing was done"))
     if arguments.action == "new-key":
         return _replace_key(arguments)
     with closing(open_box(arguments.data_dir)) as store:
@@ -47,7 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
         elif arguments.action == "status":
             return _print_status(store)
         elif arguments.action == "acknowledge":
-            for problem in store.database.anchors().acknowledge(_actor(), arguments.reason.strip()):
+            seen = store.database.anchors().acknowledge(_actor(), arguments.reason.strip())
+            if not seen:
+                print(say("nothing to acknowledge: the audit is whole"))
+            for problem in seen:
                 print(say("acknowledged: {problem}", problem=problem.describe(choose_language())))
         else:
             _print_entries(store, is_xml=arguments.action == "export")
@@ -115,7 +123,7 @@ def _replace_key(arguments: argparse.Namespace) -> int:
     else:
         raise UsageError(say("the key of the audit is whole; nothing was changed"), say("new-key is only for a lost keys/audit.key"))
     replace_audit_key(Settings.load(arguments.data_dir), _actor(), arguments.reason.strip())
-    print(say("there is a new key; `appliance audit acknowledge` records that this was seen"))
+    print(say("there is a new key: make a new escrow copy now; `appliance audit acknowledge` records that this was seen"))
     return 0
 
 

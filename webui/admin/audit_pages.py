@@ -15,6 +15,7 @@ from appliance.store.audit import Problem
 from appliance.store.audit_entries import read_entries
 from webui.context import current_box
 from webui.formatting import format_count, format_time, language
+from webui.messages import reason_text
 from webui.server.security import MAX_ID, parse_id
 from webui.view_models import View
 
@@ -28,7 +29,7 @@ _WORDS: Final[dict[str, Any]] = {
     "110104": lazy_gettext("Images were transferred"), "110105": lazy_gettext("Study was deleted"), "110106": lazy_gettext("Export"),
     "110107": lazy_gettext("Import"), "110112": lazy_gettext("List of patients was seen"), "110113": lazy_gettext("Security"),
     "110114": lazy_gettext("Login or logout"), "110122": lazy_gettext("Login"), "110123": lazy_gettext("Logout"),
-    "110126": lazy_gettext("Unknown sender"), "110127": lazy_gettext("Emergency access began"),
+    "110126": lazy_gettext("Unknown or untrusted machine"), "110127": lazy_gettext("Emergency access began"),
     "110129": lazy_gettext("Security settings changed"), "110131": lazy_gettext("Software or model changed"),
     "110132": lazy_gettext("Refused: no right to it"), "110137": lazy_gettext("Account changed"),
     "110138": lazy_gettext("Emergency access ended"),
@@ -55,15 +56,17 @@ def show() -> ResponseReturnValue:
 
 def _entry_row(entry: dict[str, Any]) -> View:
     detail = dict(entry["detail"])
-    code, meaning = (detail.pop("type", ""), detail.pop("type_meaning", ""))
-    words = [_WORDS.get(entry["event"], entry["meaning"])] + ([_WORDS.get(code, meaning)] if code else [])
+    kind, meaning, code = (detail.pop("type", ""), detail.pop("type_meaning", ""), str(detail.pop("code", "")))
+    words = [_WORDS.get(entry["event"], entry["meaning"])] + ([_WORDS.get(kind, meaning)] if kind else [])
     return {
         "seq": entry["seq"],
         "at": format_time(entry["at"]),
         "event": gettext(": ").join(str(word) for word in words),
         "actor": entry["actor"],
         "object": entry["object"],
-        "is_failure": entry["outcome"] != 0,
+        "needs_attention": entry["outcome"] != 0,
+        "code": code,
+        "reason": reason_text(code) if code else "",
         "details": [{"name": name, "value": value if isinstance(value, str) else json.dumps(value)} for name, value in detail.items()],
     }
 
@@ -72,8 +75,10 @@ def _entry_row(entry: dict[str, Any]) -> View:
 def verify() -> ResponseReturnValue:
     """Search the whole audit for changes."""
     found = current_box().store.database.anchors().verify()
-    whole = gettext("The audit is whole: %(count)s entries.", count=format_count(found.entries))
-    flash(_say_changed(found.problems) if found.problems else whole)
+    if found.problems:
+        flash(_say_changed(found.problems), "error")
+    else:
+        flash(gettext("The audit is whole: %(count)s entries.", count=format_count(found.entries)))
     return redirect(url_for("audit.show"))
 
 

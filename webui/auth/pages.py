@@ -149,7 +149,7 @@ def _begin_again_where_ended() -> ResponseReturnValue | None:
         return None
     logout_user()
     session.clear()
-    flash(f"{reason_text('account.session_ended')}{gettext('. ')}{reason_hint('account.session_ended')}")
+    flash(f"{reason_text('account.session_ended')}{gettext('. ')}{reason_hint('account.session_ended')}", "error")
     return redirect(url_for("auth.login"))
 
 

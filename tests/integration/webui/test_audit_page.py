@@ -11,6 +11,7 @@ import pytest
 
 from appliance.core.roles import Role
 from appliance.core.settings import Settings
+from appliance.store.audit import NODE_AUTHENTICATION, SECURITY_ALERT
 from appliance.store.audit_anchors import CONFIRMED_NAME
 from tests.support.audit_damage import FIRST, LAST, damage_entries
 from tests.support.scans import scan_bytes
@@ -70,7 +71,15 @@ def test_the_auditor_searches_for_changes(box: Box, language: str, whole: str, b
         tx.execute("DROP TRIGGER audit_no_update")
         tx.execute("UPDATE audit SET entry = replace(entry, 'auditor', 'nobody') WHERE seq = 1")
     auditor.post("/audit/verify")
-    assert broken in auditor.open("/audit")
+    assert re.search(rf'class="banner tone-bad" role="alert">.*{broken}', auditor.open("/audit"))
+
+
+@pytest.mark.parametrize(("language", "said"), [("en", "certificate is not trusted"), ("zh", "syslog 服务器的证书不可信")])
+def test_the_reason_of_an_entry_is_shown_in_words(box: Box, language: str, said: str) -> None:
+    box.store.record(SECURITY_ALERT, "audit-sender", "E", "syslog", 8, code="audit.certificate", **NODE_AUTHENTICATION)
+    page = box.person("li", Role.AUDITOR, language).open("/audit")
+    assert said in page
+    assert "audit.certificate" in page
 
 
 def test_the_page_compares_with_the_head_that_the_centre_confirmed(settings: Settings, quick_passwords: None, tmp_path: Path) -> None:
