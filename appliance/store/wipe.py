@@ -23,6 +23,7 @@ from appliance.core.roles import Role
 from appliance.core.settings import FILE_NAME, Settings
 from appliance.store import audit, plain_files
 from appliance.store.accounts import Account, Accounts
+from appliance.store.audit_entries import read_entries
 from appliance.store.audit_messages import AuditMessages
 from appliance.store.database import store_error
 from appliance.store.logins import Logins
@@ -82,7 +83,8 @@ def begin_wipe(store: Store, persons: tuple[Account, Account], audit_file: Path)
     names = [person.username for person in persons]
     store.record(audit.SECURITY_ALERT, names[0], "D", "box", purpose="wipe", approved_by=names)
     messages = AuditMessages(store.database, store.settings.ae_title)
-    lines = [messages.message(row["entry"]) for row in store.database.query("SELECT entry FROM audit ORDER BY seq")]
+    with store.database.snapshot() as connection:
+        lines = [messages.message(audit.fields_of(entry)) for entry in read_entries(connection)]
     if audit_file.exists():
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(audit_file))
     atomic_files.write(audit_file, "".join(f"{line}\n" for line in lines).encode(), mode=0o600)
