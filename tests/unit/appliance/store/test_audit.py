@@ -583,3 +583,20 @@ def test_r10_a_line_of_a_key_that_was_replaced_is_accepted_only_before_the_lines
         assert problems(store)[0] == "line 2 of audit.anchors was changed"
         anchors.path.write_bytes(first + second + first)
         assert problems(store) == ["line 3 of audit.anchors was changed"]
+
+
+@pytest.mark.parametrize(("count", "is_whole"), [(1, True), (2, True), (0, False), (3, False)])
+def test_r10_what_an_earlier_version_knew_of_the_anchors_is_accepted(store: Store, count: int, is_whole: bool) -> None:
+    """It sealed the number of lines with the MAC of the last one; the digest of all of them takes its place with the next anchor."""
+    anchors = store.database.anchors()
+    for _ in range(2):
+        write(store, 501)
+        assert anchors.take()
+    lines = anchors.read()
+    mac = lines[count - 1].mac if 0 < count <= len(lines) else "ab" * 32
+    with store.database.transaction() as tx:
+        tx.execute("INSERT OR REPLACE INTO meta VALUES ('audit_anchors', audit_seal(?))", (f"{count} {mac}",))
+    assert (problems(store) == []) == is_whole
+    write(store, 501)
+    assert anchors.take()
+    assert (problems(store) == []) == is_whole

@@ -84,7 +84,7 @@ def test_a_running_box_uses_the_new_key_at_once_and_opens_everything(tmp_path: P
     assert content_keys(settings.data_dir) == [CONTENT_KEY]
     assert Keys(settings.data_dir).recorded(CONTENT_KEY) == [key_id(new)]
     with pytest.raises(StoreError, match=r"key\.other_box|key\.escrow_old"):
-        Keys(settings.data_dir).restore({CONTENT_KEY: old})
+        Keys(settings.data_dir).restore({CONTENT_KEY: old}, lambda _name, _key: False)
 
 
 WRITE = """
