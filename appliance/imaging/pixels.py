@@ -1,4 +1,4 @@
-"""Decode the pixels of an image, one frame at a time, after checks, with the fastest decoder available.
+"""Decode the pixels of an image, one frame at a time, after checks; compressed frames in a process of their own.
 
 The values are those of pydicom's ``pixel_array``: stored values (before any modality or VOI transformation) for grey and palette images;
 YBR_FULL and YBR_FULL_422 converted to RGB. Nothing large is imported before the first frame is decoded: the web process mostly reads
@@ -12,12 +12,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias, TypeVar
 
-from pydicom.encaps import encapsulate, generate_frames
+from pydicom.encaps import generate_frames
 from pydicom.pixels.decoders.base import get_decoder
 
 from appliance.core.errors import IngestError, PixelError
 from appliance.imaging.codestream import check_frame
-from appliance.imaging.decoders import best_plugin, register_decoders
+from appliance.imaging.decoder_process import decode_coded_frame
+from appliance.imaging.decoders import last_line
 from appliance.imaging.pixel_checks import (
     NATIVE,
     PIXEL_KEYWORDS,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from pydicom.pixels.decoders.base import Decoder
     from pydicom.uid import UID
 
-__all__ = ["PixelCaps", "check_structure", "decode_frame", "frame_count", "iter_frames", "register_decoders"]
+__all__ = ["PixelCaps", "check_structure", "decode_frame", "frame_count", "iter_frames"]
 
 Frame: TypeAlias = "NDArray[Any]"
 _P = ParamSpec("_P")
@@ -58,8 +59,9 @@ def decode_frame(ds: Dataset, index: int = 0) -> Frame:
         view of uncompressed pixel data.
 
     Raises:
-        PixelError: ``pixel.corrupt`` when the coded data is damaged, ``pixel.undecodable`` when no decoder supports it, or an error of
-            ``check_structure``.
+        PixelError: ``pixel.corrupt`` when the coded data is damaged, ``pixel.undecodable`` when no decoder supports it,
+            ``pixel.decoder_*`` when the decoder crashed or exceeded its limits, or an error of ``check_structure``.
+        MemoryError: the machine is short of memory.
         IndexError: there is no such frame.
     """
     if not 0 <= index < frame_count(ds):
@@ -111,11 +113,8 @@ def _view(decoder: Decoder, ds: Dataset, layout: Layout, index: int) -> Frame | 
 
 
 def _compressed_frames(ds: Dataset, syntax: UID, layout: Layout, only: int | None) -> Iterator[Frame]:
-    """Check each coded frame, then let pydicom decode it as an image of one frame."""
-    plugin = best_plugin(syntax)
-    if not plugin:
-        raise PixelError("pixel.undecodable", f"no decoder for {syntax.name} is installed")
-    decoder, options = get_decoder(syntax), _options(ds, layout)
+    """Check each coded frame, then let the decoder process decode it."""
+    options = _options(ds, layout)
     offsets = (ds.ExtendedOffsetTable, ds.ExtendedOffsetTableLengths) if "ExtendedOffsetTable" in ds else None
     coded_frames = generate_frames(ds.PixelData, number_of_frames=layout.frames, extended_offsets=offsets)
     for index in range(layout.frames):
@@ -124,8 +123,10 @@ def _compressed_frames(ds: Dataset, syntax: UID, layout: Layout, only: int | Non
             return
         if only in (None, index):
             check_frame(syntax, coded, layout)
-            item = encapsulate([coded], has_bot=False)
-            yield _guarded(_decode, decoder, item, index=0, decoding_plugin=plugin, **options)
+            frame = decode_coded_frame(syntax, coded, options)
+            if frame.shape[:2] != (layout.rows, layout.columns) or frame.shape[2:] not in ((), (3,)):
+                raise PixelError("pixel.decoder_crashed", f"an array of {frame.shape}")
+            yield frame
 
 
 def _options(ds: Dataset, layout: Layout) -> dict[str, Any]:
@@ -133,7 +134,7 @@ def _options(ds: Dataset, layout: Layout) -> dict[str, Any]:
     return {
         "rows": layout.rows, "columns": layout.columns, "number_of_frames": 1, "samples_per_pixel": layout.samples,
         "photometric_interpretation": layout.photometric, "planar_configuration": int(ds.get("PlanarConfiguration") or 0),
-        "pixel_representation": ds.PixelRepresentation, "bits_allocated": layout.bits_allocated, "bits_stored": ds.BitsStored,
+        "pixel_representation": int(ds.PixelRepresentation), "bits_allocated": layout.bits_allocated, "bits_stored": int(ds.BitsStored),
     }  # fmt: skip
 
 
@@ -149,4 +150,4 @@ def _guarded(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) ->
         try:
             return function(*args, **kwargs)
         except (*VALUE_ERRORS, RuntimeError) as error:
-            raise PixelError("pixel.corrupt", str(error).splitlines()[-1].strip() if str(error) else type(error).__name__) from error
+            raise PixelError("pixel.corrupt", last_line(error)) from error

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import struct
 import uuid
 import warnings
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
-
-from appliance.core.errors import IngestError
+from appliance.imaging.decoder_process import decode_picture
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from appliance.core.domain import PictureForm
 
-MAX_PIXELS: Final = 100_000_000
-MAX_SIDE: Final = 0xFFFF  # Rows and Columns are unsigned shorts
-_FORMATS: Final = ("PNG", "JPEG")
 _SEXES: Final = ("M", "F", "O")
-# The exceptions of Pillow for damaged files and damaged EXIF.
-_PICTURE_ERRORS: Final = (
-    UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, OverflowError, MemoryError,
-    struct.error,
-)  # fmt: skip
 
 
 def secondary_capture(data: bytes, form: PictureForm) -> bytes:
@@ -37,11 +23,12 @@ def secondary_capture(data: bytes, form: PictureForm) -> bytes:
     own, so that two files never become images of one patient by accident.
 
     Raises:
-        IngestError: ``ingest.unsupported_image``, ``ingest.absurd_dimensions``.
+        IngestError: ``ingest.unsupported_image``, ``ingest.absurd_dimensions``, ``ingest.decoder``.
+        MemoryError: the machine is short of memory.
     """
     from highdicom.sc import ConversionTypeValues, SCImage
 
-    pixels = grey_values(data)
+    pixels = decode_picture(data)
     seed = hashlib.sha256(repr(form).encode() + b"\0" + data).digest()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # highdicom warns about names of one component, which people do type
@@ -75,40 +62,6 @@ def _describe(image: Any, form: PictureForm, conversion: Any) -> None:
             del image[name]
     for equipment in image.get("ContributingEquipmentSequence", []):
         del equipment.ContributionDateTime
-
-
-def grey_values(data: bytes) -> NDArray[np.uint8] | NDArray[np.uint16]:
-    """Decode a PNG or JPEG to grey values [rows, columns], upright; a 16-bit PNG keeps its depth.
-
-    Raises:
-        IngestError: ``ingest.unsupported_image``, ``ingest.absurd_dimensions``.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's warnings about damaged EXIF
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(BytesIO(data), formats=_FORMATS)
-            if picture.width * picture.height > MAX_PIXELS or max(picture.size) > MAX_SIDE:
-                raise IngestError("ingest.absurd_dimensions", f"{picture.width}x{picture.height}")
-            upright = ImageOps.exif_transpose(picture)
-            if upright.mode.startswith("I"):
-                return np.asarray(upright).astype(np.uint16)
-            return np.asarray(_flatten(upright))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise IngestError("ingest.absurd_dimensions", "too many pixels") from error
-    except _PICTURE_ERRORS as error:
-        is_truncated = isinstance(error, OSError) and "truncated" in str(error)  # Pillow has no exception of its own for it
-        detail = "not enough memory" if isinstance(error, MemoryError) else "cut short" if is_truncated else "damaged"
-        raise IngestError("ingest.unsupported_image", detail) from error
-
-
-def _flatten(picture: Image.Image) -> Image.Image:
-    """Convert colour to grey by luminance; transparent pixels become black, like the border of a film."""
-    if picture.mode in ("LA", "RGBA", "PA") or "transparency" in picture.info:
-        rgba = picture.convert("RGBA")
-        black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
-        return Image.alpha_composite(black, rgba).convert("L")
-    return picture.convert("L")
 
 
 def _uid(seed: bytes, role: str) -> str:

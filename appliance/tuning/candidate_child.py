@@ -1,14 +1,7 @@
-"""The process in which :class:`appliance.tuning.candidate_process.CandidateProcess` runs its candidate.
-
-It dies with its parent, has a memory limit, is the first process that the kernel kills when memory is short, and writes no core file
-(which could contain a patient's image). Its arguments: the pipes that it reads and writes, the process to die with, the memory limit.
-"""
+"""The process in which :class:`appliance.tuning.candidate_process.CandidateProcess` runs its candidate."""
 
 from __future__ import annotations
 
-import os
-import resource
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -17,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from appliance.core import limited_child
+from appliance.core.child_protocol import Message
 from appliance.core.errors import InferenceError
-from appliance.core.process import die_with_parent, limit_memory
+from appliance.core.limited_child import Channel
 from appliance.runtime import Candidate, Runtime, open_runtime
-from appliance.tuning.child_protocol import Message, ProtocolError, pack, receive
 
 _PROGRESS_EVERY_S: Final = 0.2
 _DETAIL_CHARS: Final = 500
 _SHORT_BYTES: Final = 16 << 20
 _MAYBE_MEMORY: Final = ("job.error", "runtime.unavailable", "runtime.build")
-_MOST_KILLABLE: Final = "1000"
 
 OpenRuntime = Callable[..., Runtime]
 
@@ -43,25 +36,24 @@ class Server:
     """Handles one request after the other until the parent closes the pipe.
 
     Args:
-        requests: file descriptor to read requests from.
-        responses: file descriptor to write responses to.
+        channel: to the parent.
         opener: loads a candidate.
     """
 
-    def __init__(self, requests: int, responses: int, opener: OpenRuntime = open_runtime) -> None:
-        self._requests, self._responses, self._open = requests, responses, opener
+    def __init__(self, channel: Channel, opener: OpenRuntime = open_runtime) -> None:
+        self._channel, self._open = channel, opener
         self._runtime: Runtime | None = None
         self._progress_at = 0.0
 
     def serve(self) -> None:
         """Handle requests until the pipe is closed or broken; raises EOFError, OSError or ProtocolError then."""
         while True:
-            request = receive(self._fill)
+            request = self._channel.receive()
             try:
                 response = self._handle_errors(request)
             except InferenceError as error:
                 response = Message({"error": {"code": error.code, "detail": error.detail[:_DETAIL_CHARS]}}, {})
-            self._send(Message(response.header | {"peak_rss_bytes": peak_rss_bytes()}, response.arrays))
+            self._channel.send(Message(response.header | {"peak_rss_bytes": peak_rss_bytes()}, response.arrays))
 
     def _handle_errors(self, request: Message) -> Message:
         try:
@@ -105,20 +97,7 @@ class Server:
     def _send_progress(self, done: float) -> None:
         if time.monotonic() >= self._progress_at + _PROGRESS_EVERY_S or done >= 1.0:
             self._progress_at = time.monotonic()
-            self._send(Message({"progress": round(float(done), 4)}, {}))
-
-    def _fill(self, buffer: memoryview) -> None:
-        while buffer:
-            got = os.readv(self._requests, [buffer])
-            if not got:
-                raise EOFError("the parent has closed the pipe")
-            buffer = buffer[got:]
-
-    def _send(self, message: Message) -> None:
-        for buffer in pack(message.header, message.arrays):
-            rest = buffer
-            while rest:
-                rest = rest[os.write(self._responses, rest) :]
+            self._channel.send(Message({"progress": round(float(done), 4)}, {}))
 
 
 def _short_of_memory() -> bool:
@@ -141,22 +120,7 @@ def peak_rss_bytes() -> int:
 
 def run(arguments: list[str], opener: OpenRuntime = open_runtime) -> int:
     """Run as the child process; returns the exit code."""
-    requests, responses, parent, memory_bytes = (int(argument) for argument in arguments)
-    die_with_parent(signal.SIGKILL)
-    if os.getppid() != parent:  # the parent died before the line above
-        return 1
-    for descriptor in (requests, responses):  # a compiler that this process starts must not keep them open
-        os.set_inheritable(descriptor, False)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if memory_bytes:
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        limit_memory(memory_bytes if hard == resource.RLIM_INFINITY else min(memory_bytes, hard))
-    with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text(_MOST_KILLABLE)
-    with suppress(EOFError, OSError, ProtocolError):
-        Server(requests, responses, opener).serve()
-    # Skip the normal exit of the interpreter: destructors of some native runtimes crash there.
-    os._exit(0)
+    return limited_child.run(arguments, lambda channel: Server(channel, opener).serve())
 
 
 if __name__ == "__main__":

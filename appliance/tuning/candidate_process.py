@@ -1,50 +1,25 @@
-"""Runs a candidate in a process of its own, which may crash, hang or run out of memory without harm to the worker.
-
-Compilers of neural networks do all of that: OpenVINO's has a segmentation fault with some Q/DQ graphs. Every call has a deadline, at
-which the parent kills the process group of the child. The responses come through a pipe of their own; what native code prints goes
-through another pipe, and its last line becomes the reason of a crash.
-"""
+"""Runs a candidate in a process of its own (:class:`LimitedProcess`): OpenVINO's compiler has a segmentation fault with some graphs."""
 
 from __future__ import annotations
 
-import os
-import select
-import signal
-import subprocess
-import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-
-from appliance.core.child_process import ENVIRONMENT, printable_text
+from appliance.core.child_process import printable_text
+from appliance.core.child_protocol import Message
 from appliance.core.errors import InferenceError
+from appliance.core.limited_process import LimitedProcess, ProcessEndedError
 from appliance.runtime import Candidate, OnProgress, TensorSpec
-from appliance.tuning.child_protocol import Message, ProtocolError, pack, receive
 from model_sync import messages
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
     from typing_extensions import Self
 
-_REAP_S: Final = 2.0
-_PRINTED_BYTES: Final = 4096
-_CHUNK_BYTES: Final = 1 << 16
 _DETAIL_CHARS: Final = 500
-_LAST_LINE_CHARS: Final = 200
-_EXIT_POLL_S: Final = 0.005
 _MAX_NUMBER: Final = 1e18
-_OUT_OF_MEMORY: Final = ("bad_alloc", "cannot allocate memory", "out of memory", "memoryerror")
-
-
-class _ClosedError(Exception):
-    """The child has closed its pipe."""
-
-
-class _DeadlineError(Exception):
-    """The deadline of a call has passed."""
+_CODES: Final = {"crashed": "runtime.crashed", "deadline": "runtime.deadline", "memory": "runtime.memory", "killed": "runtime.memory"}
 
 
 class CandidateProcess:
@@ -79,11 +54,7 @@ class CandidateProcess:
         }  # fmt: skip
         self._input = input_spec.name
         self.deadline_s, self._memory_bytes, self._on_progress = deadline_s, memory_bytes, on_progress
-        self._process: subprocess.Popen[bytes] | None = None
-        self._pipes: list[int] = []
-        self._printed = bytearray()
-        self._is_print_closed = False
-        self._deadline = 0.0
+        self._process: LimitedProcess | None = None
         self._error: tuple[str, str] | None = None
         self.load_ms = 0.0
         self.peak_rss_bytes = 0
@@ -97,6 +68,10 @@ class CandidateProcess:
         """Start the child, load the model there and warm it up; returns ``Runtime.describe``."""
         if self._process is not None or self._error is not None:
             raise InferenceError("job.error", "a candidate is loaded once")
+        try:
+            self._process = LimitedProcess(self.module, self._memory_bytes)
+        except OSError as error:
+            raise InferenceError("runtime.crashed", f"no process could be started: {error.strerror}") from error
         response = self._call("load", Message(self._load_request, {}))
         described = response.header.get("describe")
         if not isinstance(described, dict):
@@ -120,7 +95,8 @@ class CandidateProcess:
         """End the child and every process that it started."""
         if self._error is None:
             self._error = ("job.error", "the candidate is closed")
-        self._kill()
+        if self._process is not None:
+            self._process.close()
 
     def __enter__(self) -> Self:
         return self
@@ -128,33 +104,23 @@ class CandidateProcess:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if getattr(self, "_process", None) is not None:
-            self._kill()
-
     def _call(self, where: str, request: Message) -> Message:
         if self._error is not None:
             raise InferenceError(*self._error)
-        self._deadline = time.monotonic() + self.deadline_s
+        if self._process is None:
+            raise InferenceError("job.error", "nothing is loaded")
         try:
-            if self._process is None:
-                if where != "load":
-                    raise InferenceError("job.error", "nothing is loaded")
-                self._start()
-            response = self._exchange(request)
-        except (_ClosedError, BrokenPipeError) as ended:
-            raise self._crash_error(where) from ended
-        except _DeadlineError as late:
-            raise self._end("runtime.deadline", f"more than {self.deadline_s:g} s in {where}") from late
-        except ProtocolError as error:
-            raise self._end("runtime.crashed", f"invalid response in {where}: {error}") from error
-        except BaseException:  # an interrupt, or on_progress failed: the stream is in the middle of a message
-            self.close()
-            raise
+            response = self._process.call(request.header, request.arrays, self.deadline_s, self._report_progress)
+        except ProcessEndedError as ended:
+            raise self._end(_CODES[ended.end], _describe(ended, where)) from ended
         self.peak_rss_bytes = int(_number(response.header.get("peak_rss_bytes")))
         if "error" in response.header:
             raise self._reported_error(response.header["error"], where)
         return response
+
+    def _report_progress(self, done: object) -> None:
+        if self._on_progress is not None:
+            self._on_progress(min(_number(done), 1.0))
 
     def _reported_error(self, error: object, where: str) -> InferenceError:
         code, detail = (error.get("code"), error.get("detail")) if isinstance(error, dict) else (None, None)
@@ -165,117 +131,17 @@ class CandidateProcess:
             return self._end(code, text)
         return InferenceError(code, text)
 
-    def _start(self) -> None:
-        (child_in, requests), (responses, child_out), (printed, child_print) = (os.pipe() for _ in range(3))
-        self._pipes = [requests, responses, printed]
-        for descriptor in self._pipes:
-            os.set_blocking(descriptor, False)
-        arguments = [child_in, child_out, os.getpid(), self._memory_bytes or 0]
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", self.module, *map(str, arguments)], stdin=subprocess.DEVNULL, stdout=child_print, stderr=child_print,
-                pass_fds=(child_in, child_out), start_new_session=True, env=os.environ | ENVIRONMENT,
-            )  # fmt: skip
-        except OSError as error:
-            raise InferenceError("runtime.crashed", f"no process could be started: {error.strerror}") from error
-        finally:
-            for descriptor in (child_in, child_out, child_print):
-                os.close(descriptor)
-
-    def _exchange(self, request: Message) -> Message:
-        for buffer in pack(request.header, request.arrays):
-            self._write(buffer)
-        while True:
-            response = receive(self._read)
-            if "progress" not in response.header:
-                return response
-            if self._on_progress is not None:
-                self._on_progress(min(_number(response.header["progress"]), 1.0))
-
-    def _write(self, buffer: memoryview) -> None:
-        while buffer:
-            self._wait(self._pipes[0], select.POLLOUT)
-            with suppress(BlockingIOError):
-                buffer = buffer[os.write(self._pipes[0], buffer) :]
-
-    def _read(self, buffer: memoryview) -> None:
-        while buffer:
-            self._wait(self._pipes[1], select.POLLIN)
-            with suppress(BlockingIOError):
-                got = os.readv(self._pipes[1], [buffer])
-                if not got:
-                    raise _ClosedError
-                buffer = buffer[got:]
-
-    def _wait(self, descriptor: int, event: int) -> None:
-        """Wait until a pipe is ready, and read meanwhile what is printed, so that the child never blocks on printing."""
-        poll = select.poll()
-        poll.register(descriptor, event)
-        if not self._is_print_closed:
-            poll.register(self._pipes[2], select.POLLIN)
-        while True:
-            left_s = self._deadline - time.monotonic()
-            if left_s <= 0:
-                raise _DeadlineError
-            ready = dict(poll.poll(left_s * 1000))
-            if self._pipes[2] in ready:
-                self._read_printed()
-                if self._is_print_closed:
-                    poll.unregister(self._pipes[2])
-            if descriptor in ready:
-                return
-
-    def _read_printed(self) -> None:
-        with suppress(BlockingIOError):
-            printed = os.read(self._pipes[2], _CHUNK_BYTES)
-            self._is_print_closed = not printed
-            self._printed = (self._printed + printed)[-_PRINTED_BYTES:]
-
-    def _crash_error(self, where: str) -> InferenceError:
-        assert self._process is not None
-        ending = _wait_for_exit(self._process.pid)
-        if ending is None:
-            return self._end("runtime.crashed", f"closed its pipe in {where}")
-        self._read_printed()
-        text = self._printed.decode("utf-8", "replace").strip()
-        last = printable_text(text.rsplit("\n", 1)[-1].strip(), _LAST_LINE_CHARS)
-        detail = f"{ending} in {where}" + (f": {last}" if last else "")
-        if ending == "SIGKILL":  # sent by the kernel when memory runs out
-            return self._end("runtime.memory", f"killed from outside, {detail}")
-        if any(words in text.lower() for words in _OUT_OF_MEMORY):
-            return self._end("runtime.memory", detail)
-        return self._end("runtime.crashed", detail)
-
     def _end(self, code: str, detail: str) -> InferenceError:
         self._error = (code, detail)
-        self._kill()
+        self.close()
         return InferenceError(code, detail)
 
-    def _kill(self) -> None:
-        if self._process is not None:
-            with suppress(ProcessLookupError):  # also after its end: a process that it started may still run
-                os.killpg(self._process.pid, signal.SIGKILL)
-            with suppress(subprocess.TimeoutExpired):  # blocked in the kernel: it is reaped when it returns
-                self._process.wait(_REAP_S)
-            self._process = None
-        for descriptor in self._pipes:
-            os.close(descriptor)
-        self._pipes = []
 
-
-def _wait_for_exit(pid: int) -> str | None:
-    """Wait for the exit of a child that closed its pipe; returns its signal or exit code. It is not reaped, so its number stays valid."""
-    limit = time.monotonic() + _REAP_S
-    while time.monotonic() < limit:
-        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-        if ended is None:
-            time.sleep(_EXIT_POLL_S)
-        elif ended.si_code == os.CLD_EXITED:
-            return f"exit code {ended.si_status}"
-        else:
-            known = {int(name) for name in signal.Signals}
-            return signal.Signals(ended.si_status).name if ended.si_status in known else f"signal {ended.si_status}"
-    return None
+def _describe(ended: ProcessEndedError, where: str) -> str:
+    """The detail of an error: what happened, in which call, and the last line that was printed."""
+    first, _, rest = ended.detail.partition(": ")
+    text = f"{first} in {where}" + "".join(f": {part}" for part in (rest, ended.printed) if part)
+    return f"killed from outside, {text}" if ended.end == "killed" else text
 
 
 def _number(value: object) -> float:

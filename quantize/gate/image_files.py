@@ -16,9 +16,9 @@ from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 
 from appliance.core.errors import ApplianceError
+from appliance.imaging.pictures import grey_values
 from appliance.imaging.pixels import frame_count
 from appliance.imaging.preprocessing import from_display, to_tensor
-from appliance.ingest.secondary_capture import grey_values
 from model_sync.bundle import InputSpec
 
 SUFFIXES: Final = frozenset({".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".npz"})

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from appliance.core.child_protocol import pack
 from appliance.core.errors import InferenceError
 from appliance.tuning.candidate_child import run
-from appliance.tuning.child_protocol import pack
 
 _GARBAGE = b'RT01\xff\xfe\x00garbage {"error": 1}\n'
 

@@ -1,6 +1,6 @@
 """Frames for the viewer, decoded one at a time and cached, since a page asks for the description and then for the pixels.
 
-The decoders are imported with the first image, to save memory while no image is shown.
+What decodes is imported, and the decoder process started, with the first image, to save memory while no image is shown.
 """
 
 from __future__ import annotations
@@ -61,9 +61,7 @@ class FrameCache:
 
     def _decode(self, instance_id: int, number: int, correction: Correction) -> DisplayFrame:
         from appliance.imaging.display_frame import display_frame
-        from appliance.imaging.pixels import register_decoders
 
-        register_decoders()
         frame = display_frame(self._dataset(instance_id), number, correction)
         if frame.pixels.base is not None:  # a view would keep all frames of the image in memory
             frame = replace(frame, pixels=frame.pixels.copy())

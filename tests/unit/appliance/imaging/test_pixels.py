@@ -31,7 +31,7 @@ from pydicom.uid import (
 )
 
 from appliance.core.errors import IngestError, PixelError
-from appliance.imaging import decoders
+from appliance.imaging import decoders, pixels
 from appliance.imaging.pixels import PixelCaps, check_structure, decode_frame, frame_count, iter_frames
 from tests.support.scans import dataset
 
@@ -227,7 +227,14 @@ def test_second_frame_of_another_size_is_refused_before_it_is_decoded() -> None:
     assert caught.value.code == "ingest.absurd_dimensions"
 
 
+@pytest.fixture
+def decodes_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoders that are changed by a test run in its own process."""
+    monkeypatch.setattr(pixels, "decode_coded_frame", decoders.decode_coded_frame)
+
+
 @pytest.mark.parametrize("syntax", SYNTAXES, ids=NAMES)
+@pytest.mark.usefixtures("decodes_here")
 def test_without_imagecodecs_others_stand_in(syntax: UID, monkeypatch: pytest.MonkeyPatch) -> None:
     preference = [name for name in decoders._PREFERENCE if name != "imagecodecs"]
     monkeypatch.setattr(decoders, "_PREFERENCE", preference)
@@ -263,12 +270,12 @@ def test_jpeg_ls_colour_in_every_interleave(interleave: int) -> None:
     assert np.array_equal(decode_frame(ds), picture)
 
 
+@pytest.mark.usefixtures("decodes_here")
 def test_decoder_that_returns_another_size_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last check, should a codestream say one thing in its header and another inside."""
     monkeypatch.setattr(decoders, "_decode", lambda *_: np.zeros((40, 55), np.uint16))
     with pytest.raises(PixelError, match="the header says"):
         decode_frame(compressed(JPEGLSLossless, [coded(JPEGLSLossless, SAMPLES[0])]))
-    monkeypatch.undo()
     short = coded(RLELossless, SAMPLES[0])
     import imagecodecs
 

@@ -18,11 +18,12 @@ import numpy as np
 import psutil
 import pytest
 
+from appliance.core.child_protocol import Message, pack, receive
 from appliance.core.errors import InferenceError
+from appliance.core.limited_child import Channel
 from appliance.runtime import Candidate
 from appliance.tuning.candidate_child import Server
 from appliance.tuning.candidate_process import CandidateProcess
-from appliance.tuning.child_protocol import Message, pack, receive
 from tests.support import misbehaving_runtime
 from tests.support.processes import has_ended
 
@@ -244,7 +245,7 @@ class Conversation:
 
     def _serve(self) -> None:
         with contextlib.suppress(EOFError):
-            Server(self._requests, self._theirs, misbehaving_runtime.opener).serve()
+            Server(Channel(self._requests, self._theirs), misbehaving_runtime.opener).serve()
 
     def ask(self, header: dict[str, Any], arrays: dict[str, Any] | None = None) -> Message:
         for buffer in pack(header, arrays):

@@ -1,8 +1,9 @@
-"""The messages between a candidate's process and its parent: a JSON header and raw arrays (no I/O of its own).
+"""The messages between a limited process and its parent: a JSON header and raw arrays (no I/O of its own).
 
 A message is ``RT01``, the header's length (uint32) and the payload's (uint64), big-endian, the header as UTF-8 JSON, the payload.
 The header's ``"arrays"`` lists name, dtype and shape in the order of the payload; each array begins at a multiple of 64 bytes. Not
-pickle: pickle executes what it reads, and the writing process may have been corrupted by native code.
+pickle: pickle executes what it reads, and the writing process may have been corrupted by native code. numpy is imported with the first
+message: the web process mostly reads headers.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ import json
 import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
-
-import numpy as np
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,6 +42,8 @@ def pack(header: dict[str, Any], arrays: dict[str, NDArray[Any]] | None = None) 
     Raises:
         ProtocolError: an array has an unsupported dtype or too many dimensions, or the message is too large.
     """
+    import numpy as np
+
     entries, buffers, length = [], [], 0
     for name, value in (arrays or {}).items():
         if value.dtype.name not in _DTYPES or value.ndim > _MAX_NDIM:
@@ -57,12 +58,18 @@ def pack(header: dict[str, Any], arrays: dict[str, NDArray[Any]] | None = None) 
     return [buffer for buffer in (memoryview(_HEAD.pack(_MAGIC, len(text), length) + text), *buffers) if buffer.nbytes]
 
 
-def receive(fill: Callable[[memoryview], None]) -> Message:
-    """Read one message; ``fill`` fills a buffer with the next bytes of the stream, or raises.
+def receive(fill: Callable[[memoryview], None], take: Callable[[int], bytearray] | None = None) -> Message:
+    """Read one message.
+
+    Args:
+        fill: fills a buffer with the next bytes of the stream, or raises.
+        take: returns a copy of a payload of so many bytes, where that does not come by the stream.
 
     Raises:
         ProtocolError: the bytes are not a valid message.
     """
+    import numpy as np
+
     head = bytearray(_HEAD.size)
     fill(memoryview(head))
     magic, header_bytes, payload_bytes = _HEAD.unpack(head)
@@ -74,8 +81,11 @@ def receive(fill: Callable[[memoryview], None]) -> Message:
     lengths = [_nbytes(entry) for entry in entries]
     if sum(length + -length % _ALIGN for length in lengths) != payload_bytes:  # before anything of that size is allocated
         raise ProtocolError("the arrays and the payload differ in size")
-    payload = bytearray(payload_bytes)
-    fill(memoryview(payload))
+    if take is None:
+        payload = bytearray(payload_bytes)
+        fill(memoryview(payload))
+    else:
+        payload = take(payload_bytes)
     arrays: dict[str, NDArray[Any]] = {}
     offset = 0
     for entry, length in zip(entries, lengths, strict=True):
@@ -100,6 +110,8 @@ def _read_header(text: bytearray) -> tuple[dict[str, Any], list[dict[str, Any]]]
 
 
 def _nbytes(entry: dict[str, Any]) -> int:
+    import numpy as np
+
     dtype, shape = entry["dtype"], entry["shape"]
     is_valid = isinstance(shape, list) and len(shape) <= _MAX_NDIM and all(type(n) is int and 0 <= n <= MAX_PAYLOAD_BYTES for n in shape)
     if dtype not in _DTYPES or not is_valid:

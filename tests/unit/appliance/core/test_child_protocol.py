@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from appliance.tuning.child_protocol import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, Message, ProtocolError, pack, receive
+from appliance.core.child_protocol import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, Message, ProtocolError, pack, receive
 
 KINDS = ["bool", "float16", "float32", "float64", "int8", "int32", "int64", "uint8"]
 JSON = st.recursive(st.none() | st.booleans() | st.integers(-10, 10) | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3))
