@@ -19,6 +19,7 @@ _SENDER: Final = "Nothing was kept. Export the image again from its source and s
 _NOTHING: Final = "Nothing to do."
 _TURN: Final = "If the check is right, open the study and press the button that corrects the image and analyses it; else the one that analyses it as it is."
 _RETAKE: Final = "The image is kept but was not analysed. Check the exposure and take or export it again."
+_DECODER: Final = "The file is kept as it came but was not analysed, and other images are analysed as before. Send it again uncompressed; a doctor must read it."
 _NO_MODEL: Final = "The image is kept and can be viewed; no model on this box analyses it. A doctor must read it."
 _RETRY: Final = "The image is kept. Press “Retry”; if it fails again, read the image without AI and call the technician."
 _VOLUME: Final = "The images are kept and can be viewed, but the volume was not analysed. A doctor must read them without AI."
@@ -64,6 +65,10 @@ _CODES: Final[Mapping[str, Message]] = {
     "ingest.memory": Message(
         "Not enough memory just now; the file was not taken", "Send it again later; if it fails again call the technician."
     ),
+    "ingest.decoder": Message(
+        "The picture crashed its decoder, took too long or needed too much memory; it was not taken",
+        "Save the picture again as PNG and upload that; if it fails again tell the technician.",
+    ),
     "ingest.unsupported_image": Message("The picture cannot be read or is of an unsupported kind", "Use PNG or JPEG."),
     "ingest.interrupted": Message("The upload was interrupted", "Choose the same file again to continue where it stopped."),
     "ingest.skipped": Message("Not an image file; skipped", _NOTHING),
@@ -74,6 +79,9 @@ _CODES: Final[Mapping[str, Message]] = {
     "pixel.undecodable": Message(
         "The pixel data cannot be decoded", "The file is kept as it came but was not analysed. Send it again in another format."
     ),
+    "pixel.decoder_crashed": Message("The decoder crashed at this image and was started again", _DECODER),
+    "pixel.decoder_deadline": Message("Decoding this image took too long and was stopped", _DECODER),
+    "pixel.decoder_memory": Message("Decoding this image needs more memory than is allowed", _DECODER),
     "quality.blank": Message("The image is blank and was not analysed", _RETAKE),
     "quality.saturated": Message("The image is saturated and was not analysed", _RETAKE),
     "quality.shape": Message("The image is of an unusual shape and was not analysed", _RETAKE),

@@ -36,6 +36,8 @@ def serve(channel: Channel) -> None:
 
 
 def _answer(request: Message) -> Message:
+    if not request.arrays:  # the parent asks whether this process is ready
+        return Message({}, {})
     try:
         return Message({}, {"pixels": _decode(request.header, request.arrays["coded"].tobytes())})
     except ApplianceError as error:

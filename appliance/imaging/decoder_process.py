@@ -24,11 +24,15 @@ if TYPE_CHECKING:
     from appliance.core.child_protocol import Message
 
 DEADLINE_S: Final = 30.0
-"""Longest that one frame may take. Half of ``job_deadline_s``, and several times what the largest frames take on a slow box."""
+"""Longest that one frame may take, unless :func:`set_deadline` was called; several times what the largest frames take."""
+
+JOB_SHARE: Final = 0.5
+"""Which share of ``job_deadline_s`` one frame may take: the deadline of a job kills the worker."""
 
 MEMORY_BYTES: Final = 1 << 30
 """Most private memory of a decoder process; the largest frames in ``PixelCaps`` need less."""
 
+_START_S: Final = 20.0
 # The largest frame, of four bytes per sample where the header implies one; memory that is not written is not taken.
 _SHARED_BYTES: Final = 512 << 20
 _DETAIL_CHARS: Final = 200
@@ -48,9 +52,10 @@ class DecoderProcess:
     module = "appliance.imaging.decoder_child"
 
     def __init__(self, deadline_s: float = DEADLINE_S, memory_bytes: int = MEMORY_BYTES) -> None:
-        self._deadline_s, self._memory_bytes = deadline_s, memory_bytes
+        self.deadline_s, self._memory_bytes = deadline_s, memory_bytes
         self._lock = threading.Lock()
         self._process: LimitedProcess | None = None
+        self._is_ready = False
         # The child dies with the thread that started it, so that is a thread which lasts as long as this process.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="decoder-start")
 
@@ -66,13 +71,14 @@ class DecoderProcess:
             MemoryError: it cannot be started.
         """
         with self._lock:
-            self._running()
+            self._start()
 
     def decode(self, header: dict[str, Any], coded: bytes) -> NDArray[Any]:
         """Decode a frame or picture; a process that is killed from outside is replaced, and the data decoded again, once.
 
         Raises:
-            PixelError: ``pixel.decoder_*``: the decoder crashed or exceeded a limit; else as the decoder reports.
+            PixelError: ``pixel.decoder_*``: the decoder crashed or exceeded a limit; ``pixel.undecodable``: the process cannot be
+                started; else as the decoder reports.
             MemoryError: the machine is short of memory: nothing is known about the data.
         """
         import numpy as np
@@ -80,12 +86,12 @@ class DecoderProcess:
         arrays = {"coded": np.frombuffer(coded, np.uint8) if coded else np.empty(0, np.uint8)}
         with self._lock:
             for _ in range(2):
+                process = self._ready_process()
                 try:
-                    return self._pixels(self._running().call(header, arrays, self._deadline_s))
+                    return self._pixels(process.call(header, arrays, self.deadline_s))
                 except ProcessEndedError as ended:
-                    self._process = None
+                    self._start()  # at once, so that the next file does not wait for it
                     if ended.end != "killed":
-                        self._running()  # so that the next file does not wait for the start
                         raise PixelError(_ENDS[ended.end], ended.detail) from ended
         raise MemoryError("the decoder process was killed from outside")
 
@@ -97,13 +103,28 @@ class DecoderProcess:
             self._process = None
         self._starter.shutdown()
 
-    def _running(self) -> LimitedProcess:
-        if self._process is None:
+    def _start(self) -> LimitedProcess:
+        """Return the process, a new one where there is none or it has ended; the new one may not be ready yet."""
+        if self._process is None or self._process.pid is None:
+            self._is_ready = False
             try:
                 self._process = self._starter.submit(LimitedProcess, self.module, self._memory_bytes, _SHARED_BYTES).result()
             except OSError as error:
                 raise MemoryError("no decoder process can be started") from error
         return self._process
+
+    def _ready_process(self) -> LimitedProcess:
+        """Return the process once it has imported its decoders: the time of that does not count for a frame."""
+        process = self._start()
+        if not self._is_ready:
+            try:
+                process.call({}, {}, _START_S)
+            except ProcessEndedError as ended:
+                if ended.end in ("killed", "memory"):
+                    raise MemoryError("the decoder process was killed at its start") from ended
+                raise PixelError("pixel.undecodable", f"no decoder process can be started: {ended.detail}") from ended
+            self._is_ready = True
+        return process
 
     def _pixels(self, response: Message) -> NDArray[Any]:
         """The array of a response; the process that wrote it may have been corrupted, so that nothing in it is trusted."""
@@ -123,6 +144,11 @@ _decoder = DecoderProcess()
 def start() -> None:
     """Start the decoder process of this process in the background; raises MemoryError where it cannot be started."""
     _decoder.start()
+
+
+def set_deadline(seconds: float) -> None:
+    """Set how long one frame may take in this process."""
+    _decoder.deadline_s = seconds
 
 
 def decode_coded_frame(syntax: UID, coded: bytes, options: dict[str, Any]) -> NDArray[Any]:

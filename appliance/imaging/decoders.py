@@ -60,6 +60,10 @@ def is_available(uid: str) -> bool:
     return uid in COMPRESSED and find_spec("imagecodecs") is not None
 
 
+class _NoMemoryError(BaseException):
+    """A MemoryError in a plugin; pydicom catches every Exception there, and the frame would count as damaged."""
+
+
 @functools.cache
 def register_decoders() -> None:
     """Register imagecodecs with pydicom, once per process."""
@@ -97,6 +101,8 @@ def decode_coded_frame(syntax: UID, coded: bytes, options: dict[str, Any]) -> ND
             array: NDArray[Any] = get_decoder(syntax).as_array(
                 encapsulate([coded], has_bot=False), index=0, decoding_plugin=plugin, **options
             )[0]
+        except _NoMemoryError as error:
+            raise MemoryError from error
         except (*VALUE_ERRORS, RuntimeError) as error:
             raise PixelError("pixel.corrupt", last_line(error)) from error
     return array.astype(array.dtype.newbyteorder("="), copy=False)
@@ -113,6 +119,13 @@ def decode_with_imagecodecs(src: bytes, runner: DecodeRunner) -> memoryview:
     Raises:
         ValueError: the size differs from the DICOM header; the codecs raise errors of their own.
     """
+    try:
+        return _decode_checked(src, runner)
+    except MemoryError as error:
+        raise _NoMemoryError from error
+
+
+def _decode_checked(src: bytes, runner: DecodeRunner) -> memoryview:
     syntax = runner.transfer_syntax
     if syntax == RLELossless:
         return _decode_rle(src, runner)

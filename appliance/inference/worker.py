@@ -1,4 +1,4 @@
-"""The worker process: the only one that decodes pixels for a model and uses the accelerator. It runs one job at a time, under a lease.
+"""The worker process: the only one that infers and uses the accelerator. It runs one job at a time, under a lease.
 
 Where tuning measured that a batch is faster, it runs as many jobs of one model as the batch holds; urgent jobs still go first.
 
@@ -14,6 +14,7 @@ import secrets
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from appliance.core.errors import StoreError
@@ -21,6 +22,7 @@ from appliance.core.job_activity import JobActivity
 from appliance.core.process import Lock, stop_on_signal
 from appliance.core.settings import Settings
 from appliance.core.wakeup import Wakeup
+from appliance.imaging import decoder_process
 from appliance.inference.batch_job import BatchJob
 from appliance.inference.job_runner import InterruptedJobError, JobRunner
 from appliance.inference.model_pool import CONNECT_WAIT_S, ModelPool
@@ -124,7 +126,10 @@ def run(settings: Settings, *, until_idle: bool = False) -> None:
     worker = Worker(store, is_stopping=is_stopping)
     try:
         _recover(store, worker)
+        decoder_process.set_deadline(settings.job_deadline_s * decoder_process.JOB_SHARE)
         if not until_idle:
+            with suppress(MemoryError):  # the first compressed frame tries it again
+                decoder_process.start()
             worker.activator.retuner.request_outdated()
         logger.info("worker ready")
         _loop(store, worker, wakeup, is_stopping, until_idle=until_idle)

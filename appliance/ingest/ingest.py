@@ -76,7 +76,8 @@ class Ingest:
         """Accept a PNG or JPEG as a Secondary Capture (PS3.3 A.8); the same file and form give the same UIDs.
 
         Raises:
-            IngestError: ``ingest.unsupported_image`` and the reasons of ``accept``.
+            IngestError: ``ingest.unsupported_image``, ``ingest.decoder`` and the reasons of ``accept``.
+            StoreError: as ``accept``.
         """
         from appliance.ingest.secondary_capture import secondary_capture  # large import that most boxes never need
 
@@ -85,6 +86,10 @@ class Ingest:
             if len(data) > self._store.settings.max_upload_bytes:
                 raise IngestError("ingest.too_large", f"{len(data) >> 20} MiB")
             encoded = secondary_capture(data, form)
+        except MemoryError as error:
+            busy = StoreError("ingest.memory")
+            self.record_refusal(source, len(data), busy.code, "")
+            raise busy from error
         except ApplianceError as error:
             self.record_refusal(source, len(data), error.code, error.detail)
             raise

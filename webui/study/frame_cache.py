@@ -14,6 +14,8 @@ from flask import Flask, current_app
 from werkzeug.exceptions import ServiceUnavailable
 
 from appliance.core.correction import Correction
+from appliance.core.errors import PixelError
+from appliance.imaging import decoder_process
 from appliance.store.store import Store
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 _MAX_FILE_BYTES: Final = 32 << 20
 _MAX_PIXEL_BYTES: Final = 32 << 20
 _WAIT_S: Final = 30.0
+_MAX_FAILURES: Final = 200
 
 
 class FrameCache:
@@ -35,6 +38,7 @@ class FrameCache:
         self._lock = threading.Lock()
         self._files: OrderedDict[int, tuple[int, Dataset]] = OrderedDict()
         self._frames: OrderedDict[tuple[int, int, Correction], DisplayFrame] = OrderedDict()
+        self._failures: OrderedDict[tuple[int, int], PixelError] = OrderedDict()
 
     def frame(self, instance_id: int, number: int) -> DisplayFrame:
         """One frame, numbered from 0, as the viewer draws it: turned by its header and corrected as a person decided.
@@ -43,7 +47,7 @@ class FrameCache:
             StoreError: the image is missing or was tampered with.
             PixelError: its pixels cannot be decoded.
             IndexError: it has no such frame.
-            ServiceUnavailable: too many wait for frames.
+            ServiceUnavailable: too many wait for frames, or the machine is short of memory.
         """
         correction = self._store.correction_of(instance_id)
         if not self._lock.acquire(timeout=_WAIT_S):
@@ -62,7 +66,18 @@ class FrameCache:
     def _decode(self, instance_id: int, number: int, correction: Correction) -> DisplayFrame:
         from appliance.imaging.display_frame import display_frame
 
-        frame = display_frame(self._dataset(instance_id), number, correction)
+        if (failure := self._failures.get((instance_id, number))) is not None:
+            raise PixelError(failure.code, failure.detail)
+        try:
+            frame = display_frame(self._dataset(instance_id), number, correction)
+        except MemoryError as error:
+            raise ServiceUnavailable(retry_after=10) from error
+        except PixelError as error:
+            if error.code.startswith("pixel.decoder"):  # each time the page is loaded again, other people would wait for the decoder
+                self._failures[instance_id, number] = error
+                while len(self._failures) > _MAX_FAILURES:
+                    self._failures.popitem(last=False)
+            raise
         if frame.pixels.base is not None:  # a view would keep all frames of the image in memory
             frame = replace(frame, pixels=frame.pixels.copy())
         _put(self._frames, (instance_id, number, correction), frame, lambda item: int(item.pixels.nbytes), _MAX_PIXEL_BYTES)
@@ -91,7 +106,8 @@ def _put(cache: OrderedDict[Any, Any], key: Any, value: Any, size: Any, limit: i
 
 
 def init_app(app: Flask, store: Store) -> None:
-    """Make the cache of an application."""
+    """Make the cache of an application, and limit the time of its decoders."""
+    decoder_process.set_deadline(store.settings.job_deadline_s * decoder_process.JOB_SHARE)
     app.extensions["frames"] = FrameCache(store)
 
 
