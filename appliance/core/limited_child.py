@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import resource
+import select
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,6 +34,10 @@ class Channel:
 
     def __init__(self, requests: int, responses: int, shared: SharedMemory | None = None) -> None:
         self._requests, self._responses, self._shared = requests, responses, shared
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the next request; returns whether one has come, or the pipe is closed."""
+        return bool(select.select([self._requests], [], [], seconds)[0])
 
     def receive(self) -> Message:
         """Read the next request; raises EOFError, OSError or ProtocolError when the pipe is closed or broken."""

@@ -14,8 +14,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from appliance.core.child_process import ENVIRONMENT, printable_text
@@ -68,13 +69,16 @@ class LimitedProcess:
         module: what it runs, by :func:`appliance.core.limited_child.run`.
         memory_bytes: limit of its private memory; the limit of the parent holds too. None: only that one.
         shared_bytes: size of the memory by which arrays are exchanged, which takes only what the largest needs; 0: they go through the
-            pipes, which may be ten times slower on a busy machine.
+            pipes, which is slower.
+        environment: variables for the child alone.
 
     Raises:
         OSError: it could not be started.
     """
 
-    def __init__(self, module: str, memory_bytes: int | None, shared_bytes: int = 0) -> None:
+    def __init__(
+        self, module: str, memory_bytes: int | None, shared_bytes: int = 0, environment: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self._printed = bytearray()
         self._is_print_closed = False
         self._deadline = 0.0
@@ -93,7 +97,8 @@ class LimitedProcess:
             arguments = [child_in, child_out, os.getpid(), memory_bytes or 0, *passed[2:]]
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, *map(str, arguments)], stdin=subprocess.DEVNULL, stdout=child_print, stderr=child_print,
-                pass_fds=passed, start_new_session=True, env=os.environ | ENVIRONMENT,
+                pass_fds=passed, start_new_session=True,
+                env=os.environ | ENVIRONMENT | dict(environment),
             )  # fmt: skip
         except OSError:
             self.close()

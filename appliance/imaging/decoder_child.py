@@ -15,6 +15,7 @@ from pydicom.uid import UID
 from appliance.core import limited_child
 from appliance.core.child_protocol import Message
 from appliance.core.errors import ApplianceError
+from appliance.core.process import release_memory
 from appliance.imaging.decoders import decode_coded_frame
 
 if TYPE_CHECKING:
@@ -26,12 +27,15 @@ MEMORY: Final = "memory"
 """In the place of a code: the process needs more memory than it may have."""
 
 _DETAIL_CHARS: Final = 200
+_IDLE_S: Final = 1.0
 
 
 def serve(channel: Channel) -> None:
     """Answer requests until the pipe is closed."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     while True:
+        if not channel.wait(_IDLE_S):
+            release_memory()
         channel.send(_answer(channel.receive()))
 
 

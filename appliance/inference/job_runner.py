@@ -19,7 +19,7 @@ from appliance.store.store import Store
 logger = logging.getLogger(__name__)
 
 _LEASE_MARGIN_S: Final = 30.0
-_CHECK_SHARE: Final = 0.3
+_CHECK_SHARE: Final = 0.2
 # After this many urgent images a batch returns to the queue, and the worker does what it does between two jobs.
 _MAX_URGENT_JOBS: Final = 4
 

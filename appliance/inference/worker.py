@@ -21,12 +21,14 @@ from appliance.core.errors import StoreError
 from appliance.core.job_activity import JobActivity
 from appliance.core.process import Lock, stop_on_signal
 from appliance.core.settings import Settings
+from appliance.core.states import ModelState
 from appliance.core.wakeup import Wakeup
 from appliance.imaging import decoder_process
 from appliance.inference.batch_job import BatchJob
 from appliance.inference.job_runner import InterruptedJobError, JobRunner
 from appliance.inference.model_pool import CONNECT_WAIT_S, ModelPool
 from appliance.lifecycle.activation import Activator
+from appliance.lifecycle.background_loader import LOAD_DEADLINE_S
 from appliance.store import audit_check, audit_reserve
 from appliance.store.store import Store
 
@@ -70,8 +72,13 @@ class Worker:
         )  # fmt: skip
 
     def prepare(self) -> None:
-        """Load and warm up every active model, and close those that nobody needs."""
-        self.models.load_active()
+        """Load and warm up every active model, and close those that nobody needs; a load that hangs ends the process."""
+        active = sum(row["state"] == ModelState.ACTIVE for row in self._store.models())
+        self._set_deadline(LOAD_DEADLINE_S * max(1, active))
+        try:
+            self.models.load_active()
+        finally:
+            self._set_deadline(0)
 
     def step(self) -> None:
         """Between two jobs: continue activations and the loading of models, without waiting; the deadline of a job applies."""

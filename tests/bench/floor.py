@@ -7,13 +7,14 @@ import os
 import sqlite3
 from io import BytesIO
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import onnxruntime
 import pydicom
 from PIL import Image
 
-from appliance.imaging.pixels import decode_frame
+from appliance.imaging import decoders, pixels
 from appliance.lifecycle.model_control import reference_bundle
 
 
@@ -39,7 +40,8 @@ class Floor:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        values = decode_frame(pydicom.dcmread(BytesIO(data)), 0)
+        with patch.object(pixels, "decode_coded_frame", decoders.decode_coded_frame):  # in this process
+            values = pixels.decode_frame(pydicom.dcmread(BytesIO(data)), 0)
         grey = (values >> 8).astype(np.uint8) if values.dtype.itemsize == 2 else values
         tensor = np.asarray(Image.fromarray(grey).resize((224, 224), Image.Resampling.BILINEAR), dtype=np.float32)[None, None] / 255
         score = float(self._session.run(["probability"], {"image": tensor})[0][0, 0])

@@ -163,6 +163,31 @@ def test_a_model_the_worker_dies_of_is_taken_back(tmp_path: Path, settings: Sett
     assert finding.model_digest == old
 
 
+_LOAD_HANGS = """
+import pathlib, sys, time
+from appliance.core.settings import Settings
+from appliance.inference import model_session, worker
+
+worker.LOAD_DEADLINE_S = 2.0
+model_session.open_runtime = lambda *_, **__: time.sleep(600)
+worker.run(Settings.load(pathlib.Path(sys.argv[1])), until_idle=True)
+"""
+
+
+def test_a_load_that_hangs_at_the_start_ends_the_worker_and_the_next_analyses(
+    tmp_path: Path, settings: Settings, request: pytest.FixtureRequest
+) -> None:
+    """As after an update of a driver: nobody would notice a worker that waits for ever."""
+    box = Box(tmp_path, Store(write_settings(settings)))
+    request.addfinalizer(end_workers)
+    box.first()
+    film = scan(box, seed=1)
+    done = subprocess.run([sys.executable, "-c", _LOAD_HANGS, str(box.store.settings.data_dir)], check=False, timeout=120)
+    assert done.returncode == -signal.SIGALRM
+    assert worker(box.store.settings, "--until-idle").wait(120) == 0
+    assert state_of(box, film) is ScanState.AI_READY
+
+
 def test_switch_under_load_keeps_no_scan_waiting(box: Box) -> None:
     """Scans come in without a pause while a model is proven and switched; figures are printed, what is asserted is structure."""
     old, bundle = box.active(), box.bundle("1.1.0")
