@@ -19,7 +19,7 @@ _SENDER: Final = "Nothing was kept. Export the image again from its source and s
 _NOTHING: Final = "Nothing to do."
 _TURN: Final = "If the check is right, open the study and press the button that corrects the image and analyses it; else the one that analyses it as it is."
 _RETAKE: Final = "The image is kept but was not analysed. Check the exposure and take or export it again."
-_DECODER: Final = "The file is kept as it came but was not analysed, and other images are analysed as before. Send it again uncompressed; a doctor must read it."
+_DECODER: Final = "The file is kept as it came, but this box can neither analyse nor show it. Send it again uncompressed, or read the image at its source."
 _NO_MODEL: Final = "The image is kept and can be viewed; no model on this box analyses it. A doctor must read it."
 _RETRY: Final = "The image is kept. Press “Retry”; if it fails again, read the image without AI and call the technician."
 _VOLUME: Final = "The images are kept and can be viewed, but the volume was not analysed. A doctor must read them without AI."
@@ -79,7 +79,7 @@ _CODES: Final[Mapping[str, Message]] = {
     "pixel.undecodable": Message(
         "The pixel data cannot be decoded", "The file is kept as it came but was not analysed. Send it again in another format."
     ),
-    "pixel.decoder_crashed": Message("The decoder crashed at this image and was started again", _DECODER),
+    "pixel.decoder_crashed": Message("The program that decodes images crashed at this image", _DECODER),
     "pixel.decoder_deadline": Message("Decoding this image took too long and was stopped", _DECODER),
     "pixel.decoder_memory": Message("Decoding this image needs more memory than is allowed", _DECODER),
     "quality.blank": Message("The image is blank and was not analysed", _RETAKE),

@@ -72,11 +72,15 @@ class Worker:
         )  # fmt: skip
 
     def prepare(self) -> None:
-        """Load and warm up every active model, and close those that nobody needs; a load that hangs ends the process."""
+        """Load and warm up every active model, and close those that nobody needs."""
+        self.models.load_active()
+
+    def prepare_first(self) -> None:
+        """Load the active models at the start of the process; a load that hangs ends it, and the next worker skips what was chosen."""
         active = sum(row["state"] == ModelState.ACTIVE for row in self._store.models())
         self._set_deadline(LOAD_DEADLINE_S * max(1, active))
         try:
-            self.models.load_active()
+            self.prepare()
         finally:
             self._set_deadline(0)
 
@@ -153,7 +157,7 @@ def _recover(store: Store, worker: Worker) -> None:
     at_work = worker.activator.journal.running_digests()
     store.queue.recover_jobs()
     worker.models.skip_tuned_runtime(worker.activator.recover(at_work))
-    worker.prepare()
+    worker.prepare_first()
     worker.activator.confirm_loaded()
 
 

@@ -6,6 +6,7 @@ What decodes is imported, and the decoder process started, with the first image,
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 _MAX_FILE_BYTES: Final = 32 << 20
 _MAX_PIXEL_BYTES: Final = 32 << 20
 _WAIT_S: Final = 30.0
+# A decoder that failed is not tried again at once: each time the page is loaded again, other people would wait for it.
+_FAILURE_KEPT_S: Final = 300.0
 _MAX_FAILURES: Final = 200
 
 
@@ -38,7 +41,7 @@ class FrameCache:
         self._lock = threading.Lock()
         self._files: OrderedDict[int, tuple[int, Dataset]] = OrderedDict()
         self._frames: OrderedDict[tuple[int, int, Correction], DisplayFrame] = OrderedDict()
-        self._failures: OrderedDict[tuple[int, int], PixelError] = OrderedDict()
+        self._failures: OrderedDict[tuple[int, int], tuple[float, PixelError]] = OrderedDict()
 
     def frame(self, instance_id: int, number: int) -> DisplayFrame:
         """One frame, numbered from 0, as the viewer draws it: turned by its header and corrected as a person decided.
@@ -66,15 +69,17 @@ class FrameCache:
     def _decode(self, instance_id: int, number: int, correction: Correction) -> DisplayFrame:
         from appliance.imaging.display_frame import display_frame
 
-        if (failure := self._failures.get((instance_id, number))) is not None:
+        failed_at, failure = self._failures.pop((instance_id, number), (0.0, None))
+        if failure is not None and time.monotonic() < failed_at + _FAILURE_KEPT_S:
+            self._failures[instance_id, number] = failed_at, failure
             raise PixelError(failure.code, failure.detail)
         try:
             frame = display_frame(self._dataset(instance_id), number, correction)
         except MemoryError as error:
             raise ServiceUnavailable(retry_after=10) from error
         except PixelError as error:
-            if error.code.startswith("pixel.decoder"):  # each time the page is loaded again, other people would wait for the decoder
-                self._failures[instance_id, number] = error
+            if error.code.startswith("pixel.decoder"):
+                self._failures[instance_id, number] = time.monotonic(), PixelError(error.code, error.detail)  # without its frames
                 while len(self._failures) > _MAX_FAILURES:
                     self._failures.popitem(last=False)
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,6 +13,9 @@ from werkzeug.exceptions import ServiceUnavailable
 from appliance.core.correction import NOTHING_DECIDED
 from appliance.core.roles import Role
 from appliance.core.settings import Settings
+from appliance.imaging import decoder_process
+from appliance.imaging.decoder_process import DecoderProcess
+from tests.support import hostile_images
 from tests.support.scans import dataset, encode, scan_bytes
 from tests.support.web_box import PASSWORD, Box, Person, in_process, result
 from webui import create_app
@@ -220,3 +224,24 @@ def test_r9_every_address_that_shows_patient_data_is_known(settings: Settings) -
     assert SHOWN.keys() <= readable & for_clinicians <= SHOWN.keys() | SHOWS_NONE
     app.extensions["box"].stop()
     app.extensions["box"].store.close()
+
+
+def test_image_that_crashes_its_decoder_does_so_once_and_not_with_every_load_of_the_page(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(hostile_images.DECODERS), os.environ.get("PYTHONPATH", "")]))
+    decoder = DecoderProcess()
+    monkeypatch.setattr(decoder_process, "_decoder", decoder)
+    crashing, killed, good = (box.take(hostile_images.jpeg_chest(1, action)).instance_id for action in ("segfault", "killed", ""))
+    person = box.person()
+    assert person.get(f"/api/instances/{crashing}/pixels").json()["code"] == "pixel.decoder_crashed"
+    started_again = decoder.pid
+    for _ in range(3):
+        answer = person.get(f"/api/instances/{crashing}/frames/0")
+        assert (answer.status_code, answer.json()["code"]) == (422, "pixel.decoder_crashed")
+    assert person.get(f"/api/instances/{good}/pixels").json()["rows"] == 512
+    assert decoder.pid == started_again
+    monkeypatch.setattr(frame_cache, "_FAILURE_KEPT_S", 0.0)
+    assert person.get(f"/api/instances/{crashing}/pixels").status_code == 422
+    assert decoder.pid != started_again
+    answer = person.get(f"/api/instances/{killed}/pixels")
+    assert (answer.status_code, answer.json()["title"]) == (503, "The box is busy")
+    decoder.close()
