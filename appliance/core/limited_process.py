@@ -36,7 +36,7 @@ _CHUNK_BYTES: Final = 1 << 16
 _PIPE_BYTES: Final = 1 << 20
 _LAST_LINE_CHARS: Final = 200
 _EXIT_POLL_S: Final = 0.005
-_OUT_OF_MEMORY: Final = ("bad_alloc", "cannot allocate memory", "out of memory", "memoryerror")
+_OUT_OF_MEMORY: Final = ("bad_alloc", "cannot allocate memory", "out of memory", "memoryerror", "memory allocation")
 
 
 class ProcessEndedError(Exception):
