@@ -11,14 +11,20 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
+
+from gunicorn.http.errors import ParseException
+from werkzeug.wsgi import ClosingIterator
 
 SILENCE_S: Final = 20.0
 GRACE_S: Final = 15.0
 BYTES_PER_S: Final = 2048
 _PIECE_BYTES: Final = 8 << 10
 _CHECK_EVERY_S: Final = 0.5
+# What is read of a body that the application answered without reading it.
+_MAX_REST_BYTES: Final = 64 << 20
+_MAX_REST_S: Final = 5.0
 
 WsgiApp = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
@@ -65,6 +71,16 @@ class PacedBody(io.RawIOBase):
             except OSError:
                 return  # closed already
 
+    def read_rest(self) -> None:
+        """Read and forget what is left, bounded, after the answer was sent.
+
+        A connection that is closed with unread bytes is reset: nginx, which is still sending, would report that instead of the answer.
+        """
+        limit, started = self._bytes + _MAX_REST_BYTES, time.monotonic()
+        with suppress(OSError, ParseException):
+            while self._bytes < limit and time.monotonic() - started < _MAX_REST_S and self.read(_PIECE_BYTES):
+                continue
+
 
 class SpeedGuard:
     """Looks at the bodies that are being read, twice a second, in one thread of its own."""
@@ -107,7 +123,9 @@ def pace_bodies(app: WsgiApp, silence_s: float) -> WsgiApp:
         connection = environ.get("gunicorn.socket")
         if connection is not None:
             connection.settimeout(silence_s)
-            environ["wsgi.input"] = PacedBody(environ["wsgi.input"], connection, guard)
+            environ["wsgi.input"] = body = PacedBody(environ["wsgi.input"], connection, guard)
+            if environ.get("CONTENT_LENGTH", "0") != "0" or "HTTP_TRANSFER_ENCODING" in environ:
+                return ClosingIterator(app(environ, start_response), body.read_rest)
         return app(environ, start_response)
 
     return call
