@@ -14,6 +14,7 @@ _KINDS: Final = {
     "seq": int, "at": str, "event": str, "meaning": str, "actor": str, "action": str, "object": str, "outcome": int, "detail": dict,
 }  # fmt: skip
 _TEXTS: Final = frozenset({"type", "type_meaning"})
+# ``acknowledged`` is a list of problems of the audit, or the code of one alarm.
 _LISTS: Final = {"studies": int, "acknowledged": str}
 _TIME: Final = re.compile(r"(?:19|2\d)\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", re.ASCII)
 _MAX_INTEGER: Final = 2**63 - 1  # of SQLite
@@ -60,6 +61,6 @@ def _has_valid_particulars(detail: dict[str, Any]) -> bool:
     lists = all(
         isinstance(detail[name], list) and all(type(item) is kind for item in detail[name])
         for name, kind in _LISTS.items()
-        if name in detail
+        if name in detail and not (name == "acknowledged" and isinstance(detail[name], str))
     )
     return texts and lists and all(0 <= number <= _MAX_INTEGER for number in detail.get("studies", ()))
