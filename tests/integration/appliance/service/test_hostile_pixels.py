@@ -81,9 +81,11 @@ def test_r45_hostile_pixels_end_neither_worker_nor_web_server_nor_receiver(box: 
         supervisor.tick()
         assert {child.name: child.process.pid for child in supervisor.children if child.process is not None} == programs
         assert doctor.get("/healthz").ok
+        decoders = [child for pid in programs.values() for child in children_running("decoder_child", pid)]
+        assert decoders
     finally:
         supervisor.stop()
-    assert not children_running("decoder_child")
+    wait_for(lambda: all(has_ended(child.pid) for child in decoders), 10)
 
 
 def test_worker_that_is_killed_leaves_no_decoder_behind(box: Store) -> None:
